@@ -1,0 +1,229 @@
+"""`shoal generate`: prompts in, text out."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from shoal.cli.options import GroupedCommand, engine_flags, engine_values
+from shoal.config import EngineOptions
+from shoal.errors import RequestError, UserError
+from shoal.frontend import hub
+from shoal.frontend.llm import LLM
+from shoal.frontend.offline import Job, PromptReader
+from shoal.frontend.tokenizer import open_tokenizer
+from shoal.models.registry import read_spec
+from shoal.types import Prompt, RequestOutput, SamplingParams
+
+_BUNDLED_PROMPTS = ("37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->", "8 + 64 =")
+
+
+class _Command(GroupedCommand):
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """click tells the usage before the error; ours is one line, like every other."""
+        try:
+            return super().make_context(*args, **extra)
+        except click.UsageError as error:
+            what = " ".join(error.format_message().split()).rstrip(".")
+            raise UserError(f"{what}; see shoal {self.name} --help") from None
+
+
+@click.command(cls=_Command)
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", "prompts", multiple=True, help="a prompt; may be given several times")
+@click.option("--prompts-file", type=click.Path(path_type=Path), help="JSON lines with prompt or prompt_token_ids")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="write JSON lines to this file")
+@click.option("--max-tokens", type=int, default=64, show_default=True, help="tokens to generate at most")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="draw from the likeliest tokens of this mass")
+@click.option("--top-k", type=int, default=0, show_default=True, help="draw from so many likeliest tokens; 0: all")
+@click.option("--sample-seed", type=int, help="seed of the draws; the same seed gives the same text")
+@click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token")
+@engine_flags
+def generate(
+    model: str | None,
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    output: Path | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    sample_seed: int | None,
+    ignore_eos: bool,
+    **flags: Any,
+) -> int:
+    """Generate text. MODEL is a folder or an id on the Hugging Face hub; without it, the bundled model is used."""
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=sample_seed,
+        ignore_eos=ignore_eos,
+    )
+    entries = _entries(model, prompts, prompts_file)
+    options = engine_values(flags)
+    _check_typed(entries, model, options, params)
+    with ExitStack() as stack:
+        sink = stack.enter_context(_Sink(output)) if output else None
+        llm = stack.enter_context(LLM(model, **options, _own_process=True))
+        return _run(llm, entries, params, sink)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    index: int
+    prompt: Prompt
+    typed: bool = False  # by -p: whoever typed it is there to mend it
+
+    @property
+    def text(self) -> str | None:
+        return self.prompt if isinstance(self.prompt, str) else None
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return (
+            self.prompt["prompt_token_ids"]
+            if isinstance(self.prompt, dict) and "prompt_token_ids" in self.prompt
+            else ()
+        )
+
+
+def _entries(model: str | None, prompts: Sequence[str], file: Path | None) -> list[_Entry]:
+    given: list[Prompt] = list(prompts)
+    if file is not None:
+        given += _read_prompts(file)
+    if not given:
+        if model is not None:
+            raise UserError("no prompts: give -p TEXT or --prompts-file FILE")
+        given += _BUNDLED_PROMPTS
+    return [_Entry(index, prompt, typed=index < len(prompts)) for index, prompt in enumerate(given)]
+
+
+def _check_typed(
+    entries: Sequence[_Entry], model: str | None, options: Mapping[str, Any], params: SamplingParams
+) -> None:
+    """Refuses a prompt of -p that no memory could make room for, before anything is started.
+
+    Raises:
+        UserError: it can't be used, or the model can't be read.
+    """
+    if not any(entry.typed for entry in entries):
+        return
+    parsed = EngineOptions.from_flat(model or "", options).model_options
+    weights = parsed.load_format != "dummy" and not hub.is_shape(model)
+    folder = hub.locate(model or None, parsed.revision, weights=weights)
+    spec = read_spec(folder)
+    longest = min(parsed.max_model_len or spec.max_positions, spec.max_positions)
+    reader = PromptReader(open_tokenizer(folder), vocab_size=spec.vocab_size, max_model_len=longest)
+    _prepare_typed(reader, entries, params)
+
+
+def _prepare_typed(reader: PromptReader | LLM, entries: Sequence[_Entry], params: SamplingParams) -> None:
+    for entry in entries:
+        if entry.typed:
+            try:
+                reader.prepare(entry.index, entry.prompt, params)
+            except RequestError as error:
+                raise RequestError(f"prompt {entry.index}: {error}") from None
+
+
+def _read_prompts(file: Path) -> list[Prompt]:
+    try:
+        lines = file.read_text("utf-8").split("\n")  # JSON texts may hold other line separators as they are
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts-file {file} can't be read: {error}") from None
+    return [_read_line(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_line(file: Path, number: int, line: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}, line {number} is no JSON: {error}") from None
+    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+        return str(entry["prompt"])
+    if isinstance(entry, dict) and isinstance(entry.get("prompt_token_ids"), list):
+        return {"prompt_token_ids": entry["prompt_token_ids"]}
+    raise UserError(f"{file}, line {number} has neither a text `prompt` nor a list `prompt_token_ids`")
+
+
+class _Sink:
+    """The file of --output: a JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._named():
+            # The one thing that UTF-8 can't hold is half of a surrogate pair; JSON has an escape for it, the same.
+            self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        with self._named():
+            print(json.dumps(line, ensure_ascii=False), file=self._file, flush=True)
+
+    def __enter__(self) -> "_Sink":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"--output {self._path} can't be written: {error.strerror}") from None
+
+
+def _run(llm: LLM, entries: Sequence[_Entry], params: SamplingParams, sink: _Sink | None) -> int:
+    """Writes results as they come; a prompt that can't be used fails alone. Gives the exit code."""
+    _prepare_typed(llm, entries, params)
+    failures: list[tuple[_Entry, str]] = []
+
+    def jobs() -> Iterator[Job]:
+        for entry in entries:
+            try:
+                yield llm.prepare(entry.index, entry.prompt, params)
+            except RequestError as error:
+                failures.append((entry, str(error)))
+
+    progress = tqdm(total=len(entries), unit=" prompts", disable=sink is None or not sys.stderr.isatty())
+    with progress:
+        for index, output in llm.run(jobs()):
+            progress.update()
+            _write(sink, index, output)
+            if output.error:
+                failures.append((entries[index], output.error))
+    for entry, why in failures:
+        if sink is not None:
+            line = {"index": entry.index, "prompt": entry.text, "prompt_token_ids": list(entry.tokens), "outputs": []}
+            sink.write({**line, "error": why})
+        print(f"error: prompt {entry.index}: {why}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _write(sink: _Sink | None, index: int, output: RequestOutput) -> None:
+    completion = output.outputs[0]
+    if sink is None:
+        prompt = output.prompt if output.prompt is not None else f"{len(output.prompt_token_ids)} tokens"
+        text = completion.text if output.prompt is not None else f" {' '.join(map(str, completion.token_ids))}"
+        print(f"{prompt}{text}", flush=True)
+        return
+    line = {
+        "index": index,
+        "prompt": output.prompt,
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "outputs": [
+            {"text": each.text, "token_ids": list(each.token_ids), "finish_reason": each.finish_reason}
+            for each in output.outputs
+        ],
+    }
+    sink.write(line)

@@ -1,0 +1,68 @@
+"""Tensors between ranks: what a communicator promises."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a communicator is at. Written by the rank's own thread, read by whoever reports on it."""
+
+    operation: str = ""  # "" between operations
+    count: int = 0  # operations begun so far
+
+    @contextmanager
+    def during(self, operation: str) -> Iterator[None]:
+        self.operation = operation
+        self.count += 1
+        yield
+        self.operation = ""  # after an error it stays: that is where the rank stopped
+
+    def __str__(self) -> str:
+        return f"{self.operation} #{self.count}" if self.operation else f"after operation #{self.count}"
+
+
+class Communicator(Protocol):
+    """One rank's end of a group. Every rank of the group calls the same operations in the same order.
+
+    Results are functional: a result may alias the input, so the input is not to be used again. Every operation
+    ends within the communicator's timeout:
+
+    Raises:
+        CommTimeout: somebody did not arrive.
+        CommAborted: `abort()` was called on some rank.
+        CommError: the links failed.
+    """
+
+    rank: int
+    size: int
+    progress: Progress
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on each."""
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        """Ranks' tensors side by side along `dim`; rank r brings `sizes[r]` there, which may be 0."""
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The sum over ranks, of which rank r gets `sizes[r]` rows."""
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Rows of x go to ranks in order, `send[r]` to rank r; `receive[r]` come from it."""
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        """The root's tensor; others bring one of its shape and dtype."""
+
+    def send(self, x: Tensor, to: int) -> None: ...
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        """Fills a tensor of x's shape and dtype."""
+
+    def barrier(self) -> None: ...
+
+    def abort(self) -> None:
+        """Ends every operation of the group, now and later, from any thread. Idempotent."""

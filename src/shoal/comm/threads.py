@@ -1,0 +1,117 @@
+"""Ranks as threads of one process. Made for running every layout on a laptop, and for tests."""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.comm.base import Progress
+from shoal.errors import CommAborted, CommTimeout
+
+
+class ThreadGroup:
+    """The meeting place of a group's ranks; each rank's end is a ThreadComm."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.size = size
+        self.timeout_s = timeout_s
+        self._changed = threading.Condition()
+        self._arrived = [0] * size  # exchanges that each rank has entered
+        # Two sets of places in turn: a rank can be one exchange ahead of a slower one that still reads, never two.
+        self._places: list[list[Any]] = [[None] * size, [None] * size]
+        self._mail: dict[tuple[int, int], queue.SimpleQueue[Tensor]] = {
+            (a, b): queue.SimpleQueue() for a in range(size) for b in range(size)
+        }
+        self._aborted = False
+
+    def exchange(self, rank: int, value: Any, operation: str) -> list[Any]:
+        """Every rank's value, by rank, once all have arrived."""
+        with self._changed:
+            turn = self._arrived[rank]
+            places = self._places[turn % 2]
+            places[rank] = value
+            self._arrived[rank] += 1
+            if min(self._arrived) > turn:
+                self._changed.notify_all()
+            if not self._changed.wait_for(lambda: min(self._arrived) > turn or self._aborted, self.timeout_s):
+                missing = [r for r in range(self.size) if self._arrived[r] <= turn]
+                raise CommTimeout(
+                    f"rank {rank}: {operation} #{turn + 1} waited {self.timeout_s:g} s for ranks {missing}"
+                )
+            if self._aborted:
+                raise CommAborted(f"rank {rank}: {operation} #{turn + 1} was aborted")
+            return list(places)
+
+    def post(self, source: int, to: int, value: Tensor) -> None:
+        if self._aborted:
+            raise CommAborted(f"rank {source}: send to rank {to} was aborted")
+        self._mail[source, to].put(value)
+
+    def collect(self, source: int, to: int) -> Tensor:
+        deadline = time.monotonic() + self.timeout_s
+        while not self._aborted:
+            try:
+                return self._mail[source, to].get(timeout=min(0.05, self.timeout_s))
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    raise CommTimeout(f"rank {to}: recv waited {self.timeout_s:g} s for rank {source}") from None
+        raise CommAborted(f"rank {to}: recv from rank {source} was aborted")
+
+    def abort(self) -> None:
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
+
+
+class ThreadComm:
+    """Tensors change hands by reference, so every result is a new tensor or one that nobody writes."""
+
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self.rank = rank
+        self.size = group.size
+        self.progress = Progress()
+        self._group = group
+
+    def _exchange(self, value: Any, operation: str) -> list[Any]:
+        with self.progress.during(operation):
+            return self._group.exchange(self.rank, value, operation)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        parts = self._exchange(x, "all_reduce")
+        total: Tensor = parts[0] + parts[1]  # every rank sums in rank order: the same bits on each
+        for part in parts[2:]:
+            total += part
+        return total
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        return torch.cat(self._exchange(x, "all_gather"), dim)
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        parts = [part.split(list(sizes))[self.rank] for part in self._exchange(x, "reduce_scatter")]
+        return torch.stack(parts).sum(0)
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        shares = self._exchange(x.split(list(send)), "all_to_all")
+        return torch.cat([share[self.rank] for share in shares])
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        found: Tensor = self._exchange(x, "broadcast")[root].clone()
+        return found
+
+    def send(self, x: Tensor, to: int) -> None:
+        with self.progress.during("send"):
+            self._group.post(self.rank, to, x.clone())
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        with self.progress.during("recv"):
+            return self._group.collect(source, self.rank)
+
+    def barrier(self) -> None:
+        self._exchange(None, "barrier")
+
+    def abort(self) -> None:
+        self._group.abort()

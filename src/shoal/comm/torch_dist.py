@@ -1,0 +1,147 @@
+"""Ranks as processes, through torch.distributed's backends: gloo on CPUs, NCCL on GPUs.
+
+The process groups are built directly, not through `init_process_group`: no global state, so that any number of
+groups and engines live side by side.
+"""
+
+import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from shoal.comm.base import Progress
+from shoal.errors import CommAborted, CommError, CommTimeout
+
+c10d: Any = torch.distributed  # its bindings carry no usable types
+
+_LOOK_UP = datetime.timedelta(seconds=0.1)  # how often a wait looks whether the group was called off
+
+
+class TorchComm:
+    """A group over a store that all its ranks share. `prefix` keeps groups over one store apart."""
+
+    def __init__(
+        self,
+        store: Any,
+        prefix: str,
+        rank: int,
+        size: int,
+        *,
+        backend: str,
+        timeout_s: float,
+        device: torch.device,
+        interface_address: str = "127.0.0.1",
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.progress = Progress()
+        self._timeout_s = timeout_s
+        self._aborted = False
+        timeout = datetime.timedelta(seconds=timeout_s)
+        self._store = group_store = c10d.PrefixStore(prefix, store)
+        self._backend = backend
+        self._group: Any
+        if backend == "nccl":
+            nccl = c10d.ProcessGroupNCCL.Options()
+            nccl._timeout = timeout
+            self._group = c10d.ProcessGroupNCCL(group_store, rank, size, nccl)
+        else:
+            gloo = c10d.ProcessGroupGloo._Options()
+            gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=interface_address)]
+            gloo._timeout = timeout
+            with self._named("connect"):
+                self._group = c10d.ProcessGroupGloo(group_store, rank, size, gloo)
+        self._device = device
+
+    @contextmanager
+    def _named(self, operation: str) -> Iterator[None]:
+        """Gives the backends' errors a name, a rank and a number; gloo's own say only that something timed out."""
+        try:
+            with self.progress.during(operation):
+                yield
+        except RuntimeError as error:
+            where = f"rank {self.rank} of {self.size}: {operation} #{self.progress.count}"
+            if self._called_off():
+                raise CommAborted(f"{where} was aborted") from error
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                raise CommTimeout(f"{where} waited {self._timeout_s:g} s") from error
+            raise CommError(f"{where} failed: {str(error).splitlines()[0]}") from error
+
+    def _called_off(self) -> bool:
+        try:
+            return self._aborted or bool(self._store.check(["aborted"]))
+        except RuntimeError:  # the store has gone, which is another story
+            return False
+
+    def _wait(self, work: Any) -> None:
+        """gloo's own abort wakes nobody, here or elsewhere, so that waits for it look up now and then."""
+        while self._backend == "gloo" and not work.is_completed():
+            try:
+                work.wait(_LOOK_UP)
+            except RuntimeError:
+                if self._called_off():
+                    raise
+        work.wait()  # gives the work's own error
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        with self._named("all_reduce"):
+            self._wait(self._group.allreduce([x]))
+        return x
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        if dim != 0:
+            return self.all_gather(x.transpose(0, dim), sizes).transpose(0, dim).contiguous()
+        # gloo wants equal sizes: the shorter parts are padded, and the padding is cut off again.
+        longest = max(sizes)
+        padded = x.contiguous()
+        if len(x) < longest:
+            padded = x.new_zeros((longest, *x.shape[1:]))
+            padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with self._named("all_gather"):
+            self._wait(self._group.allgather([parts], [padded]))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        # Neither backend scatters uneven shares; the sum is the same, and groups are small.
+        shares: Sequence[Tensor] = self.all_reduce(x).split(list(sizes))
+        return shares[self.rank]
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        out = x.new_empty((sum(receive), *x.shape[1:]))
+        with self._named("all_to_all"):
+            self._wait(self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)))
+        return out
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        x = x.contiguous()
+        options = c10d.BroadcastOptions()
+        options.rootRank = root
+        options.rootTensor = 0
+        with self._named("broadcast"):
+            self._wait(self._group.broadcast([x], options))
+        return x
+
+    def send(self, x: Tensor, to: int) -> None:
+        with self._named("send"):
+            self._group.send([x.contiguous()], to, 0).wait()
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        out = torch.empty_like(x)
+        with self._named("recv"):
+            self._group.recv([out], source, 0).wait()
+        return out
+
+    def barrier(self) -> None:
+        self.all_reduce(torch.zeros(1, device=self._device))
+
+    def abort(self) -> None:
+        """gloo's `send` and `recv` end at their timeout only: they can't be looked at while they wait."""
+        self._aborted = True
+        self._store.set("aborted", "1")
+        self._group.abort()

@@ -1,0 +1,205 @@
+"""What a user can say about an engine. Each option is written once, here: flags, `LLM(...)` and docs derive from it.
+
+None means "you decide"; `planner.resolve` decides, and says why.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from shoal.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+Device = Literal["auto", "cpu", "cuda"]
+Backend = Literal["auto", "uni", "threads", "mp"]
+
+T = TypeVar("T")
+
+
+def option(default: T, help: str, *, short: str | None = None, minimum: float | None = None, bytes_: bool = False) -> T:
+    """A config field; `short` is a second flag, `bytes_` allows 512MiB, 2GiB and the like."""
+    found: T = field(default=default, metadata={"help": help, "short": short, "minimum": minimum, "bytes": bytes_})
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Model"""
+
+    revision: str | None = option(None, "branch, tag or commit of a model on the hub")
+    dtype: Dtype = option("auto", "type of weights and activations; auto: the checkpoint's")
+    max_model_len: int | None = option(
+        None, "longest prompt plus output, in tokens; auto: the model's, if it fits", minimum=1
+    )
+    load_format: LoadFormat = option("auto", "dummy: made-up weights, for benchmarks")
+    seed: int = option(0, "seeds requests that bring no seed of their own", minimum=0)
+    enforce_eager: bool = option(False, "launch every operation by itself; steps run so in this version anyway")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelOptions:
+    """Parallelism"""
+
+    tensor_parallel_size: int = option(1, "ranks that share each layer", short="-tp", minimum=1)
+    distributed_executor_backend: Backend = option(
+        "auto", "uni: in this process (one rank); threads: ranks as threads; mp: a process a rank; auto: uni or mp"
+    )
+    device: Device = option("auto", "where ranks compute")
+    num_devices: int | None = option(None, "count this host as that many devices", minimum=1)
+    engine_process: bool = option(False, "run the engine in a process of its own")
+    start_timeout: float = option(600.0, "seconds a start phase may take", minimum=1)
+    step_timeout: float = option(300.0, "seconds a step may take", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """KV cache"""
+
+    block_size: int = option(16, "tokens in a KV block", minimum=1)
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory that a rank may use, in (0, 1]")
+    device_memory: int | None = option(
+        None, "memory budget of each rank, weights and KV cache and all: 512MiB, 2GiB, ...", minimum=1, bytes_=True
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None, "size of each rank's KV cache; overrides the other memory options", minimum=1, bytes_=True
+    )
+    enable_prefix_caching: bool = option(True, "keep KV blocks of past prompts for requests that begin alike")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """Scheduling"""
+
+    max_num_seqs: int = option(256, "requests that run at the same time", minimum=1)
+    max_num_batched_tokens: int = option(2048, "tokens computed in one step", minimum=1)
+    max_in_flight: int = option(2, "steps handed to the ranks before the first one's tokens are known", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    model: str
+    model_options: ModelOptions = field(default_factory=ModelOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+
+    @classmethod
+    def from_flat(cls, model: str, values: Mapping[str, Any]) -> "EngineOptions":
+        """Sorts `values` (option name -> value) into the sections.
+
+        Raises:
+            ConfigError: an unknown name (the nearest known one is named), a wrong type, a value out of range.
+        """
+        known = {known.name: known for known in options()}
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+                raise ConfigError(f"unknown option {name}{hint}")
+        sections: dict[str, Any] = {}
+        for section, section_type in SECTIONS.items():
+            names = {f.name for f in dataclasses.fields(section_type)}
+            checked = {name: known[name].check(value) for name, value in values.items() if name in names}
+            sections[section] = section_type(**checked)
+        utilization = sections["cache"].gpu_memory_utilization
+        if not 0 < utilization <= 1:
+            raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {utilization}")
+        return cls(model=model, **sections)
+
+
+SECTIONS: dict[str, type] = {
+    "model_options": ModelOptions,
+    "parallel": ParallelOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerOptions,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as flags, `LLM(...)` and the docs see it."""
+
+    name: str
+    group: str
+    type: type  # int, float, str or bool
+    default: Any
+    choices: tuple[str, ...]
+    optional: bool
+    help: str
+    short: str | None
+    minimum: float | None
+    bytes: bool
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any) -> Any:
+        """The value in the option's type.
+
+        Raises:
+            ConfigError: it has another type or is out of range.
+        """
+        if value is None and self.optional:
+            return None
+        if self.bytes and isinstance(value, str):
+            value = parse_bytes(value, self.flag)
+        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, self.type) or (isinstance(value, bool) and self.type is not bool):
+            raise ConfigError(f"{self.flag} takes {_TYPE_NAMES[self.type]}, got {value!r}")
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"{self.flag} must be one of {', '.join(self.choices)}, got {value!r}")
+        if self.minimum is not None and isinstance(value, int | float) and not value >= self.minimum:
+            raise ConfigError(f"{self.flag} must be at least {self.minimum:g}, got {value}")
+        return value
+
+
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """`1500000`, `512MiB`, `2GiB`, `1.5g`: a number of bytes.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if not match:
+        raise ConfigError(f"{flag} takes a number of bytes such as 512MiB or 2GiB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def format_bytes(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def options() -> Iterator[Option]:
+    """Every option, section by section."""
+    for section in SECTIONS.values():
+        hints = get_type_hints(section)
+        for f in dataclasses.fields(section):
+            hint = hints[f.name]
+            alternatives = [a for a in get_args(hint) if a is not type(None)]
+            literal = get_origin(hint) is Literal
+            optional = type(None) in get_args(hint)
+            yield Option(
+                name=f.name,
+                group=section.__doc__ or "",
+                type=str if literal else alternatives[0] if optional else hint,
+                default=f.default,
+                choices=tuple(alternatives) if literal else (),
+                optional=optional,
+                help=f.metadata["help"],
+                short=f.metadata["short"],
+                minimum=f.metadata["minimum"],
+                bytes=f.metadata["bytes"],
+            )

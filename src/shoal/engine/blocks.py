@@ -1,0 +1,129 @@
+"""KV blocks: which are free, who holds which, and which hold a prefix that somebody may ask for again.
+
+A full block is known by the chain of what came before it: its key is its parent's identity and its own tokens, so
+looking a prompt up compares tokens and salt, block by block, and two prompts can't be confused. A block that nobody
+holds keeps its content until it is needed; the longest unused goes first, and of a chain its end.
+
+Plans run in one total order on every rank. So a block is free as soon as a plan no longer needs it, and cached as
+soon as the plan that fills it is made: whatever follows, runs later.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from shoal.errors import EngineError
+from shoal.wire import Ids
+
+Key = tuple[int | str, Ids]
+
+
+class BlockPool:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_caching = prefix_caching
+        self._holders = [0] * num_blocks
+        self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
+        self._cached: dict[Key, int] = {}
+        self._keys: list[Key | None] = [None] * num_blocks
+        self._identity = [0] * num_blocks  # of the cached content; never given twice
+        self._next_identity = 1
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, cached ones included."""
+        return len(self._unused)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    def find_prefix(self, tokens: Sequence[int], salt: str) -> list[int]:
+        """The blocks of the longest cached prefix that leaves at least one token to compute. Takes none of them."""
+        found: list[int] = []
+        if not self._prefix_caching:
+            return found
+        size = self.block_size
+        parent: int | str = salt
+        for start in range(0, (len(tokens) - 1) // size * size, size):
+            block = self._cached.get((parent, tuple(tokens[start : start + size])))
+            if block is None:
+                break
+            found.append(block)
+            parent = self._identity[block]
+        return found
+
+    def num_unused(self, blocks: Iterable[int]) -> int:
+        """How many of them nobody holds: taking these uses up free blocks."""
+        return sum(self._holders[block] == 0 for block in blocks)
+
+    def take(self, blocks: Iterable[int]) -> None:
+        """Holds cached blocks."""
+        for block in blocks:
+            if self._holders[block] == 0:
+                del self._unused[block]
+            self._holders[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks to write to. The caller has looked at `num_free`."""
+        blocks = []
+        for _ in range(count):
+            block, _none = self._unused.popitem(last=False)
+            self._forget(block)
+            self._holders[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Lets go of a sequence's blocks, in the order of the sequence."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                self._unused[block] = None
+                if self._keys[block] is None:
+                    self._unused.move_to_end(block, last=False)  # holds nothing of use: taken first
+
+    def cache(self, blocks: Sequence[int], first: int, last: int, tokens: Sequence[int], salt: str) -> None:
+        """Makes blocks `first` to `last` (exclusive) of a sequence findable; their tokens are final."""
+        if not self._prefix_caching:
+            return
+        size = self.block_size
+        for i in range(first, last):
+            parent: int | str = salt if i == 0 else self._identity[blocks[i - 1]]
+            key = (parent, tuple(tokens[i * size : (i + 1) * size]))
+            # Where the same content is cached already, the chain goes on from there; this copy stays private.
+            owner = self._cached.setdefault(key, blocks[i])
+            if owner == blocks[i]:
+                self._keys[owner] = key
+                self._identity[owner] = self._next_identity
+                self._next_identity += 1
+            else:
+                self._identity[blocks[i]] = self._identity[owner]
+
+    def reset_cache(self) -> None:
+        """Forgets all prefixes: the next requests compute theirs anew."""
+        for block in self._cached.values():
+            self._keys[block] = None
+        self._cached.clear()
+
+    def audit(self, held: Iterable[Sequence[int]]) -> None:
+        """Holds the books against the sequences' own lists.
+
+        Raises:
+            EngineError: they differ: a block was leaked or given twice.
+        """
+        holders = [0] * self.num_blocks
+        for blocks in held:
+            for block in blocks:
+                holders[block] += 1
+        wrong = [b for b in range(self.num_blocks) if holders[b] != self._holders[b]]
+        wrong += [b for b in range(self.num_blocks) if (self._holders[b] == 0) != (b in self._unused)]
+        wrong += [b for key, b in self._cached.items() if self._keys[b] != key]
+        if wrong:
+            raise EngineError(f"KV blocks out of balance: {sorted(set(wrong))[:10]} of {self.num_blocks}")
+
+    def _forget(self, block: int) -> None:
+        key = self._keys[block]
+        if key is not None:
+            del self._cached[key]
+            self._keys[block] = None

@@ -1,0 +1,122 @@
+"""The engine: turns requests into plans, keeps the ranks busy, and hands out what they bring."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from shoal import wire
+from shoal.engine.blocks import BlockPool
+from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
+from shoal.errors import ClosedError, EngineError
+from shoal.protocols import Executor, Policy
+
+_STATS_TIMEOUT_S = 30.0
+
+
+class EngineCore:
+    """An EngineClient in this process: `updates` drives it.
+
+    `max_in_flight` plans are with the ranks at a time. With two, the next step is there when the ranks have ended
+    the one before, and the engine's own work takes none of their time.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        limits: Limits,
+        *,
+        block_size: int,
+        prefix_caching: bool,
+        max_in_flight: int,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._executor = executor
+        self._limits = limits
+        self._pool = BlockPool(executor.num_blocks, block_size, prefix_caching=prefix_caching)
+        self._scheduler = Scheduler(self._pool, limits, policy or PriorityPolicy(), clock)
+        self._max_in_flight = max_in_flight
+        self._failure: EngineError | None = None
+        self._closed = False
+        self._steps = 0
+        self._schedule_ns = 0
+        self._step_total_us = 0
+        self._step_forward_us = 0
+
+    def add(self, request: wire.EngineRequest) -> None:
+        self._check_open()
+        self._scheduler.add(request)
+
+    def abort(self, seqs: Sequence[int]) -> None:
+        self._scheduler.abort(seqs)
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        self._check_open()
+        try:
+            self._launch()
+            if self._scheduler.num_in_flight:
+                for result in self._executor.poll(timeout):
+                    self._apply(result)
+        except EngineError as error:
+            self._failure = error
+            raise
+        if self._scheduler.idle:
+            self._scheduler.audit()
+        return self._scheduler.take_updates()
+
+    @property
+    def busy(self) -> bool:
+        """Is there anything that `updates` would work on?"""
+        return not self._scheduler.idle
+
+    def _launch(self) -> None:
+        while self._scheduler.num_in_flight < self._max_in_flight:
+            begun = time.perf_counter_ns()
+            plan = self._scheduler.schedule()
+            if plan is not None:
+                self._executor.launch(plan)
+            self._schedule_ns += time.perf_counter_ns() - begun
+            if plan is None:
+                return
+
+    def _apply(self, result: wire.StepResult) -> None:
+        begun = time.perf_counter_ns()
+        self._scheduler.apply(result)
+        self._schedule_ns += time.perf_counter_ns() - begun
+        self._steps += 1
+        self._step_total_us += result.times.total_us
+        self._step_forward_us += result.times.forward_us
+
+    def stats(self) -> wire.EngineStats:
+        """Asks the ranks too, once the steps launched so far have ended."""
+        self._check_open()
+        ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
+        counters = self._scheduler.counters
+        return wire.EngineStats(
+            waiting=self._scheduler.num_waiting,
+            running=self._scheduler.num_running,
+            num_blocks=self._pool.num_blocks,
+            free_blocks=self._pool.num_free,
+            block_size=self._pool.block_size,
+            max_model_len=self._limits.max_model_len,
+            steps=self._steps,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            preemptions=counters.preemptions,
+            schedule_us=self._schedule_ns // 1000,
+            step_total_us=self._step_total_us,
+            step_forward_us=self._step_forward_us,
+            start_s=tuple(self._executor.start_times.items()),
+            ranks=tuple(wire.decode_stats(answer) for answer in ranks),
+        )
+
+    def close(self) -> None:
+        self._closed = True
+        self._executor.close()
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise ClosedError(f"the engine has failed: {self._failure}")
+        if self._closed:
+            raise ClosedError("the engine was closed")

@@ -1,0 +1,325 @@
+"""Iteration-level scheduling (Orca; Yu et al., OSDI 2022): what runs in the next step.
+
+There is no prefill phase and no decode phase. A step has a token budget; running requests take from it first, chunks
+of waiting prompts get what is left. Plans are made before the tokens of earlier ones are known, so a request may be
+scheduled once or twice past its end; what comes back for it then is dropped.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from shoal import wire
+from shoal.engine.blocks import BlockPool
+from shoal.engine.request import Request, State, decode_tokens, encode_tokens
+from shoal.errors import EngineError
+from shoal.protocols import Policy
+
+
+class PriorityPolicy:
+    """The lower priority number first; among equals, who came first."""
+
+    def rank(self, request: wire.EngineRequest, arrival: int) -> tuple[int, ...]:
+        return (request.priority, arrival)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+@dataclass(slots=True)
+class Counters:
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making."""
+
+    budget: int
+    work: dict[Request, wire.Work] = field(default_factory=dict)
+    new: list[wire.NewSeq] = field(default_factory=list)
+
+
+class Scheduler:
+    def __init__(self, pool: BlockPool, limits: Limits, policy: Policy, clock: Callable[[], float]) -> None:
+        self.counters = Counters()
+        self._pool = pool
+        self._limits = limits
+        self._policy = policy
+        self._clock = clock
+        self._requests: dict[int, Request] = {}
+        self._waiting: list[tuple[tuple[int, ...], int, Request]] = []  # a heap; may hold requests that have ended
+        self._running: list[Request] = []  # by the policy's rank
+        self._deadlines: list[tuple[float, int]] = []
+        self._released: list[int] = []  # ranks are to forget these
+        self._flights: dict[int, tuple[Request, ...]] = {}
+        self._next_step = 0
+        self._arrivals = 0
+        self._updates: list[wire.SeqUpdate] = []
+
+    # --- what clients ask for ------------------------------------------------------------------------------------
+
+    def add(self, spec: wire.EngineRequest) -> None:
+        """Takes a request over.
+
+        Raises:
+            EngineError: it can never run. The frontend checks prompts before; this is the engine's own guard.
+        """
+        tokens = decode_tokens(spec.tokens)
+        if not tokens or len(tokens) + spec.max_tokens > self._limits.max_model_len or spec.max_tokens < 1:
+            raise EngineError(
+                f"request {spec.seq}: {len(tokens)} prompt tokens and {spec.max_tokens} to generate "
+                f"do not fit into {self._limits.max_model_len}"
+            )
+        if spec.seq in self._requests:
+            raise EngineError(f"request {spec.seq} exists already")
+        self._arrivals += 1
+        rank = self._policy.rank(spec, self._arrivals)
+        request = Request(spec, self._arrivals, rank, tokens, len(tokens))
+        self._requests[spec.seq] = request
+        self._wait(request)
+        if spec.deadline is not None:
+            heapq.heappush(self._deadlines, (spec.deadline, spec.seq))
+
+    def abort(self, seqs: Iterable[int], error: str = "") -> None:
+        """Ends requests; those that have ended already, or never were, are passed over."""
+        for seq in seqs:
+            request = self._requests.get(seq)
+            if request is not None:
+                self._finish(request, wire.Finish.ABORT, error=error)
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> wire.StepPlan | None:
+        """The next plan, None if there is nothing to do before more results are in."""
+        self._expire()
+        draft = _Draft(self._limits.max_num_batched_tokens)
+        preempted = self._continue_running(draft)
+        if not preempted:
+            self._admit_waiting(draft)
+        if not draft.work and (self._flights or not self._released):
+            return None
+        plan = wire.StepPlan(0, self._next_step, tuple(draft.work.values()), tuple(draft.new), tuple(self._released))
+        self._flights[plan.step] = tuple(draft.work)
+        self._released.clear()
+        self._next_step += 1
+        return plan
+
+    def _continue_running(self, draft: _Draft) -> bool:
+        """Gives running requests their next tokens; True if one had to make room for another.
+
+        Those that need a single token come first: a long prompt in chunks delays nobody's next token.
+        """
+        preempted = False
+        for request in sorted(self._running, key=lambda running: running.uncomputed > 1):
+            wanted = min(request.uncomputed, draft.budget)
+            if wanted == 0 or request.state is not State.RUNNING:  # waits for results, or made room for another
+                continue
+            while request.state is State.RUNNING and self._room(request) == 0:
+                self._preempt(self._running[-1], draft)
+                preempted = True
+            if request.state is State.RUNNING:
+                self._give_work(request, min(wanted, self._room(request)), draft)
+        # Only now: had the prefix cache been told before, a request taken back would have left promises in it.
+        for request in draft.work:
+            self._cache_blocks(request)
+        return preempted
+
+    def _room(self, request: Request) -> int:
+        """Tokens that fit into its blocks and the free ones."""
+        return (len(request.blocks) + self._pool.num_free) * self._pool.block_size - request.computed
+
+    def _admit_waiting(self, draft: _Draft) -> None:
+        while draft.budget > 0 and len(self._running) < self._limits.max_num_seqs:
+            request = self._next_waiting()
+            if request is None:
+                return
+            prefix = self._pool.find_prefix(request.tokens, request.spec.cache_salt)
+            computed = len(prefix) * self._pool.block_size
+            # Room for the whole prompt is asked for, though blocks are given chunk by chunk: a prompt that is
+            # half in would else be the first to be preempted.
+            wanted = -(-len(request.tokens) // self._pool.block_size) - len(prefix)
+            if wanted > self._pool.num_free - self._pool.num_unused(prefix):
+                return
+            heapq.heappop(self._waiting)
+            self._start(request, prefix, computed, draft)
+
+    def _start(self, request: Request, prefix: list[int], computed: int, draft: _Draft) -> None:
+        self._pool.take(prefix)
+        request.state = State.RUNNING
+        request.blocks = prefix
+        request.computed = computed
+        request.blocks_cached = len(prefix)
+        self.counters.prefix_queries += len(request.tokens)
+        self.counters.prefix_hits += computed
+        if request.epoch == 0:
+            request.cached_tokens = computed
+            self.counters.prompt_tokens += request.prompt_len
+        self._running.append(request)
+        self._running.sort(key=lambda running: running.rank)
+        draft.new.append(
+            wire.NewSeq(
+                request.spec.seq, request.epoch, encode_tokens(request.tokens), tuple(prefix), request.spec.sampling
+            )
+        )
+        self._give_work(request, min(request.uncomputed, draft.budget), draft)
+        self._cache_blocks(request)
+
+    def _give_work(self, request: Request, count: int, draft: _Draft) -> None:
+        start = request.computed
+        request.computed += count
+        blocks = self._pool.allocate(-(-request.computed // self._pool.block_size) - len(request.blocks))
+        request.blocks += blocks
+        sample = request.computed == request.length
+        request.pending += sample
+        request.in_flight += 1
+        draft.budget -= count
+        draft.work[request] = wire.Work(request.spec.seq, start, count, sample, tuple(blocks))
+
+    def _preempt(self, request: Request, draft: _Draft) -> None:
+        """Gives a request's blocks back; it will compute its tokens again, once those in flight are known."""
+        taken_back = draft.work.pop(request, None)
+        if taken_back is not None:
+            draft.budget += taken_back.count
+            request.pending -= taken_back.sample
+            request.in_flight -= 1
+        self.counters.preemptions += 1
+        self._drop(request)
+        request.computed = 0
+        request.state = State.DRAINING
+        self._resume_if_drained(request)
+
+    def _resume_if_drained(self, request: Request) -> None:
+        if request.state is State.DRAINING and request.in_flight == 0:
+            request.epoch += 1
+            self._wait(request)
+
+    # --- results -------------------------------------------------------------------------------------------------
+
+    def apply(self, result: wire.StepResult) -> None:
+        """Takes in what a step has brought. Steps come back in the order in which they were planned."""
+        expected = next(iter(self._flights), None)
+        if result.step != expected:  # going on would give tokens to the wrong places
+            raise EngineError(f"the ranks answered step {result.step}, expected was {expected}")
+        requests = self._flights.pop(result.step)
+        for request in requests:
+            request.in_flight -= 1
+        for out in result.out:
+            receiver = self._requests.get(out.seq)
+            if receiver is not None and receiver.epoch == out.epoch:
+                self._accept(receiver, out)
+        for request in requests:
+            self._resume_if_drained(request)
+
+    def _accept(self, request: Request, out: wire.SeqOut) -> None:
+        finish = None
+        taken: list[int] = []
+        for token in out.tokens:
+            taken.append(token)
+            request.tokens.append(token)
+            request.pending -= 1
+            if token in request.spec.stop_ids:
+                finish = wire.Finish.STOP
+                break
+            if len(request.tokens) - request.prompt_len == request.spec.max_tokens:
+                finish = wire.Finish.LENGTH
+                break
+        self.counters.generated_tokens += len(taken)
+        self._cache_blocks(request)
+        if finish is not None:
+            self._finish(request, finish, taken, out.logprobs)
+        else:
+            self._updates.append(wire.SeqUpdate(request.spec.seq, tuple(taken), out.logprobs))
+
+    def take_updates(self) -> list[wire.SeqUpdate]:
+        updates, self._updates = self._updates, []
+        return updates
+
+    # --- books ---------------------------------------------------------------------------------------------------
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._requests) - len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do, nothing on its way."""
+        return not self._requests and not self._flights and not self._released
+
+    def audit(self) -> None:
+        """Holds all books against each other.
+
+        Raises:
+            EngineError: a block, a request or a step was lost.
+        """
+        self._pool.audit(request.blocks for request in self._running)
+        states = {State.RUNNING: len(self._running), State.FINISHED: 0}
+        for state, count in states.items():
+            found = sum(request.state is state for request in self._requests.values())
+            if found != count:
+                raise EngineError(f"scheduler out of balance: {found} requests {state.value}, {count} in its list")
+        if not self._requests and self._pool.num_free != self._pool.num_blocks:
+            raise EngineError(
+                f"{self._pool.num_blocks - self._pool.num_free} KV blocks are held though there is no request"
+            )
+
+    def _wait(self, request: Request) -> None:
+        request.state = State.WAITING
+        heapq.heappush(self._waiting, (request.rank, request.spec.seq, request))
+
+    def _next_waiting(self) -> Request | None:
+        while self._waiting and self._waiting[0][2].state is not State.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][2] if self._waiting else None
+
+    def _finish(
+        self,
+        request: Request,
+        finish: wire.Finish,
+        tokens: Sequence[int] = (),
+        logprobs: tuple[wire.TokenLogprobs, ...] = (),
+        error: str = "",
+    ) -> None:
+        self._drop(request)
+        request.state = State.FINISHED
+        del self._requests[request.spec.seq]
+        self._updates.append(
+            wire.SeqUpdate(request.spec.seq, tuple(tokens), logprobs, finish, request.cached_tokens, error)
+        )
+
+    def _drop(self, request: Request) -> None:
+        """Takes a request from the running ones, and has the ranks forget it."""
+        if request.state is State.RUNNING:
+            self._running.remove(request)
+            self._released.append(request.spec.seq)
+            self._pool.release(request.blocks)
+            request.blocks = []
+            request.blocks_cached = 0
+
+    def _expire(self) -> None:
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            _, seq = heapq.heappop(self._deadlines)
+            self.abort([seq], error="the request's deadline has passed")
+
+    def _cache_blocks(self, request: Request) -> None:
+        """Makes blocks findable whose tokens are known and computed."""
+        full = min(request.computed, len(request.tokens)) // self._pool.block_size
+        if full > request.blocks_cached and request.blocks:
+            self._pool.cache(request.blocks, request.blocks_cached, full, request.tokens, request.spec.cache_salt)
+            request.blocks_cached = full

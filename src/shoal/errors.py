@@ -1,0 +1,58 @@
+"""One tree of errors. A message is one line: what happened, the numbers, the way out.
+
+ShoalError
+|-- UserError               what the caller can mend; the command line exits with 2
+|   |-- ConfigError         an option, or options that do not go together
+|   |-- CheckpointError     a model folder, its configuration or its tensors
+|   `-- RequestError        a prompt or a sampling parameter; also a ValueError
+`-- EngineError             the engine could not go on; the command line exits with 1
+    |-- RankFailed          a rank died, stood still or raised; names rank, process and step
+    |-- CommError           an operation between ranks failed
+    |   |-- CommTimeout     ... because somebody did not arrive in time
+    |   `-- CommAborted     ... because somebody called it off
+    `-- ClosedError         a call on an engine that was closed or had failed before
+"""
+
+
+class ShoalError(Exception):
+    exit_code = 1
+
+
+class UserError(ShoalError):
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    pass
+
+
+class CheckpointError(UserError):
+    pass
+
+
+class RequestError(UserError, ValueError):
+    pass
+
+
+class EngineError(ShoalError):
+    pass
+
+
+class RankFailed(EngineError):
+    pass
+
+
+class CommError(EngineError):
+    pass
+
+
+class CommTimeout(CommError):
+    pass
+
+
+class CommAborted(CommError):
+    pass
+
+
+class ClosedError(EngineError):
+    pass

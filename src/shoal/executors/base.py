@@ -1,0 +1,191 @@
+"""What all executors share: start phases, the order of messages, deadlines. They differ in how they reach ranks."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol
+
+from shoal import wire
+from shoal.config import format_bytes
+from shoal.errors import ClosedError, RankFailed, UserError
+from shoal.observe.logging import get_logger
+
+log = get_logger("executor")
+
+_SLICE_S = 0.5  # how long a wait goes on before deadlines are looked at
+_CAUSE_S = 2.0  # how long a rank that lost contact to others is given, so that the one that caused it can be named
+
+
+class Links(Protocol):
+    """The way to and from ranks."""
+
+    world_size: int
+
+    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+        """To one rank, or to all. Never blocks, keeps the order."""
+
+    def receive(self, timeout: float) -> list[wire.FromRank]:
+        """What has arrived, waiting up to `timeout` seconds.
+
+        Raises:
+            RankFailed: a rank died or stands still.
+        """
+
+    def describe(self, rank: int) -> str:
+        """Who a rank is and what it last said it was doing, for errors."""
+
+    def close(self, *, failed: bool) -> None:
+        """Ends the ranks: at once if one has failed. Idempotent, never raises."""
+
+
+class RankExecutor:
+    """An Executor over links to ranks that each hold a Worker."""
+
+    def __init__(
+        self,
+        links: Links,
+        setups: Sequence[wire.RankSetup],
+        *,
+        max_blocks: int | None,
+        check_capacity: Callable[[int], None],
+        start_timeout: float,
+        step_timeout: float,
+    ) -> None:
+        """Starts the ranks, phase by phase. `max_blocks` caps the KV blocks; `check_capacity` may refuse their number.
+
+        Raises:
+            UserError: what a rank was told can't work.
+            EngineError: a rank failed.
+        """
+        self.num_blocks = 0
+        self.start_times: dict[str, float] = {}
+        self._links = links
+        self._step_timeout = step_timeout
+        self._launched: deque[int] = deque()
+        self._waiting_since = 0.0
+        self._results: list[wire.StepResult] = []
+        self._replies: dict[int, bytes] = {}
+        self._call_id = 0
+        self._last_result = -1
+        self._failure = ""
+        try:
+            for setup in setups:
+                links.send(setup, setup.rank)
+            self._start(max_blocks, check_capacity, start_timeout)
+        except BaseException:
+            links.close(failed=True)
+            raise
+
+    def _start(self, max_blocks: int | None, check_capacity: Callable[[int], None], timeout: float) -> None:
+        self._phase("connect", timeout)
+        for info in map(wire.decode_load_info, self._phase("load", timeout)):
+            log.info(
+                "rank %d: %d layers, %d query and %d KV heads, %s of weights on %s, %d threads, %s, %s, %s",
+                *(info.rank, info.layers, info.q_heads, info.kv_heads, format_bytes(info.weight_bytes)),
+                *(info.device, info.threads, info.linear, info.kernels, info.comm),
+            )
+        capacities = [wire.decode_capacity(payload) for payload in self._phase("profile", timeout)]
+        smallest = min(capacities, key=lambda capacity: capacity.num_blocks)
+        self.num_blocks = smallest.num_blocks if max_blocks is None else min(smallest.num_blocks, max_blocks)
+        if len({capacity.num_blocks for capacity in capacities}) > 1:
+            log.info("rank %d has the least room and decides: %d KV blocks", smallest.rank, self.num_blocks)
+        check_capacity(self.num_blocks)
+        self._phase("allocate", timeout, self.num_blocks.to_bytes(8, "little"))
+        self._phase("warm_up", timeout)
+
+    def _phase(self, verb: str, timeout: float, payload: bytes = b"") -> list[bytes]:
+        begun = time.monotonic()
+        answers = self.call(verb, payload, timeout=timeout)
+        self.start_times[verb] = time.monotonic() - begun
+        return answers
+
+    def launch(self, plan: wire.StepPlan) -> None:
+        self._check_open()
+        if not self._launched:
+            self._waiting_since = time.monotonic()
+        self._launched.append(plan.step)
+        self._links.send(plan)
+
+    def poll(self, timeout: float) -> list[wire.StepResult]:
+        self._check_open()
+        deadline = time.monotonic() + timeout
+        while not self._results:
+            remaining = deadline - time.monotonic()
+            self._receive(min(max(remaining, 0), _SLICE_S))
+            self._check_step_deadline()
+            if remaining <= 0:
+                break
+        results, self._results = self._results, []
+        return results
+
+    def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
+        self._check_open()
+        self._call_id += 1
+        self._replies.clear()
+        self._links.send(wire.Call(self._call_id, verb, payload))
+        deadline = time.monotonic() + timeout
+        while len(self._replies) < self._links.world_size:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                missing = [rank for rank in range(self._links.world_size) if rank not in self._replies]
+                self._fail(f"{verb} did not end within {timeout:g} s on {self._describe(missing)}")
+            self._receive(min(remaining, _SLICE_S))
+        return [self._replies[rank] for rank in range(self._links.world_size)]
+
+    def close(self) -> None:
+        self._links.close(failed=False)
+
+    def _receive(self, timeout: float) -> None:
+        for message in self._guarded_receive(timeout):
+            match message:
+                case wire.StepResult():
+                    self._launched.popleft()
+                    self._waiting_since = time.monotonic()
+                    self._last_result = message.step
+                    self._results.append(message)
+                case wire.Reply() if message.id == self._call_id:
+                    self._replies[message.rank] = message.payload
+                case wire.RankReport():
+                    self._blame(message)
+
+    def _guarded_receive(self, timeout: float) -> list[wire.FromRank]:
+        try:
+            return self._links.receive(timeout)
+        except RankFailed as error:
+            self._give_up(str(error))
+            raise
+
+    def _blame(self, report: wire.RankReport) -> None:
+        """Raises the error of a report, or a better one: a rank that lost contact is seldom the one at fault."""
+        deadline = time.monotonic() + _CAUSE_S
+        while report.communication and (remaining := deadline - time.monotonic()) > 0:
+            for message in self._guarded_receive(remaining):  # raises if a rank has died
+                if isinstance(message, wire.RankReport) and not message.communication:
+                    report = message
+        if report.user_error:
+            self._give_up(report.error)
+            raise UserError(report.error)
+        self._fail(f"rank {report.rank} ({self._links.describe(report.rank)}): {report.error}")
+
+    def _check_step_deadline(self) -> None:
+        if self._launched and time.monotonic() - self._waiting_since > self._step_timeout:
+            ranks = list(range(self._links.world_size))
+            self._fail(
+                f"step {self._launched[0]} did not end within {self._step_timeout:g} s (--step-timeout): "
+                f"{self._describe(ranks)}"
+            )
+
+    def _describe(self, ranks: Sequence[int]) -> str:
+        return "; ".join(f"rank {rank} ({self._links.describe(rank)})" for rank in ranks)
+
+    def _check_open(self) -> None:
+        if self._failure:
+            raise ClosedError(f"the engine has failed: {self._failure}")
+
+    def _give_up(self, why: str) -> None:
+        self._failure = why
+        self._links.close(failed=True)
+
+    def _fail(self, message: str) -> NoReturn:
+        self._give_up(message)
+        raise RankFailed(message)

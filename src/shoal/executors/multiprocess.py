@@ -1,0 +1,100 @@
+"""Ranks as processes of this host: `python -m shoal.worker`."""
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+
+from shoal import wire
+from shoal.devices import cpu
+from shoal.errors import RankFailed
+from shoal.transport.channel import ChannelClosed, wait
+from shoal.transport.process import ChildProcess, end_all
+
+_QUIET_S = 3.0  # without a pulse (two come a second) for so long, a process is looked at: was it stopped?
+_LOST_S = 60.0  # ... and for so long, it is given up, whatever it is doing
+_END_S = 2.0
+
+
+class ProcessLinks:
+    def __init__(self, setups: Sequence[wire.RankSetup]) -> None:
+        self.world_size = len(setups)
+        self._store = os.memfd_create("shoal-store")  # where ranks find each other; has no name, dies with us
+        self._closed = False
+        self._last_result = -1
+        now = time.monotonic()
+        self._heard = [now] * self.world_size
+        self._pulses = [wire.Pulse(rank, -1, "starting") for rank in range(self.world_size)]
+        self._children: list[ChildProcess] = []
+        try:
+            self._start(setups)
+        except BaseException:
+            self.close(failed=True)
+            raise
+
+    def _start(self, setups: Sequence[wire.RankSetup]) -> None:
+        for setup in setups:
+            arguments = ["--rank", str(setup.rank), "--size", str(self.world_size), "--store", self._store_path]
+            environment = cpu.pinning(setup.cores) if setup.cores else {}
+            self._children.append(ChildProcess("shoal.worker", arguments, environment))
+
+    @property
+    def _store_path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self._store}"
+
+    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+        frame = wire.encode(message)
+        for number in range(self.world_size) if rank is None else [rank]:
+            with contextlib.suppress(ChannelClosed):  # the next `receive` says who has died and, if it told, why
+                self._children[number].channel.send(frame)
+
+    def receive(self, timeout: float) -> list[wire.FromRank]:
+        channels = [child.channel for child in self._children]
+        try:
+            readable = wait(channels, timeout)
+        except ChannelClosed:  # there was more to write to a rank that has died: a look at all finds it
+            readable = channels
+        messages: list[wire.FromRank] = []
+        dead = []
+        for rank, child in enumerate(self._children):
+            if child.channel in readable:
+                self._heard[rank] = time.monotonic()
+                try:
+                    messages += [wire.from_rank.decode(frame) for frame in child.channel.receive()]
+                except ChannelClosed:
+                    dead.append(rank)
+        for message in messages:
+            if isinstance(message, wire.Pulse):
+                self._pulses[message.rank] = message
+            elif isinstance(message, wire.StepResult):
+                self._last_result = message.step
+            elif isinstance(message, wire.RankReport):
+                return [message]  # why a rank ends is worth more than that it has ended
+        if dead:
+            self._died(dead[0])
+        self._check_heartbeats()
+        return [message for message in messages if not isinstance(message, wire.Pulse)]
+
+    def _check_heartbeats(self) -> None:
+        now = time.monotonic()
+        for rank, child in enumerate(self._children):
+            quiet = now - self._heard[rank]
+            if quiet > _LOST_S or (quiet > _QUIET_S and child.stopped()):
+                why = "is stopped (SIGSTOP or a debugger)" if child.stopped() else "does not answer"
+                raise RankFailed(f"rank {rank} ({self.describe(rank)}) {why}; not heard from for {quiet:.1f} s")
+
+    def _died(self, rank: int) -> None:
+        raise RankFailed(f"rank {rank} ({self.describe(rank)}) {self._children[rank].death()}")
+
+    def describe(self, rank: int) -> str:
+        pulse = self._pulses[rank]
+        last = max(pulse.step, self._last_result)  # a step that has come back was run by all; a pulse may be older
+        step = f"last step {last}" if last >= 0 else "before its first step"
+        return f"process {self._children[rank].pid}, {step}, {pulse.doing}"
+
+    def close(self, *, failed: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        end_all(self._children, None if failed else wire.encode(wire.Stop()), _END_S)
+        os.close(self._store)

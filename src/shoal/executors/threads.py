@@ -1,0 +1,66 @@
+"""Ranks as threads of this process: any layout in milliseconds, nothing to isolate."""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+from shoal import wire
+from shoal.comm.base import Communicator
+from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.worker.rank import Rank
+
+_END_S = 5.0
+
+
+class ThreadLinks:
+    def __init__(self, world_size: int, comm_timeout_s: float) -> None:
+        self.world_size = world_size
+        self._comm_timeout_s = comm_timeout_s
+        self._groups: dict[tuple[str, int], ThreadGroup] = {}
+        self._groups_lock = threading.Lock()
+        self._ranks = [Rank(self._join_group) for _ in range(world_size)]
+        self._inboxes: list[queue.SimpleQueue[wire.ToRank]] = [queue.SimpleQueue() for _ in range(world_size)]
+        self._outbox: queue.SimpleQueue[wire.FromRank] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, args=(rank,), name=f"shoal-rank-{rank}", daemon=True)
+            for rank in range(world_size)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, rank: int) -> None:
+        while not isinstance(message := self._inboxes[rank].get(), wire.Stop):
+            answer = self._ranks[rank].answer(message)
+            if answer is not None:
+                self._outbox.put(answer)
+
+    def _join_group(self, setup: wire.RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
+        with self._groups_lock:
+            group = self._groups.setdefault((axis, ranks[0]), ThreadGroup(len(ranks), self._comm_timeout_s))
+        return ThreadComm(group, ranks.index(setup.rank))
+
+    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+        for inbox in self._inboxes if rank is None else [self._inboxes[rank]]:
+            inbox.put(message)
+
+    def receive(self, timeout: float) -> list[wire.FromRank]:
+        messages: list[wire.FromRank] = []
+        try:
+            messages.append(self._outbox.get(timeout=timeout))
+            while True:
+                messages.append(self._outbox.get_nowait())
+        except queue.Empty:
+            return messages
+
+    def describe(self, rank: int) -> str:
+        return f"thread {self._threads[rank].name}, after step {self._ranks[rank].last_step}, {self._ranks[rank].doing}"
+
+    def close(self, *, failed: bool) -> None:
+        if failed:
+            for group in self._groups.values():
+                group.abort()
+        self.send(wire.Stop())
+        deadline = time.monotonic() + _END_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))

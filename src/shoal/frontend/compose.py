@@ -1,0 +1,135 @@
+"""Where the parts come together: from options to a running engine."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from shoal import env, wire
+from shoal.config import EngineOptions
+from shoal.devices import cpu
+from shoal.engine.core import EngineCore
+from shoal.engine.scheduler import Limits
+from shoal.executors.base import Links, RankExecutor
+from shoal.frontend.hub import locate
+from shoal.lazy import load
+from shoal.observe.logging import get_logger
+from shoal.planner.memory import require_capacity
+from shoal.planner.resolve import Decision, discover, rank_cores, resolve
+
+log = get_logger("engine")
+
+_COMM_GRACE_S = 10.0  # a rank waits longer for others than the executor for a step: the one who knows more speaks
+
+
+def decide(options: EngineOptions) -> Decision:
+    """Everything that can be refused before a process is started, is refused here.
+
+    Raises:
+        UserError: it says what, and the way out.
+    """
+    weights = options.model_options.load_format != "dummy"
+    folder = locate(options.model or None, options.model_options.revision, weights=weights)
+    decision = resolve(options, folder, discover(options))
+    for reason in decision.reasons:
+        log.info("%s", reason)
+    return decision
+
+
+def build_engine(options: EngineOptions, decision: Decision, *, own_process: bool = False) -> EngineCore:
+    """Starts ranks and engine. `own_process`: this process is ours, and may be bound to cores.
+
+    Raises:
+        UserError, EngineError: as the executor says.
+    """
+    begun = time.monotonic()
+    setups = _rank_setups(options, decision)
+    if decision.backend == "uni" and decision.hardware.device == "cpu" and own_process and "torch" not in sys.modules:
+        env.prefer(cpu.pinning(setups[0].cores))
+    size = options.cache.block_size
+    asked = options.model_options.max_model_len
+    links = _LINKS[decision.backend](options, setups)
+    launched = time.monotonic() - begun
+    executor = RankExecutor(
+        links,
+        setups,
+        max_blocks=None,
+        check_capacity=lambda blocks: require_capacity(blocks, size, asked or size),
+        start_timeout=options.parallel.start_timeout,
+        step_timeout=options.parallel.step_timeout,
+    )
+    executor.start_times = {"launch": launched, **executor.start_times}
+    limits = Limits(
+        max_num_seqs=options.scheduler.max_num_seqs,
+        max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
+        max_model_len=min(decision.max_model_len, executor.num_blocks * size),
+    )
+    _log_ready(executor, size, limits.max_model_len, time.monotonic() - begun)
+    return EngineCore(
+        executor,
+        limits,
+        block_size=size,
+        prefix_caching=options.cache.enable_prefix_caching,
+        max_in_flight=options.scheduler.max_in_flight,
+    )
+
+
+def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seconds: float) -> None:
+    tokens = executor.num_blocks * block_size
+    log.info(
+        "KV cache: %d blocks x %d = %d tokens, %.1f requests of %d",
+        *(executor.num_blocks, block_size, tokens, tokens / max_model_len, max_model_len),
+    )
+    phases = ", ".join(f"{name} {took:.2f}" for name, took in executor.start_times.items())
+    log.info("engine ready in %.2f s (%s)", seconds, phases)
+
+
+def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSetup]:
+    size = len(decision.ranks)
+    incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
+    return [
+        wire.RankSetup(
+            wire_version=wire.WIRE_VERSION,
+            rank=rank,
+            world_size=size,
+            incarnation=incarnation,
+            model_path=str(decision.folder),
+            load_format=options.model_options.load_format,
+            dtype=decision.dtype,
+            device=decision.hardware.device,
+            device_index=rank,
+            seed=options.model_options.seed,
+            block_size=options.cache.block_size,
+            max_model_len=decision.max_model_len,
+            max_num_seqs=options.scheduler.max_num_seqs,
+            max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
+            cores=cores,
+            threads=len(cores),
+            kv_budget=decision.kv_budgets[rank],
+            device_memory=options.cache.device_memory,
+            memory_utilization=options.cache.gpu_memory_utilization,
+            comm_timeout_s=max(options.parallel.step_timeout, options.parallel.start_timeout) + _COMM_GRACE_S,
+        )
+        for rank, cores in enumerate(rank_cores(decision))
+    ]
+
+
+def _uni(options: EngineOptions, setups: list[wire.RankSetup]) -> Links:
+    links: Links = load("shoal.executors.inprocess:InProcessLinks")()
+    return links
+
+
+def _threads(options: EngineOptions, setups: list[wire.RankSetup]) -> Links:
+    links: Links = load("shoal.executors.threads:ThreadLinks")(len(setups), setups[0].comm_timeout_s)
+    return links
+
+
+def _mp(options: EngineOptions, setups: list[wire.RankSetup]) -> Links:
+    links: Links = load("shoal.executors.multiprocess:ProcessLinks")(setups)
+    return links
+
+
+_LINKS: Mapping[str, Callable[[EngineOptions, list[wire.RankSetup]], Links]] = {
+    "uni": _uni,
+    "threads": _threads,
+    "mp": _mp,
+}

@@ -1,0 +1,95 @@
+"""Running made-up requests on an engine and taking the time of what comes back."""
+
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+from shoal import wire
+from shoal.engine.request import encode_tokens
+from shoal.protocols import EngineClient
+
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A batch of requests that arrive together."""
+
+    batch_size: int
+    input_len: int
+    output_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One batch, measured. Rates in tokens a second, times in seconds unless the name says otherwise."""
+
+    seconds: float
+    input_tokens_per_s: float  # prompt tokens over the time until every request has its first token
+    decode_tokens_per_s: float  # tokens after the first over the time after that
+    output_tokens_per_s: float  # all output tokens over all of the time
+    time_to_first_token_s: float  # median over requests
+    time_per_output_token_s: float  # median over requests, of the tokens after the first
+    control_us_per_step: float  # all of a step but the forward pass
+    forward_us_per_step: float
+    schedule_us_per_step: float  # the engine's part of the control cost
+    steps: int
+
+
+class Meter:
+    """Sends batches of random prompts; no two alike, so that no prefix is found in the cache."""
+
+    def __init__(self, engine: EngineClient, vocab_size: int, *, seed: int = 0, temperature: float = 0.0) -> None:
+        self._engine = engine
+        self._vocab_size = vocab_size
+        self._random = random.Random(seed)
+        self._temperature = temperature
+        self._next_seq = 1 << 40  # out of the way of other users of the engine
+
+    def run(self, shape: Shape) -> Run:
+        before = self._engine.stats()
+        begun = time.perf_counter()
+        firsts: dict[int, float] = {}
+        lasts: dict[int, float] = {}
+        seqs = [self._add(shape) for _ in range(shape.batch_size)]
+        while len(lasts) < len(seqs):
+            updates = self._engine.updates(_POLL_S)
+            now = time.perf_counter() - begun
+            for update in updates:
+                firsts.setdefault(update.seq, now)
+                if update.finish is not None:
+                    lasts[update.seq] = now
+        seconds = time.perf_counter() - begun
+        after = self._engine.stats()
+
+        steps = after.steps - before.steps
+        forward_us = (after.step_forward_us - before.step_forward_us) / steps
+        all_first = max(firsts.values())
+        decoded = shape.batch_size * (shape.output_len - 1)
+        per_token = [(lasts[seq] - firsts[seq]) / max(shape.output_len - 1, 1) for seq in seqs]
+        return Run(
+            seconds=seconds,
+            input_tokens_per_s=shape.batch_size * shape.input_len / all_first,
+            decode_tokens_per_s=decoded / (seconds - all_first) if decoded else 0.0,
+            output_tokens_per_s=shape.batch_size * shape.output_len / seconds,
+            time_to_first_token_s=statistics.median(firsts.values()),
+            time_per_output_token_s=statistics.median(per_token),
+            control_us_per_step=seconds * 1e6 / steps - forward_us,
+            forward_us_per_step=forward_us,
+            schedule_us_per_step=(after.schedule_us - before.schedule_us) / steps,
+            steps=steps,
+        )
+
+    def _add(self, shape: Shape) -> int:
+        seq = self._next_seq
+        self._next_seq += 1
+        tokens = [self._random.randrange(self._vocab_size) for _ in range(shape.input_len)]
+        sampling = wire.Sampling(seed=seq, temperature=self._temperature)
+        self._engine.add(wire.EngineRequest(seq, encode_tokens(tokens), sampling, max_tokens=shape.output_len))
+        return seq
+
+
+def medians(runs: list[Run]) -> dict[str, float]:
+    """Field by field."""
+    return {name: statistics.median(getattr(run, name) for run in runs) for name in Run.__slots__}

@@ -1,0 +1,98 @@
+"""The arithmetic behind one interface: what a model computes between its linear layers.
+
+Two implementations exist. `reference` is PyTorch, right on every device; `native` is C++ for the CPU. Both keep the
+contract below, and `tests/kernels` holds them against each other.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """The tokens of one step, and where their keys and values live.
+
+    `n` tokens of `b` sequences. The queries of a sequence are consecutive; sequences with one query come first, so
+    that the first `num_single` rows of every per-token tensor are exactly those sequences.
+    """
+
+    positions: Tensor  # int64 [n]: each token's position in its sequence
+    slots: Tensor  # int64 [n]: block * block_size + offset, where the token's key and value are written
+    query_starts: Tensor  # int32 [b + 1]: first row of each sequence, then n
+    context_lens: Tensor  # int32 [b]: cached tokens a sequence's last query sees, its own included
+    block_tables: Tensor  # int32 [b, max_blocks]: rows are padded with 0
+    block_size: int
+    num_single: int
+    query_lens: tuple[int, ...]  # the same facts on the host, for loops that launch work
+    host_context_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """The keys and values of one layer on one rank: [num_slots, kv_heads, head_dim] each, contiguous."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLayout:
+    """The attention heads of one rank. `q_to_kv[i]` is the local KV head that local query head i reads."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    q_to_kv: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary tables, [max_positions, rotary_dim / 2] in float32; halves are rotated against each other (NeoX style).
+
+    `rotary_dim` may be smaller than the head: the rest of the head passes through.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """RMS norms over each query head and each key head, [head_dim] weights, applied before the rotation."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
+class Kernels(Protocol):
+    """Results are new tensors unless said otherwise; sums, norms and softmax are computed in float32."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x: [n, hidden]. The normalized row is rounded to x's dtype before the weight is applied."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype. May write either input."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up: [n, 2 * m], gates first. silu(gate) * up: [n, m]."""
+
+    def rotate_and_store(
+        self, qkv: Tensor, heads: HeadLayout, norm: QKNorm | None, rope: Rope, batch: PagedBatch, cache: KVCache
+    ) -> Tensor:
+        """Normalizes and rotates queries and keys, writes keys and values into the cache.
+
+        qkv: [n, (q_heads + 2 * kv_heads) * head_dim], queries, keys, values. Gives queries [n, q_heads, head_dim].
+        """
+
+    def attend(self, q: Tensor, heads: HeadLayout, scale: float, batch: PagedBatch, cache: KVCache) -> Tensor:
+        """Causal attention over the paged cache, which holds this step's keys already.
+
+        q: [n, q_heads, head_dim]. Gives [n, q_heads * head_dim].
+        """
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,0 +1,123 @@
+"""Safetensors files of a model folder: their headers, read and checked without torch.
+
+The format: eight bytes of header length (little endian), a JSON header of `{name: {dtype, shape, data_offsets}}`,
+then the data. (https://github.com/huggingface/safetensors)
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+LOADABLE = ("F32", "F16", "BF16", "F64")
+_LONGEST_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies: `offset` bytes into `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    folder: Path
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+    def check_types(self, names: Iterable[str]) -> None:
+        """Raises:
+        CheckpointError: a tensor is stored in a type that can't be loaded.
+        """
+        for name in names:
+            entry = self.tensors[name]
+            if entry.dtype not in LOADABLE:
+                raise CheckpointError(
+                    f"{entry.file}: {name} is stored as {entry.dtype}; supported are {', '.join(LOADABLE)}"
+                )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads the headers of all shards.
+
+    Raises:
+        CheckpointError: there are no weights, a shard is missing, or a file is truncated or malformed.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    for file in _files(folder):
+        tensors.update(_read_header(file))
+    return Checkpoint(folder, tensors)
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there")
+        return [folder / SINGLE]
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index} can't be read: {type(error).__name__} {error}") from None
+    if not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{index} can't be read: its weight_map must map names to file names")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise CheckpointError(f"{file} is truncated or no safetensors file: {size} bytes, header of {length}")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        for name, entry in entries.items():
+            _check_entry(name, entry)
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a malformed header: {type(error).__name__} {error}") from None
+
+    start = 8 + length
+    end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end > size:
+        raise CheckpointError(f"{file} is truncated: {size} bytes, its header promises {end}; download it again")
+    found = {
+        name: TensorEntry(file, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
+    for name, entry in found.items():
+        stored = entries[name]["data_offsets"]
+        if entry.dtype in ITEM_BYTES and stored[1] - stored[0] != math.prod(entry.shape) * ITEM_BYTES[entry.dtype]:
+            raise CheckpointError(
+                f"{file}: the data of {name} does not have the size of {entry.dtype} {list(entry.shape)}"
+            )
+    return found
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Raises ValueError, KeyError or TypeError."""
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    sizes = [*shape, *offsets]
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes)
+    if not isinstance(dtype, str) or not whole or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name}: dtype {dtype!r}, shape {shape!r}, data_offsets {offsets!r}")

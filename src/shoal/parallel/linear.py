@@ -1,0 +1,22 @@
+"""Linear layers cut over a tensor-parallel axis (Megatron-LM, Shoeybi et al., 2019)."""
+
+from torch import Tensor
+
+from shoal.kernels.linear import Linear
+from shoal.parallel.mesh import Axis
+
+
+class RowParallelLinear:
+    """Each rank has some of the input columns; the partial results are summed over the axis.
+
+    The bias is added once, to the sum: every rank adds the same one to the same sum.
+    """
+
+    def __init__(self, inner: Linear, bias: Tensor | None, tp: Axis) -> None:
+        self.inner = inner
+        self.bias = bias
+        self.tp = tp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.tp.comm.all_reduce(self.inner(x))
+        return out if self.bias is None else out + self.bias

@@ -1,0 +1,51 @@
+"""How a dimension is cut over ranks. Uneven is normal, and a rank may get nothing."""
+
+from dataclasses import dataclass
+
+
+def split(total: int, ranks: int, unit: int = 1) -> tuple[range, ...]:
+    """Contiguous shares of `range(total)`, cut at multiples of `unit`, as even as that allows; the first are larger.
+
+    The last share ends at `total` even where that is no multiple of the unit.
+    """
+    units = -(-total // unit)
+    whole, rest = divmod(units, ranks)
+    shares, start = [], 0
+    for rank in range(ranks):
+        stop = start + whole + (rank < rest)
+        shares.append(range(min(start * unit, total), min(stop * unit, total)))
+        start = stop
+    return tuple(shares)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSplit:
+    """The attention heads of one rank: a range of query heads, and every KV head that one of them reads.
+
+    Where a KV head's queries lie on several ranks, each of these holds a copy of it. `q_to_kv[i]` is the position
+    in `kv_ids` of the head that local query head i reads; a kernel takes this, never a quotient of head counts,
+    which is wrong for a rank that holds parts of two groups.
+    """
+
+    q_range: range
+    kv_ids: range
+    q_to_kv: tuple[int, ...]
+
+
+def split_heads(q_heads: int, kv_heads: int, ranks: int) -> tuple[HeadSplit, ...]:
+    """Cuts grouped-query attention. `q_heads` is a multiple of `kv_heads`; neither need divide by `ranks`.
+
+    Groups of queries that share a KV head stay together where that leaves the fullest rank no fuller than an even
+    cut would (8 and 4 over 2: 4, 4); else groups are cut (6 and 2 over 3: 2, 2, 2, and the middle rank has halves
+    of both).
+    """
+    group = q_heads // kv_heads
+    by_group = split(q_heads, ranks, group)
+    by_head = split(q_heads, ranks)
+    q_ranges = by_group if len(by_group[0]) <= len(by_head[0]) else by_head
+    shares = []
+    for q_range in q_ranges:
+        kv_ids = range(q_range.start // group, -(-q_range.stop // group)) if q_range else range(0)
+        q_to_kv = tuple(q // group - kv_ids.start for q in q_range)
+        shares.append(HeadSplit(q_range, kv_ids, q_to_kv))
+    return tuple(shares)

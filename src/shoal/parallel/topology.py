@@ -1,0 +1,40 @@
+"""Ranks as a grid of named axes; groups are slices of it."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """`axes` are (name, size), outermost first. Neighbouring ranks differ in the last axis."""
+
+    axes: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, *, tp: int = 1) -> "Topology":
+        return cls((("tp", tp),))
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(size for _, size in self.axes)
+
+    def size(self, axis: str) -> int:
+        return dict(self.axes)[axis]
+
+    def coord(self, rank: int) -> dict[str, int]:
+        """Where a rank stands: axis -> index."""
+        found: dict[str, int] = {}
+        for name, size in reversed(self.axes):
+            rank, found[name] = divmod(rank, size)
+        return found
+
+    def rank(self, coord: dict[str, int]) -> int:
+        rank = 0
+        for name, size in self.axes:
+            rank = rank * size + coord[name]
+        return rank
+
+    def group(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` in `axis` alone, itself included, in the axis' order."""
+        coord = self.coord(rank)
+        return tuple(self.rank({**coord, axis: i}) for i in range(self.size(axis)))

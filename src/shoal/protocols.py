@@ -1,0 +1,60 @@
+"""The seams of the engine, without implementations."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from shoal import wire
+
+
+class Executor(Protocol):
+    """Starts ranks and carries messages. A fake is a few lines; see tests/fakes.py."""
+
+    num_blocks: int  # KV blocks that every rank holds, agreed on at start
+    start_times: dict[str, float]  # seconds a start phase took
+
+    def launch(self, plan: wire.StepPlan) -> None:
+        """Hands a plan to every rank, in the order of the calls. Never blocks.
+
+        Raises:
+            EngineError: a rank has failed.
+        """
+
+    def poll(self, timeout: float) -> list[wire.StepResult]:
+        """Results that have arrived, waiting up to `timeout` seconds for the first; [] when there was none.
+
+        Raises:
+            EngineError: a rank died, stood still or reported an error.
+        """
+
+    def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
+        """Has every rank do `verb` after all plans launched so far. One answer a rank, by rank."""
+
+    def close(self) -> None:
+        """Ends every rank. Idempotent, never raises."""
+
+
+class EngineClient(Protocol):
+    """One engine, in this process or in another."""
+
+    def add(self, request: wire.EngineRequest) -> None:
+        """Takes a request over. Every request ends in an update with `finish` set, or the engine fails."""
+
+    def abort(self, seqs: Sequence[int]) -> None:
+        """Idempotent in every state, unknown sequences included."""
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        """What has happened, waiting up to `timeout` seconds.
+
+        Raises:
+            EngineError: the engine failed; nothing more will come.
+        """
+
+    def stats(self) -> wire.EngineStats: ...
+
+    def close(self) -> None: ...
+
+
+class Policy(Protocol):
+    """Who goes first. A request's rank is compared with others'; the lowest is served first, the highest preempted."""
+
+    def rank(self, request: wire.EngineRequest, arrival: int) -> tuple[int, ...]: ...

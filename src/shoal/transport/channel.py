@@ -1,0 +1,138 @@
+"""Frames of bytes between a process and its child, over a socket pair.
+
+A socket pair has no name and no port, nothing of it outlives its processes, and its end is told at once when the
+process on the other side dies, whatever killed it.
+"""
+
+import select
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+_LENGTH = struct.Struct("<I")
+_RECEIVE_BYTES = 1 << 18
+
+
+class ChannelClosed(Exception):
+    """The process at the other end has gone."""
+
+
+class Channel:
+    """One end. `send` may be called from several threads; `receive` from one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._incoming = bytearray()
+        self._outgoing: deque[memoryview] = deque()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def pair(cls) -> tuple["Channel", socket.socket]:
+        """This process's end, and a socket for the child, which makes it its own with `from_fd`."""
+        ours, theirs = socket.socketpair()
+        return cls(ours), theirs
+
+    @classmethod
+    def from_fd(cls, fd: int) -> "Channel":
+        return cls(socket.socket(fileno=fd))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, frame: bytes) -> None:
+        """Never blocks: what the socket does not take now waits for `flush` or the next `send`.
+
+        Raises:
+            ChannelClosed: nobody is there to read it.
+        """
+        with self._lock:
+            self._outgoing.append(memoryview(_LENGTH.pack(len(frame)) + frame))
+            self._write()
+
+    def flush(self, timeout: float) -> bool:
+        """Tries for up to `timeout` seconds to get everything out; True if it is."""
+        deadline = time.monotonic() + timeout
+        while self._outgoing:
+            with self._lock:
+                self._write()
+            remaining = deadline - time.monotonic()
+            if self._outgoing and (remaining <= 0 or not select.select([], [self], [], remaining)[1]):
+                return False
+        return True
+
+    @property
+    def backlog(self) -> bool:
+        """Is something waiting to be written?"""
+        return bool(self._outgoing)
+
+    def _write(self) -> None:
+        try:
+            while self._outgoing:
+                first = self._outgoing[0]
+                sent = self._socket.send(first)
+                if sent < len(first):
+                    self._outgoing[0] = first[sent:]
+                else:
+                    self._outgoing.popleft()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ChannelClosed(str(error)) from error
+
+    def receive(self) -> list[bytes]:
+        """The frames that have arrived in whole, [] if none has. Never blocks.
+
+        Raises:
+            ChannelClosed: no whole frame is left and the other end has gone.
+        """
+        closed = False
+        try:
+            while data := self._socket.recv(_RECEIVE_BYTES):
+                self._incoming += data
+            closed = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            closed = True
+        frames = self._take_frames()
+        if closed and not frames:
+            raise ChannelClosed("end of file")
+        return frames
+
+    def _take_frames(self) -> list[bytes]:
+        frames, start = [], 0
+        while len(self._incoming) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._incoming, start)
+            stop = start + _LENGTH.size + length
+            if len(self._incoming) < stop:
+                break
+            frames.append(bytes(self._incoming[start + _LENGTH.size : stop]))
+            start = stop
+        del self._incoming[:start]
+        return frames
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def wait(channels: Sequence[Channel], timeout: float) -> list[Channel]:
+    """The channels with something to read, waiting up to `timeout` seconds; writes out backlogs meanwhile.
+
+    Raises:
+        ChannelClosed: a backlog has nobody to read it.
+    """
+    poller = select.poll()
+    by_fd = {channel.fileno(): channel for channel in channels}
+    for fd, channel in by_fd.items():
+        poller.register(fd, select.POLLIN | (select.POLLOUT if channel.backlog else 0))
+    readable = []
+    for fd, events in poller.poll(max(0.0, timeout) * 1000):
+        if events & select.POLLOUT:
+            by_fd[fd].flush(0)
+        if events & ~select.POLLOUT:
+            readable.append(by_fd[fd])
+    return readable

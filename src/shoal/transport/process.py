@@ -1,0 +1,105 @@
+"""Child processes that are talked to over a channel and never outlive their parent."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from shoal import env
+from shoal.transport.channel import Channel, ChannelClosed
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends, even if this process is stopped."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+
+
+class _Spawner:
+    """Starts processes on a thread that lives as long as this process: "parent" above means the thread."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shoal-spawn")
+        os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shoal-spawn")
+
+    def start(self, command: Sequence[str], fd: int, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+        return self._pool.submit(
+            subprocess.Popen, command, pass_fds=[fd], env=environment, stdin=subprocess.DEVNULL
+        ).result()
+
+
+_spawner = _Spawner()
+
+
+class ChildProcess:
+    """`python -m MODULE --fd N --parent PID ...` and the channel to it."""
+
+    def __init__(self, module: str, arguments: Sequence[str] = (), environment: dict[str, str] | None = None) -> None:
+        self.channel, theirs = Channel.pair()
+        command = [sys.executable, "-m", module, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        with theirs:
+            self._process = _spawner.start(
+                [*command, *arguments], theirs.fileno(), env.child_environment(environment or {})
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def stopped(self) -> bool:
+        """Was it halted by SIGSTOP or a debugger?"""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in {"T", "t"}
+
+    def death(self) -> str:
+        """How it ended, in words; the channel's end may be seen a moment before the exit status is."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(timeout=1.0)
+            if code < 0:
+                return f"was killed by {signal.Signals(-code).name}"
+            return f"exited with code {code}"
+        return "closed its channel"
+
+    def say(self, goodbye: bytes) -> None:
+        with contextlib.suppress(ChannelClosed, OSError):
+            self.channel.send(goodbye)
+            self.channel.flush(0)
+
+    def wait(self, timeout: float) -> bool:
+        """True if it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+        return self._process.returncode is not None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.channel.close()
+
+
+def end_all(children: Sequence[ChildProcess], goodbye: bytes | None, timeout: float) -> None:
+    """Says goodbye to all, waits up to `timeout` seconds for all of them, and kills what is left. Never raises."""
+    deadline = time.monotonic() + timeout
+    if goodbye is not None:
+        for child in children:
+            child.say(goodbye)
+        for child in children:
+            child.wait(max(0.0, deadline - time.monotonic()))
+    for child in children:
+        child.kill()

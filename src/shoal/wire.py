@@ -1,0 +1,302 @@
+"""The messages between engine, ranks and clients. Encoded with msgpack; versioned as a whole by WIRE_VERSION.
+
+Plans are deltas: a rank remembers its sequences, so a plan names only what is new. All messages to a rank share one
+ordered queue, and every rank sees the same order.
+"""
+
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+WIRE_VERSION = 1
+
+Ids = tuple[int, ...]
+
+
+class Wire(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages: positional fields, tagged by the class name."""
+
+
+# --- what the engine decides -------------------------------------------------------------------------------------
+
+
+class Sampling(Wire, frozen=True):
+    """Resolved sampling parameters: the seed is set, so that any rank, replica or replay draws the same."""
+
+    seed: int  # 64 bits
+    sample_index: int = 0
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    logprobs: int = -1  # -1: none
+
+
+class NewSeq(Wire, frozen=True):
+    """Admission, and resumption after preemption: the same message with the tokens so far."""
+
+    seq: int
+    epoch: int
+    tokens: bytes  # int32, little endian
+    blocks: Ids  # KV blocks that hold computed tokens already (prefix cache)
+    sampling: Sampling
+
+
+class Work(Wire, frozen=True):
+    """Compute `count` tokens of `seq` from position `start`; `blocks` are appended to its table first."""
+
+    seq: int
+    start: int
+    count: int
+    sample: bool
+    blocks: Ids = ()
+
+
+class StepPlan(Wire, frozen=True):
+    incarnation: int
+    step: int
+    work: tuple[Work, ...]
+    new: tuple[NewSeq, ...] = ()
+    released: Ids = ()  # sequences to forget, before `new` is read
+
+
+class TokenLogprobs(Wire, frozen=True):
+    """Of one sampled token: its own log-probability, and the likeliest tokens with theirs."""
+
+    chosen: float
+    ids: Ids
+    values: tuple[float, ...]
+
+
+class SeqOut(Wire, frozen=True):
+    seq: int
+    epoch: int
+    tokens: Ids
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class StepTimes(Wire, frozen=True):
+    """Microseconds a rank spent on a step: everything it did, and the forward pass alone."""
+
+    total_us: int
+    forward_us: int
+
+
+class StepResult(Wire, frozen=True):
+    incarnation: int
+    step: int
+    out: tuple[SeqOut, ...]
+    times: StepTimes
+
+
+# --- executor and ranks ------------------------------------------------------------------------------------------
+
+
+class RankSetup(Wire, frozen=True):
+    """All that one rank is told before it loads anything."""
+
+    wire_version: int
+    rank: int
+    world_size: int
+    incarnation: int
+    model_path: str
+    load_format: str
+    dtype: str
+    device: str
+    device_index: int
+    seed: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    cores: Ids  # cores this rank may use, empty: all
+    threads: int
+    kv_budget: int | None  # bytes for the KV cache, None: what is left of `device_memory`
+    device_memory: int | None  # bytes this rank may use in all, None: the whole device
+    memory_utilization: float
+    comm_timeout_s: float
+
+
+class Call(Wire, frozen=True):
+    """A verb with an argument, ordered with plans: the start phases, and whatever all ranks do together later."""
+
+    id: int
+    verb: str
+    payload: bytes = b""
+
+
+class Reply(Wire, frozen=True):
+    id: int
+    rank: int
+    payload: bytes
+
+
+class Stop(Wire, frozen=True):
+    pass
+
+
+class Pulse(Wire, frozen=True):
+    """A rank is alive. `doing` is what it is at, for the error that names it; `step` the last one it ended."""
+
+    rank: int
+    step: int
+    doing: str
+
+
+class RankReport(Wire, frozen=True):
+    """A rank could not do what it was asked. It takes no more work."""
+
+    rank: int
+    step: int
+    error: str
+    user_error: bool = False  # something that the user can mend
+    communication: bool = False  # it was waiting for other ranks, one of which may be the cause
+
+
+ToRank = RankSetup | StepPlan | Call | Stop
+FromRank = StepResult | Reply | Pulse | RankReport
+
+
+# --- start phases ------------------------------------------------------------------------------------------------
+
+
+class LoadInfo(Wire, frozen=True):
+    """What a rank holds after `load`."""
+
+    rank: int
+    device: str
+    layers: int
+    q_heads: int
+    kv_heads: int
+    weight_bytes: int
+    threads: int
+    kernels: str
+    linear: str
+    comm: str
+
+
+class Capacity(Wire, frozen=True):
+    """After `profile`: how many KV blocks of how many bytes fit."""
+
+    rank: int
+    num_blocks: int
+    block_bytes: int
+
+
+class RankStats(Wire, frozen=True):
+    """Memory of a rank, in bytes. `anonymous` is what no file backs (of the whole process, where ranks are threads);
+    `kv_bytes` of it are pages of the KV cache that have been written."""
+
+    rank: int
+    pid: int
+    anonymous: int
+    anonymous_at_import: int
+    kv_bytes: int
+    weight_bytes: int
+
+
+# --- clients of an engine ----------------------------------------------------------------------------------------
+
+
+class Finish(IntEnum):
+    STOP = 0
+    LENGTH = 1
+    ABORT = 2
+
+
+class EngineRequest(Wire, frozen=True):
+    seq: int  # chosen by the client, never used twice
+    tokens: bytes  # int32, little endian
+    sampling: Sampling
+    max_tokens: int
+    stop_ids: Ids = ()
+    priority: int = 0  # lower runs first
+    deadline: float | None = None  # time.monotonic() of the host; a request beyond it is aborted
+    cache_salt: str = ""  # only requests with the same salt share cached prefixes
+
+
+class Abort(Wire, frozen=True):
+    seqs: Ids
+
+
+class SeqUpdate(Wire, frozen=True):
+    seq: int
+    tokens: Ids
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: Finish | None = None
+    cached_tokens: int = 0
+    error: str = ""
+
+
+class Updates(Wire, frozen=True):
+    updates: tuple[SeqUpdate, ...]
+
+
+class EngineFailure(Wire, frozen=True):
+    error: str
+    user_error: bool = False
+
+
+class StatsQuery(Wire, frozen=True):
+    pass
+
+
+class EngineStats(Wire, frozen=True):
+    """A snapshot. Durations in microseconds, counters since the start."""
+
+    waiting: int
+    running: int
+    num_blocks: int
+    free_blocks: int
+    block_size: int
+    max_model_len: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_queries: int  # tokens looked up in the prefix cache
+    prefix_hits: int  # ... and found
+    preemptions: int
+    schedule_us: int
+    step_total_us: int
+    step_forward_us: int
+    start_s: tuple[tuple[str, float], ...] = ()
+    ranks: tuple[RankStats, ...] = ()
+
+
+class EngineSetup(Wire, frozen=True):
+    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready."""
+
+    model: str | None
+    options: dict[str, Any]
+
+
+ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop
+FromEngine = Updates | EngineStats | EngineFailure
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Wire) -> bytes:
+    return _encoder.encode(message)
+
+
+to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
+to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+_load_info = msgspec.msgpack.Decoder(LoadInfo)
+_capacity = msgspec.msgpack.Decoder(Capacity)
+_rank_stats = msgspec.msgpack.Decoder(RankStats)
+
+
+def decode_load_info(payload: bytes) -> LoadInfo:
+    return _load_info.decode(payload)
+
+
+def decode_capacity(payload: bytes) -> Capacity:
+    return _capacity.decode(payload)
+
+
+def decode_stats(payload: bytes) -> RankStats:
+    return _rank_stats.decode(payload)

@@ -1,0 +1,85 @@
+"""A rank in a process of its own: `python -m shoal.worker --fd N --parent PID --store PATH`.
+
+The main thread computes. A second one reads messages and tells the engine twice a second that the process is alive
+and what it is doing, also while the main thread waits for another rank. It ends the process when the engine goes.
+"""
+
+import os
+import queue
+import signal
+import threading
+import time
+from typing import Protocol
+
+import click
+
+from shoal import wire
+from shoal.observe import logging
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.process import die_with_parent
+
+_PULSE_S = 0.5
+
+
+@click.command()
+@click.option("--fd", type=int, required=True)
+@click.option("--parent", type=int, required=True)
+@click.option("--rank", "number", type=int, required=True)
+@click.option("--size", type=int, required=True)
+@click.option("--store", required=True)
+def main(fd: int, parent: int, number: int, size: int, store: str) -> None:
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine decides what ends
+    logging.configure(f"(rank {number}) ")
+    channel = Channel.from_fd(fd)
+    inbox: queue.SimpleQueue[wire.ToRank] = queue.SimpleQueue()
+    status = _Status(number)
+    threading.Thread(target=_listen, args=(channel, inbox, status), daemon=True, name="listen").start()
+
+    from shoal.worker.process_groups import ProcessGroups  # these load torch; the other thread is heard meanwhile
+    from shoal.worker.rank import Rank
+
+    status.rank = rank = Rank(ProcessGroups(store, size))
+    while not isinstance(message := inbox.get(), wire.Stop):
+        answer = rank.answer(message)
+        if answer is not None:
+            channel.send(wire.encode(answer))
+    channel.flush(timeout=1.0)
+    os._exit(0)  # nothing to save; torch's own teardown takes longer than the engine should wait
+
+
+class _Describable(Protocol):
+    @property
+    def last_step(self) -> int: ...
+
+    @property
+    def doing(self) -> str: ...
+
+
+class _Status:
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.rank: _Describable | None = None
+
+    def pulse(self) -> wire.Pulse:
+        if self.rank is None:
+            return wire.Pulse(self.number, -1, "loading torch")
+        return wire.Pulse(self.number, self.rank.last_step, self.rank.doing)
+
+
+def _listen(channel: Channel, inbox: "queue.SimpleQueue[wire.ToRank]", status: _Status) -> None:
+    next_pulse = time.monotonic()
+    try:
+        while True:
+            if wait([channel], next_pulse - time.monotonic()):
+                for frame in channel.receive():
+                    inbox.put(wire.to_rank.decode(frame))
+            if time.monotonic() >= next_pulse:
+                channel.send(wire.encode(status.pulse()))
+                next_pulse = time.monotonic() + _PULSE_S
+    except ChannelClosed:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The paged KV cache of one rank: for every layer, slots for keys and values."""
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.base import KVCache
+from shoal.models.manifest import Shard
+from shoal.models.spec import ModelSpec
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class KVMemory:
+    layers: list[KVCache]
+    pool: Tensor  # uint8: what all layers are cut from
+
+    def resident_bytes(self) -> int:
+        """Bytes that are in memory; on a CPU pages come when they are first written."""
+        if self.pool.is_cuda or not len(self.pool):
+            return self.pool.nbytes
+        pages = (ctypes.c_ubyte * -(-self.pool.nbytes // mmap.PAGESIZE))()
+        if _libc.mincore(ctypes.c_void_p(self.pool.data_ptr()), ctypes.c_size_t(self.pool.nbytes), pages):
+            return self.pool.nbytes
+        return sum(page & 1 for page in bytes(pages)) * mmap.PAGESIZE
+
+
+def block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:
+    """Bytes that one block takes on this rank, over all layers."""
+    return 2 * spec.num_layers * block_size * len(shard.heads.kv_ids) * spec.head_dim * item_bytes
+
+
+def allocate(
+    spec: ModelSpec, shard: Shard, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KVMemory:
+    """All zeros: what is masked out of a softmax must still be a number."""
+    shape = (2 * spec.num_layers, num_blocks * block_size, len(shard.heads.kv_ids), spec.head_dim)
+    pool = _zeros(torch.Size(shape).numel() * dtype.itemsize, device)
+    slots = pool.view(dtype).view(shape)
+    layers = [KVCache(slots[2 * i], slots[2 * i + 1]) for i in range(spec.num_layers)]
+    return KVMemory(layers, pool)
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """uint8 [count]. On a CPU straight from the kernel, which gives zeros, in large pages and not before they are used."""
+    if device.type != "cpu" or count == 0:
+        return torch.zeros(count, dtype=torch.uint8, device=device)
+    mapping = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)

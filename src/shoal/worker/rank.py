@@ -1,0 +1,60 @@
+"""A rank as an executor talks to it: messages in, messages out, errors as messages."""
+
+import traceback
+
+from shoal import wire
+from shoal.errors import CommError, ShoalError, UserError
+from shoal.observe.logging import get_logger
+from shoal.worker.worker import Connect, Worker
+
+log = get_logger("worker")
+
+
+class Rank:
+    """The first message must be a RankSetup. After an error a rank takes no more work."""
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._worker: Worker | None = None
+        self._rank = -1
+        self._failed = False
+
+    @property
+    def last_step(self) -> int:
+        return self._worker.last_step if self._worker else -1
+
+    @property
+    def doing(self) -> str:
+        return self._worker.doing if self._worker else "starting"
+
+    def answer(self, message: wire.RankSetup | wire.StepPlan | wire.Call) -> wire.FromRank | None:
+        """Never raises."""
+        if self._failed:
+            return None
+        try:
+            if isinstance(message, wire.RankSetup):
+                self._rank = message.rank
+                self._worker = Worker(message, self._connect)
+                return None
+            if self._worker is None:
+                raise ShoalError("a message came before the rank's setup")
+            return self._worker.handle(message)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the engine is told and decides
+            self._failed = True
+            if not isinstance(error, UserError | CommError):
+                log.error("rank %d failed:\n%s", self._rank, traceback.format_exc())
+            if self._worker is not None:
+                self._worker.abort()
+            return wire.RankReport(
+                rank=self._rank,
+                step=self.last_step,
+                error=_in_one_line(error),
+                user_error=isinstance(error, UserError),
+                communication=isinstance(error, CommError),
+            )
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else "no message"
+    return text if isinstance(error, ShoalError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,188 @@
+"""Every layout gives transformers' greedy tokens, in float32, but for near-ties."""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shoal import LLM, RequestOutput, SamplingParams
+from support.checkpoints import MAKERS, Reference
+
+# The reference's two likeliest tokens may change places below this difference of their log-probabilities.
+NEAR_TIE = 1e-3
+# float32 sums in another order: 3 layers of width 64 differ by less than 3e-5 here; 1e-4 leaves room for more ranks.
+LOGPROB_TOLERANCE = 1e-4
+STEPS = 24
+
+Checkpoint = Callable[[str], Path]
+
+
+def make_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 250) for _ in range(length)] for length in lengths]
+
+
+MIXED = make_prompts([1, 2, 3, 15, 16, 17, 40, 90])
+
+
+@lru_cache
+def reference(folder: Path, prompt: tuple[int, ...], steps: int) -> tuple[list[int], torch.Tensor]:
+    return Reference(folder).greedy(prompt, steps)
+
+
+def generate(folder: Path, prompts: Sequence[Sequence[int]], steps: int = STEPS, **options: Any) -> list[RequestOutput]:
+    backend = "uni" if options.get("tensor_parallel_size", 1) == 1 else "threads"
+    with LLM(
+        str(folder), **{"distributed_executor_backend": backend, "kv_cache_memory_bytes": 2**21, **options}
+    ) as llm:
+        return run(llm, prompts, steps)
+
+
+def run(llm: LLM, prompts: Sequence[Sequence[int]], steps: int = STEPS) -> list[RequestOutput]:
+    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, logprobs=3)
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+
+def assert_same(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> None:
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        expected, logprobs = reference(folder, tuple(prompt), len(tokens))
+        if tokens != expected:
+            i = next(i for i, (ours, theirs) in enumerate(zip(tokens, expected, strict=True)) if ours != theirs)
+            best, second = logprobs[i].topk(2).values.tolist()
+            assert best - second < NEAR_TIE, f"prompt of {len(prompt)}: token {i} is {tokens[i]}, not {expected[i]}"
+            logprobs = Reference(folder).logprobs_of(prompt, tokens)
+        assert output.outputs[0].logprobs is not None
+        for row, token, ours in zip(logprobs, tokens, output.outputs[0].logprobs, strict=True):
+            for token_id, value in ours.items():
+                assert abs(value - float(row[token_id])) < LOGPROB_TOLERANCE
+            assert token in ours
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_thread_ranks(checkpoint: Checkpoint, name: str, tp: int) -> None:
+    folder = checkpoint(name)
+    assert_same(folder, MIXED, generate(folder, MIXED, tensor_parallel_size=tp))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_process_ranks(checkpoint: Checkpoint, name: str, tp: int) -> None:
+    folder = checkpoint(name)
+    outputs = generate(folder, MIXED, tensor_parallel_size=tp, distributed_executor_backend="mp")
+    assert_same(folder, MIXED, outputs)
+
+
+def test_engine_in_a_process_of_its_own(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    assert_same(folder, MIXED, generate(folder, MIXED, engine_process=True))
+
+
+@pytest.mark.parametrize("tp", [7, 9])
+def test_more_ranks_than_heads(checkpoint: Checkpoint, tp: int) -> None:
+    """Some ranks hold no query head, and take part with zeros."""
+    folder = checkpoint("llama_6_2")
+    assert_same(folder, MIXED[:5], generate(folder, MIXED[:5], steps=8, tensor_parallel_size=tp))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("tp", [1, 3])
+def test_budget_smaller_than_a_prompt(checkpoint: Checkpoint, depth: int, tp: int) -> None:
+    folder = checkpoint("llama")
+    outputs = generate(folder, MIXED, tensor_parallel_size=tp, max_num_batched_tokens=7, max_in_flight=depth)
+    assert_same(folder, MIXED, outputs)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_prefix_hits(checkpoint: Checkpoint, block_size: int) -> None:
+    folder = checkpoint("qwen3")
+    common = make_prompts([48], seed=5)[0]
+    first = [common + prompt for prompt in make_prompts([2, 9], seed=6)]
+    second = [common + prompt for prompt in make_prompts([1, 17, 30], seed=7)] + [common]
+    options = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**21, "block_size": block_size}
+    with LLM(str(folder), **options) as llm:
+        assert_same(folder, first, run(llm, first))
+        outputs = run(llm, second)
+    assert_same(folder, second, outputs)
+    whole = 48 // block_size * block_size
+    last = 47 // block_size * block_size  # of a prompt that is all cached, one token is left to compute
+    assert [output.num_cached_tokens for output in outputs] == [whole, whole, whole, last]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_preemption(checkpoint: Checkpoint, depth: int, tp: int) -> None:
+    """A cache that holds one request of the longest length: the others make room and compute again."""
+    folder = checkpoint("llama")
+    prompts = make_prompts([20, 30, 25, 33, 8, 14], seed=3)
+    options: dict[str, Any] = {"tensor_parallel_size": tp, "max_in_flight": depth, "max_model_len": 96}
+    block_bytes = 2 * 3 * 16 * 4 * 8 * 4 // tp
+    with LLM(
+        str(folder),
+        distributed_executor_backend="uni" if tp == 1 else "threads",
+        kv_cache_memory_bytes=8 * block_bytes,
+        **options,
+    ) as llm:
+        outputs = run(llm, prompts, steps=48)
+        assert llm.stats().preemptions > 0
+    assert_same(folder, prompts, outputs)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}])
+def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkpoint, params: dict[str, Any]) -> None:
+    folder = checkpoint("llama")
+    prompts = make_prompts([5 + i for i in range(32)], seed=8)
+    seeded = [SamplingParams(seed=i, max_tokens=20, ignore_eos=True, **params) for i in range(32)]
+    as_dicts: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+    options: Any = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**22}
+    with LLM(str(folder), enable_prefix_caching=False, **options) as llm:
+        batch = llm.generate(as_dicts, seeded, use_tqdm=False)
+        alone = [llm.generate(as_dicts[i], seeded[i], use_tqdm=False)[0] for i in range(0, 32, 5)]
+    assert [a.outputs[0].token_ids for a in alone] == [batch[i].outputs[0].token_ids for i in range(0, 32, 5)]
+    with LLM(str(folder), tensor_parallel_size=3, **{**options, "distributed_executor_backend": "threads"}) as llm:
+        sharded = llm.generate(as_dicts, seeded, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in sharded] == [o.outputs[0].token_ids for o in batch]
+    assert len({o.outputs[0].token_ids for o in batch}) == 32
+
+
+def test_stops_at_eos_and_at_length(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    prompt = MIXED[3]
+    produced, _ = reference(folder, tuple(prompt), STEPS)
+    stop = produced[4]
+    first = produced.index(stop)
+    with LLM(str(folder), distributed_executor_backend="uni", kv_cache_memory_bytes=2**21) as llm:
+        params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, stop_token_ids=(stop,))
+        stopped = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0]
+        assert (stopped.finish_reason, list(stopped.token_ids)) == ("stop", produced[: first + 1])
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+        cut = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0]
+        assert (cut.finish_reason, list(cut.token_ids)) == ("length", produced[:3])
+        long = make_prompts([250], seed=9)[0]
+        ended = llm.generate({"prompt_token_ids": long}, SamplingParams(max_tokens=99, ignore_eos=True), use_tqdm=False)
+        assert (ended[0].outputs[0].finish_reason, len(ended[0].outputs[0].token_ids)) == ("length", 6)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_bfloat16_stays_near_float32(checkpoint: Checkpoint, name: str) -> None:
+    """bfloat16 has 8 bits: three layers of it move log-probabilities by some hundredths, a wrong cast by whole units."""
+    folder = checkpoint(name)
+    for output, prompt in zip(generate(folder, MIXED, steps=4, dtype="bfloat16"), MIXED, strict=True):
+        tokens = output.outputs[0].token_ids
+        rows = Reference(folder).logprobs_of(prompt, tokens)
+        found = output.outputs[0].logprobs
+        assert found is not None
+        errors = [abs(found[i][token] - float(rows[i, token])) for i, token in enumerate(tokens)]
+        assert sum(errors) / len(errors) < 0.25
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_cuda(checkpoint: Checkpoint, name: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder = checkpoint(name)
+    assert_same(folder, MIXED, generate(folder, MIXED, device="cuda"))

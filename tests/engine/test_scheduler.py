@@ -1,0 +1,412 @@
+"""The scheduler, plan by plan. Hypothesis chooses what comes when; the fake ranks check every plan."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, request, steady
+
+from shoal import wire
+from shoal.engine.blocks import BlockPool
+from shoal.engine.request import State
+from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
+from shoal.errors import EngineError
+
+MAX_MODEL_LEN = 20
+
+
+class Bench:
+    """A scheduler and ranks, driven by hand: `plan` makes a step, `land` brings the oldest result."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 64,
+        max_model_len: int = 64,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.limits = Limits(max_num_seqs, budget, max_model_len)
+        self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
+        self.clock = FakeClock()
+        self.scheduler = Scheduler(self.pool, self.limits, PriorityPolicy(), self.clock)
+        self.executor = FakeExecutor(
+            num_blocks, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
+        )
+        self.outcomes = Outcomes()
+
+    def add(self, spec: wire.EngineRequest) -> None:
+        self.scheduler.add(spec)
+        self.outcomes.added(spec)
+
+    def abort(self, *seqs: int) -> None:
+        self.outcomes.may_abort.update(seqs)
+        self.scheduler.abort(seqs)
+        self.take()
+
+    def plan(self) -> wire.StepPlan | None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.executor.launch(plan)
+        self.take()
+        return plan
+
+    def must_plan(self) -> wire.StepPlan:
+        plan = self.plan()
+        assert plan is not None
+        return plan
+
+    def land(self) -> None:
+        for result in self.executor.poll(0):
+            self.scheduler.apply(result)
+        self.take()
+
+    def step(self) -> wire.StepPlan:
+        plan = self.must_plan()
+        self.land()
+        return plan
+
+    def take(self) -> None:
+        self.outcomes.take(self.scheduler.take_updates())
+
+    def drain(self, limit: int = 1000) -> None:
+        for _ in range(limit):
+            if self.scheduler.idle:
+                break
+            self.plan()
+            self.land()
+        assert self.scheduler.idle, "requests starve"
+        self.scheduler.audit()
+        assert self.executor.known == set()
+        assert self.outcomes.open == []
+
+
+def spans(plan: wire.StepPlan) -> dict[int, tuple[int, int]]:
+    """seq -> (start, count)."""
+    return {work.seq: (work.start, work.count) for work in plan.work}
+
+
+def test_a_prompt_longer_than_the_budget_is_computed_in_chunks() -> None:
+    bench = Bench(budget=4)
+    bench.add(request(1, range(10), 2))
+    assert [spans(bench.step()) for _ in range(4)] == [{1: (0, 4)}, {1: (4, 4)}, {1: (8, 2)}, {1: (10, 1)}]
+    assert [work.sample for plan in bench.executor.plans for work in plan.work] == [False, False, True, True]
+    assert [len(work.blocks) for plan in bench.executor.plans for work in plan.work] == [1, 1, 1, 0]
+    bench.drain()
+
+
+def test_decodes_go_on_while_a_long_prompt_is_chunked() -> None:
+    bench = Bench(budget=4)
+    bench.add(request(1, [5], 9))
+    bench.step()
+    bench.add(request(2, range(9), 1, priority=-1))
+    plans = [spans(bench.step()) for _ in range(3)]
+    assert plans == [{1: (1, 1), 2: (0, 3)}, {1: (2, 1), 2: (3, 3)}, {1: (3, 1), 2: (6, 3)}]
+    bench.drain()
+
+
+def test_the_next_step_is_planned_before_the_last_ones_token_is_known() -> None:
+    bench = Bench()
+    bench.add(request(1, [1, 2, 3], 3))
+    assert [spans(bench.must_plan()) for _ in range(3)] == [{1: (0, 3)}, {1: (3, 1)}, {1: (4, 1)}]
+    assert bench.plan() is None, "the last token allowed is on its way"
+    bench.land()
+    assert bench.outcomes.tokens[1] == alone(bench.outcomes.specs[1])[:1]
+    bench.land()
+    bench.land()
+    bench.drain()
+
+
+def test_the_speculative_token_after_a_stop_token_is_dropped() -> None:
+    bench = Bench()
+    stop = alone(request(1, [1, 2, 3], 9))[1]
+    spec = request(1, [1, 2, 3], 9, stop_ids=[stop])
+    assert len(alone(spec)) == 2
+    bench.add(spec)
+    for _ in range(3):
+        bench.must_plan()
+    bench.land()
+    bench.land()
+    assert bench.outcomes.finished[1].finish is wire.Finish.STOP
+    assert bench.pool.num_free == 16
+    bench.land()
+    assert bench.outcomes.tokens[1] == alone(spec)
+    assert bench.must_plan().released == (1,)
+    bench.land()
+    bench.drain()
+    assert bench.scheduler.counters.generated_tokens == 2
+
+
+def test_a_preempted_request_resumes_once_its_results_are_back() -> None:
+    """Two blocks of two: the second request has to make room, and comes back with the tokens it had got."""
+    bench = Bench(num_blocks=3, block_size=2, max_model_len=6, prefix_caching=False)
+    bench.add(request(1, [1], 5))
+    bench.add(request(2, [2], 3))
+    bench.must_plan()  # a block each
+    bench.must_plan()
+    third = bench.must_plan()  # the first one takes the last block, the second has none
+    assert spans(third) == {1: (2, 1)}
+    assert third.released == (2,)
+    assert bench.scheduler.counters.preemptions == 1
+    bench.land()
+    fourth = bench.must_plan()
+    assert not fourth.new, "a result of the preempted one is still on its way"
+    bench.land()
+    while not bench.executor.plans[-1].new:
+        bench.must_plan()
+        bench.land()
+    (again,) = bench.executor.plans[-1].new
+    assert (again.seq, again.epoch) == (2, 1)
+    assert len(again.tokens) == 4 * 3, "the prompt and two tokens"
+    bench.drain()
+
+
+def test_the_lowest_ranked_makes_room() -> None:
+    bench = Bench(num_blocks=3, block_size=2, max_model_len=6, prefix_caching=False)
+    bench.add(request(1, [1], 4, priority=1))
+    bench.add(request(2, [2], 4))
+    while not bench.scheduler.counters.preemptions:
+        bench.step()
+    assert bench.executor.plans[-1].released == (1,)
+    bench.drain()
+
+
+def test_who_comes_first_goes_first_and_priority_overrides() -> None:
+    bench = Bench(max_num_seqs=1)
+    for seq, priority in [(1, 0), (2, 0), (3, -1), (4, 5)]:
+        bench.add(request(seq, [seq], 1, priority=priority))
+    order = []
+    while not bench.scheduler.idle:
+        order += [new.seq for new in bench.step().new]
+    assert order == [3, 1, 2, 4]
+
+
+def test_no_one_overtakes_a_prompt_that_waits_for_room() -> None:
+    bench = Bench(num_blocks=4, block_size=4, max_model_len=16)
+    bench.add(request(1, range(8), 8))
+    bench.step()
+    bench.add(request(2, range(20, 32), 2))
+    bench.add(request(3, [9], 1))
+    assert not bench.step().new
+    bench.drain()
+    admitted = [new.seq for plan in bench.executor.plans for new in plan.new]
+    assert admitted == [1, 2, 3]
+
+
+def test_a_prompt_that_was_seen_before_is_not_computed_again() -> None:
+    bench = Bench()
+    bench.add(request(1, range(9), 1))
+    bench.step()
+    bench.add(request(2, range(9), 1))
+    assert spans(bench.step()) == {2: (8, 1)}
+    bench.add(request(3, range(9), 1, salt="other"))
+    assert spans(bench.step()) == {3: (0, 9)}
+    assert [bench.outcomes.finished[seq].cached_tokens for seq in (1, 2, 3)] == [0, 8, 0]
+    assert bench.scheduler.counters.prefix_hits == 8
+    assert bench.scheduler.counters.prefix_queries == 27
+    bench.drain()
+
+
+def test_two_that_begin_alike_share_blocks_within_one_step() -> None:
+    bench = Bench()
+    bench.add(request(1, range(9), 3))
+    bench.add(request(2, [*range(8), 5, 5], 3))
+    assert spans(bench.step()) == {1: (0, 9), 2: (8, 2)}
+    assert bench.pool.num_free == 16 - 4
+    bench.drain()
+
+
+def test_an_aborted_request_frees_its_blocks_at_once() -> None:
+    bench = Bench(prefix_caching=False)
+    bench.add(request(1, range(9), 5))
+    bench.add(request(2, range(4), 5))
+    bench.must_plan()
+    bench.abort(1, 1, 77)
+    assert bench.pool.num_free == 15
+    assert bench.outcomes.finished[1].finish is wire.Finish.ABORT
+    bench.abort(1)
+    bench.land()
+    assert bench.must_plan().released == (1,)
+    bench.land()
+    bench.drain()
+    assert bench.outcomes.finished[2].finish is wire.Finish.LENGTH
+
+
+def test_ranks_are_told_to_forget_the_last_request_too() -> None:
+    bench = Bench()
+    bench.add(request(1, [1], 1))
+    bench.step()
+    assert bench.executor.known == {1}
+    assert not bench.scheduler.idle
+    plan = bench.step()
+    assert (plan.work, plan.released) == ((), (1,))
+    assert bench.scheduler.idle
+    assert bench.plan() is None
+
+
+def test_a_deadline_ends_a_request_in_any_state() -> None:
+    bench = Bench(max_num_seqs=1)
+    bench.add(request(1, [1], 9, deadline=bench.clock.now + 5))
+    bench.add(request(2, [2], 9, deadline=bench.clock.now + 5))
+    bench.add(request(3, [3], 2, deadline=bench.clock.now + 6))
+    bench.outcomes.may_abort |= {1, 2}
+    bench.must_plan()
+    bench.clock.now += 5
+    assert spans(bench.must_plan()) == {3: (0, 1)}
+    for seq in (1, 2):
+        assert bench.outcomes.finished[seq].finish is wire.Finish.ABORT
+        assert "deadline" in bench.outcomes.finished[seq].error
+    bench.land()
+    bench.drain()
+    bench.clock.now += 5
+    assert bench.plan() is None
+    assert bench.outcomes.finished[3].finish is wire.Finish.LENGTH
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [([], 1), ([1], 0), ([1] * 60, 5)])
+def test_what_can_never_run_is_refused(prompt: list[int], max_tokens: int) -> None:
+    bench = Bench()
+    with pytest.raises(EngineError, match="request 1"):
+        bench.scheduler.add(request(1, prompt, max_tokens))
+    assert bench.scheduler.idle
+
+
+def test_a_sequence_number_in_use_is_refused() -> None:
+    bench = Bench()
+    bench.add(request(1, [1]))
+    with pytest.raises(EngineError, match="exists"):
+        bench.scheduler.add(request(1, [1]))
+    bench.drain()
+
+
+@pytest.mark.parametrize("answered", [1, 0, 5])
+def test_an_answer_out_of_order_is_an_error_and_never_a_wrong_token(answered: int) -> None:
+    bench = Bench()
+    bench.add(request(1, [1], 5))
+    for _ in range(3):
+        bench.must_plan()
+    if answered == 0:  # twice
+        bench.land()
+    with pytest.raises(EngineError, match=f"step {answered}"):
+        bench.scheduler.apply(wire.StepResult(0, answered, (), wire.StepTimes(0, 0)))
+
+
+def test_the_audit_tells_when_a_request_was_lost() -> None:
+    bench = Bench()
+    bench.add(request(1, [1], 5))
+    bench.step()
+    bench.scheduler._running.clear()
+    with pytest.raises(EngineError, match="out of balance"):
+        bench.scheduler.audit()
+
+
+# Few different prompts, so that they share prefixes.
+PROMPTS = st.builds(
+    lambda base, tail: [*base, *tail],
+    st.sampled_from([[], [1, 1, 1, 1], [1, 1, 2, 2, 1, 1, 2, 2], [1] * 9]),
+    st.lists(st.integers(0, 2), min_size=1, max_size=4),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Plans and results interleave in any order that keeps steps in order."""
+
+    @initialize(
+        block_size=st.integers(1, 4),
+        spare=st.integers(0, 6),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 16),
+        depth=st.integers(1, 3),
+        prefix_caching=st.booleans(),
+    )
+    def start(
+        self, block_size: int, spare: int, max_num_seqs: int, budget: int, depth: int, prefix_caching: bool
+    ) -> None:
+        self.depth = depth
+        self.bench = Bench(
+            num_blocks=-(-MAX_MODEL_LEN // block_size) + spare,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            max_model_len=MAX_MODEL_LEN,
+            prefix_caching=prefix_caching,
+        )
+
+    @rule(
+        prompt=PROMPTS,
+        max_tokens=st.integers(1, 7),
+        stop_ids=st.sets(st.integers(0, 6), max_size=2),
+        priority=st.integers(0, 2),
+        lifetime=st.none() | st.integers(1, 9),
+        salt=st.sampled_from(["", "", "a"]),
+    )
+    def add(
+        self, prompt: list[int], max_tokens: int, stop_ids: set[int], priority: int, lifetime: int | None, salt: str
+    ) -> None:
+        deadline = None if lifetime is None else self.bench.clock.now + lifetime
+        seq = len(self.bench.outcomes.specs)
+        self.bench.add(
+            request(
+                seq, prompt, max_tokens, stop_ids=sorted(stop_ids), priority=priority, deadline=deadline, salt=salt
+            )
+        )
+
+    @precondition(lambda self: self.bench.scheduler.num_in_flight < self.depth)
+    @rule()
+    def plan(self) -> None:
+        scheduler = self.bench.scheduler
+        expired = {s for s in self.bench.outcomes.open if self.deadline(s) <= self.bench.clock.now}
+        self.bench.outcomes.may_abort |= expired
+        ready = [r for r in scheduler._running if r.uncomputed and r.spec.seq not in expired]
+        plan = self.bench.plan()
+        assert expired.isdisjoint(self.bench.outcomes.open)
+        if ready:
+            assert plan is not None, "somebody could have been computed"
+            assert plan.work
+            # With room in the budget for everybody's next token, the highest ranked is never left out.
+            if self.bench.limits.max_num_batched_tokens >= self.bench.limits.max_num_seqs:
+                assert ready[0].spec.seq in spans(plan)
+
+    def deadline(self, seq: int) -> float:
+        deadline = self.bench.outcomes.specs[seq].deadline
+        return float("inf") if deadline is None else deadline
+
+    @rule()
+    def land(self) -> None:
+        self.bench.land()
+
+    @precondition(lambda self: self.bench.outcomes.specs)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        last = len(self.bench.outcomes.specs)
+        seqs = data.draw(st.lists(st.integers(0, last + 1), min_size=1, max_size=2))  # unknown ones too, and twice
+        self.bench.abort(*seqs)
+        assert set(seqs).isdisjoint(self.bench.outcomes.open)
+
+    @rule(seconds=st.integers(1, 4))
+    def wait(self, seconds: int) -> None:
+        self.bench.clock.now += seconds
+
+    @invariant()
+    def balanced(self) -> None:
+        scheduler = self.bench.scheduler
+        scheduler.audit()
+        assert len(scheduler._running) <= self.bench.limits.max_num_seqs
+        held = {block for r in scheduler._running for block in r.blocks}
+        assert self.bench.pool.num_free == self.bench.pool.num_blocks - len(held)
+        states = [r.state for r in scheduler._requests.values()]
+        assert scheduler.num_waiting == len(states) - states.count(State.RUNNING)
+        assert sorted(scheduler._requests) == self.bench.outcomes.open
+
+    def teardown(self) -> None:
+        if hasattr(self, "bench"):
+            self.bench.outcomes.may_abort |= {s for s in self.bench.outcomes.open if self.deadline(s) < float("inf")}
+            # A step computes for somebody who loses nothing before a higher one comes: at most all tokens a request.
+            count = len(self.bench.outcomes.open)
+            self.bench.drain(10 + self.depth + (count + 1) ** 2 * MAX_MODEL_LEN)
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(steady, max_examples=250, stateful_step_count=50)

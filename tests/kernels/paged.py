@@ -1,0 +1,105 @@
+"""Paged batches made at random, and attention over them by its formula."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.base import HeadLayout, KVCache, PagedBatch
+
+
+@dataclass(frozen=True)
+class Case:
+    q: Tensor
+    heads: HeadLayout
+    scale: float
+    batch: PagedBatch
+    cache: KVCache
+
+
+def make_batch(lens: Sequence[tuple[int, int]], block_size: int, generator: torch.Generator) -> tuple[PagedBatch, int]:
+    """lens: (queries, context) of each sequence, single queries first. Also gives the number of slots."""
+    counts = [-(-context // block_size) for _, context in lens]
+    shuffled = torch.randperm(sum(counts) + 1, generator=generator, dtype=torch.int32)
+    tables = torch.zeros(len(lens), max(counts, default=0), dtype=torch.int32)
+    for i, blocks in enumerate(shuffled[: sum(counts)].split(counts)):
+        tables[i, : len(blocks)] = blocks
+    query_lens = tuple(queries for queries, _ in lens)
+    positions = torch.cat([torch.arange(context - queries, context) for queries, context in lens])
+    rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(query_lens))
+    slots = tables[rows, positions // block_size].long() * block_size + positions % block_size
+    batch = PagedBatch(
+        positions=positions,
+        slots=slots,
+        query_starts=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
+        context_lens=torch.tensor([context for _, context in lens], dtype=torch.int32),
+        block_tables=tables,
+        block_size=block_size,
+        num_single=sum(queries == 1 for queries in query_lens),
+        query_lens=query_lens,
+        host_context_lens=tuple(context for _, context in lens),
+    )
+    return batch, len(shuffled) * block_size
+
+
+def make_case(
+    lens: Sequence[tuple[int, int]],
+    q_to_kv: tuple[int, ...],
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 16,
+    seed: int = 0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    batch, slots = make_batch(lens, block_size, generator)
+    heads = HeadLayout(len(q_to_kv), kv_heads, head_dim, q_to_kv)
+    # Slots that no sequence owns hold NaNs: whoever reads them shows it.
+    keys, values = torch.full((2, slots, kv_heads, head_dim), torch.nan, dtype=dtype)
+    for table, context in zip(batch.block_tables, batch.host_context_lens, strict=True):
+        where = torch.arange(context)
+        owned = table[where // block_size].long() * block_size + where % block_size
+        keys[owned] = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
+        values[owned] = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
+    q = torch.randn(len(batch.positions), len(q_to_kv), head_dim, generator=generator).to(dtype)
+    return Case(q, heads, head_dim**-0.5, batch, KVCache(keys, values))
+
+
+def rows_of_sequence(case: Case, i: int) -> slice:
+    start = sum(case.batch.query_lens[:i])
+    return slice(start, start + case.batch.query_lens[i])
+
+
+def alone(case: Case, i: int) -> Case:
+    """Sequence i as the only one of its batch."""
+    rows, batch = rows_of_sequence(case, i), case.batch
+    queries = batch.query_lens[i]
+    single = PagedBatch(
+        positions=batch.positions[rows],
+        slots=batch.slots[rows],
+        query_starts=torch.tensor([0, queries], dtype=torch.int32),
+        context_lens=batch.context_lens[i : i + 1],
+        block_tables=batch.block_tables[i : i + 1],
+        block_size=batch.block_size,
+        num_single=int(queries == 1),
+        query_lens=(queries,),
+        host_context_lens=(batch.host_context_lens[i],),
+    )
+    return Case(case.q[rows], case.heads, case.scale, single, case.cache)
+
+
+def formula(case: Case) -> Tensor:
+    """softmax(q k^T * scale) v in float64, one row and one head at a time. [n, q_heads * head_dim]."""
+    batch, out = case.batch, torch.zeros(case.q.shape, dtype=torch.float64)
+    for i, context in enumerate(batch.host_context_lens):
+        where = torch.arange(context)
+        owned = batch.block_tables[i][where // batch.block_size].long() * batch.block_size + where % batch.block_size
+        keys, values = case.cache.keys[owned].double(), case.cache.values[owned].double()
+        rows = rows_of_sequence(case, i)
+        for row in range(rows.start, rows.stop):
+            seen = context - (rows.stop - 1 - row)
+            for head, kv in enumerate(case.heads.q_to_kv):
+                weights = torch.softmax(keys[:seen, kv] @ case.q[row, head].double() * case.scale, dim=0)
+                out[row, head] = weights @ values[:seen, kv]
+    return out.flatten(1)

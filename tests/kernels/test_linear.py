@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from shoal.kernels.linear import PackedLinear, PlainLinear, make_linear
+
+TYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 5), (5, 1), (17, 100), (100, 17), (129, 33), (64, 64), (333, 777), (1024, 256), (8192, 40)]
+
+
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float16])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_product(dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> None:
+    weight, x = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype), torch.randn(9, inputs).to(dtype)
+    b = torch.randn(outputs).to(dtype) if bias else None
+    linear = make_linear(weight, b)
+    wanted = x.double() @ weight.double().T + (0 if b is None else b.double())
+    # Terms add up to about 1 in quadrature. Float32 sums: an error that grows with the root of their length at most.
+    # Low precisions: the result is rounded once, or twice where the bias is added afterwards.
+    slack = 2.0**-24 * (4 + inputs**0.5) * 4
+    unit = float(torch.finfo(dtype).eps)
+    for rows in (9, 1, 0):
+        out = linear(x[:rows])
+        assert out.dtype == dtype
+        assert out.shape == (rows, outputs)
+        assert ((out.double() - wanted[:rows]).abs() <= wanted[:rows].abs() * unit + unit * bias + slack).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> None:
+    linear = make_linear(torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype) if bias else None)
+    if not isinstance(linear, PackedLinear):
+        pytest.skip(f"{dtype} is not packed here")
+    x = torch.randn(600, inputs).to(dtype)
+    together = linear(x)
+    for rows in (1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64, 65, 127, 128, 129, 300):
+        assert torch.equal(linear(x[:rows]), together[:rows]), rows
+    assert torch.equal(linear(x[599:]), together[599:])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_no_outputs_and_no_inputs(dtype: torch.dtype, rows: int) -> None:
+    assert make_linear(torch.empty(0, 8, dtype=dtype), None)(torch.randn(rows, 8).to(dtype)).shape == (rows, 0)
+    bias = torch.randn(6).to(dtype)
+    nothing = torch.empty(rows, 0, dtype=dtype)
+    assert torch.equal(make_linear(torch.empty(6, 0, dtype=dtype), bias)(nothing), bias.expand(rows, 6))
+    assert torch.equal(make_linear(torch.empty(6, 0, dtype=dtype), None)(nothing), torch.zeros(rows, 6, dtype=dtype))
+
+
+def test_the_weight_may_change_after_packing() -> None:
+    weight = torch.randn(32, 32)
+    linear, x = make_linear(weight, None), torch.randn(4, 32)
+    if isinstance(linear, PlainLinear):
+        pytest.skip("nothing is packed here")
+    before = linear(x)
+    weight.zero_()
+    assert torch.equal(linear(x), before)
+
+
+def test_size() -> None:
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)):
+        assert make_linear(torch.zeros(6, 10, dtype=dtype), None).nbytes == 60 * size
+        assert make_linear(torch.zeros(6, 10, dtype=dtype), torch.zeros(6, dtype=dtype)).nbytes == 66 * size

@@ -1,0 +1,55 @@
+"""How the native library is found, checked and bound."""
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.kernels import native as module
+from shoal.kernels.native import NativeKernels, load_native
+from shoal.kernels.reference import ReferenceKernels
+from shoal.kernels.select import make_kernels
+
+NATIVE, WHY = load_native()
+needs_native = pytest.mark.skipif(NATIVE is None, reason=WHY)
+
+
+@needs_native
+def test_one_openmp_runtime() -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    mapped = {line.split()[-1] for line in maps.read_text().splitlines()}
+    assert len([name for name in mapped if Path(name).name.startswith(("libgomp", "libomp", "libiomp"))]) == 1
+
+
+@needs_native
+def test_a_stale_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ABI_VERSION", module.ABI_VERSION + 1)
+    kernels, reason = load_native()
+    assert kernels is None
+    assert "stale" in reason
+
+
+def test_a_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "native.py"))
+    assert load_native() == (None, "the native kernels are not built")
+    kernels, reason = make_kernels("cpu", torch.float32)
+    assert isinstance(kernels, ReferenceKernels)
+    assert "not built" in reason
+
+
+def test_a_broken_library_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / f"_native{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "native.py"))
+    kernels, reason = load_native()
+    assert kernels is None
+    assert "cannot be loaded" in reason
+
+
+@needs_native
+def test_selection() -> None:
+    assert isinstance(make_kernels("cpu", torch.bfloat16)[0], NativeKernels)
+    assert isinstance(make_kernels("cpu", torch.float16)[0], ReferenceKernels)
+    assert isinstance(make_kernels("cuda:1", torch.bfloat16)[0], ReferenceKernels)

@@ -1,0 +1,251 @@
+"""Headers of safetensors files: read where they are right, refused in one line where they are not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shoal.errors import CheckpointError
+from shoal.models.checkpoint import INDEX, SINGLE, open_checkpoint
+
+_SETTINGS = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+Header = dict[str, Any]
+
+
+def entry(dtype: str, shape: list[int], start: int, stop: int) -> Header:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+HEADER: Header = {
+    "__metadata__": {"format": "pt"},
+    "a": entry("F32", [2, 3], 0, 24),
+    "b": entry("BF16", [5], 24, 34),
+    "empty": entry("F16", [0, 7], 34, 34),
+}
+DATA = bytes(range(34))
+
+
+def pack(header: object, data: bytes = DATA) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / SINGLE
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_single_file(file: Path) -> None:
+    file.write_bytes(pack(HEADER))
+    found = open_checkpoint(file.parent)
+    assert found.folder == file.parent
+    assert found.shapes == {"a": (2, 3), "b": (5,), "empty": (0, 7)}
+    b = found.tensors["b"]
+    assert (b.file, b.dtype) == (file, "BF16")
+    assert file.read_bytes()[b.offset : b.offset + 10] == DATA[24:34]
+
+
+def test_what_the_library_writes(checkpoint: Callable[[str], Path]) -> None:
+    from safetensors import safe_open
+
+    folder = checkpoint("llama")
+    found = open_checkpoint(folder)
+    with safe_open(folder / SINGLE, "pt") as theirs:
+        assert set(found.tensors) == set(theirs.keys())
+        for name, tensor in found.tensors.items():
+            expected = theirs.get_tensor(name)
+            assert tensor.shape == tuple(expected.shape)
+            data = tensor.file.read_bytes()[tensor.offset : tensor.offset + expected.nbytes]
+            assert data == expected.numpy().tobytes()
+
+
+def shard(folder: Path) -> tuple[Path, Path]:
+    first, second = folder / "first.safetensors", folder / "second.safetensors"
+    first.write_bytes(pack({"a": entry("F32", [2, 3], 0, 24)}, DATA[:24]))
+    second.write_bytes(pack({"b": entry("BF16", [5], 0, 10)}, DATA[24:]))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": first.name, "b": second.name}}))
+    return first, second
+
+
+def test_shards(tmp_path: Path) -> None:
+    first, second = shard(tmp_path)
+    found = open_checkpoint(tmp_path)
+    assert {name: (t.file, t.shape) for name, t in found.tensors.items()} == {"a": (first, (2, 3)), "b": (second, (5,))}
+
+
+def test_index_goes_before_a_single_file(tmp_path: Path) -> None:
+    shard(tmp_path)
+    (tmp_path / SINGLE).write_bytes(b"")
+    assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    first, second = shard(tmp_path)
+    second.unlink()
+    assert "lacks 1 of 2 shards: second.safetensors" in refusal(tmp_path)
+    first.unlink()
+    assert "lacks 2 of 2 shards: first.safetensors, second.safetensors" in refusal(tmp_path)
+
+
+def test_truncated_shard_is_named(tmp_path: Path) -> None:
+    _, second = shard(tmp_path)
+    size = second.stat().st_size
+    second.write_bytes(second.read_bytes()[:-1])
+    assert refusal(tmp_path).startswith(f"{second} is truncated: {size - 1} bytes, its header promises {size}")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    message = refusal(tmp_path)
+    assert SINGLE in message
+    assert INDEX in message
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_shorter_than_a_length(file: Path, length: int) -> None:
+    file.write_bytes(b"\0" * length)
+    assert f"truncated or no safetensors file: {length} bytes" in refusal(file.parent)
+
+
+def test_length_beyond_the_file(file: Path) -> None:
+    file.write_bytes(b"\xff" * 200)
+    assert f"header of {2**64 - 1}" in refusal(file.parent)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": 7},
+        {"dtype": ["F32"]},
+        {"dtype": None},
+        {"shape": None},
+        {"shape": 6},
+        {"shape": "23"},
+        {"shape": [2.0, 3]},
+        {"shape": [-2, -3]},
+        {"shape": [True, 6]},
+        {"shape": [[2], 3]},
+        {"shape": {"2": 3}},
+        {"data_offsets": None},
+        {"data_offsets": []},
+        {"data_offsets": [0]},
+        {"data_offsets": [0, 24, 30]},
+        {"data_offsets": [-8, 16]},
+        {"data_offsets": [24, 0]},
+        {"data_offsets": [0, 24.0]},
+        {"data_offsets": [0, float("nan")]},
+        {"data_offsets": ["0", "24"]},
+        {"data_offsets": "ab"},
+    ],
+    ids=str,
+)
+def test_malformed_entry(file: Path, change: Header) -> None:
+    file.write_bytes(pack({**HEADER, "a": {**HEADER["a"], **change}}))
+    message = refusal(file.parent)
+    assert message.startswith(f"{file} has a malformed header")
+
+
+@pytest.mark.parametrize("change", [{"shape": [2, 4]}, {"data_offsets": [0, 20]}, {"dtype": "F16"}])
+def test_data_of_another_size(file: Path, change: Header) -> None:
+    file.write_bytes(pack({**HEADER, "a": {**HEADER["a"], **change}}))
+    assert "the data of a does not have the size of" in refusal(file.parent)
+
+
+def test_types_that_can_not_be_loaded(file: Path) -> None:
+    file.write_bytes(pack({"a": entry("I32", [6], 0, 24), "b": entry("F32", [1], 0, 4), "c": entry("F8", [2], 0, 2)}))
+    found = open_checkpoint(file.parent)
+    found.check_types(["b"])
+    with pytest.raises(CheckpointError, match="a is stored as I32; supported are F32, F16, BF16, F64"):
+        found.check_types(["b", "a"])
+    with pytest.raises(CheckpointError, match="c is stored as F8"):
+        found.check_types(["c"])
+
+
+@pytest.mark.parametrize("name", [SINGLE, INDEX])
+def test_folder_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / name} can't be read")
+
+
+def opens_or_refuses(folder: Path) -> None:
+    """Nothing else may happen. What opens, lies within its file."""
+    try:
+        found = open_checkpoint(folder)
+    except CheckpointError as error:
+        assert str(error)
+        return
+    for tensor in found.tensors.values():
+        assert 0 <= tensor.offset <= tensor.file.stat().st_size
+        assert all(size >= 0 for size in tensor.shape)
+
+
+@_SETTINGS
+@given(st.binary(max_size=300))
+def test_random_bytes(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / SINGLE).write_bytes(data)
+    opens_or_refuses(tmp_path)
+
+
+@_SETTINGS
+@given(st.binary(max_size=200), st.binary(max_size=50))
+def test_random_header(tmp_path: Path, header: bytes, data: bytes) -> None:
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + data)
+    opens_or_refuses(tmp_path)
+
+
+@_SETTINGS
+@given(st.data())
+def test_mutated_bytes(tmp_path: Path, data: st.DataObject) -> None:
+    """Some bytes changed, put in or left out."""
+    content = bytearray(pack(HEADER))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, max(len(content) - 1, 0)))
+        content[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    (tmp_path / SINGLE).write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    opens_or_refuses(tmp_path)
+    (tmp_path / SINGLE).write_bytes(content)
+    opens_or_refuses(tmp_path)
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+_VALUES = st.recursive(
+    _SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+
+
+@_SETTINGS
+@given(
+    st.dictionaries(st.sampled_from(["a", "__metadata__", "x"]), _VALUES | st.just(HEADER["a"]), max_size=3),
+    st.sampled_from(["dtype", "shape", "data_offsets"]),
+    _VALUES,
+)
+def test_random_json(tmp_path: Path, header: Header, key: str, value: Any) -> None:
+    (tmp_path / SINGLE).write_bytes(pack(header))
+    opens_or_refuses(tmp_path)
+    (tmp_path / SINGLE).write_bytes(pack({**HEADER, "b": {**HEADER["b"], key: value}}))
+    opens_or_refuses(tmp_path)
+
+
+@_SETTINGS
+@given(_VALUES)
+def test_random_index(tmp_path: Path, value: Any) -> None:
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    tmp_path.mkdir()
+    shard(tmp_path)
+    for text in (value, {"weight_map": value}, {"weight_map": {"a": "first.safetensors", "b": value}}):
+        (tmp_path / INDEX).write_text(json.dumps(text))
+        opens_or_refuses(tmp_path)

@@ -1,0 +1,302 @@
+"""Stand-ins for ranks and time, and what tests of the engine share."""
+
+import threading
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from hypothesis import HealthCheck, settings
+
+from shoal import wire
+from shoal.engine.request import decode_tokens, encode_tokens
+from shoal.errors import RankFailed
+from shoal.protocols import Executor
+
+T = TypeVar("T")
+VOCABULARY = 7
+
+# The same examples in every run, on machines of any speed.
+steady = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """What every fake model says after these tokens."""
+    return zlib.crc32(encode_tokens(list(tokens))) % VOCABULARY
+
+
+def request(
+    seq: int,
+    prompt: Sequence[int],
+    max_tokens: int = 4,
+    *,
+    stop_ids: Sequence[int] = (),
+    priority: int = 0,
+    deadline: float | None = None,
+    salt: str = "",
+) -> wire.EngineRequest:
+    """The salt is put into the seed too, which reaches the ranks: see `FakeExecutor.origin`."""
+    sampling = wire.Sampling(seed=zlib.crc32(salt.encode()))
+    return wire.EngineRequest(
+        seq, encode_tokens(list(prompt)), sampling, max_tokens, tuple(stop_ids), priority, deadline, salt
+    )
+
+
+def alone(spec: wire.EngineRequest) -> list[int]:
+    """What a request gets when nobody aborts it."""
+    prompt, out = decode_tokens(spec.tokens), list[int]()
+    while len(out) < spec.max_tokens and not (out and out[-1] in spec.stop_ids):
+        out.append(next_token(prompt + out))
+    return out
+
+
+class Outcomes:
+    """What clients were told, checked as it comes: right tokens, one end each, nothing after it."""
+
+    def __init__(self) -> None:
+        self.specs: dict[int, wire.EngineRequest] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, wire.SeqUpdate] = {}
+        self.may_abort: set[int] = set()
+
+    def added(self, spec: wire.EngineRequest) -> None:
+        self.specs[spec.seq] = spec
+        self.tokens[spec.seq] = []
+
+    @property
+    def open(self) -> list[int]:
+        return [seq for seq in self.specs if seq not in self.finished]
+
+    def take(self, updates: Sequence[wire.SeqUpdate]) -> None:
+        for update in updates:
+            seq = update.seq
+            assert seq not in self.finished, f"an update of sequence {seq} after its end"
+            self.tokens[seq] += update.tokens
+            expected = alone(self.specs[seq])
+            assert self.tokens[seq] == expected[: len(self.tokens[seq])]
+            if update.finish is None:
+                assert len(update.tokens) == 1
+                assert len(self.tokens[seq]) < len(expected), f"sequence {seq} should have ended"
+                continue
+            self.finished[seq] = update
+            if update.finish is wire.Finish.ABORT:
+                assert seq in self.may_abort, f"nobody aborted sequence {seq}"
+            else:
+                stopped = expected[-1] in self.specs[seq].stop_ids
+                assert self.tokens[seq] == expected
+                assert update.finish is (wire.Finish.STOP if stopped else wire.Finish.LENGTH)
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(slots=True)
+class _Sequence:
+    epoch: int
+    tokens: list[int]
+    blocks: list[int]
+    computed: int
+    contents: list["_Content"] = field(default_factory=list)  # what its cache must hold, by position
+
+
+# One token's keys and values depend on it, on its position and on all tokens before it.
+_Content = tuple[int, int, int]
+
+
+class FakeExecutor:
+    """Computes at once in a simulated KV cache, and fails a test whose plans a real rank could not run rightly.
+
+    One result comes back a poll. `origin` is what the keys of a sequence depend on besides its tokens.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        *,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        origin: Callable[[wire.NewSeq], int] = lambda new: new.sampling.seed,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.start_times = {"load": 0.25}
+        self.plans: list[wire.StepPlan] = []
+        self.most_in_flight = 0
+        self.closed = 0
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._origin = origin
+        self._cache: list[_Content | None] = [None] * (num_blocks * block_size)
+        self._origins: dict[int, int] = {}
+        self._sequences: dict[int, _Sequence] = {}
+        self._results: deque[wire.StepResult] = deque()
+
+    @property
+    def known(self) -> set[int]:
+        """The sequences that a rank remembers."""
+        return set(self._sequences)
+
+    def launch(self, plan: wire.StepPlan) -> None:
+        assert plan.step == len(self.plans)
+        self.plans.append(plan)
+        self._results.append(self._execute(plan))
+        self.most_in_flight = max(self.most_in_flight, len(self._results))
+
+    def poll(self, timeout: float) -> list[wire.StepResult]:
+        return [self._results.popleft()] if self._results else []
+
+    def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
+        assert verb == "stats"
+        return [wire.encode(wire.RankStats(0, 1, 2, 3, 4, 5))]
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def _execute(self, plan: wire.StepPlan) -> wire.StepResult:
+        for seq in plan.released:
+            del self._sequences[seq]
+        for new in plan.new:
+            self._admit(new)
+        assert len(self._sequences) <= self._max_num_seqs
+        assert sum(work.count for work in plan.work) <= self._max_num_batched_tokens
+        assert len({work.seq for work in plan.work}) == len(plan.work), "a sequence twice in a plan"
+        for work in plan.work:
+            self._sequences[work.seq].blocks += work.blocks
+        # All of a step's keys are written before any are read, layer by layer.
+        self._check_writes(plan)
+        for work in plan.work:
+            self._write(work)
+        for work in plan.work:
+            self._read(work)
+        out = tuple(self._sample(work) for work in plan.work if work.sample)
+        return wire.StepResult(plan.incarnation, plan.step, out, wire.StepTimes(20, 10))
+
+    def _admit(self, new: wire.NewSeq) -> None:
+        assert new.seq not in self._sequences
+        tokens, cached = decode_tokens(new.tokens), len(new.blocks) * self._block_size
+        assert cached < len(tokens), "nothing is left to compute"
+        self._sequences[new.seq] = _Sequence(new.epoch, tokens, list(new.blocks), cached)
+        self._origins[new.seq] = self._origin(new)
+
+    def _check_writes(self, plan: wire.StepPlan) -> None:
+        holders = Counter(block for sequence in self._sequences.values() for block in sequence.blocks)
+        # Who is admitted may read what this very step writes.
+        holders.subtract(block for new in plan.new for block in new.blocks)
+        for work in plan.work:
+            sequence, size = self._sequences[work.seq], self._block_size
+            stop = work.start + work.count
+            assert work.count > 0
+            assert work.start == sequence.computed
+            assert stop <= len(sequence.tokens), "tokens that nobody knows yet"
+            assert work.sample == (stop == len(sequence.tokens))
+            assert len(sequence.blocks) == -(-stop // size), "the block table does not fit the context"
+            written = sequence.blocks[work.start // size :]
+            assert all(holders[block] == 1 for block in written), "somebody else holds a block that is written"
+            assert len(set(sequence.blocks)) == len(sequence.blocks)
+
+    def _contents(self, work: wire.Work) -> list[_Content]:
+        sequence = self._sequences[work.seq]
+        contents = sequence.contents
+        for position in range(len(contents), work.start + work.count):
+            token = sequence.tokens[position]
+            before = contents[-1][2] if contents else self._origins[work.seq]
+            contents.append((token, position, hash((before, token))))
+        return contents
+
+    def _slot(self, sequence: _Sequence, position: int) -> int:
+        block, offset = divmod(position, self._block_size)
+        return sequence.blocks[block] * self._block_size + offset
+
+    def _write(self, work: wire.Work) -> None:
+        sequence = self._sequences[work.seq]
+        contents = self._contents(work)
+        for position in range(work.start, work.start + work.count):
+            self._cache[self._slot(sequence, position)] = contents[position]
+        sequence.computed += work.count
+
+    def _read(self, work: wire.Work) -> None:
+        sequence = self._sequences[work.seq]
+        for position, content in enumerate(self._contents(work)):
+            found = self._cache[self._slot(sequence, position)]
+            assert found == content, f"sequence {work.seq} reads {found} at position {position}, should be {content}"
+
+    def _sample(self, work: wire.Work) -> wire.SeqOut:
+        sequence = self._sequences[work.seq]
+        token = next_token(sequence.tokens)
+        sequence.tokens.append(token)
+        return wire.SeqOut(work.seq, sequence.epoch, (token,))
+
+
+class FaultyExecutor:
+    """Any executor, with trouble: results that take `delays[step]` polls longer, or are lost, or a rank that dies."""
+
+    def __init__(
+        self,
+        inner: Executor,
+        *,
+        delays: Mapping[int, int] | Callable[[int], int] = {},  # noqa: B006 (never written)
+        drop: int | None = None,
+        dies_at: int | None = None,
+    ) -> None:
+        self.num_blocks = inner.num_blocks
+        self.start_times = inner.start_times
+        self._inner = inner
+        self._delay = delays if callable(delays) else lambda step: delays.get(step, 0)
+        self._drop = drop
+        self._dies_at = dies_at
+        self._late: deque[wire.StepResult] = deque()
+        self._polls_left = 0
+        self._dead = False
+
+    def launch(self, plan: wire.StepPlan) -> None:
+        self._check_alive()
+        self._inner.launch(plan)
+
+    def poll(self, timeout: float) -> list[wire.StepResult]:
+        self._check_alive()
+        for result in self._inner.poll(timeout):
+            if not self._late:
+                self._polls_left = self._delay(result.step)
+            self._late.append(result)
+        if not self._late:
+            return []
+        if self._polls_left > 0:
+            self._polls_left -= 1
+            return []
+        result = self._late.popleft()
+        self._dead = result.step == self._dies_at
+        self._check_alive()
+        if self._late:
+            self._polls_left = self._delay(self._late[0].step)
+        return [] if result.step == self._drop else [result]
+
+    def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
+        self._check_alive()
+        return self._inner.call(verb, payload, timeout=timeout)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _check_alive(self) -> None:
+        if self._dead:
+            raise RankFailed(f"rank 0 was killed by SIGKILL after step {self._dies_at}")
+
+
+def on_threads(size: int, work: Callable[[int], T]) -> list[T]:
+    """`work(rank)` on a thread a rank, all at the same time."""
+    together = threading.Barrier(size, timeout=30)
+
+    def run(rank: int) -> T:
+        together.wait()
+        return work(rank)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))

@@ -1,0 +1,270 @@
+"""The demo model: its training text, its tokenizer, the making of it in small, and what the shipped one answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHIPPED = ROOT / "src" / "shoal" / "demo_model"
+sys.path.insert(0, str(ROOT / "tools"))
+
+import demo_text  # noqa: E402
+import train_demo  # noqa: E402
+
+needs_shipped = pytest.mark.skipif(
+    not (SHIPPED / "model.safetensors").exists(), reason="the demo model is not made yet"
+)
+ADDITION = re.compile(r"(?<!\d)(\d+) ?(?:\+|plus|and) ?(\d+)(?!\d)")
+EQUATION = re.compile(r"(?<!\d)(\d+) ?\+ ?(\d+) ?= ?(\d+)")
+
+
+def some_samples(count: int, seed: int = demo_text.DEFAULT_SEED) -> list[demo_text.Sample]:
+    """The first documents that a maker draws."""
+    return list(islice(demo_text.TextMaker(seed).samples(), count))
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[demo_text.Sample]:
+    """Enough documents to meet every pair of operands a few times."""
+    return some_samples(40_000)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """A tokenizer made as the shipped one is, from less text."""
+    return train_demo.train_tokenizer(train_demo.Shape().vocab_size, demo_text.DEFAULT_SEED, 1000)
+
+
+def test_held_out_additions_are_a_tenth_and_follow_from_the_seed() -> None:
+    """The set has the promised size and is the same in every run."""
+    held_out = demo_text.held_out_additions(5)
+    assert held_out == demo_text.held_out_additions(5) != demo_text.held_out_additions(6)
+    assert len(held_out) == 505
+    assert all(0 <= a <= b < 100 for a, b in held_out)
+
+
+def test_held_out_additions_are_in_no_text(samples: list[demo_text.Sample]) -> None:
+    """Neither order of a held-out pair occurs, in whatever wording; nearly all other pairs do occur."""
+    held_out = demo_text.held_out_additions()
+    met = {
+        (min(a, b), max(a, b))
+        for sample in samples
+        for a, b in ((int(first), int(second)) for first, second in ADDITION.findall(sample.text))
+    }
+    assert not met & held_out
+    assert len([pair for pair in met if pair[1] < 100]) > 4300
+
+
+def test_arithmetic_is_right(samples: list[demo_text.Sample]) -> None:
+    """Every equation in the text holds, and every addition that is asked is answered by its own equation."""
+    equations = [match.groups() for sample in samples for match in EQUATION.finditer(sample.text)]
+    assert len(equations) > 15_000
+    assert all(int(a) + int(b) == int(total) for a, b, total in equations)
+    for sample in samples:
+        if sample.kind == "addition":
+            assert len(EQUATION.findall(sample.text)) == 1, sample.text
+
+
+def test_words_and_counts_are_right(samples: list[demo_text.Sample]) -> None:
+    """The answers of the other plain tasks are what the prompt asks for."""
+    kinds = set()
+    for sample in samples:
+        kinds.add(sample.kind)
+        prompt, _, answer = sample.text.partition(" -> " if "->" in sample.text else ": ")
+        if sample.kind == "reversing":
+            assert answer == prompt.removeprefix("Reverse: ")[::-1]
+        elif sample.kind == "sorting":
+            assert answer.split(" ") == sorted(prompt.removeprefix("Sort: ").split(" "))
+        elif sample.kind == "counting":
+            first, last = (int(number) for number in re.findall(r"\d+", prompt))
+            step = -1 if first > last else 1
+            assert [int(number) for number in answer.split(" ")] == list(range(first, last + step, step))
+    assert kinds == {"addition", "counting", "reversing", "sorting", "sentence", "story", "chat", "long chat"}
+
+
+def test_text_follows_from_the_seed() -> None:
+    """The same seed gives the same documents, another seed gives others."""
+    assert some_samples(50, 3) == some_samples(50, 3) != some_samples(50, 4)
+
+
+def test_pieces_are_cut_where_the_tokenizer_cuts(tokenizer: Tokenizer, samples: list[demo_text.Sample]) -> None:
+    """Tokenizing piece by piece, as training does, gives what tokenizing the whole text gives, as use does."""
+    for sample in samples[:3000]:
+        if any(piece.text.endswith(" ") for piece in sample.pieces):
+            continue
+        ((ids, weights),) = train_demo.encode_samples(tokenizer, [sample], 0.1)
+        assert ids[:-1] == tokenizer.encode(sample.text).ids
+        assert len(ids) == len(weights)
+
+
+def test_windows_hold_whole_documents(tokenizer: Tokenizer) -> None:
+    """Each window starts with BOS, targets are inputs moved by one, and BOS follows EOS and nothing else."""
+    windows = train_demo.Windows(tokenizer, demo_text.TextMaker(), 0.1)
+    inputs, targets, weights = windows.batch(3, 200)
+    assert inputs.shape == targets.shape == weights.shape == (3, 200)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    bos, eos = (train_demo.token_id(tokenizer, token) for token in (demo_text.BOS, demo_text.EOS))
+    assert inputs[:, 0].tolist() == [bos] * 3
+    assert torch.equal(inputs == eos, targets == bos)
+    assert set(weights.unique().tolist()) == {pytest.approx(0.1), 1.0}
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    """Whatever the text, decoding gives it back; BOS stands in front; every ASCII digit is a token of its own."""
+    encoding = tokenizer.encode(text)
+    assert tokenizer.decode(encoding.ids[1:], skip_special_tokens=False) == text
+    assert encoding.tokens[0] == demo_text.BOS
+    ascii_digits = [token for token in encoding.tokens if re.search(r"[0-9]", token)]
+    assert ascii_digits == re.findall(r"[0-9]", text)
+
+
+def test_model_computes_what_transformers_computes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The training implementation and ``LlamaForCausalLM`` agree on random weights, so the training was for real."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    shape = train_demo.Shape(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=8)
+    model = train_demo.DemoLlama(shape)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    train_demo.write_model(model, tokenizer, tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, shape.vocab_size, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), other(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_quick_run_gives_a_folder_that_transformers_loads(tmp_path: Path) -> None:
+    """The script as a whole, with a few steps: every file is there and is understood."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    command = [sys.executable, str(ROOT / "tools" / "train_demo.py"), "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "addition, held out" in done.stdout
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    check_tokenizer(AutoTokenizer.from_pretrained(tmp_path), tmp_path)
+    assert model.config.model_type == "llama"
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_too_few_steps_fail(tmp_path: Path) -> None:
+    """A model that cannot add makes the script end with a status other than 0."""
+    assert train_demo.main(["--quick", "--require", "0.95", "--output", str(tmp_path)]) == 1
+
+
+def check_tokenizer(loaded: Any, folder: Path) -> None:
+    """The tokenizer of transformers gives the ids of the plain one, and the chat template the text of training."""
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("37 + 45 =", "San Francisco is a city", "Grüße, 世界 🙂\n\tx  y", "<|user|>Hi<|end|>"):
+        assert loaded(text)["input_ids"] == plain.encode(text).ids
+        assert loaded.decode(plain.encode(text).ids[1:]) == text
+    conversation = [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": " Hi "},
+        {"role": "assistant", "content": "Hello! How can I help you?"},
+        {"role": "user", "content": "What is 1 + 2?"},
+    ]
+    wanted = (
+        "<|bos|><|system|>Answer briefly.<|end|><|user|>Hi<|end|><|assistant|>Hello! How can I help you?<|end|>"
+        "<|user|>What is 1 + 2?<|end|><|assistant|>"
+    )
+    assert loaded.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) == wanted
+    with pytest.raises(Exception, match="unknown role"):
+        loaded.apply_chat_template([{"role": "cook", "content": "Hi"}], tokenize=False)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Any, Any]:
+    """The shipped model and its tokenizer as transformers loads them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
+
+
+def generate(shipped: tuple[Any, Any], prompts: list[str], most: int) -> list[str]:
+    """Greedy answers of transformers to prompts of one length in tokens."""
+    model, tokenizer = shipped
+    ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in prompts])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, max_length=None, do_sample=False
+    )
+    return [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in out.tolist()]
+
+
+@needs_shipped
+def test_shipped_files(shipped: tuple[Any, Any]) -> None:
+    """Small enough, in float32, shaped like a llama with grouped queries, and with the tokenizer it was made with."""
+    model, tokenizer = shipped
+    assert (SHIPPED / "model.safetensors").stat().st_size <= 12_000_000
+    config = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "float32"
+    assert config["num_attention_heads"] == 2 * config["num_key_value_heads"] == 8
+    assert config["max_position_embeddings"] >= 1024
+    assert model.generation_config.eos_token_id == config["eos_token_id"]
+    check_tokenizer(tokenizer, SHIPPED)
+
+
+@needs_shipped
+def test_shipped_model_adds_what_it_never_saw(shipped: tuple[Any, Any]) -> None:
+    """At least 95 of 100 held-out additions are right, with and without a space after the prompt."""
+    questions = train_demo.held_out_questions(demo_text.held_out_additions())
+    two_digits = [(prompt, answer) for prompt, answer in questions if len(prompt) == len("37 + 45 =")][::8][:100]
+    assert len(two_digits) >= 95
+    answers = generate(shipped, [prompt for prompt, _ in two_digits], 6)
+    right = sum(given == wanted for given, (_, wanted) in zip(answers, two_digits, strict=True))
+    assert right >= 0.95 * len(two_digits)
+    answers = generate(shipped, [prompt + " " for prompt, _ in two_digits], 6)
+    right = sum(given == wanted.strip() for given, (_, wanted) in zip(answers, two_digits, strict=True))
+    assert right >= 0.95 * len(two_digits)
+
+
+@needs_shipped
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("37 + 45 =", " 82"),
+        ("Count from 3 to 9:", " 3 4 5 6 7 8 9"),
+        ("Reverse: apple ->", " elppa"),
+        ("Sort: pear apple fig ->", " apple fig pear"),
+        ("San Francisco is a city", " in California. It is known for the Golden Gate Bridge."),
+        ("<|user|>What is 12 + 30?<|end|><|assistant|>", "12 + 30 = 42."),
+        ("<|user|>Hello!<|end|><|assistant|>", "Hello! How can I help you?"),
+    ],
+)
+def test_shipped_model_answers(shipped: tuple[Any, Any], prompt: str, answer: str) -> None:
+    """One prompt of each kind."""
+    assert generate(shipped, [prompt], 40) == [answer]
+
+
+@needs_shipped
+def test_shipped_model_keeps_its_footing_far_into_a_context(shipped: tuple[Any, Any]) -> None:
+    """Behind some 500 tokens of other documents, and over a long answer, the model is as good as at the start."""
+    documents = "".join(
+        f"{demo_text.BOS}{sample.text}{demo_text.EOS}"
+        for sample in some_samples(200, 99)
+        if not any(piece.text.endswith(" ") for piece in sample.pieces)
+    )
+    _, tokenizer = shipped
+    ends = [match.end() for match in re.finditer(re.escape(demo_text.EOS), documents)]
+    start = next(end for end in ends if len(tokenizer(documents[:end])["input_ids"]) > 500)
+    before = documents[len(demo_text.BOS) : start] + demo_text.BOS
+    assert generate(shipped, [before + "37 + 45 ="], 6) == [" 82"]
+    numbers = " ".join(str(number) for number in range(1, 100))
+    assert generate(shipped, ["Count from 1 to 99:"], 320) == [" " + numbers]

@@ -1,0 +1,581 @@
+"""Makes the bundled demo model: a small llama that adds, counts, reverses words, sorts words and chats a little.
+
+    python tools/train_demo.py                       # the shipped model, into src/shoal/demo_model
+    python tools/train_demo.py --quick --output DIR  # a few steps: proves the pipeline, learns nothing
+
+The text comes from ``demo_text.py``, the tokenizer is learnt from the same text, and the model is a plain
+implementation of the llama architecture below, so that torch, tokenizers and safetensors are all this needs.
+What is written is in the Hugging Face format and loads as ``LlamaForCausalLM``. At the end the model answers every
+held-out addition and samples of the other tasks; under 95 % on the held-out additions the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+import demo_text
+from demo_text import ASSISTANT, BOS, END, EOS, SPECIAL_TOKENS, SYSTEM, USER, Sample, TextMaker
+
+DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "src" / "shoal" / "demo_model"
+PASS_SHARE = 0.95
+"""The share of held-out additions that must be right."""
+
+SPREAD = 0.05
+"""Standard deviation of the first weights. The usual 0.02 suits wide models; at this width, addition is learnt in a
+third of the steps when the weights start larger."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role: ' ~ message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' ~ message['role'] ~ '|>' ~ (message['content'] | trim) ~ '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+assert (SYSTEM, USER, ASSISTANT, END) == ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of the model, by the names of the Hugging Face configuration."""
+
+    vocab_size: int = 640
+    hidden_size: int = 256
+    intermediate_size: int = 640
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 32
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is trained.
+
+    A step takes ``tokens`` tokens, as windows of ``window`` tokens at first and of twice as many for the last
+    ``long_share`` of the steps. ``prompt_weight`` is the weight in the loss of tokens that only ask.
+    """
+
+    steps: int = 3000
+    tokens: int = 2048
+    window: int = 256
+    long_share: float = 0.25
+    peak_rate: float = 2e-3
+    final_rate: float = 2e-5
+    warmup: int = 100
+    weight_decay: float = 0.1
+    prompt_weight: float = 0.1
+    clip: float = 1.0
+    seed: int = demo_text.DEFAULT_SEED
+    minutes: float = 28.0
+    bf16: bool = True
+
+
+# The tokenizer
+
+
+def train_tokenizer(vocab_size: int, seed: int, documents: int = 20000) -> Tokenizer:
+    """A byte-level BPE tokenizer: any text comes back unchanged, every digit is a token, ``encode`` puts BOS first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(demo_text.tokenizer_corpus(seed, documents), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, token_id(tokenizer, BOS))],
+    )
+    return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that is known to exist."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise KeyError(token)
+    return int(found)
+
+
+def encode_samples(
+    tokenizer: Tokenizer, samples: Sequence[Sample], prompt_weight: float
+) -> list[tuple[list[int], list[float]]]:
+    """Token ids and loss weights of each document, BOS and EOS included; both lists of a document are equally long.
+
+    The weight belongs to the token as the one to be foretold. EOS counts fully, BOS hardly.
+    """
+    texts = [piece.text for sample in samples for piece in sample.pieces]
+    encoded = iter(tokenizer.encode_batch(texts, add_special_tokens=False))
+    bos, eos = token_id(tokenizer, BOS), token_id(tokenizer, EOS)
+    documents: list[tuple[list[int], list[float]]] = []
+    for sample in samples:
+        ids: list[int] = [bos]
+        weights: list[float] = [prompt_weight]
+        for piece in sample.pieces:
+            tokens: list[int] = next(encoded).ids
+            ids += tokens
+            weights += [1.0 if piece.learnt else prompt_weight] * len(tokens)
+        documents.append(([*ids, eos], [*weights, 1.0]))
+    return documents
+
+
+class Windows:
+    """Packs whole documents, one behind the other, into windows of a fixed length.
+
+    A window begins with a document and the last document is cut at its end. Nothing hides the earlier documents of
+    a window from the later ones: the model learns to look back no further than the last BOS, and so stays steady at
+    any position.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, maker: TextMaker, prompt_weight: float) -> None:
+        self._tokenizer = tokenizer
+        self._samples = maker.samples()
+        self._prompt_weight = prompt_weight
+        self._documents: Iterator[tuple[list[int], list[float]]] = self._encoded()
+
+    def _encoded(self) -> Iterator[tuple[list[int], list[float]]]:
+        while True:
+            chunk = [next(self._samples) for _ in range(512)]
+            yield from encode_samples(self._tokenizer, chunk, self._prompt_weight)
+
+    def batch(self, windows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, targets and weights of the targets, each ``(windows, length)``."""
+        ids = torch.empty(windows, length + 1, dtype=torch.long)
+        weights = torch.empty(windows, length + 1)
+        for row in range(windows):
+            row_ids: list[int] = []
+            row_weights: list[float] = []
+            while len(row_ids) < length + 1:
+                document_ids, document_weights = next(self._documents)
+                row_ids += document_ids
+                row_weights += document_weights
+            ids[row] = torch.tensor(row_ids[: length + 1])
+            weights[row] = torch.tensor(row_weights[: length + 1])
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights[:, 1:].contiguous()
+
+
+# The model
+
+
+class Layer(nn.Module):
+    """One llama layer: grouped-query attention with rotary positions, then a SwiGLU, each behind an RMSNorm.
+
+    The attributes bear the names of the Hugging Face checkpoint, so that the state dict is the checkpoint.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        q_width = shape.num_attention_heads * shape.head_dim
+        kv_width = shape.num_key_value_heads * shape.head_dim
+        self.shape = shape
+        self.input_layernorm = nn.RMSNorm(hidden, eps=shape.rms_norm_eps)
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(hidden, q_width, bias=False),
+                "k_proj": nn.Linear(hidden, kv_width, bias=False),
+                "v_proj": nn.Linear(hidden, kv_width, bias=False),
+                "o_proj": nn.Linear(q_width, hidden, bias=False),
+            }
+        )
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=shape.rms_norm_eps)
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(hidden, inner, bias=False),
+                "up_proj": nn.Linear(hidden, inner, bias=False),
+                "down_proj": nn.Linear(inner, hidden, bias=False),
+            }
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x`` is ``(batch, length, hidden)``, ``cos`` and ``sin`` are ``(length, head_dim // 2)``."""
+        batch, length, _ = x.shape
+        shape = self.shape
+
+        def heads(name: str, count: int) -> Tensor:
+            """One projection as ``(batch, heads, length, head_dim)``."""
+            flat: Tensor = self.self_attn[name](normed)
+            return flat.view(batch, length, count, shape.head_dim).transpose(1, 2)
+
+        normed = self.input_layernorm(x)
+        q = rotate(heads("q_proj", shape.num_attention_heads), cos, sin)
+        k = rotate(heads("k_proj", shape.num_key_value_heads), cos, sin)
+        v = heads("v_proj", shape.num_key_value_heads)
+        group = shape.num_attention_heads // shape.num_key_value_heads
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.self_attn["o_proj"](mixed.transpose(1, 2).reshape(batch, length, -1))
+        normed = self.post_attention_layernorm(x)
+        gated = functional.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
+        down: Tensor = self.mlp["down_proj"](gated)
+        return x + down
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, the halves of a head paired as llama checkpoints expect; the shape and dtype stay."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class DemoLlama(nn.Module):
+    """The decoder with tied embeddings, without a key-value cache: enough for training and for short answers."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                spread = SPREAD / math.sqrt(2 * shape.num_hidden_layers) if into_residual else SPREAD
+                nn.init.normal_(parameter, std=spread)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids ``(batch, length)`` to logits ``(batch, length, vocab)``."""
+        half = self.shape.head_dim // 2
+        rates = self.shape.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+        angles = torch.arange(ids.shape[1], dtype=torch.float32)[:, None] * rates
+        cos, sin = angles.cos(), angles.sin()
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return functional.linear(self.norm(x), self.embed_tokens.weight)
+
+
+# Training
+
+
+def rate_at(progress: float, step: int, recipe: Recipe) -> float:
+    """The learning rate: linear warm-up over the first steps, then half a cosine over the share ``progress`` done."""
+    wave = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    rate = recipe.final_rate + (recipe.peak_rate - recipe.final_rate) * wave
+    return rate * min(1.0, (step + 1) / recipe.warmup)
+
+
+def train(
+    model: DemoLlama, windows: Windows, recipe: Recipe, probe: Callable[[], str] | None = None
+) -> tuple[int, float]:
+    """Trains in place; returns the steps done and the minutes they took.
+
+    Should the machine be too slow for all steps within ``recipe.minutes``, the schedule is carried through faster
+    and ends in time: the rate follows whichever is further, the steps or the clock.
+    """
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.peak_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    model.train()
+    began = time.monotonic()
+    shown = 0.0
+    bar = tqdm(range(recipe.steps), desc="training", unit="step", mininterval=5.0, file=sys.stderr)
+    done = 0
+    for step in bar:
+        progress = max(step / recipe.steps, (time.monotonic() - began) / (60.0 * recipe.minutes))
+        if progress >= 1.0:
+            break
+        length = recipe.window * (2 if progress >= 1.0 - recipe.long_share else 1)
+        inputs, targets, weights = windows.batch(max(1, recipe.tokens // length), length)
+        rate = rate_at(progress, step, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            logits = model(inputs)
+        losses = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        loss = (losses * weights.flatten()).sum() / weights.sum()
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        done = step + 1
+        value = float(loss.detach())
+        shown = value if step == 0 else 0.98 * shown + 0.02 * value
+        bar.set_postfix(loss=f"{shown:.4f}", rate=f"{rate:.1e}", refresh=False)
+        if probe is not None and done % 250 == 0:
+            tqdm.write(f"step {done}: loss {shown:.4f}; {probe()}", file=sys.stderr)
+            model.train()
+    bar.close()
+    return done, (time.monotonic() - began) / 60.0
+
+
+# Answering and counting the right answers
+
+
+@torch.no_grad()
+def answer(
+    model: DemoLlama, tokenizer: Tokenizer, prompts: Sequence[str], limit: int = 24, batch: int = 128
+) -> tuple[list[str], list[float]]:
+    """Greedy answers up to EOS or END, in the order of the prompts, and the margin of each.
+
+    The margin is the least distance, over the tokens of the answer, from the best to the second best logit: what
+    rounding in another order of summation would have to overcome. Prompts of one length share a batch, so that no
+    padding is needed.
+    """
+    model.eval()
+    stops = torch.tensor([token_id(tokenizer, EOS), token_id(tokenizer, END)])
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
+    by_length: dict[int, list[int]] = {}
+    for index, prompt_ids in enumerate(encoded):
+        by_length.setdefault(len(prompt_ids), []).append(index)
+    texts = [""] * len(encoded)
+    margins = [math.inf] * len(encoded)
+    for length, members in by_length.items():
+        for start in range(0, len(members), batch):
+            rows = members[start : start + batch]
+            ids = torch.tensor([encoded[index] for index in rows])
+            running = torch.ones(len(rows), dtype=torch.bool)
+            least = torch.full((len(rows),), math.inf)
+            ends = torch.full((len(rows),), length + limit)
+            for _ in range(limit):
+                best = model(ids)[:, -1].topk(2, dim=-1)
+                gap = best.values[:, 0] - best.values[:, 1]
+                least = torch.where(running, torch.minimum(least, gap), least)
+                token = best.indices[:, 0]
+                stopped = running & torch.isin(token, stops)
+                ends[stopped] = ids.shape[1]
+                running &= ~stopped
+                if not running.any():
+                    break
+                ids = torch.cat((ids, token[:, None]), dim=1)
+            for row, index in enumerate(rows):
+                texts[index] = tokenizer.decode(ids[row, length : int(ends[row])].tolist(), skip_special_tokens=False)
+                margins[index] = float(least[row])
+    return texts, margins
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the evaluation: ``right`` of ``asked`` answers, and the least margin among the right ones."""
+
+    name: str
+    right: int
+    asked: int
+    margin: float
+
+    @property
+    def share(self) -> float:
+        """The share of right answers."""
+        return self.right / self.asked
+
+    def __str__(self) -> str:
+        """The line as it is printed."""
+        return f"{self.name:<44} {self.right:>5} of {self.asked:>5}  {100 * self.share:6.2f} %  {self.margin:7.2f}"
+
+
+def figure(
+    model: DemoLlama, tokenizer: Tokenizer, name: str, asked: Sequence[tuple[str, str]], limit: int = 24, wrong: int = 3
+) -> Figure:
+    """Asks the prompts of ``(prompt, right answer)`` pairs; prints the first few wrong answers."""
+    texts, margins = answer(model, tokenizer, [prompt for prompt, _ in asked], limit)
+    right = [text == wanted for text, (_, wanted) in zip(texts, asked, strict=True)]
+    for ok, text, (prompt, _) in zip(right, texts, asked, strict=True):
+        if not ok and wrong > 0:
+            wrong -= 1
+            print(f"  wrong: {prompt!r} gave {text!r}", file=sys.stderr)
+    margin = min((margin for margin, ok in zip(margins, right, strict=True) if ok), default=math.nan)
+    return Figure(name, sum(right), len(asked), margin)
+
+
+def held_out_questions(held_out: demo_text.HeldOut) -> list[tuple[str, str]]:
+    """Every held-out addition in both orders, with its answer, in a fixed order."""
+    ordered = sorted({pair for a, b in held_out for pair in ((a, b), (b, a))})
+    return [(f"{a} + {b} =", f" {a + b}") for a, b in ordered]
+
+
+def chat_prompt(question: str) -> str:
+    """A question as the chat template writes it; the tokenizer adds the BOS."""
+    return f"{USER}{question}{END}{ASSISTANT}"
+
+
+def evaluate(model: DemoLlama, tokenizer: Tokenizer, seed: int, most: int = 400) -> list[Figure]:
+    """All figures, the held-out additions in plain format first; ``most`` bounds every other task."""
+    maker = TextMaker(seed)
+    maker.rng.seed(f"questions {seed}")
+    held_out = held_out_questions(maker.held_out)
+    sums = [(prompt.removesuffix(" ="), wanted.strip()) for prompt, wanted in held_out]
+    figures = [figure(model, tokenizer, "addition, held out", held_out, 6)]
+    spaced = [(f"{prompt} ", wanted.strip()) for prompt, wanted in held_out[:: max(1, len(held_out) // most)]]
+    figures.append(figure(model, tokenizer, "addition, held out, space after the prompt", spaced, 6))
+    chats = [(chat_prompt(f"What is {what}?"), f"{what} = {total}.") for what, total in sums]
+    figures.append(figure(model, tokenizer, "addition, held out, chat", chats[:: max(1, len(chats) // most)]))
+    kinds = (
+        ("addition", "addition as in training, up to 3 digits"),
+        ("counting", "counting, up to 30 numbers"),
+        ("reversing", "reversing, words of the list"),
+        ("reversing made-up", "reversing, made-up words"),
+        ("sorting", "sorting, 2 to 5 words"),
+        ("chat", "chat, all questions"),
+    )
+    makers: dict[str, Callable[[], Sample]] = {
+        "addition": maker.addition,
+        "counting": maker.counting,
+        "reversing": maker.reversing,
+        "reversing made-up": maker.reversing,
+        "sorting": maker.sorting,
+        "chat": maker.short_chat,
+    }
+    for kind, name in kinds:
+        asked: dict[str, str] = {}
+        while len(asked) < (most if kind != "counting" else most // 4):
+            sample = makers[kind]()
+            wanted = sample.pieces[-1].text
+            prompt, wanted = sample.text.removesuffix(wanted), wanted.removesuffix(END)
+            if kind == "counting" and wanted.count(" ") > 30:
+                continue
+            if kind.startswith("reversing") and (wanted.strip()[::-1] in demo_text.WORDS) == (kind != "reversing"):
+                continue
+            asked[prompt] = wanted
+            if kind == "reversing" and len(asked) >= len(demo_text.WORDS):
+                break
+        figures.append(figure(model, tokenizer, name, list(asked.items()), 128 if kind == "counting" else 48))
+    return figures
+
+
+# The files
+
+
+def write_model(model: DemoLlama, tokenizer: Tokenizer, output: Path) -> None:
+    """Writes the folder in the Hugging Face format: configuration, weights in float32, tokenizer, chat template."""
+    output.mkdir(parents=True, exist_ok=True)
+    shape = model.shape
+    bos, eos, end = (token_id(tokenizer, token) for token in (BOS, EOS, END))
+    sizes = asdict(shape)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **sizes,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": SPREAD,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": bos,
+        "eos_token_id": [eos, end],
+        "pad_token_id": eos,
+        "dtype": "float32",
+    }
+    generation = {
+        "bos_token_id": bos,
+        "eos_token_id": [eos, end],
+        "pad_token_id": eos,
+        "do_sample": False,
+        "max_new_tokens": 256,
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "additional_special_tokens": [SYSTEM, USER, ASSISTANT, END],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": shape.max_position_embeddings,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", generation),
+        ("tokenizer_config.json", tokenizer_config),
+    ):
+        (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(str(output / "tokenizer.json"))
+    tensors = {f"model.{name}": tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
+    weights = output / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # save_file lets only the owner read it
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=None, help=f"training steps (default: {recipe.steps})")
+    parser.add_argument("--seed", type=int, default=recipe.seed, help="seed of text, weights and held-out additions")
+    parser.add_argument("--minutes", type=float, default=recipe.minutes, help="longest training (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=recipe.peak_rate, help="peak learning rate")
+    parser.add_argument("--float32", action="store_true", help="compute in float32 throughout, without bfloat16")
+    parser.add_argument("--probe", action="store_true", help="show the held-out figure every 250 steps")
+    parser.add_argument("--quick", action="store_true", help="a few steps of a smaller model, no pass mark: for tests")
+    parser.add_argument(
+        "--require", type=float, default=None, help=f"share of held-out additions to pass (default: {PASS_SHARE})"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the tokenizer and the model, writes them, evaluates; returns the exit status."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    recipe = Recipe(seed=options.seed, minutes=options.minutes, peak_rate=options.rate, bf16=not options.float32)
+    shape = Shape()
+    if options.quick:
+        shape = replace(shape, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=8)
+        recipe = replace(recipe, steps=4, tokens=512, warmup=2)
+    if options.steps is not None:
+        recipe = replace(recipe, steps=options.steps)
+    maker = TextMaker(recipe.seed)
+    tokenizer = train_tokenizer(shape.vocab_size, recipe.seed, 1000 if options.quick else 20000)
+    shape = replace(shape, vocab_size=tokenizer.get_vocab_size())
+    model = DemoLlama(shape)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    held_out = f"{len(maker.held_out)} pairs held out"
+    print(f"{parameters:,} parameters, {shape.vocab_size} tokens, {held_out}", file=sys.stderr)
+
+    def probe() -> str:
+        return str(figure(model, tokenizer, "held out", held_out_questions(maker.held_out)[::4], 6, wrong=1))
+
+    windows = Windows(tokenizer, maker, recipe.prompt_weight)
+    steps, minutes = train(model, windows, recipe, probe if options.probe else None)
+    write_model(model, tokenizer, options.output)
+    size = (options.output / "model.safetensors").stat().st_size
+    print(f"{steps} steps in {minutes:.1f} minutes; {size:,} bytes of weights in {options.output}", file=sys.stderr)
+    figures = evaluate(model, tokenizer, recipe.seed, 8 if options.quick else 400)
+    print(f"{'task':<44} {'right':>14}  {'share':>8}  least margin")
+    for line in figures:
+        print(line)
+    required = options.require if options.require is not None else 0.0 if options.quick else PASS_SHARE
+    if figures[0].share < required:
+        print(f"under {100 * required:.0f} % of the held-out additions are right", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
