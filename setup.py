@@ -7,6 +7,7 @@ from setuptools import Extension, setup
 _COMPILE = [
     "-std=c++17",
     "-O3",
+    "-g0",
     "-fopenmp",  # at compile time only: the library binds to the OpenMP runtime that PyTorch brings
     "-fno-math-errno",
     "-fno-trapping-math",

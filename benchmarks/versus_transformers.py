@@ -1,7 +1,7 @@
 """Decode rate and memory beside `transformers.generate`, in one run, on random weights of Qwen3-0.6B's sizes.
 
-`python benchmarks/versus_transformers.py [--folder FOLDER]`: JSON on stdout. Each side runs in a process of its own with
-its threads bound to the cores, in turn, `--rounds` times; figures are medians, ratios are round by round.
+`python benchmarks/versus_transformers.py [--folder FOLDER]`: JSON on stdout. Each side runs in a process of its own
+with its threads bound to the cores, in turn, `--rounds` times; figures are medians, ratios are round by round.
 """
 
 import json

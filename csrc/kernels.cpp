@@ -201,7 +201,7 @@ void in_parallel(int64_t pieces, int64_t threads, const Work& work) {
 }
 
 // Rows of element-wise work: below this many elements a thread costs more to wake than it saves.
-constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kElementsPerThread = 32768;
 
 template <class Work>
 void over_rows(int64_t rows, int64_t row_elements, int64_t threads, const Work& work) {
@@ -591,7 +591,7 @@ ALWAYS_INLINE void merge_row(const AttendArgs<T>& a, const Item& item, int64_t s
             const float* partial = partials + i * step;
             const float weight = exp_of(splat(partial[0] - maximum))[0];
             total += weight * partial[1];
-            for (int64_t d = 0; d < a.head_dim; d += kLanes)
+            for (int64_t d = 0; d < padded_dim(a.head_dim); d += kLanes)
                 store_floats(sums + d, load_floats(sums + d) + weight * load_floats(partial + kStatistics + d));
         }
         const float inverse = 1.0f / total;

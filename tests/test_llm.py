@@ -279,7 +279,6 @@ def test_missing_shard(tmp_path: Path) -> None:
         LLM(str(folder))
 
 
-@pytest.mark.xfail(reason="LLM opens the tokenizer after the engine has started", strict=True)
 @pytest.mark.usefixtures("_no_engine")
 def test_broken_tokenizer(folder: Path, tmp_path: Path) -> None:
     spoiled = Path(shutil.copytree(folder, tmp_path / "model"))

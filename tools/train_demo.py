@@ -419,11 +419,16 @@ def chat_prompt(question: str) -> str:
     return f"{USER}{question}{END}{ASSISTANT}"
 
 
-def evaluate(model: DemoLlama, tokenizer: Tokenizer, seed: int, most: int = 400) -> list[Figure]:
-    """All figures, the held-out additions in plain format first; ``most`` bounds every other task."""
+def evaluate(
+    model: DemoLlama, tokenizer: Tokenizer, seed: int, most: int = 400, most_held_out: int | None = None
+) -> list[Figure]:
+    """All figures, the held-out additions in plain format first: all of them, or ``most_held_out``.
+
+    ``most`` bounds every other task.
+    """
     maker = TextMaker(seed)
     maker.rng.seed(f"questions {seed}")
-    held_out = held_out_questions(maker.held_out)
+    held_out = held_out_questions(maker.held_out)[:most_held_out]
     sums = [(prompt.removesuffix(" ="), wanted.strip()) for prompt, wanted in held_out]
     figures = [figure(model, tokenizer, "addition, held out", held_out, 6)]
     spaced = [(f"{prompt} ", wanted.strip()) for prompt, wanted in held_out[:: max(1, len(held_out) // most)]]
@@ -566,7 +571,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_model(model, tokenizer, options.output)
     size = (options.output / "model.safetensors").stat().st_size
     print(f"{steps} steps in {minutes:.1f} minutes; {size:,} bytes of weights in {options.output}", file=sys.stderr)
-    figures = evaluate(model, tokenizer, recipe.seed, 8 if options.quick else 400)
+    figures = evaluate(model, tokenizer, recipe.seed, *((8, 32) if options.quick else ()))
     print(f"{'task':<44} {'right':>14}  {'share':>8}  least margin")
     for line in figures:
         print(line)

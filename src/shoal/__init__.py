@@ -25,7 +25,7 @@ _EXPORTS = {
     "EngineError": "shoal.errors:EngineError",
 }
 
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - names of the mapping, pinned by tests/test_api.py
+__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604 - names of the mapping, pinned by tests/test_llm.py
 
 
 def __getattr__(name: str) -> Any:

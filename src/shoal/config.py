@@ -5,6 +5,7 @@ None means "you decide"; `planner.resolve` decides, and says why.
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -81,14 +82,14 @@ class SchedulerOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    model: str
+    model: str | None  # None: the bundled one
     model_options: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
 
     @classmethod
-    def from_flat(cls, model: str, values: Mapping[str, Any]) -> "EngineOptions":
+    def from_flat(cls, model: str | None, values: Mapping[str, Any]) -> "EngineOptions":
         """Sorts `values` (option name -> value) into the sections.
 
         Raises:
@@ -154,6 +155,8 @@ class Option:
             raise ConfigError(f"{self.flag} takes {_TYPE_NAMES[self.type]}, got {value!r}")
         if self.choices and value not in self.choices:
             raise ConfigError(f"{self.flag} must be one of {', '.join(self.choices)}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{self.flag} takes a finite number, got {value}")
         if self.minimum is not None and isinstance(value, int | float) and not value >= self.minimum:
             raise ConfigError(f"{self.flag} must be at least {self.minimum:g}, got {value}")
         return value
@@ -169,7 +172,7 @@ def parse_bytes(text: str, flag: str) -> int:
     Raises:
         ConfigError: anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower())
     if not match:
         raise ConfigError(f"{flag} takes a number of bytes such as 512MiB or 2GiB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2] or ""])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from shoal import LLM, RequestOutput, SamplingParams
 from support.checkpoints import MAKERS, Reference
 
@@ -103,7 +104,7 @@ def test_prefix_hits(checkpoint: Checkpoint, block_size: int) -> None:
     common = make_prompts([48], seed=5)[0]
     first = [common + prompt for prompt in make_prompts([2, 9], seed=6)]
     second = [common + prompt for prompt in make_prompts([1, 17, 30], seed=7)] + [common]
-    options = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**21, "block_size": block_size}
+    options: Any = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**21, "block_size": block_size}
     with LLM(str(folder), **options) as llm:
         assert_same(folder, first, run(llm, first))
         outputs = run(llm, second)
@@ -169,7 +170,7 @@ def test_stops_at_eos_and_at_length(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_bfloat16_stays_near_float32(checkpoint: Checkpoint, name: str) -> None:
-    """bfloat16 has 8 bits: three layers of it move log-probabilities by some hundredths, a wrong cast by whole units."""
+    """bfloat16 has 8 bits: three layers move log-probabilities by some hundredths, a wrong cast by whole units."""
     folder = checkpoint(name)
     for output, prompt in zip(generate(folder, MIXED, steps=4, dtype="bfloat16"), MIXED, strict=True):
         tokens = output.outputs[0].token_ids

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.fakes import steady
 
 from shoal.engine.blocks import BlockPool
 from shoal.errors import EngineError
+from support.fakes import steady
 
 SIZE = 2
 

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, request, steady
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
 from shoal.engine.request import State
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
-from shoal.errors import EngineError
+from shoal.errors import EngineError, RequestError
+from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, request, steady
 
 MAX_MODEL_LEN = 20
 
@@ -32,9 +32,7 @@ class Bench:
         self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
         self.clock = FakeClock()
         self.scheduler = Scheduler(self.pool, self.limits, PriorityPolicy(), self.clock)
-        self.executor = FakeExecutor(
-            num_blocks, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
-        )
+        self.executor = FakeExecutor(num_blocks, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.outcomes = Outcomes()
 
     def add(self, spec: wire.EngineRequest) -> None:
@@ -140,7 +138,7 @@ def test_the_speculative_token_after_a_stop_token_is_dropped() -> None:
 
 
 def test_a_preempted_request_resumes_once_its_results_are_back() -> None:
-    """Two blocks of two: the second request has to make room, and comes back with the tokens it had got."""
+    """Three blocks of two: the second request has to make room, and comes back with the tokens it had got."""
     bench = Bench(num_blocks=3, block_size=2, max_model_len=6, prefix_caching=False)
     bench.add(request(1, [1], 5))
     bench.add(request(2, [2], 3))
@@ -155,11 +153,25 @@ def test_a_preempted_request_resumes_once_its_results_are_back() -> None:
     assert not fourth.new, "a result of the preempted one is still on its way"
     bench.land()
     while not bench.executor.plans[-1].new:
-        bench.must_plan()
+        bench.plan()
         bench.land()
     (again,) = bench.executor.plans[-1].new
     assert (again.seq, again.epoch) == (2, 1)
     assert len(again.tokens) == 4 * 3, "the prompt and two tokens"
+    bench.drain()
+
+
+def test_work_given_in_the_same_step_is_taken_back() -> None:
+    """Next tokens are planned before chunks, so that a low-ranked one may have got the block that a chunk needs."""
+    bench = Bench(num_blocks=22, block_size=1, budget=4, max_model_len=20, prefix_caching=False)
+    bench.add(request(1, [1] * 5, 12, priority=1))
+    bench.step()
+    bench.step()
+    bench.add(request(2, [2] * 14, 3))
+    while not bench.scheduler.counters.preemptions:
+        plan = bench.step()
+    assert spans(plan) == {2: (12, 2)}
+    assert plan.released == (1,)
     bench.drain()
 
 
@@ -268,7 +280,7 @@ def test_a_deadline_ends_a_request_in_any_state() -> None:
 @pytest.mark.parametrize(("prompt", "max_tokens"), [([], 1), ([1], 0), ([1] * 60, 5)])
 def test_what_can_never_run_is_refused(prompt: list[int], max_tokens: int) -> None:
     bench = Bench()
-    with pytest.raises(EngineError, match="request 1"):
+    with pytest.raises(RequestError, match="request 1"):
         bench.scheduler.add(request(1, prompt, max_tokens))
     assert bench.scheduler.idle
 
@@ -276,7 +288,7 @@ def test_what_can_never_run_is_refused(prompt: list[int], max_tokens: int) -> No
 def test_a_sequence_number_in_use_is_refused() -> None:
     bench = Bench()
     bench.add(request(1, [1]))
-    with pytest.raises(EngineError, match="exists"):
+    with pytest.raises(RequestError, match="exists"):
         bench.scheduler.add(request(1, [1]))
     bench.drain()
 
@@ -348,9 +360,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         deadline = None if lifetime is None else self.bench.clock.now + lifetime
         seq = len(self.bench.outcomes.specs)
         self.bench.add(
-            request(
-                seq, prompt, max_tokens, stop_ids=sorted(stop_ids), priority=priority, deadline=deadline, salt=salt
-            )
+            request(seq, prompt, max_tokens, stop_ids=sorted(stop_ids), priority=priority, deadline=deadline, salt=salt)
         )
 
     @precondition(lambda self: self.bench.scheduler.num_in_flight < self.depth)

@@ -89,17 +89,22 @@ def alone(case: Case, i: int) -> Case:
     return Case(case.q[rows], case.heads, case.scale, single, case.cache)
 
 
-def formula(case: Case) -> Tensor:
-    """softmax(q k^T * scale) v in float64, one row and one head at a time. [n, q_heads * head_dim]."""
-    batch, out = case.batch, torch.zeros(case.q.shape, dtype=torch.float64)
+def formula(case: Case) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v in float64, and softmax(..) |v|, by which errors are measured.
+
+    [n, q_heads * head_dim] each.
+    """
+    batch = case.batch
+    out, size = torch.zeros(2, *case.q.shape, dtype=torch.float64)
+    kv_of = list(case.heads.q_to_kv)
     for i, context in enumerate(batch.host_context_lens):
         where = torch.arange(context)
         owned = batch.block_tables[i][where // batch.block_size].long() * batch.block_size + where % batch.block_size
-        keys, values = case.cache.keys[owned].double(), case.cache.values[owned].double()
+        keys, values = case.cache.keys[owned].double()[:, kv_of], case.cache.values[owned].double()[:, kv_of]
         rows = rows_of_sequence(case, i)
-        for row in range(rows.start, rows.stop):
-            seen = context - (rows.stop - 1 - row)
-            for head, kv in enumerate(case.heads.q_to_kv):
-                weights = torch.softmax(keys[:seen, kv] @ case.q[row, head].double() * case.scale, dim=0)
-                out[row, head] = weights @ values[:seen, kv]
-    return out.flatten(1)
+        seen = where <= torch.arange(context - batch.query_lens[i], context)[:, None, None]
+        scores = torch.einsum("rhd,lhd->rhl", case.q[rows].double(), keys) * case.scale
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+        out[rows] = torch.einsum("rhl,lhd->rhd", weights, values)
+        size[rows] = torch.einsum("rhl,lhd->rhd", weights, values.abs())
+    return out.flatten(1), size.flatten(1)

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
-from kernels.paged import make_batch
 from torch import Tensor
 
+from kernels.paged import make_batch
 from shoal.kernels.base import HeadLayout, Kernels, KVCache, QKNorm, Rope
 from shoal.kernels.native import NativeKernels, load_native
 from shoal.kernels.reference import ReferenceKernels
@@ -100,9 +100,10 @@ def rotation_inputs(
 @pytest.mark.parametrize("kernels", BOTH)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim", "half"), [
-    (4, 2, 128, 64), (3, 2, 80, 40), (2, 2, 64, 8), (3, 1, 40, 5), (0, 2, 64, 32), (2, 0, 64, 32), (0, 0, 64, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim", "half"),
+    [(4, 2, 128, 64), (3, 2, 80, 40), (2, 2, 64, 8), (3, 1, 40, 5), (0, 2, 64, 32), (2, 0, 64, 32), (0, 0, 64, 32)],
+)
 def test_rotate_and_store(
     kernels: Kernels, dtype: torch.dtype, norm: bool, q_heads: int, kv_heads: int, head_dim: int, half: int
 ) -> None:
@@ -124,8 +125,8 @@ def test_rotate_and_store(
 
     parts = qkv.view(len(qkv), -1, head_dim).split([q_heads, kv_heads, kv_heads], dim=1)
     for out, x, weight in (
-        (q, parts[0], weights and weights.q_weight),
-        (cache.keys[batch.slots], parts[1], weights and weights.k_weight),
+        (q, parts[0], None if weights is None else weights.q_weight),
+        (cache.keys[batch.slots], parts[1], None if weights is None else weights.k_weight),
     ):
         wanted, size = turned(x, weight)
         # Two roundings of the norm, one of the rotation; float32 arithmetic adds a few units of its own.
@@ -141,7 +142,8 @@ def test_rotate_and_store(
 @pytest.mark.parametrize("dtype", TYPES)
 def test_rows_have_the_same_bits_in_any_batch(native: NativeKernels, dtype: torch.dtype) -> None:
     # 200 rows go to all threads, one row to one.
-    x, residual, weight = torch.randn(200, 1000).to(dtype), torch.randn(200, 1000).to(dtype), torch.randn(1000).to(dtype)
+    x, residual = torch.randn(2, 200, 1000).to(dtype)
+    weight = torch.randn(1000).to(dtype)
     normed, (added, total), gated = (
         native.rms_norm(x, weight, 1e-6),
         native.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint import INDEX, SINGLE, open_checkpoint
 
-_SETTINGS = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_SETTINGS = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 Header = dict[str, Any]
 
@@ -185,8 +185,7 @@ def opens_or_refuses(folder: Path) -> None:
     """Nothing else may happen. What opens, lies within its file."""
     try:
         found = open_checkpoint(folder)
-    except CheckpointError as error:
-        assert str(error)
+    except CheckpointError:
         return
     for tensor in found.tensors.values():
         assert 0 <= tensor.offset <= tensor.file.stat().st_size

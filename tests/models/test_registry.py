@@ -1,5 +1,6 @@
 """config.json in the spellings there are, and everything that is none."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -221,22 +222,19 @@ _VALUES = st.recursive(
 _KEYS = [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "dtype", "mlp_bias"]
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, min_size=1, max_size=3), st.sampled_from(list(FAMILIES)))
 def test_random_values(tmp_path: Path, changes: dict[str, Any], family: str) -> None:
     """A spec or a CheckpointError, and nothing else."""
     config = {**LLAMA, "architectures": list(FAMILIES[family].architectures), **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    try:
+    with contextlib.suppress(CheckpointError):
         spec = read_spec(tmp_path)
-    except CheckpointError as error:
-        assert str(error)
-    else:
         assert spec.num_heads % spec.num_kv_heads == 0
         assert min(spec.hidden_size, spec.num_layers, spec.head_dim, spec.vocab_size, spec.max_positions) >= 1
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=100) | _VALUES.map(lambda value: json.dumps(value).encode()))
 def test_random_files(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "config.json").write_bytes(data)

@@ -124,5 +124,5 @@ class Reference:
     @torch.inference_mode()
     def logprobs_of(self, prompt: Sequence[int], produced: Sequence[int]) -> torch.Tensor:
         """Log-probabilities [len(produced), vocabulary] when these tokens follow the prompt."""
-        logits = self.model(torch.tensor([[*prompt, *produced]])).logits[0].float()
+        logits: torch.Tensor = self.model(torch.tensor([[*prompt, *produced]])).logits[0].float()
         return logits[len(prompt) - 1 : -1].log_softmax(-1)

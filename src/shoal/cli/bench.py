@@ -15,6 +15,7 @@ from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
 from shoal.frontend.llm import LLM
 from shoal.frontend.measure import Meter, Shape, medians
+from shoal.frontend.model import open_model
 
 _READY = "ready: "
 
@@ -78,9 +79,8 @@ def _batches(
     output: Path | None,
     **flags: Any,
 ) -> None:
-    flags.setdefault("max_model_len", None)
-    flags["max_model_len"] = flags["max_model_len"] or input_len + output_len
-    with LLM(model, **engine_values(flags), _own_process=True) as llm:
+    options = {"max_model_len": input_len + output_len, **engine_values(flags)}
+    with LLM(open_model(model, options, own_process=True)) as llm:
         meter = Meter(llm.engine, llm.vocab_size, temperature=temperature)
         results = []
         for batch_size in batch_sizes:
@@ -95,7 +95,7 @@ def _batches(
         "input_len": input_len,
         "output_len": output_len,
         "repeat": repeat,
-        "options": engine_values(flags),
+        "options": options,
         "start_s": dict(stats.start_s),
         "results": results,
         "ranks": [
@@ -117,7 +117,7 @@ def _batches(
 def startup(model: str | None, repeat: int, output: Path | None, probe: bool, **flags: Any) -> None:
     """Seconds from the command's start until requests can be taken, phase by phase."""
     if probe:
-        with LLM(model, **engine_values(flags), _own_process=True) as llm:
+        with LLM(open_model(model, engine_values(flags), own_process=True)) as llm:
             print(_READY + json.dumps(dict(llm.stats().start_s)), flush=True)
         return
     runs = [_start_once() for _ in range(repeat)]

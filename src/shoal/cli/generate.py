@@ -12,29 +12,16 @@ import click
 from tqdm import tqdm
 
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
-from shoal.config import EngineOptions
 from shoal.errors import RequestError, UserError
-from shoal.frontend import hub
 from shoal.frontend.llm import LLM
-from shoal.frontend.offline import Job, PromptReader
-from shoal.frontend.tokenizer import open_tokenizer
-from shoal.models.registry import read_spec
+from shoal.frontend.model import open_model
+from shoal.frontend.prompts import Job, PromptReader
 from shoal.types import Prompt, RequestOutput, SamplingParams
 
 _BUNDLED_PROMPTS = ("37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->", "8 + 64 =")
 
 
-class _Command(GroupedCommand):
-    def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """click tells the usage before the error; ours is one line, like every other."""
-        try:
-            return super().make_context(*args, **extra)
-        except click.UsageError as error:
-            what = " ".join(error.format_message().split()).rstrip(".")
-            raise UserError(f"{what}; see shoal {self.name} --help") from None
-
-
-@click.command(cls=_Command)
+@click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @click.option("-p", "--prompt", "prompts", multiple=True, help="a prompt; may be given several times")
 @click.option("--prompts-file", type=click.Path(path_type=Path), help="JSON lines with prompt or prompt_token_ids")
@@ -69,11 +56,11 @@ def generate(
         ignore_eos=ignore_eos,
     )
     entries = _entries(model, prompts, prompts_file)
-    options = engine_values(flags)
-    _check_typed(entries, model, options, params)
+    opened = open_model(model, engine_values(flags), own_process=True)
+    _check_typed(opened.reader(), entries, params)
     with ExitStack() as stack:
         sink = stack.enter_context(_Sink(output)) if output else None
-        llm = stack.enter_context(LLM(model, **options, _own_process=True))
+        llm = stack.enter_context(LLM(opened))
         return _run(llm, entries, params, sink)
 
 
@@ -107,26 +94,12 @@ def _entries(model: str | None, prompts: Sequence[str], file: Path | None) -> li
     return [_Entry(index, prompt, typed=index < len(prompts)) for index, prompt in enumerate(given)]
 
 
-def _check_typed(
-    entries: Sequence[_Entry], model: str | None, options: Mapping[str, Any], params: SamplingParams
-) -> None:
-    """Refuses a prompt of -p that no memory could make room for, before anything is started.
+def _check_typed(reader: PromptReader | LLM, entries: Sequence[_Entry], params: SamplingParams) -> None:
+    """Refuses a prompt of -p that can't be used, before anything is started for it.
 
     Raises:
-        UserError: it can't be used, or the model can't be read.
+        RequestError: it is named.
     """
-    if not any(entry.typed for entry in entries):
-        return
-    parsed = EngineOptions.from_flat(model or "", options).model_options
-    weights = parsed.load_format != "dummy" and not hub.is_shape(model)
-    folder = hub.locate(model or None, parsed.revision, weights=weights)
-    spec = read_spec(folder)
-    longest = min(parsed.max_model_len or spec.max_positions, spec.max_positions)
-    reader = PromptReader(open_tokenizer(folder), vocab_size=spec.vocab_size, max_model_len=longest)
-    _prepare_typed(reader, entries, params)
-
-
-def _prepare_typed(reader: PromptReader | LLM, entries: Sequence[_Entry], params: SamplingParams) -> None:
     for entry in entries:
         if entry.typed:
             try:
@@ -185,7 +158,7 @@ class _Sink:
 
 def _run(llm: LLM, entries: Sequence[_Entry], params: SamplingParams, sink: _Sink | None) -> int:
     """Writes results as they come; a prompt that can't be used fails alone. Gives the exit code."""
-    _prepare_typed(llm, entries, params)
+    _check_typed(llm, entries, params)  # once more: the ranks may have found less room than was planned
     failures: list[tuple[_Entry, str]] = []
 
     def jobs() -> Iterator[Job]:

@@ -1,5 +1,6 @@
 """`shoal`: one command, errors in one line."""
 
+import os
 import signal
 import sys
 
@@ -28,12 +29,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
+    except click.ClickException as error:  # click tells the usage before the error; ours is one line, like every other
+        what = " ".join(error.format_message().split()).rstrip(".")
+        command = " ".join(["shoal", *(name for name in sys.argv[1:2] if name in cli.commands)])
+        print(f"error: {what}; see {command} --help", file=sys.stderr)
         sys.exit(error.exit_code)
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)

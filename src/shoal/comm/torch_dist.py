@@ -6,7 +6,7 @@ groups and engines live side by side.
 
 import datetime
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ class TorchComm:
         """Gives the backends' errors a name, a rank and a number; gloo's own say only that something timed out."""
         try:
             with self.progress.during(operation):
+                if self._aborted:
+                    raise RuntimeError("called off before it began")
                 yield
         except RuntimeError as error:
             where = f"rank {self.rank} of {self.size}: {operation} #{self.progress.count}"
@@ -72,10 +74,9 @@ class TorchComm:
             raise CommError(f"{where} failed: {str(error).splitlines()[0]}") from error
 
     def _called_off(self) -> bool:
-        try:
-            return self._aborted or bool(self._store.check(["aborted"]))
-        except RuntimeError:  # the store has gone, which is another story
-            return False
+        with suppress(RuntimeError):  # the store may have gone, which is another story
+            self._aborted = self._aborted or bool(self._store.check(["aborted"]))
+        return self._aborted
 
     def _wait(self, work: Any) -> None:
         """gloo's own abort wakes nobody, here or elsewhere, so that waits for it look up now and then."""

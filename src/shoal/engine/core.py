@@ -65,8 +65,8 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """Is there anything that `updates` would work on?"""
-        return not self._scheduler.idle
+        """Is there anything that `updates` would work on or hand out?"""
+        return not self._scheduler.idle or self._scheduler.has_updates
 
     def _launch(self) -> None:
         while self._scheduler.num_in_flight < self._max_in_flight:

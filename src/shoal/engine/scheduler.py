@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from shoal import wire
 from shoal.engine.blocks import BlockPool
 from shoal.engine.request import Request, State, decode_tokens, encode_tokens
-from shoal.errors import EngineError
+from shoal.errors import EngineError, RequestError
 from shoal.protocols import Policy
 
 
@@ -71,16 +71,16 @@ class Scheduler:
         """Takes a request over.
 
         Raises:
-            EngineError: it can never run. The frontend checks prompts before; this is the engine's own guard.
+            RequestError: it can never run. The frontend checks prompts before; this is the engine's own guard.
         """
         tokens = decode_tokens(spec.tokens)
         if not tokens or len(tokens) + spec.max_tokens > self._limits.max_model_len or spec.max_tokens < 1:
-            raise EngineError(
+            raise RequestError(
                 f"request {spec.seq}: {len(tokens)} prompt tokens and {spec.max_tokens} to generate "
                 f"do not fit into {self._limits.max_model_len}"
             )
         if spec.seq in self._requests:
-            raise EngineError(f"request {spec.seq} exists already")
+            raise RequestError(f"request {spec.seq} exists already")
         self._arrivals += 1
         rank = self._policy.rank(spec, self._arrivals)
         request = Request(spec, self._arrivals, rank, tokens, len(tokens))
@@ -261,6 +261,10 @@ class Scheduler:
     def idle(self) -> bool:
         """Nothing to do, nothing on its way."""
         return not self._requests and not self._flights and not self._released
+
+    @property
+    def has_updates(self) -> bool:
+        return bool(self._updates)
 
     def audit(self) -> None:
         """Holds all books against each other.

@@ -136,7 +136,11 @@ class RankExecutor:
         self._links.close(failed=False)
 
     def _receive(self, timeout: float) -> None:
-        for message in self._guarded_receive(timeout):
+        messages = self._guarded_receive(timeout)
+        reports = [message for message in messages if isinstance(message, wire.RankReport)]
+        if reports:
+            self._blame(reports)
+        for message in messages:
             match message:
                 case wire.StepResult():
                     self._launched.popleft()
@@ -145,8 +149,6 @@ class RankExecutor:
                     self._results.append(message)
                 case wire.Reply() if message.id == self._call_id:
                     self._replies[message.rank] = message.payload
-                case wire.RankReport():
-                    self._blame(message)
 
     def _guarded_receive(self, timeout: float) -> list[wire.FromRank]:
         try:
@@ -155,13 +157,13 @@ class RankExecutor:
             self._give_up(str(error))
             raise
 
-    def _blame(self, report: wire.RankReport) -> None:
-        """Raises the error of a report, or a better one: a rank that lost contact is seldom the one at fault."""
+    def _blame(self, reports: list[wire.RankReport]) -> NoReturn:
+        """Raises the error of the best report: a rank that lost contact is seldom the one at fault."""
         deadline = time.monotonic() + _CAUSE_S
-        while report.communication and (remaining := deadline - time.monotonic()) > 0:
-            for message in self._guarded_receive(remaining):  # raises if a rank has died
-                if isinstance(message, wire.RankReport) and not message.communication:
-                    report = message
+        while all(report.communication for report in reports) and (remaining := deadline - time.monotonic()) > 0:
+            found = self._guarded_receive(remaining)  # raises if a rank has died
+            reports += [message for message in found if isinstance(message, wire.RankReport)]
+        report = min(reports, key=lambda report: report.communication)
         if report.user_error:
             self._give_up(report.error)
             raise UserError(report.error)

@@ -68,8 +68,9 @@ class ProcessLinks:
                 self._pulses[message.rank] = message
             elif isinstance(message, wire.StepResult):
                 self._last_result = message.step
-            elif isinstance(message, wire.RankReport):
-                return [message]  # why a rank ends is worth more than that it has ended
+        reports: list[wire.FromRank] = [message for message in messages if isinstance(message, wire.RankReport)]
+        if reports:
+            return reports  # why a rank ends is worth more than that it has ended
         if dead:
             self._died(dead[0])
         self._check_heartbeats()

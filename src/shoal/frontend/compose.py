@@ -10,29 +10,14 @@ from shoal.devices import cpu
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler import Limits
 from shoal.executors.base import Links, RankExecutor
-from shoal.frontend.hub import locate
 from shoal.lazy import load
 from shoal.observe.logging import get_logger
 from shoal.planner.memory import require_capacity
-from shoal.planner.resolve import Decision, discover, rank_cores, resolve
+from shoal.planner.resolve import Decision, rank_cores
 
 log = get_logger("engine")
 
 _COMM_GRACE_S = 10.0  # a rank waits longer for others than the executor for a step: the one who knows more speaks
-
-
-def decide(options: EngineOptions) -> Decision:
-    """Everything that can be refused before a process is started, is refused here.
-
-    Raises:
-        UserError: it says what, and the way out.
-    """
-    weights = options.model_options.load_format != "dummy"
-    folder = locate(options.model or None, options.model_options.revision, weights=weights)
-    decision = resolve(options, folder, discover(options))
-    for reason in decision.reasons:
-        log.info("%s", reason)
-    return decision
 
 
 def build_engine(options: EngineOptions, decision: Decision, *, own_process: bool = False) -> EngineCore:
@@ -42,6 +27,8 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
         UserError, EngineError: as the executor says.
     """
     begun = time.monotonic()
+    for reason in decision.reasons:
+        log.info("%s", reason)
     setups = _rank_setups(options, decision)
     if decision.backend == "uni" and decision.hardware.device == "cpu" and own_process and "torch" not in sys.modules:
         env.prefer(cpu.pinning(setups[0].cores))

@@ -8,8 +8,9 @@ import click
 from shoal import wire
 from shoal.config import EngineOptions
 from shoal.engine.core import EngineCore
-from shoal.errors import ShoalError, UserError
-from shoal.frontend.compose import build_engine, decide
+from shoal.errors import RequestError, ShoalError, UserError
+from shoal.frontend.compose import build_engine
+from shoal.frontend.model import decide
 from shoal.observe import logging
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
@@ -47,7 +48,7 @@ def _start(channel: Channel) -> EngineCore:
     setup = wire.to_engine.decode(frames[0])
     if not isinstance(setup, wire.EngineSetup):
         raise ShoalError(f"the first message to an engine is its setup, not {type(setup).__name__}")
-    options = EngineOptions.from_flat(setup.model or "", setup.options)
+    options = EngineOptions.from_flat(setup.model, setup.options)
     engine = build_engine(options, decide(options), own_process=True)
     channel.send(wire.encode(engine.stats()))
     return engine
@@ -68,7 +69,11 @@ def _serve(channel: Channel, engine: EngineCore) -> None:
 def _handle(channel: Channel, engine: EngineCore, message: wire.ToEngine) -> None:
     match message:
         case wire.EngineRequest():
-            engine.add(message)
+            try:
+                engine.add(message)
+            except RequestError as error:  # ends alone
+                refused = wire.SeqUpdate(message.seq, (), finish=wire.Finish.ABORT, error=str(error))
+                channel.send(wire.encode(wire.Updates((refused,))))
         case wire.Abort():
             engine.abort(message.seqs)
         case wire.StatsQuery():

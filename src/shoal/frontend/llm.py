@@ -1,6 +1,5 @@
 """`LLM`: offline inference, with vLLM's names."""
 
-import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -11,10 +10,10 @@ from tqdm import tqdm
 from shoal import wire
 from shoal.config import EngineOptions
 from shoal.errors import RequestError
-from shoal.frontend import hub
-from shoal.frontend.compose import build_engine, decide
-from shoal.frontend.offline import Job, OfflineRunner
-from shoal.frontend.tokenizer import Tokenizer, eos_tokens, open_tokenizer
+from shoal.frontend.compose import build_engine
+from shoal.frontend.model import OpenModel, open_model
+from shoal.frontend.offline import OfflineRunner
+from shoal.frontend.prompts import Job
 from shoal.lazy import load
 from shoal.protocols import EngineClient
 from shoal.types import Prompt, RequestOutput, SamplingParams
@@ -23,43 +22,39 @@ from shoal.types import Prompt, RequestOutput, SamplingParams
 class LLM:
     """A model, its ranks, and an engine that keeps them busy. Close it, or use it in a `with`.
 
-    `model` is a folder, an id on the Hugging Face hub, or None for the bundled model. Options have the names of the
-    command line's flags: `LLM(model, tensor_parallel_size=2, dtype="bfloat16")`.
+    `model` is a folder, an id on the Hugging Face hub, or None for the bundled model; or an `OpenModel`, which brings
+    its options along. Options have the names of the command line's flags: `LLM(model, tensor_parallel_size=2)`.
 
     Raises:
         UserError: model, options and host do not go together; nothing was started.
         EngineError: a rank failed at start.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
-        own_process = bool(options.pop("_own_process", False))
-        if hub.is_shape(model):
-            options.setdefault("load_format", "dummy")
-        self.options = EngineOptions.from_flat(model or "", options)
-        decision = decide(self.options)
-        self._tokenizer: Tokenizer | None = None
-        self._client: EngineClient
-        begun = time.monotonic()
-        if self.options.parallel.engine_process:
-            timeout = self.options.parallel.start_timeout
-            inner = {name: value for name, value in options.items() if name != "engine_process"}
-            self._client = load("shoal.cluster.replica:EngineProcess")(model, inner, timeout)
-        else:
-            self._client = build_engine(self.options, decision, own_process=own_process)
+    def __init__(self, model: str | OpenModel | None = None, **options: Any) -> None:
+        self._model = model if isinstance(model, OpenModel) else open_model(model, options)
+        self._client = self._start()
         self._finalizer = weakref.finalize(self, self._client.close)
-        self.start_seconds = time.monotonic() - begun
-        self._tokenizer = open_tokenizer(decision.folder)
-        self._eos = eos_tokens(decision.folder)
-        self._spec = decision.spec
-        stats = self._client.stats()
+        max_model_len = self._client.stats().max_model_len
+        self._reader = self._model.reader(max_model_len)
         self._runner = OfflineRunner(
             self._client,
-            self._tokenizer,
-            eos=self._eos,
-            vocab_size=self._spec.vocab_size,
-            max_model_len=stats.max_model_len,
+            self._model.tokenizer,
+            eos=self._model.eos,
+            max_model_len=max_model_len,
             seed=self.options.model_options.seed,
         )
+
+    def _start(self) -> EngineClient:
+        if not self.options.parallel.engine_process:
+            return build_engine(self.options, self._model.decision, own_process=self._model.own_process)
+        inner = {name: value for name, value in self._model.given.items() if name != "engine_process"}
+        timeout = self.options.parallel.start_timeout
+        client: EngineClient = load("shoal.cluster.replica:EngineProcess")(self.options.model, inner, timeout)
+        return client
+
+    @property
+    def options(self) -> EngineOptions:
+        return self._model.options
 
     def generate(
         self,
@@ -86,7 +81,7 @@ class LLM:
         Raises:
             RequestError: it can't be used.
         """
-        return self._runner.prepare(index, prompt, params)
+        return self._reader.prepare(index, prompt, params)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[int, RequestOutput]]:
         """(index, output) as requests finish; jobs are taken as there is room for them."""
@@ -99,7 +94,7 @@ class LLM:
 
     @property
     def vocab_size(self) -> int:
-        return self._spec.vocab_size
+        return self._model.vocab_size
 
     def stats(self) -> wire.EngineStats:
         return self._client.stats()
@@ -118,7 +113,7 @@ class LLM:
 
     def _prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:
         try:
-            return self._runner.prepare(index, prompt, params)
+            return self._reader.prepare(index, prompt, params)
         except RequestError as error:
             raise RequestError(f"prompt {index}: {error}") from None
 

@@ -126,12 +126,10 @@ class NativeKernels:
                 scale,
                 _threads(),
             )
+            if status == _OUT_OF_MEMORY:
+                raise MemoryError("no memory for the partial results of attention")
             if status != 0:
-                raise (
-                    MemoryError("no memory for partial results of attention")
-                    if status == _OUT_OF_MEMORY
-                    else (RuntimeError(f"native attention refused its arguments (status {status})"))
-                )
+                raise RuntimeError(f"the native attention refused its arguments (status {status})")
             if len(batch.query_lens) > batch.num_single:
                 attend_runs(q, heads, scale, batch, cache, out, shortest=MAX_SHORT_QUERIES + 1)
         return out.view(out.shape[0], heads.q_heads * heads.head_dim)

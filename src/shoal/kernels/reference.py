@@ -88,7 +88,7 @@ def attend_singles(q: Tensor, heads: HeadLayout, scale: float, batch: PagedBatch
 def attend_runs(
     q: Tensor, heads: HeadLayout, scale: float, batch: PagedBatch, cache: KVCache, out: Tensor, shortest: int
 ) -> None:
-    """Every sequence with at least `shortest` queries, one call each. Writes its rows of out: [n, q_heads, head_dim]."""
+    """Sequences with at least `shortest` queries, one call each. Writes their rows of out: [n, q_heads, head_dim]."""
     start = 0
     for i, (length, context) in enumerate(zip(batch.query_lens, batch.host_context_lens, strict=True)):
         if length >= shortest:

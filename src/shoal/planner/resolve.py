@@ -153,8 +153,8 @@ def _left_of(budget: int, number: int, rank: RankMemory, reasons: list[str]) -> 
     weights, activations = format_bytes(rank.weights), format_bytes(rank.activations)
     if left <= 0:
         raise ConfigError(
-            f"--device-memory {format_bytes(budget)} is {format_bytes(-left)} too small for rank {number}: weights take "
-            f"{weights}, activations {activations}. Raise it, raise --tensor-parallel-size, or lower "
+            f"--device-memory {format_bytes(budget)} is {format_bytes(-left)} too small for rank {number}: weights "
+            f"take {weights}, activations {activations}. Raise it, raise --tensor-parallel-size, or lower "
             "--max-num-batched-tokens"
         )
     reasons.append(

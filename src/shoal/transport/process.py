@@ -15,6 +15,7 @@ from shoal import env
 from shoal.transport.channel import Channel, ChannelClosed
 
 _PR_SET_PDEATHSIG = 1
+_STDERR = 2  # what a library in a child prints must not get between the parent's results
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,7 +38,7 @@ class _Spawner:
 
     def start(self, command: Sequence[str], fd: int, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
         return self._pool.submit(
-            subprocess.Popen, command, pass_fds=[fd], env=environment, stdin=subprocess.DEVNULL
+            subprocess.Popen, command, pass_fds=[fd], env=environment, stdin=subprocess.DEVNULL, stdout=_STDERR
         ).result()
 
 

@@ -75,7 +75,8 @@ def _listen(channel: Channel, inbox: "queue.SimpleQueue[wire.ToRank]", status: _
                 for frame in channel.receive():
                     inbox.put(wire.to_rank.decode(frame))
             if time.monotonic() >= next_pulse:
-                channel.send(wire.encode(status.pulse()))
+                if not channel.backlog:  # an engine at rest reads nothing
+                    channel.send(wire.encode(status.pulse()))
                 next_pulse = time.monotonic() + _PULSE_S
     except ChannelClosed:
         os._exit(1)

@@ -46,7 +46,7 @@ def allocate(
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:
-    """uint8 [count]. On a CPU straight from the kernel, which gives zeros, in large pages and not before they are used."""
+    """uint8 [count]. On a CPU straight from the kernel: zeros, in large pages, and not before they are used."""
     if device.type != "cpu" or count == 0:
         return torch.zeros(count, dtype=torch.uint8, device=device)
     mapping = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

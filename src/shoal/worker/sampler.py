@@ -115,9 +115,10 @@ def _top(scores: Tensor, share: VocabShare, tp: Axis, count: int) -> _Top:
     values = tp.comm.all_gather(values, counts, 1)
     ids = tp.comm.all_gather(ids + share.start, counts, 1)
     complete_to = tp.comm.all_gather(kept_back, [1] * tp.size, 1).amax(1)
-    ids, order = ids.sort(dim=1)
-    values, by_value = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return _Top(values, ids.gather(1, by_value), complete_to)
+    bits = (values + 0.0).view(torch.int32)  # turns -0.0 into 0.0, which is equal
+    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    order = ((rank.long() << 32) - ids).argsort(dim=1, descending=True)
+    return _Top(values.gather(1, order), ids.gather(1, order), complete_to)
 
 
 def _sample_truncated(

@@ -1,0 +1,141 @@
+"""Times every kernel, native against reference, at the shapes of Qwen3-0.6B in bfloat16. Prints JSON.
+
+    python benchmarks/kernels.py [--threads N] [--seconds S]
+
+Times are medians in microseconds. The caches of several layers take turns, as in a model, so that what is read comes
+from memory and not from the processor's cache. Native and reference take turns too, so that other load on the machine
+falls on both.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.base import HeadLayout, Kernels, KVCache, PagedBatch, QKNorm, Rope
+from shoal.kernels.native import load_native
+from shoal.kernels.reference import ReferenceKernels
+
+HEADS = HeadLayout(q_heads=16, kv_heads=8, head_dim=128, q_to_kv=tuple(i // 2 for i in range(16)))
+HIDDEN, INTERMEDIATE, BLOCK_SIZE, DTYPE = 1024, 3072, 16, torch.bfloat16
+CACHE_BYTES = 256 << 20  # of all layers together: well beyond any cache
+QKV_SIZE = (HEADS.q_heads + 2 * HEADS.kv_heads) * HEADS.head_dim
+MAX_LAYERS = 28
+MIN_CALLS = 5
+
+Call = Callable[[Kernels, int], object]
+
+
+@dataclass(frozen=True)
+class Decodes:
+    batch: PagedBatch
+    layers: list[KVCache]
+    bytes_per_layer: int
+
+
+def decodes(count: int, context: int) -> Decodes:
+    """`count` sequences with one query each, their blocks scattered over the cache."""
+    blocks = -(-context // BLOCK_SIZE)
+    tables = torch.randperm(count * blocks, dtype=torch.int32).view(count, blocks)
+    last = context - 1
+    batch = PagedBatch(
+        positions=torch.full((count,), last),
+        slots=tables[:, last // BLOCK_SIZE].long() * BLOCK_SIZE + last % BLOCK_SIZE,
+        query_starts=torch.arange(count + 1, dtype=torch.int32),
+        context_lens=torch.full((count,), context, dtype=torch.int32),
+        block_tables=tables,
+        block_size=BLOCK_SIZE,
+        num_single=count,
+        query_lens=(1,) * count,
+        host_context_lens=(context,) * count,
+    )
+    shape = (count * blocks * BLOCK_SIZE, HEADS.kv_heads, HEADS.head_dim)
+    size = 2 * count * context * HEADS.kv_heads * HEADS.head_dim * DTYPE.itemsize
+    layers = [
+        KVCache(torch.randn(shape, dtype=DTYPE), torch.randn(shape, dtype=DTYPE))
+        for _ in range(max(2, min(MAX_LAYERS, CACHE_BYTES // size)))
+    ]
+    return Decodes(batch, layers, size)
+
+
+def medians(call: Call, kernels: dict[str, Kernels], seconds: float) -> dict[str, float]:
+    """call(kernels, i) for i = 0, 1, ..: the median time of each, in microseconds."""
+    times: dict[str, list[float]] = {name: [] for name in kernels}
+    for each in kernels.values():
+        call(each, 0)
+    end = time.perf_counter() + seconds
+    i = 0
+    while time.perf_counter() < end or i < MIN_CALLS:
+        for name, each in kernels.items():
+            start = time.perf_counter()
+            call(each, i)
+            times[name].append(time.perf_counter() - start)
+        i += 1
+    return {name: round(statistics.median(taken) * 1e6, 1) for name, taken in times.items()}
+
+
+def small_operations(rows: int, case: Decodes) -> dict[str, Call]:
+    x, residual = torch.randn(rows, HIDDEN, dtype=DTYPE), torch.randn(rows, HIDDEN, dtype=DTYPE)
+    weight, head_weight = torch.ones(HIDDEN, dtype=DTYPE), torch.ones(HEADS.head_dim, dtype=DTYPE)
+    gate_up, qkv = torch.randn(rows, 2 * INTERMEDIATE, dtype=DTYPE), torch.randn(rows, QKV_SIZE, dtype=DTYPE)
+    norm = QKNorm(head_weight, head_weight, 1e-6)
+    angles = torch.rand(4096, HEADS.head_dim // 2)
+    rope = Rope(angles.cos(), angles.sin())
+
+    def layer(i: int) -> KVCache:
+        return case.layers[i % len(case.layers)]
+
+    return {
+        "rms_norm": lambda kernels, _: kernels.rms_norm(x, weight, 1e-6),
+        "add_rms_norm": lambda kernels, _: kernels.add_rms_norm(x, residual, weight, 1e-6),
+        "silu_mul": lambda kernels, _: kernels.silu_mul(gate_up),
+        "rotate_and_store": lambda kernels, i: kernels.rotate_and_store(qkv, HEADS, norm, rope, case.batch, layer(i)),
+    }
+
+
+def read_cache(caches: KVCache) -> Tensor:
+    """Reads a layer from end to end, which is as fast as its memory gives it."""
+    return caches.keys.view(torch.int32).sum(dtype=torch.int32) + caches.values.view(torch.int32).sum(dtype=torch.int32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times the kernels, native against reference.")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each operation and shape")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    native, reason = load_native()
+    kernels: dict[str, Kernels] = {"reference": ReferenceKernels()}
+    if native is not None:
+        kernels = {"native": native, **kernels}
+    results: list[dict[str, object]] = []
+    for rows in (1, 8, 32):
+        case = decodes(rows, 160)
+        for name, call in small_operations(rows, case).items():
+            results.append({"op": name, "rows": rows, "us": medians(call, kernels, options.seconds)})
+        for context in (160, 2048):
+            case = decodes(rows, context)
+            q = torch.randn(rows, HEADS.q_heads, HEADS.head_dim, dtype=DTYPE)
+
+            def attend(each: Kernels, i: int, case: Decodes = case, q: Tensor = q) -> Tensor:
+                layer = case.layers[i % len(case.layers)]
+                return each.attend(q, HEADS, HEADS.head_dim**-0.5, case.batch, layer)
+
+            def read(_: Kernels, i: int, case: Decodes = case) -> Tensor:
+                return read_cache(case.layers[i % len(case.layers)])
+
+            us = medians(attend, kernels, options.seconds)
+            us["linear_read"] = medians(read, {"linear_read": kernels["reference"]}, options.seconds)["linear_read"]
+            speed = {name: round(case.bytes_per_layer / taken / 1e3, 1) for name, taken in us.items()}
+            results.append({"op": "attend", "rows": rows, "context": context, "us": us, "GB/s": speed})
+    print(json.dumps({"threads": options.threads, "native": reason, "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A model that was found, read and decided on; nothing has been started."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.config import EngineOptions
+from shoal.frontend import hub
+from shoal.frontend.prompts import PromptReader
+from shoal.frontend.tokenizer import Tokenizer, eos_tokens, open_tokenizer
+from shoal.planner.resolve import Decision, discover, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    options: EngineOptions
+    given: Mapping[str, Any]  # the options as they were given
+    decision: Decision
+    tokenizer: Tokenizer | None
+    eos: tuple[int, ...]
+    own_process: bool  # this process has no other purpose, and may be bound to cores
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decision.spec.vocab_size
+
+    def reader(self, max_model_len: int | None = None) -> PromptReader:
+        """Checks prompts; before the start by the length that was decided on, later by the engine's own."""
+        return PromptReader(
+            self.tokenizer, vocab_size=self.vocab_size, max_model_len=max_model_len or self.decision.max_model_len
+        )
+
+
+def open_model(model: str | None, given: Mapping[str, Any], *, own_process: bool = False) -> OpenModel:
+    """`model` is a folder, an id on the hub, a shape, or None for the bundled model.
+
+    Raises:
+        UserError: model, options and host do not go together; it says what, and the way out.
+    """
+    if hub.is_shape(model):
+        given = {"load_format": "dummy", **given}
+    options = EngineOptions.from_flat(model, given)
+    decision = decide(options)
+    tokenizer, eos = open_tokenizer(decision.folder), eos_tokens(decision.folder)
+    return OpenModel(options, given, decision, tokenizer, eos, own_process)
+
+
+def decide(options: EngineOptions) -> Decision:
+    """Everything that can be refused before a process is started, is refused here.
+
+    Raises:
+        UserError: as `open_model`.
+    """
+    weights = options.model_options.load_format != "dummy"
+    folder = hub.locate(options.model, options.model_options.revision, weights=weights)
+    return resolve(options, folder, discover(options))

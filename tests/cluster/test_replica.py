@@ -1,0 +1,116 @@
+"""An engine in a process of its own: the same answers, and an end that names the cause."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shoal import wire
+from shoal.cluster.replica import EngineProcess
+from shoal.engine.request import encode_tokens
+from shoal.errors import ClosedError, EngineError, UserError
+
+Checkpoint = Callable[[str], Path]
+
+OPTIONS = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20}
+
+
+@pytest.fixture
+def engine(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
+    process = EngineProcess(str(checkpoint("llama")), OPTIONS, start_timeout=60)
+    yield process
+    process.close()
+
+
+def request(seq: int, max_tokens: int) -> wire.EngineRequest:
+    return wire.EngineRequest(seq, encode_tokens([5, 6, 7]), wire.Sampling(seed=seq), max_tokens)
+
+
+def finished(engine: EngineProcess, count: int) -> dict[int, wire.SeqUpdate]:
+    found: dict[int, wire.SeqUpdate] = {}
+    while len(found) < count:
+        for update in engine.updates(1.0):
+            if update.finish is not None:
+                assert update.seq not in found, "a request ends once"
+                found[update.seq] = update
+    return found
+
+
+def gone(pid: int, within: float) -> bool:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        os.sched_yield()
+    return False
+
+
+def test_requests_aborts_and_stats(engine: EngineProcess) -> None:
+    for seq in range(4):
+        engine.add(request(seq, max_tokens=5 if seq != 2 else 250))
+    engine.abort([2, 2, 99])
+    found = finished(engine, 4)
+    assert [found[seq].finish for seq in range(4)] == [
+        wire.Finish.LENGTH,
+        wire.Finish.LENGTH,
+        wire.Finish.ABORT,
+        wire.Finish.LENGTH,
+    ]
+    engine.abort([0])
+    stats = engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.free_blocks == stats.num_blocks
+    assert stats.ranks[0].pid == engine.pid
+
+
+def test_a_request_that_can_never_run_ends_alone(engine: EngineProcess) -> None:
+    engine.add(request(0, max_tokens=5))
+    engine.add(request(1, max_tokens=10_000))
+    found = finished(engine, 2)
+    assert found[0].finish is wire.Finish.LENGTH
+    assert found[1].finish is wire.Finish.ABORT
+    assert "10000" in found[1].error
+
+
+def test_killed(engine: EngineProcess) -> None:
+    engine.add(request(0, max_tokens=250))
+    engine.updates(1.0)
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=f"engine process {engine.pid} was killed by SIGKILL"):
+        finished(engine, 1)
+    with pytest.raises(ClosedError, match="SIGKILL"):
+        engine.add(request(1, max_tokens=5))
+    engine.abort([0])  # idempotent in every state
+
+
+def test_stopped(engine: EngineProcess) -> None:
+    engine.add(request(0, max_tokens=250))
+    os.kill(engine.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match=f"engine process {engine.pid} is stopped"):
+        finished(engine, 1)
+    assert time.monotonic() - begun < 10
+    assert gone(engine.pid, within=5)
+
+
+def test_options_that_cannot_work_are_the_users_to_mend(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match="--max-model-len"):
+        EngineProcess(
+            str(checkpoint("llama")),
+            {**OPTIONS, "kv_cache_memory_bytes": 100_000, "max_model_len": 256},
+            start_timeout=60,
+        )
+
+
+def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> None:
+    engine = EngineProcess(str(checkpoint("llama")), OPTIONS, start_timeout=60)
+    engine.close()
+    engine.close()
+    assert gone(engine.pid, within=5)
+    with pytest.raises(ClosedError):
+        engine.stats()

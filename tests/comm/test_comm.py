@@ -1,0 +1,262 @@
+"""Every communicator keeps the same contract: one group of each kind answers the same questions."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.comm.base import Communicator
+from shoal.comm.local import LocalComm
+from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.comm.torch_dist import TorchComm, c10d
+from shoal.errors import CommAborted, CommError, CommTimeout
+from support.fakes import on_threads
+
+T = TypeVar("T")
+GROUPS = [("local", 1), ("threads", 2), ("threads", 3), ("gloo", 2), ("gloo", 3)]
+OPERATIONS: dict[str, Callable[[Communicator], object]] = {
+    "all_reduce": lambda comm: comm.all_reduce(torch.ones(2)),
+    "all_gather": lambda comm: comm.all_gather(torch.ones(1), [1] * comm.size),
+    "reduce_scatter": lambda comm: comm.reduce_scatter(torch.ones(comm.size), [1] * comm.size),
+    "all_to_all": lambda comm: comm.all_to_all(torch.ones(comm.size), [1] * comm.size, [1] * comm.size),
+    "broadcast": lambda comm: comm.broadcast(torch.ones(1), comm.size - 1),
+    "barrier": lambda comm: comm.barrier(),
+    "recv": lambda comm: comm.recv(torch.ones(1), (comm.rank + 1) % comm.size),
+}
+
+
+def connect(kind: str, size: int, timeout_s: float) -> list[Communicator]:
+    if kind == "local":
+        return [LocalComm()]
+    if kind == "threads":
+        group = ThreadGroup(size, timeout_s)
+        return [ThreadComm(group, rank) for rank in range(size)]
+    store, device = c10d.HashStore(), torch.device("cpu")
+    return on_threads(
+        size, lambda rank: TorchComm(store, "g", rank, size, backend="gloo", timeout_s=timeout_s, device=device)
+    )
+
+
+@pytest.fixture(scope="module", params=GROUPS, ids=lambda group: f"{group[0]}-{group[1]}")
+def comms(request: pytest.FixtureRequest) -> list[Communicator]:
+    kind, size = request.param
+    return connect(kind, size, timeout_s=20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_each() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def each(comms: Sequence[Communicator], work: Callable[[Communicator], T]) -> list[T]:
+    return on_threads(len(comms), lambda rank: work(comms[rank]))
+
+
+def part(rank: int, rows: int, columns: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a rank brings: different on each rank, the same at every call."""
+    generator = torch.Generator().manual_seed(rank * 1000 + rows)
+    return (torch.randn(rows, columns, generator=generator) * 10).to(dtype)
+
+
+def same_everywhere(results: Sequence[Tensor]) -> Tensor:
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("rows", [5, 0])
+def test_all_reduce_sums_to_the_same_bits(comms: list[Communicator], rows: int, dtype: torch.dtype) -> None:
+    total = same_everywhere(each(comms, lambda comm: comm.all_reduce(part(comm.rank, rows, dtype=dtype))))
+    exact = sum(part(rank, rows, dtype=dtype).double() for rank in range(len(comms)))
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.int64: 0.0}[dtype]
+    assert total.dtype == dtype
+    torch.testing.assert_close(total.double(), exact, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_all_reduce_takes_what_is_not_contiguous(comms: list[Communicator]) -> None:
+    total = same_everywhere(each(comms, lambda comm: comm.all_reduce(part(comm.rank, 4).t())))
+    exact = sum(part(rank, 4).t().double() for rank in range(len(comms)))
+    torch.testing.assert_close(total.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 1, 2), (0, 3, 0), (3, 0, 1), (0, 0, 0)])
+def test_all_gather_puts_uneven_parts_side_by_side(comms: list[Communicator], sizes: Sequence[int], dim: int) -> None:
+    sizes = sizes[: len(comms)]
+
+    def mine(rank: int) -> Tensor:
+        return part(rank, sizes[rank]).transpose(0, dim)
+
+    gathered = same_everywhere(each(comms, lambda comm: comm.all_gather(mine(comm.rank), sizes, dim)))
+    assert torch.equal(gathered, torch.cat([mine(rank) for rank in range(len(comms))], dim))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 1, 2), (0, 3, 0), (3, 0, 1)])
+def test_reduce_scatter_gives_each_its_rows_of_the_sum(comms: list[Communicator], sizes: Sequence[int]) -> None:
+    sizes = sizes[: len(comms)]
+    shares = each(comms, lambda comm: comm.reduce_scatter(part(comm.rank, sum(sizes)), sizes))
+    assert [len(share) for share in shares] == list(sizes)
+    exact = sum(part(rank, sum(sizes)).double() for rank in range(len(comms)))
+    torch.testing.assert_close(torch.cat(shares).double(), exact, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [0, 1])
+def test_all_to_all_moves_uneven_rows(comms: list[Communicator], base: int) -> None:
+    size = len(comms)
+    rows = [[(base + 2 * a + b) % 3 for b in range(size)] for a in range(size)]  # from a to b; some are 0
+
+    def run(comm: Communicator) -> Tensor:
+        send, receive = rows[comm.rank], [rows[a][comm.rank] for a in range(size)]
+        return comm.all_to_all(part(comm.rank, sum(send)), send, receive)
+
+    received = each(comms, run)
+    for rank in range(size):
+        pieces = [part(a, sum(rows[a])).split(rows[a])[rank] for a in range(size)]
+        assert torch.equal(received[rank], torch.cat(pieces))
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+def test_broadcast_gives_the_roots_tensor(comms: list[Communicator], rows: int) -> None:
+    for root in range(len(comms)):
+        found = each(comms, partial(lambda root, comm: comm.broadcast(part(comm.rank, rows), root), root))
+        assert torch.equal(same_everywhere(found), part(root, rows))
+
+
+def test_send_and_recv_keep_their_order(comms: list[Communicator]) -> None:
+    if len(comms) == 1:
+        with pytest.raises(CommError, match="group of one"):
+            comms[0].send(torch.ones(1), 1)
+        with pytest.raises(CommError, match="group of one"):
+            comms[0].recv(torch.ones(1), 1)
+        return
+
+    def run(comm: Communicator) -> list[Tensor]:
+        if comm.rank == 0:
+            for i in range(3):
+                x = part(i, 2)
+                comm.send(x, 1)
+                x.zero_()  # a sent tensor is the sender's again
+            comm.send(part(9, 0), 1)
+        if comm.rank == 1:
+            return [comm.recv(torch.empty(rows, 3), 0) for rows in (2, 2, 2, 0)]
+        return []
+
+    received = each(comms, run)[1]
+    assert all(torch.equal(x, y) for x, y in zip(received, [*(part(i, 2) for i in range(3)), part(9, 0)], strict=True))
+
+
+def test_a_barrier_lets_nobody_through_before_the_last(comms: list[Communicator]) -> None:
+    arrived: list[int] = []
+
+    def run(comm: Communicator) -> int:
+        arrived.append(comm.rank)
+        comm.barrier()
+        return len(arrived)
+
+    assert each(comms, run) == [len(comms)] * len(comms)
+
+
+def test_many_operations_in_a_row_do_not_mix(comms: list[Communicator]) -> None:
+    def run(comm: Communicator) -> list[float]:
+        return [float(comm.all_reduce(torch.tensor([float(i + comm.rank)]))) for i in range(100)]
+
+    size = len(comms)
+    assert each(comms, run) == [[size * i + size * (size - 1) / 2 for i in range(100)]] * size
+
+
+def test_progress_names_the_last_operation(comms: list[Communicator]) -> None:
+    if len(comms) == 1:
+        pytest.skip("a group of one does nothing")
+    before = comms[0].progress.count
+    each(comms, lambda comm: comm.all_reduce(torch.ones(1)))
+    assert str(comms[0].progress) == f"after operation #{before + 1}"
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_timeout_says_who_waited_where(kind: str, operation: str) -> None:
+    comm, _absent = connect(kind, 2, timeout_s=0.2)
+    begun = time.monotonic()
+    with pytest.raises(CommTimeout, match=r"rank 0\b.* waited 0.2 s") as caught:
+        OPERATIONS[operation](comm)
+    assert 0.15 < time.monotonic() - begun < 5
+    shared = {"reduce_scatter", "barrier"}  # over gloo these are all_reduce
+    name = "all_reduce" if kind == "gloo" and operation in shared else operation
+    assert name in str(caught.value)
+    assert comm.progress.operation == name
+
+
+def test_a_timeout_of_threads_names_all_who_are_missing() -> None:
+    comms = connect("threads", 4, timeout_s=0.2)
+    with ThreadPoolExecutor(2) as pool:
+        waits = [pool.submit(comms[rank].barrier) for rank in (0, 2)]
+        for wait in waits:
+            with pytest.raises(CommTimeout, match=r"barrier #1 waited 0.2 s for ranks \[1, 3\]"):
+                wait.result()
+
+
+def test_who_arrives_at_the_last_moment_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that runs out looks once more: the others may have come while it took the lock back."""
+    group = ThreadGroup(2, 0.2)
+
+    def late(_timeout: float | None = None) -> bool:
+        group._arrived[1] += 1
+        return False
+
+    monkeypatch.setattr(group._changed, "wait", late)
+    assert group.exchange(0, "mine", "barrier") == ["mine", None]
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo"])
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "recv"])
+@pytest.mark.parametrize("caller", [0, 1])
+def test_an_abort_on_any_rank_ends_a_wait(kind: str, operation: str, caller: int) -> None:
+    comms = connect(kind, 2, timeout_s=1.5)
+    check_abort(comms, operation, caller)
+    if kind == "gloo" and caller == 0:
+        # Rank 1 has not heard of it: it may still end this one operation, which rank 0 had entered.
+        with suppress(CommAborted):
+            OPERATIONS[operation](comms[1])
+    for comm in comms:
+        with pytest.raises(CommAborted):
+            OPERATIONS[operation](comm)
+        comm.abort()
+
+
+def test_an_abort_ends_a_recv_between_threads() -> None:
+    comms = connect("threads", 2, timeout_s=20)
+    check_abort(comms, "recv", 1)
+    for comm in comms:
+        with pytest.raises(CommAborted):
+            comm.send(torch.ones(1), 1 - comm.rank)
+
+
+def check_abort(comms: Sequence[Communicator], operation: str, caller: int) -> None:
+    failed, begun = list[Exception](), time.monotonic()
+
+    def wait() -> None:
+        try:
+            OPERATIONS[operation](comms[0])
+        except CommError as error:
+            failed.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    while not comms[0].progress.operation:
+        pass
+    comms[caller].abort()
+    waiter.join(10)
+    assert time.monotonic() - begun < 1.2, "it only timed out"
+    assert [type(error) for error in failed] == [CommAborted]
+    assert "rank 0" in str(failed[0])

@@ -1,0 +1,277 @@
+"""The engine over fake ranks, as clients see it."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from shoal import wire
+from shoal.engine.core import EngineCore
+from shoal.engine.scheduler import Limits
+from shoal.errors import ClosedError, EngineError, RankFailed
+from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, request, steady
+
+MAX_MODEL_LEN = 20
+
+
+class Engine:
+    """An EngineCore over fake ranks, with its clients' books."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 64,
+        depth: int = 2,
+        prefix_caching: bool = True,
+        delays: Mapping[int, int] | Callable[[int], int] = {},  # noqa: B006 (never written)
+        drop: int | None = None,
+        dies_at: int | None = None,
+    ) -> None:
+        self.ranks = FakeExecutor(num_blocks, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.depth = depth
+        self.clock = FakeClock()
+        self.outcomes = Outcomes()
+        self.core = EngineCore(
+            FaultyExecutor(self.ranks, delays=delays, drop=drop, dies_at=dies_at),
+            Limits(max_num_seqs, budget, MAX_MODEL_LEN),
+            block_size=block_size,
+            prefix_caching=prefix_caching,
+            max_in_flight=depth,
+            clock=self.clock,
+        )
+
+    def add(self, spec: wire.EngineRequest) -> None:
+        self.core.add(spec)
+        self.outcomes.added(spec)
+
+    def abort(self, *seqs: int) -> None:
+        self.outcomes.may_abort.update(seqs)
+        self.core.abort(seqs)
+
+    def step(self) -> None:
+        self.outcomes.take(self.core.updates(0))
+
+    def drain(self, limit: int = 1000) -> None:
+        for _ in range(limit):
+            if not self.core.busy:
+                break
+            self.step()
+        assert not self.core.busy, "requests starve"
+        self.step()
+        assert self.outcomes.open == []
+        assert self.ranks.known == set()
+        stats = self.core.stats()
+        assert (stats.free_blocks, stats.waiting, stats.running) == (stats.num_blocks, 0, 0)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_request_gets_its_tokens_whatever_the_depth(depth: int) -> None:
+    engine = Engine(depth=depth)
+    spec = request(1, [1, 2, 3], 6)
+    engine.add(spec)
+    engine.drain()
+    assert engine.outcomes.tokens[1] == alone(spec)
+    assert engine.ranks.most_in_flight == depth
+
+
+def test_an_engine_without_requests_does_nothing() -> None:
+    engine = Engine()
+    assert not engine.core.busy
+    assert engine.core.updates(0) == []
+    assert engine.ranks.plans == []
+
+
+def test_aborting_what_is_unknown_or_has_ended_is_nothing() -> None:
+    engine = Engine()
+    engine.abort(5)
+    engine.add(request(1, [1], 2))
+    engine.drain()
+    engine.abort(1, 1)
+    assert engine.core.updates(0) == []
+    assert engine.outcomes.finished[1].finish is wire.Finish.LENGTH
+
+
+def test_an_abort_is_answered_while_the_ranks_are_busy() -> None:
+    engine = Engine(delays={0: 50})
+    engine.add(request(1, [1], 9))
+    engine.step()
+    engine.abort(1)
+    engine.step()
+    assert engine.outcomes.finished[1].finish is wire.Finish.ABORT
+    engine.drain()
+
+
+def test_a_deadline_ends_a_request_with_a_reason() -> None:
+    engine = Engine(depth=1)
+    engine.add(request(1, [1], 9, deadline=engine.clock.now + 1))
+    engine.step()
+    engine.clock.now += 1
+    engine.outcomes.may_abort.add(1)
+    engine.step()
+    assert "deadline" in engine.outcomes.finished[1].error
+    engine.drain()
+
+
+def test_stats_add_up() -> None:
+    engine = Engine()
+    for seq in (1, 2):
+        engine.add(request(seq, range(9), 3))
+    stats = engine.core.stats()
+    assert (stats.waiting, stats.running, stats.steps) == (2, 0, 0)
+    engine.step()
+    stats = engine.core.stats()
+    assert (stats.waiting, stats.running, stats.steps) == (0, 2, 1)
+    engine.drain()
+    stats = engine.core.stats()
+    assert (stats.prompt_tokens, stats.generated_tokens) == (18, 6)
+    assert (stats.prefix_queries, stats.prefix_hits) == (18, 8)
+    assert (stats.num_blocks, stats.block_size, stats.max_model_len) == (16, 4, MAX_MODEL_LEN)
+    assert stats.steps == len(engine.ranks.plans)
+    assert (stats.step_total_us, stats.step_forward_us) == (20 * stats.steps, 10 * stats.steps)
+    assert stats.start_s == (("load", 0.25),)
+    assert stats.ranks == (wire.RankStats(0, 1, 2, 3, 4, 5),)
+
+
+def test_a_dead_rank_fails_the_engine_once_and_for_all() -> None:
+    engine = Engine(dies_at=2)
+    engine.add(request(1, [1], 9))
+    engine.step()
+    engine.step()
+    with pytest.raises(RankFailed, match="SIGKILL"):
+        engine.step()
+    for call in (lambda: engine.core.updates(0), lambda: engine.core.add(request(2, [1])), engine.core.stats):
+        with pytest.raises(ClosedError, match="SIGKILL"):
+            call()
+    engine.abort(1)
+    engine.core.close()
+    assert engine.outcomes.tokens[1] == alone(engine.outcomes.specs[1])[:2]
+
+
+def test_a_rank_that_died_between_steps_is_met_at_the_next_launch() -> None:
+    engine = Engine(depth=1, dies_at=0)
+    engine.add(request(1, [1], 9))
+    with pytest.raises(RankFailed):
+        engine.step()
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_lost_result_is_an_error_and_never_a_wrong_token(depth: int) -> None:
+    engine = Engine(depth=depth, drop=1)
+    engine.add(request(1, [1], 9))
+    engine.step()
+    engine.step()
+    with pytest.raises(EngineError, match="step 2, expected was 1"):
+        engine.step()
+    assert engine.outcomes.tokens[1] == alone(engine.outcomes.specs[1])[:1]
+
+
+def test_a_lost_result_at_depth_one_is_waited_for() -> None:
+    """How long is up to the executor, which knows the deadline of a step."""
+    engine = Engine(depth=1, drop=1)
+    engine.add(request(1, [1], 9))
+    for _ in range(20):
+        engine.step()
+    assert len(engine.ranks.plans) == 2
+    assert engine.core.busy
+
+
+def test_a_closed_engine_says_so() -> None:
+    engine = Engine()
+    engine.core.close()
+    engine.core.close()
+    for call in (lambda: engine.core.updates(0), lambda: engine.core.add(request(2, [1])), engine.core.stats):
+        with pytest.raises(ClosedError, match="closed"):
+            call()
+
+
+class LastComesFirst:
+    def rank(self, request: wire.EngineRequest, arrival: int) -> tuple[int, ...]:
+        return (-arrival,)
+
+
+def test_another_policy_decides_who_goes_first() -> None:
+    ranks = FakeExecutor(max_num_seqs=1)
+    core = EngineCore(
+        ranks, Limits(1, 64, 64), block_size=4, prefix_caching=True, max_in_flight=1, policy=LastComesFirst()
+    )
+    for seq in range(3):
+        core.add(request(seq, [seq], 1))
+    while core.busy:
+        core.updates(0)
+    assert [new.seq for plan in ranks.plans for new in plan.new] == [2, 1, 0]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests with common prefixes, tight caches, late results, aborts: each gets what it would get alone."""
+
+    @initialize(
+        block_size=st.integers(1, 4),
+        spare=st.integers(0, 5),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 12),
+        depth=st.integers(1, 3),
+        prefix_caching=st.booleans(),
+        delays=st.lists(st.integers(0, 3), min_size=1, max_size=5),
+    )
+    def start(
+        self,
+        block_size: int,
+        spare: int,
+        max_num_seqs: int,
+        budget: int,
+        depth: int,
+        prefix_caching: bool,
+        delays: list[int],
+    ) -> None:
+        self.engine = Engine(
+            num_blocks=-(-MAX_MODEL_LEN // block_size) + spare,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            depth=depth,
+            prefix_caching=prefix_caching,
+            delays=lambda step: delays[step % len(delays)],
+        )
+        self.slowest = 1 + max(delays)
+
+    @rule(
+        shared=st.sampled_from([0, 0, 3, 8, 11]),
+        tail=st.lists(st.integers(0, 2), min_size=1, max_size=3),
+        max_tokens=st.integers(1, 6),
+        stop_ids=st.sets(st.integers(0, 6), max_size=1),
+        priority=st.integers(0, 1),
+        salt=st.sampled_from(["", "", "b"]),
+    )
+    def add(self, shared: int, tail: list[int], max_tokens: int, stop_ids: set[int], priority: int, salt: str) -> None:
+        seq = len(self.engine.outcomes.specs)
+        prompt = [1] * shared + tail
+        self.engine.add(request(seq, prompt, max_tokens, stop_ids=sorted(stop_ids), priority=priority, salt=salt))
+
+    @rule(steps=st.integers(1, 4))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.engine.step()
+
+    @precondition(lambda self: self.engine.outcomes.specs)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.engine.abort(data.draw(st.integers(0, len(self.engine.outcomes.specs))))
+
+    @invariant()
+    def within_limits(self) -> None:
+        assert self.engine.ranks.most_in_flight <= self.engine.depth
+        assert self.engine.core.stats().running <= 5
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            count = len(self.engine.outcomes.open)
+            self.engine.drain(10 + self.slowest * (self.engine.depth + (count + 1) ** 2 * MAX_MODEL_LEN))
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(steady, max_examples=150, stateful_step_count=40)

@@ -1,0 +1,289 @@
+"""The executors give the same tokens, and fail in words."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import LLM, SamplingParams, wire
+from shoal.errors import ClosedError, ConfigError, EngineError, RankFailed, UserError
+from shoal.executors.base import RankExecutor
+from shoal.worker.runner import Runner
+
+SMALL: dict[str, Any] = {"kv_cache_memory_bytes": "2MiB", "max_model_len": 64}
+PROMPTS: list[Any] = [{"prompt_token_ids": [3 + 7 * i, 5, 200 - i, 9][: 1 + i % 4]} for i in range(5)]
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+DRAWN = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=11, max_tokens=8, ignore_eos=True)
+
+
+def tokens(llm: LLM) -> list[tuple[int, ...]]:
+    params = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY]
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Callable[[str], Path]) -> str:
+    return str(checkpoint("llama"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: str) -> list[tuple[int, ...]]:
+    with LLM(folder, distributed_executor_backend="uni", **SMALL) as llm:
+        found = tokens(llm)
+    assert len({found[0], found[2], found[4]}) == 3
+    return found
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("threads", 1), ("threads", 2), ("threads", 3), ("mp", 1), ("mp", 2)])
+def test_same_tokens(folder: str, expected: list[tuple[int, ...]], backend: str, ranks: int) -> None:
+    with LLM(folder, distributed_executor_backend=backend, tensor_parallel_size=ranks, **SMALL) as llm:
+        assert tokens(llm) == expected
+        stats = llm.stats()
+        assert [rank.rank for rank in stats.ranks] == list(range(ranks))
+        assert len({rank.pid for rank in stats.ranks}) == (ranks if backend == "mp" else 1)
+
+
+def test_uni_with_two_ranks(folder: str) -> None:
+    with pytest.raises(ConfigError, match="uni runs one rank, not 2: use mp or threads"):
+        LLM(folder, distributed_executor_backend="uni", tensor_parallel_size=2, **SMALL)
+
+
+# --- threads -----------------------------------------------------------------------------------------------------
+
+
+def rank_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("shoal-rank-")]
+
+
+def wait_for(done: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return done()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_rank_that_raises_in_a_step(folder: str, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """The last rank fails; the others wait for it, and are let go."""
+    forward = Runner._forward
+    with LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=ranks, **SMALL) as llm:
+        bad = ranks - 1
+        failing = threading.Event()
+
+        def broken(self: Runner, step: Any) -> Any:
+            if self._tp.rank == bad and failing.is_set():
+                raise ArithmeticError("the sum is wrong\nand more of it")
+            return forward(self, step)
+
+        monkeypatch.setattr(Runner, "_forward", broken)
+        long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        run = llm.run([llm.prepare(0, PROMPTS[0], GREEDY), llm.prepare(1, PROMPTS[1], long)])
+        next(run)
+        failing.set()
+        begun = time.monotonic()
+        with pytest.raises(RankFailed) as caught:
+            list(run)
+        assert time.monotonic() - begun < 10
+        message = str(caught.value)
+        assert message.startswith(f"rank {bad} (thread shoal-rank-{bad}, after step ")
+        assert message.endswith("ArithmeticError: the sum is wrong")
+        assert wait_for(lambda: not rank_threads(), 5)
+        with pytest.raises(ClosedError, match="the sum is wrong"):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        with pytest.raises(ClosedError):
+            llm.stats()
+
+
+def test_rank_that_raises_at_start(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoal.worker.worker import Worker
+
+    load = Worker._load
+
+    def broken(self: Worker, payload: bytes) -> bytes:
+        if self.setup.rank == 1:
+            raise MemoryError("no room")
+        return load(self, payload)
+
+    monkeypatch.setattr(Worker, "_load", broken)
+    with pytest.raises(RankFailed, match=r"rank 1 \(thread .*: MemoryError: no room"):
+        LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=2, **SMALL)
+    assert wait_for(lambda: not rank_threads(), 5)
+
+
+def test_step_that_takes_too_long(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, released = Runner._forward, threading.Event()
+    llm = LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=2, step_timeout=1, **SMALL)
+    try:
+
+        def slow(self: Runner, step: Any) -> Any:
+            if self._tp.rank == 1:
+                released.wait(30)
+            return forward(self, step)
+
+        monkeypatch.setattr(Runner, "_forward", slow)
+        threading.Timer(3.0, released.set).start()
+        with pytest.raises(RankFailed) as caught:
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    finally:
+        released.set()
+        llm.close()
+    message = str(caught.value)
+    assert message.startswith("step 0 did not end within 1 s (--step-timeout): ")
+    assert "rank 0 (thread shoal-rank-0" in message
+    assert "all_reduce" in message
+    assert "rank 1 (thread shoal-rank-1" in message
+    assert wait_for(lambda: not rank_threads(), 5)
+
+
+# --- the part that is the same for all ---------------------------------------------------------------------------
+
+
+class FakeLinks:
+    """Ranks that answer as they are told: `answers` gives what comes back for a message."""
+
+    def __init__(self, answers: Callable[[wire.ToRank], Sequence[wire.FromRank]]) -> None:
+        self.world_size = 2
+        self.closed: list[bool] = []
+        self.sent: list[wire.ToRank] = []
+        self._answers = answers
+        self._inbox: list[wire.FromRank] = []
+
+    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+        self.sent.append(message)
+        self._inbox += self._answers(message)
+
+    def receive(self, timeout: float) -> list[wire.FromRank]:
+        if not self._inbox:
+            time.sleep(min(timeout, 0.01))
+        found, self._inbox = self._inbox, []
+        return found
+
+    def describe(self, rank: int) -> str:
+        return f"process 100{rank}"
+
+    def close(self, *, failed: bool) -> None:
+        self.closed.append(failed)
+
+
+def dutiful(message: wire.ToRank) -> Sequence[wire.FromRank]:
+    if not isinstance(message, wire.Call):
+        return []
+    payloads = [b"", b""]
+    if message.verb == "load":
+        infos = (wire.LoadInfo(rank, "cpu", 1, 1, 1, 1, 1, "", "", "") for rank in range(2))
+        payloads = [wire.encode(info) for info in infos]
+    if message.verb == "profile":
+        payloads = [wire.encode(wire.Capacity(rank, 10 + rank, 1)) for rank in range(2)]
+    return [wire.Reply(message.id, rank, payloads[rank]) for rank in (1, 0)]
+
+
+def silent_for(verb: str, *ranks: int) -> Callable[[wire.ToRank], Sequence[wire.FromRank]]:
+    def answers(message: wire.ToRank) -> Sequence[wire.FromRank]:
+        found = dutiful(message)
+        if isinstance(message, wire.Call) and message.verb == verb:
+            return [answer for answer in found if isinstance(answer, wire.Reply) and answer.rank not in ranks]
+        return found
+
+    return answers
+
+
+def executor(links: FakeLinks, **changes: Any) -> RankExecutor:
+    options: dict[str, Any] = {"start_timeout": 5.0, "step_timeout": 0.2, **changes}
+    return RankExecutor(links, [], max_blocks=None, check_capacity=lambda blocks: None, **options)
+
+
+@pytest.fixture
+def plan() -> wire.StepPlan:
+    return wire.StepPlan(0, 7, ())
+
+
+def test_the_rank_with_the_least_room_decides() -> None:
+    links = FakeLinks(dutiful)
+    found = executor(links)
+    assert found.num_blocks == 10
+    told = [m.payload for m in links.sent if isinstance(m, wire.Call) and m.verb == "allocate"]
+    assert told == [(10).to_bytes(8, "little")]
+    assert list(found.start_times) == ["connect", "load", "profile", "allocate", "warm_up"]
+    assert links.closed == []
+
+
+def test_start_phase_that_does_not_end() -> None:
+    links = FakeLinks(silent_for("profile", 1))
+    with pytest.raises(RankFailed, match=r"^profile did not end within 0.2 s on rank 1 \(process 1001\)$"):
+        executor(links, start_timeout=0.2)
+    assert links.closed[0] is True
+
+
+def test_call_that_does_not_end() -> None:
+    links = FakeLinks(silent_for("stats", 0, 1))
+    found = executor(links)
+    with pytest.raises(RankFailed, match=r"stats did not end within 0.1 s on rank 0 \(.*1000\); rank 1 \(.*1001\)$"):
+        found.call("stats", timeout=0.1)
+    assert links.closed == [True]
+
+
+def test_capacity_that_is_refused() -> None:
+    def refuse(blocks: int) -> None:
+        raise ConfigError(f"{blocks} are too few")
+
+    links = FakeLinks(dutiful)
+    with pytest.raises(ConfigError, match="10 are too few"):
+        RankExecutor(links, [], max_blocks=None, check_capacity=refuse, start_timeout=5, step_timeout=5)
+    assert links.closed == [True]
+    assert not any(isinstance(m, wire.Call) and m.verb == "allocate" for m in links.sent)
+
+
+def test_step_deadline_names_all_ranks(plan: wire.StepPlan) -> None:
+    links = FakeLinks(dutiful)
+    found = executor(links)
+    found.launch(plan)
+    with pytest.raises(RankFailed, match=r"step 7 did not end within 0.2 s \(--step-timeout\): rank 0 \(.*; rank 1 \("):
+        found.poll(5)
+    assert links.closed == [True]
+
+
+def test_nothing_goes_on_after_a_failure(plan: wire.StepPlan) -> None:
+    """Whatever was the call that failed: the links are closed, and every later call says why."""
+    links = FakeLinks(silent_for("stats", 0))
+    found = executor(links)
+    with pytest.raises(RankFailed):
+        found.call("stats", timeout=0.05)
+    count = len(links.sent)
+    for call in (lambda: found.launch(plan), lambda: found.poll(0), lambda: found.call("stats", timeout=1)):
+        with pytest.raises(ClosedError, match="the engine has failed: stats did not end"):
+            call()
+    assert len(links.sent) == count
+
+
+def reporting(*reports: wire.RankReport) -> Callable[[wire.ToRank], Sequence[wire.FromRank]]:
+    return lambda message: reports if isinstance(message, wire.StepPlan) else dutiful(message)
+
+
+def test_the_rank_at_fault_is_blamed(plan: wire.StepPlan) -> None:
+    """Not the one that noticed first that it had lost the other."""
+    lost = wire.RankReport(0, 6, "all_reduce was aborted", communication=True)
+    found = executor(FakeLinks(reporting(lost, wire.RankReport(1, 6, "out of memory"))))
+    found.launch(plan)
+    with pytest.raises(RankFailed, match=r"^rank 1 \(process 1001\): out of memory$"):
+        found.poll(5)
+
+
+def test_lost_contact_without_a_better_cause(plan: wire.StepPlan) -> None:
+    found = executor(FakeLinks(reporting(wire.RankReport(0, 6, "all_reduce waited 5 s", communication=True))))
+    found.launch(plan)
+    with pytest.raises(EngineError, match=r"^rank 0 \(process 1000\): all_reduce waited 5 s$"):
+        found.poll(5)
+
+
+def test_errors_of_the_user_stay_so(plan: wire.StepPlan) -> None:
+    links = FakeLinks(reporting(wire.RankReport(0, 6, "lower it", user_error=True)))
+    found = executor(links)
+    found.launch(plan)
+    with pytest.raises(UserError, match=r"^lower it$"):
+        found.poll(5)
+    assert links.closed == [True]
+    with pytest.raises(ClosedError, match="lower it"):
+        found.poll(5)

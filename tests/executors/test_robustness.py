@@ -1,0 +1,377 @@
+"""Ranks that die or stand still, and engines that end in every way there is. Nothing may hang, nothing may be left."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import LLM, SamplingParams, wire
+from shoal.errors import ClosedError, EngineError, RankFailed
+from shoal.executors.multiprocess import ProcessLinks
+
+SMALL: dict[str, Any] = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": "2MiB", "max_model_len": 256}
+SHORT = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
+PROMPT: Any = {"prompt_token_ids": [5, 6, 7]}
+DETECTED_S = 10.0
+GONE_S = 5.0
+
+
+def state(pid: int) -> str:
+    """The letter of /proc, "" when there is no such process any more."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[0]
+
+
+def gone(pid: int) -> bool:
+    return state(pid) in {"", "Z", "X"}
+
+
+def workers_of(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                command, stat = (entry / "cmdline").read_bytes(), (entry / "stat").read_text()
+                if b"shoal.worker" in command and int(stat.rpartition(")")[2].split()[1]) == parent:
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_for(done: Callable[[], Any], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (found := done()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(found)
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left() -> Iterator[None]:
+    """Each test's own workers, whatever has happened."""
+    before = set(workers_of(os.getpid()))
+    yield
+    left = set(workers_of(os.getpid())) - before
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Callable[[str], Path]) -> str:
+    return str(checkpoint("llama"))
+
+
+def pids(llm: LLM) -> list[int]:
+    return [rank.pid for rank in llm.stats().ranks]
+
+
+def tokens(llm: LLM) -> tuple[int, ...]:
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    return llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].token_ids
+
+
+def in_mid_generation(llm: LLM) -> Iterator[Any]:
+    """Steps have been run, and many are to come."""
+    run = llm.run([llm.prepare(0, PROMPT, SHORT), llm.prepare(1, PROMPT, LONG), llm.prepare(2, PROMPT, LONG)])
+    assert next(run)[0] == 0
+    return run
+
+
+def assert_failed(llm: LLM, workers: Sequence[int]) -> None:
+    """Every call says so at once, and no process is left."""
+    assert all(gone(pid) for pid in workers)
+    calls: list[Callable[[], object]] = [
+        lambda: llm.generate(PROMPT, SHORT, use_tqdm=False),
+        lambda: list(llm.run([llm.prepare(0, PROMPT, SHORT)])),
+        llm.stats,
+    ]
+    for call in calls:
+        begun = time.monotonic()
+        with pytest.raises(ClosedError, match="the engine has failed: rank 1"):
+            call()
+        assert time.monotonic() - begun < 1
+    llm.close()
+    llm.close()
+
+
+# --- ranks -------------------------------------------------------------------------------------------------------
+
+
+def test_killed_rank_and_an_engine_beside_it(folder: str) -> None:
+    with LLM(folder, **SMALL) as other, LLM(folder, **SMALL) as llm:
+        expected, workers = tokens(other), pids(llm)
+        assert not set(workers) & set(pids(other))
+        assert tokens(llm) == expected
+        run = in_mid_generation(llm)
+        os.kill(workers[1], signal.SIGKILL)
+        begun = time.monotonic()
+        with pytest.raises(RankFailed) as caught:
+            list(run)
+        assert time.monotonic() - begun < DETECTED_S
+        message = str(caught.value)
+        assert re.match(rf"rank 1 \(process {workers[1]}, last step \d+, .*\) was killed by SIGKILL$", message)
+        assert_failed(llm, workers)
+        assert tokens(other) == expected
+
+
+def test_stopped_rank(folder: str) -> None:
+    with LLM(folder, **SMALL) as llm:
+        workers = pids(llm)
+        run = in_mid_generation(llm)
+        os.kill(workers[1], signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(RankFailed) as caught:
+            list(run)
+        assert time.monotonic() - begun < DETECTED_S
+        message = str(caught.value)
+        assert re.match(rf"rank 1 \(process {workers[1]}, last step \d+, .*\) is stopped \(SIGSTOP", message)
+        assert_failed(llm, workers)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "is stopped (SIGSTOP")]
+)
+def test_rank_that_does_not_get_through_the_start(folder: str, number: signal.Signals, says: str) -> None:
+    before = set(workers_of(os.getpid()))
+    with ThreadPoolExecutor(1) as pool:
+        started: Future[LLM] = pool.submit(LLM, folder, **SMALL)
+        found: list[int] = []
+
+        def both() -> bool:
+            found[:] = sorted(set(workers_of(os.getpid())) - before)
+            return len(found) == 2
+
+        assert wait_for(both, 20)
+        os.kill(found[1], number)
+        begun = time.monotonic()
+        with pytest.raises(EngineError) as caught:
+            started.result(timeout=30)
+        assert time.monotonic() - begun < DETECTED_S
+    message = str(caught.value)
+    assert re.match(rf"rank [01] \(process {found[1]}, before its first step, ", message)
+    assert says in message
+    assert len(message.splitlines()) == 1
+    assert all(gone(pid) for pid in found)
+
+
+def test_rank_that_can_not_allocate(folder: str) -> None:
+    """More address space than there is: only the rank itself can find out."""
+    options = {**SMALL, "kv_cache_memory_bytes": 2**50}
+    with pytest.raises(EngineError) as caught:
+        LLM(folder, **options)
+    message = str(caught.value)
+    assert re.match(r"rank [01] \(process \d+, before its first step, .*\): .*(alloc|memory)", message), message
+    assert len(message.splitlines()) == 1
+    assert workers_of(os.getpid()) == []
+
+
+def test_rank_that_dies_with_much_to_read() -> None:
+    """What was still to be sent to it has no reader; that must not hide who has died."""
+    setup = wire.RankSetup(
+        *(wire.WIRE_VERSION, 0, 1, 1, "", "auto", "float32", "cpu", 0, 0, 16, 16, 1, 16, (), 1, None, None, 0.9, 5.0)
+    )
+    links = ProcessLinks([setup])
+    try:
+        (pid,) = (int(found) for found in re.findall(r"process (\d+)", links.describe(0)))
+        os.kill(pid, signal.SIGSTOP)
+        assert wait_for(lambda: state(pid) == "T", 5)
+        links.send(wire.Call(1, "load", bytes(8 << 20)))
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(pid), 5)
+        links.send(wire.Call(2, "load"))
+        with pytest.raises(RankFailed, match=rf"rank 0 \(process {pid}, .*was killed by SIGKILL"):
+            links.receive(5.0)
+    finally:
+        links.close(failed=True)
+        links.close(failed=True)
+
+
+def test_engine_outlives_the_thread_that_made_it(folder: str) -> None:
+    """... and is as usable after a run that was given up."""
+    with ThreadPoolExecutor(1) as pool:
+        llm = pool.submit(LLM, folder, **SMALL).result(timeout=60)
+    try:
+        workers, expected = pids(llm), tokens(llm)
+        run = in_mid_generation(llm)
+        run.close()  # type: ignore[attr-defined]
+        stats = llm.stats()
+        assert (stats.running, stats.waiting) == (0, 0)
+        assert stats.free_blocks == stats.num_blocks
+        assert tokens(llm) == expected
+        assert pids(llm) == workers
+    finally:
+        llm.close()
+    llm.close()
+    assert all(gone(pid) for pid in workers)
+    with pytest.raises(ClosedError, match="was closed"):
+        llm.stats()
+
+
+# --- the process around an engine --------------------------------------------------------------------------------
+
+PARENT = """
+import sys
+from shoal import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], tensor_parallel_size=2, kv_cache_memory_bytes="2MiB", max_model_len=256)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+    def generate():
+        return llm.generate({"prompt_token_ids": [5, 6, 7]}, params, use_tqdm=False)[0].outputs[0].token_ids
+
+    print(*(rank.pid for rank in llm.stats().ranks), flush=True)
+    for word in map(str.strip, sys.stdin):
+        if word == "generate":
+            print(*generate(), flush=True)
+        elif word == "go on":
+            print("going on", flush=True)
+            while True:
+                generate()
+        elif word == "fail":
+            raise RuntimeError("on purpose")
+        elif word == "leave":
+            break
+"""
+
+
+class Parent:
+    """A program with an engine of two ranks, which never closes it."""
+
+    def __init__(self, folder: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PARENT, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.workers: list[int] = []
+        self.sockets: set[str] = set()
+        self.shared: set[str] = set()
+
+    def started(self) -> None:
+        self.workers = [int(pid) for pid in self.read().split()]
+        assert len(self.workers) == 2
+        for pid in [self.process.pid, *self.workers]:
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    self._note(os.readlink(fd))
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                self._note(line.partition("/")[1] + line.partition("/")[2])
+
+    def _note(self, target: str) -> None:
+        if target.startswith("/dev/shm/") and not target.endswith("(deleted)"):
+            self.shared.add(target)
+        if target.startswith("socket:["):
+            self.sockets.add(target[len("socket:[") : -1])
+
+    def say(self, word: str) -> None:
+        assert self.process.stdin
+        print(word, file=self.process.stdin, flush=True)
+
+    def read(self) -> str:
+        assert self.process.stdout
+        assert self.process.stderr
+        line = self.process.stdout.readline()
+        return line if line else f"it ended: {self.process.stderr.read()}"
+
+    def assert_nothing_is_left(self) -> None:
+        """In a few seconds from now."""
+        assert wait_for(lambda: not self._left(), GONE_S), self._left()
+
+    def _left(self) -> list[str]:
+        pids = [self.process.pid, *self.workers]
+        self.process.poll()
+        left = [f"process {pid}: {state(pid)}" for pid in pids if not gone(pid)]
+        # Sockets are looked at even if all leaders are gone: threads may be on their way out.
+        left += [f"listening socket {inode}" for inode in self.sockets & listening()]
+        left += [path for path in self.shared if Path(path).exists()]
+        names = [path.name for path in Path("/dev/shm").iterdir()] if Path("/dev/shm").exists() else []
+        return left + [name for name in names if set(re.findall(r"\d+", name)) & set(map(str, pids))]
+
+    def end(self) -> str:
+        """Whatever happens; gives what it wrote on stderr."""
+        self.process.kill()
+        for pid in self.workers:
+            with contextlib.suppress(ProcessLookupError):
+                if not gone(pid) and b"shoal.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        _, err = self.process.communicate()
+        return str(err)
+
+
+def listening() -> set[str]:
+    """Inodes of the TCP sockets that listen."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A":
+                    found.add(fields[9])
+    return found
+
+
+def kill(parent: Parent) -> None:
+    parent.process.send_signal(signal.SIGKILL)
+
+
+def interrupt(parent: Parent) -> None:
+    parent.process.send_signal(signal.SIGINT)
+
+
+def fail(parent: Parent) -> None:
+    parent.say("fail")
+
+
+def leave(parent: Parent) -> None:
+    parent.say("leave")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"), [(kill, leave, 0), (interrupt, fail, 1)], ids=["kill-leave", "interrupt-fail"]
+)
+def test_ends_of_two_programs(
+    folder: str, first: Callable[[Parent], None], second: Callable[[Parent], None], code: int
+) -> None:
+    """The first is ended while it generates, with one rank stopped and one not; the second goes on, and ends later."""
+    parents = [Parent(folder), Parent(folder)]
+    try:
+        for parent in parents:
+            parent.started()
+        a, b = parents
+        b.say("generate")
+        expected = b.read()
+        assert len(expected.split()) == 20
+        a.say("go on")
+        assert a.read() == "going on\n"
+        os.kill(a.workers[1], signal.SIGSTOP)
+        assert wait_for(lambda: state(a.workers[1]) == "T", 5)
+        first(a)
+        a.assert_nothing_is_left()
+        assert a.process.returncode != 0
+        assert not any(map(gone, b.workers))
+        b.say("generate")
+        assert b.read() == expected
+        second(b)
+        b.assert_nothing_is_left()
+        assert b.process.returncode == code
+    finally:
+        told = [parent.end() for parent in parents]
+    assert "Exception ignored" not in "".join(told)
+    assert ("KeyboardInterrupt" in told[0]) == (first is interrupt)
+    assert ("RuntimeError: on purpose" in told[1]) == (second is fail)

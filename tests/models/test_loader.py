@@ -1,0 +1,267 @@
+"""A rank's tensors: put together they are the whole again, and a rank holds its slices alone."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal.errors import CheckpointError
+from shoal.models.checkpoint import SINGLE, Checkpoint, TensorEntry, open_checkpoint
+from shoal.models.loader import CheckpointWeights, DummyWeights
+from shoal.models.manifest import Cut, Param, Shard, manifest, shards
+from shoal.models.registry import read_spec, tensor_names
+from shoal.models.spec import ModelSpec, RopeSpec, TensorNames
+
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+SPEC = ModelSpec(
+    family="llama",
+    hidden_size=12,
+    num_layers=1,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=2,
+    intermediate_size=40,
+    vocab_size=31,
+    max_positions=64,
+    norm_eps=1e-5,
+    rope=RopeSpec(10000.0),
+    tie_embeddings=False,
+    dtype="float32",
+    qk_norm=True,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+)
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], *, pad: int = 0) -> Checkpoint:
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + pad)
+    (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return open_checkpoint(folder)
+
+
+def made_up(params: tuple[Param, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    pieces = {piece.source: piece.shape for param in params for piece in param.pieces}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in pieces.items()}
+
+
+def put_together(param: Param, parts: list[tuple[Shard, Tensor]]) -> list[Tensor]:
+    """The pieces of a parameter, from all ranks' tensors; overlaps must agree."""
+    wholes = []
+    taken = [0] * len(parts)
+    for piece in param.pieces:
+        whole = torch.full(piece.shape, torch.nan)
+        for number, (shard, tensor) in enumerate(parts):
+            length = shard.shape(piece)[0]
+            part = tensor.narrow(0, taken[number], length)
+            taken[number] += length
+            share = shard.ranges[piece.cut] if piece.cut is not Cut.WHOLE else range(piece.shape[piece.dim])
+            place = whole.narrow(piece.dim, share.start, len(share))
+            known = ~place.isnan()
+            assert torch.equal(place[known], part[known])
+            place.copy_(part)
+        wholes.append(whole)
+    assert taken == [len(tensor) for _, tensor in parts]
+    return wholes
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tp=st.integers(1, 9),
+    kv_heads=st.integers(1, 5),
+    group=st.integers(1, 4),
+    vocab=st.integers(1, 70),
+    inner=st.integers(1, 90),
+    tie=st.booleans(),
+)
+def test_all_ranks_hold_the_whole(
+    tmp_path: Path, tp: int, kv_heads: int, group: int, vocab: int, inner: int, tie: bool
+) -> None:
+    spec = dataclasses.replace(
+        SPEC,
+        num_kv_heads=kv_heads,
+        num_heads=kv_heads * group,
+        vocab_size=vocab,
+        intermediate_size=inner,
+        tie_embeddings=tie,
+    )
+    params = manifest(spec, TensorNames())
+    wholes = made_up(params)
+    checkpoint = write(tmp_path, wholes)
+    ranks = [(shard, CheckpointWeights(checkpoint, params, shard, torch.float32)) for shard in shards(spec, tp)]
+    for param in params:
+        parts = [(shard, weights.tensor(param.name)) for shard, weights in ranks]
+        assert [tuple(part.shape) for _, part in parts] == [shard.param_shape(param) for shard, _ in parts]
+        for piece, whole in zip(param.pieces, put_together(param, parts), strict=True):
+            assert torch.equal(whole, wholes[piece.source])
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+def test_real_checkpoints(checkpoint: Callable[[str], Path], name: str) -> None:
+    from safetensors.torch import load_file
+
+    folder = checkpoint(name)
+    spec, wholes = read_spec(folder), load_file(folder / SINGLE)
+    params = manifest(spec, tensor_names(spec))
+    for tp in (1, 3):
+        ranks = [
+            (shard, CheckpointWeights(open_checkpoint(folder), params, shard, torch.float32))
+            for shard in shards(spec, tp)
+        ]
+        for param in params:
+            found = put_together(param, [(shard, weights.tensor(param.name)) for shard, weights in ranks])
+            assert all(torch.equal(f, wholes[p.source]) for f, p in zip(found, param.pieces, strict=True))
+
+
+# --- what a rank holds -------------------------------------------------------------------------------------------
+
+
+def mappings(file: Path) -> Iterator[range]:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(file)):
+            start, _, stop = line.split()[0].partition("-")
+            yield range(int(start, 16), int(stop, 16))
+
+
+def lies_in(tensor: Tensor, file: Path) -> bool:
+    return any(tensor.data_ptr() in mapping for mapping in mappings(file))
+
+
+def test_rows_are_views_of_the_file(tmp_path: Path) -> None:
+    params = manifest(SPEC, TensorNames())
+    checkpoint = write(tmp_path, made_up(params))
+    file = tmp_path / SINGLE
+    for shard in shards(SPEC, 3):
+        weights = CheckpointWeights(checkpoint, params, shard, torch.float32)
+        embedding = weights.tensor("embedding")
+        assert lies_in(embedding, file)
+        first = shard.ranges[Cut.VOCAB].start * SPEC.hidden_size * 4
+        start = checkpoint.tensors["model.embed_tokens.weight"].offset
+        offsets = [embedding.data_ptr() - mapping.start for mapping in mappings(file)]
+        assert start + first in offsets
+
+
+def test_copies_are_no_larger_than_the_share(tmp_path: Path) -> None:
+    """A slice that kept its whole tensor alive would cost every rank the memory of one."""
+    params = manifest(SPEC, TensorNames())
+    checkpoint = write(tmp_path, made_up(params))
+    for shard in shards(SPEC, 3):
+        weights = CheckpointWeights(checkpoint, params, shard, torch.float32)
+        for name in ("layers.0.qkv.weight", "layers.0.out.weight", "layers.0.gate_up.weight", "layers.0.down.weight"):
+            tensor = weights.tensor(name)
+            assert not lies_in(tensor, tmp_path / SINGLE)
+            assert tensor.is_contiguous()
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_one_mapping_a_file_and_none_that_is_not_needed(tmp_path: Path) -> None:
+    params = manifest(SPEC, TensorNames())
+    tensors = made_up(params)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    halves = [dict(list(tensors.items())[:8]), dict(list(tensors.items())[8:])]
+    entries: dict[str, TensorEntry] = {}
+    for folder, half in zip(("a", "b"), halves, strict=True):
+        entries |= write(tmp_path / folder, half).tensors
+    weights = CheckpointWeights(Checkpoint(tmp_path, entries), params, shards(SPEC, 2)[1], torch.float32)
+    weights.tensor("embedding")
+    assert list(mappings(tmp_path / "b" / SINGLE)) == []
+    for param in params:
+        weights.tensor(param.name)
+    assert len(list(mappings(tmp_path / "a" / SINGLE))) == 1
+    assert len(list(mappings(tmp_path / "b" / SINGLE))) == 1
+
+
+def test_file_stays_as_it_is(tmp_path: Path) -> None:
+    """Who writes into a view, writes into this process' memory."""
+    params = manifest(SPEC, TensorNames())
+    checkpoint = write(tmp_path, made_up(params))
+    before = (tmp_path / SINGLE).read_bytes()
+    CheckpointWeights(checkpoint, params, shards(SPEC, 1)[0], torch.float32).tensor("embedding").zero_()
+    assert (tmp_path / SINGLE).read_bytes() == before
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_data_that_is_not_aligned(tmp_path: Path, pad: int) -> None:
+    params = manifest(SPEC, TensorNames())
+    wholes = made_up(params)
+    weights = CheckpointWeights(write(tmp_path, wholes, pad=pad), params, shards(SPEC, 1)[0], torch.float32)
+    assert torch.equal(weights.tensor("embedding"), wholes["model.embed_tokens.weight"])
+
+
+# --- types -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
+def test_conversion(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
+    params = manifest(SPEC, TensorNames())
+    wholes = made_up(params, stored)
+    weights = CheckpointWeights(write(tmp_path, wholes), params, shards(SPEC, 1)[0], wanted)
+    assert torch.equal(weights.tensor("embedding"), wholes["model.embed_tokens.weight"].to(wanted))
+    assert lies_in(weights.tensor("embedding"), tmp_path / SINGLE) == (stored == wanted)
+
+
+def test_type_that_can_not_be_loaded(tmp_path: Path) -> None:
+    params = manifest(SPEC, TensorNames())
+    checkpoint = write(tmp_path, made_up(params))
+    name = "model.norm.weight"
+    tensors = {**checkpoint.tensors, name: dataclasses.replace(checkpoint.tensors[name], dtype="I32")}
+    weights = CheckpointWeights(Checkpoint(tmp_path, tensors), params, shards(SPEC, 1)[0], torch.float32)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is stored as I32; supported are F32"):
+        weights.tensor("final_norm")
+
+
+def test_optional(tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, out_bias=False)
+    params = manifest(spec, TensorNames())
+    (shard,) = shards(spec, 1)
+    for weights in (
+        CheckpointWeights(write(tmp_path, made_up(params)), params, shard, torch.float32),
+        DummyWeights(params, shard, torch.float32, 0),
+    ):
+        assert weights.optional("layers.0.out.bias") is None
+        assert weights.optional("layers.0.qkv.bias") is not None
+
+
+# --- made-up weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [1, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dummy_weights(tp: int, dtype: torch.dtype) -> None:
+    params = manifest(SPEC, TensorNames())
+    for shard in shards(SPEC, tp):
+        weights = DummyWeights(params, shard, dtype, 0)
+        for param in params:
+            tensor = weights.tensor(param.name)
+            assert tuple(tensor.shape) == shard.param_shape(param)
+            assert tensor.dtype == dtype
+            assert tensor.is_contiguous()
+            assert tensor.isfinite().all()
+
+
+def test_dummy_weights_differ_and_repeat() -> None:
+    params = manifest(SPEC, TensorNames())
+    (shard,) = shards(SPEC, 1)
+    first, again, other = (DummyWeights(params, shard, torch.float32, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.tensor("head"), again.tensor("head"))
+    assert not torch.equal(first.tensor("head"), other.tensor("head"))
+    assert not torch.equal(first.tensor("head"), first.tensor("embedding"))
+    rows = first.tensor("embedding")
+    assert len(rows.unique(dim=0)) == len(rows)

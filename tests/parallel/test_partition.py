@@ -1,0 +1,59 @@
+"""Cuts of dimensions and heads: nothing is lost, nothing is doubled, whatever the numbers."""
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from shoal.parallel.partition import split, split_heads
+from support.fakes import steady
+
+
+@steady
+@given(total=st.integers(0, 500), ranks=st.integers(1, 20), unit=st.integers(1, 40))
+def test_shares_cover_everything_once_and_are_even(total: int, ranks: int, unit: int) -> None:
+    shares = split(total, ranks, unit)
+    assert len(shares) == ranks
+    assert [i for share in shares for i in share] == list(range(total))
+    assert all(share.start % unit == 0 for share in shares if share)
+    units = [-(-len(share) // unit) for share in shares]
+    assert max(units) - min(units) <= 1
+    assert units == sorted(units, reverse=True), "the first are larger"
+    ends = [share.stop for share in shares]
+    assert all(share.start == stop for share, stop in zip(shares, [0, *ends], strict=False))
+
+
+def test_examples_of_shares() -> None:
+    assert split(10, 3) == (range(4), range(4, 7), range(7, 10))
+    assert split(10, 3, 4) == (range(4), range(4, 8), range(8, 10))
+    assert split(2, 3) == (range(1), range(1, 2), range(2, 2))
+
+
+@steady
+@given(kv_heads=st.integers(1, 16), group=st.integers(1, 9), ranks=st.integers(1, 24))
+def test_every_query_head_reads_its_own_kv_head(kv_heads: int, group: int, ranks: int) -> None:
+    q_heads = kv_heads * group
+    shares = split_heads(q_heads, kv_heads, ranks)
+    assert len(shares) == ranks
+    assert [q for share in shares for q in share.q_range] == list(range(q_heads))
+    for share in shares:
+        assert len(share.q_to_kv) == len(share.q_range)
+        wanted = [q // group for q in share.q_range]
+        assert [share.kv_ids[i] for i in share.q_to_kv] == wanted
+        assert list(share.kv_ids) == sorted(set(wanted)), "a KV head that nobody reads takes memory"
+    fullest = max(len(share.q_range) for share in shares)
+    assert fullest == -(-q_heads // ranks), "no rank has more than an even cut gives"
+
+
+@steady
+@given(kv_heads=st.integers(1, 16), group=st.integers(1, 9), ranks=st.integers(1, 16))
+def test_kv_heads_are_not_copied_where_they_divide(kv_heads: int, group: int, ranks: int) -> None:
+    assume(kv_heads % ranks == 0)
+    shares = split_heads(kv_heads * group, kv_heads, ranks)
+    assert [i for share in shares for i in share.kv_ids] == list(range(kv_heads))
+
+
+def test_examples_of_heads() -> None:
+    assert [s.q_to_kv for s in split_heads(8, 4, 2)] == [(0, 0, 1, 1), (0, 0, 1, 1)]
+    middle = split_heads(6, 2, 3)[1]
+    assert (middle.q_range, middle.kv_ids, middle.q_to_kv) == (range(2, 4), range(2), (0, 1))
+    last = split_heads(2, 1, 4)[3]
+    assert (len(last.q_range), len(last.kv_ids), last.q_to_kv) == (0, 0, ())

@@ -1,0 +1,127 @@
+"""Options, as one table for the command line, the library and the docs."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.config import EngineOptions, Option, format_bytes, options, parse_bytes
+from shoal.errors import ConfigError
+from support.fakes import steady
+
+KNOWN = {option.name: option for option in options()}
+
+
+def test_values_reach_their_sections() -> None:
+    found = EngineOptions.from_flat("m", {"block_size": 8, "seed": 3, "tensor_parallel_size": 2, "max_num_seqs": 5})
+    assert found.model == "m"
+    assert (found.cache.block_size, found.model_options.seed) == (8, 3)
+    assert (found.parallel.tensor_parallel_size, found.scheduler.max_num_seqs) == (2, 5)
+    assert EngineOptions.from_flat("m", {}) == EngineOptions("m")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("tensor_paralel_size", "tensor_parallel_size"), ("max_num_seq", "max_num_seqs"), ("blocksize", "block_size")],
+)
+def test_a_misspelt_name_is_met_with_the_right_one(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown option {wrong}; did you mean {right}"):
+        EngineOptions.from_flat("m", {wrong: 1})
+
+
+def test_a_strange_name_is_met_with_all_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"known are revision, .*max_in_flight"):
+        EngineOptions.from_flat("m", {"xyzzy": 1})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_size": "8"}, "--block-size takes an integer, got '8'"),
+        ({"block_size": 8.0}, "--block-size takes an integer"),
+        ({"block_size": True}, "--block-size takes an integer"),
+        ({"block_size": None}, "--block-size takes an integer"),
+        ({"engine_process": 1}, "--engine-process takes true or false"),
+        ({"start_timeout": True}, "--start-timeout takes a number"),
+        ({"start_timeout": "long"}, "--start-timeout takes a number"),
+        ({"revision": 5}, "--revision takes a text"),
+        ({"dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"block_size": 0}, "--block-size must be at least 1, got 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"start_timeout": math.nan}, "--start-timeout must be at least 1"),
+        ({"gpu_memory_utilization": 0.0}, r"in \(0, 1\]"),
+        ({"gpu_memory_utilization": 1.01}, r"in \(0, 1\]"),
+        ({"gpu_memory_utilization": math.nan}, r"in \(0, 1\]"),
+        ({"device_memory": "lots"}, "--device-memory takes a number of bytes"),
+        ({"device_memory": "0"}, "--device-memory must be at least 1"),
+    ],
+)
+def test_wrong_values_are_refused_by_flag(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineOptions.from_flat("m", values)
+
+
+def test_near_types_are_taken() -> None:
+    found = EngineOptions.from_flat(
+        "m", {"start_timeout": 5, "device_memory": "2GiB", "kv_cache_memory_bytes": 10**9, "max_model_len": None}
+    )
+    assert isinstance(found.parallel.start_timeout, float)
+    assert (found.cache.device_memory, found.cache.kv_cache_memory_bytes) == (2**31, 10**9)
+    assert found.model_options.max_model_len is None
+    assert EngineOptions.from_flat("m", {"gpu_memory_utilization": 1}).cache.gpu_memory_utilization == 1.0
+
+
+@pytest.mark.parametrize("option", KNOWN.values(), ids=KNOWN)
+def test_every_option_says_what_it_does_and_has_a_good_default(option: Option) -> None:
+    assert len(option.help) > 10
+    assert option.group
+    assert option.check(option.default) == option.default
+    assert option.optional or option.default is not None
+    assert option.flag == "--" + option.name.replace("_", "-")
+    for choice in option.choices:
+        assert option.check(choice) == choice
+
+
+def test_names_and_flags_are_unique() -> None:
+    every = list(options())
+    assert len(KNOWN) == len(every)
+    short = [option.short for option in every if option.short]
+    assert len(set(short)) == len(short)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1500000", 1_500_000),
+        ("512MiB", 512 * 2**20),
+        ("2GiB", 2**31),
+        ("1.5g", 1_500_000_000),
+        ("1 kib", 1024),
+        (" 3 kB ", 3000),
+        ("2Ti", 2**41),
+        ("7b", 7),
+    ],
+)
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert parse_bytes(text, "--x") == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1.2.3", "5 apples", "1e9", "0x10", "1 MiB 2"])
+def test_other_texts_are_no_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="--x takes a number of bytes"):
+        parse_bytes(text, "--x")
+
+
+@steady
+@given(st.integers(0, 2**53))
+def test_a_count_of_bytes_reads_as_itself(count: int) -> None:
+    assert parse_bytes(str(count), "--x") == count
+
+
+@steady
+@given(st.integers(0, 2**45))
+def test_what_is_shown_reads_as_nearly_the_same(count: int) -> None:
+    shown = format_bytes(count).replace("bytes", "b")
+    assert parse_bytes(shown, "--x") == pytest.approx(count, rel=0.006)

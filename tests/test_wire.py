@@ -1,0 +1,112 @@
+"""Messages survive the wire, and stay small."""
+
+import builtins
+from typing import Any, get_args, get_origin, get_type_hints
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal import wire
+from shoal.engine.request import decode_tokens, encode_tokens
+from support.fakes import steady
+
+INTEGERS = st.integers(-(2**63), 2**64 - 1)
+PLAIN = {
+    int: INTEGERS,
+    float: st.floats(allow_nan=False),
+    bool: st.booleans(),
+    str: st.text(max_size=8),
+    bytes: st.binary(max_size=8),
+    type(None): st.none(),
+    Any: st.none() | st.booleans() | INTEGERS | st.text(max_size=5) | st.floats(allow_nan=False),
+}
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Whatever a field of this type may hold."""
+    match get_origin(hint), get_args(hint):
+        case builtins.tuple, (item, end) if end is ...:
+            return st.lists(values(item), max_size=3).map(tuple)
+        case builtins.tuple, items:
+            return st.tuples(*map(values, items))
+        case builtins.dict, (key, value):
+            return st.dictionaries(values(key), values(value), max_size=3)
+        case None, _ if issubclass(hint, wire.Wire):
+            return st.builds(hint, **{name: values(kind) for name, kind in get_type_hints(hint).items()})
+        case None, _:
+            return PLAIN[hint] if hint in PLAIN else st.sampled_from(hint)
+    return st.one_of(*map(values, get_args(hint)))
+
+
+UNIONS = {
+    "to_rank": wire.ToRank,
+    "from_rank": wire.FromRank,
+    "to_engine": wire.ToEngine,
+    "from_engine": wire.FromEngine,
+}
+MESSAGES = [(name, message) for name, union in UNIONS.items() for message in get_args(union)]
+PAYLOADS = {
+    wire.LoadInfo: wire.decode_load_info,
+    wire.Capacity: wire.decode_capacity,
+    wire.RankStats: wire.decode_stats,
+}
+
+
+@pytest.mark.parametrize(("name", "message"), MESSAGES, ids=[f"{n}-{m.__name__}" for n, m in MESSAGES])
+@settings(steady, max_examples=25)
+@given(data=st.data())
+def test_every_message_survives(name: str, message: type[wire.Wire], data: st.DataObject) -> None:
+    sent = data.draw(values(message))
+    received = getattr(wire, name).decode(wire.encode(sent))
+    assert type(received) is message
+    assert received == sent
+
+
+@pytest.mark.parametrize("message", PAYLOADS, ids=lambda message: message.__name__)
+@settings(steady, max_examples=25)
+@given(data=st.data())
+def test_every_payload_survives(message: type[wire.Wire], data: st.DataObject) -> None:
+    sent = data.draw(values(message))
+    assert PAYLOADS[message](wire.encode(sent)) == sent
+
+
+def test_every_message_is_covered() -> None:
+    parts = {wire.Sampling, wire.NewSeq, wire.Work, wire.TokenLogprobs, wire.SeqOut, wire.StepTimes, wire.SeqUpdate}
+    covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
+    assert set(wire.Wire.__subclasses__()) == covered
+
+
+def test_a_message_for_somebody_else_is_refused() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        wire.to_rank.decode(wire.encode(wire.StatsQuery()))
+    with pytest.raises(msgspec.ValidationError):
+        wire.from_rank.decode(wire.encode(wire.StepPlan(0, 0, ())))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00", b"\x92\xa8StepPlan\x01", wire.encode(wire.Stop())[:-1]])
+def test_garbage_is_refused(data: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        wire.to_rank.decode(data)
+
+
+def test_a_plan_of_many_decodes_is_small() -> None:
+    """Deltas: a sequence that goes on costs a few bytes, not its table, tokens or parameters."""
+    works = tuple(wire.Work(10_000 + i, 1500 + i, 1, True, (5000 + i,) if i % 16 == 0 else ()) for i in range(32))
+    plan = wire.StepPlan(0, 100_000, works)
+    assert len(wire.encode(plan)) < 32 * 20
+    assert wire.to_rank.decode(wire.encode(plan)) == plan
+
+
+def test_a_prompt_costs_four_bytes_a_token() -> None:
+    new = wire.NewSeq(1, 0, encode_tokens(list(range(100_000, 101_000))), (), wire.Sampling(seed=2**64 - 1))
+    assert len(wire.encode(new)) < 4000 + 60
+
+
+@steady
+@given(st.lists(st.integers(0, 2**31 - 1)))
+def test_tokens_survive_little_endian(tokens: list[int]) -> None:
+    data = encode_tokens(tokens)
+    assert data == b"".join(token.to_bytes(4, "little") for token in tokens)
+    assert decode_tokens(data) == tokens

@@ -1,0 +1,169 @@
+"""Frames over a socket pair."""
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from support.fakes import steady
+
+BIG = 5_000_000
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    ours, theirs = Channel.pair()
+    other = Channel(theirs)
+    yield ours, other
+    ours.close()
+    other.close()
+
+
+def receive_all(channel: Channel, count: int) -> list[bytes]:
+    frames = list[bytes]()
+    while len(frames) < count:
+        assert wait([channel], 10), "nothing arrives"
+        frames += channel.receive()
+    return frames
+
+
+@settings(steady, max_examples=60)
+@given(frames=st.lists(st.binary(max_size=300), max_size=8), cuts=st.lists(st.integers(1, 100), min_size=1))
+def test_frames_come_out_as_they_went_in_however_they_are_cut(frames: list[bytes], cuts: list[int]) -> None:
+    raw, theirs = socket.socketpair()
+    channel = Channel(theirs)
+    with raw:
+        data = b"".join(struct.pack("<I", len(frame)) + frame for frame in frames)
+        received, start, turn = list[bytes](), 0, 0
+        while start < len(data):
+            stop = start + cuts[turn % len(cuts)]
+            raw.sendall(data[start:stop])
+            whole = received + channel.receive()
+            assert whole == frames[: len(whole)]
+            received, start, turn = whole, stop, turn + 1
+        assert received == frames
+        assert channel.receive() == []
+    channel.close()
+
+
+def test_sending_never_blocks_though_nobody_reads(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    frames = [os.urandom(BIG), b"", b"small", os.urandom(BIG)]
+    for frame in frames:
+        ours.send(frame)
+    assert ours.backlog
+    assert not ours.flush(0)
+    reader = threading.Thread(target=lambda: received.extend(receive_all(other, len(frames))))
+    received = list[bytes]()
+    reader.start()
+    assert ours.flush(30)
+    assert not ours.backlog
+    reader.join(30)
+    assert received == frames
+
+
+def test_waiting_writes_out_what_is_left(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    ours.send(bytes(BIG))
+    other.send(b"hello")
+    received = list[bytes]()
+    while not received:
+        assert wait([ours], 0) == [ours], "a reader's backlog hides nothing that has arrived"
+        received += other.receive()
+    assert received == [bytes(BIG)]
+    assert ours.receive() == [b"hello"]
+    assert not ours.backlog
+
+
+def test_waiting_names_the_channels_with_something_to_read() -> None:
+    pairs = [Channel.pair() for _ in range(3)]
+    others = [Channel(theirs) for _, theirs in pairs]
+    channels = [ours for ours, _ in pairs]
+    assert wait(channels, 0) == []
+    others[1].send(b"x")
+    assert wait(channels, 5) == [channels[1]]
+    others[2].close()
+    assert set(wait(channels, 5)) == {channels[1], channels[2]}
+    for channel in channels + others:
+        channel.close()
+
+
+def test_frames_are_read_before_the_end_is_told(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    other.send(b"last words")
+    other.close()
+    assert ours.receive() == [b"last words"]
+    with pytest.raises(ChannelClosed):
+        ours.receive()
+    with pytest.raises(ChannelClosed):
+        ours.receive()
+
+
+def test_a_frame_cut_off_by_the_end_is_no_frame(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    os.write(other.fileno(), struct.pack("<I", 100) + b"half")
+    assert ours.receive() == []
+    other.close()
+    with pytest.raises(ChannelClosed):
+        ours.receive()
+
+
+def test_sending_to_nobody_is_an_error(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    other.close()
+    with pytest.raises(ChannelClosed):
+        ours.send(b"x")
+    with pytest.raises(ChannelClosed):
+        ours.flush(1)
+    with pytest.raises(ChannelClosed):
+        wait([ours], 1)
+
+
+def test_an_own_closed_end_is_an_error(ends: tuple[Channel, Channel]) -> None:
+    ours, _ = ends
+    ours.close()
+    with pytest.raises(ChannelClosed):
+        ours.send(b"x")
+    with pytest.raises(ChannelClosed):
+        ours.receive()
+
+
+def test_an_end_is_made_from_a_descriptor() -> None:
+    ours, theirs = Channel.pair()
+    other = Channel.from_fd(theirs.detach())
+    other.send(b"child")
+    assert ours.receive() == [b"child"]
+    ours.close()
+    other.close()
+
+
+def test_frames_of_several_threads_stay_whole(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    senders, each = 4, 100
+
+    def send(sender: int) -> None:
+        for i in range(each):
+            ours.send(struct.pack("<II", sender, i) + bytes([sender]) * (i * 50))
+
+    threads = [threading.Thread(target=send, args=(sender,)) for sender in range(senders)]
+
+    def flush() -> None:
+        ours.flush(30)  # while others send
+        for thread in threads:
+            thread.join()
+        ours.flush(30)
+
+    flusher = threading.Thread(target=flush)
+    for thread in [*threads, flusher]:
+        thread.start()
+    frames = receive_all(other, senders * each)
+    flusher.join(30)
+    for sender in range(senders):
+        mine = [frame for frame in frames if struct.unpack_from("<I", frame)[0] == sender]
+        assert mine == [struct.pack("<II", sender, i) + bytes([sender]) * (i * 50) for i in range(each)]

@@ -1,0 +1,267 @@
+"""The sampler over any cut of the vocabulary, against a plain reference in float64."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal.comm.local import LocalComm
+from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.parallel.mesh import Axis
+from shoal.parallel.partition import split
+from shoal.worker.random import gumbel, row_keys, split_keys
+from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
+from support.fakes import on_threads, steady
+
+T = TypeVar("T")
+Float64 = npt.NDArray[np.float64]
+
+
+def even(vocabulary: int, ranks: int) -> tuple[int, ...]:
+    return tuple(len(share) for share in split(vocabulary, ranks))
+
+
+def over_ranks(sizes: Sequence[int], work: Callable[[VocabShare, Axis, slice], T]) -> list[T]:
+    """`work(share, axis, columns)` on a thread a rank."""
+    group = ThreadGroup(len(sizes), 20)
+
+    def run(rank: int) -> T:
+        comm = ThreadComm(group, rank) if len(sizes) > 1 else LocalComm()
+        start = sum(sizes[:rank])
+        share = VocabShare(start, tuple(sizes))
+        return work(share, Axis("tp", rank, len(sizes), comm), slice(start, start + sizes[rank]))
+
+    return on_threads(len(sizes), run)
+
+
+def draw(logits: Tensor, rows: SamplingRows, sizes: Sequence[int]) -> Tensor:
+    """Tokens, the same on every rank."""
+    results = over_ranks(sizes, lambda share, tp, columns: sample(logits[:, columns].contiguous(), share, tp, rows))
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    return results[0]
+
+
+def keys_of(count: int, seed: int = 5) -> Tensor:
+    zeros = np.zeros(count, np.uint64)
+    return split_keys(row_keys(zeros + np.uint64(seed), zeros, np.arange(count, dtype=np.uint64)))
+
+
+def rows_of(
+    temperature: Sequence[float] | float,
+    top_k: Sequence[int] | int = 0,
+    top_p: Sequence[float] | float = 1.0,
+    *,
+    count: int,
+    keys: Tensor | None = None,
+) -> SamplingRows:
+    temperatures = torch.tensor(temperature).expand(count).contiguous()
+    top_ks = torch.tensor(top_k).expand(count).contiguous()
+    top_ps = torch.tensor(top_p).expand(count).contiguous()
+    truncated = (temperatures > 0) & ((top_ks > 0) | (top_ps < 1))
+    return SamplingRows(
+        temperatures,
+        top_ks,
+        top_ps,
+        keys_of(count) if keys is None else keys,
+        not bool(temperatures.any()),
+        truncated.nonzero().flatten().tolist(),
+        -1,
+    )
+
+
+def reference(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Float64:
+    """The distribution that tokens are drawn from. Equal logits rank by id."""
+    scaled: Float64 = logits.double().numpy() / temperature
+    order = np.argsort(-scaled, kind="stable")
+    weights = np.exp(scaled - scaled.max())[order]
+    if top_k:
+        weights[top_k:] = 0
+    weights /= weights.sum()
+    weights[np.cumsum(weights) - weights >= top_p] = 0
+    found: Float64 = np.zeros(len(weights))
+    found[order] = weights / weights.sum()
+    return found
+
+
+def check_distribution(tokens: Tensor, expected: Float64, cells: int = 0) -> None:
+    """Chi-square with d degrees of freedom has mean d, deviation sqrt(2 d). Seeds are fixed, so six deviations are
+    met or they aren't; a shift of a twentieth of a probability of 0.1 among 20 000 draws is about as much."""
+    counts = np.bincount(tokens.numpy(), minlength=len(expected)).astype(float)
+    assert not counts[expected == 0].any(), "a token outside of what is allowed"
+    if cells:
+        counts, expected = (a.reshape(cells, -1).sum(1) for a in (counts, expected))
+    expected = expected * len(tokens)
+    rare = expected < 10  # counted together: chi-square wants some of everything
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], max(expected[rare].sum(), 1e-9))
+    freedom = len(expected) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 6 * (2 * freedom) ** 0.5
+
+
+LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.9, 0.0, 1.2, -0.4, 0.9, 2.2, -2.0, 0.5])
+CUTS = [(11,), (6, 5), (4, 4, 3), (3, 2, 2, 2, 2), (7, 0, 4), (0, 11), (1, 0, 0, 9, 1)]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 4, 1.0), (0.7, 0, 0.8), (1.3, 6, 0.7), (1.0, 99, 0.5)],
+)
+def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
+    count = 20_000
+    rows = rows_of(temperature, top_k, top_p, count=count)
+    tokens = draw(LOGITS.expand(count, -1).contiguous(), rows, (11,))
+    check_distribution(tokens, reference(LOGITS, temperature, top_k, top_p))
+
+
+@pytest.mark.parametrize("sizes", CUTS[1:], ids=str)
+def test_every_cut_of_the_vocabulary_draws_the_same(sizes: Sequence[int]) -> None:
+    """Greedy, free and truncated rows in one batch."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(600, 11, generator=generator) * 2
+    rows = rows_of(
+        [0.0, 1.0, 0.6, 1.0, 2.0, 1.0] * 100,
+        [0, 0, 3, 0, 5, 1] * 100,
+        [1.0, 1.0, 1.0, 0.73, 0.61, 1.0] * 100,
+        count=600,
+    )
+    assert torch.equal(draw(logits, rows, sizes), draw(logits, rows, (11,)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_every_cut_draws_the_same_where_many_logits_are_equal(ranks: int) -> None:
+    """Logits in half precision often are: whoever is left out by top-k must not depend on the cut."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randint(
+        0, 3, (200, 1501), generator=generator
+    ).float()  # 500 of each, more than are fetched at first
+    rows = rows_of(1.0, [1, 2, 40, 500] * 50, [1.0, 0.77, 0.9, 0.63] * 50, count=200)
+    one = draw(logits, rows, (1501,))
+    assert torch.equal(draw(logits, rows, even(1501, ranks)), one)
+    for row in range(0, 200, 7):
+        allowed = reference(logits[row], 1.0, int(rows.top_k[row]), 1.0)
+        assert allowed[one[row]] > 0
+
+
+@pytest.mark.parametrize("sizes", CUTS, ids=str)
+def test_greedy_takes_the_largest_and_of_equals_the_first(sizes: Sequence[int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randint(0, 4, (100, 11), generator=generator).float()
+    tokens = draw(logits, rows_of(0.0, count=100), sizes)
+    assert torch.equal(tokens, torch.from_numpy(logits.numpy().argmax(1)))
+    mixed = rows_of([0.0, 1.0] * 50, count=100)
+    assert torch.equal(draw(logits, mixed, sizes)[::2], tokens[::2]), "noise must not reach greedy rows"
+
+
+@pytest.mark.parametrize("sizes", CUTS, ids=str)
+def test_top_k_of_one_is_greedy(sizes: Sequence[int]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(100, 11, generator=generator)
+    assert torch.equal(draw(logits, rows_of(1.5, 1, count=100), sizes), logits.argmax(1))
+
+
+def test_a_tiny_top_p_is_greedy() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(100, 11, generator=generator)
+    assert torch.equal(draw(logits, rows_of(1.5, 0, 1e-6, count=100), (6, 5)), logits.argmax(1))
+
+
+@pytest.mark.parametrize("sizes", [(2000,), (700, 0, 1300)], ids=str)
+@pytest.mark.parametrize("top_k", [0, 1900])
+def test_a_nucleus_larger_than_the_first_candidates_is_exact(sizes: Sequence[int], top_k: int) -> None:
+    """Nearly flat over 2000 ids, in no order: with top_p 0.9 some 1800 of them are in the nucleus."""
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.linspace(0, 0.2, 2000)[torch.randperm(2000, generator=generator)]
+    expected = reference(logits, 1.0, top_k, 0.9)
+    assert 1600 < (expected > 0).sum() < 1850
+    rows = rows_of(1.0, top_k, 0.9, count=1500)
+    tokens = draw(logits.expand(1500, -1).contiguous(), rows, sizes)
+    check_distribution(tokens, expected, cells=40)
+    inside = np.flatnonzero(expected)
+    least = inside[expected[inside].argsort()[:400]]
+    assert np.isin(tokens.numpy(), least).sum() > 200, "the nucleus' end is drawn as well"
+
+
+def test_truncation_keeps_the_draw_where_it_is_allowed() -> None:
+    """The same noise decides: a row whose free draw is in the nucleus draws the same with it."""
+    logits = LOGITS.expand(500, -1).contiguous()
+    free = draw(logits, rows_of(1.0, count=500), (11,))
+    kept = torch.from_numpy(reference(LOGITS, 1.0, 5) > 0)[free]
+    limited = draw(logits, rows_of(1.0, 5, count=500), (11,))
+    assert 100 < int(kept.sum()) < 500
+    assert torch.equal(limited[kept], free[kept])
+
+
+@settings(steady, max_examples=30)
+@given(data=st.data(), ranks=st.sampled_from([1, 2, 3, 5]))
+def test_a_row_depends_on_no_other(data: st.DataObject, ranks: int) -> None:
+    """A row alone draws what it draws among others, in any order."""
+    count = data.draw(st.integers(2, 8))
+    seed = data.draw(st.integers(0, 1000))
+    logits = torch.randn(count, 300, generator=torch.Generator().manual_seed(seed)) * 3
+    options = st.sampled_from([(0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 3, 1.0), (1.2, 0, 0.9), (3.0, 270, 0.95)])
+    chosen = data.draw(st.lists(options, min_size=count, max_size=count))
+    temperatures, top_ks, top_ps = (list(column) for column in zip(*chosen, strict=True))
+    keys = keys_of(count, seed)
+    together = draw(logits, rows_of(temperatures, top_ks, top_ps, count=count, keys=keys), even(300, ranks))
+    order = data.draw(st.permutations(range(count)))
+    some = order[: data.draw(st.integers(1, count))]
+    apart = draw(
+        logits[some],
+        rows_of(
+            [temperatures[i] for i in some],
+            [top_ks[i] for i in some],
+            [top_ps[i] for i in some],
+            count=len(some),
+            keys=keys[some],
+        ),
+        even(300, ranks),
+    )
+    assert torch.equal(apart, together[some])
+
+
+def test_a_free_draw_is_the_argmax_of_logits_and_noise() -> None:
+    generator = torch.Generator().manual_seed(8)
+    logits, keys = torch.randn(50, 11, generator=generator), keys_of(50)
+    noise = gumbel(keys, torch.arange(11, dtype=torch.int32))
+    tokens = draw(logits, rows_of(0.5, count=50, keys=keys), (4, 4, 3))
+    assert torch.equal(tokens, (logits / 0.5 + noise).argmax(1))
+
+
+@pytest.mark.parametrize("sizes", CUTS, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 5, 11])
+def test_logprobs_are_those_of_the_whole_vocabulary(sizes: Sequence[int], count: int) -> None:
+    generator = torch.Generator().manual_seed(9)
+    logits = torch.randn(20, 11, generator=generator) * 4
+    tokens = torch.randint(0, 11, (20,), generator=generator)
+
+    def run(share: VocabShare, tp: Axis, columns: slice) -> Logprobs:
+        return logprobs(logits[:, columns].contiguous(), share, tp, tokens, count)
+
+    expected = logits.double().log_softmax(1)
+    values, ids = expected.sort(dim=1, descending=True, stable=True)
+    for found in over_ranks(sizes, run):
+        torch.testing.assert_close(
+            found.chosen.double(), expected.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(found.values.double(), values[:, :count], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.ids, ids[:, :count])
+
+
+@pytest.mark.parametrize("sizes", [(701,), (300, 1, 400)], ids=str)
+def test_of_equally_likely_tokens_the_first_are_reported(sizes: Sequence[int]) -> None:
+    logits = torch.zeros(2, 701)
+    logits[1, 650:] = 1.0
+
+    def run(share: VocabShare, tp: Axis, columns: slice) -> Logprobs:
+        return logprobs(logits[:, columns].contiguous(), share, tp, torch.tensor([3, 3]), 60)
+
+    for found in over_ranks(sizes, run):
+        assert sorted(found.ids[1, :51].tolist()) == list(range(650, 701))
+        assert found.ids[1, :51].tolist() == sorted(found.ids[1, :51].tolist())
