@@ -175,7 +175,8 @@ def parse_bytes(text: str, flag: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower())
     if not match:
         raise ConfigError(f"{flag} takes a number of bytes such as 512MiB or 2GiB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    unit = _UNITS[match[2] or ""]
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
 
 
 def format_bytes(count: float) -> str:

@@ -230,6 +230,15 @@ def test_two_that_begin_alike_share_blocks_within_one_step() -> None:
     bench.drain()
 
 
+def test_a_chunk_is_found_by_who_is_admitted_in_the_same_step() -> None:
+    bench = Bench(budget=8)
+    bench.add(request(1, range(13), 1))
+    bench.step()
+    bench.add(request(2, [*range(12), 9, 9], 1))
+    assert spans(bench.step()) == {1: (8, 5), 2: (12, 2)}
+    bench.drain()
+
+
 def test_an_aborted_request_frees_its_blocks_at_once() -> None:
     bench = Bench(prefix_caching=False)
     bench.add(request(1, range(9), 5))
@@ -303,6 +312,14 @@ def test_an_answer_out_of_order_is_an_error_and_never_a_wrong_token(answered: in
         bench.land()
     with pytest.raises(EngineError, match=f"step {answered}"):
         bench.scheduler.apply(wire.StepResult(0, answered, (), wire.StepTimes(0, 0)))
+
+
+def test_a_token_of_another_epoch_is_dropped() -> None:
+    bench = Bench()
+    bench.add(request(1, [1], 5))
+    bench.must_plan()
+    bench.scheduler.apply(wire.StepResult(0, 0, (wire.SeqOut(1, 3, (5,)),), wire.StepTimes(0, 0)))
+    assert bench.scheduler.take_updates() == []
 
 
 def test_the_audit_tells_when_a_request_was_lost() -> None:

@@ -121,8 +121,18 @@ def test_sending_to_nobody_is_an_error(ends: tuple[Channel, Channel]) -> None:
         ours.send(b"x")
     with pytest.raises(ChannelClosed):
         ours.flush(1)
+
+
+def test_a_backlog_to_nobody_hides_no_last_words(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    ours.send(bytes(5_000_000))
+    assert ours.backlog
+    other.send(b"last words")
+    other.close()
+    assert wait([ours], 1) == [ours]
+    assert ours.receive() == [b"last words"]
     with pytest.raises(ChannelClosed):
-        wait([ours], 1)
+        ours.receive()
 
 
 def test_an_own_closed_end_is_an_error(ends: tuple[Channel, Channel]) -> None:

@@ -49,11 +49,7 @@ class ProcessLinks:
                 self._children[number].channel.send(frame)
 
     def receive(self, timeout: float) -> list[wire.FromRank]:
-        channels = [child.channel for child in self._children]
-        try:
-            readable = wait(channels, timeout)
-        except ChannelClosed:  # there was more to write to a rank that has died: a look at all finds it
-            readable = channels
+        readable = wait([child.channel for child in self._children], timeout)
         messages: list[wire.FromRank] = []
         dead = []
         for rank, child in enumerate(self._children):

@@ -4,6 +4,7 @@ A socket pair has no name and no port, nothing of it outlives its processes, and
 process on the other side dies, whatever killed it.
 """
 
+import contextlib
 import select
 import socket
 import struct
@@ -122,8 +123,7 @@ class Channel:
 def wait(channels: Sequence[Channel], timeout: float) -> list[Channel]:
     """The channels with something to read, waiting up to `timeout` seconds; writes out backlogs meanwhile.
 
-    Raises:
-        ChannelClosed: a backlog has nobody to read it.
+    A channel whose other end has gone is one of them: `receive` gives its last words, and then says so.
     """
     poller = select.poll()
     by_fd = {channel.fileno(): channel for channel in channels}
@@ -132,7 +132,8 @@ def wait(channels: Sequence[Channel], timeout: float) -> list[Channel]:
     readable = []
     for fd, events in poller.poll(max(0.0, timeout) * 1000):
         if events & select.POLLOUT:
-            by_fd[fd].flush(0)
+            with contextlib.suppress(ChannelClosed):
+                by_fd[fd].flush(0)
         if events & ~select.POLLOUT:
             readable.append(by_fd[fd])
     return readable

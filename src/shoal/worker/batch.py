@@ -17,6 +17,8 @@ from shoal.kernels.base import PagedBatch
 from shoal.worker.random import row_keys, split_keys
 from shoal.worker.sampler import SamplingRows
 
+_COLDEST = 1e-5  # below, logits divided by it leave float32's range, and the likeliest token is the only one left
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
@@ -73,7 +75,7 @@ class SequenceTable:
         self._sequences[new.seq] = sequence
         self._blocks[row] = 0
         self._append_blocks(sequence, new.blocks)
-        self._temperature[row] = sampling.temperature
+        self._temperature[row] = sampling.temperature if sampling.temperature >= _COLDEST else 0.0
         self._top_k[row] = sampling.top_k
         self._top_p[row] = sampling.top_p
         self._seed[row] = sampling.seed

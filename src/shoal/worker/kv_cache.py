@@ -23,10 +23,11 @@ class KVMemory:
         """Bytes that are in memory; on a CPU pages come when they are first written."""
         if self.pool.is_cuda or not len(self.pool):
             return self.pool.nbytes
-        pages = (ctypes.c_ubyte * -(-self.pool.nbytes // mmap.PAGESIZE))()
-        if _libc.mincore(ctypes.c_void_p(self.pool.data_ptr()), ctypes.c_size_t(self.pool.nbytes), pages):
-            return self.pool.nbytes
-        return sum(page & 1 for page in bytes(pages)) * mmap.PAGESIZE
+        pages = torch.empty(-(-self.pool.nbytes // mmap.PAGESIZE), dtype=torch.uint8)
+        where, size, found = (self.pool.data_ptr(), self.pool.nbytes, pages.data_ptr())
+        if _libc.mincore(ctypes.c_void_p(where), ctypes.c_size_t(size), ctypes.c_void_p(found)):
+            return size
+        return int((pages & 1).sum()) * mmap.PAGESIZE
 
 
 def block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:
