@@ -162,11 +162,9 @@ def test_quick_run_gives_a_folder_that_transformers_loads(tmp_path: Path) -> Non
     check_tokenizer(AutoTokenizer.from_pretrained(tmp_path), tmp_path)
     assert model.config.model_type == "llama"
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-
-
-def test_too_few_steps_fail(tmp_path: Path) -> None:
-    """A model that cannot add makes the script end with a status other than 0."""
-    assert train_demo.main(["--quick", "--require", "0.95", "--output", str(tmp_path)]) == 1
+    threads = str(torch.get_num_threads())
+    again = ["--evaluate", "--quick", "--require", "0.95", "--threads", threads, "--output", str(tmp_path)]
+    assert train_demo.main(again) == 1, "a model that cannot add must not pass"
 
 
 def check_tokenizer(loaded: Any, folder: Path) -> None:
@@ -255,16 +253,29 @@ def test_shipped_model_answers(shipped: tuple[Any, Any], prompt: str, answer: st
 
 @needs_shipped
 def test_shipped_model_keeps_its_footing_far_into_a_context(shipped: tuple[Any, Any]) -> None:
-    """Behind some 500 tokens of other documents, and over a long answer, the model is as good as at the start."""
-    documents = "".join(
-        f"{demo_text.BOS}{sample.text}{demo_text.EOS}"
-        for sample in some_samples(200, 99)
-        if not any(piece.text.endswith(" ") for piece in sample.pieces)
-    )
+    """Behind some 500 tokens of other documents the model answers as it does at the start."""
     _, tokenizer = shipped
-    ends = [match.end() for match in re.finditer(re.escape(demo_text.EOS), documents)]
-    start = next(end for end in ends if len(tokenizer(documents[:end])["input_ids"]) > 500)
-    before = documents[len(demo_text.BOS) : start] + demo_text.BOS
+    before = ""
+    for sample in some_samples(200, 99):
+        if len(tokenizer(before)["input_ids"]) < 500 and not sample.pieces[0].text.endswith(" "):
+            before += f"{sample.text}{demo_text.EOS}{demo_text.BOS}"
+    assert len(tokenizer(before)["input_ids"]) >= 500
     assert generate(shipped, [before + "37 + 45 ="], 6) == [" 82"]
-    numbers = " ".join(str(number) for number in range(1, 100))
-    assert generate(shipped, ["Count from 1 to 99:"], 320) == [" " + numbers]
+    assert generate(shipped, [before + "Count from 3 to 9:"], 40) == [" 3 4 5 6 7 8 9"]
+    assert generate(shipped, [before + "<|user|>What is 12 + 30?<|end|><|assistant|>"], 40) == ["12 + 30 = 42."]
+
+
+@needs_shipped
+def test_shipped_model_runs_on_behind_its_answer(shipped: tuple[Any, Any]) -> None:
+    """Made to go on for 500 tokens, it writes one well-formed document after the other."""
+    model, tokenizer = shipped
+    ids = torch.tensor([tokenizer("37 + 45 =")["input_ids"]])
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=0, max_new_tokens=500, max_length=None,
+            do_sample=False, eos_token_id=train_demo.Shape().vocab_size,
+        )  # fmt: skip
+    documents = tokenizer.decode(out[0]).split(demo_text.EOS)
+    assert len(documents) > 10
+    assert documents[0] == "<|bos|>37 + 45 = 82"
+    assert all(document.startswith(demo_text.BOS) for document in documents[:-1])
