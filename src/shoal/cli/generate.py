@@ -169,10 +169,13 @@ def _run(llm: LLM, entries: Sequence[_Entry], params: SamplingParams, sink: _Sin
                 failures.append((entry, str(error)))
 
     progress = tqdm(total=len(entries), unit=" prompts", disable=sink is None or not sys.stderr.isatty())
-    with progress:
+    with progress, _Printer() as printer:
         for index, output in llm.run(jobs()):
             progress.update()
-            _write(sink, index, output)
+            if sink is not None:
+                sink.write(_line(index, output))
+            else:
+                printer.add(index, output)
             if output.error:
                 failures.append((entries[index], output.error))
     for entry, why in failures:
@@ -183,14 +186,8 @@ def _run(llm: LLM, entries: Sequence[_Entry], params: SamplingParams, sink: _Sin
     return 1 if failures else 0
 
 
-def _write(sink: _Sink | None, index: int, output: RequestOutput) -> None:
-    completion = output.outputs[0]
-    if sink is None:
-        prompt = output.prompt if output.prompt is not None else f"{len(output.prompt_token_ids)} tokens"
-        text = completion.text if output.prompt is not None else f" {' '.join(map(str, completion.token_ids))}"
-        print(f"{prompt}{text}", flush=True)
-        return
-    line = {
+def _line(index: int, output: RequestOutput) -> dict[str, Any]:
+    return {
         "index": index,
         "prompt": output.prompt,
         "prompt_token_ids": list(output.prompt_token_ids),
@@ -199,4 +196,30 @@ def _write(sink: _Sink | None, index: int, output: RequestOutput) -> None:
             for each in output.outputs
         ],
     }
-    sink.write(line)
+
+
+class _Printer:
+    """Prints results in the prompts' order, each as soon as those before it are there; at the end, what is left."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._early: dict[int, RequestOutput] = {}
+
+    def add(self, index: int, output: RequestOutput) -> None:
+        self._early[index] = output
+        while self._next in self._early:
+            self._print(self._early.pop(self._next))
+            self._next += 1
+
+    def __enter__(self) -> "_Printer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for index in sorted(self._early):  # behind a prompt that has no result
+            self._print(self._early[index])
+
+    def _print(self, output: RequestOutput) -> None:
+        completion = output.outputs[0]
+        prompt = output.prompt if output.prompt is not None else f"{len(output.prompt_token_ids)} tokens"
+        text = completion.text if output.prompt is not None else f" {' '.join(map(str, completion.token_ids))}"
+        print(f"{prompt}{text}", flush=True)

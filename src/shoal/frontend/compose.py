@@ -29,6 +29,8 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
     begun = time.monotonic()
     for reason in decision.reasons:
         log.info("%s", reason)
+    for warning in decision.warnings:
+        log.warning("%s", warning)
     setups = _rank_setups(options, decision)
     if decision.backend == "uni" and decision.hardware.device == "cpu" and own_process and "torch" not in sys.modules:
         env.prefer(cpu.pinning(setups[0].cores))

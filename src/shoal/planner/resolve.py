@@ -23,7 +23,7 @@ Backend = Literal["uni", "threads", "mp"]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Everything an engine needs to know, decided. `reasons` are lines for the log."""
+    """Everything an engine needs to know, decided. `reasons` and `warnings` are lines for the log."""
 
     folder: Path
     spec: ModelSpec
@@ -34,6 +34,7 @@ class Decision:
     ranks: tuple[RankMemory, ...]
     kv_budgets: tuple[int | None, ...]  # bytes by rank; None: measured by the rank
     reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def discover(options: EngineOptions) -> Hardware:
@@ -63,8 +64,9 @@ def resolve(options: EngineOptions, folder: Path, hardware: Hardware) -> Decisio
         checkpoint.check_types(piece.source for param in params for piece in param.pieces)
 
     reasons: list[str] = []
+    warnings: list[str] = []
     tp = options.parallel.tensor_parallel_size
-    _check_devices(tp, hardware, reasons)
+    _check_devices(tp, hardware, reasons, warnings)
     dtype = _dtype(options, spec, reasons)
     backend = _backend(options, tp, reasons)
     scheduler, cache = options.scheduler, options.cache
@@ -82,25 +84,32 @@ def resolve(options: EngineOptions, folder: Path, hardware: Hardware) -> Decisio
     )
     budgets = _kv_budgets(options, hardware, ranks, reasons)
     max_model_len = _max_model_len(options, spec, ranks, budgets, reasons)
-    return Decision(folder, spec, hardware, dtype, max_model_len, backend, ranks, budgets, tuple(reasons))
+    return Decision(
+        folder=folder,
+        spec=spec,
+        hardware=hardware,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        backend=backend,
+        ranks=ranks,
+        kv_budgets=budgets,
+        reasons=tuple(reasons),
+        warnings=tuple(warnings),
+    )
 
 
-def _check_devices(tp: int, hardware: Hardware, reasons: list[str]) -> None:
+def _check_devices(tp: int, hardware: Hardware, reasons: list[str], warnings: list[str]) -> None:
+    count = hardware.num_devices
     kind = {"cpu": "CPU cores", "cuda": "GPUs"}[hardware.device]
-    if tp > hardware.num_devices:
-        if not hardware.devices_shareable:
-            count = hardware.num_devices
-            way_out = "raise --num-devices" if hardware.device == "cpu" else "use --device cpu"
-            raise ConfigError(
-                f"--tensor-parallel-size {tp} needs {tp} devices; this host has {count} ({hardware.device}). "
-                f"Use --tensor-parallel-size {count} or fewer, or {way_out}"
-            )
-        reasons.append(f"{tp} ranks share {hardware.num_devices} {kind}: they will wait for each other")
+    if tp <= count:
+        reasons.append(f"{tp} rank{'s' if tp > 1 else ''} on {count} {kind}")
+    elif hardware.devices_shareable:
+        warnings.append(f"{tp} ranks share {count} {kind}: they take turns, and a step waits for the last")
     else:
-        reasons.append(
-            f"{tp} of {hardware.num_devices} {kind} as ranks"
-            if hardware.device == "cuda"
-            else f"{tp} ranks on {hardware.num_devices} {kind}"
+        way_out = "raise --num-devices" if hardware.device == "cpu" else "use --device cpu"
+        raise ConfigError(
+            f"--tensor-parallel-size {tp} needs {tp} devices; this host has {count} ({hardware.device}). "
+            f"Use --tensor-parallel-size {count} or fewer, or {way_out}"
         )
 
 
@@ -143,7 +152,7 @@ def _kv_budgets(
     free = format_bytes(hardware.host_memory_available)
     reasons.append(
         f"KV cache of {format_bytes(share)} a rank: the smaller of {format_bytes(_CPU_KV_CEILING)} and "
-        f"{_CPU_KV_SHARE:.0%} of the {free} available, over {len(ranks)} ranks"
+        f"{_CPU_KV_SHARE:.0%} of the {free} available, over {len(ranks)} rank{'s' if len(ranks) > 1 else ''}"
     )
     return (share,) * len(ranks)
 

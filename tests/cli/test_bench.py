@@ -1,0 +1,46 @@
+"""`shoal bench`: it runs, and its figures hang together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SMALL = ["shape:llama-10m", "--kv-cache-memory-bytes", "32MiB", "--repeat", "1"]
+
+
+def bench(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "shoal.cli.main", "bench", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_latency() -> None:
+    lengths = ["--input-len", "20", "--output-len", "6"]
+    report = bench("latency", *SMALL, *lengths, "--batch-size", "1", "--batch-size", "3")
+    assert [result["batch_size"] for result in report["results"]] == [1, 3]
+    for result in report["results"]:
+        assert result["steps"] == 6  # one for all prompts, one for each further token
+        assert 0 < result["time_to_first_token_s"] < result["seconds"]
+        assert 0 < result["schedule_us_per_step"] < result["control_us_per_step"]
+        assert result["output_tokens_per_s"] > 0
+    assert report["options"]["max_model_len"] == 26
+    assert {"launch", "connect", "load", "profile", "allocate", "warm_up"} == set(report["start_s"])
+    assert report["ranks"][0]["weight_bytes"] > 2**20
+
+
+def test_throughput_into_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    command = ["throughput", *SMALL, "--input-len", "8", "--output-len", "3", "--num-prompts", "5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal.cli.main", "bench", *command, "--output", str(file)], timeout=100, check=True
+    )
+    assert done.returncode == 0
+    assert json.loads(file.read_text())["results"][0]["batch_size"] == 5
+
+
+def test_startup() -> None:
+    report = bench("startup", *SMALL)
+    phases = report["seconds"]
+    assert phases["ready"] > sum(seconds for name, seconds in phases.items() if name != "ready") > 0

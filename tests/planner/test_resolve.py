@@ -1,0 +1,101 @@
+"""What is decided, from what, and what the log says of it."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import LLM
+from shoal.config import EngineOptions
+from shoal.errors import ConfigError
+from shoal.planner.resolve import Decision, resolve
+from shoal.types import Hardware
+
+Checkpoint = Callable[[str], Path]
+
+GIB = 2**30
+
+
+def host(**changes: Any) -> Hardware:
+    facts: dict[str, Any] = {
+        "device": "cpu",
+        "num_devices": 2,
+        "cores": (0, 1),
+        "host_memory": 24 * GIB,
+        "host_memory_available": 20 * GIB,
+        "device_memory": None,
+        "devices_shareable": True,
+    }
+    return Hardware(**{**facts, **changes})
+
+
+def decide(folder: Path, hardware: Hardware | None = None, **options: Any) -> Decision:
+    return resolve(EngineOptions.from_flat(str(folder), options), folder, hardware or host())
+
+
+def test_the_default_cache_lets_two_engines_fit_side_by_side(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    assert decide(folder).kv_budgets == (4 * GIB,)
+    assert decide(folder, tensor_parallel_size=2).kv_budgets == (2 * GIB,) * 2
+    assert decide(folder, host(host_memory_available=5 * GIB)).kv_budgets == (2 * GIB,)
+
+
+def test_a_budget_is_split_to_the_byte(checkpoint: Checkpoint) -> None:
+    decision = decide(checkpoint("llama"), tensor_parallel_size=2, device_memory="8MiB")
+    for rank, kv in zip(decision.ranks, decision.kv_budgets, strict=True):
+        assert kv is not None
+        assert rank.weights + rank.activations + kv == 8 * 2**20
+    assert decision.ranks[0].weights > decision.ranks[1].weights  # the larger share of 301 rows
+
+
+def test_the_length_is_the_models_unless_the_cache_is_smaller(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    block = 2 * 3 * 16 * 4 * 8 * 4
+    assert decide(folder).max_model_len == 256
+    assert decide(folder, kv_cache_memory_bytes=5 * block).max_model_len == 80
+    assert decide(folder, kv_cache_memory_bytes=5 * block, max_model_len=70).max_model_len == 70
+    with pytest.raises(ConfigError, match=r"room for 80 tokens \(5 blocks of 16\), 1 fewer .* --max-model-len 81"):
+        decide(folder, kv_cache_memory_bytes=5 * block, max_model_len=81)
+
+
+def test_the_executor_follows_from_the_ranks(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    assert decide(folder).backend == "uni"
+    assert decide(folder, tensor_parallel_size=2).backend == "mp"
+    assert decide(folder, distributed_executor_backend="mp").backend == "mp"
+
+
+def test_more_ranks_than_cores_is_a_warning(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    assert not decide(folder, tensor_parallel_size=2).warnings
+    (warning,) = decide(folder, tensor_parallel_size=3).warnings
+    assert "3 ranks share 2 CPU cores" in warning
+
+
+def test_gpus_are_not_shared(checkpoint: Checkpoint) -> None:
+    gpus = host(device="cuda", device_memory=80 * GIB, devices_shareable=False)
+    decision = decide(checkpoint("llama"), gpus, tensor_parallel_size=2)
+    assert decision.kv_budgets == (None, None)  # measured by each rank
+    with pytest.raises(ConfigError, match="needs 3 devices; this host has 2"):
+        decide(checkpoint("llama"), gpus, tensor_parallel_size=3)
+    small = host(device="cuda", device_memory=2**19, devices_shareable=False)
+    with pytest.raises(ConfigError, match="--tensor-parallel-size"):
+        decide(checkpoint("llama"), small)
+
+
+def test_the_log_of_a_start(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "shoal")
+    folder = checkpoint("llama_6_2")
+    block = 2 * 3 * 16 * 2 * 24 * 4  # of the middle rank, which reads both KV heads and has the least room
+    options: Any = {"tensor_parallel_size": 3, "distributed_executor_backend": "threads", "max_model_len": 100}
+    with LLM(str(folder), kv_cache_memory_bytes=20 * block, **options) as llm:
+        assert llm.stats().num_blocks == 20
+    lines = [record.getMessage() for record in caplog.records]
+    assert "KV cache: 20 blocks x 16 = 320 tokens, 3.2 requests of 100" in lines
+    assert "rank 1 has the least room and decides: 20 KV blocks" in lines
+    for rank, kv_heads in enumerate([1, 2, 1]):
+        assert any(f"rank {rank}: 3 layers, 2 query and {kv_heads} KV heads" in line for line in lines)
+    (ready,) = [line for line in lines if line.startswith("engine ready in")]
+    assert all(phase in ready for phase in ("connect", "load", "profile", "allocate", "warm_up"))
