@@ -275,3 +275,20 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngine = EngineMachine.TestCase
 TestEngine.settings = settings(steady, max_examples=150, stateful_step_count=40)
+
+
+def test_what_answers_another_incarnation_is_dropped() -> None:
+    class Restarted(FakeExecutor):
+        """Brings a result that its predecessor's engine had asked for."""
+
+        def poll(self, timeout: float) -> list[wire.StepResult]:
+            stale = wire.StepResult(6, 0, (wire.SeqOut(1, 0, (99,)),), wire.StepTimes(1, 1))
+            return [stale, *super().poll(timeout)]
+
+    engine = EngineCore(
+        Restarted(), Limits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=1, incarnation=7
+    )
+    engine.add(request(1, [1, 2, 3], max_tokens=1))
+    (update,) = engine.updates(1.0)
+    assert update.finish is wire.Finish.LENGTH
+    assert update.tokens != (99,)

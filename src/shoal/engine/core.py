@@ -29,11 +29,14 @@ class EngineCore:
         max_in_flight: int,
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
+        incarnation: int = 0,
     ) -> None:
+        """`incarnation` marks this engine's messages: what answers another one's is dropped."""
         self._executor = executor
         self._limits = limits
         self._pool = BlockPool(executor.num_blocks, block_size, prefix_caching=prefix_caching)
-        self._scheduler = Scheduler(self._pool, limits, policy or PriorityPolicy(), clock)
+        self._incarnation = incarnation
+        self._scheduler = Scheduler(self._pool, limits, policy or PriorityPolicy(), clock, incarnation=incarnation)
         self._max_in_flight = max_in_flight
         self._failure: EngineError | None = None
         self._closed = False
@@ -55,7 +58,8 @@ class EngineCore:
             self._launch()
             if self._scheduler.num_in_flight:
                 for result in self._executor.poll(timeout):
-                    self._apply(result)
+                    if result.incarnation == self._incarnation:
+                        self._apply(result)
         except EngineError as error:
             self._failure = error
             raise

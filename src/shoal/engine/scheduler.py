@@ -49,8 +49,11 @@ class _Draft:
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, limits: Limits, policy: Policy, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, pool: BlockPool, limits: Limits, policy: Policy, clock: Callable[[], float], *, incarnation: int = 0
+    ) -> None:
         self.counters = Counters()
+        self._incarnation = incarnation
         self._pool = pool
         self._limits = limits
         self._policy = policy
@@ -107,7 +110,13 @@ class Scheduler:
             self._admit_waiting(draft)
         if not draft.work and (self._flights or not self._released):
             return None
-        plan = wire.StepPlan(0, self._next_step, tuple(draft.work.values()), tuple(draft.new), tuple(self._released))
+        plan = wire.StepPlan(
+            incarnation=self._incarnation,
+            step=self._next_step,
+            work=tuple(draft.work.values()),
+            new=tuple(draft.new),
+            released=tuple(self._released),
+        )
         self._flights[plan.step] = tuple(draft.work)
         self._released.clear()
         self._next_step += 1

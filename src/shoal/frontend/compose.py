@@ -59,6 +59,7 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
         block_size=size,
         prefix_caching=options.cache.enable_prefix_caching,
         max_in_flight=options.scheduler.max_in_flight,
+        incarnation=setups[0].incarnation,
     )
 
 

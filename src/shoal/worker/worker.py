@@ -80,6 +80,8 @@ class Worker:
         """The answer; plans are answered by rank 0 alone, since every rank's result is the same."""
         if isinstance(message, wire.Call):
             return wire.Reply(message.id, self.setup.rank, self._verbs[message.verb](message.payload))
+        if message.incarnation != self.setup.incarnation:  # of an engine that is no more
+            return None
         if self._runner is None:
             raise EngineError(f"rank {self.setup.rank} got step {message.step} before its KV cache was allocated")
         result = self._runner.execute(message)
