@@ -25,6 +25,13 @@ def _quiet_shoal_log() -> None:
     logging.getLogger("shoal").setLevel(logging.WARNING)
 
 
+@pytest.fixture(autouse=True)
+def _gpus_only_for_gpu_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else shows what it shows on a host without one."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 

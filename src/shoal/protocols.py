@@ -7,7 +7,7 @@ from shoal import wire
 
 
 class Executor(Protocol):
-    """Starts ranks and carries messages. A fake is a few lines; see tests/fakes.py."""
+    """Starts ranks and carries messages. A fake is a few lines; see tests/support/fakes.py."""
 
     num_blocks: int  # KV blocks that every rank holds, agreed on at start
     start_times: dict[str, float]  # seconds a start phase took

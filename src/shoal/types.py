@@ -31,8 +31,8 @@ class SamplingParams:
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 or -1: all tokens
-    seed: int | None = None  # None: the engine's own, different for every request
-    max_tokens: int = 16
+    seed: int | None = None  # None or -1: the engine's own, different for every request
+    max_tokens: int | None = 16  # None: as many as the model's length allows
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # how many of the likeliest tokens to report beside the chosen one
@@ -40,9 +40,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature)
         _check_number("top_p", self.top_p)
-        for name in ("top_k", "max_tokens"):
-            _check_integer(name, getattr(self, name))
-        for name in ("seed", "logprobs"):
+        _check_integer("top_k", self.top_k)
+        for name in ("seed", "max_tokens", "logprobs"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
         if self.temperature < 0:
@@ -51,10 +50,12 @@ class SamplingParams:
             raise RequestError(f"top_p must be in (0, 1], got {self.top_p}; 1 keeps every token")
         if self.top_k < -1:
             raise RequestError(f"top_k must be at least 1, or 0 or -1 for all tokens, got {self.top_k}")
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise RequestError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.logprobs is not None and self.logprobs < 0:
             raise RequestError(f"logprobs must be at least 0, got {self.logprobs}")
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             _check_integer("stop_token_ids", token)

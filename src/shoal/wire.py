@@ -111,9 +111,8 @@ class RankSetup(Wire, frozen=True):
     max_num_batched_tokens: int
     cores: Ids  # cores this rank may use, empty: all
     threads: int
-    kv_budget: int | None  # bytes for the KV cache, None: what is left of `device_memory`
-    device_memory: int | None  # bytes this rank may use in all, None: the whole device
-    memory_utilization: float
+    kv_budget: int | None  # bytes for the KV cache, None: what the device has left
+    memory_utilization: float  # of the device's memory, where the rank measures what is left
     comm_timeout_s: float
 
 

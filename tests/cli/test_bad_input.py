@@ -304,7 +304,7 @@ def test_more_ranks_than_devices(refused: Refused) -> None:
 
 def test_no_gpu(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    has(refused("--device", "cuda"), "no CUDA device", "--device cpu")
+    has(refused("--device", "cuda"), "CUDA", "use --device cpu")
 
 
 def test_uni_runs_one_rank(refused: Refused) -> None:

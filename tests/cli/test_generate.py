@@ -62,3 +62,14 @@ def test_a_sample_seed_gives_the_same_text(monkeypatch: pytest.MonkeyPatch, caps
         return capsys.readouterr().out
 
     assert text("1") == text("1") != text("2")
+
+
+def test_a_prompt_that_fails_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "8 + 64 ="}\n{"prompt": ""}\n{"prompt": "Reverse: apple ->"}\n', "utf-8")
+    assert shoal(monkeypatch, "generate", "--prompts-file", str(prompts), *QUIET) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["8 + 64 = 72", "Reverse: apple -> elppa"]
+    assert "error: prompt 1: the prompt is empty" in printed.err

@@ -20,7 +20,7 @@ OPTIONS = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20
 
 @pytest.fixture
 def engine(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
-    process = EngineProcess(str(checkpoint("llama")), OPTIONS, start_timeout=60)
+    process = EngineProcess(str(checkpoint("llama")), OPTIONS, start_timeout=60, answer_timeout=60)
     yield process
     process.close()
 
@@ -104,11 +104,12 @@ def test_options_that_cannot_work_are_the_users_to_mend(checkpoint: Checkpoint) 
             str(checkpoint("llama")),
             {**OPTIONS, "kv_cache_memory_bytes": 100_000, "max_model_len": 256},
             start_timeout=60,
+            answer_timeout=60,
         )
 
 
 def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> None:
-    engine = EngineProcess(str(checkpoint("llama")), OPTIONS, start_timeout=60)
+    engine = EngineProcess(str(checkpoint("llama")), OPTIONS, start_timeout=60, answer_timeout=60)
     engine.close()
     engine.close()
     assert gone(engine.pid, within=5)

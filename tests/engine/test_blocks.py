@@ -26,7 +26,6 @@ def test_a_prefix_is_found_again_and_leaves_a_token_to_compute() -> None:
     assert pool.find_prefix([1, 2, 3, 4], "") == blocks[:1]
     assert pool.find_prefix([1, 2], "") == []
     assert pool.find_prefix([1, 9, 3, 4, 5], "") == []
-    assert pool.num_cached == 2
 
 
 def test_the_same_block_after_another_beginning_is_not_found() -> None:
@@ -49,7 +48,6 @@ def test_without_prefix_caching_nothing_is_kept() -> None:
     pool = BlockPool(8, SIZE, prefix_caching=False)
     filled(pool, [1, 2, 3, 4])
     assert pool.find_prefix([1, 2, 3, 4, 5], "") == []
-    assert pool.num_cached == 0
 
 
 def test_of_what_nobody_holds_the_longest_unused_goes_first_and_of_a_chain_its_end() -> None:
@@ -58,7 +56,6 @@ def test_of_what_nobody_holds_the_longest_unused_goes_first_and_of_a_chain_its_e
     pool.release(old)
     pool.release(young)
     assert [pool.allocate(1)[0] for _ in range(4)] == [old[1], old[0], young[1], young[0]]
-    assert pool.num_cached == 0
 
 
 def test_blocks_without_use_are_taken_before_cached_ones() -> None:
@@ -91,17 +88,6 @@ def test_a_second_copy_stays_private_and_its_chain_goes_on_from_the_first() -> N
     assert pool.find_prefix([1, 1, 2, 2, 3], "") == [first[0], second[1]]
     pool.release(second)
     assert pool.allocate(6)[0] == second[0], "a private copy is of no use to anybody"
-
-
-def test_a_reset_cache_finds_nothing_and_loses_nothing() -> None:
-    pool = BlockPool(4, SIZE, prefix_caching=True)
-    held, free = filled(pool, [1, 1, 2, 2]), filled(pool, [3, 3])
-    pool.release(free)
-    pool.reset_cache()
-    assert pool.find_prefix([1, 1, 2, 2, 3], "") == pool.find_prefix([3, 3, 4], "") == []
-    pool.audit([held])
-    pool.release(held)
-    assert sorted(pool.allocate(4)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("held", [[], [[0, 1, 1]], [[0], [1], [2]]])
@@ -159,11 +145,6 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         _, _, blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.pool.release(blocks)
-
-    @rule()
-    def reset(self) -> None:
-        self.pool.reset_cache()
-        assert self.pool.num_cached == 0
 
     @invariant()
     def balanced(self) -> None:

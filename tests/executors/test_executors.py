@@ -1,5 +1,6 @@
 """The executors give the same tokens, and fail in words."""
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ import pytest
 from shoal import LLM, SamplingParams, wire
 from shoal.errors import ClosedError, ConfigError, EngineError, RankFailed, UserError
 from shoal.executors.base import RankExecutor
+from shoal.models.decoder import Decoder
 from shoal.worker.runner import Runner
+from support.fakes import FakeClock
 
 SMALL: dict[str, Any] = {"kv_cache_memory_bytes": "2MiB", "max_model_len": 64}
 PROMPTS: list[Any] = [{"prompt_token_ids": [3 + 7 * i, 5, 200 - i, 9][: 1 + i % 4]} for i in range(5)]
@@ -192,7 +195,7 @@ def silent_for(verb: str, *ranks: int) -> Callable[[wire.ToRank], Sequence[wire.
 
 def executor(links: FakeLinks, **changes: Any) -> RankExecutor:
     options: dict[str, Any] = {"start_timeout": 5.0, "step_timeout": 0.2, **changes}
-    return RankExecutor(links, [], max_blocks=None, check_capacity=lambda blocks: None, **options)
+    return RankExecutor(links, [], check_capacity=lambda blocks: None, **options)
 
 
 @pytest.fixture
@@ -231,7 +234,7 @@ def test_capacity_that_is_refused() -> None:
 
     links = FakeLinks(dutiful)
     with pytest.raises(ConfigError, match="10 are too few"):
-        RankExecutor(links, [], max_blocks=None, check_capacity=refuse, start_timeout=5, step_timeout=5)
+        RankExecutor(links, [], check_capacity=refuse, start_timeout=5, step_timeout=5)
     assert links.closed == [True]
     assert not any(isinstance(m, wire.Call) and m.verb == "allocate" for m in links.sent)
 
@@ -287,3 +290,67 @@ def test_errors_of_the_user_stay_so(plan: wire.StepPlan) -> None:
     assert links.closed == [True]
     with pytest.raises(ClosedError, match="lower it"):
         found.poll(5)
+
+
+class Scripted(FakeLinks):
+    """From now on, each look takes a while on the clock and brings what the script says."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(dutiful)
+        self.clock = clock
+        self.script: list[Sequence[wire.FromRank]] | None = None
+
+    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+        if self.script is None:
+            super().send(message, rank)
+
+    def receive(self, timeout: float) -> list[wire.FromRank]:
+        if self.script is None:
+            return super().receive(timeout)
+        self.clock.now += timeout
+        return list(self.script.pop(0)) if self.script else []
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> tuple[Scripted, RankExecutor]:
+    clock = FakeClock()
+    monkeypatch.setattr("shoal.executors.base.time.monotonic", clock)
+    links = Scripted(clock)
+    found = executor(links, step_timeout=20.0)
+    links.script = []
+    return links, found
+
+
+def test_a_call_waits_for_the_steps_before_it(scripted: tuple[Scripted, RankExecutor], plan: wire.StepPlan) -> None:
+    links, found = scripted
+    result = wire.StepResult(0, 7, (), wire.StepTimes(1, 1))
+    replies = [wire.Reply(6, rank, b"fine") for rank in range(2)]  # five calls were made at start
+    links.script = [*[[]] * 10, [result], replies]
+    found.launch(plan)
+    assert found.call("stats", timeout=2.0) == [b"fine", b"fine"]  # five seconds later
+    assert found.poll(0) == [result]
+
+
+def test_time_in_which_nobody_watched_is_not_held_against_a_step(
+    scripted: tuple[Scripted, RankExecutor], plan: wire.StepPlan
+) -> None:
+    """A process that was stopped and goes on, or a caller who took his time between two outputs."""
+    links, found = scripted
+    found.launch(plan)
+    links.clock.now += 1000.0
+    assert found.poll(1.0) == []
+    with pytest.raises(RankFailed, match=r"step 7 did not end within 20 s"):
+        found.poll(60.0)
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("uni", 1), ("threads", 2)])
+def test_closing_lets_go_of_weights_and_cache(folder: str, backend: str, ranks: int) -> None:
+    def models() -> int:
+        gc.collect()
+        return sum(type(each) is Decoder for each in gc.get_objects())
+
+    before = models()
+    llm = LLM(folder, tensor_parallel_size=ranks, distributed_executor_backend=backend, kv_cache_memory_bytes=2**20)
+    assert models() == before + ranks
+    llm.close()
+    assert models() == before

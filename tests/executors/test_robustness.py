@@ -1,6 +1,7 @@
 """Ranks that die or stand still, and engines that end in every way there is. Nothing may hang, nothing may be left."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams, wire
+from shoal.devices import cpu
 from shoal.errors import ClosedError, EngineError, RankFailed
 from shoal.executors.multiprocess import ProcessLinks
 
@@ -167,8 +169,10 @@ def test_rank_that_does_not_get_through_the_start(folder: str, number: signal.Si
     assert all(gone(pid) for pid in found)
 
 
-def test_rank_that_can_not_allocate(folder: str) -> None:
-    """More address space than there is: only the rank itself can find out."""
+def test_rank_that_can_not_allocate(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More address space than there is, on a host that is said to have it: only the rank itself can find out."""
+    endless = dataclasses.replace(cpu.discover(), host_memory_available=2**60)
+    monkeypatch.setattr("shoal.planner.resolve.cpu.discover", lambda count: endless)
     options = {**SMALL, "kv_cache_memory_bytes": 2**50}
     with pytest.raises(EngineError) as caught:
         LLM(folder, **options)
@@ -181,7 +185,7 @@ def test_rank_that_can_not_allocate(folder: str) -> None:
 def test_rank_that_dies_with_much_to_read() -> None:
     """What was still to be sent to it has no reader; that must not hide who has died."""
     setup = wire.RankSetup(
-        *(wire.WIRE_VERSION, 0, 1, 1, "", "auto", "float32", "cpu", 0, 0, 16, 16, 1, 16, (), 1, None, None, 0.9, 5.0)
+        *(wire.WIRE_VERSION, 0, 1, 1, "", "auto", "float32", "cpu", 0, 0, 16, 16, 1, 16, (), 1, None, 0.9, 5.0)
     )
     links = ProcessLinks([setup])
     try:

@@ -42,12 +42,31 @@ def test_the_default_cache_lets_two_engines_fit_side_by_side(checkpoint: Checkpo
     assert decide(folder, host(host_memory_available=5 * GIB)).kv_budgets == (2 * GIB,)
 
 
-def test_a_budget_is_split_to_the_byte(checkpoint: Checkpoint) -> None:
-    decision = decide(checkpoint("llama"), tensor_parallel_size=2, device_memory="8MiB")
-    for rank, kv in zip(decision.ranks, decision.kv_budgets, strict=True):
-        assert kv is not None
-        assert rank.weights + rank.activations + kv == 8 * 2**20
-    assert decision.ranks[0].weights > decision.ranks[1].weights  # the larger share of 301 rows
+def test_a_budget_holds_weights_activations_cache_and_the_longest_context(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    for length in (None, 64):
+        decision = decide(folder, tensor_parallel_size=2, device_memory="8MiB", max_model_len=length)
+        for rank, kv in zip(decision.ranks, decision.kv_budgets, strict=True):
+            assert kv is not None
+            tokens = kv // rank.block * 16
+            needed = rank.weights + rank.activations + kv + min(tokens, length or tokens) * rank.context_token
+            assert 8 * 2**20 - 16 * rank.context_token - rank.block < needed <= 8 * 2**20 + 16 * rank.context_token
+        assert decision.ranks[0].weights > decision.ranks[1].weights  # the larger share of 301 rows
+
+
+def test_a_tied_head_is_counted_once_where_it_is_the_embedding(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama3")
+    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert 0.95 * on_disk < decide(folder).ranks[0].weights < on_disk  # less the headers
+    table = 301 * 64 * 2
+    assert decide(folder, dtype="bfloat16").ranks[0].weights == decide(folder).ranks[0].weights // 2 + table
+
+
+@pytest.mark.parametrize("options", [{"kv_cache_memory_bytes": "64GiB"}, {"device_memory": "64GiB"}])
+def test_a_host_gives_no_more_than_it_has(checkpoint: Checkpoint, options: Any) -> None:
+    flag = "--" + next(iter(options)).replace("_", "-")
+    with pytest.raises(ConfigError, match=f"more than this host has available: lower {flag}"):
+        decide(checkpoint("llama"), **options)
 
 
 def test_the_length_is_the_models_unless_the_cache_is_smaller(checkpoint: Checkpoint) -> None:
@@ -80,6 +99,8 @@ def test_gpus_are_not_shared(checkpoint: Checkpoint) -> None:
     assert decision.kv_budgets == (None, None)  # measured by each rank
     with pytest.raises(ConfigError, match="needs 3 devices; this host has 2"):
         decide(checkpoint("llama"), gpus, tensor_parallel_size=3)
+    with pytest.raises(ConfigError, match="threads can't move tensors between 2 GPUs"):
+        decide(checkpoint("llama"), gpus, tensor_parallel_size=2, distributed_executor_backend="threads")
     small = host(device="cuda", device_memory=2**19, devices_shareable=False)
     with pytest.raises(ConfigError, match="--tensor-parallel-size"):
         decide(checkpoint("llama"), small)

@@ -160,6 +160,7 @@ def _run(llm: LLM, entries: Sequence[_Entry], params: SamplingParams, sink: _Sin
     """Writes results as they come; a prompt that can't be used fails alone. Gives the exit code."""
     _check_typed(llm, entries, params)  # once more: the ranks may have found less room than was planned
     failures: list[tuple[_Entry, str]] = []
+    printer = _Printer()
 
     def jobs() -> Iterator[Job]:
         for entry in entries:
@@ -167,9 +168,10 @@ def _run(llm: LLM, entries: Sequence[_Entry], params: SamplingParams, sink: _Sin
                 yield llm.prepare(entry.index, entry.prompt, params)
             except RequestError as error:
                 failures.append((entry, str(error)))
+                printer.add(entry.index, None)
 
     progress = tqdm(total=len(entries), unit=" prompts", disable=sink is None or not sys.stderr.isatty())
-    with progress, _Printer() as printer:
+    with progress:
         for index, output in llm.run(jobs()):
             progress.update()
             if sink is not None:
@@ -199,24 +201,20 @@ def _line(index: int, output: RequestOutput) -> dict[str, Any]:
 
 
 class _Printer:
-    """Prints results in the prompts' order, each as soon as those before it are there; at the end, what is left."""
+    """Prints results in the prompts' order, each as soon as those before it are there."""
 
     def __init__(self) -> None:
         self._next = 0
-        self._early: dict[int, RequestOutput] = {}
+        self._early: dict[int, RequestOutput | None] = {}
 
-    def add(self, index: int, output: RequestOutput) -> None:
+    def add(self, index: int, output: RequestOutput | None) -> None:
+        """None: the prompt has no result."""
         self._early[index] = output
         while self._next in self._early:
-            self._print(self._early.pop(self._next))
+            ready = self._early.pop(self._next)
             self._next += 1
-
-    def __enter__(self) -> "_Printer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for index in sorted(self._early):  # behind a prompt that has no result
-            self._print(self._early[index])
+            if ready is not None:
+                self._print(ready)
 
     def _print(self, output: RequestOutput) -> None:
         completion = output.outputs[0]

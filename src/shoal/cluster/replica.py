@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from shoal import wire
 from shoal.errors import ClosedError, EngineError, UserError
@@ -11,15 +11,16 @@ from shoal.transport.process import ChildProcess, end_all
 
 _SLICE_S = 0.5
 _QUIET_S = 3.0  # without a word for so long while one is awaited, the process is looked at: was it stopped?
-_STATS_TIMEOUT_S = 60.0
 _END_S = 5.0
 
 
 class EngineProcess:
     """Starts `python -m shoal.frontend.engine_process`, which ends when this process does."""
 
-    def __init__(self, model: str | None, options: Mapping[str, Any], start_timeout: float) -> None:
-        """Waits until the engine is ready.
+    def __init__(
+        self, model: str | None, options: Mapping[str, Any], *, start_timeout: float, answer_timeout: float
+    ) -> None:
+        """Waits until the engine is ready. It answers between steps, within `answer_timeout` seconds.
 
         Raises:
             UserError: the engine was asked for something that can't work.
@@ -29,6 +30,8 @@ class EngineProcess:
         self._stats: list[wire.EngineStats] = []
         self._failure: EngineError | None = None
         self._closed = False
+        self._heard = time.monotonic()
+        self._answer_timeout = answer_timeout
         self._child = ChildProcess("shoal.frontend.engine_process")
         try:
             self._send(wire.EngineSetup(model, dict(options)))
@@ -57,7 +60,7 @@ class EngineProcess:
 
     def stats(self) -> wire.EngineStats:
         self._send(wire.StatsQuery())
-        return self._await_stats("stats", _STATS_TIMEOUT_S)
+        return self._await_stats("stats", self._answer_timeout)
 
     def close(self) -> None:
         if not self._closed:
@@ -65,22 +68,20 @@ class EngineProcess:
             end_all([self._child], None if self._failure else wire.encode(wire.Stop()), _END_S)
 
     def _await_stats(self, what: str, timeout: float) -> wire.EngineStats:
-        begun = heard = time.monotonic()
+        begun = time.monotonic()
         while not self._stats:
-            if self._receive(_SLICE_S):
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _QUIET_S and self._child.stopped():
-                self._fail(f"engine process {self.pid} is stopped (SIGSTOP or a debugger)")
+            self._receive(_SLICE_S)
             if time.monotonic() - begun > timeout:
                 self._fail(f"engine process {self.pid} did not answer {what} within {timeout:g} s")
         return self._stats.pop()
 
-    def _receive(self, timeout: float) -> bool:
-        """Sorts what arrives; False if nothing did."""
+    def _receive(self, timeout: float) -> None:
+        """Sorts what arrives within `timeout` seconds."""
         if not wait([self._child.channel], timeout):
-            if timeout >= _SLICE_S and self._child.stopped():
+            if time.monotonic() - self._heard > _QUIET_S and self._child.stopped():
                 self._fail(f"engine process {self.pid} is stopped (SIGSTOP or a debugger)")
-            return False
+            return
+        self._heard = time.monotonic()
         try:
             frames = self._child.channel.receive()
         except ChannelClosed:
@@ -93,7 +94,6 @@ class EngineProcess:
                     self._stats.append(stats)
                 case wire.EngineFailure() as failure:
                     self._fail(failure.error, user_error=failure.user_error)
-        return True
 
     def _send(self, message: wire.ToEngine) -> None:
         self._check_open()
@@ -103,7 +103,7 @@ class EngineProcess:
             self._receive(0)  # its last words, if it had any
             self._fail(f"engine process {self.pid} {self._child.death()}")
 
-    def _fail(self, message: str, *, user_error: bool = False) -> None:
+    def _fail(self, message: str, *, user_error: bool = False) -> NoReturn:
         self._failure = EngineError(message)
         self._child.kill()
         raise UserError(message) if user_error else self._failure

@@ -26,18 +26,50 @@ def memory() -> tuple[int, int]:
     info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     total = int(info["MemTotal"].split()[0]) * 1024
     available = int(info["MemAvailable"].split()[0]) * 1024
-    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    if limit is not None and limit < total:
-        total = limit
-        available = min(available, limit - (used or 0))
+    for group in control_groups(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")):
+        limit = _number(group / "memory.max", group / "memory.limit_in_bytes")
+        if limit is not None and limit < total:
+            total = limit
+            available = min(available, limit - _used(group))
     return total, max(available, 0)
 
 
-def _cgroup_bytes(name: str) -> int | None:
+def control_groups(membership: str, root: Path) -> list[Path]:
+    """The folders of this process's memory groups, innermost first: a limit of any of them counts.
+
+    `membership` is /proc/self/cgroup: lines of `id:controllers:path`, without controllers for version 2. In a
+    container the path may lead out of what is mounted; the mounted root is looked at in any case.
+    """
+    folders: list[Path] = []
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if controllers else root
+        folder = base / path.lstrip("/")
+        folders += [folder, *(parent for parent in folder.parents if parent.is_relative_to(base))]
+    return folders
+
+
+def _used(group: Path) -> int:
+    """Bytes of a group that can't be had back: file pages that the kernel would drop are not counted."""
+    used = _number(group / "memory.current", group / "memory.usage_in_bytes") or 0
     try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return used
+    inactive, active = (stat.get(f"total_{name}", stat.get(name, "0")) for name in ("inactive_file", "active_file"))
+    return used - int(inactive) - int(active)
+
+
+def _number(*files: Path) -> int | None:
+    """What the first of the files that can be read says, None for "max"."""
+    for file in files:
+        try:
+            return int(file.read_text())
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def anonymous_memory() -> int:

@@ -34,10 +34,6 @@ class BlockPool:
         """Blocks that nobody holds, cached ones included."""
         return len(self._unused)
 
-    @property
-    def num_cached(self) -> int:
-        return len(self._cached)
-
     def find_prefix(self, tokens: Sequence[int], salt: str) -> list[int]:
         """The blocks of the longest cached prefix that leaves at least one token to compute. Takes none of them."""
         found: list[int] = []
@@ -99,12 +95,6 @@ class BlockPool:
                 self._next_identity += 1
             else:
                 self._identity[blocks[i]] = self._identity[owner]
-
-    def reset_cache(self) -> None:
-        """Forgets all prefixes: the next requests compute theirs anew."""
-        for block in self._cached.values():
-            self._keys[block] = None
-        self._cached.clear()
 
     def audit(self, held: Iterable[Sequence[int]]) -> None:
         """Holds the books against the sequences' own lists.

@@ -13,6 +13,7 @@ from shoal.observe.logging import get_logger
 log = get_logger("executor")
 
 _SLICE_S = 0.5  # how long a wait goes on before deadlines are looked at
+_AWAY_S = 5.0
 _CAUSE_S = 2.0  # how long a rank that lost contact to others is given, so that the one that caused it can be named
 
 
@@ -46,12 +47,11 @@ class RankExecutor:
         links: Links,
         setups: Sequence[wire.RankSetup],
         *,
-        max_blocks: int | None,
         check_capacity: Callable[[int], None],
         start_timeout: float,
         step_timeout: float,
     ) -> None:
-        """Starts the ranks, phase by phase. `max_blocks` caps the KV blocks; `check_capacity` may refuse their number.
+        """Starts the ranks, phase by phase. `check_capacity` may refuse the number of KV blocks.
 
         Raises:
             UserError: what a rank was told can't work.
@@ -66,17 +66,17 @@ class RankExecutor:
         self._results: list[wire.StepResult] = []
         self._replies: dict[int, bytes] = {}
         self._call_id = 0
-        self._last_result = -1
+        self._watched = time.monotonic()
         self._failure = ""
         try:
             for setup in setups:
                 links.send(setup, setup.rank)
-            self._start(max_blocks, check_capacity, start_timeout)
+            self._start(check_capacity, start_timeout)
         except BaseException:
             links.close(failed=True)
             raise
 
-    def _start(self, max_blocks: int | None, check_capacity: Callable[[int], None], timeout: float) -> None:
+    def _start(self, check_capacity: Callable[[int], None], timeout: float) -> None:
         self._phase("connect", timeout)
         for info in map(wire.decode_load_info, self._phase("load", timeout)):
             log.info(
@@ -86,7 +86,7 @@ class RankExecutor:
             )
         capacities = [wire.decode_capacity(payload) for payload in self._phase("profile", timeout)]
         smallest = min(capacities, key=lambda capacity: capacity.num_blocks)
-        self.num_blocks = smallest.num_blocks if max_blocks is None else min(smallest.num_blocks, max_blocks)
+        self.num_blocks = smallest.num_blocks
         if len({capacity.num_blocks for capacity in capacities}) > 1:
             log.info("rank %d has the least room and decides: %d KV blocks", smallest.rank, self.num_blocks)
         check_capacity(self.num_blocks)
@@ -125,6 +125,9 @@ class RankExecutor:
         self._links.send(wire.Call(self._call_id, verb, payload))
         deadline = time.monotonic() + timeout
         while len(self._replies) < self._links.world_size:
+            if self._launched:  # steps go before the call, and have a deadline of their own
+                deadline = time.monotonic() + timeout
+                self._check_step_deadline()
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 missing = [rank for rank in range(self._links.world_size) if rank not in self._replies]
@@ -136,7 +139,11 @@ class RankExecutor:
         self._links.close(failed=False)
 
     def _receive(self, timeout: float) -> None:
+        now = time.monotonic()
+        if now - self._watched > _AWAY_S:  # nobody asked for a while, or this process was stopped: the wait starts now
+            self._waiting_since = now
         messages = self._guarded_receive(timeout)
+        self._watched = time.monotonic()
         reports = [message for message in messages if isinstance(message, wire.RankReport)]
         if reports:
             self._blame(reports)
@@ -145,7 +152,6 @@ class RankExecutor:
                 case wire.StepResult():
                     self._launched.popleft()
                     self._waiting_since = time.monotonic()
-                    self._last_result = message.step
                     self._results.append(message)
                 case wire.Reply() if message.id == self._call_id:
                     self._replies[message.rank] = message.payload

@@ -23,6 +23,7 @@ class ProcessLinks:
         self._closed = False
         self._last_result = -1
         now = time.monotonic()
+        self._watched = now
         self._heard = [now] * self.world_size
         self._pulses = [wire.Pulse(rank, -1, "starting") for rank in range(self.world_size)]
         self._children: list[ChildProcess] = []
@@ -49,7 +50,11 @@ class ProcessLinks:
                 self._children[number].channel.send(frame)
 
     def receive(self, timeout: float) -> list[wire.FromRank]:
+        now = time.monotonic()
+        if now - self._watched > _QUIET_S:  # nobody listened for a while, or this process was stopped
+            self._heard = [now] * self.world_size
         readable = wait([child.channel for child in self._children], timeout)
+        self._watched = time.monotonic()
         messages: list[wire.FromRank] = []
         dead = []
         for rank, child in enumerate(self._children):

@@ -17,6 +17,7 @@ class ThreadLinks:
     def __init__(self, world_size: int, comm_timeout_s: float) -> None:
         self.world_size = world_size
         self._comm_timeout_s = comm_timeout_s
+        self._closed = False
         self._groups: dict[tuple[str, int], ThreadGroup] = {}
         self._groups_lock = threading.Lock()
         self._ranks = [Rank(self._join_group) for _ in range(world_size)]
@@ -30,8 +31,9 @@ class ThreadLinks:
             thread.start()
 
     def _run(self, rank: int) -> None:
+        mine = self._ranks[rank]
         while not isinstance(message := self._inboxes[rank].get(), wire.Stop):
-            answer = self._ranks[rank].answer(message)
+            answer = mine.answer(message)
             if answer is not None:
                 self._outbox.put(answer)
 
@@ -57,6 +59,9 @@ class ThreadLinks:
         return f"thread {self._threads[rank].name}, after step {self._ranks[rank].last_step}, {self._ranks[rank].doing}"
 
     def close(self, *, failed: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
         if failed:
             for group in self._groups.values():
                 group.abort()
@@ -64,3 +69,4 @@ class ThreadLinks:
         deadline = time.monotonic() + _END_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._ranks = [Rank(self._join_group) for _ in range(self.world_size)]  # lets go of weights and cache

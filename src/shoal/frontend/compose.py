@@ -41,7 +41,6 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
     executor = RankExecutor(
         links,
         setups,
-        max_blocks=None,
         check_capacity=lambda blocks: require_capacity(blocks, size, asked or size),
         start_timeout=options.parallel.start_timeout,
         step_timeout=options.parallel.step_timeout,
@@ -95,7 +94,6 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             cores=cores,
             threads=len(cores),
             kv_budget=decision.kv_budgets[rank],
-            device_memory=options.cache.device_memory,
             memory_utilization=options.cache.gpu_memory_utilization,
             comm_timeout_s=max(options.parallel.step_timeout, options.parallel.start_timeout) + _COMM_GRACE_S,
         )

@@ -1,7 +1,9 @@
 """`LLM`: offline inference, with vLLM's names."""
 
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,8 @@ from shoal.lazy import load
 from shoal.protocols import EngineClient
 from shoal.types import Prompt, RequestOutput, SamplingParams
 
+_START_PHASES = 5  # each of which may take --start-timeout
+
 
 class LLM:
     """A model, its ranks, and an engine that keeps them busy. Close it, or use it in a `with`.
@@ -30,8 +34,10 @@ class LLM:
         EngineError: a rank failed at start.
     """
 
-    def __init__(self, model: str | OpenModel | None = None, **options: Any) -> None:
-        self._model = model if isinstance(model, OpenModel) else open_model(model, options)
+    def __init__(self, model: str | PathLike[str] | OpenModel | None = None, **options: Any) -> None:
+        if not isinstance(model, OpenModel):
+            model = open_model(None if model is None else os.fspath(model), options)
+        self._model = model
         self._client = self._start()
         self._finalizer = weakref.finalize(self, self._client.close)
         max_model_len = self._client.stats().max_model_len
@@ -48,8 +54,13 @@ class LLM:
         if not self.options.parallel.engine_process:
             return build_engine(self.options, self._model.decision, own_process=self._model.own_process)
         inner = {name: value for name, value in self._model.given.items() if name != "engine_process"}
-        timeout = self.options.parallel.start_timeout
-        client: EngineClient = load("shoal.cluster.replica:EngineProcess")(self.options.model, inner, timeout)
+        parallel = self.options.parallel
+        client: EngineClient = load("shoal.cluster.replica:EngineProcess")(
+            self.options.model,
+            inner,
+            start_timeout=parallel.start_timeout * _START_PHASES,
+            answer_timeout=parallel.step_timeout * (self.options.scheduler.max_in_flight + 1),
+        )
         return client
 
     @property

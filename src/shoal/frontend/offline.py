@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from shoal import wire
 from shoal.engine.request import encode_tokens
 from shoal.frontend.prompts import Job
-from shoal.frontend.tokenizer import Tokenizer
+from shoal.frontend.tokenizer import Tokenizer, continuation
 from shoal.protocols import EngineClient
 from shoal.types import CompletionOutput, FinishReason, RequestOutput
 
@@ -86,7 +86,7 @@ class OfflineRunner:
             seq=seq,
             tokens=encode_tokens(list(job.tokens)),
             sampling=sampling,
-            max_tokens=min(params.max_tokens, self._max_model_len - len(job.tokens)),
+            max_tokens=min(params.max_tokens or _MOST, self._max_model_len - len(job.tokens)),
             stop_ids=params.stop_token_ids + (() if params.ignore_eos else self._eos),
         )
         self._client.add(request)
@@ -117,7 +117,7 @@ class OfflineRunner:
         wanted = job.params.logprobs is not None
         completion = CompletionOutput(
             index=0,
-            text=self._tokenizer.decode(text_tokens) if self._tokenizer else "",
+            text=continuation(self._tokenizer, job.tokens, text_tokens) if self._tokenizer else "",
             token_ids=tuple(tokens),
             finish_reason=finish,
             cumulative_logprob=sum(entry.chosen for entry in request.logprobs) if wanted else None,

@@ -10,6 +10,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from shoal.errors import CheckpointError
 from shoal.lazy import load
 
+_TAIL_TOKENS = 8  # more than any character has bytes
+_INCOMPLETE = "\ufffd"  # what stands for bytes that are no whole character
+
 
 class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
@@ -19,12 +22,26 @@ class Tokenizer(Protocol):
         """Without special tokens."""
 
 
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text that tokens add behind a prompt.
+
+    Decoded alone they may lose their first space (SentencePiece strips a text's) or a character that began in the
+    prompt. So they are decoded behind the prompt's last few, whose own text is then taken off.
+    """
+    tail = list(prompt[-_TAIL_TOKENS:])
+    before = tokenizer.decode(tail).rstrip(_INCOMPLETE)
+    whole = tokenizer.decode([*tail, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens)
+
+
 class _Fast:
     def __init__(self, file: Path) -> None:
         try:
             self._tokenizer: FastTokenizer = FastTokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise CheckpointError(f"{file} can't be read: {error}") from None
+        self._tokenizer.no_truncation()  # a fine-tune may have left its own settings in the file
+        self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer.encode(text).ids

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from shoal.kernels.base import HeadLayout, KVCache, PagedBatch, QKNorm, Rope
 
+GATHER_BYTES = 256 * 2**20  # keys and values that decoding sequences gather at a time; one sequence may take more
+
 
 class ReferenceKernels:
     """`shoal.kernels.base.Kernels` on any device, for float32, bfloat16 and float16."""
@@ -64,15 +66,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend_singles(q: Tensor, heads: HeadLayout, scale: float, batch: PagedBatch, cache: KVCache) -> Tensor:
-    """The first `num_single` sequences, one query each. q: [b, q_heads, head_dim], and so the result."""
-    count = batch.num_single
-    longest = max(batch.host_context_lens[:count])
+    """The first `num_single` sequences, one query each. q: [b, q_heads, head_dim], and so the result.
+
+    Their keys are gathered side by side, padded to the longest: as many sequences at a time as GATHER_BYTES hold.
+    """
+    token_bytes = 2 * max(heads.kv_heads, heads.q_heads) * heads.head_dim * q.element_size()
+    results, start = [], 0
+    while start < batch.num_single:
+        stop, longest = start, 0
+        while stop < batch.num_single:
+            longest = max(longest, batch.host_context_lens[stop])
+            if stop > start and (stop + 1 - start) * longest * token_bytes > GATHER_BYTES:
+                break
+            stop += 1
+        results.append(_attend_group(q[start:stop], heads, scale, batch, slice(start, stop), cache))
+        start = stop
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _attend_group(q: Tensor, heads: HeadLayout, scale: float, batch: PagedBatch, rows: slice, cache: KVCache) -> Tensor:
+    """Sequences `rows` of a batch, one query each."""
+    longest = max(batch.host_context_lens[rows])
     where = torch.arange(longest, device=q.device)
-    visible = where < batch.context_lens[:count].unsqueeze(1)
+    visible = where < batch.context_lens[rows].unsqueeze(1)
     # Behind the end of a context its first token stands in: it is finite, where a slot never written may hold a NaN,
     # which a masked weight of zero would not silence.
     where = torch.where(visible, where, 0)
-    blocks = batch.block_tables[:count].long().gather(1, where // batch.block_size)
+    blocks = batch.block_tables[rows].long().gather(1, where // batch.block_size)
     slots = blocks * batch.block_size + where % batch.block_size
     keys, values = cache.keys[slots].transpose(1, 2), cache.values[slots].transpose(1, 2)  # [b, kv_heads, L, d]
     mask = visible[:, None, None, :]

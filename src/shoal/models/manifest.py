@@ -65,6 +65,19 @@ class Shard:
         return math.prod(self.param_shape(param))
 
 
+def weight_bytes(
+    spec: ModelSpec, params: Iterable[Param], shard: Shard, item_bytes: int, *, embedding_kept: bool
+) -> int:
+    """Bytes of a rank's weights. A tied head is the embedding, unless the embedding is kept beside the packed head."""
+    counted = [param for param in params if embedding_kept or not (spec.tie_embeddings and param.name == "embedding")]
+    return sum(shard.param_size(param) for param in counted) * item_bytes
+
+
+def keeps_embedding(spec: ModelSpec, device: str, dtype: str) -> bool:
+    """Does a tied embedding take memory beside the head? On a CPU it stays in the file, if it is used as it is."""
+    return device == "cpu" and dtype != spec.dtype
+
+
 def shards(spec: ModelSpec, tp: int) -> tuple[Shard, ...]:
     """The shares of all tensor-parallel ranks."""
     heads = split_heads(spec.num_heads, spec.num_kv_heads, tp)

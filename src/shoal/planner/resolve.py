@@ -44,7 +44,11 @@ def discover(options: EngineOptions) -> Hardware:
         ConfigError: a GPU is asked for and there is none.
     """
     wanted, count = options.parallel.device, options.parallel.num_devices
-    found = None if wanted == "cpu" else cuda.discover(count)
+    if wanted == "cuda" and not cuda.torch_has_cuda():
+        raise ConfigError(
+            "--device cuda: the installed PyTorch has no CUDA; install a build that has, or use --device cpu"
+        )
+    found = cuda.discover(count) if wanted != "cpu" and cuda.torch_has_cuda() else None
     if found is None and wanted == "cuda":
         raise ConfigError("--device cuda: this host shows no CUDA device; use --device cpu")
     return found or cpu.discover(count)
@@ -68,7 +72,7 @@ def resolve(options: EngineOptions, folder: Path, hardware: Hardware) -> Decisio
     tp = options.parallel.tensor_parallel_size
     _check_devices(tp, hardware, reasons, warnings)
     dtype = _dtype(options, spec, reasons)
-    backend = _backend(options, tp, reasons)
+    backend = _backend(options, tp, hardware, reasons)
     scheduler, cache = options.scheduler, options.cache
     ranks = tuple(
         rank_memory(
@@ -76,6 +80,7 @@ def resolve(options: EngineOptions, folder: Path, hardware: Hardware) -> Decisio
             params,
             shard,
             dtype=dtype,
+            device=hardware.device,
             block_size=cache.block_size,
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
@@ -122,10 +127,12 @@ def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
     return dtype
 
 
-def _backend(options: EngineOptions, tp: int, reasons: list[str]) -> Backend:
+def _backend(options: EngineOptions, tp: int, hardware: Hardware, reasons: list[str]) -> Backend:
     wanted = options.parallel.distributed_executor_backend
     if wanted == "uni" and tp > 1:
         raise ConfigError(f"--distributed-executor-backend uni runs one rank, not {tp}: use mp or threads")
+    if wanted == "threads" and tp > 1 and hardware.device == "cuda":
+        raise ConfigError(f"--distributed-executor-backend threads can't move tensors between {tp} GPUs: use mp")
     if wanted != "auto":
         return wanted
     backend: Backend = "uni" if tp == 1 else "mp"
@@ -137,38 +144,51 @@ def _kv_budgets(
     options: EngineOptions, hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str]
 ) -> tuple[int | None, ...]:
     cache = options.cache
+    budgets: tuple[int | None, ...]
     if cache.kv_cache_memory_bytes is not None:
         reasons.append(f"KV cache of {format_bytes(cache.kv_cache_memory_bytes)} a rank: as asked")
-        return (cache.kv_cache_memory_bytes,) * len(ranks)
-    if cache.device_memory is not None:
-        return tuple(_left_of(cache.device_memory, number, rank, reasons) for number, rank in enumerate(ranks))
-    if hardware.device == "cuda":
+        budgets, way_out = (cache.kv_cache_memory_bytes,) * len(ranks), "lower --kv-cache-memory-bytes"
+    elif cache.device_memory is not None:
+        budgets = tuple(_left_of(options, number, rank, reasons) for number, rank in enumerate(ranks))
+        way_out = "lower --device-memory"
+    elif hardware.device == "cuda":
         for number, rank in enumerate(ranks):
             _check_cuda_memory(options, hardware, number, rank)
         reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
         return (None,) * len(ranks)
+    else:
+        budgets = (_default_cpu_budget(hardware, ranks, reasons),) * len(ranks)
+        way_out = "set --kv-cache-memory-bytes to less"
+    if hardware.device == "cpu":
+        sums = [rank.weights + rank.activations + (kv or 0) for rank, kv in zip(ranks, budgets, strict=True)]
+        needs = [cache.device_memory or need for need in sums]
+        _check_host_memory(hardware, needs, sum(rank.weights for rank in ranks), way_out)
+    return budgets
+
+
+def _default_cpu_budget(hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str]) -> int:
     share = int(min(_CPU_KV_CEILING, _CPU_KV_SHARE * hardware.host_memory_available) / len(ranks))
-    _check_host_memory(hardware, ranks, share)
     free = format_bytes(hardware.host_memory_available)
     reasons.append(
         f"KV cache of {format_bytes(share)} a rank: the smaller of {format_bytes(_CPU_KV_CEILING)} and "
         f"{_CPU_KV_SHARE:.0%} of the {free} available, over {len(ranks)} rank{'s' if len(ranks) > 1 else ''}"
     )
-    return (share,) * len(ranks)
+    return share
 
 
-def _left_of(budget: int, number: int, rank: RankMemory, reasons: list[str]) -> int:
-    left = budget - rank.weights - rank.activations
+def _left_of(options: EngineOptions, number: int, rank: RankMemory, reasons: list[str]) -> int:
+    budget = options.cache.device_memory or 0
+    left = rank.kv_budget(budget, options.cache.block_size, options.model_options.max_model_len)
     weights, activations = format_bytes(rank.weights), format_bytes(rank.activations)
     if left <= 0:
+        missing = format_bytes(rank.weights + rank.activations - budget)
         raise ConfigError(
-            f"--device-memory {format_bytes(budget)} is {format_bytes(-left)} too small for rank {number}: weights "
-            f"take {weights}, activations {activations}. Raise it, raise --tensor-parallel-size, or lower "
-            "--max-num-batched-tokens"
+            f"--device-memory {format_bytes(budget)} is {missing} too small for rank {number}: weights take {weights}, "
+            f"activations {activations}. Raise it, raise --tensor-parallel-size, or lower --max-num-batched-tokens"
         )
     reasons.append(
-        f"rank {number}: {format_bytes(left)} for the KV cache, what {weights} of weights and {activations} of "
-        f"activations leave of {format_bytes(budget)}"
+        f"rank {number}: {format_bytes(left)} for the KV cache, what {weights} of weights, {activations} of "
+        f"activations and {rank.context_token} bytes a context token leave of {format_bytes(budget)}"
     )
     return left
 
@@ -187,13 +207,14 @@ def _check_cuda_memory(options: EngineOptions, hardware: Hardware, number: int, 
         )
 
 
-def _check_host_memory(hardware: Hardware, ranks: Sequence[RankMemory], kv: int) -> None:
-    needed = sum(rank.weights + rank.activations + kv for rank in ranks)
-    if needed > hardware.host_memory_available:
+def _check_host_memory(hardware: Hardware, needs: Sequence[int], weights: int, way_out: str) -> None:
+    """`needs` are bytes by rank, of which `weights` in all for weights."""
+    missing = sum(needs) - hardware.host_memory_available
+    if missing > 0:
         raise ConfigError(
-            f"{len(ranks)} ranks need {format_bytes(needed)} (weights {format_bytes(sum(r.weights for r in ranks))}), "
-            f"{format_bytes(needed - hardware.host_memory_available)} more than this host has available: "
-            "choose --dtype bfloat16, lower --kv-cache-memory-bytes, or use a larger host"
+            f"{len(needs)} rank{'s' if len(needs) > 1 else ''} need {format_bytes(sum(needs))} (weights "
+            f"{format_bytes(weights)}), {format_bytes(missing)} more than this host has available: {way_out}, choose "
+            "--dtype bfloat16, or use a larger host"
         )
 
 

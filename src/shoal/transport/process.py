@@ -12,8 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from shoal import env
+from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 
+log = get_logger("process")
+
+_KILL_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _STDERR = 2  # what a library in a child prints must not get between the parent's results
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -90,7 +94,8 @@ class ChildProcess:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+        if not self.wait(_KILL_S):
+            log.error("process %d does not end: it waits for a device or a file system", self.pid)
         self.channel.close()
 
 

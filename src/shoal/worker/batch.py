@@ -1,7 +1,7 @@
 """The sequences a rank remembers, and the tensors of a step built from them.
 
 A plan says only what is new. The table knows each sequence's blocks, its last token and its sampling parameters, in
-arrays with a row a sequence, so that a step of many sequences is built by indexing and not by looping.
+arrays with a row a sequence, so that most of a step is built by indexing.
 """
 
 from collections.abc import Sequence

@@ -10,11 +10,12 @@ from shoal import wire
 from shoal.comm.base import Communicator
 from shoal.devices import cpu
 from shoal.errors import EngineError
+from shoal.kernels.reference import GATHER_BYTES
 from shoal.kernels.select import make_kernels
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.decoder import Decoder, build_decoder
 from shoal.models.loader import CheckpointWeights, DummyWeights, Weights
-from shoal.models.manifest import Cut, manifest, shards
+from shoal.models.manifest import Cut, keeps_embedding, manifest, shards, weight_bytes
 from shoal.models.precision import PRECISION
 from shoal.models.registry import read_spec, tensor_names
 from shoal.observe.logging import get_logger
@@ -100,8 +101,9 @@ class Worker:
         self._model = build_decoder(
             self.spec, self.shard, self.mesh.tp, weights, kernels, self.device, self.setup.max_model_len
         )
+        kept = keeps_embedding(self.spec, self.setup.device, self.setup.dtype)
         item = self.precision.weights.itemsize
-        self._weight_bytes = sum(self.shard.param_size(param) * item for param in params)
+        self._weight_bytes = weight_bytes(self.spec, params, self.shard, item, embedding_kept=kept)
         info = wire.LoadInfo(
             rank=self.setup.rank,
             device=str(self.device),
@@ -127,17 +129,21 @@ class Worker:
         return wire.encode(wire.Capacity(self.setup.rank, max(num_blocks, 0), block_bytes))
 
     def _free_device_memory(self) -> int:
-        """Bytes of a GPU that are left after weights and the largest activation, which is measured."""
+        """Bytes of a GPU that are left after weights and the largest step, which is run and measured.
+
+        Others' memory is looked at too: what this process can't have, it does not count on.
+        """
+        setup = self.setup
+        free, total = torch.cuda.mem_get_info(self.device)
+        reachable = free + torch.cuda.memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._make_runner(num_blocks=-(-self.setup.max_num_batched_tokens // self.setup.block_size))
-        self._run_largest_step()
+        self._make_runner(num_blocks=-(-setup.max_num_batched_tokens // setup.block_size) + setup.max_num_seqs)
+        self._run_largest_steps()
+        cache = self._kv.pool.nbytes if self._kv else 0
         self._runner = self._table = self._kv = None
         torch.cuda.empty_cache()
-        peak = torch.cuda.max_memory_allocated(self.device)
-        total = self.setup.device_memory or int(
-            torch.cuda.get_device_properties(self.device).total_memory * self.setup.memory_utilization
-        )
-        return total - peak
+        peak = torch.cuda.max_memory_allocated(self.device) - cache + GATHER_BYTES
+        return min(int(total * setup.memory_utilization), reachable) - peak
 
     def _allocate(self, payload: bytes) -> bytes:
         self._make_runner(int.from_bytes(payload, "little"))
@@ -159,22 +165,35 @@ class Worker:
         """Runs a prompt and a decode, so that the first request does not pay for first calls."""
         tokens = min(8, self.setup.max_model_len - 1, self.setup.max_num_batched_tokens)
         if tokens > 0:
-            self._run_made_up(tokens, decode=True)
+            self._run_made_up([tokens], decode=True)
         return b""
 
-    def _run_largest_step(self) -> None:
-        self._run_made_up(min(self.setup.max_num_batched_tokens, self.setup.max_model_len), decode=False)
+    def _run_largest_steps(self) -> None:
+        """A step full of prompts, and one in which every sequence draws a token with all that costs."""
+        setup = self.setup
+        longest = min(setup.max_model_len, setup.max_num_batched_tokens)
+        prompts = [longest] * min(setup.max_num_batched_tokens // longest, setup.max_num_seqs)
+        self._run_made_up(prompts, decode=False)
+        self._run_made_up([1] * min(setup.max_num_seqs, setup.max_num_batched_tokens), decode=False)
 
-    def _run_made_up(self, tokens: int, *, decode: bool) -> None:
-        """A made-up sequence of its own, in the first blocks, forgotten again. Its keys are overwritten later."""
+    def _run_made_up(self, lengths: Sequence[int], *, decode: bool) -> None:
+        """Made-up sequences in the first blocks, forgotten again. Their keys are overwritten later."""
         if self._runner is None:
             return
-        seq, blocks = -1, tuple(range(-(-(tokens + decode) // self.setup.block_size)))
-        new = wire.NewSeq(seq, 0, bytes(4 * tokens), (), wire.Sampling(seed=0))
-        plans = [wire.StepPlan(0, -1, (wire.Work(seq, 0, tokens, True, blocks),), new=(new,))]
+        size = self.setup.block_size
+        sampling = wire.Sampling(seed=0, temperature=1.0, top_p=0.9, logprobs=1)
+        new, work, first = [], [], 0
+        for i, length in enumerate(lengths):
+            count = -(-(length + decode) // size)
+            seq, blocks = -1 - i, tuple(range(first, first + count))
+            first += count
+            new.append(wire.NewSeq(seq, 0, bytes(4 * length), (), sampling))
+            work.append(wire.Work(seq, 0, length, True, blocks))
+        plans = [wire.StepPlan(0, -1, tuple(work), new=tuple(new))]
         if decode:
-            plans.append(wire.StepPlan(0, -1, (wire.Work(seq, tokens, 1, True),)))
-        plans.append(wire.StepPlan(0, -1, (), released=(seq,)))
+            again = tuple(wire.Work(each.seq, each.count, 1, True) for each in work)
+            plans.append(wire.StepPlan(0, -1, again))
+        plans.append(wire.StepPlan(0, -1, (), released=tuple(each.seq for each in work)))
         for plan in plans:
             self._runner.execute(plan)
 
