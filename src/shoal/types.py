@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from shoal.errors import RequestError
@@ -103,4 +103,3 @@ class Hardware:
     host_memory_available: int
     device_memory: int | None
     devices_shareable: bool  # may several ranks use one device?
-    notes: tuple[str, ...] = field(default=())

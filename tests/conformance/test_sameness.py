@@ -187,3 +187,19 @@ def test_cuda(checkpoint: Checkpoint, name: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     folder = checkpoint(name)
     assert_same(folder, MIXED, generate(folder, MIXED, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_cuda_draws_the_same_in_a_cache_that_it_measured(checkpoint: Checkpoint) -> None:
+    """More decoding sequences than one gather takes in turn, with every parameter that the sampler has."""
+    folder = checkpoint("llama")
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in make_prompts([3 + i % 40 for i in range(64)], seed=4)]
+    params = SamplingParams(temperature=0.8, top_k=30, top_p=0.9, seed=5, max_tokens=16, ignore_eos=True, logprobs=2)
+    found = []
+    for device, options in (("cuda", {"gpu_memory_utilization": 0.5}), ("cpu", {"kv_cache_memory_bytes": 2**22})):
+        with LLM(str(folder), device=device, **options) as llm:
+            found.append([output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)])
+            if device == "cuda":
+                assert llm.stats().num_blocks * 16 > 1_000_000
+    # float32 on both: a draw differs where two candidates lie within rounding of each other.
+    assert sum(a == b for a, b in zip(*found, strict=True)) >= 60
