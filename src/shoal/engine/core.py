@@ -10,6 +10,7 @@ from shoal.errors import ClosedError, EngineError
 from shoal.protocols import Executor, Policy
 
 _STATS_TIMEOUT_S = 30.0
+_AUDIT_EVERY_S = 5.0
 
 
 class EngineCore:
@@ -37,6 +38,8 @@ class EngineCore:
         self._pool = BlockPool(executor.num_blocks, block_size, prefix_caching=prefix_caching)
         self._incarnation = incarnation
         self._scheduler = Scheduler(self._pool, limits, policy or PriorityPolicy(), clock, incarnation=incarnation)
+        self._clock = clock
+        self._next_audit = float("-inf")
         self._max_in_flight = max_in_flight
         self._failure: EngineError | None = None
         self._closed = False
@@ -63,9 +66,14 @@ class EngineCore:
         except EngineError as error:
             self._failure = error
             raise
-        if self._scheduler.idle:
-            self._scheduler.audit()
+        self._audit_when_idle()
         return self._scheduler.take_updates()
+
+    def _audit_when_idle(self) -> None:
+        """Every block is looked at, which takes milliseconds in a large cache: now and then will do."""
+        if self._scheduler.idle and self._clock() >= self._next_audit:
+            self._scheduler.audit()
+            self._next_audit = self._clock() + _AUDIT_EVERY_S
 
     @property
     def busy(self) -> bool:
