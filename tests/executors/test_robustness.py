@@ -227,8 +227,11 @@ def test_engine_outlives_the_thread_that_made_it(folder: str) -> None:
 # --- the process around an engine --------------------------------------------------------------------------------
 
 PARENT = """
+import signal
 import sys
 from shoal import LLM, SamplingParams
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have it ignored
 
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], tensor_parallel_size=2, kv_cache_memory_bytes="2MiB", max_model_len=256)
