@@ -176,11 +176,10 @@ def test_many_operations_in_a_row_do_not_mix(comms: list[Communicator]) -> None:
 
 
 def test_progress_names_the_last_operation(comms: list[Communicator]) -> None:
-    if len(comms) == 1:
-        pytest.skip("a group of one does nothing")
     before = comms[0].progress.count
     each(comms, lambda comm: comm.all_reduce(torch.ones(1)))
-    assert str(comms[0].progress) == f"after operation #{before + 1}"
+    done = 1 if len(comms) > 1 else 0  # a group of one has nothing to do
+    assert str(comms[0].progress) == f"after operation #{before + done}"
 
 
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
@@ -243,7 +242,8 @@ def test_an_abort_ends_a_recv_between_threads() -> None:
 
 
 def check_abort(comms: Sequence[Communicator], operation: str, caller: int) -> None:
-    failed, begun = list[Exception](), time.monotonic()
+    """A wait that ran into the communicators' own timeout instead would end in a CommTimeout."""
+    failed: list[Exception] = []
 
     def wait() -> None:
         try:
@@ -251,12 +251,12 @@ def check_abort(comms: Sequence[Communicator], operation: str, caller: int) -> N
         except CommError as error:
             failed.append(error)
 
-    waiter = threading.Thread(target=wait)
+    waiter = threading.Thread(target=wait, daemon=True)
     waiter.start()
     while not comms[0].progress.operation:
         pass
     comms[caller].abort()
     waiter.join(10)
-    assert time.monotonic() - begun < 1.2, "it only timed out"
+    assert not waiter.is_alive()
     assert [type(error) for error in failed] == [CommAborted]
     assert "rank 0" in str(failed[0])

@@ -79,6 +79,18 @@ def test_the_length_is_the_models_unless_the_cache_is_smaller(checkpoint: Checkp
         decide(folder, kv_cache_memory_bytes=5 * block, max_model_len=81)
 
 
+def test_the_size_of_the_cache_overrides_the_budget(checkpoint: Checkpoint) -> None:
+    decision = decide(checkpoint("llama"), kv_cache_memory_bytes="1MiB", device_memory="64GiB")
+    assert decision.kv_budgets == (2**20,)
+
+
+def test_eager_steps_are_no_secret(checkpoint: Checkpoint) -> None:
+    assert any(
+        "--enforce-eager changes nothing" in reason
+        for reason in decide(checkpoint("llama"), enforce_eager=True).reasons
+    )
+
+
 def test_the_executor_follows_from_the_ranks(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     assert decide(folder).backend == "uni"

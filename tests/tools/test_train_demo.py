@@ -23,9 +23,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import demo_text  # noqa: E402
 import train_demo  # noqa: E402
 
-needs_shipped = pytest.mark.skipif(
-    not (SHIPPED / "model.safetensors").exists(), reason="the demo model is not made yet"
-)
 ADDITION = re.compile(r"(?<!\d)(\d+) ?(?:\+|plus|and) ?(\d+)(?!\d)")
 EQUATION = re.compile(r"(?<!\d)(\d+) ?\+ ?(\d+) ?= ?(\d+)")
 
@@ -206,7 +203,6 @@ def generate(shipped: tuple[Any, Any], prompts: list[str], most: int) -> list[st
     return [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in out.tolist()]
 
 
-@needs_shipped
 def test_shipped_files(shipped: tuple[Any, Any]) -> None:
     """Small enough, in float32, shaped like a llama with grouped queries, and with the tokenizer it was made with."""
     model, tokenizer = shipped
@@ -219,7 +215,6 @@ def test_shipped_files(shipped: tuple[Any, Any]) -> None:
     check_tokenizer(tokenizer, SHIPPED)
 
 
-@needs_shipped
 def test_shipped_model_adds_what_it_never_saw(shipped: tuple[Any, Any]) -> None:
     """At least 95 of 100 held-out additions are right, with and without a space after the prompt."""
     questions = train_demo.held_out_questions(demo_text.held_out_additions())
@@ -233,7 +228,6 @@ def test_shipped_model_adds_what_it_never_saw(shipped: tuple[Any, Any]) -> None:
     assert right >= 0.95 * len(two_digits)
 
 
-@needs_shipped
 @pytest.mark.parametrize(
     ("prompt", "answer"),
     [
@@ -251,7 +245,6 @@ def test_shipped_model_answers(shipped: tuple[Any, Any], prompt: str, answer: st
     assert generate(shipped, [prompt], 40) == [answer]
 
 
-@needs_shipped
 def test_shipped_model_keeps_its_footing_far_into_a_context(shipped: tuple[Any, Any]) -> None:
     """Behind some 500 tokens of other documents the model answers as it does at the start."""
     _, tokenizer = shipped
@@ -265,7 +258,6 @@ def test_shipped_model_keeps_its_footing_far_into_a_context(shipped: tuple[Any, 
     assert generate(shipped, [before + "<|user|>What is 12 + 30?<|end|><|assistant|>"], 40) == ["12 + 30 = 42."]
 
 
-@needs_shipped
 def test_shipped_model_runs_on_behind_its_answer(shipped: tuple[Any, Any]) -> None:
     """Made to go on for 500 tokens, it writes one well-formed document after the other."""
     model, tokenizer = shipped

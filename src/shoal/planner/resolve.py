@@ -72,6 +72,8 @@ def resolve(options: EngineOptions, folder: Path, hardware: Hardware) -> Decisio
     tp = options.parallel.tensor_parallel_size
     _check_devices(tp, hardware, reasons, warnings)
     dtype = _dtype(options, spec, reasons)
+    if options.model_options.enforce_eager:
+        reasons.append("--enforce-eager changes nothing: steps are launched operation by operation in any case")
     backend = _backend(options, tp, hardware, reasons)
     scheduler, cache = options.scheduler, options.cache
     ranks = tuple(
@@ -160,8 +162,9 @@ def _kv_budgets(
         budgets = (_default_cpu_budget(hardware, ranks, reasons),) * len(ranks)
         way_out = "set --kv-cache-memory-bytes to less"
     if hardware.device == "cpu":
-        sums = [rank.weights + rank.activations + (kv or 0) for rank, kv in zip(ranks, budgets, strict=True)]
-        needs = [cache.device_memory or need for need in sums]
+        needs = [rank.weights + rank.activations + (kv or 0) for rank, kv in zip(ranks, budgets, strict=True)]
+        if cache.kv_cache_memory_bytes is None and cache.device_memory is not None:
+            needs = [cache.device_memory] * len(ranks)
         _check_host_memory(hardware, needs, sum(rank.weights for rank in ranks), way_out)
     return budgets
 
