@@ -1,6 +1,7 @@
 """Builds the native CPU kernels where there is a compiler; an install without one goes on without them."""
 
 import platform
+from dataclasses import dataclass
 
 from setuptools import Extension, setup
 
@@ -11,22 +12,39 @@ _COMPILE = [
     "-fopenmp",  # at compile time only: the library binds to the OpenMP runtime that PyTorch brings
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fno-signed-zeros",
     "-fvisibility=hidden",
     "-Wno-psabi",
 ]
 if platform.machine() in ("x86_64", "AMD64"):
     _COMPILE.append("-mprefer-vector-width=512")
 
+
+@dataclass(frozen=True)
+class _Library:
+    name: str
+    sources: list[str]
+    headers: list[str]  # built again when they change, and part of a source distribution
+    flags: list[str]  # beside the common ones
+
+
+_LIBRARIES = [
+    _Library(
+        "_native", ["csrc/rows.cpp", "csrc/attention.cpp"], ["csrc/common.h", "csrc/chunks.h"], ["-fno-signed-zeros"]
+    ),
+    _Library("_sampling", ["csrc/sampling.cpp"], ["csrc/common.h"], []),
+]
+
 setup(
     package_dir={"": "src"},
     ext_modules=[
         Extension(
-            name="shoal.kernels._native",
-            sources=["csrc/kernels.cpp"],
+            name=f"shoal.kernels.{library.name}",
+            sources=library.sources,
+            depends=library.headers,
             language="c++",
-            extra_compile_args=_COMPILE,
+            extra_compile_args=[*_COMPILE, *library.flags],
             optional=True,
         )
+        for library in _LIBRARIES
     ],
 )

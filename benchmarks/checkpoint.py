@@ -29,11 +29,11 @@ def make(shape: str, folder: Path) -> Path:
         for piece in param.pieces:
             if any(piece.source in shard for shard in shards):  # a tied head
                 continue
-            size = torch.Size(piece.shape).numel()
-            if len(piece.shape) == 1:
-                tensor = torch.ones(piece.shape)
+            size = torch.Size(piece.stored_shape).numel()
+            if len(piece.stored_shape) == 1:
+                tensor = torch.ones(piece.stored_shape)
             else:
-                tensor = noise.repeat(-(-size // len(noise)))[:size].view(piece.shape) * 0.02
+                tensor = noise.repeat(-(-size // len(noise)))[:size].view(piece.stored_shape) * 0.02
             if sum(t.nbytes for t in shards[-1].values()) > _SHARD_BYTES:
                 shards.append({})
             shards[-1][piece.source] = tensor.to(getattr(torch, spec.dtype))

@@ -1,4 +1,6 @@
-"""Times every kernel, native against reference, at the shapes of Qwen3-0.6B in bfloat16. Prints JSON.
+"""Times the kernels, native against reference, at the shapes of Qwen3-0.6B in bfloat16. Prints JSON.
+
+The operations that other families use in their place are timed at the same shapes.
 
     python benchmarks/kernels.py [--threads N] [--seconds S]
 
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, PagedBatch, QKNorm, Rope
+from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
 from shoal.kernels.native import load_native
 from shoal.kernels.reference import ReferenceKernels
 
@@ -81,9 +83,14 @@ def medians(call: Call, kernels: dict[str, Kernels], seconds: float) -> dict[str
 
 def small_operations(rows: int, case: Decodes) -> dict[str, Call]:
     x, residual = torch.randn(rows, HIDDEN, dtype=DTYPE), torch.randn(rows, HIDDEN, dtype=DTYPE)
-    weight, head_weight = torch.ones(HIDDEN, dtype=DTYPE), torch.ones(HEADS.head_dim, dtype=DTYPE)
+    rms = Norm("rms", torch.ones(HIDDEN, dtype=DTYPE), None, 1e-6)
+    others = {
+        "rms_wide": Norm("rms_wide", torch.ones(HIDDEN), None, 1e-6),
+        "layer": Norm("layer", torch.ones(HIDDEN, dtype=DTYPE), torch.zeros(HIDDEN, dtype=DTYPE), 1e-5),
+    }
+    head_norm = Norm("rms", torch.ones(HEADS.head_dim, dtype=DTYPE), None, 1e-6)
     gate_up, qkv = torch.randn(rows, 2 * INTERMEDIATE, dtype=DTYPE), torch.randn(rows, QKV_SIZE, dtype=DTYPE)
-    norm = QKNorm(head_weight, head_weight, 1e-6)
+    qk_norm = QKNorm(head_norm, head_norm)
     angles = torch.rand(4096, HEADS.head_dim // 2)
     rope = Rope(angles.cos(), angles.sin())
 
@@ -91,10 +98,16 @@ def small_operations(rows: int, case: Decodes) -> dict[str, Call]:
         return case.layers[i % len(case.layers)]
 
     return {
-        "rms_norm": lambda kernels, _: kernels.rms_norm(x, weight, 1e-6),
-        "add_rms_norm": lambda kernels, _: kernels.add_rms_norm(x, residual, weight, 1e-6),
-        "silu_mul": lambda kernels, _: kernels.silu_mul(gate_up),
-        "rotate_and_store": lambda kernels, i: kernels.rotate_and_store(qkv, HEADS, norm, rope, case.batch, layer(i)),
+        "norm rms": lambda kernels, _: kernels.norm(x, rms),
+        "add_norm rms": lambda kernels, _: kernels.add_norm(x, residual, rms),
+        "add_norm rms_wide": lambda kernels, _: kernels.add_norm(x, residual, others["rms_wide"]),
+        "add_norm layer": lambda kernels, _: kernels.add_norm(x, residual, others["layer"]),
+        "activate_gated silu": lambda kernels, _: kernels.activate_gated(gate_up, "silu"),
+        "activate_gated gelu": lambda kernels, _: kernels.activate_gated(gate_up, "gelu"),
+        "activate_gated gelu_tanh": lambda kernels, _: kernels.activate_gated(gate_up, "gelu_tanh"),
+        "rotate_and_store": lambda kernels, i: kernels.rotate_and_store(
+            qkv, HEADS, qk_norm, rope, case.batch, layer(i)
+        ),
     }
 
 
@@ -119,21 +132,24 @@ def main() -> None:
         case = decodes(rows, 160)
         for name, call in small_operations(rows, case).items():
             results.append({"op": name, "rows": rows, "us": medians(call, kernels, options.seconds)})
-        for context in (160, 2048):
+        for context, window, softcap in ((160, None, None), (2048, None, None), (2048, None, 50.0), (2048, 512, None)):
+            scores = Scores(HEADS.head_dim**-0.5, window, softcap)
             case = decodes(rows, context)
             q = torch.randn(rows, HEADS.q_heads, HEADS.head_dim, dtype=DTYPE)
 
-            def attend(each: Kernels, i: int, case: Decodes = case, q: Tensor = q) -> Tensor:
-                layer = case.layers[i % len(case.layers)]
-                return each.attend(q, HEADS, HEADS.head_dim**-0.5, case.batch, layer)
+            def attend(each: Kernels, i: int, case: Decodes = case, q: Tensor = q, scores: Scores = scores) -> Tensor:
+                return each.attend(q, HEADS, scores, case.batch, case.layers[i % len(case.layers)])
 
             def read(_: Kernels, i: int, case: Decodes = case) -> Tensor:
                 return read_cache(case.layers[i % len(case.layers)])
 
             us = medians(attend, kernels, options.seconds)
             us["linear_read"] = medians(read, {"linear_read": kernels["reference"]}, options.seconds)["linear_read"]
-            speed = {name: round(case.bytes_per_layer / taken / 1e3, 1) for name, taken in us.items()}
-            results.append({"op": "attend", "rows": rows, "context": context, "us": us, "GB/s": speed})
+            results.append(
+                {"op": "attend", "rows": rows, "context": context, "window": window, "softcap": softcap, "us": us}
+            )
+            if window is None:
+                results[-1]["GB/s"] = {name: round(case.bytes_per_layer / taken / 1e3, 1) for name, taken in us.items()}
     print(json.dumps({"threads": options.threads, "native": reason, "results": results}, indent=2))
 
 

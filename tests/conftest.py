@@ -32,6 +32,10 @@ def _gpus_only_for_gpu_tests(request: pytest.FixtureRequest, monkeypatch: pytest
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="every combination of families, layouts and options")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 

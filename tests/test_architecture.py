@@ -45,7 +45,8 @@ TORCH_FREE = [
     "shoal.observe", "shoal.devices", "shoal.transport", "shoal.engine", "shoal.planner", "shoal.cluster",
     "shoal.frontend", "shoal.cli", "shoal.executors.base", "shoal.executors.multiprocess", "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.checkpoint", "shoal.models.registry",
-    "shoal.models.families", "shoal.parallel.topology", "shoal.parallel.partition",
+    "shoal.models.families", "shoal.models.fields", "shoal.models.pickled", "shoal.models.pickle_program",
+    "shoal.models.fallback", "shoal.models.implementation", "shoal.parallel.topology", "shoal.parallel.partition",
 ]  # fmt: skip
 
 # What `load` may bring in, beside what follows from the table above.
@@ -58,8 +59,11 @@ LOADABLE = {
     "shoal.executors.multiprocess": {"frontend"},
     "shoal.cluster.replica": {"frontend"},
     "huggingface_hub": {"frontend"},
-    "huggingface_hub.errors": {"frontend"},
-    "transformers": {"frontend"},
+    "yaml": {"cli"},
+    "huggingface_hub.constants": {"frontend"},
+    "transformers": {"frontend", "models"},
+    "transformers.conversion_mapping": {"models"},
+    "shoal.models.transformers_trial": {"models"},
 }
 
 # Libraries that stay where they are needed.
@@ -67,6 +71,7 @@ CONFINED = {
     "click": {"cli", "worker", "frontend"},
     "tqdm": {"cli", "frontend"},
     "tokenizers": {"frontend"},
+    "llguidance": {"engine", "frontend"},
     "msgspec": {"wire"},
     "torch": {"comm", "parallel", "kernels", "models", "worker"},
     "numpy": {"worker", "kernels"},

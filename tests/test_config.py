@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.config import EngineOptions, Option, format_bytes, options, parse_bytes
+from shoal.config import (
+    EngineOptions,
+    Option,
+    format_bytes,
+    from_environment,
+    options,
+    parse_bytes,
+    strange_variables,
+)
 from shoal.errors import ConfigError
 from support.fakes import steady
 
@@ -125,3 +133,46 @@ def test_a_count_of_bytes_reads_as_itself(count: int) -> None:
 def test_what_is_shown_reads_as_nearly_the_same(count: int) -> None:
     shown = format_bytes(count).replace("bytes", "b")
     assert parse_bytes(shown, "--x") == pytest.approx(count, rel=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("block_size", "8", 8),
+        ("start_timeout", "1e2", 100.0),
+        ("engine_process", "Yes", True),
+        ("engine_process", "off", False),
+        ("device_memory", "2GiB", 2**31),
+        ("dtype", "float16", "float16"),
+        ("revision", "5", "5"),
+        ("tensor_parallel_split", "2,1", (2, 1)),
+    ],
+)
+def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: object) -> None:
+    assert KNOWN[name].read(text, "X") == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("block_size", "8.0", "X takes an integer, got '8.0'"),
+        ("block_size", "0", "X must be at least 1, got 0"),
+        ("start_timeout", "nan", "X takes a finite number"),
+        ("engine_process", "2", "X takes true or false, got '2'"),
+        ("dtype", "int8", "X must be one of auto"),
+        ("device_memory", "lots", "X takes a number of bytes"),
+        ("tensor_parallel_split", "2,x", "X takes positive integers"),
+    ],
+)
+def test_texts_that_no_option_wants(name: str, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        KNOWN[name].read(text, "X")
+
+
+@pytest.mark.parametrize("option", KNOWN.values(), ids=KNOWN)
+def test_every_option_has_a_variable(option: Option, monkeypatch: pytest.MonkeyPatch) -> None:
+    if option.default is None:
+        return
+    monkeypatch.setenv(f"SHOAL_{option.name.upper()}", str(option.default))
+    assert from_environment()[option.name] == option.default
+    assert strange_variables() == []

@@ -1,5 +1,6 @@
 """`LLM`: what it takes, what it gives, and what it refuses with which error."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -13,12 +14,25 @@ from typing import Any
 import pytest
 
 import shoal
-from shoal import LLM, EngineError, RequestError, RequestOutput, SamplingParams, ShoalError, UserError
+from shoal import (
+    LLM,
+    BeamSearchParams,
+    CompletionOutput,
+    EngineError,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    ShoalError,
+    StructuredOutputsParams,
+    UserError,
+)
 from shoal.errors import CheckpointError, ClosedError, ConfigError, RankFailed
 from shoal.frontend import llm as llm_module
+from shoal.frontend.tokenizer import open_tokenizer
 from shoal.worker.runner import Runner
 from support import checkpoints
 
+DEMO_MODEL = Path(shoal.__file__).parent / "demo_model"
 Checkpoints = Callable[[str], Path]
 SMALL: dict[str, Any] = {"kv_cache_memory_bytes": "2MiB", "max_model_len": 64}
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -52,6 +66,10 @@ def test_public_names() -> None:
         "SamplingParams",
         "RequestOutput",
         "CompletionOutput",
+        "Logprob",
+        "StructuredOutputsParams",
+        "BeamSearchParams",
+        "BeamSearchOutput",
         "ShoalError",
         "UserError",
         "RequestError",
@@ -66,8 +84,20 @@ def test_public_names() -> None:
 def test_public_signatures() -> None:
     assert list(inspect.signature(LLM.__init__).parameters) == ["self", "model", "options"]
     assert list(inspect.signature(LLM.generate).parameters) == ["self", "prompts", "sampling_params", "use_tqdm"]
+    assert list(inspect.signature(LLM.chat).parameters) == [
+        *("self", "messages", "sampling_params", "use_tqdm", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tools", "chat_template_kwargs"),
+    ]
+    assert list(inspect.signature(LLM.beam_search).parameters) == ["self", "prompts", "params"]
+    assert list(inspect.signature(BeamSearchParams).parameters) == [
+        *("beam_width", "max_tokens", "ignore_eos", "temperature", "length_penalty"),
+    ]
     assert list(inspect.signature(SamplingParams).parameters) == [
-        *("temperature", "top_p", "top_k", "seed", "max_tokens", "ignore_eos", "stop_token_ids", "logprobs")
+        *("n", "temperature", "top_p", "top_k", "min_p"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+        *("seed", "max_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "bad_words"),
+        *("logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "structured_outputs"),
+        *("detokenize", "skip_special_tokens", "include_stop_str_in_output"),
     ]
 
 
@@ -200,7 +230,7 @@ def test_bad_texts(bundled: LLM) -> None:
         *({"top_k": value} for value in (-2, 1.5, "1", None, True)),
         *({"max_tokens": value} for value in (0, -1, 1.5, "1", True)),
         *({"seed": value} for value in (1.5, "1", True)),
-        *({"logprobs": value} for value in (-1, 1.5, True)),
+        *({"logprobs": value} for value in (-2, 1.5, True)),
         {"stop_token_ids": ["a"]},
     ],
     ids=str,
@@ -209,6 +239,236 @@ def test_bad_sampling(values: dict[str, Any]) -> None:
     (name,) = values
     with pytest.raises(RequestError, match=name):
         SamplingParams(**values)
+
+
+NO_SAMPLINGS: list[Any] = [{"temperature": 0}, [{"temperature": 0}], [None], 7, "greedy"]
+
+
+@pytest.mark.parametrize("given", NO_SAMPLINGS, ids=str)
+def test_what_is_no_sampling(llm: LLM, given: Any) -> None:
+    with pytest.raises(RequestError, match="sampling_params must be SamplingParams or a list of them, got "):
+        llm.generate({"prompt_token_ids": [5]}, given, use_tqdm=False)
+
+
+@pytest.mark.parametrize("given", [None, 7, b"text"])
+def test_what_is_no_list_of_prompts(llm: LLM, given: Any) -> None:
+    with pytest.raises(RequestError, match="prompts must be a prompt or a list of them, got "):
+        llm.generate(given, GREEDY, use_tqdm=False)
+
+
+def test_a_parameter_of_one_prompt_is_named_with_it(llm: LLM) -> None:
+    steps = llm.stats().steps
+    prompts: list[Any] = [{"prompt_token_ids": [5]}] * 2
+    params = [GREEDY, SamplingParams(logit_bias={301: 1.0})]
+    with pytest.raises(RequestError, match=r"^prompt 1: logit_bias must hold ids .* in \[0, 301\), got 301"):
+        llm.generate(prompts, params, use_tqdm=False)
+    assert llm.stats().steps == steps
+
+
+# --- how outputs end, and what they say --------------------------------------------------------------------------
+
+SUM = "37 + 45 ="
+LONG = SamplingParams(temperature=0, max_tokens=12)
+
+
+def ask(llm: LLM, prompt: Any = SUM, **changes: Any) -> CompletionOutput:
+    (output,) = llm.generate(prompt, dataclasses.replace(LONG, **changes), use_tqdm=False)
+    assert output.error is None
+    return output.outputs[0]
+
+
+def test_an_end_of_text_token_is_left_out_of_the_text(bundled: LLM) -> None:
+    plain = ask(bundled)
+    assert (plain.finish_reason, plain.stop_reason) == ("stop", None)
+    eos = plain.token_ids[-1]
+    assert eos in (1, 5)
+    shown = ask(bundled, skip_special_tokens=False, include_stop_str_in_output=True)
+    assert shown.token_ids == plain.token_ids
+    assert shown.text.startswith(plain.text)
+    assert len(shown.text) > len(plain.text)
+    assert ask(bundled, skip_special_tokens=False).text == plain.text
+    beyond = ask(bundled, ignore_eos=True)
+    assert (len(beyond.token_ids), beyond.finish_reason) == (12, "length")
+    assert beyond.token_ids[: len(plain.token_ids)] == plain.token_ids
+
+
+def test_a_stop_text_ends_the_output(bundled: LLM) -> None:
+    whole = ask(bundled, "Count from 3 to 9:", ignore_eos=True)
+    stop = whole.text[4:6]
+    assert stop not in whole.text[:4]
+    cut = ask(bundled, "Count from 3 to 9:", ignore_eos=True, stop=[stop, "never said"])
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (whole.text[:4], "stop", stop)
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert len(cut.token_ids) < len(whole.token_ids)
+    kept = ask(bundled, "Count from 3 to 9:", ignore_eos=True, stop=stop, include_stop_str_in_output=True)
+    assert kept.text == whole.text[:6]
+    assert kept.token_ids == cut.token_ids
+    stats = bundled.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+
+
+def test_a_stop_token_ends_the_output(bundled: LLM) -> None:
+    whole = ask(bundled)
+    third = whole.token_ids[1]
+    cut = ask(bundled, stop_token_ids=[third])
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(third) + 1]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", third)
+    assert whole.text.startswith(cut.text)
+
+
+def test_without_detokenizing_there_are_tokens_alone(bundled: LLM) -> None:
+    plain, tokens = ask(bundled), ask(bundled, detokenize=False)
+    assert (tokens.text, tokens.token_ids) == ("", plain.token_ids)
+
+
+def test_each_prompt_may_have_its_own_parameters(bundled: LLM) -> None:
+    each = [
+        dataclasses.replace(LONG, max_tokens=2, ignore_eos=True),
+        dataclasses.replace(LONG, detokenize=False),
+        SamplingParams(n=3, temperature=5.0, seed=5, max_tokens=3, ignore_eos=True),
+        dataclasses.replace(LONG, logprobs=2, prompt_logprobs=0),
+    ]
+    together = bundled.generate([SUM] * 4, each, use_tqdm=False)
+    for params, output in zip(each, together, strict=True):
+        (alone,) = bundled.generate(SUM, params, use_tqdm=False)
+        # Log-probabilities alone may have other last bits: the prompt may be cached, or be cut otherwise.
+        assert [o.token_ids for o in output.outputs] == [o.token_ids for o in alone.outputs]
+        assert [o.text for o in output.outputs] == [o.text for o in alone.outputs]
+    assert len({o.token_ids for o in together[2].outputs}) > 1
+    assert together[0].outputs[0].logprobs is None
+    assert together[3].outputs[0].logprobs is not None
+    assert together[3].prompt_logprobs is not None
+    assert [None if found is None else len(found) for found in together[3].prompt_logprobs][:2] == [None, 1]
+
+
+def test_parameters_that_contradict_a_grammar_end_their_request_alone(bundled: LLM) -> None:
+    red = StructuredOutputsParams(choice=["red"])
+    impossible = [
+        SamplingParams(temperature=0, structured_outputs=red, bad_words=["red"]),
+        SamplingParams(temperature=0, structured_outputs=red, allowed_token_ids=[7]),
+    ]
+    fine = SamplingParams(temperature=0, structured_outputs=red)
+    outputs = bundled.generate([SUM] * 3, [*impossible, fine], use_tqdm=False)
+    for output in outputs[:2]:
+        assert output.error == (
+            "structured_outputs can't be obeyed: the request's other parameters forbid every token that may follow"
+        )
+        assert output.outputs[0].finish_reason == "abort"
+    assert (outputs[2].error, outputs[2].outputs[0].text) == (None, "red")
+
+
+# --- chat, beam search, and what there is not --------------------------------------------------------------------
+
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}{% if add_generation_prompt %}={% endif %}"
+MESSAGES = [{"role": "user", "content": "37 + 45"}]
+
+
+def test_chat_through_a_template(bundled: LLM) -> None:
+    (output,) = bundled.chat(MESSAGES, LONG, use_tqdm=False, chat_template=TEMPLATE)
+    assert output.prompt == "37 + 45 ="
+    tokenizer = open_tokenizer(DEMO_MODEL)
+    assert tokenizer is not None
+    tokens = tokenizer.encode("37 + 45 =", add_special_tokens=False)
+    assert output.prompt_token_ids == tuple(tokens), "special tokens are the template's business"
+    (same,) = bundled.generate({"prompt_token_ids": tokens}, LONG, use_tqdm=False)
+    assert output.outputs == same.outputs
+
+
+def test_chats_of_many(bundled: LLM) -> None:
+    many = [MESSAGES, [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "="}]]
+    params = [LONG, dataclasses.replace(LONG, max_tokens=1)]
+    outputs = bundled.chat(many, params, use_tqdm=False, chat_template=TEMPLATE, add_generation_prompt=False)
+    assert [output.prompt for output in outputs] == ["37 + 45 ", "1 + 1 = "]
+    assert len(outputs[1].outputs[0].token_ids) == 1
+    assert bundled.chat([], LONG, use_tqdm=False) == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("hello", "messages must be a list of messages, or a list of such lists, got 'hello'"),
+        (None, "messages must be a list of messages"),
+        ([[]], "prompt 0: messages is empty"),
+        ([MESSAGES, [{"content": "x"}]], "1: message 0: role must be a text"),
+        ([7], "0: messages must be a list of objects"),
+    ],
+)
+def test_bad_messages(bundled: LLM, messages: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        bundled.chat(messages, LONG, use_tqdm=False, chat_template=TEMPLATE)
+
+
+def test_chat_without_a_template(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="this model has no chat template: give chat_template, or plain prompts"):
+        llm.chat(MESSAGES, LONG, use_tqdm=False)
+
+
+def test_one_beam_is_greedy(bundled: LLM) -> None:
+    prompts = [SUM, "Count from 3 to 9:"]
+    greedy = bundled.generate(prompts, dataclasses.replace(LONG, ignore_eos=True), use_tqdm=False)
+    beams = bundled.beam_search(prompts, BeamSearchParams(beam_width=1, max_tokens=12, ignore_eos=True))
+    for output, found in zip(greedy, beams, strict=True):
+        (best,) = found.sequences
+        assert best.tokens == output.prompt_token_ids + output.outputs[0].token_ids
+        assert best.text == output.outputs[0].text
+        assert best.finish_reason == "length"
+
+
+def test_a_beam_ends_where_the_text_does(bundled: LLM) -> None:
+    (output,) = bundled.generate(SUM, LONG, use_tqdm=False)
+    (found,) = bundled.beam_search(SUM, BeamSearchParams(beam_width=3, max_tokens=12))
+    best = found.sequences[0]
+    assert (best.finish_reason, best.text) == ("stop", output.outputs[0].text)
+    assert best.tokens == output.prompt_token_ids + output.outputs[0].token_ids
+    scores = [each.cum_logprob / (len(each.tokens) - (each.finish_reason == "stop")) for each in found.sequences]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_beams_are_the_likeliest_of_all_continuations(bundled: LLM) -> None:
+    """Of two tokens, with a beam that is wide enough to lose none of them."""
+    everything = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, ignore_eos=True)
+
+    def following(tokens: list[tuple[int, ...]]) -> list[dict[int, float]]:
+        outputs = bundled.generate([{"prompt_token_ids": each} for each in tokens], everything, use_tqdm=False)
+        found = [output.outputs[0].logprobs for output in outputs]
+        assert all(logprobs is not None and len(logprobs[0]) == bundled.vocab_size for logprobs in found)
+        return [{token: each.logprob for token, each in logprobs[0].items()} for logprobs in found if logprobs]
+
+    (prompt,) = (output.prompt_token_ids for output in bundled.generate(SUM, GREEDY, use_tqdm=False))
+    (first,) = following([prompt])
+    beginnings = sorted(first, key=lambda token: -first[token])[:12]
+    second = following([(*prompt, token) for token in beginnings])
+    pairs = {
+        (*prompt, a, b): first[a] + logprob
+        for a, behind in zip(beginnings, second, strict=True)
+        for b, logprob in behind.items()
+    }
+    expected = sorted(pairs.values(), reverse=True)[:6]
+    (found,) = bundled.beam_search(SUM, BeamSearchParams(beam_width=6, max_tokens=2, ignore_eos=True))
+    # The sums of two runs, whose prompts were cached or cut otherwise, in float32.
+    assert [each.cum_logprob for each in found.sequences] == pytest.approx(expected, abs=1e-3)
+    for each in found.sequences:
+        assert each.cum_logprob == pytest.approx(pairs[each.tokens], abs=1e-3)
+        assert each.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "says"),
+    [
+        (["a", ""], BeamSearchParams(beam_width=2, max_tokens=2), "prompt 1: the prompt is empty"),
+        ("a", SamplingParams(), "beam_search takes BeamSearchParams, got SamplingParams"),
+        (None, BeamSearchParams(beam_width=2, max_tokens=2), "prompts must be a prompt or a list of them"),
+    ],
+)
+def test_bad_beam_searches(bundled: LLM, prompts: Any, params: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        bundled.beam_search(prompts, params)
+
+
+def test_embeddings_are_refused(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"embed needs a model that gives embeddings; .* use generate or chat"):
+        llm.embed(["a"])
 
 
 # --- options and models ------------------------------------------------------------------------------------------
@@ -306,6 +566,38 @@ def test_eos_of_the_generation_config(folder: Path, tmp_path: Path) -> None:
     first = tokens.index(tokens[2])
     assert output.outputs[0].token_ids == tokens[: first + 1]
     assert output.outputs[0].finish_reason == "stop"
+
+
+@pytest.fixture
+def of_the_model(tmp_path: Path) -> Path:
+    """The bundled model, with defaults of sampling of its own."""
+    folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
+    generation = {"eos_token_id": [1, 5], "temperature": 0.25, "top_k": 9, "max_new_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def test_defaults_of_sampling_are_the_models(of_the_model: Path) -> None:
+    with LLM(of_the_model, **SMALL) as llm:
+        assert llm.default_sampling_params() == SamplingParams(temperature=0.25, top_k=9, max_tokens=3)
+        base = SamplingParams(top_p=0.5, max_tokens=None)
+        assert llm.default_sampling_params(base) == SamplingParams(temperature=0.25, top_k=9, top_p=0.5, max_tokens=3)
+        outputs = llm.generate(["Count from 3 to 9:"] * 2, use_tqdm=False)
+        assert {len(output.outputs[0].token_ids) for output in outputs} == {3}
+        (own,) = llm.generate("Count from 3 to 9:", SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)
+        assert len(own.outputs[0].token_ids) == 5, "who gives parameters gets these alone"
+
+
+def test_defaults_of_sampling_may_be_left_out(of_the_model: Path) -> None:
+    with LLM(of_the_model, generation_config="vllm", **SMALL) as llm:
+        assert llm.default_sampling_params() == SamplingParams()
+
+
+@pytest.mark.usefixtures("_no_engine")
+def test_defaults_of_sampling_out_of_range(of_the_model: Path) -> None:
+    (of_the_model / "generation_config.json").write_text('{"temperature": -1}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature must be at least 0"):
+        LLM(of_the_model, **SMALL)
 
 
 # --- ends --------------------------------------------------------------------------------------------------------

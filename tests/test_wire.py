@@ -73,7 +73,10 @@ def test_every_payload_survives(message: type[wire.Wire], data: st.DataObject) -
 
 
 def test_every_message_is_covered() -> None:
-    parts = {wire.Sampling, wire.NewSeq, wire.Work, wire.TokenLogprobs, wire.SeqOut, wire.StepTimes, wire.SeqUpdate}
+    parts = {
+        *(wire.Sampling, wire.Penalties, wire.NewSeq, wire.Work, wire.TokenLogprobs, wire.PromptLogprobs),
+        *(wire.SeqOut, wire.StepTimes, wire.SeqUpdate),
+    }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
     assert set(wire.Wire.__subclasses__()) == covered
 
@@ -100,8 +103,28 @@ def test_a_plan_of_many_decodes_is_small() -> None:
 
 
 def test_a_prompt_costs_four_bytes_a_token() -> None:
-    new = wire.NewSeq(1, 0, encode_tokens(list(range(100_000, 101_000))), (), wire.Sampling(seed=2**64 - 1))
-    assert len(wire.encode(new)) < 4000 + 60
+    new = wire.NewSeq(1, 0, encode_tokens(list(range(100_000, 101_000))), 1000, (), wire.Sampling(seed=2**64 - 1))
+    assert len(wire.encode(new)) < 4000 + 80
+
+
+def test_guesses_cost_a_few_bytes_each() -> None:
+    drafts = tuple(range(100_000, 100_005))
+    with_guesses, without = (wire.encode(wire.Work(7, 1500, 6, True, (), given)) for given in (drafts, ()))
+    assert len(with_guesses) - len(without) <= 5 * len(drafts)
+
+
+def test_a_mask_costs_a_bit_a_token() -> None:
+    words = -(-150_000 // 32)
+    mask = wire.StepMask(2**62, 100_000, bytes(32 * words * 4), words)
+    assert len(wire.encode(mask)) < 32 * 150_016 / 8 + 60
+    assert wire.to_rank.decode(wire.encode(mask)) == mask
+
+
+def test_a_plan_is_masked_if_any_work_is() -> None:
+    plain, masked = wire.Work(1, 0, 1, True), wire.Work(2, 0, 1, True, masked=True)
+    assert not wire.StepPlan(0, 0, (plain, plain)).masked
+    assert wire.StepPlan(0, 0, (plain, masked)).masked
+    assert not wire.StepPlan(0, 0, ()).masked
 
 
 @steady

@@ -8,9 +8,13 @@ if TYPE_CHECKING:
     from shoal.errors import ShoalError as ShoalError
     from shoal.errors import UserError as UserError
     from shoal.frontend.llm import LLM as LLM
+    from shoal.types import BeamSearchOutput as BeamSearchOutput
+    from shoal.types import BeamSearchParams as BeamSearchParams
     from shoal.types import CompletionOutput as CompletionOutput
+    from shoal.types import Logprob as Logprob
     from shoal.types import RequestOutput as RequestOutput
     from shoal.types import SamplingParams as SamplingParams
+    from shoal.types import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -19,6 +23,10 @@ _EXPORTS = {
     "SamplingParams": "shoal.types:SamplingParams",
     "RequestOutput": "shoal.types:RequestOutput",
     "CompletionOutput": "shoal.types:CompletionOutput",
+    "Logprob": "shoal.types:Logprob",
+    "StructuredOutputsParams": "shoal.types:StructuredOutputsParams",
+    "BeamSearchParams": "shoal.types:BeamSearchParams",
+    "BeamSearchOutput": "shoal.types:BeamSearchOutput",
     "ShoalError": "shoal.errors:ShoalError",
     "UserError": "shoal.errors:UserError",
     "RequestError": "shoal.errors:RequestError",

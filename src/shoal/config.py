@@ -3,28 +3,128 @@
 None means "you decide"; `planner.resolve` decides, and says why.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from shoal import env
 from shoal.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "uni", "threads", "mp"]
+ModelImpl = Literal["auto", "shoal", "transformers"]
+GenerationConfig = Literal["auto", "vllm"]
 
 T = TypeVar("T")
 
 
-def option(default: T, help: str, *, short: str | None = None, minimum: float | None = None, bytes_: bool = False) -> T:
-    """A config field; `short` is a second flag, `bytes_` allows 512MiB, 2GiB and the like."""
-    found: T = field(default=default, metadata={"help": help, "short": short, "minimum": minimum, "bytes": bytes_})
+@dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """How tokens are guessed ahead: from the text so far (`ngram`), or by a smaller model (`draft_model`)."""
+
+    method: Literal["ngram", "draft_model"]
+    num_speculative_tokens: int = 5  # guessed at a time
+    prompt_lookup_max: int = 4  # ngram: the longest run of tokens that is looked for in the text so far
+    prompt_lookup_min: int = 2  # ... and the shortest
+    model: str | None = None  # draft_model: its folder or id
+    revision: str | None = None
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    short: str | None = None,
+    minimum: float | None = None,
+    bytes_: bool = False,
+    parse: Callable[[Any, str], Any] | None = None,
+    metavar: str | None = None,
+) -> T:
+    """A config field; `short` is a second flag, `bytes_` allows 512MiB, 2GiB and the like, `parse(value, flag)` reads
+    what has a form of its own."""
+    found: T = field(
+        default=default,
+        metadata={
+            "help": help,
+            "short": short,
+            "minimum": minimum,
+            "bytes": bytes_,
+            "parse": parse,
+            "metavar": metavar,
+        },
+    )
     return found
+
+
+def parse_split(value: Any, flag: str) -> tuple[int, ...]:
+    """`2,1,1`, or the numbers: relative shares of ranks.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(parts, Sequence) and parts:
+        try:
+            shares = tuple(int(part) if isinstance(part, str) else part for part in parts)
+        except ValueError:
+            shares = ()
+        if shares and all(isinstance(share, int) and not isinstance(share, bool) and share > 0 for share in shares):
+            return shares
+    raise ConfigError(f"{flag} takes positive integers, one a rank, such as 2,1,1, got {value!r}")
+
+
+def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
+    """JSON, or a mapping: `{"method": "ngram", "num_speculative_tokens": 4}`, `{"model": "...", ...}`.
+
+    Raises:
+        ConfigError: it is no object, has an unknown key or a value out of range.
+    """
+    if isinstance(value, SpeculativeConfig):
+        return value
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{flag} is no JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'{flag} takes a JSON object such as {{"method": "ngram"}}, got {value!r}')
+    known = [f.name for f in dataclasses.fields(SpeculativeConfig)]
+    for name in value:
+        if name not in known:
+            raise ConfigError(f"{flag}: unknown key {name!r}{nearest(str(name), known)}")
+    given = dict(value)
+    given.setdefault("method", "draft_model" if given.get("model") else None)
+    if given["method"] not in ("ngram", "draft_model"):
+        raise ConfigError(f"{flag}: method must be ngram or draft_model, got {given['method']!r}")
+    if given["method"] == "draft_model" and not isinstance(given.get("model"), str):
+        raise ConfigError(f"{flag}: method draft_model needs model, a folder or an id on the hub")
+    for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+        number = given.get(name, 1)
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST_DRAFTS:
+            raise ConfigError(f"{flag}: {name} must be an integer in [1, {_MOST_DRAFTS}], got {number!r}")
+    if "prompt_lookup_max" in given or "prompt_lookup_min" in given:
+        longest = given.setdefault("prompt_lookup_max", max(4, given.get("prompt_lookup_min", 0)))
+        shortest = given.setdefault("prompt_lookup_min", min(2, longest))
+        if shortest > longest:
+            raise ConfigError(f"{flag}: prompt_lookup_min {shortest} is more than prompt_lookup_max {longest}")
+    return SpeculativeConfig(**given)
+
+
+_MOST_DRAFTS = 64
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """How a message about an unknown name ends: with the nearest known one, or all of them."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +137,18 @@ class ModelOptions:
         None, "longest prompt plus output, in tokens; auto: the model's, if it fits", minimum=1
     )
     load_format: LoadFormat = option("auto", "dummy: made-up weights, for benchmarks")
+    model_impl: ModelImpl = option(
+        "auto", "shoal: our own; transformers: its module with our attention; auto: shoal, where it knows the model"
+    )
+    generation_config: GenerationConfig = option(
+        "auto", "auto: defaults of sampling from the model's generation_config.json; vllm: none from there"
+    )
+    speculative_config: SpeculativeConfig | None = option(
+        None,
+        'guess tokens ahead: {"method": "ngram", "num_speculative_tokens": 5} or {"model": DRAFT, ...}',
+        parse=parse_speculative,
+        metavar="JSON",
+    )
     seed: int = option(0, "seeds requests that bring no seed of their own", minimum=0)
     enforce_eager: bool = option(False, "launch every operation by itself; steps run so in this version anyway")
 
@@ -46,6 +158,9 @@ class ParallelOptions:
     """Parallelism"""
 
     tensor_parallel_size: int = option(1, "ranks that share each layer", short="-tp", minimum=1)
+    tensor_parallel_split: tuple[int, ...] | None = option(
+        None, "relative shares of the ranks where devices are unequal", parse=parse_split, metavar="2,1,..."
+    )
     distributed_executor_backend: Backend = option(
         "auto", "uni: in this process (one rank); threads: ranks as threads; mp: a process a rank; auto: uni or mp"
     )
@@ -98,9 +213,7 @@ class EngineOptions:
         known = {known.name: known for known in options()}
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-                raise ConfigError(f"unknown option {name}{hint}")
+                raise ConfigError(f"unknown option {name}{nearest(name, list(known))}")
         sections: dict[str, Any] = {}
         for section, section_type in SECTIONS.items():
             names = {f.name for f in dataclasses.fields(section_type)}
@@ -126,7 +239,7 @@ class Option:
 
     name: str
     group: str
-    type: type  # int, float, str or bool
+    type: type  # int, float, str or bool; str where `parse` is set
     default: Any
     choices: tuple[str, ...]
     optional: bool
@@ -134,34 +247,54 @@ class Option:
     short: str | None
     minimum: float | None
     bytes: bool
+    parse: Callable[[Any, str], Any] | None
+    metavar: str | None
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
-    def check(self, value: Any) -> Any:
+    def read(self, text: str, name: str) -> Any:
+        """The value that a text stands for, as environment variables have it.
+
+        Raises:
+            ConfigError: it stands for none; the message calls the option `name`.
+        """
+        value: Any = text
+        if self.type is bool:
+            value = _SWITCH_WORDS.get(text.lower(), text)
+        elif self.type in (int, float) and not self.bytes:
+            with contextlib.suppress(ValueError):
+                value = self.type(text)
+        return self.check(value, name)
+
+    def check(self, value: Any, name: str = "") -> Any:
         """The value in the option's type.
 
         Raises:
-            ConfigError: it has another type or is out of range.
+            ConfigError: it has another type or is out of range; the message calls the option `name`, or by its flag.
         """
+        name = name or self.flag
         if value is None and self.optional:
             return None
+        if self.parse is not None:
+            return self.parse(value, name)
         if self.bytes and isinstance(value, str):
-            value = parse_bytes(value, self.flag)
+            value = parse_bytes(value, name)
         if self.type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, self.type) or (isinstance(value, bool) and self.type is not bool):
-            raise ConfigError(f"{self.flag} takes {_TYPE_NAMES[self.type]}, got {value!r}")
+            raise ConfigError(f"{name} takes {_TYPE_NAMES[self.type]}, got {value!r}")
         if self.choices and value not in self.choices:
-            raise ConfigError(f"{self.flag} must be one of {', '.join(self.choices)}, got {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{self.flag} takes a finite number, got {value}")
+            raise ConfigError(f"{name} takes a finite number, got {value}")
         if self.minimum is not None and isinstance(value, int | float) and not value >= self.minimum:
-            raise ConfigError(f"{self.flag} must be at least {self.minimum:g}, got {value}")
+            raise ConfigError(f"{name} must be at least {self.minimum:g}, got {value}")
         return value
 
 
+_SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -195,10 +328,11 @@ def options() -> Iterator[Option]:
             alternatives = [a for a in get_args(hint) if a is not type(None)]
             literal = get_origin(hint) is Literal
             optional = type(None) in get_args(hint)
+            own_form = f.metadata["parse"] is not None
             yield Option(
                 name=f.name,
                 group=section.__doc__ or "",
-                type=str if literal else alternatives[0] if optional else hint,
+                type=str if literal or own_form else alternatives[0] if optional else hint,
                 default=f.default,
                 choices=tuple(alternatives) if literal else (),
                 optional=optional,
@@ -206,4 +340,36 @@ def options() -> Iterator[Option]:
                 short=f.metadata["short"],
                 minimum=f.metadata["minimum"],
                 bytes=f.metadata["bytes"],
+                parse=f.metadata["parse"],
+                metavar=f.metadata["metavar"],
             )
+
+
+def from_environment() -> dict[str, Any]:
+    """The options that environment variables set, by name. They come behind flags and arguments of `LLM(...)`.
+
+    Raises:
+        ConfigError: a variable's value is none of its option; the variable is named.
+    """
+    found = {}
+    for option_ in options():
+        given = env.option(option_.name)
+        if given is not None:
+            variable, text = given
+            found[option_.name] = option_.read(text, variable)
+    return found
+
+
+def strange_variables() -> list[str]:
+    """A warning for each SHOAL_* variable that is set and that nobody reads."""
+    names = [option_.name for option_ in options()]
+    settings = [
+        variable.name.removeprefix(env.PREFIX) for variable in env.SETTINGS if variable.name.startswith(env.PREFIX)
+    ]
+    known = settings + [name.upper() for name in names]
+    warnings = []
+    for name in env.unread(names):
+        near = difflib.get_close_matches(name.removeprefix(env.PREFIX), known, 1)
+        hint = f"did you mean {env.PREFIX}{near[0]}?" if near else "docs/flags.md lists those that are"
+        warnings.append(f"the environment variable {name} is not read; {hint}")
+    return warnings

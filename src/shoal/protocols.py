@@ -19,6 +19,13 @@ class Executor(Protocol):
             EngineError: a rank has failed.
         """
 
+    def mask(self, mask: wire.StepMask) -> None:
+        """Hands out the mask of the plan that was launched last. Never blocks.
+
+        Raises:
+            EngineError: a rank has failed.
+        """
+
     def poll(self, timeout: float) -> list[wire.StepResult]:
         """Results that have arrived, waiting up to `timeout` seconds for the first; [] when there was none.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 Ids = tuple[int, ...]
 
@@ -21,15 +21,30 @@ class Wire(msgspec.Struct, frozen=True, array_like=True, tag=True):
 # --- what the engine decides -------------------------------------------------------------------------------------
 
 
+class Penalties(Wire, frozen=True):
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+
+
 class Sampling(Wire, frozen=True):
-    """Resolved sampling parameters: the seed is set, so that any rank, replica or replay draws the same."""
+    """Resolved sampling parameters: the seed is set, so that any rank, replica or replay draws the same; texts have
+    become token ids."""
 
     seed: int  # 64 bits
     sample_index: int = 0
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
+    min_p: float = 0.0
+    penalties: Penalties | None = None
+    min_tokens: int = 0  # before so many are there, `ends` are never drawn
+    ends: Ids = ()  # end-of-text and stop tokens
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: Ids | None = None  # None: all
+    banned: tuple[Ids, ...] = ()  # never complete one of these
     logprobs: int = -1  # -1: none
+    prompt_logprobs: int = -1  # -1: none
 
 
 class NewSeq(Wire, frozen=True):
@@ -38,34 +53,64 @@ class NewSeq(Wire, frozen=True):
     seq: int
     epoch: int
     tokens: bytes  # int32, little endian
+    prompt_len: int
     blocks: Ids  # KV blocks that hold computed tokens already (prefix cache)
     sampling: Sampling
 
 
 class Work(Wire, frozen=True):
-    """Compute `count` tokens of `seq` from position `start`; `blocks` are appended to its table first."""
+    """Compute `count` tokens of `seq` from position `start`; `blocks` are appended to its table first.
+
+    The last `len(drafts)` of them are guesses at what comes next. The rank draws a token behind the last known one and
+    behind every guess, and keeps as many as the guesses were right, and one more.
+    """
 
     seq: int
     start: int
     count: int
     sample: bool
     blocks: Ids = ()
+    drafts: Ids = ()
+    masked: bool = False  # the step's mask has rows for it: one for each token that may be drawn
 
 
 class StepPlan(Wire, frozen=True):
+    """If any work is `masked`, the next message to the rank is the step's StepMask."""
+
     incarnation: int
     step: int
     work: tuple[Work, ...]
     new: tuple[NewSeq, ...] = ()
     released: Ids = ()  # sequences to forget, before `new` is read
 
+    @property
+    def masked(self) -> bool:
+        return any(work.masked for work in self.work)
+
+
+class StepMask(Wire, frozen=True):
+    """Which tokens may be drawn, for the masked works of a step in their order: made while the step is computed."""
+
+    incarnation: int
+    step: int
+    bits: bytes  # a row of 32-bit words each, little endian, the lowest bit first; 1: allowed
+    words: int  # in a row
+
 
 class TokenLogprobs(Wire, frozen=True):
-    """Of one sampled token: its own log-probability, and the likeliest tokens with theirs."""
+    """Of one token: its own log-probability and rank (1: the likeliest), and the likeliest tokens with theirs."""
 
     chosen: float
+    rank: int
     ids: Ids
     values: tuple[float, ...]
+
+
+class PromptLogprobs(Wire, frozen=True):
+    """Of the prompt's tokens from position `start` on."""
+
+    start: int
+    entries: tuple[TokenLogprobs, ...]
 
 
 class SeqOut(Wire, frozen=True):
@@ -73,6 +118,8 @@ class SeqOut(Wire, frozen=True):
     epoch: int
     tokens: Ids
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
+    drafts: Ids = ()  # a draft model's guesses at what follows
 
 
 class StepTimes(Wire, frozen=True):
@@ -100,6 +147,8 @@ class RankSetup(Wire, frozen=True):
     world_size: int
     incarnation: int
     model_path: str
+    model_impl: str  # "shoal" or "transformers"
+    tp_split: Ids  # relative shares of the ranks, empty: equal ones
     load_format: str
     dtype: str
     device: str
@@ -114,6 +163,8 @@ class RankSetup(Wire, frozen=True):
     kv_budget: int | None  # bytes for the KV cache, None: what the device has left
     memory_utilization: float  # of the device's memory, where the rank measures what is left
     comm_timeout_s: float
+    draft_model_path: str = ""  # of speculative decoding
+    num_drafts: int = 0  # tokens it guesses at a time
 
 
 class Call(Wire, frozen=True):
@@ -152,7 +203,7 @@ class RankReport(Wire, frozen=True):
     communication: bool = False  # it was waiting for other ranks, one of which may be the cause
 
 
-ToRank = RankSetup | StepPlan | Call | Stop
+ToRank = RankSetup | StepPlan | StepMask | Call | Stop
 FromRank = StepResult | Reply | Pulse | RankReport
 
 
@@ -212,6 +263,8 @@ class EngineRequest(Wire, frozen=True):
     priority: int = 0  # lower runs first
     deadline: float | None = None  # time.monotonic() of the host; a request beyond it is aborted
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: alone
+    grammar: str = ""  # what the output must look like, in llguidance's form
 
 
 class Abort(Wire, frozen=True):
@@ -225,6 +278,7 @@ class SeqUpdate(Wire, frozen=True):
     finish: Finish | None = None
     cached_tokens: int = 0
     error: str = ""
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Updates(Wire, frozen=True):
@@ -255,6 +309,8 @@ class EngineStats(Wire, frozen=True):
     prefix_queries: int  # tokens looked up in the prefix cache
     prefix_hits: int  # ... and found
     preemptions: int
+    draft_tokens: int  # guessed by speculative decoding
+    accepted_tokens: int  # ... rightly
     schedule_us: int
     step_total_us: int
     step_forward_us: int

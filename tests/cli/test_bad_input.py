@@ -127,7 +127,7 @@ def test_unknown_shape(refused: Refused, tokens: Path) -> None:
     has(refused("shape:nothing", "--prompts-file", tokens), "no shape 'nothing'", "llama-10m")
 
 
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None])
+@pytest.mark.parametrize("architectures", [["T5ForConditionalGeneration"], [], None])
 def test_unknown_architecture(refused: Refused, folder: Path, tokens: Path, architectures: list[str] | None) -> None:
     change_config(folder, architectures=architectures)
     line = refused(folder, "--prompts-file", tokens)
@@ -184,12 +184,12 @@ def test_heads_that_do_not_go_together(refused: Refused, folder: Path, tokens: P
 
 def test_odd_head_size(refused: Refused, folder: Path) -> None:
     change_config(folder, head_dim=7)
-    has(refused(folder, "--load-format", "dummy", "-p", "x"), "head_dim", "even", "7")
+    has(refused(folder, "--load-format", "dummy", "-p", "x"), "head", "even", "7")
 
 
 def test_unknown_rope_scaling(refused: Refused, folder: Path, tokens: Path) -> None:
-    change_config(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0})
-    has(refused(folder, "--prompts-file", tokens), "'yarn'", "not supported", "llama3")
+    change_config(folder, rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0, "factor": 4.0})
+    has(refused(folder, "--prompts-file", tokens), "'spiral'", "not supported", "llama3")
 
 
 def test_unknown_dtype_of_checkpoint(refused: Refused, folder: Path, tokens: Path) -> None:
@@ -281,7 +281,9 @@ def test_device_memory_says_how_much_is_missing(refused: Refused, folder: Path, 
 
 
 def test_device_memory_too_small_for_one_request(refused: Refused) -> None:
-    line = refused("--device-memory", "38MiB", "--max-model-len", 1024)
+    missing = refused("--device-memory", "20MiB").partition("20.00 MiB is ")[2].partition(" MiB too small")[0]
+    enough = 20 + float(missing) + 1  # with 1 MiB for the cache: 256 tokens
+    line = refused("--device-memory", f"{enough:.2f}MiB", "--max-model-len", 1024)
     has(line, "fewer than one request of --max-model-len 1024", "raise --device-memory")
 
 
@@ -440,27 +442,53 @@ def test_unreadable_prompts_file(refused: Refused, tmp_path: Path) -> None:
     has(refused("--prompts-file", tmp_path / "nowhere"), "--prompts-file", "nowhere", "can't be read", "No such file")
     has(refused("--prompts-file", tmp_path), "--prompts-file", tmp_path, "can't be read", "directory")
     (tmp_path / "latin").write_bytes(b'{"prompt": "caf\xe9"}\n')
-    has(refused("--prompts-file", tmp_path / "latin"), "--prompts-file", "latin", "can't be read", "utf-8")
+    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "utf-8")
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("name", "content", "says"),
     [
-        ('{"prompt": "a"', "is no JSON"),
-        ("hello", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("{}", "`prompt_token_ids`"),
-        ("7", "`prompt_token_ids`"),
-        ('["a"]', "`prompt_token_ids`"),
-        ('{"prompt": 7}', "`prompt`"),
-        ('{"prompt_token_ids": "abc"}', "`prompt_token_ids`"),
-        ('{"text": "a"}', "`prompt`"),
+        ("p.jsonl", '{"prompt": "a"', "line 1: it is no JSON"),
+        ("p.jsonl", "\n\nhello", "line 3: it is no JSON"),
+        ("p.jsonl", '{"text": "a"}', "neither a text `prompt` nor a list `prompt_token_ids` nor `messages`"),
+        ("p", '{"prompt": 7}', "`prompt` must be a text"),
+        ("p.csv", "text\na\n", "no column 'prompt'"),
     ],
 )
-def test_broken_line(refused: Refused, tmp_path: Path, line: str, says: str) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a"}\n\n' + line + '\n{"prompt": "b"}\n')
-    has(refused("--prompts-file", file), file, "line 3", says)
+def test_file_that_begins_broken(refused: Refused, tmp_path: Path, name: str, content: str, says: str) -> None:
+    (tmp_path / name).write_text(content)
+    has(refused("--prompts-file", tmp_path / name), tmp_path / name, says)
+
+
+def test_lines_that_are_broken_fail_alone(tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    good = '{"prompt": "1 + 1 ="}'
+    prompts.write_text(f'{good}\nhello\n{good[:-1]}, "sampling_params": {{"topp": 1}}}}\n{good}\n')
+    code, out, err, _ = run_process(tmp_path, "--prompts-file", prompts, "--output", output, *SMALL, seconds=60)
+    assert (code, out) == (1, "")
+    written = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
+    assert [written[index].get("error") is not None for index in range(4)] == [False, True, True, False]
+    broken, unknown = err.splitlines()
+    has(broken, f"error: prompt 1 ({prompts}, line 2): it is no JSON", written[1]["error"])
+    has(unknown, f"error: prompt 2 ({prompts}, line 3): unknown sampling parameter 'topp'; did you mean top_p?")
+
+
+def test_output_that_is_there(refused: Refused, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.write_text("hours of work\n")
+    has(refused("--output", output), output, "not empty", "--resume", "--overwrite")
+    has(refused("--output", output, "--resume"), "line 1 was not written by `shoal generate`")
+    has(refused("--output", output, "--resume", "--overwrite"), "--resume or --overwrite, not both")
+    has(refused("--resume"), "--resume needs --output")
+    has(refused("--overwrite"), "--overwrite needs --output")
+    has(refused("--output", "/dev/null", "--resume"), "/dev/null is no file")
+    has(refused("--output", output, "--prompts-file", output, "--overwrite"), "the same file", output)
+    assert output.read_text() == "hours of work\n"
+
+
+def test_chat_without_a_template(refused: Refused, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("hi\n")
+    has(refused(folder, "--chat", "--prompts-file", tmp_path / "p.txt"), "no chat template")
 
 
 def test_output_that_can_not_be_written(refused: Refused, tmp_path: Path) -> None:
@@ -600,7 +628,7 @@ def test_bad_prompts_in_a_file_fail_alone(tmp_path: Path, folder: Path) -> None:
         assert written[index]["outputs"] == []
         assert written[index]["prompt"] == prompt.get("prompt")
         assert written[index]["prompt_token_ids"] == prompt.get("prompt_token_ids", [])
-        assert line.startswith(f"error: prompt {index}: ")
+        assert line.startswith(f"error: prompt {index} ({file}, line {index + 1}): ")
         assert says in line
 
 
@@ -616,6 +644,6 @@ def test_prompt_that_does_not_fit_into_the_memory_there_is(tmp_path: Path) -> No
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_disk_that_is_full(tmp_path: Path) -> None:
     code, out, err, _ = run_process(tmp_path, "-p", "1 + 1 =", "--output", "/dev/full", *SMALL, seconds=60)
-    assert (code, out) == (2, "")
+    assert (code, out) == (1, "")
     assert len(err.splitlines()) == 1, err
     has(err, "error: --output /dev/full can't be written", "No space left")

@@ -1,28 +1,19 @@
 """`shoal generate` when all is well."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shoal.cli import main as program
-
+Shoal = Callable[..., int]
 QUIET = ["--kv-cache-memory-bytes", "16MiB"]
 
 
-def shoal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["shoal", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        program.main()
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
-
-
-def test_texts_come_in_the_prompts_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_come_in_the_prompts_order(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["Count from 3 to 9:", "8 + 64 =", "Reverse: apple ->"]  # the first takes the most steps
     arguments = [part for prompt in prompts for part in ("-p", prompt)]
-    assert shoal(monkeypatch, "generate", *arguments, *QUIET) == 0
+    assert shoal("generate", *arguments, *QUIET) == 0
     assert capsys.readouterr().out.splitlines() == [
         "Count from 3 to 9: 3 4 5 6 7 8 9",
         "8 + 64 = 72",
@@ -30,46 +21,65 @@ def test_texts_come_in_the_prompts_order(monkeypatch: pytest.MonkeyPatch, capsys
     ]
 
 
-def test_the_bundled_model_has_prompts_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert shoal(monkeypatch, "generate", *QUIET) == 0
+def test_the_bundled_model_has_prompts_of_its_own(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shoal("generate", *QUIET) == 0
     assert "37 + 45 = 82" in capsys.readouterr().out.splitlines()
 
 
-def test_a_file_in_and_a_file_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_in_and_a_file_out(shoal: Shoal, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "8 + 64 ="}\n\n{"prompt_token_ids": [5, 6, 7]}\n', "utf-8")
     limits = ["--max-tokens", "4", "--temperature", "0.7", "--top-p", "0.9", "--top-k", "5", "--sample-seed", "1"]
     files = ["--prompts-file", str(prompts), "--output", str(output)]
-    assert shoal(monkeypatch, "generate", *files, *limits, "--ignore-eos", *QUIET) == 0
+    assert shoal("generate", *files, *limits, "--ignore-eos", *QUIET) == 0
     lines = sorted(
         (json.loads(line) for line in output.read_text("utf-8").splitlines()), key=lambda line: line["index"]
     )
     assert [line["prompt"] for line in lines] == ["8 + 64 =", None]
     assert lines[1]["prompt_token_ids"] == [5, 6, 7]
     for line in lines:
-        assert set(line) == {"index", "prompt", "prompt_token_ids", "outputs"}
+        assert set(line) == {"index", "prompt", "prompt_token_ids", "outputs", "digest"}
         (completion,) = line["outputs"]
-        assert set(completion) == {"text", "token_ids", "finish_reason"}
+        assert set(completion) == {"text", "token_ids", "finish_reason", "stop_reason"}
         assert (len(completion["token_ids"]), completion["finish_reason"]) == (4, "length")
 
 
-def test_a_sample_seed_gives_the_same_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_seed_gives_the_same_text(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
     def text(seed: str) -> str:
         sampling = ["--temperature", "2", "--sample-seed", seed, "--ignore-eos", "--max-tokens", "20"]
-        assert shoal(monkeypatch, "generate", "-p", "The cat", *sampling, *QUIET) == 0
+        assert shoal("generate", "-p", "The cat", *sampling, *QUIET) == 0
         return capsys.readouterr().out
 
     assert text("1") == text("1") != text("2")
 
 
 def test_a_prompt_that_fails_holds_up_no_other(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "8 + 64 ="}\n{"prompt": ""}\n{"prompt": "Reverse: apple ->"}\n', "utf-8")
-    assert shoal(monkeypatch, "generate", "--prompts-file", str(prompts), *QUIET) == 1
+    assert shoal("generate", "--prompts-file", str(prompts), *QUIET) == 1
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["8 + 64 = 72", "Reverse: apple -> elppa"]
-    assert "error: prompt 1: the prompt is empty" in printed.err
+    assert f"error: prompt 1 ({prompts}, line 2): the prompt is empty" in printed.err
+
+
+def test_a_chat_prints_answers_alone(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shoal("generate", "--chat", "-p", "Count from 3 to 9:", "-p", "37 + 45 =", *QUIET) == 0
+    assert capsys.readouterr().out.splitlines() == ["3 4 5 6 7 8 9", "37 + 45 = 82."]
+
+
+def test_every_output_of_a_prompt_is_printed(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
+    sampling = ["--n", "3", "--temperature", "0.01", "--sample-seed", "1"]
+    assert shoal("generate", "-p", "37 + 45 =", *sampling, *QUIET) == 0
+    assert capsys.readouterr().out.splitlines() == ["37 + 45 = 82"] * 3
+
+
+def test_tokens_are_printed_where_there_is_no_text(
+    shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt_token_ids": [5, 6]}\n')
+    assert shoal("generate", "--prompts-file", tmp_path / "p.jsonl", "--max-tokens", "2", "--ignore-eos", *QUIET) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed[:2] == ["2", "tokens"]
+    assert len(printed) == 4

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shoal import LLM, RequestOutput, SamplingParams
+from shoal.models.registry import FAMILIES
 from support.checkpoints import MAKERS, Reference
 
 # The reference's two likeliest tokens may change places below this difference of their log-probabilities.
@@ -27,6 +28,7 @@ def make_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 
 MIXED = make_prompts([1, 2, 3, 15, 16, 17, 40, 90])
+FEW = make_prompts([1, 9, 40])  # shorter and longer than the checkpoints' windows
 
 
 @lru_cache
@@ -47,35 +49,61 @@ def run(llm: LLM, prompts: Sequence[Sequence[int]], steps: int = STEPS) -> list[
     return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
 
+@lru_cache(maxsize=1024)
+def rows_of(folder: Path, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
+    return Reference(folder).logprobs_of(prompt, tokens)
+
+
 def assert_same(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> None:
+    """Each token is the one that the reference would choose after the prompt and the tokens before it: so all of them
+    are its greedy continuation."""
     for prompt, output in zip(prompts, outputs, strict=True):
-        tokens = list(output.outputs[0].token_ids)
-        expected, logprobs = reference(folder, tuple(prompt), len(tokens))
-        if tokens != expected:
-            i = next(i for i, (ours, theirs) in enumerate(zip(tokens, expected, strict=True)) if ours != theirs)
-            best, second = logprobs[i].topk(2).values.tolist()
-            assert best - second < NEAR_TIE, f"prompt of {len(prompt)}: token {i} is {tokens[i]}, not {expected[i]}"
-            logprobs = Reference(folder).logprobs_of(prompt, tokens)
-        assert output.outputs[0].logprobs is not None
-        for row, token, ours in zip(logprobs, tokens, output.outputs[0].logprobs, strict=True):
+        tokens = tuple(output.outputs[0].token_ids)
+        rows = rows_of(folder, tuple(prompt), tokens)
+        found = output.outputs[0].logprobs
+        assert found is not None
+        for i, (row, token, ours) in enumerate(zip(rows, tokens, found, strict=True)):
+            best = int(row.argmax())
+            close = float(row[best] - row[token])
+            assert token == best or close < NEAR_TIE, f"prompt of {len(prompt)}: token {i} is {token}, not {best}"
             for token_id, value in ours.items():
-                assert abs(value - float(row[token_id])) < LOGPROB_TOLERANCE
+                assert abs(value.logprob - float(row[token_id])) < LOGPROB_TOLERANCE
             assert token in ours
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+@pytest.mark.parametrize("tp", [1, 2, 3])
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_thread_ranks(checkpoint: Checkpoint, name: str, tp: int) -> None:
+    folder = checkpoint(name)
+    assert_same(folder, FEW, generate(folder, FEW, steps=12, tensor_parallel_size=tp))
+
+
+@pytest.mark.parametrize("tp", [1, 3, 4])
+@pytest.mark.parametrize("name", ["llama", "llama_6_2", "gemma3", "opt_350m"])
+def test_many_prompts(checkpoint: Checkpoint, name: str, tp: int) -> None:
+    """Prefilling and decoding side by side, blocks that end and do not end with a prompt."""
     folder = checkpoint(name)
     assert_same(folder, MIXED, generate(folder, MIXED, tensor_parallel_size=tp))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_process_ranks(checkpoint: Checkpoint, name: str, tp: int) -> None:
+@pytest.mark.parametrize("name", [*FAMILIES])
+def test_process_ranks(checkpoint: Checkpoint, name: str) -> None:
     folder = checkpoint(name)
-    outputs = generate(folder, MIXED, tensor_parallel_size=tp, distributed_executor_backend="mp")
-    assert_same(folder, MIXED, outputs)
+    outputs = generate(folder, FEW, steps=8, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert_same(folder, FEW, outputs)
+
+
+def test_one_process_rank(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    assert_same(folder, FEW, generate(folder, FEW, steps=8, distributed_executor_backend="mp"))
+
+
+@pytest.mark.parametrize("shares", [(2, 1), (1, 3, 2), (1, 20)])
+@pytest.mark.parametrize("name", ["llama_6_2", "gpt2", "phi_qk_norm"])
+def test_unequal_shares(checkpoint: Checkpoint, name: str, shares: tuple[int, ...]) -> None:
+    folder = checkpoint(name)
+    outputs = generate(folder, FEW, steps=8, tensor_parallel_size=len(shares), tensor_parallel_split=shares)
+    assert_same(folder, FEW, outputs)
 
 
 def test_engine_in_a_process_of_its_own(checkpoint: Checkpoint) -> None:
@@ -110,7 +138,7 @@ def test_prefix_hits(checkpoint: Checkpoint, block_size: int) -> None:
         outputs = run(llm, second)
     assert_same(folder, second, outputs)
     whole = 48 // block_size * block_size
-    last = 47 // block_size * block_size  # of a prompt that is all cached, one token is left to compute
+    last = min(whole, 47)  # of a prompt that is all cached, one token is left to compute
     assert [output.num_cached_tokens for output in outputs] == [whole, whole, whole, last]
 
 
@@ -168,7 +196,7 @@ def test_stops_at_eos_and_at_length(checkpoint: Checkpoint) -> None:
         assert (ended[0].outputs[0].finish_reason, len(ended[0].outputs[0].token_ids)) == ("length", 6)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_neox", "opt_350m"])
 def test_bfloat16_stays_near_float32(checkpoint: Checkpoint, name: str) -> None:
     """bfloat16 has 8 bits: three layers move log-probabilities by some hundredths, a wrong cast by whole units."""
     folder = checkpoint(name)
@@ -177,7 +205,7 @@ def test_bfloat16_stays_near_float32(checkpoint: Checkpoint, name: str) -> None:
         rows = Reference(folder).logprobs_of(prompt, tokens)
         found = output.outputs[0].logprobs
         assert found is not None
-        errors = [abs(found[i][token] - float(rows[i, token])) for i, token in enumerate(tokens)]
+        errors = [abs(found[i][token].logprob - float(rows[i, token])) for i, token in enumerate(tokens)]
         assert sum(errors) / len(errors) < 0.25
 
 

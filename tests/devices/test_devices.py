@@ -12,23 +12,33 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"),
+    ("variable", "expected"),
     [
-        (None, [81559, 24576]),
-        ("1", [24576]),
-        ("1,0", [24576, 81559]),
-        ("GPU-bb", [24576]),
+        (None, [("0", 81559), ("1", 24576)]),
+        ("1", [("1", 24576)]),
+        ("1,0", [("1", 24576), ("0", 81559)]),
+        (" 1 , GPU-aa", [("1", 24576), ("GPU-aa", 81559)]),
+        ("GPU-bb", [("GPU-bb", 24576)]),
         ("", []),
         ("-1", []),
-        ("0,7,1", [81559]),
+        ("0,-1,1", [("0", 81559)]),
+        ("0,7,1", [("0", 81559)]),
+        ("GPU-cc,0", []),
+        ("GPU-", []),  # two begin so
+        ("0,1,0", []),
+        ("0,GPU-aaaa", []),
+        ("MIG-1234-56,MIG-78", [("MIG-1234-56", None)]),
+        ("MIG-GPU-aaaa/1/0", [("MIG-GPU-aaaa/1/0", None)]),
     ],
 )
-def test_visible_gpus_are_counted_from_zero(visible: str | None, expected: list[int]) -> None:
-    assert cuda.visible_memories(LISTING, visible) == [memory * MIB for memory in expected]
+def test_visible_gpus_are_counted_from_zero(variable: str | None, expected: list[tuple[str, int | None]]) -> None:
+    found = cuda.visible_gpus(LISTING, variable)
+    assert [(gpu.name, gpu.memory and gpu.memory // MIB) for gpu in found] == expected
 
 
-def test_a_host_without_gpus() -> None:
-    assert cuda.visible_memories("", None) == []
+@pytest.mark.parametrize("variable", [None, "0", "MIG-1234"])
+def test_a_host_without_gpus(variable: str | None) -> None:
+    assert cuda.visible_gpus("", variable) == []
 
 
 def test_a_gpu_cannot_pose_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,8 +47,27 @@ def test_a_gpu_cannot_pose_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cuda.discover()
     assert found is not None
     assert (found.num_devices, found.device_memory, found.devices_shareable) == (2, 24576 * MIB, False)
-    with pytest.raises(ConfigError, match="this host shows 2 GPUs"):
+    assert found.visible == ()
+    with pytest.raises(ConfigError, match="this host shows 2 GPUs; or"):
         cuda.discover(3)
+
+
+def test_the_variable_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_ask", lambda: LISTING)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb,0")
+    found = cuda.discover()
+    assert found is not None
+    assert found.visible == ("GPU-bb", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ConfigError, match="shows 1 GPUs under CUDA_VISIBLE_DEVICES='0'"):
+        cuda.discover(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234,MIG-5678")
+    found = cuda.discover()
+    assert found is not None
+    assert (found.num_devices, found.device_memory, found.visible) == (1, None, ("MIG-1234",))
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert cuda.discover() is None
 
 
 def test_control_groups_of_both_versions(tmp_path: Path) -> None:

@@ -12,24 +12,25 @@ from support.fakes import steady
 SIZE = 2
 
 
-def filled(pool: BlockPool, tokens: list[int], salt: str = "") -> list[int]:
+def filled(pool: BlockPool, tokens: list[int], salt: str | None = "") -> list[int]:
     """Blocks of a sequence that has computed all of `tokens`."""
     blocks = pool.allocate(-(-len(tokens) // pool.block_size))
     pool.cache(blocks, 0, len(tokens) // pool.block_size, tokens, salt)
     return blocks
 
 
-def test_a_prefix_is_found_again_and_leaves_a_token_to_compute() -> None:
-    pool = BlockPool(8, SIZE, prefix_caching=True)
+def test_a_prefix_is_found_again_up_to_the_whole_text() -> None:
+    pool = BlockPool(8, SIZE)
     blocks = filled(pool, [1, 2, 3, 4, 5])
     assert pool.find_prefix([1, 2, 3, 4, 9], "") == blocks[:2]
-    assert pool.find_prefix([1, 2, 3, 4], "") == blocks[:1]
-    assert pool.find_prefix([1, 2], "") == []
+    assert pool.find_prefix([1, 2, 3, 4], "") == blocks[:2]
+    assert pool.find_prefix([1, 2], "") == blocks[:1]
+    assert pool.find_prefix([1], "") == []
     assert pool.find_prefix([1, 9, 3, 4, 5], "") == []
 
 
 def test_the_same_block_after_another_beginning_is_not_found() -> None:
-    pool = BlockPool(8, SIZE, prefix_caching=True)
+    pool = BlockPool(8, SIZE)
     filled(pool, [1, 1, 5, 5])
     other = filled(pool, [2, 2, 5, 5])
     assert pool.find_prefix([2, 2, 5, 5, 0], "") == other
@@ -37,21 +38,23 @@ def test_the_same_block_after_another_beginning_is_not_found() -> None:
 
 
 def test_salts_are_apart() -> None:
-    pool = BlockPool(8, SIZE, prefix_caching=True)
+    pool = BlockPool(8, SIZE)
     filled(pool, [1, 2, 3, 4], "a")
     assert pool.find_prefix([1, 2, 3, 4, 5], "b") == []
     assert pool.find_prefix([1, 2, 3, 4, 5], "") == []
     assert len(pool.find_prefix([1, 2, 3, 4, 5], "a")) == 2
 
 
-def test_without_prefix_caching_nothing_is_kept() -> None:
-    pool = BlockPool(8, SIZE, prefix_caching=False)
-    filled(pool, [1, 2, 3, 4])
+def test_what_shares_with_nobody_is_not_kept() -> None:
+    pool = BlockPool(8, SIZE)
+    filled(pool, [1, 2, 3, 4], None)
     assert pool.find_prefix([1, 2, 3, 4, 5], "") == []
+    filled(pool, [1, 2, 3, 4], "")
+    assert pool.find_prefix([1, 2, 3, 4, 5], None) == []
 
 
 def test_of_what_nobody_holds_the_longest_unused_goes_first_and_of_a_chain_its_end() -> None:
-    pool = BlockPool(4, SIZE, prefix_caching=True)
+    pool = BlockPool(4, SIZE)
     old, young = filled(pool, [1, 1, 2, 2]), filled(pool, [3, 3, 4, 4])
     pool.release(old)
     pool.release(young)
@@ -59,7 +62,7 @@ def test_of_what_nobody_holds_the_longest_unused_goes_first_and_of_a_chain_its_e
 
 
 def test_blocks_without_use_are_taken_before_cached_ones() -> None:
-    pool = BlockPool(4, SIZE, prefix_caching=True)
+    pool = BlockPool(4, SIZE)
     cached, plain = filled(pool, [1, 1, 2, 2]), pool.allocate(2)
     pool.release(cached)
     pool.release(plain)
@@ -68,7 +71,7 @@ def test_blocks_without_use_are_taken_before_cached_ones() -> None:
 
 
 def test_a_held_block_outlives_the_one_who_filled_it() -> None:
-    pool = BlockPool(3, SIZE, prefix_caching=True)
+    pool = BlockPool(3, SIZE)
     blocks = filled(pool, [1, 1, 2, 2])
     found = pool.find_prefix([1, 1, 2, 2, 3], "")
     assert pool.num_unused(found) == 0
@@ -82,7 +85,7 @@ def test_a_held_block_outlives_the_one_who_filled_it() -> None:
 
 
 def test_a_second_copy_stays_private_and_its_chain_goes_on_from_the_first() -> None:
-    pool = BlockPool(8, SIZE, prefix_caching=True)
+    pool = BlockPool(8, SIZE)
     first = filled(pool, [1, 1])
     second = filled(pool, [1, 1, 2, 2])
     assert pool.find_prefix([1, 1, 2, 2, 3], "") == [first[0], second[1]]
@@ -92,7 +95,7 @@ def test_a_second_copy_stays_private_and_its_chain_goes_on_from_the_first() -> N
 
 @pytest.mark.parametrize("held", [[], [[0, 1, 1]], [[0], [1], [2]]])
 def test_the_audit_tells_when_the_books_differ(held: list[list[int]]) -> None:
-    pool = BlockPool(4, SIZE, prefix_caching=True)
+    pool = BlockPool(4, SIZE)
     assert pool.allocate(2) == [0, 1]
     with pytest.raises(EngineError, match="out of balance"):
         pool.audit(held)
@@ -103,7 +106,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(6, SIZE, prefix_caching=True)
+        self.pool = BlockPool(6, SIZE)
         self.content: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.held: list[tuple[str, list[int], list[int]]] = []  # salt, tokens, blocks
 
@@ -112,7 +115,7 @@ class PoolMachine(RuleBasedStateMachine):
         prefix = self.pool.find_prefix(tokens, salt)
         for i, block in enumerate(prefix):
             assert self.content[block] == (salt, tuple(tokens[: (i + 1) * SIZE]))
-        assert len(prefix) * SIZE < len(tokens)
+        assert len(prefix) * SIZE <= len(tokens)
         wanted = -(-len(tokens) // SIZE) - len(prefix)
         if wanted > self.pool.num_free - self.pool.num_unused(prefix):
             return

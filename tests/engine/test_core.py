@@ -1,19 +1,25 @@
 """The engine over fake ranks, as clients see it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal import wire
+from shoal.config import SpeculativeConfig
 from shoal.engine.core import EngineCore
+from shoal.engine.grammar import Grammars
 from shoal.engine.scheduler import Limits
-from shoal.errors import ClosedError, EngineError, RankFailed
+from shoal.engine.speculation import make_guessers
+from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
 from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, request, steady
 
 MAX_MODEL_LEN = 20
+NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=3, prompt_lookup_max=2, prompt_lookup_min=1)
 
 
 class Engine:
@@ -31,6 +37,7 @@ class Engine:
         delays: Mapping[int, int] | Callable[[int], int] = {},  # noqa: B006 (never written)
         drop: int | None = None,
         dies_at: int | None = None,
+        speculative: SpeculativeConfig | None = None,
     ) -> None:
         self.ranks = FakeExecutor(num_blocks, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.depth = depth
@@ -43,6 +50,7 @@ class Engine:
             prefix_caching=prefix_caching,
             max_in_flight=depth,
             clock=self.clock,
+            make_guesser=make_guessers(speculative),
         )
 
     def add(self, spec: wire.EngineRequest) -> None:
@@ -189,6 +197,207 @@ def test_a_closed_engine_says_so() -> None:
             call()
 
 
+# --- guesses -----------------------------------------------------------------------------------------------------
+
+
+def test_guesses_are_counted_and_save_steps() -> None:
+    """A cycle of tokens, which n-grams guess."""
+    plain, guessing = Engine(depth=1), Engine(depth=1, speculative=NGRAM)
+    spec = request(1, [1, 2, 3], 14)
+    for engine in (plain, guessing):
+        engine.add(spec)
+        engine.drain()
+    assert guessing.outcomes.tokens[1] == plain.outcomes.tokens[1] == alone(spec)
+    works = [work for plan in guessing.ranks.plans for work in plan.work]
+    stats = guessing.core.stats()
+    assert stats.draft_tokens == sum(len(work.drafts) for work in works) > 0
+    steps = sum(work.sample for work in works)
+    assert stats.accepted_tokens == 14 - steps
+    assert (plain.core.stats().draft_tokens, plain.core.stats().accepted_tokens) == (0, 0)
+
+
+# --- masks -------------------------------------------------------------------------------------------------------
+
+
+class FakeGrammar:
+    """Allows what comes until `problem_at` or `refused_at` tokens were accepted; ends at `end`."""
+
+    def __init__(self, end: int, problem_at: int, refused_at: int) -> None:
+        self.text: list[int] = []
+        self.problem = ""
+        self._end, self._problem_at, self._refused_at = end, problem_at, refused_at
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.problem) or len(self.text) == self._end
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        if not self.problem:
+            self.text += tokens
+
+    def valid(self, drafts: Sequence[int]) -> int:
+        return min(len(drafts), self._refused_at - len(self.text))
+
+    def masks(self, drafts: Sequence[int]) -> bytes:
+        """A row says behind how many tokens it is."""
+        if len(self.text) >= self._problem_at:
+            self.problem = "a dead end"
+        return b"".join((len(self.text) + i).to_bytes(4, "little") for i in range(1 + len(drafts)))
+
+
+class FakeGrammars:
+    """A grammar is three numbers: see FakeGrammar."""
+
+    words = 1
+
+    def compile(self, grammar: str) -> FakeGrammar:
+        return FakeGrammar(*map(int, grammar.split()))
+
+
+FREE = "99 99 99"
+
+
+class Watched(FaultyExecutor):
+    """Sees to it that nothing is planned behind a masked work before its outcome is known."""
+
+    def __init__(self, ranks: FakeExecutor, delays: Callable[[int], int]) -> None:
+        super().__init__(ranks, delays=delays)
+        self._open: dict[int, wire.StepPlan] = {}
+
+    def launch(self, plan: wire.StepPlan) -> None:
+        waiting = {work.seq for launched in self._open.values() for work in launched.work if work.masked}
+        assert not waiting & {work.seq for work in plan.work}
+        self._open[plan.step] = plan
+        super().launch(plan)
+
+    def poll(self, timeout: float) -> list[wire.StepResult]:
+        results = super().poll(timeout)
+        for result in results:
+            del self._open[result.step]
+        return results
+
+
+class Masked:
+    """An engine with grammars over fake ranks; `ends` are the last updates, `tokens` all that came."""
+
+    def __init__(self, *, depth: int = 2, num_blocks: int = 16, budget: int = 64, guessing: bool = False) -> None:
+        self.ranks = FakeExecutor(num_blocks, 4, max_num_batched_tokens=budget)
+        self.core = EngineCore(
+            Watched(self.ranks, lambda step: step % 3),
+            Limits(8, budget, MAX_MODEL_LEN),
+            block_size=4,
+            prefix_caching=True,
+            max_in_flight=depth,
+            grammars=cast(Grammars, FakeGrammars()),
+            make_guesser=make_guessers(NGRAM if guessing else None),
+        )
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, wire.SeqUpdate] = {}
+
+    def add(self, spec: wire.EngineRequest, grammar: str = "") -> wire.EngineRequest:
+        self.core.add(msgspec.structs.replace(spec, grammar=grammar))
+        self.tokens[spec.seq] = []
+        return spec
+
+    def drain(self) -> None:
+        for _ in range(1000):
+            if not self.core.busy:
+                break
+            for update in self.core.updates(0):
+                assert update.seq not in self.ends
+                self.tokens[update.seq] += update.tokens
+                if update.finish is not None:
+                    self.ends[update.seq] = update
+        assert set(self.ends) == set(self.tokens)
+        assert self.core.stats().free_blocks == self.ranks.num_blocks
+
+    def check_masks(self) -> None:
+        """Each masked plan has its mask, whose rows are in the plan's order and know all the tokens before them."""
+        prompt_lens = {new.seq: new.prompt_len for plan in self.ranks.plans for new in plan.new}
+        masked = [plan for plan in self.ranks.plans if plan.masked]
+        assert [mask.step for mask in self.ranks.masks] == [plan.step for plan in masked]
+        for plan, mask in zip(masked, self.ranks.masks, strict=True):
+            assert (mask.incarnation, mask.words) == (plan.incarnation, 1)
+            expected: list[int] = []
+            for work in plan.work:
+                assert work.sample or not work.masked
+                if work.masked:
+                    stop = work.start + work.count - prompt_lens[work.seq]
+                    expected += range(stop - len(work.drafts), stop + 1)
+            assert mask.bits == b"".join(row.to_bytes(4, "little") for row in expected)
+
+
+@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize(("depth", "num_blocks", "budget"), [(1, 16, 64), (2, 16, 64), (3, 16, 5), (2, 7, 64)])
+def test_each_masked_plan_has_its_mask(depth: int, num_blocks: int, budget: int, guessing: bool) -> None:
+    """With prompts in chunks, with too few blocks for all, beside requests that are free."""
+    engine = Masked(depth=depth, num_blocks=num_blocks, budget=budget, guessing=guessing)
+    specs = [engine.add(request(i, range(3 + 2 * i), 8), FREE if i % 3 else "") for i in range(5)]
+    engine.drain()
+    for spec in specs:
+        assert engine.tokens[spec.seq] == alone(spec)
+        assert engine.ends[spec.seq].finish is wire.Finish.LENGTH
+    engine.check_masks()
+    stats = engine.core.stats()
+    assert (stats.preemptions > 0) == (num_blocks == 7)
+    assert (stats.accepted_tokens > 0) == guessing
+    masked = {work.seq for plan in engine.ranks.plans for work in plan.work if work.masked}
+    assert masked == {1, 2, 4}
+
+
+def test_a_grammar_that_ends_stops_its_request() -> None:
+    engine = Masked(guessing=True)
+    spec = engine.add(request(1, [1, 2, 3], 8), "5 99 99")
+    other = engine.add(request(2, [1, 2, 3], 8))
+    engine.drain()
+    assert engine.tokens[1] == alone(spec)[:5]
+    assert (engine.ends[1].finish, engine.ends[1].error) == (wire.Finish.STOP, "")
+    assert engine.tokens[2] == alone(other)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        ("99 3 99", "a dead end"),
+        ("99 99 3", "the request's other parameters forbid every token that may follow"),
+    ],
+)
+@pytest.mark.parametrize("guessing", [False, True])
+def test_a_grammar_that_can_not_be_obeyed_ends_its_request_alone(grammar: str, reason: str, guessing: bool) -> None:
+    """What was drawn where nothing may follow is no part of the output."""
+    engine = Masked(guessing=guessing)
+    spec = engine.add(request(1, [1, 2, 3], 8), grammar)
+    other = engine.add(request(2, [1, 2, 3], 8), FREE)
+    engine.drain()
+    found = engine.tokens[1]
+    assert found == alone(spec)[: len(found)]
+    assert len(found) == 3 or (guessing and 3 < len(found) < 8)  # guesses may take it past the place
+    assert engine.ends[1].finish is wire.Finish.ABORT
+    assert engine.ends[1].error == f"structured_outputs can't be obeyed: {reason}"
+    assert engine.tokens[2] == alone(other)
+    assert engine.ends[2].finish is wire.Finish.LENGTH
+
+
+def test_a_masked_request_may_be_aborted_at_any_time() -> None:
+    for polls in range(6):
+        engine = Masked()
+        engine.add(request(1, [1, 2, 3], 8), FREE)
+        for _ in range(polls):
+            for update in engine.core.updates(0):
+                engine.tokens[1] += update.tokens
+        engine.core.abort([1])
+        engine.drain()
+        assert engine.ends[1].finish is wire.Finish.ABORT
+        engine.check_masks()
+
+
+def test_an_engine_without_a_tokenizer_refuses_grammars() -> None:
+    engine = Engine()
+    with pytest.raises(RequestError, match="need a tokenizer"):
+        engine.core.add(msgspec.structs.replace(request(1, [1]), grammar="x"))
+    assert not engine.core.busy
+
+
 class LastComesFirst:
     def rank(self, request: wire.EngineRequest, arrival: int) -> tuple[int, ...]:
         return (-arrival,)
@@ -217,6 +426,7 @@ class EngineMachine(RuleBasedStateMachine):
         depth=st.integers(1, 3),
         prefix_caching=st.booleans(),
         delays=st.lists(st.integers(0, 3), min_size=1, max_size=5),
+        speculative=st.sampled_from([None, NGRAM]),
     )
     def start(
         self,
@@ -227,6 +437,7 @@ class EngineMachine(RuleBasedStateMachine):
         depth: int,
         prefix_caching: bool,
         delays: list[int],
+        speculative: SpeculativeConfig | None,
     ) -> None:
         self.engine = Engine(
             num_blocks=-(-MAX_MODEL_LEN // block_size) + spare,
@@ -236,6 +447,7 @@ class EngineMachine(RuleBasedStateMachine):
             depth=depth,
             prefix_caching=prefix_caching,
             delays=lambda step: delays[step % len(delays)],
+            speculative=speculative,
         )
         self.slowest = 1 + max(delays)
 

@@ -1,5 +1,8 @@
 """The scheduler, plan by plan. Hypothesis chooses what comes when; the fake ranks check every plan."""
 
+from collections.abc import Callable, Sequence
+
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,10 +12,30 @@ from shoal import wire
 from shoal.engine.blocks import BlockPool
 from shoal.engine.request import State
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
+from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
-from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, request, steady
+from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, next_token, request, steady
 
 MAX_MODEL_LEN = 20
+
+
+class Oracle:
+    """Guesses that are right for a while, then wrong: how long is a matter of the text."""
+
+    def __init__(self, count: int, lookahead: int = 0) -> None:
+        self.lookahead = lookahead
+        self._count = count
+        self._tokens: list[int] = []
+
+    def accept(self, tokens: Sequence[int], guesses: Sequence[int]) -> None:
+        self._tokens += tokens
+
+    def guess(self, count: int) -> tuple[int, ...]:
+        found: list[int] = []
+        for i in range(min(count, self._count)):
+            token = next_token([*self._tokens, *found])
+            found.append(token if (len(self._tokens) + i) % 3 else token + 1)
+        return tuple(found)
 
 
 class Bench:
@@ -27,12 +50,29 @@ class Bench:
         budget: int = 64,
         max_model_len: int = 64,
         prefix_caching: bool = True,
+        make_guesser: Callable[[], Guesser | None] = lambda: None,
+        lookahead: int = 0,
+        window: int | None = None,
     ) -> None:
-        self.limits = Limits(max_num_seqs, budget, max_model_len)
-        self.pool = BlockPool(num_blocks, block_size, prefix_caching=prefix_caching)
+        self.limits = Limits(max_num_seqs, budget, max_model_len, window)
+        self.pool = BlockPool(num_blocks, block_size)
         self.clock = FakeClock()
-        self.scheduler = Scheduler(self.pool, self.limits, PriorityPolicy(), self.clock)
-        self.executor = FakeExecutor(num_blocks, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.scheduler = Scheduler(
+            self.pool,
+            self.limits,
+            PriorityPolicy(),
+            self.clock,
+            prefix_caching=prefix_caching,
+            make_guesser=make_guesser,
+        )
+        self.executor = FakeExecutor(
+            num_blocks,
+            block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            lookahead=lookahead,
+            window=window,
+        )
         self.outcomes = Outcomes()
 
     def add(self, spec: wire.EngineRequest) -> None:
@@ -221,6 +261,92 @@ def test_a_prompt_that_was_seen_before_is_not_computed_again() -> None:
     bench.drain()
 
 
+def test_a_prompt_that_is_all_cached_is_not_written_again() -> None:
+    """Its last token is computed once more, for what follows it; the block belongs to both."""
+    bench = Bench()
+    bench.add(request(1, range(8), 3))
+    bench.add(request(2, range(8), 3))
+    assert spans(bench.step()) == {1: (0, 8), 2: (7, 1)}
+    assert bench.pool.num_free == 16 - 2
+    bench.drain()
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_the_outputs_of_one_prompt_share_its_blocks(prefix_caching: bool) -> None:
+    bench = Bench(prefix_caching=prefix_caching)
+    for seq in range(4):
+        bench.add(request(seq, range(12), 2, group=0))
+    assert spans(bench.step()) == {0: (0, 12), 1: (11, 1), 2: (11, 1), 3: (11, 1)}
+    assert bench.pool.num_free == 16 - 3
+    bench.drain()
+    bench.add(request(9, range(12), 2))
+    assert spans(bench.step()) == {9: (11, 1) if prefix_caching else (0, 12)}
+    bench.drain()
+
+
+def test_guesses_that_are_right_are_kept_and_nothing_is_planned_behind_them() -> None:
+    bench = Bench(make_guesser=lambda: Oracle(4))
+    bench.add(request(1, [1, 2, 3, 4], 9))
+    bench.must_plan()
+    assert bench.plan() is None, "what follows is guessed from tokens that are known"
+    bench.land()
+    (work,) = bench.must_plan().work
+    assert (work.start, work.count, len(work.drafts)) == (4, 5, 4)
+    bench.land()
+    assert len(bench.outcomes.tokens[1]) == 1 + 2, "what is drawn behind a wrong guess means nothing"
+    (work,) = bench.must_plan().work
+    assert work.start == 6
+    bench.land()
+    bench.drain()
+    counters = bench.scheduler.counters
+    assert counters.generated_tokens == 9
+    assert 0 < counters.accepted_tokens < counters.draft_tokens
+
+
+def test_guesses_never_go_beyond_the_last_token_wanted() -> None:
+    bench = Bench(make_guesser=lambda: Oracle(4))
+    bench.add(request(1, [1, 2], 3))
+    bench.step()
+    (work,) = bench.step().work
+    assert len(work.drafts) == 1
+    bench.drain()
+
+
+def test_a_draft_model_gets_room_where_there_is_some() -> None:
+    bench = Bench(num_blocks=3, block_size=4, max_model_len=12, make_guesser=lambda: Oracle(3, 3), lookahead=3)
+    bench.add(request(1, range(4), 8))
+    (work,) = bench.step().work
+    assert len(work.blocks) == 2
+    bench.drain()
+
+
+def test_blocks_behind_the_window_are_given_back() -> None:
+    """A window of 4 over blocks of 2: the two or three that it touches, the one being written, and one for the cache's
+    chain are held, however long the text."""
+    bench = Bench(num_blocks=16, block_size=2, window=4)
+    bench.add(request(1, range(8), 16))
+    held = []
+    while not bench.scheduler.idle:
+        bench.step()
+        held.append(16 - bench.pool.num_free)
+    assert max(held[1:]) <= 5
+    bench.drain()
+    bench.add(request(2, range(9), 2))
+    assert spans(bench.step()) == {2: (8, 1)}, "what was given back is still found"
+    bench.drain()
+
+
+def test_a_prompt_whose_logprobs_are_wanted_is_computed() -> None:
+    bench = Bench()
+    bench.add(request(1, range(9), 1))
+    bench.step()
+    spec = request(2, range(9), 1)
+    wanted = msgspec.structs.replace(spec, sampling=msgspec.structs.replace(spec.sampling, prompt_logprobs=0))
+    bench.add(wanted)
+    assert spans(bench.step()) == {2: (0, 9)}
+    bench.drain()
+
+
 def test_two_that_begin_alike_share_blocks_within_one_step() -> None:
     bench = Bench()
     bench.add(request(1, range(9), 3))
@@ -349,9 +475,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 16),
         depth=st.integers(1, 3),
         prefix_caching=st.booleans(),
+        guesses=st.sampled_from([0, 0, 1, 4]),
+        lookahead=st.sampled_from([0, 3]),
+        window=st.sampled_from([None, None, 1, 5]),
     )
     def start(
-        self, block_size: int, spare: int, max_num_seqs: int, budget: int, depth: int, prefix_caching: bool
+        self,
+        block_size: int,
+        spare: int,
+        max_num_seqs: int,
+        budget: int,
+        depth: int,
+        prefix_caching: bool,
+        guesses: int,
+        lookahead: int,
+        window: int | None,
     ) -> None:
         self.depth = depth
         self.bench = Bench(
@@ -361,6 +499,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             budget=budget,
             max_model_len=MAX_MODEL_LEN,
             prefix_caching=prefix_caching,
+            make_guesser=lambda: Oracle(guesses, lookahead) if guesses else None,
+            lookahead=lookahead,
+            window=window,
         )
 
     @rule(
@@ -370,15 +511,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         lifetime=st.none() | st.integers(1, 9),
         salt=st.sampled_from(["", "", "a"]),
+        outputs=st.sampled_from([1, 1, 2]),
     )
     def add(
-        self, prompt: list[int], max_tokens: int, stop_ids: set[int], priority: int, lifetime: int | None, salt: str
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        stop_ids: set[int],
+        priority: int,
+        lifetime: int | None,
+        salt: str,
+        outputs: int,
     ) -> None:
         deadline = None if lifetime is None else self.bench.clock.now + lifetime
-        seq = len(self.bench.outcomes.specs)
-        self.bench.add(
-            request(seq, prompt, max_tokens, stop_ids=sorted(stop_ids), priority=priority, deadline=deadline, salt=salt)
-        )
+        group = len(self.bench.outcomes.specs)
+        for seq in range(group, group + outputs):
+            self.bench.add(
+                request(
+                    seq,
+                    prompt,
+                    max_tokens,
+                    stop_ids=sorted(stop_ids),
+                    priority=priority,
+                    deadline=deadline,
+                    salt=salt,
+                    group=group if outputs > 1 else -1,
+                )
+            )
 
     @precondition(lambda self: self.bench.scheduler.num_in_flight < self.depth)
     @rule()
@@ -421,7 +580,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.bench.scheduler
         scheduler.audit()
         assert len(scheduler._running) <= self.bench.limits.max_num_seqs
-        held = {block for r in scheduler._running for block in r.blocks}
+        held = {block for r in scheduler._running for block in r.held}
         assert self.bench.pool.num_free == self.bench.pool.num_blocks - len(held)
         states = [r.state for r in scheduler._requests.values()]
         assert scheduler.num_waiting == len(states) - states.count(State.RUNNING)

@@ -185,7 +185,27 @@ def test_rank_that_can_not_allocate(folder: str, monkeypatch: pytest.MonkeyPatch
 def test_rank_that_dies_with_much_to_read() -> None:
     """What was still to be sent to it has no reader; that must not hide who has died."""
     setup = wire.RankSetup(
-        *(wire.WIRE_VERSION, 0, 1, 1, "", "auto", "float32", "cpu", 0, 0, 16, 16, 1, 16, (), 1, None, 0.9, 5.0)
+        wire_version=wire.WIRE_VERSION,
+        rank=0,
+        world_size=1,
+        incarnation=1,
+        model_path="",
+        model_impl="shoal",
+        tp_split=(),
+        load_format="auto",
+        dtype="float32",
+        device="cpu",
+        device_index=0,
+        seed=0,
+        block_size=16,
+        max_model_len=16,
+        max_num_seqs=1,
+        max_num_batched_tokens=16,
+        cores=(),
+        threads=1,
+        kv_budget=None,
+        memory_utilization=0.9,
+        comm_timeout_s=5.0,
     )
     links = ProcessLinks([setup])
     try:

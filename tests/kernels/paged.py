@@ -1,19 +1,19 @@
 """Paged batches made at random, and attention over them by its formula."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import HeadLayout, KVCache, PagedBatch
+from shoal.kernels.base import HeadLayout, KVCache, PagedBatch, Scores
 
 
 @dataclass(frozen=True)
 class Case:
     q: Tensor
     heads: HeadLayout
-    scale: float
+    scores: Scores
     batch: PagedBatch
     cache: KVCache
 
@@ -51,6 +51,8 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     block_size: int = 16,
     seed: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
     batch, slots = make_batch(lens, block_size, generator)
@@ -63,7 +65,7 @@ def make_case(
         keys[owned] = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
         values[owned] = torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype)
     q = torch.randn(len(batch.positions), len(q_to_kv), head_dim, generator=generator).to(dtype)
-    return Case(q, heads, head_dim**-0.5, batch, KVCache(keys, values))
+    return Case(q, heads, Scores(head_dim**-0.5, window, softcap), batch, KVCache(keys, values))
 
 
 def rows_of_sequence(case: Case, i: int) -> slice:
@@ -86,11 +88,12 @@ def alone(case: Case, i: int) -> Case:
         query_lens=(queries,),
         host_context_lens=(batch.host_context_lens[i],),
     )
-    return Case(case.q[rows], case.heads, case.scale, single, case.cache)
+    return replace(case, q=case.q[rows], batch=single)
 
 
 def formula(case: Case) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale) v in float64, and softmax(..) |v|, by which errors are measured.
+    """softmax(s) v in float64, where s = q k^T * scale, bent and cut to the window; and softmax(s) |v|, by which errors
+    are measured.
 
     [n, q_heads * head_dim] each.
     """
@@ -102,8 +105,13 @@ def formula(case: Case) -> tuple[Tensor, Tensor]:
         owned = batch.block_tables[i][where // batch.block_size].long() * batch.block_size + where % batch.block_size
         keys, values = case.cache.keys[owned].double()[:, kv_of], case.cache.values[owned].double()[:, kv_of]
         rows = rows_of_sequence(case, i)
-        seen = where <= torch.arange(context - batch.query_lens[i], context)[:, None, None]
-        scores = torch.einsum("rhd,lhd->rhl", case.q[rows].double(), keys) * case.scale
+        positions = torch.arange(context - batch.query_lens[i], context)[:, None, None]
+        seen = where <= positions
+        if case.scores.window is not None:
+            seen &= where > positions - case.scores.window
+        scores = torch.einsum("rhd,lhd->rhl", case.q[rows].double(), keys) * case.scores.scale
+        if case.scores.softcap is not None:
+            scores = case.scores.softcap * torch.tanh(scores / case.scores.softcap)
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
         out[rows] = torch.einsum("rhl,lhd->rhd", weights, values)
         size[rows] = torch.einsum("rhl,lhd->rhd", weights, values.abs())

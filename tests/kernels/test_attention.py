@@ -6,15 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.common import BOTH, NATIVE, REFERENCE, TYPES, WHY, needs_native, threads
 from kernels.paged import Case, alone, formula, make_case, rows_of_sequence
+from shoal.kernels import reference as reference_module
 from shoal.kernels.base import Kernels
-from shoal.kernels.native import MAX_SHORT_QUERIES, NativeKernels, load_native
-from shoal.kernels.reference import ReferenceKernels, is_regular
-
-NATIVE, WHY = load_native()
-REFERENCE = ReferenceKernels()
-needs_native = pytest.mark.skipif(NATIVE is None, reason=WHY)
-BOTH = [pytest.param(NATIVE, id="native", marks=needs_native), pytest.param(REFERENCE, id="reference")]
+from shoal.kernels.native import MAX_SHORT_QUERIES, NativeKernels
+from shoal.kernels.reference import is_regular
 
 GQA = (0, 0, 0, 0, 1, 1, 1, 1)
 LAYOUTS = [
@@ -36,7 +33,7 @@ def native() -> NativeKernels:
 
 
 def attend(kernels: Kernels, case: Case) -> Tensor:
-    return kernels.attend(case.q, case.heads, case.scale, case.batch, case.cache)
+    return kernels.attend(case.q, case.heads, case.scores, case.batch, case.cache)
 
 
 def check(kernels: Kernels, case: Case) -> None:
@@ -48,24 +45,24 @@ def check(kernels: Kernels, case: Case) -> None:
     slack = 5e-6
     if case.q.dtype != torch.float32:
         unit = float(torch.finfo(case.q.dtype).eps) / 2
-        # The output is rounded once. PyTorch rounds the weights too, before it multiplies them with the values; the
-        # native kernels do not.
+        # The output is rounded once. PyTorch's fused attention rounds the weights too, before it multiplies them
+        # with the values; what is written out here, and the native kernels, do not.
         fused = isinstance(kernels, NativeKernels) and max(case.batch.query_lens) <= MAX_SHORT_QUERIES
-        slack += 0 if fused else 1.01 * unit
+        slack += 0 if fused or case.scores.softcap is not None else 1.01 * unit
         assert ((out.double() - wanted).abs() <= wanted.abs() * unit * 1.01 + size * slack).all()
     else:
         assert ((out.double() - wanted).abs() <= size * slack).all()
 
 
 @pytest.mark.parametrize("kernels", BOTH)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("q_to_kv", "kv_heads"), LAYOUTS)
 def test_layouts(kernels: Kernels, dtype: torch.dtype, q_to_kv: tuple[int, ...], kv_heads: int) -> None:
     check(kernels, make_case(MIXED, q_to_kv, kv_heads, 64, dtype))
 
 
 @pytest.mark.parametrize("kernels", BOTH)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 128, 192, 256])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_head_and_block_sizes(kernels: Kernels, dtype: torch.dtype, head_dim: int, block_size: int) -> None:
@@ -73,14 +70,63 @@ def test_head_and_block_sizes(kernels: Kernels, dtype: torch.dtype, head_dim: in
 
 
 @pytest.mark.parametrize("kernels", BOTH)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TYPES)
 def test_decodes_alone(kernels: Kernels, dtype: torch.dtype) -> None:
     lens = [(1, context) for context in (1, 2, 15, 16, 17, 255, 256, 257, 512, 513)]
     check(kernels, make_case(lens, GQA, 2, 80, dtype))
 
 
+WINDOWS = [None, 1, 2, 100, 256, 257, 400, 10_000]
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_windows_and_softcaps(kernels: Kernels, dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+    lens = [*MIXED, (270, 270), (20, 600)]
+    check(kernels, make_case(lens, (0, 0, 1, 1), 2, 48, dtype, window=window, softcap=softcap))
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize(("q_to_kv", "kv_heads"), LAYOUTS)
+def test_layouts_with_a_window_and_a_softcap(kernels: Kernels, q_to_kv: tuple[int, ...], kv_heads: int) -> None:
+    check(kernels, make_case(MIXED, q_to_kv, kv_heads, 24, torch.bfloat16, 4, window=200, softcap=2.0))
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize("window", [1, 7, 64])
+def test_keys_before_the_window_are_not_read(kernels: Kernels, window: int) -> None:
+    case = make_case([(1, 40), (1, 300), (2, 90), (5, 70), (20, 100)], (0, 0), 1, 16, window=window)
+    wanted = attend(kernels, case)
+    for table, context, queries in zip(
+        case.batch.block_tables, case.batch.host_context_lens, case.batch.query_lens, strict=True
+    ):
+        where = torch.arange(max(0, context - queries - window + 1))
+        case.cache.values[table[where // 16].long() * 16 + where % 16] = torch.nan
+    assert torch.equal(attend(kernels, case), wanted)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_runs_in_pieces(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+    monkeypatch.setattr(reference_module, "WINDOW_QUERIES", 8)
+    monkeypatch.setattr(reference_module, "SCORE_BYTES", 4 * 3 * 4 * 60)
+    lens = [(1, 30), (1, 50), (2, 2), (20, 20), (30, 60), (33, 100)]
+    for window in (None, 1, 5, 40, 1000):
+        check(REFERENCE, make_case(lens, (0, 1, 1), 2, 16, torch.float32, 4, window=window, softcap=softcap))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_singles_in_groups(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+    monkeypatch.setattr(reference_module, "GATHER_BYTES", 2 * 3 * 16 * 4 * 64)
+    lens = [(1, context) for context in (5, 20, 60, 100, 3, 40)]
+    for window in (None, 25):
+        check(REFERENCE, make_case(lens, (0, 1, 1), 2, 16, torch.float32, 4, window=window, softcap=softcap))
+
+
 def test_float16() -> None:
     check(REFERENCE, make_case(MIXED, GQA, 2, 64, torch.float16))
+    check(REFERENCE, make_case(MIXED, GQA, 2, 64, torch.float16, window=30, softcap=20.0))
 
 
 def test_heads_beyond_the_native_limit(native: NativeKernels) -> None:
@@ -95,32 +141,38 @@ def test_no_query_heads(kernels: Kernels, q_heads: int, kv_heads: int) -> None:
     assert attend(kernels, case).shape == (len(case.q), 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_rows_have_the_same_bits_in_any_batch(native: NativeKernels, dtype: torch.dtype, kv_heads: int) -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (None, 5.0), (300, None), (100, 5.0)])
+def test_rows_have_the_same_bits_in_any_batch(
+    native: NativeKernels, dtype: torch.dtype, kv_heads: int, window: int | None, softcap: float | None
+) -> None:
     lens = [(1, 1), (1, 160), (1, 256), (1, 300), (1, 1500), (2, 40), (5, 700), (8, 1000), (9, 50), (40, 120)]
-    case = make_case(lens, tuple(i // 2 for i in range(2 * kv_heads)), kv_heads, 128, dtype)
+    q_to_kv = tuple(i // 2 for i in range(2 * kv_heads))
+    case = make_case(lens, q_to_kv, kv_heads, 128, dtype, window=window, softcap=softcap)
     together = attend(native, case)
     for i in range(len(lens)):
         assert torch.equal(attend(native, alone(case, i)), together[rows_of_sequence(case, i)]), lens[i]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_have_the_same_bits_with_any_threads(native: NativeKernels, dtype: torch.dtype) -> None:
-    case = make_case([(1, 2000), (1, 10), (1, 300), (7, 600)], GQA, 2, 128, dtype)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (700, 5.0)])
+def test_rows_have_the_same_bits_with_any_threads(
+    native: NativeKernels, dtype: torch.dtype, window: int | None, softcap: float | None
+) -> None:
+    case = make_case([(1, 2000), (1, 10), (1, 300), (7, 600)], GQA, 2, 128, dtype, window=window, softcap=softcap)
+    results = []
+    for count in (1, 2, 3, 5):
+        with threads(count):
             results.append(attend(native, case))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_a_verified_token_has_the_bits_of_a_decoded_one(native: NativeKernels) -> None:
-    run = make_case([(5, 300)], GQA, 2, 64, torch.bfloat16)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (150, 5.0), (300, None)])
+def test_a_verified_token_has_the_bits_of_a_decoded_one(
+    native: NativeKernels, window: int | None, softcap: float | None
+) -> None:
+    run = make_case([(5, 300)], GQA, 2, 64, torch.bfloat16, window=window, softcap=softcap)
     together = attend(native, run)
     for j in range(5):
         seen = 296 + j
@@ -132,13 +184,13 @@ def test_a_verified_token_has_the_bits_of_a_decoded_one(native: NativeKernels) -
             query_lens=(1,),
             host_context_lens=(seen,),
         )
-        decoded = native.attend(run.q[j : j + 1], run.heads, run.scale, batch, run.cache)
+        decoded = native.attend(run.q[j : j + 1], run.heads, run.scores, batch, run.cache)
         assert torch.equal(decoded[0], together[j])
 
 
 def test_large_scores_do_not_overflow(native: NativeKernels) -> None:
     case = make_case([(1, 600), (3, 40)], GQA, 2, 64)
-    huge = Case(case.q * 300, case.heads, case.scale, case.batch, case.cache)
+    huge = replace(case, q=case.q * 300)
     out = attend(native, huge)
     # Scores of about 1000 are off by up to 1000 * 2^-22, and the weights with them.
     wanted, size = formula(huge)
@@ -154,12 +206,21 @@ def test_large_scores_do_not_overflow(native: NativeKernels) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     block_size=st.sampled_from([1, 4, 16, 32]),
     seed=st.integers(0, 1000),
+    window=st.none() | st.integers(1, 600),
+    softcap=st.sampled_from([None, 1.0, 30.0]),
 )
 def test_random_batches(
-    lens: list[tuple[int, int]], q_to_kv: list[int], head_dim: int, dtype: torch.dtype, block_size: int, seed: int
+    lens: list[tuple[int, int]],
+    q_to_kv: list[int],
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: int,
+    seed: int,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     ordered = sorted((queries, queries + before) for queries, before in lens)
-    case = make_case(ordered, tuple(q_to_kv), 3, head_dim, dtype, block_size, seed)
+    case = make_case(ordered, tuple(q_to_kv), 3, head_dim, dtype, block_size, seed, window, softcap)
     check(REFERENCE, case)
     if NATIVE is not None:
         check(NATIVE, case)

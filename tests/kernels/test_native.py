@@ -34,7 +34,7 @@ def test_a_stale_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "__file__", str(tmp_path / "native.py"))
-    assert load_native() == (None, "the native kernels are not built")
+    assert load_native() == (None, "_native is not built")
     kernels, reason = make_kernels("cpu", torch.float32)
     assert isinstance(kernels, ReferenceKernels)
     assert "not built" in reason

@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import CheckpointError
-from shoal.models.checkpoint import INDEX, SINGLE, open_checkpoint
+from shoal.models.checkpoint import (
+    INDEX,
+    PICKLED_INDEX,
+    PICKLED_SINGLE,
+    SINGLE,
+    Checkpoint,
+    TensorEntry,
+    open_checkpoint,
+)
 
 _SETTINGS = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -108,6 +117,58 @@ def test_truncated_shard_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"{second} is truncated: {size - 1} bytes, its header promises {size}")
 
 
+def test_pickled_files_where_there_are_no_others(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / PICKLED_SINGLE)
+    assert open_checkpoint(tmp_path).shapes == {"a": (2,), "b": (3,)}
+    (tmp_path / SINGLE).write_bytes(pack(HEADER))
+    assert open_checkpoint(tmp_path).tensors["a"].file == tmp_path / SINGLE
+    (tmp_path / SINGLE).unlink()
+    shard(tmp_path)
+    assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
+    assert open_checkpoint(tmp_path).tensors["a"].file.suffix == ".safetensors"
+
+
+def test_pickled_shards(tmp_path: Path) -> None:
+    files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    torch.save({"a": torch.ones(2)}, tmp_path / files[0])
+    torch.save({"b": torch.ones(3)}, tmp_path / files[1])
+    index = tmp_path / PICKLED_INDEX
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": files[0], "b": files[1]}}))
+    assert open_checkpoint(tmp_path).shapes == {"a": (2,), "b": (3,)}
+    (tmp_path / files[1]).write_bytes(b"")
+    assert f"{files[1]} is truncated or no file of weights" in refusal(tmp_path)
+    (tmp_path / files[1]).unlink()
+    assert f"lacks 1 of 2 shards: {files[1]}" in refusal(tmp_path)
+    index.write_text('{"weight_map": {}}')
+    assert "its weight_map must map names to file names" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "overlaps"),
+    [
+        ((2, 3), None, False),
+        ((2, 3), (3, 1), False),
+        ((3, 2), (1, 3), False),
+        ((2, 3), (8, 2), False),
+        ((2, 1, 3), (3, 0, 1), False),
+        ((0, 3), (0, 0), False),
+        ((), (), False),
+        ((2, 3), (0, 1), True),
+        ((2, 3), (2, 1), True),
+        ((4, 4), (1, 1), True),
+    ],
+)
+def test_elements_that_share_a_place(shape: tuple[int, ...], strides: tuple[int, ...] | None, overlaps: bool) -> None:
+    found = TensorEntry(Path("a"), "F32", shape, 0, strides)
+    assert found.overlaps == overlaps
+    checkpoint = Checkpoint(Path(), {"x": found})
+    if overlaps:
+        with pytest.raises(CheckpointError, match="under which elements share memory: save a contiguous copy"):
+            checkpoint.check_loadable(["x"])
+    else:
+        checkpoint.check_loadable(["x"])
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     message = refusal(tmp_path)
     assert SINGLE in message
@@ -167,11 +228,11 @@ def test_data_of_another_size(file: Path, change: Header) -> None:
 def test_types_that_can_not_be_loaded(file: Path) -> None:
     file.write_bytes(pack({"a": entry("I32", [6], 0, 24), "b": entry("F32", [1], 0, 4), "c": entry("F8", [2], 0, 2)}))
     found = open_checkpoint(file.parent)
-    found.check_types(["b"])
+    found.check_loadable(["b"])
     with pytest.raises(CheckpointError, match="a is stored as I32; supported are F32, F16, BF16, F64"):
-        found.check_types(["b", "a"])
+        found.check_loadable(["b", "a"])
     with pytest.raises(CheckpointError, match="c is stored as F8"):
-        found.check_types(["c"])
+        found.check_loadable(["c"])
 
 
 @pytest.mark.parametrize("name", [SINGLE, INDEX])

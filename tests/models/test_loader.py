@@ -10,13 +10,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from shoal.errors import CheckpointError
-from shoal.models.checkpoint import SINGLE, Checkpoint, TensorEntry, open_checkpoint
+from shoal.models.checkpoint import PICKLED_SINGLE, SINGLE, Checkpoint, TensorEntry, open_checkpoint
 from shoal.models.loader import CheckpointWeights, DummyWeights
-from shoal.models.manifest import Cut, Param, Shard, manifest, shards
+from shoal.models.manifest import Cut, Param, Piece, Shard, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
-from shoal.models.spec import ModelSpec, RopeSpec, TensorNames
+from shoal.models.spec import AttentionSpec, ModelSpec, NormSpec, RopeSpec, TensorNames
+from shoal.parallel.partition import split_heads
+from support.fakes import steady
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -30,14 +33,15 @@ SPEC = ModelSpec(
     intermediate_size=40,
     vocab_size=31,
     max_positions=64,
-    norm_eps=1e-5,
-    rope=RopeSpec(10000.0),
+    attention=(AttentionSpec(2**-0.5, RopeSpec(10000.0)),),
+    norm=NormSpec("rms", 1e-5),
     tie_embeddings=False,
     dtype="float32",
-    qk_norm=True,
+    qk_norm=NormSpec("rms", 1e-5),
     qkv_bias=True,
     out_bias=True,
-    mlp_bias=True,
+    up_bias=True,
+    down_bias=True,
 )
 
 
@@ -126,6 +130,132 @@ def test_real_checkpoints(checkpoint: Callable[[str], Path], name: str) -> None:
         for param in params:
             found = put_together(param, [(shard, weights.tensor(param.name)) for shard, weights in ranks])
             assert all(torch.equal(f, wholes[p.source]) for f, p in zip(found, param.pieces, strict=True))
+
+
+# --- matrices that stand otherwise in the file --------------------------------------------------------------------
+
+
+def rows_of(piece: Piece, stored: Tensor) -> Tensor:
+    """The piece as `Piece` says: row by row."""
+    matrix = stored.t() if piece.transposed else stored
+    run, period = piece.run or piece.shape[0], piece.period or piece.shape[0]
+    rows = [row // run * period + piece.start + row % run for row in range(piece.shape[0])]
+    return matrix[torch.tensor(rows, dtype=torch.int64)]
+
+
+@settings(steady, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tp=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    stacked=st.sampled_from(["apart", "one after the other", "interleaved"]),
+    transposed=st.booleans(),
+    weights=st.none() | st.lists(st.integers(1, 4), min_size=5, max_size=5),
+)
+def test_stripes_and_transposed_matrices(
+    tmp_path: Path, tp: int, kv_heads: int, group: int, stacked: str, transposed: bool, weights: list[int] | None
+) -> None:
+    group = 1 if stacked == "interleaved" else group  # runs of one length
+    spec = dataclasses.replace(SPEC, num_kv_heads=kv_heads, num_heads=kv_heads * group)
+    names = TensorNames(transposed=transposed, interleaved=stacked == "interleaved")
+    if stacked != "apart":
+        names = dataclasses.replace(names, qkv=("qkv",), up=("up",))
+    params = manifest(spec, names)
+    generator = torch.Generator().manual_seed(5)
+    wholes = {
+        piece.source: torch.randn(piece.stored_shape, generator=generator) for param in params for piece in param.pieces
+    }
+    checkpoint = write(tmp_path, wholes)
+    ranks = [
+        (shard, CheckpointWeights(checkpoint, params, shard, torch.float32))
+        for shard in shards(spec, tp, weights and weights[:tp])
+    ]
+    for param in params:
+        parts = [(shard, weights.tensor(param.name)) for shard, weights in ranks]
+        assert all(part.is_contiguous() for _, part in parts)
+        for piece, whole in zip(param.pieces, put_together(param, parts), strict=True):
+            assert torch.equal(whole, rows_of(piece, wholes[piece.source]))
+
+
+@pytest.mark.parametrize("cut", [range(3, 17), range(4, 8), range(5, 6), range(20), range(7, 7), range(2, 4)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_share_that_cuts_runs(tmp_path: Path, cut: range, transposed: bool) -> None:
+    piece = Piece("a", (20, 3), Cut.MLP, 0, transposed, start=4, run=4, period=12, stored=None)
+    whole = torch.arange(180.0).view(60, 3)
+    checkpoint = write(tmp_path, {"a": whole.t() if transposed else whole})
+    shard = Shard(0, split_heads(1, 1, 1)[0], {Cut.MLP: cut})
+    (param,) = (Param("p", (piece,)),)
+    found = CheckpointWeights(checkpoint, [param], shard, torch.float32).tensor("p")
+    assert torch.equal(found, rows_of(piece, whole.t() if transposed else whole)[cut.start : cut.stop])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_pickled_weights(tmp_path: Path, stored: torch.dtype, legacy: bool) -> None:
+    """Views of the file like others; strided and misaligned ones are copied."""
+    params = manifest(SPEC, TensorNames())
+    wholes = made_up(params, stored)
+    turned = "model.layers.0.mlp.down_proj.weight"
+    saved = {**wholes, turned: wholes[turned].t().contiguous().t(), "mask": torch.ones(1, dtype=torch.uint8).expand(9)}
+    torch.save(saved, tmp_path / PICKLED_SINGLE, _use_new_zipfile_serialization=not legacy)
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.tensors[turned].strides or ())[0] == 1
+    for tp in (1, 3):
+        ranks = [(shard, CheckpointWeights(checkpoint, params, shard, stored)) for shard in shards(SPEC, tp)]
+        for param in params:
+            parts = [(shard, weights.tensor(param.name)) for shard, weights in ranks]
+            assert all(part.is_contiguous() and part.data_ptr() % stored.itemsize == 0 for _, part in parts)
+            found = put_together(param, [(shard, part.float()) for shard, part in parts])
+            for piece, whole in zip(param.pieces, found, strict=True):
+                assert torch.equal(whole, wholes[piece.source].float())
+
+
+@pytest.mark.parametrize("pad", [0, 1, 2, 3])
+def test_what_is_not_aligned_is_copied(tmp_path: Path, pad: int) -> None:
+    params = manifest(SPEC, TensorNames())
+    weights = CheckpointWeights(write(tmp_path, made_up(params), pad=pad), params, shards(SPEC, 1)[0], torch.float32)
+    assert lies_in(weights.tensor("embedding"), tmp_path / SINGLE) == (pad == 0)
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_a_parameters_own_type_and_what_is_added(tmp_path: Path, wanted: torch.dtype) -> None:
+    stored = torch.tensor([0.5, -1.0, 2.0]).half()
+    checkpoint = write(tmp_path, {"n": stored})
+    (shard,) = shards(SPEC, 1)
+    params = [
+        Param("wide", (Piece("n", (3,)),), "float32", 1.0),
+        Param("plus", (Piece("n", (3,)),), plus=1.0),
+        Param("plain", (Piece("n", (3,)),)),
+    ]
+    for weights in (
+        CheckpointWeights(checkpoint, params, shard, wanted),
+        DummyWeights(params, shard, wanted, 0),
+    ):
+        assert weights.tensor("wide").dtype == torch.float32
+        assert weights.tensor("plus").dtype == weights.tensor("plain").dtype == wanted
+    found = CheckpointWeights(checkpoint, params, shard, wanted)
+    assert found.tensor("wide").tolist() == found.tensor("plus").tolist() == [1.5, 0.0, 3.0]
+    assert found.tensor("plain").tolist() == [0.5, -1.0, 2.0]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_put_together_is_held_once(tmp_path: Path, transposed: bool) -> None:
+    """Converted, cut, transposed and stacked: one tensor is allocated, and it is the one that is given."""
+    names = TensorNames(transposed=transposed)
+    spec = dataclasses.replace(SPEC, hidden_size=64, intermediate_size=512)
+    params = manifest(spec, names)
+    generator = torch.Generator().manual_seed(5)
+    wholes = {
+        piece.source: torch.randn(piece.stored_shape, generator=generator).half()
+        for param in params
+        for piece in param.pieces
+    }
+    weights = CheckpointWeights(write(tmp_path, wholes), params, shards(spec, 2)[1], torch.float32)
+    for name in ("layers.0.gate_up.weight", "layers.0.down.weight", "layers.0.qkv.weight"):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            found = weights.tensor(name)
+        allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profiler.events())
+        assert found.nbytes <= allocated <= 1.01 * found.nbytes + 4096
 
 
 # --- what a rank holds -------------------------------------------------------------------------------------------
@@ -224,7 +354,7 @@ def test_type_that_can_not_be_loaded(tmp_path: Path) -> None:
     tensors = {**checkpoint.tensors, name: dataclasses.replace(checkpoint.tensors[name], dtype="I32")}
     weights = CheckpointWeights(Checkpoint(tmp_path, tensors), params, shards(SPEC, 1)[0], torch.float32)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is stored as I32; supported are F32"):
-        weights.tensor("final_norm")
+        weights.tensor("final_norm.weight")
 
 
 def test_optional(tmp_path: Path) -> None:

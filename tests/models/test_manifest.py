@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from shoal.errors import CheckpointError
 from shoal.models import manifest
 from shoal.models.checkpoint import open_checkpoint
-from shoal.models.manifest import Cut, Param, Shard
+from shoal.models.manifest import Cut, Param, Piece, Shard
 from shoal.models.registry import read_spec, tensor_names
-from shoal.models.spec import ModelSpec, RopeSpec, TensorNames
+from shoal.models.spec import AttentionSpec, Layout, ModelSpec, NormSpec, RopeSpec, TensorNames
+from support.checkpoints import MAKERS
 
+RMS = NormSpec("rms", 1e-5)
+LAYER = NormSpec("layer", 1e-5, bias=True)
 SPEC = ModelSpec(
     family="llama",
     hidden_size=64,
@@ -26,8 +30,8 @@ SPEC = ModelSpec(
     intermediate_size=112,
     vocab_size=301,
     max_positions=256,
-    norm_eps=1e-5,
-    rope=RopeSpec(10000.0),
+    attention=(AttentionSpec(8**-0.5, RopeSpec(10000.0)),),
+    norm=RMS,
     tie_embeddings=False,
     dtype="float32",
 )
@@ -44,10 +48,18 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         intermediate_size=draw(st.integers(1, 300)),
         vocab_size=draw(st.integers(1, 400)),
         tie_embeddings=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        layout=draw(st.sampled_from(get_args(Layout))),
+        norm=draw(st.sampled_from([RMS, LAYER, NormSpec("layer", 1e-5, weight=False)])),
+        final_norm=draw(st.booleans()),
+        qk_norm=draw(st.sampled_from([None, RMS, LAYER])),
+        gated=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
         out_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
+        up_bias=draw(st.booleans()),
+        down_bias=draw(st.booleans()),
+        head_bias=draw(st.booleans()),
+        embedding_size=draw(st.sampled_from([None, 40])),
+        position_offset=draw(st.sampled_from([None, 0, 2])),
     )
 
 
@@ -85,7 +97,7 @@ def test_queries_find_their_keys(spec: ModelSpec, tp: int) -> None:
 
 
 def params(spec: ModelSpec) -> tuple[Param, ...]:
-    return manifest.manifest(spec, TensorNames())
+    return manifest.manifest(spec, TensorNames() if spec.gated else TensorNames(up=("mlp.up_proj",)))
 
 
 @given(specs(), RANKS)
@@ -97,29 +109,134 @@ def test_shapes_fit_together(spec: ModelSpec, tp: int) -> None:
         q, kv = len(shard.ranges[Cut.Q_HEADS]), len(shard.ranges[Cut.KV_HEADS])
         mlp, vocab, hidden = len(shard.ranges[Cut.MLP]), len(shard.ranges[Cut.VOCAB]), spec.hidden_size
         shapes = {param.name: shard.param_shape(param) for param in found}
-        expected = {
-            "embedding": (vocab, hidden),
-            "head": (vocab, hidden),
-            "final_norm": (hidden,),
+        up = "layers.1.gate_up" if spec.gated else "layers.1.up"
+        columns = 2 * mlp if spec.gated else mlp
+        width = spec.embedding_size or hidden
+        expected: dict[str, tuple[int, ...]] = {
+            "embedding": (vocab, width),
+            "head": (vocab, width),
             "layers.1.qkv.weight": (q + 2 * kv, hidden),
             "layers.1.out.weight": (hidden, q),
-            "layers.1.gate_up.weight": (2 * mlp, hidden),
+            f"{up}.weight": (columns, hidden),
             "layers.1.down.weight": (hidden, mlp),
         }
-        if spec.qkv_bias:
-            expected["layers.0.qkv.bias"] = (q + 2 * kv,)
-        if spec.out_bias:
-            expected["layers.0.out.bias"] = (hidden,)
-        if spec.mlp_bias:
-            expected |= {"layers.0.gate_up.bias": (2 * mlp,), "layers.0.down.bias": (hidden,)}
-        if spec.qk_norm:
-            expected |= {"layers.0.q_norm": (spec.head_dim,), "layers.0.k_norm": (spec.head_dim,)}
-        assert shapes == {**shapes, **expected}
+        optional: dict[str, tuple[bool, tuple[int, ...]]] = {
+            "layers.1.qkv.bias": (spec.qkv_bias, (q + 2 * kv,)),
+            "layers.1.out.bias": (spec.out_bias, (hidden,)),
+            f"{up}.bias": (spec.up_bias, (columns,)),
+            "layers.1.down.bias": (spec.down_bias, (hidden,)),
+            "head_bias": (spec.head_bias, (vocab,)),
+            "positions": (spec.position_offset is not None, (spec.max_positions + (spec.position_offset or 0), hidden)),
+            "project_in.weight": (width != hidden, (hidden, width)),
+            "project_out.weight": (width != hidden, (width, hidden)),
+        }
+        expected |= {name: shape for name, (there, shape) in optional.items() if there}
+        assert {name: shape for name, shape in shapes.items() if name in {**expected, **optional}} == expected
         assert all(shard.param_size(param) == math.prod(shapes[param.name]) for param in found)
-        assert ("layers.0.qkv.bias" in shapes) == spec.qkv_bias
-        assert ("layers.0.out.bias" in shapes) == spec.out_bias
-        assert ("layers.0.down.bias" in shapes) == spec.mlp_bias
-        assert ("layers.0.q_norm" in shapes) == spec.qk_norm
+
+
+LAYOUTS: dict[Layout, set[str]] = {
+    "pre": {"attention_norm", "mlp_norm"},
+    "post": {"attention_out_norm", "mlp_out_norm"},
+    "sandwich": {"attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm"},
+    "parallel": {"attention_norm", "mlp_norm"},
+    "parallel_one": {"attention_norm"},
+    "norm_sum": {"attention_norm", "mlp_norm"},
+}
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_norms_of_a_layout(layout: Layout) -> None:
+    found = {param.name for param in params(dataclasses.replace(SPEC, layout=layout, norm=LAYER))}
+    names = {name.removeprefix("layers.1.") for name in found if name.startswith("layers.1.") and "norm" in name}
+    assert names == {f"{name}.{end}" for name in LAYOUTS[layout] for end in ("weight", "bias")}
+    assert {"final_norm.weight", "final_norm.bias"} <= found
+    without = params(dataclasses.replace(SPEC, layout=layout, final_norm=False))
+    assert not any(param.name.startswith("final_norm") for param in without)
+
+
+def test_norm_of_weight_one_plus_w() -> None:
+    spec = dataclasses.replace(SPEC, norm=NormSpec("rms_wide", 1e-5, one_plus=True))
+    assert {(param.dtype, param.plus) for param in params(spec) if "norm" in param.name} == {("float32", 1.0)}
+    assert {(param.dtype, param.plus) for param in params(spec) if "norm" not in param.name} == {(None, 0.0)}
+    assert {(param.dtype, param.plus) for param in params(SPEC)} == {(None, 0.0)}
+
+
+def source_rows(piece: Piece) -> list[int]:
+    """As `Piece` defines them."""
+    run, period = piece.run or piece.shape[0], piece.period or 0
+    return [row // run * period + piece.start + row % run for row in range(piece.shape[0])]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("end", ["weight", "bias"])
+def test_queries_keys_and_values_in_one_tensor(end: str, transposed: bool) -> None:
+    """One above the other, of unequal parts."""
+    names = TensorNames(qkv=("qkv",), up=("gate_up",), transposed=transposed)
+    spec = dataclasses.replace(SPEC, qkv_bias=True, up_bias=True)
+    found = {param.name: param for param in manifest.manifest(spec, names)}
+    qkv = found[f"layers.0.qkv.{end}"].pieces
+    assert [piece.source for piece in qkv] == [f"model.layers.0.qkv.{end}"] * 3
+    assert [source_rows(piece) for piece in qkv] == [[*range(64)], [*range(64, 96)], [*range(96, 128)]]
+    whole = (128,) if end == "bias" else (64, 128) if transposed else (128, 64)
+    assert {piece.stored_shape for piece in qkv} == {whole}
+    gate_up = found[f"layers.0.gate_up.{end}"].pieces
+    assert [source_rows(piece) for piece in gate_up] == [[*range(112)], [*range(112, 224)]]
+    assert all(piece.contiguous for piece in (*qkv, *gate_up))
+    assert {piece.transposed for piece in (*qkv, *gate_up)} == {transposed and end == "weight"}
+    down = found["layers.0.down.weight"].pieces[0]
+    assert (down.shape, down.stored_shape) == ((64, 112), (112, 64) if transposed else (64, 112))
+
+
+@pytest.mark.parametrize("end", ["weight", "bias"])
+def test_queries_keys_and_values_by_head(end: str) -> None:
+    spec = dataclasses.replace(SPEC, num_kv_heads=8, qkv_bias=True)
+    names = TensorNames(qkv=("qkv",), interleaved=True)
+    (param,) = (p for p in manifest.manifest(spec, names) if p.name == f"layers.0.qkv.{end}")
+    rows = [source_rows(piece) for piece in param.pieces]
+    assert rows[0] == [head * 24 + i for head in range(8) for i in range(8)]
+    assert rows[2] == [row + 16 for row in rows[0]]
+    assert sorted(row for part in rows for row in part) == list(range(192))
+    assert not any(piece.contiguous for piece in param.pieces)
+    assert {piece.stored_shape[0] for piece in param.pieces} == {192}
+
+
+def test_bytes() -> None:
+    """By hand: 2 layers, and what a tied head, positions and norms in float32 change."""
+    spec = dataclasses.replace(SPEC, num_kv_heads=8)
+    layer = 64 * 64 * 4 + 3 * 64 * 112 + 2 * 64
+    plain = 2 * layer + 64 + 2 * 301 * 64
+
+    def found(spec: ModelSpec, *, kept: bool = True) -> int:
+        (shard,) = manifest.shards(spec, 1)
+        return manifest.weight_bytes(spec, params(spec), shard, 2, embedding_kept=kept)
+
+    assert found(spec) == 2 * plain
+    tied = dataclasses.replace(spec, tie_embeddings=True)
+    assert found(tied) == 2 * plain
+    assert found(tied, kept=False) == 2 * (plain - 301 * 64)
+    assert found(dataclasses.replace(spec, position_offset=2)) == 2 * (plain + 258 * 64)
+    wide = dataclasses.replace(spec, norm=NormSpec("rms_wide", 1e-5, one_plus=True))
+    assert found(wide) == 2 * plain + 2 * 5 * 64
+    assert found(dataclasses.replace(spec, embedding_scale=8.0)) == 2 * plain
+
+
+@given(specs(), st.lists(st.integers(1, 9), min_size=1, max_size=9))
+@settings(deadline=None)
+def test_unequal_shares(spec: ModelSpec, weights: list[int]) -> None:
+    found = manifest.shards(spec, len(weights), weights)
+    for cut, total in ((Cut.MLP, spec.intermediate_size), (Cut.VOCAB, spec.vocab_size)):
+        assert [i for shard in found for i in shard.ranges[cut]] == list(range(total))
+    assert manifest.shards(spec, len(weights), [weight * 3 for weight in weights]) == found
+    assert manifest.shards(spec, len(weights), [1] * len(weights)) == manifest.shards(spec, len(weights))
+
+
+def test_known_unequal_cut() -> None:
+    first, second, third = manifest.shards(SPEC, 3, (2, 1, 1))
+    assert [len(shard.ranges[Cut.Q_HEADS]) for shard in (first, second, third)] == [32, 16, 16]
+    assert [len(shard.ranges[Cut.KV_HEADS]) for shard in (first, second, third)] == [16, 8, 8]
+    assert [len(shard.ranges[Cut.MLP]) for shard in (first, second, third)] == [48, 32, 32]
+    assert [len(shard.ranges[Cut.VOCAB]) for shard in (first, second, third)] == [151, 75, 75]
 
 
 def test_one_rank_holds_everything() -> None:
@@ -144,11 +261,11 @@ def test_tied_head_reads_the_embedding() -> None:
     assert [piece.source for piece in head.pieces] == ["lm_head.weight"]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "llama_6_2", "qwen3"])
+@pytest.mark.parametrize("name", sorted(MAKERS))
 def test_all_of_a_checkpoint_and_nothing_else(checkpoint: Callable[[str], Path], name: str) -> None:
     folder = checkpoint(name)
     spec, shapes = read_spec(folder), open_checkpoint(folder).shapes
-    found = manifest.manifest(spec, tensor_names(spec))
+    found = manifest.manifest(spec, tensor_names(spec, shapes))
     manifest.check(found, shapes, "here")
     assert {piece.source for param in found for piece in param.pieces} == set(shapes)
 

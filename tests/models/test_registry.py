@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from shoal.errors import CheckpointError
 from shoal.models.registry import FAMILIES, read_config, read_spec, tensor_names
-from shoal.models.spec import ModelSpec, RopeSpec
+from shoal.models.spec import AttentionSpec, ModelSpec, NormSpec, RopeSpec, Unsupported
+from support.checkpoints import MAKERS
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -38,8 +40,18 @@ def read(folder: Path, config: object) -> ModelSpec:
     return read_spec(folder)
 
 
-def refusal(folder: Path, config: object) -> str:
-    with pytest.raises(CheckpointError) as caught:
+def rope_of(spec: ModelSpec, layer: int = 0) -> RopeSpec:
+    rope = spec.attention_of(layer).rope
+    assert rope is not None
+    return rope
+
+
+def windows(spec: ModelSpec) -> list[int | None]:
+    return [spec.attention_of(i).window for i in range(spec.num_layers)]
+
+
+def refusal(folder: Path, config: object, kind: type[CheckpointError] = CheckpointError) -> str:
+    with pytest.raises(kind) as caught:
         read(folder, config)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
@@ -57,8 +69,8 @@ def test_llama(tmp_path: Path) -> None:
         intermediate_size=112,
         vocab_size=301,
         max_positions=256,
-        norm_eps=1e-5,
-        rope=RopeSpec(10000.0),
+        attention=(AttentionSpec(8**-0.5, RopeSpec(10000.0)),),
+        norm=NormSpec("rms", 1e-5),
         tie_embeddings=False,
         dtype="float32",
     )
@@ -72,38 +84,200 @@ def test_llama_without_what_may_be_left_out(tmp_path: Path) -> None:
 
 def test_biases(tmp_path: Path) -> None:
     spec = read(tmp_path, {**LLAMA, "attention_bias": True, "mlp_bias": True})
-    assert (spec.qkv_bias, spec.out_bias, spec.mlp_bias) == (True, True, True)
+    assert (spec.qkv_bias, spec.out_bias, spec.up_bias, spec.down_bias) == (True, True, True, True)
 
 
 def test_qwen3(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["Qwen3ForCausalLM"]}
     spec = read(tmp_path, config)
-    assert (spec.family, spec.qk_norm, spec.head_dim) == ("qwen3", True, 128)
+    assert (spec.family, spec.qk_norm, spec.head_dim) == ("qwen3", NormSpec("rms", 1e-5), 128)
+    assert (spec.qkv_bias, spec.out_bias) == (False, False)
     assert read(tmp_path, {**config, "head_dim": 32}).head_dim == 32
     assert tensor_names(spec).q_norm == "self_attn.q_norm"
-    assert "use_sliding_window" in refusal(tmp_path, {**config, "use_sliding_window": True})
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_qwen_windows(tmp_path: Path, architecture: str) -> None:
+    config = {**LLAMA, "architectures": [architecture], "sliding_window": 16, "max_window_layers": 1}
+    assert windows(read(tmp_path, config)) == [None, None, None]
+    assert windows(read(tmp_path, {**config, "use_sliding_window": True})) == [None, 16, 16]
+    assert windows(read(tmp_path, {**config, "use_sliding_window": True, "sliding_window": None})) == [None] * 3
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    assert windows(read(tmp_path, {**config, "use_sliding_window": True, "layer_types": kinds})) == [16, None, None]
+    assert windows(read(tmp_path, {**config, "layer_types": kinds})) == [None] * 3
+
+
+def test_mistral_windows(tmp_path: Path) -> None:
+    config = {**LLAMA, "architectures": ["MistralForCausalLM"]}
+    assert windows(read(tmp_path, config)) == [4096] * 3, "as transformers has it"
+    assert windows(read(tmp_path, {**config, "sliding_window": None})) == [None] * 3
+    assert "sliding_window" in refusal(tmp_path, {**config, "sliding_window": 0})
+
+
+def test_gemma3_ropes(tmp_path: Path) -> None:
+    """Old and new spelling: the rope under the window has a base of its own and is not scaled."""
+    config = {**LLAMA, "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 6, "sliding_window_pattern": 3}
+    old = {"rope_theta": 5e5, "rope_local_base_freq": 200.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    new = {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
+        }
+    }
+    for spelling in (old, new):
+        spec = read(tmp_path, {**config, **spelling, "sliding_window": 9})
+        assert windows(spec) == [9, 9, None] * 2
+        assert [rope_of(spec, i) for i in (0, 2)] == [RopeSpec(200.0), RopeSpec(5e5, "linear", 8.0)]
+    plain = read(tmp_path, config)
+    assert [rope_of(plain, i) for i in (0, 2)] == [RopeSpec(1e4), RopeSpec(1e6)]
+    assert (plain.logit_softcap, plain.attention_of(0).softcap) == (None, None)
+
+
+def test_gemma(tmp_path: Path) -> None:
+    config = {**LLAMA, "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "hidden_activation": None}
+    spec = read(tmp_path, config)
+    assert (spec.activation, spec.head_dim, spec.tie_embeddings, spec.embedding_scale) == ("gelu_tanh", 256, True, 8.0)
+    assert spec.norm == NormSpec("rms_wide", 1e-5, one_plus=True)
+    refusal(tmp_path, {**config, "use_bidirectional_attention": True}, Unsupported)
+    second = read(tmp_path, {**config, "architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": None})
+    assert (second.logit_softcap, second.attention_of(0).softcap, second.layout) == (None, 50.0, "sandwich")
+    assert second.attention_of(0).scale == 256**-0.5
+
+
+def test_gpt2_scales(tmp_path: Path) -> None:
+    config = {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4}
+    assert [read(tmp_path, config).attention_of(i).scale for i in range(2)] == [0.25, 0.25]
+    by_layer = read(tmp_path, {**config, "scale_attn_by_inverse_layer_idx": True})
+    assert [by_layer.attention_of(i).scale for i in range(2)] == [0.25, 0.125]
+    assert read(tmp_path, {**config, "scale_attn_weights": False}).attention_of(0).scale == 1.0
+    refusal(tmp_path, {**config, "add_cross_attention": True}, Unsupported)
+    assert "does not divide" in refusal(tmp_path, {**config, "n_head": 5})
+
+
+def test_opt_350m(tmp_path: Path) -> None:
+    config = {"architectures": ["OPTForCausalLM"], "do_layer_norm_before": False, "word_embed_proj_dim": 512}
+    spec = read(tmp_path, config)
+    assert (spec.layout, spec.final_norm, spec.embedding_width, spec.hidden_size) == ("norm_sum", False, 512, 768)
+    plain = read(tmp_path, {"architectures": ["OPTForCausalLM"], "layer_norm_elementwise_affine": False})
+    assert (plain.layout, plain.final_norm, plain.embedding_width) == ("pre", True, 768)
+    assert plain.norm == NormSpec("layer", 1e-5, weight=False)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "yarn", "linear"])
+def test_phi3_ropes(tmp_path: Path, kind: str) -> None:
+    config = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": kind, "factor": 2.0}}
+    assert kind in refusal(tmp_path, config, Unsupported)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "rotated"),
+    [
+        ("PhiForCausalLM", {}, 4),
+        ("PhiForCausalLM", {"partial_rotary_factor": 0.25}, 2),
+        ("PhiForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.75}}, 6),
+        ("PhiForCausalLM", {"partial_rotary_factor": 1.0}, None),
+        ("GPTNeoXForCausalLM", {}, 2),
+        ("GPTNeoXForCausalLM", {"rotary_pct": 0.5}, 4),
+        ("GPTNeoXForCausalLM", {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 1e4}}, None),
+    ],
+)
+def test_rotated_part(tmp_path: Path, architecture: str, changes: dict[str, Any], rotated: int | None) -> None:
+    config = {**LLAMA, "architectures": [architecture]}
+    assert rope_of(read(tmp_path, {**config, **changes})) == RopeSpec(10000.0, rotary_dim=rotated)
+    for odd in (0.01, 0.4, 1.5):
+        assert "rotated" in refusal(tmp_path, {**config, "rope_parameters": {"partial_rotary_factor": odd}})
 
 
 def test_one_of_several_architectures(tmp_path: Path) -> None:
     assert read(tmp_path, {**LLAMA, "architectures": ["Other", "LlamaForCausalLM"]}).family == "llama"
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "llama_6_2", "qwen3"])
+def held_against(spec: ModelSpec, config: Any) -> None:
+    """What transformers' own reading of a configuration says in plain fields."""
+    assert spec.hidden_size == config.hidden_size
+    assert spec.num_layers == config.num_hidden_layers
+    assert spec.num_heads == config.num_attention_heads
+    assert spec.num_kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
+    assert spec.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    assert spec.vocab_size == config.vocab_size
+    assert spec.max_positions == config.max_position_embeddings
+    assert spec.tie_embeddings == config.tie_word_embeddings
+    eps = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+    assert spec.norm.eps == next((getattr(config, name) for name in eps if hasattr(config, name)), 1e-5)
+    acts = ("hidden_activation", "hidden_act", "activation_function")
+    activation = next(getattr(config, name) for name in acts if hasattr(config, name))
+    assert spec.activation == {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * spec.num_layers
+    window = getattr(config, "sliding_window", None)
+    assert windows(spec) == [window if kind == "sliding_attention" else None for kind in kinds]
+    for i, kind in enumerate(kinds):
+        parameters = getattr(config, "rope_parameters", None)
+        parameters = parameters.get(kind, parameters) if parameters else None
+        rope = spec.attention_of(i).rope
+        assert (rope is None) == (parameters is None)
+        if rope is not None and parameters is not None:
+            assert (rope.theta, rope.kind) == (parameters["rope_theta"], parameters["rope_type"])
+            assert (rope.rotary_dim or spec.head_dim) == int(
+                spec.head_dim * parameters.get("partial_rotary_factor", 1.0)
+            )
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
 def test_what_transformers_writes(checkpoint: Callable[[str], Path], name: str) -> None:
     from transformers import AutoConfig
 
     folder = checkpoint(name)
-    spec, config = read_spec(folder), AutoConfig.from_pretrained(folder)
-    assert spec.hidden_size == config.hidden_size
-    assert spec.num_heads == config.num_attention_heads
-    assert spec.num_kv_heads == config.num_key_value_heads
-    assert spec.head_dim == config.head_dim
-    assert spec.vocab_size == config.vocab_size
-    assert spec.tie_embeddings == config.tie_word_embeddings
-    assert spec.norm_eps == config.rms_norm_eps
+    spec = read_spec(folder)
+    held_against(spec, AutoConfig.from_pretrained(folder))
     assert spec.dtype == "float32"
-    assert spec.rope.theta == config.rope_parameters["rope_theta"]
-    assert spec.rope.kind == config.rope_parameters["rope_type"]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_what_a_family_takes_where_nothing_is_said(tmp_path: Path, family: str) -> None:
+    """Only sizes, of which gpt2's have names of their own: the rest is as in transformers' configuration class."""
+    from transformers import AutoConfig
+
+    config: dict[str, Any] = {
+        "hidden_size": 256,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 112,
+        "vocab_size": 301,
+    }
+    if family == "gpt2":
+        config = {"n_embd": 64, "n_head": 8, "n_layer": 3}
+    model_type = {"gemma3": "gemma3_text"}.get(family, family)
+    given = {**config, "model_type": model_type}
+    spec = read(tmp_path, {**given, "architectures": list(FAMILIES[family].architectures)})
+    held_against(spec, AutoConfig.from_pretrained(tmp_path))
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "available", "prefix", "head"),
+    [
+        ("llama", (), "model.", "lm_head"),
+        ("llama", ("embed_tokens.weight", "lm_head.weight"), "", "lm_head"),
+        (
+            "llama",
+            ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+            "language_model.model.",
+            "language_model.lm_head",
+        ),
+        ("llama", ("something.else",), "model.", "lm_head"),
+        ("gpt2", ("wte.weight", "h.0.ln_1.weight"), "", "lm_head"),
+        ("gpt2", ("transformer.wte.weight", "wte.weight"), "transformer.", "lm_head"),
+        ("opt", ("decoder.embed_tokens.weight",), "decoder.", "lm_head"),
+        ("gpt_neox", ("gpt_neox.embed_in.weight", "embed_out.weight"), "gpt_neox.", "embed_out"),
+        ("gpt_neox", ("gpt_neox.embed_in.weight", "lm_head.weight"), "gpt_neox.", "lm_head"),
+    ],
+)
+def test_names(tmp_path: Path, family: str, available: tuple[str, ...], prefix: str, head: str) -> None:
+    spec = read(tmp_path, {**LLAMA, "architectures": list(FAMILIES[family].architectures)})
+    names = tensor_names(spec, available)
+    assert (names.prefix, names.head) == (prefix, head)
 
 
 # --- spellings ---------------------------------------------------------------------------------------------------
@@ -120,7 +294,7 @@ def test_what_transformers_writes(checkpoint: Callable[[str], Path], name: str) 
     ],
 )
 def test_llama3_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
-    assert read(tmp_path, {**LLAMA, **spelling}).rope == RopeSpec(5e5, "llama3", 8.0, 1.0, 4.0, 64)
+    assert rope_of(read(tmp_path, {**LLAMA, **spelling})) == RopeSpec(5e5, "llama3", 8.0, 1.0, 4.0, 64)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +306,7 @@ def test_llama3_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
     ],
 )
 def test_linear_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
-    assert read(tmp_path, {**LLAMA, **spelling}).rope == RopeSpec(10000.0, "linear", 2.0)
+    assert rope_of(read(tmp_path, {**LLAMA, **spelling})) == RopeSpec(10000.0, "linear", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -146,17 +320,34 @@ def test_linear_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
     ],
 )
 def test_no_scaling(tmp_path: Path, spelling: dict[str, Any]) -> None:
-    assert read(tmp_path, {**LLAMA, **spelling}).rope == RopeSpec(1e6)
+    assert rope_of(read(tmp_path, {**LLAMA, **spelling})) == RopeSpec(1e6)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", 7])
+def test_yarn(tmp_path: Path) -> None:
+    scaling: dict[str, Any] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    spec = read(tmp_path, {**LLAMA, "rope_scaling": scaling})
+    usual = 0.1 * math.log(4.0) + 1.0
+    assert rope_of(spec) == RopeSpec(10000.0, "yarn", 4.0, original_max_positions=128, attention_factor=usual)
+    assert spec.max_positions == 512
+    said = {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+    assert rope_of(read(tmp_path, {**LLAMA, "rope_scaling": {**scaling, **said}})) == RopeSpec(
+        10000.0, "yarn", 4.0, 1.0, 4.0, 128, 16.0, 2.0, 1.5, False
+    )
+    quotient = rope_of(read(tmp_path, {**LLAMA, "rope_scaling": {**scaling, "mscale": 2.0, "mscale_all_dim": 1.0}}))
+    assert quotient.attention_factor == (0.2 * math.log(4.0) + 1.0) / usual
+    shorter = {"rope_type": "yarn", "factor": 2.0}
+    spec = read(tmp_path, {**LLAMA, "rope_parameters": shorter})
+    assert (rope_of(spec).original_max_positions, spec.max_positions) == (256, 512)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", 7])
 def test_other_scaling(tmp_path: Path, kind: object) -> None:
-    message = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": kind, "factor": 2.0}})
+    message = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": kind, "factor": 2.0}}, Unsupported)
     assert repr(kind) in message
-    assert "supported are default, linear, llama3" in message
+    assert "supported are default, linear, llama3, yarn" in message
 
 
-@pytest.mark.parametrize("missing", [*SCALING])
+@pytest.mark.parametrize("missing", ["factor", "low_freq_factor", "high_freq_factor"])
 def test_incomplete_scaling(tmp_path: Path, missing: str) -> None:
     scaling = {key: value for key, value in SCALING.items() if key != missing}
     message = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": "llama3", **scaling}})
@@ -195,15 +386,28 @@ def test_more_heads_than_width(tmp_path: Path) -> None:
 
 
 def test_activation(tmp_path: Path) -> None:
-    message = refusal(tmp_path, {**LLAMA, "hidden_act": "gelu"})
-    assert "'gelu'" in message
+    assert read(tmp_path, {**LLAMA, "hidden_act": "gelu"}).activation == "gelu"
+    message = refusal(tmp_path, {**LLAMA, "hidden_act": "xielu"}, Unsupported)
+    assert "'xielu'" in message
     assert "silu" in message
 
 
+def test_layer_types(tmp_path: Path) -> None:
+    config = {**LLAMA, "architectures": ["Gemma2ForCausalLM"]}
+    message = refusal(tmp_path, {**config, "layer_types": ["full_attention", "linear_attention", "x"]}, Unsupported)
+    assert "'linear_attention'" in message
+    assert "3 names" in refusal(tmp_path, {**config, "layer_types": ["full_attention"]})
+
+
 def test_names_of_what_is_supported(tmp_path: Path) -> None:
-    message = refusal(tmp_path, {**LLAMA, "architectures": ["MambaForCausalLM"]})
+    message = refusal(tmp_path, {**LLAMA, "architectures": ["MambaForCausalLM"]}, Unsupported)
     assert "MambaForCausalLM" in message
     assert all(name in message for family in FAMILIES.values() for name in family.architectures)
+
+
+def test_quantized_weights(tmp_path: Path) -> None:
+    message = refusal(tmp_path, {**LLAMA, "quantization_config": {"quant_method": "gptq"}})
+    assert "quantized weights" in message
 
 
 def test_no_config(tmp_path: Path) -> None:
@@ -219,7 +423,11 @@ _VALUES = st.recursive(
     ),
     max_leaves=5,
 )
-_KEYS = [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "dtype", "mlp_bias"]
+_KEYS = [
+    *LLAMA, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "dtype", "mlp_bias", "n_embd",
+    "n_head", "sliding_window", "layer_types", "max_window_layers", "query_pre_attn_scalar", "rope_local_base_freq",
+    "partial_rotary_factor", "rotary_pct", "word_embed_proj_dim", "use_sliding_window", "sliding_window_pattern",
+]  # fmt: skip
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,6 +1,8 @@
 """What is decided, from what, and what the log says of it."""
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ import pytest
 
 from shoal import LLM
 from shoal.config import EngineOptions
+from shoal.devices import cuda
 from shoal.errors import ConfigError
-from shoal.planner.resolve import Decision, resolve
+from shoal.planner.resolve import Decision, discover, resolve
 from shoal.types import Hardware
 
 Checkpoint = Callable[[str], Path]
@@ -116,6 +119,110 @@ def test_gpus_are_not_shared(checkpoint: Checkpoint) -> None:
     small = host(device="cuda", device_memory=2**19, devices_shareable=False)
     with pytest.raises(ConfigError, match="--tensor-parallel-size"):
         decide(checkpoint("llama"), small)
+
+
+# --- unequal ranks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("split", "tp", "message"), [("2,1,1", 2, "3 shares.*is 2"), ("2", 3, "1 share,.*is 3")])
+def test_a_split_has_a_share_for_each_rank(checkpoint: Checkpoint, split: str, tp: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"--tensor-parallel-split {split} has {message}"):
+        decide(checkpoint("llama"), tensor_parallel_split=split, tensor_parallel_size=tp)
+
+
+def test_shares_of_ranks(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama")
+    decision = decide(folder, tensor_parallel_split="2,1,1", tensor_parallel_size=3)
+    assert decision.tp_split == (2, 1, 1)
+    first, second, third = decision.ranks
+    assert first.block == 2 * second.block == 2 * third.block
+    # Norms are whole on every rank, and 112 columns in units of 16 no multiple of 4 shares.
+    assert first.weights > second.weights >= third.weights > first.weights / 2
+    (line,) = [reason for reason in decision.reasons if reason.startswith("shares 2:1:1")]
+    assert "4, 2, 2 query heads; 2, 1, 1 KV heads; 48, 32, 32 MLP columns" in line
+
+
+@pytest.mark.parametrize(("name", "split"), [("llama", "2,1,1"), ("llama_6_2", None), ("gemma", "5,1,2")])
+def test_every_rank_holds_the_same_blocks(checkpoint: Checkpoint, name: str, split: str | None) -> None:
+    decision = decide(checkpoint(name), tensor_parallel_split=split, tensor_parallel_size=3)
+    budgets = [budget for budget in decision.kv_budgets if budget is not None]
+    assert len({kv // rank.block for rank, kv in zip(decision.ranks, budgets, strict=True)}) == 1
+    assert 4 * GIB - 3 <= sum(budgets) <= 4 * GIB
+
+
+def test_the_same_budget_for_unequal_ranks(checkpoint: Checkpoint) -> None:
+    """The fullest rank has the least room; the host must have what all need, not what all may take."""
+    options: Any = {"tensor_parallel_split": "2,1,1", "tensor_parallel_size": 3}
+    decision = decide(checkpoint("llama"), device_memory="16MiB", **options)
+    blocks = [(kv or 0) // rank.block for rank, kv in zip(decision.ranks, decision.kv_budgets, strict=True)]
+    assert 0 < blocks[0] < min(blocks[1:])
+    rooms = decide(checkpoint("llama"), host(host_memory_available=3 * GIB), kv_cache_memory_bytes="1.4GiB", **options)
+    assert rooms.kv_budgets == (int(1.4 * GIB),) * 3  # of which two are half used
+    with pytest.raises(ConfigError, match="3 ranks need 3"):
+        decide(checkpoint("llama"), host(host_memory_available=3 * GIB), kv_cache_memory_bytes="1.6GiB", **options)
+
+
+# --- a draft model ------------------------------------------------------------------------------------------------
+
+
+def with_draft(folder: Path, draft: Path, **options: Any) -> Decision:
+    options = {"speculative_config": {"model": str(draft), "num_speculative_tokens": 3}, **options}
+    return resolve(EngineOptions.from_flat(str(folder), options), folder, host(), draft)
+
+
+def test_a_draft_model_is_counted(checkpoint: Checkpoint) -> None:
+    large, small = decide(checkpoint("llama")), decide(checkpoint("mistral"))
+    both = with_draft(checkpoint("llama"), checkpoint("mistral"))
+    assert both.draft == small.spec
+    assert both.draft_folder == checkpoint("mistral")
+    (rank,) = both.ranks
+    assert rank.weights == large.ranks[0].weights + small.ranks[0].weights
+    assert rank.block == large.ranks[0].block + small.ranks[0].block
+    assert rank.activations >= large.ranks[0].activations + small.ranks[0].activations
+
+
+def test_guesses_are_drawn_too(checkpoint: Checkpoint) -> None:
+    """Enough rows that the logits are the fullest moment."""
+    options: Any = {"max_num_seqs": 512, "max_num_batched_tokens": 2048}
+    ngram = {"method": "ngram", "num_speculative_tokens": 3}
+    alone = decide(checkpoint("llama"), **options).ranks[0].activations
+    assert decide(checkpoint("llama"), speculative_config=ngram, **options).ranks[0].activations > alone
+
+
+def test_draft_models_that_do_not_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocabulary of 259 tokens, the model one of 301"):
+        with_draft(checkpoint("llama"), checkpoint("qwen3"))
+    shorter = tmp_path / "shorter"
+    shutil.copytree(checkpoint("llama"), shorter)
+    config = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
+    with pytest.raises(ConfigError, match="--max-model-len 101 is more than the draft model's 100 positions"):
+        with_draft(checkpoint("llama"), shorter, max_model_len=101)
+    decision = with_draft(checkpoint("llama"), shorter)
+    assert decision.max_model_len == 100
+    assert "max_model_len 100, not the model's 256: the draft model has no more" in decision.reasons
+
+
+# --- visible GPUs -------------------------------------------------------------------------------------------------
+
+
+def test_ranks_are_mapped_to_visible_gpus(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab,9")
+    gpus = host(device="cuda", device_memory=80 * GIB, devices_shareable=False, visible=("3", "GPU-ab"))
+    decision = decide(checkpoint("llama"), gpus, tensor_parallel_size=2)
+    assert "rank 0 on cuda:0 (CUDA_VISIBLE_DEVICES entry 3)" in decision.reasons
+    assert "rank 1 on cuda:1 (CUDA_VISIBLE_DEVICES entry GPU-ab)" in decision.reasons
+    with pytest.raises(ConfigError, match=r"has 2 \(cuda\) under CUDA_VISIBLE_DEVICES='3,GPU-ab,9'"):
+        decide(checkpoint("llama"), gpus, tensor_parallel_size=3)
+
+
+def test_all_gpus_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "torch_has_cuda", lambda: True)
+    monkeypatch.setattr(cuda, "_ask", lambda: "0, GPU-aa, 81559\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert discover(EngineOptions.from_flat(None, {})).device == "cpu"
+    with pytest.raises(ConfigError, match="shows no CUDA device under CUDA_VISIBLE_DEVICES='-1'; use --device cpu"):
+        discover(EngineOptions.from_flat(None, {"device": "cuda"}))
 
 
 def test_the_log_of_a_start(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,29 +15,35 @@ def _maker(make: Callable[[], Any]) -> Callable[[], Any]:
     return make
 
 
-def _llama(**changes: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+_SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 112,
+    "vocab_size": 301,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
 
-    sizes = {
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 112,
-        "vocab_size": 301,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+
+def _make(name: str, drop: Sequence[str] = (), **changes: Any) -> Any:
+    """The causal model `name` of transformers, with the sizes above."""
+    import transformers
+
+    sizes = {key: value for key, value in {**_SIZES, **changes}.items() if key not in drop}
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**sizes)
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    return getattr(transformers, f"{name}{head}")(config)
 
 
 @_maker
 def llama() -> Any:
     """8 query and 4 KV heads; a vocabulary that no rank count divides."""
-    return _llama()
+    return _make("Llama", tie_word_embeddings=False)
 
 
 @_maker
@@ -51,40 +57,155 @@ def llama3() -> Any:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    return _llama(rope_parameters=rope, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    return _make("Llama", rope_parameters=rope, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
 
 
 @_maker
 def llama_6_2() -> Any:
     """6 query and 2 KV heads: over 3 ranks the middle one has halves of both groups."""
-    return _llama(num_attention_heads=6, num_key_value_heads=2, head_dim=24, hidden_size=48, intermediate_size=90)
+    return _make(
+        "Llama", num_attention_heads=6, num_key_value_heads=2, head_dim=24, hidden_size=48, intermediate_size=90
+    )
+
+
+@_maker
+def llama_yarn() -> Any:
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    return _make("Llama", rope_parameters=rope, head_dim=16)
+
+
+@_maker
+def mistral() -> Any:
+    """A window shorter than most prompts."""
+    return _make("Mistral", sliding_window=8)
+
+
+@_maker
+def qwen2() -> Any:
+    """The second half of its layers has a window."""
+    return _make(
+        "Qwen2",
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=2,
+        tie_word_embeddings=True,
+    )
 
 
 @_maker
 def qwen3() -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=100,
-        vocab_size=259,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
+    return _make(
+        "Qwen3", num_key_value_heads=2, head_dim=32, intermediate_size=100, vocab_size=259, tie_word_embeddings=True
     )
-    return Qwen3ForCausalLM(config)
+
+
+@_maker
+def gemma() -> Any:
+    """One KV head."""
+    return _make("Gemma", num_key_value_heads=1, head_dim=16)
+
+
+@_maker
+def gemma2() -> Any:
+    """Soft caps that bite, and a window in every other layer."""
+    return _make(
+        "Gemma2",
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+    )
+
+
+@_maker
+def gemma3() -> Any:
+    """Two layers with a window and a rope of their own, then one without, twice."""
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    }
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    return _make(
+        "Gemma3",
+        num_hidden_layers=6,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=8,
+        layer_types=kinds,
+        rope_parameters=rope,
+    )
+
+
+_GPT2_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 256}
+_NOT_GPT2 = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "num_key_value_heads",
+)
+
+
+@_maker
+def gpt2() -> Any:
+    return _make("GPT2", drop=(*_NOT_GPT2, "intermediate_size"), scale_attn_by_inverse_layer_idx=True, **_GPT2_SIZES)
+
+
+_NOT_OPT = ("intermediate_size", "num_key_value_heads")
+
+
+@_maker
+def opt() -> Any:
+    return _make("OPT", drop=_NOT_OPT, ffn_dim=112, init_std=0.3)
+
+
+@_maker
+def opt_350m() -> Any:
+    """The norm after the sum, none at the end, and an embedding of another width."""
+    return _make("OPT", drop=_NOT_OPT, ffn_dim=112, init_std=0.3, do_layer_norm_before=False, word_embed_proj_dim=40)
+
+
+@_maker
+def phi() -> Any:
+    """Half of each head rotated, a bias on the head."""
+    return _make("Phi")
+
+
+@_maker
+def phi_qk_norm() -> Any:
+    """LayerNorms over query and key heads; fewer KV heads."""
+    return _make("Phi", qk_layernorm=True, num_key_value_heads=2)
+
+
+@_maker
+def phi3() -> Any:
+    """Queries, keys and values in one tensor, of unequal parts."""
+    return _make("Phi3", sliding_window=12)
+
+
+@_maker
+def gpt_neox() -> Any:
+    return _make("GPTNeoX", drop=("num_key_value_heads",), rope_parameters=_QUARTER, use_parallel_residual=True)
+
+
+@_maker
+def gpt_neox_serial() -> Any:
+    return _make("GPTNeoX", drop=("num_key_value_heads",), rope_parameters=_QUARTER, use_parallel_residual=False)
+
+
+_QUARTER = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 
 
 def save(name: str, folder: Path, *, max_shard_size: str = "5GB") -> Path:
     """Writes the checkpoint `name`, the same at every call."""
+    return save_model(MAKERS[name], folder, max_shard_size=max_shard_size)
+
+
+def save_model(make: Callable[[], Any], folder: Path, *, max_shard_size: str = "5GB") -> Path:
     torch.manual_seed(0)
-    model = MAKERS[name]().to(torch.float32).eval()
+    model = make().to(torch.float32).eval()
     # Random biases and norms: transformers makes them zeros and ones, which would hide a missing one.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,7 +220,8 @@ def save(name: str, folder: Path, *, max_shard_size: str = "5GB") -> Path:
 def reference_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # The plain attention: others leave out gemma2's soft cap.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 class Reference:

@@ -36,11 +36,12 @@ def request(
     priority: int = 0,
     deadline: float | None = None,
     salt: str = "",
+    group: int = -1,
 ) -> wire.EngineRequest:
     """The salt is put into the seed too, which reaches the ranks: see `FakeExecutor.origin`."""
     sampling = wire.Sampling(seed=zlib.crc32(salt.encode()))
     return wire.EngineRequest(
-        seq, encode_tokens(list(prompt)), sampling, max_tokens, tuple(stop_ids), priority, deadline, salt
+        seq, encode_tokens(list(prompt)), sampling, max_tokens, tuple(stop_ids), priority, deadline, salt, group
     )
 
 
@@ -77,7 +78,7 @@ class Outcomes:
             expected = alone(self.specs[seq])
             assert self.tokens[seq] == expected[: len(self.tokens[seq])]
             if update.finish is None:
-                assert len(update.tokens) == 1
+                assert update.tokens
                 assert len(self.tokens[seq]) < len(expected), f"sequence {seq} should have ended"
                 continue
             self.finished[seq] = update
@@ -103,7 +104,9 @@ class _Sequence:
     tokens: list[int]
     blocks: list[int]
     computed: int
+    shared: int  # positions before it are in the cache already, and not written again
     contents: list["_Content"] = field(default_factory=list)  # what its cache must hold, by position
+    asked_for: int = 0  # blocks that its tokens and guesses have taken
 
 
 # One token's keys and values depend on it, on its position and on all tokens before it.
@@ -124,16 +127,21 @@ class FakeExecutor:
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 64,
         origin: Callable[[wire.NewSeq], int] = lambda new: new.sampling.seed,
+        lookahead: int = 0,
+        window: int | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.start_times = {"load": 0.25}
         self.plans: list[wire.StepPlan] = []
+        self.masks: list[wire.StepMask] = []
         self.most_in_flight = 0
         self.closed = 0
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._origin = origin
+        self._lookahead = lookahead
+        self._window = window
         self._cache: list[_Content | None] = [None] * (num_blocks * block_size)
         self._origins: dict[int, int] = {}
         self._sequences: dict[int, _Sequence] = {}
@@ -149,6 +157,10 @@ class FakeExecutor:
         self.plans.append(plan)
         self._results.append(self._execute(plan))
         self.most_in_flight = max(self.most_in_flight, len(self._results))
+
+    def mask(self, mask: wire.StepMask) -> None:
+        assert mask.step == self.plans[-1].step
+        self.masks.append(mask)
 
     def poll(self, timeout: float) -> list[wire.StepResult]:
         return [self._results.popleft()] if self._results else []
@@ -182,33 +194,52 @@ class FakeExecutor:
     def _admit(self, new: wire.NewSeq) -> None:
         assert new.seq not in self._sequences
         tokens, cached = decode_tokens(new.tokens), len(new.blocks) * self._block_size
-        assert cached < len(tokens), "nothing is left to compute"
-        self._sequences[new.seq] = _Sequence(new.epoch, tokens, list(new.blocks), cached)
+        assert cached <= len(tokens)
+        assert 0 < new.prompt_len <= len(tokens)
+        computed = min(cached, len(tokens) - 1)
+        self._sequences[new.seq] = _Sequence(new.epoch, tokens, list(new.blocks), computed, cached)
+        self._sequences[new.seq].asked_for = len(new.blocks)
         self._origins[new.seq] = self._origin(new)
 
     def _check_writes(self, plan: wire.StepPlan) -> None:
-        holders = Counter(block for sequence in self._sequences.values() for block in sequence.blocks)
+        holders = Counter(block for sequence in self._sequences.values() for block in self._needed(sequence))
         # Who is admitted may read what this very step writes.
-        holders.subtract(block for new in plan.new for block in new.blocks)
+        holders.subtract(
+            block for new in plan.new for block in set(new.blocks) & set(self._needed(self._sequences[new.seq]))
+        )
         for work in plan.work:
             sequence, size = self._sequences[work.seq], self._block_size
             stop = work.start + work.count
             assert work.count > 0
             assert work.start == sequence.computed
-            assert stop <= len(sequence.tokens), "tokens that nobody knows yet"
-            assert work.sample == (stop == len(sequence.tokens))
-            assert len(sequence.blocks) == -(-stop // size), "the block table does not fit the context"
-            written = sequence.blocks[work.start // size :]
+            known = stop - len(work.drafts)
+            assert known > work.start
+            assert known <= len(sequence.tokens), "tokens that nobody knows yet"
+            assert work.sample == (known == len(sequence.tokens))
+            assert work.sample or not work.drafts
+            ahead = self._lookahead if work.sample else 0
+            sequence.asked_for = max(sequence.asked_for, -(-(stop + ahead) // size))
+            assert -(-stop // size) <= len(sequence.blocks) <= sequence.asked_for, "the block table does not fit"
+            written = sequence.blocks[max(work.start, sequence.shared) // size :]
             assert all(holders[block] == 1 for block in written), "somebody else holds a block that is written"
-            assert len(set(sequence.blocks)) == len(sequence.blocks)
+            needed = self._needed(sequence)
+            assert len(set(needed)) == len(needed)
+
+    def _needed(self, sequence: _Sequence) -> list[int]:
+        """Its blocks, but those that no query will look at again."""
+        first_seen = 0 if self._window is None else max(sequence.computed - self._window + 1, 0)
+        return sequence.blocks[first_seen // self._block_size :]
 
     def _contents(self, work: wire.Work) -> list[_Content]:
+        """By position, guesses included."""
         sequence = self._sequences[work.seq]
-        contents = sequence.contents
-        for position in range(len(contents), work.start + work.count):
-            token = sequence.tokens[position]
+        known = work.start + work.count - len(work.drafts)
+        tokens = [*sequence.tokens[:known], *work.drafts]
+        contents = sequence.contents[:known]
+        for position in range(len(contents), len(tokens)):
             before = contents[-1][2] if contents else self._origins[work.seq]
-            contents.append((token, position, hash((before, token))))
+            contents.append((tokens[position], position, hash((before, tokens[position]))))
+        sequence.contents = contents[:known]
         return contents
 
     def _slot(self, sequence: _Sequence, position: int) -> int:
@@ -218,21 +249,27 @@ class FakeExecutor:
     def _write(self, work: wire.Work) -> None:
         sequence = self._sequences[work.seq]
         contents = self._contents(work)
-        for position in range(work.start, work.start + work.count):
+        for position in range(max(work.start, sequence.shared), work.start + work.count):
             self._cache[self._slot(sequence, position)] = contents[position]
         sequence.computed += work.count
 
     def _read(self, work: wire.Work) -> None:
         sequence = self._sequences[work.seq]
-        for position, content in enumerate(self._contents(work)):
+        first_seen = 0 if self._window is None else max(work.start - self._window + 1, 0)
+        for position, content in list(enumerate(self._contents(work)))[first_seen:]:
             found = self._cache[self._slot(sequence, position)]
             assert found == content, f"sequence {work.seq} reads {found} at position {position}, should be {content}"
 
     def _sample(self, work: wire.Work) -> wire.SeqOut:
         sequence = self._sequences[work.seq]
-        token = next_token(sequence.tokens)
-        sequence.tokens.append(token)
-        return wire.SeqOut(work.seq, sequence.epoch, (token,))
+        drawn: list[int] = []
+        for guess in (*work.drafts, None):
+            drawn.append(next_token([*sequence.tokens, *drawn]))
+            if drawn[-1] != guess:
+                break
+        sequence.tokens += drawn
+        sequence.computed = len(sequence.tokens) - 1
+        return wire.SeqOut(work.seq, sequence.epoch, tuple(drawn))
 
 
 class FaultyExecutor:
@@ -259,6 +296,10 @@ class FaultyExecutor:
     def launch(self, plan: wire.StepPlan) -> None:
         self._check_alive()
         self._inner.launch(plan)
+
+    def mask(self, mask: wire.StepMask) -> None:
+        self._check_alive()
+        self._inner.mask(mask)
 
     def poll(self, timeout: float) -> list[wire.StepResult]:
         self._check_alive()

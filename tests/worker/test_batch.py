@@ -1,31 +1,53 @@
 """The tensors of a step, against a construction token by token."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from shoal import wire
 from shoal.engine.request import encode_tokens
-from shoal.worker.batch import SequenceTable, StepInput
+from shoal.worker.batch import PromptRows, SequenceTable, StepInput
+from shoal.worker.edits import Edits
 from shoal.worker.random import row_keys, split_keys
+from shoal.worker.rules import EditsBuilder, Rules
 from support.fakes import steady
 
 SIZE = 3
 MAX_MODEL_LEN = 24
+SCRATCH = 1000
+CPU = torch.device("cpu")
+TOKENS = st.integers(0, 2**31 - 1)
 
 
 def table(max_num_seqs: int = 8) -> SequenceTable:
-    return SequenceTable(max_num_seqs, MAX_MODEL_LEN, SIZE, torch.device("cpu"))
+    return SequenceTable(max_num_seqs, MAX_MODEL_LEN, SIZE, CPU, SCRATCH)
 
 
-def admit(seq: int, tokens: list[int], sampling: wire.Sampling | None = None, epoch: int = 0) -> wire.NewSeq:
-    return wire.NewSeq(seq, epoch, encode_tokens(tokens), (), sampling or wire.Sampling(seed=0))
+def admit(
+    seq: int,
+    tokens: list[int],
+    sampling: wire.Sampling | None = None,
+    epoch: int = 0,
+    prompt_len: int | None = None,
+    blocks: wire.Ids = (),
+) -> wire.NewSeq:
+    length = len(tokens) if prompt_len is None else prompt_len
+    return wire.NewSeq(seq, epoch, encode_tokens(tokens), length, blocks, sampling or wire.Sampling(seed=0))
 
 
 def plan(*work: wire.Work, new: tuple[wire.NewSeq, ...] = (), released: tuple[int, ...] = ()) -> wire.StepPlan:
     return wire.StepPlan(0, 0, work, new, released)
+
+
+def step_of(under_test: SequenceTable, *work: wire.Work, new: Sequence[wire.NewSeq] = ()) -> StepInput:
+    under_test.apply(plan(*work, new=tuple(new)))
+    return under_test.build(work)
 
 
 SAMPLINGS = st.builds(
@@ -35,23 +57,52 @@ SAMPLINGS = st.builds(
     temperature=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     top_k=st.sampled_from([0, 7]),
     top_p=st.sampled_from([1.0, 0.5]),
+    min_p=st.sampled_from([0.0, 0.25]),
+    penalties=st.sampled_from([None, None, wire.Penalties(0.5, 0.25, 2.0)]),
+    min_tokens=st.sampled_from([0, 0, 3]),
+    ends=st.just((5,)),
+    bias=st.sampled_from([(), (), ((3, 1.5),)]),
+    allowed=st.sampled_from([None, None, (1, 2)]),
+    banned=st.sampled_from([(), ((7,), (8, 9))]),
     logprobs=st.integers(-1, 2),
+    prompt_logprobs=st.sampled_from([-1, -1, 0, 2]),
 )
 
 
-def check(step: StepInput, works: list[wire.Work], known: dict[int, list[int]], blocks: dict[int, list[int]]) -> None:
-    """Row by row: single tokens first, then the others, each in the plan's order."""
-    works = [w for w in works if w.count == 1] + [w for w in works if w.count != 1]
-    batch = step.batch
-    tokens, positions, slots, starts, ends = list[int](), list[int](), list[int](), [0], list[int]()
+@dataclass
+class Known:
+    """What the test knows of a sequence."""
+
+    tokens: list[int]
+    prompt_len: int
+    blocks: list[int]
+    shared: int  # positions that are in blocks of others
+    done: int
+    sampling: wire.Sampling
+    masked: bool
+    drafts: list[int] = field(default_factory=list)  # of the step in the making
+
+    def token(self, position: int) -> int:
+        return (self.tokens + self.drafts)[position]
+
+    def slot(self, position: int) -> int:
+        return SCRATCH if position < self.shared else self.blocks[position // SIZE] * SIZE + position % SIZE
+
+
+def in_step_order(works: Sequence[wire.Work]) -> list[wire.Work]:
+    """Single tokens first, then the others, each in the plan's order."""
+    return [w for w in works if w.count == 1] + [w for w in works if w.count != 1]
+
+
+def check_batch(step: StepInput, planned: Sequence[wire.Work], known: dict[int, Known]) -> None:
+    works, batch = in_step_order(planned), step.batch
+    tokens, positions, slots, starts = list[int](), list[int](), list[int](), [0]
     for work in works:
         for position in range(work.start, work.start + work.count):
-            tokens.append(known[work.seq][position])
+            tokens.append(known[work.seq].token(position))
             positions.append(position)
-            slots.append(blocks[work.seq][position // SIZE] * SIZE + position % SIZE)
+            slots.append(known[work.seq].slot(position))
         starts.append(len(tokens))
-        if work.sample:
-            ends.append(len(tokens) - 1)
     assert step.tokens.tolist() == tokens
     assert batch.positions.tolist() == positions
     assert batch.slots.tolist() == slots
@@ -62,98 +113,245 @@ def check(step: StepInput, works: list[wire.Work], known: dict[int, list[int]], 
     assert batch.num_single == sum(work.count == 1 for work in works)
     assert batch.block_size == SIZE
     width = max(-(-context // SIZE) for context in contexts)
-    assert batch.block_tables.tolist() == [(blocks[w.seq] + [0] * width)[:width] for w in works]
-    assert step.sampled == tuple(w for w in works if w.sample)
-    if step.logit_rows is None:
-        assert ends == list(range(len(tokens)))
-    else:
-        assert step.logit_rows.tolist() == ends
-    types = {t.dtype for t in (step.tokens, batch.positions, batch.slots)}
-    assert types == {torch.int64}
+    assert batch.block_tables.tolist() == [(known[w.seq].blocks + [0] * width)[:width] for w in works]
+    assert {t.dtype for t in (step.tokens, batch.positions, batch.slots)} == {torch.int64}
     assert {t.dtype for t in (batch.query_starts, batch.context_lens, batch.block_tables)} == {torch.int32}
+
+
+def check_rows(step: StepInput, planned: Sequence[wire.Work], known: dict[int, Known]) -> None:
+    """Which tokens' outcomes are wanted, and what for."""
+    works = in_step_order(planned)
+    sampled, told, prompts = list[int](), list[int](), list[PromptRows]()
+    mask_rows: dict[int, list[int]] = {}
+    first = 0
+    for work in works:
+        sequence = known[work.seq]
+        if work.sample:
+            rows = range(first + work.count - 1 - len(work.drafts), first + work.count)
+            mask_rows[work.seq] = list(range(len(sampled), len(sampled) + len(rows)))
+            sampled += rows
+        if sequence.sampling.prompt_logprobs >= 0:
+            of = [p for p in range(work.start, work.start + work.count) if p + 1 < sequence.prompt_len]
+            told += [first + position - work.start for position in of]
+            if of:
+                targets = tuple(sequence.tokens[position + 1] for position in of)
+                prompts.append(PromptRows(work.seq, of[0] + 1, targets, sequence.sampling.prompt_logprobs))
+        first += work.count
+    assert step.sampled == tuple(work for work in works if work.sample)
+    assert step.prompts == tuple(prompts)
+    if step.logit_rows is None:
+        assert sampled + told == list(range(first))
+    else:
+        assert step.logit_rows.dtype == torch.int64
+        assert step.logit_rows.tolist() == sampled + told
+    assert list(step.masked_rows) == [row for work in planned if work.masked for row in mask_rows[work.seq]]
+
+
+def check_sampling(step: StepInput, known: dict[int, Known]) -> None:
+    if not step.sampled:
+        assert step.sampling is None
+        return
+    assert step.sampling is not None
+    rows = step.sampling
+    each = [(known[work.seq], work.drafts[:i]) for work in step.sampled for i in range(1 + len(work.drafts))]
+    wanted = [sequence.sampling for sequence, _ in each]
+    assert rows.temperature.tolist() == [s.temperature for s in wanted]
+    assert rows.top_k.tolist() == [s.top_k for s in wanted]
+    assert rows.top_p.tolist() == [s.top_p for s in wanted]
+    assert rows.min_p.tolist() == [s.min_p for s in wanted]
+    assert rows.greedy == all(s.temperature == 0 for s in wanted)
+    limited = [s.temperature > 0 and bool(s.top_k or s.top_p < 1 or s.min_p) for s in wanted]
+    assert list(rows.truncated) == [i for i, truncated in enumerate(limited) if truncated]
+    assert rows.logprobs == max(s.logprobs for s in wanted)
+    if not rows.greedy:
+        parts = [(s.sampling.seed, s.sampling.sample_index, len(s.tokens) + len(behind)) for s, behind in each]
+        seeds, indices, positions = (np.array(column, np.uint64) for column in zip(*parts, strict=True))
+        assert torch.equal(rows.keys, split_keys(row_keys(seeds, indices, positions)))
+    builder = EditsBuilder()
+    for row, (s, behind) in enumerate(each):
+        rules = Rules.of(s.sampling, s.tokens[: s.prompt_len], s.tokens[s.prompt_len :])
+        if rules is not None:
+            builder.add(row, rules, behind)
+    assert flat(rows.edits) == flat(builder.build(len(each), CPU))
+
+
+def flat(edits: Edits | None) -> list[list[float]] | None:
+    if edits is None:
+        return None
+    parts = (edits.allowed, edits.never, edits.bias, edits.penalties)
+    tensors = [getattr(part, name) for part in parts if part is not None for name in type(part).__dataclass_fields__]
+    assert all(isinstance(tensor, Tensor) for tensor in tensors)
+    return [tensor.tolist() for tensor in tensors]
+
+
+class Steps:
+    """Sequences come, are chunked, decode with guesses and go, over rows that others have used before."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        self.table = table(4)
+        self.known: dict[int, Known] = {}
+        self.free = list(range(1, 100))
+        self.next_seq = 0
+
+    def run(self) -> None:
+        released = tuple(seq for seq in list(self.known) if self.data.draw(st.integers(0, 4)) == 0)
+        for seq in released:
+            self.free += self.known.pop(seq).blocks
+        new = []
+        while len(self.known) < 4 and (not self.known or self.data.draw(st.booleans())):
+            new.append(self.admit())
+        works = [work for seq in self.data.draw(st.permutations(list(self.known))) if (work := self.work(seq))]
+        self.table.apply(plan(*works, new=tuple(new), released=released))
+        assert len(self.table) == len(self.known)
+        if works:
+            step = self.table.build(works)
+            check_batch(step, works, self.known)
+            check_rows(step, works, self.known)
+            check_sampling(step, self.known)
+            for work in step.sampled:
+                self.record(work)
+
+    def admit(self) -> wire.NewSeq:
+        """What is resumed has output already; all of its tokens may be found in cached blocks."""
+        seq, self.next_seq = self.next_seq, self.next_seq + 1
+        tokens = self.data.draw(st.lists(TOKENS | st.integers(0, 9), min_size=1, max_size=12))
+        blocks = [self.free.pop(0) for _ in range(self.data.draw(st.integers(0, len(tokens) // SIZE)))]
+        shared = len(blocks) * SIZE
+        prompt_len = self.data.draw(st.integers(1, len(tokens)))
+        sampling, masked = self.data.draw(SAMPLINGS), self.data.draw(st.booleans())
+        done = min(shared, len(tokens) - 1)
+        self.known[seq] = Known(tokens, prompt_len, blocks, shared, done, sampling, masked)
+        return admit(seq, tokens, sampling, prompt_len=prompt_len, blocks=tuple(blocks))
+
+    def work(self, seq: int) -> wire.Work | None:
+        sequence = self.known[seq]
+        known = len(sequence.tokens)
+        rest = known - sequence.done
+        count = self.data.draw(st.sampled_from([rest, rest, None]))
+        if count is None:
+            count = self.data.draw(st.integers(0, rest))
+        if count == 0 or known >= MAX_MODEL_LEN:
+            return None
+        sample = sequence.done + count == known
+        most = min(3, MAX_MODEL_LEN - known - 1) if sample else 0
+        sequence.drafts = self.data.draw(st.lists(TOKENS | st.integers(0, 9), max_size=most))
+        stop = sequence.done + count + len(sequence.drafts)
+        added = [self.free.pop(0) for _ in range(-(-stop // SIZE) - len(sequence.blocks))]
+        sequence.blocks += added
+        start, sequence.done = sequence.done, sequence.done + count
+        masked = sample and sequence.masked
+        return wire.Work(seq, start, stop - start, sample, tuple(added), tuple(sequence.drafts), masked)
+
+    def record(self, work: wire.Work) -> None:
+        sequence = self.known[work.seq]
+        right = self.data.draw(st.integers(0, len(work.drafts)))
+        tokens = [*work.drafts[:right], self.data.draw(TOKENS)]
+        self.table.record(work, tokens)
+        sequence.tokens += tokens
+        sequence.done = len(sequence.tokens) - 1
+        sequence.drafts = []
 
 
 @settings(steady, max_examples=80)
 @given(data=st.data())
 def test_mixed_steps(data: st.DataObject) -> None:
-    """Sequences come, are chunked, decode and go, over rows that others have used before."""
-    under_test = table(4)
-    known, blocks, samplings = dict[int, list[int]](), dict[int, list[int]](), dict[int, wire.Sampling]()
-    done: dict[int, int] = {}
-    free = list(range(1, 50))
-    next_seq = 0
+    steps = Steps(data)
     for _ in range(data.draw(st.integers(1, 6))):
-        gone = tuple(seq for seq in list(known) if data.draw(st.integers(0, 4)) == 0)
-        for seq in gone:
-            free += blocks.pop(seq)
-            del known[seq], done[seq], samplings[seq]
-        new = []
-        while len(known) < 4 and data.draw(st.booleans()):
-            tokens = data.draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=12))
-            cached = data.draw(st.integers(0, (len(tokens) - 1) // SIZE))
-            known[next_seq], samplings[next_seq] = tokens, data.draw(SAMPLINGS)
-            blocks[next_seq], done[next_seq] = [free.pop(0) for _ in range(cached)], cached * SIZE
-            new.append(wire.NewSeq(next_seq, 0, encode_tokens(tokens), tuple(blocks[next_seq]), samplings[next_seq]))
-            next_seq += 1
-        works = []
-        for seq in data.draw(st.permutations(list(known))):
-            count = data.draw(st.integers(0, len(known[seq]) - done[seq]))
-            if count == 0 or done[seq] + count > MAX_MODEL_LEN:
-                continue
-            stop = done[seq] + count
-            added = [free.pop(0) for _ in range(-(-stop // SIZE) - len(blocks[seq]))]
-            blocks[seq] += added
-            works.append(wire.Work(seq, done[seq], count, stop == len(known[seq]), tuple(added)))
-            done[seq] = stop
-        under_test.apply(plan(*works, new=tuple(new), released=gone))
-        assert len(under_test) == len(known)
-        if not works:
-            continue
-        step = under_test.build(works)
-        check(step, works, known, blocks)
-        check_sampling(step, samplings)
-        tokens = [data.draw(st.integers(0, 2**31 - 1)) for _ in step.sampled]
-        under_test.record(step.sampled, tokens)
-        for work, token in zip(step.sampled, tokens, strict=True):
-            known[work.seq].append(token)
-
-
-def check_sampling(step: StepInput, samplings: dict[int, wire.Sampling]) -> None:
-    if not step.sampled:
-        assert step.sampling is None
-        return
-    assert step.sampling is not None
-    rows, wanted = step.sampling, [samplings[work.seq] for work in step.sampled]
-    assert rows.temperature.tolist() == [s.temperature for s in wanted]
-    assert rows.top_k.tolist() == [s.top_k for s in wanted]
-    assert rows.top_p.tolist() == [s.top_p for s in wanted]
-    assert rows.greedy == all(s.temperature == 0 for s in wanted)
-    assert rows.truncated == [i for i, s in enumerate(wanted) if s.temperature > 0 and (s.top_k or s.top_p < 1)]
-    assert rows.logprobs == max(s.logprobs for s in wanted)
-    if not rows.greedy:
-        parts = [(s.seed, s.sample_index, w.start + w.count) for s, w in zip(wanted, step.sampled, strict=True)]
-        seeds, indices, positions = (np.array(column, np.uint64) for column in zip(*parts, strict=True))
-        assert torch.equal(rows.keys, split_keys(row_keys(seeds, indices, positions)))
+        steps.run()
 
 
 def test_a_decode_takes_the_token_that_was_sampled_before_the_engine_saw_it() -> None:
     under_test = table()
     first = wire.Work(7, 0, 2, True, (4,))
-    under_test.apply(plan(first, new=(admit(7, [10, 11]),)))
-    under_test.record(under_test.build([first]).sampled, [99])
-    second = wire.Work(7, 2, 1, True)
-    under_test.apply(plan(second))
-    step = under_test.build([second])
+    step_of(under_test, first, new=[admit(7, [10, 11])])
+    under_test.record(first, [99])
+    step = step_of(under_test, wire.Work(7, 2, 1, True))
     assert step.tokens.tolist() == [99]
     assert step.batch.slots.tolist() == [4 * SIZE + 2]
     assert step.logit_rows is None
+
+
+def test_guesses_follow_the_last_known_token() -> None:
+    under_test = table()
+    first = wire.Work(7, 0, 2, True, (4,))
+    step_of(under_test, first, new=[admit(7, [10, 11])])
+    under_test.record(first, [99])
+    second = wire.Work(7, 2, 3, True, (5,), drafts=(50, 51))
+    step = step_of(under_test, second)
+    assert step.tokens.tolist() == [99, 50, 51]
+    assert step.batch.num_single == 0
+    assert step.logit_rows is not None
+    assert step.logit_rows.tolist() == [0, 1, 2]
+    under_test.record(second, [50, 77])  # the first guess was right, the second was not
+    assert step_of(under_test, wire.Work(7, 4, 1, True)).tokens.tolist() == [77]
+
+
+def test_all_tokens_that_were_kept_are_part_of_the_text_that_rules_look_at() -> None:
+    under_test = table()
+    sampling = wire.Sampling(seed=0, penalties=wire.Penalties(1.0))
+    first = wire.Work(7, 0, 2, True, (4,), drafts=(5,))
+    step_of(under_test, first, new=[admit(7, [6], sampling)])
+    under_test.record(first, [5, 9])
+    step = step_of(under_test, wire.Work(7, 2, 1, True))
+    assert step.sampling is not None
+    assert step.sampling.edits is not None
+    penalties = step.sampling.edits.penalties
+    assert penalties is not None
+    assert penalties.ids.tolist() == [6, 5, 9]
+    assert penalties.counts.tolist() == [0, 1, 1]
+
+
+def test_what_is_computed_again_for_what_follows_it_is_not_written_to_a_shared_block() -> None:
+    under_test = table()
+    tokens = [1, 2, 3, 4, 5, 6]
+    step = step_of(under_test, wire.Work(7, 5, 1, True), new=[admit(7, tokens, blocks=(8, 9))])
+    assert step.batch.slots.tolist() == [SCRATCH]
+    assert step.batch.block_tables.tolist() == [[8, 9]]
+    under_test.record(wire.Work(7, 5, 1, True), [7])
+    assert step_of(under_test, wire.Work(7, 6, 1, True, (3,))).batch.slots.tolist() == [3 * SIZE]
+
+
+def test_only_those_that_share_are_not_written() -> None:
+    under_test = table()
+    works = [wire.Work(1, 2, 2, True, (5,)), wire.Work(2, 0, 2, True, (6,))]
+    step = step_of(under_test, *works, new=[admit(1, [1, 2, 3, 4], blocks=(8,)), admit(2, [1, 2])])
+    assert step.batch.slots.tolist() == [SCRATCH, 5 * SIZE, 6 * SIZE, 6 * SIZE + 1]
+
+
+def test_mask_rows_are_in_the_order_of_the_plan() -> None:
+    """The step has sequences of a single token first."""
+    under_test = table()
+    works = [
+        wire.Work(1, 0, 3, True, (1,), drafts=(5,), masked=True),  # rows 2 and 3
+        wire.Work(2, 0, 1, True, (2,), masked=True),  # row 0
+        wire.Work(3, 0, 1, True, (3,)),  # row 1
+        wire.Work(4, 0, 2, True, (4,), masked=True),  # row 4
+    ]
+    step = step_of(under_test, *works, new=[admit(1, [1, 2]), admit(2, [1]), admit(3, [1]), admit(4, [1, 2])])
+    assert [work.seq for work in step.sampled] == [2, 3, 1, 4]
+    assert step.masked_rows == (2, 3, 0, 4)
+
+
+def test_prompt_rows_of_chunks_meet() -> None:
+    under_test = table()
+    sampling = wire.Sampling(seed=0, prompt_logprobs=1)
+    first = step_of(under_test, wire.Work(7, 0, 2, False, (4,)), new=[admit(7, [10, 11, 12, 13], sampling)])
+    assert first.prompts == (PromptRows(7, 1, (11, 12), 1),)
+    assert first.sampling is None
+    assert first.logit_rows is not None
+    assert first.logit_rows.tolist() == [0, 1]
+    second = step_of(under_test, wire.Work(7, 2, 2, True, (5,)))
+    assert second.prompts == (PromptRows(7, 3, (13,), 1),)
+    assert second.logit_rows is not None
+    assert second.logit_rows.tolist() == [1, 0]
 
 
 def test_a_resumed_sequence_starts_from_its_tokens_so_far() -> None:
     under_test = table(1)
     under_test.apply(plan(new=(admit(7, [1, 2]),)))
     work = wire.Work(7, 0, 3, True, (2,))
-    under_test.apply(plan(work, new=(admit(7, [1, 2, 3], epoch=1),), released=(7,)))
+    under_test.apply(plan(work, new=(admit(7, [1, 2, 3], epoch=1, prompt_len=2),), released=(7,)))
     assert under_test.build([work]).tokens.tolist() == [1, 2, 3]
     assert under_test.epoch(7) == 1
 
@@ -176,3 +374,36 @@ def test_logprobs_are_remembered_by_sequence() -> None:
     under_test = table()
     under_test.apply(plan(new=(admit(1, [1], wire.Sampling(0, logprobs=3)), admit(2, [1]))))
     assert (under_test.logprobs(1), under_test.logprobs(2)) == (3, -1)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "temperature", "top_p"),
+    [
+        (wire.Sampling(0, temperature=1e-9), 0.0, 1.0),  # logits over it are beyond float32
+        (wire.Sampling(0, temperature=1e300), float(np.float32(1e30)), 1.0),
+        (wire.Sampling(0, temperature=1.0, top_p=1e-300), 1.0, float(np.float32(1e-30))),
+    ],
+)
+def test_numbers_that_float32_does_not_have(sampling: wire.Sampling, temperature: float, top_p: float) -> None:
+    step = step_of(table(), wire.Work(1, 0, 1, True, (1,)), new=[admit(1, [1], sampling)])
+    assert step.sampling is not None
+    assert (step.sampling.temperature.item(), step.sampling.top_p.item()) == (temperature, top_p)
+
+
+def test_a_look_ahead_is_a_plain_draw_with_the_keys_of_what_comes_next() -> None:
+    """A draft model's steps: one token for each of some sequences, at any position."""
+    under_test = table()
+    samplings = [
+        wire.Sampling(seed=i, temperature=1.0, top_k=3, logprobs=2, penalties=wire.Penalties(1.0)) for i in range(3)
+    ]
+    new = [admit(i, [1, 2, 3, 4], samplings[i]) for i in range(3)]
+    step_of(under_test, *(wire.Work(i, 0, 4, True, (2 * i + 1, 2 * i + 2)) for i in range(3)), new=new)
+    batch, rows = under_test.ahead([2, 0], np.array([5, 6]))
+    assert batch.positions.tolist() == [5, 6]
+    assert batch.slots.tolist() == [6 * SIZE + 2, SCRATCH]  # two blocks have room for six tokens
+    assert batch.context_lens.tolist() == [6, 7]
+    assert (batch.num_single, batch.query_lens) == (2, (1, 1))
+    keys = row_keys(np.array([2, 0], np.uint64), np.zeros(2, np.uint64), np.array([6, 7], np.uint64))
+    assert torch.equal(rows.keys, split_keys(keys))
+    assert rows.temperature.tolist() == [1.0, 1.0]
+    assert (list(rows.truncated), rows.edits, rows.logprobs) == ([], None, -1)

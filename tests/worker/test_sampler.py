@@ -1,86 +1,30 @@
 """The sampler over any cut of the vocabulary, against a plain reference in float64."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from shoal.comm.local import LocalComm
-from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.kernels.noise import gumbel
+from shoal.kernels.sampling import TorchSampling
 from shoal.parallel.mesh import Axis
-from shoal.parallel.partition import split
-from shoal.worker.random import gumbel, row_keys, split_keys
-from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
-from support.fakes import on_threads, steady
-
-T = TypeVar("T")
-Float64 = npt.NDArray[np.float64]
+from shoal.worker import sampler
+from shoal.worker.sampler import Logprobs, VocabShare, logprobs
+from support.fakes import steady
+from worker.shares import CUTS, Float64, check_distribution, draw, even, keys_of, over_ranks, rows_of
 
 
-def even(vocabulary: int, ranks: int) -> tuple[int, ...]:
-    return tuple(len(share) for share in split(vocabulary, ranks))
-
-
-def over_ranks(sizes: Sequence[int], work: Callable[[VocabShare, Axis, slice], T]) -> list[T]:
-    """`work(share, axis, columns)` on a thread a rank."""
-    group = ThreadGroup(len(sizes), 20)
-
-    def run(rank: int) -> T:
-        comm = ThreadComm(group, rank) if len(sizes) > 1 else LocalComm()
-        start = sum(sizes[:rank])
-        share = VocabShare(start, tuple(sizes))
-        return work(share, Axis("tp", rank, len(sizes), comm), slice(start, start + sizes[rank]))
-
-    return on_threads(len(sizes), run)
-
-
-def draw(logits: Tensor, rows: SamplingRows, sizes: Sequence[int]) -> Tensor:
-    """Tokens, the same on every rank."""
-    results = over_ranks(sizes, lambda share, tp, columns: sample(logits[:, columns].contiguous(), share, tp, rows))
-    for result in results[1:]:
-        assert torch.equal(result, results[0])
-    return results[0]
-
-
-def keys_of(count: int, seed: int = 5) -> Tensor:
-    zeros = np.zeros(count, np.uint64)
-    return split_keys(row_keys(zeros + np.uint64(seed), zeros, np.arange(count, dtype=np.uint64)))
-
-
-def rows_of(
-    temperature: Sequence[float] | float,
-    top_k: Sequence[int] | int = 0,
-    top_p: Sequence[float] | float = 1.0,
-    *,
-    count: int,
-    keys: Tensor | None = None,
-) -> SamplingRows:
-    temperatures = torch.tensor(temperature).expand(count).contiguous()
-    top_ks = torch.tensor(top_k).expand(count).contiguous()
-    top_ps = torch.tensor(top_p).expand(count).contiguous()
-    truncated = (temperatures > 0) & ((top_ks > 0) | (top_ps < 1))
-    return SamplingRows(
-        temperatures,
-        top_ks,
-        top_ps,
-        keys_of(count) if keys is None else keys,
-        not bool(temperatures.any()),
-        truncated.nonzero().flatten().tolist(),
-        -1,
-    )
-
-
-def reference(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Float64:
+def reference(
+    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Float64:
     """The distribution that tokens are drawn from. Equal logits rank by id."""
     scaled: Float64 = logits.double().numpy() / temperature
     order = np.argsort(-scaled, kind="stable")
     weights = np.exp(scaled - scaled.max())[order]
+    weights[weights < min_p] = 0  # the likeliest weighs 1
     if top_k:
         weights[top_k:] = 0
     weights /= weights.sum()
@@ -90,34 +34,30 @@ def reference(logits: Tensor, temperature: float, top_k: int = 0, top_p: float =
     return found
 
 
-def check_distribution(tokens: Tensor, expected: Float64, cells: int = 0) -> None:
-    """Chi-square with d degrees of freedom has mean d, deviation sqrt(2 d). Seeds are fixed, so six deviations are
-    met or they aren't; a shift of a twentieth of a probability of 0.1 among 20 000 draws is about as much."""
-    counts = np.bincount(tokens.numpy(), minlength=len(expected)).astype(float)
-    assert not counts[expected == 0].any(), "a token outside of what is allowed"
-    if cells:
-        counts, expected = (a.reshape(cells, -1).sum(1) for a in (counts, expected))
-    expected = expected * len(tokens)
-    rare = expected < 10  # counted together: chi-square wants some of everything
-    counts = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], max(expected[rare].sum(), 1e-9))
-    freedom = len(expected) - 1
-    assert ((counts - expected) ** 2 / expected).sum() < freedom + 6 * (2 * freedom) ** 0.5
-
-
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.9, 0.0, 1.2, -0.4, 0.9, 2.2, -2.0, 0.5])
-CUTS = [(11,), (6, 5), (4, 4, 3), (3, 2, 2, 2, 2), (7, 0, 4), (0, 11), (1, 0, 0, 9, 1)]
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 4, 1.0), (0.7, 0, 0.8), (1.3, 6, 0.7), (1.0, 99, 0.5)],
-)
-def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0), (0.5, 0, 1.0, 0.0), (2.0, 0, 1.0, 0.0), (1.0, 4, 1.0, 0.0), (0.7, 0, 0.8, 0.0),
+        (1.3, 6, 0.7, 0.0), (1.0, 99, 0.5, 0.0), (1.0, 0, 1.0, 0.25), (0.5, 0, 1.0, 0.25), (2.0, 0, 0.7, 0.4),
+        (1.5, 6, 0.8, 0.3), (1.0, 3, 1.0, 0.01),
+    ],
+)  # fmt: skip
+def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     count = 20_000
-    rows = rows_of(temperature, top_k, top_p, count=count)
+    rows = rows_of(temperature, top_k, top_p, min_p, count=count)
     tokens = draw(LOGITS.expand(count, -1).contiguous(), rows, (11,))
-    check_distribution(tokens, reference(LOGITS, temperature, top_k, top_p))
+    check_distribution(tokens, reference(LOGITS, temperature, top_k, top_p, min_p))
+
+
+def test_top_p_is_of_what_min_p_leaves() -> None:
+    """Of weights 1, .6, .3, .1 min-p leaves three; of their 1.9 the first has 53 %, so 0.52 is reached by it alone, and
+    would not be if all four counted (50 %)."""
+    logits = torch.tensor([[1.0, 0.6, 0.3, 0.1]]).log().expand(300, -1)
+    assert set(draw(logits, rows_of(1.0, 0, 0.52, 0.2, count=300), (2, 2)).tolist()) == {0}
+    assert set(draw(logits, rows_of(1.0, 0, 0.52, count=300), (2, 2)).tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("sizes", CUTS[1:], ids=str)
@@ -129,6 +69,7 @@ def test_every_cut_of_the_vocabulary_draws_the_same(sizes: Sequence[int]) -> Non
         [0.0, 1.0, 0.6, 1.0, 2.0, 1.0] * 100,
         [0, 0, 3, 0, 5, 1] * 100,
         [1.0, 1.0, 1.0, 0.73, 0.61, 1.0] * 100,
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.3, 0.3, 0.1, 0.1, 0.2, 0.01] * 50,
         count=600,
     )
     assert torch.equal(draw(logits, rows, sizes), draw(logits, rows, (11,)))
@@ -173,19 +114,54 @@ def test_a_tiny_top_p_is_greedy() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(2000,), (700, 0, 1300)], ids=str)
-@pytest.mark.parametrize("top_k", [0, 1900])
-def test_a_nucleus_larger_than_the_first_candidates_is_exact(sizes: Sequence[int], top_k: int) -> None:
-    """Nearly flat over 2000 ids, in no order: with top_p 0.9 some 1800 of them are in the nucleus."""
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(0, 0.9, 0.0), (1900, 0.9, 0.0), (0, 0.95, 0.82), (0, 1.0, 0.84)]
+)
+def test_a_nucleus_larger_than_the_first_candidates_is_exact(
+    sizes: Sequence[int], top_k: int, top_p: float, min_p: float
+) -> None:
+    """Nearly flat over 2000 ids, in no order: some 1700 of them are left."""
     generator = torch.Generator().manual_seed(6)
     logits = torch.linspace(0, 0.2, 2000)[torch.randperm(2000, generator=generator)]
-    expected = reference(logits, 1.0, top_k, 0.9)
-    assert 1600 < (expected > 0).sum() < 1850
-    rows = rows_of(1.0, top_k, 0.9, count=1500)
+    expected = reference(logits, 1.0, top_k, top_p, min_p)
+    assert 1600 < (expected > 0).sum() < 1950
+    rows = rows_of(1.0, top_k, top_p, min_p, count=1500)
     tokens = draw(logits.expand(1500, -1).contiguous(), rows, sizes)
     check_distribution(tokens, expected, cells=40)
     inside = np.flatnonzero(expected)
     least = inside[expected[inside].argsort()[:400]]
     assert np.isin(tokens.numpy(), least).sum() > 200, "the nucleus' end is drawn as well"
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("sizes", [(30_011,), (1, 20_000, 10_010)], ids=str)
+def test_pytorch_and_native_kernels_draw_the_same(
+    sizes: Sequence[int], scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a few tokens and from nuclei of thousands. Where nothing is compiled, PyTorch is compared with itself."""
+    logits = torch.randn(24, 30_011, generator=torch.Generator().manual_seed(3)) * scale
+    rows = rows_of(
+        [0.0, 1.0, 0.8, 1.3, 1.0, 1.0] * 4,
+        [0, 0, 50, 0, 700, 0] * 4,
+        [1.0, 1.0, 0.9, 0.9, 1.0, 1.0] * 4,
+        [0.0, 0.0, 0.02, 0.0, 0.0, 0.3] * 4,
+        count=24,
+    )
+    tokens = draw(logits, rows, sizes)
+    monkeypatch.setattr(sampler, "sampling_kernels", lambda _: TorchSampling())
+    assert torch.equal(draw(logits, rows, sizes), tokens)
+
+
+def test_a_wide_nucleus_over_many_equal_logits_is_the_same_in_every_cut() -> None:
+    """Its border runs through 500 equal ones, more than are fetched at first."""
+    logits = torch.randint(0, 3, (100, 1501), generator=torch.Generator().manual_seed(2)).float()
+    rows = rows_of(1.0, 0, [0.5, 0.7, 0.9, 0.95] * 25, [0.0, 0.3] * 50, count=100)
+    one = draw(logits, rows, (1501,))
+    for sizes in (even(1501, 2), even(1501, 3), (0, 1500, 1)):
+        assert torch.equal(draw(logits, rows, sizes), one)
+    for row in range(100):
+        expected = reference(logits[row], 1.0, 0, float(rows.top_p[row]), float(rows.min_p[row]))
+        assert expected[one[row]] > 0
 
 
 def test_truncation_keeps_the_draw_where_it_is_allowed() -> None:
@@ -205,11 +181,14 @@ def test_a_row_depends_on_no_other(data: st.DataObject, ranks: int) -> None:
     count = data.draw(st.integers(2, 8))
     seed = data.draw(st.integers(0, 1000))
     logits = torch.randn(count, 300, generator=torch.Generator().manual_seed(seed)) * 3
-    options = st.sampled_from([(0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 3, 1.0), (1.2, 0, 0.9), (3.0, 270, 0.95)])
+    options = st.sampled_from(
+        [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 3, 1.0, 0.1), (1.2, 0, 0.9, 0.0), (3.0, 270, 0.95, 0.0),
+         (9.0, 0, 0.97, 0.3), (9.0, 0, 1.0, 0.2)]
+    )  # fmt: skip
     chosen = data.draw(st.lists(options, min_size=count, max_size=count))
-    temperatures, top_ks, top_ps = (list(column) for column in zip(*chosen, strict=True))
+    temperatures, top_ks, top_ps, min_ps = (list(column) for column in zip(*chosen, strict=True))
     keys = keys_of(count, seed)
-    together = draw(logits, rows_of(temperatures, top_ks, top_ps, count=count, keys=keys), even(300, ranks))
+    together = draw(logits, rows_of(temperatures, top_ks, top_ps, min_ps, count=count, keys=keys), even(300, ranks))
     order = data.draw(st.permutations(range(count)))
     some = order[: data.draw(st.integers(1, count))]
     apart = draw(
@@ -218,6 +197,7 @@ def test_a_row_depends_on_no_other(data: st.DataObject, ranks: int) -> None:
             [temperatures[i] for i in some],
             [top_ks[i] for i in some],
             [top_ps[i] for i in some],
+            [min_ps[i] for i in some],
             count=len(some),
             keys=keys[some],
         ),
@@ -235,7 +215,7 @@ def test_a_free_draw_is_the_argmax_of_logits_and_noise() -> None:
 
 
 @pytest.mark.parametrize("sizes", CUTS, ids=str)
-@pytest.mark.parametrize("count", [0, 1, 5, 11])
+@pytest.mark.parametrize("count", [0, 1, 5, 11, 99])
 def test_logprobs_are_those_of_the_whole_vocabulary(sizes: Sequence[int], count: int) -> None:
     generator = torch.Generator().manual_seed(9)
     logits = torch.randn(20, 11, generator=generator) * 4
@@ -252,6 +232,7 @@ def test_logprobs_are_those_of_the_whole_vocabulary(sizes: Sequence[int], count:
         )
         torch.testing.assert_close(found.values.double(), values[:, :count], rtol=1e-5, atol=1e-5)
         assert torch.equal(found.ids, ids[:, :count])
+        assert torch.equal(found.ranks, (logits > logits.gather(1, tokens[:, None])).sum(1) + 1)
 
 
 @pytest.mark.parametrize("sizes", [(701,), (300, 1, 400)], ids=str)

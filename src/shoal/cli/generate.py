@@ -1,223 +1,289 @@
 """`shoal generate`: prompts in, text out."""
 
-import json
+import itertools
+import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
+from shoal.cli.interrupts import Interrupts
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
-from shoal.errors import RequestError, UserError
+from shoal.cli.progress import Progress
+from shoal.cli.sampling import DEFAULTS, sampling_flags, sampling_values
+from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
+from shoal.frontend.jobs import resuming
+from shoal.frontend.jobs.entries import Entry
+from shoal.frontend.jobs.lines import line_of
+from shoal.frontend.jobs.parameters import Parameters
+from shoal.frontend.jobs.reading import PromptFile, chat_of
+from shoal.frontend.jobs.running import JobRun, Preparer, prepare
+from shoal.frontend.jobs.writing import OutputFailed, OutputFile
 from shoal.frontend.llm import LLM
-from shoal.frontend.model import open_model
-from shoal.frontend.prompts import Job, PromptReader
-from shoal.types import Prompt, RequestOutput, SamplingParams
+from shoal.frontend.model import OpenModel, open_model
+from shoal.observe.logging import get_logger
+from shoal.types import CompletionOutput, RequestOutput
+
+log = get_logger("generate")
 
 _BUNDLED_PROMPTS = ("37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->", "8 + 64 =")
+_TOLD_FAILURES = 20  # on stderr; with --output the others are in the file
+
+
+class Interrupted(ShoalError):
+    """By Ctrl-C or SIGTERM."""
+
+    exit_code = 130
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
-@click.option("-p", "--prompt", "prompts", multiple=True, help="a prompt; may be given several times")
-@click.option("--prompts-file", type=click.Path(path_type=Path), help="JSON lines with prompt or prompt_token_ids")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="write JSON lines to this file")
-@click.option("--max-tokens", type=int, default=64, show_default=True, help="tokens to generate at most")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="draw from the likeliest tokens of this mass")
-@click.option("--top-k", type=int, default=0, show_default=True, help="draw from so many likeliest tokens; 0: all")
-@click.option("--sample-seed", type=int, help="seed of the draws; the same seed gives the same text")
-@click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token")
+@click.option("-p", "--prompt", "prompts", multiple=True, metavar="TEXT", help="a prompt; may be given several times")
+@click.option(
+    "--prompts-file", metavar="FILE", help="prompts: a line each (.txt), JSON lines (.jsonl), a column (.csv); -: stdin"
+)
+@click.option("--prompt-column", default="prompt", show_default=True, metavar="NAME", help="of a .csv file")
+@click.option("--chat", is_flag=True, help="texts are what a user says: put them through the model's chat template")
+@click.option("--output", metavar="FILE", help="write JSON lines to this file as requests finish; -: stdout")
+@click.option("--ordered", is_flag=True, help="write lines in the prompts' order")
+@click.option("--resume", is_flag=True, help="go on with --output: prompts that it answers are left out")
+@click.option("--overwrite", is_flag=True, help="begin --output anew, whatever it holds")
+@sampling_flags
 @engine_flags
 def generate(
     model: str | None,
     prompts: tuple[str, ...],
-    prompts_file: Path | None,
-    output: Path | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    sample_seed: int | None,
-    ignore_eos: bool,
+    prompts_file: str | None,
+    prompt_column: str,
+    output: str | None,
+    *,
+    chat: bool,
+    ordered: bool,
+    resume: bool,
+    overwrite: bool,
     **flags: Any,
 ) -> int:
-    """Generate text. MODEL is a folder or an id on the Hugging Face hub; without it, the bundled model is used."""
-    params = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_tokens=max_tokens,
-        seed=sample_seed,
-        ignore_eos=ignore_eos,
-    )
-    entries = _entries(model, prompts, prompts_file)
+    """Generate text. MODEL is a folder or an id on the Hugging Face hub; without it, the bundled model is used.
+
+    A line of JSON has `prompt`, `prompt_token_ids` or `messages`, and perhaps `sampling_params`; or it is a request in
+    OpenAI's batch format, and then so is the answer.
+    """
+    sampling = sampling_values(flags)
+    _check_output(output, prompts_file, resume=resume, overwrite=overwrite)
+    given = _Prompts.of(model, prompts, prompts_file, column=prompt_column, chat=chat)
     opened = open_model(model, engine_values(flags), own_process=True)
-    _check_typed(opened.reader(), entries, params)
-    with ExitStack() as stack:
-        sink = stack.enter_context(_Sink(output)) if output else None
-        llm = stack.enter_context(LLM(opened))
-        return _run(llm, entries, params, sink)
+    parameters = Parameters(DEFAULTS, sampling, opened.default_sampling_params)
+    if chat:
+        opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # is there a template at all?
+    given.check_typed(opened.reader(), parameters)
+    if output is None:
+        with LLM(opened) as llm:
+            return _print(llm, given, parameters)
+    with OutputFile(output) as file:
+        return _FileJob(opened, given, parameters, file, ordered=ordered, resume=resume).run()
+
+
+def _check_output(output: str | None, prompts: str | None, *, resume: bool, overwrite: bool) -> None:
+    """
+    Raises:
+        ConfigError: flags or files that do not go together.
+        UserError: the file has something in it that nobody said what to do with.
+    """
+    for name, value in (("--resume", resume), ("--overwrite", overwrite)):
+        if value and output is None:
+            raise ConfigError(f"{name} needs --output FILE")
+    if resume and overwrite:
+        raise ConfigError("give --resume or --overwrite, not both")
+    if output is not None and prompts is not None and os.path.realpath(output) == os.path.realpath(prompts):
+        raise ConfigError(f"--output and --prompts-file are the same file, {output}")
+    if output is not None and not (resume or overwrite) and os.path.isfile(output) and os.path.getsize(output):
+        raise UserError(f"--output {output} is not empty: add --resume to go on with it, or --overwrite to begin anew")
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    index: int
-    prompt: Prompt
-    typed: bool = False  # by -p: whoever typed it is there to mend it
+class _Prompts:
+    """Those of -p come first, then those of the file."""
+
+    typed: Sequence[Entry]
+    file: PromptFile | None
+
+    @classmethod
+    def of(cls, model: str | None, typed: Sequence[str], path: str | None, *, column: str, chat: bool) -> "_Prompts":
+        """
+        Raises:
+            UserError: there are none, or the file can't be used.
+        """
+        file = PromptFile(path, column=column, chat=chat, first_index=len(typed)) if path is not None else None
+        if not typed and (file is None or file.empty):
+            if model is not None or file is not None:
+                raise UserError("no prompts: give -p TEXT or --prompts-file FILE, a file with a prompt a line")
+            typed = _BUNDLED_PROMPTS
+        entries = [Entry(index, "-p", prompt=text) for index, text in enumerate(typed)]
+        return cls([chat_of(entry) for entry in entries] if chat else entries, file)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return itertools.chain(self.typed, self.file or ())
 
     @property
-    def text(self) -> str | None:
-        return self.prompt if isinstance(self.prompt, str) else None
+    def rereadable(self) -> bool:
+        return self.file is None or self.file.rereadable
 
-    @property
-    def tokens(self) -> Sequence[int]:
-        return (
-            self.prompt["prompt_token_ids"]
-            if isinstance(self.prompt, dict) and "prompt_token_ids" in self.prompt
-            else ()
-        )
+    def count(self) -> int | None:
+        inside = self.file.count() if self.file is not None else 0
+        return None if inside is None else len(self.typed) + inside
 
+    def check_typed(self, preparer: Preparer, parameters: Parameters) -> None:
+        """Whoever typed a prompt is there to mend it, so that it need not fail alone.
 
-def _entries(model: str | None, prompts: Sequence[str], file: Path | None) -> list[_Entry]:
-    given: list[Prompt] = list(prompts)
-    if file is not None:
-        given += _read_prompts(file)
-    if not given:
-        if model is not None:
-            raise UserError("no prompts: give -p TEXT or --prompts-file FILE")
-        given += _BUNDLED_PROMPTS
-    return [_Entry(index, prompt, typed=index < len(prompts)) for index, prompt in enumerate(given)]
-
-
-def _check_typed(reader: PromptReader | LLM, entries: Sequence[_Entry], params: SamplingParams) -> None:
-    """Refuses a prompt of -p that can't be used, before anything is started for it.
-
-    Raises:
-        RequestError: it is named.
-    """
-    for entry in entries:
-        if entry.typed:
+        Raises:
+            RequestError: it can't be used; it is named.
+        """
+        for entry in self.typed:
             try:
-                reader.prepare(entry.index, entry.prompt, params)
+                prepare(preparer, entry, parameters.of(entry))
             except RequestError as error:
                 raise RequestError(f"prompt {entry.index}: {error}") from None
 
 
-def _read_prompts(file: Path) -> list[Prompt]:
-    try:
-        lines = file.read_text("utf-8").split("\n")  # JSON texts may hold other line separators as they are
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts-file {file} can't be read: {error}") from None
-    return [_read_line(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+def _print(llm: LLM, given: _Prompts, parameters: Parameters) -> int:
+    """Texts on stdout, in the prompts' order. Gives the exit code."""
+    given.check_typed(llm, parameters)  # once more: the ranks may have found less room than was planned
+    failed = 0
+    for entry, _, output in JobRun(llm, parameters, seed=llm.options.model_options.seed)(given, ordered=True):
+        if output.error is not None:
+            failed += 1
+            print(_failure(entry, output.error), file=sys.stderr)
+            continue
+        for each in output.outputs:
+            print(_shown(entry, output, each), flush=True)
+    _log_guesses(llm)
+    return 1 if failed else 0
 
 
-def _read_line(file: Path, number: int, line: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}, line {number} is no JSON: {error}") from None
-    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-        return str(entry["prompt"])
-    if isinstance(entry, dict) and isinstance(entry.get("prompt_token_ids"), list):
-        return {"prompt_token_ids": entry["prompt_token_ids"]}
-    raise UserError(f"{file}, line {number} has neither a text `prompt` nor a list `prompt_token_ids`")
+def _log_guesses(llm: LLM) -> None:
+    """How well speculative decoding did, if it was asked for."""
+    if llm.options.model_options.speculative_config is None:
+        return
+    stats = llm.stats()
+    share = stats.accepted_tokens / stats.draft_tokens if stats.draft_tokens else 0.0
+    log.info(
+        "speculative decoding: %d of %d guessed tokens were right (%.0f %%), %d tokens in %d steps",
+        *(stats.accepted_tokens, stats.draft_tokens, 100 * share, stats.generated_tokens, stats.steps),
+    )
 
 
-class _Sink:
-    """The file of --output: a JSON object a line."""
+def _shown(entry: Entry, output: RequestOutput, each: CompletionOutput) -> str:
+    """The prompt and how it goes on; of a chat the answer alone; tokens where the prompt has no text."""
+    if entry.messages is not None:
+        return each.text
+    if output.prompt is not None:
+        return output.prompt + each.text
+    return f"{len(output.prompt_token_ids)} tokens {' '.join(map(str, each.token_ids))}"
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with self._named():
-            # The one thing that UTF-8 can't hold is half of a surrogate pair; JSON has an escape for it, the same.
-            self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        with self._named():
-            print(json.dumps(line, ensure_ascii=False), file=self._file, flush=True)
+def _failure(entry: Entry, why: str) -> str:
+    where = "" if entry.where == "-p" else f" ({entry.where})"
+    return f"error: prompt {entry.index}{where}: {why}"
 
-    def __enter__(self) -> "_Sink":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        with self._named():
-            self._file.close()
+class _FileJob:
+    """All of a job whose answers go into a file. However it ends, what is finished is in the file, and whoever
+    started it is told how to go on."""
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
+    def __init__(
+        self,
+        opened: OpenModel,
+        given: _Prompts,
+        parameters: Parameters,
+        output: OutputFile,
+        *,
+        ordered: bool,
+        resume: bool,
+    ) -> None:
+        self._opened = opened
+        self._given = given
+        self._parameters = parameters
+        self._output = output
+        self._ordered = ordered
+        self._resume = resume
+        self._written = 0
+        self._failed = 0
+        self._total = given.count()
+
+    def run(self) -> int:
+        """Gives the exit code.
+
+        Raises:
+            UserError: the file belongs to other prompts; nothing was started, and the file is as it was.
+            Interrupted, OutputFailed, EngineError: with the way to go on.
+        """
+        answered = self._answered()
+        check = resuming.Check(self._output, answered, self._parameters)
+        if answered.count and self._given.rereadable and resuming.verify(self._given, check) == 0:
+            print(f"{self._output.name} answers all {answered.count} prompts: nothing is left to do", file=sys.stderr)
+            self._output.start(keep=resuming.compact(self._output, answered))
+            return 0
+        keep = resuming.compact(self._output, answered)
+        self._written = answered.count
+        check = resuming.Check(self._output, answered, self._parameters)
         try:
-            yield
-        except OSError as error:
-            raise UserError(f"--output {self._path} can't be written: {error.strerror}") from None
+            self._generate(check, keep)
+        except KeyboardInterrupt:
+            raise Interrupted(self._how_to_go_on()) from None
+        except OutputFailed as error:
+            raise OutputFailed(f"{error}; {self._how_to_go_on()}") from None
+        except EngineError as error:
+            if not self._written:
+                raise
+            raise EngineError(f"{error}; {self._how_to_go_on()}") from error
+        return 1 if self._failed else 0
+
+    def _answered(self) -> resuming.Answered:
+        if self._resume and not self._output.regular:
+            raise UserError(f"--resume needs an --output that can be read; {self._output.name} is no file")
+        return resuming.scan(self._output) if self._resume else resuming.Answered()
+
+    def _generate(self, check: resuming.Check, keep: int) -> None:
+        with ExitStack() as stack:
+            llm = stack.enter_context(LLM(self._opened))
+            interrupts = stack.enter_context(Interrupts())
+            self._given.check_typed(llm, self._parameters)
+            self._output.start(keep)
+            progress = Progress(self._total, done=self._written)
+            stack.callback(progress.close)
+            run = JobRun(llm, self._parameters, seed=llm.options.model_options.seed)
+            results = run(self._given, ordered=self._ordered, skip=check.answered, finish=check.finish)
+            for entry, digest, output in results:
+                with interrupts.held():  # a line and its count are one
+                    self._write(entry, digest, output, progress)
+            _log_guesses(llm)
+            if self._failed > _TOLD_FAILURES:
+                progress.tell(f"error: {self._failed} prompts have failed; their lines have an `error`")
+
+    def _write(self, entry: Entry, digest: str, output: RequestOutput, progress: Progress) -> None:
+        model = self._opened.options.model or "bundled"
+        self._output.write(line_of(entry, digest, output, model))
+        progress.add(output)
+        if output.error is None:
+            self._written += 1
+            return
+        self._failed += 1
+        if self._failed <= _TOLD_FAILURES:
+            progress.tell(_failure(entry, output.error))
+
+    def _how_to_go_on(self) -> str:
+        of = f" of {self._total}" if self._total is not None else ""
+        held = f"{self._output.name} holds {self._written}{of} answers"
+        if not self._output.regular:
+            return held
+        return f"{held}; go on with: {resume_command(sys.argv[1:], stdin=not self._given.rereadable)}"
 
 
-def _run(llm: LLM, entries: Sequence[_Entry], params: SamplingParams, sink: _Sink | None) -> int:
-    """Writes results as they come; a prompt that can't be used fails alone. Gives the exit code."""
-    _check_typed(llm, entries, params)  # once more: the ranks may have found less room than was planned
-    failures: list[tuple[_Entry, str]] = []
-    printer = _Printer()
-
-    def jobs() -> Iterator[Job]:
-        for entry in entries:
-            try:
-                yield llm.prepare(entry.index, entry.prompt, params)
-            except RequestError as error:
-                failures.append((entry, str(error)))
-                printer.add(entry.index, None)
-
-    progress = tqdm(total=len(entries), unit=" prompts", disable=sink is None or not sys.stderr.isatty())
-    with progress:
-        for index, output in llm.run(jobs()):
-            progress.update()
-            if sink is not None:
-                sink.write(_line(index, output))
-            else:
-                printer.add(index, output)
-            if output.error:
-                failures.append((entries[index], output.error))
-    for entry, why in failures:
-        if sink is not None:
-            line = {"index": entry.index, "prompt": entry.text, "prompt_token_ids": list(entry.tokens), "outputs": []}
-            sink.write({**line, "error": why})
-        print(f"error: prompt {entry.index}: {why}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _line(index: int, output: RequestOutput) -> dict[str, Any]:
-    return {
-        "index": index,
-        "prompt": output.prompt,
-        "prompt_token_ids": list(output.prompt_token_ids),
-        "outputs": [
-            {"text": each.text, "token_ids": list(each.token_ids), "finish_reason": each.finish_reason}
-            for each in output.outputs
-        ],
-    }
-
-
-class _Printer:
-    """Prints results in the prompts' order, each as soon as those before it are there."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._early: dict[int, RequestOutput | None] = {}
-
-    def add(self, index: int, output: RequestOutput | None) -> None:
-        """None: the prompt has no result."""
-        self._early[index] = output
-        while self._next in self._early:
-            ready = self._early.pop(self._next)
-            self._next += 1
-            if ready is not None:
-                self._print(ready)
-
-    def _print(self, output: RequestOutput) -> None:
-        completion = output.outputs[0]
-        prompt = output.prompt if output.prompt is not None else f"{len(output.prompt_token_ids)} tokens"
-        text = completion.text if output.prompt is not None else f" {' '.join(map(str, completion.token_ids))}"
-        print(f"{prompt}{text}", flush=True)
+def resume_command(arguments: Sequence[str], *, stdin: bool) -> str:
+    """The command that goes on with this one's job."""
+    same = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+    return shlex.join(["shoal", *same, "--resume"]) + (" (with the same prompts on stdin)" if stdin else "")

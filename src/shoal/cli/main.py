@@ -6,22 +6,45 @@ import sys
 
 import click
 
-from shoal import __version__
+from shoal import __version__, config
 from shoal.cli.bench import bench
-from shoal.cli.generate import generate
+from shoal.cli.completion import completion
+from shoal.cli.download import download
+from shoal.cli.generate import Interrupted, generate
 from shoal.errors import ShoalError
 from shoal.observe import logging
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+class _Sections(click.Group):
+    """Lists its commands under headings."""
+
+    def __init__(self, *arguments: object, **keywords: object) -> None:
+        super().__init__(*arguments, **keywords)  # type: ignore[arg-type]
+        self.sections: dict[str, list[str]] = {}
+
+    def add(self, section: str, *commands: click.Command) -> None:
+        for command in commands:
+            self.add_command(command)
+            self.sections.setdefault(section, []).append(str(command.name))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section, names in self.sections.items():
+            with formatter.section(section):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(100)) for name in names])
+
+
+@click.group(cls=_Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="shoal")
 def cli() -> None:
     """Serves large language models across processes, devices and machines."""
     logging.configure()
+    for warning in config.strange_variables():
+        logging.get_logger("cli").warning("%s", warning)
 
 
-cli.add_command(generate)
-cli.add_command(bench)
+cli.add("Run models", generate)
+cli.add("Measure", bench)
+cli.add("Set up", download, completion)
 
 
 def main() -> None:
@@ -33,6 +56,9 @@ def main() -> None:
         what = " ".join(error.format_message().split()).rstrip(".")
         command = " ".join(["shoal", *(name for name in sys.argv[1:2] if name in cli.commands)])
         print(f"error: {what}; see {command} --help", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as error:
+        print(f"interrupted: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)

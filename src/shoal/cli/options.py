@@ -1,4 +1,4 @@
-"""Command line flags for every engine option, made from the config classes."""
+"""Command line flags for every engine option, made from the config classes; and help that shows them by groups."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,28 +6,25 @@ from typing import Any
 import click
 
 from shoal import config
+from shoal.cli.config_file import read_config_file
 
 F = Callable[..., Any]
 
 
-class GroupedCommand(click.Command):
-    """Lists its flags under the headings of the config classes; its own come first."""
+class Plain(click.ParamType):  # type: ignore[type-arg]
+    """A value that is read later, where its form is known."""
 
-    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(context):
-            record = parameter.get_help_record(context)
-            if record is not None:
-                groups.setdefault(getattr(parameter, "group", "Options"), []).append(record)
-        for heading, records in groups.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
 
 
-class _EngineFlag(click.Option):
+class EngineFlag(click.Option):
     def __init__(self, option: config.Option) -> None:
         names = [option.name, option.flag, *([option.short] if option.short else [])]
-        kind: Any = str if option.bytes else click.Choice(option.choices) if option.choices else option.type
+        plain = option.bytes or option.parse is not None
+        kind: Any = Plain() if plain else click.Choice(option.choices) if option.choices else option.type
         shown = "" if option.default is None else f" [default: {option.default}]"
         if option.type is bool:
             names[1] = f"{option.flag}/--no-{option.name.replace('_', '-')}"
@@ -36,15 +33,16 @@ class _EngineFlag(click.Option):
             type=None if option.type is bool else kind,
             default=None,
             help=option.help + shown,
-            metavar="BYTES" if option.bytes else None,
+            metavar="BYTES" if option.bytes else option.metavar,
         )
+        self.option = option
         self.group = option.group
 
 
 def engine_flags(command: F) -> F:
     """Adds a flag for every option. The command gets those that were given, as keywords, and the others as None."""
     for option in reversed(list(config.options())):
-        click.decorators._param_memo(command, _EngineFlag(option))
+        click.decorators._param_memo(command, EngineFlag(option))
     return command
 
 
@@ -52,3 +50,109 @@ def engine_values(flags: dict[str, Any]) -> dict[str, Any]:
     """The engine options among a command's keywords that were given."""
     names = {option.name for option in config.options()}
     return {name: value for name, value in flags.items() if name in names and value is not None}
+
+
+class GroupedCommand(click.Command):
+    """Its own flags come first in its help, and a line for each group of the others, which `--help=GROUP` shows.
+
+    What a flag does not say, an environment variable may, and then the file of `--config`.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._grouped_help: click.Option | None = None
+        own = sum(1 for parameter in self.params if group_of(parameter) is None)
+        self.params.insert(
+            own,
+            click.Option(
+                ["--config"],
+                metavar="FILE",
+                is_eager=True,
+                expose_value=False,
+                callback=self._set_defaults,
+                help="YAML with flags and their values; flags given here and environment variables go over it",
+            ),
+        )
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        if self._grouped_help is None:
+            self._grouped_help = click.Option(
+                ["-h", "--help"],
+                is_flag=False,
+                flag_value="",
+                is_eager=True,
+                expose_value=False,
+                callback=self._show_help,
+                metavar="[=GROUP]",
+                help="Show this message, or a group of flags; --help=all shows every one",
+            )
+        return self._grouped_help
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self._write(ctx, formatter, None)
+        groups = flag_groups(self)
+        if groups:
+            with formatter.section("More flags, shown by --help=GROUP"):
+                formatter.write_dl([(_key(name), _summary(name, flags)) for name, flags in groups.items()])
+
+    def _show_help(self, ctx: click.Context, _: click.Parameter, wanted: str | None) -> None:
+        if wanted is None or ctx.resilient_parsing:
+            return
+        if not wanted:
+            click.echo(self.get_help(ctx))
+        else:
+            formatter = ctx.make_formatter()
+            for name in [None, *flag_groups(self)] if wanted == "all" else [self._group(wanted)]:
+                self._write(ctx, formatter, name)
+            click.echo(formatter.getvalue().rstrip())
+        ctx.exit()
+
+    def _group(self, wanted: str) -> str:
+        names = list(flag_groups(self))
+        for name in names:
+            if any(_plain(part).startswith(_plain(wanted)) for part in (name, *name.split())) and _plain(wanted):
+                return name
+        known = ", ".join([*map(_key, names), "all"])
+        raise click.UsageError(f"there is no group of flags {wanted!r}; known are {known}")
+
+    def _write(self, ctx: click.Context, formatter: click.HelpFormatter, group: str | None) -> None:
+        flags = [f for f in self.get_params(ctx) if isinstance(f, click.Option) and group_of(f) == group]
+        records = [record for flag in flags if (record := flag.get_help_record(ctx))]
+        with formatter.section(group or "Options"):
+            formatter.write_dl(records)
+
+    def _set_defaults(self, ctx: click.Context, _: click.Parameter, file: str | None) -> None:
+        if ctx.resilient_parsing:
+            return
+        known = {f.option.name for f in self.params if isinstance(f, EngineFlag)}
+        variables = {name: value for name, value in config.from_environment().items() if name in known}
+        ctx.default_map = {**(read_config_file(file, self.params) if file is not None else {}), **variables}
+
+
+def group_of(parameter: click.Parameter) -> str | None:
+    """None: one of the command's own."""
+    found: str | None = getattr(parameter, "group", None)
+    return found
+
+
+def flag_groups(command: click.Command) -> dict[str, list[click.Parameter]]:
+    groups: dict[str, list[click.Parameter]] = {}
+    for parameter in command.params:
+        name = group_of(parameter)
+        if name is not None:
+            groups.setdefault(name, []).append(parameter)
+    return groups
+
+
+def _summary(name: str, flags: list[click.Parameter]) -> str:
+    shown = ", ".join(flag.opts[0] for flag in flags[:3])
+    return f"{name}: {shown}{f' and {len(flags) - 3} more' if len(flags) > 3 else ''}"
+
+
+def _key(name: str) -> str:
+    """What `--help=` calls a group: `KV cache` -> `cache`."""
+    return name.rsplit(maxsplit=1)[-1].lower()
+
+
+def _plain(text: str) -> str:
+    return "".join(filter(str.isalnum, text.lower()))

@@ -11,7 +11,7 @@ from shoal.transport.process import ChildProcess, end_all
 
 _SLICE_S = 0.5
 _QUIET_S = 3.0  # without a word for so long while one is awaited, the process is looked at: was it stopped?
-_END_S = 5.0
+_END_S = 1.5
 
 
 class EngineProcess:

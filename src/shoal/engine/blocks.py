@@ -18,10 +18,9 @@ Key = tuple[int | str, Ids]
 
 
 class BlockPool:
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefix_caching = prefix_caching
         self._holders = [0] * num_blocks
         self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
         self._cached: dict[Key, int] = {}
@@ -34,14 +33,17 @@ class BlockPool:
         """Blocks that nobody holds, cached ones included."""
         return len(self._unused)
 
-    def find_prefix(self, tokens: Sequence[int], salt: str) -> list[int]:
-        """The blocks of the longest cached prefix that leaves at least one token to compute. Takes none of them."""
+    def find_prefix(self, tokens: Sequence[int], salt: str | None) -> list[int]:
+        """The blocks of the longest cached prefix, which may be all of the tokens. Takes none of them.
+
+        Only what was cached with the same salt is found; with None, nothing is.
+        """
         found: list[int] = []
-        if not self._prefix_caching:
+        if salt is None:
             return found
         size = self.block_size
         parent: int | str = salt
-        for start in range(0, (len(tokens) - 1) // size * size, size):
+        for start in range(0, len(tokens) // size * size, size):
             block = self._cached.get((parent, tuple(tokens[start : start + size])))
             if block is None:
                 break
@@ -79,9 +81,9 @@ class BlockPool:
                 if self._keys[block] is None:
                     self._unused.move_to_end(block, last=False)  # holds nothing of use: taken first
 
-    def cache(self, blocks: Sequence[int], first: int, last: int, tokens: Sequence[int], salt: str) -> None:
+    def cache(self, blocks: Sequence[int], first: int, last: int, tokens: Sequence[int], salt: str | None) -> None:
         """Makes blocks `first` to `last` (exclusive) of a sequence findable; their tokens are final."""
-        if not self._prefix_caching:
+        if salt is None:
             return
         size = self.block_size
         for i in range(first, last):

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
+from shoal.engine.grammar import Grammar, Grammars
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
-from shoal.errors import ClosedError, EngineError
+from shoal.engine.speculation import Guesser
+from shoal.errors import ClosedError, EngineError, RequestError
 from shoal.protocols import Executor, Policy
 
 _STATS_TIMEOUT_S = 30.0
@@ -31,13 +33,25 @@ class EngineCore:
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
         incarnation: int = 0,
+        grammars: Grammars | None = None,
+        make_guesser: Callable[[], Guesser | None] = lambda: None,
     ) -> None:
-        """`incarnation` marks this engine's messages: what answers another one's is dropped."""
+        """`incarnation` marks this engine's messages: what answers another one's is dropped. Without `grammars`
+        requests that bring one are refused."""
         self._executor = executor
         self._limits = limits
-        self._pool = BlockPool(executor.num_blocks, block_size, prefix_caching=prefix_caching)
+        self._pool = BlockPool(executor.num_blocks, block_size)
         self._incarnation = incarnation
-        self._scheduler = Scheduler(self._pool, limits, policy or PriorityPolicy(), clock, incarnation=incarnation)
+        self._grammars = grammars
+        self._scheduler = Scheduler(
+            self._pool,
+            limits,
+            policy or PriorityPolicy(),
+            clock,
+            prefix_caching=prefix_caching,
+            make_guesser=make_guesser,
+            incarnation=incarnation,
+        )
         self._clock = clock
         self._next_audit = float("-inf")
         self._max_in_flight = max_in_flight
@@ -50,7 +64,12 @@ class EngineCore:
 
     def add(self, request: wire.EngineRequest) -> None:
         self._check_open()
-        self._scheduler.add(request)
+        self._scheduler.add(request, self._compile(request.grammar) if request.grammar else None)
+
+    def _compile(self, grammar: str) -> Grammar:
+        if self._grammars is None:
+            raise RequestError("structured outputs need a tokenizer, which this model does not have")
+        return self._grammars.compile(grammar)
 
     def abort(self, seqs: Sequence[int]) -> None:
         self._scheduler.abort(seqs)
@@ -86,9 +105,16 @@ class EngineCore:
             plan = self._scheduler.schedule()
             if plan is not None:
                 self._executor.launch(plan)
+                self._mask(plan)
             self._schedule_ns += time.perf_counter_ns() - begun
             if plan is None:
                 return
+
+    def _mask(self, plan: wire.StepPlan) -> None:
+        """Behind a plan that is masked, and while the ranks compute it."""
+        if plan.masked and self._grammars is not None:
+            bits = self._scheduler.masks(plan)
+            self._executor.mask(wire.StepMask(plan.incarnation, plan.step, bits, self._grammars.words))
 
     def _apply(self, result: wire.StepResult) -> None:
         begun = time.perf_counter_ns()
@@ -116,6 +142,8 @@ class EngineCore:
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             preemptions=counters.preemptions,
+            draft_tokens=counters.draft_tokens,
+            accepted_tokens=counters.accepted_tokens,
             schedule_us=self._schedule_ns // 1000,
             step_total_us=self._step_total_us,
             step_forward_us=self._step_forward_us,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from shoal import wire
+from shoal.engine.grammar import Grammar
+from shoal.engine.speculation import Guesser
 
 
 class State(Enum):
@@ -18,32 +20,59 @@ class State(Enum):
 @dataclass(slots=True, eq=False)
 class Request:
     """`tokens` are known; `pending` more have been asked for and are not known yet. `computed` counts tokens whose
-    keys and values are in the cache once all plans made so far have run."""
+    keys and values are in the cache once all plans made so far have run, guessed tokens included until they are known
+    to be right."""
 
     spec: wire.EngineRequest
     arrival: int
     rank: tuple[int, ...]  # the policy's: lowest first
     tokens: list[int]
     prompt_len: int
+    salt: str | None  # who shares cached blocks with it; None: nobody
+    grammar: Grammar | None = None
+    guesser: Guesser | None = None
     state: State = State.WAITING
     epoch: int = 0
     pending: int = 0
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # its block table
+    retired: int = 0  # leading blocks of it that were given back
     blocks_cached: int = 0  # leading blocks that the prefix cache has been told of
     in_flight: int = 0  # plans made that include it and have not come back
     cached_tokens: int = 0  # of its prompt, found in the prefix cache at admission
+    guessed: int = 0  # tokens in flight that are guesses
+    prompt_reported: int = 0  # prompt tokens whose log-probabilities are known
 
     @property
     def length(self) -> int:
         return len(self.tokens) + self.pending
 
     @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
     def uncomputed(self) -> int:
-        """Tokens that could be computed now; 0 when the last one allowed is on its way."""
+        """Tokens that could be computed now; 0 when the last one allowed is on its way.
+
+        A grammar and a guesser go on from tokens that are known, so nothing is planned behind one that is not.
+        """
         if self.length - self.prompt_len >= self.spec.max_tokens:
             return 0
+        if self.pending and (self.grammar is not None or self.guesser is not None):
+            return 0
         return self.length - self.computed
+
+    @property
+    def held(self) -> list[int]:
+        return self.blocks[self.retired :]
+
+    @property
+    def may_reuse(self) -> bool:
+        """May it start from cached blocks? Not while log-probabilities of its prompt are wanted: they come from
+        computing it."""
+        wanted = self.prompt_len - 1 if self.spec.sampling.prompt_logprobs >= 0 else 0
+        return self.prompt_reported >= wanted
 
 
 def decode_tokens(data: bytes) -> list[int]:

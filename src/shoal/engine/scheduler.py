@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
+from shoal.engine.grammar import Grammar
 from shoal.engine.request import Request, State, decode_tokens, encode_tokens
+from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
 from shoal.protocols import Policy
+from shoal.wire import Ids
 
 
 class PriorityPolicy:
@@ -28,6 +31,7 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    window: int | None = None  # tokens that any layer looks back on, itself included; None: all of them
 
 
 @dataclass(slots=True)
@@ -37,6 +41,8 @@ class Counters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -50,9 +56,19 @@ class _Draft:
 
 class Scheduler:
     def __init__(
-        self, pool: BlockPool, limits: Limits, policy: Policy, clock: Callable[[], float], *, incarnation: int = 0
+        self,
+        pool: BlockPool,
+        limits: Limits,
+        policy: Policy,
+        clock: Callable[[], float],
+        *,
+        prefix_caching: bool = True,
+        make_guesser: Callable[[], Guesser | None] = lambda: None,
+        incarnation: int = 0,
     ) -> None:
         self.counters = Counters()
+        self._prefix_caching = prefix_caching
+        self._make_guesser = make_guesser
         self._incarnation = incarnation
         self._pool = pool
         self._limits = limits
@@ -70,8 +86,8 @@ class Scheduler:
 
     # --- what clients ask for ------------------------------------------------------------------------------------
 
-    def add(self, spec: wire.EngineRequest) -> None:
-        """Takes a request over.
+    def add(self, spec: wire.EngineRequest, grammar: Grammar | None = None) -> None:
+        """Takes a request over. `grammar` is the state of what its output must look like.
 
         Raises:
             RequestError: it can never run. The frontend checks prompts before; this is the engine's own guard.
@@ -86,11 +102,20 @@ class Scheduler:
             raise RequestError(f"request {spec.seq} exists already")
         self._arrivals += 1
         rank = self._policy.rank(spec, self._arrivals)
-        request = Request(spec, self._arrivals, rank, tokens, len(tokens))
+        guesser = self._make_guesser()
+        if guesser is not None:
+            guesser.accept(tokens, ())
+        request = Request(spec, self._arrivals, rank, tokens, len(tokens), self._salt(spec), grammar, guesser)
         self._requests[spec.seq] = request
         self._wait(request)
         if spec.deadline is not None:
             heapq.heappush(self._deadlines, (spec.deadline, spec.seq))
+
+    def _salt(self, spec: wire.EngineRequest) -> str | None:
+        """Who shares blocks with a request: everybody with its salt; without a prefix cache the others of its group."""
+        if self._prefix_caching:
+            return spec.cache_salt
+        return f"group {spec.group}" if spec.group >= 0 else None
 
     def abort(self, seqs: Iterable[int], error: str = "") -> None:
         """Ends requests; those that have ended already, or never were, are passed over."""
@@ -129,6 +154,7 @@ class Scheduler:
         """
         preempted = False
         for request in sorted(self._running, key=lambda running: running.uncomputed > 1):
+            self._retire_blocks(request)
             wanted = min(request.uncomputed, draft.budget)
             if wanted == 0 or request.state is not State.RUNNING:  # waits for results, or made room for another
                 continue
@@ -136,7 +162,8 @@ class Scheduler:
                 self._preempt(self._running[-1], draft)
                 preempted = True
             if request.state is State.RUNNING:
-                self._give_work(request, min(wanted, self._room(request)), draft)
+                count = min(wanted, self._room(request))
+                self._give_work(request, count, draft, self._guesses(request, count, draft))
         # Only now: had the prefix cache been told before, a request taken back would have left promises in it.
         for request in draft.work:
             self._cache_blocks(request)
@@ -146,29 +173,42 @@ class Scheduler:
         """Tokens that fit into its blocks and the free ones."""
         return (len(request.blocks) + self._pool.num_free) * self._pool.block_size - request.computed
 
+    def _guesses(self, request: Request, count: int, draft: _Draft) -> Ids:
+        """Guesses that are computed behind the `count` tokens of a request: what budget and free blocks allow.
+
+        None if these do not reach its end, or if only one more token is wanted.
+        """
+        if request.guesser is None or count < request.uncomputed:
+            return ()
+        most = min(draft.budget - count, self._room(request) - count, request.spec.max_tokens - request.generated - 1)
+        guesses = request.guesser.guess(most) if most > 0 else ()
+        return guesses if request.grammar is None else guesses[: request.grammar.valid(guesses)]
+
     def _admit_waiting(self, draft: _Draft) -> None:
         while draft.budget > 0 and len(self._running) < self._limits.max_num_seqs:
             request = self._next_waiting()
             if request is None:
                 return
-            prefix = self._pool.find_prefix(request.tokens, request.spec.cache_salt)
-            computed = len(prefix) * self._pool.block_size
+            prefix = self._pool.find_prefix(request.tokens, request.salt) if request.may_reuse else []
             # Room for the whole prompt is asked for, though blocks are given chunk by chunk: a prompt that is
             # half in would else be the first to be preempted.
             wanted = -(-len(request.tokens) // self._pool.block_size) - len(prefix)
             if wanted > self._pool.num_free - self._pool.num_unused(prefix):
                 return
             heapq.heappop(self._waiting)
-            self._start(request, prefix, computed, draft)
+            self._start(request, prefix, draft)
 
-    def _start(self, request: Request, prefix: list[int], computed: int, draft: _Draft) -> None:
+    def _start(self, request: Request, prefix: list[int], draft: _Draft) -> None:
+        """Where all tokens are found, the last one is computed once more, for what follows it. No rank writes it."""
+        computed = min(len(prefix) * self._pool.block_size, len(request.tokens) - 1)
         self._pool.take(prefix)
         request.state = State.RUNNING
         request.blocks = prefix
         request.computed = computed
         request.blocks_cached = len(prefix)
-        self.counters.prefix_queries += len(request.tokens)
-        self.counters.prefix_hits += computed
+        if self._prefix_caching:
+            self.counters.prefix_queries += len(request.tokens)
+            self.counters.prefix_hits += computed
         if request.epoch == 0:
             request.cached_tokens = computed
             self.counters.prompt_tokens += request.prompt_len
@@ -176,22 +216,51 @@ class Scheduler:
         self._running.sort(key=lambda running: running.rank)
         draft.new.append(
             wire.NewSeq(
-                request.spec.seq, request.epoch, encode_tokens(request.tokens), tuple(prefix), request.spec.sampling
+                seq=request.spec.seq,
+                epoch=request.epoch,
+                tokens=encode_tokens(request.tokens),
+                prompt_len=request.prompt_len,
+                blocks=tuple(prefix),
+                sampling=request.spec.sampling,
             )
         )
+        self._retire_blocks(request)
         self._give_work(request, min(request.uncomputed, draft.budget), draft)
         self._cache_blocks(request)
 
-    def _give_work(self, request: Request, count: int, draft: _Draft) -> None:
+    def _give_work(self, request: Request, count: int, draft: _Draft, guesses: Ids = ()) -> None:
         start = request.computed
+        sample = start + count == request.length
+        count += len(guesses)
         request.computed += count
-        blocks = self._pool.allocate(-(-request.computed // self._pool.block_size) - len(request.blocks))
+        blocks = self._pool.allocate(self._blocks_wanted(request, sample))
         request.blocks += blocks
-        sample = request.computed == request.length
         request.pending += sample
+        request.guessed = len(guesses)
         request.in_flight += 1
         draft.budget -= count
-        draft.work[request] = wire.Work(request.spec.seq, start, count, sample, tuple(blocks))
+        masked = sample and request.grammar is not None
+        draft.work[request] = wire.Work(request.spec.seq, start, count, sample, tuple(blocks), guesses, masked)
+
+    def _blocks_wanted(self, request: Request, sample: bool) -> int:
+        """Blocks for what is computed, and for a draft model's guesses if there are free ones."""
+        size = self._pool.block_size
+        needed = -(-request.computed // size) - len(request.blocks)
+        if request.guesser is None or not sample:
+            return needed
+        end = min(request.computed + request.guesser.lookahead, self._limits.max_model_len)
+        return max(needed, min(-(-end // size) - len(request.blocks), self._pool.num_free))
+
+    def _retire_blocks(self, request: Request) -> None:
+        """Gives blocks back that no layer will look at again. The last block that the prefix cache was told of stays:
+        the next one is found through it."""
+        if self._limits.window is None or request.state is not State.RUNNING:
+            return
+        first_seen = max(request.computed - self._limits.window + 1, 0)
+        retired = min(first_seen // self._pool.block_size, request.blocks_cached - 1)
+        if retired > request.retired:
+            self._pool.release(request.blocks[request.retired : retired])
+            request.retired = retired
 
     def _preempt(self, request: Request, draft: _Draft) -> None:
         """Gives a request's blocks back; it will compute its tokens again, once those in flight are known."""
@@ -200,6 +269,7 @@ class Scheduler:
             draft.budget += taken_back.count
             request.pending -= taken_back.sample
             request.in_flight -= 1
+            request.guessed = 0
         self.counters.preemptions += 1
         self._drop(request)
         request.computed = 0
@@ -210,6 +280,15 @@ class Scheduler:
         if request.state is State.DRAINING and request.in_flight == 0:
             request.epoch += 1
             self._wait(request)
+
+    def masks(self, plan: wire.StepPlan) -> bytes:
+        """What may be drawn in the masked works of a plan, in their order. Takes a while: ranks compute meanwhile."""
+        found = []
+        for work in plan.work:
+            request = self._requests.get(work.seq)
+            if work.masked and request is not None and request.grammar is not None:
+                found.append(request.grammar.masks(work.drafts))
+        return b"".join(found)
 
     # --- results -------------------------------------------------------------------------------------------------
 
@@ -229,24 +308,55 @@ class Scheduler:
             self._resume_if_drained(request)
 
     def _accept(self, request: Request, out: wire.SeqOut) -> None:
-        finish = None
+        if out.tokens:
+            self._settle_guesses(request, len(out.tokens) - 1)
+        if out.prompt_logprobs is not None:
+            request.prompt_reported = out.prompt_logprobs.start + len(out.prompt_logprobs.entries) - 1
+        finish, error = None, ""
         taken: list[int] = []
         for token in out.tokens:
+            error = _objection(request, token)
+            if error:
+                finish = wire.Finish.ABORT
+                break
             taken.append(token)
-            request.tokens.append(token)
-            request.pending -= 1
-            if token in request.spec.stop_ids:
-                finish = wire.Finish.STOP
+            finish = self._take_token(request, token)
+            if finish is not None:
                 break
-            if len(request.tokens) - request.prompt_len == request.spec.max_tokens:
-                finish = wire.Finish.LENGTH
-                break
+        if request.guesser is not None:
+            request.guesser.accept(taken, out.drafts)
         self.counters.generated_tokens += len(taken)
         self._cache_blocks(request)
+        logprobs = out.logprobs[: len(taken)]
         if finish is not None:
-            self._finish(request, finish, taken, out.logprobs)
+            self._finish(request, finish, taken, logprobs, error, out.prompt_logprobs)
         else:
-            self._updates.append(wire.SeqUpdate(request.spec.seq, tuple(taken), out.logprobs))
+            self._updates.append(
+                wire.SeqUpdate(
+                    seq=request.spec.seq,
+                    tokens=tuple(taken),
+                    logprobs=logprobs,
+                    cached_tokens=request.cached_tokens,
+                    prompt_logprobs=out.prompt_logprobs,
+                )
+            )
+
+    def _settle_guesses(self, request: Request, right: int) -> None:
+        """What was asked for has come; behind the guesses that were right nothing is computed."""
+        request.pending -= 1
+        self.counters.draft_tokens += request.guessed
+        self.counters.accepted_tokens += right
+        if request.state is State.RUNNING:
+            request.computed -= request.guessed - right
+        request.guessed = 0
+
+    def _take_token(self, request: Request, token: int) -> wire.Finish | None:
+        request.tokens.append(token)
+        if request.grammar is not None:
+            request.grammar.accept((token,))
+        if token in request.spec.stop_ids or (request.grammar is not None and request.grammar.ended):
+            return wire.Finish.STOP
+        return wire.Finish.LENGTH if request.generated == request.spec.max_tokens else None
 
     def take_updates(self) -> list[wire.SeqUpdate]:
         updates, self._updates = self._updates, []
@@ -281,7 +391,7 @@ class Scheduler:
         Raises:
             EngineError: a block, a request or a step was lost.
         """
-        self._pool.audit(request.blocks for request in self._running)
+        self._pool.audit(request.held for request in self._running)
         states = {State.RUNNING: len(self._running), State.FINISHED: 0}
         for state, count in states.items():
             found = sum(request.state is state for request in self._requests.values())
@@ -308,12 +418,15 @@ class Scheduler:
         tokens: Sequence[int] = (),
         logprobs: tuple[wire.TokenLogprobs, ...] = (),
         error: str = "",
+        prompt_logprobs: wire.PromptLogprobs | None = None,
     ) -> None:
         self._drop(request)
         request.state = State.FINISHED
         del self._requests[request.spec.seq]
         self._updates.append(
-            wire.SeqUpdate(request.spec.seq, tuple(tokens), logprobs, finish, request.cached_tokens, error)
+            wire.SeqUpdate(
+                request.spec.seq, tuple(tokens), logprobs, finish, request.cached_tokens, error, prompt_logprobs
+            )
         )
 
     def _drop(self, request: Request) -> None:
@@ -321,8 +434,9 @@ class Scheduler:
         if request.state is State.RUNNING:
             self._running.remove(request)
             self._released.append(request.spec.seq)
-            self._pool.release(request.blocks)
+            self._pool.release(request.held)
             request.blocks = []
+            request.retired = 0
             request.blocks_cached = 0
 
     def _expire(self) -> None:
@@ -334,5 +448,15 @@ class Scheduler:
         """Makes blocks findable whose tokens are known and computed."""
         full = min(request.computed, len(request.tokens)) // self._pool.block_size
         if full > request.blocks_cached and request.blocks:
-            self._pool.cache(request.blocks, request.blocks_cached, full, request.tokens, request.spec.cache_salt)
+            self._pool.cache(request.blocks, request.blocks_cached, full, request.tokens, request.salt)
             request.blocks_cached = full
+
+
+def _objection(request: Request, token: int) -> str:
+    """Why a token that was drawn is none that the output may have; "" where it may."""
+    grammar = request.grammar
+    if grammar is None or (not grammar.problem and grammar.valid((token,))):
+        return ""
+    # Where a mask and other parameters leave no token, ranks draw what they can.
+    problem = grammar.problem or "the request's other parameters forbid every token that may follow"
+    return f"structured_outputs can't be obeyed: {problem}"

@@ -106,6 +106,10 @@ class RankExecutor:
         self._launched.append(plan.step)
         self._links.send(plan)
 
+    def mask(self, mask: wire.StepMask) -> None:
+        self._check_open()
+        self._links.send(mask)
+
     def poll(self, timeout: float) -> list[wire.StepResult]:
         self._check_open()
         deadline = time.monotonic() + timeout

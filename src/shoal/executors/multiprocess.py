@@ -13,7 +13,7 @@ from shoal.transport.process import ChildProcess, end_all
 
 _QUIET_S = 3.0  # without a pulse (two come a second) for so long, a process is looked at: was it stopped?
 _LOST_S = 60.0  # ... and for so long, it is given up, whatever it is doing
-_END_S = 2.0
+_END_S = 1.0
 
 
 class ProcessLinks:

@@ -8,8 +8,13 @@ from shoal import env, wire
 from shoal.config import EngineOptions
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
+from shoal.engine.grammar import Grammars
 from shoal.engine.scheduler import Limits
+from shoal.engine.speculation import make_guessers
+from shoal.errors import RequestError
 from shoal.executors.base import Links, RankExecutor
+from shoal.frontend.generation import GenerationDefaults
+from shoal.frontend.tokenizer import open_tokenizer
 from shoal.lazy import load
 from shoal.observe.logging import get_logger
 from shoal.planner.memory import require_capacity
@@ -50,6 +55,7 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
         max_num_seqs=options.scheduler.max_num_seqs,
         max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
         max_model_len=min(decision.max_model_len, executor.num_blocks * size),
+        window=_window(decision),
     )
     _log_ready(executor, size, limits.max_model_len, time.monotonic() - begun)
     return EngineCore(
@@ -59,7 +65,29 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
         prefix_caching=options.cache.enable_prefix_caching,
         max_in_flight=options.scheduler.max_in_flight,
         incarnation=setups[0].incarnation,
+        grammars=_grammars(decision),
+        make_guesser=make_guessers(options.model_options.speculative_config),
     )
+
+
+def _window(decision: Decision) -> int | None:
+    """How far any layer looks back, the draft model's included; None where one sees everything."""
+    specs = [decision.spec] if decision.draft is None else [decision.spec, decision.draft]
+    windows = [attention.window for spec in specs for attention in spec.attention]
+    return None if None in windows else max(window for window in windows if window is not None)
+
+
+def _grammars(decision: Decision) -> Grammars:
+    """Reads the tokenizer when the first grammar comes."""
+
+    def serialized() -> str:
+        tokenizer = open_tokenizer(decision.folder)
+        if tokenizer is None:
+            raise RequestError("structured_outputs need a tokenizer, which this model does not have")
+        return tokenizer.serialized()
+
+    eos = GenerationDefaults.open(decision.folder, sampling=False).eos
+    return Grammars(serialized, eos, decision.spec.vocab_size)
 
 
 def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seconds: float) -> None:
@@ -74,6 +102,7 @@ def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seco
 
 def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSetup]:
     size = len(decision.ranks)
+    speculative = options.model_options.speculative_config
     incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
     return [
         wire.RankSetup(
@@ -82,6 +111,8 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             world_size=size,
             incarnation=incarnation,
             model_path=str(decision.folder),
+            model_impl=decision.model_impl,
+            tp_split=decision.tp_split,
             load_format=options.model_options.load_format,
             dtype=decision.dtype,
             device=decision.hardware.device,
@@ -96,6 +127,8 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             kv_budget=decision.kv_budgets[rank],
             memory_utilization=options.cache.gpu_memory_utilization,
             comm_timeout_s=max(options.parallel.step_timeout, options.parallel.start_timeout) + _COMM_GRACE_S,
+            draft_model_path=str(decision.draft_folder) if decision.draft_folder is not None else "",
+            num_drafts=speculative.num_speculative_tokens if speculative is not None else 0,
         )
         for rank, cores in enumerate(rank_cores(decision))
     ]

@@ -2,23 +2,24 @@
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from shoal import wire
-from shoal.config import EngineOptions
+from shoal.config import EngineOptions, from_environment
 from shoal.errors import RequestError
+from shoal.frontend.beam_search import beam_search
 from shoal.frontend.compose import build_engine
 from shoal.frontend.model import OpenModel, open_model
 from shoal.frontend.offline import OfflineRunner
-from shoal.frontend.prompts import Job
+from shoal.frontend.prompts import Job, Refused
 from shoal.lazy import load
 from shoal.protocols import EngineClient
-from shoal.types import Prompt, RequestOutput, SamplingParams
+from shoal.types import BeamSearchOutput, BeamSearchParams, Message, Prompt, RequestOutput, SamplingParams, shown
 
 _START_PHASES = 5  # each of which may take --start-timeout
 
@@ -27,7 +28,8 @@ class LLM:
     """A model, its ranks, and an engine that keeps them busy. Close it, or use it in a `with`.
 
     `model` is a folder, an id on the Hugging Face hub, or None for the bundled model; or an `OpenModel`, which brings
-    its options along. Options have the names of the command line's flags: `LLM(model, tensor_parallel_size=2)`.
+    its options along. Options have the names of the command line's flags: `LLM(model, tensor_parallel_size=2)`; those
+    that are not given may come from environment variables, as docs/flags.md says.
 
     Raises:
         UserError: model, options and host do not go together; nothing was started.
@@ -36,17 +38,17 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str] | OpenModel | None = None, **options: Any) -> None:
         if not isinstance(model, OpenModel):
-            model = open_model(None if model is None else os.fspath(model), options)
+            model = open_model(None if model is None else os.fspath(model), {**from_environment(), **options})
         self._model = model
         self._client = self._start()
         self._finalizer = weakref.finalize(self, self._client.close)
-        max_model_len = self._client.stats().max_model_len
-        self._reader = self._model.reader(max_model_len)
+        self._max_model_len = self._client.stats().max_model_len
+        self._reader = self._model.reader(self._max_model_len)
         self._runner = OfflineRunner(
             self._client,
             self._model.tokenizer,
-            eos=self._model.eos,
-            max_model_len=max_model_len,
+            eos=self._model.generation.eos,
+            max_model_len=self._max_model_len,
             seed=self.options.model_options.seed,
         )
 
@@ -76,13 +78,91 @@ class LLM:
     ) -> list[RequestOutput]:
         """Outputs in the order of the prompts: one for each, and one parameters for all prompts or one for each.
 
+        Without parameters the model's own defaults are taken: see `default_sampling_params`.
+
         Raises:
             RequestError: a prompt or a parameter can't be used; it is named, and nothing was run.
             EngineError: the engine failed.
         """
         many = _as_list(prompts)
         params = self._params(sampling_params, len(many))
-        jobs = [self._prepare(i, prompt, params[i]) for i, prompt in enumerate(many)]
+        return self._run_all([_named(i, self.prepare, prompt, params[i]) for i, prompt in enumerate(many)], use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to one conversation, or to many, through the model's chat template or the one given.
+
+        Raises:
+            RequestError: as `generate`, or the template and the messages do not go together.
+            EngineError: the engine failed.
+        """
+        many = _conversations(messages)
+        params = self._params(sampling_params, len(many))
+        template = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
+        jobs = [_named(i, self.prepare_chat, each, params[i], **template) for i, each in enumerate(many)]
+        return self._run_all(jobs, use_tqdm)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, the best first.
+
+        Raises:
+            RequestError: a prompt can't be used; it is named, and nothing was run.
+            EngineError: the engine failed.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"beam_search takes BeamSearchParams, got {shown(params)}")
+        once = SamplingParams(temperature=0, max_tokens=1)
+        jobs = [_named(i, self.prepare, prompt, once) for i, prompt in enumerate(_as_list(prompts))]
+        return beam_search(
+            self._next_tokens,
+            [job.tokens for job in jobs],
+            params,
+            eos=self._model.generation.eos,
+            max_model_len=self._max_model_len,
+            tokenizer=self._model.tokenizer,
+        )
+
+    def _next_tokens(self, beams: Sequence[Sequence[int]], count: int) -> list[dict[int, float]]:
+        """The `count` likeliest next tokens of each beam, with their log-probabilities."""
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=count, detokenize=False, ignore_eos=True)
+        jobs = [Job(i, None, tuple(tokens), params) for i, tokens in enumerate(beams)]
+        found: list[dict[int, float]] = []
+        for output in self._run_all(jobs, use_tqdm=False):
+            logprobs = output.outputs[0].logprobs if output.outputs else None
+            if not logprobs:
+                raise RequestError(f"beam search: {output.error or 'a beam got no token'}")
+            found.append({token: each.logprob for token, each in logprobs[0].items()})
+        return found
+
+    def embed(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises:
+        RequestError: always; the models that are run here write text.
+        """
+        raise RequestError(
+            "embed needs a model that gives embeddings; Shoal runs models that generate text: use generate or chat"
+        )
+
+    def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
+        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
+        return self._model.default_sampling_params(base)
+
+    def _run_all(self, jobs: Sequence[Job], use_tqdm: bool) -> list[RequestOutput]:
         outputs = dict(tqdm(self.run(jobs), total=len(jobs), disable=not use_tqdm, unit=" prompts"))
         return [outputs[i] for i in range(len(jobs))]
 
@@ -94,9 +174,17 @@ class LLM:
         """
         return self._reader.prepare(index, prompt, params)
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[int, RequestOutput]]:
-        """(index, output) as requests finish; jobs are taken as there is room for them."""
-        return self._runner.run(jobs)
+    def prepare_chat(self, index: int, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job:
+        """A conversation made ready for `run`; `template` goes to `ChatTemplate.render`.
+
+        Raises:
+            RequestError: it can't be used.
+        """
+        return self._reader.prepare_chat(index, messages, params, **template)
+
+    def run(self, jobs: Iterable[Job | Refused], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
+        """(index, output) as requests finish, or in the order of the jobs; jobs are taken as there is room for them."""
+        return self._runner.run(jobs, ordered=ordered)
 
     @property
     def engine(self) -> EngineClient:
@@ -122,15 +210,14 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:
-        try:
-            return self._reader.prepare(index, prompt, params)
-        except RequestError as error:
-            raise RequestError(f"prompt {index}: {error}") from None
-
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
-            return [given or SamplingParams()] * count
+            return [given or self.default_sampling_params()] * count
+        if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+            raise RequestError(f"sampling_params must be SamplingParams or a list of them, got {shown(given)}")
+        for each in given:
+            if not isinstance(each, SamplingParams):
+                raise RequestError(f"sampling_params must be SamplingParams or a list of them, got {shown(each)} in it")
         if len(given) != count:
             raise RequestError(
                 f"{count} prompts and {len(given)} sampling parameters: give one for all or one for each"
@@ -141,4 +228,26 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    return [prompts] if isinstance(prompts, dict) else list(prompts)
+    if isinstance(prompts, dict):
+        return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts must be a prompt or a list of them, got {shown(prompts)}")
+    return list(prompts)
+
+
+def _conversations(messages: Any) -> list[Sequence[Message]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise RequestError(f"messages must be a list of messages, or a list of such lists, got {shown(messages)}")
+    return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+
+
+def _named(index: int, prepare: Callable[..., Job], *arguments: Any, **template: Any) -> Job:
+    """One of several: an error says which.
+
+    Raises:
+        RequestError: as `prepare`.
+    """
+    try:
+        return prepare(index, *arguments, **template)
+    except RequestError as error:
+        raise RequestError(f"prompt {index}: {error}") from None

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from shoal.config import EngineOptions
 from shoal.frontend import hub
+from shoal.frontend.chat import ChatTemplate
+from shoal.frontend.generation import GenerationDefaults
 from shoal.frontend.prompts import PromptReader
-from shoal.frontend.tokenizer import Tokenizer, eos_tokens, open_tokenizer
+from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
 from shoal.planner.resolve import Decision, discover, resolve
+from shoal.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +21,7 @@ class OpenModel:
     given: Mapping[str, Any]  # the options as they were given
     decision: Decision
     tokenizer: Tokenizer | None
-    eos: tuple[int, ...]
+    generation: GenerationDefaults
     own_process: bool  # this process has no other purpose, and may be bound to cores
 
     @property
@@ -27,8 +31,16 @@ class OpenModel:
     def reader(self, max_model_len: int | None = None) -> PromptReader:
         """Checks prompts; before the start by the length that was decided on, later by the engine's own."""
         return PromptReader(
-            self.tokenizer, vocab_size=self.vocab_size, max_model_len=max_model_len or self.decision.max_model_len
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            max_model_len=max_model_len or self.decision.max_model_len,
+            eos=self.generation.eos,
+            chat_template=cache(lambda: ChatTemplate.open(self.decision.folder)),
         )
+
+    def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
+        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
+        return self.generation.defaults(base)
 
 
 def open_model(model: str | None, given: Mapping[str, Any], *, own_process: bool = False) -> OpenModel:
@@ -41,8 +53,9 @@ def open_model(model: str | None, given: Mapping[str, Any], *, own_process: bool
         given = {"load_format": "dummy", **given}
     options = EngineOptions.from_flat(model, given)
     decision = decide(options)
-    tokenizer, eos = open_tokenizer(decision.folder), eos_tokens(decision.folder)
-    return OpenModel(options, given, decision, tokenizer, eos, own_process)
+    from_model = options.model_options.generation_config != "vllm"
+    generation = GenerationDefaults.open(decision.folder, sampling=from_model)
+    return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process)
 
 
 def decide(options: EngineOptions) -> Decision:
@@ -53,4 +66,8 @@ def decide(options: EngineOptions) -> Decision:
     """
     weights = options.model_options.load_format != "dummy"
     folder = hub.locate(options.model, options.model_options.revision, weights=weights)
-    return resolve(options, folder, discover(options))
+    speculative = options.model_options.speculative_config
+    draft = None
+    if speculative is not None and speculative.method == "draft_model":
+        draft = hub.locate(speculative.model, speculative.revision, weights=weights)
+    return resolve(options, folder, discover(options), draft)

@@ -7,29 +7,23 @@ from dataclasses import dataclass, field
 
 from shoal import wire
 from shoal.engine.request import encode_tokens
-from shoal.frontend.prompts import Job
-from shoal.frontend.tokenizer import Tokenizer, continuation
+from shoal.frontend.outputs import Answer, Completion
+from shoal.frontend.prompts import Job, Refused
+from shoal.frontend.tokenizer import Tokenizer
 from shoal.protocols import EngineClient
-from shoal.types import CompletionOutput, FinishReason, RequestOutput
+from shoal.types import RequestOutput, SamplingParams
 
 _POLL_S = 1.0
 _MOST = 2**31 - 1  # as many as any vocabulary has
-_WINDOW = 1024  # requests that the engine has at a time: enough to keep it busy, few enough for any job's memory
-_REASONS: dict[wire.Finish, FinishReason] = {
-    wire.Finish.STOP: "stop",
-    wire.Finish.LENGTH: "length",
-    wire.Finish.ABORT: "abort",
-}
+_WINDOW = 1024  # sequences that the engine has at a time: enough to keep it busy, few enough for any job's memory
 
 
 @dataclass(slots=True)
-class _Running:
-    seq: int
-    job: Job
-    ended: "deque[_Running]"  # of its run: where it goes when it has ended
-    last: wire.SeqUpdate | None = None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[wire.TokenLogprobs] = field(default_factory=list)
+class _Run:
+    """One call of `run`: which of its sequences the engine has, and which of its jobs have ended."""
+
+    sequences: set[int] = field(default_factory=set)
+    ended: deque[tuple[int, RequestOutput]] = field(default_factory=deque)
 
 
 class OfflineRunner:
@@ -44,54 +38,86 @@ class OfflineRunner:
         self._max_model_len = max_model_len
         self._seed = seed
         self._next_seq = 0
-        self._running: dict[int, _Running] = {}  # of all runs: whoever asks the engine gets everybody's updates
+        # Of all runs: whoever asks the engine gets everybody's updates. The number is that of the output.
+        self._running: dict[int, tuple[_Run, Answer, int]] = {}
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[int, RequestOutput]]:
-        """(index, output) of each job as it finishes. If the caller stops early, what still runs is aborted."""
-        mine: set[int] = set()
-        ended: deque[_Running] = deque()
+    def run(self, jobs: Iterable[Job | Refused], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
+        """(index, output) of each job as it finishes, or in the order of the jobs if `ordered`.
+
+        Jobs are taken as there is room for them. If the caller stops early, what still runs is aborted.
+        """
+        run = _Run()
         source = iter(jobs)
+        order: deque[int] = deque()  # indices of jobs whose output the caller does not have
+        ready: dict[int, RequestOutput] = {}
         exhausted = False
         try:
-            while mine or not exhausted:
-                while not exhausted and len(mine) < _WINDOW:
+            while order or not exhausted:
+                # A result that waits for its turn takes a place, or one slow job would let the others pile up.
+                while not exhausted and len(run.sequences) < _WINDOW and len(order) < _WINDOW:
                     job = next(source, None)
-                    if job is None:
-                        exhausted = True
-                    else:
-                        mine.add(self._add(job, ended))
-                if mine and not ended:
+                    exhausted = job is None
+                    if job is not None:
+                        order.append(job.index)
+                        self._start(run, job)
+                if order and not run.ended:
                     self._receive()
-                while ended:
-                    request = ended.popleft()
-                    mine.discard(request.seq)
-                    yield request.job.index, self._output(request)
+                while run.ended:
+                    index, output = run.ended.popleft()
+                    ready[index] = output
+                    while order and (first := order[0] if ordered else index) in ready:
+                        order.remove(first)
+                        yield first, ready.pop(first)
         finally:
-            for seq in mine:
+            for seq in run.sequences:
                 self._running.pop(seq, None)
-            self._client.abort(tuple(mine))
+            self._client.abort(tuple(run.sequences))
 
-    def _add(self, job: Job, ended: "deque[_Running]") -> int:
-        seq = self._next_seq
-        self._next_seq += 1
+    def _start(self, run: _Run, job: Job | Refused) -> None:
+        if isinstance(job, Refused):
+            run.ended.append((job.index, _refusal(job)))
+            return
+        stop_ids = tuple(job.params.stop_token_ids or ()) + (() if job.params.ignore_eos else self._eos)
+        first = self._next_seq
+        self._next_seq += job.params.n
+        completions = [Completion(job, i, self._tokenizer, stop_ids) for i in range(job.params.n)]
+        answer = Answer(job, completions, len(completions))
+        for i in range(job.params.n):
+            self._client.add(self._request(job, first, i, stop_ids))
+            run.sequences.add(first + i)
+            self._running[first + i] = (run, answer, i)
+
+    def _request(self, job: Job, first: int, index: int, stop_ids: wire.Ids) -> wire.EngineRequest:
+        """One of a job's outputs. They have one seed, one prompt and its blocks in common."""
         params = job.params
-        sampling = wire.Sampling(
-            seed=self._seed_of(seq) if params.seed is None else params.seed & 0xFFFFFFFFFFFFFFFF,
+        return wire.EngineRequest(
+            seq=first + index,
+            tokens=encode_tokens(list(job.tokens)),
+            sampling=self._sampling(job, first, index, stop_ids),
+            max_tokens=min(params.max_tokens or _MOST, self._max_model_len - len(job.tokens)),
+            stop_ids=stop_ids,
+            group=first if params.n > 1 else -1,
+            grammar=job.grammar,
+        )
+
+    def _sampling(self, job: Job, first: int, index: int, stop_ids: wire.Ids) -> wire.Sampling:
+        params = job.params
+        return wire.Sampling(
+            seed=self._seed_of(first) if params.seed is None else params.seed & 0xFFFFFFFFFFFFFFFF,
+            sample_index=index,
             temperature=params.temperature,
             top_k=min(max(params.top_k, 0), _MOST),
             top_p=params.top_p,
-            logprobs=-1 if params.logprobs is None else min(params.logprobs, _MOST),
+            min_p=params.min_p,
+            penalties=_penalties(params),
+            min_tokens=min(params.min_tokens, _MOST),
+            ends=stop_ids if params.min_tokens else (),
+            bias=tuple((params.logit_bias or {}).items()),
+            allowed=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
+            banned=job.banned,
+            logprobs=_count(params.logprobs),
+            prompt_logprobs=_count(params.prompt_logprobs) if index == 0 else -1,
         )
-        request = wire.EngineRequest(
-            seq=seq,
-            tokens=encode_tokens(list(job.tokens)),
-            sampling=sampling,
-            max_tokens=min(params.max_tokens or _MOST, self._max_model_len - len(job.tokens)),
-            stop_ids=params.stop_token_ids + (() if params.ignore_eos else self._eos),
-        )
-        self._client.add(request)
-        self._running[seq] = _Running(seq, job, ended)
-        return seq
 
     def _seed_of(self, seq: int) -> int:
         digest = hashlib.blake2b(f"{self._seed}:{seq}".encode(), digest_size=8).digest()
@@ -99,39 +125,34 @@ class OfflineRunner:
 
     def _receive(self) -> None:
         for update in self._client.updates(_POLL_S):
-            request = self._running.get(update.seq)
-            if request is None:  # of a run that was given up
+            found = self._running.get(update.seq)
+            if found is None:  # of a run that was given up, or past a stop text
                 continue
-            request.tokens += update.tokens
-            request.logprobs += update.logprobs
-            if update.finish is not None:
-                request.last = update
+            run, answer, index = found
+            stopped = answer.take(index, update)
+            if stopped and update.finish is None:
+                self._client.abort((update.seq,))
+            if stopped or update.finish is not None:
                 del self._running[update.seq]
-                request.ended.append(request)
-
-    def _output(self, request: _Running) -> RequestOutput:
-        job, tokens, last = request.job, request.tokens, request.last
-        finish = _REASONS[last.finish] if last is not None and last.finish is not None else "abort"
-        # The token that ends a text is no part of the text, but of the tokens.
-        text_tokens = tokens[:-1] if finish == "stop" else tokens
-        wanted = job.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text=continuation(self._tokenizer, job.tokens, text_tokens) if self._tokenizer else "",
-            token_ids=tuple(tokens),
-            finish_reason=finish,
-            cumulative_logprob=sum(entry.chosen for entry in request.logprobs) if wanted else None,
-            logprobs=tuple(map(_mapping, tokens, request.logprobs)) if wanted else None,
-        )
-        return RequestOutput(
-            request_id=str(job.index),
-            prompt=job.prompt,
-            prompt_token_ids=job.tokens,
-            outputs=(completion,),
-            num_cached_tokens=last.cached_tokens if last is not None else 0,
-            error=last.error or None if last is not None else None,
-        )
+                run.sequences.discard(update.seq)
+                answer.running -= 1
+                if answer.running == 0:
+                    run.ended.append((answer.job.index, answer.output(self._tokenizer)))
 
 
-def _mapping(token: int, entry: wire.TokenLogprobs) -> dict[int, float]:
-    return {token: entry.chosen, **dict(zip(entry.ids, entry.values, strict=True))}
+def _penalties(params: SamplingParams) -> wire.Penalties | None:
+    found = wire.Penalties(params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    return None if found == wire.Penalties() else found
+
+
+def _count(wanted: int | None) -> int:
+    """How many of the likeliest tokens: -1 for none, and -1 of the user's for all."""
+    if wanted is None:
+        return -1
+    return _MOST if wanted == -1 else min(wanted, _MOST)
+
+
+def _refusal(job: Refused) -> RequestOutput:
+    return RequestOutput(
+        request_id=str(job.index), prompt=job.prompt, prompt_token_ids=job.tokens, outputs=(), error=job.error
+    )

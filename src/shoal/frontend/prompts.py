@@ -1,36 +1,78 @@
 """Prompts as people give them, checked and cut into tokens. Needs no engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shoal.errors import RequestError
+from shoal.frontend.chat import ChatTemplate
+from shoal.frontend.structured import GrammarChecker, grammar_text
 from shoal.frontend.tokenizer import Tokenizer
-from shoal.types import Prompt, SamplingParams
+from shoal.types import Message, Prompt, SamplingParams, shown
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt that has been checked and cut into tokens."""
+    """One prompt that has been checked and cut into tokens, and what its parameters say in tokens."""
 
     index: int
     prompt: str | None
     tokens: tuple[int, ...]
     params: SamplingParams
+    banned: tuple[tuple[int, ...], ...] = ()  # of `bad_words`
+    grammar: str = ""  # of `structured_outputs`
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A prompt that can't be used; among jobs it ends alone."""
+
+    index: int
+    prompt: str | None
+    tokens: tuple[int, ...]
+    error: str
 
 
 class PromptReader:
-    def __init__(self, tokenizer: Tokenizer | None, *, vocab_size: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        eos: Sequence[int] = (),
+        chat_template: Callable[[], ChatTemplate | None] = lambda: None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._chat_template = chat_template
+        self._grammars = None if tokenizer is None else GrammarChecker(tokenizer.serialized, tuple(eos), vocab_size)
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:
         """A prompt made ready to run.
 
         Raises:
-            RequestError: it is empty, too long, or no prompt at all.
+            RequestError: it is empty, too long, or no prompt at all, or a parameter does not fit the model.
         """
         text, tokens = self._read(prompt)
+        return self._job(index, text, tokens, params)
+
+    def prepare_chat(self, index: int, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job:
+        """A conversation made ready to run, by the model's chat template; `template` goes to `ChatTemplate.render`.
+
+        Raises:
+            RequestError: there is no template, the messages do not fit it, or as `prepare`.
+        """
+        chat = self._chat_template()
+        if chat is None and template.get("chat_template") is None:
+            raise RequestError("this model has no chat template: give chat_template, or plain prompts")
+        chat = chat or ChatTemplate({})
+        text = chat.render(messages, **template)
+        tokens = self._encode(self._require_tokenizer(), text, add_special_tokens=False)
+        return self._job(index, text, tokens, params)
+
+    def _job(self, index: int, text: str | None, tokens: tuple[int, ...], params: SamplingParams) -> Job:
         if not tokens:
             raise RequestError("the prompt is empty: give some text or at least one token id")
         if len(tokens) >= self._max_model_len:
@@ -38,7 +80,40 @@ class PromptReader:
                 f"the prompt has {len(tokens)} tokens; with --max-model-len {self._max_model_len} it may have "
                 f"{self._max_model_len - 1} at most: shorten it or raise --max-model-len"
             )
-        return Job(index, text, tokens, params)
+        self._check_ids("logit_bias", params.logit_bias or ())
+        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_ids("stop_token_ids", params.stop_token_ids or ())
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop takes texts, and this model has no tokenizer: use stop_token_ids")
+        return Job(index, text, tokens, params, self._banned(params), self._grammar(params))
+
+    def _check_ids(self, name: str, ids: Mapping[int, float] | Sequence[int]) -> None:
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:
+            raise RequestError(
+                f"{name} must hold ids of the model's vocabulary, in [0, {self._vocab_size}), got {largest}"
+            )
+
+    def _banned(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each bad word at the start of a text and behind a space, which are different tokens."""
+        if not params.bad_words:
+            return ()
+        tokenizer = self._require_tokenizer()
+        found = [
+            self._encode(tokenizer, spelled, add_special_tokens=False, what="a text of bad_words")
+            for word in params.bad_words
+            for spelled in (word, " " + word.lstrip())
+        ]
+        return tuple(dict.fromkeys(ids for ids in found if ids))
+
+    def _grammar(self, params: SamplingParams) -> str:
+        if params.structured_outputs is None:
+            return ""
+        if self._grammars is None:
+            raise RequestError("structured_outputs need a tokenizer, which this model does not have")
+        grammar = grammar_text(params.structured_outputs)
+        self._grammars.check(grammar)
+        return grammar
 
     def _read(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
@@ -46,16 +121,21 @@ class PromptReader:
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(text, str):
             raise RequestError(f"a prompt is a text or has prompt_token_ids, got {type(prompt).__name__}")
+        return text, self._encode(self._require_tokenizer(), text) if text else ()
+
+    def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise RequestError("this model has no tokenizer: give prompt_token_ids")
-        return text, self._encode(self._tokenizer, text) if text else ()
+        return self._tokenizer
 
-    def _encode(self, tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    def _encode(
+        self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True, what: str = "the prompt"
+    ) -> tuple[int, ...]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from None
-        tokens = tuple(tokenizer.encode(text))
+            raise RequestError(f"{what} is not valid Unicode: {error.reason} at character {error.start}") from None
+        tokens = tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
         if tokens and max(tokens) >= self._vocab_size:
             raise RequestError(
                 f"the tokenizer gives the id {max(tokens)}, the model's vocabulary has {self._vocab_size}: "
@@ -68,5 +148,5 @@ class PromptReader:
             raise RequestError("prompt_token_ids must be a list of integers")
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self._vocab_size:
-                raise RequestError(f"prompt_token_ids: {token!r} is no id of a vocabulary of {self._vocab_size}")
+                raise RequestError(f"prompt_token_ids: {shown(token)} is no id of a vocabulary of {self._vocab_size}")
         return tuple(tokens)

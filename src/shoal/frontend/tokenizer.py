@@ -1,95 +1,281 @@
-"""Text to tokens and back. `tokenizers` alone, where the model has a tokenizer.json: no torch, milliseconds."""
+"""Text to tokens and back. `tokenizers` alone, wherever it will do: no torch, milliseconds."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Library
 
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, RequestError
+from shoal.frontend.streams import ByteStream, FallbackStream, RedecodingStream, TextStream
+from shoal.frontend.vocabulary import ByteFallback, ByteLevel, decoder_of
 from shoal.lazy import load
 
-_TAIL_TOKENS = 8  # more than any character has bytes
-_INCOMPLETE = "\ufffd"  # what stands for bytes that are no whole character
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_OTHERS = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    def encode(self, text: str) -> list[int]:
-        """With the special tokens that the model expects around a text."""
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text: beginnings, ends, roles, padding."""
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Without special tokens."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """`add_special_tokens`: with those that the model expects around a text."""
 
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Ids that the tokenizer does not know are left out."""
 
-def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text that tokens add behind a prompt.
+    def token_text(self, token: int) -> str:
+        """What a token reads as inside a text, be it special or not: " city", not "city"; "" for an unknown id."""
 
-    Decoded alone they may lose their first space (SentencePiece strips a text's) or a character that began in the
-    prompt. So they are decoded behind the prompt's last few, whose own text is then taken off.
-    """
-    tail = list(prompt[-_TAIL_TOKENS:])
-    before = tokenizer.decode(tail).rstrip(_INCOMPLETE)
-    whole = tokenizer.decode([*tail, *tokens])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens)
+    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
+        """The text of tokens that follow a prompt, as they come."""
 
+    def serialized(self) -> str:
+        """What a tokenizer.json says, for grammars.
 
-class _Fast:
-    def __init__(self, file: Path) -> None:
-        try:
-            self._tokenizer: FastTokenizer = FastTokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-            raise CheckpointError(f"{file} can't be read: {error}") from None
-        self._tokenizer.no_truncation()  # a fine-tune may have left its own settings in the file
-        self._tokenizer.no_padding()
-
-    def encode(self, text: str) -> list[int]:
-        found: list[int] = self._tokenizer.encode(text).ids
-        return found
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        found: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return found
-
-
-class _Slow:
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text).input_ids)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        Raises:
+            RequestError: this tokenizer can't be written as one.
+        """
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a model folder; None where it has none, so that prompts must be token ids.
 
     Raises:
-        CheckpointError: there is one that can't be read.
+        CheckpointError: there is one that can't be read, or that needs a package which is not installed.
     """
+    config = read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
-        return _Fast(folder / "tokenizer.json")
-    if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer_config.json", "vocab.json")):
-        return None
+        return _from_file(folder / "tokenizer.json", config)
+    if _is_gpt2(folder, config):
+        return _from_vocabulary(folder, config)
+    if any((folder / name).exists() for name in _SENTENCEPIECE + _OTHERS) or any(folder.glob("*.tiktoken")):
+        return _through_transformers(folder)
+    return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no file.
+
+    Raises:
+        CheckpointError: it can't be read, or is no JSON object.
+    """
     try:
-        return _Slow(load("transformers:AutoTokenizer").from_pretrained(str(folder)))
-    except ImportError:
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json; its tokenizer needs `pip install transformers`"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: the tokenizer can't be read: {str(error).splitlines()[0]}") from None
+        found = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return found
 
 
-def eos_tokens(folder: Path) -> tuple[int, ...]:
-    """The ids that end a text: generation_config.json's and config.json's."""
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        try:
-            ids = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue
-        found += ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []
-    return tuple(dict.fromkeys(found))
+class FastTokenizer:
+    """One of the `tokenizers` library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        library.no_truncation()  # a fine-tune may have left its own settings in the file
+        library.no_padding()
+        self.special_ids = frozenset(i for i, token in library.get_added_tokens_decoder().items() if token.special)
+        self._decoder = decoder_of(library)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        found: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        return found
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        found: str = self._library.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        return found
+
+    def token_text(self, token: int) -> str:
+        match self._decoder:
+            case ByteLevel() as decoder:
+                return decoder[token].decode("utf-8", "replace")
+            case ByteFallback() as decoder:
+                return decoder.text_of(token)
+        return _inner_text(self, token)
+
+    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
+        left_out = self.special_ids if skip_special_tokens else frozenset[int]()
+        shown = [token for token in prompt if token not in left_out]
+        match self._decoder:
+            case ByteLevel() as level:
+                return ByteStream(lambda token: b"" if token in left_out else level[token], shown)
+            case ByteFallback() as fallback:
+                strip = fallback.strip
+                return FallbackStream(lambda token: None if token in left_out else fallback[token], shown, strip=strip)
+        return RedecodingStream(lambda tokens: self.decode(tokens, skip_special_tokens=skip_special_tokens), shown)
+
+    def serialized(self) -> str:
+        found: str = self._library.to_str()
+        return found
+
+
+class SlowTokenizer:
+    """One of transformers' that is written in Python, or wraps another library."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        # No clean-up: it takes out spaces before punctuation, also those that were meant.
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(list(tokens), **options))
+
+    def token_text(self, token: int) -> str:
+        return _inner_text(self, token)
+
+    def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
+        shown = [token for token in prompt if not skip_special_tokens or token not in self.special_ids]
+        return RedecodingStream(lambda tokens: self.decode(tokens, skip_special_tokens=skip_special_tokens), shown)
+
+    def serialized(self) -> str:
+        raise RequestError(
+            f"structured outputs need a tokenizer.json; {type(self._tokenizer).__name__} can't be written as one"
+        )
+
+
+def _inner_text(tokenizer: Tokenizer, token: int) -> str:
+    """Of two in a row the second is inside a text, so that it keeps its space."""
+    first = tokenizer.decode([token], skip_special_tokens=False)
+    return tokenizer.decode([token, token], skip_special_tokens=False)[len(first) :]
+
+
+def _from_file(file: Path, config: dict[str, Any]) -> FastTokenizer:
+    try:
+        library = Library.from_file(str(file))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise CheckpointError(f"{file} can't be read: {error}") from None
+    _add_tokens(library, config, file.parent)
+    return FastTokenizer(library)
+
+
+def _is_gpt2(folder: Path, config: dict[str, Any]) -> bool:
+    """Is it GPT-2's byte-level vocabulary in two files? Other tokenizers have files of these names too."""
+    kind = config.get("tokenizer_class")
+    if kind is None:
+        model = read_json(folder / "config.json")
+        kind = model.get("tokenizer_class") or {"gpt2": "GPT2Tokenizer"}.get(str(model.get("model_type")))
+    return kind in ("GPT2Tokenizer", "GPT2TokenizerFast") and all(
+        (folder / name).exists() for name in ("vocab.json", "merges.txt")
+    )
+
+
+def _from_vocabulary(folder: Path, config: dict[str, Any]) -> FastTokenizer:
+    """vocab.json and merges.txt, read as transformers' GPT2Tokenizer does."""
+    try:
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), fuse_unk=False)
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt can't be read: {error}") from None
+    library = Library(model)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
+    library.decoder = decoders.ByteLevel()
+    defaults = dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT)
+    names = {**defaults, **config}
+    if "added_tokens_decoder" not in config:
+        names |= read_json(folder / "special_tokens_map.json")
+    _add_tokens(library, names, folder)
+    before = _content(names.get("bos_token")) if config.get("add_bos_token") else None
+    after = _content(names.get("eos_token")) if config.get("add_eos_token") else None
+    library.post_processor = processors.TemplateProcessing(
+        single=[*([before] if before else []), "$A", *([after] if after else [])],
+        special_tokens=[(token, library.token_to_id(token)) for token in {before, after} if token],
+    )
+    return FastTokenizer(library)
+
+
+def _add_tokens(library: Library, config: dict[str, Any], folder: Path) -> None:
+    """Adds what tokenizer_config.json says beyond the vocabulary's file, in transformers' order.
+
+    Raises:
+        CheckpointError: it is not of the form that transformers writes.
+    """
+    try:
+        listed = _listed_tokens(config, folder)
+        known = {repr(token) for token in library.get_added_tokens_decoder().values()}
+        missing = [token for token in listed if repr(token) not in known]
+        seen = {token.content for token in library.get_added_tokens_decoder().values()} | {t.content for t in missing}
+        for token in _special_tokens(config):
+            if token.content not in seen:
+                missing.append(token)
+                seen.add(token.content)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: its tokens can't be read: {error}") from None
+    library.add_tokens(missing)
+
+
+def _listed_tokens(config: dict[str, Any], folder: Path) -> list[AddedToken]:
+    """Those with ids: of `added_tokens_decoder`, else of the older added_tokens.json, which says no more than ids."""
+    if "added_tokens_decoder" in config:
+        entries = config["added_tokens_decoder"]
+        return [AddedToken(**entries[key]) for key in sorted(entries, key=int)]
+    special = {token.content for token in _special_tokens(config)}
+    added = read_json(folder / "added_tokens.json")
+    return [
+        AddedToken(content, special=content in special, normalized=content not in special)
+        for content in sorted(added, key=added.__getitem__)
+    ]
+
+
+def _special_tokens(config: dict[str, Any]) -> list[AddedToken]:
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    values = [config.get(name) for name in _NAMED] + list(extra.values() if isinstance(extra, dict) else extra)
+    found = []
+    for value in values:
+        if isinstance(value, dict):
+            known = ("content", "single_word", "lstrip", "rstrip", "normalized")
+            found.append(AddedToken(**{key: value[key] for key in known if key in value}, special=True))
+        elif value is not None:
+            found.append(AddedToken(value, special=True))
+    return found
+
+
+def _content(value: Any) -> str | None:
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def _through_transformers(folder: Path) -> Tokenizer:
+    try:
+        # Never code that came with a checkpoint; None would ask at the terminal.
+        found = load("transformers:AutoTokenizer").from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - transformers and what it calls raise anything
+        needed = [package for package, module in _needed(folder).items() if not _installed(module)]
+        if needed:
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json; its tokenizer needs `pip install {' '.join(needed)}`"
+            ) from None
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder}: the tokenizer can't be read: {why}") from None
+    library = getattr(found, "backend_tokenizer", None)
+    return FastTokenizer(library) if isinstance(library, Library) else SlowTokenizer(found)
+
+
+def _needed(folder: Path) -> dict[str, str]:
+    """What must be installed: package -> module."""
+    found = {"transformers": "transformers"}
+    if any((folder / name).exists() for name in _SENTENCEPIECE):
+        found |= {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    if any(folder.glob("*.tiktoken")) or (folder / "tekken.json").exists():
+        found["tiktoken"] = "tiktoken"
+    return found
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would lie in
+        return False

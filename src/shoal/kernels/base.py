@@ -5,7 +5,7 @@ contract below, and `tests/kernels` holds them against each other.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -59,36 +59,73 @@ class Rope:
     sin: Tensor
 
 
+NormKind = Literal["rms", "rms_wide", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm over the last dimension, with weights of its size.
+
+    rms: the normalized row is rounded to x's dtype before the weight, in x's dtype, is applied (Llama).
+    rms_wide: weight in float32, all of it computed in float32 and rounded once (Gemma; its 1 + w is in the weight).
+    layer: LayerNorm (Ba et al., 2016); weight and bias, if there are any, in x's dtype.
+    """
+
+    kind: NormKind
+    weight: Tensor | None  # None: ones
+    bias: Tensor | None  # of `layer` alone
+    eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class QKNorm:
-    """RMS norms over each query head and each key head, [head_dim] weights, applied before the rotation."""
+    """Norms over each query head and each key head, [head_dim] weights, applied before the rotation."""
 
-    q_weight: Tensor
-    k_weight: Tensor
-    eps: float
+    q: Norm
+    k: Norm
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How the scores of an attention are made: `scale` times the product, bent into (-softcap, softcap) by a tanh, and
+    a query sees itself and the `window - 1` tokens before it; None: all of them."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 class Kernels(Protocol):
     """Results are new tensors unless said otherwise; sums, norms and softmax are computed in float32."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x: [n, hidden]. The normalized row is rounded to x's dtype before the weight is applied."""
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """x: [n, hidden]."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype. May write either input."""
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual), the sum rounded to x's dtype. May write either input."""
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up: [n, 2 * m], gates first. silu(gate) * up: [n, m]."""
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """x: [n, m], and so the result. May write x."""
+
+    def activate_gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """gate_up: [n, 2 * m], gates first. activation(gate) * up: [n, m]."""
 
     def rotate_and_store(
-        self, qkv: Tensor, heads: HeadLayout, norm: QKNorm | None, rope: Rope, batch: PagedBatch, cache: KVCache
+        self,
+        qkv: Tensor,
+        heads: HeadLayout,
+        norm: QKNorm | None,
+        rope: Rope | None,
+        batch: PagedBatch,
+        cache: KVCache,
     ) -> Tensor:
         """Normalizes and rotates queries and keys, writes keys and values into the cache.
 
         qkv: [n, (q_heads + 2 * kv_heads) * head_dim], queries, keys, values. Gives queries [n, q_heads, head_dim].
         """
 
-    def attend(self, q: Tensor, heads: HeadLayout, scale: float, batch: PagedBatch, cache: KVCache) -> Tensor:
+    def attend(self, q: Tensor, heads: HeadLayout, scores: Scores, batch: PagedBatch, cache: KVCache) -> Tensor:
         """Causal attention over the paged cache, which holds this step's keys already.
 
         q: [n, q_heads, head_dim]. Gives [n, q_heads * head_dim].

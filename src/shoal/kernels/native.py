@@ -1,4 +1,4 @@
-"""The kernels in C++ for the CPU (`csrc/kernels.cpp`), called through ctypes.
+"""The kernels in C++ for the CPU (`csrc/rows.cpp`, `csrc/attention.cpp`), called through ctypes.
 
 A row's result has the same bits whatever else is in the batch and however many threads compute it, for all operations
 and for the attention of sequences with at most `MAX_SHORT_QUERIES` queries. Longer runs go through PyTorch.
@@ -6,85 +6,135 @@ and for the attention of sequences with at most `MAX_SHORT_QUERIES` queries. Lon
 
 import ctypes
 from collections.abc import Callable
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import HeadLayout, KVCache, PagedBatch, QKNorm, Rope
+from shoal.kernels.base import Activation, HeadLayout, KVCache, Norm, NormKind, PagedBatch, QKNorm, Rope, Scores
+from shoal.kernels.library import open_library
 from shoal.kernels.reference import ReferenceKernels, attend_runs
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_SHORT_QUERIES = 8  # beyond, the matrix products of a prefill beat rereading the keys from cache for every query
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+_NORM_CODES: dict[NormKind, int] = {"rms": 0, "rms_wide": 1, "layer": 2}
+_NO_NORM = -1
+_ACTIVATION_CODES: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+_NO_WINDOW = 2**62
 _OUT_OF_MEMORY = 1
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
-    "shoal_rms_norm": [_INT, *[_POINTER] * 3, _LONG, _LONG, _FLOAT, _LONG],
-    "shoal_add_rms_norm": [_INT, *[_POINTER] * 3, _LONG, _LONG, _FLOAT, _LONG],
-    "shoal_silu_mul": [_INT, *[_POINTER] * 2, _LONG, _LONG, _LONG],
-    "shoal_rotate_and_store": [_INT, *[_POINTER] * 10, *[_LONG] * 5, _FLOAT, _LONG],
-    "shoal_attend": [_INT, *[_POINTER] * 7, *[_LONG] * 7, _POINTER, _FLOAT, _LONG],
+    "shoal_norm": [_INT, _INT, *[_POINTER] * 4, _LONG, _LONG, _FLOAT, _LONG],
+    "shoal_add_norm": [_INT, _INT, *[_POINTER] * 4, _LONG, _LONG, _FLOAT, _LONG],
+    "shoal_activate": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, _LONG],
+    "shoal_activate_gated": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, _LONG],
+    "shoal_rotate_and_store": [
+        *[_INT, _INT, _POINTER],
+        *[_POINTER, _POINTER, _FLOAT] * 2,
+        *[_POINTER] * 7,
+        *[_LONG] * 6,
+    ],
+    "shoal_attend": [_INT, *[_POINTER] * 7, *[_LONG] * 7, _POINTER, _LONG, _FLOAT, _FLOAT, _LONG],
 }
 
 
 class NativeKernels:
     """`shoal.kernels.base.Kernels` on the CPU, for float32 and bfloat16; `load_native` makes one.
 
-    Threads may share one object. All tensors of a call have one dtype, the rotary tables aside.
+    Threads may share one object. All tensors of a call have one dtype, but for the rotary tables and the weights of
+    rms_wide, which are float32.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._rms_norm = _function(library, "shoal_rms_norm")
-        self._add_rms_norm = _function(library, "shoal_add_rms_norm")
-        self._silu_mul = _function(library, "shoal_silu_mul")
+        self._norm = _function(library, "shoal_norm")
+        self._add_norm = _function(library, "shoal_add_norm")
+        self._activate = _function(library, "shoal_activate")
+        self._activate_gated = _function(library, "shoal_activate_gated")
         self._rotate_and_store = _function(library, "shoal_rotate_and_store")
         self._attend = _function(library, "shoal_attend", restype=_INT)
         self._max_head_dim = int(library.shoal_max_head_dim())
         self._groups: dict[tuple[tuple[int, ...], int], ctypes.Array[ctypes.c_int32]] = {}
         self._reference = ReferenceKernels()
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
         rows, size = x.shape
-        self._rms_norm(
-            _TYPE_CODES[x.dtype], x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, eps, _threads()
+        weight, bias = _addresses(norm, x.dtype)
+        self._norm(
+            _TYPE_CODES[x.dtype],
+            _NORM_CODES[norm.kind],
+            x.data_ptr(),
+            weight,
+            bias,
+            out.data_ptr(),
+            rows,
+            size,
+            norm.eps,
+            _threads(),
         )
         return out
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         x, residual = x.contiguous(), residual.contiguous()
         rows, size = x.shape
-        self._add_rms_norm(
-            _TYPE_CODES[x.dtype], x.data_ptr(), residual.data_ptr(), weight.data_ptr(), rows, size, eps, _threads()
+        weight, bias = _addresses(norm, x.dtype)
+        self._add_norm(
+            _TYPE_CODES[x.dtype],
+            _NORM_CODES[norm.kind],
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight,
+            bias,
+            rows,
+            size,
+            norm.eps,
+            _threads(),
         )
         return x, residual
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        x = x.contiguous()
+        code, address = _ACTIVATION_CODES[activation], x.data_ptr()
+        self._activate(_TYPE_CODES[x.dtype], code, address, address, x.shape[0], x.shape[1], _threads())
+        return x
+
+    def activate_gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         gate_up = gate_up.contiguous()
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((rows, size))
-        self._silu_mul(_TYPE_CODES[gate_up.dtype], gate_up.data_ptr(), out.data_ptr(), rows, size, _threads())
+        code = _ACTIVATION_CODES[activation]
+        self._activate_gated(
+            _TYPE_CODES[gate_up.dtype], code, gate_up.data_ptr(), out.data_ptr(), rows, size, _threads()
+        )
         return out
 
     def rotate_and_store(
-        self, qkv: Tensor, heads: HeadLayout, norm: QKNorm | None, rope: Rope, batch: PagedBatch, cache: KVCache
+        self,
+        qkv: Tensor,
+        heads: HeadLayout,
+        norm: QKNorm | None,
+        rope: Rope | None,
+        batch: PagedBatch,
+        cache: KVCache,
     ) -> Tensor:
+        if norm is not None and norm.q.kind != norm.k.kind:
+            return self._reference.rotate_and_store(qkv, heads, norm, rope, batch, cache)
         qkv = qkv.contiguous()
         rows = qkv.shape[0]
         out = qkv.new_empty((rows, heads.q_heads, heads.head_dim))
         self._rotate_and_store(
             _TYPE_CODES[qkv.dtype],
+            _NO_NORM if norm is None else _NORM_CODES[norm.q.kind],
             qkv.data_ptr(),
-            None if norm is None else norm.q_weight.data_ptr(),
-            None if norm is None else norm.k_weight.data_ptr(),
-            rope.cos.data_ptr(),
-            rope.sin.data_ptr(),
+            *((None, None, 0.0) if norm is None else (*_addresses(norm.q, qkv.dtype), norm.q.eps)),
+            *((None, None, 0.0) if norm is None else (*_addresses(norm.k, qkv.dtype), norm.k.eps)),
+            None if rope is None else rope.cos.data_ptr(),
+            None if rope is None else rope.sin.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
             out.data_ptr(),
@@ -94,15 +144,14 @@ class NativeKernels:
             heads.q_heads,
             heads.kv_heads,
             heads.head_dim,
-            rope.cos.shape[1],
-            0.0 if norm is None else norm.eps,
+            0 if rope is None else rope.cos.shape[1],
             _threads(),
         )
         return out
 
-    def attend(self, q: Tensor, heads: HeadLayout, scale: float, batch: PagedBatch, cache: KVCache) -> Tensor:
+    def attend(self, q: Tensor, heads: HeadLayout, scores: Scores, batch: PagedBatch, cache: KVCache) -> Tensor:
         if heads.head_dim > self._max_head_dim:
-            return self._reference.attend(q, heads, scale, batch, cache)
+            return self._reference.attend(q, heads, scores, batch, cache)
         q = q.contiguous()
         out = torch.empty_like(q)
         if out.numel() > 0:
@@ -123,7 +172,9 @@ class NativeKernels:
                 heads.kv_heads,
                 heads.head_dim,
                 self._grouped(heads),
-                scale,
+                _NO_WINDOW if scores.window is None else scores.window,
+                scores.scale,
+                scores.softcap or 0.0,
                 _threads(),
             )
             if status == _OUT_OF_MEMORY:
@@ -131,7 +182,7 @@ class NativeKernels:
             if status != 0:
                 raise RuntimeError(f"the native attention refused its arguments (status {status})")
             if len(batch.query_lens) > batch.num_single:
-                attend_runs(q, heads, scale, batch, cache, out, shortest=MAX_SHORT_QUERIES + 1)
+                attend_runs(q, heads, scores, batch, cache, out, shortest=MAX_SHORT_QUERIES + 1)
         return out.view(out.shape[0], heads.q_heads * heads.head_dim)
 
     def _grouped(self, heads: HeadLayout) -> "ctypes.Array[ctypes.c_int32]":
@@ -150,42 +201,10 @@ class NativeKernels:
 
 def load_native() -> tuple[NativeKernels | None, str]:
     """The native kernels, or None, and one line that says which library was loaded or why there is none."""
-    candidates = [Path(__file__).parent / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
-    path = next((path for path in candidates if path.exists()), None)
-    if path is None:
-        return None, "the native kernels are not built"
-    try:
-        library = _load(path)
-        version = int(library.shoal_abi_version())
-    except (OSError, AttributeError) as error:
-        return None, f"{path.name} cannot be loaded: {error}"
-    if version != ABI_VERSION:
-        return (
-            None,
-            f"{path.name} is stale: it has interface {version}, this version needs {ABI_VERSION}; build it again",
-        )
-    return NativeKernels(library), f"native kernels from {path.name}"
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:
-        # The library names no OpenMP runtime and takes the one in the process. PyTorch usually makes its own visible
-        # to libraries loaded later; where it did not, opening the loaded file again does.
-        runtime = _loaded_openmp()
-        if runtime is None:
-            raise
-        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(path))
-
-
-def _loaded_openmp() -> str | None:
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    mapped = (line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines())
-    return next((name for name in mapped if Path(name).name.startswith(("libgomp", "libiomp5", "libomp"))), None)
+    library, reason = open_library(Path(__file__).parent, "_native", "shoal_abi_version", ABI_VERSION)
+    if library is None:
+        return None, reason
+    return NativeKernels(library), f"native kernels from {reason}"
 
 
 def _function(library: ctypes.CDLL, name: str, restype: Any = None) -> Callable[..., Any]:
@@ -193,6 +212,18 @@ def _function(library: ctypes.CDLL, name: str, restype: Any = None) -> Callable[
     function.argtypes = _SIGNATURES[name]
     function.restype = restype
     return function
+
+
+def _addresses(norm: Norm, dtype: torch.dtype) -> tuple[int | None, int | None]:
+    """Where weight and bias of a norm of rows of `dtype` lie. Of another type they would be read as what they are not.
+
+    Raises ValueError.
+    """
+    wanted = torch.float32 if norm.kind == "rms_wide" else dtype
+    weight, bias = norm.weight, norm.bias
+    if (weight is not None and weight.dtype is not wanted) or (bias is not None and bias.dtype is not wanted):
+        raise ValueError(f"a norm of kind {norm.kind} over {dtype} wants its weights in {wanted}")
+    return weight if weight is None else weight.data_ptr(), bias if bias is None else bias.data_ptr()
 
 
 _threads = torch.get_num_threads

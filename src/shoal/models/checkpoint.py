@@ -1,7 +1,8 @@
-"""Safetensors files of a model folder: their headers, read and checked without torch.
+"""The weights of a model folder: where each tensor lies in which file, read and checked without torch.
 
-The format: eight bytes of header length (little endian), a JSON header of `{name: {dtype, shape, data_offsets}}`,
-then the data. (https://github.com/huggingface/safetensors)
+They are safetensors files, or where there are none, files of `torch.save` (`pickled`). A safetensors file is eight
+bytes of header length (little endian), a JSON header of `{name: {dtype, shape, data_offsets}}`, then the data.
+(https://github.com/huggingface/safetensors)
 """
 
 import json
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import CheckpointError
+from shoal.models.pickled import read_pickled
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LOADABLE = ("F32", "F16", "BF16", "F64")
 _LONGEST_HEADER = 100 * 2**20
@@ -28,6 +32,19 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    strides: tuple[int, ...] | None = None  # in elements; None: row by row
+
+    @property
+    def overlaps(self) -> bool:
+        """Do several elements share a place in the file, as in an expanded tensor?"""
+        if self.strides is None or 0 in self.shape:
+            return False
+        reach = 0  # of the dimensions with smaller strides
+        for stride, size in sorted((t, n) for t, n in zip(self.strides, self.shape, strict=True) if n > 1):
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +56,9 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.tensors.items()}
 
-    def check_types(self, names: Iterable[str]) -> None:
+    def check_loadable(self, names: Iterable[str]) -> None:
         """Raises:
-        CheckpointError: a tensor is stored in a type that can't be loaded.
+        CheckpointError: a tensor is stored in a way that can't be loaded.
         """
         for name in names:
             entry = self.tensors[name]
@@ -49,39 +66,56 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{entry.file}: {name} is stored as {entry.dtype}; supported are {', '.join(LOADABLE)}"
                 )
+            if entry.overlaps:
+                raise CheckpointError(
+                    f"{entry.file}: {name} of shape {list(entry.shape)} has strides {list(entry.strides or ())}, under "
+                    "which elements share memory: save a contiguous copy of it"
+                )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads the headers of all shards.
+    """Reads the headers of all shards. Safetensors go before pickled files, and an index before a single file.
 
     Raises:
         CheckpointError: there are no weights, a shard is missing, or a file is truncated or malformed.
     """
     tensors: dict[str, TensorEntry] = {}
-    for file in _files(folder):
-        tensors.update(_read_header(file))
-    return Checkpoint(folder, tensors)
+    for index, single, read in (
+        (folder / INDEX, folder / SINGLE, _read_safetensors),
+        (folder / PICKLED_INDEX, folder / PICKLED_SINGLE, _read_pickled),
+    ):
+        files = _shards(index) if index.exists() else [single] if single.exists() else []
+        for file in files:
+            tensors.update(read(file))
+        if files:
+            return Checkpoint(folder, tensors)
+    wanted = ", ".join((SINGLE, INDEX, PICKLED_SINGLE))
+    raise CheckpointError(f"{folder} has no weights: none of {wanted} and {PICKLED_INDEX} is there")
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.exists():
-        if not (folder / SINGLE).exists():
-            raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there")
-        return [folder / SINGLE]
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} can't be read: {type(error).__name__} {error}") from None
-    if not all(isinstance(name, str) for name in names):
+    if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{index} can't be read: its weight_map must map names to file names")
+    folder = index.parent
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
     return [folder / name for name in names]
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
+def _read_pickled(file: Path) -> dict[str, TensorEntry]:
+    return {
+        name: TensorEntry(file, found.dtype, found.shape, found.offset, found.strides)
+        for name, found in read_pickled(file).items()
+    }
+
+
+def _read_safetensors(file: Path) -> dict[str, TensorEntry]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

@@ -2,7 +2,7 @@
 
 import mmap
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from shoal.models.checkpoint import Checkpoint, TensorEntry
 from shoal.models.manifest import Cut, Param, Piece, Shard
 
 _TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DUMMY_PERIOD = (1 << 20) - 3  # made-up weights repeat after so many values; odd, so that rows differ
 
 
@@ -28,7 +29,11 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """Reads safetensors through private mappings; a page that is only read stays the file's."""
+    """Reads weights through private mappings of their files; a page that is only read stays the file's.
+
+    A parameter is copied from the mapping into its final place in one go, slice by slice, whatever has to be
+    converted, transposed or put together: nothing is held twice.
+    """
 
     def __init__(self, checkpoint: Checkpoint, params: Iterable[Param], shard: Shard, dtype: torch.dtype) -> None:
         self._checkpoint = checkpoint
@@ -38,18 +43,45 @@ class CheckpointWeights:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def tensor(self, name: str) -> Tensor:
-        pieces = [self._piece(piece) for piece in self._params[name].pieces]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        param = self._params[name]
+        dtype = self._dtype if param.dtype is None else _BY_NAME[param.dtype]
+        blocks = [block for piece in param.pieces for block in self._blocks(piece)]
+        shape = self._shard.param_shape(param)
+        if not shape:  # a single number
+            return blocks[0].to(dtype, copy=True)
+        if len(blocks) == 1 and blocks[0].shape == shape and not param.plus:
+            aligned = self._checkpoint.tensors[param.pieces[0].source].offset % dtype.itemsize == 0
+            if blocks[0].dtype == dtype and blocks[0].is_contiguous() and aligned:
+                return blocks[0]
+        whole = torch.empty(shape, dtype=dtype)
+        row = 0
+        for block in blocks:
+            rows = block.shape[: 2 if block.ndim > whole.ndim else 1].numel()
+            whole[row : row + rows].view(block.shape).copy_(block)
+            row += rows
+        return whole.add_(param.plus) if param.plus else whole
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self._params else None
 
-    def _piece(self, piece: Piece) -> Tensor:
-        whole = self._map(piece.source, self._checkpoint.tensors[piece.source])
+    def _blocks(self, piece: Piece) -> Iterator[Tensor]:
+        """Views of the file with the rank's rows of a piece, in order: [rows, ...], or [runs, rows of a run, ...]."""
+        stored = self._map(piece.source, self._checkpoint.tensors[piece.source])
+        if not piece.shape:
+            yield stored
+            return
+        matrix = stored.t() if piece.transposed else stored
+        rows = range(piece.shape[0])
         if piece.cut is not Cut.WHOLE:
             share = self._shard.ranges[piece.cut]
-            whole = whole.narrow(piece.dim, share.start, len(share))
-        return whole.to(self._dtype).contiguous()
+            if piece.dim == 0:
+                rows = share
+            else:
+                matrix = matrix.narrow(piece.dim, share.start, len(share))
+        if piece.run is None or piece.period is None:
+            yield matrix.narrow(0, piece.start + rows.start, len(rows))
+        else:
+            yield from _stripes(matrix, rows, piece.start, piece.run, piece.period)
 
     def _map(self, name: str, entry: TensorEntry) -> Tensor:
         if entry.dtype not in _TORCH_TYPES:
@@ -60,11 +92,34 @@ class CheckpointWeights:
             with entry.file.open("rb") as stream:
                 self._maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         dtype = _TORCH_TYPES[entry.dtype]
-        count = torch.Size(entry.shape).numel()
-        if count == 0:
+        if 0 in entry.shape:
             return torch.empty(entry.shape, dtype=dtype)
-        flat = torch.frombuffer(self._maps[entry.file], dtype=dtype, count=count, offset=entry.offset)
-        return flat.view(entry.shape)
+        strides = entry.strides or _row_major(entry.shape)
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(entry.shape, strides, strict=True))
+        flat = torch.frombuffer(self._maps[entry.file], dtype=dtype, count=reach, offset=entry.offset)
+        return flat.as_strided(entry.shape, strides)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(torch.Size(shape[i + 1 :]).numel() for i in range(len(shape)))
+
+
+def _stripes(matrix: Tensor, rows: range, start: int, run: int, period: int) -> Iterator[Tensor]:
+    """Views of rows r // run * period + start + r % run: whole runs together, and what is left of one at either end."""
+    row = rows.start
+    while row < rows.stop:
+        number, within = divmod(row, run)
+        whole = (rows.stop - row) // run
+        if within == 0 and whole:
+            first = matrix.storage_offset() + (number * period + start) * matrix.stride(0)
+            yield matrix.as_strided(
+                (whole, run, *matrix.shape[1:]), (period * matrix.stride(0), *matrix.stride()), first
+            )
+            row += whole * run
+        else:
+            count = min(run - within, rows.stop - row)
+            yield matrix.narrow(0, number * period + start + within, count)
+            row += count
 
 
 class DummyWeights:
@@ -78,13 +133,19 @@ class DummyWeights:
         self._noise = (noise * 0.02).to(dtype)
 
     def tensor(self, name: str) -> Tensor:
-        shape = self._shard.param_shape(self._params[name])
+        param = self._params[name]
+        dtype = self._dtype if param.dtype is None else _BY_NAME[param.dtype]
+        shape = self._shard.param_shape(param)
         if len(shape) == 1:
-            return torch.ones(shape, dtype=self._dtype)
-        count = torch.Size(shape).numel()
-        start = zlib.crc32(name.encode()) % _DUMMY_PERIOD
-        repeated = self._noise.roll(-start).repeat(-(-count // _DUMMY_PERIOD))
-        return repeated[:count].view(shape).clone()
+            return torch.ones(shape, dtype=dtype)
+        whole = torch.empty(shape, dtype=dtype)
+        flat, start = whole.view(-1), zlib.crc32(name.encode()) % _DUMMY_PERIOD
+        position = 0
+        while position < len(flat):
+            part = self._noise[start : start + len(flat) - position]
+            flat[position : position + len(part)] = part
+            position, start = position + len(part), 0
+        return whole
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self._params else None

@@ -5,14 +5,15 @@ before any process starts all read the same manifest.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from shoal.errors import CheckpointError
-from shoal.models.spec import ModelSpec, TensorNames
+from shoal.models.spec import ModelSpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MLP_UNIT = 16  # shares of an MLP are multiples of it, where there is enough to share
 
 
@@ -28,12 +29,34 @@ class Cut(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of a checkpoint. A rank takes its range of `cut` along `dim`, and all of the other dimensions."""
+    """Some rows of one tensor of a checkpoint. A rank takes its range of `cut` along `dim`, and all other dimensions.
+
+    `shape` is [out, in] of what is taken, or [out]. In the file it may be `transposed`, and stand in a larger tensor
+    (`stored`: that one's shape) as a stripe: row r is row (r // run) * period + start + r % run of the file's tensor,
+    transposed back. Without `run` the rows are consecutive from `start` on.
+    """
 
     source: str
     shape: tuple[int, ...]
     cut: Cut = Cut.WHOLE
     dim: int = 0
+    transposed: bool = False
+    start: int = 0
+    run: int | None = None
+    period: int | None = None
+    stored: tuple[int, ...] | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor in the file."""
+        if self.stored is not None:
+            return self.stored
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def contiguous(self) -> bool:
+        """Are the rows consecutive in the file's tensor?"""
+        return self.run is None or self.period is None or self.run == self.period
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +65,8 @@ class Param:
 
     name: str
     pieces: tuple[Piece, ...]
+    dtype: str | None = None  # None: that of the weights
+    plus: float = 0.0  # added after the conversion to `dtype` (Gemma's norms hold w of 1 + w)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +84,8 @@ class Shard:
 
     def param_shape(self, param: Param) -> tuple[int, ...]:
         shapes = [self.shape(piece) for piece in param.pieces]
+        if len(shapes) == 1:  # which may be a single number
+            return shapes[0]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def param_size(self, param: Param) -> int:
@@ -68,9 +95,14 @@ class Shard:
 def weight_bytes(
     spec: ModelSpec, params: Iterable[Param], shard: Shard, item_bytes: int, *, embedding_kept: bool
 ) -> int:
-    """Bytes of a rank's weights. A tied head is the embedding, unless the embedding is kept beside the packed head."""
+    """Bytes of a rank's weights. A tied head is the embedding, unless the embedding is kept beside the packed head.
+
+    `item_bytes` is the size of an element, but where a parameter has a type of its own.
+    """
     counted = [param for param in params if embedding_kept or not (spec.tie_embeddings and param.name == "embedding")]
-    return sum(shard.param_size(param) for param in counted) * item_bytes
+    return sum(
+        shard.param_size(param) * (item_bytes if param.dtype is None else ITEM_BYTES[param.dtype]) for param in counted
+    )
 
 
 def keeps_embedding(spec: ModelSpec, device: str, dtype: str) -> bool:
@@ -78,11 +110,12 @@ def keeps_embedding(spec: ModelSpec, device: str, dtype: str) -> bool:
     return device == "cpu" and dtype != spec.dtype
 
 
-def shards(spec: ModelSpec, tp: int) -> tuple[Shard, ...]:
-    """The shares of all tensor-parallel ranks."""
-    heads = split_heads(spec.num_heads, spec.num_kv_heads, tp)
-    mlp = split(spec.intermediate_size, tp, MLP_UNIT if spec.intermediate_size >= MLP_UNIT * tp else 1)
-    vocab = split(spec.vocab_size, tp)
+def shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:
+    """The shares of all tensor-parallel ranks, even or in proportion to `weights`, one a rank."""
+    heads = split_heads(spec.num_heads, spec.num_kv_heads, tp, weights)
+    unit = MLP_UNIT if spec.intermediate_size >= MLP_UNIT * tp else 1
+    mlp = split(spec.intermediate_size, tp, unit, weights)
+    vocab = split(spec.vocab_size, tp, weights=weights)
     d = spec.head_dim
     return tuple(
         Shard(
@@ -100,52 +133,129 @@ def shards(spec: ModelSpec, tp: int) -> tuple[Shard, ...]:
 
 
 def manifest(spec: ModelSpec, names: TensorNames) -> tuple[Param, ...]:
-    """Every parameter of the decoder, in the order of the layers."""
+    """Every parameter of the decoder, in the order in which it is built."""
     return tuple(_params(spec, names))
 
 
 def _params(spec: ModelSpec, names: TensorNames) -> Iterator[Param]:
-    hidden = spec.hidden_size
-    yield Param("embedding", (Piece(f"{names.embedding}.weight", (spec.vocab_size, hidden), Cut.VOCAB),))
+    hidden, width, base = spec.hidden_size, spec.embedding_width, names.prefix
+    embedding = f"{base}{names.embedding}.weight"
+    yield Param("embedding", (Piece(embedding, (spec.vocab_size, width), Cut.VOCAB),))
+    if width != hidden:
+        yield Param("project_in.weight", (Piece(f"{base}{names.project_in}.weight", (hidden, width)),))
+    if spec.position_offset is not None:
+        rows = spec.max_positions + spec.position_offset
+        yield Param("positions", (Piece(f"{base}{names.positions}.weight", (rows, hidden)),))
     for i in range(spec.num_layers):
-        yield from _layer(spec, names, f"layers.{i}.", names.layer.format(i=i))
-    yield Param("final_norm", (Piece(f"{names.final_norm}.weight", (hidden,)),))
-    head = names.embedding if spec.tie_embeddings else names.head
-    yield Param("head", (Piece(f"{head}.weight", (spec.vocab_size, hidden), Cut.VOCAB),))
+        yield from _layer(spec, names, f"layers.{i}.", base + names.layer.format(i=i))
+    if spec.final_norm:
+        yield from _norm("final_norm", f"{base}{names.final_norm}", spec.norm, hidden)
+    if width != hidden:
+        yield Param("project_out.weight", (Piece(f"{base}{names.project_out}.weight", (width, hidden)),))
+    head = embedding if spec.tie_embeddings else f"{names.head}.weight"
+    yield Param("head", (Piece(head, (spec.vocab_size, width), Cut.VOCAB),))
+    if spec.head_bias:
+        yield Param("head_bias", (Piece(f"{names.head}.bias", (spec.vocab_size,), Cut.VOCAB),))
 
 
 def _layer(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> Iterator[Param]:
+    def norm(name: str, spelled: str) -> Iterator[Param]:
+        return _norm(ours + name, theirs + spelled, spec.norm, spec.hidden_size)
+
+    if spec.norms_before:
+        yield from norm("attention_norm", names.attention_norm)
+    yield from _attention(spec, names, ours, theirs)
+    if spec.norms_after:
+        yield from norm("attention_out_norm", names.attention_out_norm)
+    if spec.norms_mlp:
+        yield from norm("mlp_norm", names.mlp_norm)
+    yield from _mlp(spec, names, ours, theirs)
+    if spec.norms_after:
+        yield from norm("mlp_out_norm", names.mlp_out_norm)
+
+
+def _norm(ours: str, theirs: str, norm: NormSpec, size: int) -> Iterator[Param]:
+    if norm.weight:
+        dtype, plus = ("float32" if norm.kind == "rms_wide" else None), float(norm.one_plus)
+        yield Param(f"{ours}.weight", (Piece(f"{theirs}.weight", (size,)),), dtype, plus)
+    if norm.bias:
+        yield Param(f"{ours}.bias", (Piece(f"{theirs}.bias", (size,)),))
+
+
+def _attention(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> Iterator[Param]:
     hidden, d = spec.hidden_size, spec.head_dim
     q, kv = spec.num_heads * d, spec.num_kv_heads * d
-
-    yield Param(f"{ours}input_norm", (Piece(f"{theirs}{names.input_norm}.weight", (hidden,)),))
-    projections = ((names.q, q, Cut.Q_HEADS), (names.k, kv, Cut.KV_HEADS), (names.v, kv, Cut.KV_HEADS))
-    yield Param(
-        f"{ours}qkv.weight",
-        tuple(Piece(f"{theirs}{name}.weight", (rows, hidden), cut) for name, rows, cut in projections),
+    stacked = _Stack(
+        tuple(theirs + name for name in names.qkv),
+        ((q, Cut.Q_HEADS), (kv, Cut.KV_HEADS), (kv, Cut.KV_HEADS)),
+        run=d if names.interleaved else None,
     )
+    yield Param(f"{ours}qkv.weight", stacked.weights(hidden, names.transposed))
     if spec.qkv_bias:
-        yield Param(
-            f"{ours}qkv.bias", tuple(Piece(f"{theirs}{name}.bias", (rows,), cut) for name, rows, cut in projections)
-        )
-    if spec.qk_norm:
-        yield Param(f"{ours}q_norm", (Piece(f"{theirs}{names.q_norm}.weight", (d,)),))
-        yield Param(f"{ours}k_norm", (Piece(f"{theirs}{names.k_norm}.weight", (d,)),))
-    yield Param(f"{ours}out.weight", (Piece(f"{theirs}{names.out}.weight", (hidden, q), Cut.Q_HEADS, dim=1),))
+        yield Param(f"{ours}qkv.bias", stacked.biases())
+    if spec.qk_norm is not None:
+        yield from _norm(f"{ours}q_norm", f"{theirs}{names.q_norm}", spec.qk_norm, d)
+        yield from _norm(f"{ours}k_norm", f"{theirs}{names.k_norm}", spec.qk_norm, d)
+    out = Piece(f"{theirs}{names.out}.weight", (hidden, q), Cut.Q_HEADS, 1, names.transposed)
+    yield Param(f"{ours}out.weight", (out,))
     if spec.out_bias:
         yield Param(f"{ours}out.bias", (Piece(f"{theirs}{names.out}.bias", (hidden,)),))
 
-    yield Param(f"{ours}post_norm", (Piece(f"{theirs}{names.post_norm}.weight", (hidden,)),))
-    inner = spec.intermediate_size
-    gate_up = (names.gate, names.up)
-    yield Param(
-        f"{ours}gate_up.weight", tuple(Piece(f"{theirs}{name}.weight", (inner, hidden), Cut.MLP) for name in gate_up)
-    )
-    if spec.mlp_bias:
-        yield Param(f"{ours}gate_up.bias", tuple(Piece(f"{theirs}{name}.bias", (inner,), Cut.MLP) for name in gate_up))
-    yield Param(f"{ours}down.weight", (Piece(f"{theirs}{names.down}.weight", (hidden, inner), Cut.MLP, dim=1),))
-    if spec.mlp_bias:
+
+def _mlp(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> Iterator[Param]:
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    parts = ((inner, Cut.MLP),) * (2 if spec.gated else 1)
+    stacked = _Stack(tuple(theirs + name for name in names.up), parts)
+    name = f"{ours}gate_up" if spec.gated else f"{ours}up"
+    yield Param(f"{name}.weight", stacked.weights(hidden, names.transposed))
+    if spec.up_bias:
+        yield Param(f"{name}.bias", stacked.biases())
+    down = Piece(f"{theirs}{names.down}.weight", (hidden, inner), Cut.MLP, 1, names.transposed)
+    yield Param(f"{ours}down.weight", (down,))
+    if spec.down_bias:
         yield Param(f"{ours}down.bias", (Piece(f"{theirs}{names.down}.bias", (hidden,)),))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Matrices that the decoder holds in one tensor; in the file each has a tensor (`sources`), or all share one.
+
+    A shared tensor holds them one after the other, or in turn, `run` rows of each.
+    """
+
+    sources: tuple[str, ...]
+    parts: tuple[tuple[int, Cut], ...]  # rows, and how they are cut
+    run: int | None = None
+
+    def weights(self, columns: int, transposed: bool) -> tuple[Piece, ...]:
+        return self._pieces("weight", (columns,), transposed)
+
+    def biases(self) -> tuple[Piece, ...]:
+        return self._pieces("bias", (), False)
+
+    def _pieces(self, end: str, columns: tuple[int, ...], transposed: bool) -> tuple[Piece, ...]:
+        if len(self.sources) == len(self.parts):
+            return tuple(
+                Piece(f"{source}.{end}", (rows, *columns), cut, transposed=transposed)
+                for source, (rows, cut) in zip(self.sources, self.parts, strict=True)
+            )
+        (source,) = self.sources
+        pieces, before = [], 0
+        whole = (sum(rows for rows, _ in self.parts), *columns)
+        for i, (rows, cut) in enumerate(self.parts):
+            piece = Piece(
+                f"{source}.{end}",
+                (rows, *columns),
+                cut,
+                transposed=transposed,
+                start=before if self.run is None else i * self.run,
+                run=self.run,
+                period=None if self.run is None else self.run * len(self.parts),
+                stored=whole[::-1] if transposed else whole,
+            )
+            pieces.append(piece)
+            before += rows
+        return tuple(pieces)
 
 
 def check(params: Iterable[Param], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -156,8 +266,9 @@ def check(params: Iterable[Param], shapes: Mapping[str, tuple[int, ...]], where:
     """
     for param in params:
         for piece in param.pieces:
+            wanted = list(piece.stored_shape)
             if piece.source not in shapes:
-                raise CheckpointError(f"{where} lacks the tensor {piece.source} of shape {list(piece.shape)}")
-            found, wanted = list(shapes[piece.source]), list(piece.shape)
+                raise CheckpointError(f"{where} lacks the tensor {piece.source} of shape {wanted}")
+            found = list(shapes[piece.source])
             if found != wanted:
                 raise CheckpointError(f"{where}: {piece.source} has shape {found}, config.json asks for {wanted}")

@@ -6,6 +6,8 @@
 | bfloat16 | bfloat16 | bfloat16 | float32 | float32 |
 | float16 | float16 | float16 | float32 | float32 |
 
+Norm weights have the weights' type, but those of `rms_wide` (kernels.base.Norm) are float32 everywhere.
+
 It is the same on CPU and CUDA, and follows what `transformers` computes, so that tokens can be compared.
 """
 

@@ -1,14 +1,29 @@
 """From a model folder to its spec. A new family is one file in `families/` and one line here."""
 
+import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import CheckpointError
-from shoal.models.families import llama, qwen3
-from shoal.models.spec import Family, ModelSpec, TensorNames
+from shoal.models.families import gemma, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, opt, phi, phi3, qwen2, qwen3
+from shoal.models.spec import Family, ModelSpec, TensorNames, Unsupported
 
-FAMILIES: dict[str, Family] = {"llama": llama.FAMILY, "qwen3": qwen3.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3": gemma3.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "opt": opt.FAMILY,
+    "phi": phi.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -33,35 +48,51 @@ def read_spec(folder: Path) -> ModelSpec:
     """The spec of the model in a folder.
 
     Raises:
-        CheckpointError: config.json is missing or broken, or names an architecture that no family reads.
+        CheckpointError: config.json is missing or broken, or its weights are quantized.
+        Unsupported: it names an architecture that no family reads, or asks for what the family's spec can't say.
     """
     config = read_config(folder)
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise CheckpointError(f"{folder / 'config.json'}: architectures must be a list of names, got {architectures!r}")
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{folder}: quantized weights (quantization_config in config.json) can't be loaded; use the model they "
+            "were made from"
+        )
     for family in FAMILIES.values():
         if set(family.architectures) & set(architectures):
             try:
                 spec = family.read(config)
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
+            except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
                 raise CheckpointError(f"{folder / 'config.json'}: {type(error).__name__} {error}") from None
             return _checked(spec, folder)
     supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    raise CheckpointError(
+    raise Unsupported(
         f"{folder}: architecture {', '.join(architectures) or 'unnamed'} is not supported; supported are {supported}"
     )
 
 
 def _checked(spec: ModelSpec, folder: Path) -> ModelSpec:
+    where = folder / "config.json"
     if spec.num_heads % spec.num_kv_heads:
         heads = f"{spec.num_heads} attention heads are no multiple of {spec.num_kv_heads} KV heads"
-        raise CheckpointError(f"{folder / 'config.json'}: {heads}")
-    if spec.head_dim % 2:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: head_dim must be even for rotary positions, got {spec.head_dim}"
-        )
+        raise CheckpointError(f"{where}: {heads}")
+    rotated = any(attention.rope for attention in spec.attention)
+    if rotated and spec.head_dim % 2:
+        raise CheckpointError(f"{where}: head_dim must be even for rotary positions, got {spec.head_dim}")
     return spec
 
 
-def tensor_names(spec: ModelSpec) -> TensorNames:
-    return FAMILIES[spec.family].names
+def tensor_names(spec: ModelSpec, available: Collection[str] = ()) -> TensorNames:
+    """How a checkpoint with the tensors `available` spells the model's. Without any, as is usual for the family.
+
+    The prefix is the first one under which there is an embedding, the head the first that there is: what is still
+    missing is found by `manifest.check`.
+    """
+    family = FAMILIES[spec.family]
+    prefixes = (p for p in family.prefixes if f"{p}{family.names.embedding}.weight" in available)
+    heads = (head for head in family.heads if f"{head}.weight" in available)
+    return dataclasses.replace(
+        family.names, prefix=next(prefixes, family.prefixes[0]), head=next(heads, family.heads[0])
+    )

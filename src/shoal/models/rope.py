@@ -10,18 +10,40 @@ from shoal.models.spec import RopeSpec
 
 
 def rope_tables(spec: RopeSpec, head_dim: int, max_positions: int, device: torch.device) -> Rope:
-    """cos and sin: [max_positions, head_dim / 2], float32."""
-    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), _frequencies(spec, head_dim))
-    return Rope(angles.cos().to(device), angles.sin().to(device))
+    """cos and sin: [max_positions, rotary_dim / 2], float32."""
+    frequencies = _frequencies(spec, spec.rotary_dim or head_dim)
+    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
+    factor = spec.attention_factor
+    return Rope((angles.cos() * factor).to(device), (angles.sin() * factor).to(device))
 
 
-def _frequencies(spec: RopeSpec, head_dim: int) -> Tensor:
-    frequencies = 1.0 / spec.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+def _frequencies(spec: RopeSpec, dim: int) -> Tensor:
+    frequencies = 1.0 / spec.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if spec.kind == "linear":
         return frequencies / spec.factor
     if spec.kind == "llama3":
         return _llama3(frequencies, spec)
+    if spec.kind == "yarn":
+        return _yarn(frequencies, spec, dim)
     return frequencies
+
+
+def _yarn(frequencies: Tensor, spec: RopeSpec, dim: int) -> Tensor:
+    """YaRN (Peng et al., 2023): what turns less than `beta_slow` times within the original context is stretched, what
+    turns more than `beta_fast` times is kept, and between the two is a ramp over the dimensions."""
+
+    def dimension(turns: float) -> float:
+        """The pair that turns so often, counted in pairs and fractions of them."""
+        wavelength = spec.original_max_positions / (turns * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(spec.theta))
+
+    first, last = dimension(spec.beta_fast), dimension(spec.beta_slow)
+    if spec.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    pairs = torch.arange(len(frequencies), dtype=torch.float32)
+    stretched = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return frequencies / spec.factor * stretched + frequencies * (1 - stretched)
 
 
 def _llama3(frequencies: Tensor, spec: RopeSpec) -> Tensor:

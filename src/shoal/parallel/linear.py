@@ -20,3 +20,17 @@ class RowParallelLinear:
     def __call__(self, x: Tensor) -> Tensor:
         out = self.tp.comm.all_reduce(self.inner(x))
         return out if self.bias is None else out + self.bias
+
+
+class RowParallelSum:
+    """The sum of two row-parallel layers on inputs of their own, with one reduction for both."""
+
+    def __init__(self, first: RowParallelLinear, second: RowParallelLinear) -> None:
+        self.first = first
+        self.second = second
+        biases = [layer.bias for layer in (first, second) if layer.bias is not None]
+        self.bias = sum(biases[1:], start=biases[0]) if biases else None
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        out = self.first.tp.comm.all_reduce(self.first.inner(a) + self.second.inner(b))
+        return out if self.bias is None else out + self.bias

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError
-from shoal.models.manifest import Cut, Param, Shard, keeps_embedding, weight_bytes
+from shoal.models.fallback import FallbackSpec
+from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, weight_bytes
 from shoal.models.spec import ModelSpec
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_LOGITS_BYTES = 4
+SCORE_BYTES = 32 * 2**20  # attention scores that are written out at a time: kernels.reference's
+PROMPT_ROWS = 64  # tokens of a prompt whose logits are there at a time: worker.runner's
+_FLOAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,48 +32,97 @@ class RankMemory:
         shared = left * self.block // per_block if per_block else left
         return shared if max_model_len is None else max(shared, left - max_model_len * self.context_token)
 
+    def with_draft(self, draft: "RankMemory") -> "RankMemory":
+        """Of two models under one block table, the second of which runs while the first one's logits are there."""
+        return RankMemory(
+            weights=self.weights + draft.weights,
+            activations=self.activations + draft.activations,
+            context_token=max(self.context_token, draft.context_token),
+            block=self.block + draft.block,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """The most that a step holds."""
+
+    tokens: int
+    sampled: int  # tokens that are drawn
+
 
 def rank_memory(
-    spec: ModelSpec,
-    params: Sequence[Param],
-    shard: Shard,
-    *,
-    dtype: str,
-    device: str,
-    block_size: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
+    spec: ModelSpec, params: Sequence[Param], shard: Shard, *, dtype: str, device: str, block_size: int, step: StepSize
 ) -> RankMemory:
-    item = DTYPE_BYTES[dtype]
+    item = ITEM_BYTES[dtype]
     kept = keeps_embedding(spec, device, dtype)
-    weights = weight_bytes(spec, params, shard, item, embedding_kept=kept)
-    block = 2 * spec.num_layers * block_size * len(shard.heads.kv_ids) * spec.head_dim * item
     return RankMemory(
-        weights=weights,
-        activations=_activations(spec, shard, item, max_num_seqs, max_num_batched_tokens),
-        context_token=_context_token(spec, shard, item, max_num_batched_tokens),
-        block=block,
+        weights=weight_bytes(spec, params, shard, item, embedding_kept=kept),
+        activations=_activations(spec, shard, item, step, device),
+        context_token=_context_token(spec, shard, item, step.tokens),
+        block=2 * spec.num_layers * block_size * len(shard.heads.kv_ids) * spec.head_dim * item,
     )
 
 
-def _activations(spec: ModelSpec, shard: Shard, item: int, max_num_seqs: int, tokens: int) -> int:
-    """An upper bound on what a step holds at its fullest moment.
+def _activations(spec: ModelSpec, shard: Shard, item: int, step: StepSize, device: str) -> int:
+    """An upper bound on what a step holds at its fullest moment: inside a layer, or at the end, with the logits."""
+    token = max(_embedding_token(spec), _layer_token(spec, shard)) * item + _wide_token(spec, shard)
+    scores = SCORE_BYTES if any(spec.attention_of(i).softcap for i in range(spec.num_layers)) else 0
+    logits = (step.sampled + min(step.tokens, PROMPT_ROWS)) * _logit_row(shard, item, device)
+    return max(step.tokens * token + 3 * scores, logits)
 
-    That is inside a layer (the residual stream, what the sublayer reads and gives, and its inner values twice:
-    queries and keys before and after the rotation, gates before and after the activation), or at the end, where the
-    logits of every sampled row are there in float32, with one copy for the sampler.
+
+def _embedding_token(spec: ModelSpec) -> int:
+    """Values a token at the start: its row looked up, masked and summed over ranks, or scaled; led into the hidden
+    size; with its position's row, and the sum of both."""
+    width, hidden = spec.embedding_width, spec.hidden_size
+    return max(3 * width, width + 2 * hidden if width != hidden else 0, 3 * hidden)
+
+
+def _layer_token(spec: ModelSpec, shard: Shard) -> int:
+    """Values a token, in the type of the activations, at a layer's fullest moment.
+
+    The residual stream and what the sublayer reads are always there, and where both sublayers read the same stream,
+    the MLP's inner values while attention runs. A norm adds the sum and its outcome; attention queries, keys and
+    values before and after the rotation, or what it saw before and after it is put together, summed over ranks and
+    given a bias; the MLP its gates and values before and after the activation, or the latter and the outcome, likewise.
     """
-    qkv = len(shard.ranges[Cut.Q_HEADS]) + 2 * len(shard.ranges[Cut.KV_HEADS])
-    inner = max(2 * qkv, 3 * len(shard.ranges[Cut.MLP]))
-    layer = tokens * (4 * spec.hidden_size + inner) * item
-    logits = min(max_num_seqs, tokens) * len(shard.ranges[Cut.VOCAB]) * (item + 2 * _LOGITS_BYTES)
-    return max(layer, logits)
+    hidden = spec.hidden_size
+    q, kv = len(shard.heads.q_range) * spec.head_dim, len(shard.heads.kv_ids) * spec.head_dim
+    inner = len(shard.ranges[Cut.MLP])
+    parallel = spec.layout in ("parallel", "parallel_one")
+    held = 2 * hidden + (inner + hidden if parallel else 0)
+    if isinstance(spec, FallbackSpec):  # its layers keep what they were given; up to 4 more were measured
+        held += 5 * hidden
+    attention = max(2 * (q + 2 * kv) + q, 2 * q + 3 * hidden)
+    mlp = max((4 if spec.gated else 2) * inner, inner + 3 * hidden)
+    return held + max(2 * hidden, attention, mlp)
+
+
+def _wide_token(spec: ModelSpec, shard: Shard) -> int:
+    """Bytes a token of what is computed in float32 before it is rounded: a norm's row three times (itself, its
+    squares or its outcome, that times the weight), and so the heads that are normed or rotated."""
+    heads = len(shard.heads.q_range) * spec.head_dim
+    turned = spec.qk_norm is not None or any(spec.attention_of(i).rope for i in range(spec.num_layers))
+    return 3 * _FLOAT * max(spec.hidden_size, heads if turned else 0)
+
+
+def _logit_row(shard: Shard, item: int, device: str) -> int:
+    """Bytes of a row of logits and its copies: as the head gives it, in float32 (capped in place), once more for the
+    sampler where log-probabilities are asked for. On a GPU, where PyTorch samples, integers that order it too: the
+    copy of the chosen rows, its bits twice, and eight bytes twice."""
+    sampler = 0 if device == "cpu" else 3 * _FLOAT + 2 * 8
+    return len(shard.ranges[Cut.VOCAB]) * (item + 2 * _FLOAT + sampler)
 
 
 def _context_token(spec: ModelSpec, shard: Shard, item: int, tokens: int) -> int:
-    """What a prompt in chunks gathers of its context, one sequence at a time: a key and a value for every query head,
-    and a column of the mask as truth values and as numbers."""
-    return 2 * len(shard.heads.q_range) * spec.head_dim * item + tokens * (1 + item)
+    """What a prompt in chunks gathers of its context, one sequence at a time: where a token lies, a key and a value as
+    they are cached and for every query head, and a column of the mask as truth values and as numbers. Scores that are
+    bent are computed in float32, at least one query's at a time."""
+    q, kv = len(shard.heads.q_range), len(shard.heads.kv_ids)
+    gathered = 2 * (q + kv) * spec.head_dim * item + 4 * 8
+    capped = any(spec.attention_of(i).softcap for i in range(spec.num_layers))
+    wide = _FLOAT * (2 * q * spec.head_dim + 3 * q) if capped else 0
+    return gathered + tokens * (1 + item) + wide
 
 
 def require_capacity(num_blocks: int, block_size: int, max_model_len: int) -> None:

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shoal.config import EngineOptions, format_bytes
+from shoal import env
+from shoal.config import EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.errors import ConfigError
 from shoal.models import manifest
 from shoal.models.checkpoint import open_checkpoint
-from shoal.models.registry import read_spec, tensor_names
+from shoal.models.fallback import FallbackSpec
+from shoal.models.implementation import implementation_of, params_of, read_model, shards_of
+from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard
 from shoal.models.spec import ModelSpec
-from shoal.planner.memory import DTYPE_BYTES, RankMemory, rank_memory, require_capacity
+from shoal.planner.budgets import kv_budgets, num_blocks
+from shoal.planner.memory import RankMemory, StepSize, rank_memory, require_capacity
 from shoal.types import Hardware
-
-_CPU_KV_CEILING = 4 * 2**30
-_CPU_KV_SHARE = 0.4
 
 Backend = Literal["uni", "threads", "mp"]
 
@@ -35,6 +36,10 @@ class Decision:
     kv_budgets: tuple[int | None, ...]  # bytes by rank; None: measured by the rank
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
+    model_impl: str = "shoal"  # or "transformers"
+    tp_split: tuple[int, ...] = ()  # relative shares of the ranks; empty: equal ones
+    draft_folder: Path | None = None  # of the model that guesses ahead
+    draft: ModelSpec | None = None  # ... and what it is
 
 
 def discover(options: EngineOptions) -> Hardware:
@@ -50,47 +55,42 @@ def discover(options: EngineOptions) -> Hardware:
         )
     found = cuda.discover(count) if wanted != "cpu" and cuda.torch_has_cuda() else None
     if found is None and wanted == "cuda":
-        raise ConfigError("--device cuda: this host shows no CUDA device; use --device cpu")
+        hidden = cuda.because_of(env.visible_cuda_devices())
+        raise ConfigError(f"--device cuda: this host shows no CUDA device{hidden}; use --device cpu")
     return found or cpu.discover(count)
 
 
-def resolve(options: EngineOptions, folder: Path, hardware: Hardware) -> Decision:
-    """Decides what was left open, and refuses what can't work.
+def resolve(options: EngineOptions, folder: Path, hardware: Hardware, draft_folder: Path | None = None) -> Decision:
+    """Decides what was left open, and refuses what can't work. `draft_folder`: of the model that guesses ahead.
 
     Raises:
-        UserError: the model can't be read, or the options, the model and the hardware don't go together.
+        UserError: the models can't be read, or the options, the models and the hardware don't go together.
     """
-    spec = read_spec(folder)
-    params = manifest.manifest(spec, tensor_names(spec))
-    if options.model_options.load_format != "dummy":
-        checkpoint = open_checkpoint(folder)
-        manifest.check(params, checkpoint.shapes, str(folder))
-        checkpoint.check_types(piece.source for param in params for piece in param.pieces)
+    weights = options.model_options.load_format != "dummy"
+    model = _read(folder, options.model_options.model_impl, weights=weights)
+    draft = None if draft_folder is None else _read(draft_folder, "auto", weights=weights)
+    spec = model.spec
+    _check_split(options)
+    if draft is not None:
+        _check_vocabularies(spec, draft.spec, draft_folder)
 
     reasons: list[str] = []
     warnings: list[str] = []
     tp = options.parallel.tensor_parallel_size
+    reasons += [each.spec.describe(tp) for each in (model, draft) if each and isinstance(each.spec, FallbackSpec)]
     _check_devices(tp, hardware, reasons, warnings)
     dtype = _dtype(options, spec, reasons)
     if options.model_options.enforce_eager:
         reasons.append("--enforce-eager changes nothing: steps are launched operation by operation in any case")
     backend = _backend(options, tp, hardware, reasons)
-    scheduler, cache = options.scheduler, options.cache
-    ranks = tuple(
-        rank_memory(
-            spec,
-            params,
-            shard,
-            dtype=dtype,
-            device=hardware.device,
-            block_size=cache.block_size,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        )
-        for shard in manifest.shards(spec, tp)
-    )
-    budgets = _kv_budgets(options, hardware, ranks, reasons)
-    max_model_len = _max_model_len(options, spec, ranks, budgets, reasons)
+    ranks = _rank_memories(options, model, dtype, hardware.device, _step_size(options), reasons)
+    if draft is not None:
+        guesses = StepSize(options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs)
+        drafts = _rank_memories(options, draft, dtype, hardware.device, guesses, reasons)
+        ranks = tuple(rank.with_draft(other) for rank, other in zip(ranks, drafts, strict=True))
+    budgets = kv_budgets(options, hardware, ranks, reasons)
+    draft_spec = None if draft is None else draft.spec
+    max_model_len = _max_model_len(options, spec, draft_spec, num_blocks(ranks, budgets), reasons)
     return Decision(
         folder=folder,
         spec=spec,
@@ -102,7 +102,83 @@ def resolve(options: EngineOptions, folder: Path, hardware: Hardware) -> Decisio
         kv_budgets=budgets,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
+        model_impl=implementation_of(spec),
+        tp_split=options.parallel.tensor_parallel_split or (),
+        draft_folder=draft_folder,
+        draft=draft_spec,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    spec: ModelSpec
+    params: tuple[Param, ...]
+
+
+def _read(folder: Path, implementation: str, *, weights: bool) -> _Model:
+    """Raises:
+    CheckpointError: config.json or the weights are missing or broken, or do not go together.
+    """
+    spec = read_model(folder, implementation)
+    if not weights:
+        return _Model(spec, params_of(spec))
+    checkpoint = open_checkpoint(folder)
+    params = params_of(spec, checkpoint.shapes)
+    manifest.check(params, checkpoint.shapes, str(folder))
+    checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
+    return _Model(spec, params)
+
+
+def _check_split(options: EngineOptions) -> None:
+    split, tp = options.parallel.tensor_parallel_split, options.parallel.tensor_parallel_size
+    if split is not None and len(split) != tp:
+        shares = f"{len(split)} share{'s' if len(split) > 1 else ''}"
+        raise ConfigError(
+            f"--tensor-parallel-split {','.join(map(str, split))} has {shares}, --tensor-parallel-size is {tp}: give "
+            f"one share a rank, or --tensor-parallel-size {len(split)}"
+        )
+
+
+def _check_vocabularies(spec: ModelSpec, draft: ModelSpec, folder: Path | None) -> None:
+    if draft.vocab_size != spec.vocab_size:
+        raise ConfigError(
+            f"the draft model {folder} has a vocabulary of {draft.vocab_size} tokens, the model one of "
+            f"{spec.vocab_size}: they must be the same; choose a draft model of the same family"
+        )
+
+
+def _step_size(options: EngineOptions) -> StepSize:
+    """With guesses, a token is drawn behind each of them."""
+    scheduler, speculative = options.scheduler, options.model_options.speculative_config
+    behind = 1 if speculative is None else 1 + speculative.num_speculative_tokens
+    tokens = scheduler.max_num_batched_tokens
+    return StepSize(tokens, min(scheduler.max_num_seqs * behind, tokens))
+
+
+def _rank_memories(
+    options: EngineOptions, model: _Model, dtype: str, device: str, step: StepSize, reasons: list[str]
+) -> tuple[RankMemory, ...]:
+    split = options.parallel.tensor_parallel_split
+    shards = shards_of(model.spec, options.parallel.tensor_parallel_size, split)
+    if split is not None:
+        reasons.append(f"shares {':'.join(map(str, split))} of {model.spec.family}: {_shares(shards)}")
+    return tuple(
+        rank_memory(
+            model.spec, model.params, shard, dtype=dtype, device=device, block_size=options.cache.block_size, step=step
+        )
+        for shard in shards
+    )
+
+
+def _shares(shards: Sequence[Shard]) -> str:
+    """What each rank holds, `6, 3, 3 query heads, ...`."""
+    counts = {
+        "query heads": [len(shard.heads.q_range) for shard in shards],
+        "KV heads": [len(shard.heads.kv_ids) for shard in shards],
+        "MLP columns": [len(shard.ranges[Cut.MLP]) for shard in shards],
+        "tokens of the vocabulary": [len(shard.ranges[Cut.VOCAB]) for shard in shards],
+    }
+    return "; ".join(f"{', '.join(map(str, each))} {what}" for what, each in counts.items())
 
 
 def _check_devices(tp: int, hardware: Hardware, reasons: list[str], warnings: list[str]) -> None:
@@ -110,12 +186,17 @@ def _check_devices(tp: int, hardware: Hardware, reasons: list[str], warnings: li
     kind = {"cpu": "CPU cores", "cuda": "GPUs"}[hardware.device]
     if tp <= count:
         reasons.append(f"{tp} rank{'s' if tp > 1 else ''} on {count} {kind}")
+        reasons.extend(
+            f"rank {rank} on cuda:{rank} (CUDA_VISIBLE_DEVICES entry {name})"
+            for rank, name in enumerate(hardware.visible[:tp])
+        )
     elif hardware.devices_shareable:
         warnings.append(f"{tp} ranks share {count} {kind}: they take turns, and a step waits for the last")
     else:
+        shown = cuda.because_of(env.visible_cuda_devices()) if hardware.device == "cuda" else ""
         way_out = "raise --num-devices" if hardware.device == "cpu" else "use --device cpu"
         raise ConfigError(
-            f"--tensor-parallel-size {tp} needs {tp} devices; this host has {count} ({hardware.device}). "
+            f"--tensor-parallel-size {tp} needs {tp} devices; this host has {count} ({hardware.device}){shown}. "
             f"Use --tensor-parallel-size {count} or fewer, or {way_out}"
         )
 
@@ -123,8 +204,8 @@ def _check_devices(tp: int, hardware: Hardware, reasons: list[str], warnings: li
 def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
     wanted = options.model_options.dtype
     dtype = spec.dtype if wanted == "auto" else wanted
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"the checkpoint's dtype {dtype} is not supported; choose --dtype {', '.join(DTYPE_BYTES)}")
+    if dtype not in ITEM_BYTES:
+        raise ConfigError(f"the checkpoint's dtype {dtype} is not supported; choose --dtype {', '.join(ITEM_BYTES)}")
     reasons.append(f"dtype {dtype}: " + ("the checkpoint's" if wanted == "auto" else "as asked"))
     return dtype
 
@@ -142,102 +223,30 @@ def _backend(options: EngineOptions, tp: int, hardware: Hardware, reasons: list[
     return backend
 
 
-def _kv_budgets(
-    options: EngineOptions, hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str]
-) -> tuple[int | None, ...]:
-    cache = options.cache
-    budgets: tuple[int | None, ...]
-    if cache.kv_cache_memory_bytes is not None:
-        reasons.append(f"KV cache of {format_bytes(cache.kv_cache_memory_bytes)} a rank: as asked")
-        budgets, way_out = (cache.kv_cache_memory_bytes,) * len(ranks), "lower --kv-cache-memory-bytes"
-    elif cache.device_memory is not None:
-        budgets = tuple(_left_of(options, number, rank, reasons) for number, rank in enumerate(ranks))
-        way_out = "lower --device-memory"
-    elif hardware.device == "cuda":
-        for number, rank in enumerate(ranks):
-            _check_cuda_memory(options, hardware, number, rank)
-        reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
-        return (None,) * len(ranks)
-    else:
-        budgets = (_default_cpu_budget(hardware, ranks, reasons),) * len(ranks)
-        way_out = "set --kv-cache-memory-bytes to less"
-    if hardware.device == "cpu":
-        needs = [rank.weights + rank.activations + (kv or 0) for rank, kv in zip(ranks, budgets, strict=True)]
-        if cache.kv_cache_memory_bytes is None and cache.device_memory is not None:
-            needs = [cache.device_memory] * len(ranks)
-        _check_host_memory(hardware, needs, sum(rank.weights for rank in ranks), way_out)
-    return budgets
-
-
-def _default_cpu_budget(hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str]) -> int:
-    share = int(min(_CPU_KV_CEILING, _CPU_KV_SHARE * hardware.host_memory_available) / len(ranks))
-    free = format_bytes(hardware.host_memory_available)
-    reasons.append(
-        f"KV cache of {format_bytes(share)} a rank: the smaller of {format_bytes(_CPU_KV_CEILING)} and "
-        f"{_CPU_KV_SHARE:.0%} of the {free} available, over {len(ranks)} rank{'s' if len(ranks) > 1 else ''}"
-    )
-    return share
-
-
-def _left_of(options: EngineOptions, number: int, rank: RankMemory, reasons: list[str]) -> int:
-    budget = options.cache.device_memory or 0
-    left = rank.kv_budget(budget, options.cache.block_size, options.model_options.max_model_len)
-    weights, activations = format_bytes(rank.weights), format_bytes(rank.activations)
-    if left <= 0:
-        missing = format_bytes(rank.weights + rank.activations - budget)
-        raise ConfigError(
-            f"--device-memory {format_bytes(budget)} is {missing} too small for rank {number}: weights take {weights}, "
-            f"activations {activations}. Raise it, raise --tensor-parallel-size, or lower --max-num-batched-tokens"
-        )
-    reasons.append(
-        f"rank {number}: {format_bytes(left)} for the KV cache, what {weights} of weights, {activations} of "
-        f"activations and {rank.context_token} bytes a context token leave of {format_bytes(budget)}"
-    )
-    return left
-
-
-def _check_cuda_memory(options: EngineOptions, hardware: Hardware, number: int, rank: RankMemory) -> None:
-    """Refuses what can't fit at all; a rank measures the rest when it has loaded."""
-    if hardware.device_memory is None:
-        return
-    share = options.cache.gpu_memory_utilization
-    missing = rank.weights - int(hardware.device_memory * share)
-    if missing >= 0:
-        raise ConfigError(
-            f"rank {number} needs {format_bytes(rank.weights)} for weights, {format_bytes(missing)} more than "
-            f"--gpu-memory-utilization {share} allows of {format_bytes(hardware.device_memory)}: "
-            "raise --tensor-parallel-size"
-        )
-
-
-def _check_host_memory(hardware: Hardware, needs: Sequence[int], weights: int, way_out: str) -> None:
-    """`needs` are bytes by rank, of which `weights` in all for weights."""
-    missing = sum(needs) - hardware.host_memory_available
-    if missing > 0:
-        raise ConfigError(
-            f"{len(needs)} rank{'s' if len(needs) > 1 else ''} need {format_bytes(sum(needs))} (weights "
-            f"{format_bytes(weights)}), {format_bytes(missing)} more than this host has available: {way_out}, choose "
-            "--dtype bfloat16, or use a larger host"
-        )
-
-
 def _max_model_len(
     options: EngineOptions,
     spec: ModelSpec,
-    ranks: Sequence[RankMemory],
-    budgets: Sequence[int | None],
+    draft: ModelSpec | None,
+    blocks: int | None,
     reasons: list[str],
 ) -> int:
     wanted, size = options.model_options.max_model_len, options.cache.block_size
     if wanted is not None and wanted > spec.max_positions:
         raise ConfigError(f"--max-model-len {wanted} is more than the model's {spec.max_positions} positions: lower it")
     longest = wanted or spec.max_positions
-    blocks = [b // rank.block for rank, b in zip(ranks, budgets, strict=True) if b is not None and rank.block]
-    if not blocks:
+    if draft is not None and draft.max_positions < longest:
+        if wanted is not None:
+            raise ConfigError(
+                f"--max-model-len {wanted} is more than the draft model's {draft.max_positions} positions: lower it, "
+                "or choose another draft model"
+            )
+        reasons.append(f"max_model_len {draft.max_positions}, not the model's {longest}: the draft model has no more")
+        longest = draft.max_positions
+    if blocks is None:
         return longest
-    fits = min(blocks) * size
+    fits = blocks * size
     if wanted is not None or fits < size:
-        require_capacity(min(blocks), size, longest)
+        require_capacity(blocks, size, longest)
     if fits < longest:
         reasons.append(f"max_model_len {fits}, not the model's {longest}: the KV cache holds no more")
     return min(longest, fits)

@@ -4,7 +4,8 @@ A plan says only what is new. The table knows each sequence's blocks, its last t
 arrays with a row a sequence, so that most of a step is built by indexing.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,13 @@ from torch import Tensor
 from shoal import wire
 from shoal.kernels.base import PagedBatch
 from shoal.worker.random import row_keys, split_keys
+from shoal.worker.rules import EditsBuilder, Rules
 from shoal.worker.sampler import SamplingRows
 
 _COLDEST = 1e-5  # below, logits divided by it leave float32's range, and the likeliest token is the only one left
+# Numbers that float32 does not have make no difference to those that it has.
+_HOTTEST = 1e30
+_LEAST_TOP_P = 1e-30
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -28,7 +33,20 @@ class _Sequence:
     row: int
     epoch: int
     tokens: Int32  # as given; what is sampled later is remembered in the table's last_token alone
+    prompt_len: int
     num_blocks: int
+    logprobs: int
+    prompt_logprobs: int
+    rules: Rules | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Tokens of a prompt whose successors' log-probabilities are wanted."""
+
+    seq: int
+    start: int  # position of the first successor
+    targets: tuple[int, ...]  # the successors
     logprobs: int
 
 
@@ -36,22 +54,30 @@ class _Sequence:
 class StepInput:
     tokens: Tensor  # int64 [n]
     batch: PagedBatch
-    logit_rows: Tensor | None  # int64 [m], None: every token is sampled
-    sampled: tuple[wire.Work, ...]  # the works of these rows, in their order
+    logit_rows: Tensor | None  # int64 [m + p]: m tokens that are sampled behind, then those of `prompts`; None: all
+    sampled: tuple[wire.Work, ...]  # the works of the first m rows, in their order: a row, and one for each draft
     sampling: SamplingRows | None  # None: nothing is sampled
+    masked_rows: tuple[int, ...]  # of the m rows, those that the step's mask has a row for, in the mask's order
+    prompts: tuple[PromptRows, ...]
 
 
 class SequenceTable:
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device, scratch_slot: int = 0
+    ) -> None:
+        """`scratch_slot` takes keys and values that must not be written where they belong."""
         self._block_size = block_size
         self._device = device
+        self._scratch_slot = scratch_slot
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._blocks: Int32 = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self._written: Int64 = np.zeros(max_num_seqs, np.int64)  # positions before it are in the cache, and shared
         self._last_token: Int64 = np.zeros(max_num_seqs, np.int64)
         self._temperature = np.zeros(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float32)
+        self._min_p = np.zeros(max_num_seqs, np.float32)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._sample_index = np.zeros(max_num_seqs, np.uint64)
 
@@ -71,13 +97,25 @@ class SequenceTable:
     def _admit(self, new: wire.NewSeq) -> None:
         row = self._free_rows.pop()
         sampling = new.sampling
-        sequence = _Sequence(row, new.epoch, np.frombuffer(new.tokens, "<i4"), 0, sampling.logprobs)
+        tokens = np.frombuffer(new.tokens, "<i4")
+        sequence = _Sequence(
+            row=row,
+            epoch=new.epoch,
+            tokens=tokens,
+            prompt_len=new.prompt_len,
+            num_blocks=0,
+            logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
+            rules=Rules.of(sampling, tokens[: new.prompt_len].tolist(), tokens[new.prompt_len :].tolist()),
+        )
         self._sequences[new.seq] = sequence
         self._blocks[row] = 0
         self._append_blocks(sequence, new.blocks)
-        self._temperature[row] = sampling.temperature if sampling.temperature >= _COLDEST else 0.0
+        self._written[row] = len(new.blocks) * self._block_size
+        self._temperature[row] = min(sampling.temperature, _HOTTEST) if sampling.temperature >= _COLDEST else 0.0
         self._top_k[row] = sampling.top_k
-        self._top_p[row] = sampling.top_p
+        self._top_p[row] = max(sampling.top_p, _LEAST_TOP_P)
+        self._min_p[row] = sampling.min_p
         self._seed[row] = sampling.seed
         self._sample_index[row] = sampling.sample_index
 
@@ -89,50 +127,103 @@ class SequenceTable:
     def build(self, works: Sequence[wire.Work]) -> StepInput:
         """The tensors of a step. Sequences with one token come first: the kernels take those together."""
         ordered = sorted(works, key=lambda work: work.count != 1)  # stable: the plan's order otherwise
-        num_single = sum(work.count == 1 for work in ordered)
         rows = np.array([self._sequences[work.seq].row for work in ordered], np.int64)
         starts = np.array([work.start for work in ordered], np.int64)
         counts = np.array([work.count for work in ordered], np.int64)
+        batch = self._batch(rows, starts, counts)
+        ends = counts.cumsum()
+        wanted = [i for i, work in enumerate(ordered) if work.sample]
+        prompts = tuple(self._prompt_rows(ordered))
+        return StepInput(
+            tokens=self._tokens(ordered, rows, counts, ends),
+            batch=batch,
+            logit_rows=self._logit_rows(ordered, ends, wanted, prompts),
+            sampled=tuple(ordered[i] for i in wanted),
+            sampling=self._sampling([ordered[i] for i in wanted], rows[wanted]) if wanted else None,
+            masked_rows=_masked_rows(works, [ordered[i] for i in wanted]),
+            prompts=prompts,
+        )
+
+    def _batch(self, rows: Int64, starts: Int64, counts: Int64) -> PagedBatch:
+        """rows, starts, counts: [b], by sequence, those with a count of 1 first."""
         contexts = starts + counts
         ends = counts.cumsum()
-
-        owner = np.repeat(np.arange(len(ordered)), counts)
+        owner = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(len(owner)) + np.repeat(starts - ends + counts, counts)
         tables = self._blocks[rows, : -(-int(contexts.max()) // self._block_size)]
         slots = tables[owner, positions // self._block_size] * np.int64(self._block_size) + positions % self._block_size
-        tokens = np.repeat(self._last_token[rows], counts)
-        for work, end in zip(ordered, ends, strict=True):
-            given = self._sequences[work.seq].tokens
-            if work.start < len(given):
-                tokens[end - work.count : end] = given[work.start : work.start + work.count]
-
-        batch = PagedBatch(
+        shared = starts < self._written[rows]
+        if shared.any():
+            slots = np.where(positions < self._written[rows][owner], self._scratch_slot, slots)
+        return PagedBatch(
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             query_starts=self._tensor(np.concatenate([[0], ends]).astype(np.int32)),
             context_lens=self._tensor(contexts.astype(np.int32)),
             block_tables=self._tensor(tables),
             block_size=self._block_size,
-            num_single=num_single,
+            num_single=int((counts == 1).sum()),
             query_lens=tuple(counts.tolist()),
             host_context_lens=tuple(contexts.tolist()),
         )
-        wanted = [i for i, work in enumerate(ordered) if work.sample]
-        every = len(wanted) == len(owner)
-        return StepInput(
-            tokens=self._tensor(tokens),
-            batch=batch,
-            logit_rows=None if every else self._tensor(ends[wanted] - 1),
-            sampled=tuple(ordered[i] for i in wanted),
-            sampling=self._sampling([ordered[i].seq for i in wanted], rows[wanted], contexts[wanted])
-            if wanted
-            else None,
+
+    def _tokens(self, ordered: Sequence[wire.Work], rows: Int64, counts: Int64, ends: Int64) -> Tensor:
+        """Given ones, the last one that was sampled, guesses."""
+        tokens = np.repeat(self._last_token[rows], counts)
+        for work, end in zip(ordered, ends.tolist(), strict=True):
+            given = self._sequences[work.seq].tokens
+            if work.start < len(given):
+                known = given[work.start : work.start + work.count - len(work.drafts)]
+                tokens[end - work.count : end - work.count + len(known)] = known
+            if work.drafts:
+                tokens[end - len(work.drafts) : end] = work.drafts
+        return self._tensor(tokens)
+
+    def _prompt_rows(self, ordered: Sequence[wire.Work]) -> Iterator[PromptRows]:
+        for work in ordered:
+            sequence = self._sequences[work.seq]
+            stop = min(work.start + work.count + 1, sequence.prompt_len)
+            if sequence.prompt_logprobs >= 0 and stop > work.start + 1:
+                targets = sequence.tokens[work.start + 1 : stop].tolist()
+                yield PromptRows(work.seq, work.start + 1, tuple(targets), sequence.prompt_logprobs)
+
+    def _logit_rows(
+        self, ordered: Sequence[wire.Work], ends: Int64, wanted: Sequence[int], prompts: Sequence[PromptRows]
+    ) -> Tensor | None:
+        if len(wanted) == ends[-1] and not prompts:  # every token is sampled behind
+            return None
+        sampled = [np.arange(ends[i] - 1 - len(ordered[i].drafts), ends[i]) for i in wanted]
+        begins = {work.seq: end - work.count for work, end in zip(ordered, ends.tolist(), strict=True)}
+        told = [np.arange(begins[each.seq], begins[each.seq] + len(each.targets)) for each in prompts]
+        return self._tensor(np.concatenate([*sampled, *told]).astype(np.int64) if sampled or told else ends[:0])
+
+    def _sampling(self, works: Sequence[wire.Work], table_rows: Int64) -> SamplingRows:
+        """A row behind the last known token of each work, and one behind each of its drafts."""
+        rows_each = np.array([1 + len(work.drafts) for work in works], np.int64)
+        rows = np.repeat(table_rows, rows_each)
+        # Those of the tokens to come.
+        positions = np.concatenate(
+            [np.arange(work.start + work.count - len(work.drafts), work.start + work.count + 1) for work in works]
+        )
+        edits, first = EditsBuilder(), 0
+        for work in works:
+            rules = self._sequences[work.seq].rules
+            if rules is not None:
+                for i in range(1 + len(work.drafts)):
+                    edits.add(first + i, rules, work.drafts[:i])
+            first += 1 + len(work.drafts)
+        return self._sampling_rows(
+            rows,
+            positions,
+            logprobs=max(self._sequences[work.seq].logprobs for work in works),
+            edits=edits,
         )
 
-    def _sampling(self, seqs: Sequence[int], rows: Int64, positions: Int64) -> SamplingRows:
-        """`positions` are those of the tokens to come."""
-        temperature, top_k, top_p = self._temperature[rows], self._top_k[rows], self._top_p[rows]
-        truncated = (temperature > 0) & ((top_k > 0) | (top_p < 1))
+    def _sampling_rows(self, rows: Int64, positions: Int64, *, logprobs: int, edits: EditsBuilder) -> SamplingRows:
+        temperature, top_k, top_p, min_p = (
+            of_all[rows] for of_all in (self._temperature, self._top_k, self._top_p, self._min_p)
+        )
+        truncated = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
         greedy = not temperature.any()
         keys = np.zeros(len(rows), np.uint64)
         if not greedy:
@@ -141,16 +232,32 @@ class SequenceTable:
             temperature=self._tensor(temperature),
             top_k=self._tensor(top_k),
             top_p=self._tensor(top_p),
+            min_p=self._tensor(min_p),
             keys=split_keys(keys).to(self._device),
             greedy=greedy,
             truncated=np.flatnonzero(truncated).tolist(),
-            logprobs=max(self._sequences[seq].logprobs for seq in seqs),
+            logprobs=logprobs,
+            edits=edits.build(len(rows), self._device),
         )
 
-    def record(self, works: Sequence[wire.Work], tokens: Sequence[int]) -> None:
+    def ahead(self, seqs: Sequence[int], positions: Int64) -> tuple[PagedBatch, SamplingRows]:
+        """A step of one token for each of these sequences, at these positions, for a draft model: a plain draw with
+        the keys that the next tokens will be drawn with. A position that has no block yet is not written."""
+        rows = np.array([self._sequences[seq].row for seq in seqs], np.int64)
+        batch = self._batch(rows, positions, np.ones_like(positions))
+        room = np.array([self._sequences[seq].num_blocks for seq in seqs]) * self._block_size
+        if (positions >= room).any():
+            batch.slots[torch.from_numpy(positions >= room).to(self._device)] = self._scratch_slot
+        sampling = self._sampling_rows(rows, positions + 1, logprobs=-1, edits=EditsBuilder())
+        return batch, dataclasses.replace(sampling, truncated=())
+
+    def record(self, work: wire.Work, tokens: Sequence[int]) -> None:
         """Remembers what was sampled: the next plan may ask for it before the engine has seen it."""
-        for work, token in zip(works, tokens, strict=True):
-            self._last_token[self._sequences[work.seq].row] = token
+        sequence = self._sequences[work.seq]
+        self._last_token[sequence.row] = tokens[-1]
+        if sequence.rules is not None:
+            for token in tokens:
+                sequence.rules.append(token)
 
     def epoch(self, seq: int) -> int:
         return self._sequences[seq].epoch
@@ -160,3 +267,14 @@ class SequenceTable:
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _masked_rows(planned: Sequence[wire.Work], sampled: Sequence[wire.Work]) -> tuple[int, ...]:
+    """The mask has its rows in the order of the plan, the step in its own."""
+    if not any(work.masked for work in planned):
+        return ()
+    first_rows, count = {}, 0
+    for work in sampled:
+        first_rows[work.seq] = count
+        count += 1 + len(work.drafts)
+    return tuple(first_rows[work.seq] + i for work in planned if work.masked for i in range(1 + len(work.drafts)))

@@ -38,8 +38,9 @@ def block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int)
 def allocate(
     spec: ModelSpec, shard: Shard, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVMemory:
-    """All zeros: what is masked out of a softmax must still be a number."""
-    shape = (2 * spec.num_layers, num_blocks * block_size, len(shard.heads.kv_ids), spec.head_dim)
+    """All zeros: what is masked out of a softmax must still be a number. Behind the blocks there is one slot more, for
+    keys and values that nobody will read."""
+    shape = (2 * spec.num_layers, num_blocks * block_size + 1, len(shard.heads.kv_ids), spec.head_dim)
     pool = _zeros(torch.Size(shape).numel() * dtype.itemsize, device)
     slots = pool.view(dtype).view(shape)
     layers = [KVCache(slots[2 * i], slots[2 * i + 1]) for i in range(spec.num_layers)]

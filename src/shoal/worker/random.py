@@ -1,9 +1,8 @@
-"""Random numbers as a function of what they are for.
+"""The keys of random numbers: what a draw is for decides what is drawn.
 
 A draw is keyed by (seed, sample index, position, token id), so the same request draws the same in any batch, layout
 or replay, and a rank that holds a part of the vocabulary computes exactly its part. Rows get a 64-bit key from a
-chain of splitmix64 finalizers (Steele et al., OOPSLA 2014); a token's bits are the key's halves and the token id
-through two rounds of a 32-bit finalizer (the constants of lowbias32, by C. Wellons' search).
+chain of splitmix64 finalizers (Steele et al., OOPSLA 2014); `kernels.noise` makes a token's noise of it.
 """
 
 import numpy as np
@@ -14,8 +13,6 @@ from torch import Tensor
 U64 = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# Smallest gap to 1 that float32 shows: keeps the logarithms finite.
-_LARGEST_BELOW_ONE = 1 - 2**-24
 
 
 def _splitmix64(x: U64) -> U64:
@@ -35,18 +32,3 @@ def row_keys(seed: U64, sample_index: U64, position: U64) -> U64:
 def split_keys(keys: U64) -> Tensor:
     """[m] -> int32 [m, 2], the form in which a device takes them."""
     return torch.from_numpy(keys.view(np.int32).reshape(-1, 2).copy())
-
-
-def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise of each (row, token): keys int32 [m, 2], ids int32 [v] or [m, v]. float32 [m, v]."""
-    x = _mix(ids ^ keys[:, :1])
-    x = _mix(x ^ keys[:, 1:])
-    v = ((x & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
-    return -torch.log(-torch.log1p(-v.clamp_(max=_LARGEST_BELOW_ONE)))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32 bits; int32 multiplies wrap, and masks make the shifts logical."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975  # 0x846CA68B
-    return x ^ ((x >> 16) & 0xFFFF)

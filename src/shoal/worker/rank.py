@@ -5,6 +5,7 @@ import traceback
 from shoal import wire
 from shoal.errors import CommError, ShoalError, UserError
 from shoal.observe.logging import get_logger
+from shoal.worker.memory_errors import explain
 from shoal.worker.worker import Connect, Worker
 
 log = get_logger("worker")
@@ -17,6 +18,7 @@ class Rank:
         self._connect = connect
         self._worker: Worker | None = None
         self._rank = -1
+        self._setup: wire.RankSetup | None = None
         self._failed = False
 
     @property
@@ -27,13 +29,13 @@ class Rank:
     def doing(self) -> str:
         return self._worker.doing if self._worker else "starting"
 
-    def answer(self, message: wire.RankSetup | wire.StepPlan | wire.Call) -> wire.FromRank | None:
+    def answer(self, message: wire.RankSetup | wire.StepPlan | wire.StepMask | wire.Call) -> wire.FromRank | None:
         """Never raises."""
         if self._failed:
             return None
         try:
             if isinstance(message, wire.RankSetup):
-                self._rank = message.rank
+                self._rank, self._setup = message.rank, message
                 self._worker = Worker(message, self._connect)
                 return None
             if self._worker is None:
@@ -48,7 +50,7 @@ class Rank:
             return wire.RankReport(
                 rank=self._rank,
                 step=self.last_step,
-                error=_in_one_line(error),
+                error=(self._setup and explain(error, self._setup)) or _in_one_line(error),
                 user_error=isinstance(error, UserError),
                 communication=isinstance(error, CommError),
             )

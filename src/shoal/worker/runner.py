@@ -1,69 +1,172 @@
 """One step on one rank: a plan in, a result out."""
 
+import dataclasses
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from shoal import wire
 from shoal.kernels.base import KVCache
-from shoal.models.decoder import Decoder
+from shoal.models.causal import CausalModel
 from shoal.parallel.mesh import Axis
-from shoal.worker.batch import SequenceTable, StepInput
-from shoal.worker.sampler import Logprobs, VocabShare, logprobs, sample
+from shoal.worker.batch import PromptRows, SequenceTable, StepInput
+from shoal.worker.draft import Draft
+from shoal.worker.edits import Edits, Masks
+from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
+
+_PROMPT_ROWS = 64  # of a prompt whose logits are there at a time: a vocabulary of 150,000 takes 38 MB for so many
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A step that was computed, and waits for its mask."""
+
+    plan: wire.StepPlan
+    step: StepInput
+    hidden: Tensor
+    spent_ns: int
+    forward_ns: int
 
 
 class Runner:
     def __init__(
-        self, model: Decoder, caches: list[KVCache], table: SequenceTable, share: VocabShare, tp: Axis
+        self,
+        model: CausalModel,
+        caches: list[KVCache],
+        table: SequenceTable,
+        share: VocabShare,
+        tp: Axis,
+        draft: Draft | None = None,
     ) -> None:
         self._model = model
         self._caches = caches
         self._table = table
         self._share = share
         self._tp = tp
+        self._draft = draft
+        self._pending: _Pending | None = None
 
-    def execute(self, plan: wire.StepPlan) -> wire.StepResult:
-        """Every rank gives the same result, because every rank samples the same tokens."""
+    def execute(self, plan: wire.StepPlan) -> wire.StepResult | None:
+        """Every rank gives the same result, because every rank samples the same tokens. A plan that is masked has
+        none before its mask."""
         begun = time.perf_counter_ns()
         self._table.apply(plan)
-        forward_ns = 0
-        out: tuple[wire.SeqOut, ...] = ()
-        if plan.work:
-            step = self._table.build(plan.work)
-            forward_begun = time.perf_counter_ns()
-            logits = self._forward(step)
-            forward_ns = time.perf_counter_ns() - forward_begun
-            out = self._sample(step, logits) if logits is not None else ()
-        total_ns = time.perf_counter_ns() - begun
-        return wire.StepResult(plan.incarnation, plan.step, out, wire.StepTimes(total_ns // 1000, forward_ns // 1000))
+        if not plan.work:
+            return _result(plan, (), time.perf_counter_ns() - begun, 0)
+        step = self._table.build(plan.work)
+        forward_begun = time.perf_counter_ns()
+        hidden = self._forward(step)
+        now = time.perf_counter_ns()
+        pending = _Pending(plan, step, hidden, now - begun, now - forward_begun)
+        if step.masked_rows:
+            self._pending = pending
+            return None
+        return self._finish(pending, step.sampling)
 
-    def _forward(self, step: StepInput) -> torch.Tensor | None:
+    def unmask(self, mask: wire.StepMask) -> wire.StepResult | None:
+        """The result of the plan that waits for this mask; None if it waits for another."""
+        pending = self._pending
+        if pending is None or pending.plan.step != mask.step or pending.step.sampling is None:
+            return None
+        self._pending = None
+        bits = torch.from_numpy(np.frombuffer(mask.bits, "<i4").reshape(-1, mask.words).copy())
+        rows = torch.tensor(pending.step.masked_rows)
+        masks = Masks(rows.to(pending.hidden.device), bits.to(pending.hidden.device))
+        edits = dataclasses.replace(pending.step.sampling.edits or Edits(), masks=masks)
+        return self._finish(pending, dataclasses.replace(pending.step.sampling, edits=edits))
+
+    def _forward(self, step: StepInput) -> Tensor:
         hidden = self._model.hidden(step.tokens, step.batch, self._caches, step.logit_rows)
-        logits = self._model.logits(hidden) if step.sampling else None
+        if self._draft is not None:
+            self._draft.follow(step)
         if hidden.is_cuda:
             torch.cuda.current_stream().synchronize()
-        return logits
+        return hidden
 
-    def _sample(self, step: StepInput, logits: torch.Tensor) -> tuple[wire.SeqOut, ...]:
-        if step.sampling is None:
-            return ()
-        chosen = sample(logits, self._share, self._tp, step.sampling)
-        tokens = chosen.tolist()
-        self._table.record(step.sampled, tokens)
-        if step.sampling.logprobs < 0:
-            return tuple(
-                wire.SeqOut(work.seq, self._table.epoch(work.seq), (token,))
-                for work, token in zip(step.sampled, tokens, strict=True)
-            )
-        found = logprobs(logits, self._share, self._tp, chosen, step.sampling.logprobs)
-        return tuple(
-            wire.SeqOut(work.seq, self._table.epoch(work.seq), (token,), self._row_logprobs(found, i, work.seq))
-            for i, (work, token) in enumerate(zip(step.sampled, tokens, strict=True))
+    def _finish(self, pending: _Pending, sampling: SamplingRows | None) -> wire.StepResult:
+        begun = time.perf_counter_ns()
+        step, hidden = pending.step, pending.hidden
+        forward_ns = pending.forward_ns
+        sampled: Sequence[wire.SeqOut] = ()
+        if sampling is not None:
+            logits = self._model.logits(hidden[: len(sampling.temperature)])
+            forward_ns += time.perf_counter_ns() - begun
+            sampled = list(self._sample(step, sampling, logits))
+        told = self._tell_prompts(step.prompts, hidden) if step.prompts else {}
+        out = tuple(self._with_prompts(sampled, told)) if told else tuple(sampled)
+        return _result(pending.plan, out, pending.spent_ns + time.perf_counter_ns() - begun, forward_ns)
+
+    def _sample(self, step: StepInput, sampling: SamplingRows, logits: Tensor) -> Iterator[wire.SeqOut]:
+        chosen = sample(logits, self._share, self._tp, sampling)
+        found = None
+        if sampling.logprobs >= 0:
+            found = logprobs(logits, self._share, self._tp, chosen, sampling.logprobs)
+        drawn = chosen.tolist()
+        taken, first = [], 0
+        for work in step.sampled:
+            taken.append(_accepted(work.drafts, drawn[first : first + 1 + len(work.drafts)]))
+            self._table.record(work, taken[-1])
+            first += 1 + len(work.drafts)
+        guesses = [()] * len(taken) if self._draft is None else self._draft.guess(step.sampled, taken)
+        first = 0
+        for work, tokens, drafts in zip(step.sampled, taken, guesses, strict=True):
+            told = () if found is None else _rows(found, first, len(tokens), self._table.logprobs(work.seq))
+            yield wire.SeqOut(work.seq, self._table.epoch(work.seq), tuple(tokens), told, drafts=drafts)
+            first += 1 + len(work.drafts)
+
+    def _tell_prompts(self, prompts: Sequence[PromptRows], hidden: Tensor) -> dict[int, wire.PromptLogprobs]:
+        """Log-probabilities of prompt tokens, some rows at a time. Their hidden states are the last ones."""
+        found: dict[int, wire.PromptLogprobs] = {}
+        first = len(hidden) - sum(len(each.targets) for each in prompts)
+        for each in prompts:
+            entries: list[wire.TokenLogprobs] = []
+            for start in range(0, len(each.targets), _PROMPT_ROWS):
+                targets = torch.tensor(each.targets[start : start + _PROMPT_ROWS], device=hidden.device)
+                logits = self._model.logits(hidden[first + start : first + start + len(targets)])
+                rows = logprobs(logits, self._share, self._tp, targets, each.logprobs)
+                entries += _rows(rows, 0, len(targets), each.logprobs)
+            found[each.seq] = wire.PromptLogprobs(each.start, tuple(entries))
+            first += len(each.targets)
+        return found
+
+    def _with_prompts(
+        self, sampled: Sequence[wire.SeqOut], told: dict[int, wire.PromptLogprobs]
+    ) -> Iterator[wire.SeqOut]:
+        for out in sampled:
+            entries = told.pop(out.seq, None)
+            yield wire.SeqOut(out.seq, out.epoch, out.tokens, out.logprobs, entries, out.drafts)
+        for seq, rest in told.items():
+            yield wire.SeqOut(seq, self._table.epoch(seq), (), prompt_logprobs=rest)
+
+
+def _accepted(drafts: wire.Ids, drawn: Sequence[int]) -> Sequence[int]:
+    """The draws up to and with the first that is no guess: behind a wrong guess, draws mean nothing."""
+    right = next(
+        (i for i, (guess, token) in enumerate(zip(drafts, drawn, strict=False)) if guess != token), len(drafts)
+    )
+    return drawn[: right + 1]
+
+
+def _rows(found: Logprobs, first: int, rows: int, count: int) -> tuple[wire.TokenLogprobs, ...]:
+    """Of consecutive rows, `count` tokens each; -1: none."""
+    if count < 0:
+        return ()
+    taken = slice(first, first + rows)
+    return tuple(
+        wire.TokenLogprobs(chosen, rank, tuple(ids), tuple(values))
+        for chosen, rank, ids, values in zip(
+            found.chosen[taken].tolist(),
+            found.ranks[taken].tolist(),
+            found.ids[taken, :count].tolist(),
+            found.values[taken, :count].tolist(),
+            strict=True,
         )
+    )
 
-    def _row_logprobs(self, found: Logprobs, row: int, seq: int) -> tuple[wire.TokenLogprobs, ...]:
-        count = self._table.logprobs(seq)
-        if count < 0:
-            return ()
-        ids, values = found.ids[row, :count].tolist(), found.values[row, :count].tolist()
-        return (wire.TokenLogprobs(float(found.chosen[row]), tuple(ids), tuple(values)),)
+
+def _result(plan: wire.StepPlan, out: tuple[wire.SeqOut, ...], total_ns: int, forward_ns: int) -> wire.StepResult:
+    return wire.StepResult(plan.incarnation, plan.step, out, wire.StepTimes(total_ns // 1000, forward_ns // 1000))

@@ -11,20 +11,14 @@ from shoal.comm.base import Communicator
 from shoal.devices import cpu
 from shoal.errors import EngineError
 from shoal.kernels.reference import GATHER_BYTES
-from shoal.kernels.select import make_kernels
-from shoal.models.checkpoint import open_checkpoint
-from shoal.models.decoder import Decoder, build_decoder
-from shoal.models.loader import CheckpointWeights, DummyWeights, Weights
-from shoal.models.manifest import Cut, keeps_embedding, manifest, shards, weight_bytes
-from shoal.models.precision import PRECISION
-from shoal.models.registry import read_spec, tensor_names
 from shoal.observe.logging import get_logger
 from shoal.parallel.mesh import make_mesh
 from shoal.parallel.topology import Topology
-from shoal.worker import kv_cache
 from shoal.worker.batch import SequenceTable
+from shoal.worker.draft import Draft
+from shoal.worker.kv_cache import KVMemory
+from shoal.worker.rank_model import RankModel
 from shoal.worker.runner import Runner
-from shoal.worker.sampler import VocabShare
 
 log = get_logger("worker")
 
@@ -48,17 +42,13 @@ class Worker:
         self.device = torch.device(setup.device, setup.device_index) if setup.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.spec = read_spec(Path(setup.model_path))
-        self.precision = PRECISION[setup.dtype]
         topology = Topology.of(tp=setup.world_size)
         self.mesh = make_mesh(topology, setup.rank, lambda axis, ranks: connect(setup, axis, ranks))
-        self._shards = shards(self.spec, self.mesh.tp.size)
-        self.shard = self._shards[self.mesh.tp.rank]
-        self._model: Decoder | None = None
+        self._model = RankModel(Path(setup.model_path), setup, self.mesh)
+        self._draft = RankModel(Path(setup.draft_model_path), setup, self.mesh) if setup.draft_model_path else None
+        self._models = [self._model] if self._draft is None else [self._model, self._draft]
         self._runner: Runner | None = None
-        self._table: SequenceTable | None = None
-        self._weight_bytes = 0
-        self._kv: kv_cache.KVMemory | None = None
+        self._kv: list[KVMemory] = []
         self._verbs: dict[str, Callable[[bytes], bytes]] = {
             "connect": lambda _: b"",  # done when there is a worker to answer
             "load": self._load,
@@ -77,50 +67,48 @@ class Worker:
         self.mesh.tp.comm.abort()
 
     @torch.inference_mode()
-    def handle(self, message: wire.StepPlan | wire.Call) -> wire.StepResult | wire.Reply | None:
-        """The answer; plans are answered by rank 0 alone, since every rank's result is the same."""
+    def handle(self, message: wire.StepPlan | wire.StepMask | wire.Call) -> wire.StepResult | wire.Reply | None:
+        """The answer; plans are answered by rank 0 alone, since every rank's result is the same, and a plan that is
+        masked when its mask has come."""
         if isinstance(message, wire.Call):
             return wire.Reply(message.id, self.setup.rank, self._verbs[message.verb](message.payload))
         if message.incarnation != self.setup.incarnation:  # of an engine that is no more
             return None
         if self._runner is None:
             raise EngineError(f"rank {self.setup.rank} got step {message.step} before its KV cache was allocated")
-        result = self._runner.execute(message)
-        self.last_step = message.step
+        if isinstance(message, wire.StepMask):
+            result = self._runner.unmask(message)
+        else:
+            result = self._runner.execute(message)
+        if result is not None:
+            self.last_step = result.step
         return result if self.setup.rank == 0 else None
 
     def _load(self, _: bytes) -> bytes:
-        params = manifest(self.spec, tensor_names(self.spec))
-        weights: Weights
-        if self.setup.load_format == "dummy":
-            weights = DummyWeights(params, self.shard, self.precision.weights, self.setup.seed)
-        else:
-            checkpoint = open_checkpoint(Path(self.setup.model_path))
-            weights = CheckpointWeights(checkpoint, params, self.shard, self.precision.weights)
-        kernels, why = make_kernels(self.setup.device, self.precision.activations)
-        self._model = build_decoder(
-            self.spec, self.shard, self.mesh.tp, weights, kernels, self.device, self.setup.max_model_len
-        )
-        kept = keeps_embedding(self.spec, self.setup.device, self.setup.dtype)
-        item = self.precision.weights.itemsize
-        self._weight_bytes = weight_bytes(self.spec, params, self.shard, item, embedding_kept=kept)
+        for each in self._models:
+            each.load(self.device)
+        model = self._model
         info = wire.LoadInfo(
             rank=self.setup.rank,
             device=str(self.device),
-            layers=self.spec.num_layers,
-            q_heads=len(self.shard.heads.q_range),
-            kv_heads=len(self.shard.heads.kv_ids),
+            layers=model.spec.num_layers,
+            q_heads=len(model.shard.heads.q_range),
+            kv_heads=len(model.shard.heads.kv_ids),
             weight_bytes=self._weight_bytes,
             threads=torch.get_num_threads(),
-            kernels=why,
-            linear=type(self._model.head).__name__,
+            kernels=model.kernels,
+            linear=type(model.decoder.head).__name__,
             comm=type(self.mesh.tp.comm).__name__,
         )
         return wire.encode(info)
 
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(each.weight_bytes for each in self._models)
+
     def _profile(self, _: bytes) -> bytes:
         """How many KV blocks fit into what the rank was given."""
-        block_bytes = kv_cache.block_bytes(self.spec, self.shard, self.setup.block_size, self.precision.kv.itemsize)
+        block_bytes = sum(each.block_bytes for each in self._models)
         budget = self.setup.kv_budget
         if budget is None:
             budget = self._free_device_memory()
@@ -139,8 +127,8 @@ class Worker:
         torch.cuda.reset_peak_memory_stats(self.device)
         self._make_runner(num_blocks=-(-setup.max_num_batched_tokens // setup.block_size) + setup.max_num_seqs)
         self._run_largest_steps()
-        cache = self._kv.pool.nbytes if self._kv else 0
-        self._runner = self._table = self._kv = None
+        cache = sum(memory.pool.nbytes for memory in self._kv)
+        self._runner, self._kv = None, []
         torch.cuda.empty_cache()
         peak = torch.cuda.max_memory_allocated(self.device) - cache + GATHER_BYTES
         return min(int(total * setup.memory_utilization), reachable) - peak
@@ -150,16 +138,23 @@ class Worker:
         return b""
 
     def _make_runner(self, num_blocks: int) -> None:
-        if self._model is None:
-            raise EngineError(f"rank {self.setup.rank} was told to allocate before it loaded")
-        setup = self.setup
-        memory = kv_cache.allocate(self.spec, self.shard, num_blocks, setup.block_size, self.precision.kv, self.device)
-        self._kv = memory
-        self._table = SequenceTable(setup.max_num_seqs, setup.max_model_len, setup.block_size, self.device)
-        vocab = VocabShare(
-            self.shard.ranges[Cut.VOCAB].start, tuple(len(shard.ranges[Cut.VOCAB]) for shard in self._shards)
-        )
-        self._runner = Runner(self._model, memory.layers, self._table, vocab, self.mesh.tp)
+        setup, model = self.setup, self._model
+        self._kv = [each.allocate(num_blocks, self.device) for each in self._models]
+        scratch = num_blocks * setup.block_size
+        table = SequenceTable(setup.max_num_seqs, setup.max_model_len, setup.block_size, self.device, scratch)
+        vocabulary, tp = model.vocabulary, self.mesh.tp
+        draft = None
+        if self._draft is not None:
+            draft = Draft(
+                self._draft.decoder,
+                self._kv[1].layers,
+                table,
+                vocabulary,
+                tp,
+                count=setup.num_drafts,
+                max_model_len=setup.max_model_len,
+            )
+        self._runner = Runner(model.decoder, self._kv[0].layers, table, vocabulary, tp, draft)
 
     def _warm_up(self, _: bytes) -> bytes:
         """Runs a prompt and a decode, so that the first request does not pay for first calls."""
@@ -181,13 +176,13 @@ class Worker:
         if self._runner is None:
             return
         size = self.setup.block_size
-        sampling = wire.Sampling(seed=0, temperature=1.0, top_p=0.9, logprobs=1)
+        sampling = wire.Sampling(seed=0, temperature=1.0, top_p=0.9, penalties=wire.Penalties(1.0), logprobs=1)
         new, work, first = [], [], 0
         for i, length in enumerate(lengths):
             count = -(-(length + decode) // size)
             seq, blocks = -1 - i, tuple(range(first, first + count))
             first += count
-            new.append(wire.NewSeq(seq, 0, bytes(4 * length), (), sampling))
+            new.append(wire.NewSeq(seq, 0, bytes(4 * length), length, (), sampling))
             work.append(wire.Work(seq, 0, length, True, blocks))
         plans = [wire.StepPlan(0, -1, tuple(work), new=tuple(new))]
         if decode:
@@ -203,7 +198,7 @@ class Worker:
             pid=os.getpid(),
             anonymous=cpu.anonymous_memory(),
             anonymous_at_import=self._anonymous_at_import,
-            kv_bytes=self._kv.resident_bytes() if self._kv else 0,
+            kv_bytes=sum(memory.resident_bytes() for memory in self._kv),
             weight_bytes=self._weight_bytes,
         )
         return wire.encode(stats)

@@ -1,17 +1,16 @@
-"""Qwen3, dense: llama with a norm over each query and key head."""
+"""Qwen3, dense: Qwen2 with a norm over each query and key head, and without its biases."""
 
 import dataclasses
 
-from shoal.errors import CheckpointError
-from shoal.models.families import llama
+from shoal.models.families import qwen2
+from shoal.models.fields import flag
 from shoal.models.spec import Config, Family, ModelSpec
 
 
 def read(config: Config) -> ModelSpec:
-    if config.get("use_sliding_window"):
-        raise CheckpointError("config.json: use_sliding_window is not supported for qwen3")
-    spec = llama.read({"head_dim": 128, **config})
-    return dataclasses.replace(spec, family="qwen3", qk_norm=True)
+    spec = qwen2.read({**config, "head_dim": config.get("head_dim") or 128})
+    bias = flag(config, "attention_bias", False)
+    return dataclasses.replace(spec, family="qwen3", qk_norm=spec.norm, qkv_bias=bias, out_bias=bias)
 
 
 FAMILY = Family(architectures=("Qwen3ForCausalLM",), read=read)

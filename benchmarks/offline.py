@@ -1,0 +1,184 @@
+"""What sampling, several outputs and speculation cost or save: `python benchmarks/offline.py [--part PART]`.
+
+JSON on stdout. Random weights of Qwen3-0.6B's sizes in bfloat16. Each part compares two ways in one process, in turn,
+`--rounds` times; ratios are round by round, figures are medians.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from checkpoint import make
+from shoal import LLM, SamplingParams
+from shoal.frontend.model import open_model
+
+_SHAPE = "shape:qwen3-0.6b"
+_TEXT = 48  # tokens after which a copied text begins anew
+_EVERYTHING: dict[str, Any] = {
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 0.9,
+    "min_p": 0.02,
+    "presence_penalty": 0.3,
+    "frequency_penalty": 0.3,
+    "repetition_penalty": 1.1,
+    "logit_bias": {7: 1.0, 11: -1.0},
+    "min_tokens": 4,
+    "stop_token_ids": [3],
+    "seed": 1,
+}
+
+
+def _prompts(count: int, length: int, seed: int) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"prompt_token_ids": torch.randint(10, 150_000, (length,), generator=generator).tolist()} for _ in range(count)
+    ]
+
+
+def _decode_rate(llm: LLM, prompts: Sequence[Any], params: Callable[[int], SamplingParams], tokens: int) -> float:
+    """Tokens a second after the first one: a run of many tokens, less one of a single token."""
+    times = []
+    for length in (1, tokens):
+        begun = time.perf_counter()
+        outputs = llm.generate(prompts, params(length), use_tqdm=False)
+        times.append(time.perf_counter() - begun)
+        assert all(len(output.outputs[0].token_ids) == length for output in outputs)
+    return len(prompts) * (tokens - 1) / (times[1] - times[0])
+
+
+def sampling(folder: Path, rounds: int) -> dict[str, Any]:
+    """Decoding 32 requests with every parameter on, against greedy."""
+    rates: dict[str, list[float]] = {"greedy": [], "every parameter": []}
+    kinds = {"greedy": {"temperature": 0}, "every parameter": _EVERYTHING}
+    options = {"max_model_len": 256, "kv_cache_memory_bytes": "1GiB"}
+    with LLM(open_model(str(folder), options, own_process=True)) as llm:
+        for number in range(rounds + 1):
+            for name, kind in kinds.items():
+                prompts = _prompts(32, 128, seed=number)
+                found = _decode_rate(llm, prompts, partial(_params, kind), 48)
+                if number:  # the first one warms up
+                    rates[name].append(found)
+    ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
+    return {"tokens_per_s": {k: statistics.median(v) for k, v in rates.items()}, "ratio": statistics.median(ratios)}
+
+
+def _params(kind: dict[str, Any], tokens: int) -> SamplingParams:
+    merged = {**kind, "min_tokens": min(kind.get("min_tokens", 0), tokens)}
+    return SamplingParams(max_tokens=tokens, ignore_eos=True, **merged)
+
+
+def shared_prompt(folder: Path, rounds: int) -> dict[str, Any]:
+    """KV blocks that a prompt of 1,024 tokens takes for one output and for eight, before they have any of their own."""
+    options = {"max_model_len": 1280, "kv_cache_memory_bytes": "1GiB"}
+    used = {}
+    for n in (1, 8):
+        with LLM(open_model(str(folder), options, own_process=True)) as llm:
+            peak = _peak_blocks(llm, SamplingParams(n=n, max_tokens=8, seed=1), _prompts(1, 1024, seed=n)[0])
+        used[n] = {"blocks": peak, "of the outputs": n, "of the prompt": peak - n}
+    return {"blocks": used, "ratio": used[8]["of the prompt"] / used[1]["of the prompt"]}
+
+
+def _peak_blocks(llm: LLM, params: SamplingParams, prompt: Any) -> int:
+    """KV blocks that are held at the fullest moment of a request."""
+    free, peak = llm.stats().free_blocks, 0
+    updates = llm.engine.updates
+
+    def watched(timeout: float) -> Any:
+        nonlocal peak
+        found = updates(timeout)
+        peak = max(peak, free - llm.stats().free_blocks)
+        return found
+
+    llm.engine.updates = watched  # type: ignore[method-assign]
+    list(llm.run([llm.prepare(0, prompt, params)]))
+    return peak
+
+
+def speculation(folder: Path, rounds: int) -> dict[str, Any]:
+    """Decoding one request whose text repeats what the prompt has, with and without n-gram guesses."""
+    copying = _copying(folder)
+    text = list(range(1000, 1000 + _TEXT))
+    prompt: Any = {"prompt_token_ids": text + text[: _TEXT // 2]}
+    rates: dict[str, list[float]] = {"plain": [], "ngram": []}
+    accepted = 0.0
+    for _ in range(rounds):
+        for name, found in rates.items():
+            speculative = {"method": "ngram", "num_speculative_tokens": 5} if name == "ngram" else None
+            options = {
+                "max_model_len": 512,
+                "kv_cache_memory_bytes": "256MiB",
+                "speculative_config": speculative,
+                "enable_prefix_caching": False,
+            }
+            with LLM(open_model(str(copying), options, own_process=True)) as llm:
+                params = partial(_params, {"temperature": 0})
+                _decode_rate(llm, [prompt], params, 16)
+                found.append(_decode_rate(llm, [prompt], params, 128))
+                output = llm.generate(prompt, params(_TEXT), use_tqdm=False)[0].outputs[0]
+                assert list(output.token_ids) == text[_TEXT // 2 :] + text[: _TEXT // 2], "the model does not copy"
+                stats = llm.stats()
+                if stats.draft_tokens:
+                    accepted = stats.accepted_tokens / stats.draft_tokens
+    ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
+    return {
+        "tokens_per_s": {k: statistics.median(v) for k, v in rates.items()},
+        "accepted": accepted,
+        "ratio": statistics.median(ratios),
+    }
+
+
+def _copying(folder: Path) -> Path:
+    """The checkpoint with an output head of its own, under which token t is followed by t + 1, around _TEXT tokens."""
+    target = folder.with_name(folder.name + "-copying")
+    if (target / "model-head.safetensors").exists():
+        return target
+    target.mkdir(exist_ok=True)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for name in set(index["weight_map"].values()):
+        if not (target / name).exists():
+            (target / name).symlink_to((folder / name).resolve())
+    source = index["weight_map"]["model.embed_tokens.weight"]
+    with safe_open(folder / source, "pt") as file:
+        embedding = file.get_tensor("model.embed_tokens.weight")
+    # Far apart, and larger than what the layers add, so that the last token decides.
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randn((_TEXT, embedding.shape[1]), generator=generator) * 20
+    embedding = embedding.clone()
+    embedding[1000 : 1000 + _TEXT] = words.to(embedding.dtype)
+    head = torch.zeros_like(embedding)
+    head[1000 : 1000 + _TEXT] = embedding[1000 : 1000 + _TEXT].roll(1, 0)
+    save_file({"model.embed_tokens.weight": embedding, "lm_head.weight": head}, target / "model-head.safetensors")
+    weight_map = {**index["weight_map"], "model.embed_tokens.weight": "model-head.safetensors"}
+    weight_map["lm_head.weight"] = "model-head.safetensors"
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return target
+
+
+PARTS = {"sampling": sampling, "shared_prompt": shared_prompt, "speculation": speculation}
+
+
+@click.command()
+@click.option("--part", "parts", type=click.Choice(list(PARTS)), multiple=True, help="which; all of them otherwise")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), help="where the checkpoint is, or is made")
+def main(parts: tuple[str, ...], rounds: int, folder: Path | None) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        model = make(_SHAPE, folder or Path(temporary) / "model")
+        print(json.dumps({name: PARTS[name](model, rounds) for name in parts or PARTS}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+// What the libraries _native and _sampling share: vectors of floats, exp, and threads. Both are C++ behind a plain C
+// interface that ctypes calls.
+//
+// Everything in the headers is local to the file that includes it: the libraries differ in their flags (setup.py), and
+// the linker must never choose one compilation of a function for all.
+//
+// Three properties hold throughout:
+//
+//  * A row's result has the same bits whatever else is in the batch and however many threads there are. Work is cut
+//    along rows, heads and fixed spans, never along anything that depends on the batch; the order of every sum is
+//    written out, and the compiler is not allowed to change it (no -ffast-math, no -fassociative-math).
+//  * There is no state between calls, so that ranks which are threads of one process may call at the same time.
+//  * The only OpenMP symbol used is GOMP_parallel, by in_parallel below. It is left unresolved at link time and bound,
+//    at load time, to the runtime that PyTorch has loaded: a second runtime in the process would bring a second pool of
+//    spinning threads.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// One binary serves every x86-64 machine: functions marked CLONED are compiled once per level and chosen at load time.
+// An OpenMP region is outlined into a function of its own, which does not inherit the levels, so the loops that matter
+// live in CLONED functions which the region calls.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONED __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONED __attribute__((noinline))
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors. GCC lowers these to whatever registers the target has: one zmm, two ymm or four xmm.
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+constexpr int64_t kLanes = 16;
+
+ALWAYS_INLINE Floats splat(float x) { return x - Floats{}; }
+
+ALWAYS_INLINE Floats load_floats(const float* p) {
+    Floats x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+ALWAYS_INLINE void store_floats(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+
+template <class Vector>
+ALWAYS_INLINE Vector larger(Vector x, Vector y) {
+    return (x > y) ? x : y;
+}
+
+// Where exp is cut off: -125 ln 2, and the logarithm of the largest float.
+constexpr float kExpLowest = -86.6434f, kExpHighest = 88.72283f;
+
+// fraction * 2^n.
+struct Scaled {
+    Floats fraction;
+    Words n;  // modulo 2^32
+};
+
+// exp(x), kExpLowest <= x <= kExpHighest: x = n ln 2 + r with |r| <= ln 2 / 2, and e^r by its Taylor polynomial of
+// degree 7 (relative error below 2^-24 before rounding). n is from -125 to 128.
+ALWAYS_INLINE Scaled scaled_exp_of(Floats x) {
+    constexpr float kLog2E = 1.44269504f;
+    constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the high part times |n| <= 128 is exact
+    constexpr float kRoundToInteger = 12582912.0f;                       // 1.5 * 2^23
+    const Floats shifted = x * kLog2E + kRoundToInteger;
+    const Floats n = shifted - kRoundToInteger;
+    const Floats r = (x - n * kLn2High) - n * kLn2Low;
+    Floats p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return {p, (Words)shifted - (Words)splat(kRoundToInteger)};
+}
+
+// exp(x). Results too small for the exponent field are 0, too large infinity.
+ALWAYS_INLINE Floats exp_of(Floats x) {
+    const Floats bounded = (x < kExpLowest) ? splat(kExpLowest) : ((x > kExpHighest) ? splat(kExpHighest) : x);
+    const Scaled e = scaled_exp_of(bounded);
+    // n = 128 has no exponent of its own: multiply by 2^(n - 1), then by 2.
+    const Words exponent = (e.n + 126u) << 23;
+    const Floats result = e.fraction * (Floats)exponent * 2.0f;
+    const Floats above = (x > kExpHighest) ? splat(std::numeric_limits<float>::infinity()) : result;
+    return (x < kExpLowest) ? Floats{} : above;
+}
+
+// exp(x) of x <= 0, in fewer steps. 0 below kExpLowest.
+ALWAYS_INLINE Floats exp_of_negative(Floats x) {
+    const Scaled e = scaled_exp_of((x < kExpLowest) ? splat(kExpLowest) : x);
+    const Words exponent = (e.n + 127u) << 23;
+    return (x < kExpLowest) ? Floats{} : e.fraction * (Floats)exponent;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads.
+
+// Calls work(piece, worker) for every piece of [0, pieces), each taken by whichever worker of [0, threads) is free.
+template <class Work>
+void in_parallel(int64_t pieces, int64_t threads, const Work& work) {
+    threads = std::min(threads, pieces);
+    if (threads <= 1) {
+        for (int64_t piece = 0; piece < pieces; ++piece) work(piece, int64_t{0});
+        return;
+    }
+    std::atomic<int64_t> next_piece{0}, next_worker{0};
+    const auto take_pieces = [&] {
+        const int64_t worker = next_worker.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t piece; (piece = next_piece.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(piece, worker);
+    };
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    take_pieces();
+}
+
+}  // namespace

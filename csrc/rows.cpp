@@ -1,0 +1,388 @@
+// The row operations of shoal.kernels.native, in the library _native: norms, activations, and the rotation of queries
+// and keys on their way to the cache.
+
+#include "chunks.h"
+
+#include <cmath>
+#include <type_traits>
+
+namespace {
+
+constexpr int32_t kAbiVersion = 2;  // of the library, attention.cpp included
+
+enum NormKind : int32_t { kNoNorm = -1, kRms = 0, kRmsWide = 1, kLayer = 2 };
+enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+// Rows of element-wise work: below this many elements a thread costs more to wake than it saves.
+constexpr int64_t kElementsPerThread = 32768;
+
+template <class Work>
+void over_rows(int64_t rows, int64_t row_elements, int64_t threads, const Work& work) {
+    const int64_t worthwhile = rows * row_elements / kElementsPerThread;
+    threads = std::max<int64_t>(1, std::min(threads, worthwhile));
+    in_parallel(threads, threads, [&](int64_t piece, int64_t) {
+        work(rows * piece / threads, rows * (piece + 1) / threads);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Norms.
+
+struct NormArgs {
+    const void* weight;  // [size], float for kRmsWide and T for the others; null: ones
+    const void* bias;    // [size] of T, for kLayer; null: zeros
+    float eps;
+};
+
+template <NormKind kind>
+using Kind = std::integral_constant<NormKind, kind>;
+
+// visit(Kind<kind>()), so that the loops inside are compiled for one kind.
+template <class Visit>
+ALWAYS_INLINE void with_kind(NormKind kind, const Visit& visit) {
+    if (kind == kRms)
+        visit(Kind<kRms>());
+    else if (kind == kRmsWide)
+        visit(Kind<kRmsWide>());
+    else
+        visit(Kind<kLayer>());
+}
+
+// Ones for the first `left` lanes of a chunk in the order of T, zeros behind them.
+ALWAYS_INLINE Chunk present(const float*, int64_t left) {
+    float ones[kChunk];
+    std::fill_n(ones, kChunk, 1.0f);
+    return load(ones, left);
+}
+ALWAYS_INLINE Chunk present(const BFloat16*, int64_t left) {
+    BFloat16 ones[kChunk];
+    std::fill_n(ones, kChunk, BFloat16{0x3f80});
+    return load(ones, left);
+}
+
+// What the first pass over a row adds up: squares, or for a LayerNorm the values.
+template <NormKind kind>
+ALWAYS_INLINE void accumulate(Chunk& total, Chunk value) {
+    total.first += kind == kLayer ? value.first : value.first * value.first;
+    total.second += kind == kLayer ? value.second : value.second * value.second;
+}
+
+// The second moment about the mean, in a pass of its own: a difference of two large sums would lose it.
+template <class T>
+ALWAYS_INLINE float variance_of(const T* x, int64_t size, float mean) {
+    Chunk squares = {};
+    for (int64_t i = 0; i < size; i += kChunk) {
+        const Chunk value = load(x + i, size - i);
+        Chunk off = {value.first - mean, value.second - mean};
+        if (size - i < kChunk) {
+            const Chunk mask = present(x, size - i);
+            off = {off.first * mask.first, off.second * mask.second};
+        }
+        squares.first += off.first * off.first;
+        squares.second += off.second * off.second;
+    }
+    return sum_of(squares.first + squares.second) / static_cast<float>(size);
+}
+
+// The second pass: out = the norm of x, whose first pass gave `total`. `out` may be `x`.
+template <NormKind kind, class T>
+ALWAYS_INLINE void finish_norm(const T* x, const NormArgs& norm, T* out, int64_t size, Chunk total) {
+    const float average = sum_of(total.first + total.second) / static_cast<float>(size);
+    const float second_moment = kind == kLayer ? variance_of(x, size, average) : average;
+    const float scale = 1.0f / std::sqrt(second_moment + norm.eps);
+    using Weight = std::conditional_t<kind == kRmsWide, float, T>;
+    const auto* weight = static_cast<const Weight*>(norm.weight);
+    const T* bias = static_cast<const T*>(norm.bias);
+    const auto write = [&](auto weighted, auto biased) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < size; i += kChunk) {
+            const int64_t left = size - i;
+            Chunk value = load(x + i, left);
+            if constexpr (kind == kLayer) value = {value.first - average, value.second - average};
+            value = {value.first * scale, value.second * scale};
+            if constexpr (kind == kRms) value = rounded(value, x);
+            if constexpr (weighted) {
+                Chunk w = load(weight + i, left);
+                if constexpr (kind == kRmsWide) w = in_order_of(w, x);
+                value = {value.first * w.first, value.second * w.second};
+            }
+            if constexpr (biased) {
+                const Chunk b = load(bias + i, left);
+                value = {value.first + b.first, value.second + b.second};
+            }
+            store(out + i, value, left);
+        }
+    };
+    const std::true_type yes;
+    const std::false_type no;
+    if (kind == kLayer && bias)
+        weight ? write(yes, yes) : write(no, yes);
+    else
+        weight ? write(yes, no) : write(no, no);
+}
+
+template <NormKind kind, class T>
+ALWAYS_INLINE void norm_row(const T* x, const NormArgs& norm, T* out, int64_t size) {
+    Chunk total = {};
+    for (int64_t i = 0; i < size; i += kChunk) accumulate<kind>(total, load(x + i, size - i));
+    finish_norm<kind>(x, norm, out, size, total);
+}
+
+// residual += x, then x = norm(residual).
+template <NormKind kind, class T>
+ALWAYS_INLINE void add_norm_row(T* x, T* residual, const NormArgs& norm, int64_t size) {
+    Chunk total = {};
+    for (int64_t i = 0; i < size; i += kChunk) {
+        const Chunk a = load(x + i, size - i), b = load(residual + i, size - i);
+        const Chunk sum = rounded({a.first + b.first, a.second + b.second}, x);
+        store(residual + i, sum, size - i);
+        accumulate<kind>(total, sum);
+    }
+    finish_norm<kind>(residual, norm, x, size, total);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations.
+
+template <Activation activation>
+ALWAYS_INLINE Floats activated(Floats x) {
+    if constexpr (activation == kSilu) return x / (1.0f + exp_of(-x));
+    if constexpr (activation == kRelu) return (x < 0.0f) ? Floats{} : x;
+    if constexpr (activation == kGeluTanh) {
+        // (1 + tanh u) / 2 = 1 / (1 + e^-2u), which loses nothing where the tanh comes near -1.
+        constexpr float kTwoRootTwoOverPi = 1.59576912f, kCubic = 0.044715f;
+        return x / (1.0f + exp_of(x * (-kTwoRootTwoOverPi) * (1.0f + kCubic * (x * x))));
+    }
+    if constexpr (activation == kGelu) {
+        // The normal distribution's tail beyond |x| is e^(-x^2 / 2) times a function of t = 1 / (1 + 0.35 |x|); its
+        // polynomial is fitted to a relative error of 3.2e-8 over 0 <= |x| <= 14, behind which the tail is 0.
+        const Floats size = (x < 0.0f) ? -x : x;
+        const Floats t = 1.0f / (1.0f + 0.35f * size);
+        Floats p = splat(-0.0291458949f);
+        p = p * t + 0.143971539f;
+        p = p * t - 0.255713955f;
+        p = p * t + 0.15917385f;
+        p = p * t - 0.0231096435f;
+        p = p * t + 0.105507932f;
+        p = p * t + 0.119832884f;
+        p = p * t + 0.139861868f;
+        p = p * t + 0.139621404f;
+        const Floats tail = p * t * exp_of(x * x * -0.5f);
+        return x * ((x < 0.0f) ? tail : 1.0f - tail);
+    }
+}
+
+// visit(integral constant) of an activation, so that the loops inside are compiled for one.
+template <class Visit>
+ALWAYS_INLINE void with_activation(Activation activation, const Visit& visit) {
+    if (activation == kSilu)
+        visit(std::integral_constant<Activation, kSilu>());
+    else if (activation == kGelu)
+        visit(std::integral_constant<Activation, kGelu>());
+    else if (activation == kGeluTanh)
+        visit(std::integral_constant<Activation, kGeluTanh>());
+    else
+        visit(std::integral_constant<Activation, kRelu>());
+}
+
+// `out` may be `x`.
+template <Activation activation, class T>
+ALWAYS_INLINE void activate_row(const T* x, T* out, int64_t size) {
+    for (int64_t i = 0; i < size; i += kChunk) {
+        const Chunk value = load(x + i, size - i);
+        store(out + i, {activated<activation>(value.first), activated<activation>(value.second)}, size - i);
+    }
+}
+
+template <Activation activation, class T>
+ALWAYS_INLINE void activate_gated_row(const T* gate, T* out, int64_t size) {
+    const T* up = gate + size;
+    for (int64_t i = 0; i < size; i += kChunk) {
+        const Chunk g = load(gate + i, size - i), u = load(up + i, size - i);
+        const Chunk bent = rounded({activated<activation>(g.first), activated<activation>(g.second)}, gate);
+        store(out + i, {bent.first * u.first, bent.second * u.second}, size - i);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rotation.
+
+// Rotates the first 2 * half elements, halves against each other; the rest passes through. `out` may be `x`.
+template <class T>
+ALWAYS_INLINE void rotate_head(const T* x, const float* cos, const float* sin, T* out, int64_t half, int64_t size) {
+    for (int64_t i = 0; i < half; i += kChunk) {
+        const Chunk low = load(x + i, half - i), high = load(x + half + i, half - i);
+        const Chunk c = in_order_of(load(cos + i, half - i), x), s = in_order_of(load(sin + i, half - i), x);
+        store(out + i, {low.first * c.first - high.first * s.first, low.second * c.second - high.second * s.second},
+              half - i);
+        store(out + half + i,
+              {high.first * c.first + low.first * s.first, high.second * c.second + low.second * s.second}, half - i);
+    }
+    if (out != x) std::memcpy(out + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
+}
+
+template <class T>
+struct RotateArgs {
+    const T* qkv;      // [n, q_heads + 2 * kv_heads, head_dim]
+    NormKind kind;     // of both norms
+    NormArgs q_norm;   // over [head_dim]
+    NormArgs k_norm;   // the same
+    const float* cos;  // [max_positions, half], null where half is 0
+    const float* sin;  // the same
+    const int64_t* positions;
+    const int64_t* slots;
+    T* q_out;   // [n, q_heads, head_dim]
+    T* keys;    // [num_slots, kv_heads, head_dim]
+    T* values;  // the same
+    int64_t q_heads, kv_heads, head_dim;
+    int64_t half;  // of the rotated elements of a head, 0 for no rotation
+};
+
+template <NormKind kind, class T>
+ALWAYS_INLINE void rotate_and_store_rows(const RotateArgs<T>& a, int64_t first, int64_t end) {
+    const int64_t q_size = a.q_heads * a.head_dim, kv_size = a.kv_heads * a.head_dim;
+    for (int64_t row = first; row < end; ++row) {
+        const float* cos = a.cos + a.positions[row] * a.half;
+        const float* sin = a.sin + a.positions[row] * a.half;
+        const T* source = a.qkv + row * (q_size + 2 * kv_size);
+        T* q_out = a.q_out + row * q_size;
+        T* k_out = a.keys + a.slots[row] * kv_size;
+        for (int64_t head = 0; head < a.q_heads + a.kv_heads; ++head) {
+            const bool is_query = head < a.q_heads;
+            const T* x = source + head * a.head_dim;
+            T* out = is_query ? q_out + head * a.head_dim : k_out + (head - a.q_heads) * a.head_dim;
+            if constexpr (kind != kNoNorm) {
+                norm_row<kind>(x, is_query ? a.q_norm : a.k_norm, out, a.head_dim);
+                x = out;
+            }
+            rotate_head(x, cos, sin, out, a.half, a.head_dim);
+        }
+        std::memcpy(a.values + a.slots[row] * kv_size, source + q_size + kv_size, kv_size * sizeof(T));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The cloned entries to the loops above: one plain function for each type, since a template cannot be cloned.
+
+#define DEFINE_LOOPS(T)                                                                                               \
+    CLONED void norm_rows(NormKind kind, const T* x, const NormArgs& norm, T* out, int64_t size, int64_t first,       \
+                          int64_t end) {                                                                              \
+        with_kind(kind, [&](auto k) __attribute__((always_inline)) {                                                  \
+            for (int64_t row = first; row < end; ++row) norm_row<k>(x + row * size, norm, out + row * size, size);    \
+        });                                                                                                           \
+    }                                                                                                                 \
+    CLONED void add_norm_rows(NormKind kind, T* x, T* residual, const NormArgs& norm, int64_t size, int64_t first,    \
+                              int64_t end) {                                                                          \
+        with_kind(kind, [&](auto k) __attribute__((always_inline)) {                                                  \
+            for (int64_t row = first; row < end; ++row)                                                               \
+                add_norm_row<k>(x + row * size, residual + row * size, norm, size);                                   \
+        });                                                                                                           \
+    }                                                                                                                 \
+    CLONED void activate_rows(Activation activation, const T* x, T* out, int64_t size, int64_t first, int64_t end) {  \
+        with_activation(activation, [&](auto a) __attribute__((always_inline)) {                                      \
+            for (int64_t row = first; row < end; ++row) activate_row<a>(x + row * size, out + row * size, size);      \
+        });                                                                                                           \
+    }                                                                                                                 \
+    CLONED void activate_gated_rows(Activation activation, const T* gate_up, T* out, int64_t size, int64_t first,     \
+                                    int64_t end) {                                                                    \
+        with_activation(activation, [&](auto a) __attribute__((always_inline)) {                                      \
+            for (int64_t row = first; row < end; ++row)                                                               \
+                activate_gated_row<a>(gate_up + row * 2 * size, out + row * size, size);                              \
+        });                                                                                                           \
+    }                                                                                                                 \
+    CLONED void rotate_rows(const RotateArgs<T>& a, int64_t first, int64_t end) {                                     \
+        if (a.kind == kNoNorm)                                                                                        \
+            rotate_and_store_rows<kNoNorm>(a, first, end);                                                            \
+        else                                                                                                          \
+            with_kind(a.kind, [&](auto k) __attribute__((always_inline)) { rotate_and_store_rows<k>(a, first, end); });\
+    }
+
+DEFINE_LOOPS(float)
+DEFINE_LOOPS(BFloat16)
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The calls: what is shared out among the threads, and how.
+
+template <class T>
+void norm(NormKind kind, const void* x, const NormArgs& args, void* out, int64_t rows, int64_t size, int64_t threads) {
+    over_rows(rows, size, threads, [=](int64_t first, int64_t end) {
+        norm_rows(kind, static_cast<const T*>(x), args, static_cast<T*>(out), size, first, end);
+    });
+}
+
+template <class T>
+void add_norm(NormKind kind, void* x, void* residual, const NormArgs& args, int64_t rows, int64_t size,
+              int64_t threads) {
+    over_rows(rows, size, threads, [=](int64_t first, int64_t end) {
+        add_norm_rows(kind, static_cast<T*>(x), static_cast<T*>(residual), args, size, first, end);
+    });
+}
+
+template <class T>
+void activate(Activation activation, const void* x, void* out, int64_t rows, int64_t size, int64_t threads) {
+    over_rows(rows, 2 * size, threads, [=](int64_t first, int64_t end) {
+        activate_rows(activation, static_cast<const T*>(x), static_cast<T*>(out), size, first, end);
+    });
+}
+
+template <class T>
+void activate_gated(Activation activation, const void* gate_up, void* out, int64_t rows, int64_t size,
+                    int64_t threads) {
+    over_rows(rows, 4 * size, threads, [=](int64_t first, int64_t end) {
+        activate_gated_rows(activation, static_cast<const T*>(gate_up), static_cast<T*>(out), size, first, end);
+    });
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The C interface. All tensors are contiguous; `threads` is an upper bound.
+
+EXPORT int32_t shoal_abi_version() { return kAbiVersion; }
+
+EXPORT void shoal_norm(int32_t type, int32_t kind, const void* x, const void* weight, const void* bias, void* out,
+                       int64_t rows, int64_t size, float eps, int64_t threads) {
+    (type == kFloat32 ? norm<float> : norm<BFloat16>)(NormKind(kind), x, {weight, bias, eps}, out, rows, size,
+                                                      threads);
+}
+
+// residual += x; x = norm(residual).
+EXPORT void shoal_add_norm(int32_t type, int32_t kind, void* x, void* residual, const void* weight, const void* bias,
+                           int64_t rows, int64_t size, float eps, int64_t threads) {
+    (type == kFloat32 ? add_norm<float> : add_norm<BFloat16>)(NormKind(kind), x, residual, {weight, bias, eps}, rows,
+                                                              size, threads);
+}
+
+// `out` may be `x`.
+EXPORT void shoal_activate(int32_t type, int32_t activation, const void* x, void* out, int64_t rows, int64_t size,
+                           int64_t threads) {
+    (type == kFloat32 ? activate<float> : activate<BFloat16>)(Activation(activation), x, out, rows, size, threads);
+}
+
+EXPORT void shoal_activate_gated(int32_t type, int32_t activation, const void* gate_up, void* out, int64_t rows,
+                                 int64_t size, int64_t threads) {
+    (type == kFloat32 ? activate_gated<float> : activate_gated<BFloat16>)(Activation(activation), gate_up, out, rows,
+                                                                          size, threads);
+}
+
+// kind: of the norms of queries and keys, kNoNorm for none. half: 0 for no rotation.
+EXPORT void shoal_rotate_and_store(int32_t type, int32_t kind, const void* qkv, const void* q_weight,
+                                   const void* q_bias, float q_eps, const void* k_weight, const void* k_bias,
+                                   float k_eps, const float* cos, const float* sin, const int64_t* positions,
+                                   const int64_t* slots, void* q_out, void* keys, void* values, int64_t rows,
+                                   int64_t q_heads, int64_t kv_heads, int64_t head_dim, int64_t half,
+                                   int64_t threads) {
+    const auto call = [&](auto* element) {
+        using T = std::remove_pointer_t<decltype(element)>;
+        const RotateArgs<T> args = {
+            static_cast<const T*>(qkv), NormKind(kind), {q_weight, q_bias, q_eps}, {k_weight, k_bias, k_eps},
+            cos, sin, positions, slots,
+            static_cast<T*>(q_out), static_cast<T*>(keys), static_cast<T*>(values),
+            q_heads, kv_heads, head_dim, half};
+        over_rows(rows, 2 * (q_heads + kv_heads) * head_dim, threads,
+                  [&](int64_t first, int64_t end) { rotate_rows(args, first, end); });
+    };
+    if (type == kFloat32)
+        call(static_cast<float*>(nullptr));
+    else
+        call(static_cast<BFloat16*>(nullptr));
+}

@@ -1,0 +1,101 @@
+"""The file of `--config`: YAML, a flag a key. As strict as the command line: a slip is named, never passed over."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from shoal.errors import ConfigError
+from shoal.lazy import load
+
+
+def read_config_file(path: str, parameters: Sequence[click.Parameter]) -> dict[str, Any]:
+    """Parameter name -> value. Keys are flags without their dashes, with - or _ between words; a flag that may be
+    given several times takes a list.
+
+    Raises:
+        ConfigError: the file can't be read, a key is unknown (the nearest known one is named), given twice, or its
+            value has the wrong type.
+    """
+    keys = _keys(parameters)
+    found: dict[str, Any] = {}
+    for key, value in _read(path).items():
+        name = str(key).replace("_", "-").removeprefix("--")
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, 1)
+            hint = f"did you mean {near[0]}?" if near else "docs/flags.md lists the known ones"
+            raise ConfigError(f"--config {path}: unknown key {key}; {hint}")
+        parameter, negated = keys[name]
+        checked = _check(parameter, f"--config {path}: {key}", value)
+        if parameter.name in found:
+            raise ConfigError(f"--config {path}: {key} is given twice")
+        if checked is not None and parameter.name is not None:
+            found[parameter.name] = not checked if negated else checked
+    return found
+
+
+def _read(path: str) -> Mapping[Any, Any]:
+    yaml_error: type[Exception] = load("yaml:YAMLError")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = load("yaml:safe_load")(file)
+    except OSError as error:
+        raise ConfigError(f"--config {path} can't be read: {error.strerror}") from None
+    except (yaml_error, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"--config {path} must map flags to values, such as `max-tokens: 64`")
+    return values
+
+
+def _keys(parameters: Sequence[click.Parameter]) -> dict[str, tuple[click.Parameter, bool]]:
+    """Key -> (parameter, is it the one that switches it off?)."""
+    found: dict[str, tuple[click.Parameter, bool]] = {}
+    for parameter in parameters:
+        if isinstance(parameter, click.Argument) and parameter.name:
+            found[parameter.name.replace("_", "-")] = (parameter, False)
+        elif isinstance(parameter, click.Option) and parameter.expose_value and not parameter.hidden:
+            for name in parameter.opts:
+                found[name.lstrip("-")] = (parameter, False)
+            for name in parameter.secondary_opts:
+                found[name.lstrip("-")] = (parameter, True)
+    return found
+
+
+def _check(parameter: click.Parameter, name: str, value: Any) -> Any:
+    """The value as click has it from the command line; None: not given."""
+    option = getattr(parameter, "option", None)
+    if option is not None:
+        return option.check(value, name)
+    if value is None:
+        return None
+    if parameter.multiple:
+        values = value if isinstance(value, list) else [value]
+        return tuple(_scalar(parameter, name, each) for each in values)
+    return _scalar(parameter, name, value)
+
+
+def _scalar(parameter: click.Parameter, name: str, value: Any) -> Any:
+    kind = parameter.type
+    for click_type, types, what in _TYPES:
+        if isinstance(kind, click_type):
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise ConfigError(f"{name} takes {what}, got {value!r}")
+            break
+    try:
+        return parameter.type.convert(value, parameter, None)
+    except click.BadParameter as error:
+        raise ConfigError(f"{name}: {error.message.rstrip('.')}") from None
+
+
+_TYPES: tuple[tuple[type[Any], tuple[type, ...], str], ...] = (
+    (click.types.BoolParamType, (bool,), "true or false"),
+    (click.types.IntParamType, (int,), "an integer"),
+    (click.types.FloatParamType, (int, float), "a number"),
+    (click.types.StringParamType, (str,), "a text"),
+    (click.Choice, (str,), "a text"),
+    (click.Path, (str,), "a text"),
+)

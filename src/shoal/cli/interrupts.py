@@ -1,0 +1,46 @@
+"""Ctrl-C and SIGTERM, at moments that suit."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Inside, either signal raises KeyboardInterrupt, but not while `held`: then it waits until that is over.
+
+    After an interrupt further ones are ignored, since what is open must be closed, which takes a moment. For the main
+    thread.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[signal.Signals, Any] = {}
+        self._holding = False
+        self._pending = False
+
+    def __enter__(self) -> "Interrupts":
+        self._before = {number: signal.signal(number, self._handle) for number in _NUMBERS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if interrupted else handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._pending:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._pending = True
+        if not self._holding:
+            raise KeyboardInterrupt

@@ -1,0 +1,65 @@
+"""The lines of an output file."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from shoal.frontend.jobs import openai_batch
+from shoal.frontend.jobs.entries import Entry
+from shoal.types import CompletionOutput, Logprobs, RequestOutput
+
+
+def line_of(entry: Entry, digest: str, output: RequestOutput, model: str) -> dict[str, Any]:
+    """`index` says which prompt it was, `digest` what it was asked (see `entries.digest`); a request of a batch gets
+    an answer in that format, with these two beside."""
+    if output.error is not None:
+        return failure(entry, output.error)
+    if entry.endpoint is not None:
+        return {**openai_batch.answer(entry, output, model), "index": entry.index, "digest": digest}
+    line: dict[str, Any] = {
+        "index": entry.index,
+        **entry.ids,
+        "prompt": output.prompt,
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "outputs": [_completion(each) for each in output.outputs],
+    }
+    if output.prompt_logprobs is not None:
+        line["prompt_logprobs"] = _positions(output.prompt_logprobs)
+    return {**line, "digest": digest}
+
+
+def failure(entry: Entry, why: str) -> dict[str, Any]:
+    """The line of a prompt that has no output."""
+    if entry.endpoint is not None:
+        return {**openai_batch.failure(entry, why), "index": entry.index}
+    echo = {"prompt": entry.text, "prompt_token_ids": entry.tokens}
+    return {"index": entry.index, **entry.ids, **echo, "outputs": [], "error": why}
+
+
+def _completion(output: CompletionOutput) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    if output.logprobs is not None:
+        line["cumulative_logprob"] = output.cumulative_logprob
+        line["logprobs"] = _positions(output.logprobs)
+    return line
+
+
+def _positions(positions: Sequence[Logprobs | None]) -> list[dict[str, Any] | None]:
+    """A list over positions of token id -> what is known of the token."""
+    return [
+        None
+        if known is None
+        else {
+            str(token): {
+                "logprob": openai_batch.finite(each.logprob),
+                "rank": each.rank,
+                "decoded_token": each.decoded_token,
+            }
+            for token, each in known.items()
+        }
+        for known in positions
+    ]

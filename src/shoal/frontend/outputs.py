@@ -1,0 +1,148 @@
+"""From an engine's updates to what the user gets: texts, reasons, log-probabilities."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shoal import wire
+from shoal.frontend.detokenizer import OutputText
+from shoal.frontend.prompts import Job
+from shoal.frontend.tokenizer import Tokenizer
+from shoal.types import CompletionOutput, FinishReason, Logprob, Logprobs, RequestOutput
+
+_REASONS: dict[wire.Finish, FinishReason] = {
+    wire.Finish.STOP: "stop",
+    wire.Finish.LENGTH: "length",
+    wire.Finish.ABORT: "abort",
+}
+
+
+class Completion:
+    """One output in the making."""
+
+    def __init__(self, job: Job, index: int, tokenizer: Tokenizer | None, stop_ids: Sequence[int]) -> None:
+        self._job = job
+        self._index = index
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        self._tokens: list[int] = []
+        self._logprobs: list[wire.TokenLogprobs] = []
+        self._finish: FinishReason = "abort"
+        self._stop_text: str | None = None
+        params = job.params
+        self._text = (
+            OutputText(
+                tokenizer,
+                job.tokens,
+                stop=tuple(params.stop or ()),
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
+            )
+            if tokenizer is not None and params.detokenize
+            else None
+        )
+
+    def take(self, update: wire.SeqUpdate) -> bool:
+        """Adds what has come. True if a stop text ended the output here, where the engine does not know of it."""
+        self._logprobs += update.logprobs
+        self._tokens += update.tokens
+        stopped = update.finish is wire.Finish.STOP and bool(update.tokens) and update.tokens[-1] in self._stop_ids
+        if update.finish is not None:
+            self._finish = _REASONS[update.finish]
+        if self._text is None:
+            return False
+        # The token that ends an output is one of its tokens and no part of its text.
+        shown = update.tokens[:-1] if stopped and not self._job.params.include_stop_str_in_output else update.tokens
+        return self._stopped_by(self._text.append(shown))
+
+    def _stopped_by(self, text: str | None) -> bool:
+        """Takes the output back to where a stop text was completed, if one was."""
+        if text is None or self._text is None:
+            return False
+        self._stop_text = text
+        self._finish = "stop"
+        del self._tokens[self._text.num_tokens :]
+        del self._logprobs[self._text.num_tokens :]
+        return True
+
+    def output(self) -> CompletionOutput:
+        if self._text is not None and self._stop_text is None:
+            self._stopped_by(self._text.finish())  # incomplete bytes read as something in the end
+        wanted = self._job.params.logprobs is not None
+        return CompletionOutput(
+            index=self._index,
+            text=self._text.text if self._text is not None else "",
+            token_ids=tuple(self._tokens),
+            finish_reason=self._finish,
+            cumulative_logprob=sum(entry.chosen for entry in self._logprobs) if wanted else None,
+            logprobs=tuple(
+                described(self._tokenizer, token, entry)
+                for token, entry in zip(self._tokens, self._logprobs, strict=False)
+            )
+            if wanted
+            else None,
+            stop_reason=self._stop_reason(),
+        )
+
+    def _stop_reason(self) -> int | str | None:
+        if self._stop_text is not None:
+            return self._stop_text
+        asked_for = (
+            self._finish == "stop" and self._tokens and self._tokens[-1] in (self._job.params.stop_token_ids or ())
+        )
+        return self._tokens[-1] if asked_for else None
+
+
+@dataclass(slots=True)
+class Answer:
+    """All that came of one job: its outputs, and what is known of its prompt."""
+
+    job: Job
+    completions: list[Completion]
+    running: int  # outputs that have not ended
+    prompt_logprobs: dict[int, wire.TokenLogprobs] = field(default_factory=dict)  # by position
+    cached_tokens: int = 0
+    error: str = ""
+
+    def take(self, index: int, update: wire.SeqUpdate) -> bool:
+        """As `Completion.take`, for one of the outputs."""
+        if update.prompt_logprobs is not None:
+            start = update.prompt_logprobs.start
+            self.prompt_logprobs.update(enumerate(update.prompt_logprobs.entries, start))
+        if index == 0:
+            self.cached_tokens = update.cached_tokens
+        self.error = self.error or update.error
+        return self.completions[index].take(update)
+
+    def output(self, tokenizer: Tokenizer | None) -> RequestOutput:
+        return RequestOutput(
+            request_id=str(self.job.index),
+            prompt=self.job.prompt,
+            prompt_token_ids=self.job.tokens,
+            outputs=tuple(completion.output() for completion in self.completions),
+            num_cached_tokens=self.cached_tokens,
+            error=self.error or None,
+            prompt_logprobs=self._prompt_logprobs(tokenizer),
+        )
+
+    def _prompt_logprobs(self, tokenizer: Tokenizer | None) -> tuple[Logprobs | None, ...] | None:
+        if self.job.params.prompt_logprobs is None:
+            return None
+        found = self.prompt_logprobs
+        return tuple(
+            described(tokenizer, token, found[position]) if position in found else None
+            for position, token in enumerate(self.job.tokens)
+        )
+
+
+def described(tokenizer: Tokenizer | None, token: int, entry: wire.TokenLogprobs) -> Logprobs:
+    """The likeliest tokens of one position, and the chosen one if it is none of them."""
+
+    def text(token: int) -> str | None:
+        return None if tokenizer is None else tokenizer.token_text(token)
+
+    likeliest = zip(entry.ids, entry.values, strict=True)
+    found = {each: Logprob(value, rank, text(each)) for rank, (each, value) in enumerate(likeliest, 1)}
+    return {token: Logprob(entry.chosen, entry.rank, text(token))} | {
+        each: logprob for each, logprob in found.items() if each != token
+    }

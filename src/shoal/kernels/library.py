@@ -1,0 +1,44 @@
+"""Finding and opening the libraries that `setup.py` builds from `csrc/`."""
+
+import ctypes
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch  # noqa: F401  (brings the OpenMP runtime that the libraries bind to)
+
+
+def open_library(folder: Path, name: str, version_function: str, version: int) -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None, and one line that says which one was opened or why there is none."""
+    candidates = [folder / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None:
+        return None, f"{name} is not built"
+    try:
+        library = _open(path)
+        found = int(library[version_function]())
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} cannot be loaded: {error}"
+    if found != version:
+        return None, f"{path.name} is stale: it has interface {found}, this version needs {version}; build it again"
+    return library, f"{path.name}"
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        # A library names no OpenMP runtime and takes the one in the process. PyTorch usually makes its own visible to
+        # libraries loaded later; where it did not, opening the loaded file again does.
+        runtime = _loaded_openmp()
+        if runtime is None:
+            raise
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(path))
+
+
+def _loaded_openmp() -> str | None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    mapped = (line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines())
+    return next((name for name in mapped if Path(name).name.startswith(("libgomp", "libiomp5", "libomp"))), None)

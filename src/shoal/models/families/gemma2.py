@@ -1,0 +1,30 @@
+"""Gemma 2: norms before and after each sublayer, soft caps, and a sliding window in every other layer."""
+
+import dataclasses
+
+from shoal.models.families import gemma
+from shoal.models.fields import layer_types, number, optional, window
+from shoal.models.spec import Config, Family, ModelSpec, TensorNames
+
+
+def read(config: Config) -> ModelSpec:
+    spec = gemma.read({"num_key_value_heads": 4, **config})
+    (attention,) = spec.attention
+    full = dataclasses.replace(
+        attention,
+        scale=number(config, "query_pre_attn_scalar", 256) ** -0.5,
+        softcap=optional(config, "attn_logit_softcapping", 50.0),
+    )
+    windowed = dataclasses.replace(full, window=window(config, 4096))
+    sliding = layer_types(config, [i % 2 == 0 for i in range(spec.num_layers)])
+    return dataclasses.replace(
+        spec,
+        family="gemma2",
+        layout="sandwich",
+        attention=tuple(windowed if slides else full for slides in sliding),
+        logit_softcap=optional(config, "final_logit_softcapping", 30.0),
+    )
+
+
+NAMES = TensorNames(mlp_norm="pre_feedforward_layernorm")
+FAMILY = Family(architectures=("Gemma2ForCausalLM",), read=read, names=NAMES)

@@ -1,0 +1,51 @@
+"""GPT-NeoX and Pythia: a quarter of each head rotated, queries, keys and values interleaved by head."""
+
+from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive, rope
+from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames
+
+
+def read(config: Config) -> ModelSpec:
+    hidden, heads = positive(config, "hidden_size", 6144), positive(config, "num_attention_heads", 64)
+    head_dim = head_dim_of(hidden, heads)
+    bias = flag(config, "attention_bias", True)
+    rotary = rope(config, head_dim, theta_key="rotary_emb_base", partial=0.25, partial_key="rotary_pct")
+    return ModelSpec(
+        family="gpt_neox",
+        hidden_size=hidden,
+        num_layers=positive(config, "num_hidden_layers", 44),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        intermediate_size=positive(config, "intermediate_size", 24576),
+        vocab_size=positive(config, "vocab_size", 50432),
+        max_positions=positive(config, "max_position_embeddings", 2048),
+        attention=(AttentionSpec(head_dim**-0.5, rotary),),
+        norm=NormSpec("layer", number(config, "layer_norm_eps", 1e-5), bias=True),
+        tie_embeddings=flag(config, "tie_word_embeddings", False),
+        dtype=dtype_name(config),
+        layout="parallel" if flag(config, "use_parallel_residual", True) else "pre",
+        activation=activation(config, "gelu", "hidden_act"),
+        gated=False,
+        qkv_bias=bias,
+        out_bias=bias,
+        up_bias=True,
+        down_bias=True,
+    )
+
+
+NAMES = TensorNames(
+    embedding="embed_in",
+    final_norm="final_layer_norm",
+    qkv=("attention.query_key_value",),
+    interleaved=True,
+    out="attention.dense",
+    up=("mlp.dense_h_to_4h",),
+    down="mlp.dense_4h_to_h",
+)
+FAMILY = Family(
+    architectures=("GPTNeoXForCausalLM",),
+    read=read,
+    names=NAMES,
+    prefixes=("gpt_neox.", ""),
+    heads=("embed_out", "lm_head"),
+)

@@ -1,0 +1,53 @@
+"""OPT: learned positions from row 2 on; the 350m model norms after adding, and projects in and out."""
+
+from shoal.models.fields import activation, dtype_name, flag, head_dim_of, positive
+from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames
+
+
+def read(config: Config) -> ModelSpec:
+    hidden, heads = positive(config, "hidden_size", 768), positive(config, "num_attention_heads", 12)
+    head_dim = head_dim_of(hidden, heads)
+    bias, affine = flag(config, "enable_bias", True), flag(config, "layer_norm_elementwise_affine", True)
+    before = flag(config, "do_layer_norm_before", True)
+    return ModelSpec(
+        family="opt",
+        hidden_size=hidden,
+        num_layers=positive(config, "num_hidden_layers", 12),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        intermediate_size=positive(config, "ffn_dim", 3072),
+        vocab_size=positive(config, "vocab_size", 50272),
+        max_positions=positive(config, "max_position_embeddings", 2048),
+        attention=(AttentionSpec(head_dim**-0.5),),
+        norm=NormSpec("layer", 1e-5, weight=affine, bias=affine),
+        tie_embeddings=flag(config, "tie_word_embeddings", True),
+        dtype=dtype_name(config),
+        layout="pre" if before else "norm_sum",
+        final_norm=before and not flag(config, "_remove_final_layer_norm", False),
+        activation=activation(config, "relu", "activation_function"),
+        gated=False,
+        qkv_bias=bias,
+        out_bias=bias,
+        up_bias=bias,
+        down_bias=bias,
+        embedding_size=positive(config, "word_embed_proj_dim", hidden),
+        position_offset=2,
+    )
+
+
+NAMES = TensorNames(
+    final_norm="final_layer_norm",
+    attention_norm="self_attn_layer_norm",
+    out="self_attn.out_proj",
+    mlp_norm="final_layer_norm",
+    up=("fc1",),
+    down="fc2",
+)
+FAMILY = Family(
+    architectures=("OPTForCausalLM",),
+    read=read,
+    names=NAMES,
+    prefixes=("model.decoder.", "decoder.", ""),
+    heads=("lm_head",),
+)

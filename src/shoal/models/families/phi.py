@@ -1,0 +1,45 @@
+"""Phi 1, 1.5 and 2: attention and MLP side by side behind one norm, part of each head rotated, biases everywhere."""
+
+from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive, rope
+from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames
+
+
+def read(config: Config) -> ModelSpec:
+    hidden, heads = positive(config, "hidden_size", 2048), positive(config, "num_attention_heads", 32)
+    head_dim = head_dim_of(hidden, heads)
+    norm = NormSpec("layer", number(config, "layer_norm_eps", 1e-5), bias=True)
+    return ModelSpec(
+        family="phi",
+        hidden_size=hidden,
+        num_layers=positive(config, "num_hidden_layers", 24),
+        num_heads=heads,
+        num_kv_heads=positive(config, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        intermediate_size=positive(config, "intermediate_size", 8192),
+        vocab_size=positive(config, "vocab_size", 51200),
+        max_positions=positive(config, "max_position_embeddings", 2048),
+        attention=(AttentionSpec(head_dim**-0.5, rope(config, head_dim, partial=0.5)),),
+        norm=norm,
+        tie_embeddings=flag(config, "tie_word_embeddings", False),
+        dtype=dtype_name(config),
+        layout="parallel_one",
+        qk_norm=norm if flag(config, "qk_layernorm", False) else None,
+        activation=activation(config, "gelu_new", "hidden_act"),
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        up_bias=True,
+        down_bias=True,
+        head_bias=True,
+    )
+
+
+NAMES = TensorNames(
+    final_norm="final_layernorm",
+    q_norm="self_attn.q_layernorm",
+    k_norm="self_attn.k_layernorm",
+    out="self_attn.dense",
+    up=("mlp.fc1",),
+    down="mlp.fc2",
+)
+FAMILY = Family(architectures=("PhiForCausalLM",), read=read, names=NAMES)

@@ -1,0 +1,192 @@
+"""A causal model of transformers behind the decoder's interface: its own module, our attention and linear layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoal.errors import CheckpointError
+from shoal.kernels.base import HeadLayout, Kernels, KVCache, PagedBatch, Scores
+from shoal.kernels.linear import Linear, make_linear
+from shoal.lazy import load
+from shoal.models.fallback import FallbackSpec
+from shoal.models.loader import Weights
+from shoal.models.manifest import Cut, Piece, Shard
+from shoal.models.transformers_plan import GivenBackbone, LinearModule, context_of, cut_layers, put, set_context
+from shoal.models.transformers_trial import build, materialize_buffers
+from shoal.parallel.embedding import VocabParallelEmbedding
+from shoal.parallel.linear import RowParallelLinear
+from shoal.parallel.mesh import Axis
+
+RUN = "shoal"  # our name among transformers' attention functions
+
+
+@dataclass(slots=True)
+class Context:
+    """What the attention layers of one rank's model need to know."""
+
+    heads: HeadLayout
+    scores: tuple[Scores, ...]  # by layer
+    kernels: Kernels
+    batch: PagedBatch | None = None  # of the step that is computed, and so the caches
+    caches: Sequence[KVCache] = ()
+
+
+def paged_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: None, **_: Any
+) -> tuple[Tensor, None]:
+    """query: [1, q_heads, n, d]; key, value: [1, kv_heads, n, d], rotated. Gives [1, n, q_heads, d].
+
+    A rank without heads computes one for the module's sake; it has no cache to write to.
+    """
+    context: Context = context_of(module)
+    heads, batch = context.heads, context.batch
+    if batch is None or not heads.q_heads:
+        return query.new_zeros(query.shape).transpose(1, 2), None
+    cache = context.caches[module.layer_idx]
+    cache.keys.index_copy_(0, batch.slots, key[0].transpose(0, 1).to(cache.keys.dtype))
+    cache.values.index_copy_(0, batch.slots, value[0].transpose(0, 1).to(cache.values.dtype))
+    q = query[0].transpose(0, 1).to(value.dtype).contiguous()
+    out = context.kernels.attend(q, heads, context.scores[module.layer_idx], batch, cache)
+    return out.view(1, -1, heads.q_heads, heads.head_dim), None
+
+
+class TransformersModel:
+    """`shoal.models.decoder.Decoder`'s interface.
+
+    A pass is taken in two: the backbone, then what the causal model does to its outcome, with a stand-in for the
+    backbone. So whatever a class does to its logits is done.
+    """
+
+    def __init__(self, backbone: nn.Module, causal: nn.Module, head: Linear, context: Context) -> None:
+        set_context(backbone, context)
+        self._backbone = backbone
+        self._causal = causal
+        self._context = context
+        self.head = head
+
+    def hidden(self, tokens: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
+        """tokens: int64 [n]; rows: int64 [m], the tokens whose outcome is wanted (None: all). Gives [m, hidden]."""
+        self._context.batch, self._context.caches = batch, caches
+        out = self._backbone(input_ids=tokens.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False)
+        self._context.batch, self._context.caches = None, ()
+        hidden: Tensor = out[0][0]
+        return hidden if rows is None else hidden[rows]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [m, hidden]. This rank's share of the vocabulary: float32 [m, rows of the head]."""
+        logits: Tensor = self._causal(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
+        return logits[0].float()
+
+
+def build_transformers_model(
+    config: dict[str, Any],
+    spec: FallbackSpec,
+    shard: Shard,
+    tp: Axis,
+    weights: Weights,
+    kernels: Kernels,
+    device: torch.device,
+) -> TransformersModel:
+    """Loads tensor by tensor, so that at most one plain weight is in memory beside its packed form.
+
+    Raises:
+        CheckpointError: something of the module is neither in the checkpoint nor made by the module itself.
+    """
+    _register()
+    model = build(config, spec.architecture, RUN)
+    materialize_buffers(model, device)
+    paths = dict(spec.paths)
+    of_head = paths["head"].removesuffix(".weight")
+    of_embedding = paths["embedding"].removesuffix(".weight")
+
+    def tensor(name: str) -> Tensor:
+        return weights.tensor(name).to(device)
+
+    embedding = tensor("embedding")
+    pieces = cut_layers(spec)
+    tied_in_place = spec.tie_embeddings and device.type != "cpu"
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and path != of_head:
+            put(model, path, _linear(path, pieces.get(path), spec.head_dim, shard, tp, weights, device))
+    cut = {param.name: param.pieces[0].cut for param in spec.params}
+    if cut["embedding"] is Cut.VOCAB:
+        put(model, of_embedding, EmbeddingModule(VocabParallelEmbedding(embedding, shard.ranges[Cut.VOCAB], tp)))
+    else:
+        _set(model, paths["embedding"], embedding)
+    bias = weights.optional("head_bias")
+    head = make_linear(embedding if tied_in_place else tensor("head"), None if bias is None else bias.to(device))
+    put(model, of_head, LinearModule(head))
+    left = {
+        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta or name in cut
+    }
+    for name in [param.name for param in spec.params if param.name in left]:
+        _set(model, name, tensor(name))
+        left.discard(name)
+    missing = sorted(left) + _loose_tensors(model)
+    if missing:
+        raise CheckpointError(
+            f"{spec.architecture}: nothing is known to fill {missing[0]} ({len(missing)} such tensors)"
+        )
+    backbone = model.get_submodule(spec.backbone)
+    put(model, spec.backbone, GivenBackbone())
+    heads = HeadLayout(len(shard.heads.q_range), len(shard.heads.kv_ids), spec.head_dim, shard.heads.q_to_kv)
+    scores = tuple(Scores(layer.scale, layer.window, layer.softcap) for layer in spec.attention)
+    return TransformersModel(backbone, model, head, Context(heads, scores, kernels))
+
+
+@cache
+def _register() -> None:
+    load("transformers:AttentionInterface").register(RUN, paged_attention)
+
+
+class EmbeddingModule(nn.Module):
+    """Our embedding in the place of torch's: int64 [1, n] to [1, n, hidden]."""
+
+    def __init__(self, inner: VocabParallelEmbedding) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner(tokens[0]).unsqueeze(0)
+
+
+def _linear(
+    path: str, piece: Piece | None, head_dim: int, shard: Shard, tp: Axis, weights: Weights, device: torch.device
+) -> LinearModule:
+    """Our layer for torch's at `path`: whole, by columns, or by rows with a sum over ranks behind it."""
+    weight = weights.tensor(f"{path}.weight").to(device)
+    bias = weights.optional(f"{path}.bias")
+    bias = None if bias is None else bias.to(device)
+    if piece is None:
+        return LinearModule(make_linear(weight, bias))
+    lacks_heads = piece.cut is not Cut.MLP and not shard.heads.q_range
+    if piece.dim == 0:
+        if lacks_heads:
+            return LinearModule(lambda x: x.new_zeros(len(x), head_dim))
+        return LinearModule(make_linear(weight, bias))
+    summed = RowParallelLinear(make_linear(weight, None), bias, tp)
+    return LinearModule((lambda x: summed(x[:, :0])) if lacks_heads else summed)
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor into a module, as the parameter or buffer that has this name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _loose_tensors(model: nn.Module) -> list[str]:
+    """Tensors without numbers that are plain attributes of modules."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and value.is_meta
+    ]

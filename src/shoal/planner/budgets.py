@@ -1,0 +1,109 @@
+"""How much of each rank's memory the KV cache gets, and what can't fit."""
+
+from collections.abc import Sequence
+
+from shoal.config import EngineOptions, format_bytes
+from shoal.errors import ConfigError
+from shoal.planner.memory import RankMemory
+from shoal.types import Hardware
+
+_CPU_KV_CEILING = 4 * 2**30
+_CPU_KV_SHARE = 0.4
+
+
+def kv_budgets(
+    options: EngineOptions, hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str]
+) -> tuple[int | None, ...]:
+    """Bytes by rank; None: the rank measures what it has left.
+
+    All ranks hold the same number of blocks, but a block is not everywhere as large: the host's memory is shared out
+    by the size of a block, and of budgets that are the same for all, the rank with the least room decides.
+
+    Raises:
+        ConfigError: it does not fit; it says what is missing, and which flags help.
+    """
+    cache = options.cache
+    budgets: tuple[int, ...]
+    if cache.kv_cache_memory_bytes is not None:
+        reasons.append(f"KV cache of {format_bytes(cache.kv_cache_memory_bytes)} a rank: as asked")
+        budgets, way_out = (cache.kv_cache_memory_bytes,) * len(ranks), "lower --kv-cache-memory-bytes"
+    elif cache.device_memory is not None:
+        budgets = tuple(_left_of(options, number, rank, reasons) for number, rank in enumerate(ranks))
+        way_out = "lower --device-memory"
+    elif hardware.device == "cuda":
+        for number, rank in enumerate(ranks):
+            _check_cuda_memory(options, hardware, number, rank)
+        reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
+        return (None,) * len(ranks)
+    else:
+        budgets = _shares_of_host(hardware, ranks, reasons)
+        way_out = "set --kv-cache-memory-bytes to less"
+    if hardware.device == "cpu":
+        blocks = num_blocks(ranks, budgets) or 0
+        needs = [rank.weights + rank.activations + blocks * rank.block for rank in ranks]
+        if cache.kv_cache_memory_bytes is None and cache.device_memory is not None:
+            needs = [cache.device_memory] * len(ranks)
+        _check_host_memory(hardware, needs, sum(rank.weights for rank in ranks), way_out)
+    return budgets
+
+
+def num_blocks(ranks: Sequence[RankMemory], budgets: Sequence[int | None]) -> int | None:
+    """The blocks that every rank has room for; None where ranks measure. A rank without KV heads has room for any."""
+    counts = [b // rank.block for rank, b in zip(ranks, budgets, strict=True) if b is not None and rank.block]
+    return min(counts, default=None)
+
+
+def _shares_of_host(hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str]) -> tuple[int, ...]:
+    total = int(min(_CPU_KV_CEILING, _CPU_KV_SHARE * hardware.host_memory_available))
+    row = sum(rank.block for rank in ranks)  # one block on each
+    shares = tuple(total * rank.block // row for rank in ranks)
+    even = len(set(shares)) == 1
+    sizes = f"{format_bytes(shares[0])} a rank" if even else ", ".join(map(format_bytes, shares)) + " by rank"
+    over = f", over {len(ranks)} ranks" + ("" if even else " by what a block takes on each") if len(ranks) > 1 else ""
+    reasons.append(
+        f"KV cache of {sizes}: the smaller of {format_bytes(_CPU_KV_CEILING)} and {_CPU_KV_SHARE:.0%} of the "
+        f"{format_bytes(hardware.host_memory_available)} available{over}"
+    )
+    return shares
+
+
+def _left_of(options: EngineOptions, number: int, rank: RankMemory, reasons: list[str]) -> int:
+    budget = options.cache.device_memory or 0
+    left = rank.kv_budget(budget, options.cache.block_size, options.model_options.max_model_len)
+    weights, activations = format_bytes(rank.weights), format_bytes(rank.activations)
+    if left <= 0:
+        missing = format_bytes(rank.weights + rank.activations - budget)
+        raise ConfigError(
+            f"--device-memory {format_bytes(budget)} is {missing} too small for rank {number}: weights take {weights}, "
+            f"activations {activations}. Raise it, raise --tensor-parallel-size, or lower --max-num-batched-tokens"
+        )
+    reasons.append(
+        f"rank {number}: {format_bytes(left)} for the KV cache, what {weights} of weights, {activations} of "
+        f"activations and {rank.context_token} bytes a context token leave of {format_bytes(budget)}"
+    )
+    return left
+
+
+def _check_cuda_memory(options: EngineOptions, hardware: Hardware, number: int, rank: RankMemory) -> None:
+    """Refuses what can't fit at all; a rank measures the rest when it has loaded."""
+    if hardware.device_memory is None:
+        return
+    share = options.cache.gpu_memory_utilization
+    missing = rank.weights - int(hardware.device_memory * share)
+    if missing >= 0:
+        raise ConfigError(
+            f"rank {number} needs {format_bytes(rank.weights)} for weights, {format_bytes(missing)} more than "
+            f"--gpu-memory-utilization {share} allows of {format_bytes(hardware.device_memory)}: "
+            "raise --tensor-parallel-size"
+        )
+
+
+def _check_host_memory(hardware: Hardware, needs: Sequence[int], weights: int, way_out: str) -> None:
+    """`needs` are bytes by rank, of which `weights` in all for weights."""
+    missing = sum(needs) - hardware.host_memory_available
+    if missing > 0:
+        raise ConfigError(
+            f"{len(needs)} rank{'s' if len(needs) > 1 else ''} need {format_bytes(sum(needs))} (weights "
+            f"{format_bytes(weights)}), {format_bytes(missing)} more than this host has available: {way_out}, choose "
+            "--dtype bfloat16, or use a larger host"
+        )

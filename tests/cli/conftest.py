@@ -1,0 +1,33 @@
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from shoal.cli import main as program
+
+Shoal = Callable[..., int]
+
+
+@pytest.fixture
+def shoal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
+    """Runs the command in this process and gives its exit code. What it sets up for a process of its own is undone."""
+    logger = logging.getLogger("shoal")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["shoal", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return code
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    logger.handlers[:] = before[0]
+    logger.setLevel(before[1])
+    logger.propagate = before[2]

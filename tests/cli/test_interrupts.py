@@ -1,0 +1,50 @@
+"""Signals that come at any moment, handled at the right one."""
+
+import signal
+
+import pytest
+
+from shoal.cli.interrupts import Interrupts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_what_is_held(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    done = []
+
+    def work() -> None:
+        with Interrupts() as interrupts:
+            with interrupts.held():
+                done.append("first")
+            with interrupts.held():
+                signal.raise_signal(number)
+                done.append("second")
+            done.append("never")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert done == ["first", "second"]
+        for each in before:
+            signal.raise_signal(each)  # ignored: what is open is being closed
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def test_outside_of_what_is_held_it_comes_at_once() -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: SIM117 - what is inside is what is tested
+            with Interrupts():
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def test_without_interrupts_all_is_as_before() -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ValueError, match="other"), Interrupts():
+        raise ValueError("other")
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before

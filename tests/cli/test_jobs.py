@@ -1,0 +1,265 @@
+"""Big jobs as people run them: interrupted, killed, on a disk that fills up, and resumed."""
+
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.errors import RankFailed
+from shoal.frontend.model import OpenModel
+from shoal.frontend.prompts import Job
+from shoal.types import RequestOutput
+
+Shoal = Callable[..., int]
+
+# Few requests at a time, so that lines come one after the other.
+SMALL = ["--kv-cache-memory-bytes", "2MiB", "--max-model-len", "64", "--max-num-seqs", "4", "--ignore-eos"]
+COUNT = 60
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "custom_id": f"c{i}"}) + "\n" for i in range(COUNT)))
+    return path
+
+
+def command(prompts: Path, output: Path, *more: str) -> list[str]:
+    return ["generate", "--prompts-file", str(prompts), "--output", str(output), "--max-tokens", "8", *SMALL, *more]
+
+
+@contextmanager
+def started(arguments: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[str]"]:
+    environment = {**os.environ, "SHOAL_LOG_LEVEL": "warning"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "shoal.cli.main", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_lines(process: "subprocess.Popen[str]", output: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not output.exists() or output.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no lines come"
+        time.sleep(0.01)
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            if int(stat.rpartition(")")[2].split()[1]) == parent:
+                found.append(int(entry.name))
+    return found
+
+
+def assert_whole(output: Path, count: int = COUNT) -> None:
+    lines = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert sorted(line["index"] for line in lines) == list(range(count))
+    for line in lines:
+        assert line["custom_id"] == f"c{line['index']}"
+        assert line["prompt"] == f"{line['index']} + 1 ="
+        assert len(line["outputs"][0]["token_ids"]) == 8
+
+
+def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> str:
+    """Sends the signal as it would come, and gives what is said then. Fails if anything lives on for 2 s."""
+    workers = children_of(process.pid)
+    begun = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C reaches the whole group
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    took = time.monotonic() - begun
+    assert process.returncode == 130, err
+    assert took < 2, "every process ends in 2 s"
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    (told,) = [line for line in err.splitlines() if line.startswith("interrupted: ")]
+    return told
+
+
+def test_interrupted_and_resumed_as_it_says(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
+    output = tmp_path / "out put.jsonl"
+    with started(command(prompts, output, "-tp", "2", "--overwrite"), start_new_session=True) as process:
+        wait_for_lines(process, output, 10)
+        assert len(children_of(process.pid)) >= 2
+        told = interrupt(process, signal.SIGINT)
+    held = output.read_bytes()
+    assert held.endswith(b"\n")
+    lines = held.count(b"\n")
+    assert f"holds {lines} of {COUNT} answers; go on with: shoal generate" in told
+    arguments = shlex.split(told.partition("go on with: ")[2])[1:]
+    assert "--overwrite" not in arguments
+    assert shoal(*arguments) == 0
+    assert output.read_bytes().startswith(held)
+    assert_whole(output)
+
+
+def test_terminated(tmp_path: Path, prompts: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with started(command(prompts, output, "--resume")) as process:
+        wait_for_lines(process, output, 10)
+        told = interrupt(process, signal.SIGTERM)
+    lines = output.read_bytes().count(b"\n")
+    assert 10 <= lines < COUNT
+    assert f"holds {lines} of {COUNT} answers; go on with: shoal generate" in told
+    assert told.endswith(" --ignore-eos --resume")
+
+
+def test_killed_and_resumed(shoal: Shoal, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.jsonl"
+    with started(command(prompts, output)) as process:
+        wait_for_lines(process, output, 10)
+        process.kill()
+    with output.open("ab") as file:
+        file.write(b'{"index": 7, "promp')  # a line that it had not finished
+    lines = output.read_bytes().count(b"\n")
+    assert 10 <= lines < COUNT
+    assert shoal(*command(prompts, output)) == 2
+    assert f"--output {output} is not empty: add --resume" in capsys.readouterr().err
+    assert shoal(*command(prompts, output, "--resume")) == 0
+    assert_whole(output)
+    capsys.readouterr()
+    assert shoal(*command(prompts, output, "--resume")) == 0
+    assert f"answers all {COUNT} prompts: nothing is left to do" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
+    """A limit on the size of files stands in for the disk; what could be written whole is kept."""
+    output = tmp_path / "out.jsonl"
+    limit = 8000
+    arguments = command(prompts, output)
+    with started(arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    (told,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    held = output.read_bytes()
+    assert limit - 500 < len(held) <= limit
+    assert held.endswith(b"\n")
+    count = held.count(b"\n")
+    assert f"can't be written: File too large; {output} holds {count} of {COUNT} answers; go on with: shoal " in told
+    assert shoal(*shlex.split(told.partition("go on with: ")[2])[1:]) == 0
+    assert output.read_bytes().startswith(held)
+    assert_whole(output)
+
+
+def test_a_resume_file_of_other_prompts(
+    shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    prompts.write_text("1 + 1 =\n2 + 2 =\n")
+    files = ["--prompts-file", prompts, "--output", output, *SMALL, "--max-tokens", 2]
+    assert shoal("generate", *files, "--ordered") == 0
+    before = output.read_bytes()
+
+    def no_engine(*_: object, **__: object) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr("shoal.cli.generate.LLM", no_engine)
+    for change, flags, says in [
+        ("1 + 1 =\n2 + 3 =\n", [], "line 2 (index 1) answers another prompt than"),
+        ("1 + 1 =\n", [], "answers 1 more than there are"),
+        ("1 + 1 =\n2 + 2 =\n", ["--top-k", 3], "line 1 (index 0) was made with other sampling parameters"),
+    ]:
+        prompts.write_text(change)
+        capsys.readouterr()
+        assert shoal("generate", *files, "--resume", *flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+        assert output.read_bytes() == before
+
+
+def test_stdin_goes_once_through(
+    shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def run(text: str, *flags: str) -> int:
+        (tmp_path / "stdin").write_text(text)
+        with (tmp_path / "stdin").open() as stdin, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", stdin)
+            files = ["--prompts-file", "-", "--output", output]
+            return shoal("generate", *files, *SMALL, "--max-tokens", 2, *flags)
+
+    assert run("1 + 1 =\n2 + 2 =\n") == 0
+    assert run("1 + 1 =\n2 + 2 =\n3 + 3 =\n", "--resume") == 0
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()][2:] == ["3 + 3 ="]
+    capsys.readouterr()
+    assert run("1 + 1 =\n2 + 3 =\n", "--resume") == 2
+    assert "stdin, line 2" in capsys.readouterr().err
+    assert output.read_bytes().count(b"\n") == 3
+
+
+def test_an_engine_that_fails_on_the_way(
+    shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing:
+        """Answers one prompt, and then no more."""
+
+        def __init__(self, opened: OpenModel) -> None:
+            self.options = opened.options
+            self.prepare = opened.reader().prepare
+
+        def __enter__(self) -> "Failing":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def run(self, jobs: Iterable[Job], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
+            first = next(iter(jobs))
+            yield first.index, RequestOutput("", first.prompt, first.tokens, ())
+            raise RankFailed("rank 1 died")
+
+    prompts, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    prompts.write_text("1 + 1 =\n2 + 2 =\n")
+    monkeypatch.setattr("shoal.cli.generate.LLM", Failing)
+    assert shoal("generate", "--prompts-file", prompts, "--output", output, *SMALL) == 1
+    told = capsys.readouterr().err
+    assert f"error: rank 1 died; {output} holds 1 of 2 answers; go on with: shoal generate --prompts-file" in told
+
+
+def test_requests_and_answers_of_a_batch(shoal: Shoal, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "37 + 45 =", "max_tokens": 3, "temperature": 0, "logprobs": 1},
+        {"prompt": "8 + 64 =", "max_tokens": -1},
+        {"prompt": "8 + 64 =", "n": 2, "max_tokens": 3, "seed": 1},
+    ]
+    prompts.write_text(
+        "".join(
+            json.dumps({"custom_id": f"c{i}", "method": "POST", "url": "/v1/completions", "body": body}) + "\n"
+            for i, body in enumerate(bodies)
+        )
+    )
+    arguments = ["generate", "--prompts-file", prompts, "--output", output, "--ordered", *SMALL[:-1]]
+    assert shoal(*arguments) == 1
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == ["c0", "c1", "c2"]
+    assert lines[0]["response"]["body"]["choices"][0]["text"] == " 82"
+    assert "max_tokens must be at least 1" in lines[1]["error"]["message"]
+    assert [choice["index"] for choice in lines[2]["response"]["body"]["choices"]] == [0, 1]
+    assert shoal(*arguments, "--resume") == 1  # the same request fails again
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["custom_id"] for line in again] == ["c0", "c2", "c1"]
+    assert again[:2] == [lines[0], lines[2]]

@@ -1,0 +1,99 @@
+"""Models that no family of ours reads run as transformers' own modules, and say what transformers says."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.test_sameness import MIXED, Checkpoint, assert_same, generate
+from shoal import LLM
+from shoal.errors import ConfigError
+from support import others
+
+STEPS = 12
+SMALL: Any = {"kv_cache_memory_bytes": 2**20}
+Other = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Other:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = others.save(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", sorted(others.ALL))
+def test_one_rank(other: Other, name: str) -> None:
+    folder = other(name)
+    assert_same(folder, MIXED, generate(folder, MIXED, STEPS, max_num_batched_tokens=64))
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("name", sorted(others.CUT | others.WHOLE_ATTENTION))
+def test_thread_ranks(other: Other, name: str, tp: int) -> None:
+    folder = other(name)
+    assert_same(folder, MIXED, generate(folder, MIXED, STEPS, tensor_parallel_size=tp))
+
+
+def test_it_is_said_in_the_log(other: Other, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("shoal").setLevel(logging.INFO)
+    folders = {name: other(name) for name in ("Granite", "StableLm")}
+    with LLM(str(folders["Granite"]), tensor_parallel_size=2, distributed_executor_backend="threads", **SMALL):
+        assert (
+            "GraniteForCausalLM runs as its own module with our attention and KV cache, 21 linear layers" in caplog.text
+        )
+    with LLM(str(folders["StableLm"]), **SMALL):
+        assert "on one rank: it publishes no tensor-parallel plan" in caplog.text
+    with pytest.raises(ConfigError, match="StableLmForCausalLM runs through transformers on one rank only"):
+        LLM(str(folders["StableLm"]), tensor_parallel_size=2, **SMALL)
+
+
+def test_process_ranks(other: Other) -> None:
+    folder = other("Granite")
+    outputs = generate(folder, MIXED, STEPS, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert_same(folder, MIXED, outputs)
+
+
+@pytest.mark.parametrize("tp", [5, 9])
+def test_more_ranks_than_kv_heads_and_than_heads(other: Other, tp: int) -> None:
+    """At 9 the last rank holds no head; the module computes one all the same."""
+    folder = other("Granite")
+    assert_same(folder, MIXED[:4], generate(folder, MIXED[:4], 6, tensor_parallel_size=tp))
+
+
+def test_unequal_shares(other: Other) -> None:
+    folder = other("Granite")
+    outputs = generate(folder, MIXED, STEPS, tensor_parallel_size=3, tensor_parallel_split=(2, 1, 1))
+    assert_same(folder, MIXED, outputs)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_forced_it_says_what_our_own_family_says(checkpoint: Checkpoint, name: str, tp: int) -> None:
+    folder = checkpoint(name)
+    forced = generate(folder, MIXED, STEPS, tensor_parallel_size=tp, model_impl="transformers")
+    assert_same(folder, MIXED, forced)
+    own = generate(folder, MIXED, STEPS, tensor_parallel_size=tp, model_impl="shoal")
+    assert [each.outputs[0].token_ids for each in forced] == [each.outputs[0].token_ids for each in own]
+
+
+def test_tokens_do_not_depend_on_the_batch(other: Other) -> None:
+    folder = other("Olmo2")
+    together = generate(folder, MIXED, STEPS)
+    for prompt, output in list(zip(MIXED, together, strict=True))[::3]:
+        (alone,) = generate(folder, [prompt], STEPS)
+        assert alone.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Granite", "Olmo2", "StableLm"])
+def test_cuda(other: Other, name: str) -> None:
+    folder = other(name)
+    assert_same(folder, MIXED, generate(folder, MIXED, STEPS, device="cuda"))

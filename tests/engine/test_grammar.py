@@ -1,0 +1,283 @@
+import itertools
+import json
+import random
+import re
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from llguidance import LLMatcher, LLParserLimits
+from tokenizers import Tokenizer
+
+import shoal
+from shoal.engine.grammar import Grammar, Grammars
+from shoal.errors import EngineError, RequestError
+from shoal.wire import Ids
+from support.fakes import steady
+
+TOKENIZER = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")
+SIZE = 640
+EOS = (1, 5)
+A, B, C = (int(Tokenizer.from_str(TOKENIZER).token_to_id(letter) or 0) for letter in "abc")
+WORD = 4  # bytes
+
+
+def grammars(eos: Ids = EOS, vocab_size: int = SIZE) -> Grammars:
+    return Grammars(lambda: TOKENIZER, eos, vocab_size)
+
+
+@cache
+def shared() -> Grammars:
+    return grammars()
+
+
+def of_regex(pattern: str, source: Grammars | None = None) -> Grammar:
+    return (source or shared()).compile(LLMatcher.grammar_from_regex(pattern))
+
+
+def rows(grammar: Grammar, drafts: Ids = (), words: int = SIZE // 32) -> list[set[int]]:
+    masks = grammar.masks(drafts)
+    assert len(masks) == (1 + len(drafts)) * words * WORD
+    parts = [masks[i : i + words * WORD] for i in range(0, len(masks), words * WORD)]
+    return [{token for token in range(words * 32) if part[token // 8] >> token % 8 & 1} for part in parts]
+
+
+@cache
+def texts() -> dict[int, str]:
+    """Token -> text, of those that stand for themselves."""
+    tokenizer = Tokenizer.from_str(TOKENIZER)
+    return {i: tokenizer.decode([i]) for i in range(SIZE) if tokenizer.decode([i]).isascii() and tokenizer.decode([i])}
+
+
+def test_only_what_the_grammar_begins_with_is_allowed() -> None:
+    [first] = rows(of_regex("ab*c"))
+    assert first == {i for i, text in texts().items() if re.fullmatch("ab*c?", text)}
+    assert A in first
+
+
+def test_an_end_is_allowed_where_the_grammar_accepts_and_all_ends_are() -> None:
+    grammar = of_regex("ab*")
+    assert not rows(grammar)[0] & {*EOS}
+    grammar.accept((A,))
+    assert rows(grammar)[0] >= {*EOS, B}
+    assert not grammar.ended
+
+
+def test_at_the_end_only_ends_are_allowed() -> None:
+    grammar = of_regex("ab")
+    grammar.accept((A, B))
+    assert grammar.ended
+    assert rows(grammar) == [{*EOS}]
+
+
+@pytest.mark.parametrize("end", EOS)
+def test_an_end_that_was_drawn_is_the_end(end: int) -> None:
+    grammar = of_regex("ab*")
+    grammar.accept((A, end))
+    assert grammar.ended
+    assert grammar.valid((B,)) == grammar.valid((end,)) == 0
+    assert rows(grammar, (end,)) == [{*EOS}, {*EOS}]
+
+
+def test_masks_look_behind_drafts_and_change_nothing() -> None:
+    grammar = of_regex("ab*c")
+    drafted = rows(grammar, (A, B, C))
+    assert drafted[3] == {*EOS}
+    for token, row in zip((A, B, C), drafted, strict=False):
+        assert rows(grammar) == [row]
+        grammar.accept((token,))
+    assert grammar.ended
+
+
+@pytest.mark.parametrize(
+    ("drafts", "right"),
+    [
+        ((), 0),
+        ((A, B, C), 3),
+        ((A, A), 1),
+        ((C,), 0),
+        ((A, 1), 1),
+        ((A, C, 5), 3),
+        ((A, C, 5, 1), 3),
+        ((A, B, SIZE), 2),
+    ],
+)
+def test_drafts_are_valid_as_far_as_the_grammar_goes(drafts: Ids, right: int) -> None:
+    grammar = of_regex("ab*c")
+    assert grammar.valid(drafts) == right
+    rows(grammar, drafts)
+    assert grammar.valid(drafts) == right  # nothing was changed
+
+
+@pytest.mark.parametrize("tokens", [(C,), (A, A), (1,), (A, 5), (SIZE,), (A, C, A), (A, C, 1, 5)])
+def test_a_token_that_can_not_follow_is_an_error_and_changes_nothing(tokens: Ids) -> None:
+    grammar = of_regex("ab*c")
+    before = rows(grammar)
+    with pytest.raises(EngineError, match=f"token {tokens[-1]} "):
+        grammar.accept(tokens)
+    assert rows(grammar) == before
+
+
+def test_without_ends_the_state_says_when_it_is_over() -> None:
+    grammar = of_regex("ab?", grammars(eos=()))
+    assert not rows(grammar)[0] & {*EOS}
+    grammar.accept((A,))
+    assert not grammar.ended
+    assert rows(grammar) == [{B}]
+    grammar.accept((B,))
+    assert grammar.ended
+    assert rows(grammar)[0]  # never empty: what is drawn behind the end is dropped
+
+
+def test_an_end_that_is_text_ends_only_where_the_grammar_does() -> None:
+    grammar = of_regex("a(b|c)", grammars(eos=(B,)))
+    grammar.accept((A,))
+    assert rows(grammar) == [{C}]
+    grammar.accept((C,))
+    assert rows(grammar) == [{B}]
+
+
+def test_a_dead_end_is_a_problem_when_it_is_reached_and_not_before() -> None:
+    grammar = of_regex("abca", grammars(eos=(B,)))
+    assert rows(grammar, (A,)) == [{A}, {B}]
+    assert not grammar.problem
+    grammar.accept((A,))
+    assert rows(grammar) == [{B}]  # never empty
+    assert "no token of the model may follow" in grammar.problem
+    assert grammar.ended
+    grammar.accept((B,))
+    assert grammar.valid((C,)) == 0
+
+
+def test_a_grammar_that_takes_too_long_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So little is enough for the first token, and not for the states of this one's later tokens.
+    monkeypatch.setattr("shoal.engine.grammar._LIMITS", LLParserLimits(step_lexer_fuel=500, verbose_errors=False))
+    grammar = of_regex("(a|b)*a(a|b){99}c", grammars())
+    drawn = random.Random(0)
+    while not grammar.ended:
+        grammar.accept((drawn.choice(sorted(rows(grammar)[0])),))
+    assert grammar.problem
+    assert grammar.ended
+    assert rows(grammar, (A, B)) == [{*EOS}] * 3
+
+
+@pytest.mark.parametrize("vocab_size", [SIZE + 1, SIZE + 31, SIZE + 33, 4 * SIZE])
+def test_tokens_beyond_the_tokenizer_are_never_allowed(vocab_size: int) -> None:
+    source = grammars(vocab_size=vocab_size)
+    grammar = of_regex("(a|b|\n)*", source)
+    assert source.words == -(-vocab_size // 32)
+    assert rows(grammar, words=source.words) == rows(of_regex("(a|b|\n)*"))
+
+
+def test_a_smaller_model_has_rows_of_its_own_size() -> None:
+    source = grammars(vocab_size=100)
+    assert rows(of_regex("[a-z ]*", source), words=4)[0] == {i for i in rows(of_regex("[a-z ]*"))[0] if i < 100}
+
+
+def test_text_that_the_vocabulary_can_not_spell_is_refused() -> None:
+    with pytest.raises(RequestError, match="no token of the model"):
+        of_regex("a", grammars(vocab_size=A))
+
+
+def test_an_end_that_the_model_does_not_have_is_left_out() -> None:
+    assert rows(of_regex("a*", grammars(eos=(1, 9999))))[0] & {1, 9999} == {1}
+
+
+def test_a_grammar_is_compiled_once_and_its_states_are_apart() -> None:
+    source = grammars()
+    first, begun = of_regex("ab", source), time.perf_counter()
+    for _ in range(1000):
+        of_regex("ab", source)
+    # A copy takes microseconds; compiling takes a millisecond, and a second for large schemas.
+    assert time.perf_counter() - begun < 1
+    second = of_regex("ab", source)
+    first.accept((A,))
+    assert rows(second) == rows(of_regex("ab")) != rows(first)
+
+
+def test_the_tokenizer_is_read_when_the_first_grammar_comes() -> None:
+    calls = []
+
+    def read() -> str:
+        calls.append(1)
+        return TOKENIZER
+
+    source = Grammars(read, EOS, SIZE)
+    assert calls == []
+    of_regex("a", source)
+    of_regex("b", source)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"model": {"vocab": {}}}', "[]"])
+def test_a_tokenizer_that_can_not_be_read_is_an_error(text: str) -> None:
+    with pytest.raises(RequestError, match="tokenizer"):
+        of_regex("a", Grammars(lambda: text, EOS, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        (LLMatcher.grammar_from_regex("[a"), "unclosed character class"),
+        (LLMatcher.grammar_from_regex(r"[^\s\S]"), "no text satisfies it"),
+        (LLMatcher.grammar_from_json_schema("false"), "no text satisfies the schema: schema is false"),
+        (LLMatcher.grammar_from_json_schema('{"if": {}}'), "unsupported keywords"),
+        (LLMatcher.grammar_from_lark("start: nothing"), "nothing"),
+        (LLMatcher.grammar_from_regex("a" * (1 << 20)), "too large"),
+    ],
+)
+def test_what_can_not_be_obeyed_is_refused_in_one_line(grammar: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as caught:
+        shared().compile(grammar)
+    assert str(caught.value).startswith("structured_outputs ")
+    assert "\n" not in str(caught.value)
+
+
+PATTERNS = ["[ab]*c", "(ab|ba){2,3}", "a+(b|c)?", "[a-c ]{0,5}", '"[^"]*"', "(the|cat| sat)+"]
+
+
+@steady
+@given(st.sampled_from(PATTERNS), st.randoms(use_true_random=False), st.integers(1, 12))
+def test_what_is_drawn_from_masks_matches(pattern: str, drawn: random.Random, most: int) -> None:
+    """A walk through the masks never leaves the language, and every end lies in it."""
+    grammar, text = of_regex(pattern), ""
+    for _ in range(most):
+        [allowed] = rows(grammar)
+        token = drawn.choice(sorted(allowed & {*texts(), *EOS}))
+        grammar.accept((token,))
+        if token in EOS:
+            assert re.fullmatch(pattern, text)
+            break
+        text += texts()[token]
+        if grammar.ended:
+            assert re.fullmatch(pattern, text)
+
+
+def large_tokenizer(size: int) -> str:
+    tokenizer = json.loads(TOKENIZER)
+    vocab, letters = tokenizer["model"]["vocab"], "etaoinshrdlucmfwypvbgkjqxz"
+    for word in itertools.product(("Ġ", *letters), letters[:20], letters[:20], letters[:20]):
+        if len(vocab) == size:
+            break
+        vocab.setdefault("".join(word), len(vocab))
+    return json.dumps(tokenizer)
+
+
+def test_a_mask_of_a_large_vocabulary_takes_microseconds() -> None:
+    size = 150_000
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    source = Grammars(lambda: large_tokenizer(size), EOS, size)
+    grammar = source.compile(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    text = '{"name": "some words in a row"}'
+    vocab = Tokenizer.from_str(TOKENIZER)
+    took = []
+    for token in vocab.encode(text, add_special_tokens=False).ids:
+        begun = time.perf_counter()
+        grammar.masks(())
+        grammar.accept((token,))
+        took.append(time.perf_counter() - begun)
+    assert grammar.ended
+    assert sorted(took)[len(took) // 2] < 1e-3  # some 50 us on an idle machine

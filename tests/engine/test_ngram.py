@@ -1,0 +1,81 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.engine.ngram import NgramIndex
+from support.fakes import steady
+
+
+def index(text: str, longest: int = 3, shortest: int = 1) -> NgramIndex:
+    found = NgramIndex(longest, shortest)
+    found.extend([ord(char) for char in text])
+    return found
+
+
+def proposed(text: str, count: int, longest: int = 3, shortest: int = 1) -> str:
+    return "".join(map(chr, index(text, longest, shortest).propose(count)))
+
+
+def test_what_followed_is_proposed() -> None:
+    assert proposed("the cat sat; the ", 3) == "cat"
+
+
+def test_the_longest_match_wins_over_a_later_one() -> None:
+    assert proposed("abcX cY abc", 1) == "X"
+
+
+def test_the_latest_match_wins() -> None:
+    assert proposed("abX abY ab", 1) == "Y"
+
+
+def test_shorter_runs_than_the_shortest_are_no_match() -> None:
+    assert proposed("abXb", 2, shortest=2) == ""
+    assert proposed("abXab", 1, shortest=2) == "X"
+
+
+def test_a_text_that_repeats_goes_on_repeating() -> None:
+    assert proposed("xabab", 5) == "ababa"
+    assert proposed("aa", 4) == "aaaa"
+
+
+@pytest.mark.parametrize("text", ["", "a", "ab", "abc"])
+def test_nothing_is_proposed_where_nothing_was_there_before(text: str) -> None:
+    assert proposed(text, 5) == ""
+
+
+def test_none_are_proposed_where_none_are_wanted() -> None:
+    assert proposed("aaaa", 0) == ""
+
+
+@pytest.mark.parametrize(("longest", "shortest"), [(1, 2), (0, 0), (3, 0)])
+def test_lengths_must_be_in_order(longest: int, shortest: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        NgramIndex(longest, shortest)
+
+
+def search(tokens: list[int], count: int, longest: int, shortest: int) -> list[int]:
+    """The definition: look at every place, latest first, and write on from there."""
+    for length in range(longest, shortest - 1, -1):
+        suffix = tokens[len(tokens) - length :]
+        for start in range(len(tokens) - length - 1, -1, -1):
+            if len(suffix) == length and tokens[start : start + length] == suffix:
+                text = list(tokens)
+                for i in range(count):
+                    text.append(text[start + length + i])
+                return text[len(tokens) :]
+    return []
+
+
+@steady
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=6),
+    st.integers(0, 6),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_it_finds_what_a_search_finds(parts: list[list[int]], count: int, shortest: int, more: int) -> None:
+    found, tokens = NgramIndex(shortest + more, shortest), list[int]()
+    for part in parts:
+        found.extend(part)
+        tokens += part
+        assert list(found.propose(count)) == search(tokens, count, shortest + more, shortest)

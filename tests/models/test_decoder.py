@@ -1,0 +1,166 @@
+"""The decoder alone, without an engine: its logits are transformers', whatever the family and the ranks."""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoal.comm.local import LocalComm
+from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.kernels.base import KVCache, PagedBatch
+from shoal.kernels.select import make_kernels
+from shoal.models.checkpoint import open_checkpoint
+from shoal.models.decoder import build_decoder
+from shoal.models.loader import CheckpointWeights
+from shoal.models.manifest import Shard, check, manifest, shards
+from shoal.models.registry import read_spec, tensor_names
+from shoal.parallel.mesh import Axis
+from support.checkpoints import MAKERS, reference_model
+
+# float32 sums in another order: logits of 5 to 16 differ by at most 4e-5 here. A missing bias moves them by tenths.
+TOLERANCE = 2e-4
+# Longer than every window, as long as some, and shorter than all.
+LENGTHS = (2, 9, 70)
+PROMPTS = [[(7 * i * i + 3 * i) % 251 + 3 for i in range(length)] for length in LENGTHS]
+BLOCK_SIZE, BLOCKS = 16, 5  # blocks a sequence
+
+
+@lru_cache
+def expected(folder: Path) -> list[Tensor]:
+    """The logits of each prompt: [tokens, vocabulary]."""
+    model = reference_model(folder)
+    with torch.inference_mode():
+        return [model(torch.tensor([prompt])).logits[0].float() for prompt in PROMPTS]
+
+
+def make_batch(starts: Sequence[int], stops: Sequence[int]) -> PagedBatch:
+    """Tokens [start, stop) of each sequence."""
+    lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    tables = torch.arange(len(starts) * BLOCKS, dtype=torch.int32).view(len(starts), BLOCKS).flip(0, 1)
+    positions = torch.cat([torch.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
+    rows = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(lengths))
+    return PagedBatch(
+        positions=positions,
+        slots=tables[rows, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE,
+        query_starts=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        context_lens=torch.tensor(stops, dtype=torch.int32),
+        block_tables=tables,
+        block_size=BLOCK_SIZE,
+        num_single=lengths.count(1),
+        query_lens=tuple(lengths),
+        host_context_lens=tuple(stops),
+    )
+
+
+@torch.inference_mode()
+def logits_of_rank(folder: Path, shard: Shard, tp: Axis) -> list[Tensor]:
+    """One rank's share of the logits of each prompt, whose last token comes in a second step."""
+    spec, checkpoint = read_spec(folder), open_checkpoint(folder)
+    params = manifest(spec, tensor_names(spec, checkpoint.shapes))
+    check(params, checkpoint.shapes, str(folder))
+    kernels, _ = make_kernels("cpu", torch.float32)
+    weights = CheckpointWeights(checkpoint, params, shard, torch.float32)
+    decoder = build_decoder(spec, shard, tp, weights, kernels, torch.device("cpu"), spec.max_positions)
+    shape = (2, len(PROMPTS) * BLOCKS * BLOCK_SIZE, len(shard.heads.kv_ids), spec.head_dim)
+    caches = [KVCache(*torch.zeros(shape)) for _ in range(spec.num_layers)]
+    parts: list[list[Tensor]] = [[] for _ in PROMPTS]
+    before_last = [length - 1 for length in LENGTHS]
+    for starts, stops in (([0] * len(PROMPTS), before_last), (before_last, LENGTHS)):
+        tokens = [token for i, prompt in enumerate(PROMPTS) for token in prompt[starts[i] : stops[i]]]
+        hidden = decoder.hidden(torch.tensor(tokens), make_batch(starts, stops), caches, None)
+        rows = decoder.logits(hidden).split([stop - start for start, stop in zip(starts, stops, strict=True)])
+        for part, found in zip(parts, rows, strict=True):
+            part.append(found)
+    return [torch.cat(part) for part in parts]
+
+
+def logits(folder: Path, weights: Sequence[int]) -> list[Tensor]:
+    """The logits of each prompt from ranks with shares in proportion to `weights`, as threads."""
+    tp = len(weights)
+    group = ThreadGroup(tp, timeout_s=60)
+
+    def rank(shard: Shard) -> list[Tensor]:
+        comm = ThreadComm(group, shard.rank) if tp > 1 else LocalComm()
+        try:
+            return logits_of_rank(folder, shard, Axis("tp", shard.rank, tp, comm))
+        except BaseException:
+            group.abort()
+            raise
+
+    with ThreadPoolExecutor(tp) as pool:
+        found = list(pool.map(rank, shards(read_spec(folder), tp, weights)))
+    return [torch.cat(shares, dim=1) for shares in zip(*found, strict=True)]
+
+
+def assert_close(folder: Path, found: Sequence[Tensor]) -> None:
+    for ours, theirs in zip(found, expected(folder), strict=True):
+        assert float((ours - theirs).abs().max()) < TOLERANCE
+
+
+# Alone; a rank with heads of two groups; more ranks than heads, of which some have nothing at all.
+@pytest.mark.parametrize("weights", [(1,), (1, 1, 1), (2, 1), (3, 1, 1, 9, 1, 1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_logits(checkpoint: Callable[[str], Path], name: str, weights: tuple[int, ...]) -> None:
+    folder = checkpoint(name)
+    assert_close(folder, logits(folder, weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mistral", {"sliding_window": 7}),
+        ("qwen2", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}),
+        ("gemma2", {"attn_logit_softcapping": 4.0}),
+        ("gemma2", {"query_pre_attn_scalar": 16}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 10000.0}}}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": False}),
+        ("gpt2", {"activation_function": "gelu"}),
+        ("opt", {"activation_function": "gelu"}),
+        ("phi", {"rope_parameters": {"partial_rotary_factor": 0.25}}),
+        ("llama_yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_every_option_of_the_checkpoints_shows(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, object]
+) -> None:
+    """With another value the logits are others: the test above would see it ignored."""
+    folder = checkpoint(name)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    with pytest.raises(AssertionError):
+        assert_close(folder, logits(tmp_path, (1,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "other"),
+    [
+        ("gpt2", "transformer.", ""),
+        ("opt", "model.decoder.", "decoder."),
+        ("llama", "model.", ""),
+        ("llama", "model.", "language_model.model."),
+        ("gpt_neox", "gpt_neox.", ""),
+        ("gpt_neox", "embed_out.", "lm_head."),
+    ],
+)
+def test_names_with_another_prefix(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, prefix: str, other: str
+) -> None:
+    """As files from the hub spell them, beside tensors that nobody needs: among them the head, where it is tied."""
+    folder = checkpoint(name)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {other + key.removeprefix(prefix) if key.startswith(prefix) else key: t for key, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    if read_spec(folder).tie_embeddings:
+        renamed["lm_head.weight"] = torch.zeros(3)
+    save_file({**renamed, "h.0.attn.masked_bias": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for ours, theirs in zip(logits(tmp_path, (1,)), expected(folder), strict=True):
+        assert float((ours - theirs).abs().max()) < TOLERANCE

@@ -1,0 +1,57 @@
+"""Small models that no family of ours reads, by transformers' names, with what each is here for."""
+
+from pathlib import Path
+from typing import Any
+
+from support.checkpoints import save_model
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 112,
+    "vocab_size": 301,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_THREE = ["sliding_attention", "full_attention", "sliding_attention"]
+
+# Without a plan.
+ALONE: dict[str, dict[str, Any]] = {
+    "StableLm": {"use_qkv_bias": True},  # a quarter of each head is rotated; it hands its attention nothing on
+    "HunYuanDenseV1": {"head_dim": 8},  # norms of queries and keys after the rotation
+    "GPTBigCode": {"multi_query": True},  # learned positions, one KV head
+}
+# With a plan that cuts attention and MLP.
+CUT: dict[str, dict[str, Any]] = {
+    "Granite": {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "Cohere2": {"sliding_window": 8, "layer_types": _THREE, "logit_scale": 2.0},  # parallel, turns without halves
+    "Starcoder2": {"sliding_window": 8},  # biases everywhere
+    "Exaone4": {"sliding_window": 8, "layer_types": _THREE},  # norms behind, no positions in layers without window
+    "SmolLM3": {"no_rope_layers": [1, 0, 1]},
+    "VaultGemma": {"head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 5.0},  # soft caps, scaled embedding
+    "Apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},  # parameters that are one number
+    "Glm": {"head_dim": 8, "partial_rotary_factor": 0.5},  # its plan gathers in the MLP: that stays whole
+}
+# With a plan that cuts no more than the MLP.
+WHOLE_ATTENTION: dict[str, dict[str, Any]] = {
+    "Olmo2": {},  # a norm over all query heads together
+    "Cohere": {"use_qk_norm": True, "logit_scale": 2.0},  # norms with a weight a head
+}
+ALL = ALONE | CUT | WHOLE_ATTENTION
+
+
+def make(name: str, **changes: Any) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **ALL.get(name, {}), **changes})
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def save(name: str, folder: Path, **changes: Any) -> Path:
+    """Writes a checkpoint of the model `name`, the same at every call."""
+    return save_model(lambda: make(name, **changes), folder)

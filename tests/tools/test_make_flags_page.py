@@ -1,0 +1,37 @@
+"""docs/flags.md is made from the code, and made again whenever that changes."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import make_flags_page  # noqa: E402
+from shoal import config, env  # noqa: E402
+from shoal.types import SamplingParams  # noqa: E402
+
+
+def test_the_page_is_fresh() -> None:
+    assert make_flags_page.PAGE.read_text("utf-8") == make_flags_page.page(), "run `python tools/make_flags_page.py`"
+
+
+def test_the_page_has_everything() -> None:
+    page = make_flags_page.page()
+    for option in config.options():
+        assert option.flag in page
+        assert f"`{env.option_variable(option.name)}`" in page
+    for f in dataclasses.fields(SamplingParams):
+        assert f"--{f.name.replace('_', '-')}" in page
+    for variable in env.SETTINGS:
+        assert variable.name in page
+    for name in make_flags_page.commands():
+        assert f"## `{name[0]}" in page
+
+
+def test_a_row_stays_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in make_flags_page.page().splitlines():
+        if line.startswith("| `"):
+            assert line.replace("\\|", "").count("|") in (3, 4), line

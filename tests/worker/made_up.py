@@ -1,0 +1,53 @@
+"""A model that is a table: what follows a token depends on it alone."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from shoal.comm.local import LocalComm
+from shoal.kernels.base import KVCache, PagedBatch
+from shoal.models.causal import CausalModel
+from shoal.parallel.mesh import Axis
+from shoal.worker.sampler import VocabShare
+
+VOCABULARY = 40
+SHARE = VocabShare(0, (VOCABULARY,))
+ALONE = Axis("tp", 0, 1, LocalComm())
+
+
+class TableModel:
+    """Hidden states are tokens; their logits are the rows of a table. Remembers what it was asked."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+        self.steps: list[tuple[list[int], PagedBatch]] = []  # tokens and where they are
+        self.rows: list[int] = []  # of each call of `logits`
+
+    def hidden(self, tokens: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
+        self.steps.append((tokens.tolist(), batch))
+        wanted = tokens if rows is None else tokens[rows]
+        return wanted.unsqueeze(1).float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self.rows.append(len(hidden))
+        return self.table[hidden[:, 0].long()].clone()
+
+    def next(self, token: int) -> int:
+        """The greedy one."""
+        return int(self.table[token].argmax())
+
+    def chain(self, token: int, count: int) -> list[int]:
+        """`count` greedy tokens behind this one."""
+        found = [token]
+        for _ in range(count):
+            found.append(self.next(found[-1]))
+        return found[1:]
+
+    @property
+    def causal(self) -> CausalModel:
+        return cast(CausalModel, self)
+
+
+def no_cache() -> list[KVCache]:
+    return [KVCache(torch.zeros(1), torch.zeros(1))]

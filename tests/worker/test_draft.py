@@ -1,0 +1,141 @@
+"""A draft model's guesses: its own draws, where there is room for them."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from shoal import wire
+from shoal.engine.request import encode_tokens
+from shoal.worker.batch import SequenceTable
+from shoal.worker.draft import Draft
+from shoal.worker.runner import Runner
+from worker.made_up import ALONE, SHARE, VOCABULARY, TableModel, no_cache
+
+SIZE = 4
+SCRATCH = 1000
+COUNT = 3
+GREEDY = wire.Sampling(seed=0)
+
+
+class Rank:
+    def __init__(self, *, same: bool = True, max_model_len: int = 64) -> None:
+        self.model = TableModel()
+        self.draft = TableModel(0 if same else 1)
+        table = SequenceTable(4, max_model_len, SIZE, torch.device("cpu"), SCRATCH)
+        draft = Draft(self.draft.causal, no_cache(), table, SHARE, ALONE, count=COUNT, max_model_len=max_model_len)
+        self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE, draft)
+        self.step = -1
+
+    def run(self, *works: wire.Work, new: Sequence[wire.NewSeq] = ()) -> dict[int, wire.SeqOut]:
+        self.step += 1
+        self.draft.steps.clear()
+        self.model.steps.clear()
+        result = self.runner.execute(wire.StepPlan(0, self.step, works, tuple(new)))
+        assert result is not None
+        return {out.seq: out for out in result.out}
+
+    def places(self) -> list[tuple[list[int], list[int], list[int]]]:
+        """Tokens, positions and slots of each step of the draft model, the one along with the large model included."""
+        return [(tokens, batch.positions.tolist(), batch.slots.tolist()) for tokens, batch in self.draft.steps]
+
+
+def new(seq: int, tokens: Sequence[int], sampling: wire.Sampling = GREEDY) -> wire.NewSeq:
+    return wire.NewSeq(seq, 0, encode_tokens(list(tokens)), len(tokens), (), sampling)
+
+
+def test_guesses_are_what_the_draft_model_says_behind_what_was_drawn() -> None:
+    rank = Rank(same=False)
+    out = rank.run(wire.Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
+    assert out.tokens == (rank.model.next(9),)
+    assert out.drafts == tuple(rank.draft.chain(out.tokens[0], COUNT))
+
+
+def test_it_computes_what_the_large_model_does_and_then_goes_ahead() -> None:
+    rank = Rank(same=False)
+    out = rank.run(wire.Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
+    drafts = list(out.drafts)
+    assert rank.places() == [
+        ([7, 8, 9], [0, 1, 2], [20, 21, 22]),
+        ([out.tokens[0]], [3], [23]),
+        ([drafts[0]], [4], [24]),
+        ([drafts[1]], [5], [25]),
+    ]
+    assert rank.draft.rows == [1, 1, 1], "logits are for guesses alone"
+
+
+def test_a_chunk_is_followed_and_nothing_is_guessed() -> None:
+    rank = Rank()
+    assert rank.run(wire.Work(1, 0, 2, False, (5,)), new=[new(1, [7, 8, 9])]) == {}
+    assert rank.places() == [([7, 8], [0, 1], [20, 21])]
+
+
+def test_after_wrong_guesses_it_goes_on_from_the_last_token_known() -> None:
+    """What it wrote for the wrong ones is written again."""
+    rank = Rank()
+    (first,) = rank.run(wire.Work(1, 0, 1, True, (5, 6, 7)), new=[new(1, [7])])[1].tokens
+    true = rank.model.chain(first, 2)
+    drafts = (true[0], (true[1] + 1) % VOCABULARY, 0)
+    out = rank.run(wire.Work(1, 1, 4, True, drafts=drafts))[1]
+    assert out.tokens == tuple(true)
+    assert out.drafts == tuple(rank.draft.chain(true[1], COUNT))
+    assert rank.places()[0] == ([first, *drafts], [1, 2, 3, 4], [21, 22, 23, 24])
+    assert rank.places()[1] == ([true[1]], [3], [23])
+
+
+def test_sequences_go_ahead_together_each_from_its_own_place() -> None:
+    rank = Rank(same=False)
+    works = [wire.Work(1, 0, 2, True, (5, 6)), wire.Work(2, 0, 1, True, (7, 8)), wire.Work(3, 0, 2, False, (9,))]
+    out = rank.run(*works, new=[new(1, [7, 8]), new(2, [9]), new(3, [1, 2, 3])])
+    assert set(out) == {1, 2}
+    for each in out.values():
+        assert each.drafts == tuple(rank.draft.chain(each.tokens[0], COUNT))
+    assert [positions for _, positions, _ in rank.places()[1:]] == [[1, 2], [2, 3], [3, 4]]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_the_same_model_draws_what_will_be_drawn(temperature: float) -> None:
+    """With the keys of the tokens to come, so all of its guesses are right."""
+    rank = Rank()
+    sampling = wire.Sampling(seed=3, sample_index=2, temperature=temperature)
+    out = rank.run(wire.Work(1, 0, 1, True, tuple(range(5, 15))), new=[new(1, [7], sampling)])[1]
+    known = 1
+    for _ in range(8):
+        work = wire.Work(1, known, 1 + COUNT, True, drafts=out.drafts)
+        known += 1 + COUNT
+        before, out = out, rank.run(work)[1]
+        assert out.tokens[:COUNT] == before.drafts
+
+
+def test_another_model_agrees_more_often_than_by_chance() -> None:
+    """Its guesses are drawn with the noise that the tokens are drawn with."""
+    rank = Rank(same=False)
+    rank.draft.table = rank.model.table + 0.5 * rank.draft.table
+    by_chance = float((rank.model.table.softmax(1) * rank.draft.table.softmax(1)).sum(1).mean())
+    sampling = wire.Sampling(seed=3, temperature=1.0)
+    out = rank.run(wire.Work(1, 0, 1, True, tuple(range(5, 20))), new=[new(1, [7], sampling)])[1]
+    known, right, checked = 1, 0, 0
+    for _ in range(15):
+        out = rank.run(wire.Work(1, known, 1 + COUNT, True, drafts=out.drafts))[1]
+        known += len(out.tokens)
+        right += len(out.tokens) - 1
+        checked += min(len(out.tokens), COUNT)
+    assert checked > 20
+    assert 2 * by_chance < right / checked < 1
+
+
+def test_what_has_no_block_yet_is_not_written() -> None:
+    rank = Rank(same=False)
+    out = rank.run(wire.Work(1, 0, 3, True, (5,)), new=[new(1, [7, 8, 9])])[1]
+    assert [slots for _, _, slots in rank.places()] == [[20, 21, 22], [23], [SCRATCH], [SCRATCH]]
+    assert len(out.drafts) == COUNT
+
+
+@pytest.mark.parametrize(("length", "guesses"), [(3, 3), (5, 3), (6, 2), (7, 1), (8, 0)])
+def test_nothing_is_guessed_beyond_the_models_length(length: int, guesses: int) -> None:
+    """The token that was drawn is at position `length`; of 8 positions the last one is 7."""
+    rank = Rank(max_model_len=8)
+    prompt = [(i * i) % VOCABULARY for i in range(length)]
+    out = rank.run(wire.Work(1, 0, length, True, (5, 6)), new=[new(1, prompt)])[1]
+    assert len(out.tokens) == 1
+    assert out.drafts == tuple(rank.draft.chain(out.tokens[0], guesses))

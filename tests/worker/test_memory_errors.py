@@ -1,0 +1,132 @@
+"""A rank that runs out of memory says which it is, how much it wanted, and what helps."""
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import LLM, SamplingParams, wire
+from shoal.devices import cpu
+from shoal.errors import RankFailed
+from shoal.worker.memory_errors import explain
+from shoal.worker.runner import Runner
+
+GIB = 2**30
+FLAGS = (
+    "Lower --max-num-batched-tokens (2048), --max-num-seqs (256), --kv-cache-memory-bytes, or --max-model-len (4096)"
+)
+
+
+def setup(device: str = "cpu") -> wire.RankSetup:
+    return wire.RankSetup(
+        wire_version=wire.WIRE_VERSION,
+        rank=3,
+        world_size=4,
+        incarnation=0,
+        model_path="",
+        model_impl="shoal",
+        tp_split=(),
+        load_format="auto",
+        dtype="float32",
+        device=device,
+        device_index=1,
+        seed=0,
+        block_size=16,
+        max_model_len=4096,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        cores=(),
+        threads=1,
+        kv_budget=None,
+        memory_utilization=0.9,
+        comm_timeout_s=1.0,
+    )
+
+
+@pytest.fixture
+def _free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "memory", lambda: (24 * GIB, GIB))
+
+
+@pytest.mark.usefixtures("_free")
+def test_what_pytorch_raises_on_a_cpu() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert explain(caught.value, setup()) == (
+        "rank 3 ran out of memory on the CPU: it asked for 4294967296.00 GiB, 1.00 GiB of 24.00 GiB were free. " + FLAGS
+    )
+
+
+@pytest.mark.usefixtures("_free")
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("some\nlines"), OSError(errno.ENOMEM, "no memory")])
+def test_what_python_raises(error: Exception) -> None:
+    assert explain(error, setup()) == f"rank 3 ran out of memory on the CPU: 1.00 GiB of 24.00 GiB were free. {FLAGS}"
+
+
+def test_a_host_whose_memory_can_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(cpu, "memory", fail)
+    assert explain(MemoryError(), setup()) == f"rank 3 ran out of memory on the CPU. {FLAGS}"
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 1 has a total capacity of 79.10 GiB of which 512 "
+            "bytes is free. Process 7 has 3 GiB memory in use.\nSee the documentation",
+            ": it asked for 20.00 MiB, 512 bytes of 79.10 GiB were free",
+        ),
+        ("CUDA out of memory. Tried to allocate 1.50 GiB", ": it asked for 1.50 GiB"),
+        ("out of memory", ""),
+    ],
+)
+def test_what_pytorch_raises_on_a_gpu(text: str, facts: str) -> None:
+    line = explain(torch.OutOfMemoryError(text), setup("cuda"))
+    assert line is not None
+    assert line.startswith(f"rank 3 ran out of memory on cuda:1{facts}. Lower")
+    assert "--gpu-memory-utilization or --kv-cache-memory-bytes" in line
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("memory"), OSError(errno.ENOENT, "no file"), KeyError(1)]
+)
+def test_other_errors(error: Exception) -> None:
+    assert explain(error, setup()) is None
+
+
+def test_a_process_at_its_limit() -> None:
+    """PyTorch's allocator really says what is looked for."""
+    script = (
+        "import resource, torch\n"
+        "from worker.test_memory_errors import setup\n"
+        "from shoal.worker.memory_errors import explain\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
+        "try:\n"
+        "    torch.empty(2**30, dtype=torch.uint8)\n"
+        "except RuntimeError as error:\n"
+        "    print(explain(error, setup()))\n"
+    )
+    tests = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tests, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it asked for 1.00 GiB, " in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_an_engine_says_so(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(checkpoint("llama"))
+    with LLM(folder, kv_cache_memory_bytes=2**21, distributed_executor_backend="uni") as llm:
+        monkeypatch.setattr(Runner, "execute", lambda *_: torch.empty(2**60))
+        prompt = {"prompt_token_ids": [3, 4, 5]}
+        with pytest.raises(RankFailed, match=r"rank 0 ran out of memory on the CPU: it asked for .* Lower --max-num-b"):
+            llm.generate(prompt, SamplingParams(max_tokens=2), use_tqdm=False)  # type: ignore[arg-type]

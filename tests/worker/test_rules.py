@@ -1,0 +1,196 @@
+"""Rules and histories against recounting the whole text."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal import wire
+from shoal.worker.rules import EditsBuilder, History, Rules
+from support.fakes import steady
+
+CPU = torch.device("cpu")
+FEW = st.integers(0, 6)  # so that tokens come again
+TEXT = st.lists(FEW, max_size=12)
+PLAIN = wire.Sampling(seed=0)
+PENALTIES = wire.Penalties(0.5, 0.25, 2.0)
+
+
+def recount(prompt: Sequence[int], output: Sequence[int]) -> dict[int, int]:
+    """How often the output has each token of prompt and output."""
+    return {token: Counter(output)[token] for token in [*prompt, *output]}
+
+
+def counted(history: History, guesses: Sequence[int] = ()) -> dict[int, int]:
+    ids, counts = history.behind(guesses)
+    assert len(ids) == len(counts)
+    assert len(set(ids.tolist())) == len(ids), "a token twice"
+    assert (str(ids.dtype), str(counts.dtype)) == ("int64", "int32")
+    return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+
+@steady
+@given(prompt=TEXT, before=TEXT, after=TEXT, guesses=TEXT)
+def test_a_history_counts_as_recounting_does(
+    prompt: list[int], before: list[int], after: list[int], guesses: list[int]
+) -> None:
+    history = History(prompt, before)
+    assert counted(history) == recount(prompt, before)
+    for i, token in enumerate(after):
+        assert counted(history, guesses) == recount(prompt, [*before, *after[:i], *guesses])
+        history.append(token)
+    assert counted(history) == recount(prompt, before + after)
+
+
+def test_a_history_grows_beyond_its_first_room() -> None:
+    """And loses nothing when it is moved."""
+    prompt = list(range(0, 30, 3))
+    history = History(prompt, [])
+    output = [*range(500), *range(0, 500, 7), 3, 3]
+    for token in output:
+        history.append(token)
+    assert counted(history) == recount(prompt, output)
+
+
+def test_guesses_leave_no_trace() -> None:
+    history = History([1], [2, 2])
+    assert counted(history, [2, 9, 9, 1]) == {1: 1, 2: 3, 9: 2}
+    assert counted(history) == {1: 0, 2: 2}
+
+
+def forbidden(sampling: wire.Sampling, output: Sequence[int]) -> set[int]:
+    """What must not come next."""
+    found = set(sampling.ends) if len(output) < sampling.min_tokens else set()
+    for run in sampling.banned:
+        beginning = run[:-1]
+        if tuple(output[len(output) - len(beginning) :]) == beginning and len(output) >= len(beginning):
+            found.add(run[-1])
+    return found
+
+
+RULES = st.builds(
+    wire.Sampling,
+    seed=st.just(0),
+    min_tokens=st.integers(0, 6),
+    ends=st.just((20, 21)),
+    banned=st.lists(st.lists(FEW, min_size=1, max_size=4).map(tuple), max_size=4).map(tuple),
+    penalties=st.sampled_from([None, PENALTIES]),
+)
+
+
+@steady
+@given(sampling=RULES, prompt=TEXT, before=TEXT, after=TEXT, guesses=TEXT)
+def test_what_is_never_drawn(
+    sampling: wire.Sampling, prompt: list[int], before: list[int], after: list[int], guesses: list[int]
+) -> None:
+    """Runs are looked for in the output, which begins with the prompt's last token for nobody."""
+    rules = Rules(sampling, prompt, before)
+    for i, token in enumerate([*after, 0]):
+        output = before + after[:i]
+        for count in range(len(guesses) + 1):
+            assert set(rules.never(guesses[:count])) == forbidden(sampling, output + guesses[:count])
+        rules.append(token)
+
+
+def test_ends_are_forbidden_until_there_are_enough_tokens_guesses_included() -> None:
+    rules = Rules(wire.Sampling(seed=0, min_tokens=3, ends=(8, 9)), [1, 1, 1, 1], [5])
+    assert [rules.never([5] * count) for count in range(4)] == [[8, 9], [8, 9], [], []]
+
+
+@pytest.mark.parametrize(
+    ("output", "guesses", "expected"),
+    [
+        ([], [], [4]),
+        ([1], [], [4]),
+        ([1, 2], [], [3, 4]),
+        ([1], [2], [3, 4]),
+        ([], [1, 2], [3, 4]),
+        ([1, 2], [0], [4]),
+        ([0, 1, 2], [], [3, 4]),
+    ],
+)
+def test_a_run_is_broken_at_its_last_token(output: list[int], guesses: list[int], expected: list[int]) -> None:
+    rules = Rules(wire.Sampling(seed=0, banned=((1, 2, 3), (4,))), [1, 2], output)
+    assert sorted(rules.never(guesses)) == expected
+
+
+@pytest.mark.parametrize(
+    ("sampling", "some"),
+    [
+        (PLAIN, False),
+        (wire.Sampling(seed=1, temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, logprobs=3), False),
+        (wire.Sampling(seed=0, ends=(3,)), False),
+        (wire.Sampling(seed=0, min_tokens=1), True),
+        (wire.Sampling(seed=0, bias=((1, 2.0),)), True),
+        (wire.Sampling(seed=0, allowed=(1,)), True),
+        (wire.Sampling(seed=0, banned=((1,),)), True),
+        (wire.Sampling(seed=0, penalties=PENALTIES), True),
+    ],
+)
+def test_only_what_changes_logits_has_rules(sampling: wire.Sampling, some: bool) -> None:
+    assert (Rules.of(sampling, [1], []) is not None) == some
+
+
+def test_edits_of_many_rows_are_flat_pairs() -> None:
+    everything = wire.Sampling(
+        seed=0, min_tokens=9, ends=(20, 21), bias=((3, 1.5), (4, -2.0)), allowed=(5, 6, 7), penalties=PENALTIES
+    )
+    a = Rules(everything, [1, 2], [2])
+    b = Rules(wire.Sampling(seed=0, bias=((8, 0.5),), penalties=wire.Penalties(1.0, 0.0, 1.0)), [4], [])
+    builder = EditsBuilder()
+    builder.add(1, a, [])
+    builder.add(2, a, [2])
+    builder.add(4, b, [])
+    edits = builder.build(5, CPU)
+    assert edits is not None
+    assert edits.masks is None
+    assert edits.allowed is not None
+    assert pairs(edits.allowed) == [(1, 5), (1, 6), (1, 7), (2, 5), (2, 6), (2, 7)]
+    assert edits.never is not None
+    assert pairs(edits.never) == [(1, 20), (1, 21), (2, 20), (2, 21)]
+    assert edits.bias is not None
+    assert pairs(edits.bias) == [(1, 3), (1, 4), (2, 3), (2, 4), (4, 8)]
+    assert edits.bias.values.tolist() == [1.5, -2.0, 1.5, -2.0, 0.5]
+    assert edits.penalties is not None
+    assert pairs(edits.penalties) == [(1, 1), (1, 2), (2, 1), (2, 2), (4, 4)]
+    assert edits.penalties.counts.tolist() == [0, 1, 0, 2, 0]
+    assert edits.penalties.presence.tolist() == [0.0, 0.5, 0.5, 0.0, 1.0]
+    assert edits.penalties.frequency.tolist() == [0.0, 0.25, 0.25, 0.0, 0.0]
+    assert edits.penalties.repetition.tolist() == [1.0, 2.0, 2.0, 1.0, 1.0]  # 1 changes nothing, 0 would
+
+
+def pairs(part: object) -> list[tuple[int, int]]:
+    rows, ids = getattr(part, "rows"), getattr(part, "ids")  # noqa: B009 (whatever has them)
+    assert rows.dtype == ids.dtype == torch.int64
+    return list(zip(rows.tolist(), ids.tolist(), strict=True))
+
+
+def test_what_was_built_does_not_change_with_the_history() -> None:
+    rules = Rules(wire.Sampling(seed=0, penalties=PENALTIES), [1], [2])
+    builder = EditsBuilder()
+    builder.add(0, rules, [])
+    edits = builder.build(1, CPU)
+    rules.append(2)
+    assert edits is not None
+    assert edits.penalties is not None
+    assert edits.penalties.counts.tolist() == [0, 1]
+
+
+def test_rows_without_changes_make_no_edits() -> None:
+    builder = EditsBuilder()
+    assert builder.build(3, CPU) is None
+    builder.add(0, Rules(wire.Sampling(seed=0, banned=((1, 2),), min_tokens=1), [], [5]), [])
+    assert builder.build(3, CPU) is None
+
+
+@pytest.mark.parametrize("repetition", [1e-300, 1e300])
+def test_repetition_penalties_stay_numbers_in_float32(repetition: float) -> None:
+    builder = EditsBuilder()
+    builder.add(0, Rules(wire.Sampling(seed=0, penalties=wire.Penalties(repetition=repetition)), [1], []), [])
+    edits = builder.build(1, CPU)
+    assert edits is not None
+    assert edits.penalties is not None
+    assert edits.penalties.repetition.item() == pytest.approx(1e30 if repetition > 1 else 1e-30)
