@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shoal.config import (
     EngineOptions,
     Option,
+    SpeculativeConfig,
     format_bytes,
     from_environment,
     options,
@@ -19,6 +20,7 @@ from shoal.config import (
 from shoal.errors import ConfigError
 from support.fakes import steady
 
+HUGE = 10**5000  # too long for Python to print, and larger than every float
 KNOWN = {option.name: option for option in options()}
 
 
@@ -64,11 +66,64 @@ def test_a_strange_name_is_met_with_all_known_ones() -> None:
         ({"gpu_memory_utilization": math.inf}, "--gpu-memory-utilization takes a finite number"),
         ({"device_memory": "lots"}, "--device-memory takes a number of bytes"),
         ({"device_memory": "0"}, "--device-memory must be at least 1"),
+        # What no message between processes could carry, or Python could not even print.
+        ({"seed": 2**63}, "--seed must be at most 9223372036854775807, got 9223372036854775808"),
+        ({"seed": HUGE}, "--seed must be at most 9223372036854775807, got a number that is too long to be shown"),
+        ({"block_size": -HUGE}, "--block-size must be at least 1, got a number that is too long to be shown"),
+        ({"device_memory": 10**30}, "--device-memory must be at most 9223372036854775807"),
+        ({"kv_cache_memory_bytes": "999999999TiB"}, "--kv-cache-memory-bytes must be at most 9223372036854775807"),
+        ({"start_timeout": HUGE}, "--start-timeout must be at most 9223372036854775807"),
+        ({"gpu_memory_utilization": -HUGE}, "--gpu-memory-utilization must be at most"),
+        ({"tensor_parallel_split": [10**6 + 1, 1]}, "--tensor-parallel-split takes positive integers up to 1000000"),
+        ({"tensor_parallel_split": f"{10**30},1"}, "--tensor-parallel-split takes positive integers up to 1000000"),
+        ({"tensor_parallel_split": [HUGE]}, "--tensor-parallel-split takes positive integers"),
+        ({"tensor_parallel_split": b"\x01\x01"}, r"--tensor-parallel-split takes .* got b'\\x01\\x01'"),
+        ({"tensor_parallel_split": bytearray(b"\x01")}, "--tensor-parallel-split takes positive integers"),
+        ({"tensor_parallel_split": [True, 1]}, "--tensor-parallel-split takes positive integers"),
     ],
 )
 def test_wrong_values_are_refused_by_flag(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineOptions.from_flat("m", values)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"model": "a/b", "revision": 5}, "revision must be a text, got 5"),
+        ({"model": "a/b", "revision": []}, "revision must be a text"),
+        ({"method": "draft_model"}, "method draft_model needs model"),
+        ({"method": "draft_model", "model": ""}, "method draft_model needs model"),
+        ({"method": "draft_model", "model": 5}, "method draft_model needs model"),
+        ({"method": "ngram", "model": "a/b"}, "method ngram does not use model"),
+        ({"method": "ngram", "revision": "main"}, "method ngram does not use revision"),
+        ({"model": "a/b", "prompt_lookup_max": 3}, "method draft_model does not use prompt_lookup_max"),
+        ({"model": "a/b", "prompt_lookup_min": 3}, "method draft_model does not use prompt_lookup_min"),
+        ({"method": HUGE}, "method must be ngram or draft_model"),
+        (
+            {"method": "ngram", "num_speculative_tokens": HUGE},
+            r"num_speculative_tokens must be an integer in \[1, 64\]",
+        ),
+        ({HUGE: 1}, "unknown key a number that is too long"),
+        (HUGE, "takes a JSON object"),
+    ],
+    ids=range(13),
+)
+def test_keys_that_speculation_does_not_take(value: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--speculative-config.*{says}"):
+        EngineOptions.from_flat("m", {"speculative_config": value})
+
+
+def test_speculation_takes_the_keys_of_its_method() -> None:
+    found = KNOWN["speculative_config"].check({"model": "a/b", "revision": "main", "num_speculative_tokens": 3})
+    assert found == SpeculativeConfig("draft_model", num_speculative_tokens=3, model="a/b", revision="main")
+    found = KNOWN["speculative_config"].check({"method": "ngram", "prompt_lookup_max": 3, "model": None})
+    assert found == SpeculativeConfig("ngram", prompt_lookup_max=3)
+
+
+def test_the_largest_values_are_taken() -> None:
+    assert KNOWN["seed"].check(2**63 - 1) == 2**63 - 1
+    assert KNOWN["tensor_parallel_split"].check([10**6, 1]) == (10**6, 1)
 
 
 def test_near_types_are_taken() -> None:

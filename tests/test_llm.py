@@ -398,6 +398,27 @@ def test_bad_messages(bundled: LLM, messages: Any, says: str) -> None:
         bundled.chat(messages, LONG, use_tqdm=False, chat_template=TEMPLATE)
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (3, "chat_template_kwargs must be an object of names and values, got 3"),
+        ({"messages": 3}, "chat_template_kwargs can't set messages"),
+        ({"tools": 3}, "chat_template_kwargs can't set tools"),
+    ],
+)
+def test_bad_values_for_a_template(bundled: LLM, values: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=f"prompt 0: {says}"):
+        bundled.chat(MESSAGES, LONG, use_tqdm=False, chat_template=TEMPLATE, chat_template_kwargs=values)
+
+
+def test_values_for_a_template_may_have_any_other_name(bundled: LLM) -> None:
+    once = dataclasses.replace(LONG, max_tokens=1)
+    values = {"index": 3, "prepare": 4, "params": 5}
+    template = "{{ index }}{{ prepare }}{{ params }}"
+    (output,) = bundled.chat(MESSAGES, once, use_tqdm=False, chat_template=template, chat_template_kwargs=values)
+    assert output.prompt == "345"
+
+
 def test_chat_without_a_template(llm: LLM) -> None:
     with pytest.raises(RequestError, match="this model has no chat template: give chat_template, or plain prompts"):
         llm.chat(MESSAGES, LONG, use_tqdm=False)
@@ -480,6 +501,13 @@ def _no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(llm_module, "build_engine", refuse)
+
+
+@pytest.mark.usefixtures("_no_engine")
+@pytest.mark.parametrize("model", [5, b"demo", ["demo"], {}])
+def test_what_is_no_model(model: Any) -> None:
+    with pytest.raises(ConfigError, match="model must be a folder, an id on the Hugging Face hub or None, got "):
+        LLM(model)
 
 
 @pytest.mark.usefixtures("_no_engine")
@@ -586,6 +614,12 @@ def test_defaults_of_sampling_are_the_models(of_the_model: Path) -> None:
         assert {len(output.outputs[0].token_ids) for output in outputs} == {3}
         (own,) = llm.generate("Count from 3 to 9:", SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)
         assert len(own.outputs[0].token_ids) == 5, "who gives parameters gets these alone"
+
+
+@pytest.mark.parametrize("base", [5, {"temperature": 0}, "greedy", []])
+def test_what_has_no_defaults_of_sampling(llm: LLM, base: Any) -> None:
+    with pytest.raises(RequestError, match="default_sampling_params takes SamplingParams or None, got "):
+        llm.default_sampling_params(base)
 
 
 def test_defaults_of_sampling_may_be_left_out(of_the_model: Path) -> None:

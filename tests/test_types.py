@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +66,16 @@ def test_numbers_out_of_range_name_it(name: str) -> None:
         assert text.startswith(f"{name} must be ")
     for value in inside:
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - INTEGERS))
+def test_whole_numbers_become_what_messages_can_carry(name: str) -> None:
+    """msgpack knows integers of 64 bits only."""
+    large = 10**300 if name in ("temperature", "repetition_penalty") else 1
+    values: dict[str, Any] = {name: large}
+    value = getattr(SamplingParams(**values), name)
+    assert (type(value), value) == (float, float(large))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(value)) == value
 
 
 def test_an_error_shows_the_value_as_far_as_it_is_short() -> None:
@@ -290,3 +301,9 @@ def test_beam_search(name: str, wrong: list[Any], says: str) -> None:
     for value in wrong:
         text = refuses(BeamSearchParams, says, **{"beam_width": 2, "max_tokens": 3, name: value})
         assert re.match(f"{name} must be ", text)
+
+
+def test_numbers_of_beam_search_become_floats() -> None:
+    found = BeamSearchParams(beam_width=2, max_tokens=3, temperature=10**300, length_penalty=2)
+    assert (type(found.temperature), type(found.length_penalty)) == (float, float)
+    assert (type(found.beam_width), type(found.max_tokens)) == (int, int)

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from shoal import env
 from shoal.errors import ConfigError
+from shoal.types import shown
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
@@ -24,6 +25,10 @@ ModelImpl = Literal["auto", "shoal", "transformers"]
 GenerationConfig = Literal["auto", "vllm"]
 
 T = TypeVar("T")
+
+LARGEST = 2**63 - 1  # the largest integer that every message between processes can carry
+_LARGEST_SHARE = 10**6  # of `tensor_parallel_split`
+_MOST_DRAFTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +49,20 @@ def option(
     *,
     short: str | None = None,
     minimum: float | None = None,
+    maximum: int = LARGEST,
     bytes_: bool = False,
     parse: Callable[[Any, str], Any] | None = None,
     metavar: str | None = None,
 ) -> T:
-    """A config field; `short` is a second flag, `bytes_` allows 512MiB, 2GiB and the like, `parse(value, flag)` reads
-    what has a form of its own."""
+    """A config field; `short` is a second flag, `maximum` is that of an integer, `bytes_` allows 512MiB, 2GiB and the
+    like, `parse(value, flag)` reads what has a form of its own."""
     found: T = field(
         default=default,
         metadata={
             "help": help,
             "short": short,
             "minimum": minimum,
+            "maximum": maximum,
             "bytes": bytes_,
             "parse": parse,
             "metavar": metavar,
@@ -71,14 +78,15 @@ def parse_split(value: Any, flag: str) -> tuple[int, ...]:
         ConfigError: anything else.
     """
     parts = value.split(",") if isinstance(value, str) else value
-    if isinstance(parts, Sequence) and parts:
+    if isinstance(parts, Sequence) and not isinstance(parts, bytes | bytearray | memoryview) and parts:
         try:
             shares = tuple(int(part) if isinstance(part, str) else part for part in parts)
         except ValueError:
             shares = ()
-        if shares and all(isinstance(share, int) and not isinstance(share, bool) and share > 0 for share in shares):
+        if shares and all(type(share) is int and 0 < share <= _LARGEST_SHARE for share in shares):
             return shares
-    raise ConfigError(f"{flag} takes positive integers, one a rank, such as 2,1,1, got {value!r}")
+    wanted = f"positive integers up to {_LARGEST_SHARE}, one a rank, such as 2,1,1"
+    raise ConfigError(f"{flag} takes {wanted}, got {shown(value)}")
 
 
 def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
@@ -95,21 +103,18 @@ def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{flag} is no JSON: {error}") from None
     if not isinstance(value, Mapping):
-        raise ConfigError(f'{flag} takes a JSON object such as {{"method": "ngram"}}, got {value!r}')
+        raise ConfigError(f'{flag} takes a JSON object such as {{"method": "ngram"}}, got {shown(value)}')
     known = [f.name for f in dataclasses.fields(SpeculativeConfig)]
     for name in value:
         if name not in known:
-            raise ConfigError(f"{flag}: unknown key {name!r}{nearest(str(name), known)}")
+            raise ConfigError(f"{flag}: unknown key {shown(name)}{nearest(shown(name), known)}")
     given = dict(value)
     given.setdefault("method", "draft_model" if given.get("model") else None)
-    if given["method"] not in ("ngram", "draft_model"):
-        raise ConfigError(f"{flag}: method must be ngram or draft_model, got {given['method']!r}")
-    if given["method"] == "draft_model" and not isinstance(given.get("model"), str):
-        raise ConfigError(f"{flag}: method draft_model needs model, a folder or an id on the hub")
+    _check_method(given, flag)
     for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
         number = given.get(name, 1)
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST_DRAFTS:
-            raise ConfigError(f"{flag}: {name} must be an integer in [1, {_MOST_DRAFTS}], got {number!r}")
+            raise ConfigError(f"{flag}: {name} must be an integer in [1, {_MOST_DRAFTS}], got {shown(number)}")
     if "prompt_lookup_max" in given or "prompt_lookup_min" in given:
         longest = given.setdefault("prompt_lookup_max", max(4, given.get("prompt_lookup_min", 0)))
         shortest = given.setdefault("prompt_lookup_min", min(2, longest))
@@ -118,7 +123,20 @@ def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
     return SpeculativeConfig(**given)
 
 
-_MOST_DRAFTS = 64
+def _check_method(given: Mapping[str, Any], flag: str) -> None:
+    """Each method has keys of its own, and those of the other one would be ignored."""
+    method = given["method"]
+    if method not in ("ngram", "draft_model"):
+        raise ConfigError(f"{flag}: method must be ngram or draft_model, got {shown(method)}")
+    others = ("model", "revision") if method == "ngram" else ("prompt_lookup_max", "prompt_lookup_min")
+    for name in others:
+        if given.get(name) is not None:
+            raise ConfigError(f"{flag}: method {method} does not use {name}: leave it out or change the method")
+    if method == "draft_model" and not (isinstance(given.get("model"), str) and given["model"]):
+        raise ConfigError(f"{flag}: method draft_model needs model, a folder or an id on the hub")
+    revision = given.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise ConfigError(f"{flag}: revision must be a text, got {shown(revision)}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -246,6 +264,7 @@ class Option:
     help: str
     short: str | None
     minimum: float | None
+    maximum: int  # of an integer
     bytes: bool
     parse: Callable[[Any, str], Any] | None
     metavar: str | None
@@ -281,17 +300,18 @@ class Option:
             return self.parse(value, name)
         if self.bytes and isinstance(value, str):
             value = parse_bytes(value, name)
-        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, self.type) or (isinstance(value, bool) and self.type is not bool):
-            raise ConfigError(f"{name} takes {_TYPE_NAMES[self.type]}, got {value!r}")
+        wanted = int | float if self.type is float else self.type
+        if not isinstance(value, wanted) or (isinstance(value, bool) and self.type is not bool):
+            raise ConfigError(f"{name} takes {_TYPE_NAMES[self.type]}, got {shown(value)}")
         if self.choices and value not in self.choices:
-            raise ConfigError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(self.choices)}, got {shown(value)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} takes a finite number, got {value}")
         if self.minimum is not None and isinstance(value, int | float) and not value >= self.minimum:
-            raise ConfigError(f"{name} must be at least {self.minimum:g}, got {value}")
-        return value
+            raise ConfigError(f"{name} must be at least {self.minimum:g}, got {shown(value)}")
+        if isinstance(value, int) and abs(value) > self.maximum:  # it may be too large for a float, too
+            raise ConfigError(f"{name} must be at most {self.maximum}, got {shown(value)}")
+        return float(value) if isinstance(value, int) and self.type is float else value
 
 
 _SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
@@ -339,6 +359,7 @@ def options() -> Iterator[Option]:
                 help=f.metadata["help"],
                 short=f.metadata["short"],
                 minimum=f.metadata["minimum"],
+                maximum=f.metadata["maximum"],
                 bytes=f.metadata["bytes"],
                 parse=f.metadata["parse"],
                 metavar=f.metadata["metavar"],

@@ -82,7 +82,12 @@ class _Range:
     also: tuple[int, ...] = ()
     note: str = ""
 
-    def check(self, name: str, value: object) -> None:
+    def read(self, name: str, value: object) -> float:
+        """The value in the range's own type: as an integer, 10^30 fits into a float and into no message.
+
+        Raises:
+            RequestError: it is outside of the range, or no number.
+        """
         kind = "an integer" if self.integer else "a finite number"
         wanted = int if self.integer else int | float
         # An integer may be larger than every finite number, and too long to be printed.
@@ -91,6 +96,7 @@ class _Range:
         inside = (value > self.low if self.above_low else value >= self.low) and value <= self.high
         if not inside and value not in self.also:
             raise RequestError(f"{name} must be {self}, got {shown(value)}")
+        return value if self.integer else float(value)
 
     def __str__(self) -> str:
         if math.isfinite(self.high):
@@ -165,7 +171,7 @@ class SamplingParams:
         for name, allowed in _RANGES.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                allowed.check(name, value)
+                self._set(name, allowed.read(name, value))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {shown(getattr(self, name))}")
@@ -234,11 +240,14 @@ class BeamSearchParams:
     length_penalty: float = 1.0  # a beam's score is its log-probability over its length to this power, within [-50, 50]
 
     def __post_init__(self) -> None:
-        _Range(1, 1024, integer=True).check("beam_width", self.beam_width)
-        _Range(1, integer=True).check("max_tokens", self.max_tokens)
-        _RANGES["temperature"].check("temperature", self.temperature)
-        # Lengths of a million to this power are numbers.
-        _Range(-50, 50).check("length_penalty", self.length_penalty)
+        ranges = {
+            "beam_width": _Range(1, 1024, integer=True),
+            "max_tokens": _Range(1, integer=True),
+            "temperature": _RANGES["temperature"],
+            "length_penalty": _Range(-50, 50),  # lengths of a million to this power are numbers
+        }
+        for name, allowed in ranges.items():
+            object.__setattr__(self, name, allowed.read(name, getattr(self, name)))
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
 
@@ -292,8 +301,7 @@ def _bias(values: object) -> dict[int, float]:
             raise RequestError(
                 f"logit_bias must map token ids, integers in [0, 2^31), to numbers, got the key {shown(key)}"
             )
-        _Range(-_LARGEST_BIAS, _LARGEST_BIAS).check(f"logit_bias of token {token}", value)
-        found[token] = float(value)
+        found[token] = _Range(-_LARGEST_BIAS, _LARGEST_BIAS).read(f"logit_bias of token {token}", value)
     return found
 
 
@@ -317,7 +325,9 @@ class CompletionOutput:
     finish_reason: FinishReason
     cumulative_logprob: float | None = None
     logprobs: tuple[Logprobs, ...] | None = None  # one a token
-    stop_reason: int | str | None = None  # the stop token or text that ended it; None for the end-of-text token
+    # The text of `stop` or the token of `stop_token_ids` that ended it. None for an end-of-text token, unless
+    # `stop_token_ids` names that one too.
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,3 +269,36 @@ def test_over_processes(checkpoint: Checkpoint) -> None:
     assert tokens_of(outputs) == expected
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         check_prompt_logprobs(folder, prompt, output)
+
+
+def test_guesses_within_a_sliding_window(checkpoint: Checkpoint) -> None:
+    """Blocks behind the window are taken by others; wrong guesses lead back to a place before them."""
+    folder = checkpoint("mistral")
+    prompts = make_prompts([12 + i % 7 for i in range(12)], seed=9)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    found = []
+    for speculative in (None, {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 6}):
+        options: Any = {"block_size": 2, "max_num_seqs": 6, "kv_cache_memory_bytes": 2 * 3 * 2 * 4 * 8 * 4 * 70}
+        with open_llm(folder, speculative_config=speculative, max_model_len=80, **options) as llm:
+            found.append(tokens_of(run(llm, prompts, params)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_guesses_change_no_token_in_any_type(dtype: str) -> None:
+    """A guessed token is computed as it would have been alone, so that not even a near-tie falls otherwise. (The sum
+    over the vocabulary that log-probabilities need is cut differently for other numbers of rows.)"""
+    prompts = [f"{a} + {b} =" for a in range(3, 60, 3) for b in (7, 11)] + ["Count from 1 to 9:", "Reverse: shoal ->"]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+    found = []
+    for speculative in (None, {"method": "ngram", "prompt_lookup_min": 1}):
+        options: Any = {"kv_cache_memory_bytes": ROOM, "enable_prefix_caching": False, "dtype": dtype}
+        with LLM(distributed_executor_backend="uni", speculative_config=speculative, **options) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            stats = llm.stats()
+            found.append(outputs)
+    assert stats.accepted_tokens > 0
+    assert tokens_of(found[0]) == tokens_of(found[1])
+    for plain, guessed in zip(*found, strict=True):
+        expected = plain.outputs[0].cumulative_logprob
+        assert guessed.outputs[0].cumulative_logprob == pytest.approx(expected, abs=1e-4)

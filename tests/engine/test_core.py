@@ -160,6 +160,21 @@ def test_a_dead_rank_fails_the_engine_once_and_for_all() -> None:
     assert engine.outcomes.tokens[1] == alone(engine.outcomes.specs[1])[:2]
 
 
+def test_an_error_that_nobody_foresaw_fails_the_engine_too() -> None:
+    """A plan may have left without its mask: going on would wait for an answer that never comes."""
+    engine = Engine()
+    engine.add(request(1, [1], 9))
+
+    def launch(plan: wire.StepPlan) -> None:
+        raise OverflowError("can't be encoded")
+
+    engine.core._executor.launch = launch  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="OverflowError: can't be encoded"):
+        engine.step()
+    with pytest.raises(ClosedError, match="OverflowError"):
+        engine.core.updates(0)
+
+
 def test_a_rank_that_died_between_steps_is_met_at_the_next_launch() -> None:
     engine = Engine(depth=1, dies_at=0)
     engine.add(request(1, [1], 9))

@@ -582,6 +582,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(scheduler._running) <= self.bench.limits.max_num_seqs
         held = {block for r in scheduler._running for block in r.held}
         assert self.bench.pool.num_free == self.bench.pool.num_blocks - len(held)
+        if self.bench.limits.window is not None:  # what wrong guesses lead back to is still there
+            for r in scheduler._running:
+                seen = max(r.computed - r.guessed - self.bench.limits.window + 1, 0)
+                assert r.retired * self.bench.pool.block_size <= seen
         states = [r.state for r in scheduler._requests.values()]
         assert scheduler.num_waiting == len(states) - states.count(State.RUNNING)
         assert sorted(scheduler._requests) == self.bench.outcomes.open

@@ -128,6 +128,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "skipped": [ASK, {"role": "assistant", "content": "skip"}, ASK],
     "nulls": [{**ASK, "name": None, "tool_calls": None}],
 }
+EXTRA: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "a < b & «c»", "parameters": {}}}]
 
 
@@ -138,14 +139,16 @@ def reference() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made.byte_level(), **SPECIAL)
 
 
-@pytest.mark.parametrize("options", [{}, {"tools": TOOLS}, {"enable_thinking": False}], ids=["plain", "tools", "extra"])
+@pytest.mark.parametrize("options", [{}, {"tools": TOOLS}, EXTRA], ids=["plain", "tools", "extra"])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_as_transformers_renders_it(name: str, conversation: str, options: dict[str, Any], reference: Any) -> None:
     messages = CONVERSATIONS[conversation]
     for prompt in (True, False):
         given = {"add_generation_prompt": prompt, **options}
-        expected = reference.apply_chat_template(messages, tokenize=False, chat_template=TEMPLATES[name], **given)
+        theirs = {**given, **given.get("chat_template_kwargs", {})}
+        theirs.pop("chat_template_kwargs", None)
+        expected = reference.apply_chat_template(messages, tokenize=False, chat_template=TEMPLATES[name], **theirs)
         assert ChatTemplate({"default": TEMPLATES[name]}, SPECIAL).render(messages, **given) == expected
 
 
@@ -226,7 +229,7 @@ def test_templates_have_names(tmp_path: Path) -> None:
     assert found is not None
     assert found.render([ASK]) == "default"
     assert found.render([ASK], chat_template="rag") == "rag"
-    assert found.render([ASK], chat_template="mine: {{ x }}", x=1) == "mine: 1"
+    assert found.render([ASK], chat_template="mine: {{ x }}", chat_template_kwargs={"x": 1}) == "mine: 1"
     tools = ChatTemplate({"default": "no tools", "tool_use": "tools"})
     assert tools.render([ASK], tools=TOOLS) == "tools"
     assert tools.render([ASK]) == "no tools"
@@ -302,7 +305,16 @@ def test_a_template_that_fails_says_so_in_one_line(template: str, expected: str)
     [
         ([ASK], {"continue_final_message": True}, "goes with add_generation_prompt=False"),
         ([ASK], {"tools": "add"}, "tools must be a list of objects, got str"),
-        ([ASK], {"x": b""}, "x: a value of type bytes"),
+        ([ASK], {"chat_template": 5}, "chat_template must be a text, got int"),
+        ([ASK], {"chat_template": ["a"]}, "chat_template must be a text, got list"),
+        ([ASK], {"chat_template_kwargs": {"x": b""}}, "chat_template_kwargs: x: a value of type bytes"),
+        ([ASK], {"chat_template_kwargs": 3}, "chat_template_kwargs must be an object of names and values, got 3"),
+        ([ASK], {"chat_template_kwargs": [("x", 1)]}, "chat_template_kwargs must be an object"),
+        ([ASK], {"chat_template_kwargs": {3: 1}}, "chat_template_kwargs must be an object"),
+        *(
+            ([ASK], {"chat_template_kwargs": {name: 3}}, f"chat_template_kwargs can't set {name}: it is an argument")
+            for name in ("messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message")
+        ),
         (
             [{**ASK, "content": ""}],
             {"continue_final_message": True, "add_generation_prompt": False},

@@ -1,5 +1,6 @@
 """The text of growing outputs: the same however tokens arrive, and cut where the first stop text is completed."""
 
+import tracemalloc
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -238,6 +239,23 @@ def test_one_stop_text_is_where_str_find_says_whatever_the_portions(text: str, s
     output.finish()
     at = text.find(stop)
     assert output.text == (text if at < 0 else text[:at])
+
+
+def test_a_long_stop_text_takes_memory_in_proportion() -> None:
+    """All its beginnings would be 48 MiB; and the outputs of a request have what is needed in common."""
+    long = "".join(chr(97 + i * i % 23) for i in range(10_000))
+    letters = Letters(f"{long[:9000]}!{long}", list(range(9000, 19_001, 100)))
+    tracemalloc.start()
+    try:
+        outputs = [OutputText(letters, [], stop=[long]) for _ in range(20)]
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 200_000, "4 bytes a character, once, and a few objects for each output"
+    assert outputs[0].append(range(len(letters.pieces))) == long
+    assert outputs[0].text == f"{long[:9000]}!"
+    assert outputs[1].append([0]) is None
+    assert outputs[1].text == "", "all of it may be the beginning of the stop text"
 
 
 def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_none() -> None:

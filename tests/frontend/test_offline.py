@@ -215,13 +215,20 @@ class Source:
             yield each
 
 
+def test_answers_come_while_there_are_jobs_to_take() -> None:
+    """The first ones do not wait until there is no more room."""
+    source = Source(job(i, 1) for i in itertools.count())
+    next(iter(runner(FakeEngine()).run(source)))
+    assert source.taken < WINDOW / 4
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_no_more_jobs_are_taken_than_the_engine_is_to_have(ordered: bool) -> None:
     engine, source = FakeEngine(), Source(job(i, 1 + i % 3) for i in itertools.count())
     run = runner(engine).run(source, ordered=ordered)
     for given, _ in enumerate(itertools.islice(run, 3000), 1):
         assert source.taken <= given + WINDOW
-    assert engine.most == WINDOW
+    assert engine.most <= WINDOW
 
 
 def test_in_order_a_slow_first_job_holds_the_others_back() -> None:

@@ -58,6 +58,7 @@ def test_text_is_that_of_the_tokens() -> None:
         ({"skip_special_tokens": False}, EOS, "ab", None),
         ({"skip_special_tokens": False, "include_stop_str_in_output": True}, EOS, "ab<2>", None),
         ({"stop_token_ids": [ord("x")]}, ord("x"), "ab", ord("x")),
+        ({"stop_token_ids": [ord("x"), EOS]}, EOS, "ab", EOS),
         ({"stop_token_ids": [ord("x")], "include_stop_str_in_output": True}, ord("x"), "abx", ord("x")),
     ],
 )

@@ -106,6 +106,37 @@ def test_ids_beyond_the_vocabulary_are_named(name: str, values: Any) -> None:
     reader(vocab_size=VOCABULARY + 1).prepare(0, TOKENS, params)
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"allowed_token_ids": [7], "stop_token_ids": [7], "min_tokens": 3}, "min_tokens with"),
+        ({"allowed_token_ids": [7, 5], "stop_token_ids": [7, 8], "min_tokens": 1}, "min_tokens with"),  # 5 is an eos
+        ({"allowed_token_ids": [1], "min_tokens": 1}, "min_tokens with"),
+        ({"allowed_token_ids": [97], "bad_words": ["a"]}, "bad_words with"),
+        ({"allowed_token_ids": [97, 5], "bad_words": ["a"], "min_tokens": 2}, "min_tokens and bad_words with"),
+    ],
+)
+def test_something_must_be_left_to_draw(values: dict[str, Any], named: str) -> None:
+    says = f"{named} allowed_token_ids {values['allowed_token_ids']} leave no token to draw"
+    refused(says, reader(Letters()).prepare, TOKENS, SamplingParams(**values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"allowed_token_ids": [7], "stop_token_ids": [7]},
+        {"allowed_token_ids": [7, 6], "stop_token_ids": [7], "min_tokens": 3},
+        {"allowed_token_ids": [5], "min_tokens": 3, "ignore_eos": True},
+        {"allowed_token_ids": [97, 98], "bad_words": ["a"]},
+        {"allowed_token_ids": [97], "bad_words": ["ab"]},
+        {"stop_token_ids": [7], "min_tokens": 3},
+    ],
+)
+def test_something_is_left_to_draw(values: dict[str, Any]) -> None:
+    params = SamplingParams(**values)
+    assert reader(Letters()).prepare(0, TOKENS, params).params is params
+
+
 def test_bad_words_are_banned_at_the_start_and_behind_a_space() -> None:
     params = SamplingParams(bad_words=["ab", " c", "d e"])
     found = reader(Letters()).prepare(0, "x", params)
@@ -178,6 +209,12 @@ def test_a_template_may_be_given() -> None:
             0, MESSAGES, PLAIN, chat_template=TEMPLATE, add_generation_prompt=False
         )
         assert found.prompt == "user:hi;"
+
+
+def test_values_for_the_template_are_one_argument() -> None:
+    of = reader(Letters(), chat_template="{{ index }}{{ params }}{{ self_ }}")
+    found = of.prepare_chat(0, MESSAGES, PLAIN, chat_template_kwargs={"index": 3, "params": "p", "self_": None})
+    assert found.prompt == "3pNone"
 
 
 def test_a_model_without_a_template_takes_plain_prompts() -> None:

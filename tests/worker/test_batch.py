@@ -90,30 +90,45 @@ class Known:
 
 
 def in_step_order(works: Sequence[wire.Work]) -> list[wire.Work]:
-    """Single tokens first, then the others, each in the plan's order."""
-    return [w for w in works if w.count == 1] + [w for w in works if w.count != 1]
+    """Single tokens first, with their drafts, then the others, each in the plan's order."""
+    return [w for w in works if is_single(w)] + [w for w in works if not is_single(w)]
+
+
+def is_single(work: wire.Work) -> bool:
+    return work.count == 1 + len(work.drafts)
+
+
+def as_computed(works: Sequence[wire.Work]) -> list[tuple[int, int, int]]:
+    """(seq, start, count) of what the kernels see: a token and its drafts as sequences of one token each."""
+    found = []
+    for work in in_step_order(works):
+        if is_single(work):
+            found += [(work.seq, work.start + i, 1) for i in range(work.count)]
+        else:
+            found.append((work.seq, work.start, work.count))
+    return found
 
 
 def check_batch(step: StepInput, planned: Sequence[wire.Work], known: dict[int, Known]) -> None:
-    works, batch = in_step_order(planned), step.batch
+    works, batch = as_computed(planned), step.batch
     tokens, positions, slots, starts = list[int](), list[int](), list[int](), [0]
-    for work in works:
-        for position in range(work.start, work.start + work.count):
-            tokens.append(known[work.seq].token(position))
+    for seq, start, count in works:
+        for position in range(start, start + count):
+            tokens.append(known[seq].token(position))
             positions.append(position)
-            slots.append(known[work.seq].slot(position))
+            slots.append(known[seq].slot(position))
         starts.append(len(tokens))
     assert step.tokens.tolist() == tokens
     assert batch.positions.tolist() == positions
     assert batch.slots.tolist() == slots
     assert batch.query_starts.tolist() == starts
-    contexts = [work.start + work.count for work in works]
+    contexts = [start + count for _, start, count in works]
     assert batch.context_lens.tolist() == contexts == list(batch.host_context_lens)
-    assert batch.query_lens == tuple(work.count for work in works)
-    assert batch.num_single == sum(work.count == 1 for work in works)
+    assert batch.query_lens == tuple(count for *_, count in works)
+    assert batch.num_single == sum(count == 1 for *_, count in works)
     assert batch.block_size == SIZE
     width = max(-(-context // SIZE) for context in contexts)
-    assert batch.block_tables.tolist() == [(known[w.seq].blocks + [0] * width)[:width] for w in works]
+    assert batch.block_tables.tolist() == [(known[seq].blocks + [0] * width)[:width] for seq, *_ in works]
     assert {t.dtype for t in (step.tokens, batch.positions, batch.slots)} == {torch.int64}
     assert {t.dtype for t in (batch.query_starts, batch.context_lens, batch.block_tables)} == {torch.int32}
 
@@ -280,7 +295,8 @@ def test_guesses_follow_the_last_known_token() -> None:
     second = wire.Work(7, 2, 3, True, (5,), drafts=(50, 51))
     step = step_of(under_test, second)
     assert step.tokens.tolist() == [99, 50, 51]
-    assert step.batch.num_single == 0
+    assert step.batch.num_single == 3, "attention computes them as it would without guesses"
+    assert step.batch.context_lens.tolist() == [3, 4, 5]
     assert step.logit_rows is not None
     assert step.logit_rows.tolist() == [0, 1, 2]
     under_test.record(second, [50, 77])  # the first guess was right, the second was not

@@ -23,7 +23,7 @@ class Rank:
         self.model = TableModel()
         self.draft = TableModel(0 if same else 1)
         table = SequenceTable(4, max_model_len, SIZE, torch.device("cpu"), SCRATCH)
-        draft = Draft(self.draft.causal, no_cache(), table, SHARE, ALONE, count=COUNT, max_model_len=max_model_len)
+        draft = Draft(self.draft.causal, no_cache(), table, SHARE, ALONE, count=COUNT)
         self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE, draft)
         self.step = -1
 
@@ -131,11 +131,14 @@ def test_what_has_no_block_yet_is_not_written() -> None:
     assert len(out.drafts) == COUNT
 
 
-@pytest.mark.parametrize(("length", "guesses"), [(3, 3), (5, 3), (6, 2), (7, 1), (8, 0)])
-def test_nothing_is_guessed_beyond_the_models_length(length: int, guesses: int) -> None:
-    """The token that was drawn is at position `length`; of 8 positions the last one is 7."""
+def test_nothing_is_written_beyond_the_models_length() -> None:
+    """One that is at its end keeps nobody from guessing; what is guessed there goes nowhere. Of 8 positions the last
+    one is 7."""
     rank = Rank(max_model_len=8)
-    prompt = [(i * i) % VOCABULARY for i in range(length)]
-    out = rank.run(wire.Work(1, 0, length, True, (5, 6)), new=[new(1, prompt)])[1]
-    assert len(out.tokens) == 1
-    assert out.drafts == tuple(rank.draft.chain(out.tokens[0], guesses))
+    works = [wire.Work(1, 0, 6, True, (5, 6)), wire.Work(2, 0, 2, True, (7, 8))]
+    news = [new(1, [1, 2, 3, 4, 5, 6]), new(2, [7, 8])]
+    outs = rank.run(*works, new=news)
+    ended, other = outs[1], outs[2]
+    assert [slots for _, _, slots in rank.places()][1:] == [[26, 30], [27, 31], [SCRATCH, 32]]
+    assert other.drafts == tuple(rank.draft.chain(other.tokens[0], COUNT))
+    assert ended.drafts[:2] == tuple(rank.draft.chain(ended.tokens[0], 2))

@@ -1,7 +1,7 @@
 """Rules and histories against recounting the whole text."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_what_is_never_drawn(
 
 def test_ends_are_forbidden_until_there_are_enough_tokens_guesses_included() -> None:
     rules = Rules(wire.Sampling(seed=0, min_tokens=3, ends=(8, 9)), [1, 1, 1, 1], [5])
-    assert [rules.never([5] * count) for count in range(4)] == [[8, 9], [8, 9], [], []]
+    assert [rules.never([5] * count).tolist() for count in range(4)] == [[8, 9], [8, 9], [], []]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,34 @@ def test_ends_are_forbidden_until_there_are_enough_tokens_guesses_included() -> 
 def test_a_run_is_broken_at_its_last_token(output: list[int], guesses: list[int], expected: list[int]) -> None:
     rules = Rules(wire.Sampling(seed=0, banned=((1, 2, 3), (4,))), [1, 2], output)
     assert sorted(rules.never(guesses)) == expected
+
+
+class Counted(tuple[wire.Ids, ...]):
+    """Counts how often somebody looks through it."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[wire.Ids]:
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_a_step_does_not_look_through_all_bad_words() -> None:
+    """Nor does it put together anew what is banned at every step."""
+    banned = Counted([*((token,) for token in range(100)), *((token, 0, 7) for token in range(100, 600))])
+    rules = Rules(wire.Sampling(seed=0, banned=banned), [1], [5])
+    walks = banned.walks
+    found = [rules.never([5] * count) for count in range(50)]
+    assert banned.walks == walks
+    assert all(each is found[0] for each in found)
+    assert found[0].tolist() == list(range(100))
+    assert rules.never([100, 0]).tolist() == [*range(100), 7]
+
+
+def test_runs_that_end_alike_are_told_apart() -> None:
+    rules = Rules(wire.Sampling(seed=0, banned=((2, 3), (1, 2, 4), (0, 1, 2, 5), (1, 6), (2, 2, 7))), [1, 2], [])
+    texts = [[], [2], [1, 2], [0, 1, 2], [1, 1, 2], [2, 2]]
+    assert [rules.never(text).tolist() for text in texts] == [[], [3], [3, 4], [3, 4, 5], [3, 4], [3, 7]]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,9 @@ class EngineCore:
         except EngineError as error:
             self._failure = error
             raise
+        except Exception as error:  # a plan may have left half-way: nobody knows what the ranks wait for
+            self._failure = EngineError(f"{type(error).__name__}: {error}")
+            raise self._failure from error
         self._audit_when_idle()
         return self._scheduler.take_updates()
 

@@ -18,6 +18,8 @@ from shoal.errors import EngineError, RequestError
 from shoal.protocols import Policy
 from shoal.wire import Ids
 
+_FEW_DEADLINES = 64
+
 
 class PriorityPolicy:
     """The lower priority number first; among equals, who came first."""
@@ -174,15 +176,21 @@ class Scheduler:
         return (len(request.blocks) + self._pool.num_free) * self._pool.block_size - request.computed
 
     def _guesses(self, request: Request, count: int, draft: _Draft) -> Ids:
-        """Guesses that are computed behind the `count` tokens of a request: what budget and free blocks allow.
+        """Guesses that are computed behind the last known token of a request: what budget and blocks allow.
 
-        None if these do not reach its end, or if only one more token is wanted.
+        None behind a part of its prompt, or if only one more token is wanted.
         """
-        if request.guesser is None or count < request.uncomputed:
+        if request.guesser is None or count != 1 or request.uncomputed != 1:
             return ()
-        most = min(draft.budget - count, self._room(request) - count, request.spec.max_tokens - request.generated - 1)
+        room = (len(request.blocks) + self._spare_blocks) * self._pool.block_size - request.computed
+        most = min(draft.budget, room, request.spec.max_tokens - request.generated) - 1
         guesses = request.guesser.guess(most) if most > 0 else ()
         return guesses if request.grammar is None else guesses[: request.grammar.valid(guesses)]
+
+    @property
+    def _spare_blocks(self) -> int:
+        """Free ones that guesses may take: nobody shall make room because of a guess."""
+        return max(self._pool.num_free - len(self._running), 0)
 
     def _admit_waiting(self, draft: _Draft) -> None:
         while draft.budget > 0 and len(self._running) < self._limits.max_num_seqs:
@@ -249,14 +257,15 @@ class Scheduler:
         if request.guesser is None or not sample:
             return needed
         end = min(request.computed + request.guesser.lookahead, self._limits.max_model_len)
-        return max(needed, min(-(-end // size) - len(request.blocks), self._pool.num_free))
+        return max(needed, min(-(-end // size) - len(request.blocks), self._spare_blocks))
 
     def _retire_blocks(self, request: Request) -> None:
         """Gives blocks back that no layer will look at again. The last block that the prefix cache was told of stays:
         the next one is found through it."""
         if self._limits.window is None or request.state is not State.RUNNING:
             return
-        first_seen = max(request.computed - self._limits.window + 1, 0)
+        computed = request.computed - request.guessed  # guesses that prove wrong are computed again
+        first_seen = max(computed - self._limits.window + 1, 0)
         retired = min(first_seen // self._pool.block_size, request.blocks_cached - 1)
         if retired > request.retired:
             self._pool.release(request.blocks[request.retired : retired])
@@ -311,7 +320,8 @@ class Scheduler:
         if out.tokens:
             self._settle_guesses(request, len(out.tokens) - 1)
         if out.prompt_logprobs is not None:
-            request.prompt_reported = out.prompt_logprobs.start + len(out.prompt_logprobs.entries) - 1
+            reported = out.prompt_logprobs.start + len(out.prompt_logprobs.entries) - 1
+            request.prompt_reported = max(request.prompt_reported, reported)
         finish, error = None, ""
         taken: list[int] = []
         for token in out.tokens:
@@ -440,6 +450,9 @@ class Scheduler:
             request.blocks_cached = 0
 
     def _expire(self) -> None:
+        if len(self._deadlines) > 2 * len(self._requests) + _FEW_DEADLINES:  # most are of requests that have ended
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+            heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= self._clock():
             _, seq = heapq.heappop(self._deadlines)
             self.abort([seq], error="the request's deadline has passed")

@@ -33,11 +33,14 @@ class NgramGuesser:
     def __init__(self, config: SpeculativeConfig) -> None:
         self._most = config.num_speculative_tokens
         self._index = NgramIndex(config.prompt_lookup_max, config.prompt_lookup_min)
+        self._unread: list[int] = []  # a request that waits has a text, and no index of it yet
 
     def accept(self, tokens: Sequence[int], guesses: Ids) -> None:
-        self._index.extend(tokens)
+        self._unread += tokens
 
     def guess(self, count: int) -> Ids:
+        self._index.extend(self._unread)
+        self._unread.clear()
         return self._index.propose(min(count, self._most))
 
 

@@ -8,10 +8,19 @@ from typing import Any
 from shoal.errors import CheckpointError, RequestError
 from shoal.frontend import jinja
 from shoal.frontend.tokenizer import read_json
-from shoal.types import Message
+from shoal.types import Message, shown
 
 _DEFAULT = "default"
 _TOOL_USE = "tool_use"
+# What `ChatTemplate.render` takes itself.
+_OWN_NAMES = {
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tools",
+    "chat_template",
+    "chat_template_kwargs",
+}
 # Stands behind a message that is to be continued, in characters that no text has; the space shows whether the template
 # trims what it is given.
 _END = "\ue000end of the message\ue001"
@@ -48,19 +57,23 @@ class ChatTemplate:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
-        **kwargs: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as one text, special tokens included: encode it without adding them again.
 
-        `chat_template`: another template, or the name of one of the model's. `kwargs` are for the template to read.
+        `chat_template`: another template, or the name of one of the model's. `chat_template_kwargs`
+        are for the template to read.
 
         Raises:
-            RequestError: the messages are malformed, or the template refuses them.
+            RequestError: the messages or an option are malformed, or the template refuses them.
         """
         if continue_final_message and add_generation_prompt:
             raise RequestError("continue_final_message goes with add_generation_prompt=False: the turn has begun")
         if tools is not None and (isinstance(tools, str | Mapping) or not isinstance(tools, Sequence)):
             raise RequestError(f"tools must be a list of objects, got {type(tools).__name__}")
+        if chat_template is not None and not isinstance(chat_template, str):
+            raise RequestError(f"chat_template must be a text, got {type(chat_template).__name__}")
+        own = _check_kwargs(chat_template_kwargs)
         template = jinja.compile(self._choose(chat_template, tools))
         checked = check_messages(messages)
         conversation = [_fit_content(message, template) for message in checked]
@@ -72,7 +85,7 @@ class ChatTemplate:
             "tools": _plain(tools, "tools"),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            **{name: _plain(value, name) for name, value in kwargs.items()},
+            **own,
         }
         text = template.render(values)
         return _cut(text) if continue_final_message else text
@@ -99,6 +112,17 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
     if not messages:
         raise RequestError("messages is empty: give at least one message")
     return [_check_message(message, f"message {i}") for i, message in enumerate(messages)]
+
+
+def _check_kwargs(given: object) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise RequestError(f"chat_template_kwargs must be an object of names and values, got {shown(given)}")
+    for name in given:
+        if name in _OWN_NAMES:
+            raise RequestError(f"chat_template_kwargs can't set {name}: it is an argument of its own")
+    return {str(name): _plain(value, f"chat_template_kwargs: {name}") for name, value in given.items()}
 
 
 def _check_message(message: object, where: str) -> dict[str, Any]:

@@ -1,8 +1,52 @@
 """The text of one growing output, and where a stop text ends it."""
 
+from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from shoal.frontend.tokenizer import Tokenizer
+
+
+@lru_cache(maxsize=16)  # for the outputs of a request, which are made one after the other
+def _borders(text: str) -> "array[int]":
+    """For each beginning of the text, by its length - 1: how long the longest shorter one is that it also ends with.
+
+    The failure function of Knuth, Morris and Pratt, Fast Pattern Matching in Strings, 1977. Not to be written to.
+    """
+    borders = array("i", [0]) * len(text)
+    length = 0
+    for end in range(1, len(text)):
+        while length and text[end] != text[length]:
+            length = borders[length - 1]
+        length += text[end] == text[length]
+        borders[end] = length
+    return borders
+
+
+class _Search:
+    """Looks for one stop text, character by character: time and memory in proportion to the texts."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.matched = 0  # the length of the longest beginning of the stop text, short of all, that the text ends with
+        self._borders = _borders(stop)
+
+    def find(self, new: str, *, counts: bool) -> int | None:
+        """Reads on, to the first end of the stop text if that counts: how many of the new characters that took."""
+        if not self.matched and self.stop[0] not in new:  # mostly
+            return None
+        stop, borders, matched, end = self.stop, self._borders, self.matched, None
+        for at, character in enumerate(new, 1):
+            while matched and stop[matched] != character:
+                matched = borders[matched - 1]
+            matched += stop[matched] == character
+            if matched == len(stop):
+                matched = borders[-1]
+                if counts:
+                    end = at
+                    break
+        self.matched = matched
+        return end
 
 
 class OutputText:
@@ -25,15 +69,11 @@ class OutputText:
         self.num_tokens = 0  # up to and including the one that completed the stop text
         self.stopped: str | None = None
         self._stream = tokenizer.stream(prompt_tokens, skip_special_tokens=skip_special_tokens)
-        self._stop = tuple(stop)
-        self._longest = max(map(len, self._stop), default=0)
-        beginnings = {text[:length] for text in self._stop for length in range(1, len(text))}
-        self._beginnings = tuple(sorted(beginnings, key=len, reverse=True))
+        self._searches = [_Search(text) for text in stop]
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._parts: list[str] = []  # what is shown
-        self._tail = ""  # the end of the text, as long as a stop text may reach back
-        self._held = 0  # characters of the tail that may be the beginning of a stop text, and are not shown
+        self._held = ""  # the end of the text, which may be the beginning of a stop text and is not shown
 
     def append(self, tokens: Iterable[int]) -> str | None:
         """The stop text that was found; nothing more is taken after it."""
@@ -49,8 +89,8 @@ class OutputText:
         if self.stopped is None:
             self._add(self._stream.flush(), counts=self.num_tokens > self._min_tokens)
         if self.stopped is None and self._held:
-            self._parts.append(self._tail[-self._held :])
-            self._held = 0
+            self._parts.append(self._held)
+            self._held = ""
         return self.stopped
 
     @property
@@ -62,36 +102,23 @@ class OutputText:
     def _add(self, new: str, *, counts: bool) -> None:
         if not new:
             return
-        if not self._stop:
+        if not self._searches:
             self._parts.append(new)
             return
-        shown = len(self._tail) - self._held
-        text = self._tail + new
-        found = self._find(text, len(self._tail)) if counts else None
-        if found is None:
-            self._held = 0 if self._include_stop else self._beginning_at_end(text)
-            end = len(text) - self._held
-            self._tail = text[-self._longest :]
-        else:
-            start, stop = found
-            self.stopped, self._held = stop, 0
-            end = start + len(stop) if self._include_stop else start
-        self._parts.append(text[shown:end])
+        found = self._find(new, counts=counts)
+        text = self._held + new
+        if found is not None:
+            end, self.stopped = found
+            end += len(self._held)
+            self._parts.append(text[: end if self._include_stop else end - len(self.stopped)])
+            self._held = ""
+            return
+        held = 0 if self._include_stop else max(search.matched for search in self._searches)
+        self._parts.append(text[: len(text) - held])
+        self._held = text[len(text) - held :]
 
-    def _beginning_at_end(self, text: str) -> int:
-        """The length of the longest end of the text that a stop text begins with."""
-        if not text.endswith(self._beginnings):
-            return 0
-        return next(len(beginning) for beginning in self._beginnings if text.endswith(beginning))
-
-    def _find(self, text: str, old: int) -> tuple[int, str] | None:
-        """Where a stop text begins that is completed behind the first `old` characters, and which one."""
-        hits = []
-        for stop in self._stop:
-            start = text.find(stop, max(old - len(stop) + 1, 0))
-            if start >= 0:
-                hits.append((start + len(stop), start, stop))
-        if not hits:
-            return None
-        _, start, stop = min(hits)
-        return start, stop
+    def _find(self, new: str, *, counts: bool) -> tuple[int, str] | None:
+        """How many of the new characters complete a stop text, and which one: of several the longest."""
+        ends = [(search.find(new, counts=counts), search.stop) for search in self._searches]
+        found = [(end, stop) for end, stop in ends if end is not None]
+        return min(found, key=lambda each: (each[0], -len(each[1])), default=None)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from shoal import wire
 from shoal.config import EngineOptions, from_environment
-from shoal.errors import RequestError
+from shoal.errors import ConfigError, RequestError
 from shoal.frontend.beam_search import beam_search
 from shoal.frontend.compose import build_engine
 from shoal.frontend.model import OpenModel, open_model
@@ -38,7 +38,7 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str] | OpenModel | None = None, **options: Any) -> None:
         if not isinstance(model, OpenModel):
-            model = open_model(None if model is None else os.fspath(model), {**from_environment(), **options})
+            model = open_model(_name_of(model), {**from_environment(), **options})
         self._model = model
         self._client = self._start()
         self._finalizer = weakref.finalize(self, self._client.close)
@@ -113,7 +113,7 @@ class LLM:
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "tools": tools,
-            **(chat_template_kwargs or {}),
+            "chat_template_kwargs": chat_template_kwargs,
         }
         jobs = [_named(i, self.prepare_chat, each, params[i], **template) for i, each in enumerate(many)]
         return self._run_all(jobs, use_tqdm)
@@ -159,7 +159,13 @@ class LLM:
         )
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
-        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
+        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm.
+
+        Raises:
+            RequestError: `base` is no SamplingParams.
+        """
+        if base is not None and not isinstance(base, SamplingParams):
+            raise RequestError(f"default_sampling_params takes SamplingParams or None, got {shown(base)}")
         return self._model.default_sampling_params(base)
 
     def _run_all(self, jobs: Sequence[Job], use_tqdm: bool) -> list[RequestOutput]:
@@ -223,6 +229,13 @@ class LLM:
                 f"{count} prompts and {len(given)} sampling parameters: give one for all or one for each"
             )
         return given
+
+
+def _name_of(model: object) -> str | None:
+    name = os.fspath(model) if isinstance(model, PathLike) else model
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"model must be a folder, an id on the Hugging Face hub or None, got {shown(model)}")
+    return name
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

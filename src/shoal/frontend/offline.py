@@ -1,6 +1,7 @@
 """Offline requests: prompts in, finished outputs out, as they finish."""
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from shoal.types import RequestOutput, SamplingParams
 
 _POLL_S = 1.0
 _MOST = 2**31 - 1  # as many as any vocabulary has
+_TAKE, _TAKE_S = 64, 0.05  # jobs taken at a time, and seconds
 _WINDOW = 1024  # sequences that the engine has at a time: enough to keep it busy, few enough for any job's memory
 
 
@@ -24,6 +26,12 @@ class _Run:
 
     sequences: set[int] = field(default_factory=set)
     ended: deque[tuple[int, RequestOutput]] = field(default_factory=deque)
+    order: deque[int] = field(default_factory=deque)  # indices of jobs whose output the caller does not have
+
+    @property
+    def has_room(self) -> bool:
+        """A result that waits for its turn takes a place too, or one slow job would let the others pile up."""
+        return len(self.sequences) < _WINDOW and len(self.order) < _WINDOW
 
 
 class OfflineRunner:
@@ -48,30 +56,40 @@ class OfflineRunner:
         """
         run = _Run()
         source = iter(jobs)
-        order: deque[int] = deque()  # indices of jobs whose output the caller does not have
         ready: dict[int, RequestOutput] = {}
         exhausted = False
         try:
-            while order or not exhausted:
-                # A result that waits for its turn takes a place, or one slow job would let the others pile up.
-                while not exhausted and len(run.sequences) < _WINDOW and len(order) < _WINDOW:
-                    job = next(source, None)
-                    exhausted = job is None
-                    if job is not None:
-                        order.append(job.index)
-                        self._start(run, job)
-                if order and not run.ended:
-                    self._receive()
+            while run.order or not exhausted:
+                exhausted = exhausted or self._take(run, source)
+                if run.sequences and not run.ended:
+                    more = not exhausted and run.has_room
+                    self._receive(0 if more else _POLL_S)
                 while run.ended:
                     index, output = run.ended.popleft()
                     ready[index] = output
-                    while order and (first := order[0] if ordered else index) in ready:
-                        order.remove(first)
+                    while run.order and (first := run.order[0] if ordered else index) in ready:
+                        run.order.remove(first)
                         yield first, ready.pop(first)
         finally:
             for seq in run.sequences:
                 self._running.pop(seq, None)
             self._client.abort(tuple(run.sequences))
+
+    def _take(self, run: _Run, source: Iterator[Job | Refused]) -> bool:
+        """Takes some jobs, as many as there is room for; not all at once, so that the engine computes meanwhile, and
+        a slow source keeps nobody waiting. True: there are no more."""
+        until = time.monotonic() + _TAKE_S
+        for _ in range(_TAKE):
+            if not run.has_room:
+                return False
+            job = next(source, None)
+            if job is None:
+                return True
+            run.order.append(job.index)
+            self._start(run, job)
+            if time.monotonic() > until:
+                return False
+        return False
 
     def _start(self, run: _Run, job: Job | Refused) -> None:
         if isinstance(job, Refused):
@@ -123,8 +141,8 @@ class OfflineRunner:
         digest = hashlib.blake2b(f"{self._seed}:{seq}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
-    def _receive(self) -> None:
-        for update in self._client.updates(_POLL_S):
+    def _receive(self, timeout: float) -> None:
+        for update in self._client.updates(timeout):
             found = self._running.get(update.seq)
             if found is None:  # of a run that was given up, or past a stop text
                 continue

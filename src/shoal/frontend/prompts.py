@@ -46,6 +46,7 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._eos = frozenset(eos)
         self._chat_template = chat_template
         self._grammars = None if tokenizer is None else GrammarChecker(tokenizer.serialized, tuple(eos), vocab_size)
 
@@ -85,13 +86,32 @@ class PromptReader:
         self._check_ids("stop_token_ids", params.stop_token_ids or ())
         if params.stop and self._tokenizer is None:
             raise RequestError("stop takes texts, and this model has no tokenizer: use stop_token_ids")
-        return Job(index, text, tokens, params, self._banned(params), self._grammar(params))
+        banned = self._banned(params)
+        self._check_allowed(params, banned)
+        return Job(index, text, tokens, params, banned, self._grammar(params))
 
     def _check_ids(self, name: str, ids: Mapping[int, float] | Sequence[int]) -> None:
         largest = max(ids, default=0)
         if largest >= self._vocab_size:
             raise RequestError(
                 f"{name} must hold ids of the model's vocabulary, in [0, {self._vocab_size}), got {largest}"
+            )
+
+    def _check_allowed(self, params: SamplingParams, banned: Sequence[Sequence[int]]) -> None:
+        """Where nothing may be drawn, the sampler would take a token that is not allowed."""
+        if params.allowed_token_ids is None:
+            return
+        allowed = frozenset(params.allowed_token_ids)
+        ends = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos)
+        forbidden = {
+            "min_tokens": ends if params.min_tokens else frozenset(),
+            "bad_words": frozenset(run[0] for run in banned if len(run) == 1),
+        }
+        if allowed <= frozenset().union(*forbidden.values()):
+            names = " and ".join(name for name, ids in forbidden.items() if allowed & ids)
+            raise RequestError(
+                f"{names} with allowed_token_ids {shown(list(params.allowed_token_ids))} leave no token to draw: "
+                "allow one that is neither an end (stop_token_ids, or end-of-text without ignore_eos) nor a bad word"
             )
 
     def _banned(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:

@@ -68,6 +68,7 @@ class SequenceTable:
         """`scratch_slot` takes keys and values that must not be written where they belong."""
         self._block_size = block_size
         self._device = device
+        self._max_model_len = max_model_len
         self._scratch_slot = scratch_slot
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -125,12 +126,17 @@ class SequenceTable:
         sequence.num_blocks = end
 
     def build(self, works: Sequence[wire.Work]) -> StepInput:
-        """The tensors of a step. Sequences with one token come first: the kernels take those together."""
-        ordered = sorted(works, key=lambda work: work.count != 1)  # stable: the plan's order otherwise
+        """The tensors of a step. Sequences with one token come first: the kernels take those together.
+
+        A token with drafts behind it poses as so many sequences of one token, which share their blocks. All keys of a
+        step are written before any is read, so each sees what it would have seen alone, and attention computes it in
+        the same way: the same bits, guessed or not.
+        """
+        ordered = sorted(works, key=lambda work: work.count != 1 + len(work.drafts))  # stable: the plan's order else
         rows = np.array([self._sequences[work.seq].row for work in ordered], np.int64)
         starts = np.array([work.start for work in ordered], np.int64)
         counts = np.array([work.count for work in ordered], np.int64)
-        batch = self._batch(rows, starts, counts)
+        batch = self._batch(*_apart(ordered, rows, starts, counts))
         ends = counts.cumsum()
         wanted = [i for i, work in enumerate(ordered) if work.sample]
         prompts = tuple(self._prompt_rows(ordered))
@@ -242,12 +248,15 @@ class SequenceTable:
 
     def ahead(self, seqs: Sequence[int], positions: Int64) -> tuple[PagedBatch, SamplingRows]:
         """A step of one token for each of these sequences, at these positions, for a draft model: a plain draw with
-        the keys that the next tokens will be drawn with. A position that has no block yet is not written."""
+        the keys that the next tokens will be drawn with. A position that has no block yet, or lies beyond the model's
+        length, is not written: what is guessed from there is a guess all the same."""
         rows = np.array([self._sequences[seq].row for seq in seqs], np.int64)
+        room = np.array([self._sequences[seq].num_blocks for seq in seqs], np.int64) * self._block_size
+        beyond = positions >= np.minimum(room, self._max_model_len)
+        positions = np.minimum(positions, self._max_model_len - 1)
         batch = self._batch(rows, positions, np.ones_like(positions))
-        room = np.array([self._sequences[seq].num_blocks for seq in seqs]) * self._block_size
-        if (positions >= room).any():
-            batch.slots[torch.from_numpy(positions >= room).to(self._device)] = self._scratch_slot
+        if beyond.any():
+            batch.slots[torch.from_numpy(beyond).to(self._device)] = self._scratch_slot
         sampling = self._sampling_rows(rows, positions + 1, logprobs=-1, edits=EditsBuilder())
         return batch, dataclasses.replace(sampling, truncated=())
 
@@ -267,6 +276,15 @@ class SequenceTable:
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _apart(works: Sequence[wire.Work], rows: Int64, starts: Int64, counts: Int64) -> tuple[Int64, Int64, Int64]:
+    """Works of one token and drafts, token by token."""
+    if not any(work.drafts for work in works):
+        return rows, starts, counts
+    times = np.array([work.count if work.count == 1 + len(work.drafts) else 1 for work in works], np.int64)
+    behind = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times)
+    return np.repeat(rows, times), np.repeat(starts, times) + behind, np.repeat(counts - times + 1, times)
 
 
 def _masked_rows(planned: Sequence[wire.Work], sampled: Sequence[wire.Work]) -> tuple[int, ...]:

@@ -28,7 +28,6 @@ class Draft:
         tp: Axis,
         *,
         count: int,
-        max_model_len: int,
     ) -> None:
         self._model = model
         self._caches = caches
@@ -36,7 +35,6 @@ class Draft:
         self._share = share
         self._tp = tp
         self._count = count
-        self._max_model_len = max_model_len
 
     def follow(self, step: StepInput) -> None:
         """Computes a step's tokens, for their keys and values alone."""
@@ -57,14 +55,12 @@ class Draft:
         tokens = torch.tensor([tokens[-1] for tokens in sampled], device=self._device)
         guesses: list[list[int]] = []
         for _ in range(self._count):
-            if int(positions.max()) >= self._max_model_len:
-                break
             batch, sampling = self._table.ahead(seqs, positions)
             hidden = self._model.hidden(tokens, batch, self._caches, None)
             tokens = sample(self._model.logits(hidden), self._share, self._tp, sampling)
             guesses.append(tokens.tolist())
             positions = positions + 1
-        return [tuple(each) for each in zip(*guesses, strict=True)] if guesses else [()] * len(seqs)
+        return [tuple(each) for each in zip(*guesses, strict=True)]
 
     @property
     def _device(self) -> torch.device:

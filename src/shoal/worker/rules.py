@@ -67,6 +67,14 @@ class Rules:
         self.allowed = None if sampling.allowed is None else np.array(sampling.allowed, np.int64)
         self.history = History(prompt, output) if sampling.penalties is not None else None
         self._generated = len(output)
+        # Most of what is never drawn is the same at every step, so it is put together once.
+        always = [run[0] for run in sampling.banned if len(run) == 1]
+        self._always = np.array(always, np.int64)
+        self._always_and_ends = np.array([*sampling.ends, *always], np.int64)
+        # Longer runs by the token before their last: (what stands before that one, the last).
+        self._runs: dict[int, list[tuple[tuple[int, ...], int]]] = {}
+        for *before, token, last in (run for run in sampling.banned if len(run) > 1):
+            self._runs.setdefault(token, []).append((tuple(before), last))
         # As many of the output's last tokens as the longest run that must not be completed.
         self._tail = deque(output, max((len(banned) for banned in sampling.banned), default=1) - 1)
 
@@ -82,15 +90,23 @@ class Rules:
         if self.history is not None:
             self.history.append(token)
 
-    def never(self, guesses: Sequence[int]) -> list[int]:
-        """What must not follow these guesses: ends that come too early, and the last tokens of banned runs."""
+    def never(self, guesses: Sequence[int]) -> Int64:
+        """What must not follow these guesses: ends that come too early, and the last tokens of banned runs.
+
+        Returns:
+            Token ids, perhaps one of them twice; to be read only.
+        """
         early = self._generated + len(guesses) < self.sampling.min_tokens
-        found = list(self.sampling.ends) if early else []
+        found = self._always_and_ends if early else self._always
+        lasts = self._completing(guesses) if self._runs else []
+        return np.concatenate([found, np.array(lasts, np.int64)]) if lasts else found
+
+    def _completing(self, guesses: Sequence[int]) -> list[int]:
+        """What would complete a banned run of several tokens."""
         text = (*self._tail, *guesses)
-        for *beginning, last in self.sampling.banned:
-            if not beginning or text[-len(beginning) :] == tuple(beginning):
-                found.append(last)
-        return found
+        runs = self._runs.get(text[-1], ()) if text else ()
+        before = text[:-1]
+        return [last for run, last in runs if not run or before[-len(run) :] == run]
 
 
 class EditsBuilder:
@@ -110,8 +126,8 @@ class EditsBuilder:
         if rules.allowed is not None:
             self._allowed.append((row, rules.allowed))
         never = rules.never(guesses)
-        if never:
-            self._never.append((row, np.array(never, np.int64)))
+        if len(never):
+            self._never.append((row, never))
         if len(rules.bias_ids):
             self._bias.append((row, rules.bias_ids))
             self._bias_values.append(rules.bias_values)

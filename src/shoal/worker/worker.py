@@ -152,7 +152,6 @@ class Worker:
                 vocabulary,
                 tp,
                 count=setup.num_drafts,
-                max_model_len=setup.max_model_len,
             )
         self._runner = Runner(model.decoder, self._kv[0].layers, table, vocabulary, tp, draft)
 
@@ -168,10 +167,11 @@ class Worker:
         setup = self.setup
         longest = min(setup.max_model_len, setup.max_num_batched_tokens)
         prompts = [longest] * min(setup.max_num_batched_tokens // longest, setup.max_num_seqs)
-        self._run_made_up(prompts, decode=False)
-        self._run_made_up([1] * min(setup.max_num_seqs, setup.max_num_batched_tokens), decode=False)
+        self._run_made_up(prompts)
+        drafts = min(setup.num_drafts, setup.max_model_len - 1, setup.max_num_batched_tokens - 1)
+        self._run_made_up([1] * min(setup.max_num_seqs, setup.max_num_batched_tokens // (1 + drafts)), drafts)
 
-    def _run_made_up(self, lengths: Sequence[int], *, decode: bool) -> None:
+    def _run_made_up(self, lengths: Sequence[int], num_drafts: int = 0, *, decode: bool = False) -> None:
         """Made-up sequences in the first blocks, forgotten again. Their keys are overwritten later."""
         if self._runner is None:
             return
@@ -179,11 +179,11 @@ class Worker:
         sampling = wire.Sampling(seed=0, temperature=1.0, top_p=0.9, penalties=wire.Penalties(1.0), logprobs=1)
         new, work, first = [], [], 0
         for i, length in enumerate(lengths):
-            count = -(-(length + decode) // size)
+            count = -(-(length + num_drafts + decode) // size)
             seq, blocks = -1 - i, tuple(range(first, first + count))
             first += count
             new.append(wire.NewSeq(seq, 0, bytes(4 * length), length, (), sampling))
-            work.append(wire.Work(seq, 0, length, True, blocks))
+            work.append(wire.Work(seq, 0, length + num_drafts, True, blocks, (0,) * num_drafts))
         plans = [wire.StepPlan(0, -1, tuple(work), new=tuple(new))]
         if decode:
             again = tuple(wire.Work(each.seq, each.count, 1, True) for each in work)
