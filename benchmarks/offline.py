@@ -8,8 +8,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from checkpoint import make
-from shoal import LLM, SamplingParams
+from shoal import LLM, SamplingParams, wire
 from shoal.frontend.model import open_model
 
 _SHAPE = "shape:qwen3-0.6b"
@@ -46,15 +46,40 @@ def _prompts(count: int, length: int, seed: int) -> list[Any]:
     ]
 
 
-def _decode_rate(llm: LLM, prompts: Sequence[Any], params: Callable[[int], SamplingParams], tokens: int) -> float:
-    """Tokens a second after the first one: a run of many tokens, less one of a single token."""
-    times = []
-    for length in (1, tokens):
-        begun = time.perf_counter()
-        outputs = llm.generate(prompts, params(length), use_tqdm=False)
-        times.append(time.perf_counter() - begun)
-        assert all(len(output.outputs[0].token_ids) == length for output in outputs)
-    return len(prompts) * (tokens - 1) / (times[1] - times[0])
+@contextmanager
+def _watched(llm: LLM, look: Callable[[list[wire.SeqUpdate]], None]) -> Iterator[None]:
+    """Shows whatever comes from the engine to `look`."""
+    engine: Any = llm.engine
+    updates = engine.updates
+
+    def watched(timeout: float) -> list[wire.SeqUpdate]:
+        found: list[wire.SeqUpdate] = updates(timeout)
+        look(found)
+        return found
+
+    engine.updates = watched
+    try:
+        yield
+    finally:
+        engine.updates = updates
+
+
+def _decode_rate(llm: LLM, prompts: Sequence[Any], params: SamplingParams) -> float:
+    """Tokens a second from when every request has its first one until the last one."""
+    firsts: set[int] = set()
+    begun, ended, counted = 0.0, 0.0, 0
+
+    def look(found: list[wire.SeqUpdate]) -> None:
+        nonlocal begun, ended, counted
+        ended = time.perf_counter()
+        counted += sum(len(update.tokens) for update in found) if begun else 0
+        firsts.update(update.seq for update in found if update.tokens)
+        if not begun and len(firsts) == len(prompts):
+            begun = ended
+
+    with _watched(llm, look):
+        llm.generate(prompts, params, use_tqdm=False)
+    return counted / (ended - begun)
 
 
 def sampling(folder: Path, rounds: int) -> dict[str, Any]:
@@ -66,7 +91,7 @@ def sampling(folder: Path, rounds: int) -> dict[str, Any]:
         for number in range(rounds + 1):
             for name, kind in kinds.items():
                 prompts = _prompts(32, 128, seed=number)
-                found = _decode_rate(llm, prompts, partial(_params, kind), 48)
+                found = _decode_rate(llm, prompts, _params(kind, 64))
                 if number:  # the first one warms up
                     rates[name].append(found)
     ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
@@ -92,16 +117,13 @@ def shared_prompt(folder: Path, rounds: int) -> dict[str, Any]:
 def _peak_blocks(llm: LLM, params: SamplingParams, prompt: Any) -> int:
     """KV blocks that are held at the fullest moment of a request."""
     free, peak = llm.stats().free_blocks, 0
-    updates = llm.engine.updates
 
-    def watched(timeout: float) -> Any:
+    def look(_: list[wire.SeqUpdate]) -> None:
         nonlocal peak
-        found = updates(timeout)
         peak = max(peak, free - llm.stats().free_blocks)
-        return found
 
-    llm.engine.updates = watched  # type: ignore[method-assign]
-    list(llm.run([llm.prepare(0, prompt, params)]))
+    with _watched(llm, look):
+        list(llm.run([llm.prepare(0, prompt, params)]))
     return peak
 
 
@@ -122,10 +144,9 @@ def speculation(folder: Path, rounds: int) -> dict[str, Any]:
                 "enable_prefix_caching": False,
             }
             with LLM(open_model(str(copying), options, own_process=True)) as llm:
-                params = partial(_params, {"temperature": 0})
-                _decode_rate(llm, [prompt], params, 16)
-                found.append(_decode_rate(llm, [prompt], params, 128))
-                output = llm.generate(prompt, params(_TEXT), use_tqdm=False)[0].outputs[0]
+                _decode_rate(llm, [prompt], _params({"temperature": 0}, 16))
+                found.append(_decode_rate(llm, [prompt], _params({"temperature": 0}, 128)))
+                output = llm.generate(prompt, _params({"temperature": 0}, _TEXT), use_tqdm=False)[0].outputs[0]
                 assert list(output.token_ids) == text[_TEXT // 2 :] + text[: _TEXT // 2], "the model does not copy"
                 stats = llm.stats()
                 if stats.draft_tokens:

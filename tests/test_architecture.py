@@ -52,6 +52,7 @@ TORCH_FREE = [
 # What `load` may bring in, beside what follows from the table above.
 LOADABLE = {
     "shoal.frontend.llm": {"shoal"},
+    "shoal.cli.commands": {"cli"},
     "shoal.types": {"shoal"},
     "shoal.errors": {"shoal"},
     "shoal.executors.inprocess": {"frontend"},

@@ -113,7 +113,7 @@ def test_tree_of_errors() -> None:
     assert (UserError.exit_code, EngineError.exit_code) == (2, 1)
 
 
-@pytest.mark.parametrize("module", ["shoal", "shoal.frontend.llm", "shoal.cli.main"])
+@pytest.mark.parametrize("module", ["shoal", "shoal.frontend.llm", "shoal.cli.main", "shoal.cli.commands"])
 def test_imports_load_no_torch(module: str) -> None:
     heavy = "[name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules]"
     code = f"import sys, {module}; shoal.SamplingParams; print({heavy})"

@@ -3,14 +3,15 @@
 `python tools/make_flags_page.py` after a flag has changed; a test fails while the page is stale.
 """
 
+import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
 from shoal import config, env
-from shoal.cli.main import cli
+from shoal.cli.commands import cli
 from shoal.cli.options import flag_groups, group_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
@@ -110,6 +111,11 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
     PAGE.write_text(page(), "utf-8")
     print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -129,7 +129,7 @@ def test_unknown_shape(refused: Refused, tokens: Path) -> None:
 
 @pytest.mark.parametrize("architectures", [["T5ForConditionalGeneration"], [], None])
 def test_unknown_architecture(refused: Refused, folder: Path, tokens: Path, architectures: list[str] | None) -> None:
-    change_config(folder, architectures=architectures)
+    change_config(folder, architectures=architectures, model_type="t5")  # which decides where no architecture is named
     line = refused(folder, "--prompts-file", tokens)
     has(line, "not supported", "LlamaForCausalLM", "Qwen3ForCausalLM", architectures[0] if architectures else "unnamed")
 

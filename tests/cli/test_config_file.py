@@ -96,6 +96,18 @@ def test_empty_files_say_nothing(seen: Any) -> None:
         assert seen(content) == (None, {}, {})
 
 
+def test_numbers_as_json_has_them(seen: Any) -> None:
+    for text, number in [("1e-3", 0.001), ("1E0", 1.0), (".5e+0", 0.5), ("2.e-1", 0.2), ("0.25", 0.25)]:
+        assert seen(f"temperature: {text}")[2] == {"temperature": number}
+    assert seen("stop: [1e, e5, 0x1e-3, '1e-3']")[2] == {"stop": ("1e", "e5", "0x1e-3", "1e-3")}
+
+
+def test_keys_may_have_their_dashes_and_share_values(seen: Any) -> None:
+    assert seen("-tp: 2\n--seed: 1")[1] == {"tensor_parallel_size": 2, "seed": 1}
+    merged = "speculative-config: {<<: {method: draft, num_speculative_tokens: 2}, method: ngram}"
+    assert seen(merged)[1]["speculative_config"].num_speculative_tokens == 2
+
+
 def test_flags_go_over_variables_and_those_over_the_file(seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     content = "block-size: 1\nseed: 1\nmax-num-seqs: 1\nmax-tokens: 1\n"
     monkeypatch.setenv("SHOAL_BLOCK_SIZE", "2")
@@ -152,6 +164,9 @@ def test_names_of_vllm_come_behind_ours(seen: Any, monkeypatch: pytest.MonkeyPat
         ("logit-bias: '{'", "logit-bias: '{' is no JSON"),
         ("stop-token-ids: a,b", "'a,b' is no list of token ids"),
         ("top-p: 1\ntop_p: 0.5", "top_p is given twice"),
+        ("seed: 1\nseed: 2", ", line 2: seed is given twice"),
+        ("speculative-config: {method: ngram, method: draft}", ", line 1: method is given twice"),
+        ("-x: 1", "unknown key -x"),
         ("- a", "must map flags to values"),
         ("a: [", "is no YAML"),
         ("{" * 3000, "is no YAML"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from shoal.cli.main import cli
+from shoal.cli.commands import cli
 from shoal.cli.options import flag_groups
 
 Shoal = Callable[..., int]

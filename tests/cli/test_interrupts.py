@@ -1,9 +1,13 @@
 """Signals that come at any moment, handled at the right one."""
 
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 
+from shoal.cli import main as program
 from shoal.cli.interrupts import Interrupts
 
 
@@ -48,3 +52,27 @@ def test_without_interrupts_all_is_as_before() -> None:
     with pytest.raises(ValueError, match="other"), Interrupts():
         raise ValueError("other")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# --- before a command runs ---------------------------------------------------------------------------------------
+
+
+def test_interrupted_while_modules_are_imported(
+    shoal: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(path: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(program, "load", load)
+    assert shoal("generate") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.raise_signal(number)  # pressed again while Python ends: nothing is said
+
+
+def test_little_is_imported_before_interrupts_are_heard() -> None:
+    code = (
+        "import sys, shoal.cli.main; print(sorted(name for name in sys.modules if name.startswith(('shoal', 'click'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == str(["shoal", "shoal.cli", "shoal.cli.main", "shoal.lazy"])

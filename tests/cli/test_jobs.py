@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from shoal.cli import generate as generate_module
 from shoal.errors import RankFailed
-from shoal.frontend.model import OpenModel
+from shoal.frontend.model import OpenModel, open_model
 from shoal.frontend.prompts import Job
 from shoal.types import RequestOutput
 
@@ -263,3 +264,81 @@ def test_requests_and_answers_of_a_batch(shoal: Shoal, tmp_path: Path) -> None:
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["custom_id"] for line in again] == ["c0", "c2", "c1"]
     assert again[:2] == [lines[0], lines[2]]
+
+
+# --- before the first line ---------------------------------------------------------------------------------------
+
+
+class Stopped:
+    """An engine that is interrupted while it starts."""
+
+    def __init__(self, opened: OpenModel) -> None:
+        raise KeyboardInterrupt
+
+
+def test_interrupted_before_anything_was_changed(
+    shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file holds the answers of before, which `--resume` would keep."""
+    output = tmp_path / "out.jsonl"
+    output.write_text("old\n")
+    monkeypatch.setattr("shoal.cli.generate.LLM", Stopped)
+    same = ["generate", "-p", "1 + 1 =", "--output", str(output), "--overwrite"]
+    assert shoal(*same) == 130
+    told = capsys.readouterr().err.strip()
+    assert told == f"interrupted: nothing was changed; start again with: {shlex.join(['shoal', *same])}"
+    assert output.read_text() == "old\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "left"),
+    [("overwrite: true", ["--resume"], "kept"), ("resume: true", ["--overwrite"], "begun anew"),
+     ("overwrite: true", [], "begun anew")],
+)  # fmt: skip
+def test_what_is_typed_goes_over_the_file(
+    shoal: Shoal, tmp_path: Path, content: str, flags: list[str], left: str
+) -> None:
+    output, settings = tmp_path / "out.jsonl", tmp_path / "c.yaml"
+    arguments = ["generate", "-p", "1 + 1 =", "--output", output, *SMALL, "--max-tokens", 2]
+    assert shoal(*arguments) == 0
+    marked = output.read_text().replace('"text": "', '"text": "KEPT')
+    output.write_text(marked)
+    settings.write_text(content)
+    assert shoal(*arguments, "--config", settings, *flags) == 0
+    assert ("KEPT" in output.read_text()) == (left == "kept")
+    assert output.read_bytes().count(b"\n") == 1
+
+
+def test_both_on_the_command_line_or_both_in_the_file(
+    shoal: Shoal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "c.yaml"
+    settings.write_text("overwrite: true\nresume: true\n")
+    for flags in (["--config", settings], ["--resume", "--overwrite"]):
+        assert shoal("generate", "-p", "a", "--output", tmp_path / "out", *flags) == 2
+        assert "give --resume or --overwrite, not both" in capsys.readouterr().err
+
+
+def test_a_file_that_another_run_has_filled_meanwhile(
+    shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def slowly(*arguments: Any, **keywords: Any) -> OpenModel:
+        output.write_text("another's\n")
+        return open_model(*arguments, **keywords)
+
+    monkeypatch.setattr(generate_module, "open_model", slowly)
+    monkeypatch.setattr(generate_module, "LLM", Stopped)
+    assert shoal("generate", "-p", "a", "--output", output) == 2
+    assert f"--output {output} is not empty" in capsys.readouterr().err
+    assert output.read_text() == "another's\n"
+
+
+def test_stdout_can_not_be_resumed(
+    shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_text("a file of this name is none of our business")
+    assert shoal("generate", "-p", "a", "--output", "-", "--resume") == 2
+    assert "--resume needs an --output that can be read; - is no file" in capsys.readouterr().err

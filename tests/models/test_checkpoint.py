@@ -82,6 +82,23 @@ def test_what_the_library_writes(checkpoint: Callable[[str], Path]) -> None:
             assert data == expected.numpy().tobytes()
 
 
+@pytest.mark.parametrize(
+    ("strides", "expected"),
+    [(None, True), ((3, 1), True), ((1, 2), False), ((6, 1), False), ((6, 2), False)],
+)
+def test_rows_one_after_the_other(strides: tuple[int, ...] | None, expected: bool) -> None:
+    assert TensorEntry(Path("f"), "F32", (2, 3), 0, strides).row_major == expected
+    alone = TensorEntry(Path("f"), "F32", (1, 3), 0, (9, 1))  # a stride that is never taken
+    assert alone.row_major
+
+
+def test_what_can_be_used_as_it_lies() -> None:
+    at = [TensorEntry(Path("f"), "F32", (2,), offset).holds("float32") for offset in range(5)]
+    assert at == [True, False, False, False, True]
+    assert TensorEntry(Path("f"), "BF16", (2,), 2).holds("bfloat16")
+    assert not TensorEntry(Path("f"), "BF16", (2,), 4).holds("float16")
+
+
 def shard(folder: Path) -> tuple[Path, Path]:
     first, second = folder / "first.safetensors", folder / "second.safetensors"
     first.write_bytes(pack({"a": entry("F32", [2, 3], 0, 24)}, DATA[:24]))
@@ -96,10 +113,15 @@ def test_shards(tmp_path: Path) -> None:
     assert {name: (t.file, t.shape) for name, t in found.tensors.items()} == {"a": (first, (2, 3)), "b": (second, (5,))}
 
 
-def test_index_goes_before_a_single_file(tmp_path: Path) -> None:
-    shard(tmp_path)
-    (tmp_path / SINGLE).write_bytes(b"")
-    assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
+def test_a_single_file_goes_before_a_stale_index(tmp_path: Path) -> None:
+    """So it is in transformers; the index may name shards that are gone."""
+    torch.save({"c": torch.ones(2)}, tmp_path / PICKLED_SINGLE)
+    (tmp_path / PICKLED_INDEX).write_text(json.dumps({"weight_map": {"c": "gone.bin"}}))
+    assert set(open_checkpoint(tmp_path).tensors) == {"c"}
+    _, second = shard(tmp_path)
+    second.unlink()
+    (tmp_path / SINGLE).write_bytes(pack(HEADER))
+    assert {tensor.file.name for tensor in open_checkpoint(tmp_path).tensors.values()} == {SINGLE}
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_two_ranks_take_half_the_memory_each() -> None:
     spec = read("Granite", hidden_size=256, intermediate_size=512)
     sizes: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 16, "step": StepSize(64, 4)}
     (alone,), halves = (
-        [rank_memory(spec, spec.params, shard, **sizes) for shard in shards_of(spec, ranks)] for ranks in (1, 2)
+        [rank_memory(spec, spec.params, {}, shard, **sizes) for shard in shards_of(spec, ranks)] for ranks in (1, 2)
     )
     # Norms are whole on each, and 301 rows of vocabulary are 151 and 150.
     assert all(0.5 * alone.weights <= half.weights < 0.51 * alone.weights for half in halves)
@@ -213,6 +213,28 @@ def test_what_the_engine_lacks_is_refused_in_one_line(case: str) -> None:
 def test_code_of_the_model_is_not_looked_at_where_transformers_has_its_own() -> None:
     config = config_of("Olmo2") | {"auto_map": {"AutoModelForCausalLM": "nowhere/else--modeling.Other"}}
     assert fallback.read(config, "here").architecture == "Olmo2ForCausalLM"
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_the_class_of_a_model_type(architectures: list[str] | None) -> None:
+    """Where config.json names none, as `config.save_pretrained` leaves it."""
+    spec = fallback.read(config_of("Olmo2") | {"architectures": architectures}, "here")
+    assert spec == read("Olmo2")
+    with pytest.raises(CheckpointError, match=r"here: an unnamed architecture can't run .* no model_type 'mine'"):
+        fallback.read({"architectures": architectures, "model_type": "mine"}, "here")
+
+
+@pytest.mark.parametrize("original", [{}, {"original_max_position_embeddings": 64}])
+@pytest.mark.parametrize("factor", [0.5, 4.0])
+def test_yarn_stretches_the_positions_as_in_our_own_spec(
+    tmp_path: Path, factor: float, original: dict[str, Any]
+) -> None:
+    rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 10000.0, **original}
+    config = config_of("Llama") | {"rope_parameters": rope, "max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lengths = [read_model(tmp_path, implementation).max_positions for implementation in ("shoal", "transformers")]
+    expected = {(0.5, 0): 128, (0.5, 1): 128, (4.0, 0): 512, (4.0, 1): 256}[factor, len(original)]
+    assert lengths == [expected] * 2
 
 
 def test_transformers_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:

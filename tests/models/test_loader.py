@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint import PICKLED_SINGLE, SINGLE, Checkpoint, TensorEntry, open_checkpoint
 from shoal.models.loader import CheckpointWeights, DummyWeights
-from shoal.models.manifest import Cut, Param, Piece, Shard, manifest, shards
+from shoal.models.manifest import Cut, Param, Piece, Shard, keeps_embedding, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import AttentionSpec, ModelSpec, NormSpec, RopeSpec, TensorNames
 from shoal.parallel.partition import split_heads
@@ -284,6 +284,33 @@ def test_rows_are_views_of_the_file(tmp_path: Path) -> None:
         start = checkpoint.tensors["model.embed_tokens.weight"].offset
         offsets = [embedding.data_ptr() - mapping.start for mapping in mappings(file)]
         assert start + first in offsets
+
+
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("pad", [0, 1, 2])
+def test_whether_a_tied_embedding_takes_memory(tmp_path: Path, pad: int, stored: torch.dtype, wanted: str) -> None:
+    """What is counted is what is done, whatever config.json says of the type."""
+    spec = dataclasses.replace(SPEC, tie_embeddings=True)
+    params = manifest(spec, TensorNames())
+    checkpoint = write(tmp_path, made_up(params, stored), pad=pad)
+    for shard in shards(spec, 2):
+        weights = CheckpointWeights(checkpoint, params, shard, getattr(torch, wanted))
+        copied = not lies_in(weights.tensor("embedding"), tmp_path / SINGLE)
+        assert keeps_embedding(params, checkpoint.tensors, "cpu", wanted) == copied
+    assert not keeps_embedding(params, checkpoint.tensors, "cuda", wanted)
+    assert keeps_embedding(params, {}, "cpu", wanted)  # made up
+
+
+def test_a_tied_embedding_that_does_not_lie_row_by_row_takes_memory(tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, tie_embeddings=True)
+    params, name = manifest(spec, TensorNames()), "model.embed_tokens.weight"
+    wholes = made_up(params)
+    torch.save({**wholes, name: wholes[name].t().contiguous().t()}, tmp_path / PICKLED_SINGLE)
+    checkpoint = open_checkpoint(tmp_path)
+    embedding = CheckpointWeights(checkpoint, params, shards(spec, 1)[0], torch.float32).tensor("embedding")
+    assert not lies_in(embedding, tmp_path / PICKLED_SINGLE)
+    assert keeps_embedding(params, checkpoint.tensors, "cpu", "float32")
 
 
 def test_copies_are_no_larger_than_the_share(tmp_path: Path) -> None:

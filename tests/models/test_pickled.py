@@ -247,6 +247,17 @@ def test_programs_that_make_no_sense_end_soon(program: bytes) -> None:
     assert time.process_time() - begun < 10
 
 
+@both
+def test_numbers_that_are_to_be_negated(file: Path, save: Save) -> None:
+    """`conj().imag` shares its numbers with what it was made of; that they are to be negated is said beside them."""
+    tensor = torch.ones(3, dtype=torch.complex64).conj().imag
+    assert tensor.is_neg()
+    save({"a": tensor}, file)
+    assert "changed when they are read (neg)" in refusal(file)
+    save({"a": tensor.resolve_neg()}, file)
+    assert_read(file, {"a": -torch.ones(3) * 0})
+
+
 def test_a_program_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle_program, "_MOST_OPERATIONS", 100)
     with pytest.raises(Refused, match="more than 100 operations"):

@@ -192,6 +192,27 @@ def test_one_of_several_architectures(tmp_path: Path) -> None:
     assert read(tmp_path, {**LLAMA, "architectures": ["Other", "LlamaForCausalLM"]}).family == "llama"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_type_decides_where_no_architecture_is_named(tmp_path: Path, family: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[FAMILIES[family].model_type]()
+    config.save_pretrained(tmp_path)
+    written = read_config(tmp_path)
+    assert not written.get("architectures")
+    assert read_spec(tmp_path).family == family
+    assert read(tmp_path, {**written, "architectures": []}).family == family
+    message = refusal(tmp_path, {**written, "architectures": ["Other"]}, Unsupported)
+    assert "architecture Other is not supported" in message
+
+
+@pytest.mark.parametrize("model_type", [None, "mamba", "gemma3"])
+def test_neither_architecture_nor_a_known_model_type(tmp_path: Path, model_type: str | None) -> None:
+    """gemma3 alone is the model that sees images."""
+    config = {**LLAMA, "architectures": None, "model_type": model_type}
+    assert "architecture unnamed is not supported" in refusal(tmp_path, config, Unsupported)
+
+
 def held_against(spec: ModelSpec, config: Any) -> None:
     """What transformers' own reading of a configuration says in plain fields."""
     assert spec.hidden_size == config.hidden_size

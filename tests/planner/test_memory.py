@@ -81,7 +81,8 @@ def make_batch(tokens: int, context: int) -> PagedBatch:
 def planned(folder: Path, shard: Shard, dtype: torch.dtype, step: StepSize) -> RankMemory:
     spec = read_spec(folder)
     params = manifest(spec, tensor_names(spec))
-    return rank_memory(spec, params, shard, dtype=NAMES[dtype], device="cpu", block_size=BLOCK_SIZE, step=step)
+    stored = open_checkpoint(folder).tensors
+    return rank_memory(spec, params, stored, shard, dtype=NAMES[dtype], device="cpu", block_size=BLOCK_SIZE, step=step)
 
 
 @torch.inference_mode()
@@ -132,7 +133,8 @@ def of(spec: ModelSpec, folder: Path, **changes: int) -> RankMemory:
     (shard,) = shards(spec, 1)
     step = StepSize(**{"tokens": 64, "sampled": 8, **changes})
     params = manifest(spec, tensor_names(spec))
-    return rank_memory(spec, params, shard, dtype="float32", device="cpu", block_size=BLOCK_SIZE, step=step)
+    stored = open_checkpoint(folder).tensors
+    return rank_memory(spec, params, stored, shard, dtype="float32", device="cpu", block_size=BLOCK_SIZE, step=step)
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))

@@ -2,19 +2,26 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from shoal import LLM
+from shoal import LLM, wire
+from shoal.comm.local import LocalComm
 from shoal.config import EngineOptions
 from shoal.devices import cuda
 from shoal.errors import ConfigError
+from shoal.models.checkpoint import open_checkpoint
+from shoal.parallel.mesh import Axis, Mesh
+from shoal.parallel.topology import Topology
 from shoal.planner.resolve import Decision, discover, resolve
 from shoal.types import Hardware
+from shoal.worker.rank_model import RankModel
 
 Checkpoint = Callable[[str], Path]
 
@@ -63,6 +70,61 @@ def test_a_tied_head_is_counted_once_where_it_is_the_embedding(checkpoint: Check
     assert 0.95 * on_disk < decide(folder).ranks[0].weights < on_disk  # less the headers
     table = 301 * 64 * 2
     assert decide(folder, dtype="bfloat16").ranks[0].weights == decide(folder).ranks[0].weights // 2 + table
+
+
+def loaded_bytes(decision: Decision, folder: Path, load_format: str) -> int:
+    """What a rank of a plan says that its weights take."""
+    setup = wire.RankSetup(
+        wire_version=wire.WIRE_VERSION,
+        rank=0,
+        world_size=1,
+        incarnation=0,
+        model_path=str(folder),
+        model_impl="shoal",
+        tp_split=(),
+        load_format=load_format,
+        dtype=decision.dtype,
+        device="cpu",
+        device_index=0,
+        seed=0,
+        block_size=16,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        cores=(),
+        threads=1,
+        kv_budget=None,
+        memory_utilization=0.9,
+        comm_timeout_s=1.0,
+    )
+    model = RankModel(folder, setup, Mesh(Topology.of(), 0, Axis("tp", 0, 1, LocalComm())))
+    model.load(torch.device("cpu"))
+    return model.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype", "load_format", "twice"),
+    [
+        ("float32", "auto", "auto", False),
+        ("float32", "bfloat16", "auto", True),
+        ("bfloat16", "auto", "auto", True),  # config.json says what the file, in float32, is not
+        ("bfloat16", "float32", "auto", False),
+        ("float32", "auto", "dummy", True),  # made-up weights lie in no file
+    ],
+)
+def test_a_tied_embedding_is_counted_by_what_the_file_holds(
+    checkpoint: Checkpoint, tmp_path: Path, said: str, dtype: str, load_format: str, twice: bool
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": said}))
+    decision = decide(folder, dtype=dtype, load_format=load_format)
+    numbers = sum(math.prod(shape) for shape in open_checkpoint(folder).shapes.values())
+    item = {"float32": 4, "bfloat16": 2}[decision.dtype]
+    assert decision.ranks[0].weights == item * (numbers + (301 * 64 if twice else 0))
+    assert loaded_bytes(decision, folder, load_format) == decision.ranks[0].weights
 
 
 @pytest.mark.parametrize("options", [{"kv_cache_memory_bytes": "64GiB"}, {"device_memory": "64GiB"}])

@@ -35,3 +35,13 @@ def test_a_row_stays_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     for line in make_flags_page.page().splitlines():
         if line.startswith("| `"):
             assert line.replace("\\|", "").count("|") in (3, 4), line
+
+
+@pytest.mark.parametrize("argument", ["--help", "--check", "page.md"])
+def test_it_writes_only_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
+    monkeypatch.setattr(make_flags_page, "PAGE", tmp_path / "flags.md")
+    with pytest.raises(SystemExit):
+        make_flags_page.main([argument])
+    assert not (tmp_path / "flags.md").exists()
+    make_flags_page.main([])
+    assert (tmp_path / "flags.md").read_text("utf-8") == make_flags_page.page()

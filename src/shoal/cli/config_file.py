@@ -1,13 +1,21 @@
 """The file of `--config`: YAML, a flag a key. As strict as the command line: a slip is named, never passed over."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
 from shoal.errors import ConfigError
 from shoal.lazy import load
+
+# YAML 1.1 takes numbers such as 1e-3 for texts, for want of a point or of a sign behind the e; 1.2 does not.
+_SCIENTIFIC = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z")
+
+
+class _Twice(Exception):
+    """A mapping has a key twice; it is told as `line 3: seed`."""
 
 
 def read_config_file(path: str, parameters: Sequence[click.Parameter]) -> dict[str, Any]:
@@ -21,7 +29,7 @@ def read_config_file(path: str, parameters: Sequence[click.Parameter]) -> dict[s
     keys = _keys(parameters)
     found: dict[str, Any] = {}
     for key, value in _read(path).items():
-        name = str(key).replace("_", "-").removeprefix("--")
+        name = str(key).replace("_", "-").lstrip("-")
         if name not in keys:
             near = difflib.get_close_matches(name, keys, 1)
             hint = f"did you mean {near[0]}?" if near else "docs/flags.md lists the known ones"
@@ -39,7 +47,9 @@ def _read(path: str) -> Mapping[Any, Any]:
     yaml_error: type[Exception] = load("yaml:YAMLError")
     try:
         with open(path, encoding="utf-8") as file:
-            values = load("yaml:safe_load")(file)
+            values = load("yaml:load")(file, _loader())
+    except _Twice as error:
+        raise ConfigError(f"--config {path}, {error} is given twice") from None
     except OSError as error:
         raise ConfigError(f"--config {path} can't be read: {error.strerror}") from None
     except (yaml_error, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -49,6 +59,28 @@ def _read(path: str) -> Mapping[Any, Any]:
     if not isinstance(values, Mapping):
         raise ConfigError(f"--config {path} must map flags to values, such as `max-tokens: 64`")
     return values
+
+
+def _loader() -> Any:
+    """PyYAML's safe loader, but for keys that are given twice and for numbers."""
+    loader: Any = type("_Loader", (load("yaml:SafeLoader"),), {})
+    loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
+    return loader
+
+
+def _mapping(loader: Any, node: Any) -> Iterator[Any]:
+    """
+    Raises:
+        _Twice: a key comes again. (Keys that `<<` merges in give way to those that are there.)
+    """
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key.value, str):  # no list or mapping, which PyYAML refuses as keys
+            if (key.tag, key.value) in seen:
+                raise _Twice(f"line {key.start_mark.line + 1}: {key.value}")
+            seen.add((key.tag, key.value))
+    yield from loader.construct_yaml_map(node)
 
 
 def _keys(parameters: Sequence[click.Parameter]) -> dict[str, tuple[click.Parameter, bool]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from shoal.cli.interrupts import Interrupts
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
@@ -73,6 +74,10 @@ def generate(
     OpenAI's batch format, and then so is the answer.
     """
     sampling = sampling_values(flags)
+    if _typed("resume"):  # what is typed goes over the file of --config
+        overwrite = overwrite and _typed("overwrite")
+    elif _typed("overwrite"):
+        resume = False
     _check_output(output, prompts_file, resume=resume, overwrite=overwrite)
     given = _Prompts.of(model, prompts, prompts_file, column=prompt_column, chat=chat)
     opened = open_model(model, engine_values(flags), own_process=True)
@@ -84,7 +89,14 @@ def generate(
         with LLM(opened) as llm:
             return _print(llm, given, parameters)
     with OutputFile(output) as file:
+        if not (resume or overwrite or file.empty):  # another run may have written it while the model was read
+            raise _not_empty(output)
         return _FileJob(opened, given, parameters, file, ordered=ordered, resume=resume).run()
+
+
+def _typed(name: str) -> bool:
+    """Is the flag on the command line?"""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _check_output(output: str | None, prompts: str | None, *, resume: bool, overwrite: bool) -> None:
@@ -98,10 +110,16 @@ def _check_output(output: str | None, prompts: str | None, *, resume: bool, over
             raise ConfigError(f"{name} needs --output FILE")
     if resume and overwrite:
         raise ConfigError("give --resume or --overwrite, not both")
-    if output is not None and prompts is not None and os.path.realpath(output) == os.path.realpath(prompts):
+    if output is None or output == "-":
+        return
+    if prompts is not None and os.path.realpath(output) == os.path.realpath(prompts):
         raise ConfigError(f"--output and --prompts-file are the same file, {output}")
-    if output is not None and not (resume or overwrite) and os.path.isfile(output) and os.path.getsize(output):
-        raise UserError(f"--output {output} is not empty: add --resume to go on with it, or --overwrite to begin anew")
+    if not (resume or overwrite) and os.path.isfile(output) and os.path.getsize(output):
+        raise _not_empty(output)
+
+
+def _not_empty(output: str) -> UserError:
+    return UserError(f"--output {output} is not empty: add --resume to go on with it, or --overwrite to begin anew")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +228,8 @@ class _FileJob:
         self._output = output
         self._ordered = ordered
         self._resume = resume
+        self._seed = opened.options.model_options.seed
+        self._begun = False  # before, the file is as it was
         self._written = 0
         self._failed = 0
         self._total = given.count()
@@ -222,16 +242,15 @@ class _FileJob:
             Interrupted, OutputFailed, EngineError: with the way to go on.
         """
         answered = self._answered()
-        check = resuming.Check(self._output, answered, self._parameters)
+        check = self._check(answered)
         if answered.count and self._given.rereadable and resuming.verify(self._given, check) == 0:
             print(f"{self._output.name} answers all {answered.count} prompts: nothing is left to do", file=sys.stderr)
             self._output.start(keep=resuming.compact(self._output, answered))
             return 0
         keep = resuming.compact(self._output, answered)
         self._written = answered.count
-        check = resuming.Check(self._output, answered, self._parameters)
         try:
-            self._generate(check, keep)
+            self._generate(self._check(answered), keep)
         except KeyboardInterrupt:
             raise Interrupted(self._how_to_go_on()) from None
         except OutputFailed as error:
@@ -247,15 +266,20 @@ class _FileJob:
             raise UserError(f"--resume needs an --output that can be read; {self._output.name} is no file")
         return resuming.scan(self._output) if self._resume else resuming.Answered()
 
+    def _check(self, answered: resuming.Answered) -> resuming.Check:
+        return resuming.Check(self._output, answered, self._parameters, seed=self._seed)
+
     def _generate(self, check: resuming.Check, keep: int) -> None:
         with ExitStack() as stack:
             llm = stack.enter_context(LLM(self._opened))
             interrupts = stack.enter_context(Interrupts())
             self._given.check_typed(llm, self._parameters)
-            self._output.start(keep)
+            with interrupts.held():
+                self._output.start(keep)
+                self._begun = True
             progress = Progress(self._total, done=self._written)
             stack.callback(progress.close)
-            run = JobRun(llm, self._parameters, seed=llm.options.model_options.seed)
+            run = JobRun(llm, self._parameters, seed=self._seed)
             results = run(self._given, ordered=self._ordered, skip=check.answered, finish=check.finish)
             for entry, digest, output in results:
                 with interrupts.held():  # a line and its count are one
@@ -276,14 +300,21 @@ class _FileJob:
             progress.tell(_failure(entry, output.error))
 
     def _how_to_go_on(self) -> str:
+        stdin = not self._given.rereadable
+        if not self._begun and not self._resume:
+            return f"nothing was changed; start again with: {command_line(sys.argv[1:], stdin=stdin)}"
         of = f" of {self._total}" if self._total is not None else ""
         held = f"{self._output.name} holds {self._written}{of} answers"
         if not self._output.regular:
             return held
-        return f"{held}; go on with: {resume_command(sys.argv[1:], stdin=not self._given.rereadable)}"
+        return f"{held}; go on with: {resume_command(sys.argv[1:], stdin=stdin)}"
 
 
 def resume_command(arguments: Sequence[str], *, stdin: bool) -> str:
     """The command that goes on with this one's job."""
     same = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
-    return shlex.join(["shoal", *same, "--resume"]) + (" (with the same prompts on stdin)" if stdin else "")
+    return command_line([*same, "--resume"], stdin=stdin)
+
+
+def command_line(arguments: Sequence[str], *, stdin: bool) -> str:
+    return shlex.join(["shoal", *arguments]) + (" (with the same prompts on stdin)" if stdin else "")

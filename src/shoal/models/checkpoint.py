@@ -21,6 +21,8 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_SINGLE = "pytorch_model.bin"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LOADABLE = ("F32", "F16", "BF16", "F64")
+# How files call the types that weights have.
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _LONGEST_HEADER = 100 * 2**20
 
 
@@ -33,6 +35,23 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     strides: tuple[int, ...] | None = None  # in elements; None: row by row
+
+    def holds(self, dtype: str) -> bool:
+        """Are its numbers of this type, at an address where they can be used as they lie? `dtype` as in config.json."""
+        stored = _STORED[dtype]
+        return self.dtype == stored and self.offset % ITEM_BYTES[stored] == 0
+
+    @property
+    def row_major(self) -> bool:
+        """Do its rows lie one after the other?"""
+        if self.strides is None or 0 in self.shape:
+            return True
+        expected = 1
+        for stride, size in reversed(list(zip(self.strides, self.shape, strict=True))):
+            if size > 1 and stride != expected:
+                return False
+            expected *= size
+        return True
 
     @property
     def overlaps(self) -> bool:
@@ -74,7 +93,8 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads the headers of all shards. Safetensors go before pickled files, and an index before a single file.
+    """Reads the headers of all shards. Safetensors go before pickled files, and a single file before an index, as in
+    transformers: an index may be left over from an older copy of the model.
 
     Raises:
         CheckpointError: there are no weights, a shard is missing, or a file is truncated or malformed.
@@ -84,7 +104,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         (folder / INDEX, folder / SINGLE, _read_safetensors),
         (folder / PICKLED_INDEX, folder / PICKLED_SINGLE, _read_pickled),
     ):
-        files = _shards(index) if index.exists() else [single] if single.exists() else []
+        files = [single] if single.exists() else _shards(index) if index.exists() else []
         for file in files:
             tensors.update(read(file))
         if files:

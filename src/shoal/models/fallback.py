@@ -57,8 +57,8 @@ def read(config: Mapping[str, Any], where: str) -> FallbackSpec:
         CheckpointError: transformers is not installed or does not know the model, or the model needs what the engine
             does not have; it says what.
     """
-    architectures = config.get("architectures") or ["an unnamed architecture"]
-    architecture = str(architectures[0])
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if architectures else ""
     if reason := _obstacle(config):
         raise refusal(where, architecture, reason)
     try:
@@ -70,7 +70,8 @@ def read(config: Mapping[str, Any], where: str) -> FallbackSpec:
 
 
 def refusal(where: str, architecture: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"{where}: {architecture} can't run through --model-impl transformers: {reason}")
+    named = architecture or "an unnamed architecture"
+    return CheckpointError(f"{where}: {named} can't run through --model-impl transformers: {reason}")
 
 
 def _obstacle(config: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from shoal.models.manifest import Cut, Param, Piece, Shard
 
 _TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _TORCH_TYPES.values()}
 _DUMMY_PERIOD = (1 << 20) - 3  # made-up weights repeat after so many values; odd, so that rows differ
 
 
@@ -50,8 +51,8 @@ class CheckpointWeights:
         if not shape:  # a single number
             return blocks[0].to(dtype, copy=True)
         if len(blocks) == 1 and blocks[0].shape == shape and not param.plus:
-            aligned = self._checkpoint.tensors[param.pieces[0].source].offset % dtype.itemsize == 0
-            if blocks[0].dtype == dtype and blocks[0].is_contiguous() and aligned:
+            entry = self._checkpoint.tensors[param.pieces[0].source]
+            if entry.holds(_NAMES[dtype]) and blocks[0].is_contiguous():
                 return blocks[0]
         whole = torch.empty(shape, dtype=dtype)
         row = 0

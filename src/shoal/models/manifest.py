@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from shoal.errors import CheckpointError
+from shoal.models.checkpoint import TensorEntry
 from shoal.models.spec import ModelSpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
 
@@ -105,9 +106,16 @@ def weight_bytes(
     )
 
 
-def keeps_embedding(spec: ModelSpec, device: str, dtype: str) -> bool:
-    """Does a tied embedding take memory beside the head? On a CPU it stays in the file, if it is used as it is."""
-    return device == "cpu" and dtype != spec.dtype
+def keeps_embedding(params: Iterable[Param], stored: Mapping[str, TensorEntry], device: str, dtype: str) -> bool:
+    """Does a tied embedding take memory beside the head?
+
+    On a CPU the head is packed, and the embedding stays in the mapped file where it can be used as it lies there.
+    `stored` is what the checkpoint has; empty: weights are made up, and lie in no file.
+    """
+    if device != "cpu":
+        return False
+    source = next(piece.source for param in params if param.name == "embedding" for piece in param.pieces)
+    return source not in stored or not (stored[source].holds(dtype) and stored[source].row_major)
 
 
 def shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:

@@ -2,8 +2,8 @@
 
 A pickle is a program for a stack machine. Here it is run operation by operation, by the few that a state dict needs;
 whatever else a file asks for is refused by its name. Time and memory grow with the pickle's length and no faster:
-the memo is a table of what was stored, no value is copied, and only plain keys are hashed. (Python's own Unpickler
-makes room for the largest memo index that is named.)
+the memo is a table of what was stored, calls copy no more pairs than operations were run, and only short plain keys are
+hashed. (Python's own Unpickler makes room for the largest memo index that is named.)
 """
 
 import pickletools
@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 _MOST_OPERATIONS = 2_000_000  # some 40,000 tensors in one file
+_MOST_ARGUMENTS = 8
 _PLAIN_KEYS = (str, int, float, bool, bytes, type(None))
+_LONGEST_KEY = 4096  # of text or bytes; names of tensors are far shorter
 
 STORAGE_TYPES = {
     "DoubleStorage": "F64",
@@ -99,8 +101,11 @@ class _Machine:
     stack: list[Any] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)  # lengths of the stack
     memo: dict[int, Any] = field(default_factory=dict)
+    operations: int = 0
+    copied: int = 0  # pairs, by calls
 
     def run(self, operation: str, argument: Any) -> None:
+        self.operations += 1
         if operation in _LITERALS:
             self.stack.append(argument)
         elif operation in _CONSTANTS:
@@ -217,7 +222,18 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple) or str(function) not in _CALLS:
             raise Refused(f"it calls {function if isinstance(function, _Name) else type(function).__name__}: refused")
+        if len(arguments) > _MOST_ARGUMENTS:
+            raise Refused(f"it calls {function} with {len(arguments)} arguments")
+        if str(function) == _ORDERED_DICT:
+            self.count_pairs(arguments)
         self.stack.append(_CALLS[str(function)](*arguments))
+
+    def count_pairs(self, arguments: tuple[Any, ...]) -> None:
+        """A list may be fetched from the memo and copied again and again; one that is copied once took an operation
+        for each of its pairs."""
+        self.copied += sum(len(given) for given in arguments if isinstance(given, tuple | list))
+        if self.copied > self.operations:
+            raise Refused(f"it copies {self.copied} pairs within {self.operations} operations")
 
     def build(self, _: Any) -> None:
         """Attributes of a dict (`_metadata` of a state dict), which nobody reads."""
@@ -227,9 +243,14 @@ class _Machine:
 
 
 def _key(key: Any) -> Hashable:
-    """Of a dict. Others could take forever to hash: tuples of tuples, each of them twice the one before."""
+    """Of a dict. Others could take forever to hash or compare: tuples of tuples, each of them twice the one before,
+    or a number of a million digits that is used a million times."""
     if type(key) not in _PLAIN_KEYS:
         raise Refused(f"it has a {type(key).__name__} as a key")
+    if isinstance(key, int) and not -(2**63) <= key < 2**64:
+        raise Refused(f"it has a key of {key.bit_length()} bits")
+    if isinstance(key, str | bytes) and len(key) > _LONGEST_KEY:
+        raise Refused(f"it has a key of {len(key)} characters")
     return key  # type: ignore[no-any-return]
 
 
@@ -247,6 +268,7 @@ def _storage(given: Any) -> Storage:
     kind, key, _, count = given[1:5]
     if not isinstance(kind, _Name) or kind.name not in STORAGE_TYPES or not isinstance(key, str):
         raise Refused("it refers to a storage without type or key")
+    _key(key)
     view = given[5] if len(given) == 6 else None
     if view is None:
         return Storage(key, STORAGE_TYPES[kind.name], _size(count))
@@ -256,9 +278,17 @@ def _storage(given: Any) -> Storage:
     return Storage(key, STORAGE_TYPES[kind.name], seen, first)
 
 
-def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _tensor(
+    storage: Any, first: Any, shape: Any, strides: Any, _grad: Any = False, _hooks: Any = None, metadata: Any = None
+) -> Tensor:
+    """`metadata` says what is to be done with the numbers of the storage: to negate or to conjugate them."""
     if not isinstance(storage, Storage):
         raise Refused("it has a tensor without a storage")
+    if metadata:
+        named = ", ".join(str(key)[:40] for key in list(metadata)[:5]) if isinstance(metadata, dict) else "unknown"
+        raise Refused(
+            f"it has a tensor whose numbers are to be changed when they are read ({named}): save a copy of it"
+        )
     tensor = Tensor(storage, _size(first), _sizes(shape), _sizes(strides))
     if len(tensor.shape) != len(tensor.strides):
         raise Refused(f"a tensor of shape {list(tensor.shape)} with {len(tensor.strides)} strides")
@@ -274,7 +304,9 @@ def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> Tens
 def _sizes(given: Any) -> tuple[int, ...]:
     if not isinstance(given, tuple | list) or len(given) > 64:
         raise Refused("it has a tensor whose sizes are no numbers")
-    return tuple(_size(size) for size in given)
+    for size in given:
+        _size(size)
+    return given if type(given) is tuple else tuple(given)
 
 
 def _size(given: Any) -> int:
@@ -300,8 +332,9 @@ def _ordered_dict(pairs: Any = ()) -> dict[Hashable, Any]:
     return found
 
 
+_ORDERED_DICT = "collections.OrderedDict"
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _ordered_dict,
+    _ORDERED_DICT: _ordered_dict,
     "torch.Size": _sizes,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,26 @@ def read_spec(folder: Path) -> ModelSpec:
             f"{folder}: quantized weights (quantization_config in config.json) can't be loaded; use the model they "
             "were made from"
         )
+    family = _family(architectures, config.get("model_type"))
+    if family is None:
+        supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+        raise Unsupported(
+            f"{folder}: architecture {', '.join(architectures) or 'unnamed'} is not supported; supported are "
+            f"{supported}"
+        )
+    try:
+        spec = family.read(config)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {type(error).__name__} {error}") from None
+    return _checked(spec, folder)
+
+
+def _family(architectures: Sequence[str], model_type: Any) -> Family | None:
+    """Where no architecture is named, as in what `config.save_pretrained` writes, model_type decides."""
     for family in FAMILIES.values():
-        if set(family.architectures) & set(architectures):
-            try:
-                spec = family.read(config)
-            except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-                raise CheckpointError(f"{folder / 'config.json'}: {type(error).__name__} {error}") from None
-            return _checked(spec, folder)
-    supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    raise Unsupported(
-        f"{folder}: architecture {', '.join(architectures) or 'unnamed'} is not supported; supported are {supported}"
-    )
+        if set(family.architectures) & set(architectures) or (not architectures and family.model_type == model_type):
+            return family
+    return None
 
 
 def _checked(spec: ModelSpec, folder: Path) -> ModelSpec:

@@ -160,10 +160,12 @@ class TensorNames:
 class Family:
     """One file in `families/`: which architectures it reads, and how.
 
+    `model_type` is config.json's, which decides where no architecture is named.
     `prefixes` and `heads` are the spellings of `TensorNames.prefix` and `.head` that are in use, the usual one first.
     """
 
     architectures: tuple[str, ...]
+    model_type: str
     read: Callable[[Config], ModelSpec]
     names: TensorNames = TensorNames()
     prefixes: tuple[str, ...] = ("model.", "", "language_model.model.")

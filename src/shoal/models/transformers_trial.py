@@ -68,7 +68,7 @@ def inspect(config: Mapping[str, Any], architecture: str, where: str) -> Fallbac
 
 
 def build(config: Mapping[str, Any], architecture: str, attention: str) -> Any:
-    """The module, all of it on the meta device, in float32.
+    """The module, all of it on the meta device, in float32. `architecture` is its class; "": whichever it is.
 
     Raises:
         Unfit: transformers does not know the model, or not as a causal one.
@@ -87,7 +87,7 @@ def build(config: Mapping[str, Any], architecture: str, attention: str) -> Any:
             if "Unrecognized configuration class" in str(error):
                 raise Unfit("it is no causal language model") from None
             raise
-    if type(model).__name__ != architecture:
+    if architecture and type(model).__name__ != architecture:
         raise Unfit(f"model_type {kind!r} is {type(model).__name__} in transformers, not {architecture}")
     return model.eval()
 
@@ -121,7 +121,7 @@ def _inspect(text: str, architecture: str) -> FallbackSpec:
         norm=NormSpec("rms", 1e-6),
         tie_embeddings=_tied(model) is not None,
         dtype=dtype_name(config),
-        architecture=architecture,
+        architecture=type(model).__name__,
         backbone=path_of(model, backbone),
         prefix=f"{model.base_model_prefix}." if model.base_model is not model else "",
     )
@@ -292,8 +292,17 @@ def _max_positions(config: Any) -> int:
     for name in ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_ctx"):
         found = getattr(config, name, None)
         if isinstance(found, int) and found > 0:
-            return found
+            return max(found, _stretched(getattr(config, "rope_parameters", None) or {}, found))
     raise Unfit("its config.json names no max_position_embeddings")
+
+
+def _stretched(rope: Mapping[str, Any], original: int) -> int:
+    """What yarn makes of the positions that a model was first trained with, as `fields.max_positions` has it; without
+    yarn 0."""
+    layers = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]  # some by layer type
+    yarns = [layer for layer in layers if layer.get("rope_type") == "yarn"]
+    lengths = [yarn["factor"] * (yarn.get("original_max_position_embeddings") or original) for yarn in yarns]
+    return int(max(lengths, default=0))
 
 
 def _widest(backbone: nn.Module) -> int:

@@ -1,9 +1,10 @@
 """Bytes that a rank needs, from the manifest alone: before any process is started."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError
+from shoal.models.checkpoint import TensorEntry
 from shoal.models.fallback import FallbackSpec
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, weight_bytes
 from shoal.models.spec import ModelSpec
@@ -51,10 +52,19 @@ class StepSize:
 
 
 def rank_memory(
-    spec: ModelSpec, params: Sequence[Param], shard: Shard, *, dtype: str, device: str, block_size: int, step: StepSize
+    spec: ModelSpec,
+    params: Sequence[Param],
+    stored: Mapping[str, TensorEntry],
+    shard: Shard,
+    *,
+    dtype: str,
+    device: str,
+    block_size: int,
+    step: StepSize,
 ) -> RankMemory:
+    """`stored`: the checkpoint's tensors; empty where weights are made up."""
     item = ITEM_BYTES[dtype]
-    kept = keeps_embedding(spec, device, dtype)
+    kept = keeps_embedding(params, stored, device, dtype)
     return RankMemory(
         weights=weight_bytes(spec, params, shard, item, embedding_kept=kept),
         activations=_activations(spec, shard, item, step, device),

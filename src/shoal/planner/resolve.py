@@ -1,6 +1,6 @@
 """From what the user said and what the machine has to what is done, with the reasons. Nothing is started here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,7 @@ from shoal.config import EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.errors import ConfigError
 from shoal.models import manifest
-from shoal.models.checkpoint import open_checkpoint
+from shoal.models.checkpoint import TensorEntry, open_checkpoint
 from shoal.models.fallback import FallbackSpec
 from shoal.models.implementation import implementation_of, params_of, read_model, shards_of
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard
@@ -113,6 +113,7 @@ def resolve(options: EngineOptions, folder: Path, hardware: Hardware, draft_fold
 class _Model:
     spec: ModelSpec
     params: tuple[Param, ...]
+    stored: Mapping[str, TensorEntry]  # empty where weights are made up
 
 
 def _read(folder: Path, implementation: str, *, weights: bool) -> _Model:
@@ -121,12 +122,12 @@ def _read(folder: Path, implementation: str, *, weights: bool) -> _Model:
     """
     spec = read_model(folder, implementation)
     if not weights:
-        return _Model(spec, params_of(spec))
+        return _Model(spec, params_of(spec), {})
     checkpoint = open_checkpoint(folder)
     params = params_of(spec, checkpoint.shapes)
     manifest.check(params, checkpoint.shapes, str(folder))
     checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
-    return _Model(spec, params)
+    return _Model(spec, params, checkpoint.tensors)
 
 
 def _check_split(options: EngineOptions) -> None:
@@ -164,7 +165,14 @@ def _rank_memories(
         reasons.append(f"shares {':'.join(map(str, split))} of {model.spec.family}: {_shares(shards)}")
     return tuple(
         rank_memory(
-            model.spec, model.params, shard, dtype=dtype, device=device, block_size=options.cache.block_size, step=step
+            model.spec,
+            model.params,
+            model.stored,
+            shard,
+            dtype=dtype,
+            device=device,
+            block_size=options.cache.block_size,
+            step=step,
         )
         for shard in shards
     )

@@ -1,5 +1,6 @@
 """A model as one rank holds it: its share of the weights, and its layers of the KV cache."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from shoal.errors import EngineError
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
 from shoal.models.causal import CausalModel
-from shoal.models.checkpoint import open_checkpoint
+from shoal.models.checkpoint import TensorEntry, open_checkpoint
 from shoal.models.decoder import build_decoder
 from shoal.models.fallback import FallbackSpec
 from shoal.models.implementation import params_of, read_model, shards_of
@@ -52,12 +53,13 @@ class RankModel:
 
     def load(self, device: torch.device) -> None:
         weights: Weights
+        stored: Mapping[str, TensorEntry] = {}
         if self._setup.load_format == "dummy":
             params = params_of(self.spec)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.seed)
         else:
             checkpoint = open_checkpoint(self._folder)
-            params = params_of(self.spec, checkpoint.shapes)
+            stored, params = checkpoint.tensors, params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
         kernels, why = make_kernels(self._setup.device, self._precision.activations)
         self.kernels = why if self._setup.device != "cpu" else f"{why}, sampling: {load_sampling()[1]}"
@@ -68,7 +70,7 @@ class RankModel:
         else:
             longest = self._setup.max_model_len
             self._decoder = build_decoder(self.spec, self.shard, tp, weights, kernels, device, longest)
-        kept = keeps_embedding(self.spec, self._setup.device, self._setup.dtype)
+        kept = keeps_embedding(params, stored, self._setup.device, self._setup.dtype)
         item = self._precision.weights.itemsize
         self.weight_bytes = weight_bytes(self.spec, params, self.shard, item, embedding_kept=kept)
 

@@ -182,3 +182,26 @@ def test_lines_of_our_own_format() -> None:
         {"2": {"logprob": -1.0, "rank": 1, "decoded_token": "i"}},
     ]
     assert failure(mine, "why")["error"] == "why"
+
+
+@pytest.mark.parametrize(
+    ("body", "changes"),
+    [({"echo": True}, {}), ({"stream": True}, {}), ({}, {"url": "/v1/embeddings"}), ({}, {"url": None}),
+     ({}, {"method": "GET"}), (5, {})],
+)  # fmt: skip
+def test_a_refused_request_is_answered_in_its_format(tmp_path: Path, body: Any, changes: dict[str, Any]) -> None:
+    refused = entry(tmp_path, body, **changes)
+    assert refused.error is not None
+    assert failure(refused, refused.error) == {
+        "id": "batch_req-00000001",
+        "custom_id": "r1",
+        "response": None,
+        "error": {"code": "invalid_request", "message": refused.error},
+        "index": 1,
+    }
+
+
+def test_a_refused_request_without_an_id(tmp_path: Path) -> None:
+    answer = failure(entry(tmp_path, {}, custom_id=None), "why")
+    assert answer["error"]["message"] == "why"
+    assert "custom_id" not in answer

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import UserError
 from shoal.frontend.jobs.entries import Entry
+from shoal.frontend.jobs.lines import failure
 from shoal.frontend.jobs.reading import PromptFile
 from support.fakes import steady
 
@@ -109,6 +110,7 @@ def test_the_first_line_decides_where_the_name_does_not(tmp_path: Path) -> None:
     assert [entry.text for entry in read(write(tmp_path, "one", '{"prompt": "a"}\n'))] == ["a"]
     assert [entry.text for entry in read(write(tmp_path, "two", "a\nb\n"))] == ["a", "b"]
     assert [entry.text for entry in read(write(tmp_path, "bom.txt", b"\xef\xbb\xbfa\nb"))] == ["a", "b"]
+    assert [entry.text for entry in read(write(tmp_path, "blank.txt", b"\xef\xbb\xbf\nb"))] == ["b"]
 
 
 BROKEN = [
@@ -124,6 +126,7 @@ BROKEN = [
     ('{"messages": []}', "`messages` must be a list"),
     ('{"messages": ["hi"]}', "`messages` must be a list"),
     ('{"messages": [{}], "prompt": "a"}', "give one of them"),
+    ('{"prompt": "a", "prompt_token_ids": [1]}', "has `prompt` and `prompt_token_ids`: give one"),
     ('{"prompt": "a", "sampling_params": 3}', "`sampling_params` must be"),
     (b'{"prompt": "caf\xe9"}', "no utf-8"),
 ]
@@ -154,9 +157,9 @@ def test_rows_that_fail_alone(tmp_path: Path) -> None:
     content = b'prompt,custom_id\na,1\nonly\n"q"x,2\n"two\nlines",3\n\xff,4\n\nb,5\n,6\n'
     found = read(write(tmp_path, "p.csv", content))
     assert [entry.text for entry in found] == ["a", None, None, "two\nlines", None, "b", ""]
-    assert [entry.ids.get("custom_id") for entry in found] == ["1", None, None, "3", None, "5", "6"]
+    assert [entry.ids.get("custom_id") for entry in found] == ["1", None, None, "3", "4", "5", "6"]
     errors = [entry.error for entry in found if entry.error]
-    assert ["2" not in found[1].where, "line 3" in found[1].where, "line 8" in found[4].where] == [True, True, False]
+    assert (found[1].where, found[4].where) == (f"{tmp_path}/p.csv, line 3", f"{tmp_path}/p.csv, line 7")
     for error, says in zip(errors, ["has 1 columns", "no row of CSV", "no utf-8"], strict=True):
         assert says in error
 
@@ -167,6 +170,30 @@ def test_a_table_without_the_column(tmp_path: Path) -> None:
         PromptFile(path)
     with pytest.raises(UserError, match="no column 'xyzzy'; known are id, promt"):
         PromptFile(path, column="xyzzy")
+
+
+def test_a_table_cut_by_something_else(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no column 'prompt': its columns are separated by ';', where .* has ','"):
+        PromptFile(write(tmp_path, "p.csv", "id;prompt\n1;a\n"))
+    with pytest.raises(UserError, match=r"separated by ',', where .* has '\\t'"):
+        PromptFile(write(tmp_path, "p.tsv", "id,prompt\n1,a\n"))
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r\n\n", "  \n", ",\n", "\ufeff\n"])
+def test_a_table_whose_first_line_is_blank(tmp_path: Path, blank: str) -> None:
+    found = read(write(tmp_path, "p.csv", blank + "id,prompt\n1,a\n"))
+    assert [(entry.text, entry.ids) for entry in found] == [("a", {"id": "1"})]
+    path = write(tmp_path, "q.csv", blank + '"id"x,prompt\n')
+    with pytest.raises(UserError, match=f"line {blank.count(chr(10)) + 1}: it is no row of CSV"):
+        PromptFile(path)
+
+
+def test_a_refused_line_keeps_its_ids(tmp_path: Path) -> None:
+    content = '{"prompt": "a"}\n{"prompt": 7, "custom_id": "x", "id": 3}\n'
+    _, refused = read(write(tmp_path, "p.jsonl", content))
+    assert refused.error is not None
+    answer = failure(refused, "why")
+    assert (answer["index"], answer["custom_id"], answer["id"], answer["error"]) == (1, "x", 3, "why")
 
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:

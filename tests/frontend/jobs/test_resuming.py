@@ -61,15 +61,17 @@ def entries_of(prompts: Iterable[str]) -> list[Entry]:
     return [Entry(index, f"line {index + 1}", prompt=prompt) for index, prompt in enumerate(prompts)]
 
 
-def go_on(path: Path, entries: list[Entry], parameters: Parameters = PARAMETERS, *, ordered: bool = False) -> list[str]:
+def go_on(
+    path: Path, entries: list[Entry], parameters: Parameters = PARAMETERS, *, ordered: bool = False, seed: int = 0
+) -> list[str]:
     """What `shoal generate --resume` does. Gives the prompts that were run."""
     engine = FakeEngine()
     with OutputFile(path) as output:
         answered = resuming.scan(output)
-        resuming.verify(entries, resuming.Check(output, answered, parameters))
+        resuming.verify(entries, resuming.Check(output, answered, parameters, seed=seed))
         output.start(resuming.compact(output, answered))
-        check = resuming.Check(output, answered, parameters)
-        run = JobRun(engine, parameters, seed=0)
+        check = resuming.Check(output, answered, parameters, seed=seed)
+        run = JobRun(engine, parameters, seed=seed)
         for entry, found, result in run(entries, ordered=ordered, skip=check.answered, finish=check.finish):
             output.write(line_of(entry, found, result, "m"))
     return [str(job.prompt) for job in engine.jobs]
@@ -138,7 +140,7 @@ def test_lines_with_errors_run_again(tmp_path: Path) -> None:
 def test_another_prompt_is_refused_and_the_file_is_left(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     go_on(path, entries_of("abc"), ordered=True)
-    before = path.read_bytes() + b'{"half'
+    before = path.read_bytes() + b'{"index": 2, "ha'
     path.write_bytes(before)
     with pytest.raises(UserError, match=r"out.jsonl, line 2 \(index 1\) answers another prompt than line 2: give the"):
         go_on(path, entries_of("axc"))
@@ -152,6 +154,22 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
         go_on(path, entries_of("abc"), Parameters(SamplingParams(temperature=0), {"max_tokens": 5}))
 
 
+def test_another_seed_is_refused_where_it_is_drawn_by(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    warm = Parameters(SamplingParams(temperature=1), {})
+    mine = [Entry(0, "line 1", prompt="a", sampling={"seed": 7}), Entry(1, "line 2", prompt="b")]
+    for entries, parameters in [(mine[:1], warm), (entries_of("a"), PARAMETERS)]:  # own seed; greedy
+        path.unlink(missing_ok=True)
+        go_on(path, entries, parameters, seed=1)
+        assert go_on(path, entries, parameters, seed=2) == []
+    path.unlink()
+    go_on(path, mine, warm, ordered=True, seed=1)
+    assert go_on(path, mine, warm, seed=1) == []
+    for seed in (0, 2):
+        with pytest.raises(UserError, match=r"line 2 \(index 1\) was made with .* another --seed"):
+            go_on(path, mine, warm, seed=seed)
+
+
 def test_more_answers_than_prompts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     go_on(path, entries_of("abcd"))
@@ -163,7 +181,7 @@ def test_more_answers_than_prompts_are_refused(tmp_path: Path) -> None:
     "line",
     [b"hello\n", b"[]\n", b"{}\n", b'{"index": -1}\n', b'{"index": true, "digest": "0"}\n', b'{"index": 0}\n',
      b'{"index": 0, "digest": "xyz"}\n', b'{"index": 0, "digest": 5}\n', b"\xff\n", b"\n", b"[" * 100_000 + b"\n",
-     b'{"index": 0, "digest": "11112222333344445"}\n'],
+     b'{"index": 0, "digest": "11112222333344445"}\n', b"notes", b"{}", b'{"id": 5', b'{"indices'],
 )  # fmt: skip
 def test_files_of_others_are_refused(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "out.jsonl"
@@ -171,6 +189,14 @@ def test_files_of_others_are_refused(tmp_path: Path, line: bytes) -> None:
     with pytest.raises(UserError, match="line 1 was not written by `shoal generate`"):
         go_on(path, entries_of("a"))
     assert path.read_bytes() == line
+
+
+@pytest.mark.parametrize("cut", [b"{", b'{"index": 0', b'{"id": "batch_req-0000', b'{"id'])
+def test_a_cut_line_of_ours_is_taken_off(tmp_path: Path, cut: bytes) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(cut)
+    assert go_on(path, entries_of("a")) == ["a"]
+    assert indices(path) == [0]
 
 
 def test_second_answers_are_taken_out(tmp_path: Path) -> None:
@@ -200,17 +226,18 @@ TALK: list[Message] = [{"role": "user", "content": "a"}]
 def test_digests() -> None:
     params = SamplingParams(temperature=0, stop="x", logit_bias={3: 1.0})
     same = [Entry(0, "here", prompt="a"), Entry(5, "there", prompt="a", sampling={"n": 1})]
-    assert digest(same[0], params) == digest(same[1], SamplingParams(temperature=0, stop=["x"], logit_bias={"3": 1}))  # type: ignore[dict-item]
+    alike = SamplingParams(temperature=0, stop=["x"], logit_bias={"3": 1})  # type: ignore[dict-item]
+    assert digest(same[0], params, 0) == digest(same[1], alike, 0)
     others = [
         Entry(0, "", prompt="b"), Entry(0, "", messages=TALK), Entry(0, "", prompt={"prompt_token_ids": [1]}),
         Entry(0, "", prompt="a", ids={"custom_id": "1"}), Entry(0, "", prompt="a", endpoint="/v1/completions"),
         Entry(0, "", prompt="\ud800"), Entry(0, "", prompt={"prompt_token_ids": ["1", 1.5]}),  # type: ignore[arg-type]
     ]  # fmt: skip
-    assert len({digest(entry, params)[:10] for entry in [same[0], *others]}) == len(others) + 1
-    assert not any(same_prompt(digest(entry, params), digest(same[0], params)) for entry in others)
-    warmer = digest(same[0], SamplingParams(temperature=0.5))
-    assert warmer != digest(same[0], params)
-    assert same_prompt(warmer, digest(same[0], params))
+    assert len({digest(entry, params, 0)[:10] for entry in [same[0], *others]}) == len(others) + 1
+    assert not any(same_prompt(digest(entry, params, 0), digest(same[0], params, 0)) for entry in others)
+    warmer = digest(same[0], SamplingParams(temperature=0.5), 0)
+    assert warmer != digest(same[0], params, 0)
+    assert same_prompt(warmer, digest(same[0], params, 0))
 
 
 def test_draws_hang_on_the_index(tmp_path: Path) -> None:
@@ -264,6 +291,33 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OutputFailed, match=r"out.jsonl can't be written: No space left on device"):
             output.write({"index": 1, "text": "x" * 100})
     assert path.read_text() == '{"index": 0}\n'
+
+
+def test_stdout_is_not_cut_or_locked(tmp_path: Path) -> None:
+    """It may be a file that holds something else: `shoal generate ... --output - >> file`."""
+    path = tmp_path / "file"
+    path.write_text("x\n")
+    saved = os.dup(1)
+    redirected = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.dup2(redirected, 1)
+        with OutputFile("-") as output, OutputFile("-"):
+            assert (output.regular, output.empty) == (False, True)
+            output.start()
+            output.write({"index": 0})
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(redirected)
+    assert path.read_text() == 'x\n{"index": 0}\n'
+
+
+def test_a_file_may_be_called_like_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with OutputFile("./-") as output:
+        output.start()
+        output.write({"index": 0})
+    assert (tmp_path / "-").read_text() == '{"index": 0}\n'
 
 
 def test_surrogates_are_written_as_json_has_them(tmp_path: Path) -> None:

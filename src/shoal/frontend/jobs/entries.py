@@ -30,6 +30,7 @@ class Entry:
     ids: Mapping[str, Any] = field(default_factory=dict)  # what is echoed in the output's line
     endpoint: Endpoint | None = None  # of the OpenAI batch format, which its output has too
     model: str | None = None  # as the request calls it
+    batch: bool = False  # is it a request of that format? One that can't be used may have no endpoint
 
     @property
     def text(self) -> str | None:
@@ -40,10 +41,11 @@ class Entry:
         return list(self.prompt["prompt_token_ids"]) if isinstance(self.prompt, dict) else []
 
 
-def digest(entry: Entry, params: SamplingParams) -> str:
+def digest(entry: Entry, params: SamplingParams, seed: int) -> str:
     """What tells a prompt and its parameters from others: 16 hexadecimal digits, the first 10 of them the prompt's.
 
-    Parameters that are as the class has them do not count, so that new ones change no digest.
+    Parameters that are as the class has them do not count, so that new ones change no digest. `seed`, the job's, is one
+    of the parameters of a prompt that draws by it; 0 is what the class has.
     """
     what = [entry.prompt, entry.messages, entry.ids, entry.endpoint]
     different = {
@@ -51,7 +53,14 @@ def digest(entry: Entry, params: SamplingParams) -> str:
         for f in dataclasses.fields(SamplingParams)
         if getattr(params, f.name) not in (f.default, ())
     }
+    if seed and draws_by_job(params):
+        different["seed of the job"] = seed
     return _hash(what)[:_PROMPT_DIGITS] + _hash(different)[:_PARAMS_DIGITS]
+
+
+def draws_by_job(params: SamplingParams) -> bool:
+    """Does a prompt with these parameters draw tokens, and bring no seed for it?"""
+    return params.seed is None and not params.greedy
 
 
 def same_prompt(one: str, other: str) -> bool:
@@ -76,14 +85,14 @@ def entry_of(index: int, where: str, line: object) -> Entry:
     Other keys are left alone; `custom_id` and `id` are kept for the output.
 
     Raises:
-        RequestError: it has none of them, or one of the wrong type.
+        RequestError: it has none of them, several, or one of the wrong type.
     """
     if not isinstance(line, dict):
         raise RequestError(f"a line is a JSON object with {_or(_KINDS)}, not {type(line).__name__}")
     given = [name for name in _KINDS if line.get(name) is not None]
     if not given:
         raise RequestError(f"it has neither a text `prompt` nor a list `prompt_token_ids` nor `messages`{_has(line)}")
-    if "messages" in given and len(given) > 1:
+    if len(given) > 1:
         raise RequestError(f"it has {' and '.join(f'`{name}`' for name in given)}: give one of them")
     sampling = line.get("sampling_params")
     if sampling is not None and not isinstance(sampling, dict):
@@ -96,6 +105,11 @@ def entry_of(index: int, where: str, line: object) -> Entry:
         sampling=sampling or {},
         ids=ids_of(line),
     )
+
+
+def refused(index: int, where: str, line: object, why: str) -> Entry:
+    """The entry of a line that is JSON but can't be used: its answer has its ids all the same."""
+    return Entry(index, where, error=why, ids=ids_of(line) if isinstance(line, dict) else {})
 
 
 def prompt_of(kind: str, value: object) -> Prompt:

@@ -29,7 +29,7 @@ def line_of(entry: Entry, digest: str, output: RequestOutput, model: str) -> dic
 
 def failure(entry: Entry, why: str) -> dict[str, Any]:
     """The line of a prompt that has no output."""
-    if entry.endpoint is not None:
+    if entry.batch:
         return {**openai_batch.failure(entry, why), "index": entry.index}
     echo = {"prompt": entry.text, "prompt_token_ids": entry.tokens}
     return {"index": entry.index, **entry.ids, **echo, "outputs": [], "error": why}

@@ -60,6 +60,16 @@ def entry_of(index: int, where: str, line: Mapping[str, Any]) -> Entry:
         ids=ids_of({"custom_id": line["custom_id"]}),
         endpoint=cast(Endpoint, url),
         model=body["model"] if isinstance(body.get("model"), str) else None,
+        batch=True,
+    )
+
+
+def refused(index: int, where: str, line: Mapping[str, Any], why: str) -> Entry:
+    """The entry of a request that can't be used: its answer is in the batch format too, whatever is wrong with it."""
+    url = line.get("url")
+    endpoint = cast(Endpoint, url) if url in ENDPOINTS else None
+    return Entry(
+        index, where, error=why, ids=ids_of({"custom_id": line.get("custom_id")}), endpoint=endpoint, batch=True
     )
 
 

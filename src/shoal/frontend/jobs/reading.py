@@ -57,7 +57,8 @@ class PromptFile:
         with self._open() as file:
             if self._format(b"") in ("csv", "tsv"):
                 return sum(1 for _ in self._read())
-            return sum(1 for line in file if line.strip())
+            first = file.readline().removeprefix(_BOM)
+            return bool(first.strip()) + sum(1 for line in file if line.strip())
 
     def _check_start(self) -> bool:
         entries_ = self._read() if self.rereadable else self._once
@@ -99,9 +100,14 @@ class PromptFile:
             line = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"it is no JSON: {error}") from None
-        if openai_batch.is_request(line):
-            return openai_batch.entry_of(index, where, line)
-        return self._as_chat(entries.entry_of(index, where, line))
+        request = openai_batch.is_request(line)
+        try:
+            if request:
+                return openai_batch.entry_of(index, where, line)
+            return self._as_chat(entries.entry_of(index, where, line))
+        except RequestError as error:
+            refused = openai_batch.refused if request else entries.refused
+            return refused(index, where, line, str(error))
 
     def _text(self, index: int, where: str, raw: bytes) -> Entry:
         _check_unicode(raw)
@@ -114,7 +120,7 @@ class PromptFile:
         csv.field_size_limit(_LONGEST_FIELD)
         texts = (line.decode("utf-8", "surrogateescape") for _, line in lines)
         rows = csv.reader(texts, delimiter=delimiter, strict=True)
-        header = self._header(rows)
+        header = self._header(lines, rows, delimiter)
         index = itertools.count(self._first_index)
         while True:
             where = f"{self.name}, line {lines.number + 1}"
@@ -128,21 +134,26 @@ class PromptFile:
             if row:
                 yield _guarded(self._row, next(index), where, header, row)
 
-    def _header(self, rows: Iterator[list[str]]) -> list[str]:
+    def _header(self, lines: "_Lines", rows: Iterator[list[str]], delimiter: str) -> list[str]:
+        """The first row that is not blank."""
         try:
-            header = next(rows, [])
+            header = next((row for row in rows if any(cell.strip() for cell in row)), [])
         except csv.Error as error:
-            raise UserError(f"{self.name}, line 1: it is no row of CSV: {error}") from None
+            raise UserError(f"{self.name}, line {lines.number}: it is no row of CSV: {error}") from None
         if header and self._column not in header:
-            raise UserError(f"{self.name} has no column {self._column!r}{nearest(self._column, header)}")
+            hint = _other_delimiter(self._column, header, delimiter) or nearest(self._column, header)
+            raise UserError(f"{self.name} has no column {self._column!r}{hint}")
         return header
 
     def _row(self, index: int, where: str, header: list[str], row: list[str]) -> Entry:
         if len(row) != len(header):
-            raise RequestError(f"it has {len(row)} columns, the first line {len(header)}")
+            raise RequestError(f"it has {len(row)} columns, the header {len(header)}")
         values = dict(zip(header, row, strict=True))
         text = values[self._column]
-        _check_unicode(text.encode("utf-8", "surrogateescape"))
+        try:
+            _check_unicode(text.encode("utf-8", "surrogateescape"))
+        except RequestError as error:
+            return entries.refused(index, where, values, str(error))
         return self._as_chat(Entry(index, where, prompt=text, ids=entries.ids_of(values)))
 
 
@@ -152,6 +163,14 @@ def chat_of(entry: Entry) -> Entry:
         return entry
     messages = [{"role": "user", "content": entry.text}]
     return Entry(entry.index, entry.where, messages=messages, sampling=entry.sampling, ids=entry.ids)
+
+
+def _other_delimiter(column: str, header: list[str], delimiter: str) -> str:
+    """A hint where the header has the column once it is cut elsewhere; else nothing."""
+    for other in ";\t,|":
+        if len(header) == 1 and column in (name.strip(' "') for name in header[0].split(other)):
+            return f": its columns are separated by {other!r}, where a file of this kind has {delimiter!r}"
+    return ""
 
 
 class _Lines(Iterator[tuple[int, bytes]]):

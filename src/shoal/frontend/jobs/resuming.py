@@ -1,7 +1,8 @@
 """`--resume`: which prompts an output file has answered, and whether they are these prompts.
 
 A line is an answer if it is whole (a line break ends it), has an `index` and a `digest`, and no `error`. Lines with an
-error are taken out, so that their prompts run again; so is what follows the last line break.
+error are taken out, so that their prompts run again; so is what follows the last line break, if it begins like a line
+of ours.
 """
 
 import json
@@ -15,6 +16,7 @@ from shoal.frontend.jobs.parameters import Parameters
 from shoal.frontend.jobs.writing import OutputFile
 
 _PAGE = 4096
+_BEGINNINGS = (b'{"index": ', b'{"id": "batch_req-')  # of a line: ours, and that of a batch
 
 
 class Answered:
@@ -52,11 +54,13 @@ def _number(text: str) -> int:
 def scan(output: OutputFile) -> Answered:
     """
     Raises:
-        UserError: a whole line is none that `shoal generate` writes.
+        UserError: a line is none that `shoal generate` writes; of a cut last one, its beginning.
     """
     answered = Answered()
     for number, line in enumerate(output.lines(), 1):
         if not line.endswith(b"\n"):
+            if not any(line.startswith(own) or own.startswith(line) for own in _BEGINNINGS):
+                raise _foreign(output, number)
             break
         answered.bytes += len(line)
         index, found = _read(output, number, line)
@@ -76,11 +80,15 @@ def _read(output: OutputFile, number: int, line: bytes) -> tuple[int, str | None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         index, found = -1, None
     if isinstance(index, bool) or not isinstance(index, int) or index < 0 or (found is not None and len(found) != 16):
-        raise UserError(
-            f"{output.name}, line {number} was not written by `shoal generate`, which numbers its lines: "
-            "it can't be resumed; give another --output, or --overwrite"
-        )
+        raise _foreign(output, number)
     return index, found
+
+
+def _foreign(output: OutputFile, number: int) -> UserError:
+    return UserError(
+        f"{output.name}, line {number} was not written by `shoal generate`, which numbers its lines: "
+        "it can't be resumed; give another --output, or --overwrite"
+    )
 
 
 def compact(output: OutputFile, answered: Answered) -> int:
@@ -104,12 +112,13 @@ def _answers(output: OutputFile) -> Iterator[bytes]:
 
 
 class Check:
-    """Holds prompts, as they are read, against the answers that are there."""
+    """Holds prompts, as they are read, against the answers that are there. `seed` is the job's, as for a `JobRun`."""
 
-    def __init__(self, output: OutputFile, answered: Answered, parameters: Parameters) -> None:
+    def __init__(self, output: OutputFile, answered: Answered, parameters: Parameters, *, seed: int) -> None:
         self._output = output
         self._answered = answered
         self._parameters = parameters
+        self._seed = seed
         self._known = 0
 
     def answered(self, entry: Entry) -> bool:
@@ -142,14 +151,14 @@ class Check:
         if entry.error is not None:
             return None
         try:
-            return digest(entry, self._parameters.of(entry))
+            return digest(entry, self._parameters.of(entry), self._seed)
         except RequestError:
             return None
 
     def _refusal(self, entry: Entry, wanted: str | None) -> UserError:
         number, line = self._line(entry.index)
         if wanted is not None and same_prompt(str(line["digest"]), wanted):
-            what = f"was made with other sampling parameters than {entry.where} asks for now"
+            what = f"was made with other sampling parameters, or another --seed, than {entry.where} asks for now"
         else:
             what = f"answers another prompt than {entry.where}"
         return UserError(

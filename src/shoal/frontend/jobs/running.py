@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from shoal.errors import RequestError
-from shoal.frontend.jobs.entries import Entry, digest
+from shoal.frontend.jobs.entries import Entry, digest, draws_by_job
 from shoal.frontend.jobs.parameters import Parameters
 from shoal.frontend.prompts import Job, Refused
 from shoal.types import Message, Prompt, RequestOutput, SamplingParams
@@ -78,12 +78,12 @@ class JobRun:
     def _job(self, entry: Entry) -> tuple[Job | Refused, str]:
         try:
             params = self._parameters.of(entry)
-            return prepare(self._engine, entry, self._seeded(entry.index, params)), digest(entry, params)
+            return prepare(self._engine, entry, self._seeded(entry.index, params)), digest(entry, params, self._seed)
         except RequestError as error:
             return Refused(entry.index, entry.text, (), str(error)), ""
 
     def _seeded(self, index: int, params: SamplingParams) -> SamplingParams:
-        if params.seed is not None or params.greedy:
+        if not draws_by_job(params):
             return params
         drawn = hashlib.blake2b(f"{self._seed}:{index}".encode(), digest_size=8).digest()
         return dataclasses.replace(params, seed=int.from_bytes(drawn, "little"))

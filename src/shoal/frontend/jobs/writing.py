@@ -18,7 +18,8 @@ class OutputFailed(ShoalError):
 
 
 class OutputFile:
-    """Lines are appended, and nothing that is there is touched before `start`. `-` is stdout.
+    """Lines are appended, and nothing that is there is touched before `start`. `-` is stdout: even where that is a
+    file it is another's, and so never cut or locked.
 
     Raises:
         UserError: it can't be opened, or another run writes it.
@@ -26,9 +27,10 @@ class OutputFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._stdout = str(path) == "-"  # `./-`, which Path makes the same, is a file
         self._fd = self._open()
         self._size = 0
-        self.regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self.regular = not self._stdout and stat.S_ISREG(os.fstat(self._fd).st_mode)
         if self.regular:
             self._lock()
 
@@ -110,7 +112,7 @@ class OutputFile:
 
     def _open(self) -> int:
         with self._named(UserError):
-            if self.name == "-":
+            if self._stdout:
                 return os.dup(1)
             return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 

@@ -30,4 +30,4 @@ def read(config: Config) -> ModelSpec:
     )
 
 
-FAMILY = Family(architectures=("GemmaForCausalLM",), read=read)
+FAMILY = Family(architectures=("GemmaForCausalLM",), model_type="gemma", read=read)

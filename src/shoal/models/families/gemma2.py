@@ -27,4 +27,4 @@ def read(config: Config) -> ModelSpec:
 
 
 NAMES = TensorNames(mlp_norm="pre_feedforward_layernorm")
-FAMILY = Family(architectures=("Gemma2ForCausalLM",), read=read, names=NAMES)
+FAMILY = Family(architectures=("Gemma2ForCausalLM",), model_type="gemma2", read=read, names=NAMES)

@@ -34,4 +34,4 @@ def _local_rope(config: Config, head_dim: int) -> RopeSpec:
     return rope(local, head_dim, layer_type="sliding_attention")
 
 
-FAMILY = Family(architectures=("Gemma3ForCausalLM",), read=read, names=gemma2.NAMES)
+FAMILY = Family(architectures=("Gemma3ForCausalLM",), model_type="gemma3_text", read=read, names=gemma2.NAMES)

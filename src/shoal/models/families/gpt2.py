@@ -54,5 +54,10 @@ NAMES = TensorNames(
     transposed=True,
 )
 FAMILY = Family(
-    architectures=("GPT2LMHeadModel",), read=read, names=NAMES, prefixes=("transformer.", ""), heads=("lm_head",)
+    architectures=("GPT2LMHeadModel",),
+    model_type="gpt2",
+    read=read,
+    names=NAMES,
+    prefixes=("transformer.", ""),
+    heads=("lm_head",),
 )

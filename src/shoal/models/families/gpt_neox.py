@@ -44,6 +44,7 @@ NAMES = TensorNames(
 )
 FAMILY = Family(
     architectures=("GPTNeoXForCausalLM",),
+    model_type="gpt_neox",
     read=read,
     names=NAMES,
     prefixes=("gpt_neox.", ""),

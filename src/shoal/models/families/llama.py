@@ -31,4 +31,4 @@ def read(config: Config) -> ModelSpec:
     )
 
 
-FAMILY = Family(architectures=("LlamaForCausalLM",), read=read)
+FAMILY = Family(architectures=("LlamaForCausalLM",), model_type="llama", read=read)

@@ -16,4 +16,4 @@ def read(config: Config) -> ModelSpec:
     return dataclasses.replace(spec, family="mistral", attention=(windowed,))
 
 
-FAMILY = Family(architectures=("MistralForCausalLM",), read=read)
+FAMILY = Family(architectures=("MistralForCausalLM",), model_type="mistral", read=read)

@@ -46,6 +46,7 @@ NAMES = TensorNames(
 )
 FAMILY = Family(
     architectures=("OPTForCausalLM",),
+    model_type="opt",
     read=read,
     names=NAMES,
     prefixes=("model.decoder.", "decoder.", ""),

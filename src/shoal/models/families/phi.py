@@ -42,4 +42,4 @@ NAMES = TensorNames(
     up=("mlp.fc1",),
     down="mlp.fc2",
 )
-FAMILY = Family(architectures=("PhiForCausalLM",), read=read, names=NAMES)
+FAMILY = Family(architectures=("PhiForCausalLM",), model_type="phi", read=read, names=NAMES)

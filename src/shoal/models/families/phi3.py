@@ -24,4 +24,4 @@ def read(config: Config) -> ModelSpec:
 
 
 NAMES = TensorNames(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",))
-FAMILY = Family(architectures=("Phi3ForCausalLM",), read=read, names=NAMES)
+FAMILY = Family(architectures=("Phi3ForCausalLM",), model_type="phi3", read=read, names=NAMES)

@@ -22,4 +22,4 @@ def _attention(config: Config, spec: ModelSpec) -> tuple[AttentionSpec, ...]:
     return tuple(dataclasses.replace(full, window=length) if slides else full for slides in sliding)
 
 
-FAMILY = Family(architectures=("Qwen2ForCausalLM",), read=read)
+FAMILY = Family(architectures=("Qwen2ForCausalLM",), model_type="qwen2", read=read)

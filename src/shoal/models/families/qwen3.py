@@ -13,4 +13,4 @@ def read(config: Config) -> ModelSpec:
     return dataclasses.replace(spec, family="qwen3", qk_norm=spec.norm, qkv_bias=bias, out_bias=bias)
 
 
-FAMILY = Family(architectures=("Qwen3ForCausalLM",), read=read)
+FAMILY = Family(architectures=("Qwen3ForCausalLM",), model_type="qwen3", read=read)
