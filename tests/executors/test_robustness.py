@@ -19,6 +19,7 @@ from shoal import LLM, SamplingParams, wire
 from shoal.devices import cpu
 from shoal.errors import ClosedError, EngineError, RankFailed
 from shoal.executors.multiprocess import ProcessLinks
+from support.setups import rank_setup
 
 SMALL: dict[str, Any] = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": "2MiB", "max_model_len": 256}
 SHORT = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
@@ -184,29 +185,7 @@ def test_rank_that_can_not_allocate(folder: str, monkeypatch: pytest.MonkeyPatch
 
 def test_rank_that_dies_with_much_to_read() -> None:
     """What was still to be sent to it has no reader; that must not hide who has died."""
-    setup = wire.RankSetup(
-        wire_version=wire.WIRE_VERSION,
-        rank=0,
-        world_size=1,
-        incarnation=1,
-        model_path="",
-        model_impl="shoal",
-        tp_split=(),
-        load_format="auto",
-        dtype="float32",
-        device="cpu",
-        device_index=0,
-        seed=0,
-        block_size=16,
-        max_model_len=16,
-        max_num_seqs=1,
-        max_num_batched_tokens=16,
-        cores=(),
-        threads=1,
-        kv_budget=None,
-        memory_utilization=0.9,
-        comm_timeout_s=5.0,
-    )
+    setup = rank_setup()
     links = ProcessLinks([setup])
     try:
         (pid,) = (int(found) for found in re.findall(r"process (\d+)", links.describe(0)))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal import LLM, wire
+from shoal import LLM
 from shoal.comm.local import LocalComm
 from shoal.config import EngineOptions
 from shoal.devices import cuda
@@ -22,6 +22,7 @@ from shoal.parallel.topology import Topology
 from shoal.planner.resolve import Decision, discover, resolve
 from shoal.types import Hardware
 from shoal.worker.rank_model import RankModel
+from support.setups import rank_setup
 
 Checkpoint = Callable[[str], Path]
 
@@ -74,29 +75,7 @@ def test_a_tied_head_is_counted_once_where_it_is_the_embedding(checkpoint: Check
 
 def loaded_bytes(decision: Decision, folder: Path, load_format: str) -> int:
     """What a rank of a plan says that its weights take."""
-    setup = wire.RankSetup(
-        wire_version=wire.WIRE_VERSION,
-        rank=0,
-        world_size=1,
-        incarnation=0,
-        model_path=str(folder),
-        model_impl="shoal",
-        tp_split=(),
-        load_format=load_format,
-        dtype=decision.dtype,
-        device="cpu",
-        device_index=0,
-        seed=0,
-        block_size=16,
-        max_model_len=64,
-        max_num_seqs=4,
-        max_num_batched_tokens=64,
-        cores=(),
-        threads=1,
-        kv_budget=None,
-        memory_utilization=0.9,
-        comm_timeout_s=1.0,
-    )
+    setup = rank_setup(model_path=str(folder), load_format=load_format, dtype=decision.dtype, max_model_len=64)
     model = RankModel(folder, setup, Mesh(Topology.of(), 0, Axis("tp", 0, 1, LocalComm())))
     model.load(torch.device("cpu"))
     return model.weight_bytes

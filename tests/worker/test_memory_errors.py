@@ -14,6 +14,7 @@ from shoal.devices import cpu
 from shoal.errors import RankFailed
 from shoal.worker.memory_errors import explain
 from shoal.worker.runner import Runner
+from support.setups import rank_setup
 
 GIB = 2**30
 FLAGS = (
@@ -22,29 +23,8 @@ FLAGS = (
 
 
 def setup(device: str = "cpu") -> wire.RankSetup:
-    return wire.RankSetup(
-        wire_version=wire.WIRE_VERSION,
-        rank=3,
-        world_size=4,
-        incarnation=0,
-        model_path="",
-        model_impl="shoal",
-        tp_split=(),
-        load_format="auto",
-        dtype="float32",
-        device=device,
-        device_index=1,
-        seed=0,
-        block_size=16,
-        max_model_len=4096,
-        max_num_seqs=256,
-        max_num_batched_tokens=2048,
-        cores=(),
-        threads=1,
-        kv_budget=None,
-        memory_utilization=0.9,
-        comm_timeout_s=1.0,
-    )
+    sizes = {"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
+    return rank_setup(rank=3, world_size=4, device=device, device_index=1, **sizes)
 
 
 @pytest.fixture
