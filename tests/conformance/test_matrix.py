@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from conformance.test_sameness import assert_same, generate, make_prompts
-from shoal.models.manifest import shards
+from shoal.models.manifest import kv_block_bytes, shards
 from shoal.models.registry import read_spec
-from shoal.worker.kv_cache import block_bytes
 from support.checkpoints import MAKERS
 from support.pairwise import pairwise
 
@@ -56,4 +55,4 @@ def smallest_cache(folder: Path, case: dict[str, Any]) -> int:
     size: int = case["block_size"]
     spec = read_spec(folder)
     ranks = shards(spec, case["tensor_parallel_size"])
-    return -(-MAX_MODEL_LEN // size) * max(block_bytes(spec, shard, size, 4) for shard in ranks)
+    return -(-MAX_MODEL_LEN // size) * max(kv_block_bytes(spec, shard, size, 4) for shard in ranks)

@@ -15,7 +15,7 @@ def _maker(make: Callable[[], Any]) -> Callable[[], Any]:
     return make
 
 
-_SIZES = {
+SIZES = {
     "hidden_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
@@ -34,7 +34,7 @@ def _make(name: str, drop: Sequence[str] = (), **changes: Any) -> Any:
     """The causal model `name` of transformers, with the sizes above."""
     import transformers
 
-    sizes = {key: value for key, value in {**_SIZES, **changes}.items() if key not in drop}
+    sizes = {key: value for key, value in {**SIZES, **changes}.items() if key not in drop}
     config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**sizes)
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     return getattr(transformers, f"{name}{head}")(config)

@@ -3,21 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from support.checkpoints import save_model
+from support.checkpoints import SIZES, save_model
 
-_SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 112,
-    "vocab_size": 301,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
 _THREE = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # Without a plan.
@@ -48,7 +35,7 @@ ALL = ALONE | CUT | WHOLE_ATTENTION
 def make(name: str, **changes: Any) -> Any:
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **ALL.get(name, {}), **changes})
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **ALL.get(name, {}), **changes})
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 

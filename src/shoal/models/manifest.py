@@ -118,6 +118,11 @@ def keeps_embedding(params: Iterable[Param], stored: Mapping[str, TensorEntry], 
     return source not in stored or not (stored[source].holds(dtype) and stored[source].row_major)
 
 
+def kv_block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:
+    """Bytes that one KV block takes on a rank, keys and values over all layers."""
+    return 2 * spec.num_layers * block_size * len(shard.heads.kv_ids) * spec.head_dim * item_bytes
+
+
 def shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:
     """The shares of all tensor-parallel ranks, even or in proportion to `weights`, one a rank."""
     heads = split_heads(spec.num_heads, spec.num_kv_heads, tp, weights)

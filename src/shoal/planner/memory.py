@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from shoal.errors import ConfigError
 from shoal.models.checkpoint import TensorEntry
 from shoal.models.fallback import FallbackSpec
-from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, weight_bytes
+from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.spec import ModelSpec
 
 SCORE_BYTES = 32 * 2**20  # attention scores that are written out at a time: kernels.reference's
@@ -69,7 +69,7 @@ def rank_memory(
         weights=weight_bytes(spec, params, shard, item, embedding_kept=kept),
         activations=_activations(spec, shard, item, step, device),
         context_token=_context_token(spec, shard, item, step.tokens),
-        block=2 * spec.num_layers * block_size * len(shard.heads.kv_ids) * spec.head_dim * item,
+        block=kv_block_bytes(spec, shard, block_size, item),
     )
 
 
@@ -101,8 +101,8 @@ def _layer_token(spec: ModelSpec, shard: Shard) -> int:
     inner = len(shard.ranges[Cut.MLP])
     parallel = spec.layout in ("parallel", "parallel_one")
     held = 2 * hidden + (inner + hidden if parallel else 0)
-    if isinstance(spec, FallbackSpec):  # its layers keep what they were given; up to 4 more were measured
-        held += 5 * hidden
+    if isinstance(spec, FallbackSpec):  # its layers keep what they were given; the largest peak measured took six more
+        held += 6 * hidden
     attention = max(2 * (q + 2 * kv) + q, 2 * q + 3 * hidden)
     mlp = max((4 if spec.gated else 2) * inner, inner + 3 * hidden)
     return held + max(2 * hidden, attention, mlp)

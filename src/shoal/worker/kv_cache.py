@@ -30,11 +30,6 @@ class KVMemory:
         return int((pages & 1).sum()) * mmap.PAGESIZE
 
 
-def block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:
-    """Bytes that one block takes on this rank, over all layers."""
-    return 2 * spec.num_layers * block_size * len(shard.heads.kv_ids) * spec.head_dim * item_bytes
-
-
 def allocate(
     spec: ModelSpec, shard: Shard, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVMemory:

@@ -15,7 +15,7 @@ from shoal.models.decoder import build_decoder
 from shoal.models.fallback import FallbackSpec
 from shoal.models.implementation import params_of, read_model, shards_of
 from shoal.models.loader import CheckpointWeights, DummyWeights, Weights
-from shoal.models.manifest import Cut, keeps_embedding, weight_bytes
+from shoal.models.manifest import Cut, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.precision import PRECISION
 from shoal.models.registry import read_config
 from shoal.models.transformers_model import build_transformers_model
@@ -77,7 +77,7 @@ class RankModel:
     @property
     def block_bytes(self) -> int:
         """Of one KV block over the layers of this model."""
-        return kv_cache.block_bytes(self.spec, self.shard, self._setup.block_size, self._precision.kv.itemsize)
+        return kv_block_bytes(self.spec, self.shard, self._setup.block_size, self._precision.kv.itemsize)
 
     def allocate(self, num_blocks: int, device: torch.device) -> kv_cache.KVMemory:
         return kv_cache.allocate(self.spec, self.shard, num_blocks, self._setup.block_size, self._precision.kv, device)
