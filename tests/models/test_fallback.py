@@ -35,7 +35,7 @@ def config_of(name: str, kind: str = "ForCausalLM", **changes: Any) -> dict[str,
     """config.json of a small model."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**others._SIZES, **others.ALL.get(name, {}), **changes})
+    config = getattr(transformers, f"{name}Config")(**{**others.SIZES, **others.ALL.get(name, {}), **changes})
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [f"{name}{kind}"]}
 
 
