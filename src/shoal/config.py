@@ -21,6 +21,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "uni", "threads", "mp"]
+ExpertPlacement = Literal["linear", "round_robin"]
+All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
 ModelImpl = Literal["auto", "shoal", "transformers"]
 GenerationConfig = Literal["auto", "vllm"]
 
@@ -179,6 +181,20 @@ class ParallelOptions:
     tensor_parallel_split: tuple[int, ...] | None = option(
         None, "relative shares of the ranks where devices are unequal", parse=parse_split, metavar="2,1,..."
     )
+    pipeline_parallel_size: int = option(1, "stages, each with some of the layers", short="-pp", minimum=1)
+    pipeline_layer_partition: tuple[int, ...] | None = option(
+        None, "layers of each stage; auto: stages that cost about the same", parse=parse_split, metavar="3,2,..."
+    )
+    data_parallel_size: int = option(1, "replicas of the model, each with ranks of its own", short="-dp", minimum=1)
+    enable_expert_parallel: bool = option(
+        False, "whole experts on each rank of a stage, over all replicas; otherwise every expert is cut"
+    )
+    expert_placement_strategy: ExpertPlacement = option(
+        "linear", "linear: neighbouring experts on a rank; round_robin: dealt out one by one"
+    )
+    all2all_backend: All2All = option(
+        "auto", "how tokens reach their experts' ranks; auto: whatever moves fewer bytes for this model and layout"
+    )
     distributed_executor_backend: Backend = option(
         "auto", "uni: in this process (one rank); threads: ranks as threads; mp: a process a rank; auto: uni or mp"
     )
@@ -210,7 +226,9 @@ class SchedulerOptions:
 
     max_num_seqs: int = option(256, "requests that run at the same time", minimum=1)
     max_num_batched_tokens: int = option(2048, "tokens computed in one step", minimum=1)
-    max_in_flight: int = option(2, "steps handed to the ranks before the first one's tokens are known", minimum=1)
+    max_in_flight: int | None = option(
+        None, "steps handed to the ranks before the first one's tokens are known; auto: one more than stages", minimum=1
+    )
 
 
 @dataclass(frozen=True, slots=True)

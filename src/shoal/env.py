@@ -27,6 +27,7 @@ SETTINGS = (
 
 # vLLM's variables that mean the same as one of our options. None of its others does.
 OPTION_ALIASES = {
+    "pipeline_layer_partition": "VLLM_PP_LAYER_PARTITION",
     "step_timeout": "VLLM_ENGINE_ITERATION_TIMEOUT_S",
     "start_timeout": "VLLM_ENGINE_READY_TIMEOUT_S",
     "engine_process": "VLLM_ENABLE_V1_MULTIPROCESSING",

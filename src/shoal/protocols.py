@@ -61,6 +61,24 @@ class EngineClient(Protocol):
     def close(self) -> None: ...
 
 
+class Lockstep(Protocol):
+    """Replicas whose ranks exchange tensors within a step: every one launches every step, with or without work.
+
+    Nobody decides who stops: each launches as many steps as the one that is furthest ahead, and whoever has work goes
+    ahead. So without work all rest, with the same number of steps behind them.
+    """
+
+    def launched(self, count: int) -> None:
+        """Tells the others that this replica has launched `count` steps so far."""
+
+    def due(self) -> int:
+        """Steps that the replica furthest ahead has launched. Never blocks.
+
+        Raises:
+            EngineError: another replica has failed; it is named.
+        """
+
+
 class Policy(Protocol):
     """Who goes first. A request's rank is compared with others'; the lowest is served first, the highest preempted."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 Ids = tuple[int, ...]
 
@@ -82,6 +82,7 @@ class StepPlan(Wire, frozen=True):
     work: tuple[Work, ...]
     new: tuple[NewSeq, ...] = ()
     released: Ids = ()  # sequences to forget, before `new` is read
+    lockstep: bool = False  # ranks of other replicas take part: even without work there is something to do
 
     @property
     def masked(self) -> bool:
@@ -148,7 +149,9 @@ class RankSetup(Wire, frozen=True):
     incarnation: int
     model_path: str
     model_impl: str  # "shoal" or "transformers"
-    tp_split: Ids  # relative shares of the ranks, empty: equal ones
+    tp: int  # ranks that share each layer; neighbours, and the stages follow each other
+    tp_split: Ids  # relative shares of the tensor-parallel ranks, empty: equal ones
+    stages: Ids  # layers of each pipeline stage
     load_format: str
     dtype: str
     device: str
@@ -163,8 +166,21 @@ class RankSetup(Wire, frozen=True):
     kv_budget: int | None  # bytes for the KV cache, None: what the device has left
     memory_utilization: float  # of the device's memory, where the rank measures what is left
     comm_timeout_s: float
+    cost_share: float = 1.0  # of what a token costs in all ranks of the replica, an estimate
+    max_in_flight: int = 2  # plans that are out at a time, at most
+    dp_rank: int = 0  # the replica's number
+    dp_size: int = 1
+    experts: str = ""  # how whole experts are placed: "linear" or "round_robin"; "": all of them are cut
+    all2all: str = ""  # how tokens reach them
+    group_store: str = ""  # where ranks of all replicas find each other, "": they never talk
+    address: str = "127.0.0.1"  # of this host, as other ranks reach it
     draft_model_path: str = ""  # of speculative decoding
     num_drafts: int = 0  # tokens it guesses at a time
+
+    @property
+    def global_rank(self) -> int:
+        """Among the ranks of all replicas."""
+        return self.dp_rank * self.world_size + self.rank
 
 
 class Call(Wire, frozen=True):
@@ -215,9 +231,11 @@ class LoadInfo(Wire, frozen=True):
 
     rank: int
     device: str
+    first_layer: int
     layers: int
     q_heads: int
     kv_heads: int
+    experts: int  # in each layer that has experts
     weight_bytes: int
     threads: int
     kernels: str
@@ -233,6 +251,15 @@ class Capacity(Wire, frozen=True):
     block_bytes: int
 
 
+class Traffic(Wire, frozen=True):
+    """What a rank has said to others by one operation since its start."""
+
+    axis: str
+    operation: str
+    count: int
+    sent_bytes: int  # to other ranks, as the operation asks for it; what the backend makes of it may be more
+
+
 class RankStats(Wire, frozen=True):
     """Memory of a rank, in bytes. `anonymous` is what no file backs (of the whole process, where ranks are threads);
     `kv_bytes` of it are pages of the KV cache that have been written."""
@@ -243,6 +270,9 @@ class RankStats(Wire, frozen=True):
     anonymous_at_import: int
     kv_bytes: int
     weight_bytes: int
+    stage: int = 0
+    busy_us: int = 0  # in steps, since the start, but for waits for other stages
+    traffic: tuple[Traffic, ...] = ()
 
 
 # --- clients of an engine ----------------------------------------------------------------------------------------
@@ -263,6 +293,7 @@ class EngineRequest(Wire, frozen=True):
     priority: int = 0  # lower runs first
     deadline: float | None = None  # time.monotonic() of the host; a request beyond it is aborted
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    prompt_len: int = 0  # tokens behind it are of the output: the request goes on from there; 0: all are the prompt's
     group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: alone
     grammar: str = ""  # what the output must look like, in llguidance's form
 
@@ -318,11 +349,26 @@ class EngineStats(Wire, frozen=True):
     ranks: tuple[RankStats, ...] = ()
 
 
+class Place(Wire, frozen=True):
+    """Where a replica stands among those of its data-parallel group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the replicas on its host, which share its devices and memory
+    local_size: int = 1
+    memory_available: int = 0  # bytes the host had when its first replica was planned; 0: to be looked up
+    group_store: str = ""  # where the ranks of all replicas find each other, "": they never talk
+    rendezvous: str = ""  # host:port of where replicas in lockstep meet
+    key: str = ""  # shared secret of those who meet there
+    address: str = "127.0.0.1"  # of this host, as others reach it
+
+
 class EngineSetup(Wire, frozen=True):
     """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready."""
 
     model: str | None
     options: dict[str, Any]
+    place: Place = Place()
 
 
 ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop

@@ -145,15 +145,19 @@ def test_send_and_recv_keep_their_order(comms: list[Communicator]) -> None:
         if comm.rank == 0:
             for i in range(3):
                 x = part(i, 2)
-                comm.send(x, 1)
+                comm.send(x, 1).wait()
                 x.zero_()  # a sent tensor is the sender's again
-            comm.send(part(9, 0), 1)
+            on_their_way = [comm.send(part(i, 2), 1) for i in range(3)]
+            on_their_way.append(comm.send(part(9, 0), 1))
+            for each_one in on_their_way:
+                each_one.wait()
         if comm.rank == 1:
-            return [comm.recv(torch.empty(rows, 3), 0) for rows in (2, 2, 2, 0)]
+            return [comm.recv(torch.empty(rows, 3), 0) for rows in (2, 2, 2, 2, 2, 2, 0)]
         return []
 
     received = each(comms, run)[1]
-    assert all(torch.equal(x, y) for x, y in zip(received, [*(part(i, 2) for i in range(3)), part(9, 0)], strict=True))
+    expected = [*(part(i, 2) for i in range(3)), *(part(i, 2) for i in range(3)), part(9, 0)]
+    assert all(torch.equal(x, y) for x, y in zip(received, expected, strict=True))
 
 
 def test_a_barrier_lets_nobody_through_before_the_last(comms: list[Communicator]) -> None:

@@ -176,7 +176,7 @@ def dutiful(message: wire.ToRank) -> Sequence[wire.FromRank]:
         return []
     payloads = [b"", b""]
     if message.verb == "load":
-        infos = (wire.LoadInfo(rank, "cpu", 1, 1, 1, 1, 1, "", "", "") for rank in range(2))
+        infos = (wire.LoadInfo(rank, "cpu", 0, 1, 1, 1, 0, 1, 1, "", "", "") for rank in range(2))
         payloads = [wire.encode(info) for info in infos]
     if message.verb == "profile":
         payloads = [wire.encode(wire.Capacity(rank, 10 + rank, 1)) for rank in range(2)]

@@ -25,7 +25,7 @@ from shoal.models.transformers_plan import _logits_are_elementwise
 from shoal.models.transformers_trial import Unfit, _window, materialize_buffers
 from shoal.parallel.mesh import Axis
 from shoal.planner.memory import StepSize, rank_memory
-from support import others
+from support import checkpoints, others
 
 ONE = Axis("tp", 0, 1, LocalComm())
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def config_of(name: str, kind: str = "ForCausalLM", **changes: Any) -> dict[str,
     """config.json of a small model."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**others.SIZES, **others.ALL.get(name, {}), **changes})
+    config = getattr(transformers, f"{name}Config")(**{**checkpoints.SIZES, **others.ALL.get(name, {}), **changes})
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [f"{name}{kind}"]}
 
 

@@ -19,6 +19,7 @@ from shoal.models.manifest import Cut, Param, Piece, Shard, keeps_embedding, man
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import AttentionSpec, ModelSpec, NormSpec, RopeSpec, TensorNames
 from shoal.parallel.partition import split_heads
+from shoal.parallel.stages import Stage
 from support.fakes import steady
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -183,7 +184,7 @@ def test_a_share_that_cuts_runs(tmp_path: Path, cut: range, transposed: bool) ->
     piece = Piece("a", (20, 3), Cut.MLP, 0, transposed, start=4, run=4, period=12, stored=None)
     whole = torch.arange(180.0).view(60, 3)
     checkpoint = write(tmp_path, {"a": whole.t() if transposed else whole})
-    shard = Shard(0, split_heads(1, 1, 1)[0], {Cut.MLP: cut})
+    shard = Shard(0, split_heads(1, 1, 1)[0], {Cut.MLP: cut}, Stage(0, 1, range(1)))
     (param,) = (Param("p", (piece,)),)
     found = CheckpointWeights(checkpoint, [param], shard, torch.float32).tensor("p")
     assert torch.equal(found, rows_of(piece, whole.t() if transposed else whole)[cut.start : cut.stop])

@@ -45,7 +45,7 @@ def test_neighbours_differ_in_the_last_axis() -> None:
     assert topology.coord(4) == {"pp": 1, "tp": 1}
     assert topology.group("tp", 4) == (3, 4, 5)
     assert topology.group("pp", 4) == (1, 4)
-    assert Topology.of(tp=3).axes == (("tp", 3),)
+    assert Topology.of(tp=3).axes == (("dp", 1), ("pp", 1), ("tp", 3))
 
 
 def test_a_mesh_connects_groups_and_leaves_single_ranks_alone() -> None:

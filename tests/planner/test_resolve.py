@@ -17,7 +17,7 @@ from shoal.config import EngineOptions
 from shoal.devices import cuda
 from shoal.errors import ConfigError
 from shoal.models.checkpoint import open_checkpoint
-from shoal.parallel.mesh import Axis, Mesh
+from shoal.parallel.mesh import make_mesh
 from shoal.parallel.topology import Topology
 from shoal.planner.resolve import Decision, discover, resolve
 from shoal.types import Hardware
@@ -76,7 +76,7 @@ def test_a_tied_head_is_counted_once_where_it_is_the_embedding(checkpoint: Check
 def loaded_bytes(decision: Decision, folder: Path, load_format: str) -> int:
     """What a rank of a plan says that its weights take."""
     setup = rank_setup(model_path=str(folder), load_format=load_format, dtype=decision.dtype, max_model_len=64)
-    model = RankModel(folder, setup, Mesh(Topology.of(), 0, Axis("tp", 0, 1, LocalComm())))
+    model = RankModel(folder, setup, make_mesh(Topology.of(), 0, lambda *_: LocalComm()))
     model.load(torch.device("cpu"))
     return model.weight_bytes
 

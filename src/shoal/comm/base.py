@@ -1,11 +1,20 @@
 """Tensors between ranks: what a communicator promises."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass(slots=True)
+class Total:
+    """Of one operation."""
+
+    count: int = 0
+    sent_bytes: int = 0  # to other ranks, as the operation asks for it
 
 
 @dataclass(slots=True)
@@ -14,16 +23,34 @@ class Progress:
 
     operation: str = ""  # "" between operations
     count: int = 0  # operations begun so far
+    totals: dict[str, Total] = field(default_factory=lambda: defaultdict(Total))  # by operation
 
     @contextmanager
-    def during(self, operation: str) -> Iterator[None]:
+    def during(self, operation: str, sent_bytes: int = 0) -> Iterator[None]:
         self.operation = operation
         self.count += 1
+        total = self.totals[operation]
+        total.count += 1
+        total.sent_bytes += sent_bytes
         yield
         self.operation = ""  # after an error it stays: that is where the rank stopped
 
     def __str__(self) -> str:
         return f"{self.operation} #{self.count}" if self.operation else f"after operation #{self.count}"
+
+
+class Sending(Protocol):
+    """A tensor on its way."""
+
+    def wait(self) -> None:
+        """Until the tensor may be used again. Raises as the operations of `Communicator`."""
+
+
+class Sent:
+    """One that was taken over at once."""
+
+    def wait(self) -> None:
+        pass
 
 
 class Communicator(Protocol):
@@ -57,7 +84,8 @@ class Communicator(Protocol):
     def broadcast(self, x: Tensor, root: int) -> Tensor:
         """The root's tensor; others bring one of its shape and dtype."""
 
-    def send(self, x: Tensor, to: int) -> None: ...
+    def send(self, x: Tensor, to: int) -> Sending:
+        """Begins to send; x must not change before the end of `wait`."""
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         """Fills a tensor of x's shape and dtype."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shoal.comm.base import Progress
+from shoal.comm.base import Progress, Sending
 from shoal.errors import CommError
 
 
@@ -29,7 +29,7 @@ class LocalComm:
     def broadcast(self, x: Tensor, root: int) -> Tensor:
         return x
 
-    def send(self, x: Tensor, to: int) -> None:
+    def send(self, x: Tensor, to: int) -> Sending:
         raise CommError(f"send to rank {to} in a group of one")
 
     def recv(self, x: Tensor, source: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.base import Progress
+from shoal.comm.base import Progress, Sending, Sent
 from shoal.errors import CommAborted, CommTimeout
 
 
@@ -102,9 +102,10 @@ class ThreadComm:
         found: Tensor = self._exchange(x, "broadcast")[root].clone()
         return found
 
-    def send(self, x: Tensor, to: int) -> None:
-        with self.progress.during("send"):
+    def send(self, x: Tensor, to: int) -> Sending:
+        with self.progress.during("send", x.nbytes):
             self._group.post(self.rank, to, x.clone())
+        return Sent()
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         with self.progress.during("recv"):

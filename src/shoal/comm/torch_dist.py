@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from shoal.comm.base import Progress
+from shoal.comm.base import Progress, Sending
 from shoal.errors import CommAborted, CommError, CommTimeout
 
 c10d: Any = torch.distributed  # its bindings carry no usable types
@@ -58,13 +58,17 @@ class TorchComm:
         self._device = device
 
     @contextmanager
-    def _named(self, operation: str) -> Iterator[None]:
+    def _named(self, operation: str, sent_bytes: int = 0) -> Iterator[None]:
+        with self.naming(operation), self.progress.during(operation, sent_bytes):
+            if self._aborted:
+                raise RuntimeError("called off before it began")
+            yield
+
+    @contextmanager
+    def naming(self, operation: str) -> Iterator[None]:
         """Gives the backends' errors a name, a rank and a number; gloo's own say only that something timed out."""
         try:
-            with self.progress.during(operation):
-                if self._aborted:
-                    raise RuntimeError("called off before it began")
-                yield
+            yield
         except RuntimeError as error:
             where = f"rank {self.rank} of {self.size}: {operation} #{self.progress.count}"
             if self._called_off():
@@ -128,9 +132,10 @@ class TorchComm:
             self._wait(self._group.broadcast([x], options))
         return x
 
-    def send(self, x: Tensor, to: int) -> None:
-        with self._named("send"):
-            self._group.send([x.contiguous()], to, 0).wait()
+    def send(self, x: Tensor, to: int) -> Sending:
+        x = x.contiguous()
+        with self._named("send", x.nbytes):
+            return _Sending(self, self._group.send([x], to, 0), x)
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         out = torch.empty_like(x)
@@ -147,3 +152,16 @@ class TorchComm:
         self._store.set("aborted", "1")
         if self._backend != "gloo":  # gloo's own wakes nobody, and can itself wait for the operation's timeout
             self._group.abort()
+
+
+class _Sending:
+    """Keeps the tensor until it has been taken over."""
+
+    def __init__(self, comm: TorchComm, work: Any, x: Tensor) -> None:
+        self._comm = comm
+        self._work = work
+        self._x = x
+
+    def wait(self) -> None:
+        with self._comm.naming("send"):
+            self._work.wait()

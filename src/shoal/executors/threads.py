@@ -40,7 +40,7 @@ class ThreadLinks:
     def _join_group(self, setup: wire.RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
         with self._groups_lock:
             group = self._groups.setdefault((axis, ranks[0]), ThreadGroup(len(ranks), self._comm_timeout_s))
-        return ThreadComm(group, ranks.index(setup.rank))
+        return ThreadComm(group, ranks.index(setup.global_rank))
 
     def send(self, message: wire.ToRank, rank: int | None = None) -> None:
         for inbox in self._inboxes if rank is None else [self._inboxes[rank]]:

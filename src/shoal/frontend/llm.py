@@ -61,7 +61,7 @@ class LLM:
             self.options.model,
             inner,
             start_timeout=parallel.start_timeout * _START_PHASES,
-            answer_timeout=parallel.step_timeout * (self.options.scheduler.max_in_flight + 1),
+            answer_timeout=parallel.step_timeout * ((self.options.scheduler.max_in_flight or 2) + 1),
         )
         return client
 

@@ -3,16 +3,20 @@
 Who plans and who computes ask here, so that both see the same spec, the same tensors and the same shares.
 """
 
+import dataclasses
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from shoal.config import ExpertPlacement
 from shoal.errors import CheckpointError
 from shoal.models import fallback, manifest
 from shoal.models.fallback import FallbackSpec
 from shoal.models.manifest import Param, Shard
 from shoal.models.registry import read_config, read_spec, tensor_names
 from shoal.models.spec import ModelSpec, Unsupported
+from shoal.parallel.stages import stages
 
 
 def read_model(folder: Path, wanted: str) -> ModelSpec:
@@ -44,6 +48,32 @@ def params_of(spec: ModelSpec, available: Collection[str] = ()) -> tuple[Param, 
     if isinstance(spec, FallbackSpec):
         return fallback.manifest(spec, available)
     return manifest.manifest(spec, tensor_names(spec, available))
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How a replica's ranks share a model. Rank r is number r % tp of stage r // tp."""
+
+    tp: int = 1
+    tp_split: tuple[int, ...] | None = None  # relative shares of the tensor-parallel ranks; None: equal ones
+    stages: tuple[int, ...] = ()  # layers of each stage; (): one stage
+    experts: ExpertPlacement | None = None  # how whole experts are placed on a stage's ranks; None: each expert is cut
+    replica: int = 0  # whose ranks these are, of `replicas` that hold the experts together
+    replicas: int = 1
+
+
+def rank_shards(spec: ModelSpec, cutting: Cutting) -> tuple[Shard, ...]:
+    """What each rank of a replica holds.
+
+    Raises:
+        ConfigError: the model can't be cut so.
+    """
+    shares = shards_of(spec, cutting.tp, cutting.tp_split)
+    return tuple(
+        dataclasses.replace(share, stage=stage)
+        for stage in stages(cutting.stages or (spec.num_layers,))
+        for share in shares
+    )
 
 
 def shards_of(spec: ModelSpec, ranks: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:

@@ -4,15 +4,18 @@ How a tensor is cut is said here, once: the decoder, the loader, the memory arit
 before any process starts all read the same manifest.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint import TensorEntry
 from shoal.models.spec import ModelSpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
+from shoal.parallel.stages import Stage
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MLP_UNIT = 16  # shares of an MLP are multiples of it, where there is enough to share
@@ -62,21 +65,38 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One tensor of the decoder: a rank's shares of the pieces, one after the other along dimension 0."""
+    """One tensor of the decoder: a rank's shares of the pieces, one after the other along dimension 0.
+
+    `at` is the layer it belongs to, or the pipeline stages that have it.
+    """
 
     name: str
     pieces: tuple[Piece, ...]
     dtype: str | None = None  # None: that of the weights
     plus: float = 0.0  # added after the conversion to `dtype` (Gemma's norms hold w of 1 + w)
+    at: int | Literal["first", "last", "every"] = "every"
+    expert: int | None = None  # of which expert; None: of none
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What one rank holds."""
 
-    rank: int
+    rank: int  # among the tensor-parallel ranks
     heads: HeadSplit
     ranges: Mapping[Cut, range]  # in elements of a tensor's dimension
+    stage: Stage
+    experts: tuple[int, ...] | None = None  # those it holds whole; None: its part of each
+
+    def holds(self, param: Param) -> bool:
+        if self.experts is not None and param.expert is not None and param.expert not in self.experts:
+            return False
+        if isinstance(param.at, int):
+            return param.at in self.stage.layers
+        return {"first": self.stage.first, "last": self.stage.last, "every": True}[param.at]
+
+    def held(self, params: Iterable[Param]) -> tuple[Param, ...]:
+        return tuple(param for param in params if self.holds(param))
 
     def shape(self, piece: Piece) -> tuple[int, ...]:
         if piece.cut is Cut.WHOLE:
@@ -96,11 +116,13 @@ class Shard:
 def weight_bytes(
     spec: ModelSpec, params: Iterable[Param], shard: Shard, item_bytes: int, *, embedding_kept: bool
 ) -> int:
-    """Bytes of a rank's weights. A tied head is the embedding, unless the embedding is kept beside the packed head.
+    """Bytes of the weights that a rank holds of `params`. A tied head is the embedding, unless the embedding is kept
+    beside the packed head.
 
     `item_bytes` is the size of an element, but where a parameter has a type of its own.
     """
-    counted = [param for param in params if embedding_kept or not (spec.tie_embeddings and param.name == "embedding")]
+    tied_away = spec.tie_embeddings and not embedding_kept
+    counted = [param for param in shard.held(params) if not (tied_away and param.name == "embedding")]
     return sum(
         shard.param_size(param) * (item_bytes if param.dtype is None else ITEM_BYTES[param.dtype]) for param in counted
     )
@@ -119,12 +141,12 @@ def keeps_embedding(params: Iterable[Param], stored: Mapping[str, TensorEntry], 
 
 
 def kv_block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:
-    """Bytes that one KV block takes on a rank, keys and values over all layers."""
-    return 2 * spec.num_layers * block_size * len(shard.heads.kv_ids) * spec.head_dim * item_bytes
+    """Bytes that one KV block takes on a rank, keys and values over its layers."""
+    return 2 * len(shard.stage.layers) * block_size * len(shard.heads.kv_ids) * spec.head_dim * item_bytes
 
 
 def shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:
-    """The shares of all tensor-parallel ranks, even or in proportion to `weights`, one a rank."""
+    """The shares of all tensor-parallel ranks of one stage, even or in proportion to `weights`, one a rank."""
     heads = split_heads(spec.num_heads, spec.num_kv_heads, tp, weights)
     unit = MLP_UNIT if spec.intermediate_size >= MLP_UNIT * tp else 1
     mlp = split(spec.intermediate_size, tp, unit, weights)
@@ -140,6 +162,7 @@ def shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tu
                 Cut.MLP: mlp[rank],
                 Cut.VOCAB: vocab[rank],
             },
+            Stage(0, 1, range(spec.num_layers)),
         )
         for rank in range(tp)
     )
@@ -153,14 +176,22 @@ def manifest(spec: ModelSpec, names: TensorNames) -> tuple[Param, ...]:
 def _params(spec: ModelSpec, names: TensorNames) -> Iterator[Param]:
     hidden, width, base = spec.hidden_size, spec.embedding_width, names.prefix
     embedding = f"{base}{names.embedding}.weight"
-    yield Param("embedding", (Piece(embedding, (spec.vocab_size, width), Cut.VOCAB),))
+    yield Param("embedding", (Piece(embedding, (spec.vocab_size, width), Cut.VOCAB),), at="first")
     if width != hidden:
-        yield Param("project_in.weight", (Piece(f"{base}{names.project_in}.weight", (hidden, width)),))
+        yield Param("project_in.weight", (Piece(f"{base}{names.project_in}.weight", (hidden, width)),), at="first")
     if spec.position_offset is not None:
         rows = spec.max_positions + spec.position_offset
-        yield Param("positions", (Piece(f"{base}{names.positions}.weight", (rows, hidden)),))
+        yield Param("positions", (Piece(f"{base}{names.positions}.weight", (rows, hidden)),), at="first")
     for i in range(spec.num_layers):
-        yield from _layer(spec, names, f"layers.{i}.", base + names.layer.format(i=i))
+        for param in _layer(spec, names, f"layers.{i}.", base + names.layer.format(i=i)):
+            yield dataclasses.replace(param, at=i)
+    for param in _end(spec, names, embedding):
+        yield dataclasses.replace(param, at="last")
+
+
+def _end(spec: ModelSpec, names: TensorNames, embedding: str) -> Iterator[Param]:
+    """Norm and head. A tied head is the tensor `embedding`."""
+    hidden, width, base = spec.hidden_size, spec.embedding_width, names.prefix
     if spec.final_norm:
         yield from _norm("final_norm", f"{base}{names.final_norm}", spec.norm, hidden)
     if width != hidden:

@@ -11,8 +11,8 @@ class Topology:
     axes: tuple[tuple[str, int], ...]
 
     @classmethod
-    def of(cls, *, tp: int = 1) -> "Topology":
-        return cls((("tp", tp),))
+    def of(cls, *, dp: int = 1, pp: int = 1, tp: int = 1) -> "Topology":
+        return cls((("dp", dp), ("pp", pp), ("tp", tp)))
 
     @property
     def world_size(self) -> int:
@@ -36,5 +36,10 @@ class Topology:
 
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` in `axis` alone, itself included, in the axis' order."""
+        return self.plane((axis,), rank)
+
+    def plane(self, axes: tuple[str, ...], rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` in these axes alone, itself included, in rising order."""
         coord = self.coord(rank)
-        return tuple(self.rank({**coord, axis: i}) for i in range(self.size(axis)))
+        fixed = {name: index for name, index in coord.items() if name not in axes}
+        return tuple(other for other in range(self.world_size) if fixed.items() <= self.coord(other).items())

@@ -25,7 +25,7 @@ class ProcessGroups:
         return TorchComm(
             self._store,
             f"{axis}:{ranks[0]}",
-            ranks.index(setup.rank),
+            ranks.index(setup.global_rank),
             len(ranks),
             backend="nccl" if cuda else "gloo",
             timeout_s=setup.comm_timeout_s,

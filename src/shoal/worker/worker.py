@@ -22,7 +22,7 @@ from shoal.worker.runner import Runner
 
 log = get_logger("worker")
 
-Connect = Callable[[wire.RankSetup, str, Sequence[int]], Communicator]  # opens the group of an axis
+Connect = Callable[[wire.RankSetup, str, Sequence[int]], Communicator]  # opens the group of an axis; by global ranks
 
 
 class Worker:
@@ -42,8 +42,13 @@ class Worker:
         self.device = torch.device(setup.device, setup.device_index) if setup.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        topology = Topology.of(tp=setup.world_size)
-        self.mesh = make_mesh(topology, setup.rank, lambda axis, ranks: connect(setup, axis, ranks))
+        topology = Topology.of(dp=setup.dp_size, pp=len(setup.stages), tp=setup.tp)
+        self.mesh = make_mesh(
+            topology,
+            setup.global_rank,
+            lambda axis, ranks: connect(setup, axis, ranks),
+            expert_parallel=bool(setup.experts),
+        )
         self._model = RankModel(Path(setup.model_path), setup, self.mesh)
         self._draft = RankModel(Path(setup.draft_model_path), setup, self.mesh) if setup.draft_model_path else None
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
@@ -60,11 +65,13 @@ class Worker:
 
     @property
     def doing(self) -> str:
-        return str(self.mesh.tp.comm.progress) if self.mesh.tp.size > 1 else "computing"
+        busy = [axis for axis in self.mesh.axes if axis.comm.progress.operation] or self.mesh.axes[:1]
+        return ", ".join(f"{axis.name} {axis.comm.progress}" for axis in busy) or "computing"
 
     def abort(self) -> None:
         """Ends a wait for other ranks. From any thread."""
-        self.mesh.tp.comm.abort()
+        for axis in self.mesh.axes:
+            axis.comm.abort()
 
     @torch.inference_mode()
     def handle(self, message: wire.StepPlan | wire.StepMask | wire.Call) -> wire.StepResult | wire.Reply | None:
@@ -91,9 +98,11 @@ class Worker:
         info = wire.LoadInfo(
             rank=self.setup.rank,
             device=str(self.device),
-            layers=model.spec.num_layers,
+            first_layer=model.shard.stage.layers.start,
+            layers=len(model.shard.stage.layers),
             q_heads=len(model.shard.heads.q_range),
             kv_heads=len(model.shard.heads.kv_ids),
+            experts=0,
             weight_bytes=self._weight_bytes,
             threads=torch.get_num_threads(),
             kernels=model.kernels,

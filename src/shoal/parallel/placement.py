@@ -1,0 +1,12 @@
+"""Which experts a rank holds. Free of torch."""
+
+from typing import Literal
+
+from shoal.parallel.partition import split
+
+
+def place_experts(experts: int, ranks: int, strategy: Literal["linear", "round_robin"]) -> tuple[tuple[int, ...], ...]:
+    """By rank. Shares differ by one at most; with more ranks than experts some ranks hold none."""
+    if strategy == "linear":
+        return tuple(tuple(share) for share in split(experts, ranks))
+    return tuple(tuple(range(rank, experts, ranks)) for rank in range(ranks))
