@@ -20,7 +20,7 @@ enum Status : int32_t { kOk = 0, kOutOfMemory = 1, kUnsupported = 2 };
 
 constexpr int64_t kSplit = 256;
 constexpr int64_t kTile = 8;  // tokens; all their heads are visited before the next tile
-constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kCacheLine = 64;
 
 // Query heads of one KV head are taken up to eight at a time, with as many keys or chunks as leave the sums in

@@ -1,5 +1,5 @@
-// The row operations of shoal.kernels.native, in the library _native: norms, activations, and the rotation of queries
-// and keys on their way to the cache.
+// The row operations of shoal.kernels.native, in the library _native: norms, activations, weighted sums of rows, and the
+// rotation of queries and keys on their way to the cache.
 
 #include "chunks.h"
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 2;  // of the library, attention.cpp included
+constexpr int32_t kAbiVersion = 3;  // of the library, attention.cpp included
 
 enum NormKind : int32_t { kNoNorm = -1, kRms = 0, kRmsWide = 1, kLayer = 2 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
@@ -204,6 +204,25 @@ ALWAYS_INLINE void activate_gated_row(const T* gate, T* out, int64_t size) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Sums.
+
+// out = the sum of weights[j] * x[places[j]], j from 0 to k; places below 0 are left out. x: [p, size].
+template <class T>
+ALWAYS_INLINE void weighted_sum_row(const T* x, const int64_t* places, const float* weights, int64_t k, T* out,
+                                    int64_t size) {
+    for (int64_t i = 0; i < size; i += kChunk) {
+        Chunk total = {};
+        for (int64_t j = 0; j < k; ++j) {
+            if (places[j] < 0) continue;
+            const Chunk value = load(x + places[j] * size + i, size - i);
+            total.first += value.first * weights[j];
+            total.second += value.second * weights[j];
+        }
+        store(out + i, total, size - i);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Rotation.
 
 // Rotates the first 2 * half elements, halves against each other; the rest passes through. `out` may be `x`.
@@ -289,6 +308,11 @@ ALWAYS_INLINE void rotate_and_store_rows(const RotateArgs<T>& a, int64_t first, 
                 activate_gated_row<a>(gate_up + row * 2 * size, out + row * size, size);                              \
         });                                                                                                           \
     }                                                                                                                 \
+    CLONED void weighted_sum_rows(const T* x, const int64_t* places, const float* weights, int64_t k, T* out,         \
+                                  int64_t size, int64_t first, int64_t end) {                                         \
+        for (int64_t row = first; row < end; ++row)                                                                   \
+            weighted_sum_row(x, places + row * k, weights + row * k, k, out + row * size, size);                      \
+    }                                                                                                                 \
     CLONED void rotate_rows(const RotateArgs<T>& a, int64_t first, int64_t end) {                                     \
         if (a.kind == kNoNorm)                                                                                        \
             rotate_and_store_rows<kNoNorm>(a, first, end);                                                            \
@@ -332,6 +356,14 @@ void activate_gated(Activation activation, const void* gate_up, void* out, int64
     });
 }
 
+template <class T>
+void weighted_sum(const void* x, const int64_t* places, const float* weights, void* out, int64_t rows, int64_t k,
+                  int64_t size, int64_t threads) {
+    over_rows(rows, k * size, threads, [=](int64_t first, int64_t end) {
+        weighted_sum_rows(static_cast<const T*>(x), places, weights, k, static_cast<T*>(out), size, first, end);
+    });
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -362,6 +394,12 @@ EXPORT void shoal_activate_gated(int32_t type, int32_t activation, const void* g
                                  int64_t size, int64_t threads) {
     (type == kFloat32 ? activate_gated<float> : activate_gated<BFloat16>)(Activation(activation), gate_up, out, rows,
                                                                           size, threads);
+}
+
+// x: [p, size]; places and weights: [rows, k]; out: [rows, size].
+EXPORT void shoal_weighted_sum(int32_t type, const void* x, const int64_t* places, const float* weights, void* out,
+                               int64_t rows, int64_t k, int64_t size, int64_t threads) {
+    (type == kFloat32 ? weighted_sum<float> : weighted_sum<BFloat16>)(x, places, weights, out, rows, k, size, threads);
 }
 
 // kind: of the norms of queries and keys, kNoNorm for none. half: 0 for no rotation.

@@ -80,6 +80,12 @@ def test_a_strange_name_is_met_with_all_known_ones() -> None:
         ({"tensor_parallel_split": b"\x01\x01"}, r"--tensor-parallel-split takes .* got b'\\x01\\x01'"),
         ({"tensor_parallel_split": bytearray(b"\x01")}, "--tensor-parallel-split takes positive integers"),
         ({"tensor_parallel_split": [True, 1]}, "--tensor-parallel-split takes positive integers"),
+        ({"pipeline_layer_partition": [2, 0]}, "--pipeline-layer-partition takes positive integers up to 10000, the"),
+        ({"pipeline_layer_partition": "3,"}, "--pipeline-layer-partition takes positive integers.* such as 3,2,2, got"),
+        ({"pipeline_layer_partition": [HUGE]}, "--pipeline-layer-partition takes positive integers"),
+        ({"pipeline_parallel_size": 0}, "--pipeline-parallel-size must be at least 1"),
+        ({"data_parallel_size": -1}, "--data-parallel-size must be at least 1"),
+        ({"all2all_backend": "pplx"}, "--all2all-backend must be one of auto, allgather_reducescatter, all_to_all"),
     ],
 )
 def test_wrong_values_are_refused_by_flag(values: dict[str, Any], message: str) -> None:
@@ -201,6 +207,8 @@ def test_what_is_shown_reads_as_nearly_the_same(count: int) -> None:
         ("dtype", "float16", "float16"),
         ("revision", "5", "5"),
         ("tensor_parallel_split", "2,1", (2, 1)),
+        ("pipeline_layer_partition", "3,2,2", (3, 2, 2)),
+        ("max_in_flight", "4", 4),
     ],
 )
 def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: object) -> None:

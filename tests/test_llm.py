@@ -26,7 +26,7 @@ from shoal import (
     StructuredOutputsParams,
     UserError,
 )
-from shoal.errors import CheckpointError, ClosedError, ConfigError, RankFailed
+from shoal.errors import CheckpointError, ClosedError, ConfigError, RankFailed, ReplicasFailed
 from shoal.frontend import llm as llm_module
 from shoal.frontend.tokenizer import open_tokenizer
 from shoal.worker.runner import Runner
@@ -63,6 +63,7 @@ def test_public_names() -> None:
     assert set(shoal.__all__) == {
         "__version__",
         "LLM",
+        "DataParallelRank",
         "SamplingParams",
         "RequestOutput",
         "CompletionOutput",
@@ -109,6 +110,7 @@ def test_tree_of_errors() -> None:
     assert issubclass(ConfigError, UserError)
     assert issubclass(CheckpointError, UserError)
     assert issubclass(ClosedError, EngineError)
+    assert issubclass(ReplicasFailed, EngineError)
     assert not issubclass(UserError, EngineError)
     assert (UserError.exit_code, EngineError.exit_code) == (2, 1)
 
@@ -500,7 +502,7 @@ def _no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(llm_module, "build_engine", refuse)
+    monkeypatch.setattr(llm_module, "start_engine", refuse)
 
 
 @pytest.mark.usefixtures("_no_engine")
@@ -632,6 +634,33 @@ def test_defaults_of_sampling_out_of_range(of_the_model: Path) -> None:
     (of_the_model / "generation_config.json").write_text('{"temperature": -1}')
     with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature must be at least 0"):
         LLM(of_the_model, **SMALL)
+
+
+# --- replicas ----------------------------------------------------------------------------------------------------
+
+
+def test_replicas_chat_and_obey_as_one(bundled: LLM) -> None:
+    talks: Any = [[{"role": "user", "content": f"{i} + {i} ="}] for i in range(6)]
+    chosen = StructuredOutputsParams(choice=["yes", "no", "perhaps"])
+    params = [
+        SamplingParams(temperature=0, max_tokens=8, structured_outputs=chosen if i % 2 else None) for i in range(6)
+    ]
+    layout: dict[str, Any] = {"data_parallel_size": 2, "distributed_executor_backend": "threads"}
+    with LLM(**SMALL, **layout) as replicas:
+        found = replicas.chat(talks, params, use_tqdm=False)
+        assert replicas.stats().max_model_len == bundled.stats().max_model_len
+        assert len(replicas.stats().replicas) == 2
+    expected = bundled.chat(talks, params, use_tqdm=False)
+    assert [output.outputs[0].text for output in found] == [output.outputs[0].text for output in expected]
+    assert all(output.outputs[0].text in ("yes", "no", "perhaps") for output in found[1::2])
+
+
+@pytest.mark.usefixtures("_no_engine")
+def test_replicas_that_cannot_be_are_refused_before_any_starts(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--max-model-len 256"):
+        LLM(folder, data_parallel_size=2, kv_cache_memory_bytes=100_000, max_model_len=256)
+    with pytest.raises(ConfigError, match="uni"):
+        LLM(folder, data_parallel_size=2, distributed_executor_backend="uni", **SMALL)
 
 
 # --- ends --------------------------------------------------------------------------------------------------------

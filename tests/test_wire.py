@@ -1,6 +1,7 @@
 """Messages survive the wire, and stay small."""
 
 import builtins
+from functools import partial
 from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -24,20 +25,23 @@ PLAIN = {
 }
 
 
-def values(hint: Any) -> st.SearchStrategy[Any]:
-    """Whatever a field of this type may hold."""
+def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
+    """Whatever a field of this type may hold. `inside`: messages that it is a part of, which it does not hold again."""
+    within = partial(values, inside=inside)
     match get_origin(hint), get_args(hint):
         case builtins.tuple, (item, end) if end is ...:
-            return st.lists(values(item), max_size=3).map(tuple)
+            return st.lists(within(item), max_size=0 if item in inside else 3).map(tuple)
         case builtins.tuple, items:
-            return st.tuples(*map(values, items))
+            return st.tuples(*map(within, items))
         case builtins.dict, (key, value):
-            return st.dictionaries(values(key), values(value), max_size=3)
+            return st.dictionaries(within(key), within(value), max_size=3)
         case None, _ if issubclass(hint, wire.Wire):
-            return st.builds(hint, **{name: values(kind) for name, kind in get_type_hints(hint).items()})
+            fields = {} if hint in inside else get_type_hints(hint)
+            whole = st.builds(hint, **{name: values(kind, (*inside, hint)) for name, kind in fields.items()})
+            return st.nothing() if hint in inside else whole
         case None, _:
             return PLAIN[hint] if hint in PLAIN else st.sampled_from(hint)
-    return st.one_of(*map(values, get_args(hint)))
+    return st.one_of(*map(within, get_args(hint)))
 
 
 UNIONS = {
@@ -45,12 +49,15 @@ UNIONS = {
     "from_rank": wire.FromRank,
     "to_engine": wire.ToEngine,
     "from_engine": wire.FromEngine,
+    "to_rendezvous": wire.ToRendezvous,
+    "from_rendezvous": wire.FromRendezvous,
 }
 MESSAGES = [(name, message) for name, union in UNIONS.items() for message in get_args(union)]
 PAYLOADS = {
     wire.LoadInfo: wire.decode_load_info,
     wire.Capacity: wire.decode_capacity,
     wire.RankStats: wire.decode_stats,
+    wire.Hello: wire.hello.decode,
 }
 
 
@@ -75,7 +82,7 @@ def test_every_payload_survives(message: type[wire.Wire], data: st.DataObject) -
 def test_every_message_is_covered() -> None:
     parts = {
         *(wire.Sampling, wire.Penalties, wire.NewSeq, wire.Work, wire.TokenLogprobs, wire.PromptLogprobs),
-        *(wire.SeqOut, wire.StepTimes, wire.SeqUpdate),
+        *(wire.SeqOut, wire.StepTimes, wire.SeqUpdate, wire.Traffic, wire.Place),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
     assert set(wire.Wire.__subclasses__()) == covered

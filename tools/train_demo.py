@@ -1,13 +1,16 @@
-"""Makes the bundled demo model: a small llama that adds, counts, reverses words, sorts words and chats a little.
+"""Makes the bundled demo models: small ones that add, count, reverse words, sort words and chat a little.
 
-    python tools/train_demo.py                       # the shipped model, into src/shoal/demo_model
+    python tools/train_demo.py                       # the dense model, into src/shoal/demo_model
+    python tools/train_demo.py --experts             # the mixture of experts, into src/shoal/demo_moe_model
     python tools/train_demo.py --quick --output DIR  # a few steps: proves the pipeline, learns nothing
-    python tools/train_demo.py --evaluate            # only the figures, of the model that is there
+    python tools/train_demo.py --evaluate            # only the figures, of the dense model that is there
 
 The text comes from ``demo_text.py``, the tokenizer is learnt from the same text, and the model is a plain
-implementation of the llama architecture below, so that torch, tokenizers and safetensors are all this needs.
-What is written is in the Hugging Face format and loads as ``LlamaForCausalLM``. At the end the model answers every
-held-out addition and samples of the other tasks; under 95 % on the held-out additions the exit status is 1.
+implementation of the llama architecture below, so that torch, tokenizers and safetensors are all this needs. With
+``--experts`` every feed-forward layer is one of Mixtral: a router and eight narrow experts, of which each token takes
+two. What is written is in the Hugging Face format and loads as ``LlamaForCausalLM`` or ``MixtralForCausalLM``. At the
+end the written model is read back and answers every held-out addition and samples of the other tasks; under 95 % on
+the held-out additions the exit status is 1.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,7 +35,9 @@ from tqdm import tqdm
 import demo_text
 from demo_text import ASSISTANT, BOS, END, EOS, SPECIAL_TOKENS, SYSTEM, USER, Sample, TextMaker
 
-DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "src" / "shoal" / "demo_model"
+PACKAGE = Path(__file__).resolve().parent.parent / "src" / "shoal"
+DENSE_OUTPUT = PACKAGE / "demo_model"
+EXPERTS_OUTPUT = PACKAGE / "demo_moe_model"
 PASS_SHARE = 0.95
 """The share of held-out additions that must be right."""
 
@@ -53,8 +59,20 @@ assert (SYSTEM, USER, ASSISTANT, END) == ("<|system|>", "<|user|>", "<|assistant
 
 
 @dataclass(frozen=True)
+class Experts:
+    """What a mixture of experts adds to a shape, by the names of the Hugging Face configuration."""
+
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.01
+
+
+@dataclass(frozen=True)
 class Shape:
-    """The sizes of the model, by the names of the Hugging Face configuration."""
+    """The sizes of the model, by the names of the Hugging Face configuration.
+
+    With ``experts``, ``intermediate_size`` is the width of one expert.
+    """
 
     vocab_size: int = 640
     hidden_size: int = 256
@@ -66,6 +84,26 @@ class Shape:
     max_position_embeddings: int = 1024
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    experts: Experts | None = None
+
+    def to_config(self) -> dict[str, Any]:
+        """The keys of ``config.json`` that say the shape."""
+        sizes = asdict(self)
+        experts: dict[str, Any] | None = sizes.pop("experts")
+        return {**sizes, **(experts or {})}
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Shape:
+        """Reads what :meth:`to_config` wrote, among whatever else ``config`` holds."""
+        sizes = {field.name: config[field.name] for field in fields(Shape) if field.name != "experts"}
+        routed = {field.name: config[field.name] for field in fields(Experts) if field.name in config}
+        return Shape(**sizes, experts=Experts(**routed) if routed else None)
+
+
+DENSE = Shape()
+MIXTURE = Shape(intermediate_size=128, experts=Experts())
+"""Eight experts of a fifth of the dense width: a token passes through less than in the dense model, and there is more
+to choose from. Together they have 1.6 times the dense weights."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +127,10 @@ class Recipe:
     seed: int = demo_text.DEFAULT_SEED
     minutes: float = 28.0
     bf16: bool = True
+
+
+EXPERTS_STEPS = 4500
+"""An expert sees a quarter of the tokens, so a mixture is given more of them."""
 
 
 # The tokenizer
@@ -185,8 +227,68 @@ class Windows:
 # The model
 
 
+class SwiGlu(nn.ModuleDict):
+    """A gated feed-forward network; how its three matrices are called in the checkpoint is for the caller to say."""
+
+    def __init__(self, hidden: int, inner: int, *, gate: str, up: str, down: str) -> None:
+        super().__init__(
+            {
+                gate: nn.Linear(hidden, inner, bias=False),
+                up: nn.Linear(hidden, inner, bias=False),
+                down: nn.Linear(inner, hidden, bias=False),
+            }
+        )
+        self.names = gate, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., hidden)`` to the same."""
+        gate, up, down = self.names
+        out: Tensor = self[down](functional.silu(self[gate](x)) * self[up](x))
+        return out
+
+
+class SparseExperts(nn.Module):
+    """The feed-forward layer of Mixtral (Jiang et al. 2024): a router picks a few experts for each token.
+
+    The weight of an expert is its share in the softmax over the logits of the picked ones, which is the softmax over
+    all of them, normalised again.
+    """
+
+    def __init__(self, hidden: int, inner: int, experts: Experts) -> None:
+        super().__init__()
+        self.picked = experts.num_experts_per_tok
+        self.gate = nn.Linear(hidden, experts.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(
+            SwiGlu(hidden, inner, gate="w1", up="w3", down="w2") for _ in range(experts.num_local_experts)
+        )
+        self.imbalance = torch.zeros(())
+        """Of the last forward; see :meth:`forward`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, length, hidden)`` to the same; leaves behind how unevenly the experts were used.
+
+        ``imbalance`` is the auxiliary loss of the Switch Transformer (Fedus et al. 2021, equation 4), counted over
+        all picks of a token: the number of experts times the sum, over the experts, of the share of picks times the
+        mean probability. It is 1 where all are used alike and the number of experts where only one is.
+        """
+        tokens = x.flatten(0, 1)
+        with torch.autocast("cpu", enabled=False):  # rounded logits would pick other experts than those in use
+            probabilities = self.gate(tokens.float()).softmax(dim=-1)
+        shares, picks = probabilities.topk(self.picked, dim=-1)
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+        order = picks.flatten().argsort(stable=True)
+        counts = picks.flatten().bincount(minlength=len(self.experts))
+        self.imbalance = len(self.experts) * (counts / counts.sum() * probabilities.mean(dim=0)).sum()
+        # Sorted by expert, so that each expert is three products of one block of rows.
+        blocks = tokens.index_select(0, order // self.picked).split(counts.tolist())
+        outs = torch.cat([expert(block) for expert, block in zip(self.experts, blocks, strict=True)])
+        back = outs.index_select(0, order.argsort()).view(*shares.shape, -1)
+        mixed: Tensor = (back * shares[..., None]).sum(dim=1)
+        return mixed.view(x.shape)
+
+
 class Layer(nn.Module):
-    """One llama layer: grouped-query attention with rotary positions, then a SwiGLU, each behind an RMSNorm.
+    """One layer: grouped-query attention with rotary positions, then one SwiGLU or several, each behind an RMSNorm.
 
     The attributes bear the names of the Hugging Face checkpoint, so that the state dict is the checkpoint.
     """
@@ -207,13 +309,10 @@ class Layer(nn.Module):
             }
         )
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=shape.rms_norm_eps)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(hidden, inner, bias=False),
-                "up_proj": nn.Linear(hidden, inner, bias=False),
-                "down_proj": nn.Linear(inner, hidden, bias=False),
-            }
-        )
+        if shape.experts is None:
+            self.mlp = SwiGlu(hidden, inner, gate="gate_proj", up="up_proj", down="down_proj")
+        else:
+            self.block_sparse_moe = SparseExperts(hidden, inner, shape.experts)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``x`` is ``(batch, length, hidden)``, ``cos`` and ``sin`` are ``(length, head_dim // 2)``."""
@@ -233,9 +332,8 @@ class Layer(nn.Module):
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.self_attn["o_proj"](mixed.transpose(1, 2).reshape(batch, length, -1))
-        normed = self.post_attention_layernorm(x)
-        gated = functional.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
-        down: Tensor = self.mlp["down_proj"](gated)
+        feed_forward = self.mlp if shape.experts is None else self.block_sparse_moe
+        down: Tensor = feed_forward(self.post_attention_layernorm(x))
         return x + down
 
 
@@ -245,7 +343,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-class DemoLlama(nn.Module):
+class DemoModel(nn.Module):
     """The decoder with tied embeddings, without a key-value cache: enough for training and for short answers."""
 
     def __init__(self, shape: Shape) -> None:
@@ -256,7 +354,7 @@ class DemoLlama(nn.Module):
         self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
                 spread = SPREAD / math.sqrt(2 * shape.num_hidden_layers) if into_residual else SPREAD
                 nn.init.normal_(parameter, std=spread)
 
@@ -271,6 +369,13 @@ class DemoLlama(nn.Module):
             x = layer(x, cos, sin)
         return functional.linear(self.norm(x), self.embed_tokens.weight)
 
+    def balance_loss(self) -> Tensor | float:
+        """What the loss of the last forward gets on top, so that all experts are used; 0 without experts."""
+        if self.shape.experts is None:
+            return 0.0
+        imbalances = [part.imbalance for part in self.modules() if isinstance(part, SparseExperts)]
+        return self.shape.experts.router_aux_loss_coef * torch.stack(imbalances).mean()
+
 
 # Training
 
@@ -283,7 +388,7 @@ def rate_at(progress: float, step: int, recipe: Recipe) -> float:
 
 
 def train(
-    model: DemoLlama, windows: Windows, recipe: Recipe, probe: Callable[[], str] | None = None
+    model: DemoModel, windows: Windows, recipe: Recipe, probe: Callable[[], str] | None = None
 ) -> tuple[int, float]:
     """Trains in place; returns the steps done and the minutes they took.
 
@@ -317,7 +422,7 @@ def train(
         losses = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         loss = (losses * weights.flatten()).sum() / weights.sum()
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss + model.balance_loss())
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         done = step + 1
@@ -336,7 +441,7 @@ def train(
 
 @torch.no_grad()
 def answer(
-    model: DemoLlama, tokenizer: Tokenizer, prompts: Sequence[str], limit: int = 24, batch: int = 128
+    model: DemoModel, tokenizer: Tokenizer, prompts: Sequence[str], limit: int = 24, batch: int = 128
 ) -> tuple[list[str], list[float]]:
     """Greedy answers up to EOS or END, in the order of the prompts, and the margin of each.
 
@@ -396,7 +501,7 @@ class Figure:
 
 
 def figure(
-    model: DemoLlama, tokenizer: Tokenizer, name: str, asked: Sequence[tuple[str, str]], limit: int = 24, wrong: int = 3
+    model: DemoModel, tokenizer: Tokenizer, name: str, asked: Sequence[tuple[str, str]], limit: int = 24, wrong: int = 3
 ) -> Figure:
     """Asks the prompts of ``(prompt, right answer)`` pairs; prints the first few wrong answers."""
     texts, margins = answer(model, tokenizer, [prompt for prompt, _ in asked], limit)
@@ -421,7 +526,7 @@ def chat_prompt(question: str) -> str:
 
 
 def evaluate(
-    model: DemoLlama,
+    model: DemoModel,
     tokenizer: Tokenizer,
     seed: int,
     most: int = 400,
@@ -477,21 +582,24 @@ def evaluate(
 # The files
 
 
-def write_model(model: DemoLlama, tokenizer: Tokenizer, output: Path) -> None:
-    """Writes the folder in the Hugging Face format: configuration, weights in float32, tokenizer, chat template."""
+def write_model(model: DemoModel, tokenizer: Tokenizer, output: Path) -> None:
+    """Writes the folder in the Hugging Face format: configuration, weights, tokenizer, chat template.
+
+    A mixture of experts is stored rounded to bfloat16, so that it takes no more room than the dense model in float32.
+    Both are meant to be computed in float32, where a margin tells wrong arithmetic from another order of summation.
+    """
     output.mkdir(parents=True, exist_ok=True)
     shape = model.shape
     bos, eos, end = (token_id(tokenizer, token) for token in (BOS, EOS, END))
-    sizes = asdict(shape)
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes,
+        "architectures": ["LlamaForCausalLM" if shape.experts is None else "MixtralForCausalLM"],
+        "model_type": "llama" if shape.experts is None else "mixtral",
+        **shape.to_config(),
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "hidden_act": "silu",
-        "attention_bias": False,
+        **({"attention_bias": False} if shape.experts is None else {"sliding_window": None}),
         "attention_dropout": 0.0,
-        "mlp_bias": False,
+        **({"mlp_bias": False} if shape.experts is None else {}),
         "initializer_range": SPREAD,
         "tie_word_embeddings": True,
         "use_cache": True,
@@ -524,16 +632,17 @@ def write_model(model: DemoLlama, tokenizer: Tokenizer, output: Path) -> None:
     ):
         (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(output / "tokenizer.json"))
-    tensors = {f"model.{name}": tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
+    stored = torch.float32 if shape.experts is None else torch.bfloat16
+    tensors = {f"model.{name}": tensor.detach().to(stored).contiguous() for name, tensor in model.state_dict().items()}
     weights = output / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # save_file lets only the owner read it
 
 
-def read_model(folder: Path) -> tuple[DemoLlama, Tokenizer]:
-    """Reads back what :func:`write_model` wrote."""
+def read_model(folder: Path) -> tuple[DemoModel, Tokenizer]:
+    """Reads back what :func:`write_model` wrote; the weights are float32 again."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = DemoLlama(Shape(**{field.name: config[field.name] for field in fields(Shape)}))
+    model = DemoModel(Shape.from_config(config))
     tensors = load_file(folder / "model.safetensors")
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
     return model, Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -543,26 +652,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=None, help=f"training steps (default: {recipe.steps})")
+    parser.add_argument("--experts", action="store_true", help="the mixture of experts instead of the dense model")
+    parser.add_argument(
+        "--output", type=Path, default=None, help=f"folder to write (default: {DENSE_OUTPUT}; {EXPERTS_OUTPUT})"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=None, help=f"training steps (default: {recipe.steps}; {EXPERTS_STEPS} of experts)"
+    )
     parser.add_argument("--seed", type=int, default=recipe.seed, help="seed of text, weights and held-out additions")
     parser.add_argument("--minutes", type=float, default=recipe.minutes, help="longest training (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=recipe.peak_rate, help="peak learning rate")
     parser.add_argument("--float32", action="store_true", help="compute in float32 throughout, without bfloat16")
-    parser.add_argument("--probe", action="store_true", help="show the held-out figure every 250 steps")
+    parser.add_argument(
+        "--probe", action="store_true", help="write the model and show the held-out figure every 250 steps"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of a smaller model, no pass mark: for tests")
     parser.add_argument("--evaluate", action="store_true", help="make nothing, only evaluate what is in --output")
     parser.add_argument(
         "--require", type=float, default=None, help=f"share of held-out additions to pass (default: {PASS_SHARE})"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.output is None:
+        options.output = EXPERTS_OUTPUT if options.experts else DENSE_OUTPUT
+    return options
 
 
-def make(options: argparse.Namespace) -> tuple[DemoLlama, Tokenizer]:
+def make(options: argparse.Namespace) -> None:
     """Makes the tokenizer, trains the model and writes both."""
     recipe = Recipe(seed=options.seed, minutes=options.minutes, peak_rate=options.rate, bf16=not options.float32)
-    shape = Shape()
+    shape = MIXTURE if options.experts else DENSE
+    if options.experts:
+        recipe = replace(recipe, steps=EXPERTS_STEPS)
     if options.quick:
         shape = replace(shape, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=8)
         recipe = replace(recipe, steps=4, tokens=512, warmup=2)
@@ -571,12 +692,13 @@ def make(options: argparse.Namespace) -> tuple[DemoLlama, Tokenizer]:
     maker = TextMaker(recipe.seed)
     tokenizer = train_tokenizer(shape.vocab_size, recipe.seed, 1000 if options.quick else 20000)
     shape = replace(shape, vocab_size=tokenizer.get_vocab_size())
-    model = DemoLlama(shape)
+    model = DemoModel(shape)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held_out = f"{len(maker.held_out)} pairs held out"
     print(f"{parameters:,} parameters, {shape.vocab_size} tokens, {held_out}", file=sys.stderr)
 
     def probe() -> str:
+        write_model(model, tokenizer, options.output)
         return str(figure(model, tokenizer, "held out", held_out_questions(maker.held_out)[::4], 6, wrong=1))
 
     windows = Windows(tokenizer, maker, recipe.prompt_weight)
@@ -584,7 +706,6 @@ def make(options: argparse.Namespace) -> tuple[DemoLlama, Tokenizer]:
     write_model(model, tokenizer, options.output)
     size = (options.output / "model.safetensors").stat().st_size
     print(f"{steps} steps in {minutes:.1f} minutes; {size:,} bytes of weights in {options.output}", file=sys.stderr)
-    return model, tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -592,7 +713,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    model, tokenizer = read_model(options.output) if options.evaluate else make(options)
+    if not options.evaluate:
+        make(options)
+    model, tokenizer = read_model(options.output)
     figures = evaluate(model, tokenizer, options.seed, *((8, 32, 8) if options.quick else ()))
     print(f"{'task':<44} {'right':>14}  {'share':>8}  least margin")
     for line in figures:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from shoal.errors import RequestError as RequestError
     from shoal.errors import ShoalError as ShoalError
     from shoal.errors import UserError as UserError
+    from shoal.frontend.data_parallel import DataParallelRank as DataParallelRank
     from shoal.frontend.llm import LLM as LLM
     from shoal.types import BeamSearchOutput as BeamSearchOutput
     from shoal.types import BeamSearchParams as BeamSearchParams
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "LLM": "shoal.frontend.llm:LLM",
+    "DataParallelRank": "shoal.frontend.data_parallel:DataParallelRank",
     "SamplingParams": "shoal.types:SamplingParams",
     "RequestOutput": "shoal.types:RequestOutput",
     "CompletionOutput": "shoal.types:CompletionOutput",

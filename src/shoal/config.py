@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 LARGEST = 2**63 - 1  # the largest integer that every message between processes can carry
 _LARGEST_SHARE = 10**6  # of `tensor_parallel_split`
+_MOST_LAYERS = 10**4  # of a stage
 _MOST_DRAFTS = 64
 
 
@@ -55,9 +56,10 @@ def option(
     bytes_: bool = False,
     parse: Callable[[Any, str], Any] | None = None,
     metavar: str | None = None,
+    local: bool = False,
 ) -> T:
     """A config field; `short` is a second flag, `maximum` is that of an integer, `bytes_` allows 512MiB, 2GiB and the
-    like, `parse(value, flag)` reads what has a form of its own."""
+    like, `parse(value, flag)` reads what has a form of its own; on a `local` one processes of one job may differ."""
     found: T = field(
         default=default,
         metadata={
@@ -68,6 +70,7 @@ def option(
             "bytes": bytes_,
             "parse": parse,
             "metavar": metavar,
+            "local": local,
         },
     )
     return found
@@ -79,16 +82,28 @@ def parse_split(value: Any, flag: str) -> tuple[int, ...]:
     Raises:
         ConfigError: anything else.
     """
+    return _positives(value, flag, _LARGEST_SHARE, "one a rank, such as 2,1,1")
+
+
+def parse_partition(value: Any, flag: str) -> tuple[int, ...]:
+    """`3,2,2`, or the numbers: layers of stages.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    return _positives(value, flag, _MOST_LAYERS, "the layers of each stage, such as 3,2,2")
+
+
+def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if isinstance(parts, Sequence) and not isinstance(parts, bytes | bytearray | memoryview) and parts:
         try:
-            shares = tuple(int(part) if isinstance(part, str) else part for part in parts)
+            numbers = tuple(int(part) if isinstance(part, str) else part for part in parts)
         except ValueError:
-            shares = ()
-        if shares and all(type(share) is int and 0 < share <= _LARGEST_SHARE for share in shares):
-            return shares
-    wanted = f"positive integers up to {_LARGEST_SHARE}, one a rank, such as 2,1,1"
-    raise ConfigError(f"{flag} takes {wanted}, got {shown(value)}")
+            numbers = ()
+        if numbers and all(type(number) is int and 0 < number <= largest for number in numbers):
+            return numbers
+    raise ConfigError(f"{flag} takes positive integers up to {largest}, {meaning}, got {shown(value)}")
 
 
 def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
@@ -183,7 +198,7 @@ class ParallelOptions:
     )
     pipeline_parallel_size: int = option(1, "stages, each with some of the layers", short="-pp", minimum=1)
     pipeline_layer_partition: tuple[int, ...] | None = option(
-        None, "layers of each stage; auto: stages that cost about the same", parse=parse_split, metavar="3,2,..."
+        None, "layers of each stage; auto: stages that cost about the same", parse=parse_partition, metavar="3,2,..."
     )
     data_parallel_size: int = option(1, "replicas of the model, each with ranks of its own", short="-dp", minimum=1)
     enable_expert_parallel: bool = option(
@@ -196,13 +211,15 @@ class ParallelOptions:
         "auto", "how tokens reach their experts' ranks; auto: whatever moves fewer bytes for this model and layout"
     )
     distributed_executor_backend: Backend = option(
-        "auto", "uni: in this process (one rank); threads: ranks as threads; mp: a process a rank; auto: uni or mp"
+        "auto",
+        "uni: in this process (one rank); threads: ranks as threads; mp: a process a rank; auto: uni or mp",
+        local=True,
     )
     device: Device = option("auto", "where ranks compute")
-    num_devices: int | None = option(None, "count this host as that many devices", minimum=1)
-    engine_process: bool = option(False, "run the engine in a process of its own")
-    start_timeout: float = option(600.0, "seconds a start phase may take", minimum=1)
-    step_timeout: float = option(300.0, "seconds a step may take", minimum=1)
+    num_devices: int | None = option(None, "count this host as that many devices", minimum=1, local=True)
+    engine_process: bool = option(False, "run the engine in a process of its own", local=True)
+    start_timeout: float = option(600.0, "seconds a start phase may take", minimum=1, local=True)
+    step_timeout: float = option(300.0, "seconds a step may take", minimum=1, local=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +227,16 @@ class CacheOptions:
     """KV cache"""
 
     block_size: int = option(16, "tokens in a KV block", minimum=1)
-    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory that a rank may use, in (0, 1]")
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory that a rank may use, in (0, 1]", local=True)
     device_memory: int | None = option(
-        None, "memory budget of each rank, weights and KV cache and all: 512MiB, 2GiB, ...", minimum=1, bytes_=True
+        None,
+        "memory budget of each rank, weights and KV cache and all: 512MiB, 2GiB, ...",
+        minimum=1,
+        bytes_=True,
+        local=True,
     )
     kv_cache_memory_bytes: int | None = option(
-        None, "size of each rank's KV cache; overrides the other memory options", minimum=1, bytes_=True
+        None, "size of each rank's KV cache; overrides the other memory options", minimum=1, bytes_=True, local=True
     )
     enable_prefix_caching: bool = option(True, "keep KV blocks of past prompts for requests that begin alike")
 
@@ -259,6 +280,17 @@ class EngineOptions:
         if not 0 < utilization <= 1:
             raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {utilization}")
         return cls(model=model, **sections)
+
+
+def agreed(options: EngineOptions) -> dict[str, str]:
+    """Options on which all processes of a job must agree: flag -> value."""
+    found = {}
+    for section in SECTIONS:
+        values = getattr(options, section)
+        for each in dataclasses.fields(values):
+            if not each.metadata["local"]:
+                found["--" + each.name.replace("_", "-")] = str(getattr(values, each.name))
+    return found
 
 
 SECTIONS: dict[str, type] = {

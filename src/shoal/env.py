@@ -17,13 +17,24 @@ class Variable:
     alias: str | None = None  # vLLM's name for the same; the one of ours wins
 
 
-SETTINGS = (
+SETTINGS: tuple[Variable, ...] = (
     Variable("SHOAL_LOG_LEVEL", f"what the log on stderr holds: {', '.join(_LEVELS)}", "VLLM_LOGGING_LEVEL"),
+    Variable("SHOAL_CLUSTER_KEY", "a secret that processes on different hosts share, so that no stranger joins them"),
     Variable("CUDA_VISIBLE_DEVICES", "the GPUs that count as this host's"),
     Variable("HF_HUB_OFFLINE", "1: nothing is fetched from the hub"),
     Variable("HF_TOKEN", "opens models on the hub that need a login"),
     Variable("HF_HOME", "where models from the hub are kept"),
 )
+
+_OF_RANKS = {
+    "RANK": "a process's number among those of a data-parallel job that is started by hand",
+    "SIZE": "how many they are",
+    "RANK_LOCAL": "its number among those on its host",
+    "SIZE_LOCAL": "how many these are",
+    "MASTER_IP": "where rank 0 listens",
+    "MASTER_PORT": "... and at which port",
+}
+SETTINGS += tuple(Variable(f"SHOAL_DP_{name}", text, f"VLLM_DP_{name}") for name, text in _OF_RANKS.items())
 
 # vLLM's variables that mean the same as one of our options. None of its others does.
 OPTION_ALIASES = {
@@ -60,6 +71,55 @@ def log_level() -> str:
     if level.lower() not in _LEVELS:
         raise ConfigError(f"{variable} must be one of {', '.join(_LEVELS)}, got {level!r}")
     return level.upper()
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallel:
+    """One process of a data-parallel job that was started by hand."""
+
+    rank: int
+    size: int
+    rank_local: int
+    size_local: int
+    master_ip: str
+    master_port: int
+
+
+def data_parallel() -> DataParallel | None:
+    """SHOAL_DP_* (or VLLM_DP_*); None where neither rank nor size is set.
+
+    Raises:
+        ConfigError: one of them is missing, or no number in its range.
+    """
+    if not _first("SHOAL_DP_RANK", "VLLM_DP_RANK") and not _first("SHOAL_DP_SIZE", "VLLM_DP_SIZE"):
+        return None
+    size = _dp_number("SIZE", 1, 10**6)
+    rank = _dp_number("RANK", 0, size - 1)
+    size_local = _dp_number("SIZE_LOCAL", 1, size, default=1)
+    rank_local = _dp_number("RANK_LOCAL", 0, size_local - 1, default=0)
+    found = _first("SHOAL_DP_MASTER_IP", "VLLM_DP_MASTER_IP") or ("", "127.0.0.1")
+    port = _dp_number("MASTER_PORT", 1, 65535)
+    return DataParallel(rank, size, rank_local, size_local, found[1], port)
+
+
+def _dp_number(name: str, lowest: int, highest: int, default: int | None = None) -> int:
+    variable, text = _first(f"SHOAL_DP_{name}", f"VLLM_DP_{name}") or (f"SHOAL_DP_{name}", "")
+    if not text and default is not None:
+        return default
+    if not text:
+        raise ConfigError(f"{variable} is not set: a process of a data-parallel job needs it, from {lowest} on")
+    try:
+        number = int(text)
+    except ValueError:
+        number = lowest - 1
+    if not lowest <= number <= highest:
+        raise ConfigError(f"{variable} must be an integer from {lowest} to {highest}, got {text!r}")
+    return number
+
+
+def cluster_key() -> str:
+    """The secret that processes on different hosts share; "" where there is none."""
+    return os.environ.get("SHOAL_CLUSTER_KEY", "").strip()
 
 
 def visible_cuda_devices() -> str | None:

@@ -3,15 +3,19 @@
 ShoalError
 |-- UserError               what the caller can mend; the command line exits with 2
 |   |-- ConfigError         an option, or options that do not go together
+|   |   `-- AddressInUse    a port at which somebody listens already
 |   |-- CheckpointError     a model folder, its configuration or its tensors
 |   `-- RequestError        a prompt or a sampling parameter; also a ValueError
 `-- EngineError             the engine could not go on; the command line exits with 1
     |-- RankFailed          a rank died, stood still or raised; names rank, process and step
+    |-- ReplicasFailed      no replica is left; keeps what had finished
     |-- CommError           an operation between ranks failed
     |   |-- CommTimeout     ... because somebody did not arrive in time
     |   `-- CommAborted     ... because somebody called it off
     `-- ClosedError         a call on an engine that was closed or had failed before
 """
+
+from typing import Any
 
 
 class ShoalError(Exception):
@@ -23,6 +27,10 @@ class UserError(ShoalError):
 
 
 class ConfigError(UserError):
+    pass
+
+
+class AddressInUse(ConfigError):
     pass
 
 
@@ -40,6 +48,14 @@ class EngineError(ShoalError):
 
 class RankFailed(EngineError):
     pass
+
+
+class ReplicasFailed(EngineError):
+    """`outputs`: the RequestOutputs of a `generate` that had finished, by the number of their prompt."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.outputs: dict[int, Any] = {}
 
 
 class CommError(EngineError):

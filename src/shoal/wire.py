@@ -5,7 +5,7 @@ ordered queue, and every rank sees the same order.
 """
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -172,7 +172,8 @@ class RankSetup(Wire, frozen=True):
     dp_size: int = 1
     experts: str = ""  # how whole experts are placed: "linear" or "round_robin"; "": all of them are cut
     all2all: str = ""  # how tokens reach them
-    group_store: str = ""  # where ranks of all replicas find each other, "": they never talk
+    group_store: str = ""  # host:port of the rendezvous where ranks of all replicas find each other, "": never
+    group_key: str = ""  # the shared secret that is asked for there
     address: str = "127.0.0.1"  # of this host, as other ranks reach it
     draft_model_path: str = ""  # of speculative decoding
     num_drafts: int = 0  # tokens it guesses at a time
@@ -347,6 +348,7 @@ class EngineStats(Wire, frozen=True):
     step_forward_us: int
     start_s: tuple[tuple[str, float], ...] = ()
     ranks: tuple[RankStats, ...] = ()
+    replicas: tuple["EngineStats", ...] = ()  # of a set of replicas, whose sums the other fields are
 
 
 class Place(Wire, frozen=True):
@@ -357,8 +359,7 @@ class Place(Wire, frozen=True):
     local_rank: int = 0  # among the replicas on its host, which share its devices and memory
     local_size: int = 1
     memory_available: int = 0  # bytes the host had when its first replica was planned; 0: to be looked up
-    group_store: str = ""  # where the ranks of all replicas find each other, "": they never talk
-    rendezvous: str = ""  # host:port of where replicas in lockstep meet
+    rendezvous: str = ""  # host:port of where replicas in lockstep, and their ranks, meet
     key: str = ""  # shared secret of those who meet there
     address: str = "127.0.0.1"  # of this host, as others reach it
 
@@ -371,10 +372,123 @@ class EngineSetup(Wire, frozen=True):
     place: Place = Place()
 
 
+# --- replicas and hosts that meet ----------------------------------------------------------------------------------
+
+
+class Challenge(Wire, frozen=True):
+    """The first word of a rendezvous to whoever connects."""
+
+    nonce: bytes
+
+
+class Hello(Wire, frozen=True):
+    """Who joins which room, and what must be the same for all in it. A room that has no size is only asked."""
+
+    room: str
+    rank: int
+    size: int
+    host: str
+    pid: int
+    nonce: bytes
+    agreement: dict[str, str]  # name of a version, an option, a part of the model -> value or digest
+
+
+class Signed(Wire, frozen=True):
+    """A Hello, and the proof that its sender knows the shared key."""
+
+    hello: bytes
+    proof: bytes
+
+
+class Welcome(Wire, frozen=True):
+    """The rendezvous knows the key too."""
+
+    proof: bytes
+
+
+class Refused(Wire, frozen=True):
+    why: str
+
+
+class Waiting(Wire, frozen=True):
+    """A room is not complete yet."""
+
+    arrived: tuple[str, ...]
+    missing: Ids
+
+
+class Started(Wire, frozen=True):
+    """A room is complete. `members`: who they are, by rank."""
+
+    members: tuple[str, ...]
+
+
+class Posted(Wire, frozen=True):
+    """From one member to another, or to all others."""
+
+    topic: str
+    sender: int
+    to: int  # -1: all others
+    payload: bytes
+
+
+class Gone(Wire, frozen=True):
+    """A member has left a room that was complete. `why` is empty if it had ended its work."""
+
+    rank: int
+    why: str
+
+
+class Leave(Wire, frozen=True):
+    why: str = ""
+
+
+class Alive(Wire, frozen=True):
+    pass
+
+
+class StoreSet(Wire, frozen=True):
+    """Answered, like all that is said to the store, by a StoreValue. Not set if the key is there and `expected` is
+    another value."""
+
+    key: str
+    value: bytes
+    expected: bytes | None = None
+
+
+class StoreAdd(Wire, frozen=True):
+    key: str
+    amount: int
+
+
+class StoreGet(Wire, frozen=True):
+    """The value of the last key, once all are there; if it shall not `wait`, nothing while one is missing."""
+
+    keys: tuple[str, ...]
+    wait: bool
+
+
+class StoreDelete(Wire, frozen=True):
+    key: str
+
+
+class StoreValue(Wire, frozen=True):
+    value: bytes | None
+
+
+ToRendezvous = Signed | Posted | Leave | Alive | StoreSet | StoreAdd | StoreGet | StoreDelete
+FromRendezvous = Challenge | Welcome | Refused | Waiting | Started | Posted | Gone | Alive | StoreValue
+
 ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop
 FromEngine = Updates | EngineStats | EngineFailure
 
 _encoder = msgspec.msgpack.Encoder()
+W = TypeVar("W", bound=Wire)
+
+
+def replace(message: W, **changes: Any) -> W:
+    """The same message with other values in some fields."""
+    return msgspec.structs.replace(message, **changes)
 
 
 def encode(message: Wire) -> bytes:
@@ -385,6 +499,11 @@ to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+to_rendezvous: msgspec.msgpack.Decoder[ToRendezvous] = msgspec.msgpack.Decoder(ToRendezvous)
+from_rendezvous: msgspec.msgpack.Decoder[FromRendezvous] = msgspec.msgpack.Decoder(FromRendezvous)
+hello: msgspec.msgpack.Decoder[Hello] = msgspec.msgpack.Decoder(Hello)
+WireError = msgspec.MsgspecError  # what decoding raises
 
 _load_info = msgspec.msgpack.Decoder(LoadInfo)
 _capacity = msgspec.msgpack.Decoder(Capacity)

@@ -48,7 +48,7 @@ def refused(
     def no_engine(*_: object, **__: object) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(llm_module, "build_engine", no_engine)
+    monkeypatch.setattr(llm_module, "start_engine", no_engine)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> str:
@@ -302,6 +302,41 @@ def test_kv_cache_too_small(refused: Refused) -> None:
 def test_more_ranks_than_devices(refused: Refused) -> None:
     line = refused("--num-devices", 2, "-tp", 3)
     has(line, "--tensor-parallel-size 3", "has 2", "--tensor-parallel-size 2", "or raise --num-devices")
+
+
+def test_more_ranks_of_all_kinds_than_devices(refused: Refused) -> None:
+    line = refused("--num-devices", 7, "-tp", 2, "-pp", 2, "-dp", 2)
+    has(line, "--tensor-parallel-size 2 x --pipeline-parallel-size 2 x --data-parallel-size 2", "2 x 2 x 2 = 8")
+    has(line, "has 7", "raise --num-devices")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-pp", 2, "--pipeline-layer-partition", "2,2"], "2,2 has 4 layers, the model has 3"),
+        (["-pp", 2, "--pipeline-layer-partition", "1,1,1"], "1,1,1 has 3 stages, --pipeline-parallel-size is 2"),
+        (["-pp", 2, "--pipeline-layer-partition", "3,0"], "--pipeline-layer-partition takes positive integers"),
+        (["-pp", 4], "--pipeline-parallel-size 4 is more than the model's 3 layers"),
+        (["--enable-expert-parallel"], "--enable-expert-parallel: a llama model has no experts to place"),
+        (["-tp", 2, "--tensor-parallel-split", "2,0"], "--tensor-parallel-split takes positive integers"),
+        (["-pp", 2, "--distributed-executor-backend", "uni"], "uni runs one rank, not 2: use mp or threads"),
+        (["-dp", 2, "--distributed-executor-backend", "uni"], "uni runs one rank, not 2: use mp or threads"),
+    ],
+)
+def test_layouts_that_can_not_be(
+    refused: Refused, folder: Path, tokens: Path, arguments: list[object], says: str
+) -> None:
+    """Said before the weights are looked at, which are broken."""
+    (folder / "model.safetensors").write_bytes(b"?")
+    has(refused(folder, "--prompts-file", tokens, *arguments), says)
+
+
+@pytest.mark.parametrize("variable", ["SHOAL_PIPELINE_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION"])
+def test_a_partition_in_the_environment(refused: Refused, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "2,x")
+    has(refused("-pp", 2), f"{variable} takes positive integers", "the layers of each stage, such as 3,2,2")
+    monkeypatch.setenv(variable, "2,3")
+    has(refused("-pp", 2), "--pipeline-layer-partition 2,3 has 5 layers, the model has 4")
 
 
 def test_no_gpu(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SMALL = ["shape:llama-10m", "--kv-cache-memory-bytes", "32MiB", "--repeat", "1"]
 
@@ -40,7 +43,46 @@ def test_throughput_into_a_file(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["results"][0]["batch_size"] == 5
 
 
+def test_replicas_side_by_side() -> None:
+    lengths = ["--input-len", "8", "--output-len", "3", "--num-prompts", "6"]
+    report = bench("throughput", *SMALL, *lengths, "-dp", "2")
+    assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    (result,) = report["results"]
+    assert result["steps"] >= 2 * 3
+    assert 0 <= result["stage_idle"][0] < 1
+    assert len(result["stage_idle"]) == 1
+
+
 def test_startup() -> None:
     report = bench("startup", *SMALL)
     phases = report["seconds"]
     assert phases["ready"] > sum(seconds for name, seconds in phases.items() if name != "ready") > 0
+
+
+def test_comm(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    sizes = ["--ranks", "2", "--experts", "4", "--top-k", "1", "--hidden-size", "16", "--dtype", "float32"]
+    command = ["comm", "--pattern", "moe", *sizes, "--tokens", "0", "--tokens", "300", "--repeat", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal.cli.main", "bench", *command, "-o", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    report = json.loads(file.read_text())
+    assert done.stdout.splitlines()[-1] == f"auto takes {report['auto']}: {report['why']}"
+    assert report["auto"] == "all_to_all"
+    assert report["tokens"] == [0, 300]
+    sent = {(result["tokens"], result["backend"]): result["sent_bytes"] for result in report["results"]}
+    row, routing, counts = 16 * 4, 8, 8
+    assert sent[0, "allgather_reducescatter"] == 0
+    assert sent[0, "all_to_all"] == counts
+    assert sent[300, "allgather_reducescatter"] == 300 * (2 * row + routing)
+    assert 0.4 < (sent[300, "all_to_all"] - counts) / sent[300, "allgather_reducescatter"] < 0.6  # its one expert
+    assert all(result["us"] > 0 for result in report["results"])
+
+
+def test_comm_counts_experts(shoal: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert shoal("bench", "comm", "--experts", 4, "--top-k", 8) == 2
+    assert capsys.readouterr().err == "error: --top-k 8 is more than --experts 4: take fewer, or have more\n"

@@ -5,22 +5,31 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoal import wire
-from shoal.cluster.replica import EngineProcess
+from shoal.cluster.replica import EngineProcess, EngineThread
+from shoal.cluster.replicas import await_ready
 from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError, EngineError, UserError
+from shoal.transport.channel import Channel, wait
 
 Checkpoint = Callable[[str], Path]
 
 OPTIONS = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20}
 
 
+def start(checkpoint: Checkpoint, place: wire.Place | None = None, **changes: Any) -> EngineProcess:
+    setup = wire.EngineSetup(str(checkpoint("llama")), {**OPTIONS, **changes}, place or wire.Place())
+    return EngineProcess(setup, answer_timeout=60)
+
+
 @pytest.fixture
 def engine(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
-    process = EngineProcess(str(checkpoint("llama")), OPTIONS, start_timeout=60, answer_timeout=60)
+    process = start(checkpoint)
+    process.await_ready(120)
     yield process
     process.close()
 
@@ -99,19 +108,76 @@ def test_stopped(engine: EngineProcess) -> None:
 
 
 def test_options_that_cannot_work_are_the_users_to_mend(checkpoint: Checkpoint) -> None:
+    process = start(checkpoint, kv_cache_memory_bytes=100_000, max_model_len=256)
     with pytest.raises(UserError, match="--max-model-len"):
-        EngineProcess(
-            str(checkpoint("llama")),
-            {**OPTIONS, "kv_cache_memory_bytes": 100_000, "max_model_len": 256},
-            start_timeout=60,
-            answer_timeout=60,
-        )
+        process.await_ready(120)
+    assert gone(process.pid, within=5)
 
 
 def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> None:
-    engine = EngineProcess(str(checkpoint("llama")), OPTIONS, start_timeout=60, answer_timeout=60)
+    engine = start(checkpoint)
+    engine.await_ready(120)
     engine.close()
     engine.close()
     assert gone(engine.pid, within=5)
     with pytest.raises(ClosedError):
         engine.stats()
+
+
+# --- several at a time -------------------------------------------------------------------------------------------
+
+
+def test_one_that_fails_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
+    options: list[dict[str, Any]] = [{}, {"kv_cache_memory_bytes": 100_000, "max_model_len": 256}]
+    replicas = {
+        number: start(checkpoint, wire.Place(number, 2, number, 2), **changes) for number, changes in enumerate(options)
+    }
+    with pytest.raises(
+        UserError, match=rf"^replica 1 \(process {replicas[1].pid}\): .* one request of --max-model-len 256"
+    ):
+        await_ready(replicas, timeout=120)
+    assert all(gone(replica.pid, within=5) for replica in replicas.values())
+
+
+def test_one_that_is_killed_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
+    replicas = {number: start(checkpoint, wire.Place(number, 2, number, 2)) for number in range(2)}
+    os.kill(replicas[0].pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=rf"^replica 0 \(process {replicas[0].pid}\) was killed by SIGKILL"):
+        await_ready(replicas, timeout=120)
+    assert all(gone(replica.pid, within=5) for replica in replicas.values())
+
+
+def test_those_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> None:
+    replicas = {number: start(checkpoint, wire.Place(number, 2, number, 2)) for number in range(2)}
+    for replica in replicas.values():
+        os.kill(replica.pid, signal.SIGSTOP)
+    with pytest.raises(
+        EngineError, match=r"replica 0 \(process \d+\), replica 1 \(process \d+\): not ready within 0.1 s"
+    ):
+        await_ready(replicas, timeout=0.1)
+    assert all(gone(replica.pid, within=5) for replica in replicas.values())
+
+
+def test_an_engine_on_a_thread_speaks_as_one_in_a_process() -> None:
+    def listen(channel: Channel) -> wire.EngineSetup:
+        while not wait([channel], 60) or not (frames := channel.receive()):
+            pass
+        setup = wire.to_engine.decode(frames[0])
+        assert isinstance(setup, wire.EngineSetup)
+        return setup
+
+    def refuse(channel: Channel) -> None:
+        setup = listen(channel)
+        channel.send(wire.encode(wire.EngineFailure(f"no {setup.model}", user_error=True)))
+
+    def end(channel: Channel) -> None:
+        listen(channel)
+
+    replica = EngineThread(refuse, wire.EngineSetup("model", {}, wire.Place(3, 4)), answer_timeout=60)
+    with pytest.raises(UserError, match=r"^replica 3 \(thread\): no model$"):
+        replica.await_ready(60)
+    ended = EngineThread(end, wire.EngineSetup("model", {}, wire.Place(3, 4)), answer_timeout=60)
+    with pytest.raises(EngineError, match=r"^replica 3 \(thread\) has ended$"):
+        ended.await_ready(60)
+    with pytest.raises(ClosedError):
+        ended.add(request(0, 1))

@@ -111,6 +111,20 @@ def test_reduce_scatter_gives_each_its_rows_of_the_sum(comms: list[Communicator]
     torch.testing.assert_close(torch.cat(shares).double(), exact, rtol=1e-6, atol=1e-5)
 
 
+def test_reduce_scatter_sums_a_row_alike_wherever_it_stands(comms: list[Communicator]) -> None:
+    """A row's bits are those of the ranks' order, in float32 where the type is narrower."""
+    size = len(comms)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 7):
+            sizes = [rows + rank for rank in range(size)]
+            columns = [part(rank, 1, 5, dtype).repeat(sum(sizes), 1) for rank in range(size)]
+            shares = each(comms, partial(lambda x, s, comm: comm.reduce_scatter(x[comm.rank], s), columns, sizes))
+            total = columns[0][:1].float()
+            for other in columns[1:]:
+                total = total + other[:1].float()
+            assert all(torch.equal(share, total.to(dtype).expand_as(share)) for share in shares)
+
+
 @pytest.mark.parametrize("base", [0, 1])
 def test_all_to_all_moves_uneven_rows(comms: list[Communicator], base: int) -> None:
     size = len(comms)
@@ -179,6 +193,30 @@ def test_many_operations_in_a_row_do_not_mix(comms: list[Communicator]) -> None:
     assert each(comms, run) == [[size * i + size * (size - 1) / 2 for i in range(100)]] * size
 
 
+def test_traffic_is_what_goes_to_other_ranks(comms: list[Communicator]) -> None:
+    size = len(comms)
+    before = {name: total.sent_bytes for name, total in comms[0].progress.totals.items()}
+
+    def run(comm: Communicator) -> None:
+        comm.all_reduce(torch.ones(size, 2))
+        comm.all_gather(torch.ones(1 + comm.rank, 2), [1 + rank for rank in range(size)])
+        comm.reduce_scatter(torch.ones(2 * size + 1, 2), [3] + [2] * (size - 1))
+        comm.all_to_all(torch.ones(size, 2), [1] * size, [1] * size)
+        comm.broadcast(torch.ones(5, 2), 0)
+
+    each(comms, run)
+    row, others = 8, size - 1
+    sent = {name: total.sent_bytes - before.get(name, 0) for name, total in comms[0].progress.totals.items()}
+    expected = {
+        "all_reduce": 2 * others * row,
+        "all_gather": others * row,
+        "reduce_scatter": 2 * others * row,
+        "all_to_all": others * row,
+        "broadcast": 5 * others * row,
+    }
+    assert {name: sent[name] for name in expected if name in sent} == (expected if size > 1 else {})
+
+
 def test_progress_names_the_last_operation(comms: list[Communicator]) -> None:
     before = comms[0].progress.count
     each(comms, lambda comm: comm.all_reduce(torch.ones(1)))
@@ -194,8 +232,7 @@ def test_a_timeout_says_who_waited_where(kind: str, operation: str) -> None:
     with pytest.raises(CommTimeout, match=r"rank 0\b.* waited 0.2 s") as caught:
         OPERATIONS[operation](comm)
     assert 0.15 < time.monotonic() - begun < 5
-    shared = {"reduce_scatter", "barrier"}  # over gloo these are all_reduce
-    name = "all_reduce" if kind == "gloo" and operation in shared else operation
+    name = "all_reduce" if kind == "gloo" and operation == "barrier" else operation
     assert name in str(caught.value)
     assert comm.progress.operation == name
 

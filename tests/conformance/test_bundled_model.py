@@ -15,19 +15,38 @@ QUESTIONS = {
 }
 
 
-def answers(**options: Any) -> list[str]:
-    with LLM(kv_cache_memory_bytes="16MiB", **options) as llm:
+def answers(model: str | None = None, **options: Any) -> list[str]:
+    with LLM(model, kv_cache_memory_bytes="16MiB", **options) as llm:
         params = SamplingParams(temperature=0, max_tokens=32)
         outputs = llm.generate(list(QUESTIONS), params, use_tqdm=False)
     assert {output.outputs[0].finish_reason for output in outputs} == {"stop"}
     return [output.outputs[0].text for output in outputs]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3])
-def test_the_same_answers_in_every_layout(tp: int) -> None:
-    backend = "uni" if tp == 1 else "threads"
-    assert answers(tensor_parallel_size=tp, distributed_executor_backend=backend) == list(QUESTIONS.values())
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 3, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("model", [None, "bundled:moe"])
+def test_the_same_answers_in_every_layout(model: str | None, tp: int, pp: int, dp: int) -> None:
+    backend = "uni" if tp * pp * dp == 1 else "threads"
+    layout = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "data_parallel_size": dp}
+    assert answers(model, distributed_executor_backend=backend, **layout) == list(QUESTIONS.values())
 
 
-def test_by_two_processes() -> None:
-    assert answers(tensor_parallel_size=2) == list(QUESTIONS.values())
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        (None, {"tensor_parallel_size": 2}),
+        (None, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+        (None, {"data_parallel_size": 2}),
+        ("bundled:moe", {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True}),
+    ],
+)
+def test_by_processes(model: str | None, layout: dict[str, Any]) -> None:
+    assert answers(model, **layout) == list(QUESTIONS.values())
+
+
+@pytest.mark.parametrize("strategy", ["linear", "round_robin"])
+@pytest.mark.parametrize("backend", ["allgather_reducescatter", "all_to_all"])
+def test_the_same_answers_with_experts_shared_by_replicas(strategy: str, backend: str) -> None:
+    layout = {"data_parallel_size": 3, "enable_expert_parallel": True, "distributed_executor_backend": "threads"}
+    found = answers("bundled:moe", all2all_backend=backend, expert_placement_strategy=strategy, **layout)
+    assert found == list(QUESTIONS.values())

@@ -18,21 +18,27 @@ HALF, BRAIN, WHOLE = torch.float16, torch.bfloat16, torch.float32
 # Every family, and among them every way of spelling: each format with one file and several, each type, names with and
 # without the model's prefix, heads stored or left out.
 SPELLINGS: dict[str, Spelling] = {
+    "deepseek_v2": Spelling("safetensors", BRAIN, shards=4),
+    "deepseek_v3": Spelling("safetensors", BRAIN, shards=2),
     "gemma": Spelling("safetensors", BRAIN, shards=2, tied_head=True),
     "gemma2": Spelling("pickled", BRAIN, shards=3, prefix=""),
     "gemma3": Spelling("legacy", BRAIN, prefix="language_model.model."),
     "gpt2": Spelling("pickled", WHOLE, prefix="", extras=True),
     "gpt_neox": Spelling("pickled", HALF, shards=2, extras=True),
+    "granitemoe": Spelling("safetensors", BRAIN, shards=2),
     "llama": Spelling("pickled", HALF, shards=2, extras=True),
     "llama3": Spelling("safetensors", BRAIN, shards=3),
     "llama_yarn": Spelling("legacy", HALF, prefix="", shards=2),
     "mistral": Spelling("pickled", BRAIN, shards=2),
+    "mixtral": Spelling("safetensors", BRAIN, shards=3),
     "opt": Spelling("legacy", HALF, prefix="decoder.", tied_head=True),
     "opt_350m": Spelling("pickled", HALF, prefix="model.decoder.", tied_head=True),
     "phi": Spelling("pickled", HALF, extras=True),
     "phi3": Spelling("safetensors", BRAIN, old_config=False, prefix=""),
     "qwen2": Spelling("pickled", BRAIN, tied_head=True),
+    "qwen2_moe": Spelling("pickled", HALF, shards=2),
     "qwen3": Spelling("legacy", BRAIN, old_config=False, shards=2, tied_head=True),
+    "qwen3_moe": Spelling("safetensors", BRAIN, old_config=False),
 }
 PROMPTS = make_prompts([1, 9, 40], seed=21)
 STEPS = 12

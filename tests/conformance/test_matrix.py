@@ -1,21 +1,25 @@
 """The product of families, layouts and options: every pair of values by default, all of it with --matrix."""
 
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conformance.test_sameness import assert_same, generate, make_prompts
-from shoal.models.manifest import kv_block_bytes, shards
-from shoal.models.registry import read_spec
+from shoal.frontend.model import open_model
 from support.checkpoints import MAKERS
 from support.pairwise import pairwise
 
-OPTIONS: dict[str, list[Any]] = {
+LAYOUTS: dict[str, list[Any]] = {
     "checkpoint": sorted(MAKERS),
-    "tensor_parallel_size": [1, 2, 3],
+    "tensor_parallel_size": [1, 2, 3, 4],
+    "pipeline_parallel_size": [1, 2, 3],
+    "data_parallel_size": [1, 2],
+    "experts": ["cut", "linear", "round_robin"],  # of models that have some
+}
+OPTIONS: dict[str, list[Any]] = {
     "block_size": [4, 16],
     "max_num_batched_tokens": [7, 2048],
     "max_in_flight": [1, 2, 3],
@@ -23,36 +27,76 @@ OPTIONS: dict[str, list[Any]] = {
     "speculative_config": [None, {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}],
     "room": ["plenty", "scarce"],
 }
+MIXTURES = {"mixtral", "granitemoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
 MAX_MODEL_LEN = 64
 # Two that begin alike, two that are alike, and one that repeats itself.
 PROMPTS = make_prompts([1, 5, 16, 33], seed=11)
 PROMPTS += [[*PROMPTS[3][:20], 7, 8], list(PROMPTS[2]), [5, 6, 7, 8] * 5]
 STEPS = 12
+# Over processes, a dozen: each axis alone, and in pairs.
+OVER_PROCESSES: dict[str, dict[str, Any]] = {
+    "opt": {"tensor_parallel_size": 3},
+    "qwen3": {"pipeline_parallel_size": 3},
+    "gpt2": {"data_parallel_size": 2},
+    "llama_6_2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "gemma2": {"pipeline_parallel_size": 2, "data_parallel_size": 2},
+    "phi3": {"tensor_parallel_size": 2, "data_parallel_size": 2},
+    "mixtral": {"tensor_parallel_size": 2, "experts": "linear"},
+    "qwen3_moe": {"data_parallel_size": 2, "experts": "linear"},
+    "granitemoe": {"data_parallel_size": 3, "experts": "round_robin"},
+    "qwen2_moe": {"pipeline_parallel_size": 2, "data_parallel_size": 2, "experts": "round_robin"},
+    "deepseek_v3": {"tensor_parallel_size": 2, "data_parallel_size": 2, "experts": "linear"},
+    "deepseek_v2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
 
 
-def full_product() -> list[dict[str, Any]]:
-    return [dict(zip(OPTIONS, values, strict=True)) for values in product(*OPTIONS.values())]
+def full_product() -> Iterator[dict[str, Any]]:
+    """Every layout of every family, with options in turn; every set of options, with some layouts of some families."""
+    options, layouts = (list(_product(values)) for values in (OPTIONS, LAYOUTS))
+    layouts = [layout for layout in layouts if layout["experts"] == "cut" or layout["checkpoint"] in MIXTURES]
+    yield from ({**layout, **each} for layout, each in zip(layouts, cycle(options), strict=False))
+    for each in options:
+        yield from ({**layout, **each} for layout in layouts[:: len(layouts) // 7])
+
+
+def _product(values: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = full_product() if metafunc.config.getoption("--matrix") else pairwise(OPTIONS)
+        whole = metafunc.config.getoption("--matrix")
+        cases = list(full_product()) if whole else pairwise({**LAYOUTS, **OPTIONS})
         metafunc.parametrize("case", cases, ids=["-".join(map(str, case.values())) for case in cases])
 
 
 def test_same_tokens(checkpoint: Callable[[str], Path], case: dict[str, Any]) -> None:
-    options = {name: value for name, value in case.items() if name not in ("checkpoint", "room")}
+    options = layout(case["checkpoint"], case)
+    options |= {name: case[name] for name in OPTIONS if name != "room"}
     folder = checkpoint(case["checkpoint"])
-    cache = 2**21 if case["room"] == "plenty" else smallest_cache(folder, case)
-    outputs = generate(
-        folder, PROMPTS, steps=STEPS, max_model_len=MAX_MODEL_LEN, kv_cache_memory_bytes=cache, **options
-    )
-    assert_same(folder, PROMPTS, outputs)
+    options |= {"max_model_len": MAX_MODEL_LEN, "distributed_executor_backend": "threads"}
+    options["kv_cache_memory_bytes"] = 2**21 if case["room"] == "plenty" else smallest_cache(folder, options)
+    assert_same(folder, PROMPTS, generate(folder, PROMPTS, steps=STEPS, **options))
 
 
-def smallest_cache(folder: Path, case: dict[str, Any]) -> int:
+@pytest.mark.parametrize("name", OVER_PROCESSES)
+def test_same_tokens_over_processes(checkpoint: Callable[[str], Path], name: str) -> None:
+    folder = checkpoint(name)
+    options = {**layout(name, OVER_PROCESSES[name]), "distributed_executor_backend": "auto"}
+    assert_same(folder, PROMPTS, generate(folder, PROMPTS, steps=STEPS, max_model_len=MAX_MODEL_LEN, **options))
+
+
+def layout(name: str, case: dict[str, Any]) -> dict[str, Any]:
+    """The options of a layout; experts are placed where the model has some."""
+    found = {axis: size for axis, size in case.items() if axis in LAYOUTS and axis.endswith("_size")}
+    placement = case.get("experts", "cut")
+    if placement != "cut" and name in MIXTURES:
+        found |= {"enable_expert_parallel": True, "expert_placement_strategy": placement}
+    return found
+
+
+def smallest_cache(folder: Path, options: dict[str, Any]) -> int:
     """Bytes for one request of the longest length, so that others are preempted."""
-    size: int = case["block_size"]
-    spec = read_spec(folder)
-    ranks = shards(spec, case["tensor_parallel_size"])
-    return -(-MAX_MODEL_LEN // size) * max(kv_block_bytes(spec, shard, size, 4) for shard in ranks)
+    ranks = open_model(str(folder), {**options, "kv_cache_memory_bytes": 2**21}).decision.ranks
+    blocks: int = -(-MAX_MODEL_LEN // options["block_size"])
+    return blocks * max(rank.block for rank in ranks)

@@ -1,5 +1,6 @@
 """Every layout gives transformers' greedy tokens, in float32, but for near-ties."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -37,7 +38,8 @@ def reference(folder: Path, prompt: tuple[int, ...], steps: int) -> tuple[list[i
 
 
 def generate(folder: Path, prompts: Sequence[Sequence[int]], steps: int = STEPS, **options: Any) -> list[RequestOutput]:
-    backend = "uni" if options.get("tensor_parallel_size", 1) == 1 else "threads"
+    sizes = (options.get(f"{axis}_parallel_size", 1) for axis in ("tensor", "pipeline", "data"))
+    backend = "uni" if math.prod(sizes) == 1 else "threads"
     with LLM(
         str(folder), **{"distributed_executor_backend": backend, "kv_cache_memory_bytes": 2**21, **options}
     ) as llm:

@@ -13,10 +13,12 @@ from shoal import wire
 from shoal.config import SpeculativeConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.grammar import Grammars
+from shoal.engine.ngram import NgramIndex
+from shoal.engine.request import decode_tokens
 from shoal.engine.scheduler import Limits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
-from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, request, steady
+from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, begun, request, steady
 
 MAX_MODEL_LEN = 20
 NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=3, prompt_lookup_max=2, prompt_lookup_min=1)
@@ -38,14 +40,21 @@ class Engine:
         drop: int | None = None,
         dies_at: int | None = None,
         speculative: SpeculativeConfig | None = None,
+        stages: int = 1,
     ) -> None:
-        self.ranks = FakeExecutor(num_blocks, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.ranks = FakeExecutor(
+            num_blocks,
+            block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            stages=min(stages, depth),
+        )
         self.depth = depth
         self.clock = FakeClock()
         self.outcomes = Outcomes()
         self.core = EngineCore(
             FaultyExecutor(self.ranks, delays=delays, drop=drop, dies_at=dies_at),
-            Limits(max_num_seqs, budget, MAX_MODEL_LEN),
+            Limits(max_num_seqs, budget, MAX_MODEL_LEN, stages=stages),
             block_size=block_size,
             prefix_caching=prefix_caching,
             max_in_flight=depth,
@@ -75,6 +84,22 @@ class Engine:
         assert self.ranks.known == set()
         stats = self.core.stats()
         assert (stats.free_blocks, stats.waiting, stats.running) == (stats.num_blocks, 0, 0)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("spare_depth", [-2, -1, 0, 1])
+def test_all_requests_end_whatever_the_stages_and_the_depth(stages: int, spare_depth: int) -> None:
+    """With fewer plans in flight than stages, some of these have nothing to do, and that is all."""
+    depth = max(stages + spare_depth, 1)
+    for requests in (1, stages, 8):
+        engine = Engine(depth=depth, stages=stages)
+        for seq in range(requests):
+            engine.add(request(seq, [seq] * 3, 4))
+        engine.drain()
+        most = -(-requests // min(stages, depth))
+        assert max(sum(work.sample for work in plan.work) for plan in engine.ranks.plans) == most
+        if requests == 8:
+            assert engine.ranks.most_in_flight == depth
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -229,6 +254,44 @@ def test_guesses_are_counted_and_save_steps() -> None:
     steps = sum(work.sample for work in works)
     assert stats.accepted_tokens == 14 - steps
     assert (plain.core.stats().draft_tokens, plain.core.stats().accepted_tokens) == (0, 0)
+
+
+# --- requests that were begun elsewhere --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("speculative", [None, NGRAM])
+@pytest.mark.parametrize("stop", [None, 0, 3, 7])
+def test_a_request_ends_alike_wherever_it_was_cut(stop: int | None, speculative: SpeculativeConfig | None) -> None:
+    """It gets the rest of its tokens, or at once the end that it has come to."""
+    plain = request(0, [1, 2, 3], 12)
+    whole = request(0, [1, 2, 3], 12, stop_ids=() if stop is None else [alone(plain)[stop]])
+    output = alone(whole)
+    finish = wire.Finish.LENGTH if stop is None else wire.Finish.STOP
+    for count in range(len(output) + 1):
+        engine = Engine(speculative=speculative)
+        engine.add(begun(whole, count))
+        assert engine.core.busy
+        engine.drain()
+        assert engine.outcomes.tokens[0] == output
+        assert engine.outcomes.finished[0].finish is finish
+        stats = engine.core.stats()
+        assert stats.generated_tokens == len(output) - count
+        assert stats.prompt_tokens == (3 if count < len(output) else 0)
+        if count == len(output):
+            assert engine.ranks.plans == []
+
+
+def test_an_output_that_goes_on_is_guessed_from_all_of_its_tokens() -> None:
+    spec = begun(request(1, [1, 2, 3], 14), 10)
+    engine = Engine(depth=1, speculative=NGRAM)
+    engine.add(spec)
+    engine.drain()
+    guessed = [work for plan in engine.ranks.plans for work in plan.work if work.drafts]
+    assert guessed
+    text = [*decode_tokens(spec.tokens), alone(spec)[10]]
+    index = NgramIndex(2, 1)
+    index.extend(text)
+    assert guessed[0].drafts == index.propose(len(guessed[0].drafts))
 
 
 # --- masks -------------------------------------------------------------------------------------------------------
@@ -393,6 +456,28 @@ def test_a_grammar_that_can_not_be_obeyed_ends_its_request_alone(grammar: str, r
     assert engine.ends[2].finish is wire.Finish.LENGTH
 
 
+@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize("end", [5, 99])
+def test_a_grammar_goes_on_behind_an_output_that_was_begun(end: int, guessing: bool) -> None:
+    spec = request(1, [1, 2, 3], 8)
+    output = alone(spec)[:end]
+    for count in range(len(output) + 1):
+        engine = Masked(guessing=guessing)
+        engine.add(begun(spec, count), f"{end} 99 99")
+        engine.drain()
+        assert [*output[:count], *engine.tokens[1]] == output
+        assert engine.ends[1].finish is (wire.Finish.STOP if end == 5 else wire.Finish.LENGTH)
+        engine.check_masks()
+
+
+def test_an_output_that_its_grammar_does_not_allow_is_refused() -> None:
+    engine = Masked()
+    spec = begun(request(1, [1, 2, 3], 8), 5)
+    with pytest.raises(RequestError, match=f"request 1: token {alone(spec)[3]}, the 4. of its output so far"):
+        engine.add(spec, "99 99 3")
+    assert not engine.core.busy
+
+
 def test_a_masked_request_may_be_aborted_at_any_time() -> None:
     for polls in range(6):
         engine = Masked()
@@ -438,7 +523,8 @@ class EngineMachine(RuleBasedStateMachine):
         spare=st.integers(0, 5),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(1, 12),
-        depth=st.integers(1, 3),
+        stages=st.sampled_from([1, 1, 2, 3]),
+        depth=st.integers(1, 4),
         prefix_caching=st.booleans(),
         delays=st.lists(st.integers(0, 3), min_size=1, max_size=5),
         speculative=st.sampled_from([None, NGRAM]),
@@ -449,6 +535,7 @@ class EngineMachine(RuleBasedStateMachine):
         spare: int,
         max_num_seqs: int,
         budget: int,
+        stages: int,
         depth: int,
         prefix_caching: bool,
         delays: list[int],
@@ -463,6 +550,7 @@ class EngineMachine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
             delays=lambda step: delays[step % len(delays)],
             speculative=speculative,
+            stages=stages,
         )
         self.slowest = 1 + max(delays)
 
@@ -473,11 +561,15 @@ class EngineMachine(RuleBasedStateMachine):
         stop_ids=st.sets(st.integers(0, 6), max_size=1),
         priority=st.integers(0, 1),
         salt=st.sampled_from(["", "", "b"]),
+        done=st.sampled_from([0, 0, 0, 2, 6]),
     )
-    def add(self, shared: int, tail: list[int], max_tokens: int, stop_ids: set[int], priority: int, salt: str) -> None:
+    def add(
+        self, shared: int, tail: list[int], max_tokens: int, stop_ids: set[int], priority: int, salt: str, done: int
+    ) -> None:
         seq = len(self.engine.outcomes.specs)
         prompt = [1] * shared + tail
-        self.engine.add(request(seq, prompt, max_tokens, stop_ids=sorted(stop_ids), priority=priority, salt=salt))
+        spec = request(seq, prompt, max_tokens, stop_ids=sorted(stop_ids), priority=priority, salt=salt)
+        self.engine.add(begun(spec, done) if done else spec)
 
     @rule(steps=st.integers(1, 4))
     def step(self, steps: int) -> None:

@@ -66,6 +66,20 @@ def test_an_end_is_allowed_where_the_grammar_accepts_and_all_ends_are() -> None:
     assert not grammar.ended
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_a_text_that_was_begun_elsewhere_is_taken_at_once(count: int) -> None:
+    """Nobody has asked for masks on its way."""
+    output = (A, B, B, EOS[0])[:count]
+    stepwise, resumed = of_regex("ab*"), of_regex("ab*")
+    for token in output:
+        stepwise.masks(())
+        stepwise.accept((token,))
+    assert resumed.valid(output) == count
+    resumed.accept(output)
+    assert resumed.masks((B,)) == stepwise.masks((B,))
+    assert resumed.ended == stepwise.ended == (count == 4)
+
+
 def test_at_the_end_only_ends_are_allowed() -> None:
     grammar = of_regex("ab")
     grammar.accept((A, B))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -14,7 +14,7 @@ from shoal.engine.request import State
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
 from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
-from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, next_token, request, steady
+from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, begun, next_token, request, steady
 
 MAX_MODEL_LEN = 20
 
@@ -53,8 +53,9 @@ class Bench:
         make_guesser: Callable[[], Guesser | None] = lambda: None,
         lookahead: int = 0,
         window: int | None = None,
+        stages: int = 1,
     ) -> None:
-        self.limits = Limits(max_num_seqs, budget, max_model_len, window)
+        self.limits = Limits(max_num_seqs, budget, max_model_len, window, stages)
         self.pool = BlockPool(num_blocks, block_size)
         self.clock = FakeClock()
         self.scheduler = Scheduler(
@@ -72,6 +73,7 @@ class Bench:
             max_num_batched_tokens=budget,
             lookahead=lookahead,
             window=window,
+            stages=stages,
         )
         self.outcomes = Outcomes()
 
@@ -457,6 +459,165 @@ def test_the_audit_tells_when_a_request_was_lost() -> None:
         bench.scheduler.audit()
 
 
+# --- pipelines ---------------------------------------------------------------------------------------------------
+
+
+@settings(steady, max_examples=60)
+@given(st.integers(2, 4), st.integers(1, 20), st.integers(0, 1), st.integers(1, 6), st.booleans())
+def test_steps_in_flight_share_out_the_running_requests(
+    stages: int, requests: int, spare_depth: int, prompt: int, guessing: bool
+) -> None:
+    """While nobody comes or goes: in S steps each once, in each as many as in the others, or one more."""
+    bench = Bench(
+        num_blocks=400,
+        max_num_seqs=20,
+        max_model_len=80,
+        stages=stages,
+        make_guesser=lambda: Oracle(0) if guessing else None,
+    )
+    for seq in range(requests):
+        bench.add(request(seq, [seq] * prompt, 40 + prompt))
+    for _ in range(60):
+        if bench.scheduler.num_in_flight == stages + spare_depth or bench.plan() is None:
+            bench.land()
+    plans = bench.executor.plans
+    settled = [plan for plan in plans if plan.step > max(p.step for p in plans if p.new) + 2 * stages]
+    assert len(settled) > 2 * stages
+    for i in range(len(settled) - stages):
+        drawn = [work.seq for plan in settled[i : i + stages] for work in plan.work]
+        sizes = [len(plan.work) for plan in settled[i : i + stages]]
+        assert max(sizes) - min(sizes) <= 1
+        if requests >= stages:
+            assert sorted(drawn) == list(range(requests))
+    bench.drain(4000)
+
+
+def test_a_request_alone_is_planned_one_step_ahead_whatever_the_stages() -> None:
+    bench = Bench(stages=3)
+    bench.add(request(1, [1, 2, 3], 5))
+    assert [spans(bench.must_plan()) for _ in range(2)] == [{1: (0, 3)}, {1: (3, 1)}]
+    assert bench.plan() is None
+    bench.add(request(2, [2], 5))
+    assert spans(bench.must_plan()) == {2: (0, 1)}, "who comes has to wait for no more than that"
+    bench.drain()
+
+
+def test_who_waits_for_a_token_gives_way_to_prompts() -> None:
+    bench = Bench(stages=2, budget=1000, max_model_len=1000, num_blocks=400)
+    bench.add(request(1, [1], 9))
+    bench.step()
+    bench.must_plan()
+    bench.add(request(2, [2] * 600, 9))
+    plan = bench.must_plan()
+    assert 1 not in spans(plan)
+    assert 64 <= spans(plan)[2][1] < 600
+    bench.drain()
+
+
+def test_chunks_of_a_prompt_follow_each_other() -> None:
+    bench = Bench(stages=2, budget=1000, max_model_len=1000, num_blocks=400)
+    bench.add(request(1, range(400), 3))
+    plans = [bench.must_plan() for _ in range(3)]
+    assert [spans(plan) for plan in plans] == [{1: (0, 134)}, {1: (134, 133)}, {1: (267, 133)}]
+    assert [work.sample for plan in plans for work in plan.work] == [False, False, True]
+    bench.drain()
+
+
+def test_new_requests_are_dealt_out_over_the_steps_in_flight() -> None:
+    """Short prompts, which would all fit into one step, and outputs of one prompt, which are a token each."""
+    for group in (-1, 7):
+        bench = Bench(stages=2, max_num_seqs=16, num_blocks=64)
+        for seq in range(16):
+            bench.add(request(seq, range(9), 4, group=group))
+        assert [len(bench.must_plan().work) for _ in range(4)] == [8, 8, 8, 8]
+        bench.drain()
+
+
+def test_with_a_short_budget_the_policy_alone_decides() -> None:
+    bench = Bench(stages=2, budget=2, max_num_seqs=8, make_guesser=lambda: Oracle(0))
+    for seq in range(6):
+        bench.add(request(seq, [seq], 20, priority=seq))
+    assert [set(spans(bench.must_plan())) for _ in range(3)] == [{0, 1}, {2, 3}, {4, 5}]
+    bench.land()
+    assert set(spans(bench.must_plan())) == {0, 1}
+    bench.land()
+    bench.land()
+    bench.land()
+    assert set(spans(bench.must_plan())) == {0, 1}, "though the others wait"
+    bench.land()
+    bench.drain()
+
+
+def test_with_room_for_all_those_who_have_waited_longest_go_first() -> None:
+    """Also where every token is known before the next step is planned."""
+    bench = Bench(stages=2)
+    for seq in range(4):
+        bench.add(request(seq, [seq], 20, priority=-seq))
+    while bench.scheduler.num_waiting:
+        bench.step()
+    first, second = set(spans(bench.step())), set(spans(bench.step()))
+    assert first | second == {0, 1, 2, 3}
+    assert set(spans(bench.step())) == first
+    bench.drain()
+
+
+def test_a_preempted_request_of_a_pipeline_resumes() -> None:
+    bench = Bench(num_blocks=8, block_size=2, max_model_len=16, prefix_caching=False, stages=3, max_num_seqs=6)
+    for seq in range(6):
+        bench.add(request(seq, [seq], 12))
+    for _ in range(300):
+        if bench.scheduler.num_in_flight == 4 or bench.plan() is None:
+            bench.land()
+    bench.drain()
+    assert bench.scheduler.counters.preemptions > 0
+
+
+# --- requests that were begun elsewhere ----------------------------------------------------------------------------
+
+
+def test_a_request_that_was_begun_elsewhere_tells_ranks_where_its_prompt_ends() -> None:
+    bench = Bench()
+    bench.add(begun(request(1, range(5), 9), 3))
+    plan = bench.step()
+    assert spans(plan) == {1: (0, 8)}
+    (new,) = plan.new
+    assert (new.prompt_len, len(new.tokens), new.epoch) == (5, 8 * 4, 0)
+    bench.drain()
+    assert len(bench.outcomes.tokens[1]) == 9
+    counters = bench.scheduler.counters
+    assert (counters.prompt_tokens, counters.generated_tokens) == (5, 6)
+
+
+def test_what_was_found_of_an_output_is_none_of_its_prompt() -> None:
+    bench = Bench()
+    spec = request(1, range(5), 9)
+    bench.add(spec)
+    bench.drain()
+    bench.add(begun(msgspec.structs.replace(spec, seq=2), 7))
+    assert spans(bench.step()) == {2: (11, 1)}, "twelve tokens are there, three blocks of them are cached"
+    bench.drain()
+    assert bench.outcomes.finished[2].cached_tokens == 5
+
+
+def test_the_logprobs_of_a_prompt_are_computed_again() -> None:
+    bench = Bench()
+    spec = request(1, range(9), 6)
+    wanted = msgspec.structs.replace(spec, seq=2, sampling=msgspec.structs.replace(spec.sampling, prompt_logprobs=0))
+    bench.add(spec)
+    bench.drain()
+    bench.add(begun(wanted, 3))
+    assert spans(bench.step()) == {2: (0, 12)}
+    bench.drain()
+
+
+@pytest.mark.parametrize("prompt_len", [-1, 4])
+def test_a_prompt_that_is_longer_than_the_tokens_is_refused(prompt_len: int) -> None:
+    bench = Bench()
+    with pytest.raises(RequestError, match=f"request 1: {prompt_len} of its 3 tokens"):
+        bench.scheduler.add(msgspec.structs.replace(request(1, [1, 2, 3]), prompt_len=prompt_len))
+    assert bench.scheduler.idle
+
+
 # Few different prompts, so that they share prefixes.
 PROMPTS = st.builds(
     lambda base, tail: [*base, *tail],
@@ -473,7 +634,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare=st.integers(0, 6),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(1, 16),
-        depth=st.integers(1, 3),
+        stages=st.sampled_from([1, 1, 2, 3]),
+        spare_depth=st.integers(-2, 2),
         prefix_caching=st.booleans(),
         guesses=st.sampled_from([0, 0, 1, 4]),
         lookahead=st.sampled_from([0, 3]),
@@ -485,13 +647,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare: int,
         max_num_seqs: int,
         budget: int,
-        depth: int,
+        stages: int,
+        spare_depth: int,
         prefix_caching: bool,
         guesses: int,
         lookahead: int,
         window: int | None,
     ) -> None:
-        self.depth = depth
+        self.depth = max(stages + spare_depth, 1)
         self.bench = Bench(
             num_blocks=-(-MAX_MODEL_LEN // block_size) + spare,
             block_size=block_size,
@@ -502,6 +665,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             make_guesser=lambda: Oracle(guesses, lookahead) if guesses else None,
             lookahead=lookahead,
             window=window,
+            stages=stages,
         )
 
     @rule(
@@ -512,6 +676,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         lifetime=st.none() | st.integers(1, 9),
         salt=st.sampled_from(["", "", "a"]),
         outputs=st.sampled_from([1, 1, 2]),
+        done=st.sampled_from([0, 0, 0, 1, 3]),
     )
     def add(
         self,
@@ -522,22 +687,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         lifetime: int | None,
         salt: str,
         outputs: int,
+        done: int,
     ) -> None:
         deadline = None if lifetime is None else self.bench.clock.now + lifetime
         group = len(self.bench.outcomes.specs)
         for seq in range(group, group + outputs):
-            self.bench.add(
-                request(
-                    seq,
-                    prompt,
-                    max_tokens,
-                    stop_ids=sorted(stop_ids),
-                    priority=priority,
-                    deadline=deadline,
-                    salt=salt,
-                    group=group if outputs > 1 else -1,
-                )
+            spec = request(
+                seq,
+                prompt,
+                max_tokens,
+                stop_ids=sorted(stop_ids),
+                priority=priority,
+                deadline=deadline,
+                salt=salt,
+                group=group if outputs > 1 else -1,
             )
+            self.bench.add(begun(spec, done) if done else spec)
+        self.bench.take()
 
     @precondition(lambda self: self.bench.scheduler.num_in_flight < self.depth)
     @rule()
@@ -545,15 +711,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.bench.scheduler
         expired = {s for s in self.bench.outcomes.open if self.deadline(s) <= self.bench.clock.now}
         self.bench.outcomes.may_abort |= expired
+        stages = self.bench.limits.stages
         ready = [r for r in scheduler._running if r.uncomputed and r.spec.seq not in expired]
+        if stages > 1:  # nobody is more than a step behind a token that is not known, but in turn
+            ready = [r for r in ready if r.pending <= 1 or r.turn <= scheduler.num_steps]
+        turns = {r.spec.seq: r.turn if r.pending else 0 for r in ready if r.decodes}
         plan = self.bench.plan()
         assert expired.isdisjoint(self.bench.outcomes.open)
         if ready:
             assert plan is not None, "somebody could have been computed"
             assert plan.work
             # With room in the budget for everybody's next token, the highest ranked is never left out.
-            if self.bench.limits.max_num_batched_tokens >= self.bench.limits.max_num_seqs:
-                assert ready[0].spec.seq in spans(plan)
+            first = ready[0].spec.seq
+            if self.bench.limits.max_num_batched_tokens < self.bench.limits.max_num_seqs or first in spans(plan):
+                return
+            # With more stages one, unless it is not its turn or others have waited longer.
+            assert stages > 1
+            assert turns[first] > plan.step or len(turns) > 1
 
     def deadline(self, seq: int) -> float:
         deadline = self.bench.outcomes.specs[seq].deadline

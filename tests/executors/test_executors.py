@@ -15,6 +15,7 @@ from shoal.executors.base import RankExecutor
 from shoal.models.decoder import Decoder
 from shoal.worker.runner import Runner
 from support.fakes import FakeClock
+from support.setups import rank_setup
 
 SMALL: dict[str, Any] = {"kv_cache_memory_bytes": "2MiB", "max_model_len": 64}
 PROMPTS: list[Any] = [{"prompt_token_ids": [3 + 7 * i, 5, 200 - i, 9][: 1 + i % 4]} for i in range(5)]
@@ -171,6 +172,9 @@ class FakeLinks:
         self.closed.append(failed)
 
 
+SETUPS = [rank_setup(rank=rank, world_size=2, tp=2, cost_share=0.5) for rank in range(2)]
+
+
 def dutiful(message: wire.ToRank) -> Sequence[wire.FromRank]:
     if not isinstance(message, wire.Call):
         return []
@@ -195,7 +199,7 @@ def silent_for(verb: str, *ranks: int) -> Callable[[wire.ToRank], Sequence[wire.
 
 def executor(links: FakeLinks, **changes: Any) -> RankExecutor:
     options: dict[str, Any] = {"start_timeout": 5.0, "step_timeout": 0.2, **changes}
-    return RankExecutor(links, [], check_capacity=lambda blocks: None, **options)
+    return RankExecutor(links, SETUPS, check_capacity=lambda blocks: None, **options)
 
 
 @pytest.fixture
@@ -234,7 +238,7 @@ def test_capacity_that_is_refused() -> None:
 
     links = FakeLinks(dutiful)
     with pytest.raises(ConfigError, match="10 are too few"):
-        RankExecutor(links, [], check_capacity=refuse, start_timeout=5, step_timeout=5)
+        RankExecutor(links, SETUPS, check_capacity=refuse, start_timeout=5, step_timeout=5)
     assert links.closed == [True]
     assert not any(isinstance(m, wire.Call) and m.verb == "allocate" for m in links.sent)
 

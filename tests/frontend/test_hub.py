@@ -13,8 +13,17 @@ from shoal.frontend import hub
 
 def test_what_needs_no_network(tmp_path: Path) -> None:
     assert hub.locate(None) == hub.BUNDLED
+    assert hub.locate("bundled:dense") == hub.BUNDLED
+    assert hub.locate("bundled:moe") == hub.BUNDLED_MOE
     assert hub.locate(str(tmp_path)) == tmp_path
     assert hub.locate("shape:llama-10m", weights=False).name == "llama-10m"
+
+
+def test_what_is_not_bundled() -> None:
+    with pytest.raises(ConfigError, match="no model 'tiny' is bundled; known are bundled:dense, bundled:moe"):
+        hub.locate("bundled:tiny")
+    with pytest.raises(CheckpointError, match="bundled:moe is no id on the hub"):
+        hub.download("bundled:moe")
 
 
 @pytest.mark.parametrize(

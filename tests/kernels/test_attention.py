@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.common import BOTH, NATIVE, REFERENCE, TYPES, WHY, needs_native, threads
 from kernels.paged import Case, alone, formula, make_case, rows_of_sequence
 from shoal.kernels import reference as reference_module
-from shoal.kernels.base import Kernels
+from shoal.kernels.base import Kernels, KVCache
 from shoal.kernels.native import MAX_SHORT_QUERIES, NativeKernels
 from shoal.kernels.reference import is_regular
 
@@ -124,13 +124,22 @@ def test_singles_in_groups(monkeypatch: pytest.MonkeyPatch, softcap: float | Non
         check(REFERENCE, make_case(lens, (0, 1, 1), 2, 16, torch.float32, 4, window=window, softcap=softcap))
 
 
+@pytest.mark.parametrize("kernels", BOTH)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("head_dim", [40, 576])
+def test_values_that_are_the_keys(kernels: Kernels, dtype: torch.dtype, head_dim: int) -> None:
+    """As with latents: 11 query heads over one cached row a token."""
+    case = make_case([(1, 5), (1, 300), (3, 270), (9, 9), (20, 60), (70, 80)], (0,) * 11, 1, head_dim, dtype)
+    check(kernels, replace(case, cache=KVCache(case.cache.keys, case.cache.keys)))
+
+
 def test_float16() -> None:
     check(REFERENCE, make_case(MIXED, GQA, 2, 64, torch.float16))
     check(REFERENCE, make_case(MIXED, GQA, 2, 64, torch.float16, window=30, softcap=20.0))
 
 
 def test_heads_beyond_the_native_limit(native: NativeKernels) -> None:
-    check(native, make_case([(1, 20), (3, 20)], (0, 0), 1, 520))
+    check(native, make_case([(1, 20), (3, 20)], (0, 0), 1, 584))
 
 
 @pytest.mark.parametrize("kernels", BOTH)

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from shoal.kernels.linear import PackedLinear, PlainLinear, make_linear
+from shoal.kernels.linear import (
+    PackedHeadLinear,
+    PackedLinear,
+    PlainHeadLinear,
+    PlainLinear,
+    make_head_linear,
+    make_linear,
+)
 
 TYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 5), (5, 1), (17, 100), (100, 17), (129, 33), (64, 64), (333, 777), (1024, 256), (8192, 40)]
@@ -64,3 +71,37 @@ def test_size() -> None:
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)):
         assert make_linear(torch.zeros(6, 10, dtype=dtype), None).nbytes == 60 * size
         assert make_linear(torch.zeros(6, 10, dtype=dtype), torch.zeros(6, dtype=dtype)).nbytes == 66 * size
+
+
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float16])
+@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize("rows", [0, 1, 2, 9])
+def test_a_matrix_for_each_head(dtype: torch.dtype, heads: int, rows: int) -> None:
+    weights, x = (torch.randn(heads, 24, 40) / 40**0.5).to(dtype), torch.randn(rows, heads, 60).to(dtype)
+    x = x[..., :40]  # as a part of longer heads, and the weights turned
+    turned = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    for linear in (make_head_linear(weights), make_head_linear(turned), PlainHeadLinear(weights)):
+        out = linear(x)
+        wanted = torch.einsum("nhi,hoi->nho", x.double(), weights.double())
+        assert out.dtype == dtype
+        assert out.shape == wanted.shape
+        assert ((out.double() - wanted).abs() <= wanted.abs() * float(torch.finfo(dtype).eps) + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rows_of_heads_have_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    linear = make_head_linear(torch.randn(3, 64, 33).to(dtype))
+    if not isinstance(linear, PackedHeadLinear):
+        pytest.skip(f"{dtype} is not packed here")
+    x = torch.randn(200, 3, 33).to(dtype)
+    together = linear(x)
+    for rows in (1, 2, 7, 16, 65):
+        assert torch.equal(linear(x[:rows]), together[:rows]), rows
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
+def test_heads_of_nothing(shape: tuple[int, int, int]) -> None:
+    heads, outputs, inputs = shape
+    assert torch.equal(
+        make_head_linear(torch.empty(shape))(torch.empty(2, heads, inputs)), torch.zeros(2, heads, outputs)
+    )

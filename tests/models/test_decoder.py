@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shoal.comm.local import LocalComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
-from shoal.kernels.base import KVCache, PagedBatch
+from shoal.kernels.base import PagedBatch
 from shoal.kernels.select import make_kernels
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.decoder import build_decoder
@@ -21,6 +21,7 @@ from shoal.models.loader import CheckpointWeights
 from shoal.models.manifest import Shard, check, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.parallel.mesh import Axis
+from shoal.worker.kv_cache import allocate
 from support.checkpoints import MAKERS, reference_model
 
 # float32 sums in another order: logits of 5 to 16 differ by at most 4e-5 here. A missing bias moves them by tenths.
@@ -67,8 +68,8 @@ def logits_of_rank(folder: Path, shard: Shard, tp: Axis) -> list[Tensor]:
     kernels, _ = make_kernels("cpu", torch.float32)
     weights = CheckpointWeights(checkpoint, params, shard, torch.float32)
     decoder = build_decoder(spec, shard, tp, weights, kernels, torch.device("cpu"), spec.max_positions)
-    shape = (2, len(PROMPTS) * BLOCKS * BLOCK_SIZE, len(shard.heads.kv_ids), spec.head_dim)
-    caches = [KVCache(*torch.zeros(shape)) for _ in range(spec.num_layers)]
+    blocks = len(PROMPTS) * BLOCKS
+    caches = allocate(spec, shard, blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")).layers
     parts: list[list[Tensor]] = [[] for _ in PROMPTS]
     before_last = [length - 1 for length in LENGTHS]
     for starts, stops in (([0] * len(PROMPTS), before_last), (before_last, LENGTHS)):
@@ -125,6 +126,16 @@ def test_logits(checkpoint: Callable[[str], Path], name: str, weights: tuple[int
         ("phi", {"rope_parameters": {"partial_rotary_factor": 0.25}}),
         ("llama_yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}),
         ("gpt_neox", {"use_parallel_residual": False}),
+        ("mixtral", {"num_experts_per_tok": 2}),
+        ("mixtral", {"sliding_window": 7}),
+        ("granitemoe", {"num_experts_per_tok": 3}),
+        ("granitemoe", {"embedding_multiplier": 2.0}),
+        ("granitemoe", {"attention_multiplier": 0.3}),
+        ("granitemoe", {"residual_multiplier": 0.5}),
+        ("granitemoe", {"logits_scaling": 2.0}),
+        ("qwen2_moe", {"num_experts_per_tok": 4}),
+        ("qwen2_moe", {"norm_topk_prob": True}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
     ],
 )
 def test_every_option_of_the_checkpoints_shows(
@@ -137,6 +148,40 @@ def test_every_option_of_the_checkpoints_shows(
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(AssertionError):
         assert_close(folder, logits(tmp_path, (1,)))
+
+
+STACKED = {
+    "mixtral": ("block_sparse_moe.gate.weight", "mlp.gate.weight", "mlp.experts"),
+    "qwen2_moe": ("mlp.gate.weight", "mlp.gate.weight", "mlp.experts"),
+    "qwen3_moe": ("mlp.gate.weight", "mlp.gate.weight", "mlp.experts"),
+    "granitemoe": (
+        "block_sparse_moe.router.layer.weight",
+        "block_sparse_moe.router.weight",
+        "block_sparse_moe.experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_experts_as_transformers_holds_them(checkpoint: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """One tensor for all experts, as what was saved from memory has."""
+    folder = checkpoint(name)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    before, after, experts = STACKED[name]
+    tensors = {
+        key.replace(before, after): tensor
+        for key, tensor in load_file(folder / "model.safetensors").items()
+        if "experts." not in key and "_linear" not in key
+    }
+    for i, layer in enumerate(reference_model(folder).model.layers):
+        mixture = layer.block_sparse_moe if name == "granitemoe" else layer.mlp
+        if hasattr(mixture, "experts"):
+            tensors[f"model.layers.{i}.{experts}.gate_up_proj"] = mixture.experts.gate_up_proj.detach().clone()
+            tensors[f"model.layers.{i}.{experts}.down_proj"] = mixture.experts.down_proj.detach().clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    for weights in ((1,), (1, 2, 1)):
+        for ours, theirs in zip(logits(tmp_path, weights), expected(folder), strict=True):
+            assert float((ours - theirs).abs().max()) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,16 @@ from shoal.models.checkpoint import PICKLED_SINGLE, SINGLE, Checkpoint, TensorEn
 from shoal.models.loader import CheckpointWeights, DummyWeights
 from shoal.models.manifest import Cut, Param, Piece, Shard, keeps_embedding, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
-from shoal.models.spec import AttentionSpec, ModelSpec, NormSpec, RopeSpec, TensorNames
+from shoal.models.spec import (
+    AttentionSpec,
+    ExpertNames,
+    ModelSpec,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    RoutingSpec,
+    TensorNames,
+)
 from shoal.parallel.partition import split_heads
 from shoal.parallel.stages import Stage
 from support.fakes import steady
@@ -178,6 +187,48 @@ def test_stripes_and_transposed_matrices(
             assert torch.equal(whole, rows_of(piece, wholes[piece.source]))
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tp", [1, 3])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts(tmp_path: Path, stacked: bool, tp: int, stored: torch.dtype) -> None:
+    """Each in tensors of its own, or all in one of three dimensions: a share of every expert, or some experts whole,
+    which are views of the file where nothing is converted."""
+    spec = dataclasses.replace(SPEC, moe=MoESpec(4, 22, RoutingSpec(2), (True,)))
+    names = TensorNames(experts=ExpertNames().stacked() if stacked else ExpertNames())
+    params = manifest(spec, names)
+    generator = torch.Generator().manual_seed(3)
+    wholes = {
+        piece.source: torch.randn(piece.stored_shape, generator=generator).to(stored)
+        for param in params
+        for piece in param.pieces
+    }
+    checkpoint = write(tmp_path, wholes)
+    at = "model.layers.0.mlp.experts"
+
+    def expert(e: int) -> tuple[Tensor, Tensor]:
+        if stacked:
+            return wholes[f"{at}.gate_up_proj"][e].float(), wholes[f"{at}.down_proj"][e].float()
+        gate, up, down = (wholes[f"{at}.{e}.{name}_proj.weight"].float() for name in ("gate", "up", "down"))
+        return torch.cat([gate, up]), down
+
+    cut = shards(spec, tp)
+    for shard in cut:
+        weights, columns = CheckpointWeights(checkpoint, params, shard, torch.float32), shard.ranges[Cut.EXPERT]
+        for e in range(4):
+            gate_up, down = expert(e)
+            rows = [gate_up[start + columns.start : start + columns.stop] for start in (0, 22)]
+            assert torch.equal(weights.tensor(f"layers.0.experts.{e}.gate_up.weight"), torch.cat(rows))
+            found = weights.tensor(f"layers.0.experts.{e}.down.weight")
+            assert torch.equal(found, down[:, columns.start : columns.stop])
+    whole = cut[-1].with_experts(spec, (1, 3))
+    weights = CheckpointWeights(checkpoint, params, whole, stored)
+    assert [weights.optional(f"layers.0.experts.{e}.down.weight") is None for e in range(4)] == [True, False] * 2
+    found = weights.tensor("layers.0.experts.3.down.weight")
+    assert torch.equal(found.float(), expert(3)[1])
+    again = weights.tensor("layers.0.experts.3.down.weight")
+    assert found.data_ptr() == again.data_ptr(), "read in place"
+
+
 @pytest.mark.parametrize("cut", [range(3, 17), range(4, 8), range(5, 6), range(20), range(7, 7), range(2, 4)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_share_that_cuts_runs(tmp_path: Path, cut: range, transposed: bool) -> None:
@@ -300,6 +351,7 @@ def test_whether_a_tied_embedding_takes_memory(tmp_path: Path, pad: int, stored:
         copied = not lies_in(weights.tensor("embedding"), tmp_path / SINGLE)
         assert keeps_embedding(params, checkpoint.tensors, "cpu", wanted) == copied
     assert not keeps_embedding(params, checkpoint.tensors, "cuda", wanted)
+    assert keeps_embedding(params, checkpoint.tensors, "cuda", wanted, head=False)  # the head is on another stage
     assert keeps_embedding(params, {}, "cpu", wanted)  # made up
 
 

@@ -13,9 +13,20 @@ from hypothesis import strategies as st
 from shoal.errors import CheckpointError
 from shoal.models import manifest
 from shoal.models.checkpoint import open_checkpoint
-from shoal.models.manifest import Cut, Param, Piece, Shard
+from shoal.models.manifest import Cut, Param, Piece
 from shoal.models.registry import read_spec, tensor_names
-from shoal.models.spec import AttentionSpec, Layout, ModelSpec, NormSpec, RopeSpec, TensorNames
+from shoal.models.spec import (
+    AttentionSpec,
+    ExpertNames,
+    Layout,
+    ModelSpec,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    RoutingSpec,
+    TensorNames,
+)
+from shoal.parallel.placement import place_experts
 from support.checkpoints import MAKERS
 
 RMS = NormSpec("rms", 1e-5)
@@ -247,11 +258,94 @@ def test_one_rank_holds_everything() -> None:
 
 def test_known_cut() -> None:
     """8 query and 4 KV heads of 8 over 3 ranks: groups stay together while that leaves no rank fuller."""
-    sizes: Callable[[Shard], list[int]] = lambda shard: [len(shard.ranges[cut]) for cut in list(Cut)[1:]]  # noqa: E731
-    found = [sizes(shard) for shard in manifest.shards(SPEC, 3)]
-    assert [row[3] for row in found] == [101, 100, 100]
-    assert [row[2] for row in found] == [48, 32, 32]
-    assert [row[0] for row in found] == [24, 24, 16]
+    shards = manifest.shards(SPEC, 3)
+    assert [len(shard.ranges[Cut.VOCAB]) for shard in shards] == [101, 100, 100]
+    assert [len(shard.ranges[Cut.MLP]) for shard in shards] == [48, 32, 32]
+    assert [len(shard.ranges[Cut.Q_HEADS]) for shard in shards] == [24, 24, 16]
+
+
+# --- mixtures of experts ------------------------------------------------------------------------------------------
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> ModelSpec:
+    """Three layers, of which some are mixtures; the family spells experts one by one."""
+    moe = MoESpec(
+        draw(st.integers(2, 9)),
+        draw(st.integers(1, 70)),
+        RoutingSpec(2, correction_bias=draw(st.booleans()), wide=draw(st.booleans())),
+        tuple(draw(st.lists(st.booleans(), min_size=3, max_size=3))),
+        shared_size=draw(st.sampled_from([0, 1, 50])),
+        shared_gate=draw(st.booleans()),
+    )
+    return dataclasses.replace(SPEC, num_layers=3, moe=moe, tie_embeddings=draw(st.booleans()))
+
+
+@given(mixtures(), RANKS)
+@settings(deadline=None)
+def test_mixtures_over_ranks(spec: ModelSpec, tp: int) -> None:
+    """Cut experts and whole ones: each element is on one rank; the router is on all."""
+    moe = spec.moe
+    assert moe is not None
+    found = {param.name: param for param in manifest.manifest(spec, TensorNames())}
+    shards = manifest.shards(spec, tp)
+    for i, mixed in enumerate(moe.layers):
+        at = f"layers.{i}."
+        assert (f"{at}gate_up.weight" in found) != mixed
+        names = [f"{at}router.weight"] + [f"{at}experts.{e}.{m}.weight" for e in (0, 1) for m in ("gate_up", "down")]
+        assert all((name in found) == mixed for name in names)
+        assert (f"{at}correction_bias" in found) == (mixed and moe.routing.correction_bias)
+        assert (f"{at}shared.down.weight" in found) == (mixed and moe.shared_size > 0)
+        assert (f"{at}shared_gate.weight" in found) == (mixed and moe.shared_size > 0 and moe.shared_gate)
+        if mixed:
+            assert all(shard.param_shape(found[names[0]]) == (moe.num_experts, 64) for shard in shards)
+    assert sum(param.expert is not None for param in found.values()) == 2 * moe.num_experts * sum(moe.layers)
+    for cut, total in ((Cut.EXPERT, moe.intermediate_size), (Cut.SHARED, moe.shared_size)):
+        assert [i for shard in shards for i in shard.ranges[cut]] == list(range(total))
+
+    placed = place_experts(moe.num_experts, tp, "round_robin")
+    whole = [shard.with_experts(spec, experts) for shard, experts in zip(shards, placed, strict=True)]
+    experts = [param for param in found.values() if param.expert is not None]
+    for param in experts:
+        holders = [shard for shard in whole if shard.holds(param)]
+        assert len(holders) == 1
+        assert all(holders[0].shape(piece) == piece.shape for piece in param.pieces)
+        columns = [shard.shape(param.pieces[0])[0] for shard in shards]
+        assert sum(columns) == moe.intermediate_size or param.name.endswith("down.weight")
+    assert sum(shard.param_size(param) for shard in whole for param in shard.held(experts)) == sum(
+        shard.param_size(param) for shard in shards for param in shard.held(experts)
+    )
+    others = [param for param in found.values() if param.expert is None]
+    assert [[shard.param_shape(param) for param in others] for shard in whole] == [
+        [shard.param_shape(param) for param in others] for shard in shards
+    ]
+
+
+def test_bytes_of_a_mixture() -> None:
+    """By hand: a dense layer and a mixture, whose router is in float32."""
+    moe = MoESpec(5, 24, RoutingSpec(2, wide=True), (False, True), shared_size=40, shared_gate=True)
+    spec = dataclasses.replace(SPEC, num_kv_heads=8, moe=moe)
+    attention, ends = 64 * 64 * 4 + 2 * 64, 64 + 2 * 301 * 64
+    mixture = 5 * 3 * 64 * 24 + 3 * 64 * 40 + 64
+    found = manifest.manifest(spec, TensorNames())
+    (alone,) = manifest.shards(spec, 1)
+    whole = 2 * (2 * attention + ends + 3 * 64 * 112 + mixture) + 4 * 5 * 64
+    assert manifest.weight_bytes(spec, found, alone, 2, embedding_kept=True) == whole
+    two = alone.with_experts(spec, (0, 4))
+    assert manifest.weight_bytes(spec, found, two, 2, embedding_kept=True) == whole - 2 * 3 * 3 * 64 * 24
+
+
+def test_experts_in_one_tensor() -> None:
+    """[experts, rows, columns], gates above values: one expert's rows follow the other's."""
+    spec = dataclasses.replace(SPEC, moe=MoESpec(3, 10, RoutingSpec(2), (True, True)))
+    names = TensorNames(experts=ExpertNames().stacked())
+    found = {param.name: param for param in manifest.manifest(spec, names)}
+    pieces = found["layers.1.experts.2.gate_up.weight"].pieces
+    assert {piece.source for piece in pieces} == {"model.layers.1.mlp.experts.gate_up_proj"}
+    assert [source_rows(piece) for piece in pieces] == [[*range(40, 50)], [*range(50, 60)]]
+    assert {piece.stored_shape for piece in pieces} == {(3, 20, 64)}
+    (down,) = found["layers.1.experts.2.down.weight"].pieces
+    assert (source_rows(down), down.stored_shape) == ([*range(128, 192)], (3, 64, 10))
 
 
 def test_tied_head_reads_the_embedding() -> None:

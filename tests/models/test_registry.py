@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from shoal.errors import CheckpointError
 from shoal.models.registry import FAMILIES, read_config, read_spec, tensor_names
-from shoal.models.spec import AttentionSpec, ModelSpec, NormSpec, RopeSpec, Unsupported
+from shoal.models.spec import (
+    AttentionSpec,
+    LatentSpec,
+    ModelSpec,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    RoutingSpec,
+    Unsupported,
+)
 from support.checkpoints import MAKERS
 
 LLAMA: dict[str, Any] = {
@@ -105,6 +114,65 @@ def test_qwen_windows(tmp_path: Path, architecture: str) -> None:
     kinds = ["sliding_attention", "full_attention", "full_attention"]
     assert windows(read(tmp_path, {**config, "use_sliding_window": True, "layer_types": kinds})) == [16, None, None]
     assert windows(read(tmp_path, {**config, "layer_types": kinds})) == [None] * 3
+
+
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+
+
+def mixture(folder: Path, config: dict[str, Any]) -> MoESpec:
+    found = read(folder, config).moe
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
+def test_which_layers_are_mixtures(tmp_path: Path, architecture: str) -> None:
+    config = {**LLAMA, **MOE, "architectures": [architecture]}
+    assert mixture(tmp_path, config).layers == (True, True, True)
+    assert mixture(tmp_path, {**config, "decoder_sparse_step": 2}).layers == (False, True, False)
+    assert mixture(tmp_path, {**config, "mlp_only_layers": [0, 7]}).layers == (False, True, True)
+    assert "mlp_only_layers" in refusal(tmp_path, {**config, "mlp_only_layers": 1})
+    assert "7 experts, of 6" in refusal(tmp_path, {**config, "num_experts_per_tok": 7})
+
+
+def test_qwen_mixtures(tmp_path: Path) -> None:
+    config = {**LLAMA, **MOE, "architectures": ["Qwen2MoeForCausalLM"], "shared_expert_intermediate_size": 48}
+    spec = read(tmp_path, config)
+    assert (spec.moe, spec.qkv_bias, spec.out_bias) == (
+        MoESpec(6, 20, RoutingSpec(2, normalize=False), (True,) * 3, shared_size=48, shared_gate=True),
+        True,
+        False,
+    )
+    config = {**LLAMA, **MOE, "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True}
+    spec = read(tmp_path, config)
+    assert (spec.moe, spec.qk_norm) == (MoESpec(6, 20, RoutingSpec(2), (True,) * 3), spec.norm)
+    renamed = {key: value for key, value in config.items() if key != "num_experts"} | {"num_local_experts": 6}
+    assert read(tmp_path, renamed) == spec, "as transformers 5 writes it"
+
+
+def test_qwen_mixture_windows(tmp_path: Path) -> None:
+    """transformers' two families do it differently."""
+    used = {**LLAMA, **MOE, "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}
+    assert windows(read(tmp_path, {**used, "architectures": ["Qwen2MoeForCausalLM"]})) == [16, None, None]
+    assert windows(read(tmp_path, {**used, "architectures": ["Qwen3MoeForCausalLM"]})) == [16] * 3
+    unused = {**used, "use_sliding_window": False}
+    for architecture in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"):
+        assert windows(read(tmp_path, {**unused, "architectures": [architecture]})) == [None] * 3
+
+
+def test_mixtral(tmp_path: Path) -> None:
+    config = {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "rope_theta": None}
+    spec = read(tmp_path, config)
+    assert spec.moe == MoESpec(4, spec.intermediate_size, RoutingSpec(2), (True,) * 3)
+    assert (rope_of(spec), windows(spec)) == (RopeSpec(1e6), [None] * 3)
+
+
+def test_granite_factors(tmp_path: Path) -> None:
+    config = {**LLAMA, "architectures": ["GraniteMoeForCausalLM"], "num_local_experts": 4}
+    factors = {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.2}
+    spec = read(tmp_path, {**config, **factors, "logits_scaling": 8.0})
+    assert (spec.embedding_scale, spec.attention_of(0).scale) == (12.0, 0.1)
+    assert (spec.residual_scale, spec.logit_scale) == (0.2, 0.125)
 
 
 def test_mistral_windows(tmp_path: Path) -> None:
@@ -218,8 +286,12 @@ def held_against(spec: ModelSpec, config: Any) -> None:
     assert spec.hidden_size == config.hidden_size
     assert spec.num_layers == config.num_hidden_layers
     assert spec.num_heads == config.num_attention_heads
-    assert spec.num_kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
-    assert spec.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if spec.latent is None:
+        assert spec.num_kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
+        assert spec.head_dim == head_dim
+    else:
+        latent_held_against(spec.latent, spec, config)
     assert spec.vocab_size == config.vocab_size
     assert spec.max_positions == config.max_position_embeddings
     assert spec.tie_embeddings == config.tie_word_embeddings
@@ -234,13 +306,19 @@ def held_against(spec: ModelSpec, config: Any) -> None:
     for i, kind in enumerate(kinds):
         parameters = getattr(config, "rope_parameters", None)
         parameters = parameters.get(kind, parameters) if parameters else None
-        rope = spec.attention_of(i).rope
+        rope = spec.attention_of(i).rope if spec.latent is None else spec.latent.rope
         assert (rope is None) == (parameters is None)
         if rope is not None and parameters is not None:
             assert (rope.theta, rope.kind) == (parameters["rope_theta"], parameters["rope_type"])
-            assert (rope.rotary_dim or spec.head_dim) == int(
-                spec.head_dim * parameters.get("partial_rotary_factor", 1.0)
-            )
+            assert (rope.rotary_dim or spec.head_dim) == int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def latent_held_against(latent: LatentSpec, spec: ModelSpec, config: Any) -> None:
+    assert (spec.num_kv_heads, spec.head_dim) == (1, config.kv_lora_rank + config.qk_rope_head_dim)
+    assert (latent.q_rank, latent.kv_rank) == (config.q_lora_rank, config.kv_lora_rank)
+    assert (latent.nope_dim, latent.rope_dim) == (config.qk_nope_head_dim, config.qk_rope_head_dim)
+    assert latent.value_dim == config.v_head_dim
+    assert latent.interleaved == getattr(config, "rope_interleave", True)
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
@@ -427,8 +505,8 @@ def test_names_of_what_is_supported(tmp_path: Path) -> None:
 
 
 def test_quantized_weights(tmp_path: Path) -> None:
-    message = refusal(tmp_path, {**LLAMA, "quantization_config": {"quant_method": "gptq"}})
-    assert "quantized weights" in message
+    message = refusal(tmp_path, {**LLAMA, "quantization_config": {"quant_method": "gptq"}}, Unsupported)
+    assert "weights quantized by 'gptq' can't be loaded" in message
 
 
 def test_no_config(tmp_path: Path) -> None:
@@ -469,3 +547,60 @@ def test_random_files(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(CheckpointError):
         read_spec(tmp_path)
+
+
+# --- DeepSeek ----------------------------------------------------------------------------------------------------
+
+DEEPSEEK: dict[str, Any] = {**LLAMA, "architectures": ["DeepseekV2ForCausalLM"], "n_routed_experts": 16, "n_group": 4}
+DEEPSEEK |= {"topk_group": 2, "num_experts_per_tok": 4}
+
+
+def experts_of(folder: Path, config: dict[str, Any]) -> MoESpec:
+    moe = read(folder, config).moe
+    assert moe is not None
+    return moe
+
+
+def test_deepseek_routing(tmp_path: Path) -> None:
+    plain = experts_of(tmp_path, DEEPSEEK).routing
+    assert (plain.groups, plain.scoring, plain.normalize, plain.correction_bias) == (1, "softmax", False, False)
+    grouped = experts_of(tmp_path, {**DEEPSEEK, "topk_method": "group_limited_greedy"}).routing
+    assert (grouped.groups, grouped.top_groups, grouped.group_score) == (4, 2, "best")
+    third = {**DEEPSEEK, "architectures": ["DeepseekV3ForCausalLM"], "scoring_func": "sigmoid"}
+    biased = experts_of(tmp_path, third).routing
+    assert (biased.scoring, biased.normalize, biased.correction_bias) == ("sigmoid", True, True)
+    assert (biased.group_score, biased.scale) == ("best_two", 2.5)
+    for config, changes, word in (
+        (DEEPSEEK, {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+        (DEEPSEEK, {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
+        (DEEPSEEK, {"norm_topk_prob": True}, "norm_topk_prob"),
+        (third, {"topk_method": "greedy"}, "topk_method 'greedy'"),
+        (third, {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
+    ):
+        assert word in refusal(tmp_path, {**config, **changes}, Unsupported)
+
+
+def test_deepseek_layers_with_experts(tmp_path: Path) -> None:
+    config = {**DEEPSEEK, "num_hidden_layers": 7, "first_k_dense_replace": 3, "moe_layer_freq": 2}
+    assert experts_of(tmp_path, config).layers == (False, False, False, False, True, False, True)
+    assert experts_of(tmp_path, {**config, "n_shared_experts": 3, "moe_intermediate_size": 40}).shared_size == 120
+    assert experts_of(tmp_path, {**config, "n_shared_experts": 0}).shared_size == 0
+
+
+def test_deepseek_scale(tmp_path: Path) -> None:
+    """V2-Lite's own configuration: YaRN leaves angles as long as they are, and sharpens the scores."""
+    scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+    sharpened = read(tmp_path, {**DEEPSEEK, "rope_scaling": {**scaling, "mscale": 0.707, "mscale_all_dim": 0.707}})
+    assert sharpened.latent is not None
+    assert sharpened.latent.rope.attention_factor == 1.0
+    assert sharpened.attention_of(0).scale == pytest.approx(192**-0.5 * (0.0707 * math.log(40) + 1) ** 2)
+    assert sharpened.max_positions == 40 * 4096
+    assert read(tmp_path, {**DEEPSEEK, "rope_scaling": scaling}).attention_of(0).scale == pytest.approx(192**-0.5)
+    assert read(tmp_path, DEEPSEEK).attention_of(0).scale == pytest.approx(192**-0.5)
+
+
+def test_deepseek_queries(tmp_path: Path) -> None:
+    assert read(tmp_path, DEEPSEEK).latent == read(tmp_path, {**DEEPSEEK, "q_lora_rank": 1536}).latent
+    straight = read(tmp_path, {**DEEPSEEK, "q_lora_rank": None}).latent
+    assert straight is not None
+    assert straight.q_rank is None

@@ -1,13 +1,15 @@
 """Ranks on a grid."""
 
 import math
+from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
-from shoal.parallel.mesh import make_mesh
+from shoal.parallel.mesh import Mesh, make_mesh
 from shoal.parallel.topology import Topology
 from support.fakes import on_threads, steady
 
@@ -55,3 +57,19 @@ def test_a_mesh_connects_groups_and_leaves_single_ranks_alone() -> None:
         3, lambda rank: make_mesh(Topology.of(tp=3), rank, lambda _, ranks: ThreadComm(group, ranks.index(rank)))
     )
     assert [(mesh.tp.rank, mesh.tp.size, mesh.tp.comm.rank) for mesh in asked] == [(r, 3, r) for r in range(3)]
+
+
+def test_the_ends_of_a_pipeline_have_a_group_of_their_own() -> None:
+    groups: dict[tuple[str, tuple[int, ...]], ThreadGroup] = {}
+
+    def mesh_of(rank: int) -> Mesh:
+        def connect(axis: str, ranks: Sequence[int]) -> Communicator:
+            group = groups.setdefault((axis, tuple(ranks)), ThreadGroup(len(ranks), 5))
+            return ThreadComm(group, ranks.index(rank))
+
+        return make_mesh(Topology.of(pp=3, tp=2), rank, connect)
+
+    meshes = [mesh_of(rank) for rank in range(6)]
+    assert {ranks for axis, ranks in groups if axis == "back"} == {(0, 4), (1, 5)}
+    assert [(mesh.back.rank, mesh.back.size) for mesh in meshes] == [(0, 2), (0, 2), (0, 1), (0, 1), (1, 2), (1, 2)]
+    assert [len(mesh.axes) for mesh in meshes] == [3, 3, 2, 2, 3, 3]

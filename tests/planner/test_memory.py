@@ -12,18 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from shoal.comm.local import LocalComm
+from shoal.config import ExpertPlacement
 from shoal.kernels import reference
-from shoal.kernels.base import KVCache, PagedBatch
+from shoal.kernels.base import PagedBatch
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.decoder import build_decoder
+from shoal.models.implementation import Cutting, rank_shards
 from shoal.models.loader import CheckpointWeights
 from shoal.models.manifest import Shard, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import ModelSpec
 from shoal.parallel.mesh import Axis
+from shoal.parallel.stages import cut_evenly
 from shoal.planner import memory
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.worker import runner
+from shoal.worker.kv_cache import allocate
 from support.checkpoints import MAKERS
 
 Checkpoint = Callable[[str], Path]
@@ -93,14 +97,16 @@ def measured(folder: Path, shard: Shard, dtype: torch.dtype, tokens: int, contex
     tp = Axis("tp", shard.rank, 2, CopyingComm())
     kernels = reference.ReferenceKernels()
     decoder = build_decoder(spec, shard, tp, weights, kernels, torch.device("cpu"), spec.max_positions)
-    shape = (2, context + BLOCK_SIZE, len(shard.heads.kv_ids), spec.head_dim)
-    caches = [KVCache(*torch.zeros(shape, dtype=dtype)) for _ in range(spec.num_layers)]
+    blocks = context // BLOCK_SIZE + 1
+    caches = allocate(spec, shard, blocks, BLOCK_SIZE, dtype, torch.device("cpu")).layers
     batch, ids = make_batch(tokens, context), torch.ones(tokens, dtype=torch.int64)
+    inputs = ids if shard.stage.first else torch.ones(tokens, spec.hidden_size, dtype=dtype)
     with PeakOfLiveTensors() as mode:
-        hidden = decoder.hidden(ids, batch, caches, torch.arange(sampled))
-        logits = decoder.logits(hidden)
-        del hidden
-        logits.clone()  # the sampler's own
+        hidden = decoder.hidden(inputs, batch, caches, torch.arange(sampled))
+        if shard.stage.last:
+            logits = decoder.logits(hidden)
+            del hidden
+            logits.clone()  # the sampler's own
     return int(mode.peak)
 
 
@@ -122,6 +128,25 @@ def test_a_step_takes_no_more_than_planned(
             bound = plan.activations + context * plan.context_token
             assert found <= bound
             assert bound <= 4 * found  # and it is not just any large number
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_a_step_of_a_stage_takes_no_more_than_planned(
+    checkpoint: Checkpoint, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stage gets and gives is there beside it."""
+    monkeypatch.setattr(reference, "SCORE_BYTES", 2**16)
+    monkeypatch.setattr(memory, "SCORE_BYTES", 2**16)
+    folder, tokens = checkpoint(name), 120
+    spec = read_spec(folder)
+    stream = tokens * spec.hidden_size * 4
+    for shard in rank_shards(spec, Cutting(stages=cut_evenly([1.0] * spec.num_layers, 3))):
+        borders = (not shard.stage.first) + (not shard.stage.last)
+        found = measured(folder, shard, torch.float32, tokens, tokens, 1) + borders * stream
+        plan = planned(folder, shard, torch.float32, StepSize(tokens, 1))
+        bound = plan.activations + tokens * plan.context_token
+        assert found <= bound
+        assert bound <= 4 * found
 
 
 def test_the_constants_are_those_of_the_ranks() -> None:
@@ -147,6 +172,91 @@ def test_weights_are_those_of_the_file(checkpoint: Checkpoint, name: str) -> Non
         for entry in open_checkpoint(folder).tensors.values()
     }
     assert of(spec, folder).weights == sum(stored.values())
+
+
+class Recorded(CheckpointWeights):
+    """Notes the sizes of what is asked for, by name."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.bytes: dict[str, int] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        found = super().tensor(name)
+        assert name not in self.bytes, "asked for once each"
+        self.bytes[name] = found.nbytes
+        return found
+
+
+def loaded(folder: Path, cutting: Cutting, rank: int, shard: Shard) -> dict[str, int]:
+    """Bytes of every tensor that a rank reads from the file."""
+    spec, checkpoint = read_spec(folder), open_checkpoint(folder)
+    weights = Recorded(checkpoint, manifest(spec, tensor_names(spec)), shard, torch.float32)
+    tp = Axis("tp", rank % cutting.tp, cutting.tp, CopyingComm())
+    build_decoder(spec, shard, tp, weights, reference.ReferenceKernels(), torch.device("cpu"), spec.max_positions)
+    return weights.bytes
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_weights_are_those_that_a_rank_of_any_layout_reads(checkpoint: Checkpoint, name: str) -> None:
+    """What is planned for each rank, and what its stage and share of the decoder ask for."""
+    folder = checkpoint(name)
+    spec = read_spec(folder)
+    (whole,) = (loaded(folder, Cutting(), 0, shard) for shard in rank_shards(spec, Cutting()))
+    for tp, pp in ((1, 2), (1, 3), (2, 2), (3, 1)):
+        cutting = Cutting(tp, stages=cut_evenly([1.0] * spec.num_layers, pp))
+        stages: dict[str, int] = {}
+        for rank, shard in enumerate(rank_shards(spec, cutting)):
+            read = loaded(folder, cutting, rank, shard)
+            plan = planned(folder, shard, torch.float32, StepSize(8, 8))
+            mapped = read.get("embedding", 0) if spec.tie_embeddings else 0  # float32 as in the file
+            assert plan.weights == sum(read.values()) - mapped
+            if tp == 1:
+                assert not stages.keys() & read.keys(), "in one stage each"
+                stages |= read
+        assert tp > 1 or stages == whole  # a tied embedding is the table of the first stage and the head of the last
+
+
+@pytest.mark.parametrize("strategy", ["linear", "round_robin"])
+def test_whole_experts_are_read_where_they_are_placed(checkpoint: Checkpoint, strategy: ExpertPlacement) -> None:
+    """5 experts over 2 replicas of 2 ranks."""
+    folder = checkpoint("mixtral")
+    spec = read_spec(folder)
+    read: list[str] = []
+    for replica in range(2):
+        cutting = Cutting(2, stages=(2, 1), experts=strategy, replica=replica, replicas=2)
+        for rank, shard in enumerate(rank_shards(spec, cutting)):
+            found = loaded(folder, cutting, rank, shard)
+            assert planned(folder, shard, torch.float32, StepSize(8, 8)).weights == sum(found.values())
+            read += [name for name in found if ".experts." in name]
+    params = manifest(spec, tensor_names(spec))
+    assert sorted(read) == sorted(param.name for param in params if param.expert is not None)
+
+
+def test_a_tied_embedding_on_a_gpu_is_on_both_ends(checkpoint: Checkpoint) -> None:
+    """A rank with both has it once; on two stages each has its own."""
+    folder = checkpoint("llama3")
+    spec, table = read_spec(folder), 301 * 64 * 4
+
+    def weights(pp: int) -> list[int]:
+        params, stored = manifest(spec, tensor_names(spec)), open_checkpoint(folder).tensors
+        sizes: Any = {"dtype": "float32", "block_size": BLOCK_SIZE, "step": StepSize(8, 8)}
+        shards = rank_shards(spec, Cutting(stages=cut_evenly([1.0] * spec.num_layers, pp)))
+        return [rank_memory(spec, params, stored, shard, device="cuda", **sizes).weights for shard in shards]
+
+    (one,) = weights(1)
+    assert sum(weights(2)) == sum(weights(3)) == one + table
+
+
+def test_stages_between_have_no_logits(checkpoint: Checkpoint) -> None:
+    """So many rows that the logits are the fullest moment where there are any."""
+    folder = checkpoint("llama")
+    shards = rank_shards(read_spec(folder), Cutting(stages=(1, 1, 1)))
+    first, middle, last = (planned(folder, shard, torch.float32, StepSize(512, 512)).activations for shard in shards)
+    border = 512 * 64 * 4
+    assert first <= middle < last
+    assert middle == 2 * border + (first - border)
+    assert last > 512 * 301 * 4
 
 
 def test_more_of_anything_takes_more(checkpoint: Checkpoint) -> None:

@@ -11,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from shoal import LLM
+from shoal import LLM, wire
 from shoal.comm.local import LocalComm
-from shoal.config import EngineOptions
+from shoal.config import EngineOptions, from_environment
 from shoal.devices import cuda
 from shoal.errors import ConfigError
 from shoal.models.checkpoint import open_checkpoint
+from shoal.models.implementation import Cutting, rank_shards
+from shoal.models.manifest import Shard
 from shoal.parallel.mesh import make_mesh
 from shoal.parallel.topology import Topology
-from shoal.planner.resolve import Decision, discover, resolve
+from shoal.planner.resolve import Decision, discover, rank_cores, resolve
 from shoal.types import Hardware
 from shoal.worker.rank_model import RankModel
+from support.checkpoints import SIZES
 from support.setups import rank_setup
 
 Checkpoint = Callable[[str], Path]
@@ -75,7 +78,13 @@ def test_a_tied_head_is_counted_once_where_it_is_the_embedding(checkpoint: Check
 
 def loaded_bytes(decision: Decision, folder: Path, load_format: str) -> int:
     """What a rank of a plan says that its weights take."""
-    setup = rank_setup(model_path=str(folder), load_format=load_format, dtype=decision.dtype, max_model_len=64)
+    setup = rank_setup(
+        model_path=str(folder),
+        load_format=load_format,
+        dtype=decision.dtype,
+        max_model_len=64,
+        stages=decision.cutting.stages,
+    )
     model = RankModel(folder, setup, make_mesh(Topology.of(), 0, lambda *_: LocalComm()))
     model.load(torch.device("cpu"))
     return model.weight_bytes
@@ -174,7 +183,7 @@ def test_a_split_has_a_share_for_each_rank(checkpoint: Checkpoint, split: str, t
 def test_shares_of_ranks(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     decision = decide(folder, tensor_parallel_split="2,1,1", tensor_parallel_size=3)
-    assert decision.tp_split == (2, 1, 1)
+    assert decision.cutting.tp_split == (2, 1, 1)
     first, second, third = decision.ranks
     assert first.block == 2 * second.block == 2 * third.block
     # Norms are whole on every rank, and 112 columns in units of 16 no multiple of 4 shares.
@@ -201,6 +210,234 @@ def test_the_same_budget_for_unequal_ranks(checkpoint: Checkpoint) -> None:
     assert rooms.kv_budgets == (int(1.4 * GIB),) * 3  # of which two are half used
     with pytest.raises(ConfigError, match="3 ranks need 3"):
         decide(checkpoint("llama"), host(host_memory_available=3 * GIB), kv_cache_memory_bytes="1.6GiB", **options)
+
+
+# --- stages and replicas ------------------------------------------------------------------------------------------
+
+
+def test_stages_cost_about_the_same(checkpoint: Checkpoint) -> None:
+    """The head has 301 x 64 weights, a layer about 37 000."""
+    decision = decide(checkpoint("llama"), pipeline_parallel_size=2)
+    assert decision.cutting == Cutting(stages=(2, 1))
+    assert (decision.backend, decision.max_in_flight, len(decision.ranks)) == ("mp", 3, 2)
+    assert "2 stages of 2,1 layers: so that they cost about the same" in decision.reasons
+    assert sum(decision.cost_shares) == pytest.approx(1)
+    first, second = decision.cost_shares
+    assert first > second > 0.4
+
+
+def test_a_dear_head_leaves_the_last_stage_fewer_layers(tmp_path: Path) -> None:
+    """Whether the embedding is tied or not: it is looked up in, not multiplied with."""
+    sizes = {**SIZES, "num_hidden_layers": 7, "vocab_size": 2 * 37000 // 64}
+    for tied in (True, False):
+        folder = tmp_path / str(tied)
+        folder.mkdir()
+        config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": tied, **sizes}
+        (folder / "config.json").write_text(json.dumps(config))
+        decision = decide(folder, pipeline_parallel_size=3, load_format="dummy")
+        assert decision.cutting.stages == (3, 3, 1)
+        asked = decide(folder, pipeline_parallel_size=3, load_format="dummy", pipeline_layer_partition="2,2,3")
+        assert asked.cutting.stages == (2, 2, 3)
+        assert "3 stages of 2,2,3 layers: as asked" in asked.reasons
+        assert asked.cost_shares[2] > 0.5
+
+
+def test_the_partition_comes_from_the_environment_too(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
+    options = {**from_environment(), "pipeline_parallel_size": 2}
+    assert decide(checkpoint("llama"), **options).cutting.stages == (1, 2)
+    monkeypatch.setenv("SHOAL_PIPELINE_LAYER_PARTITION", "2,1")
+    options = {**from_environment(), "pipeline_parallel_size": 2}
+    assert decide(checkpoint("llama"), **options).cutting.stages == (2, 1)
+
+
+def test_shares_of_the_cost_follow_the_split(checkpoint: Checkpoint) -> None:
+    options: Any = {"tensor_parallel_size": 2, "tensor_parallel_split": "3,1", "pipeline_parallel_size": 3}
+    decision = decide(checkpoint("llama"), **options)
+    assert len(decision.cost_shares) == 6
+    for stage in range(3):
+        more, less = decision.cost_shares[2 * stage : 2 * stage + 2]
+        assert 2 < more / less < 4
+
+
+def test_a_rank_of_four_holds_a_third_at_most(tmp_path: Path) -> None:
+    """Of a checkpoint whose layers dominate, weights and KV cache for as many tokens."""
+    config = {**SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = decide(tmp_path, load_format="dummy").ranks[0]
+    parts = decide(tmp_path, load_format="dummy", tensor_parallel_size=2, pipeline_parallel_size=2).ranks
+    blocks = 1000
+    assert len(parts) == 4
+    assert all(part.weights + blocks * part.block <= 0.33 * (whole.weights + blocks * whole.block) for part in parts)
+    assert sum(part.block for part in parts) == whole.block
+
+
+def test_replicas_share_the_hosts_memory_and_cores(checkpoint: Checkpoint) -> None:
+    options: Any = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    hardware = host(cores=tuple(range(10, 21)), num_devices=11)
+    for_all = decide(checkpoint("llama"), hardware, data_parallel_size=2, **options)
+    assert for_all.place == wire.Place(size=2, local_size=2)
+    alone = decide(checkpoint("llama"), hardware, **options)
+    assert alone.place == wire.Place()
+    assert for_all.kv_budgets == tuple((budget or 0) // 2 for budget in alone.kv_budgets)
+    assert "2 x 2 x 2 = 8 ranks on 11 CPU cores" in for_all.reasons
+
+    cores: list[int] = []
+    for number in range(2):
+        place = wire.Place(rank=number, size=2, local_rank=number, local_size=2, memory_available=5 * GIB)
+        given = EngineOptions.from_flat(None, options)
+        decision = resolve(given, checkpoint("llama"), hardware, place=place)
+        assert decision.hardware.host_memory_available == 5 * GIB
+        assert GIB - 4 <= sum(budget or 0 for budget in decision.kv_budgets) <= GIB
+        assert decision.cutting.replica == number
+        cores += [core for share in rank_cores(decision) for core in share]
+    assert cores == list(range(10, 21))
+
+
+def test_replicas_need_memory_each(checkpoint: Checkpoint) -> None:
+    options: Any = {"device_memory": "3GiB", "data_parallel_size": 2}
+    assert decide(checkpoint("llama"), host(host_memory_available=6 * GIB), **options).kv_budgets
+    with pytest.raises(ConfigError, match=r"2 ranks need 6.00 GiB .* 1.00 GiB more than this host"):
+        decide(checkpoint("llama"), host(host_memory_available=5 * GIB), **options)
+
+
+def test_ranks_of_all_replicas_are_counted(checkpoint: Checkpoint) -> None:
+    three: Any = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3, "data_parallel_size": 4}
+    (warning,) = decide(checkpoint("llama"), **three).warnings
+    assert "2 x 3 x 4 = 24 ranks share 2 CPU cores" in warning
+    gpus = host(device="cuda", num_devices=8, device_memory=80 * GIB, devices_shareable=False)
+    with pytest.raises(
+        ConfigError,
+        match=r"--tensor-parallel-size 2 x --pipeline-parallel-size 3 x --data-parallel-size 4 needs 2 x 3 x 4 = 24 "
+        r"devices; this host has 8 \(cuda\)",
+    ):
+        decide(checkpoint("llama"), gpus, **three)
+    assert len(decide(checkpoint("llama"), gpus, tensor_parallel_size=2, data_parallel_size=4).ranks) == 2
+
+
+def test_a_replica_on_gpus_has_its_own(checkpoint: Checkpoint) -> None:
+    visible = ("7", "6", "5", "4")
+    gpus = host(device="cuda", num_devices=4, device_memory=80 * GIB, devices_shareable=False, visible=visible)
+    place = wire.Place(rank=1, size=2, local_rank=1, local_size=2)
+    options = EngineOptions.from_flat(None, {"pipeline_parallel_size": 2})
+    decision = resolve(options, checkpoint("llama"), gpus, place=place)
+    assert [reason for reason in decision.reasons if "cuda:" in reason] == [
+        "rank 0 on cuda:2 (CUDA_VISIBLE_DEVICES entry 5)",
+        "rank 1 on cuda:3 (CUDA_VISIBLE_DEVICES entry 4)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pipeline_parallel_size": 4}, "4 is more than the model's 3 layers.*use --pipeline-parallel-size 3 or fewer"),
+        (
+            {"pipeline_parallel_size": 2, "pipeline_layer_partition": "2,2"},
+            "2,2 has 4 layers, the model has 3: the numbers must sum to 3",
+        ),
+        (
+            {"pipeline_parallel_size": 2, "pipeline_layer_partition": "1,1,1"},
+            "1,1,1 has 3 stages, --pipeline-parallel-size is 2: .* or --pipeline-parallel-size 3",
+        ),
+        ({"pipeline_layer_partition": "3,1"}, "3,1 has 2 stages, --pipeline-parallel-size is 1"),
+        ({"enable_expert_parallel": True}, "--enable-expert-parallel: a llama model has no experts"),
+        ({"distributed_executor_backend": "uni", "pipeline_parallel_size": 2}, "uni runs one rank, not 2"),
+        ({"distributed_executor_backend": "uni", "data_parallel_size": 3}, "uni runs one rank, not 3"),
+    ],
+)
+def test_layouts_that_can_not_be(checkpoint: Checkpoint, tmp_path: Path, options: Any, message: str) -> None:
+    """Before the weights are looked at: there are none."""
+    shutil.copy(checkpoint("llama") / "config.json", tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        decide(tmp_path, **options)
+
+
+def test_a_draft_model_is_on_the_last_stage(checkpoint: Checkpoint) -> None:
+    plain = decide(checkpoint("llama"), pipeline_parallel_size=2)
+    small = decide(checkpoint("mistral"))
+    both = with_draft(checkpoint("llama"), checkpoint("mistral"), pipeline_parallel_size=2)
+    assert both.ranks[0] == plain.ranks[0]
+    assert both.ranks[1].weights == plain.ranks[1].weights + small.ranks[0].weights
+    assert both.ranks[1].block == plain.ranks[1].block + small.ranks[0].block
+
+
+# --- mixtures of experts ------------------------------------------------------------------------------------------
+
+
+def experts_of(decision: Decision) -> list[int | None]:
+    """How many whole experts each rank holds."""
+    return [None if shard.experts is None else len(shard.experts) for shard in rank_shards_of(decision)]
+
+
+def rank_shards_of(decision: Decision) -> tuple[Shard, ...]:
+    return rank_shards(decision.spec, decision.cutting)
+
+
+def replica(folder: Path, rank: int, size: int, **options: Any) -> Decision:
+    place = wire.Place(rank=rank, size=size, local_rank=rank, local_size=size)
+    return resolve(EngineOptions.from_flat(None, options), folder, host(), place=place)
+
+
+@pytest.mark.parametrize("strategy", ["linear", "round_robin"])
+def test_experts_are_placed_on_a_stages_ranks_over_all_replicas(checkpoint: Checkpoint, strategy: str) -> None:
+    folder = checkpoint("mixtral")
+    options: Any = {"enable_expert_parallel": True, "expert_placement_strategy": strategy, "tensor_parallel_size": 3}
+    options["pipeline_parallel_size"] = 2
+    decisions = [replica(folder, rank, 2, **options) for rank in range(2)]
+    moe = decisions[0].spec.moe
+    assert moe is not None
+    for stage in range(2):
+        held = [
+            expert
+            for decision in decisions
+            for shard in rank_shards_of(decision)[3 * stage : 3 * stage + 3]
+            for expert in shard.experts or ()
+        ]
+        assert sorted(held) == list(range(moe.num_experts))
+    assert {decision.backend for decision in decisions} == {"mp"}
+    assert all(decision.all2all for decision in decisions)
+
+
+def test_a_replica_alone_has_all_experts(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("mixtral")
+    cut = decide(folder, tensor_parallel_size=2)
+    assert experts_of(cut) == [None, None]
+    whole = decide(folder, tensor_parallel_size=2, enable_expert_parallel=True)
+    moe = whole.spec.moe
+    assert moe is not None
+    assert experts_of(whole) == [-(-moe.num_experts // 2), moe.num_experts // 2]
+    assert whole.all2all == ""
+
+
+def test_a_rank_whose_experts_others_use_is_a_process(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("mixtral")
+    assert replica(folder, 0, 2).backend == "uni"
+    assert replica(folder, 0, 2, enable_expert_parallel=True).backend == "mp"
+    with pytest.raises(ConfigError, match="uni runs one rank, not 2"):
+        replica(folder, 0, 2, enable_expert_parallel=True, distributed_executor_backend="uni")
+
+
+def test_auto_sends_tokens_where_they_are_needed(checkpoint: Checkpoint) -> None:
+    """Three of five experts a token: over two ranks most tokens need both, over eight a few."""
+    few = replica(checkpoint("mixtral"), 0, 2, enable_expert_parallel=True)
+    many = replica(checkpoint("mixtral"), 0, 8, enable_expert_parallel=True)
+    assert (few.all2all, many.all2all) == ("allgather_reducescatter", "all_to_all")
+    for decision in (few, many):
+        assert any(reason.startswith(f"all2all backend {decision.all2all}: 3 experts") for reason in decision.reasons)
+    asked = replica(checkpoint("mixtral"), 0, 8, enable_expert_parallel=True, all2all_backend="allgather_reducescatter")
+    assert asked.all2all == "allgather_reducescatter"
+
+
+def test_flags_of_experts_that_change_nothing(checkpoint: Checkpoint) -> None:
+    dense, mixture = checkpoint("llama"), checkpoint("mixtral")
+    for folder in (dense, mixture):
+        (warning,) = decide(folder, expert_placement_strategy="round_robin").warnings
+        assert "--expert-placement-strategy round_robin changes nothing without --enable-expert-parallel" in warning
+        (warning,) = decide(folder, all2all_backend="all_to_all").warnings
+        assert "--all2all-backend all_to_all changes nothing without --enable-expert-parallel" in warning
+    (warning,) = decide(mixture, all2all_backend="all_to_all", enable_expert_parallel=True).warnings
+    assert "--all2all-backend all_to_all changes nothing with one replica" in warning
+    assert not replica(mixture, 0, 2, all2all_backend="all_to_all", enable_expert_parallel=True).warnings
 
 
 # --- a draft model ------------------------------------------------------------------------------------------------
@@ -277,6 +514,6 @@ def test_the_log_of_a_start(checkpoint: Checkpoint, caplog: pytest.LogCaptureFix
     assert "KV cache: 20 blocks x 16 = 320 tokens, 3.2 requests of 100" in lines
     assert "rank 1 has the least room and decides: 20 KV blocks" in lines
     for rank, kv_heads in enumerate([1, 2, 1]):
-        assert any(f"rank {rank}: 3 layers, 2 query and {kv_heads} KV heads" in line for line in lines)
+        assert any(f"tp {rank} of 3, layers 0-2, 2 query and {kv_heads} KV heads" in line for line in lines)
     (ready,) = [line for line in lines if line.startswith("engine ready in")]
     assert all(phase in ready for phase in ("connect", "load", "profile", "allocate", "warm_up"))

@@ -138,6 +138,60 @@ def gemma3() -> Any:
     )
 
 
+@_maker
+def mixtral() -> Any:
+    """5 experts, of which a token takes 3, each of a size that no rank count divides; a window."""
+    return _make(
+        "Mixtral", num_local_experts=5, num_experts_per_tok=3, intermediate_size=37, sliding_window=12, head_dim=16
+    )
+
+
+@_maker
+def granitemoe() -> Any:
+    """Factors of the embedding, the scores, what sublayers add, and the logits; all experts in one tensor."""
+    return _make(
+        "GraniteMoe",
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        intermediate_size=44,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.21,
+        residual_multiplier=0.4,
+        logits_scaling=2.5,
+        tie_word_embeddings=True,
+    )
+
+
+@_maker
+def qwen2_moe() -> Any:
+    """A dense layer between two mixtures, a shared expert behind a gate; weights that don't sum to 1."""
+    return _make(
+        "Qwen2Moe",
+        num_experts=7,
+        num_experts_per_tok=3,
+        moe_intermediate_size=26,
+        shared_expert_intermediate_size=50,
+        mlp_only_layers=[1],
+        norm_topk_prob=False,
+        num_key_value_heads=2,
+    )
+
+
+@_maker
+def qwen3_moe() -> Any:
+    """Every other layer is a mixture; many small experts."""
+    return _make(
+        "Qwen3Moe",
+        num_hidden_layers=4,
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=18,
+        decoder_sparse_step=2,
+        norm_topk_prob=True,
+        head_dim=24,
+    )
+
+
 _GPT2_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 256}
 _NOT_GPT2 = (
     "hidden_size",
@@ -198,6 +252,65 @@ def gpt_neox_serial() -> Any:
 _QUARTER = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+
+
+@_maker
+def deepseek_v2() -> Any:
+    """Queries through few dimensions, values narrower than keys, experts by group, and YaRN that sharpens scores."""
+    rope: dict[str, Any] = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.3,
+    }
+    groups: dict[str, Any] = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+    return _make("DeepseekV2", **{**_LATENT, **groups, "rope_parameters": rope, "n_shared_experts": 2})
+
+
+@_maker
+def deepseek_v2_lite() -> Any:
+    """Queries straight from the hidden state, by 6 heads; experts without groups; biases."""
+    sizes: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48, "q_lora_rank": None}
+    return _make("DeepseekV2", **{**_LATENT, **sizes, "attention_bias": True, "n_shared_experts": 1})
+
+
+@_maker
+def deepseek_v3() -> Any:
+    """Sigmoid scores, a correction bias, groups by their best two."""
+    return _biased(_make("DeepseekV3", **{**_LATENT, "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 1}))
+
+
+@_maker
+def deepseek_v3_halves() -> Any:
+    """6 heads, halves rotated against each other, weights that don't sum to one."""
+    sizes: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48}
+    changes = {"rope_interleave": False, "norm_topk_prob": False, "n_group": 2, "topk_group": 1}
+    return _biased(_make("DeepseekV3", **{**_LATENT, **sizes, **changes}))
+
+
+def _biased(model: Any) -> Any:
+    """With correction biases that change who is chosen."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.3)
+    return model
+
+
 def save(name: str, folder: Path, *, max_shard_size: str = "5GB") -> Path:
     """Writes the checkpoint `name`, the same at every call."""
     return save_model(MAKERS[name], folder, max_shard_size=max_shard_size)
@@ -220,8 +333,9 @@ def save_model(make: Callable[[], Any], folder: Path, *, max_shard_size: str = "
 def reference_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    # The plain attention: others leave out gemma2's soft cap.
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    # The plain attention: others leave out gemma2's soft cap. The plain experts: others ask for multiples of 4.
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain).eval()
 
 
 class Reference:

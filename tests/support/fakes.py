@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
 from hypothesis import HealthCheck, settings
 
 from shoal import wire
 from shoal.engine.request import decode_tokens, encode_tokens
-from shoal.errors import RankFailed
+from shoal.errors import EngineError, RankFailed
 from shoal.protocols import Executor
 
 T = TypeVar("T")
@@ -39,15 +40,36 @@ def request(
     group: int = -1,
 ) -> wire.EngineRequest:
     """The salt is put into the seed too, which reaches the ranks: see `FakeExecutor.origin`."""
-    sampling = wire.Sampling(seed=zlib.crc32(salt.encode()))
     return wire.EngineRequest(
-        seq, encode_tokens(list(prompt)), sampling, max_tokens, tuple(stop_ids), priority, deadline, salt, group
+        seq,
+        encode_tokens(list(prompt)),
+        wire.Sampling(seed=zlib.crc32(salt.encode())),
+        max_tokens,
+        tuple(stop_ids),
+        priority,
+        deadline,
+        salt,
+        group=group,
     )
 
 
+def begun(spec: wire.EngineRequest, count: int) -> wire.EngineRequest:
+    """The request as it goes on elsewhere, behind the first `count` tokens of its output."""
+    prompt = decode_tokens(spec.tokens)
+    tokens = encode_tokens([*prompt, *alone(spec)[:count]])
+    return msgspec.structs.replace(spec, tokens=tokens, prompt_len=len(prompt))
+
+
+def prompt_and_output(spec: wire.EngineRequest) -> tuple[list[int], list[int]]:
+    """What a request comes with; the output is empty, unless it was begun elsewhere."""
+    tokens = decode_tokens(spec.tokens)
+    prompt_len = spec.prompt_len or len(tokens)
+    return tokens[:prompt_len], tokens[prompt_len:]
+
+
 def alone(spec: wire.EngineRequest) -> list[int]:
-    """What a request gets when nobody aborts it."""
-    prompt, out = decode_tokens(spec.tokens), list[int]()
+    """The output of a request when nobody aborts it, what it comes with included."""
+    prompt, out = prompt_and_output(spec)
     while len(out) < spec.max_tokens and not (out and out[-1] in spec.stop_ids):
         out.append(next_token(prompt + out))
     return out
@@ -64,7 +86,7 @@ class Outcomes:
 
     def added(self, spec: wire.EngineRequest) -> None:
         self.specs[spec.seq] = spec
-        self.tokens[spec.seq] = []
+        self.tokens[spec.seq] = prompt_and_output(spec)[1]
 
     @property
     def open(self) -> list[int]:
@@ -116,7 +138,8 @@ _Content = tuple[int, int, int]
 class FakeExecutor:
     """Computes at once in a simulated KV cache, and fails a test whose plans a real rank could not run rightly.
 
-    One result comes back a poll. `origin` is what the keys of a sequence depend on besides its tokens.
+    One result comes back a poll. `origin` is what the keys of a sequence depend on besides its tokens. `stages`: a
+    plan must not make the first of them wait for a token while there are others that it could work on.
     """
 
     def __init__(
@@ -129,6 +152,7 @@ class FakeExecutor:
         origin: Callable[[wire.NewSeq], int] = lambda new: new.sampling.seed,
         lookahead: int = 0,
         window: int | None = None,
+        stages: int = 1,
     ) -> None:
         self.num_blocks = num_blocks
         self.start_times = {"load": 0.25}
@@ -142,6 +166,9 @@ class FakeExecutor:
         self._origin = origin
         self._lookahead = lookahead
         self._window = window
+        self._stages = stages
+        self._drawn: dict[int, int] = {}  # sequence -> step of its last draw
+        self._answered = 0  # steps
         self._cache: list[_Content | None] = [None] * (num_blocks * block_size)
         self._origins: dict[int, int] = {}
         self._sequences: dict[int, _Sequence] = {}
@@ -154,6 +181,7 @@ class FakeExecutor:
 
     def launch(self, plan: wire.StepPlan) -> None:
         assert plan.step == len(self.plans)
+        self._check_turns(plan)
         self.plans.append(plan)
         self._results.append(self._execute(plan))
         self.most_in_flight = max(self.most_in_flight, len(self._results))
@@ -163,7 +191,10 @@ class FakeExecutor:
         self.masks.append(mask)
 
     def poll(self, timeout: float) -> list[wire.StepResult]:
-        return [self._results.popleft()] if self._results else []
+        if not self._results:
+            return []
+        self._answered += 1
+        return [self._results.popleft()]
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
         assert verb == "stats"
@@ -171,6 +202,17 @@ class FakeExecutor:
 
     def close(self) -> None:
         self.closed += 1
+
+    def _check_turns(self, plan: wire.StepPlan) -> None:
+        """A token that is not known holds nobody up but those who need one."""
+        early = [
+            work.seq
+            for work in plan.work
+            if plan.step - self._stages < (drawn := self._drawn.get(work.seq, plan.step - self._stages))
+            and drawn >= self._answered
+        ]
+        assert len(early) in (0, len(plan.work)), f"sequences {early} make the others of step {plan.step} wait"
+        self._drawn.update({work.seq: plan.step for work in plan.work if work.sample})
 
     def _execute(self, plan: wire.StepPlan) -> wire.StepResult:
         for seq in plan.released:
@@ -204,9 +246,7 @@ class FakeExecutor:
     def _check_writes(self, plan: wire.StepPlan) -> None:
         holders = Counter(block for sequence in self._sequences.values() for block in self._needed(sequence))
         # Who is admitted may read what this very step writes.
-        holders.subtract(
-            block for new in plan.new for block in set(new.blocks) & set(self._needed(self._sequences[new.seq]))
-        )
+        holders.subtract(block for new in plan.new for block in self._found(new))
         for work in plan.work:
             sequence, size = self._sequences[work.seq], self._block_size
             stop = work.start + work.count
@@ -229,6 +269,11 @@ class FakeExecutor:
         """Its blocks, but those that no query will look at again."""
         first_seen = 0 if self._window is None else max(sequence.computed - self._window + 1, 0)
         return sequence.blocks[first_seen // self._block_size :]
+
+    def _found(self, new: wire.NewSeq) -> list[int]:
+        """Blocks of its prefix that it needs."""
+        sequence = self._sequences[new.seq]
+        return sequence.blocks[len(sequence.blocks) - len(self._needed(sequence)) : len(new.blocks)]
 
     def _contents(self, work: wire.Work) -> list[_Content]:
         """By position, guesses included."""
@@ -270,6 +315,83 @@ class FakeExecutor:
         sequence.tokens += drawn
         sequence.computed = len(sequence.tokens) - 1
         return wire.SeqOut(work.seq, sequence.epoch, tuple(drawn))
+
+
+class FakePipeline(FakeExecutor):
+    """Stages that take time: `step_cost` for each step with work and `token_cost` for each of its tokens, on each.
+
+    Time stands still for the engine. It goes on when a result is waited for.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        stages: int,
+        step_cost: float,
+        token_cost: float = 1.0,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+    ) -> None:
+        super().__init__(
+            num_blocks,
+            block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            stages=stages,
+        )
+        self.now = 0.0
+        self.busy = [0.0] * stages
+        self._step_cost, self._token_cost = step_cost, token_cost
+        self._free = [0.0] * stages  # when each has ended what it was given
+        self._token_at: dict[int, float] = {}  # when the last token of a sequence is known
+        self._answers: deque[float] = deque()
+
+    @property
+    def idle_share(self) -> float:
+        """Of all stages' time, up to now."""
+        return 1 - sum(self.busy) / (len(self.busy) * self.now)
+
+    def launch(self, plan: wire.StepPlan) -> None:
+        super().launch(plan)
+        tokens = sum(work.count for work in plan.work)
+        cost = self._step_cost + self._token_cost * tokens if tokens else 0.0
+        ready = max([self.now, *(self._token_at.get(work.seq, 0.0) for work in plan.work)])
+        for stage, free in enumerate(self._free):
+            ready = self._free[stage] = max(ready, free) + cost
+            self.busy[stage] += cost
+        self._token_at.update({work.seq: ready for work in plan.work if work.sample})
+        self._answers.append(ready)
+
+    def poll(self, timeout: float) -> list[wire.StepResult]:
+        if self._answers:
+            self.now = max(self.now, self._answers.popleft())
+        return super().poll(timeout)
+
+
+class FakeLockstep:
+    """Replicas in one process. `peers[i]` is the end of replica i."""
+
+    def __init__(self, size: int) -> None:
+        self.counts = [0] * size
+        self.failure: str = ""
+        self.peers = [_LockstepEnd(self, rank) for rank in range(size)]
+
+
+@dataclass(slots=True)
+class _LockstepEnd:
+    group: FakeLockstep
+    rank: int
+
+    def launched(self, count: int) -> None:
+        assert count == self.group.counts[self.rank] + 1
+        self.group.counts[self.rank] = count
+
+    def due(self) -> int:
+        if self.group.failure:
+            raise EngineError(self.group.failure)
+        return max(self.group.counts)
 
 
 class FaultyExecutor:

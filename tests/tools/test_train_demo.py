@@ -1,4 +1,4 @@
-"""The demo model: its training text, its tokenizer, the making of it in small, and what the shipped one answers."""
+"""The demo models: their training text, their tokenizer, the making of them in small, what the shipped ones answer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SHIPPED = ROOT / "src" / "shoal" / "demo_model"
 sys.path.insert(0, str(ROOT / "tools"))
 
 import demo_text  # noqa: E402
 import train_demo  # noqa: E402
+
+EIGHT = train_demo.Experts()
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8}
 
 ADDITION = re.compile(r"(?<!\d)(\d+) ?(?:\+|plus|and) ?(\d+)(?!\d)")
 EQUATION = re.compile(r"(?<!\d)(\d+) ?\+ ?(\d+) ?= ?(\d+)")
@@ -40,7 +43,7 @@ def samples() -> list[demo_text.Sample]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """A tokenizer made as the shipped one is, from less text."""
+    """A tokenizer made as the shipped ones are, from less text."""
     return train_demo.train_tokenizer(train_demo.Shape().vocab_size, demo_text.DEFAULT_SEED, 1000)
 
 
@@ -129,27 +132,66 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert ascii_digits == re.findall(r"[0-9]", text)
 
 
-def test_model_computes_what_transformers_computes(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The training implementation and ``LlamaForCausalLM`` agree on random weights, so the training was for real."""
+@pytest.mark.parametrize("experts", [None, EIGHT], ids=["dense", "experts"])
+def test_model_computes_what_transformers_computes(
+    experts: train_demo.Experts | None, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """The training implementation and that of transformers agree on random weights, so the training was for real."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    shape = train_demo.Shape(hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=8)
-    model = train_demo.DemoLlama(shape)
-    for parameter in model.parameters():
+    random = train_demo.DemoModel(train_demo.Shape(**SMALL, experts=experts))
+    for parameter in random.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    train_demo.write_model(model, tokenizer, tmp_path)
+    train_demo.write_model(random, tokenizer, tmp_path)
+    model, _ = train_demo.read_model(tmp_path)
+    assert model.shape == random.shape
+    for stored, written in zip(model.parameters(), random.parameters(), strict=True):
+        assert torch.equal(stored, written if experts is None else written.bfloat16().float())
     other = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids = torch.randint(0, shape.vocab_size, (2, 40))
+    assert other.config.architectures == ["LlamaForCausalLM" if experts is None else "MixtralForCausalLM"]
+    ids = torch.randint(0, model.shape.vocab_size, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(model(ids), other(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_quick_run_gives_a_folder_that_transformers_loads(tmp_path: Path) -> None:
+def test_experts_have_the_names_of_the_hub(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As Mixtral is published; transformers, which holds them otherwise, is no witness for what it would also read."""
+    train_demo.write_model(train_demo.DemoModel(train_demo.Shape(**SMALL, experts=EIGHT)), tokenizer, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    prefix = "model.layers.1.block_sparse_moe"
+    shapes = {name.removeprefix(f"{prefix}."): [*tensors[name].shape] for name in tensors if name.startswith(prefix)}
+    wanted = {"w1": [96, 64], "w3": [96, 64], "w2": [64, 96]}
+    assert shapes == {
+        "gate.weight": [8, 64],
+        **{f"experts.{expert}.{name}.weight": size for expert in range(8) for name, size in wanted.items()},
+    }
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_imbalance_is_least_where_experts_are_used_alike() -> None:
+    """1 with each expert in its turn, half their number with two in use; its gradient leads to the unused ones."""
+    layer = train_demo.SparseExperts(8, 4, EIGHT)
+    pairs = torch.eye(8) + torch.eye(8).roll(1, dims=0)
+    with torch.no_grad():
+        layer.gate.weight.copy_(50 * pairs)
+        layer(torch.eye(8)[None])
+        assert float(layer.imbalance) == pytest.approx(1.0)
+        layer(torch.eye(8)[:1].expand(1, 20, 8))
+        assert float(layer.imbalance) == pytest.approx(4.0)
+        layer.gate.weight.copy_(pairs)
+    layer(torch.eye(8)[:1].expand(1, 20, 8))
+    torch.autograd.backward(layer.imbalance)
+    assert layer.gate.weight.grad is not None
+    assert torch.equal(layer.gate.weight.grad[:, 0] > 0, pairs[:, 0] > 0)
+
+
+@pytest.mark.parametrize(("options", "family"), [([], "llama"), (["--experts"], "mixtral")])
+def test_quick_run_gives_a_folder_that_transformers_loads(options: list[str], family: str, tmp_path: Path) -> None:
     """The script as a whole, with a few steps: every file is there and is understood."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    command = [sys.executable, str(ROOT / "tools" / "train_demo.py"), "--quick", "--output", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tools" / "train_demo.py"), "--quick", *options, "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "addition, held out" in done.stdout
@@ -157,7 +199,7 @@ def test_quick_run_gives_a_folder_that_transformers_loads(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == names
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     check_tokenizer(AutoTokenizer.from_pretrained(tmp_path), tmp_path)
-    assert model.config.model_type == "llama"
+    assert model.config.model_type == family
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     threads = str(torch.get_num_threads())
     again = ["--evaluate", "--quick", "--require", "0.95", "--threads", threads, "--output", str(tmp_path)]
@@ -185,12 +227,18 @@ def check_tokenizer(loaded: Any, folder: Path) -> None:
         loaded.apply_chat_template([{"role": "cook", "content": "Hi"}], tokenize=False)
 
 
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Each of the folders that ship."""
+    return train_demo.DENSE_OUTPUT if request.param == "dense" else train_demo.EXPERTS_OUTPUT
+
+
 @pytest.fixture(scope="module")
-def shipped() -> tuple[Any, Any]:
-    """The shipped model and its tokenizer as transformers loads them."""
+def shipped(folder: Path) -> tuple[Any, Any]:
+    """A shipped model and its tokenizer as transformers loads them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def generate(shipped: tuple[Any, Any], prompts: list[str], most: int) -> list[str]:
@@ -203,16 +251,25 @@ def generate(shipped: tuple[Any, Any], prompts: list[str], most: int) -> list[st
     return [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in out.tolist()]
 
 
-def test_shipped_files(shipped: tuple[Any, Any]) -> None:
-    """Small enough, in float32, shaped like a llama with grouped queries, and with the tokenizer it was made with."""
+def test_shipped_files(folder: Path, shipped: tuple[Any, Any]) -> None:
+    """Small enough, computed in float32, with grouped queries, and with the tokenizer it was made with."""
     model, tokenizer = shipped
-    assert (SHIPPED / "model.safetensors").stat().st_size <= 12_000_000
-    config = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))
+    assert (folder / "model.safetensors").stat().st_size <= 12_000_000
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["dtype"] == "float32"
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    made_as = train_demo.DENSE if config["model_type"] == "llama" else train_demo.MIXTURE
+    assert train_demo.Shape.from_config(config) == made_as
     assert config["num_attention_heads"] == 2 * config["num_key_value_heads"] == 8
     assert config["max_position_embeddings"] >= 1024
     assert model.generation_config.eos_token_id == config["eos_token_id"]
-    check_tokenizer(tokenizer, SHIPPED)
+    check_tokenizer(tokenizer, folder)
+
+
+def test_shipped_models_share_their_tokenizer() -> None:
+    """So one model may guess for the other, and a prompt means the same to both."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (train_demo.EXPERTS_OUTPUT / name).read_bytes() == (train_demo.DENSE_OUTPUT / name).read_bytes()
 
 
 def test_shipped_model_adds_what_it_never_saw(shipped: tuple[Any, Any]) -> None:
@@ -232,6 +289,7 @@ def test_shipped_model_adds_what_it_never_saw(shipped: tuple[Any, Any]) -> None:
     ("prompt", "answer"),
     [
         ("37 + 45 =", " 82"),
+        ("8 + 64 =", " 72"),
         ("Count from 3 to 9:", " 3 4 5 6 7 8 9"),
         ("Reverse: apple ->", " elppa"),
         ("Sort: pear apple fig ->", " apple fig pear"),

@@ -9,11 +9,14 @@ from shoal.comm.local import LocalComm
 from shoal.kernels.base import KVCache, PagedBatch
 from shoal.models.causal import CausalModel
 from shoal.parallel.mesh import Axis
+from shoal.parallel.pipeline import Pipeline
 from shoal.worker.sampler import VocabShare
 
 VOCABULARY = 40
 SHARE = VocabShare(0, (VOCABULARY,))
 ALONE = Axis("tp", 0, 1, LocalComm())
+CPU = torch.device("cpu")
+ONE_STAGE = Pipeline(ALONE, ALONE, width=1, dtype=torch.float32, device=CPU, depth=2)
 
 
 class TableModel:
@@ -24,9 +27,9 @@ class TableModel:
         self.steps: list[tuple[list[int], PagedBatch]] = []  # tokens and where they are
         self.rows: list[int] = []  # of each call of `logits`
 
-    def hidden(self, tokens: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        self.steps.append((tokens.tolist(), batch))
-        wanted = tokens if rows is None else tokens[rows]
+    def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
+        self.steps.append((inputs.tolist(), batch))
+        wanted = inputs if rows is None else inputs[rows]
         return wanted.unsqueeze(1).float()
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from shoal.engine.request import encode_tokens
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft import Draft
 from shoal.worker.runner import Runner
-from worker.made_up import ALONE, SHARE, VOCABULARY, TableModel, no_cache
+from worker.made_up import ALONE, ONE_STAGE, SHARE, VOCABULARY, TableModel, no_cache
 
 SIZE = 4
 SCRATCH = 1000
@@ -24,7 +24,9 @@ class Rank:
         self.draft = TableModel(0 if same else 1)
         table = SequenceTable(4, max_model_len, SIZE, torch.device("cpu"), SCRATCH)
         draft = Draft(self.draft.causal, no_cache(), table, SHARE, ALONE, count=COUNT)
-        self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE, draft)
+        self.runner = Runner(
+            *(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE), max_in_flight=2, draft=draft
+        )
         self.step = -1
 
     def run(self, *works: wire.Work, new: Sequence[wire.NewSeq] = ()) -> dict[int, wire.SeqOut]:

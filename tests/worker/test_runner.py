@@ -12,7 +12,7 @@ from shoal.engine.request import encode_tokens
 from shoal.worker.batch import SequenceTable
 from shoal.worker.runner import Runner
 from support.fakes import steady
-from worker.made_up import ALONE, SHARE, VOCABULARY, TableModel, no_cache
+from worker.made_up import ALONE, ONE_STAGE, SHARE, VOCABULARY, TableModel, no_cache
 
 MAX_MODEL_LEN = 400
 GREEDY = wire.Sampling(seed=0)
@@ -25,7 +25,7 @@ class Rank:
     def __init__(self) -> None:
         self.model = TableModel()
         table = SequenceTable(8, MAX_MODEL_LEN, 4, torch.device("cpu"), 4 * len(BLOCKS))
-        self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE)
+        self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE, max_in_flight=2)
         self.step = -1
 
     def plan(self, *works: wire.Work, new: Sequence[wire.NewSeq] = (), released: wire.Ids = ()) -> wire.StepPlan:

@@ -15,6 +15,7 @@ from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
 from shoal.frontend.llm import LLM
 from shoal.frontend.measure import Meter, Shape, medians
+from shoal.frontend.measure_comm import ExpertTraffic, measure_experts
 from shoal.frontend.model import open_model
 
 _READY = "ready: "
@@ -22,7 +23,7 @@ _READY = "ready: "
 
 @click.group()
 def bench() -> None:
-    """Measure throughput, latency and start-up.
+    """Measure throughput, latency, start-up and communication.
 
     MODEL is a folder, an id on the hub, or shape:NAME: a real model's sizes with made-up weights, such as
     shape:qwen3-0.6b or shape:llama-10m.
@@ -137,6 +138,54 @@ def _start_once() -> dict[str, float]:
                 ready = time.monotonic() - begun
                 return {"ready": ready, **json.loads(line.removeprefix(_READY))}
     raise EngineError(f"{' '.join(command)} ended with code {process.returncode} before it was ready")
+
+
+@bench.command()
+@click.option("--pattern", type=click.Choice(["moe"]), default="moe", show_default=True, help="who talks to whom")
+@click.option("--ranks", type=click.IntRange(2), default=2, show_default=True, help="processes, a replica each")
+@click.option("--experts", type=click.IntRange(1), default=64, show_default=True, help="of a layer, on all ranks")
+@click.option("--top-k", type=click.IntRange(1), default=8, show_default=True, help="experts of a token")
+@click.option("--hidden-size", type=click.IntRange(1), default=2048, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(0),
+    multiple=True,
+    default=(1, 4, 16, 64, 256, 1024, 4096),
+    show_default=True,
+    help="on each rank; may be given several times",
+)
+@click.option("--repeat", type=click.IntRange(1), default=9, show_default=True, help="measured exchanges of each size")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of the table")
+@click.option("--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to this file")
+def comm(pattern: str, as_json: bool, output: Path | None, **sizes: Any) -> None:
+    """What it takes to bring tokens to their experts on other ranks and back: time and bytes, by all2all backend."""
+    traffic = ExpertTraffic(**sizes)
+    chosen, why = traffic.choose()
+    results = measure_experts(traffic)
+    report = {
+        "benchmark": "comm",
+        "pattern": pattern,
+        **{name: getattr(traffic, name) for name in ExpertTraffic.__slots__},
+        "auto": chosen,
+        "why": why,
+        "results": results,
+    }
+    if not as_json:
+        _print_table(results)
+        print(f"\nauto takes {chosen}: {why}")
+    if as_json or output is not None:
+        _write(report, output)
+
+
+def _print_table(results: list[dict[str, Any]]) -> None:
+    """A line for each number of tokens, the backends beside each other."""
+    backends = list(dict.fromkeys(result["backend"] for result in results))
+    print(" " * 8 + "".join(f"{backend:>34}" for backend in backends))
+    print(f"{'tokens':>8}" + f"{'us':>14}{'bytes a rank':>20}" * len(backends))
+    for tokens in dict.fromkeys(result["tokens"] for result in results):
+        row = [result for result in results if result["tokens"] == tokens]
+        print(f"{tokens:>8}" + "".join(f"{each['us']:>14.0f}{each['sent_bytes']:>20.0f}" for each in row))
 
 
 def _write(report: dict[str, Any], output: Path | None) -> None:

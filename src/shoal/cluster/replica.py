@@ -1,91 +1,150 @@
-"""An engine in a process of its own, as an EngineClient."""
+"""An engine that runs by itself, in a process or on a thread, as an EngineClient."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol
 
 from shoal import wire
+from shoal.cluster.engine_thread import ThreadHost
 from shoal.errors import ClosedError, EngineError, UserError
-from shoal.transport.channel import ChannelClosed, wait
-from shoal.transport.process import ChildProcess, end_all
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.process import ChildProcess
 
 _SLICE_S = 0.5
 _QUIET_S = 3.0  # without a word for so long while one is awaited, the process is looked at: was it stopped?
 _END_S = 1.5
 
 
-class EngineProcess:
-    """Starts `python -m shoal.frontend.engine_process`, which ends when this process does."""
+class Host(Protocol):
+    """Where an engine runs, and the way to it: a ChildProcess, or a thread."""
+
+    channel: Channel
+
+    def stopped(self) -> bool: ...
+
+    def death(self) -> str: ...
+
+    def say(self, goodbye: bytes) -> None: ...
+
+    def wait(self, timeout: float) -> bool: ...
+
+    def kill(self) -> None: ...
+
+
+class Replica:
+    """The engine starts when this is made, and is ready when `ready` gives something. It answers between steps, within
+    `answer_timeout` seconds."""
 
     def __init__(
-        self, model: str | None, options: Mapping[str, Any], *, start_timeout: float, answer_timeout: float
+        self, host: Host, setup: wire.EngineSetup, *, name: str, answer_timeout: float, one_of_many: bool = False
     ) -> None:
-        """Waits until the engine is ready. It answers between steps, within `answer_timeout` seconds.
-
-        Raises:
-            UserError: the engine was asked for something that can't work.
-            EngineError: it failed, or was not ready in time.
-        """
+        """`name` is for errors; also for those that the engine reports itself, if it is one of many."""
+        self.name = name
+        self.died = False  # the failure is not what the engine had to say
+        self._host = host
+        self._signature = f"{name}: " if one_of_many else ""
+        self._answer_timeout = answer_timeout
         self._updates: list[wire.SeqUpdate] = []
         self._stats: list[wire.EngineStats] = []
         self._failure: EngineError | None = None
+        self._told = True  # has somebody been told of the failure?
         self._closed = False
         self._heard = time.monotonic()
-        self._answer_timeout = answer_timeout
-        self._child = ChildProcess("shoal.frontend.engine_process")
         try:
-            self._send(wire.EngineSetup(model, dict(options)))
-            self._await_stats("start", start_timeout)
+            self._send(wire.encode(setup))
         except BaseException:
             self.close()
             raise
 
     @property
-    def pid(self) -> int:
-        return self._child.pid
+    def channel(self) -> Channel:
+        """Readable when it has something to say."""
+        return self._host.channel
+
+    def ready(self, timeout: float) -> wire.EngineStats | None:
+        """What it starts with, once it can take requests; None if that is not within `timeout` seconds.
+
+        Raises:
+            UserError: the engine was asked for something that can't work.
+            EngineError: it failed.
+        """
+        if not self._stats:
+            self._receive(timeout)
+        return self._stats.pop() if self._stats else None
+
+    def await_ready(self, timeout: float) -> None:
+        """
+        Raises:
+            UserError, EngineError: as `ready`, or it was not ready within `timeout` seconds.
+        """
+        try:
+            self._await_stats("start", timeout)
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, request: wire.EngineRequest) -> None:
-        self._send(request)
+        self._send(wire.encode(request))
 
     def abort(self, seqs: Sequence[int]) -> None:
         if seqs and not self._closed and self._failure is None:
-            self._send(wire.Abort(tuple(seqs)))
+            self._send(wire.encode(wire.Abort(tuple(seqs))))
 
     def updates(self, timeout: float) -> list[wire.SeqUpdate]:
         self._check_open()
         if not self._updates:
-            self._receive(timeout)
+            try:
+                self._receive(timeout)
+            except EngineError:
+                self._told = not self._updates
+                if self._told:
+                    raise  # otherwise next time: what came before is handed out first
         updates, self._updates = self._updates, []
         return updates
 
-    def stats(self) -> wire.EngineStats:
-        self._send(wire.StatsQuery())
-        return self._await_stats("stats", self._answer_timeout)
+    def stats(self, timeout: float | None = None) -> wire.EngineStats:
+        """
+        Raises:
+            EngineError: it has failed, or does not answer within `timeout` seconds, for which it is ended.
+        """
+        self._send(wire.encode(wire.StatsQuery()))
+        return self._await_stats("stats", self._answer_timeout if timeout is None else timeout)
 
     def close(self) -> None:
+        close_all([self])
+
+    def say_goodbye(self) -> None:
+        """What ends it, without waiting for the end."""
+        if not self._closed and self._failure is None:
+            self._host.say(wire.encode(wire.Stop()))
+
+    def end(self, deadline: float) -> None:
+        """Waits until `deadline` (time.monotonic()) at most, and kills what is left. Idempotent, never raises."""
         if not self._closed:
             self._closed = True
-            end_all([self._child], None if self._failure else wire.encode(wire.Stop()), _END_S)
+            if self._failure is None:
+                self._host.wait(max(0.0, deadline - time.monotonic()))
+            self._host.kill()
 
     def _await_stats(self, what: str, timeout: float) -> wire.EngineStats:
         begun = time.monotonic()
         while not self._stats:
             self._receive(_SLICE_S)
             if time.monotonic() - begun > timeout:
-                self._fail(f"engine process {self.pid} did not answer {what} within {timeout:g} s")
+                self._fail(f"{self.name} did not answer {what} within {timeout:g} s")
         return self._stats.pop()
 
     def _receive(self, timeout: float) -> None:
         """Sorts what arrives within `timeout` seconds."""
-        if not wait([self._child.channel], timeout):
-            if time.monotonic() - self._heard > _QUIET_S and self._child.stopped():
-                self._fail(f"engine process {self.pid} is stopped (SIGSTOP or a debugger)")
+        if not wait([self._host.channel], timeout):
+            if time.monotonic() - self._heard > _QUIET_S and self._host.stopped():
+                self._fail(f"{self.name} is stopped (SIGSTOP or a debugger)")
             return
         self._heard = time.monotonic()
         try:
-            frames = self._child.channel.receive()
+            frames = self._host.channel.receive()
         except ChannelClosed:
-            self._fail(f"engine process {self.pid} {self._child.death()}")
+            self._fail(f"{self.name} {self._host.death()}")
         for frame in frames:
             match wire.from_engine.decode(frame):
                 case wire.Updates() as message:
@@ -93,23 +152,62 @@ class EngineProcess:
                 case wire.EngineStats() as stats:
                     self._stats.append(stats)
                 case wire.EngineFailure() as failure:
-                    self._fail(failure.error, user_error=failure.user_error)
+                    self._fail(self._signature + failure.error, reported=True, user_error=failure.user_error)
 
-    def _send(self, message: wire.ToEngine) -> None:
+    def _send(self, frame: bytes) -> None:
         self._check_open()
         try:
-            self._child.channel.send(wire.encode(message))
+            self._host.channel.send(frame)
         except ChannelClosed:
             self._receive(0)  # its last words, if it had any
-            self._fail(f"engine process {self.pid} {self._child.death()}")
+            self._fail(f"{self.name} {self._host.death()}")
 
-    def _fail(self, message: str, *, user_error: bool = False) -> NoReturn:
+    def _fail(self, message: str, *, reported: bool = False, user_error: bool = False) -> NoReturn:
         self._failure = EngineError(message)
-        self._child.kill()
+        self.died = not reported
+        self._host.kill()
         raise UserError(message) if user_error else self._failure
 
     def _check_open(self) -> None:
+        if self._failure is not None and not self._told:
+            self._told = True
+            raise self._failure
         if self._failure is not None:
             raise ClosedError(f"the engine has failed: {self._failure}")
         if self._closed:
             raise ClosedError("the engine was closed")
+
+
+class EngineProcess(Replica):
+    """Starts `python -m shoal.frontend.engine_process`, which ends when this process does."""
+
+    def __init__(self, setup: wire.EngineSetup, *, answer_timeout: float) -> None:
+        child = ChildProcess("shoal.frontend.engine_process")
+        alone = setup.place.size == 1
+        name = f"engine process {child.pid}" if alone else f"replica {setup.place.rank} (process {child.pid})"
+        super().__init__(child, setup, name=name, answer_timeout=answer_timeout, one_of_many=not alone)
+        self.pid = child.pid
+
+
+class EngineThread(Replica):
+    """Starts `serve` with the other end of the channel on a thread of this process; it ends when the channel does."""
+
+    def __init__(self, serve: Callable[[Channel], None], setup: wire.EngineSetup, *, answer_timeout: float) -> None:
+        name = f"replica {setup.place.rank} (thread)"
+        host = ThreadHost(serve, f"shoal-replica-{setup.place.rank}")
+        super().__init__(host, setup, name=name, answer_timeout=answer_timeout, one_of_many=True)
+
+
+class _Ending(Protocol):
+    def say_goodbye(self) -> None: ...
+
+    def end(self, deadline: float) -> None: ...
+
+
+def close_all(replicas: Sequence[_Ending]) -> None:
+    """Ends all of them at the same time. Idempotent, never raises."""
+    for replica in replicas:
+        replica.say_goodbye()
+    deadline = time.monotonic() + _END_S
+    for replica in replicas:
+        replica.end(deadline)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -14,7 +15,7 @@ class Total:
     """Of one operation."""
 
     count: int = 0
-    sent_bytes: int = 0  # to other ranks, as the operation asks for it
+    sent_bytes: int = 0  # to other ranks: the least that the operation asks of this rank
 
 
 @dataclass(slots=True)
@@ -37,6 +38,26 @@ class Progress:
 
     def __str__(self) -> str:
         return f"{self.operation} #{self.count}" if self.operation else f"after operation #{self.count}"
+
+
+def reduced_bytes(x: Tensor, size: int) -> int:
+    """What a rank sends in an all-reduce: the others' shares of its own tensor, and its share of the sum to them."""
+    return 2 * x.nbytes * (size - 1) // size
+
+
+def bytes_to_others(x: Tensor, sizes: Sequence[int], rank: int) -> int:
+    """Of rows that go to ranks in order, `sizes[r]` to rank r."""
+    return (len(x) - sizes[rank]) * x[:1].nbytes if len(x) else 0
+
+
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """The same bits wherever a row stands and whatever is beside it: parts are added one after the other,
+    half-precision types in float32. Gives a new tensor of the parts' type."""
+    dtype = parts[0].dtype
+    total = parts[0].to(torch.float32 if dtype.itemsize < 4 else dtype, copy=True)
+    for part in parts[1:]:
+        total += part
+    return total.to(dtype)
 
 
 class Sending(Protocol):
@@ -76,7 +97,8 @@ class Communicator(Protocol):
         """Ranks' tensors side by side along `dim`; rank r brings `sizes[r]` there, which may be 0."""
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The sum over ranks, of which rank r gets `sizes[r]` rows."""
+        """The sum over ranks, of which rank r gets `sizes[r]` rows. They are added in the ranks' order, half-precision
+        types in float32: a row's bits depend on nothing else."""
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Rows of x go to ranks in order, `send[r]` to rank r; `receive[r]` come from it."""

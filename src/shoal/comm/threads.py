@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.comm.base import Progress, Sending, Sent
+from shoal.comm.base import Progress, Sending, Sent, bytes_to_others, reduced_bytes, sum_in_order
 from shoal.errors import CommAborted, CommTimeout
 
 
@@ -67,6 +67,19 @@ class ThreadGroup:
             self._changed.notify_all()
 
 
+class ThreadGroups:
+    """Groups by name: whoever asks first makes one."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._groups: dict[str, ThreadGroup] = {}
+
+    def group(self, name: str, size: int) -> ThreadGroup:
+        with self._lock:
+            return self._groups.setdefault(name, ThreadGroup(size, self._timeout_s))
+
+
 class ThreadComm:
     """Tensors change hands by reference, so every result is a new tensor or one that nobody writes."""
 
@@ -76,30 +89,31 @@ class ThreadComm:
         self.progress = Progress()
         self._group = group
 
-    def _exchange(self, value: Any, operation: str) -> list[Any]:
-        with self.progress.during(operation):
+    def _exchange(self, value: Any, operation: str, sent_bytes: int = 0) -> list[Any]:
+        with self.progress.during(operation, sent_bytes):
             return self._group.exchange(self.rank, value, operation)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        parts = self._exchange(x, "all_reduce")
+        parts = self._exchange(x, "all_reduce", reduced_bytes(x, self.size))
         total: Tensor = parts[0] + parts[1]  # every rank sums in rank order: the same bits on each
         for part in parts[2:]:
             total += part
         return total
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
-        return torch.cat(self._exchange(x, "all_gather"), dim)
+        return torch.cat(self._exchange(x, "all_gather", x.nbytes * (self.size - 1)), dim)
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        parts = [part.split(list(sizes))[self.rank] for part in self._exchange(x, "reduce_scatter")]
-        return torch.stack(parts).sum(0)
+        parts = self._exchange(x.split(list(sizes)), "reduce_scatter", bytes_to_others(x, sizes, self.rank))
+        return sum_in_order([part[self.rank] for part in parts])
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        shares = self._exchange(x.split(list(send)), "all_to_all")
+        shares = self._exchange(x.split(list(send)), "all_to_all", bytes_to_others(x, send, self.rank))
         return torch.cat([share[self.rank] for share in shares])
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        found: Tensor = self._exchange(x, "broadcast")[root].clone()
+        sent_bytes = x.nbytes * (self.size - 1) if self.rank == root else 0
+        found: Tensor = self._exchange(x, "broadcast", sent_bytes)[root].clone()
         return found
 
     def send(self, x: Tensor, to: int) -> Sending:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from shoal.comm.base import Progress, Sending
+from shoal.comm.base import Progress, Sending, bytes_to_others, reduced_bytes, sum_in_order
 from shoal.errors import CommAborted, CommError, CommTimeout
 
 c10d: Any = torch.distributed  # its bindings carry no usable types
@@ -94,32 +94,29 @@ class TorchComm:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        with self._named("all_reduce"):
+        with self._named("all_reduce", reduced_bytes(x, self.size)):
             self._wait(self._group.allreduce([x]))
         return x
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         if dim != 0:
             return self.all_gather(x.transpose(0, dim), sizes).transpose(0, dim).contiguous()
-        # gloo wants equal sizes: the shorter parts are padded, and the padding is cut off again.
-        longest = max(sizes)
-        padded = x.contiguous()
-        if len(x) < longest:
-            padded = x.new_zeros((longest, *x.shape[1:]))
-            padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        with self._named("all_gather"):
-            self._wait(self._group.allgather([parts], [padded]))
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        # The backends' own takes equal sizes only, and copies what it has received twice.
+        copies = x.repeat(self.size, *[1] * (x.dim() - 1))
+        return self._exchange("all_gather", copies, [len(x)] * self.size, sizes)
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        # Neither backend scatters uneven shares; the sum is the same, and groups are small.
-        shares: Sequence[Tensor] = self.all_reduce(x).split(list(sizes))
-        return shares[self.rank]
+        # Neither backend scatters uneven shares, and how they sum a row depends on where it stands.
+        mine = sizes[self.rank]
+        parts = self._exchange("reduce_scatter", x, sizes, [mine] * self.size)
+        return sum_in_order(parts.view(self.size, mine, *x.shape[1:]).unbind())
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        return self._exchange("all_to_all", x, send, receive)
+
+    def _exchange(self, operation: str, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         out = x.new_empty((sum(receive), *x.shape[1:]))
-        with self._named("all_to_all"):
+        with self._named(operation, bytes_to_others(x, send, self.rank)):
             self._wait(self._group.alltoall_base(out, x.contiguous(), list(receive), list(send)))
         return out
 
@@ -128,7 +125,7 @@ class TorchComm:
         options = c10d.BroadcastOptions()
         options.rootRank = root
         options.rootTensor = 0
-        with self._named("broadcast"):
+        with self._named("broadcast", x.nbytes * (self.size - 1) if self.rank == root else 0):
             self._wait(self._group.broadcast([x], options))
         return x
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
@@ -9,7 +10,7 @@ from shoal.engine.grammar import Grammar, Grammars
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
 from shoal.engine.speculation import Guesser
 from shoal.errors import ClosedError, EngineError, RequestError
-from shoal.protocols import Executor, Policy
+from shoal.protocols import Executor, Lockstep, Policy
 
 _STATS_TIMEOUT_S = 30.0
 _AUDIT_EVERY_S = 5.0
@@ -18,8 +19,11 @@ _AUDIT_EVERY_S = 5.0
 class EngineCore:
     """An EngineClient in this process: `updates` drives it.
 
-    `max_in_flight` plans are with the ranks at a time. With two, the next step is there when the ranks have ended
-    the one before, and the engine's own work takes none of their time.
+    `max_in_flight` plans are with the ranks at a time. With one more than there are stages, the next step is there when
+    the first stage has ended the one before, and the engine's own work takes none of the ranks' time.
+
+    Replicas in lockstep launch steps without work for each other's sake. Whoever waits while an engine is not `busy`
+    is woken by the lockstep: nothing here waits for it.
     """
 
     def __init__(
@@ -35,9 +39,10 @@ class EngineCore:
         incarnation: int = 0,
         grammars: Grammars | None = None,
         make_guesser: Callable[[], Guesser | None] = lambda: None,
+        lockstep: Lockstep | None = None,
     ) -> None:
         """`incarnation` marks this engine's messages: what answers another one's is dropped. Without `grammars`
-        requests that bring one are refused."""
+        requests that bring one are refused. With `lockstep` as many steps are launched as by the other replicas."""
         self._executor = executor
         self._limits = limits
         self._pool = BlockPool(executor.num_blocks, block_size)
@@ -45,13 +50,15 @@ class EngineCore:
         self._grammars = grammars
         self._scheduler = Scheduler(
             self._pool,
-            limits,
+            replace(limits, stages=min(limits.stages, max_in_flight)),  # no more batches than plans
             policy or PriorityPolicy(),
             clock,
             prefix_caching=prefix_caching,
             make_guesser=make_guesser,
             incarnation=incarnation,
+            lockstep=lockstep is not None,
         )
+        self._lockstep = lockstep
         self._clock = clock
         self._next_audit = float("-inf")
         self._max_in_flight = max_in_flight
@@ -83,8 +90,10 @@ class EngineCore:
                     if result.incarnation == self._incarnation:
                         self._apply(result)
         except EngineError as error:
-            self._failure = error
-            raise
+            self._failure = self._cause(error)
+            if self._failure is error:
+                raise
+            raise self._failure from error
         except Exception as error:  # a plan may have left half-way: nobody knows what the ranks wait for
             self._failure = EngineError(f"{type(error).__name__}: {error}")
             raise self._failure from error
@@ -100,18 +109,38 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         """Is there anything that `updates` would work on or hand out?"""
-        return not self._scheduler.idle or self._scheduler.has_updates
+        try:
+            return not self._scheduler.idle or self._scheduler.has_updates or self._behind
+        except EngineError:  # `updates` raises it too
+            return True
+
+    @property
+    def _behind(self) -> bool:
+        """Have other replicas launched steps that this one has not?"""
+        return self._lockstep is not None and self._lockstep.due() > self._scheduler.num_steps
+
+    def _cause(self, error: EngineError) -> EngineError:
+        """The failure of another replica, where one is known: what fails here then has followed from it."""
+        try:
+            _ = self._behind
+        except EngineError as theirs:
+            return theirs
+        return error
 
     def _launch(self) -> None:
+        behind = self._behind  # asked even where no plan may leave: another replica may have failed
         while self._scheduler.num_in_flight < self._max_in_flight:
             begun = time.perf_counter_ns()
-            plan = self._scheduler.schedule()
+            plan = self._scheduler.schedule(must=behind)
             if plan is not None:
                 self._executor.launch(plan)
+                if self._lockstep is not None:
+                    self._lockstep.launched(self._scheduler.num_steps)
                 self._mask(plan)
             self._schedule_ns += time.perf_counter_ns() - begun
             if plan is None:
                 return
+            behind = self._behind
 
     def _mask(self, plan: wire.StepPlan) -> None:
         """Behind a plan that is masked, and while the ranks compute it."""

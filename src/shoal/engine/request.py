@@ -42,6 +42,7 @@ class Request:
     cached_tokens: int = 0  # of its prompt, found in the prefix cache at admission
     guessed: int = 0  # tokens in flight that are guesses
     prompt_reported: int = 0  # prompt tokens whose log-probabilities are known
+    turn: int = 0  # the first step in which nobody would wait for its last token
 
     @property
     def length(self) -> int:
@@ -52,12 +53,22 @@ class Request:
         return len(self.tokens) - self.prompt_len
 
     @property
+    def complete(self) -> bool:
+        """Has the last token allowed been asked for?"""
+        return self.length - self.prompt_len >= self.spec.max_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Does it want single tokens from now on?"""
+        return not self.complete and self.length - self.computed <= 1
+
+    @property
     def uncomputed(self) -> int:
         """Tokens that could be computed now; 0 when the last one allowed is on its way.
 
         A grammar and a guesser go on from tokens that are known, so nothing is planned behind one that is not.
         """
-        if self.length - self.prompt_len >= self.spec.max_tokens:
+        if self.complete:
             return 0
         if self.pending and (self.grammar is not None or self.guesser is not None):
             return 0

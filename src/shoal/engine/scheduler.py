@@ -3,10 +3,23 @@
 There is no prefill phase and no decode phase. A step has a token budget; running requests take from it first, chunks
 of waiting prompts get what is left. Plans are made before the tokens of earlier ones are known, so a request may be
 scheduled once or twice past its end; what comes back for it then is dropped.
+
+A pipeline of S stages works on S steps at a time. The first stage waits if a step needs a token that the last one has
+not drawn yet, and any stage does if a step takes longer than the next. So
+
+- a request whose token is drawn in step n is in step n + S at the earliest, unless the token is known before, or a step
+  would be empty without it (then the stages have nothing else to do, and the plan is there when the token is);
+- a step takes one in S of the requests that want single tokens (what is over goes to the first steps of each S): those
+  that have waited longest, then the policy's first. Where the budget is too short even for those, the policy alone
+  decides, as it does about blocks;
+- new requests come in with prompts cut as `spread` says, and not more of them than their share of the draws.
+
+Chunks of one prompt need nothing of each other that a stage does not have, and follow each other in consecutive steps.
+With one stage all of this says nothing.
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from shoal import wire
@@ -14,6 +27,7 @@ from shoal.engine.blocks import BlockPool
 from shoal.engine.grammar import Grammar
 from shoal.engine.request import Request, State, decode_tokens, encode_tokens
 from shoal.engine.speculation import Guesser
+from shoal.engine.spread import PromptSpread
 from shoal.errors import EngineError, RequestError
 from shoal.protocols import Policy
 from shoal.wire import Ids
@@ -34,6 +48,7 @@ class Limits:
     max_num_batched_tokens: int
     max_model_len: int
     window: int | None = None  # tokens that any layer looks back on, itself included; None: all of them
+    stages: int = 1  # of the pipeline, which works on as many steps at a time
 
 
 @dataclass(slots=True)
@@ -52,8 +67,25 @@ class _Draft:
     """A plan in the making."""
 
     budget: int
+    share: int  # tokens that prompts shall have of it
     work: dict[Request, wire.Work] = field(default_factory=dict)
     new: list[wire.NewSeq] = field(default_factory=list)
+    draws: int = 0
+
+    def add(self, request: Request, work: wire.Work) -> None:
+        self.work[request] = work
+        self._count(work, 1)
+
+    def take_back(self, request: Request) -> wire.Work | None:
+        work = self.work.pop(request, None)
+        if work is not None:
+            self._count(work, -1)
+        return work
+
+    def _count(self, work: wire.Work, times: int) -> None:
+        self.budget -= times * work.count
+        self.share -= times * _prompt_tokens(work)
+        self.draws += times * work.sample
 
 
 class Scheduler:
@@ -67,13 +99,17 @@ class Scheduler:
         prefix_caching: bool = True,
         make_guesser: Callable[[], Guesser | None] = lambda: None,
         incarnation: int = 0,
+        lockstep: bool = False,
     ) -> None:
+        """`lockstep`: all plans say that ranks of other replicas take part."""
         self.counters = Counters()
         self._prefix_caching = prefix_caching
         self._make_guesser = make_guesser
         self._incarnation = incarnation
+        self._lockstep = lockstep
         self._pool = pool
         self._limits = limits
+        self._spread = PromptSpread(limits.stages, limits.max_num_batched_tokens)
         self._policy = policy
         self._clock = clock
         self._requests: dict[int, Request] = {}
@@ -89,25 +125,36 @@ class Scheduler:
     # --- what clients ask for ------------------------------------------------------------------------------------
 
     def add(self, spec: wire.EngineRequest, grammar: Grammar | None = None) -> None:
-        """Takes a request over. `grammar` is the state of what its output must look like.
+        """Takes a request over. `grammar` is the state of what its output must look like, at its beginning.
+
+        A request that was begun elsewhere goes on behind the output it has; one that has all of it ends at once.
 
         Raises:
             RequestError: it can never run. The frontend checks prompts before; this is the engine's own guard.
         """
         tokens = decode_tokens(spec.tokens)
-        if not tokens or len(tokens) + spec.max_tokens > self._limits.max_model_len or spec.max_tokens < 1:
+        prompt_len = spec.prompt_len or len(tokens)
+        if not 0 < prompt_len <= len(tokens):
+            raise RequestError(f"request {spec.seq}: {prompt_len} of its {len(tokens)} tokens can't be the prompt")
+        if prompt_len + spec.max_tokens > self._limits.max_model_len or spec.max_tokens < 1:
             raise RequestError(
-                f"request {spec.seq}: {len(tokens)} prompt tokens and {spec.max_tokens} to generate "
+                f"request {spec.seq}: {prompt_len} prompt tokens and {spec.max_tokens} to generate "
                 f"do not fit into {self._limits.max_model_len}"
             )
         if spec.seq in self._requests:
             raise RequestError(f"request {spec.seq} exists already")
+        if grammar is not None:
+            _advance(grammar, spec.seq, tokens[prompt_len:])
         self._arrivals += 1
         rank = self._policy.rank(spec, self._arrivals)
         guesser = self._make_guesser()
         if guesser is not None:
             guesser.accept(tokens, ())
-        request = Request(spec, self._arrivals, rank, tokens, len(tokens), self._salt(spec), grammar, guesser)
+        request = Request(spec, self._arrivals, rank, tokens, prompt_len, self._salt(spec), grammar, guesser)
+        finish = _finish_at(request) if request.generated else None
+        if finish is not None:
+            self._updates.append(wire.SeqUpdate(spec.seq, (), finish=finish))
+            return
         self._requests[spec.seq] = request
         self._wait(request)
         if spec.deadline is not None:
@@ -128,14 +175,17 @@ class Scheduler:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> wire.StepPlan | None:
-        """The next plan, None if there is nothing to do before more results are in."""
+    def schedule(self, *, must: bool = False) -> wire.StepPlan | None:
+        """The next plan, None if there is nothing to do before more results are in; a plan without work then, if
+        there `must` be one."""
         self._expire()
-        draft = _Draft(self._limits.max_num_batched_tokens)
-        preempted = self._continue_running(draft)
+        draft = _Draft(self._limits.max_num_batched_tokens, self._spread.share(self._backlog))
+        preempted = self._continue_running(draft, self._in_turn())
         if not preempted:
             self._admit_waiting(draft)
-        if not draft.work and (self._flights or not self._released):
+        if not draft.work:
+            self._continue_running(draft, self._out_of_turn())
+        if not draft.work and not must and (self._flights or not self._released):
             return None
         plan = wire.StepPlan(
             incarnation=self._incarnation,
@@ -143,21 +193,53 @@ class Scheduler:
             work=tuple(draft.work.values()),
             new=tuple(draft.new),
             released=tuple(self._released),
+            lockstep=self._lockstep,
         )
+        self._spread.took(sum(_prompt_tokens(work) for work in plan.work))
         self._flights[plan.step] = tuple(draft.work)
         self._released.clear()
         self._next_step += 1
         return plan
 
-    def _continue_running(self, draft: _Draft) -> bool:
-        """Gives running requests their next tokens; True if one had to make room for another.
+    def _backlog(self) -> int:
+        """Tokens of prompts that could be computed now: of running requests, and of waiting ones as far as there are
+        places and blocks for them. An estimate: part of them may be in the prefix cache."""
+        running = sum(request.uncomputed for request in self._running if not request.decodes)
+        places = self._limits.max_num_seqs - len(self._running)
+        waiting = sum(  # the first of a heap are about its least
+            len(request.tokens) for *_, request in self._waiting[:places] if request.state is State.WAITING
+        )
+        return running + min(waiting, self._pool.num_free * self._pool.block_size)
+
+    def _in_turn(self) -> set[Request]:
+        """Who gets a single token in the next step."""
+        if self._limits.stages == 1:  # whoever wants one; to look at all of them takes as long as to plan
+            return set(self._running)
+        return self._longest_waiting(lambda request: not request.pending or request.turn <= self._next_step)
+
+    def _out_of_turn(self) -> set[Request]:
+        """Who gets one if nobody else is to do: no more than one step behind a token that is not known."""
+        return self._longest_waiting(lambda request: request.pending == 1 and request.turn > self._next_step)
+
+    def _longest_waiting(self, may: Callable[[Request], bool]) -> set[Request]:
+        decoding = [request for request in self._running if request.decodes]
+        ready = [request for request in decoding if request.uncomputed and may(request)]
+        stages = self._limits.stages
+        if len(decoding) > stages * self._limits.max_num_batched_tokens:
+            return set(ready)
+        share = max((len(decoding) + stages - 1 - self._next_step % stages) // stages, 1)
+        return set(sorted(ready, key=lambda request: request.turn)[:share])
+
+    def _continue_running(self, draft: _Draft, turn: Container[Request]) -> bool:
+        """Gives running requests their next tokens, single ones to those whose `turn` it is; True if one had to make
+        room for another.
 
         Those that need a single token come first: a long prompt in chunks delays nobody's next token.
         """
         preempted = False
         for request in sorted(self._running, key=lambda running: running.uncomputed > 1):
             self._retire_blocks(request)
-            wanted = min(request.uncomputed, draft.budget)
+            wanted = self._wanted(request, draft, turn)
             if wanted == 0 or request.state is not State.RUNNING:  # waits for results, or made room for another
                 continue
             while request.state is State.RUNNING and self._room(request) == 0:
@@ -170,6 +252,14 @@ class Scheduler:
         for request in draft.work:
             self._cache_blocks(request)
         return preempted
+
+    def _wanted(self, request: Request, draft: _Draft, turn: Container[Request]) -> int:
+        left = request.uncomputed
+        if left > 1:
+            left = self._spread.cut(left, draft.share)
+        elif request not in turn:
+            return 0
+        return min(left, draft.budget)
 
     def _room(self, request: Request) -> int:
         """Tokens that fit into its blocks and the free ones."""
@@ -193,7 +283,9 @@ class Scheduler:
         return max(self._pool.num_free - len(self._running), 0)
 
     def _admit_waiting(self, draft: _Draft) -> None:
-        while draft.budget > 0 and len(self._running) < self._limits.max_num_seqs:
+        places = self._limits.max_num_seqs - len(self._running)
+        most_draws = -(-(len(self._running) + min(places, len(self._waiting))) // self._limits.stages)
+        while draft.budget > 0 and draft.draws < most_draws and len(self._running) < self._limits.max_num_seqs:
             request = self._next_waiting()
             if request is None:
                 return
@@ -203,12 +295,18 @@ class Scheduler:
             wanted = -(-len(request.tokens) // self._pool.block_size) - len(prefix)
             if wanted > self._pool.num_free - self._pool.num_unused(prefix):
                 return
+            # Where all tokens are found, the last one is computed once more, for what follows it. No rank writes it.
+            computed = min(len(prefix) * self._pool.block_size, len(request.tokens) - 1)
+            left = len(request.tokens) - computed
+            count = min(self._spread.cut(left, draft.share) if left > 1 else left, draft.budget)
+            if count == 0:
+                return
             heapq.heappop(self._waiting)
-            self._start(request, prefix, draft)
+            self._start(request, prefix, computed, draft)
+            self._give_work(request, count, draft)
+            self._cache_blocks(request)
 
-    def _start(self, request: Request, prefix: list[int], draft: _Draft) -> None:
-        """Where all tokens are found, the last one is computed once more, for what follows it. No rank writes it."""
-        computed = min(len(prefix) * self._pool.block_size, len(request.tokens) - 1)
+    def _start(self, request: Request, prefix: list[int], computed: int, draft: _Draft) -> None:
         self._pool.take(prefix)
         request.state = State.RUNNING
         request.blocks = prefix
@@ -218,7 +316,7 @@ class Scheduler:
             self.counters.prefix_queries += len(request.tokens)
             self.counters.prefix_hits += computed
         if request.epoch == 0:
-            request.cached_tokens = computed
+            request.cached_tokens = min(computed, request.prompt_len)
             self.counters.prompt_tokens += request.prompt_len
         self._running.append(request)
         self._running.sort(key=lambda running: running.rank)
@@ -233,8 +331,6 @@ class Scheduler:
             )
         )
         self._retire_blocks(request)
-        self._give_work(request, min(request.uncomputed, draft.budget), draft)
-        self._cache_blocks(request)
 
     def _give_work(self, request: Request, count: int, draft: _Draft, guesses: Ids = ()) -> None:
         start = request.computed
@@ -246,9 +342,10 @@ class Scheduler:
         request.pending += sample
         request.guessed = len(guesses)
         request.in_flight += 1
-        draft.budget -= count
+        if sample:
+            request.turn = self._next_step + self._limits.stages
         masked = sample and request.grammar is not None
-        draft.work[request] = wire.Work(request.spec.seq, start, count, sample, tuple(blocks), guesses, masked)
+        draft.add(request, wire.Work(request.spec.seq, start, count, sample, tuple(blocks), guesses, masked))
 
     def _blocks_wanted(self, request: Request, sample: bool) -> int:
         """Blocks for what is computed, and for a draft model's guesses if there are free ones."""
@@ -273,9 +370,8 @@ class Scheduler:
 
     def _preempt(self, request: Request, draft: _Draft) -> None:
         """Gives a request's blocks back; it will compute its tokens again, once those in flight are known."""
-        taken_back = draft.work.pop(request, None)
+        taken_back = draft.take_back(request)
         if taken_back is not None:
-            draft.budget += taken_back.count
             request.pending -= taken_back.sample
             request.in_flight -= 1
             request.guessed = 0
@@ -364,9 +460,7 @@ class Scheduler:
         request.tokens.append(token)
         if request.grammar is not None:
             request.grammar.accept((token,))
-        if token in request.spec.stop_ids or (request.grammar is not None and request.grammar.ended):
-            return wire.Finish.STOP
-        return wire.Finish.LENGTH if request.generated == request.spec.max_tokens else None
+        return _finish_at(request)
 
     def take_updates(self) -> list[wire.SeqUpdate]:
         updates, self._updates = self._updates, []
@@ -377,6 +471,11 @@ class Scheduler:
     @property
     def num_in_flight(self) -> int:
         return len(self._flights)
+
+    @property
+    def num_steps(self) -> int:
+        """Planned so far."""
+        return self._next_step
 
     @property
     def num_running(self) -> int:
@@ -463,6 +562,29 @@ class Scheduler:
         if full > request.blocks_cached and request.blocks:
             self._pool.cache(request.blocks, request.blocks_cached, full, request.tokens, request.salt)
             request.blocks_cached = full
+
+
+def _prompt_tokens(work: wire.Work) -> int:
+    """What a work takes of its step's share for prompts: nothing, if it is a single token and guesses."""
+    return work.count if work.count - len(work.drafts) > 1 else 0
+
+
+def _advance(grammar: Grammar, seq: int, output: Sequence[int]) -> None:
+    """Takes a grammar past an output that was begun elsewhere."""
+    right = grammar.valid(output)
+    if right < len(output):
+        raise RequestError(
+            f"request {seq}: token {output[right]}, the {right + 1}. of its output so far, "
+            f"is none that structured_outputs allows there"
+        )
+    grammar.accept(output)
+
+
+def _finish_at(request: Request) -> wire.Finish | None:
+    """Why an output ends with its last token, if it does."""
+    if request.tokens[-1] in request.spec.stop_ids or (request.grammar is not None and request.grammar.ended):
+        return wire.Finish.STOP
+    return wire.Finish.LENGTH if request.generated >= request.spec.max_tokens else None
 
 
 def _objection(request: Request, token: int) -> str:

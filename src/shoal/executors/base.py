@@ -71,19 +71,15 @@ class RankExecutor:
         try:
             for setup in setups:
                 links.send(setup, setup.rank)
-            self._start(check_capacity, start_timeout)
+            self._start(setups, check_capacity, start_timeout)
         except BaseException:
             links.close(failed=True)
             raise
 
-    def _start(self, check_capacity: Callable[[int], None], timeout: float) -> None:
+    def _start(self, setups: Sequence[wire.RankSetup], check_capacity: Callable[[int], None], timeout: float) -> None:
         self._phase("connect", timeout)
-        for info in map(wire.decode_load_info, self._phase("load", timeout)):
-            log.info(
-                "rank %d: %d layers, %d query and %d KV heads, %s of weights on %s, %d threads, %s, %s, %s",
-                *(info.rank, info.layers, info.q_heads, info.kv_heads, format_bytes(info.weight_bytes)),
-                *(info.device, info.threads, info.linear, info.kernels, info.comm),
-            )
+        for setup, info in zip(setups, map(wire.decode_load_info, self._phase("load", timeout)), strict=True):
+            log.info("%s", _loaded(setup, info))
         capacities = [wire.decode_capacity(payload) for payload in self._phase("profile", timeout)]
         smallest = min(capacities, key=lambda capacity: capacity.num_blocks)
         self.num_blocks = smallest.num_blocks
@@ -201,3 +197,16 @@ class RankExecutor:
     def _fail(self, message: str) -> NoReturn:
         self._give_up(message)
         raise RankFailed(message)
+
+
+def _loaded(setup: wire.RankSetup, info: wire.LoadInfo) -> str:
+    """One rank's line in the log."""
+    stage, coordinate = divmod(setup.rank, setup.tp)
+    last = info.first_layer + info.layers - 1
+    experts = f" {info.experts} experts," if info.experts else ""
+    return (
+        f"rank {setup.rank}: stage {stage} of {len(setup.stages)}, tp {coordinate} of {setup.tp}, layers "
+        f"{info.first_layer}-{last}, {info.q_heads} query and {info.kv_heads} KV heads,{experts} "
+        f"{format_bytes(info.weight_bytes)} of weights on {info.device}, {setup.cost_share:.1%} of the cost, "
+        f"{info.threads} threads, {info.linear}, {info.kernels}, {info.comm}"
+    )

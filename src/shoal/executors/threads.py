@@ -7,19 +7,20 @@ from collections.abc import Sequence
 
 from shoal import wire
 from shoal.comm.base import Communicator
-from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.comm.threads import ThreadComm, ThreadGroup, ThreadGroups
 from shoal.worker.rank import Rank
 
 _END_S = 5.0
 
 
 class ThreadLinks:
-    def __init__(self, world_size: int, comm_timeout_s: float) -> None:
+    def __init__(self, world_size: int, comm_timeout_s: float, groups: ThreadGroups | None = None) -> None:
+        """`groups`: where ranks of several replicas meet, the same one for all of these."""
         self.world_size = world_size
-        self._comm_timeout_s = comm_timeout_s
         self._closed = False
-        self._groups: dict[tuple[str, int], ThreadGroup] = {}
-        self._groups_lock = threading.Lock()
+        self._shared = groups is not None
+        self._groups = groups or ThreadGroups(comm_timeout_s)
+        self._joined: set[ThreadGroup] = set()
         self._ranks = [Rank(self._join_group) for _ in range(world_size)]
         self._inboxes: list[queue.SimpleQueue[wire.ToRank]] = [queue.SimpleQueue() for _ in range(world_size)]
         self._outbox: queue.SimpleQueue[wire.FromRank] = queue.SimpleQueue()
@@ -38,8 +39,8 @@ class ThreadLinks:
                 self._outbox.put(answer)
 
     def _join_group(self, setup: wire.RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
-        with self._groups_lock:
-            group = self._groups.setdefault((axis, ranks[0]), ThreadGroup(len(ranks), self._comm_timeout_s))
+        group = self._groups.group(f"{axis}:{ranks[0]}", len(ranks))
+        self._joined.add(group)
         return ThreadComm(group, ranks.index(setup.global_rank))
 
     def send(self, message: wire.ToRank, rank: int | None = None) -> None:
@@ -62,8 +63,8 @@ class ThreadLinks:
         if self._closed:
             return
         self._closed = True
-        if failed:
-            for group in self._groups.values():
+        if failed or self._shared:  # a step in flight may wait for a replica that has ended before this one
+            for group in tuple(self._joined):
                 group.abort()
         self.send(wire.Stop())
         deadline = time.monotonic() + _END_S

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from shoal import env, wire
 from shoal.config import EngineOptions
@@ -19,14 +20,23 @@ from shoal.lazy import load
 from shoal.observe.logging import get_logger
 from shoal.planner.memory import require_capacity
 from shoal.planner.resolve import Decision, rank_cores
+from shoal.protocols import Lockstep
 
 log = get_logger("engine")
 
 _COMM_GRACE_S = 10.0  # a rank waits longer for others than the executor for a step: the one who knows more speaks
 
 
-def build_engine(options: EngineOptions, decision: Decision, *, own_process: bool = False) -> EngineCore:
-    """Starts ranks and engine. `own_process`: this process is ours, and may be bound to cores.
+def build_engine(
+    options: EngineOptions,
+    decision: Decision,
+    *,
+    own_process: bool = False,
+    lockstep: Lockstep | None = None,
+    groups: Any = None,
+) -> EngineCore:
+    """Starts ranks and engine. `own_process`: this process is ours, and may be bound to cores. `lockstep`: with the
+    replicas whose experts these ranks use. `groups`: where ranks meet that are threads, of other replicas too.
 
     Raises:
         UserError, EngineError: as the executor says.
@@ -41,7 +51,7 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
         env.prefer(cpu.pinning(setups[0].cores))
     size = options.cache.block_size
     asked = options.model_options.max_model_len
-    links = _LINKS[decision.backend](options, setups)
+    links = _LINKS[decision.backend](setups, groups)
     launched = time.monotonic() - begun
     executor = RankExecutor(
         links,
@@ -56,6 +66,7 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
         max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
         max_model_len=min(decision.max_model_len, executor.num_blocks * size),
         window=_window(decision),
+        stages=len(setups[0].stages),
     )
     _log_ready(executor, size, limits.max_model_len, time.monotonic() - begun)
     return EngineCore(
@@ -63,10 +74,11 @@ def build_engine(options: EngineOptions, decision: Decision, *, own_process: boo
         limits,
         block_size=size,
         prefix_caching=options.cache.enable_prefix_caching,
-        max_in_flight=options.scheduler.max_in_flight or 2,
+        max_in_flight=decision.max_in_flight,
         incarnation=setups[0].incarnation,
         grammars=_grammars(decision),
         make_guesser=make_guessers(options.model_options.speculative_config),
+        lockstep=lockstep,
     )
 
 
@@ -101,7 +113,7 @@ def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seco
 
 
 def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSetup]:
-    size = len(decision.ranks)
+    size, cutting, place = len(decision.ranks), decision.cutting, decision.place
     speculative = options.model_options.speculative_config
     incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
     return [
@@ -112,13 +124,13 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             incarnation=incarnation,
             model_path=str(decision.folder),
             model_impl=decision.model_impl,
-            tp=size,
-            tp_split=decision.tp_split,
-            stages=(decision.spec.num_layers,),
+            tp=cutting.tp,
+            tp_split=cutting.tp_split or (),
+            stages=cutting.stages,
             load_format=options.model_options.load_format,
             dtype=decision.dtype,
             device=decision.hardware.device,
-            device_index=rank,
+            device_index=place.local_rank * size + rank,
             seed=options.model_options.seed,
             block_size=options.cache.block_size,
             max_model_len=decision.max_model_len,
@@ -128,7 +140,16 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             threads=len(cores),
             kv_budget=decision.kv_budgets[rank],
             memory_utilization=options.cache.gpu_memory_utilization,
-            comm_timeout_s=max(options.parallel.step_timeout, options.parallel.start_timeout) + _COMM_GRACE_S,
+            comm_timeout_s=_comm_timeout(options),
+            cost_share=decision.cost_shares[rank],
+            max_in_flight=decision.max_in_flight,
+            dp_rank=place.rank,
+            dp_size=place.size,
+            experts=cutting.experts or "",
+            all2all=decision.all2all,
+            group_store=place.rendezvous,
+            group_key=place.key,
+            address=place.address,
             draft_model_path=str(decision.draft_folder) if decision.draft_folder is not None else "",
             num_drafts=speculative.num_speculative_tokens if speculative is not None else 0,
         )
@@ -136,22 +157,31 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
     ]
 
 
-def _uni(options: EngineOptions, setups: list[wire.RankSetup]) -> Links:
+def shared_groups(options: EngineOptions) -> Any:
+    """Where ranks meet that are threads, for several replicas."""
+    return load("shoal.executors.threads:ThreadGroups")(_comm_timeout(options))
+
+
+def _comm_timeout(options: EngineOptions) -> float:
+    return max(options.parallel.step_timeout, options.parallel.start_timeout) + _COMM_GRACE_S
+
+
+def _uni(setups: list[wire.RankSetup], groups: Any) -> Links:
     links: Links = load("shoal.executors.inprocess:InProcessLinks")()
     return links
 
 
-def _threads(options: EngineOptions, setups: list[wire.RankSetup]) -> Links:
-    links: Links = load("shoal.executors.threads:ThreadLinks")(len(setups), setups[0].comm_timeout_s)
+def _threads(setups: list[wire.RankSetup], groups: Any) -> Links:
+    links: Links = load("shoal.executors.threads:ThreadLinks")(len(setups), setups[0].comm_timeout_s, groups)
     return links
 
 
-def _mp(options: EngineOptions, setups: list[wire.RankSetup]) -> Links:
+def _mp(setups: list[wire.RankSetup], groups: Any) -> Links:
     links: Links = load("shoal.executors.multiprocess:ProcessLinks")(setups)
     return links
 
 
-_LINKS: Mapping[str, Callable[[EngineOptions, list[wire.RankSetup]], Links]] = {
+_LINKS: Mapping[str, Callable[[list[wire.RankSetup], Any], Links]] = {
     "uni": _uni,
     "threads": _threads,
     "mp": _mp,

@@ -1,22 +1,22 @@
 """An engine in a process of its own: `python -m shoal.frontend.engine_process --fd N --parent PID`."""
 
+import os
 import signal
-import sys
 
 import click
 
 from shoal import wire
+from shoal.cluster.lockstep import Joined
+from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
 from shoal.config import EngineOptions
 from shoal.engine.core import EngineCore
-from shoal.errors import RequestError, ShoalError, UserError
 from shoal.frontend.compose import build_engine
+from shoal.frontend.engine_server import serve
 from shoal.frontend.model import decide
 from shoal.observe import logging
-from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.planner.agreement import agreement
+from shoal.transport.channel import Channel
 from shoal.transport.process import die_with_parent
-
-_IDLE_S = 3600.0
-_POLL_S = 0.5
 
 
 @click.command()
@@ -26,58 +26,26 @@ def main(fd: int, parent: int) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the client decides what ends
     logging.configure()
-    channel = Channel.from_fd(fd)
-    engine: EngineCore | None = None
-    try:
-        engine = _start(channel)
-        _serve(channel, engine)
-    except ChannelClosed:
-        pass  # nobody is left to answer
-    except ShoalError as error:
-        channel.send(wire.encode(wire.EngineFailure(str(error), isinstance(error, UserError))))
-        channel.flush(timeout=1.0)
-        sys.exit(error.exit_code)
-    finally:
-        if engine is not None:
-            engine.close()
+    code = serve(Channel.from_fd(fd), _join, _start)
+    os._exit(code)  # nothing to save; torch's own teardown takes longer than the client should wait
 
 
-def _start(channel: Channel) -> EngineCore:
-    while not wait([channel], _IDLE_S) or not (frames := channel.receive()):
-        pass
-    setup = wire.to_engine.decode(frames[0])
-    if not isinstance(setup, wire.EngineSetup):
-        raise ShoalError(f"the first message to an engine is its setup, not {type(setup).__name__}")
+def _join(setup: wire.EngineSetup) -> RendezvousLockstep | None:
+    if setup.place.size > 1:
+        logging.configure(f"(replica {setup.place.rank}) ")
+    if not setup.place.rendezvous:
+        return None
     options = EngineOptions.from_flat(setup.model, setup.options)
-    engine = build_engine(options, decide(options), own_process=True)
-    channel.send(wire.encode(engine.stats()))
-    return engine
+    told = agreement(options, decide(options, setup.place))
+    return RendezvousLockstep(setup.place, told, timeout=options.parallel.start_timeout)
 
 
-def _serve(channel: Channel, engine: EngineCore) -> None:
-    while True:
-        if wait([channel], 0 if engine.busy else _IDLE_S):
-            for frame in channel.receive():
-                message = wire.to_engine.decode(frame)
-                if isinstance(message, wire.Stop):
-                    return
-                _handle(channel, engine, message)
-        if engine.busy and (updates := engine.updates(_POLL_S)):
-            channel.send(wire.encode(wire.Updates(tuple(updates))))
-
-
-def _handle(channel: Channel, engine: EngineCore, message: wire.ToEngine) -> None:
-    match message:
-        case wire.EngineRequest():
-            try:
-                engine.add(message)
-            except RequestError as error:  # ends alone
-                refused = wire.SeqUpdate(message.seq, (), finish=wire.Finish.ABORT, error=str(error))
-                channel.send(wire.encode(wire.Updates((refused,))))
-        case wire.Abort():
-            engine.abort(message.seqs)
-        case wire.StatsQuery():
-            channel.send(wire.encode(engine.stats()))
+def _start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
+    options = EngineOptions.from_flat(setup.model, setup.options)
+    place = setup.place
+    if isinstance(lockstep, RendezvousLockstep):
+        place = wire.replace(place, address=lockstep.host_address)
+    return build_engine(options, decide(options, place), own_process=True, lockstep=lockstep)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from shoal.lazy import load
 
 _PACKAGE = Path(__file__).parent.parent
 BUNDLED = _PACKAGE / "demo_model"
+BUNDLED_MOE = _PACKAGE / "demo_moe_model"
+_BUNDLED = {"dense": BUNDLED, "moe": BUNDLED_MOE}
 _SHAPES = _PACKAGE / "shapes"
 _CONFIGURATION = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
 _WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]  # the first kind that a model has
@@ -22,14 +24,17 @@ _NEVER = ["*/*.json", "*/*.model", "*/*.safetensors", "*/*.tiktoken", "consolida
 
 
 def locate(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
-    """None: the bundled model. `shape:NAME`: a configuration without weights. A folder. Else an id on the hub.
+    """None: the bundled dense model. `bundled:NAME`: that bundled model. `shape:NAME`: a configuration without
+    weights. A folder. Else an id on the hub.
 
     Raises:
         CheckpointError: there is no such model, or it can't be fetched.
-        ConfigError: the disk is full, or the hub's cache can't be written.
+        ConfigError: no model of that name is bundled, the disk is full, or the hub's cache can't be written.
     """
     if model is None:
         return BUNDLED
+    if model.startswith("bundled:"):
+        return _bundled(model.removeprefix("bundled:"))
     if model.startswith("shape:"):
         return _shape(model.removeprefix("shape:"), weights=weights)
     folder = Path(model).expanduser()
@@ -44,6 +49,13 @@ def locate(model: str | None, revision: str | None = None, *, weights: bool = Tr
 
 def is_shape(model: str | None) -> bool:
     return model is not None and model.startswith("shape:")
+
+
+def _bundled(name: str) -> Path:
+    if name not in _BUNDLED:
+        known = ", ".join(f"bundled:{each}" for each in _BUNDLED)
+        raise ConfigError(f"no model {name!r} is bundled; known are {known}")
+    return _BUNDLED[name]
 
 
 def _shape(name: str, *, weights: bool) -> Path:
@@ -64,7 +76,7 @@ def download(model: str, revision: str | None = None, directory: Path | None = N
         CheckpointError: there is no such model, or it has no weights that can be loaded.
         ConfigError: there is no room for it, or `directory` can't be written.
     """
-    if is_shape(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if model.startswith(("shape:", "bundled:", ".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"{model} is no id on the hub; one looks like Qwen/Qwen3-0.6B")
     if directory is not None:
         directory = directory.expanduser().absolute()

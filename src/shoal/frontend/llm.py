@@ -11,17 +11,14 @@ from tqdm import tqdm
 
 from shoal import wire
 from shoal.config import EngineOptions, from_environment
-from shoal.errors import ConfigError, RequestError
+from shoal.errors import ConfigError, ReplicasFailed, RequestError
 from shoal.frontend.beam_search import beam_search
-from shoal.frontend.compose import build_engine
 from shoal.frontend.model import OpenModel, open_model
 from shoal.frontend.offline import OfflineRunner
 from shoal.frontend.prompts import Job, Refused
-from shoal.lazy import load
+from shoal.frontend.replicas import start_engine
 from shoal.protocols import EngineClient
 from shoal.types import BeamSearchOutput, BeamSearchParams, Message, Prompt, RequestOutput, SamplingParams, shown
-
-_START_PHASES = 5  # each of which may take --start-timeout
 
 
 class LLM:
@@ -40,7 +37,7 @@ class LLM:
         if not isinstance(model, OpenModel):
             model = open_model(_name_of(model), {**from_environment(), **options})
         self._model = model
-        self._client = self._start()
+        self._client = start_engine(self._model)
         self._finalizer = weakref.finalize(self, self._client.close)
         self._max_model_len = self._client.stats().max_model_len
         self._reader = self._model.reader(self._max_model_len)
@@ -50,20 +47,8 @@ class LLM:
             eos=self._model.generation.eos,
             max_model_len=self._max_model_len,
             seed=self.options.model_options.seed,
+            replicas=self.options.parallel.data_parallel_size,
         )
-
-    def _start(self) -> EngineClient:
-        if not self.options.parallel.engine_process:
-            return build_engine(self.options, self._model.decision, own_process=self._model.own_process)
-        inner = {name: value for name, value in self._model.given.items() if name != "engine_process"}
-        parallel = self.options.parallel
-        client: EngineClient = load("shoal.cluster.replica:EngineProcess")(
-            self.options.model,
-            inner,
-            start_timeout=parallel.start_timeout * _START_PHASES,
-            answer_timeout=parallel.step_timeout * ((self.options.scheduler.max_in_flight or 2) + 1),
-        )
-        return client
 
     @property
     def options(self) -> EngineOptions:
@@ -82,7 +67,8 @@ class LLM:
 
         Raises:
             RequestError: a prompt or a parameter can't be used; it is named, and nothing was run.
-            EngineError: the engine failed.
+            EngineError: the engine failed. Where it had replicas, it is a ReplicasFailed: none is left, and its
+                `outputs` are what had finished.
         """
         many = _as_list(prompts)
         params = self._params(sampling_params, len(many))
@@ -169,7 +155,12 @@ class LLM:
         return self._model.default_sampling_params(base)
 
     def _run_all(self, jobs: Sequence[Job], use_tqdm: bool) -> list[RequestOutput]:
-        outputs = dict(tqdm(self.run(jobs), total=len(jobs), disable=not use_tqdm, unit=" prompts"))
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            outputs.update(tqdm(self.run(jobs), total=len(jobs), disable=not use_tqdm, unit=" prompts"))
+        except ReplicasFailed as error:
+            error.outputs = outputs
+            raise
         return [outputs[i] for i in range(len(jobs))]
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:

@@ -3,6 +3,8 @@
 import random
 import statistics
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal import wire
@@ -34,7 +36,8 @@ class Run:
     control_us_per_step: float  # all of a step but the forward pass
     forward_us_per_step: float
     schedule_us_per_step: float  # the engine's part of the control cost
-    steps: int
+    steps: int  # of all replicas together
+    stage_idle: tuple[float, ...]  # share of the time in which a pipeline stage computes nothing, the mean of its ranks
 
 
 class Meter:
@@ -64,6 +67,7 @@ class Meter:
         after = self._engine.stats()
 
         steps = after.steps - before.steps
+        replicas = max(len(after.replicas), 1)  # which take their steps side by side
         forward_us = (after.step_forward_us - before.step_forward_us) / steps
         all_first = max(firsts.values())
         decoded = shape.batch_size * (shape.output_len - 1)
@@ -75,10 +79,11 @@ class Meter:
             output_tokens_per_s=shape.batch_size * shape.output_len / seconds,
             time_to_first_token_s=statistics.median(firsts.values()),
             time_per_output_token_s=statistics.median(per_token),
-            control_us_per_step=seconds * 1e6 / steps - forward_us,
+            control_us_per_step=seconds * 1e6 * replicas / steps - forward_us,
             forward_us_per_step=forward_us,
             schedule_us_per_step=(after.schedule_us - before.schedule_us) / steps,
             steps=steps,
+            stage_idle=_stage_idle(before.ranks, after.ranks, seconds),
         )
 
     def _add(self, shape: Shape) -> int:
@@ -90,6 +95,21 @@ class Meter:
         return seq
 
 
-def medians(runs: list[Run]) -> dict[str, float]:
-    """Field by field."""
-    return {name: statistics.median(getattr(run, name) for run in runs) for name in Run.__slots__}
+def _stage_idle(before: Sequence[wire.RankStats], after: Sequence[wire.RankStats], seconds: float) -> tuple[float, ...]:
+    """By stage, over the ranks of all replicas."""
+    busy: dict[int, list[float]] = defaultdict(list)
+    for then, now in zip(before, after, strict=False):  # one may have died
+        busy[now.stage].append((now.busy_us - then.busy_us) / (seconds * 1e6))
+    return tuple(1 - statistics.mean(busy[stage]) for stage in sorted(busy))
+
+
+def medians(runs: list[Run]) -> dict[str, float | list[float]]:
+    """Field by field, and stage by stage."""
+    found: dict[str, float | list[float]] = {}
+    for name in Run.__slots__:
+        values = [getattr(run, name) for run in runs]
+        stages = isinstance(values[0], tuple)
+        found[name] = (
+            [statistics.median(each) for each in zip(*values, strict=True)] if stages else statistics.median(values)
+        )
+    return found

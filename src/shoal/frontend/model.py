@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from shoal import env, wire
 from shoal.config import EngineOptions
+from shoal.errors import ConfigError
 from shoal.frontend import hub
 from shoal.frontend.chat import ChatTemplate
 from shoal.frontend.generation import GenerationDefaults
@@ -23,6 +25,7 @@ class OpenModel:
     tokenizer: Tokenizer | None
     generation: GenerationDefaults
     own_process: bool  # this process has no other purpose, and may be bound to cores
+    by_hand: wire.Place | None = None  # of this process among replicas that the user starts, one a process
 
     @property
     def vocab_size(self) -> int:
@@ -52,14 +55,37 @@ def open_model(model: str | None, given: Mapping[str, Any], *, own_process: bool
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
     options = EngineOptions.from_flat(model, given)
-    decision = decide(options)
+    by_hand = _place_by_hand(options)
+    decision = decide(options, by_hand)
     from_model = options.model_options.generation_config != "vllm"
     generation = GenerationDefaults.open(decision.folder, sampling=from_model)
-    return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process)
+    return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
 
 
-def decide(options: EngineOptions) -> Decision:
-    """Everything that can be refused before a process is started, is refused here.
+def _place_by_hand(options: EngineOptions) -> wire.Place | None:
+    """What SHOAL_DP_* say; None where they are not set, or the process is alone."""
+    found = env.data_parallel()
+    asked = options.parallel.data_parallel_size
+    if found is None or found.size == 1:
+        return None
+    if asked not in (1, found.size):
+        raise ConfigError(
+            f"--data-parallel-size {asked}, and SHOAL_DP_SIZE is {found.size}: leave one of them out; with the "
+            "variables set, each replica is a process of its own"
+        )
+    return wire.Place(
+        found.rank,
+        found.size,
+        local_rank=found.rank_local,
+        local_size=found.size_local,
+        rendezvous=f"{found.master_ip}:{found.master_port}",
+        key=env.cluster_key(),
+    )
+
+
+def decide(options: EngineOptions, place: wire.Place | None = None) -> Decision:
+    """Everything that can be refused before a process is started, is refused here. `place`: of one replica; without it
+    the decision is for all of them.
 
     Raises:
         UserError: as `open_model`.
@@ -70,4 +96,4 @@ def decide(options: EngineOptions) -> Decision:
     draft = None
     if speculative is not None and speculative.method == "draft_model":
         draft = hub.locate(speculative.model, speculative.revision, weights=weights)
-    return resolve(options, folder, discover(options), draft)
+    return resolve(options, folder, discover(options), draft, place or wire.Place())

@@ -17,13 +17,14 @@ from shoal.types import RequestOutput, SamplingParams
 _POLL_S = 1.0
 _MOST = 2**31 - 1  # as many as any vocabulary has
 _TAKE, _TAKE_S = 64, 0.05  # jobs taken at a time, and seconds
-_WINDOW = 1024  # sequences that the engine has at a time: enough to keep it busy, few enough for any job's memory
+_WINDOW = 1024  # sequences a replica that are out at a time: enough to keep it busy, few enough for any job's memory
 
 
 @dataclass(slots=True)
 class _Run:
     """One call of `run`: which of its sequences the engine has, and which of its jobs have ended."""
 
+    window: int
     sequences: set[int] = field(default_factory=set)
     ended: deque[tuple[int, RequestOutput]] = field(default_factory=deque)
     order: deque[int] = field(default_factory=deque)  # indices of jobs whose output the caller does not have
@@ -31,20 +32,28 @@ class _Run:
     @property
     def has_room(self) -> bool:
         """A result that waits for its turn takes a place too, or one slow job would let the others pile up."""
-        return len(self.sequences) < _WINDOW and len(self.order) < _WINDOW
+        return len(self.sequences) < self.window and len(self.order) < self.window
 
 
 class OfflineRunner:
     """Runs jobs on an engine. Several runs may go on at the same time, on one thread."""
 
     def __init__(
-        self, client: EngineClient, tokenizer: Tokenizer | None, *, eos: Sequence[int], max_model_len: int, seed: int
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        *,
+        eos: Sequence[int],
+        max_model_len: int,
+        seed: int,
+        replicas: int = 1,
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
         self._eos = tuple(eos)
         self._max_model_len = max_model_len
         self._seed = seed
+        self._window = _WINDOW * replicas
         self._next_seq = 0
         # Of all runs: whoever asks the engine gets everybody's updates. The number is that of the output.
         self._running: dict[int, tuple[_Run, Answer, int]] = {}
@@ -54,7 +63,7 @@ class OfflineRunner:
 
         Jobs are taken as there is room for them. If the caller stops early, what still runs is aborted.
         """
-        run = _Run()
+        run = _Run(self._window)
         source = iter(jobs)
         ready: dict[int, RequestOutput] = {}
         exhausted = False

@@ -111,6 +111,13 @@ class Kernels(Protocol):
     def activate_gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """gate_up: [n, 2 * m], gates first. activation(gate) * up: [n, m]."""
 
+    def weighted_sum(self, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        """Row i of the result is the sum of weights[i, j] * x[places[i, j]], added up in the order of j.
+
+        x: [p, m]. places: int64 [n, k], below 0 for none; weights: float32 [n, k]. Gives [n, m], summed up in float32
+        and rounded once.
+        """
+
     def rotate_and_store(
         self,
         qkv: Tensor,

@@ -74,3 +74,38 @@ def _can_pack(weight: Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
+
+
+class HeadLinear(Protocol):
+    """A matrix for each head. x: [n, heads, in_features], n may be 0. Gives [n, heads, out_features]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class PlainHeadLinear:
+    """PyTorch's batched product, on the weights as they are: [heads, out_features, in_features]."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), self._weights.transpose(1, 2)).transpose(0, 1)
+
+
+class PackedHeadLinear:
+    """Each head's product by itself, packed like any other: so a row's bits don't depend on the number of rows."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self._out_features = weights.shape[1]
+        self._heads = [PackedLinear(weight, None) for weight in weights]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x.new_empty((x.shape[0], len(self._heads), self._out_features))
+        for i, head in enumerate(self._heads):
+            out[:, i] = head(x[:, i].contiguous())
+        return out
+
+
+def make_head_linear(weights: Tensor) -> PackedHeadLinear | PlainHeadLinear:
+    """weights: [heads, out_features, in_features], any of which may be 0. As with `make_linear`, let go of them."""
+    return PackedHeadLinear(weights) if _can_pack(weights) else PlainHeadLinear(weights)

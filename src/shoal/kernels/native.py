@@ -16,7 +16,7 @@ from shoal.kernels.base import Activation, HeadLayout, KVCache, Norm, NormKind, 
 from shoal.kernels.library import open_library
 from shoal.kernels.reference import ReferenceKernels, attend_runs
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_SHORT_QUERIES = 8  # beyond, the matrix products of a prefill beat rereading the keys from cache for every query
 
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "shoal_add_norm": [_INT, _INT, *[_POINTER] * 4, _LONG, _LONG, _FLOAT, _LONG],
     "shoal_activate": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, _LONG],
     "shoal_activate_gated": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, _LONG],
+    "shoal_weighted_sum": [_INT, *[_POINTER] * 4, *[_LONG] * 4],
     "shoal_rotate_and_store": [
         *[_INT, _INT, _POINTER],
         *[_POINTER, _POINTER, _FLOAT] * 2,
@@ -54,6 +55,7 @@ class NativeKernels:
         self._add_norm = _function(library, "shoal_add_norm")
         self._activate = _function(library, "shoal_activate")
         self._activate_gated = _function(library, "shoal_activate_gated")
+        self._weighted_sum = _function(library, "shoal_weighted_sum")
         self._rotate_and_store = _function(library, "shoal_rotate_and_store")
         self._attend = _function(library, "shoal_attend", restype=_INT)
         self._max_head_dim = int(library.shoal_max_head_dim())
@@ -110,6 +112,23 @@ class NativeKernels:
         code = _ACTIVATION_CODES[activation]
         self._activate_gated(
             _TYPE_CODES[gate_up.dtype], code, gate_up.data_ptr(), out.data_ptr(), rows, size, _threads()
+        )
+        return out
+
+    def weighted_sum(self, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        x, places, weights = x.contiguous(), places.contiguous(), weights.contiguous()
+        rows, k = places.shape
+        out = x.new_empty((rows, x.shape[1]))
+        self._weighted_sum(
+            _TYPE_CODES[x.dtype],
+            x.data_ptr(),
+            places.data_ptr(),
+            weights.data_ptr(),
+            out.data_ptr(),
+            rows,
+            k,
+            x.shape[1],
+            _threads(),
         )
         return out
 

@@ -45,6 +45,14 @@ class ReferenceKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return _ACTIVATIONS[activation](gate) * up
 
+    def weighted_sum(self, x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros((len(places), x.shape[1]), device=x.device)
+        if len(x):
+            for place, weight in zip(places.unbind(1), weights.unbind(1), strict=True):
+                term = x.index_select(0, place.clamp(min=0)).float() * weight.unsqueeze(1)
+                total += term.masked_fill_((place < 0).unsqueeze(1), 0)  # the row at 0 may have no number
+        return total.to(x.dtype)
+
     def rotate_and_store(
         self,
         qkv: Tensor,
@@ -119,7 +127,7 @@ def _attend_group(
     where = torch.where(visible, where, firsts)
     blocks = batch.block_tables[rows].long().gather(1, where // batch.block_size)
     slots = blocks * batch.block_size + where % batch.block_size
-    keys, values = cache.keys[slots].transpose(1, 2), cache.values[slots].transpose(1, 2)  # [b, kv_heads, L, d]
+    keys, values = (rows.transpose(1, 2) for rows in _gather(cache, slots))  # [b, kv_heads, L, d]
     mask = visible[:, None, None, :]
     if is_regular(heads):
         # The query heads of one KV head can pose as several queries of it: no key is copied for them.
@@ -168,7 +176,7 @@ def attend_run(
     first = 0 if window is None else max(0, context - length - window + 1)
     where = torch.arange(first, context, device=q.device)
     slots = block_table[where // block_size].long() * block_size + where % block_size
-    keys, values = cache.keys[slots].transpose(0, 1), cache.values[slots].transpose(0, 1)  # [kv_heads, L, d]
+    keys, values = (rows.transpose(0, 1) for rows in _gather(cache, slots))  # [kv_heads, L, d]
     q = q.transpose(0, 1)
     mask = None  # as causal as can be: the kernels that know so need none
     if length < context or window is not None or scores.softcap is not None:
@@ -181,12 +189,21 @@ def attend_run(
         mask = mask.repeat(heads.q_heads // heads.kv_heads, 1)
         result = _attention(posing.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, scores).view(q.shape)
     else:
-        # With a mask the fused kernels of some devices want as many key heads as query heads: keys are copied for them.
-        if heads.q_to_kv != tuple(range(heads.kv_heads)) and not (mask is None and is_regular(heads)):
+        # With a mask the fused kernels of some devices want as many key heads as query heads: keys are copied for them,
+        # but a single one is only said to be so many.
+        if heads.kv_heads == 1:
+            keys, values = (rows.expand(heads.q_heads, -1, -1) for rows in (keys, values))
+        elif heads.q_to_kv != tuple(range(heads.kv_heads)) and not (mask is None and is_regular(heads)):
             index = torch.tensor(heads.q_to_kv, device=q.device)
             keys, values = keys.index_select(0, index), values.index_select(0, index)
         result = _attention(q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, scores).squeeze(0)
     return result.transpose(0, 1)
+
+
+def _gather(cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, which may be the same."""
+    keys = cache.keys[slots]
+    return keys, keys if cache.values is cache.keys else cache.values[slots]
 
 
 def _heads_pose(length: int, heads: HeadLayout, scores: Scores) -> bool:

@@ -5,6 +5,7 @@ bytes of header length (little endian), a JSON header of `{name: {dtype, shape, 
 (https://github.com/huggingface/safetensors)
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -14,16 +15,31 @@ from typing import Any
 
 from shoal.errors import CheckpointError
 from shoal.models.pickled import read_pickled
+from shoal.models.quantization import weight_block
+from shoal.models.registry import read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED_SINGLE = "pytorch_model.bin"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-LOADABLE = ("F32", "F16", "BF16", "F64")
+ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
+QUANTIZED = "F8_E4M3"
+_PLAIN = ("F32", "F16", "BF16", "F64")
+LOADABLE = (*_PLAIN, QUANTIZED)
+_SCALES = "_scale_inv"  # behind the name of a quantized tensor
 # How files call the types that weights have.
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _LONGEST_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What the numbers of a quantized tensor are multiplied by: one number for each `block` of rows and columns of its
+    matrices, [.., ceil(rows / block[0]), ceil(columns / block[1])]."""
+
+    entry: "TensorEntry"
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +51,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     strides: tuple[int, ...] | None = None  # in elements; None: row by row
+    scales: Scales | None = None
 
     def holds(self, dtype: str) -> bool:
         """Are its numbers of this type, at an address where they can be used as they lie? `dtype` as in config.json."""
@@ -85,6 +102,8 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{entry.file}: {name} is stored as {entry.dtype}; supported are {', '.join(LOADABLE)}"
                 )
+            if entry.dtype == QUANTIZED:
+                _check_scales(name, entry)
             if entry.overlaps:
                 raise CheckpointError(
                     f"{entry.file}: {name} of shape {list(entry.shape)} has strides {list(entry.strides or ())}, under "
@@ -108,9 +127,38 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         for file in files:
             tensors.update(read(file))
         if files:
-            return Checkpoint(folder, tensors)
+            return Checkpoint(folder, _with_scales(folder, tensors))
     wanted = ", ".join((SINGLE, INDEX, PICKLED_SINGLE))
     raise CheckpointError(f"{folder} has no weights: none of {wanted} and {PICKLED_INDEX} is there")
+
+
+def _with_scales(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """What is quantized knows its scales, where there are any."""
+    scaled = [name for name, entry in tensors.items() if entry.dtype == QUANTIZED and name + _SCALES in tensors]
+    block = weight_block(read_config(folder)) if scaled else None
+    if block is None:
+        return tensors
+    found = {name: Scales(tensors[name + _SCALES], block) for name in scaled}
+    return tensors | {name: dataclasses.replace(tensors[name], scales=scales) for name, scales in found.items()}
+
+
+def _check_scales(name: str, entry: TensorEntry) -> None:
+    """Raises CheckpointError."""
+    where = f"{entry.file}: {name} is stored as {entry.dtype}"
+    if entry.scales is None:
+        raise CheckpointError(
+            f"{where}, which needs the tensor {name}{_SCALES}, and weight_block_size in quantization_config of "
+            "config.json"
+        )
+    found, block = entry.scales.entry, entry.scales.block
+    if len(entry.shape) not in (2, 3):
+        raise CheckpointError(f"{where} with the shape {list(entry.shape)}, but only matrices can be")
+    wanted = [*entry.shape[:-2], *(-(-size // step) for size, step in zip(entry.shape[-2:], block, strict=True))]
+    if list(found.shape) != wanted or found.dtype not in _PLAIN:
+        raise CheckpointError(
+            f"{where} in blocks of {list(block)}: {name}{_SCALES} is {found.dtype} {list(found.shape)}, and should be "
+            f"F32 {wanted}"
+        )
 
 
 def _shards(index: Path) -> list[Path]:

@@ -1,32 +1,42 @@
 """The decoder: one model for every family, put together from its spec and a rank's weights."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from shoal.errors import EngineError
 from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
-from shoal.kernels.linear import Linear, make_linear
+from shoal.kernels.experts import GroupedExperts
+from shoal.kernels.linear import Linear, make_head_linear, make_linear
 from shoal.models.embedding import Embedding, LearnedPositions
-from shoal.models.layers import MLP, Attention, Layer, Norms, NormSumLayer, ParallelLayer, SerialLayer
+from shoal.models.latent_attention import LatentAttention, LowRankLinear
+from shoal.models.layers import MLP, Attention, Layer, Norms, NormSumLayer, ParallelLayer, SelfAttention, SerialLayer
 from shoal.models.loader import Weights
 from shoal.models.manifest import Cut, Shard
+from shoal.models.moe import MoE, Router, SharedExperts
 from shoal.models.rope import rope_tables
-from shoal.models.spec import ModelSpec, NormSpec, RopeSpec
+from shoal.models.spec import AttentionSpec, LatentSpec, ModelSpec, MoESpec, NormSpec, RopeSpec
+from shoal.parallel.dispatch import Dispatch, TensorParallelDispatch
 from shoal.parallel.embedding import VocabParallelEmbedding
 from shoal.parallel.linear import RowParallelLinear
 from shoal.parallel.mesh import Axis
 
 
 class Decoder:
+    """A stage of the model: its layers, with the embedding on the first stage, and with norm and head on the last."""
+
     def __init__(
         self,
-        embedding: Embedding,
+        embedding: Embedding | None,
         layers: list[Layer],
         final_norm: Norm | None,
         project_out: Linear | None,
-        head: Linear,
+        head: Linear | None,
+        logit_scale: float | None,
         logit_softcap: float | None,
+        dispatch: Dispatch,
         kernels: Kernels,
     ) -> None:
         self.embedding = embedding
@@ -34,26 +44,38 @@ class Decoder:
         self.final_norm = final_norm
         self.project_out = project_out
         self.head = head
+        self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
+        self.dispatch = dispatch
         self.kernels = kernels
 
-    def hidden(self, tokens: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        """tokens: int64 [n]; rows: int64 [m], the tokens whose outcome is wanted (None: all).
-
-        Gives [m, embedding width]: what the head reads.
-        """
-        residual = self.embedding(tokens, batch.positions)
+    def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
+        """As `CausalModel.hidden`; the last stage gives [m, embedding width]."""
+        self.dispatch.begin_step(len(inputs))
+        residual = inputs if self.embedding is None else self.embedding(inputs, batch.positions)
         x = torch.zeros_like(residual)
         for layer, cache in zip(self.layers, caches, strict=True):
             x, residual = layer(x, residual, batch, cache)
+        if self.head is None:
+            return x + residual
         if rows is not None:
             x, residual = x[rows], residual[rows]
         x = self.kernels.add_norm(x, residual, self.final_norm)[0] if self.final_norm else x + residual
         return self.project_out(x) if self.project_out else x
 
+    def join(self) -> None:
+        """Takes part in a step in which this replica has no token: in its mixtures of experts, and nothing else."""
+        self.dispatch.begin_step(0)
+        for layer in self.layers:
+            layer.join()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [m, embedding width]. This rank's share of the vocabulary: float32 [m, rows of the head]."""
+        if self.head is None:
+            raise EngineError("only the last pipeline stage has an output head")
         logits = self.head(hidden).float()
+        if self.logit_scale is not None:
+            logits = logits.mul_(self.logit_scale)
         if self.logit_softcap is None:
             return logits
         return logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
@@ -67,9 +89,14 @@ def build_decoder(
     kernels: Kernels,
     device: torch.device,
     max_positions: int,
+    dispatch: Dispatch | None = None,
 ) -> Decoder:
-    """Loads layer by layer, so that at most one plain weight is in memory beside its packed form."""
-    return _Builder(spec, shard, tp, weights, kernels, device, max_positions).decoder()
+    """Loads the stage layer by layer, so that at most one plain weight is in memory beside its packed form.
+
+    `dispatch` leads to the experts of a mixture; None: this replica's ranks have them, cut over `tp`.
+    """
+    dispatch = dispatch or TensorParallelDispatch(tp)
+    return _Builder(spec, shard, tp, weights, kernels, device, max_positions, dispatch).decoder()
 
 
 class _Builder:
@@ -84,6 +111,7 @@ class _Builder:
         kernels: Kernels,
         device: torch.device,
         max_positions: int,
+        dispatch: Dispatch,
     ) -> None:
         self.spec = spec
         self.shard = shard
@@ -92,22 +120,41 @@ class _Builder:
         self.kernels = kernels
         self.device = device
         self.max_positions = max_positions
+        self.dispatch = dispatch
         self.heads = HeadLayout(len(shard.heads.q_range), len(shard.heads.kv_ids), spec.head_dim, shard.heads.q_to_kv)
         self.ropes: dict[RopeSpec, Rope] = {}
 
     def decoder(self) -> Decoder:
         spec = self.spec
-        tokens = VocabParallelEmbedding(self.tensor("embedding"), self.shard.ranges[Cut.VOCAB], self.tp)
-        project_in = self.projection("project_in")
-        embedding = Embedding(tokens, spec.embedding_scale, project_in, self.positions())
-        layers = [self.layer(i) for i in range(spec.num_layers)]
+        embedding = self.embedding() if self.shard.stage.first else None
+        layers = [self.layer(i) for i in self.shard.stage.layers]
+        if not self.shard.stage.last:
+            return Decoder(embedding, layers, None, None, None, None, None, self.dispatch, self.kernels)
         final_norm = self.norm("final_norm", spec.norm) if spec.final_norm else None
         project_out = self.projection("project_out")
-        # On a GPU a tied head is the embedding itself; on a CPU it is a packed copy, and the embedding stays in the
-        # file.
-        tied_in_place = spec.tie_embeddings and self.device.type != "cpu"
-        head = make_linear(tokens.weight if tied_in_place else self.tensor("head"), self.optional("head_bias"))
-        return Decoder(embedding, layers, final_norm, project_out, head, spec.logit_softcap, self.kernels)
+        head = make_linear(self.head(embedding), self.optional("head_bias"))
+        return Decoder(
+            embedding,
+            layers,
+            final_norm,
+            project_out,
+            head,
+            spec.logit_scale,
+            spec.logit_softcap,
+            self.dispatch,
+            self.kernels,
+        )
+
+    def embedding(self) -> Embedding:
+        tokens = VocabParallelEmbedding(self.tensor("embedding"), self.shard.ranges[Cut.VOCAB], self.tp)
+        project_in = self.projection("project_in")
+        return Embedding(tokens, self.spec.embedding_scale, project_in, self.positions())
+
+    def head(self, embedding: Embedding | None) -> Tensor:
+        """On a GPU a tied head is the embedding itself, if this stage has both; on a CPU it is a packed copy, and the
+        embedding stays in the file."""
+        tied_in_place = self.spec.tie_embeddings and self.device.type != "cpu"
+        return embedding.tokens.weight if tied_in_place and embedding is not None else self.tensor("head")
 
     def positions(self) -> LearnedPositions | None:
         offset = self.spec.position_offset
@@ -120,17 +167,22 @@ class _Builder:
         attention = self.attention(i)
         after = self.norm(f"{at}attention_out_norm", spec.norm) if spec.norms_after else None
         mlp_before = self.norm(f"{at}mlp_norm", spec.norm) if spec.norms_mlp else None
-        mlp = self.mlp(at)
         if before is not None and spec.layout in ("parallel", "parallel_one"):
-            return ParallelLayer(before, attention, mlp_before, mlp, kernels)
+            return ParallelLayer(before, attention, mlp_before, self.mlp(at), kernels)
+        moe = spec.moe_of(i)
+        mlp = self.mlp(at) if moe is None else self.mixture(moe, at)
         if before is not None and mlp_before is not None and spec.layout == "norm_sum":
             return NormSumLayer(attention, before, mlp, mlp_before, kernels)
         mlp_after = self.norm(f"{at}mlp_out_norm", spec.norm) if spec.norms_after else None
-        return SerialLayer(Norms(before, after, kernels), attention, Norms(mlp_before, mlp_after, kernels), mlp)
+        attention_norms = Norms(before, after, kernels, spec.residual_scale)
+        mlp_norms = Norms(mlp_before, mlp_after, kernels, spec.residual_scale)
+        return SerialLayer(attention_norms, attention, mlp_norms, mlp)
 
-    def attention(self, i: int) -> Attention:
+    def attention(self, i: int) -> SelfAttention:
         spec, at = self.spec, f"layers.{i}."
         kind = spec.attention_of(i)
+        if spec.latent is not None:
+            return self.latent_attention(spec.latent, kind, at)
         qkv = self.column(f"{at}qkv")
         norm = None
         if spec.qk_norm is not None:
@@ -139,12 +191,55 @@ class _Builder:
         rope = None if kind.rope is None else self.rope(kind.rope)
         return Attention(qkv, self.row(f"{at}out"), norm, rope, self.heads, scores, self.kernels)
 
+    def latent_attention(self, latent: LatentSpec, kind: AttentionSpec, at: str) -> LatentAttention:
+        return LatentAttention(
+            latent,
+            self.latent_queries(latent, at),
+            self.column(f"{at}kv_down"),
+            self.norm(f"{at}kv_norm", latent.norm),
+            make_head_linear(self.by_head(f"{at}k_up", latent.nope_dim).transpose(1, 2)),
+            make_head_linear(self.by_head(f"{at}v_up", latent.value_dim)),
+            self.row(f"{at}out"),
+            self.rope(latent.rope),
+            self.heads,
+            Scores(kind.scale, kind.window, kind.softcap),
+            self.kernels,
+        )
+
+    def latent_queries(self, latent: LatentSpec, at: str) -> Linear:
+        if latent.q_rank is None:
+            return self.column(f"{at}q_up")
+        down, norm = self.column(f"{at}q_down"), self.norm(f"{at}q_norm", latent.norm)
+        return LowRankLinear(down, norm, self.column(f"{at}q_up"), self.kernels)
+
+    def by_head(self, name: str, rows: int) -> Tensor:
+        """[this rank's heads, rows, columns]."""
+        weight = self.tensor(f"{name}.weight")
+        return weight.view(self.heads.q_heads, rows, weight.shape[1])
+
     def mlp(self, at: str) -> MLP:
+        up, activate = self.expansion()
+        return MLP(self.column(f"{at}{up}"), activate, self.row(f"{at}down"))
+
+    def expansion(self) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """The name of what leads up, and what is done to its outcome."""
+        kernels, activation = self.kernels, self.spec.activation
         if self.spec.gated:
-            activate = partial(self.kernels.activate_gated, activation=self.spec.activation)
-            return MLP(self.column(f"{at}gate_up"), activate, self.row(f"{at}down"))
-        activate = partial(self.kernels.activate, activation=self.spec.activation)
-        return MLP(self.column(f"{at}up"), activate, self.row(f"{at}down"))
+            return "gate_up", partial(kernels.activate_gated, activation=activation)
+        return "up", partial(kernels.activate, activation=activation)
+
+    def mixture(self, moe: MoESpec, at: str) -> MoE:
+        router = Router(self.column(f"{at}router"), self.optional(f"{at}correction_bias"), moe.routing)
+        up, activate = self.expansion()
+        held = range(moe.num_experts) if self.shard.experts is None else self.shard.experts
+        matrices = [(self.column(f"{at}experts.{e}.{up}"), self.column(f"{at}experts.{e}.down")) for e in held]
+        experts = GroupedExperts([u for u, _ in matrices], activate, [down for _, down in matrices], self.kernels)
+        shared = None
+        if moe.shared_size:
+            matrix, down = self.column(f"{at}shared.{up}"), self.column(f"{at}shared.down")
+            shared = SharedExperts(matrix, activate, down, self.projection(f"{at}shared_gate"))
+        nothing = torch.empty((0, self.spec.hidden_size), dtype=self.weights.dtype, device=self.device)
+        return MoE(router, experts, shared, self.dispatch, nothing)
 
     def norm(self, name: str, norm: NormSpec) -> Norm:
         return Norm(norm.kind, self.optional(f"{name}.weight"), self.optional(f"{name}.bias"), norm.eps)

@@ -38,6 +38,11 @@ class FallbackSpec(ModelSpec):
     cut_attention: bool = False  # are attention layers cut by heads? Else every rank computes all of them
     cut_linears: int = 0  # linear layers that are cut over ranks, the head aside
     whole: str = ""  # why no more of it is cut; "" where all that its plan names is
+    layers: str = ""  # the path of the list of its layers; "" where it can't be cut into pipeline stages
+    layers_give_tuples: bool = False  # of which the first is the residual stream
+    before: tuple[tuple[str, int], ...] = ()  # modules ahead of the layers: path, width of what they give
+    behind: tuple[str, ...] = ()  # modules behind the layers
+    one_stage: str = ""  # why it can't be cut into stages
 
     def describe(self, ranks: int) -> str:
         """One line for the log."""
@@ -113,6 +118,17 @@ def check_ranks(spec: FallbackSpec, ranks: int) -> None:
         raise ConfigError(
             f"--tensor-parallel-size {ranks}: {spec.architecture} runs through transformers on one rank only, since "
             f"{spec.whole or 'nothing of it can be cut'}; use --tensor-parallel-size 1"
+        )
+
+
+def check_stages(spec: FallbackSpec, stages: int) -> None:
+    """Raises:
+    ConfigError: the model can't be cut into so many pipeline stages.
+    """
+    if stages > 1 and not spec.layers:
+        raise ConfigError(
+            f"--pipeline-parallel-size {stages}: {spec.architecture} runs through transformers as one stage only, "
+            f"since {spec.one_stage}; use --tensor-parallel-size or --data-parallel-size"
         )
 
 

@@ -16,6 +16,7 @@ from shoal.models.fallback import FallbackSpec
 from shoal.models.manifest import Param, Shard
 from shoal.models.registry import read_config, read_spec, tensor_names
 from shoal.models.spec import ModelSpec, Unsupported
+from shoal.parallel.placement import place_experts
 from shoal.parallel.stages import stages
 
 
@@ -68,12 +69,23 @@ def rank_shards(spec: ModelSpec, cutting: Cutting) -> tuple[Shard, ...]:
     Raises:
         ConfigError: the model can't be cut so.
     """
-    shares = shards_of(spec, cutting.tp, cutting.tp_split)
+    if isinstance(spec, FallbackSpec):
+        fallback.check_stages(spec, len(cutting.stages or (spec.num_layers,)))
+    shares = _with_experts(spec, shards_of(spec, cutting.tp, cutting.tp_split), cutting)
     return tuple(
         dataclasses.replace(share, stage=stage)
         for stage in stages(cutting.stages or (spec.num_layers,))
         for share in shares
     )
+
+
+def _with_experts(spec: ModelSpec, shares: Sequence[Shard], cutting: Cutting) -> Sequence[Shard]:
+    """A stage's ranks in all replicas share its experts; those of one replica follow each other."""
+    if cutting.experts is None or spec.moe is None:
+        return shares
+    placed = place_experts(spec.moe.num_experts, cutting.replicas * cutting.tp, cutting.experts)
+    mine = placed[cutting.replica * cutting.tp :][: cutting.tp]
+    return [share.with_experts(spec, experts) for share, experts in zip(shares, mine, strict=True)]
 
 
 def shards_of(spec: ModelSpec, ranks: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:

@@ -43,6 +43,16 @@ class Attention:
         return self.out(self.mix(x, batch, cache))
 
 
+class SelfAttention(Protocol):
+    """`mix` is what this rank's heads see, which `out` sums over ranks; a call does both."""
+
+    out: RowParallelLinear
+
+    def mix(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor: ...
+
+    def __call__(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor: ...
+
+
 class MLP:
     """`activate` takes what `up` gives, which with a gate is gates and values side by side."""
 
@@ -58,19 +68,36 @@ class MLP:
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(self.expand(x))
 
+    def join(self) -> None:
+        """An MLP concerns the ranks of one replica alone."""
+
+
+class FeedForward(Protocol):
+    """What follows attention: an MLP, or a mixture of experts."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [n, hidden], n may be 0. Gives [n, hidden]."""
+
+    def join(self) -> None:
+        """Takes part, without tokens, in what ranks of other replicas compute together."""
+
 
 class Layer(Protocol):
     def __call__(self, x: Tensor, residual: Tensor, batch: PagedBatch, cache: KVCache) -> tuple[Tensor, Tensor]:
         """x + residual is the residual stream before and after."""
 
+    def join(self) -> None:
+        """Like that of its feed-forward part."""
+
 
 class Norms:
-    """The norms around one sublayer: before it, after it, or both."""
+    """The norms around one sublayer: before it, after it, or both. `scale` is of what the sublayer adds."""
 
-    def __init__(self, before: Norm | None, after: Norm | None, kernels: Kernels) -> None:
+    def __init__(self, before: Norm | None, after: Norm | None, kernels: Kernels, scale: float | None = None) -> None:
         self.before = before
         self.after = after
         self.kernels = kernels
+        self.scale = scale
 
     def enter(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """What the sublayer reads, and the residual stream."""
@@ -81,13 +108,14 @@ class Norms:
 
     def leave(self, x: Tensor) -> Tensor:
         """What the sublayer adds."""
-        return x if self.after is None else self.kernels.norm(x, self.after)
+        x = x if self.after is None else self.kernels.norm(x, self.after)
+        return x if self.scale is None else x * self.scale
 
 
 class SerialLayer:
     """Attention, then the MLP on what it left."""
 
-    def __init__(self, attention_norms: Norms, attention: Attention, mlp_norms: Norms, mlp: MLP) -> None:
+    def __init__(self, attention_norms: Norms, attention: SelfAttention, mlp_norms: Norms, mlp: FeedForward) -> None:
         self.attention_norms = attention_norms
         self.attention = attention
         self.mlp_norms = mlp_norms
@@ -99,11 +127,14 @@ class SerialLayer:
         x, residual = self.mlp_norms.enter(x, residual)
         return self.mlp_norms.leave(self.mlp(x)), residual
 
+    def join(self) -> None:
+        self.mlp.join()
+
 
 class ParallelLayer:
     """Attention and the MLP on the same stream (GPT-J, Wang and Komatsuzaki, 2021). `mlp_norm` None: the same norm."""
 
-    def __init__(self, norm: Norm, attention: Attention, mlp_norm: Norm | None, mlp: MLP, kernels: Kernels) -> None:
+    def __init__(self, norm: Norm, attention: SelfAttention, mlp_norm: Norm | None, mlp: MLP, kernels: Kernels) -> None:
         self.norm = norm
         self.attention = attention
         self.mlp_norm = mlp_norm
@@ -116,11 +147,16 @@ class ParallelLayer:
         expanded = self.mlp.expand(x if self.mlp_norm is None else self.kernels.norm(residual, self.mlp_norm))
         return self.out(self.attention.mix(x, batch, cache), expanded), residual
 
+    def join(self) -> None:
+        self.mlp.join()
+
 
 class NormSumLayer:
     """The norm comes after the addition, and changes the stream itself (Vaswani et al., 2017)."""
 
-    def __init__(self, attention: Attention, attention_norm: Norm, mlp: MLP, mlp_norm: Norm, kernels: Kernels) -> None:
+    def __init__(
+        self, attention: SelfAttention, attention_norm: Norm, mlp: FeedForward, mlp_norm: Norm, kernels: Kernels
+    ) -> None:
         self.attention = attention
         self.attention_norm = attention_norm
         self.mlp = mlp
@@ -132,3 +168,6 @@ class NormSumLayer:
         stream, _ = self.kernels.add_norm(self.attention(stream, batch, cache), stream, self.attention_norm)
         stream, _ = self.kernels.add_norm(self.mlp(stream), stream, self.mlp_norm)
         return torch.zeros_like(stream), stream
+
+    def join(self) -> None:
+        self.mlp.join()

@@ -13,7 +13,7 @@ from typing import Literal
 
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint import TensorEntry
-from shoal.models.spec import ModelSpec, NormSpec, TensorNames
+from shoal.models.spec import ExpertNames, LatentSpec, ModelSpec, MoESpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
 from shoal.parallel.stages import Stage
 
@@ -27,7 +27,12 @@ class Cut(Enum):
     WHOLE = "whole"
     Q_HEADS = "query heads"
     KV_HEADS = "KV heads"
+    LATENT_QUERIES = "query heads of latent attention"
+    LATENT_KEYS = "what makes the keys of these heads"
+    LATENT_VALUES = "what makes their values"
     MLP = "MLP columns"
+    EXPERT = "columns of each expert"
+    SHARED = "columns of the shared experts"
     VOCAB = "vocabulary"
 
 
@@ -37,7 +42,8 @@ class Piece:
 
     `shape` is [out, in] of what is taken, or [out]. In the file it may be `transposed`, and stand in a larger tensor
     (`stored`: that one's shape) as a stripe: row r is row (r // run) * period + start + r % run of the file's tensor,
-    transposed back. Without `run` the rows are consecutive from `start` on.
+    transposed back. Without `run` the rows are consecutive from `start` on. A file's tensor of three dimensions counts
+    as its matrices one below the other.
     """
 
     source: str
@@ -98,6 +104,13 @@ class Shard:
     def held(self, params: Iterable[Param]) -> tuple[Param, ...]:
         return tuple(param for param in params if self.holds(param))
 
+    def with_experts(self, spec: ModelSpec, experts: tuple[int, ...]) -> "Shard":
+        """The same rank with these experts whole, instead of its part of each."""
+        if spec.moe is None:
+            return self
+        ranges = {**self.ranges, Cut.EXPERT: range(spec.moe.intermediate_size)}
+        return dataclasses.replace(self, experts=experts, ranges=ranges)
+
     def shape(self, piece: Piece) -> tuple[int, ...]:
         if piece.cut is Cut.WHOLE:
             return piece.shape
@@ -128,44 +141,62 @@ def weight_bytes(
     )
 
 
-def keeps_embedding(params: Iterable[Param], stored: Mapping[str, TensorEntry], device: str, dtype: str) -> bool:
-    """Does a tied embedding take memory beside the head?
+def keeps_embedding(
+    params: Iterable[Param], stored: Mapping[str, TensorEntry], device: str, dtype: str, *, head: bool = True
+) -> bool:
+    """Does a tied embedding take memory beside the head, or in place of it on a rank that has no `head`?
 
     On a CPU the head is packed, and the embedding stays in the mapped file where it can be used as it lies there.
     `stored` is what the checkpoint has; empty: weights are made up, and lie in no file.
     """
     if device != "cpu":
-        return False
+        return not head
     source = next(piece.source for param in params if param.name == "embedding" for piece in param.pieces)
     return source not in stored or not (stored[source].holds(dtype) and stored[source].row_major)
 
 
 def kv_block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:
-    """Bytes that one KV block takes on a rank, keys and values over its layers."""
-    return 2 * len(shard.stage.layers) * block_size * len(shard.heads.kv_ids) * spec.head_dim * item_bytes
+    """Bytes that one KV block takes on a rank, keys and values over its layers. Latents do not shrink with more ranks:
+    each one that has heads holds them whole."""
+    token = spec.cached_per_token * len(shard.heads.kv_ids) * spec.head_dim
+    return len(shard.stage.layers) * block_size * token * item_bytes
 
 
 def shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:
     """The shares of all tensor-parallel ranks of one stage, even or in proportion to `weights`, one a rank."""
     heads = split_heads(spec.num_heads, spec.num_kv_heads, tp, weights)
-    unit = MLP_UNIT if spec.intermediate_size >= MLP_UNIT * tp else 1
-    mlp = split(spec.intermediate_size, tp, unit, weights)
+    columns = {Cut.MLP: spec.intermediate_size}
+    if spec.moe is not None:
+        columns |= {Cut.EXPERT: spec.moe.intermediate_size, Cut.SHARED: spec.moe.shared_size}
+    inner = {cut: split(size, tp, MLP_UNIT if size >= MLP_UNIT * tp else 1, weights) for cut, size in columns.items()}
     vocab = split(spec.vocab_size, tp, weights=weights)
     d = spec.head_dim
     return tuple(
         Shard(
             rank,
             heads[rank],
-            {
+            _latent_ranges(spec.latent, heads[rank].q_range)
+            | {
                 Cut.Q_HEADS: range(heads[rank].q_range.start * d, heads[rank].q_range.stop * d),
                 Cut.KV_HEADS: range(heads[rank].kv_ids.start * d, heads[rank].kv_ids.stop * d),
-                Cut.MLP: mlp[rank],
                 Cut.VOCAB: vocab[rank],
-            },
+            }
+            | {cut: shares[rank] for cut, shares in inner.items()},
             Stage(0, 1, range(spec.num_layers)),
         )
         for rank in range(tp)
     )
+
+
+def _latent_ranges(latent: LatentSpec | None, heads: range) -> dict[Cut, range]:
+    if latent is None:
+        return {}
+    widths = {
+        Cut.LATENT_QUERIES: latent.query_dim,
+        Cut.LATENT_KEYS: latent.nope_dim,
+        Cut.LATENT_VALUES: latent.value_dim,
+    }
+    return {cut: range(heads.start * width, heads.stop * width) for cut, width in widths.items()}
 
 
 def manifest(spec: ModelSpec, names: TensorNames) -> tuple[Param, ...]:
@@ -183,7 +214,7 @@ def _params(spec: ModelSpec, names: TensorNames) -> Iterator[Param]:
         rows = spec.max_positions + spec.position_offset
         yield Param("positions", (Piece(f"{base}{names.positions}.weight", (rows, hidden)),), at="first")
     for i in range(spec.num_layers):
-        for param in _layer(spec, names, f"layers.{i}.", base + names.layer.format(i=i)):
+        for param in _layer(spec, names, i, f"layers.{i}.", base + names.layer.format(i=i)):
             yield dataclasses.replace(param, at=i)
     for param in _end(spec, names, embedding):
         yield dataclasses.replace(param, at="last")
@@ -202,18 +233,25 @@ def _end(spec: ModelSpec, names: TensorNames, embedding: str) -> Iterator[Param]
         yield Param("head_bias", (Piece(f"{names.head}.bias", (spec.vocab_size,), Cut.VOCAB),))
 
 
-def _layer(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> Iterator[Param]:
+def _layer(spec: ModelSpec, names: TensorNames, i: int, ours: str, theirs: str) -> Iterator[Param]:
     def norm(name: str, spelled: str) -> Iterator[Param]:
         return _norm(ours + name, theirs + spelled, spec.norm, spec.hidden_size)
 
     if spec.norms_before:
         yield from norm("attention_norm", names.attention_norm)
-    yield from _attention(spec, names, ours, theirs)
+    if spec.latent is None:
+        yield from _attention(spec, names, ours, theirs)
+    else:
+        yield from _latent_attention(spec, spec.latent, names, ours, theirs)
     if spec.norms_after:
         yield from norm("attention_out_norm", names.attention_out_norm)
     if spec.norms_mlp:
         yield from norm("mlp_norm", names.mlp_norm)
-    yield from _mlp(spec, names, ours, theirs)
+    moe = spec.moe_of(i)
+    if moe is None:
+        yield from _mlp(spec, names, ours, theirs)
+    else:
+        yield from _mixture(spec, moe, names.experts, ours, theirs)
     if spec.norms_after:
         yield from norm("mlp_out_norm", names.mlp_out_norm)
 
@@ -246,6 +284,47 @@ def _attention(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> I
         yield Param(f"{ours}out.bias", (Piece(f"{theirs}{names.out}.bias", (hidden,)),))
 
 
+def _latent_attention(
+    spec: ModelSpec, latent: LatentSpec, names: TensorNames, ours: str, theirs: str
+) -> Iterator[Param]:
+    """What leads down is whole on every rank; what leads up to heads, and what they see, is cut by heads."""
+    hidden, spelled = spec.hidden_size, names.latent
+
+    def down(name: str, source: str, rows: int) -> Iterator[Param]:
+        yield Param(f"{ours}{name}.weight", (Piece(f"{theirs}{source}.weight", (rows, hidden)),))
+        if spec.qkv_bias:
+            yield Param(f"{ours}{name}.bias", (Piece(f"{theirs}{source}.bias", (rows,)),))
+
+    queries, source, columns = spec.num_heads * latent.query_dim, spelled.q, hidden
+    if latent.q_rank is not None:
+        yield from down("q_down", spelled.q_down, latent.q_rank)
+        yield from _norm(f"{ours}q_norm", f"{theirs}{spelled.q_norm}", latent.norm, latent.q_rank)
+        source, columns = spelled.q_up, latent.q_rank
+    yield Param(f"{ours}q_up.weight", (Piece(f"{theirs}{source}.weight", (queries, columns), Cut.LATENT_QUERIES),))
+    yield from down("kv_down", spelled.kv_down, latent.cached_dim)
+    yield from _norm(f"{ours}kv_norm", f"{theirs}{spelled.kv_norm}", latent.norm, latent.kv_rank)
+
+    def up(name: str, cut: Cut, start: int, width: int) -> Param:
+        period = latent.nope_dim + latent.value_dim
+        piece = Piece(
+            f"{theirs}{spelled.kv_up}.weight",
+            (spec.num_heads * width, latent.kv_rank),
+            cut,
+            start=start,
+            run=width,
+            period=period,
+            stored=(spec.num_heads * period, latent.kv_rank),
+        )
+        return Param(f"{ours}{name}.weight", (piece,))
+
+    yield up("k_up", Cut.LATENT_KEYS, 0, latent.nope_dim)
+    yield up("v_up", Cut.LATENT_VALUES, latent.nope_dim, latent.value_dim)
+    values = spec.num_heads * latent.value_dim
+    yield Param(f"{ours}out.weight", (Piece(f"{theirs}{names.out}.weight", (hidden, values), Cut.LATENT_VALUES, 1),))
+    if spec.out_bias:
+        yield Param(f"{ours}out.bias", (Piece(f"{theirs}{names.out}.bias", (hidden,)),))
+
+
 def _mlp(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> Iterator[Param]:
     hidden, inner = spec.hidden_size, spec.intermediate_size
     parts = ((inner, Cut.MLP),) * (2 if spec.gated else 1)
@@ -258,6 +337,46 @@ def _mlp(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> Iterato
     yield Param(f"{ours}down.weight", (down,))
     if spec.down_bias:
         yield Param(f"{ours}down.bias", (Piece(f"{theirs}{names.down}.bias", (hidden,)),))
+
+
+def _mixture(spec: ModelSpec, moe: MoESpec, names: ExpertNames, ours: str, theirs: str) -> Iterator[Param]:
+    """The router whole on every rank, each expert as parameters of its own, the shared experts cut like an MLP."""
+    hidden, size, matrices = spec.hidden_size, moe.intermediate_size, 2 if spec.gated else 1
+    up = "gate_up" if spec.gated else "up"
+    router = Piece(theirs + names.router, (moe.num_experts, hidden))
+    yield Param(f"{ours}router.weight", (router,), "float32" if moe.routing.wide else None)
+    if moe.routing.correction_bias:
+        yield Param(f"{ours}correction_bias", (Piece(theirs + names.correction_bias, (moe.num_experts,)),), "float32")
+    up_names, down_names = tuple(theirs + name for name in names.up), (theirs + names.down,)
+    for e in range(moe.num_experts):
+        pieces = _expert_pieces(up_names, e, moe.num_experts, matrices, (size, hidden), 0)
+        yield Param(f"{ours}experts.{e}.{up}.weight", pieces, expert=e)
+        pieces = _expert_pieces(down_names, e, moe.num_experts, 1, (hidden, size), 1)
+        yield Param(f"{ours}experts.{e}.down.weight", pieces, expert=e)
+    if not moe.shared_size:
+        return
+    stacked = _Stack(tuple(theirs + name for name in names.shared_up), ((moe.shared_size, Cut.SHARED),) * matrices)
+    yield Param(f"{ours}shared.{up}.weight", stacked.weights(hidden, False))
+    down = Piece(f"{theirs}{names.shared_down}.weight", (hidden, moe.shared_size), Cut.SHARED, 1)
+    yield Param(f"{ours}shared.down.weight", (down,))
+    if moe.shared_gate:
+        yield Param(f"{ours}shared_gate.weight", (Piece(f"{theirs}{names.shared_gate}.weight", (1, hidden)),))
+
+
+def _expert_pieces(
+    names: tuple[str, ...], expert: int, experts: int, count: int, shape: tuple[int, int], dim: int
+) -> tuple[Piece, ...]:
+    """`count` matrices [out, in] of one expert, which `names` spells: one below the other where one name is for
+    several, and with the other experts' in one tensor where the name has no {e}."""
+    together, (rows, columns) = count // len(names), shape
+    pieces = []
+    for i in range(count):
+        name, start = names[i // together], i % together * rows
+        stored: tuple[int, ...] = (together * rows, columns)
+        if "{e}" not in name:
+            start, stored = start + expert * stored[0], (experts, *stored)
+        pieces.append(Piece(name.format(e=expert), shape, Cut.EXPERT, dim, start=start, stored=stored))
+    return tuple(pieces)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,22 +7,48 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import CheckpointError
-from shoal.models.families import gemma, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, opt, phi, phi3, qwen2, qwen3
+from shoal.models.families import (
+    deepseek_v2,
+    deepseek_v3,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    granitemoe,
+    llama,
+    mistral,
+    mixtral,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+from shoal.models.quantization import weight_block
 from shoal.models.spec import Family, ModelSpec, TensorNames, Unsupported
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": deepseek_v2.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3": gemma3.FAMILY,
     "gpt2": gpt2.FAMILY,
     "gpt_neox": gpt_neox.FAMILY,
+    "granitemoe": granitemoe.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "mixtral": mixtral.FAMILY,
     "opt": opt.FAMILY,
     "phi": phi.FAMILY,
     "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
 }
 
 
@@ -48,18 +74,15 @@ def read_spec(folder: Path) -> ModelSpec:
     """The spec of the model in a folder.
 
     Raises:
-        CheckpointError: config.json is missing or broken, or its weights are quantized.
-        Unsupported: it names an architecture that no family reads, or asks for what the family's spec can't say.
+        CheckpointError: config.json is missing or broken.
+        Unsupported: it names an architecture that no family reads, asks for what the family's spec can't say, or its
+            weights are quantized in a way that can't be loaded.
     """
     config = read_config(folder)
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise CheckpointError(f"{folder / 'config.json'}: architectures must be a list of names, got {architectures!r}")
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{folder}: quantized weights (quantization_config in config.json) can't be loaded; use the model they "
-            "were made from"
-        )
+    weight_block(config)
     family = _family(architectures, config.get("model_type"))
     if family is None:
         supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
@@ -96,12 +119,17 @@ def _checked(spec: ModelSpec, folder: Path) -> ModelSpec:
 def tensor_names(spec: ModelSpec, available: Collection[str] = ()) -> TensorNames:
     """How a checkpoint with the tensors `available` spells the model's. Without any, as is usual for the family.
 
-    The prefix is the first one under which there is an embedding, the head the first that there is: what is still
-    missing is found by `manifest.check`.
+    The prefix is the first one under which there is an embedding, head and experts the first that there are: what is
+    still missing is found by `manifest.check`.
     """
     family = FAMILIES[spec.family]
     prefixes = (p for p in family.prefixes if f"{p}{family.names.embedding}.weight" in available)
     heads = (head for head in family.heads if f"{head}.weight" in available)
-    return dataclasses.replace(
+    names = dataclasses.replace(
         family.names, prefix=next(prefixes, family.prefixes[0]), head=next(heads, family.heads[0])
     )
+    if spec.moe is None or True not in spec.moe.layers:
+        return names
+    layer = names.prefix + names.layer.format(i=spec.moe.layers.index(True))
+    experts = (spelled for spelled in family.experts if layer + spelled.down.format(e=0) in available)
+    return dataclasses.replace(names, experts=next(experts, family.experts[0]))

@@ -1,9 +1,10 @@
-"""A model as data: one shape for every dense family. Free of torch.
+"""A model as data: one shape for every family. Free of torch.
 
 Nothing here is named after a family. What a family needs is a value of a field; what none of them can say is
 `Unsupported`, and left to transformers' own implementation.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,6 +74,80 @@ class NormSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Attention whose keys and values are made of one latent a token (MLA; DeepSeek-V2, 2024).
+
+    A token is led down to `kv_rank` values, which are normed and cached, and to one rotated key of `rope_dim` for all
+    heads, which is cached behind them. A head's key is `nope_dim` values made of the latent, then the rotated key; its
+    value is `value_dim` values made of the latent. Queries may be led down to `q_rank` values, normed, and up again.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    rope: RopeSpec
+    norm: NormSpec  # of latents and of queries that are led down
+    interleaved: bool  # rotated dimensions 2i and 2i + 1 are a pair, else i and i + rope_dim / 2
+
+    @property
+    def query_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def cached_dim(self) -> int:
+        return self.kv_rank + self.rope_dim
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSpec:
+    """How a token chooses `top_k` of the experts.
+
+    Scores are made of the router's logits by `scoring`, over all experts. The best are chosen, where the model has a
+    `correction_bias` by score and bias together; their weights are the scores alone, which `normalize` makes sum to 1,
+    times `scale`.
+    With `groups` the experts are so many equal parts, one behind the other, and only those in the best `top_groups` of
+    them can be chosen; a group is as good as its best expert, or as its best two together.
+    """
+
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    correction_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["best", "best_two"] = "best"
+    wide: bool = False  # the logits are computed in float32, whatever the type of the model
+
+
+@dataclass(frozen=True, slots=True)
+class MoESpec:
+    """A mixture of experts, which stands for the MLP in some layers, in layouts with attention and MLP one by one. An
+    expert is an MLP without biases, gated and activated like the model's own."""
+
+    num_experts: int
+    intermediate_size: int  # of one expert
+    routing: RoutingSpec
+    layers: tuple[bool, ...]  # of each layer: is it a mixture? Else it has the model's MLP
+    shared_size: int = 0  # intermediate size of the shared experts together, which see every token; 0: there are none
+    shared_gate: bool = False  # what they give is scaled by the sigmoid of a linear layer's one output
+
+    def __post_init__(self) -> None:
+        routing = self.routing
+        if self.num_experts % routing.groups:
+            raise CheckpointError(f"config.json: {self.num_experts} experts do not divide into {routing.groups} groups")
+        if routing.top_groups > routing.groups:
+            raise CheckpointError(
+                f"config.json: the best {routing.top_groups} groups of {routing.groups} are asked for"
+            )
+        choice = self.num_experts // routing.groups * routing.top_groups
+        if routing.top_k > choice:
+            raise CheckpointError(f"config.json: a token takes {routing.top_k} experts, of {choice} to choose from")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     family: str
     hidden_size: int
@@ -99,8 +174,18 @@ class ModelSpec:
     head_bias: bool = False
     embedding_size: int | None = None  # where it is not hidden_size, projections lead in and out
     embedding_scale: float | None = None
+    residual_scale: float | None = None  # of what a sublayer adds; in layouts with attention and MLP one by one
     position_offset: int | None = None  # learned positions, of which the first has this row; None: no such table
+    logit_scale: float | None = None  # logits are multiplied by it, before the soft cap
     logit_softcap: float | None = None
+    moe: MoESpec | None = None
+    # Heads then share one cached row a token: there is one KV head, and head_dim is the row's length.
+    latent: LatentSpec | None = None
+
+    @property
+    def cached_per_token(self) -> int:
+        """Tensors [kv_heads, head_dim] that a layer caches a token: a key and a value, or what is both."""
+        return 2 if self.latent is None else 1
 
     @property
     def embedding_width(self) -> int:
@@ -123,6 +208,46 @@ class ModelSpec:
 
     def attention_of(self, layer: int) -> AttentionSpec:
         return self.attention[layer % len(self.attention)]
+
+    def moe_of(self, layer: int) -> MoESpec | None:
+        """None: the layer has an MLP."""
+        return self.moe if self.moe is not None and self.moe.layers[layer] else None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """How a checkpoint spells a mixture's tensors, behind the names of a layer and in full.
+
+    {e} is an expert's number. Without it a tensor has the matrices of all experts, [experts, out, in]. Where `up` has
+    one name for two matrices, these are one above the other. The shared experts are spelled like an MLP, without
+    `.weight`.
+    """
+
+    router: str = "mlp.gate.weight"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"
+    up: tuple[str, ...] = ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight")
+    down: str = "mlp.experts.{e}.down_proj.weight"
+    shared_up: tuple[str, ...] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    shared_down: str = "mlp.shared_expert.down_proj"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+    def stacked(self) -> "ExpertNames":
+        """The same with one tensor for all experts, as transformers 5 has them in memory."""
+        return dataclasses.replace(self, up=("mlp.experts.gate_up_proj",), down="mlp.experts.down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class LatentNames:
+    """How a checkpoint spells the tensors of latent attention, like `TensorNames`. `kv_down` has latent and rotated
+    key one above the other; `kv_up` in turn, head by head, what makes the key and what makes the value."""
+
+    q: str = "self_attn.q_proj"  # where queries are not led down
+    q_down: str = "self_attn.q_a_proj"
+    q_norm: str = "self_attn.q_a_layernorm"
+    q_up: str = "self_attn.q_b_proj"
+    kv_down: str = "self_attn.kv_a_proj_with_mqa"
+    kv_norm: str = "self_attn.kv_a_layernorm"
+    kv_up: str = "self_attn.kv_b_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +277,8 @@ class TensorNames:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     transposed: bool = False
+    latent: LatentNames = LatentNames()
+    experts: ExpertNames = ExpertNames()
     prefix: str = "model."
     head: str = "lm_head"
 
@@ -161,7 +288,8 @@ class Family:
     """One file in `families/`: which architectures it reads, and how.
 
     `model_type` is config.json's, which decides where no architecture is named.
-    `prefixes` and `heads` are the spellings of `TensorNames.prefix` and `.head` that are in use, the usual one first.
+    `prefixes`, `heads` and `experts` are the spellings of `TensorNames.prefix`, `.head` and `.experts` that are in use,
+    the usual one first.
     """
 
     architectures: tuple[str, ...]
@@ -170,3 +298,4 @@ class Family:
     names: TensorNames = TensorNames()
     prefixes: tuple[str, ...] = ("model.", "", "language_model.model.")
     heads: tuple[str, ...] = ("lm_head", "language_model.lm_head")
+    experts: tuple[ExpertNames, ...] = (ExpertNames(), ExpertNames().stacked())

@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, EngineError
 from shoal.kernels.base import HeadLayout, Kernels, KVCache, PagedBatch, Scores
-from shoal.kernels.linear import Linear, make_linear
+from shoal.kernels.linear import make_linear
 from shoal.lazy import load
 from shoal.models.fallback import FallbackSpec
 from shoal.models.loader import Weights
 from shoal.models.manifest import Cut, Piece, Shard
 from shoal.models.transformers_plan import GivenBackbone, LinearModule, context_of, cut_layers, put, set_context
+from shoal.models.transformers_stages import Stream, stand_ins
 from shoal.models.transformers_trial import build, materialize_buffers
 from shoal.parallel.embedding import VocabParallelEmbedding
 from shoal.parallel.linear import RowParallelLinear
 from shoal.parallel.mesh import Axis
+from shoal.parallel.stages import Stage
 
 RUN = "shoal"  # our name among transformers' attention functions
 
@@ -31,6 +33,7 @@ class Context:
     heads: HeadLayout
     scores: tuple[Scores, ...]  # by layer
     kernels: Kernels
+    first_layer: int = 0  # of the stage
     batch: PagedBatch | None = None  # of the step that is computed, and so the caches
     caches: Sequence[KVCache] = ()
 
@@ -46,7 +49,7 @@ def paged_attention(
     heads, batch = context.heads, context.batch
     if batch is None or not heads.q_heads:
         return query.new_zeros(query.shape).transpose(1, 2), None
-    cache = context.caches[module.layer_idx]
+    cache = context.caches[module.layer_idx - context.first_layer]
     cache.keys.index_copy_(0, batch.slots, key[0].transpose(0, 1).to(cache.keys.dtype))
     cache.values.index_copy_(0, batch.slots, value[0].transpose(0, 1).to(cache.values.dtype))
     q = query[0].transpose(0, 1).to(value.dtype).contiguous()
@@ -55,29 +58,42 @@ def paged_attention(
 
 
 class TransformersModel:
-    """`shoal.models.decoder.Decoder`'s interface.
+    """A stage of the model, with `shoal.models.causal.CausalModel`'s interface.
 
     A pass is taken in two: the backbone, then what the causal model does to its outcome, with a stand-in for the
     backbone. So whatever a class does to its logits is done.
     """
 
-    def __init__(self, backbone: nn.Module, causal: nn.Module, head: Linear, context: Context) -> None:
+    def __init__(self, backbone: nn.Module, causal: nn.Module, stage: Stage, stream: Stream, context: Context) -> None:
         set_context(backbone, context)
         self._backbone = backbone
         self._causal = causal
+        self._stage = stage
+        self._stream = stream
         self._context = context
-        self.head = head
 
-    def hidden(self, tokens: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        """tokens: int64 [n]; rows: int64 [m], the tokens whose outcome is wanted (None: all). Gives [m, hidden]."""
+    def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
+        """As `CausalModel.hidden`; the last stage gives [m, hidden]."""
+        tokens = inputs
+        if not self._stage.first:
+            self._stream.received = inputs.unsqueeze(0)
+            tokens = batch.positions.new_zeros(len(inputs))  # nobody looks at them
         self._context.batch, self._context.caches = batch, caches
         out = self._backbone(input_ids=tokens.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False)
         self._context.batch, self._context.caches = None, ()
+        left, self._stream.received, self._stream.left = self._stream.left, None, None
+        if left is not None:
+            return left[0]
         hidden: Tensor = out[0][0]
         return hidden if rows is None else hidden[rows]
 
+    def join(self) -> None:
+        """It exchanges nothing with other replicas."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [m, hidden]. This rank's share of the vocabulary: float32 [m, rows of the head]."""
+        if not self._stage.last:
+            raise EngineError("only the last pipeline stage has an output head")
         logits: Tensor = self._causal(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
         return logits[0].float()
 
@@ -91,7 +107,7 @@ def build_transformers_model(
     kernels: Kernels,
     device: torch.device,
 ) -> TransformersModel:
-    """Loads tensor by tensor, so that at most one plain weight is in memory beside its packed form.
+    """Loads the stage tensor by tensor, so that at most one plain weight is in memory beside its packed form.
 
     Raises:
         CheckpointError: something of the module is neither in the checkpoint nor made by the module itself.
@@ -106,20 +122,28 @@ def build_transformers_model(
     def tensor(name: str) -> Tensor:
         return weights.tensor(name).to(device)
 
-    embedding = tensor("embedding")
+    stream = Stream()
+    for path, absent in stand_ins(spec, model, shard.stage, stream).items():
+        put(model, path, absent)
     pieces = cut_layers(spec)
-    tied_in_place = spec.tie_embeddings and device.type != "cpu"
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and path != of_head:
             put(model, path, _linear(path, pieces.get(path), spec.head_dim, shard, tp, weights, device))
     cut = {param.name: param.pieces[0].cut for param in spec.params}
-    if cut["embedding"] is Cut.VOCAB:
-        put(model, of_embedding, EmbeddingModule(VocabParallelEmbedding(embedding, shard.ranges[Cut.VOCAB], tp)))
+    embedding = weights.optional("embedding")
+    if embedding is not None:
+        embedding = embedding.to(device)
+        if cut["embedding"] is Cut.VOCAB:
+            put(model, of_embedding, EmbeddingModule(VocabParallelEmbedding(embedding, shard.ranges[Cut.VOCAB], tp)))
+        else:
+            _set(model, paths["embedding"], embedding)
+    if shard.stage.last:
+        bias = weights.optional("head_bias")
+        tied_in_place = spec.tie_embeddings and device.type != "cpu"
+        weight = embedding if tied_in_place and embedding is not None else tensor("head")
+        put(model, of_head, LinearModule(make_linear(weight, None if bias is None else bias.to(device))))
     else:
-        _set(model, paths["embedding"], embedding)
-    bias = weights.optional("head_bias")
-    head = make_linear(embedding if tied_in_place else tensor("head"), None if bias is None else bias.to(device))
-    put(model, of_head, LinearModule(head))
+        put(model, of_head, nn.Identity())
     left = {
         name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta or name in cut
     }
@@ -135,7 +159,8 @@ def build_transformers_model(
     put(model, spec.backbone, GivenBackbone())
     heads = HeadLayout(len(shard.heads.q_range), len(shard.heads.kv_ids), spec.head_dim, shard.heads.q_to_kv)
     scores = tuple(Scores(layer.scale, layer.window, layer.softcap) for layer in spec.attention)
-    return TransformersModel(backbone, model, head, Context(heads, scores, kernels))
+    context = Context(heads, scores, kernels, shard.stage.layers.start)
+    return TransformersModel(backbone, model, shard.stage, stream, context)
 
 
 @cache

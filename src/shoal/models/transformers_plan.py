@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,18 @@ class Outcome:
 
     def __getitem__(self, index: int) -> Tensor | None:
         return self.last_hidden_state if index == 0 else None
+
+
+def place_of(spec: FallbackSpec, path: str) -> int | Literal["first", "last", "every"]:
+    """Which pipeline stages have the tensor at a path."""
+    if not spec.layers:
+        return "every"
+    if path.startswith(f"{spec.layers}."):
+        return int(path.removeprefix(f"{spec.layers}.").split(".")[0])
+    module = path.rpartition(".")[0]
+    if module in dict(spec.before):
+        return "first"
+    return "last" if module in spec.behind or not path.startswith(f"{spec.backbone}.") else "every"
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
@@ -191,7 +203,7 @@ def _with_cuts(spec: FallbackSpec, model: Any, cuts: Cuts, note: str) -> Fallbac
         if name in by_vocabulary:
             cut = Cut.VOCAB
         source = model.all_tied_weights_keys.get(path, path)
-        params.append(Param(name, (Piece(source, tuple(tensor.shape), cut, dim),)))
+        params.append(Param(name, (Piece(source, tuple(tensor.shape), cut, dim),), at=place_of(spec, path)))
     inner = next((piece.shape[piece.dim] for param in params for piece in param.pieces if piece.cut is Cut.MLP), None)
     return dataclasses.replace(
         spec,

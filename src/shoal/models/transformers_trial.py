@@ -4,9 +4,11 @@ Tensors on PyTorch's meta device have shapes and no data, so a model of any size
 stand-in for attention writes down how each layer calls it; what the engine's attention could not do is refused.
 """
 
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any
@@ -21,6 +23,7 @@ from shoal.models.fallback import FallbackSpec, refusal
 from shoal.models.fields import dtype_name
 from shoal.models.spec import AttentionSpec, NormSpec
 from shoal.models.transformers_plan import GivenBackbone, context_of, path_of, set_context, swapped, with_manifest
+from shoal.models.transformers_stages import OneStage, Watch, check_stages
 
 TRIAL = "shoal_trial"  # our stand-in's name among transformers' attention functions
 _TOKENS = 6
@@ -125,6 +128,7 @@ def _inspect(text: str, architecture: str) -> FallbackSpec:
         backbone=path_of(model, backbone),
         prefix=f"{model.base_model_prefix}." if model.base_model is not model else "",
     )
+    spec = _with_stages(spec, model, backbone)
     return with_manifest(spec, model, lambda: [(call.q_heads, call.kv_heads) for call in _try(backbone)[0]])
 
 
@@ -233,25 +237,56 @@ class _Reads(TorchFunctionMode):
         return func(*args, **given)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Of a backbone."""
+
+    calls: list[Call]  # of attention
+    hidden: Tensor  # what it gives
+    reads_positions: bool
+
+
 @torch.inference_mode()
-def _try(backbone: nn.Module) -> tuple[list[Call], int]:
-    """The calls of attention in a forward pass, and the hidden size."""
+def _run(backbone: nn.Module, watch: Callable[[Tensor], AbstractContextManager[None]] | None = None) -> _Run:
+    """A forward pass, while `watch`, if there is one, looks at what becomes of the tokens."""
     calls: list[Call] = []
     shape = (1, _TOKENS)
     with torch.device("meta"):
         tokens, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
         all_there = torch.ones(shape, dtype=torch.int64)
-        with _Reads(positions) as reads:
+        with _Reads(positions) as reads, watch(tokens) if watch else nullcontext():
             set_context(backbone, calls)
             out = backbone(input_ids=tokens, position_ids=positions, attention_mask=all_there, use_cache=False)
-    hidden = out[0]
-    if not calls:
+    return _Run(calls, out[0], reads.seen)
+
+
+def _try(
+    backbone: nn.Module, watch: Callable[[Tensor], AbstractContextManager[None]] | None = None
+) -> tuple[list[Call], int]:
+    """The calls of attention in a forward pass, and the hidden size."""
+    run = _run(backbone, watch)
+    if not run.calls:
         raise Unfit(_NO_INTERFACE)
-    if not reads.seen:
+    if not run.reads_positions:
         raise Unfit("it does not take the positions of tokens (position_ids)")
-    if hidden.shape[:2] != shape:
+    if run.hidden.shape[:2] != (1, _TOKENS):
         raise Unfit("it does not give one hidden state a token")
-    return calls, hidden.shape[-1]
+    return run.calls, run.hidden.shape[-1]
+
+
+def _with_stages(spec: FallbackSpec, model: Any, backbone: nn.Module) -> FallbackSpec:
+    """The spec, with where it can be cut into pipeline stages, or why it can't."""
+    try:
+        watch = Watch(model, backbone, spec.num_layers)
+        _run(backbone, watch)
+        found = watch.found(spec)
+        check_stages(found, model, _TOKENS, lambda: [call.layer for call in _run(backbone).calls])
+    except OneStage as error:
+        return dataclasses.replace(spec, one_stage=str(error))
+    except Exception as error:  # noqa: BLE001 - foreign code that is tried out may raise anything
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        return dataclasses.replace(spec, one_stage=f"a trial of a stage ended in {type(error).__name__}: {first}")
+    return found
 
 
 @torch.inference_mode()

@@ -20,18 +20,26 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """`ep`: the ranks that hold a stage's experts together: a second view of its dp x tp ranks."""
+    """`ep`: the ranks that hold a stage's experts together: a second view of its dp x tp ranks.
+
+    `back`: the first and the last stage's rank of `pp`, between which drawn tokens travel. It is a group of its own,
+    since a GPU's backend does what two ranks say to each other in one order for both directions; between stages there
+    is nobody in it.
+    """
 
     topology: Topology
     rank: int  # among the ranks of all replicas
     pp: Axis
     tp: Axis
     ep: Axis
+    back: Axis
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         """Those that lead to other ranks."""
-        axes = (self.pp, self.tp) if self.ep.comm is self.tp.comm else (self.pp, self.tp, self.ep)
+        axes = [self.pp, self.back, self.tp]
+        if self.ep.comm is not self.tp.comm:
+            axes.append(self.ep)
         return tuple(axis for axis in axes if axis.size > 1)
 
 
@@ -52,12 +60,14 @@ def make_mesh(
         comm = connect(name, group) if len(group) > 1 else LocalComm()
         return Axis(name, group.index(rank), len(group), comm)
 
-    tp = axis("tp", topology.group("tp", rank))
+    tp, stages = axis("tp", topology.group("tp", rank)), topology.group("pp", rank)
+    ends = (stages[0], stages[-1]) if len(stages) > 1 and rank in (stages[0], stages[-1]) else (rank,)
     across = expert_parallel and topology.size("dp") > 1
     return Mesh(
         topology,
         rank,
-        pp=axis("pp", topology.group("pp", rank)),
+        pp=axis("pp", stages),
         tp=tp,
         ep=axis("ep", topology.plane(("dp", "tp"), rank)) if across else Axis("ep", tp.rank, tp.size, tp.comm),
+        back=axis("back", ends),
     )

@@ -1,8 +1,13 @@
 """Which layers a pipeline stage has. Free of torch."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+
+# Residual streams of steps that a stage has sent and keeps, since the next one may not have taken them: a stage that is
+# further ahead waits. More would only stand in a queue, as there are about as many steps in flight as stages.
+STREAMS_ON_WAY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +40,32 @@ def cut_evenly(costs: Sequence[float], count: int, *, before: float = 0.0, behin
     """Layers of each stage, at least one, so that the dearest stage is as cheap as can be.
 
     costs: of each layer; `before` is what the first stage computes besides, `behind` what the last one does. Of equally
-    good cuts the one whose stages are nearest to each other is taken (least sum of squares).
+    good cuts the one whose stages are nearest to each other is taken (least sum of squares), and of these the one whose
+    first stages have more layers.
     `count` is at most the number of layers.
     """
     sums = [0.0, *accumulate(costs)]
-    whole = len(costs)
 
     def cost(number: int, start: int, stop: int) -> float:
         return sums[stop] - sums[start] + before * (number == 0) + behind * (number == count - 1)
 
-    # best[stop]: (dearest stage, sum of squares, layers of each) for the stages so far over the layers before `stop`
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
-    for number in range(count):
-        left = count - number - 1
-        best = {
-            stop: min(
-                (max(most, cost(number, start, stop)), squares + cost(number, start, stop) ** 2, (*cut, stop - start))
-                for start, (most, squares, cut) in best.items()
-                if start < stop
-            )
-            for stop in range(number + 1, whole - left + 1)
-        }
-    return best[whole][2]
+    def best(join: Callable[[float, float], float], most: float) -> tuple[float, tuple[int, ...]]:
+        """Of the cuts with no stage dearer than `most`, the one whose costs, joined, are least; and that sum."""
+        found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by how many layers the stages so far have
+        for number in range(count):
+            found = {
+                stop: min(
+                    (
+                        (join(joined, cost(number, start, stop)), (*cut, stop - start))
+                        for start, (joined, cut) in found.items()
+                        if start < stop and cost(number, start, stop) <= most
+                    ),
+                    key=lambda each: (each[0], [-layers for layers in each[1]]),
+                )
+                for stop in range(number + 1, len(costs) - (count - number - 1) + 1)
+                if any(start < stop and cost(number, start, stop) <= most for start in found)
+            }
+        return found[len(costs)]
+
+    dearest, _ = best(max, math.inf)
+    return best(lambda joined, each: joined + each * each, dearest)[1]

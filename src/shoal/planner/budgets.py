@@ -9,15 +9,22 @@ from shoal.types import Hardware
 
 _CPU_KV_CEILING = 4 * 2**30
 _CPU_KV_SHARE = 0.4
+_MORE_RANKS = "raise --tensor-parallel-size or --pipeline-parallel-size"
 
 
 def kv_budgets(
-    options: EngineOptions, hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str]
+    options: EngineOptions,
+    hardware: Hardware,
+    ranks: Sequence[RankMemory],
+    reasons: list[str],
+    *,
+    replicas: int = 1,
 ) -> tuple[int | None, ...]:
     """Bytes by rank; None: the rank measures what it has left.
 
     All ranks hold the same number of blocks, but a block is not everywhere as large: the host's memory is shared out
     by the size of a block, and of budgets that are the same for all, the rank with the least room decides.
+    `replicas` like this one share the host.
 
     Raises:
         ConfigError: it does not fit; it says what is missing, and which flags help.
@@ -36,14 +43,14 @@ def kv_budgets(
         reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
         return (None,) * len(ranks)
     else:
-        budgets = _shares_of_host(hardware, ranks, reasons)
+        budgets = _shares_of_host(hardware, ranks, reasons, replicas)
         way_out = "set --kv-cache-memory-bytes to less"
     if hardware.device == "cpu":
         blocks = num_blocks(ranks, budgets) or 0
         needs = [rank.weights + rank.activations + blocks * rank.block for rank in ranks]
         if cache.kv_cache_memory_bytes is None and cache.device_memory is not None:
             needs = [cache.device_memory] * len(ranks)
-        _check_host_memory(hardware, needs, sum(rank.weights for rank in ranks), way_out)
+        _check_host_memory(hardware, needs * replicas, replicas * sum(rank.weights for rank in ranks), way_out)
     return budgets
 
 
@@ -53,13 +60,16 @@ def num_blocks(ranks: Sequence[RankMemory], budgets: Sequence[int | None]) -> in
     return min(counts, default=None)
 
 
-def _shares_of_host(hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str]) -> tuple[int, ...]:
+def _shares_of_host(
+    hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str], replicas: int
+) -> tuple[int, ...]:
     total = int(min(_CPU_KV_CEILING, _CPU_KV_SHARE * hardware.host_memory_available))
-    row = sum(rank.block for rank in ranks)  # one block on each
+    row = replicas * sum(rank.block for rank in ranks)  # one block on each
     shares = tuple(total * rank.block // row for rank in ranks)
     even = len(set(shares)) == 1
     sizes = f"{format_bytes(shares[0])} a rank" if even else ", ".join(map(format_bytes, shares)) + " by rank"
-    over = f", over {len(ranks)} ranks" + ("" if even else " by what a block takes on each") if len(ranks) > 1 else ""
+    count = replicas * len(ranks)
+    over = f", over {count} ranks" + ("" if even else " by what a block takes on each") if count > 1 else ""
     reasons.append(
         f"KV cache of {sizes}: the smaller of {format_bytes(_CPU_KV_CEILING)} and {_CPU_KV_SHARE:.0%} of the "
         f"{format_bytes(hardware.host_memory_available)} available{over}"
@@ -75,7 +85,7 @@ def _left_of(options: EngineOptions, number: int, rank: RankMemory, reasons: lis
         missing = format_bytes(rank.weights + rank.activations - budget)
         raise ConfigError(
             f"--device-memory {format_bytes(budget)} is {missing} too small for rank {number}: weights take {weights}, "
-            f"activations {activations}. Raise it, raise --tensor-parallel-size, or lower --max-num-batched-tokens"
+            f"activations {activations}. Raise it, {_MORE_RANKS}, or lower --max-num-batched-tokens"
         )
     reasons.append(
         f"rank {number}: {format_bytes(left)} for the KV cache, what {weights} of weights, {activations} of "
@@ -94,7 +104,7 @@ def _check_cuda_memory(options: EngineOptions, hardware: Hardware, number: int, 
         raise ConfigError(
             f"rank {number} needs {format_bytes(rank.weights)} for weights, {format_bytes(missing)} more than "
             f"--gpu-memory-utilization {share} allows of {format_bytes(hardware.device_memory)}: "
-            "raise --tensor-parallel-size"
+            f"{_MORE_RANKS}"
         )
 
 

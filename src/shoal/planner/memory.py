@@ -7,7 +7,8 @@ from shoal.errors import ConfigError
 from shoal.models.checkpoint import TensorEntry
 from shoal.models.fallback import FallbackSpec
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, kv_block_bytes, weight_bytes
-from shoal.models.spec import ModelSpec
+from shoal.models.spec import LatentSpec, ModelSpec, MoESpec
+from shoal.parallel.stages import STREAMS_ON_WAY
 
 SCORE_BYTES = 32 * 2**20  # attention scores that are written out at a time: kernels.reference's
 PROMPT_ROWS = 64  # tokens of a prompt whose logits are there at a time: worker.runner's
@@ -61,24 +62,34 @@ def rank_memory(
     device: str,
     block_size: int,
     step: StepSize,
+    replicas: int = 1,
 ) -> RankMemory:
-    """`stored`: the checkpoint's tensors; empty where weights are made up."""
+    """`stored`: the checkpoint's tensors; empty where weights are made up. `replicas` hold whole experts together."""
     item = ITEM_BYTES[dtype]
-    kept = keeps_embedding(params, stored, device, dtype)
+    kept = keeps_embedding(params, stored, device, dtype, head=shard.stage.last)
     return RankMemory(
         weights=weight_bytes(spec, params, shard, item, embedding_kept=kept),
-        activations=_activations(spec, shard, item, step, device),
+        activations=_activations(spec, shard, item, step, device, replicas),
         context_token=_context_token(spec, shard, item, step.tokens),
         block=kv_block_bytes(spec, shard, block_size, item),
     )
 
 
-def _activations(spec: ModelSpec, shard: Shard, item: int, step: StepSize, device: str) -> int:
-    """An upper bound on what a step holds at its fullest moment: inside a layer, or at the end, with the logits."""
-    token = max(_embedding_token(spec), _layer_token(spec, shard)) * item + _wide_token(spec, shard)
-    scores = SCORE_BYTES if any(spec.attention_of(i).softcap for i in range(spec.num_layers)) else 0
-    logits = (step.sampled + min(step.tokens, PROMPT_ROWS)) * _logit_row(shard, item, device)
-    return max(step.tokens * token + 3 * scores, logits)
+def _activations(spec: ModelSpec, shard: Shard, item: int, step: StepSize, device: str, replicas: int) -> int:
+    """An upper bound on what a step holds at its fullest moment: inside a layer, or at the end, with the logits.
+
+    Between stages a step's residual stream is received, and kept for some steps after it was sent.
+    """
+    stage = shard.stage
+    values = max(_embedding_token(spec) if stage.first else 0, _layer_token(spec, shard))
+    mixture = 0
+    if spec.moe is not None and any(spec.moe.layers[i] for i in stage.layers):
+        mixture = 2 * spec.hidden_size * item + _mixture_token(spec, spec.moe, shard, item, replicas)
+    borders = spec.hidden_size * ((not stage.first) + STREAMS_ON_WAY * (not stage.last))
+    scores = SCORE_BYTES if any(spec.attention_of(i).softcap for i in stage.layers) else 0
+    inside = step.tokens * max(values * item + _wide_token(spec, shard), mixture) + 3 * scores
+    logits = (step.sampled + min(step.tokens, PROMPT_ROWS)) * _logit_row(shard, item, device) if stage.last else 0
+    return max(inside, logits) + step.tokens * borders * item
 
 
 def _embedding_token(spec: ModelSpec) -> int:
@@ -104,16 +115,52 @@ def _layer_token(spec: ModelSpec, shard: Shard) -> int:
     if isinstance(spec, FallbackSpec):  # its layers keep what they were given; the largest peak measured took six more
         held += 6 * hidden
     attention = max(2 * (q + 2 * kv) + q, 2 * q + 3 * hidden)
-    mlp = max((4 if spec.gated else 2) * inner, inner + 3 * hidden)
-    return held + max(2 * hidden, attention, mlp)
+    if spec.latent is not None:
+        attention = _latent_token(spec.latent, shard, hidden)
+    return held + max(2 * hidden, attention, _mlp_token(spec, inner))
+
+
+def _mlp_token(spec: ModelSpec, inner: int) -> int:
+    return max((4 if spec.gated else 2) * inner, inner + 3 * spec.hidden_size)
+
+
+def _latent_token(latent: LatentSpec, shard: Shard, hidden: int) -> int:
+    """Values a token in latent attention: a latent row before and after its norm and rotation, or every head's query
+    with what is made of it, then queries as long as what is cached and what they saw, or what comes of that."""
+    heads = len(shard.heads.q_range)
+    queries = heads * (latent.query_dim + latent.cached_dim + max(latent.cached_dim, 2 * latent.rope_dim))
+    seen = heads * (2 * latent.cached_dim + latent.kv_rank + latent.value_dim)
+    down = (latent.q_rank or 0) * 2 + heads * latent.query_dim
+    return max(4 * latent.cached_dim, down, queries, seen, heads * latent.value_dim + 3 * hidden)
+
+
+def _mixture_token(spec: ModelSpec, moe: MoESpec, shard: Shard, item: int, replicas: int) -> int:
+    """Bytes a token in a mixture of experts, beside what a layer holds anyway.
+
+    The most that can come to a rank are the tokens of all replicas, each for as many of its experts as a token takes.
+    For each of these pairs there are the token's row, and what comes up before and after it is put together, or that
+    activated, or what goes down likewise; and where it is sorted to.
+    """
+    hidden, up = spec.hidden_size, 2 if spec.gated else 1
+    inner = len(shard.ranges[Cut.EXPERT])
+    held = moe.num_experts if shard.experts is None else len(shard.experts)
+    pairs = replicas * min(moe.routing.top_k, held)
+    pair = (hidden + max(2 * up * inner, (up + 1) * inner, inner + 2 * hidden)) * item + 6 * 8
+    # What arrived, as it came and as rows, and what goes back; on the way in and out this rank's own, and a wide sum.
+    arrived = (2 * replicas + 1) * hidden * item
+    if replicas > 1:
+        arrived += (replicas + 1) * hidden * item + hidden * _FLOAT
+    shared = _mlp_token(spec, len(shard.ranges[Cut.SHARED])) * item if moe.shared_size else 0
+    routing = moe.num_experts * (item + 4 * _FLOAT + 8) + replicas * moe.routing.top_k * (8 + _FLOAT)
+    return arrived + routing + max(pairs * pair, shared)
 
 
 def _wide_token(spec: ModelSpec, shard: Shard) -> int:
     """Bytes a token of what is computed in float32 before it is rounded: a norm's row three times (itself, its
     squares or its outcome, that times the weight), and so the heads that are normed or rotated."""
-    heads = len(shard.heads.q_range) * spec.head_dim
-    turned = spec.qk_norm is not None or any(spec.attention_of(i).rope for i in range(spec.num_layers))
-    return 3 * _FLOAT * max(spec.hidden_size, heads if turned else 0)
+    turned = spec.qk_norm is not None or any(spec.attention_of(i).rope for i in shard.stage.layers)
+    head = spec.latent.rope_dim if spec.latent is not None else spec.head_dim if turned else 0
+    return 3 * _FLOAT * max(spec.hidden_size, len(shard.heads.q_range) * head)
 
 
 def _logit_row(shard: Shard, item: int, device: str) -> int:
@@ -126,11 +173,12 @@ def _logit_row(shard: Shard, item: int, device: str) -> int:
 
 def _context_token(spec: ModelSpec, shard: Shard, item: int, tokens: int) -> int:
     """What a prompt in chunks gathers of its context, one sequence at a time: where a token lies, a key and a value as
-    they are cached and for every query head, and a column of the mask as truth values and as numbers. Scores that are
-    bent are computed in float32, at least one query's at a time."""
+    they are cached and, but from a single KV head, for every query head, and a column of the mask as truth values and
+    as numbers. Scores that are bent are computed in float32, at least one query's at a time."""
     q, kv = len(shard.heads.q_range), len(shard.heads.kv_ids)
-    gathered = 2 * (q + kv) * spec.head_dim * item + 4 * 8
-    capped = any(spec.attention_of(i).softcap for i in range(spec.num_layers))
+    copied = 2 * q if kv > 1 else 0
+    gathered = (copied + spec.cached_per_token * kv) * spec.head_dim * item + 4 * 8
+    capped = any(spec.attention_of(i).softcap for i in shard.stage.layers)
     wide = _FLOAT * (2 * q * spec.head_dim + 3 * q) if capped else 0
     return gathered + tokens * (1 + item) + wide
 

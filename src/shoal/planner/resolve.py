@@ -1,21 +1,26 @@
 """From what the user said and what the machine has to what is done, with the reasons. Nothing is started here."""
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shoal import env
+from shoal import env, wire
 from shoal.config import EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.errors import ConfigError
 from shoal.models import manifest
 from shoal.models.checkpoint import TensorEntry, open_checkpoint
 from shoal.models.fallback import FallbackSpec
-from shoal.models.implementation import implementation_of, params_of, read_model, shards_of
+from shoal.models.implementation import Cutting, implementation_of, params_of, rank_shards, read_model
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard
 from shoal.models.spec import ModelSpec
+from shoal.planner.all2all import choose_all2all
 from shoal.planner.budgets import kv_budgets, num_blocks
+from shoal.planner.costs import cost_shares
+from shoal.planner.layout import plan_cutting, shares_experts, standing
 from shoal.planner.memory import RankMemory, StepSize, rank_memory, require_capacity
 from shoal.types import Hardware
 
@@ -32,12 +37,16 @@ class Decision:
     dtype: str
     max_model_len: int
     backend: Backend
-    ranks: tuple[RankMemory, ...]
+    cutting: Cutting
+    place: wire.Place
+    ranks: tuple[RankMemory, ...]  # by rank of the replica
+    cost_shares: tuple[float, ...]  # of what a token costs in all of them, an estimate
     kv_budgets: tuple[int | None, ...]  # bytes by rank; None: measured by the rank
+    max_in_flight: int
+    all2all: str  # how tokens reach other replicas' experts; "": they need not
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
     model_impl: str = "shoal"  # or "transformers"
-    tp_split: tuple[int, ...] = ()  # relative shares of the ranks; empty: equal ones
     draft_folder: Path | None = None  # of the model that guesses ahead
     draft: ModelSpec | None = None  # ... and what it is
 
@@ -60,37 +69,52 @@ def discover(options: EngineOptions) -> Hardware:
     return found or cpu.discover(count)
 
 
-def resolve(options: EngineOptions, folder: Path, hardware: Hardware, draft_folder: Path | None = None) -> Decision:
+def resolve(
+    options: EngineOptions,
+    folder: Path,
+    hardware: Hardware,
+    draft_folder: Path | None = None,
+    place: wire.Place = wire.Place(),  # noqa: B008 - it is frozen
+) -> Decision:
     """Decides what was left open, and refuses what can't work. `draft_folder`: of the model that guesses ahead.
+
+    `place` is that of one replica. Without it the decision is for all of them, as the first one will take it.
 
     Raises:
         UserError: the models can't be read, or the options, the models and the hardware don't go together.
     """
-    weights = options.model_options.load_format != "dummy"
-    model = _read(folder, options.model_options.model_impl, weights=weights)
-    draft = None if draft_folder is None else _read(draft_folder, "auto", weights=weights)
-    spec = model.spec
-    _check_split(options)
-    if draft is not None:
-        _check_vocabularies(spec, draft.spec, draft_folder)
-
     reasons: list[str] = []
     warnings: list[str] = []
-    tp = options.parallel.tensor_parallel_size
-    reasons += [each.spec.describe(tp) for each in (model, draft) if each and isinstance(each.spec, FallbackSpec)]
-    _check_devices(tp, hardware, reasons, warnings)
+    place = standing(options, place)
+    if place.memory_available:
+        hardware = dataclasses.replace(hardware, host_memory_available=place.memory_available)
+    spec = read_model(folder, options.model_options.model_impl)
+    draft_spec = None if draft_folder is None else read_model(draft_folder, "auto")
+    if draft_spec is not None:
+        _check_vocabularies(spec, draft_spec, draft_folder)
+    cutting = plan_cutting(options, spec, place, reasons, warnings)
+    _check_devices(options, place, hardware, reasons, warnings)
+    backend = _backend(options, cutting, hardware, reasons)
+    shards = rank_shards(spec, cutting)
     dtype = _dtype(options, spec, reasons)
+    reasons += [each.describe(cutting.tp) for each in (spec, draft_spec) if isinstance(each, FallbackSpec)]
+
+    weights = options.model_options.load_format != "dummy"
+    model = _open(folder, spec, weights=weights)
+    step = _step_size(options)
+    together = cutting.replicas if shares_experts(cutting) else 1
+    ranks = _rank_memories(options, model, shards, dtype, hardware.device, step, together)
+    shares = cost_shares(spec, model.params, shards, replicas=together)
+    if cutting.tp_split is not None:
+        reasons.append(f"shares {':'.join(map(str, cutting.tp_split))} of {spec.family}: {_held(shards[: cutting.tp])}")
+    if draft_spec is not None and draft_folder is not None:
+        draft = _open(draft_folder, draft_spec, weights=weights)
+        ranks = _with_draft(options, ranks, draft, cutting, dtype, hardware.device)
     if options.model_options.enforce_eager:
         reasons.append("--enforce-eager changes nothing: steps are launched operation by operation in any case")
-    backend = _backend(options, tp, hardware, reasons)
-    ranks = _rank_memories(options, model, dtype, hardware.device, _step_size(options), reasons)
-    if draft is not None:
-        guesses = StepSize(options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs)
-        drafts = _rank_memories(options, draft, dtype, hardware.device, guesses, reasons)
-        ranks = tuple(rank.with_draft(other) for rank, other in zip(ranks, drafts, strict=True))
-    budgets = kv_budgets(options, hardware, ranks, reasons)
-    draft_spec = None if draft is None else draft.spec
+    budgets = kv_budgets(options, hardware, ranks, reasons, replicas=place.local_size)
     max_model_len = _max_model_len(options, spec, draft_spec, num_blocks(ranks, budgets), reasons)
+    all2all = _all2all(options, spec, cutting, dtype, reasons)
     return Decision(
         folder=folder,
         spec=spec,
@@ -98,12 +122,16 @@ def resolve(options: EngineOptions, folder: Path, hardware: Hardware, draft_fold
         dtype=dtype,
         max_model_len=max_model_len,
         backend=backend,
+        cutting=cutting,
+        place=place,
         ranks=ranks,
+        cost_shares=shares,
         kv_budgets=budgets,
+        max_in_flight=options.scheduler.max_in_flight or len(cutting.stages) + 1,
+        all2all=all2all,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
         model_impl=implementation_of(spec),
-        tp_split=options.parallel.tensor_parallel_split or (),
         draft_folder=draft_folder,
         draft=draft_spec,
     )
@@ -116,11 +144,10 @@ class _Model:
     stored: Mapping[str, TensorEntry]  # empty where weights are made up
 
 
-def _read(folder: Path, implementation: str, *, weights: bool) -> _Model:
+def _open(folder: Path, spec: ModelSpec, *, weights: bool) -> _Model:
     """Raises:
-    CheckpointError: config.json or the weights are missing or broken, or do not go together.
+    CheckpointError: the weights are missing or broken, or do not go with config.json.
     """
-    spec = read_model(folder, implementation)
     if not weights:
         return _Model(spec, params_of(spec), {})
     checkpoint = open_checkpoint(folder)
@@ -128,16 +155,6 @@ def _read(folder: Path, implementation: str, *, weights: bool) -> _Model:
     manifest.check(params, checkpoint.shapes, str(folder))
     checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
     return _Model(spec, params, checkpoint.tensors)
-
-
-def _check_split(options: EngineOptions) -> None:
-    split, tp = options.parallel.tensor_parallel_split, options.parallel.tensor_parallel_size
-    if split is not None and len(split) != tp:
-        shares = f"{len(split)} share{'s' if len(split) > 1 else ''}"
-        raise ConfigError(
-            f"--tensor-parallel-split {','.join(map(str, split))} has {shares}, --tensor-parallel-size is {tp}: give "
-            f"one share a rank, or --tensor-parallel-size {len(split)}"
-        )
 
 
 def _check_vocabularies(spec: ModelSpec, draft: ModelSpec, folder: Path | None) -> None:
@@ -157,12 +174,14 @@ def _step_size(options: EngineOptions) -> StepSize:
 
 
 def _rank_memories(
-    options: EngineOptions, model: _Model, dtype: str, device: str, step: StepSize, reasons: list[str]
+    options: EngineOptions,
+    model: _Model,
+    shards: Sequence[Shard],
+    dtype: str,
+    device: str,
+    step: StepSize,
+    replicas: int = 1,
 ) -> tuple[RankMemory, ...]:
-    split = options.parallel.tensor_parallel_split
-    shards = shards_of(model.spec, options.parallel.tensor_parallel_size, split)
-    if split is not None:
-        reasons.append(f"shares {':'.join(map(str, split))} of {model.spec.family}: {_shares(shards)}")
     return tuple(
         rank_memory(
             model.spec,
@@ -173,12 +192,24 @@ def _rank_memories(
             device=device,
             block_size=options.cache.block_size,
             step=step,
+            replicas=replicas,
         )
         for shard in shards
     )
 
 
-def _shares(shards: Sequence[Shard]) -> str:
+def _with_draft(
+    options: EngineOptions, ranks: tuple[RankMemory, ...], draft: _Model, cutting: Cutting, dtype: str, device: str
+) -> tuple[RankMemory, ...]:
+    """A draft model runs on the ranks of the last stage, which are those that know what was drawn."""
+    guesses = StepSize(options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs)
+    shards = rank_shards(draft.spec, Cutting(cutting.tp, cutting.tp_split))
+    drafts = _rank_memories(options, draft, shards, dtype, device, guesses)
+    last = ranks[-cutting.tp :]
+    return (*ranks[: -cutting.tp], *(rank.with_draft(other) for rank, other in zip(last, drafts, strict=True)))
+
+
+def _held(shards: Sequence[Shard]) -> str:
     """What each rank holds, `6, 3, 3 query heads, ...`."""
     counts = {
         "query heads": [len(shard.heads.q_range) for shard in shards],
@@ -189,23 +220,36 @@ def _shares(shards: Sequence[Shard]) -> str:
     return "; ".join(f"{', '.join(map(str, each))} {what}" for what, each in counts.items())
 
 
-def _check_devices(tp: int, hardware: Hardware, reasons: list[str], warnings: list[str]) -> None:
-    count = hardware.num_devices
+def _check_devices(
+    options: EngineOptions, place: wire.Place, hardware: Hardware, reasons: list[str], warnings: list[str]
+) -> None:
+    sizes = {
+        "--tensor-parallel-size": options.parallel.tensor_parallel_size,
+        "--pipeline-parallel-size": options.parallel.pipeline_parallel_size,
+        "--data-parallel-size": place.local_size,
+    }
+    ranks, count = math.prod(sizes.values()), hardware.num_devices
     kind = {"cpu": "CPU cores", "cuda": "GPUs"}[hardware.device]
-    if tp <= count:
-        reasons.append(f"{tp} rank{'s' if tp > 1 else ''} on {count} {kind}")
+    named = {flag: size for flag, size in sizes.items() if size > 1}
+    product = f"{' x '.join(map(str, named.values()))} = {ranks}" if len(named) > 1 else str(ranks)
+    if ranks <= count:
+        reasons.append(f"{product} rank{'s' if ranks > 1 else ''} on {count} {kind}")
+        world = ranks // place.local_size
+        first = place.local_rank * world
         reasons.extend(
-            f"rank {rank} on cuda:{rank} (CUDA_VISIBLE_DEVICES entry {name})"
-            for rank, name in enumerate(hardware.visible[:tp])
+            f"rank {index - first} on cuda:{index} (CUDA_VISIBLE_DEVICES entry {hardware.visible[index]})"
+            for index in range(first, first + world)
+            if hardware.visible
         )
     elif hardware.devices_shareable:
-        warnings.append(f"{tp} ranks share {count} {kind}: they take turns, and a step waits for the last")
+        warnings.append(f"{product} ranks share {count} {kind}: they take turns, and a step waits for the last")
     else:
+        asked = " x ".join(f"{flag} {size}" for flag, size in named.items())
         shown = cuda.because_of(env.visible_cuda_devices()) if hardware.device == "cuda" else ""
+        less = f"Use {next(iter(named))} {count} or fewer" if len(named) == 1 else f"Lower them to {count} or fewer"
         way_out = "raise --num-devices" if hardware.device == "cpu" else "use --device cpu"
         raise ConfigError(
-            f"--tensor-parallel-size {tp} needs {tp} devices; this host has {count} ({hardware.device}){shown}. "
-            f"Use --tensor-parallel-size {count} or fewer, or {way_out}"
+            f"{asked} needs {product} devices; this host has {count} ({hardware.device}){shown}. {less}, or {way_out}"
         )
 
 
@@ -218,16 +262,18 @@ def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
     return dtype
 
 
-def _backend(options: EngineOptions, tp: int, hardware: Hardware, reasons: list[str]) -> Backend:
-    wanted = options.parallel.distributed_executor_backend
-    if wanted == "uni" and tp > 1:
-        raise ConfigError(f"--distributed-executor-backend uni runs one rank, not {tp}: use mp or threads")
-    if wanted == "threads" and tp > 1 and hardware.device == "cuda":
-        raise ConfigError(f"--distributed-executor-backend threads can't move tensors between {tp} GPUs: use mp")
+def _backend(options: EngineOptions, cutting: Cutting, hardware: Hardware, reasons: list[str]) -> Backend:
+    wanted, ranks = options.parallel.distributed_executor_backend, cutting.tp * len(cutting.stages)
+    together = ranks * cutting.replicas if shares_experts(cutting) else ranks  # who exchange tensors
+    if wanted == "uni" and max(together, options.parallel.data_parallel_size) > 1:
+        count = max(together, ranks * options.parallel.data_parallel_size)
+        raise ConfigError(f"--distributed-executor-backend uni runs one rank, not {count}: use mp or threads")
+    if wanted == "threads" and together > 1 and hardware.device == "cuda":
+        raise ConfigError(f"--distributed-executor-backend threads can't move tensors between {together} GPUs: use mp")
     if wanted != "auto":
         return wanted
-    backend: Backend = "uni" if tp == 1 else "mp"
-    reasons.append(f"executor {backend}: {tp} rank{'s' if tp > 1 else ''}")
+    backend: Backend = "uni" if together == 1 else "mp"
+    reasons.append(f"executor {backend}: {ranks} rank{'s' if ranks > 1 else ''}")
     return backend
 
 
@@ -260,7 +306,28 @@ def _max_model_len(
     return min(longest, fits)
 
 
+def _all2all(options: EngineOptions, spec: ModelSpec, cutting: Cutting, dtype: str, reasons: list[str]) -> str:
+    if spec.moe is None or not shares_experts(cutting):
+        return ""
+    wanted = options.parallel.all2all_backend
+    if wanted != "auto":
+        return wanted
+    found, why = choose_all2all(
+        experts=spec.moe.num_experts,
+        top_k=spec.moe.routing.top_k,
+        hidden_size=spec.hidden_size,
+        dtype=dtype,
+        ranks=cutting.replicas * cutting.tp,
+        tp=cutting.tp,
+    )
+    reasons.append(f"all2all backend {found}: {why}")
+    return found
+
+
 def rank_cores(decision: Decision) -> tuple[tuple[int, ...], ...]:
-    """The cores of each rank."""
-    count = len(decision.ranks)
-    return tuple(cpu.cores_of_rank(decision.hardware.cores, rank, count) for rank in range(count))
+    """The cores of each rank. Replicas on one host share its cores."""
+    world, place = len(decision.ranks), decision.place
+    first = place.local_rank * world
+    return tuple(
+        cpu.cores_of_rank(decision.hardware.cores, first + rank, place.local_size * world) for rank in range(world)
+    )

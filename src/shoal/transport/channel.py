@@ -1,4 +1,4 @@
-"""Frames of bytes between a process and its child, over a socket pair.
+"""Frames of bytes between two processes: over a socket pair between a process and its child, over TCP between hosts.
 
 A socket pair has no name and no port, nothing of it outlives its processes, and its end is told at once when the
 process on the other side dies, whatever killed it.
@@ -14,7 +14,9 @@ from collections import deque
 from collections.abc import Sequence
 
 _LENGTH = struct.Struct("<I")
+_LONGEST = 2**32 - 1
 _RECEIVE_BYTES = 1 << 18
+_MOST_READS = 64
 
 
 class ChannelClosed(Exception):
@@ -24,8 +26,10 @@ class ChannelClosed(Exception):
 class Channel:
     """One end. `send` may be called from several threads; `receive` from one."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, longest: int = _LONGEST) -> None:
+        """`longest`: bytes of a frame that is taken; whoever sends a longer one is not listened to any more."""
         sock.setblocking(False)
+        self.longest = longest
         self._socket = sock
         self._incoming = bytearray()
         self._outgoing: deque[memoryview] = deque()
@@ -43,6 +47,16 @@ class Channel:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    @property
+    def local_address(self) -> str:
+        """Of this end of a TCP connection."""
+        return str(self._socket.getsockname()[0])
+
+    @property
+    def unread(self) -> bool:
+        """Have bytes been received that no frame has been made of?"""
+        return bool(self._incoming)
 
     def send(self, frame: bytes) -> None:
         """Never blocks: what the socket does not take now waits for `flush` or the next `send`.
@@ -84,30 +98,38 @@ class Channel:
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 
-    def receive(self) -> list[bytes]:
+    def receive(self, most: int | None = None) -> list[bytes]:
         """The frames that have arrived in whole, [] if none has. Never blocks.
+
+        With `most`, bytes behind so many frames are kept for the next call, but `wait` does not know of them.
 
         Raises:
             ChannelClosed: no whole frame is left and the other end has gone.
         """
         closed = False
         try:
-            while data := self._socket.recv(_RECEIVE_BYTES):
+            for _ in range(_MOST_READS):  # so that whoever sends without end does not fill the memory
+                data = self._socket.recv(_RECEIVE_BYTES)
+                closed = not data
+                if closed:
+                    break
                 self._incoming += data
-            closed = True
         except BlockingIOError:
             pass
         except OSError:
             closed = True
-        frames = self._take_frames()
+        frames = self._take_frames(most)
         if closed and not frames:
             raise ChannelClosed("end of file")
         return frames
 
-    def _take_frames(self) -> list[bytes]:
-        frames, start = [], 0
-        while len(self._incoming) - start >= _LENGTH.size:
+    def _take_frames(self, most: int | None) -> list[bytes]:
+        frames: list[bytes] = []
+        start = 0
+        while len(self._incoming) - start >= _LENGTH.size and len(frames) != most:
             (length,) = _LENGTH.unpack_from(self._incoming, start)
+            if length > self.longest:
+                raise ChannelClosed(f"a frame of {length} bytes, more than the {self.longest} that are taken")
             stop = start + _LENGTH.size + length
             if len(self._incoming) < stop:
                 break

@@ -56,16 +56,25 @@ class StepInput:
     batch: PagedBatch
     logit_rows: Tensor | None  # int64 [m + p]: m tokens that are sampled behind, then those of `prompts`; None: all
     sampled: tuple[wire.Work, ...]  # the works of the first m rows, in their order: a row, and one for each draft
-    sampling: SamplingRows | None  # None: nothing is sampled
+    sampling: SamplingRows | None  # None: nothing is sampled here
     masked_rows: tuple[int, ...]  # of the m rows, those that the step's mask has a row for, in the mask's order
     prompts: tuple[PromptRows, ...]
 
 
 class SequenceTable:
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device, scratch_slot: int = 0
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        scratch_slot: int = 0,
+        *,
+        samples: bool = True,
     ) -> None:
-        """`scratch_slot` takes keys and values that must not be written where they belong."""
+        """`scratch_slot` takes keys and values that must not be written where they belong. `samples`: is this the stage
+        that draws tokens? Others build nothing of what only that takes."""
+        self._samples = samples
         self._block_size = block_size
         self._device = device
         self._max_model_len = max_model_len
@@ -99,6 +108,9 @@ class SequenceTable:
         row = self._free_rows.pop()
         sampling = new.sampling
         tokens = np.frombuffer(new.tokens, "<i4")
+        rules = None
+        if self._samples:
+            rules = Rules.of(sampling, tokens[: new.prompt_len].tolist(), tokens[new.prompt_len :].tolist())
         sequence = _Sequence(
             row=row,
             epoch=new.epoch,
@@ -107,7 +119,7 @@ class SequenceTable:
             num_blocks=0,
             logprobs=sampling.logprobs,
             prompt_logprobs=sampling.prompt_logprobs,
-            rules=Rules.of(sampling, tokens[: new.prompt_len].tolist(), tokens[new.prompt_len :].tolist()),
+            rules=rules,
         )
         self._sequences[new.seq] = sequence
         self._blocks[row] = 0
@@ -139,9 +151,13 @@ class SequenceTable:
         batch = self._batch(*_apart(ordered, rows, starts, counts))
         ends = counts.cumsum()
         wanted = [i for i, work in enumerate(ordered) if work.sample]
+        tokens = self._tokens(ordered, rows, counts, ends)
+        if not self._samples:
+            sampled = tuple(ordered[i] for i in wanted)
+            return StepInput(tokens, batch, None, sampled, sampling=None, masked_rows=(), prompts=())
         prompts = tuple(self._prompt_rows(ordered))
         return StepInput(
-            tokens=self._tokens(ordered, rows, counts, ends),
+            tokens=tokens,
             batch=batch,
             logit_rows=self._logit_rows(ordered, ends, wanted, prompts),
             sampled=tuple(ordered[i] for i in wanted),
@@ -267,6 +283,16 @@ class SequenceTable:
         if sequence.rules is not None:
             for token in tokens:
                 sequence.rules.append(token)
+
+    def goes_on_from_drawn(self, work: wire.Work) -> bool:
+        """Does it take a token that was drawn since the sequence came?"""
+        return work.start + work.count - len(work.drafts) > len(self._sequences[work.seq].tokens)
+
+    def learn(self, seq: int, epoch: int, token: int) -> None:
+        """The token that another stage has drawn last, unless the sequence has gone since."""
+        sequence = self._sequences.get(seq)
+        if sequence is not None and sequence.epoch == epoch:
+            self._last_token[sequence.row] = token
 
     def epoch(self, seq: int) -> int:
         return self._sequences[seq].epoch

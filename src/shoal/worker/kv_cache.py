@@ -34,12 +34,12 @@ def allocate(
     spec: ModelSpec, shard: Shard, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVMemory:
     """All zeros: what is masked out of a softmax must still be a number. Behind the blocks there is one slot more, for
-    keys and values that nobody will read."""
-    shape = (2 * spec.num_layers, num_blocks * block_size + 1, len(shard.heads.kv_ids), spec.head_dim)
+    keys and values that nobody will read. Latents are keys and values in one."""
+    token = (len(shard.heads.kv_ids), spec.head_dim)
+    shape = (len(shard.stage.layers), spec.cached_per_token, num_blocks * block_size + 1, *token)
     pool = _zeros(torch.Size(shape).numel() * dtype.itemsize, device)
-    slots = pool.view(dtype).view(shape)
-    layers = [KVCache(slots[2 * i], slots[2 * i + 1]) for i in range(spec.num_layers)]
-    return KVMemory(layers, pool)
+    layers = [tuple(layer) for layer in pool.view(dtype).view(shape)]
+    return KVMemory([KVCache(parts[0], parts[-1]) for parts in layers], pool)
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Communicators of ranks that are processes: torch.distributed over a store that all of them reach."""
+"""Communicators of ranks that are processes: torch.distributed over stores that all of a group's ranks reach."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,26 +8,38 @@ import torch
 from shoal import wire
 from shoal.comm.base import Communicator
 from shoal.comm.torch_dist import TorchComm, c10d
+from shoal.worker.store import RendezvousStore
 
 
 class ProcessGroups:
-    """`store_path` names a file of the engine's that has no name of its own: nothing to clean up, nothing to clash."""
+    """A replica's ranks meet over `store_path`, a file of the engine's that has no name of its own: nothing to clean
+    up, nothing to clash. Groups with ranks of other replicas meet at their rendezvous."""
 
     def __init__(self, store_path: str, world_size: int) -> None:
         self._store_path = store_path
         self._world_size = world_size
-        self._store: Any = None
+        self._own: Any = None
+        self._shared: RendezvousStore | None = None
 
     def __call__(self, setup: wire.RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
-        if self._store is None:
-            self._store = c10d.FileStore(self._store_path, self._world_size)
-        cuda = setup.device == "cuda"
+        cuda = setup.device == "cuda" and axis != "back"  # drawn tokens are on the host
         return TorchComm(
-            self._store,
+            self._store(setup, ranks),
             f"{axis}:{ranks[0]}",
             ranks.index(setup.global_rank),
             len(ranks),
             backend="nccl" if cuda else "gloo",
             timeout_s=setup.comm_timeout_s,
             device=torch.device("cuda", setup.device_index) if cuda else torch.device("cpu"),
+            interface_address=setup.address,
         )
+
+    def _store(self, setup: wire.RankSetup, ranks: Sequence[int]) -> Any:
+        replica = range(setup.dp_rank * setup.world_size, (setup.dp_rank + 1) * setup.world_size)
+        if not set(ranks) <= set(replica):
+            if self._shared is None:
+                self._shared = RendezvousStore(setup.group_store, setup.group_key, timeout_s=setup.comm_timeout_s)
+            return self._shared
+        if self._own is None:
+            self._own = c10d.FileStore(self._store_path, self._world_size)
+        return self._own

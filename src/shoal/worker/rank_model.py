@@ -2,41 +2,50 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from shoal import wire
+from shoal.config import ExpertPlacement
 from shoal.errors import EngineError
+from shoal.kernels.linear import make_linear
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
 from shoal.models.causal import CausalModel
 from shoal.models.checkpoint import TensorEntry, open_checkpoint
 from shoal.models.decoder import build_decoder
 from shoal.models.fallback import FallbackSpec
-from shoal.models.implementation import params_of, read_model, shards_of
+from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
 from shoal.models.loader import CheckpointWeights, DummyWeights, Weights
 from shoal.models.manifest import Cut, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.precision import PRECISION
 from shoal.models.registry import read_config
 from shoal.models.transformers_model import build_transformers_model
+from shoal.parallel.all2all.backends import make_dispatch
+from shoal.parallel.dispatch import Dispatch
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.placement import place_experts
 from shoal.worker import kv_cache
 from shoal.worker.sampler import VocabShare
 
 
 class RankModel:
-    """Of a rank's one or two models; the second one is a draft model."""
+    """Of a rank's one or two models; the second one is a draft model, which the last stage's ranks hold whole."""
 
-    def __init__(self, folder: Path, setup: wire.RankSetup, mesh: Mesh) -> None:
+    def __init__(self, folder: Path, setup: wire.RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
         """Reads config.json; weights come with `load`."""
-        self.spec = read_model(folder, setup.model_impl if str(folder) == setup.model_path else "auto")
+        self.spec = read_model(folder, "auto" if draft else setup.model_impl)
         self.weight_bytes = 0
         self.kernels = ""  # which, and why
         self._folder = folder
         self._setup = setup
         self._mesh = mesh
         self._precision = PRECISION[setup.dtype]
-        self._shards = shards_of(self.spec, mesh.tp.size, setup.tp_split or None)
+        self._cutting = Cutting(setup.tp, setup.tp_split or None) if draft else _cutting(setup)
+        shards = rank_shards(self.spec, self._cutting)
+        stage = 0 if draft else mesh.pp.rank
+        self._shards = shards[stage * setup.tp :][: setup.tp]
         self.shard = self._shards[mesh.tp.rank]
         self._decoder: CausalModel | None = None
 
@@ -69,10 +78,36 @@ class RankModel:
             self._decoder = build_transformers_model(config, self.spec, self.shard, tp, weights, kernels, device)
         else:
             longest = self._setup.max_model_len
-            self._decoder = build_decoder(self.spec, self.shard, tp, weights, kernels, device, longest)
-        kept = keeps_embedding(params, stored, self._setup.device, self._setup.dtype)
+            dispatch = self._dispatch(device)
+            self._decoder = build_decoder(self.spec, self.shard, tp, weights, kernels, device, longest, dispatch)
+        head = self.shard.stage.last
+        kept = keeps_embedding(params, stored, self._setup.device, self._setup.dtype, head=head)
         item = self._precision.weights.itemsize
         self.weight_bytes = weight_bytes(self.spec, params, self.shard, item, embedding_kept=kept)
+
+    @property
+    def experts(self) -> int:
+        """Of each mixture, those that it has, whole or in part."""
+        if self.spec.moe is None:
+            return 0
+        return self.spec.moe.num_experts if self.shard.experts is None else len(self.shard.experts)
+
+    @property
+    def linear(self) -> str:
+        """How its linear layers are computed."""
+        some = torch.zeros((1, 1), dtype=self._precision.weights, device=self._setup.device)
+        return type(make_linear(some, None)).__name__
+
+    def _dispatch(self, device: torch.device) -> Dispatch:
+        placed = None
+        if self._cutting.experts is not None and self.spec.moe is not None:
+            placed = place_experts(self.spec.moe.num_experts, self._mesh.ep.size, self._cutting.experts)
+        return make_dispatch(self._mesh, placed, self._setup.all2all, device)
+
+    @property
+    def stream(self) -> tuple[int, torch.dtype]:
+        """Width and type of what its stages hand on."""
+        return self.spec.hidden_size, self._precision.activations
 
     @property
     def block_bytes(self) -> int:
@@ -81,3 +116,14 @@ class RankModel:
 
     def allocate(self, num_blocks: int, device: torch.device) -> kv_cache.KVMemory:
         return kv_cache.allocate(self.spec, self.shard, num_blocks, self._setup.block_size, self._precision.kv, device)
+
+
+def _cutting(setup: wire.RankSetup) -> Cutting:
+    return Cutting(
+        tp=setup.tp,
+        tp_split=setup.tp_split or None,
+        stages=setup.stages,
+        experts=cast(ExpertPlacement, setup.experts) if setup.experts else None,
+        replica=setup.dp_rank,
+        replicas=setup.dp_size,
+    )

@@ -1,4 +1,4 @@
-"""One step on one rank: a plan in, a result out."""
+"""One step on one rank: a plan in, a result out; between pipeline stages, what they say to each other."""
 
 import dataclasses
 import time
@@ -13,10 +13,12 @@ from shoal import wire
 from shoal.kernels.base import KVCache
 from shoal.models.causal import CausalModel
 from shoal.parallel.mesh import Axis
+from shoal.parallel.pipeline import Pipeline
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.draft import Draft
 from shoal.worker.edits import Edits, Masks
 from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
+from shoal.worker.unread import Unread
 
 _PROMPT_ROWS = 64  # of a prompt whose logits are there at a time: a vocabulary of 150,000 takes 38 MB for so many
 
@@ -33,6 +35,9 @@ class _Pending:
 
 
 class Runner:
+    """Of one rank of a pipeline stage. The last stage draws tokens, and its results are the step's; others' are
+    empty."""
+
     def __init__(
         self,
         model: CausalModel,
@@ -40,28 +45,40 @@ class Runner:
         table: SequenceTable,
         share: VocabShare,
         tp: Axis,
+        pipeline: Pipeline,
+        *,
+        max_in_flight: int,
         draft: Draft | None = None,
     ) -> None:
+        """`max_in_flight`: plans that are out at a time, at most."""
         self._model = model
         self._caches = caches
         self._table = table
         self._share = share
         self._tp = tp
+        self._pipeline = pipeline
+        self._unread = Unread(pipeline, table, max_in_flight)
         self._draft = draft
         self._pending: _Pending | None = None
+        self.busy_ns = 0  # in steps so far, but for waits for other stages
 
     def execute(self, plan: wire.StepPlan) -> wire.StepResult | None:
-        """Every rank gives the same result, because every rank samples the same tokens. A plan that is masked has
-        none before its mask."""
-        begun = time.perf_counter_ns()
+        """Every rank of the last stage gives the same result, because every one samples the same tokens. A plan that
+        is masked has none there before its mask."""
+        begun = self._now()
         self._table.apply(plan)
         if not plan.work:
-            return _result(plan, (), time.perf_counter_ns() - begun, 0)
+            if plan.lockstep:
+                self._model.join()
+            return self._result(plan, (), self._now() - begun, 0)
+        self._unread.read_for(plan)
         step = self._table.build(plan.work)
-        forward_begun = time.perf_counter_ns()
+        forward_begun = self._now()
         hidden = self._forward(step)
-        now = time.perf_counter_ns()
+        now = self._now()
         pending = _Pending(plan, step, hidden, now - begun, now - forward_begun)
+        if not self._pipeline.last:
+            return self._pass_on(pending)
         if step.masked_rows:
             self._pending = pending
             return None
@@ -79,26 +96,42 @@ class Runner:
         edits = dataclasses.replace(pending.step.sampling.edits or Edits(), masks=masks)
         return self._finish(pending, dataclasses.replace(pending.step.sampling, edits=edits))
 
+    def settle(self) -> None:
+        """Ends what is still on its way between stages, once all plans so far are executed."""
+        self._unread.read_all()
+
+    def _now(self) -> int:
+        """Nanoseconds on a clock that stands still while this stage waits for another."""
+        return time.perf_counter_ns() - self._pipeline.waited_ns
+
     def _forward(self, step: StepInput) -> Tensor:
-        hidden = self._model.hidden(step.tokens, step.batch, self._caches, step.logit_rows)
+        inputs = step.tokens if self._pipeline.first else self._pipeline.receive(len(step.tokens))
+        hidden = self._model.hidden(inputs, step.batch, self._caches, step.logit_rows)
         if self._draft is not None:
             self._draft.follow(step)
         if hidden.is_cuda:
             torch.cuda.current_stream().synchronize()
         return hidden
 
+    def _pass_on(self, pending: _Pending) -> wire.StepResult:
+        begun = self._now()
+        self._pipeline.send(pending.hidden)
+        if self._pipeline.first:
+            self._unread.note(pending.plan.step, pending.step.sampled)
+        return self._result(pending.plan, (), pending.spent_ns + self._now() - begun, pending.forward_ns)
+
     def _finish(self, pending: _Pending, sampling: SamplingRows | None) -> wire.StepResult:
-        begun = time.perf_counter_ns()
+        begun = self._now()
         step, hidden = pending.step, pending.hidden
         forward_ns = pending.forward_ns
         sampled: Sequence[wire.SeqOut] = ()
         if sampling is not None:
             logits = self._model.logits(hidden[: len(sampling.temperature)])
-            forward_ns += time.perf_counter_ns() - begun
+            forward_ns += self._now() - begun
             sampled = list(self._sample(step, sampling, logits))
         told = self._tell_prompts(step.prompts, hidden) if step.prompts else {}
         out = tuple(self._with_prompts(sampled, told)) if told else tuple(sampled)
-        return _result(pending.plan, out, pending.spent_ns + time.perf_counter_ns() - begun, forward_ns)
+        return self._result(pending.plan, out, pending.spent_ns + self._now() - begun, forward_ns)
 
     def _sample(self, step: StepInput, sampling: SamplingRows, logits: Tensor) -> Iterator[wire.SeqOut]:
         chosen = sample(logits, self._share, self._tp, sampling)
@@ -111,12 +144,17 @@ class Runner:
             taken.append(_accepted(work.drafts, drawn[first : first + 1 + len(work.drafts)]))
             self._table.record(work, taken[-1])
             first += 1 + len(work.drafts)
+        self._tell_first_stage(taken)
         guesses = [()] * len(taken) if self._draft is None else self._draft.guess(step.sampled, taken)
         first = 0
         for work, tokens, drafts in zip(step.sampled, taken, guesses, strict=True):
             told = () if found is None else _rows(found, first, len(tokens), self._table.logprobs(work.seq))
             yield wire.SeqOut(work.seq, self._table.epoch(work.seq), tuple(tokens), told, drafts=drafts)
             first += 1 + len(work.drafts)
+
+    def _tell_first_stage(self, taken: Sequence[Sequence[int]]) -> None:
+        if not self._pipeline.first:
+            self._pipeline.send_tokens(torch.tensor([tokens[-1] for tokens in taken]))
 
     def _tell_prompts(self, prompts: Sequence[PromptRows], hidden: Tensor) -> dict[int, wire.PromptLogprobs]:
         """Log-probabilities of prompt tokens, some rows at a time. Their hidden states are the last ones."""
@@ -142,6 +180,12 @@ class Runner:
         for seq, rest in told.items():
             yield wire.SeqOut(seq, self._table.epoch(seq), (), prompt_logprobs=rest)
 
+    def _result(
+        self, plan: wire.StepPlan, out: tuple[wire.SeqOut, ...], total_ns: int, forward_ns: int
+    ) -> wire.StepResult:
+        self.busy_ns += total_ns
+        return wire.StepResult(plan.incarnation, plan.step, out, wire.StepTimes(total_ns // 1000, forward_ns // 1000))
+
 
 def _accepted(drafts: wire.Ids, drawn: Sequence[int]) -> Sequence[int]:
     """The draws up to and with the first that is no guess: behind a wrong guess, draws mean nothing."""
@@ -166,7 +210,3 @@ def _rows(found: Logprobs, first: int, rows: int, count: int) -> tuple[wire.Toke
             strict=True,
         )
     )
-
-
-def _result(plan: wire.StepPlan, out: tuple[wire.SeqOut, ...], total_ns: int, forward_ns: int) -> wire.StepResult:
-    return wire.StepResult(plan.incarnation, plan.step, out, wire.StepTimes(total_ns // 1000, forward_ns // 1000))

@@ -13,6 +13,7 @@ from shoal.errors import EngineError
 from shoal.kernels.reference import GATHER_BYTES
 from shoal.observe.logging import get_logger
 from shoal.parallel.mesh import make_mesh
+from shoal.parallel.pipeline import Pipeline
 from shoal.parallel.topology import Topology
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft import Draft
@@ -42,7 +43,7 @@ class Worker:
         self.device = torch.device(setup.device, setup.device_index) if setup.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        topology = Topology.of(dp=setup.dp_size, pp=len(setup.stages), tp=setup.tp)
+        topology = Topology.of(dp=setup.dp_size, pp=max(len(setup.stages), 1), tp=setup.tp)
         self.mesh = make_mesh(
             topology,
             setup.global_rank,
@@ -50,7 +51,13 @@ class Worker:
             expert_parallel=bool(setup.experts),
         )
         self._model = RankModel(Path(setup.model_path), setup, self.mesh)
-        self._draft = RankModel(Path(setup.draft_model_path), setup, self.mesh) if setup.draft_model_path else None
+        width, dtype = self._model.stream
+        self._pipeline = Pipeline(
+            *(self.mesh.pp, self.mesh.back), width=width, dtype=dtype, device=self.device, depth=setup.max_in_flight
+        )
+        self._draft = None
+        if setup.draft_model_path and self._pipeline.last:
+            self._draft = RankModel(Path(setup.draft_model_path), setup, self.mesh, draft=True)
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
         self._runner: Runner | None = None
         self._kv: list[KVMemory] = []
@@ -75,8 +82,8 @@ class Worker:
 
     @torch.inference_mode()
     def handle(self, message: wire.StepPlan | wire.StepMask | wire.Call) -> wire.StepResult | wire.Reply | None:
-        """The answer; plans are answered by rank 0 alone, since every rank's result is the same, and a plan that is
-        masked when its mask has come."""
+        """The answer; plans are answered by the first rank of the last stage alone, since every result there is the
+        same, and a plan that is masked when its mask has come."""
         if isinstance(message, wire.Call):
             return wire.Reply(message.id, self.setup.rank, self._verbs[message.verb](message.payload))
         if message.incarnation != self.setup.incarnation:  # of an engine that is no more
@@ -89,7 +96,7 @@ class Worker:
             result = self._runner.execute(message)
         if result is not None:
             self.last_step = result.step
-        return result if self.setup.rank == 0 else None
+        return result if self._pipeline.last and self.mesh.tp.rank == 0 else None
 
     def _load(self, _: bytes) -> bytes:
         for each in self._models:
@@ -102,12 +109,12 @@ class Worker:
             layers=len(model.shard.stage.layers),
             q_heads=len(model.shard.heads.q_range),
             kv_heads=len(model.shard.heads.kv_ids),
-            experts=0,
+            experts=model.experts,
             weight_bytes=self._weight_bytes,
             threads=torch.get_num_threads(),
             kernels=model.kernels,
-            linear=type(model.decoder.head).__name__,
-            comm=type(self.mesh.tp.comm).__name__,
+            linear=model.linear,
+            comm=type(next(iter(self.mesh.axes), self.mesh.tp).comm).__name__,
         )
         return wire.encode(info)
 
@@ -140,6 +147,7 @@ class Worker:
         self._runner, self._kv = None, []
         torch.cuda.empty_cache()
         peak = torch.cuda.max_memory_allocated(self.device) - cache + GATHER_BYTES
+        peak += self._pipeline.bytes_on_way(setup.max_num_batched_tokens)
         return min(int(total * setup.memory_utilization), reachable) - peak
 
     def _allocate(self, payload: bytes) -> bytes:
@@ -150,7 +158,8 @@ class Worker:
         setup, model = self.setup, self._model
         self._kv = [each.allocate(num_blocks, self.device) for each in self._models]
         scratch = num_blocks * setup.block_size
-        table = SequenceTable(setup.max_num_seqs, setup.max_model_len, setup.block_size, self.device, scratch)
+        sizes = setup.max_num_seqs, setup.max_model_len, setup.block_size
+        table = SequenceTable(*sizes, self.device, scratch, samples=self._pipeline.last)
         vocabulary, tp = model.vocabulary, self.mesh.tp
         draft = None
         if self._draft is not None:
@@ -162,7 +171,11 @@ class Worker:
                 tp,
                 count=setup.num_drafts,
             )
-        self._runner = Runner(model.decoder, self._kv[0].layers, table, vocabulary, tp, draft)
+        self._runner = Runner(
+            *(model.decoder, self._kv[0].layers, table, vocabulary, tp, self._pipeline),
+            max_in_flight=setup.max_in_flight,
+            draft=draft,
+        )
 
     def _warm_up(self, _: bytes) -> bytes:
         """Runs a prompt and a decode, so that the first request does not pay for first calls."""
@@ -200,6 +213,7 @@ class Worker:
         plans.append(wire.StepPlan(0, -1, (), released=tuple(each.seq for each in work)))
         for plan in plans:
             self._runner.execute(plan)
+        self._runner.settle()
 
     def _stats(self, _: bytes) -> bytes:
         stats = wire.RankStats(
@@ -209,5 +223,12 @@ class Worker:
             anonymous_at_import=self._anonymous_at_import,
             kv_bytes=sum(memory.resident_bytes() for memory in self._kv),
             weight_bytes=self._weight_bytes,
+            stage=self.mesh.pp.rank,
+            busy_us=self._runner.busy_ns // 1000 if self._runner is not None else 0,
+            traffic=tuple(
+                wire.Traffic(axis.name, operation, total.count, total.sent_bytes)
+                for axis in self.mesh.axes
+                for operation, total in axis.comm.progress.totals.items()
+            ),
         )
         return wire.encode(stats)

@@ -1,0 +1,65 @@
+"""One engine with its own cores, measured in a process of its own: what the benchmarks of layouts share."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal import LLM, wire
+from shoal.frontend.measure import Meter, Shape
+
+_TIMEOUT_S = 1800
+
+
+def measure(model: Path | str, cores: Sequence[int], shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a batch twice on these cores alone, in a process of its own, and tells of the second time.
+
+    output_tokens_per_s, time_to_first_token_s, num_blocks, weight bytes by rank, and the share of the time in which
+    each stage was idle.
+    """
+    told = json.dumps([str(model), list(cores), [shape.batch_size, shape.input_len, shape.output_len], dict(options)])
+    done = subprocess.run(
+        [sys.executable, __file__, told], stdout=subprocess.PIPE, check=True, text=True, timeout=_TIMEOUT_S
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _run(model: str, cores: Sequence[int], shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
+    os.sched_setaffinity(0, cores)
+    with LLM(model, **options) as llm:
+        meter = Meter(llm.engine, llm.vocab_size)
+        meter.run(Shape(shape.batch_size, 16, 4))
+        before = llm.stats()
+        run = meter.run(shape)
+        after = llm.stats()
+        return {
+            "output_tokens_per_s": run.output_tokens_per_s,
+            "decode_tokens_per_s": run.decode_tokens_per_s,
+            "time_to_first_token_s": run.time_to_first_token_s,
+            "seconds": run.seconds,
+            "num_blocks": after.num_blocks,
+            "block_size": after.block_size,
+            "preemptions": after.preemptions - before.preemptions,
+            "weight_bytes": [rank.weight_bytes for rank in after.ranks],
+            "idle_share": _idle(before, after, run.seconds),
+        }
+
+
+def _idle(before: wire.EngineStats, after: wire.EngineStats, seconds: float) -> list[float]:
+    """By stage, over all replicas; of a stage's ranks the busiest counts."""
+    busy: dict[tuple[int, int], float] = defaultdict(float)
+    for first, last in zip(before.ranks, after.ranks, strict=True):
+        key = (last.stage, last.rank)
+        busy[key] = (last.busy_us - first.busy_us) / 1e6 / seconds
+    stages = sorted({stage for stage, _ in busy})
+    return [1 - max(share for (of, _), share in busy.items() if of == stage) for stage in stages]
+
+
+if __name__ == "__main__":
+    model, cores, sizes, options = json.loads(sys.argv[1])
+    print(json.dumps(_run(model, cores, Shape(*sizes), options)))

@@ -1,0 +1,158 @@
+"""Offline inference on several replicas that are started by hand: one process a rank, on one host or on several.
+
+    python examples/offline_data_parallel.py --model MODEL --dp-size 2 --tp-size 2
+
+On two hosts, with the same secret in SHOAL_CLUSTER_KEY on both, in any order:
+
+    python examples/offline_data_parallel.py --model MODEL --dp-size 2 --tp-size 2 \
+        --node-size 2 --node-rank 0 --master-addr 10.0.0.1 --master-port 29500
+    python examples/offline_data_parallel.py --model MODEL --dp-size 2 --tp-size 2 \
+        --node-size 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500
+
+Each process reads its place from SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and SHOAL_DP_MASTER_PORT, computes
+its share of the prompts, and rank 0 prints all answers in order.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from shoal import LLM, DataParallelRank, SamplingParams, ShoalError
+from shoal.errors import ConfigError
+
+PROMPTS = [f"{a} + {b} =" for a, b in [(37, 45), (8, 64), (3, 9), (51, 27), (12, 12), (70, 19), (5, 88)]]
+RANK_ENDS_S = 30.0  # how long the other ranks of a host are given to end when one has failed
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or id on the hub; the bundled model if left out")
+    parser.add_argument("--dp-size", type=int, default=2, help="replicas, over all hosts")
+    parser.add_argument("--tp-size", type=int, default=1, help="ranks that share each layer of a replica")
+    parser.add_argument("--pp-size", type=int, default=1, help="pipeline stages of a replica")
+    parser.add_argument("--node-size", type=int, default=1, help="hosts")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is")
+    parser.add_argument("--master-addr", default="127.0.0.1", help="address of the host with rank 0")
+    parser.add_argument("--master-port", type=int, default=0, help="port on it; a free one on a single host")
+    parser.add_argument("--prompts", type=Path, help="a file with a prompt a line")
+    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--enable-expert-parallel", action="store_true", help="share the experts among all replicas")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for others, and for results")
+    return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises:
+    ConfigError: the numbers do not go together.
+    """
+    for name in ("dp_size", "tp_size", "pp_size", "node_size"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if not 0 <= arguments.node_rank < arguments.node_size:
+        raise ConfigError(
+            f"--node-rank {arguments.node_rank} is outside of --node-size {arguments.node_size}: hosts are numbered "
+            f"from 0 to {arguments.node_size - 1}"
+        )
+    if arguments.dp_size < arguments.node_size:
+        raise ConfigError(
+            f"--dp-size {arguments.dp_size} leaves hosts of --node-size {arguments.node_size} without a replica: "
+            "raise it, or use fewer hosts"
+        )
+    if arguments.node_size > 1 and not arguments.master_port:
+        raise ConfigError("--node-size of 2 and more needs --master-port, the same on all hosts")
+
+
+def ranks_of_host(arguments: argparse.Namespace) -> range:
+    """The first hosts have one more where they can't all have the same number."""
+    each, more = divmod(arguments.dp_size, arguments.node_size)
+    start = arguments.node_rank * each + min(arguments.node_rank, more)
+    return range(start, start + each + (arguments.node_rank < more))
+
+
+def start_ranks(arguments: argparse.Namespace) -> int:
+    """One process a rank of this host. Gives the exit code: 0 if all ended well, else that of the first that failed."""
+    ranks = ranks_of_host(arguments)
+    port = arguments.master_port or free_port()
+    children = []
+    for local, rank in enumerate(ranks):
+        place = {
+            "SHOAL_DP_RANK": rank,
+            "SHOAL_DP_SIZE": arguments.dp_size,
+            "SHOAL_DP_RANK_LOCAL": local,
+            "SHOAL_DP_SIZE_LOCAL": len(ranks),
+            "SHOAL_DP_MASTER_IP": arguments.master_addr,
+            "SHOAL_DP_MASTER_PORT": port,
+        }
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        children.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+    try:
+        return wait_for(children)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def wait_for(children: "list[subprocess.Popen[bytes]]") -> int:
+    while all(child.poll() is None for child in children):
+        time.sleep(0.1)
+    deadline = time.monotonic() + RANK_ENDS_S
+    while any(child.poll() is None for child in children):
+        failed = [child.returncode for child in children if child.returncode]
+        if failed and time.monotonic() > deadline:
+            return failed[0]
+        if not failed:
+            deadline = time.monotonic() + RANK_ENDS_S
+        time.sleep(0.1)
+    return next((child.returncode for child in children if child.returncode), 0)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
+    prompts = arguments.prompts.read_text("utf-8").splitlines() if arguments.prompts else PROMPTS
+    params = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
+    options = {
+        "tensor_parallel_size": arguments.tp_size,
+        "pipeline_parallel_size": arguments.pp_size,
+        "enable_expert_parallel": arguments.enable_expert_parallel,
+    }
+    with DataParallelRank.from_environment(timeout=arguments.timeout) as job, LLM(arguments.model, **options) as llm:
+        share = job.share(prompts)
+        outputs = llm.generate(list(share.values()), params, use_tqdm=False)
+        answers = job.gather(
+            {
+                index: {"rank": job.rank, "prompt": prompt, "text": output.outputs[0].text}
+                for (index, prompt), output in zip(share.items(), outputs, strict=True)
+            }
+        )
+    for answer in answers or []:
+        print(f"rank {answer['rank']}: {answer['prompt']!r} -> {answer['text']!r}")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        check(arguments)
+        if "SHOAL_DP_RANK" not in os.environ:
+            return start_ranks(arguments)
+        run_rank(arguments)
+    except ShoalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""A thread that an engine runs on, and the channel to it: the same messages as to a process, and nothing isolated."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+from shoal.transport.channel import Channel, ChannelClosed
+
+
+class ThreadHost:
+    """As a ChildProcess. Nobody can end a thread from outside: it ends when its channel does."""
+
+    def __init__(self, serve: Callable[[Channel], None], name: str) -> None:
+        self.channel, theirs = Channel.pair()
+        self._thread = threading.Thread(target=self._run, args=(serve, Channel(theirs)), name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self, serve: Callable[[Channel], None], channel: Channel) -> None:
+        try:
+            serve(channel)
+        finally:
+            channel.close()
+
+    def stopped(self) -> bool:
+        return False
+
+    def death(self) -> str:
+        return "has ended"
+
+    def say(self, goodbye: bytes) -> None:
+        with contextlib.suppress(ChannelClosed, OSError):
+            self.channel.send(goodbye)
+
+    def wait(self, timeout: float) -> bool:
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        self.channel.close()

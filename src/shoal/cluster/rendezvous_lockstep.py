@@ -1,0 +1,58 @@
+"""Lockstep between engines that are processes, on one host or on several: they tell each other at a rendezvous."""
+
+from collections.abc import Mapping
+
+from shoal import wire
+from shoal.errors import EngineError
+from shoal.transport.member import Address, Member
+
+_ROOM = "replicas"
+_LAUNCHED = "launched"
+
+
+class RendezvousLockstep:
+    """One replica's end. Something to `wait` for: it is readable when the others have advanced or one has gone."""
+
+    backlog = False
+
+    def __init__(self, place: wire.Place, agreement: Mapping[str, str], *, timeout: float) -> None:
+        """Waits for the other replicas.
+
+        Raises:
+            ConfigError: not all have come within `timeout` seconds, or one differs in what all must have alike.
+        """
+        self._member = Member(
+            Address.parse(place.rendezvous),
+            place.key,
+            room=_ROOM,
+            rank=place.rank,
+            size=place.size,
+            agreement=agreement,
+            timeout=timeout,
+        )
+
+    @property
+    def host_address(self) -> str:
+        """Of this host, as the other replicas reach it."""
+        return self._member.host_address
+
+    def launched(self, count: int) -> None:
+        self._member.post(_LAUNCHED, str(count).encode())
+
+    def due(self) -> int:
+        failures = self._member.failures()
+        if failures:
+            who = "; ".join(why.replace("rank", "replica", 1) for _, why in sorted(failures.items()))
+            raise EngineError(f"another replica has failed, and this one can't go on without it: {who}")
+        return max((int(count) for count in self._member.latest(_LAUNCHED).values()), default=0)
+
+    def fileno(self) -> int:
+        return self._member.fileno()
+
+    def quiet(self) -> None:
+        """Not readable until something new comes."""
+        self._member.quiet()
+
+    def close(self, why: str = "") -> None:
+        """`why`: the failure that the others are told of."""
+        self._member.close(why)

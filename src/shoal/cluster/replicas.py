@@ -1,0 +1,315 @@
+"""Several replicas of an engine, as one EngineClient. A replica that dies leaves its requests to the others."""
+
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shoal import wire
+from shoal.cluster.replica import close_all
+from shoal.cluster.router import Room, Router
+from shoal.cluster.stats import merged
+from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError
+from shoal.observe.logging import get_logger
+from shoal.protocols import EngineClient
+from shoal.transport.channel import Channel, wait
+
+log = get_logger("replicas")
+
+_SLICE_S = 0.5
+_SETTLE_S = 1.0
+_TOKEN_BYTES = 4
+
+
+class Member(EngineClient, Protocol):
+    """One of several: a Replica. `died`: its failure is not what its engine had to say."""
+
+    name: str
+    died: bool
+
+    @property
+    def channel(self) -> Channel: ...
+
+    def ready(self, timeout: float) -> wire.EngineStats | None: ...
+
+    def stats(self, timeout: float | None = None) -> wire.EngineStats: ...
+
+    def say_goodbye(self) -> None: ...
+
+    def end(self, deadline: float) -> None: ...
+
+
+def wait_for_any(replicas: Sequence[Member], timeout: float) -> None:
+    """Until one has something to say."""
+    wait([replica.channel for replica in replicas], timeout)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A request, and what its client has been given of its output."""
+
+    request: wire.EngineRequest
+    replica: int | None = None  # None: it waits here
+    output: bytearray = field(default_factory=bytearray)  # tokens, as in the request
+    prompt_reported: int = 0  # tokens of the prompt up to which log-probabilities were given
+    cached_tokens: int | None = None  # of the prompt, at the replica that was first to report
+    aborted: bool = False
+
+    def rest(self) -> wire.EngineRequest:
+        """The request as it goes on from the tokens that it has.
+
+        What the prompt's log-probabilities came to is not computed again; a part of them is, and left out of updates.
+        """
+        request = self.request
+        prompt_len = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
+        sampling = request.sampling
+        if self.prompt_reported >= prompt_len:
+            sampling = wire.replace(sampling, prompt_logprobs=-1)
+        tokens = request.tokens + bytes(self.output)
+        return wire.replace(request, tokens=tokens, prompt_len=prompt_len, sampling=sampling)
+
+    def take(self, update: wire.SeqUpdate) -> wire.SeqUpdate:
+        """Notes what the client is given, without what it has already."""
+        self.output += struct.pack(f"<{len(update.tokens)}i", *update.tokens)
+        if self.cached_tokens is None:
+            self.cached_tokens = update.cached_tokens
+        return wire.replace(
+            update, cached_tokens=self.cached_tokens, prompt_logprobs=self._unseen(update.prompt_logprobs)
+        )
+
+    def _unseen(self, found: wire.PromptLogprobs | None) -> wire.PromptLogprobs | None:
+        if found is None:
+            return None
+        start = max(found.start, self.prompt_reported)
+        entries = found.entries[start - found.start :]
+        self.prompt_reported = start + len(entries)
+        return wire.PromptLogprobs(start, entries) if entries else None
+
+
+class ReplicaSet:
+    """What one engine is to its client. Replicas are numbered; the numbers of dead ones are not used again."""
+
+    def __init__(
+        self,
+        replicas: Mapping[int, Member],
+        rooms: Mapping[int, Room],
+        *,
+        together: bool = False,
+        on_close: Callable[[], object] = lambda: None,
+        wait_for: Callable[[Sequence[Member], float], object] = wait_for_any,
+    ) -> None:
+        """Takes over replicas that are ready; `rooms` says how much each can use at a time. `together`: their ranks
+        compute together, so that none can go on when one has failed. `on_close` ends what they needed, and may be
+        called more than once."""
+        self._live = dict(replicas)
+        self._router = Router(rooms)
+        self._together = together
+        self._on_close = on_close
+        self._wait_for = wait_for
+        self._flights: dict[int, _Flight] = {}
+        self._updates: list[wire.SeqUpdate] = []
+        self._causes: dict[int, str] = {}  # of the ends of dead replicas
+        self._failure: ReplicasFailed | None = None
+        self._told = False  # of the failure
+        self._closed = False
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def add(self, request: wire.EngineRequest) -> None:
+        """
+        Raises:
+            RequestError: its number is in use.
+            EngineError: no replica is left.
+        """
+        self._check_open()
+        if request.seq in self._flights:
+            raise RequestError(f"request {request.seq} exists already")
+        self._flights[request.seq] = _Flight(request)
+        self._router.add(request)
+        self._deal()
+
+    def abort(self, seqs: Sequence[int]) -> None:
+        there: dict[int, list[int]] = {}
+        for seq in seqs:
+            flight = self._flights.get(seq)
+            if flight is None or flight.aborted:
+                continue
+            flight.aborted = True
+            if flight.replica is None:
+                self._end_here(seq)
+            else:
+                there.setdefault(flight.replica, []).append(seq)
+        for number, some in there.items():
+            try:
+                if number in self._live:
+                    self._live[number].abort(some)
+            except EngineError as error:
+                self._lose(number, error)
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        self._deal()
+        if not self._updates:
+            self._check_open()
+            self._wait_for(list(self._live.values()), timeout)
+            for number in list(self._live):
+                self._collect(number)
+            self._deal()
+        if not self._updates:
+            self._check_open()
+        updates, self._updates = self._updates, []
+        return updates
+
+    def stats(self) -> wire.EngineStats:
+        """Of the replicas that are left, and what waits here."""
+        self._check_open()
+        found = []
+        for number, replica in list(self._live.items()):
+            try:
+                found.append(replica.stats())
+            except EngineError as error:
+                self._lose(number, error)
+        self._check_open()
+        total = merged(found)
+        waiting = sum(flight.replica is None for flight in self._flights.values())
+        return wire.replace(total, waiting=total.waiting + waiting)
+
+    def close(self) -> None:
+        """Ends all replicas at the same time. Idempotent, never raises."""
+        if not self._closed and self._together:
+            self._settle()
+        self._closed = True
+        close_all(list(self._live.values()))
+        self._on_close()
+
+    def _settle(self) -> None:
+        """Lets steps end for which the ranks of all replicas are needed. An engine answers when what it had launched
+        has ended; after the first answer it may still tell its ranks what to forget, after the second it rests."""
+        with suppress(EngineError):
+            self.abort(list(self._flights))
+            for replica in [*self._live.values()] * 2:
+                replica.stats(_SETTLE_S)
+
+    def _deal(self) -> None:
+        while (found := self._router.next()) is not None:
+            request, number = found
+            self._flights[request.seq].replica = number
+            try:
+                self._live[number].add(request)
+            except EngineError as error:
+                self._lose(number, error)
+
+    def _collect(self, number: int) -> None:
+        if number not in self._live:  # it was lost with another one
+            return
+        try:
+            updates = self._live[number].updates(0)
+        except EngineError as error:
+            self._lose(number, error)
+            return
+        for update in updates:
+            flight = self._flights.get(update.seq)
+            if flight is not None and flight.replica == number:
+                self._router.drew(update.seq, number, len(update.tokens))
+                self._updates.append(flight.take(update))
+                if update.finish is not None:
+                    del self._flights[update.seq]
+                    self._router.ended(update.seq, number)
+
+    def _end_here(self, seq: int) -> None:
+        """Ends a request that was aborted and is at no replica."""
+        cached = self._flights.pop(seq).cached_tokens or 0
+        self._updates.append(wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, cached_tokens=cached))
+        self._router.ended(seq)
+
+    def _lose(self, number: int, error: EngineError) -> None:
+        """A replica is no more. Its requests go on at the others, from the tokens that clients have."""
+        replica = self._live.pop(number)
+        replica.close()
+        self._router.remove(number)
+        self._causes[number] = str(error)
+        if self._together or not self._live:
+            self._fail(replica)
+            return
+        left = [seq for seq, flight in self._flights.items() if flight.replica == number]
+        count = len(self._live)
+        log.warning(
+            "%s; its %d unfinished requests go on at the %d replica%s left",
+            *(error, len(left), count, "s" if count > 1 else ""),
+        )
+        for seq in left:
+            flight = self._flights[seq]
+            flight.replica = None
+            if flight.aborted:
+                self._end_here(seq)
+            else:
+                self._router.add(flight.rest())
+
+    def _fail(self, last: Member) -> None:
+        """Nobody can go on."""
+        if self._together:
+            cause = self._cause_of(last)
+            message = f"{cause}; replicas that share experts end together"
+        else:
+            causes = "; ".join(self._causes[number] for number in sorted(self._causes))
+            message = f"no replica is left: {causes}"
+        close_all(list(self._live.values()))
+        for number in self._live:
+            self._router.remove(number)
+        self._live.clear()
+        self._flights.clear()
+        self._failure = ReplicasFailed(message)
+
+    def _cause_of(self, first: Member) -> str:
+        """What took them all down: one that died before one that reports, as the others lose contact to it."""
+        causes = list(self._causes.values())
+        if first.died:
+            return causes[0]
+        for replica in self._live.values():
+            try:
+                replica.updates(0)
+            except EngineError as error:
+                if replica.died:
+                    return str(error)
+        return causes[0]
+
+    def _check_open(self) -> None:
+        if self._failure is not None and not self._told:
+            self._told = True
+            raise self._failure
+        if self._failure is not None:
+            raise ClosedError(f"the engine has failed: {self._failure}")
+        if self._closed:
+            raise ClosedError("the engine was closed")
+
+
+def await_ready(replicas: Mapping[int, Member], timeout: float) -> dict[int, wire.EngineStats]:
+    """Waits until all of them can take requests; gives what each says of itself. One that fails ends the others.
+
+    Raises:
+        UserError: a replica was asked for something that can't work; it is named.
+        EngineError: one failed, or was not ready within `timeout` seconds.
+    """
+    begun = time.monotonic()
+    found: dict[int, wire.EngineStats] = {}
+    try:
+        while missing := {number: replica for number, replica in replicas.items() if number not in found}:
+            if time.monotonic() - begun > timeout:
+                names = ", ".join(replica.name for replica in missing.values())
+                raise EngineError(f"{names}: not ready within {timeout:g} s")
+            wait_for_any(list(missing.values()), _SLICE_S)
+            for number, replica in missing.items():
+                stats = replica.ready(0)
+                if stats is not None:
+                    found[number] = stats
+                    log.info(
+                        "%s is ready after %.2f s: %d KV blocks, %d of %d",
+                        *(replica.name, time.monotonic() - begun, stats.num_blocks, len(found), len(replicas)),
+                    )
+    except BaseException:
+        close_all(list(replicas.values()))
+        raise
+    return found

@@ -1,0 +1,148 @@
+"""Engines that run by themselves: one in a process of its own, or several replicas side by side."""
+
+import secrets
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+
+from shoal import wire
+from shoal.cluster.lockstep import Joined, LocalLockstep
+from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
+from shoal.cluster.replica import EngineProcess, EngineThread, Replica, close_all
+from shoal.cluster.replicas import ReplicaSet, await_ready
+from shoal.cluster.router import Room
+from shoal.engine.core import EngineCore
+from shoal.errors import AddressInUse
+from shoal.frontend.compose import build_engine, shared_groups
+from shoal.frontend.engine_server import serve
+from shoal.frontend.model import OpenModel, decide
+from shoal.planner.agreement import agreement
+from shoal.planner.layout import shares_experts
+from shoal.protocols import EngineClient
+from shoal.transport.channel import Channel
+from shoal.transport.member import Address
+from shoal.transport.rendezvous import Rendezvous
+
+_START_PHASES = 5  # each of which may take --start-timeout
+_ROUNDS = 2  # a replica holds so many times the requests that it runs: the next are there when the first end
+_KEY_BYTES = 32
+
+
+def start_engine(model: OpenModel) -> EngineClient:
+    """The engine, or the replicas, that the options ask for.
+
+    Raises:
+        UserError, EngineError: it could not start; nothing is left of it.
+    """
+    parallel = model.options.parallel
+    if model.by_hand is not None:
+        return _start_one_of_many(model, model.by_hand)
+    if parallel.data_parallel_size > 1:
+        return _start_replicas(model)
+    if parallel.engine_process:
+        engine = EngineProcess(_setup(model, wire.Place()), answer_timeout=_answer_timeout(model))
+        engine.await_ready(_start_timeout(model))
+        return engine
+    return build_engine(model.options, model.decision, own_process=model.own_process)
+
+
+def _start_one_of_many(model: OpenModel, place: wire.Place) -> EngineClient:
+    """The engine of a process that is one of several replicas, each started by the user. First they compare what must
+    be the same for all."""
+    timeout = model.options.parallel.start_timeout
+    with ExitStack() as stack:
+        if place.rank == 0:
+            with suppress(AddressInUse):  # it is open already, for the results
+                address = Address.parse(place.rendezvous)
+                stack.enter_context(Rendezvous(address.host, address.port, key=place.key))
+        if shares_experts(model.decision.cutting):  # it goes on when others have work and this process has none
+            engine = EngineProcess(_setup(model, place), answer_timeout=_answer_timeout(model))
+            engine.await_ready(_start_timeout(model))
+            return ReplicaSet(
+                {place.rank: engine},
+                {place.rank: _room(model, engine.stats())},
+                together=True,
+                on_close=stack.pop_all().close,
+            )
+        told = agreement(model.options, model.decision)
+        RendezvousLockstep(place, told, timeout=timeout).close()
+        return build_engine(model.options, model.decision, own_process=model.own_process)
+
+
+def _start_replicas(model: OpenModel) -> ReplicaSet:
+    together = shares_experts(model.decision.cutting)
+    with ExitStack() as stack:
+        launch = _on_threads(model) if model.decision.backend == "threads" else _as_processes(model, stack)
+        replicas: dict[int, Replica] = {}
+        try:
+            for number in range(model.options.parallel.data_parallel_size):
+                replicas[number] = launch(number)
+        except BaseException:
+            close_all(list(replicas.values()))
+            raise
+        found = await_ready(replicas, _start_timeout(model))
+        rooms = {number: _room(model, stats) for number, stats in found.items()}
+        return ReplicaSet(replicas, rooms, together=together, on_close=stack.pop_all().close)
+
+
+def _as_processes(model: OpenModel, stack: ExitStack) -> Callable[[int], Replica]:
+    """Starts one. Those that compute together meet at a rendezvous of this process."""
+    rendezvous, key = "", ""
+    if shares_experts(model.decision.cutting):
+        key = secrets.token_hex(_KEY_BYTES)
+        rendezvous = stack.enter_context(Rendezvous(key=key)).address
+
+    def launch(number: int) -> Replica:
+        place = wire.replace(_place(model, number), rendezvous=rendezvous, key=key)
+        return EngineProcess(_setup(model, place), answer_timeout=_answer_timeout(model))
+
+    return launch
+
+
+def _on_threads(model: OpenModel) -> Callable[[int], Replica]:
+    size = model.options.parallel.data_parallel_size
+    locksteps = LocalLockstep.of(size) if shares_experts(model.decision.cutting) else [None] * size
+    groups = shared_groups(model.options)
+
+    def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
+        decision = decide(model.options, setup.place)
+        return build_engine(model.options, decision, lockstep=lockstep, groups=groups)
+
+    def run(channel: Channel) -> None:
+        serve(channel, lambda setup: locksteps[setup.place.rank], start)
+
+    def launch(number: int) -> Replica:
+        setup = _setup(model, _place(model, number))
+        return EngineThread(run, setup, answer_timeout=_answer_timeout(model))
+
+    return launch
+
+
+def _place(model: OpenModel, number: int) -> wire.Place:
+    """All of them are on this host."""
+    size = model.options.parallel.data_parallel_size
+    available = model.decision.hardware.host_memory_available
+    return wire.Place(number, size, local_rank=number, local_size=size, memory_available=available)
+
+
+def _setup(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
+    options = {name: value for name, value in model.given.items() if name != "engine_process"}
+    return wire.EngineSetup(model.options.model, options, place)
+
+
+def _room(model: OpenModel, stats: wire.EngineStats) -> Room:
+    caching = model.options.cache.enable_prefix_caching
+    return Room(
+        requests=_ROUNDS * model.options.scheduler.max_num_seqs,
+        tokens=stats.num_blocks * stats.block_size,
+        block_size=stats.block_size,
+        prefixes=stats.num_blocks if caching else 0,
+    )
+
+
+def _start_timeout(model: OpenModel) -> float:
+    return model.options.parallel.start_timeout * _START_PHASES
+
+
+def _answer_timeout(model: OpenModel) -> float:
+    """An engine answers between steps."""
+    return model.options.parallel.step_timeout * (model.decision.max_in_flight + 1)

@@ -1,0 +1,132 @@
+"""DeepSeek V2: latent attention, and experts of which some see every token, behind a few layers without."""
+
+import dataclasses
+import math
+
+from shoal.models.fields import activation, dtype_name, flag, max_positions, number, positive, rope, whole
+from shoal.models.spec import (
+    AttentionSpec,
+    Config,
+    ExpertNames,
+    Family,
+    LatentSpec,
+    ModelSpec,
+    MoESpec,
+    NormSpec,
+    RoutingSpec,
+    TensorNames,
+    Unsupported,
+)
+
+_NORM_EPS = 1e-6  # of the norms within attention, whatever config.json says of the others
+
+
+def read(config: Config) -> ModelSpec:
+    latent = read_latent(config, q_rank=1536)
+    spec = read_decoder(config, latent, positions=2048, mlp_bias=flag(config, "mlp_bias", False))
+    return dataclasses.replace(spec, family="deepseek_v2", moe=_experts(config, spec.num_layers))
+
+
+def read_latent(config: Config, q_rank: int) -> LatentSpec:
+    """A missing `q_lora_rank` means `q_rank`, and null none."""
+    rope_dim = positive(config, "qk_rope_head_dim", 64)
+    rotary = rope(config, rope_dim)
+    return LatentSpec(
+        q_rank=None if config.get("q_lora_rank", q_rank) is None else positive(config, "q_lora_rank", q_rank),
+        kv_rank=positive(config, "kv_lora_rank", 512),
+        nope_dim=positive(config, "qk_nope_head_dim", 128),
+        rope_dim=rope_dim,
+        value_dim=positive(config, "v_head_dim", 128),
+        rope=dataclasses.replace(rotary, rotary_dim=rope_dim),
+        norm=NormSpec("rms", _NORM_EPS),
+        interleaved=True,
+    )
+
+
+def read_decoder(config: Config, latent: LatentSpec, *, positions: int, mlp_bias: bool) -> ModelSpec:
+    """All but the experts. `positions` is what a missing `max_position_embeddings` means."""
+    bias = flag(config, "attention_bias", False)
+    return ModelSpec(
+        family="",
+        hidden_size=positive(config, "hidden_size"),
+        num_layers=positive(config, "num_hidden_layers"),
+        num_heads=positive(config, "num_attention_heads"),
+        num_kv_heads=1,
+        head_dim=latent.cached_dim,
+        intermediate_size=positive(config, "intermediate_size"),
+        vocab_size=positive(config, "vocab_size"),
+        max_positions=max_positions(config, latent.rope, positions),
+        attention=(AttentionSpec(_scale(config, latent)),),
+        norm=NormSpec("rms", number(config, "rms_norm_eps", 1e-6)),
+        tie_embeddings=flag(config, "tie_word_embeddings", False),
+        dtype=dtype_name(config),
+        activation=activation(config, "silu", "hidden_act"),
+        qkv_bias=bias,
+        out_bias=bias,
+        up_bias=mlp_bias,
+        down_bias=mlp_bias,
+        latent=latent,
+    )
+
+
+def _scale(config: Config, latent: LatentSpec) -> float:
+    """YaRN sharpens the scores of whole heads by the square of what `mscale_all_dim` says."""
+    rotary = latent.rope
+    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    sharpening = 1.0
+    if rotary.kind != "default" and rotary.factor > 1 and parameters.get("mscale_all_dim"):
+        sharpening += 0.1 * number(parameters, "mscale_all_dim") * math.log(rotary.factor)
+    return sharpening**2 / math.sqrt(latent.query_dim)
+
+
+def mixture_layers(config: Config, layers: int, dense: int) -> tuple[bool, ...]:
+    """Which layers have experts: from `first_k_dense_replace` on (missing: `dense`), each `moe_layer_freq`-th."""
+    first, every = whole(config, "first_k_dense_replace", dense), positive(config, "moe_layer_freq", 1)
+    return tuple(i >= first and i % every == 0 for i in range(layers))
+
+
+def _experts(config: Config, layers: int) -> MoESpec:
+    size = positive(config, "moe_intermediate_size", 1407)
+    return MoESpec(
+        num_experts=positive(config, "n_routed_experts", 64),
+        intermediate_size=size,
+        routing=_routing(config),
+        layers=mixture_layers(config, layers, 0),
+        shared_size=size * whole(config, "n_shared_experts", 2),
+    )
+
+
+def _routing(config: Config) -> RoutingSpec:
+    if (config.get("scoring_func") or "softmax") != "softmax":
+        raise Unsupported(f"config.json: scoring_func {config['scoring_func']!r} is not supported for deepseek_v2")
+    if flag(config, "norm_topk_prob", False):
+        raise Unsupported("config.json: norm_topk_prob is not supported for deepseek_v2: its weights are not normed")
+    method = config.get("topk_method") or "greedy"
+    if method not in ("greedy", "group_limited_greedy"):
+        raise Unsupported(
+            f"config.json: topk_method {method!r} is not supported; supported are greedy, group_limited_greedy"
+        )
+    grouped = method == "group_limited_greedy"
+    return RoutingSpec(
+        top_k=positive(config, "num_experts_per_tok", 6),
+        normalize=False,
+        scale=number(config, "routed_scaling_factor", 1.0),
+        groups=positive(config, "n_group") if grouped else 1,
+        top_groups=positive(config, "topk_group") if grouped else 1,
+        wide=True,
+    )
+
+
+NAMES = TensorNames(
+    experts=ExpertNames(
+        shared_up=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        shared_down="mlp.shared_experts.down_proj",
+    )
+)
+FAMILY = Family(
+    architectures=("DeepseekV2ForCausalLM",),
+    model_type="deepseek_v2",
+    read=read,
+    names=NAMES,
+    experts=(NAMES.experts, NAMES.experts.stacked()),
+)

@@ -1,0 +1,51 @@
+"""DeepSeek V3 and R1: V2 with experts scored by themselves, and chosen by group with a bias that no weight has.
+
+What predicts further tokens, in layers behind the last, is not read.
+"""
+
+import dataclasses
+
+from shoal.models.families import deepseek_v2
+from shoal.models.fields import flag, number, positive, whole
+from shoal.models.spec import Config, Family, ModelSpec, MoESpec, RoutingSpec, Unsupported
+
+
+def read(config: Config) -> ModelSpec:
+    latent = deepseek_v2.read_latent(config, q_rank=1536)
+    latent = dataclasses.replace(latent, interleaved=flag(config, "rope_interleave", True))
+    spec = deepseek_v2.read_decoder(config, latent, positions=4096, mlp_bias=False)
+    size = positive(config, "moe_intermediate_size", 2048)
+    moe = MoESpec(
+        num_experts=positive(config, "n_routed_experts", 256),
+        intermediate_size=size,
+        routing=_routing(config),
+        layers=deepseek_v2.mixture_layers(config, spec.num_layers, 3),
+        shared_size=size * whole(config, "n_shared_experts", 1),
+    )
+    return dataclasses.replace(spec, family="deepseek_v3", moe=moe)
+
+
+def _routing(config: Config) -> RoutingSpec:
+    for key, wanted in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        if (config.get(key) or wanted) != wanted:
+            raise Unsupported(f"config.json: {key} {config[key]!r} is not supported for deepseek_v3; it is {wanted}")
+    return RoutingSpec(
+        top_k=positive(config, "num_experts_per_tok", 8),
+        scoring="sigmoid",
+        normalize=flag(config, "norm_topk_prob", True),
+        scale=number(config, "routed_scaling_factor", 2.5),
+        correction_bias=True,
+        groups=positive(config, "n_group", 8),
+        top_groups=positive(config, "topk_group", 4),
+        group_score="best_two",
+        wide=True,
+    )
+
+
+FAMILY = Family(
+    architectures=("DeepseekV3ForCausalLM",),
+    model_type="deepseek_v3",
+    read=read,
+    names=deepseek_v2.NAMES,
+    experts=deepseek_v2.FAMILY.experts,
+)

@@ -1,0 +1,33 @@
+"""What must be the same in all processes that run one model together: versions, options, the model itself."""
+
+import hashlib
+
+import shoal
+from shoal import wire
+from shoal.config import EngineOptions, agreed
+from shoal.models.checkpoint import open_checkpoint
+from shoal.planner.resolve import Decision
+
+_DIGITS = 16
+
+
+def agreement(options: EngineOptions, decision: Decision) -> dict[str, str]:
+    """Name -> value or digest. Of weights the headers and the files' sizes are read, not the numbers."""
+    found = {
+        "version of Shoal": shoal.__version__,
+        "wire version": str(wire.WIRE_VERSION),
+        **agreed(options),
+        "dtype": decision.dtype,
+        "longest sequence": str(decision.max_model_len),
+        "config.json": _digest((decision.folder / "config.json").read_bytes()),
+    }
+    if options.model_options.load_format != "dummy":
+        tensors = open_checkpoint(decision.folder).tensors
+        told = sorted(f"{name} {entry.dtype} {entry.shape} {entry.offset}" for name, entry in tensors.items())
+        sizes = sorted(str(file.stat().st_size) for file in {entry.file for entry in tensors.values()})
+        found["set of weights"] = _digest("\n".join([*told, *sizes]).encode())
+    return found
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_DIGITS]

@@ -1,0 +1,67 @@
+"""What a token costs, in multiplications: an estimate, to share work out by and to speak of. Free of torch.
+
+Each element of a matrix that a token goes through is one multiplication. Tables that it is looked up in cost nothing,
+of a mixture's experts those count that a token is sent to, and the output head is counted for every token, as it is
+where each step draws one. What attention does with the context comes on top, for every layer about the same.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shoal.models.manifest import Param, Shard
+from shoal.models.spec import ModelSpec
+
+_BEFORE = ("project_in.weight",)  # what a token is multiplied with before the layers; in all else it is looked up
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCost:
+    """Of a whole model: `before` and `behind` are what the first and the last stage do beside their layers."""
+
+    layers: tuple[float, ...]
+    before: float
+    behind: float
+
+
+def token_cost(spec: ModelSpec, params: Sequence[Param]) -> TokenCost:
+    layers = [0.0] * spec.num_layers
+    ends = {"first": 0.0, "last": 0.0, "every": 0.0}
+    for param in params:
+        cost = _cost(spec, param, _whole_size)
+        if isinstance(param.at, int):
+            layers[param.at] += cost
+        else:
+            ends[param.at] += cost
+    return TokenCost(tuple(layers), before=ends["first"], behind=ends["last"])
+
+
+def cost_shares(
+    spec: ModelSpec, params: Sequence[Param], shards: Sequence[Shard], *, replicas: int = 1
+) -> tuple[float, ...]:
+    """Each rank's share of what its replica's ranks do for a token; they sum to 1.
+
+    Whole experts get tokens from all `replicas` that hold them together, as many from each.
+    """
+    costs = []
+    for shard in shards:
+        shared = replicas if shard.experts is not None else 1
+        costs.append(
+            sum(
+                _cost(spec, param, shard.param_size) * (1 if param.expert is None else shared)
+                for param in shard.held(params)
+            )
+        )
+    return tuple(cost / sum(costs) for cost in costs)
+
+
+def _cost(spec: ModelSpec, param: Param, size: Callable[[Param], int]) -> float:
+    if param.at == "first" and param.name not in _BEFORE:
+        return 0.0
+    if param.expert is None or spec.moe is None:
+        return size(param)
+    return size(param) * spec.moe.routing.top_k / spec.moe.num_experts
+
+
+def _whole_size(param: Param) -> int:
+    return sum(math.prod(piece.shape) for piece in param.pieces)

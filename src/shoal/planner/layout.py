@@ -1,0 +1,107 @@
+"""How ranks share a model: what of each layer, which layers, which experts. Decided before a checkpoint is opened."""
+
+from shoal import wire
+from shoal.config import EngineOptions
+from shoal.errors import ConfigError
+from shoal.models.implementation import Cutting, params_of
+from shoal.models.spec import ModelSpec
+from shoal.parallel.stages import cut_evenly
+from shoal.planner.costs import token_cost
+
+
+def standing(options: EngineOptions, place: wire.Place) -> wire.Place:
+    """Where a replica stands. Who plans for all of them, before there are any, stands for the first."""
+    count = options.parallel.data_parallel_size
+    if place.size > 1 or count == 1:
+        return place
+    return wire.Place(size=count, local_size=count, memory_available=place.memory_available)
+
+
+def plan_cutting(
+    options: EngineOptions, spec: ModelSpec, place: wire.Place, reasons: list[str], warnings: list[str]
+) -> Cutting:
+    """Raises:
+    ConfigError: the model can't be cut so; it says why, and the way out.
+    """
+    parallel = options.parallel
+    _check_split(options)
+    layers = _stages(options, spec, reasons)
+    if parallel.enable_expert_parallel and spec.moe is None:
+        raise ConfigError(
+            f"--enable-expert-parallel: a {spec.family} model has no experts to place; leave it out, and use "
+            "--tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
+        )
+    cutting = Cutting(
+        tp=parallel.tensor_parallel_size,
+        tp_split=parallel.tensor_parallel_split,
+        stages=layers,
+        experts=parallel.expert_placement_strategy if parallel.enable_expert_parallel else None,
+        replica=place.rank,
+        replicas=place.size,
+    )
+    _warn_of_idle_flags(options, cutting, warnings)
+    return cutting
+
+
+def shares_experts(cutting: Cutting) -> bool:
+    """Do the ranks of several replicas hold the experts together?"""
+    return cutting.experts is not None and cutting.replicas > 1
+
+
+def _check_split(options: EngineOptions) -> None:
+    split, tp = options.parallel.tensor_parallel_split, options.parallel.tensor_parallel_size
+    if split is not None and len(split) != tp:
+        shares = f"{len(split)} share{'s' if len(split) > 1 else ''}"
+        raise ConfigError(
+            f"--tensor-parallel-split {_listed(split)} has {shares}, --tensor-parallel-size is {tp}: give "
+            f"one share a rank, or --tensor-parallel-size {len(split)}"
+        )
+
+
+def _stages(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> tuple[int, ...]:
+    """Layers of each stage."""
+    count, given = options.parallel.pipeline_parallel_size, options.parallel.pipeline_layer_partition
+    if given is not None:
+        _check_partition(given, count, spec)
+    if count > spec.num_layers:
+        raise ConfigError(
+            f"--pipeline-parallel-size {count} is more than the model's {spec.num_layers} layers, of which each stage "
+            f"needs one: use --pipeline-parallel-size {spec.num_layers} or fewer"
+        )
+    if count == 1:
+        return (spec.num_layers,)
+    cost = token_cost(spec, params_of(spec))
+    layers = given or cut_evenly(cost.layers, count, before=cost.before, behind=cost.behind)
+    why = "as asked" if given else "so that they cost about the same"
+    reasons.append(f"{count} stages of {_listed(layers)} layers: {why}")
+    return layers
+
+
+def _check_partition(given: tuple[int, ...], count: int, spec: ModelSpec) -> None:
+    if len(given) != count:
+        stages = f"{len(given)} stage{'s' if len(given) > 1 else ''}"
+        raise ConfigError(
+            f"--pipeline-layer-partition {_listed(given)} has {stages}, --pipeline-parallel-size is {count}: give one "
+            f"number a stage, or --pipeline-parallel-size {len(given)}"
+        )
+    if sum(given) != spec.num_layers:
+        raise ConfigError(
+            f"--pipeline-layer-partition {_listed(given)} has {sum(given)} layers, the model has {spec.num_layers}: "
+            f"the numbers must sum to {spec.num_layers}"
+        )
+
+
+def _warn_of_idle_flags(options: EngineOptions, cutting: Cutting, warnings: list[str]) -> None:
+    parallel = options.parallel
+    if parallel.expert_placement_strategy != "linear" and cutting.experts is None:
+        warnings.append(
+            f"--expert-placement-strategy {parallel.expert_placement_strategy} changes nothing without "
+            "--enable-expert-parallel: every expert is cut"
+        )
+    if parallel.all2all_backend != "auto" and not shares_experts(cutting):
+        why = "with one replica" if cutting.experts is not None else "without --enable-expert-parallel"
+        warnings.append(f"--all2all-backend {parallel.all2all_backend} changes nothing {why}: no token travels")
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))

@@ -1,0 +1,346 @@
+"""Joining a rendezvous, and what a member of a room can do there."""
+
+import hmac
+import os
+import secrets
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from shoal import wire
+from shoal.errors import ConfigError, EngineError
+from shoal.observe.logging import get_logger
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_key, this_process
+
+log = get_logger("rendezvous")
+
+_RETRY_S = 0.2
+_ATTEMPT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """`host:port`.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ConfigError(f"a rendezvous is at HOST:PORT, got {text!r}")
+        return cls(host, int(port))
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def connect(
+    address: Address,
+    key: str,
+    *,
+    room: str = "",
+    rank: int = 0,
+    size: int = 0,
+    agreement: Mapping[str, str] | None = None,
+    timeout: float,
+) -> Channel:
+    """A connection on which both sides have proved that they know the key. Without a `size` no room is joined.
+
+    The rendezvous may be opened later than this is called.
+
+    Raises:
+        ConfigError: it can't be reached in time, or refuses us; it says why.
+    """
+    require_key(key, address.host)
+    begun = time.monotonic()
+    said = begun
+    while True:
+        left = timeout - (time.monotonic() - begun)
+        try:
+            sock = socket.create_connection((address.host, address.port), timeout=max(min(left, _ATTEMPT_S), 0.01))
+            break
+        except OSError as error:
+            why = error.strerror or str(error)
+        if time.monotonic() - begun + _RETRY_S >= timeout:
+            raise ConfigError(
+                f"no answer from {address} within {timeout:g} s ({why}), and nobody has arrived: start rank 0 there, "
+                "or give the address and port at which it listens"
+            )
+        if time.monotonic() - said >= SAY_S:
+            said = time.monotonic()
+            log.info("waiting for %s (%s), %.0f s of %g", address, why, said - begun, timeout)
+        time.sleep(_RETRY_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    channel = Channel(sock)
+    try:
+        host, pid = this_process()
+        hello = wire.Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
+        _introduce(channel, hello, address, key, max(timeout - (time.monotonic() - begun), _ATTEMPT_S))
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _introduce(channel: Channel, hello: wire.Hello, address: Address, key: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    said = wire.encode(hello)
+    while True:
+        for message in _receive(channel, deadline, address):
+            match message:
+                case wire.Challenge():
+                    channel.send(wire.encode(wire.Signed(said, proof(key, "member", message.nonce, said))))
+                case wire.Welcome():
+                    if not hmac.compare_digest(message.proof, proof(key, "rendezvous", hello.nonce, said)):
+                        raise ConfigError(f"{address} does not know the shared key: is another program there?")
+                    return
+                case wire.Refused():
+                    raise ConfigError(f"rank {hello.rank} may not join at {address}: {message.why}")
+
+
+def _receive(channel: Channel, deadline: float, address: Address) -> list[wire.FromRendezvous]:
+    """One frame, so that what follows a welcome is left for whoever reads next."""
+    left = deadline - time.monotonic()
+    if left <= 0 or not wait([channel], left):
+        raise ConfigError(f"{address} did not answer in time: is another program there?")
+    try:
+        return [wire.from_rendezvous.decode(frame) for frame in channel.receive(1)]
+    except ChannelClosed:
+        raise ConfigError(f"{address} hung up: is another program there?") from None
+    except wire.WireError:
+        raise ConfigError(f"{address} speaks another language: is another program there?") from None
+
+
+@dataclass(slots=True)
+class _Inbox:
+    """What a member's thread has read; `changed` guards it."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    posted: dict[str, dict[int, bytes]] = field(default_factory=dict)  # topic -> sender -> the latest
+    gone: dict[int, str] = field(default_factory=dict)
+    waiting: wire.Waiting | None = None
+    members: tuple[str, ...] = ()
+    lost: str = ""  # why there is no connection any more
+
+
+class Member:
+    """One in a room. A thread keeps the connection alive and reads what comes; all else is called by the owner."""
+
+    def __init__(
+        self,
+        address: Address,
+        key: str,
+        *,
+        room: str,
+        rank: int,
+        size: int,
+        agreement: Mapping[str, str] | None = None,
+        timeout: float,
+    ) -> None:
+        """Waits until the room is complete.
+
+        Raises:
+            ConfigError: the rendezvous is not there or refuses us, or not all arrived within `timeout` seconds; it says
+                who is missing.
+        """
+        self.rank = rank
+        self.size = size
+        self._address = address
+        self._inbox = _Inbox()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._leaving = False
+        begun = time.monotonic()
+        self._channel = connect(address, key, room=room, rank=rank, size=size, agreement=agreement, timeout=timeout)
+        self.host_address: str = self._channel.local_address  # of this host, as the others reach it
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"shoal-member-{rank}")
+        self._thread.start()
+        try:
+            self._await_start(begun, timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_start(self, begun: float, timeout: float) -> None:
+        said = begun
+        with self._inbox.changed:
+            while not self._inbox.members:
+                left = timeout - (time.monotonic() - begun)
+                who = self._who_is_missing()
+                if self._inbox.lost:
+                    raise ConfigError(f"the rendezvous at {self._address} has gone ({self._inbox.lost})")
+                if left <= 0:
+                    raise ConfigError(f"not all have arrived at {self._address} within {timeout:g} s: {who}")
+                if time.monotonic() - said >= SAY_S:
+                    said = time.monotonic()
+                    log.info("waiting at %s, %.0f s of %g: %s", self._address, said - begun, timeout, who)
+                self._inbox.changed.wait(min(left, SAY_S))
+
+    def _who_is_missing(self) -> str:
+        waiting = self._inbox.waiting
+        if waiting is None:
+            return f"nobody is known but rank {self.rank}"
+        missing = ", ".join(map(str, waiting.missing))
+        return f"rank{'s' if len(waiting.missing) > 1 else ''} {missing} missing, arrived: {', '.join(waiting.arrived)}"
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Who they are, by rank."""
+        return self._inbox.members
+
+    def fileno(self) -> int:
+        """Readable when something has come, until `quiet` is called."""
+        return self._wakeup
+
+    backlog = False
+
+    def quiet(self) -> None:
+        if select.select([self._wakeup], [], [], 0)[0]:
+            os.eventfd_read(self._wakeup)
+
+    def post(self, topic: str, payload: bytes, to: int = -1) -> None:
+        """To one other member, or to all others. Of several posts under one topic only the latest is kept.
+
+        Raises:
+            EngineError: the rendezvous has gone.
+        """
+        try:
+            self._channel.send(wire.encode(wire.Posted(topic, self.rank, to, payload)))
+        except ChannelClosed:
+            raise EngineError(f"the rendezvous at {self._address} has gone") from None
+
+    def latest(self, topic: str) -> dict[int, bytes]:
+        """The latest post of each member under a topic, by rank. Never blocks."""
+        with self._inbox.changed:
+            return dict(self._inbox.posted.get(topic, {}))
+
+    def failures(self) -> dict[int, str]:
+        """Members that have gone without having ended their work, and why; the rendezvous itself is rank -1."""
+        with self._inbox.changed:
+            found = {rank: why for rank, why in self._inbox.gone.items() if why}
+            if self._inbox.lost and not self._leaving:
+                found[-1] = f"the rendezvous at {self._address} has gone ({self._inbox.lost})"
+            return found
+
+    def collect(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        timeout: float,
+        describe: Callable[[int], str] = "rank {}".format,
+    ) -> list[bytes] | None:
+        """Everybody's payload, by rank, at rank 0; None at the others, which do not wait.
+
+        Raises:
+            EngineError: somebody has gone, or has not posted within `timeout` seconds; `describe` says what is missing
+                with a rank.
+        """
+        if self.rank != 0:
+            self.post(topic, payload, to=0)
+            self._flush(timeout)
+            return None
+        deadline = time.monotonic() + timeout
+        with self._inbox.changed:
+            while True:
+                found = {**self._inbox.posted.get(topic, {}), 0: payload}
+                missing = [rank for rank in range(self.size) if rank not in found]
+                if not missing:
+                    return [found[rank] for rank in range(self.size)]
+                dead = [rank for rank in missing if rank in self._inbox.gone]
+                left = deadline - time.monotonic()
+                if dead or left <= 0 or self._inbox.lost:
+                    why = "; ".join(self._inbox.gone[rank] or f"rank {rank} ended without it" for rank in dead)
+                    who = "; ".join(describe(rank) for rank in missing)
+                    raise EngineError(f"{topic}: {why or f'not all have come within {timeout:g} s'}; missing: {who}")
+                self._inbox.changed.wait(min(left, SAY_S))
+
+    def await_post(self, topic: str, sender: int, *, timeout: float) -> bytes:
+        """One member's post.
+
+        Raises:
+            EngineError: it has gone, or has not posted within `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        with self._inbox.changed:
+            while sender not in self._inbox.posted.get(topic, {}):
+                left = deadline - time.monotonic()
+                if sender in self._inbox.gone or self._inbox.lost or left <= 0:
+                    why = self._inbox.gone.get(sender) or self._inbox.lost or f"nothing within {timeout:g} s"
+                    raise EngineError(f"{topic}: no word of rank {sender}: {why}")
+                self._inbox.changed.wait(min(left, SAY_S))
+            return self._inbox.posted[topic][sender]
+
+    def _flush(self, timeout: float) -> None:
+        try:
+            if not self._channel.flush(timeout):
+                raise EngineError(f"the rendezvous at {self._address} did not take a message within {timeout:g} s")
+        except ChannelClosed:
+            raise EngineError(f"the rendezvous at {self._address} has gone") from None
+
+    def close(self, why: str = "") -> None:
+        """Leaves: `why` is empty when all is done, else what the others will say of us. Idempotent."""
+        if self._leaving:
+            return
+        self._leaving = True
+        try:
+            self._channel.send(wire.encode(wire.Leave(why)))
+            self._channel.flush(_ATTEMPT_S)
+        except ChannelClosed:
+            pass
+        self._thread.join(_ATTEMPT_S)
+        self._channel.close()
+        os.close(self._wakeup)
+
+    def _run(self) -> None:
+        heard = next_sign = time.monotonic()
+        while True:
+            try:
+                now = time.monotonic()
+                if now - next_sign > QUIET_S:  # this process was stopped: what was said meanwhile is yet to be read
+                    heard = now
+                if now >= next_sign:
+                    next_sign = now + ALIVE_S
+                    self._channel.send(wire.encode(wire.Alive()))
+                for message in self._read(next_sign):
+                    heard = time.monotonic()
+                    self._take(message)
+                if time.monotonic() - heard > QUIET_S:
+                    raise ChannelClosed(f"not heard from for {QUIET_S:.0f} s")
+            except (ChannelClosed, wire.WireError, OSError) as error:
+                with self._inbox.changed:
+                    self._inbox.lost = str(error) or "its connection has ended"
+                    self._inbox.changed.notify_all()
+                if not self._leaving:
+                    os.eventfd_write(self._wakeup, 1)
+                return
+
+    def _read(self, next_sign: float) -> list[wire.FromRendezvous]:
+        if not self._channel.unread and not wait([self._channel], next_sign - time.monotonic()):
+            return []
+        return [wire.from_rendezvous.decode(frame) for frame in self._channel.receive()]
+
+    def _take(self, message: wire.FromRendezvous) -> None:
+        with self._inbox.changed:
+            match message:
+                case wire.Posted():
+                    self._inbox.posted.setdefault(message.topic, {})[message.sender] = message.payload
+                case wire.Gone():
+                    self._inbox.gone[message.rank] = message.why
+                case wire.Waiting():
+                    self._inbox.waiting = message
+                case wire.Started():
+                    self._inbox.members = message.members
+                case wire.Refused():
+                    self._inbox.lost = message.why
+            self._inbox.changed.notify_all()
+        if not self._leaving:
+            os.eventfd_write(self._wakeup, 1)

@@ -1,0 +1,334 @@
+"""Where replicas and hosts meet: any order of start, an authenticated hello, and a post office for those who are in.
+
+One process opens a `Rendezvous`; a thread of it serves everybody who joins over TCP. Members of a room learn that it is
+complete, post messages to each other, and are told when one of them has gone. Beside the rooms there is a store of keys
+and values, in which groups of ranks find each other.
+
+Whoever joins proves that it knows the shared key (HMAC-SHA256 over a nonce of the other side; the key itself never
+travels), and brings what must be the same for all: versions, options, digests of the model. Who differs is refused, and
+told in what. The first member of a room sets what it is.
+"""
+
+import contextlib
+import errno
+import hashlib
+import hmac
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal import wire
+from shoal.errors import AddressInUse, ConfigError
+from shoal.observe.logging import get_logger
+from shoal.transport.channel import Channel, ChannelClosed, wait
+
+log = get_logger("rendezvous")
+
+SAY_S = 10.0  # how often those who wait are told for whom
+ALIVE_S = 3.0  # how often each side says something
+QUIET_S = 20.0  # whoever says nothing for so long has gone
+_HELLO_S = 10.0  # for whoever connects to say who it is
+_LONGEST_HELLO = 1 << 20
+_LONGEST = 2**32 - 1
+_SLICE_S = 0.5
+_FLUSH_S = 1.0
+_MOST_STRANGERS = 256  # connections that have not said who they are
+
+
+def proof(key: str, role: str, nonce: bytes, said: bytes) -> bytes:
+    """That `role` ("member" or "rendezvous") knows the key, for this nonce and what it says with it."""
+    return hmac.digest(key.encode(), role.encode() + nonce + said, hashlib.sha256)
+
+
+def require_key(key: str, address: str) -> None:
+    """Raises:
+    ConfigError: the address is one that other hosts reach, and there is no key.
+    """
+    if not key and not is_loopback(address):
+        raise ConfigError(
+            f"{address} is reached from other hosts, and there is no shared key: set SHOAL_CLUSTER_KEY to the same "
+            "secret on all hosts"
+        )
+
+
+def is_loopback(address: str) -> bool:
+    try:
+        found = socket.gethostbyname(address)
+    except OSError:
+        return False
+    return found.startswith("127.")
+
+
+@dataclass(slots=True, eq=False)
+class _Guest:
+    """A connection. `hello` is None before it has said who it is."""
+
+    channel: Channel
+    nonce: bytes
+    since: float
+    heard: float
+    said: float = 0.0
+    hello: wire.Hello | None = None
+    waits_for: wire.StoreGet | None = None
+
+    @property
+    def name(self) -> str:
+        assert self.hello is not None
+        return f"rank {self.hello.rank} ({self.hello.host}, process {self.hello.pid})"
+
+
+@dataclass(slots=True)
+class _Room:
+    size: int
+    agreement: Mapping[str, str]
+    set_by: str
+    members: dict[int, _Guest] = field(default_factory=dict)
+    complete: bool = False
+    since: float = field(default_factory=time.monotonic)
+    said: float = field(default_factory=time.monotonic)
+
+
+class Rendezvous:
+    def __init__(self, address: str = "127.0.0.1", port: int = 0, *, key: str = "") -> None:
+        """Listens at once. Port 0 takes a free one.
+
+        Raises:
+            ConfigError: the address can't be listened on, or others reach it and there is no key.
+        """
+        require_key(key, address)
+        self._key = key
+        self._guests: dict[int, _Guest] = {}  # by file descriptor
+        self._rooms: dict[str, _Room] = {}
+        self._store: dict[str, bytes] = {}
+        self._closing = threading.Event()
+        try:
+            self._listener = socket.create_server((address, port), backlog=1024)
+        except OSError as error:
+            kind = AddressInUse if error.errno == errno.EADDRINUSE else ConfigError
+            raise kind(f"can't listen on {address}:{port} ({error.strerror}): choose another port") from None
+        self._listener.setblocking(False)
+        self.address = f"{address}:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="shoal-rendezvous")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._closing.set()
+        self._thread.join(2 * _SLICE_S)
+
+    def __enter__(self) -> "Rendezvous":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        listener = _Listener(self._listener)
+        try:
+            while not self._closing.is_set():
+                channels: list[Any] = [listener, *(guest.channel for guest in self._guests.values())]
+                for channel in wait(channels, _SLICE_S):
+                    if channel.fileno() == listener.fileno():
+                        self._accept()
+                    elif channel.fileno() in self._guests:  # it may just have been shown the door
+                        self._listen_to(self._guests[channel.fileno()])
+                self._look_around(time.monotonic())
+        except Exception:
+            log.exception("the rendezvous at %s has failed", self.address)
+        finally:
+            self._listener.close()
+            for guest in list(self._guests.values()):
+                with contextlib.suppress(ChannelClosed):  # what was posted last is still to reach it
+                    guest.channel.flush(_FLUSH_S)
+                guest.channel.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:  # it has gone already, or there are no file descriptors left
+            return
+        if sum(guest.hello is None for guest in self._guests.values()) >= _MOST_STRANGERS:
+            sock.close()
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        now = time.monotonic()
+        guest = _Guest(Channel(sock, _LONGEST_HELLO), secrets.token_bytes(32), now, now)
+        self._guests[guest.channel.fileno()] = guest
+        self._send(guest, wire.Challenge(guest.nonce))
+
+    def _listen_to(self, guest: _Guest) -> None:
+        guest.heard = time.monotonic()
+        try:
+            for frame in guest.channel.receive():
+                self._answer(guest, wire.to_rendezvous.decode(frame))
+        except ChannelClosed:
+            self._part(guest, "ended, or lost its connection")
+        except wire.WireError as error:
+            self._part(guest, f"sent what nobody understands: {error}")
+
+    def _answer(self, guest: _Guest, message: wire.ToRendezvous) -> None:
+        if guest.hello is None:
+            if not isinstance(message, wire.Signed):
+                self._part(guest, "")
+                return
+            self._welcome(guest, message)
+            return
+        match message:
+            case wire.Posted():
+                self._forward(guest.hello, message)
+            case wire.Leave():
+                self._part(guest, message.why)
+            case wire.StoreSet():
+                old = self._store.get(message.key)
+                if old is None or message.expected is None or message.expected == old:
+                    self._store[message.key] = message.value
+                self._send(guest, wire.StoreValue(self._store[message.key]))
+                self._serve_waiting()
+            case wire.StoreAdd():
+                total = int(self._store.get(message.key, b"0")) + message.amount
+                self._store[message.key] = str(total).encode()
+                self._send(guest, wire.StoreValue(self._store[message.key]))
+                self._serve_waiting()
+            case wire.StoreDelete():
+                self._send(guest, wire.StoreValue(self._store.pop(message.key, None)))
+            case wire.StoreGet():
+                guest.waits_for = message
+                self._serve_waiting()
+
+    def _serve_waiting(self) -> None:
+        for guest in list(self._guests.values()):
+            asked = guest.waits_for
+            if asked is None:
+                continue
+            there = all(key in self._store for key in asked.keys)
+            if there or not asked.wait:
+                guest.waits_for = None
+                self._send(guest, wire.StoreValue(self._store[asked.keys[-1]] if there else None))
+
+    def _welcome(self, guest: _Guest, signed: wire.Signed) -> None:
+        if not hmac.compare_digest(signed.proof, proof(self._key, "member", guest.nonce, signed.hello)):
+            self._refuse(guest, "the shared key is another one: set SHOAL_CLUSTER_KEY to the same secret on all hosts")
+            return
+        hello = wire.hello.decode(signed.hello)
+        why = self._objection(hello)
+        if why:
+            self._refuse(guest, why)
+            return
+        guest.hello = hello
+        guest.channel.longest = _LONGEST
+        self._send(guest, wire.Welcome(proof(self._key, "rendezvous", hello.nonce, signed.hello)))
+        if hello.size:
+            self._enter(guest, hello)
+
+    def _objection(self, hello: wire.Hello) -> str:
+        """Why somebody may not join; "" if it may."""
+        room = self._rooms.get(hello.room)
+        if not hello.size or room is None:
+            return "" if 0 <= hello.rank < max(hello.size, 1) else f"rank {hello.rank} of {hello.size} does not exist"
+        if hello.size != room.size:
+            return f"it counts {hello.size} ranks, {room.set_by} counts {room.size}"
+        if not 0 <= hello.rank < room.size:
+            return f"rank {hello.rank} of {room.size} does not exist"
+        if hello.rank in room.members:
+            return f"{room.members[hello.rank].name} is there already: give every process a rank of its own"
+        return _difference(hello.agreement, room)
+
+    def _enter(self, guest: _Guest, hello: wire.Hello) -> None:
+        room = self._rooms.get(hello.room)
+        if room is None:
+            room = self._rooms[hello.room] = _Room(hello.size, hello.agreement, guest.name)
+        if room.complete:  # one that was there before has gone, and this one is new to the others
+            self._refuse(guest, f"the others have gone on without rank {hello.rank}: start all of them anew")
+            return
+        room.members[hello.rank] = guest
+        if len(room.members) == room.size:
+            room.complete = True
+            names = tuple(room.members[rank].name for rank in range(room.size))
+            for member in list(room.members.values()):
+                self._send(member, wire.Started(names))
+        else:
+            self._say_who_is_missing(room)
+
+    def _forward(self, sender: wire.Hello, message: wire.Posted) -> None:
+        room = self._rooms.get(sender.room)
+        if room is None:
+            return
+        for rank, member in list(room.members.items()):
+            if rank != sender.rank and message.to in (-1, rank):
+                self._send(member, wire.Posted(message.topic, sender.rank, message.to, message.payload))
+
+    def _say_who_is_missing(self, room: _Room) -> None:
+        room.said = time.monotonic()
+        arrived = tuple(room.members[rank].name for rank in sorted(room.members))
+        missing = tuple(rank for rank in range(room.size) if rank not in room.members)
+        for member in list(room.members.values()):
+            self._send(member, wire.Waiting(arrived, missing))
+
+    def _look_around(self, now: float) -> None:
+        for room in list(self._rooms.values()):
+            if not room.complete and now - room.said >= SAY_S:
+                self._say_who_is_missing(room)
+        for guest in list(self._guests.values()):
+            if guest.hello is not None and guest.hello.size and now - guest.said > ALIVE_S:
+                self._send(guest, wire.Alive())
+            if guest.hello is None and now - guest.since > _HELLO_S:
+                self._part(guest, "")
+            elif guest.hello is not None and guest.hello.size and now - guest.heard > QUIET_S:
+                self._part(guest, f"was not heard from for {now - guest.heard:.0f} s")
+
+    def _refuse(self, guest: _Guest, why: str) -> None:
+        self._send(guest, wire.Refused(why))
+        guest.channel.flush(0)
+        guest.hello = None
+        self._part(guest, "")
+
+    def _part(self, guest: _Guest, why: str) -> None:
+        """Lets somebody go, and tells the others of its room."""
+        if self._guests.pop(guest.channel.fileno(), None) is None:
+            return
+        guest.channel.close()
+        hello = guest.hello
+        room = self._rooms.get(hello.room) if hello is not None else None
+        if hello is None or room is None or room.members.get(hello.rank) is not guest:
+            return
+        del room.members[hello.rank]
+        if not room.members:
+            del self._rooms[hello.room]
+        if room.complete:
+            for member in list(room.members.values()):
+                self._send(member, wire.Gone(hello.rank, f"{guest.name} {why}" if why else ""))
+
+    def _send(self, guest: _Guest, message: wire.FromRendezvous) -> None:
+        guest.said = time.monotonic()
+        with contextlib.suppress(ChannelClosed):  # its end is read, and said, in turn
+            guest.channel.send(wire.encode(message))
+
+
+class _Listener:
+    """A listening socket among the channels that are waited for."""
+
+    backlog = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+
+def _difference(found: Mapping[str, str], room: _Room) -> str:
+    """In what somebody differs from the one who came first; "" if in nothing."""
+    for name in sorted({*found, *room.agreement}):
+        mine, theirs = found.get(name, "nothing"), room.agreement.get(name, "nothing")
+        if mine != theirs:
+            return f"its {name} is {mine}, that of {room.set_by} is {theirs}: start all with the same"
+    return ""
+
+
+def this_process() -> tuple[str, int]:
+    return socket.gethostname(), os.getpid()

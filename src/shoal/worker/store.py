@@ -1,0 +1,94 @@
+"""Where ranks of several hosts find each other: the rendezvous' keys and values, as a store of torch.distributed."""
+
+import datetime
+import threading
+import time
+from collections.abc import Sequence
+
+import torch.distributed
+
+from shoal import wire
+from shoal.errors import CommTimeout
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.member import Address, connect
+
+
+class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,misc]  # it has no usable types
+    """One connection, one question at a time. Values are bytes, numbers are decimal text."""
+
+    def __init__(self, address: str, key: str, *, timeout_s: float) -> None:
+        """Raises:
+        ConfigError: the rendezvous can't be reached in time, or the key is another one.
+        """
+        super().__init__()
+        self._address = Address.parse(address)
+        self._timeout_s = timeout_s
+        self._channel: Channel = connect(self._address, key, timeout=timeout_s)
+        self._lock = threading.Lock()
+
+    @property
+    def host_address(self) -> str:
+        """Of this host, as the rendezvous reaches it."""
+        return self._channel.local_address
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._ask(wire.StoreSet(key, _bytes(value)))
+
+    def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
+        found = self._ask(wire.StoreSet(key, _bytes(desired_value), expected=_bytes(expected_value)))
+        return found or b""
+
+    def get(self, key: str) -> bytes:
+        return self._ask(wire.StoreGet((key,), wait=True)) or b""
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._ask(wire.StoreAdd(key, amount)) or b"0")
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return self._ask(wire.StoreGet(tuple(keys), wait=False)) is not None
+
+    def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
+        seconds = self._timeout_s if timeout is None else timeout.total_seconds()
+        self._ask(wire.StoreGet(tuple(keys), wait=True), seconds)
+
+    def delete_key(self, key: str) -> bool:
+        return self._ask(wire.StoreDelete(key)) is not None
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        self._timeout_s = timeout.total_seconds()
+
+    def has_extended_api(self) -> bool:
+        return False
+
+    def _ask(self, question: wire.ToRendezvous, timeout_s: float | None = None) -> bytes | None:
+        """Raises:
+        CommTimeout: no answer in time: a key that is waited for is not there, or the rendezvous has gone.
+        """
+        seconds = self._timeout_s if timeout_s is None else timeout_s
+        with self._lock:
+            try:
+                self._channel.send(wire.encode(question))
+                return self._answer(time.monotonic() + seconds)
+            except ChannelClosed as error:
+                raise CommTimeout(f"the rendezvous at {self._address} has gone: {error}") from None
+            except TimeoutError:
+                # The answer may still come, and must not be taken for that of the next question.
+                self._channel.close()
+                raise CommTimeout(f"the store at {self._address}: no answer to {question} in {seconds:g} s") from None
+
+    def _answer(self, deadline: float) -> bytes | None:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or (not self._channel.unread and not wait([self._channel], left)):
+                raise TimeoutError
+            for frame in self._channel.receive(1):
+                message = wire.from_rendezvous.decode(frame)
+                if isinstance(message, wire.StoreValue):
+                    return message.value
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)

@@ -1,0 +1,102 @@
+"""`shoal generate -dp 2` as people run it: to its end, with a replica killed, interrupted, and killed itself."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cli.test_jobs import children_of, interrupt, started, wait_for_lines
+
+Shoal = Callable[..., int]
+
+COUNT = 200
+SMALL = ["--kv-cache-memory-bytes", "2MiB", "--max-model-len", "64", "--max-num-seqs", "4", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} + {i} ="}) + "\n" for i in range(COUNT)))
+    return path
+
+
+def command(prompts: Path, output: Path, *more: str) -> list[str]:
+    return ["generate", "--prompts-file", str(prompts), "--output", str(output), "--max-tokens", "8", *SMALL, *more]
+
+
+def texts(output: Path) -> dict[int, str]:
+    lines = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert len({line["index"] for line in lines}) == len(lines)
+    return {line["index"]: line["outputs"][0]["text"] for line in lines}
+
+
+def offspring(pid: int) -> list[int]:
+    """Engine processes, and their ranks."""
+    found = children_of(pid)
+    return found + [each for child in found for each in offspring(child)]
+
+
+def test_a_replica_is_killed_half_way(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
+    output, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
+    with started(command(prompts, output, "-dp", "2")) as process:
+        wait_for_lines(process, output, COUNT // 2)
+        victim = max(children_of(process.pid))
+        os.kill(victim, signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    (told,) = re.findall(r"(replica \d \(process \d+\) was killed by SIGKILL); its \d+ unfinished requests go on", err)
+    assert f"process {victim}" in told
+    assert shoal(*command(prompts, alone, "--max-num-seqs", "64")) == 0
+    assert texts(output) == texts(alone)
+    assert len(texts(output)) == COUNT
+
+
+def test_interrupted(tmp_path: Path, prompts: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with started(command(prompts, output, "-dp", "2"), start_new_session=True) as process:
+        wait_for_lines(process, output, 10)
+        assert "go on with: shoal generate" in interrupt(process, signal.SIGINT)
+
+
+def test_whoever_kills_it_leaves_nothing(tmp_path: Path, prompts: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with started(command(prompts, output, "-dp", "2", "-tp", "2")) as process:
+        wait_for_lines(process, output, 1)
+        processes = offspring(process.pid)
+        assert len(processes) == 2 * 3
+        process.kill()
+        process.wait(10)
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in processes):
+        assert time.monotonic() < deadline, "something lives on"
+        time.sleep(0.05)
+
+
+def test_all_replicas_die(tmp_path: Path, prompts: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with started(command(prompts, output, "-dp", "2")) as process:
+        wait_for_lines(process, output, 20)
+        for pid in children_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    lines = output.read_bytes().count(b"\n")
+    assert re.search(r"no replica is left: replica 0 \(process \d+\) was killed by SIGKILL; replica 1 \(", err)
+    assert f"holds {lines} of {COUNT} answers; go on with: shoal generate" in err
+    assert lines >= 20
+
+
+def test_the_log_has_a_line_for_each_replica() -> None:
+    command = [sys.executable, "-m", "shoal.cli.main", "generate", *SMALL, "-p", "1 + 1 =", "-dp", "2"]
+    environment = {**os.environ, "SHOAL_LOG_LEVEL": "info"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    assert done.stdout.startswith("1 + 1 =")
+    ready = re.findall(r"replica (\d) \(process \d+\) is ready after", done.stderr)
+    assert sorted(ready) == ["0", "1"]

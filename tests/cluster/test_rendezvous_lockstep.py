@@ -1,0 +1,74 @@
+"""Replicas that tell each other how far they are."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from shoal import wire
+from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
+from shoal.errors import ConfigError, EngineError
+from shoal.transport.channel import wait
+from shoal.transport.rendezvous import Rendezvous
+
+SIZE = 3
+
+
+def place(meeting: Rendezvous, rank: int) -> wire.Place:
+    return wire.Place(rank, SIZE, rendezvous=meeting.address, key="key")
+
+
+@pytest.fixture
+def replicas() -> Iterator[list[RendezvousLockstep]]:
+    with Rendezvous(key="key") as meeting, ThreadPoolExecutor(SIZE) as pool:
+        found = list(pool.map(lambda rank: RendezvousLockstep(place(meeting, rank), {}, timeout=60), range(SIZE)))
+        yield found
+        for each in found:
+            each.close()
+
+
+def await_due(replica: RendezvousLockstep, count: int) -> None:
+    for _ in range(600):
+        if replica.due() == count:
+            return
+        assert wait([replica], 60)  # type: ignore[list-item]
+        replica.quiet()
+    raise AssertionError(f"due stays at {replica.due()}, not {count}")
+
+
+def test_the_furthest_ahead_counts(replicas: list[RendezvousLockstep]) -> None:
+    assert [each.due() for each in replicas] == [0, 0, 0]
+    replicas[1].launched(1)
+    replicas[2].launched(3)
+    for rank, due in enumerate([3, 3, 1]):
+        await_due(replicas[rank], due)
+
+
+def test_it_wakes_whoever_waits(replicas: list[RendezvousLockstep]) -> None:
+    replicas[0].quiet()
+    assert not wait([replicas[0]], 0)  # type: ignore[list-item]
+    timer = threading.Timer(0.05, lambda: replicas[1].launched(7))
+    timer.start()
+    await_due(replicas[0], 7)
+    timer.join()
+
+
+def test_a_failure_is_told_with_the_name(replicas: list[RendezvousLockstep]) -> None:
+    replicas[2].close("out of memory")
+    for each in replicas[:2]:
+        with pytest.raises(EngineError, match=r"another replica has failed.*replica 2 \(.*\) out of memory"):
+            await_due(each, 1)
+
+
+def test_replicas_that_differ_are_refused() -> None:
+    with Rendezvous(key="key") as meeting, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(RendezvousLockstep, place(meeting, 0), {"dtype": "float32"}, timeout=5)
+        for _ in range(6000):
+            if meeting._rooms:
+                break
+            threading.Event().wait(0.01)
+        with pytest.raises(ConfigError, match="its dtype is bfloat16"):
+            RendezvousLockstep(place(meeting, 1), {"dtype": "bfloat16"}, timeout=5)
+        with pytest.raises(ConfigError, match="ranks 1, 2 missing"):
+            first.result()

@@ -1,0 +1,311 @@
+"""A set of replicas over engines of a few lines, which may die at any time: requests get what they would have had."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal import wire
+from shoal.cluster.replicas import ReplicaSet
+from shoal.cluster.router import Room
+from shoal.cluster.stats import merged
+from shoal.engine.request import decode_tokens
+from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError
+from support.fakes import Outcomes, alone, next_token, request, steady
+
+STATS = wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+class FakeReplica:
+    """Draws a token of some requests at each `updates`; dies when told, perhaps in the middle of a call."""
+
+    def __init__(self, number: int, seed: int = 0) -> None:
+        self.name = f"replica {number}"
+        self.died = True
+        self.held: dict[int, wire.EngineRequest] = {}
+        self.drawn: dict[int, list[int]] = {}
+        self.aborted: list[int] = []
+        self.added: list[wire.EngineRequest] = []
+        self.dead = ""
+        self.closed = False
+        self._random = random.Random(seed)
+
+    @property
+    def channel(self) -> Any:
+        raise NotImplementedError
+
+    def ready(self, timeout: float) -> wire.EngineStats | None:
+        return STATS
+
+    def add(self, spec: wire.EngineRequest) -> None:
+        self._check_alive()
+        assert spec.seq not in self.held
+        self.added.append(spec)
+        self.held[spec.seq] = spec
+        length = len(spec.tokens) // 4
+        self.drawn[spec.seq] = decode_tokens(spec.tokens)[spec.prompt_len or length :]
+
+    def abort(self, seqs: Sequence[int]) -> None:
+        self._check_alive()
+        self.aborted += [seq for seq in seqs if seq in self.held]
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        self._check_alive()
+        found = [wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT) for seq in self.aborted if seq in self.held]
+        for update in found:
+            del self.held[update.seq]
+        self.aborted = []
+        return found + [self._step(seq) for seq in list(self.held) if self._random.random() < 0.7]
+
+    def _step(self, seq: int) -> wire.SeqUpdate:
+        spec, drawn = self.held[seq], self.drawn[seq]
+        prompt_len = spec.prompt_len or len(spec.tokens) // 4
+        prompt = decode_tokens(spec.tokens)[:prompt_len]
+        token = next_token(prompt + drawn)
+        drawn.append(token)
+        finish = wire.Finish.LENGTH if len(drawn) == spec.max_tokens else None
+        finish = wire.Finish.STOP if token in spec.stop_ids else finish
+        if finish is not None:
+            del self.held[seq]
+        position = prompt_len + len(drawn)
+        return wire.SeqUpdate(seq, (token,), (wire.TokenLogprobs(float(position), 1, (), ()),), finish)
+
+    def stats(self, timeout: float | None = None) -> wire.EngineStats:
+        self._check_alive()
+        return wire.replace(STATS, running=len(self.held), num_blocks=10)
+
+    def say_goodbye(self) -> None:
+        pass
+
+    def end(self, deadline: float) -> None:
+        self.closed = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _check_alive(self) -> None:
+        if self.dead:
+            raise EngineError(f"{self.name} {self.dead}")
+
+
+def replica_set(replicas: Sequence[FakeReplica], most: int = 3, **options: Any) -> ReplicaSet:
+    room = Room(most, 10**6, 4, 100)
+    return ReplicaSet(
+        dict(enumerate(replicas)), dict.fromkeys(range(len(replicas)), room), wait_for=lambda *_: None, **options
+    )
+
+
+def finish_all(found: ReplicaSet, outcomes: Outcomes, each_round: Callable[[], None] = lambda: None) -> None:
+    while outcomes.open:
+        each_round()
+        outcomes.take(found.updates(0))
+
+
+@given(data=st.data(), size=st.integers(1, 4), seed=st.integers(0, 99))
+@steady
+def test_every_request_gets_the_tokens_of_its_undisturbed_twin(data: st.DataObject, size: int, seed: int) -> None:
+    replicas = [FakeReplica(number, seed + number) for number in range(size)]
+    found, outcomes = replica_set(replicas, data.draw(st.integers(1, 5))), Outcomes()
+    logprobs: dict[int, list[float]] = {}
+    for seq in range(data.draw(st.integers(1, 15))):
+        prompt = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=9))
+        spec = request(seq, prompt, data.draw(st.integers(1, 8)), stop_ids=data.draw(st.sampled_from([[], [3]])))
+        outcomes.added(spec)
+        found.add(spec)
+    while outcomes.open:
+        alive = [replica for replica in replicas if not replica.dead]
+        if len(alive) > 1 and data.draw(st.integers(0, 3)) == 0:
+            data.draw(st.sampled_from(alive)).dead = "was killed"
+        if data.draw(st.integers(0, 5)) == 0:
+            seq = data.draw(st.sampled_from(outcomes.open))
+            outcomes.may_abort.add(seq)
+            found.abort([seq, 999, seq])
+        updates = found.updates(0)
+        outcomes.take(updates)
+        for update in updates:
+            logprobs.setdefault(update.seq, []).extend(entry.chosen for entry in update.logprobs)
+    for seq, values in logprobs.items():
+        start = len(decode_tokens(outcomes.specs[seq].tokens)) + 1
+        assert values == [float(start + i) for i in range(len(outcomes.tokens[seq]))]
+    assert found.stats().running == 0
+    found.close()
+    assert all(replica.closed for replica in replicas)
+
+
+def poll(found: ReplicaSet, take: Callable[[list[wire.SeqUpdate]], object] = lambda _: None) -> None:
+    """Until everything that has happened must have been seen."""
+    for _ in range(20):
+        take(found.updates(0))
+
+
+def test_a_request_goes_on_from_the_tokens_that_it_has() -> None:
+    replicas = [FakeReplica(number) for number in range(2)]
+    found, outcomes = replica_set(replicas), Outcomes()
+    spec = request(7, [1, 2, 3], max_tokens=9)
+    outcomes.added(spec)
+    found.add(spec)
+    while len(outcomes.tokens[7]) < 4:
+        outcomes.take(found.updates(0))
+    first, second = sorted(replicas, key=lambda replica: 7 not in replica.held)
+    first.dead = "was killed by SIGKILL"
+    finish_all(found, outcomes)
+    (again,) = second.added
+    assert (again.prompt_len, again.max_tokens, again.sampling) == (3, 9, spec.sampling)
+    assert decode_tokens(again.tokens) == [1, 2, 3, *alone(spec)[:4]]
+    assert first.closed
+
+
+def test_the_warning_says_who_died_and_what_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    replicas = [FakeReplica(number) for number in range(3)]
+    found = replica_set(replicas)
+    for seq in range(6):
+        found.add(request(seq, [seq]))
+    replicas[1].dead = "was killed by SIGKILL"
+    with caplog.at_level("WARNING", "shoal"):
+        for _ in range(3):
+            found.updates(0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "replica 1 was killed by SIGKILL; its 2 unfinished requests go on at the 2 replicas left"
+    ]
+    assert found.num_live == 2
+
+
+def test_with_none_left_the_error_names_every_cause_after_what_had_finished() -> None:
+    replicas = [FakeReplica(number) for number in range(2)]
+    found, outcomes = replica_set(replicas), Outcomes()
+    for seq, length in enumerate([1, 1, 50, 50]):
+        spec = request(seq, [seq], max_tokens=length)
+        outcomes.added(spec)
+        found.add(spec)
+    while len(outcomes.finished) < 2:
+        outcomes.take(found.updates(0))
+    replicas[0].dead, replicas[1].dead = "was killed by SIGKILL", "is stopped"
+    with pytest.raises(ReplicasFailed, match="no replica is left: replica 0 was killed by SIGKILL; replica 1 is stop"):
+        poll(found, outcomes.take)
+    assert len(outcomes.finished) == 2
+    with pytest.raises(ClosedError, match="no replica is left"):
+        found.add(request(9, [1]))
+    with pytest.raises(ClosedError, match="no replica is left"):
+        found.stats()
+    found.abort([2])
+    found.close()
+
+
+class Scripted(FakeReplica):
+    """Says what it is told to."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.script: list[list[wire.SeqUpdate]] = []
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        self._check_alive()
+        return self.script.pop(0) if self.script else []
+
+
+def test_what_came_before_the_last_one_died_is_handed_out_before_the_error() -> None:
+    """It gives the end of a request, and can't be given the next one any more."""
+
+    class Dying(Scripted):
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            found = super().updates(timeout)
+            self.dead = "was killed by SIGKILL" if found else ""
+            return found
+
+    replica = Dying(0)
+    found = replica_set([replica], most=1)
+    for seq in range(2):
+        found.add(request(seq, [seq]))
+    replica.script = [[wire.SeqUpdate(0, (5,), finish=wire.Finish.STOP)]]
+    assert [update.seq for update in found.updates(0)] == [0]
+    with pytest.raises(ReplicasFailed, match="no replica is left: replica 0 was killed by SIGKILL"):
+        found.updates(0)
+
+
+def test_those_that_share_experts_end_together_with_the_name_of_the_one_that_died() -> None:
+    replicas = [FakeReplica(number) for number in range(3)]
+    found = replica_set(replicas, together=True)
+    for seq in range(9):
+        found.add(request(seq, [seq]))
+    found.updates(0)
+    replicas[0].died, replicas[0].dead = False, "rank 0: all_to_all failed: connection closed"
+    replicas[2].dead = "was killed by SIGKILL"
+    with pytest.raises(ReplicasFailed, match=r"^replica 2 was killed by SIGKILL; replicas that share experts end tog"):
+        poll(found)
+    assert all(replica.closed for replica in replicas)
+    found.close()
+    with pytest.raises(ClosedError):
+        found.updates(0)
+
+
+def prompt_logprobs(start: int, count: int) -> wire.PromptLogprobs:
+    return wire.PromptLogprobs(start, tuple(wire.TokenLogprobs(float(start + i), 1, (), ()) for i in range(count)))
+
+
+@pytest.mark.parametrize("reported", [0, 2, 4])
+def test_log_probabilities_of_a_prompt_are_given_once(reported: int) -> None:
+    replicas = [Scripted(number) for number in range(2)]
+    found = replica_set(replicas)
+    spec = request(0, [1, 2, 3, 4, 5])
+    found.add(wire.replace(spec, sampling=wire.replace(spec.sampling, prompt_logprobs=1)))
+    first, second = sorted(replicas, key=lambda replica: 0 not in replica.held)
+    if reported:
+        first.script = [[wire.SeqUpdate(0, (), prompt_logprobs=prompt_logprobs(1, reported), cached_tokens=3)]]
+    got = found.updates(0)
+    first.dead = "died"
+    found.updates(0)
+    (again,) = second.added
+    assert again.sampling.prompt_logprobs == (-1 if reported == 4 else 1)
+    second.script = [[wire.SeqUpdate(0, (9,), prompt_logprobs=None if reported == 4 else prompt_logprobs(1, 4))]]
+    got += found.updates(0)
+    entries = [each for update in got if update.prompt_logprobs for each in update.prompt_logprobs.entries]
+    assert [entry.chosen for entry in entries] == [1.0, 2.0, 3.0, 4.0]
+    assert got[-1].cached_tokens == (3 if reported else 0)
+
+
+def test_what_a_replica_says_of_a_request_that_is_elsewhere_is_dropped() -> None:
+    replicas = [Scripted(number) for number in range(2)]
+    found = replica_set(replicas)
+    found.add(request(0, [1]))
+    other = next(replica for replica in replicas if 0 not in replica.held)
+    other.script = [[wire.SeqUpdate(0, (5,)), wire.SeqUpdate(77, (5,), finish=wire.Finish.STOP)]]
+    assert found.updates(0) == []
+
+
+def test_a_request_that_waits_is_aborted_here() -> None:
+    replica = FakeReplica(0)
+    found = replica_set([replica], most=1)
+    for seq in range(3):
+        found.add(request(seq, [seq], max_tokens=50))
+    found.abort([2])
+    assert found.updates(0) == [wire.SeqUpdate(2, (), finish=wire.Finish.ABORT)]
+    assert found.stats().waiting == 1
+    with pytest.raises(RequestError, match="request 1 exists already"):
+        found.add(request(1, [1]))
+
+
+def test_closed() -> None:
+    closed = []
+    found = replica_set([FakeReplica(0)], on_close=lambda: closed.append(1))
+    found.close()
+    found.close()
+    with pytest.raises(ClosedError, match="was closed"):
+        found.updates(0)
+    assert closed
+
+
+def test_stats_are_sums_with_all_ranks_numbered_through() -> None:
+    rank = wire.RankStats(0, 1, 2, 3, 4, 5)
+    one = wire.replace(
+        STATS, num_blocks=10, block_size=16, max_model_len=64, steps=3, start_s=(("load", 1.0),), ranks=(rank, rank)
+    )
+    two = wire.replace(one, num_blocks=12, max_model_len=32, steps=4, start_s=(("load", 2.0),), ranks=(rank,))
+    both = merged([one, two])
+    assert (both.num_blocks, both.block_size, both.max_model_len, both.steps) == (22, 16, 32, 7)
+    assert both.start_s == (("load", 2.0),)
+    assert [each.rank for each in both.ranks] == [0, 1, 2]
+    assert both.replicas == (one, two)
+    assert wire.from_engine.decode(wire.encode(both)) == both

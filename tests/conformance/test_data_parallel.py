@@ -1,0 +1,240 @@
+"""Replicas side by side: the answers of one, whoever dies on the way."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.test_sameness import make_prompts
+from shoal import LLM, RequestOutput, SamplingParams
+from shoal.errors import ClosedError, ReplicasFailed
+from shoal.frontend.jobs.entries import Entry
+from shoal.frontend.jobs.parameters import Parameters
+from shoal.frontend.jobs.running import JobRun
+from shoal.types import BeamSearchParams
+
+Checkpoint = Callable[[str], Path]
+
+LENGTHS = [1, 3, 9, 17, 33, 5, 20, 12, 7, 26]
+PROMPTS: list[Any] = [{"prompt_token_ids": tokens} for tokens in make_prompts(LENGTHS, seed=4)]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2, prompt_logprobs=1),
+    SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0.9, n=3, seed=6, max_tokens=8, ignore_eos=True, prompt_logprobs=0),
+    SamplingParams(temperature=0, max_tokens=20, stop_token_ids=list(range(50, 150)), repetition_penalty=1.3),
+]
+MIXED = [PARAMS[i % len(PARAMS)] for i in range(len(PROMPTS))]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+HALF_WAY = SamplingParams(temperature=0.8, seed=7, max_tokens=16, ignore_eos=True, logprobs=0)
+SIZE: dict[str, Any] = {"kv_cache_memory_bytes": "1MiB", "max_model_len": 96, "max_num_seqs": 6}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "threads": {"data_parallel_size": 2, "distributed_executor_backend": "threads"},
+    "threads-3-of-2": {
+        "data_parallel_size": 3,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "threads",
+    },
+    "processes": {"data_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Checkpoint) -> Path:
+    return checkpoint("llama")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Iterator[LLM]:
+    with LLM(folder, **SIZE) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=list(LAYOUTS))
+def replicas(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(folder, **SIZE, **request.param) as llm:
+        yield llm
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[tuple[int, ...]]]:
+    return [[each.token_ids for each in output.outputs] for output in outputs]
+
+
+def test_the_answers_of_one(alone: LLM, replicas: LLM) -> None:
+    expected = alone.generate(PROMPTS, MIXED, use_tqdm=False)
+    found = replicas.generate(PROMPTS, MIXED, use_tqdm=False)
+    assert [output.request_id for output in found] == [str(i) for i in range(len(PROMPTS))]
+    assert tokens_of(found) == tokens_of(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        for a, b in zip(mine.outputs, theirs.outputs, strict=True):
+            assert (a.finish_reason, a.stop_reason) == (b.finish_reason, b.stop_reason)
+            assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-4)
+            assert (a.logprobs is None) == (b.logprobs is None)
+        assert (mine.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
+        assert len(mine.prompt_logprobs or ()) == len(theirs.prompt_logprobs or ())
+    stats = replicas.stats()
+    assert all(replica.steps for replica in stats.replicas), "each had something to do"
+    assert [rank.rank for rank in stats.ranks] == list(range(len(stats.ranks)))
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
+
+
+def test_fewer_prompts_than_replicas(alone: LLM, replicas: LLM) -> None:
+    assert replicas.generate([], GREEDY, use_tqdm=False) == []
+    one = replicas.generate(PROMPTS[3], GREEDY, use_tqdm=False)
+    assert tokens_of(one) == tokens_of(alone.generate(PROMPTS[3], GREEDY, use_tqdm=False))
+
+
+def test_beam_search(alone: LLM, replicas: LLM) -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=4)
+    (mine,), (theirs,) = (llm.beam_search(PROMPTS[4], params) for llm in (replicas, alone))
+    assert [each.tokens for each in mine.sequences] == [each.tokens for each in theirs.sequences]
+
+
+def test_a_run_that_is_given_up_leaves_all_replicas_usable(replicas: LLM) -> None:
+    jobs = [replicas.prepare(i, PROMPTS[i % len(PROMPTS)], GREEDY) for i in range(40)]
+    run = replicas.run(jobs)
+    next(run)
+    run.close()  # type: ignore[attr-defined]
+    list(replicas.run(jobs[:2]))
+    stats = replicas.stats()
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
+
+
+def test_jobs_over_a_window(folder: Path) -> None:
+    """More than one replica would take at a time."""
+    params = SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True)
+    entries = [Entry(i, f"line {i}", prompt={"prompt_token_ids": [5 + i % 200, 7, i % 11]}) for i in range(2500)]
+
+    def run(llm: LLM) -> dict[int, tuple[int, ...]]:
+        parameters = Parameters(params, {}, llm.default_sampling_params)
+        results = list(JobRun(llm, parameters, seed=3)(iter(entries), ordered=True))
+        assert [entry.index for entry, _, _ in results] == list(range(len(entries)))
+        return {entry.index: output.outputs[0].token_ids for entry, _, output in results}
+
+    larger = {"kv_cache_memory_bytes": "4MiB", "max_model_len": 16}
+    with LLM(folder, **larger, **LAYOUTS["threads"]) as llm:
+        found = run(llm)
+        assert min(replica.steps for replica in llm.stats().replicas) > 5
+    with LLM(folder, **larger) as llm:
+        assert found == run(llm)
+
+
+# --- deaths ------------------------------------------------------------------------------------------------------
+
+MANY = {**SIZE, "max_num_seqs": 20, "data_parallel_size": 2}
+
+
+def prompts(count: int) -> list[Any]:
+    return [{"prompt_token_ids": [5 + i % 290, 6 + i % 7, 7]} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[tuple[int, ...]]]:
+    with LLM(folder, kv_cache_memory_bytes="8MiB", max_model_len=96) as llm:
+        return tokens_of(llm.generate(prompts(200), HALF_WAY, use_tqdm=False))
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (signal.SIGKILL, {}),
+        (signal.SIGKILL, {"tensor_parallel_size": 2}),
+        (signal.SIGSTOP, {}),
+    ],
+    ids=["engine-killed", "rank-killed", "engine-stopped"],
+)
+def test_a_replica_dies_half_way(
+    folder: Path,
+    expected: list[list[tuple[int, ...]]],
+    number: int,
+    options: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with LLM(folder, **MANY, **options) as llm:
+        victim = llm.stats().replicas[1].ranks[-1].pid
+        jobs = [llm.prepare(i, prompt, HALF_WAY) for i, prompt in enumerate(prompts(200))]
+        found: dict[int, RequestOutput] = {}
+        with caplog.at_level("WARNING", "shoal"):
+            for index, output in llm.run(jobs):
+                assert index not in found
+                found[index] = output
+                if len(found) == 100:
+                    os.kill(victim, number)
+        assert tokens_of([found[i] for i in range(200)]) == expected
+        assert all(len(output.outputs[0].logprobs or ()) == 16 for output in found.values())
+        (warning,) = (record.getMessage() for record in caplog.records if record.name == "shoal.replicas")
+        assert f"process {victim}" in warning
+        assert "unfinished requests go on at the 1 replica left" in warning
+        assert len(llm.stats().replicas) == 1
+        again = llm.generate(prompts(3), HALF_WAY, use_tqdm=False)
+        assert len(again) == 3, "and goes on with fewer"
+
+
+def test_with_no_replica_left_what_had_finished_is_kept(
+    folder: Path, expected: list[list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(folder, **MANY) as llm:
+        pids = [replica.ranks[0].pid for replica in llm.stats().replicas]
+        run = llm.run
+
+        def deadly(*arguments: Any, **keywords: Any) -> Iterator[tuple[int, RequestOutput]]:
+            for count, pair in enumerate(run(*arguments, **keywords)):
+                yield pair
+                if count in (50, 100):
+                    os.kill(pids[count // 100], signal.SIGKILL)
+
+        monkeypatch.setattr(llm, "run", deadly)
+        with pytest.raises(ReplicasFailed) as caught:
+            llm.generate(prompts(200), HALF_WAY, use_tqdm=False)
+        causes = "; ".join(f"replica {i} (process {pid}) was killed by SIGKILL" for i, pid in enumerate(pids))
+        assert str(caught.value) == f"no replica is left: {causes}"
+        assert 100 < len(caught.value.outputs) < 200
+        for index, output in caught.value.outputs.items():
+            assert tokens_of([output]) == [expected[index]]
+        with pytest.raises(ClosedError, match="no replica is left"):
+            llm.generate(prompts(1), HALF_WAY, use_tqdm=False)
+
+
+# --- replicas that share experts ---------------------------------------------------------------------------------
+
+TOGETHER: dict[str, Any] = {"data_parallel_size": 2, "enable_expert_parallel": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"distributed_executor_backend": "threads"},
+        {"distributed_executor_backend": "threads", "tensor_parallel_size": 2},
+        {},
+    ],
+    ids=["threads", "threads-tp", "processes"],
+)
+def test_replicas_that_share_experts(checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+    folder = checkpoint("mixtral")
+    with LLM(folder, **SIZE) as llm:
+        expected = tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False))
+    with LLM(folder, **SIZE, **TOGETHER, **options) as llm:
+        assert tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False)) == expected
+        # One has nothing to do, and takes part in every step.
+        assert tokens_of(llm.generate(PROMPTS[:1], MIXED[:1], use_tqdm=False)) == expected[:1]
+        stats = llm.stats()
+        assert max(replica.steps for replica in stats.replicas) - min(replica.steps for replica in stats.replicas) <= 2
+        again = llm.stats()
+        assert again.steps - stats.steps <= 2, "at rest nobody takes steps"
+
+
+def test_one_that_dies_takes_those_along_that_share_its_experts(checkpoint: Checkpoint) -> None:
+    with LLM(checkpoint("mixtral"), **SIZE, **TOGETHER) as llm:
+        pids = [rank.pid for rank in llm.stats().ranks]
+        jobs = [llm.prepare(i, prompt, GREEDY) for i, prompt in enumerate(prompts(50))]
+        run = llm.run(jobs)
+        next(run)
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(
+            ReplicasFailed, match=rf"^replica 1 \(process \d+\).* \(?process {pids[1]}, .*was killed by"
+        ):
+            list(run)
+        with pytest.raises(ClosedError, match="was killed by SIGKILL"):
+            llm.stats()

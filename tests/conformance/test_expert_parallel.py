@@ -1,0 +1,238 @@
+"""Whole experts on the ranks of several replicas, which run in lockstep: the tokens of the model alone."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.test_sameness import FEW, assert_same, generate
+from shoal import wire
+from shoal.comm.threads import ThreadGroups
+from shoal.engine.core import EngineCore
+from shoal.engine.request import encode_tokens
+from shoal.engine.scheduler import Limits
+from shoal.errors import EngineError
+from shoal.executors.base import RankExecutor
+from shoal.executors.multiprocess import ProcessLinks
+from shoal.executors.threads import ThreadLinks
+from shoal.models.registry import read_spec
+from shoal.transport.rendezvous import Rendezvous
+from support.checkpoints import MAKERS, Reference
+from support.fakes import on_threads
+from support.setups import rank_setup
+
+STEPS = 8
+TIMEOUT_S = 120.0
+
+
+class LocalLockstep:
+    """Replicas of one process."""
+
+    def __init__(self, counts: list[int], rank: int) -> None:
+        self.counts = counts
+        self.rank = rank
+
+    def launched(self, count: int) -> None:
+        self.counts[self.rank] = count
+
+    def due(self) -> int:
+        return max(self.counts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    dp: int = 2
+    tp: int = 1
+    stages: tuple[int, ...] = ()
+    experts: str = "linear"
+    all2all: str = "all_to_all"
+    budget: int = 64  # tokens in a step
+
+
+class Replicas:
+    """Engines over thread ranks, driven by hand."""
+
+    def __init__(self, engines: Sequence[EngineCore], executors: Sequence[RankExecutor]) -> None:
+        self.engines = engines
+        self.executors = executors
+        self.tokens: dict[int, list[int]] = {}
+
+    def add(self, replica: int, seq: int, prompt: Sequence[int], max_tokens: int = STEPS) -> None:
+        self.tokens[seq] = []
+        sampling = wire.Sampling(seed=seq)
+        self.engines[replica].add(wire.EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens))
+
+    def run(self) -> None:
+        while any(engine.busy for engine in self.engines):
+            for engine in self.engines:
+                for update in engine.updates(0.005):
+                    self.tokens[update.seq] += update.tokens
+                    assert not update.error
+
+    def traffic(self, replica: int) -> dict[tuple[str, str], int]:
+        """How often its first rank has done what, by axis and operation."""
+        rank = self.engines[replica].stats().ranks[0]
+        return {(each.axis, each.operation): each.count for each in rank.traffic}
+
+
+@contextmanager
+def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) -> Iterator[Replicas]:
+    """Over threads; as processes if there is somewhere for them to meet."""
+    groups = ThreadGroups(TIMEOUT_S)
+    counts = [0] * layout.dp
+    spec = read_spec(folder)
+    stages = layout.stages or (spec.num_layers,)
+    world = layout.tp * len(stages)
+
+    def start(replica: int) -> tuple[EngineCore, RankExecutor]:
+        setups = [
+            rank_setup(
+                rank=rank,
+                world_size=world,
+                incarnation=7 + replica,
+                model_path=str(folder),
+                tp=layout.tp,
+                stages=stages,
+                max_model_len=128,
+                max_num_seqs=8,
+                max_num_batched_tokens=layout.budget,
+                kv_budget=2**21,
+                comm_timeout_s=TIMEOUT_S,
+                dp_rank=replica,
+                dp_size=layout.dp,
+                experts=layout.experts,
+                all2all=layout.all2all,
+                group_store="" if meeting is None else meeting.address,
+            )
+            for rank in range(world)
+        ]
+        links = ThreadLinks(world, TIMEOUT_S, groups) if meeting is None else ProcessLinks(setups)
+        executor = RankExecutor(
+            links, setups, check_capacity=lambda _: None, start_timeout=TIMEOUT_S, step_timeout=TIMEOUT_S
+        )
+        engine = EngineCore(
+            executor,
+            Limits(8, layout.budget, 128, stages=len(stages)),
+            block_size=16,
+            prefix_caching=True,
+            max_in_flight=2,
+            incarnation=7 + replica,
+            lockstep=LocalLockstep(counts, replica) if layout.dp > 1 else None,
+        )
+        return engine, executor
+
+    started = on_threads(layout.dp, start)
+    with ExitStack() as stack:
+        for engine, _ in started:
+            stack.callback(engine.close)
+        yield Replicas([engine for engine, _ in started], [executor for _, executor in started])
+
+
+def make_prompts(lengths: Sequence[int]) -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(3, 250) for _ in range(length)] for length in lengths]
+
+
+@lru_cache
+def expected(folder: Path, prompt: tuple[int, ...]) -> list[int]:
+    return Reference(folder).greedy(prompt, STEPS)[0]
+
+
+LAYOUTS = {
+    "dp2": Layout(),
+    "dp2-gathered": Layout(all2all="allgather_reducescatter", experts="round_robin"),
+    "dp3": Layout(dp=3, experts="round_robin"),
+    "dp3-tp2": Layout(dp=3, tp=2),  # of five experts, one rank has none
+    "dp2-tp2": Layout(tp=2, budget=16),
+    "dp2-tp2-gathered": Layout(tp=2, all2all="allgather_reducescatter"),
+    "dp2-pp2": Layout(stages=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral"])
+def test_replicas_with_uneven_work(checkpoint: Callable[[str], Path], name: str, layout: Layout) -> None:
+    """One has three prompts, another a short one, others none."""
+    folder = checkpoint(name)
+    prompts = make_prompts([1, 40, 9, 17])
+    with replicas(folder, layout) as running:
+        for seq, prompt in enumerate(prompts[:3]):
+            running.add(0, seq, prompt)
+        running.add(1, 3, prompts[3], max_tokens=2)
+        running.run()
+        steps = [engine.stats().steps for engine in running.engines]
+        assert len(set(steps)) == 1  # all rest, with the same number of steps behind them
+        running.add(layout.dp - 1, 4, prompts[1])  # and go on together
+        running.run()
+    for seq in range(3):
+        assert running.tokens[seq] == expected(folder, tuple(prompts[seq]))
+    assert running.tokens[3] == expected(folder, tuple(prompts[3]))[:2]
+    assert running.tokens[4] == expected(folder, tuple(prompts[1]))
+
+
+MIXTURES = [name for name in sorted(MAKERS) if name.startswith(("mixtral", "granitemoe", "deepseek")) or "moe" in name]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tp3": {"tensor_parallel_size": 3},
+    "dp2": {"data_parallel_size": 2, "all2all_backend": "all_to_all"},
+    "dp2-tp2": {"data_parallel_size": 2, "tensor_parallel_size": 2, "expert_placement_strategy": "round_robin"},
+    "dp3-pp2": {"data_parallel_size": 3, "pipeline_parallel_size": 2, "all2all_backend": "all_to_all"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_mixture(checkpoint: Callable[[str], Path], name: str, options: dict[str, Any]) -> None:
+    folder = checkpoint(name)
+    whole = {"enable_expert_parallel": True, "distributed_executor_backend": "threads"}
+    assert_same(folder, FEW, generate(folder, FEW, steps=STEPS, **whole, **options))
+
+
+def test_process_ranks_meet_at_the_rendezvous(checkpoint: Callable[[str], Path]) -> None:
+    folder, prompts = checkpoint("qwen2_moe"), make_prompts([5, 20])
+    with Rendezvous() as meeting, replicas(folder, Layout(tp=2), meeting) as running:
+        for seq, prompt in enumerate(prompts):
+            running.add(0, seq, prompt)
+        running.run()
+    for seq, prompt in enumerate(prompts):
+        assert running.tokens[seq] == expected(folder, tuple(prompt))
+
+
+def test_collectives_of_a_step(checkpoint: Callable[[str], Path]) -> None:
+    """Counts of tokens once, then for each mixture (two of the three layers) counts of rows, rows, and results."""
+    with replicas(checkpoint("qwen2_moe"), Layout()) as running:
+        before = [running.traffic(replica) for replica in (0, 1)]
+        running.add(0, 0, make_prompts([5])[0])
+        running.run()
+        for replica in (0, 1):
+            steps, after = running.engines[replica].stats().steps, running.traffic(replica)
+            assert steps >= STEPS
+            assert after["ep", "all_gather"] - before[replica]["ep", "all_gather"] == steps
+            assert after["ep", "all_to_all"] - before[replica]["ep", "all_to_all"] == 2 * 3 * steps
+
+
+def test_a_replica_that_fails_releases_the_others(checkpoint: Callable[[str], Path]) -> None:
+    with replicas(checkpoint("qwen2_moe"), Layout()) as running:
+        running.add(1, 0, make_prompts([5])[0])
+        running.executors[0].launch(wire.StepPlan(7, 0, (), released=(99,)))  # nobody knows that sequence
+        with pytest.raises(EngineError, match="KeyError"):
+            running.executors[0].poll(TIMEOUT_S)
+        with pytest.raises(EngineError, match="was aborted"):
+            running.run()
+
+
+def test_one_replica_has_whole_experts_on_its_own_ranks(checkpoint: Callable[[str], Path]) -> None:
+    """No token travels: one all-reduce for each attention, MLP and mixture, and one for the embedding."""
+    folder, prompt = checkpoint("qwen2_moe"), make_prompts([9])[0]
+    with replicas(folder, Layout(dp=1, tp=3, all2all="")) as running:
+        before = running.traffic(0)
+        running.add(0, 0, prompt)
+        running.run()
+        after = running.traffic(0)
+        assert {axis for axis, _ in after} == {"tp"}
+        assert after["tp", "all_reduce"] - before["tp", "all_reduce"] == STEPS * (1 + 2 * 3)
+    assert running.tokens[0] == expected(folder, tuple(prompt))

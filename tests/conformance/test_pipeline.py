@@ -1,0 +1,290 @@
+"""Stages of a pipeline say together what the whole model says, with everything that a request can ask for."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.test_sameness import FEW, MIXED, Checkpoint, assert_same, generate, make_prompts, run
+from shoal import LLM, RequestOutput, SamplingParams, wire
+from shoal.errors import ConfigError
+from shoal.models.checkpoint import open_checkpoint
+from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
+from shoal.models.loader import CheckpointWeights
+from shoal.models.manifest import weight_bytes
+from shoal.types import StructuredOutputsParams
+from shoal.worker.runner import Runner
+from support import others
+from support.checkpoints import MAKERS
+
+LAYOUTS = [(2, 1), (3, 1), (2, 2), (3, 2)]
+THREADS: dict[str, Any] = {"distributed_executor_backend": "threads", "kv_cache_memory_bytes": 2**21}
+
+
+def open_llm(folder: Path | None, pp: int, tp: int = 1, **options: Any) -> LLM:
+    name = None if folder is None else str(folder)
+    return LLM(name, **{**THREADS, **options}, pipeline_parallel_size=pp, tensor_parallel_size=tp)
+
+
+def staged(folder: Path, prompts: Sequence[Sequence[int]], pp: int, tp: int = 1, **options: Any) -> list[RequestOutput]:
+    steps = options.pop("steps", 12)
+    return generate(folder, prompts, steps, **THREADS, pipeline_parallel_size=pp, tensor_parallel_size=tp, **options)
+
+
+def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[tuple[int, ...]]]:
+    return [[sample.token_ids for sample in output.outputs] for output in outputs]
+
+
+@pytest.mark.parametrize(("pp", "tp"), LAYOUTS)
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_every_family(checkpoint: Checkpoint, name: str, pp: int, tp: int) -> None:
+    folder = checkpoint(name)
+    assert_same(folder, FEW, staged(folder, FEW, pp, tp))
+
+
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (3, 1)])
+@pytest.mark.parametrize("name", sorted(others.ALL))
+def test_modules_of_transformers(tmp_path_factory: pytest.TempPathFactory, name: str, pp: int, tp: int) -> None:
+    folder = others.save(name, tmp_path_factory.mktemp(name))
+    assert_same(folder, FEW, staged(folder, FEW, pp, tp, steps=8))
+
+
+@pytest.mark.parametrize("name", ["Granite", "Starcoder2"])
+def test_modules_of_transformers_cut_both_ways(tmp_path: Path, name: str) -> None:
+    folder = others.save(name, tmp_path)
+    assert_same(folder, FEW, staged(folder, FEW, 2, 2, steps=8))
+
+
+def test_a_module_that_can_not_be_cut_is_refused_by_name(checkpoint: Checkpoint) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"--pipeline-parallel-size 2: OPTForCausalLM runs through transformers as one stage only, since its "
+        r"residual stream has not the width .*; use --tensor-parallel-size or --data-parallel-size$",
+    ):
+        open_llm(checkpoint("opt_350m"), 2, model_impl="transformers")
+
+
+@pytest.mark.parametrize("partition", [(1, 2), (2, 1), (1, 1, 1)])
+def test_any_partition(checkpoint: Checkpoint, partition: tuple[int, ...]) -> None:
+    folder = checkpoint("llama")
+    assert_same(folder, FEW, staged(folder, FEW, len(partition), pipeline_layer_partition=partition))
+
+
+def test_processes(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama3")
+    outputs = generate(
+        folder, MIXED, 12, pipeline_parallel_size=2, tensor_parallel_size=2, distributed_executor_backend="mp"
+    )
+    assert_same(folder, MIXED, outputs)
+
+
+# --- what is in flight -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("pp", [2, 3])
+def test_any_number_of_plans_in_flight_and_prompts_in_chunks(checkpoint: Checkpoint, pp: int, depth: int) -> None:
+    folder = checkpoint("llama")
+    assert_same(folder, MIXED, staged(folder, MIXED, pp, max_num_batched_tokens=7, max_in_flight=depth))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_preempted_requests_come_back(checkpoint: Checkpoint, depth: int) -> None:
+    """What is drawn for a sequence that has gone meanwhile is nobody's next token."""
+    folder, prompts = checkpoint("llama"), make_prompts([20, 30, 25, 33, 8, 14], seed=3)
+    block = 2 * 2 * 16 * 4 * 8 * 4  # of the stage with two layers
+    with open_llm(folder, 2, kv_cache_memory_bytes=6 * block, max_in_flight=depth, max_model_len=96) as llm:
+        outputs = run(llm, prompts, steps=48)
+        assert llm.stats().preemptions > 0
+    assert_same(folder, prompts, outputs)
+
+
+def test_one_after_the_other(checkpoint: Checkpoint) -> None:
+    """Tokens that nobody asks for any more are read in their turn all the same."""
+    folder = checkpoint("llama")
+    with open_llm(folder, 2) as llm:
+        for prompt in MIXED:
+            for steps in (1, 3):
+                assert_same(folder, [prompt], run(llm, [prompt], steps))
+        stats = llm.stats()
+    sent, read = (
+        next(each.count for each in rank.traffic if (each.axis, each.operation) == ("back", operation))
+        for rank, operation in ((stats.ranks[1], "send"), (stats.ranks[0], "recv"))
+    )
+    assert 0 <= sent - read <= 3  # the plans in flight, at most
+
+
+# --- everything that a request can ask for -----------------------------------------------------------------------
+
+
+def seeded(i: int) -> SamplingParams:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "n": 2},
+        {"temperature": 1.0, "presence_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {7: 2.0}},
+        {"temperature": 0.0, "frequency_penalty": 1.0, "bad_words": []},
+    ]
+    return SamplingParams(seed=i, max_tokens=16, ignore_eos=True, **kinds[i % len(kinds)])
+
+
+@pytest.mark.parametrize(
+    "speculative", [None, {"method": "ngram", "prompt_lookup_min": 1, "num_speculative_tokens": 3}]
+)
+def test_draws_are_those_of_one_stage(checkpoint: Checkpoint, speculative: Any) -> None:
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in [*MIXED, [5, 6, 7, 8] * 5]]
+    params = [seeded(i) for i in range(len(prompts))]
+    found = []
+    for pp, tp in [(1, 1), (2, 1), (3, 2)]:
+        with open_llm(checkpoint("llama"), pp, tp, speculative_config=speculative) as llm:
+            found.append(tokens_of(llm.generate(prompts, params, use_tqdm=False)))
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (2, 2), (3, 1)])
+def test_a_draft_model_lives_on_the_last_stage(checkpoint: Checkpoint, pp: int, tp: int) -> None:
+    folder = checkpoint("llama")
+    with open_llm(folder, pp, tp) as llm:
+        plain = [rank.weight_bytes for rank in llm.stats().ranks]
+    with open_llm(folder, pp, tp, speculative_config={"model": str(folder), "num_speculative_tokens": 3}) as llm:
+        outputs, stats = run(llm, MIXED), llm.stats()
+    assert_same(folder, MIXED, outputs)
+    assert stats.accepted_tokens > 0.9 * stats.draft_tokens > 0  # it is the same model
+    with_draft = [rank.weight_bytes for rank in stats.ranks]
+    assert with_draft[:-tp] == plain[:-tp]
+    assert sum(with_draft[-tp:]) - sum(plain[-tp:]) == sum(plain)
+
+
+def test_log_probabilities_of_prompts(checkpoint: Checkpoint) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, prompt_logprobs=2)
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in MIXED]
+    found = []
+    for pp in (1, 3):
+        with open_llm(checkpoint("llama"), pp, max_num_batched_tokens=24) as llm:
+            found.append([output.prompt_logprobs for output in llm.generate(prompts, params, use_tqdm=False)])
+    for one, three in zip(*found, strict=True):
+        assert one is not None
+        assert three is not None
+        assert len(one) == len(three)
+        for a, b in zip(one[1:], three[1:], strict=True):
+            assert a is not None
+            assert b is not None
+            assert {token: pytest.approx(entry.logprob, abs=1e-4) for token, entry in a.items()} == {
+                token: entry.logprob for token, entry in b.items()
+            }
+
+
+def test_structured_outputs() -> None:
+    kind = StructuredOutputsParams(regex=r"[a-z]{3,8}@[a-z]{2,5}\.(com|org)")
+    params = SamplingParams(temperature=1, n=3, seed=7, max_tokens=60, structured_outputs=kind)
+    found = []
+    for pp, tp in [(1, 1), (2, 1), (4, 1), (2, 2)]:
+        with open_llm(None, pp, tp, kv_cache_memory_bytes="16MiB") as llm:
+            found.append(tokens_of(llm.generate(["37 + 45 =", "Reverse: apple ->"], params, use_tqdm=False)))
+    assert found[1:] == found[:1] * 3
+
+
+# --- who holds and says what -------------------------------------------------------------------------------------
+
+
+def said(before: wire.EngineStats, after: wire.EngineStats) -> list[dict[tuple[str, str], int]]:
+    """By rank: (axis, operation) -> how often."""
+
+    def counts(stats: wire.RankStats) -> dict[tuple[str, str], int]:
+        return {(each.axis, each.operation): each.count for each in stats.traffic}
+
+    return [
+        {key: count - counts(old).get(key, 0) for key, count in counts(new).items()}
+        for old, new in zip(before.ranks, after.ranks, strict=True)
+    ]
+
+
+def test_two_sums_a_layer_and_one_send_a_boundary(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: dict[int, int] = defaultdict(int)  # steps with work, by stage, of one of its ranks
+    forward = Runner._forward
+
+    def counting(self: Runner, step: Any) -> Any:
+        if self._tp.rank == 0:
+            computed[self._pipeline._pp.rank] += 1
+        return forward(self, step)
+
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in FEW]
+    with open_llm(checkpoint("gemma3"), 3, 2, pipeline_layer_partition=(1, 3, 2)) as llm:
+        monkeypatch.setattr(Runner, "_forward", counting)
+        before = llm.stats()
+        llm.generate(prompts, params, use_tqdm=False)
+        after = llm.stats()
+    steps = computed[0]
+    assert steps >= 12
+    assert dict(computed) == dict.fromkeys(range(3), steps)
+    for rank, counts in enumerate(said(before, after)):
+        stage, layers = rank // 2, (1, 3, 2)[rank // 2]
+        assert counts["tp", "all_reduce"] == steps * (2 * layers + (stage == 0))
+        assert counts.get(("pp", "send"), 0) == (steps if stage < 2 else 0)
+        assert counts.get(("pp", "recv"), 0) == (steps if stage > 0 else 0)
+        assert (
+            set(counts) - {("tp", "all_reduce"), ("pp", "send"), ("pp", "recv")}
+            == {
+                0: {("back", "recv")},
+                1: set(),
+                2: {("back", "send"), ("tp", "all_gather")},  # what is drawn
+            }[stage]
+        )
+    sent = [{each.operation: each.sent_bytes for each in rank.traffic if each.axis == "pp"} for rank in after.ranks]
+    assert sent[0]["send"] == sent[2]["send"] > 0
+    assert [rank.stage for rank in after.ranks] == [0, 0, 1, 1, 2, 2]
+    assert all(new.busy_us > old.busy_us > 0 for old, new in zip(before.ranks, after.ranks, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "opt_350m", "gpt2"])
+def test_a_stage_reads_and_holds_its_own_tensors(
+    checkpoint: Checkpoint, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[int, set[str]] = defaultdict(set)
+    plain = CheckpointWeights._map
+
+    def noting(self: CheckpointWeights, source: str, entry: Any) -> Any:
+        read[self._shard.stage.number].add(source)
+        return plain(self, source, entry)
+
+    monkeypatch.setattr(CheckpointWeights, "_map", noting)
+    folder = checkpoint(name)
+    with open_llm(folder, 3) as llm:
+        held = [rank.weight_bytes for rank in llm.stats().ranks]
+    spec, shapes = read_model(folder, "auto"), open_checkpoint(folder).shapes
+    params = params_of(spec, shapes)
+    shards = rank_shards(spec, Cutting(stages=(1, 1, 1)))
+    for shard in shards:
+        number = shard.stage.number
+        own = [param for param in params if param.at == {0: "first", 1: None, 2: "last"}[number] or param.at == number]
+        assert read[number] == {piece.source for param in own for piece in param.pieces}
+        assert held[number] == weight_bytes(spec, params, shard, 4, embedding_kept=False)
+    embedding = next(param.pieces[0].source for param in params if param.name == "embedding")
+    assert {number for number, names in read.items() if embedding in names} == ({0, 2} if spec.tie_embeddings else {0})
+    whole = weight_bytes(spec, params, rank_shards(spec, Cutting())[0], 4, embedding_kept=False)
+    assert sum(held) == whole
+
+
+def test_the_cache_is_that_of_the_stages_layers(checkpoint: Checkpoint) -> None:
+    with open_llm(checkpoint("gemma3"), 3, pipeline_layer_partition=(1, 3, 2)) as llm:
+        run(llm, MIXED)
+        stats = llm.stats()
+    small, large, middle = (rank.kv_bytes for rank in stats.ranks)
+    assert small < middle < large
+
+
+def test_the_log_says_what_each_rank_has(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "shoal")
+    with open_llm(checkpoint("llama"), 2, 2, pipeline_layer_partition=(1, 2)):
+        pass
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("rank ")]
+    wanted = ["stage 0 of 2, tp 0 of 2, layers 0-0,", "stage 0 of 2, tp 1 of 2, layers 0-0,"]
+    wanted += ["stage 1 of 2, tp 0 of 2, layers 1-2,", "stage 1 of 2, tp 1 of 2, layers 1-2,"]
+    for rank, text in enumerate(wanted):
+        (line,) = (line for line in lines if line.startswith(f"rank {rank}: {text}"))
+        assert "4 query and 2 KV heads" in line
+        assert "% of the cost" in line

@@ -1,0 +1,185 @@
+"""Which modules of transformers can be cut into stages, and why others can't."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shoal.models.fallback import FallbackSpec
+from shoal.models.spec import AttentionSpec, NormSpec
+from shoal.models.transformers_plan import place_of
+from shoal.models.transformers_stages import OneStage, Stream, Watch, stand_ins
+from shoal.parallel.stages import stages
+
+LAYERS, HIDDEN, TOKENS = 3, 8, 5
+SPEC = FallbackSpec(
+    family="transformers",
+    hidden_size=HIDDEN,
+    num_layers=LAYERS,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=8,
+    vocab_size=16,
+    max_positions=64,
+    attention=(AttentionSpec(1.0),),
+    norm=NormSpec("rms", 1e-6),
+    tie_embeddings=False,
+    dtype="float32",
+    backbone="model",
+)
+
+
+class Layer(nn.Module):
+    def __init__(self, number: int, *, in_tuple: bool) -> None:
+        super().__init__()
+        self.number = number
+        self.in_tuple = in_tuple
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden_states: Tensor, scale: Tensor | None = None) -> Any:
+        out = hidden_states + self.linear(hidden_states if scale is None else hidden_states * scale)
+        return (out, None) if self.in_tuple else out
+
+
+class Backbone(nn.Module):
+    """Tokens, positions, a norm ahead of the layers, and whatever `run` makes of the layers."""
+
+    def __init__(self, run: Callable[["Backbone", Tensor, Tensor], Tensor], *, in_tuple: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(16, HIDDEN)
+        self.positions = nn.Embedding(64, HIDDEN)
+        self.norm_in = nn.LayerNorm(HIDDEN)
+        self.layers = nn.ModuleList(Layer(i, in_tuple=in_tuple) for i in range(LAYERS))
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.never = nn.Linear(HIDDEN, HIDDEN)
+        self._run = run
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.norm_in(self.tokens(input_ids) + self.positions(position_ids))
+        norm: Tensor = self.norm(self._run(self, x, position_ids))
+        return norm
+
+
+def plain(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
+    for layer in backbone.layers:
+        out = layer(x)
+        x = out[0] if isinstance(out, tuple) else out
+    return x
+
+
+def model_of(run: Callable[[Backbone, Tensor, Tensor], Tensor] = plain, *, in_tuple: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.model = Backbone(run, in_tuple=in_tuple)
+    model.head = nn.Linear(HIDDEN, 16)
+    return model.eval()
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.arange(TOKENS).unsqueeze(0), torch.arange(3, 3 + TOKENS).unsqueeze(0)
+
+
+@torch.no_grad()
+def watched(model: nn.Module) -> FallbackSpec:
+    backbone = model.get_submodule("model")
+    watch, (tokens, positions) = Watch(model, backbone, LAYERS), inputs()
+    with watch(tokens):
+        backbone(tokens, positions)
+    return watch.found(SPEC)
+
+
+@pytest.mark.parametrize("in_tuple", [False, True])
+def test_where_a_module_can_be_cut_is_found_by_watching_it(*, in_tuple: bool) -> None:
+    spec = watched(model_of(in_tuple=in_tuple))
+    assert (spec.layers, spec.layers_give_tuples) == ("model.layers", in_tuple)
+    assert spec.before == (("model.tokens", HIDDEN), ("model.positions", HIDDEN), ("model.norm_in", HIDDEN))
+    assert spec.behind == ("model.norm",)
+    places = {
+        "model.tokens.weight": "first",
+        "model.norm_in.bias": "first",
+        "model.layers.2.linear.weight": 2,
+        "model.norm.weight": "last",
+        "head.weight": "last",
+        "model.never.weight": "every",
+    }
+    assert {path: place_of(spec, path) for path in places} == places
+
+
+@pytest.mark.parametrize("in_tuple", [False, True])
+@pytest.mark.parametrize("cut", [(1, 1, 1), (2, 1), (1, 2), (3,)])
+@torch.no_grad()
+def test_stages_give_together_what_the_module_gives(cut: tuple[int, ...], *, in_tuple: bool) -> None:
+    spec = watched(model_of(in_tuple=in_tuple))
+    tokens, positions = inputs()
+    expected = model_of(in_tuple=in_tuple).get_submodule("model")(tokens, positions)
+    found = None
+    for stage in stages(cut):
+        model, stream = model_of(in_tuple=in_tuple), Stream(found)
+        for path, module in stand_ins(spec, model, stage, stream).items():
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)
+        assert [path for path, _ in model.named_parameters() if "layers" in path and path.endswith("weight")] == [
+            f"model.layers.{i}.linear.weight" for i in stage.layers
+        ]
+        assert [layer.number for layer in model.get_submodule("model.layers").children()] == list(range(LAYERS))
+        out = model.get_submodule("model")(tokens if stage.first else torch.zeros_like(tokens), positions)
+        found = out if stage.last else stream.left
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
+def something_between(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
+    for layer in backbone.layers:
+        x = layer(x) * 1.5
+    return x
+
+
+def the_first_layers_input_again(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
+    begin = x
+    for layer in backbone.layers:
+        x = layer(x, begin.mean())
+    return x
+
+
+def a_table_that_only_the_first_stage_has(backbone: Backbone, x: Tensor, positions: Tensor) -> Tensor:
+    extra = backbone.positions(positions)
+    for layer in backbone.layers:
+        x = layer(x, extra)
+    return x
+
+
+def one_layer_twice(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
+    return plain(backbone, backbone.layers[0](x), _)
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (something_between, "something is done to the residual stream between its layers"),
+        (the_first_layers_input_again, "its layers take more from what came before than the residual stream"),
+        (a_table_that_only_the_first_stage_has, "its layers take more from what came before than the residual stream"),
+        (one_layer_twice, "its layers do not run one after the other"),
+    ],
+)
+def test_what_can_not_be_cut(run: Callable[[Backbone, Tensor, Tensor], Tensor], why: str) -> None:
+    with pytest.raises(OneStage, match=f"^{why}$"):
+        watched(model_of(run))
+
+
+def test_what_depends_on_positions_alone_is_computed_on_every_stage() -> None:
+    def run(backbone: Backbone, x: Tensor, positions: Tensor) -> Tensor:
+        angles = positions.unsqueeze(-1) * 0.1
+        for layer in backbone.layers:
+            x = layer(x, angles.cos())
+        return x
+
+    assert watched(model_of(run)).layers == "model.layers"
+
+
+def test_layers_that_are_in_no_list() -> None:
+    model = model_of()
+    with pytest.raises(OneStage, match="its 4 layers are not in one list"):
+        Watch(model, model.get_submodule("model"), 4)

@@ -1,0 +1,99 @@
+"""What stages hand to each other: in order, without waiting for the other end, and not more than is in flight."""
+
+import threading
+
+import pytest
+import torch
+
+from shoal.comm.base import Communicator
+from shoal.comm.local import LocalComm
+from shoal.comm.threads import ThreadComm, ThreadGroup
+from shoal.comm.torch_dist import TorchComm, c10d
+from shoal.parallel.mesh import Axis
+from shoal.parallel.pipeline import Pipeline
+from shoal.parallel.stages import STREAMS_ON_WAY
+from support.fakes import on_threads
+
+CPU = torch.device("cpu")
+WIDTH, DEPTH = 512, 3
+
+
+def groups(kind: str, size: int, name: str) -> list[Communicator]:
+    if kind == "threads":
+        group = ThreadGroup(size, 60)
+        return [ThreadComm(group, rank) for rank in range(size)]
+    store = c10d.HashStore()
+    return on_threads(size, lambda rank: TorchComm(store, name, rank, size, backend="gloo", timeout_s=60, device=CPU))
+
+
+def stages(kind: str, size: int) -> list[Pipeline]:
+    between, ends = groups(kind, size, "pp"), groups(kind, 2, "back")
+    found = []
+    for rank in range(size):
+        alone = Axis("back", 0, 1, LocalComm())
+        back = {0: Axis("back", 0, 2, ends[0]), size - 1: Axis("back", 1, 2, ends[1])}.get(rank, alone)
+        pp = Axis("pp", rank, size, between[rank])
+        found.append(Pipeline(pp, back, width=WIDTH, dtype=torch.float32, device=CPU, depth=DEPTH))
+    return found
+
+
+def test_a_pipeline_of_one_is_first_and_last() -> None:
+    alone = Axis("pp", 0, 1, LocalComm())
+    pipeline = Pipeline(alone, alone, width=WIDTH, dtype=torch.float32, device=CPU, depth=DEPTH)
+    assert pipeline.first
+    assert pipeline.last
+    assert pipeline.bytes_on_way(100) == 0
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_streams_go_on_and_tokens_come_back(kind: str, size: int) -> None:
+    """As the stages work: the first is ahead by the steps in flight, then reads what was drawn in the oldest."""
+    steps = 12
+    rows = [(7 * step) % 5 + 1 for step in range(steps)]
+    pipelines = stages(kind, size)
+
+    def run(rank: int) -> list[float]:
+        pipeline, seen = pipelines[rank], []
+        for step in range(steps):
+            if pipeline.first:
+                if step >= DEPTH:
+                    seen.append(float(pipeline.receive_tokens(2)[1]))
+                stream = torch.full((rows[step], WIDTH), float(step))
+            else:
+                stream = pipeline.receive(rows[step])
+                assert stream.shape == (rows[step], WIDTH)
+                assert stream.unique().tolist() == [step + rank - 1]
+                stream = stream + 1
+            if pipeline.last:
+                pipeline.send_tokens(torch.tensor([step, int(stream[0, 0])]))
+            else:
+                pipeline.send(stream)
+        if pipeline.first:
+            seen += [float(pipeline.receive_tokens(2)[1]) for _ in range(DEPTH)]
+        return seen
+
+    assert on_threads(size, run)[0] == [step + size - 1 for step in range(steps)]
+    assert pipelines[0].waited_ns > 0
+    assert pipelines[0].bytes_on_way(10) == STREAMS_ON_WAY * 10 * WIDTH * 4
+    assert pipelines[-1].bytes_on_way(10) == 0
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo"])
+def test_who_sends_does_not_wait_for_who_receives(kind: str) -> None:
+    """Some steps leave before the first one is taken; they are megabytes, which no buffer holds."""
+    first, second = stages(kind, 2)
+    sent = threading.Event()
+
+    def run(rank: int) -> list[float]:
+        if rank == 0:
+            for step in range(STREAMS_ON_WAY):
+                first.send(torch.full((2000, WIDTH), float(step)))
+            sent.set()
+            return [float(first.receive_tokens(1)) for _ in range(STREAMS_ON_WAY)]
+        assert sent.wait(60)
+        for _ in range(STREAMS_ON_WAY):
+            second.send_tokens(second.receive(2000)[:1, 0].long())
+        return []
+
+    assert on_threads(2, run)[0] == list(range(STREAMS_ON_WAY))

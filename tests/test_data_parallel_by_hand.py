@@ -1,0 +1,158 @@
+"""`DataParallelRank`, and the example of data parallelism by hand, on one host and on two."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import env
+from shoal.errors import ConfigError, EngineError
+from shoal.frontend.data_parallel import DataParallelRank
+from support import hosts
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "offline_data_parallel.py"
+KEY = "a key of the test"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture
+def job() -> Iterator[list[DataParallelRank]]:
+    port = free_port()
+    places = [env.DataParallel(rank, 3, rank, 3, "127.0.0.1", port) for rank in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        ranks = list(pool.map(lambda place: DataParallelRank(place, key=KEY, timeout=60), places))
+        yield ranks
+        for rank in reversed(ranks):
+            rank.close()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 300])
+def test_shares_are_even_and_complete(job: list[DataParallelRank], count: int) -> None:
+    prompts = [f"prompt {i}" for i in range(count)]
+    shares = [rank.share(prompts) for rank in job]
+    assert {index: prompt for share in shares for index, prompt in share.items()} == dict(enumerate(prompts))
+    assert sum(map(len, shares)) == count
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_results_come_in_order(job: list[DataParallelRank]) -> None:
+    prompts = [str(i) for i in range(10)]
+
+    def run(rank: DataParallelRank) -> list[Any] | None:
+        return rank.gather({index: {"text": prompt * 2} for index, prompt in rank.share(prompts).items()})
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, job)) == [[{"text": prompt * 2} for prompt in prompts], None, None]
+
+
+def test_a_rank_that_fails_is_named_with_its_prompts(job: list[DataParallelRank]) -> None:
+    prompts = list(range(20))
+    job[0].share(prompts)
+    job[2].close("ran out of memory")
+    job[1].close()
+    with pytest.raises(EngineError, match=r"rank 2 .* ran out of memory; missing: .*; rank 2 with 6 of 20 prompts"):
+        job[0].gather({})
+
+
+def test_the_environment_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env.data_parallel() is None
+    for name, value in {"RANK": "1", "SIZE": "4", "MASTER_IP": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(f"VLLM_DP_{name}", value)
+    assert env.data_parallel() == env.DataParallel(1, 4, 0, 1, "10.0.0.1", 29500)
+    monkeypatch.setenv("SHOAL_DP_RANK", "3")
+    assert env.data_parallel() == env.DataParallel(3, 4, 0, 1, "10.0.0.1", 29500)
+    monkeypatch.setenv("SHOAL_DP_RANK", "4")
+    with pytest.raises(ConfigError, match="SHOAL_DP_RANK must be an integer from 0 to 3, got '4'"):
+        env.data_parallel()
+    monkeypatch.delenv("VLLM_DP_MASTER_PORT")
+    monkeypatch.setenv("SHOAL_DP_RANK", "0")
+    with pytest.raises(ConfigError, match="SHOAL_DP_MASTER_PORT is not set"):
+        env.data_parallel()
+
+
+def run_example(*arguments: str, netns: str = "", **environment: str) -> "subprocess.Popen[str]":
+    inside = ["ip", "netns", "exec", netns] if netns else []
+    return subprocess.Popen(
+        [*inside, sys.executable, str(EXAMPLE), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def answers(text: str) -> list[str]:
+    return [line.split(" -> ", 1)[1] for line in text.splitlines() if " -> " in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--node-size", "2", "--node-rank", "2"], "--node-rank 2 is outside of --node-size 2"),
+        (["--dp-size", "1", "--node-size", "2"], "--dp-size 1 leaves hosts of --node-size 2 without a replica"),
+        (["--node-size", "2"], "needs --master-port"),
+        (["--tp-size", "0"], "--tp-size must be at least 1, got 0"),
+    ],
+)
+def test_numbers_that_do_not_go_together(arguments: list[str], message: str) -> None:
+    process = run_example(*arguments)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert message in log
+
+
+def test_a_master_that_does_not_answer_is_named() -> None:
+    place = {"RANK": "1", "SIZE": "2", "MASTER_IP": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = run_example("--timeout", "1", **{f"SHOAL_DP_{name}": value for name, value in place.items()})
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert re.search(rf"no answer from 127.0.0.1:{place['MASTER_PORT']} within 1 s \(.*\), and nobody has arrived", log)
+
+
+def test_two_replicas_give_what_one_gives() -> None:
+    one, two = run_example("--dp-size", "1"), run_example("--dp-size", "2", "--tp-size", "2")
+    texts = [process.communicate(timeout=300) for process in (one, two)]
+    assert [one.returncode, two.returncode] == [0, 0], texts
+    assert answers(texts[0][0]) == answers(texts[1][0])
+    assert len(answers(texts[0][0])) == 7
+    assert "82" in answers(texts[0][0])[0]
+    assert {line.split(":")[0] for line in texts[1][0].splitlines() if " -> " in line} == {"rank 0", "rank 1"}
+
+
+@pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_hosts_in_either_order(first: int) -> None:
+    """As the example's own text says it."""
+    with hosts.two_hosts() as pair:
+        common = ["--dp-size", "2", "--tp-size", "2", "--node-size", "2", "--master-port", "29533"]
+        common += ["--master-addr", pair[0].address, "--timeout", "240"]
+        processes = {}
+        for node in (first, 1 - first):
+            arguments = [*common, "--node-rank", str(node)]
+            processes[node] = run_example(*arguments, netns=pair[node].netns, SHOAL_CLUSTER_KEY=KEY)
+        texts = {node: process.communicate(timeout=300) for node, process in processes.items()}
+    assert all(process.returncode == 0 for process in processes.values()), texts
+    assert answers(texts[1][0]) == []
+    assert len(answers(texts[0][0])) == 7
+    assert "82" in answers(texts[0][0])[0]
+
+
+@pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
+def test_hosts_without_a_common_key() -> None:
+    with hosts.two_hosts() as (host, _):
+        common = ["--dp-size", "2", "--node-size", "2", "--master-port", "29533", "--master-addr", host.address]
+        process = run_example(*common, netns=host.netns, SHOAL_CLUSTER_KEY="")
+        _, log = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "set SHOAL_CLUSTER_KEY to the same secret on all hosts" in log

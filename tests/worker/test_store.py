@@ -1,0 +1,65 @@
+"""The rendezvous as a store: what torch.distributed asks of one, and a real group over it."""
+
+import datetime
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+import torch
+
+from shoal.comm.torch_dist import TorchComm
+from shoal.errors import CommTimeout, ConfigError
+from shoal.transport.rendezvous import Rendezvous
+from shoal.worker.store import RendezvousStore
+
+
+@pytest.fixture
+def meeting() -> Iterator[Rendezvous]:
+    with Rendezvous(key="key") as found:
+        yield found
+
+
+@pytest.fixture
+def store(meeting: Rendezvous) -> Iterator[RendezvousStore]:
+    with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as found:
+        yield found
+
+
+def test_keys_and_values(store: RendezvousStore) -> None:
+    assert not store.check(["a"])
+    store.set("a", "1")
+    assert store.get("a") == b"1"
+    assert store.add("a", 41) == 42
+    assert store.add("new", 3) == 3
+    assert store.check(["a", "new"])
+    assert not store.check(["a", "other"])
+    assert store.compare_set("a", b"42", b"x") == b"x"
+    assert store.compare_set("a", b"42", b"y") == b"x"
+    assert store.delete_key("a")
+    assert not store.delete_key("a")
+
+
+def test_a_value_is_waited_for(meeting: Rendezvous, store: RendezvousStore) -> None:
+    with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as other, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(other.get, "late")
+        store.set("late", b"\0\xff")
+        assert waiting.result() == b"\0\xff"
+    with pytest.raises(CommTimeout, match=r"no answer to StoreGet.*never.* in 0.2 s"):
+        store.wait(["never"], datetime.timedelta(seconds=0.2))
+
+
+def test_the_key_is_asked_for(meeting: Rendezvous) -> None:
+    with pytest.raises(ConfigError, match="the shared key is another one"):
+        RendezvousStore(meeting.address, "guess", timeout_s=60)
+
+
+def test_gloo_groups_meet_in_it(meeting: Rendezvous) -> None:
+    def run(rank: int) -> list[float]:
+        with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as store:
+            comm = TorchComm(store, "tp:0", rank, 3, backend="gloo", timeout_s=60, device=torch.device("cpu"))
+            found: list[float] = comm.all_reduce(torch.full((2,), float(rank + 1))).tolist()
+            return found
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == [[6.0, 6.0]] * 3

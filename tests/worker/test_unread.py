@@ -1,0 +1,141 @@
+"""What the first pipeline stage learns of drawn tokens: what it needs when it needs it, and nothing too soon."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal import wire
+from shoal.engine.request import encode_tokens
+from shoal.parallel.pipeline import Pipeline
+from shoal.worker.batch import SequenceTable
+from shoal.worker.unread import Unread
+from support.fakes import steady
+
+MAX_SEQS = 4
+
+
+@dataclass
+class Mail:
+    """The way back: what the last stage has sent, step by step."""
+
+    sent: deque[list[int]] = field(default_factory=deque)
+
+    def receive_tokens(self, count: int) -> Tensor:
+        tokens = self.sent.popleft()
+        assert len(tokens) == count
+        return torch.tensor(tokens)
+
+
+@dataclass
+class Known:
+    epoch: int
+    given: int  # tokens it came with
+    computed: int = 0
+    last: int = -1  # drawn
+    step: int = -1  # ... in this one
+
+
+class First:
+    """The first stage, and what the engine and the last stage make of its plans."""
+
+    def __init__(self, max_in_flight: int) -> None:
+        self.table = SequenceTable(MAX_SEQS, 1000, 4, torch.device("cpu"), samples=False)
+        self.mail = Mail()
+        self.unread = Unread(cast(Pipeline, self.mail), self.table, max_in_flight)
+        self.known: dict[int, Known] = {}
+        self.step = -1
+        self.drawn = 0
+
+    def run(self, seqs: list[int], new: list[wire.NewSeq], released: list[int]) -> Tensor:
+        """The tokens of a step in which these sequences draw."""
+        self.step += 1
+        works = []
+        for seq in seqs:
+            known = self.known[seq]
+            count = max(known.given - known.computed, 1)
+            works.append(wire.Work(seq, known.computed, count, True, ()))
+            known.computed += count
+        plan = wire.StepPlan(0, self.step, tuple(works), tuple(new), tuple(released))
+        self.table.apply(plan)
+        if not works:
+            return torch.zeros(0)
+        self.unread.read_for(plan)
+        built = self.table.build(plan.work)
+        self.unread.note(self.step, built.sampled)
+        return built.tokens
+
+    def draw(self, seqs: list[int]) -> None:
+        """The last stage's part of the step just run: in the order of the step, prompts behind single tokens."""
+        tokens = []
+        for seq in seqs:
+            self.drawn += 1
+            self.known[seq].last, self.known[seq].step = self.drawn, self.step
+            tokens.append(self.drawn)
+        self.mail.sent.append(tokens)
+
+
+def admission(seq: int, epoch: int, length: int) -> wire.NewSeq:
+    return wire.NewSeq(seq, epoch, encode_tokens([900] * length), length, (), wire.Sampling(seed=0))
+
+
+@settings(steady, max_examples=60)
+@given(st.integers(1, 4), st.data())
+def test_each_plan_has_the_tokens_that_it_needs(max_in_flight: int, data: st.DataObject) -> None:
+    """Sequences come, draw in some steps, go, and come back in a later epoch under their number."""
+    first = First(max_in_flight)
+    for epoch in range(data.draw(st.integers(5, 25))):
+        live = sorted(first.known)
+        released = data.draw(st.lists(st.sampled_from(live), unique=True)) if live else []
+        for seq in released:
+            del first.known[seq]
+        absent = [seq for seq in range(MAX_SEQS) if seq not in first.known]
+        coming = data.draw(st.lists(st.sampled_from(absent), unique=True)) if absent else []
+        new = [admission(seq, epoch, data.draw(st.integers(1, 3))) for seq in coming]
+        first.known |= {each.seq: Known(epoch, each.prompt_len) for each in new}
+        seqs = data.draw(st.lists(st.sampled_from(sorted(first.known)), unique=True)) if first.known else []
+        if not seqs:
+            first.run([], new, released)
+            continue
+        single = [seq for seq in seqs if first.known[seq].given - first.known[seq].computed <= 1]
+        order = single + [seq for seq in seqs if seq not in single]
+        wanted: list[int] = []
+        for seq in order:
+            known = first.known[seq]
+            left = known.given - known.computed
+            wanted += [900] * left if left > 0 else [known.last]
+        needed = max((first.known[seq].step for seq in seqs if first.known[seq].computed), default=-1)
+        before = len(first.mail.sent)
+        assert first.run(seqs, new, released).tolist() == wanted
+        # It has read to the last step that it needs, or that must have been answered, and no further.
+        unread = [step.number for step in first.unread._steps]
+        assert all(number > max(needed, first.step - max_in_flight) for number in unread[:-1])
+        assert len(first.mail.sent) == len(unread) - 1 <= before
+        first.draw(order)
+    first.unread.read_all()
+    assert not first.mail.sent
+
+
+def test_a_token_of_a_sequence_that_came_back_since_is_nobodys() -> None:
+    first = First(2)
+    first.known[0] = Known(0, 2)
+    first.run([0], [admission(0, 0, 2)], [])
+    first.draw([0])
+    first.known[0] = Known(1, 3)
+    first.run([0], [admission(0, 1, 3)], [0])
+    first.draw([0])
+    assert first.run([0], [], []).tolist() == [2]
+    assert not first.mail.sent
+
+
+def test_nothing_is_read_for_prompts_before_its_step_was_answered() -> None:
+    first = First(2)
+    for seq in range(4):
+        first.known[seq] = Known(0, 3)
+        first.run([seq], [admission(seq, 0, 3)], [])
+        first.draw([seq])
+        assert len(first.mail.sent) == min(seq + 1, 2)
