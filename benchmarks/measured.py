@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal import LLM, wire
+from shoal import LLM
 from shoal.frontend.measure import Meter, Shape
 
 _TIMEOUT_S = 1800
@@ -19,7 +18,7 @@ def measure(model: Path | str, cores: Sequence[int], shape: Shape, options: Mapp
     """Runs a batch twice on these cores alone, in a process of its own, and tells of the second time.
 
     output_tokens_per_s, time_to_first_token_s, num_blocks, weight bytes by rank, and the share of the time in which
-    each stage was idle.
+    each stage was idle (the mean of its ranks).
     """
     told = json.dumps([str(model), list(cores), [shape.batch_size, shape.input_len, shape.output_len], dict(options)])
     done = subprocess.run(
@@ -46,18 +45,8 @@ def _run(model: str, cores: Sequence[int], shape: Shape, options: dict[str, Any]
             "block_size": after.block_size,
             "preemptions": after.preemptions - before.preemptions,
             "weight_bytes": [rank.weight_bytes for rank in after.ranks],
-            "idle_share": _idle(before, after, run.seconds),
+            "idle_share": run.stage_idle,
         }
-
-
-def _idle(before: wire.EngineStats, after: wire.EngineStats, seconds: float) -> list[float]:
-    """By stage, over all replicas; of a stage's ranks the busiest counts."""
-    busy: dict[tuple[int, int], float] = defaultdict(float)
-    for first, last in zip(before.ranks, after.ranks, strict=True):
-        key = (last.stage, last.rank)
-        busy[key] = (last.busy_us - first.busy_us) / 1e6 / seconds
-    stages = sorted({stage for stage, _ in busy})
-    return [1 - max(share for (of, _), share in busy.items() if of == stage) for stage in stages]
 
 
 if __name__ == "__main__":

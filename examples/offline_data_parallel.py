@@ -24,8 +24,10 @@ from pathlib import Path
 
 from shoal import LLM, DataParallelRank, SamplingParams, ShoalError
 from shoal.errors import ConfigError
+from shoal.transport.process import die_with_parent
 
 PROMPTS = [f"{a} + {b} =" for a, b in [(37, 45), (8, 64), (3, 9), (51, 27), (12, 12), (70, 19), (5, 88)]]
+LAUNCHER = "LAUNCHER_PID"  # in a rank's environment
 RANK_ENDS_S = 30.0  # how long the other ranks of a host are given to end when one has failed
 
 
@@ -44,7 +46,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--enable-expert-parallel", action="store_true", help="share the experts among all replicas")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for others, and for results")
+    parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
+    parser.add_argument("--kv-cache-memory-bytes", help="size of each rank's KV cache: 512MiB, 2GiB, ...")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait until all ranks are there")
+    parser.add_argument(
+        "--results-timeout", type=float, default=24 * 3600.0, help="seconds to wait for the slowest rank's results"
+    )
     return parser.parse_args()
 
 
@@ -89,6 +96,7 @@ def start_ranks(arguments: argparse.Namespace) -> int:
             "SHOAL_DP_SIZE_LOCAL": len(ranks),
             "SHOAL_DP_MASTER_IP": arguments.master_addr,
             "SHOAL_DP_MASTER_PORT": port,
+            LAUNCHER: os.getpid(),
         }
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         children.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
@@ -126,8 +134,11 @@ def run_rank(arguments: argparse.Namespace) -> None:
         "tensor_parallel_size": arguments.tp_size,
         "pipeline_parallel_size": arguments.pp_size,
         "enable_expert_parallel": arguments.enable_expert_parallel,
+        "max_model_len": arguments.max_model_len,
+        "kv_cache_memory_bytes": arguments.kv_cache_memory_bytes,
     }
-    with DataParallelRank.from_environment(timeout=arguments.timeout) as job, LLM(arguments.model, **options) as llm:
+    timeouts = {"timeout": arguments.timeout, "results_timeout": arguments.results_timeout}
+    with DataParallelRank.from_environment(**timeouts) as job, LLM(arguments.model, **options) as llm:
         share = job.share(prompts)
         outputs = llm.generate(list(share.values()), params, use_tqdm=False)
         answers = job.gather(
@@ -147,6 +158,8 @@ def main() -> int:
         check(arguments)
         if "SHOAL_DP_RANK" not in os.environ:
             return start_ranks(arguments)
+        if LAUNCHER in os.environ:
+            die_with_parent(int(os.environ[LAUNCHER]))
         run_rank(arguments)
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,15 @@
 """`DataParallelRank`, and the example of data parallelism by hand, on one host and on two."""
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import pytest
 from shoal import env
 from shoal.errors import ConfigError, EngineError
 from shoal.frontend.data_parallel import DataParallelRank
+from shoal.transport.rendezvous import Rendezvous
 from support import hosts
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "offline_data_parallel.py"
@@ -53,7 +58,9 @@ def test_results_come_in_order(job: list[DataParallelRank]) -> None:
         return rank.gather({index: {"text": prompt * 2} for index, prompt in rank.share(prompts).items()})
 
     with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(run, job)) == [[{"text": prompt * 2} for prompt in prompts], None, None]
+        for each in (prompts, ["again", "and", "again", "and"], []):
+            prompts = each
+            assert list(pool.map(run, job)) == [[{"text": prompt * 2} for prompt in prompts], None, None]
 
 
 def test_a_rank_that_fails_is_named_with_its_prompts(job: list[DataParallelRank]) -> None:
@@ -69,9 +76,15 @@ def test_the_environment_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert env.data_parallel() is None
     for name, value in {"RANK": "1", "SIZE": "4", "MASTER_IP": "10.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(f"VLLM_DP_{name}", value)
-    assert env.data_parallel() == env.DataParallel(1, 4, 0, 1, "10.0.0.1", 29500)
+    assert env.data_parallel() == env.DataParallel(1, 4, 0, 1, "10.0.0.1", 29500, local_assumed=True)
     monkeypatch.setenv("SHOAL_DP_RANK", "3")
-    assert env.data_parallel() == env.DataParallel(3, 4, 0, 1, "10.0.0.1", 29500)
+    assert env.data_parallel() == env.DataParallel(3, 4, 0, 1, "10.0.0.1", 29500, local_assumed=True)
+    monkeypatch.setenv("SHOAL_DP_SIZE_LOCAL", "2")
+    assert env.data_parallel() == env.DataParallel(3, 4, 1, 2, "10.0.0.1", 29500)
+    monkeypatch.setenv("SHOAL_DP_MASTER_IP", "127.0.0.1")
+    monkeypatch.delenv("SHOAL_DP_SIZE_LOCAL")
+    assert env.data_parallel() == env.DataParallel(3, 4, 3, 4, "127.0.0.1", 29500), "all are on one host"
+    monkeypatch.delenv("SHOAL_DP_MASTER_IP")
     monkeypatch.setenv("SHOAL_DP_RANK", "4")
     with pytest.raises(ConfigError, match="SHOAL_DP_RANK must be an integer from 0 to 3, got '4'"):
         env.data_parallel()
@@ -156,3 +169,100 @@ def test_hosts_without_a_common_key() -> None:
         _, log = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "set SHOAL_CLUSTER_KEY to the same secret on all hosts" in log
+
+
+def rank_place(rank: int, port: int) -> dict[str, str]:
+    """The example's rank mode."""
+    place = {"RANK": rank, "SIZE": 2, "MASTER_IP": "127.0.0.1", "MASTER_PORT": port}
+    return {f"SHOAL_DP_{name}": str(value) for name, value in place.items()}
+
+
+def test_one_number_twice_is_refused() -> None:
+    """Whoever comes second is told, and the other waits on for the one that is missing."""
+    port = free_port()
+    with Rendezvous(port=port, key=KEY):
+        processes = [run_example(SHOAL_CLUSTER_KEY=KEY, **rank_place(1, port)) for _ in range(2)]
+        until(lambda: any(process.poll() is not None for process in processes), "one is refused")
+        (refused,) = (process for process in processes if process.poll() is not None)
+        for process in processes:
+            process.kill()
+        logs = {process: process.communicate(timeout=60)[1] for process in processes}
+    assert refused.returncode == 2
+    assert "is there already: give every process a rank of its own" in logs[refused]
+
+
+def offspring(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    found = [int(child) for child in children]
+    return found + [each for child in found for each in offspring(child)]
+
+
+def until(reached: Callable[[], object], what: str, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, what
+        threading.Event().wait(0.02)
+
+
+def test_ranks_end_with_their_launcher() -> None:
+    port = free_port()
+    process = run_example("--dp-size", "2", "--node-size", "2", "--master-port", str(port), SHOAL_CLUSTER_KEY=KEY)
+    until(lambda: listens(port), "the rank waits for the other host")
+    ranks = offspring(process.pid)
+    assert ranks
+    process.kill()
+    process.communicate(timeout=60)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "a rank lives on")
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+MOE = ["--model", "bundled:moe", "--dp-size", "2", "--node-size", "2", "--enable-expert-parallel"]
+MOE += ["--max-model-len", "256", "--kv-cache-memory-bytes", "16MiB", "--master-port", "29533"]
+
+
+@contextlib.contextmanager
+def two_moe_hosts(*more: str) -> Iterator[list["subprocess.Popen[str]"]]:
+    with hosts.two_hosts() as pair:
+        common = [*MOE, *more, "--master-addr", pair[0].address, "--timeout", "240"]
+        processes = [
+            run_example(*common, "--node-rank", str(node), netns=host.netns, SHOAL_CLUSTER_KEY=KEY)
+            for node, host in enumerate(pair)
+        ]
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate(timeout=60)
+
+
+@pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
+def test_two_hosts_share_experts() -> None:
+    with two_moe_hosts() as processes:
+        texts = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert len(answers(texts[0][0])) == 7
+    assert "82" in answers(texts[0][0])[0]
+
+
+@pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
+def test_a_host_that_dies_takes_the_one_along_that_shares_its_experts(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{i} + {i} =\n" for i in range(20_000)))
+    with two_moe_hosts("--prompts", str(prompts)) as processes:
+        for process in processes:
+            assert process.stderr is not None
+            assert any("engine ready" in line for line in process.stderr)
+        rank = offspring(processes[1].pid)[0]
+        os.kill(rank, signal.SIGKILL)
+        _, log = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == 1, log
+    assert re.search(r"replica 1 \(.*process \d+\) ended, or lost its connection", log), log

@@ -1,16 +1,19 @@
 """The names that people know, in a real job under torchrun and in one process."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shoal import distributed
 from shoal.errors import ConfigError
+from support import hosts
 
 JOB = """
 import json, sys
@@ -44,16 +47,20 @@ print("FOUND" + json.dumps([rank, found]), flush=True)
 """
 
 
-def test_under_torchrun(tmp_path: Path) -> None:
-    job = tmp_path / "job.py"
-    job.write_text(JOB)
+def run_under_torchrun(job: Path, text: str) -> dict[int, Any]:
+    """What each rank has found."""
+    job.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(job)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     decoder = json.JSONDecoder()
     found = dict(decoder.raw_decode(part)[0] for part in done.stdout.split("FOUND")[1:])
     assert sorted(found) == [0, 1]
-    for rank, each in found.items():
+    return found
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    for rank, each in run_under_torchrun(tmp_path / "job.py", JOB).items():
         assert each["size"] == 2
         assert each["reduced"] == [[10, 12, 14], [16, 18, 20]]
         assert each["gathered"] == [[0, 1, 2, 10, 11, 12], [3, 4, 5, 13, 14, 15]]
@@ -63,6 +70,64 @@ def test_under_torchrun(tmp_path: Path) -> None:
         assert each["dict"] == [[0, 1, 2, 3], "torch.bfloat16", [1, None, "x"], [0, 2]]
         assert "rank 0 brings nothing that can be sent" in each["error"]
         assert each["torch"] == 2
+
+
+AGAIN = """
+import json
+import torch
+import torch.distributed
+from shoal import distributed as d
+
+found = []
+for turn in range(3):
+    d.init_distributed_environment(timeout_s=60)
+    rank = d.get_tensor_model_parallel_rank()
+    x = torch.full((1,), float(turn + rank))
+    torch.distributed.all_reduce(x, group=d.get_process_group())
+    found.append([d.tensor_model_parallel_all_reduce(torch.full((1,), float(turn + rank))).item(), x.item()])
+    d.destroy_distributed_environment()
+print("FOUND" + json.dumps([rank, found]), flush=True)
+"""
+
+
+def test_destroyed_and_started_again_over_one_store(tmp_path: Path) -> None:
+    expected = [[1, 1], [3, 3], [5, 5]]
+    assert run_under_torchrun(tmp_path / "job.py", AGAIN) == {0: expected, 1: expected}
+
+
+TWO_HOSTS = """
+import os, socket
+import torch
+# torch's own group takes the address of the host's name, which these have in common.
+os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name != "lo")
+from shoal import distributed as d
+
+d.init_distributed_environment(timeout_s=60)
+print(d.tensor_model_parallel_all_reduce(torch.ones(1) + d.get_tensor_model_parallel_rank()).item())
+d.destroy_distributed_environment()
+"""
+
+
+@pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
+def test_ranks_on_two_hosts() -> None:
+    with hosts.two_hosts() as pair:
+        common = {**os.environ, "MASTER_ADDR": pair[0].address, "MASTER_PORT": "29541", "WORLD_SIZE": "2"}
+        processes = [
+            subprocess.Popen(
+                [*host.inside, sys.executable, "-c", TWO_HOSTS],
+                env={**common, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, host in enumerate(pair)
+        ]
+        try:
+            texts = [process.communicate(timeout=240) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    assert [out for out, _ in texts] == ["3.0\n"] * 2, texts
 
 
 @pytest.fixture

@@ -208,7 +208,7 @@ class ParallelOptions:
         "linear", "linear: neighbouring experts on a rank; round_robin: dealt out one by one"
     )
     all2all_backend: All2All = option(
-        "auto", "how tokens reach their experts' ranks; auto: whatever moves fewer bytes for this model and layout"
+        "auto", "how tokens reach their experts' ranks; auto: all_to_all where it sends a quarter fewer bytes"
     )
     distributed_executor_backend: Backend = option(
         "auto",

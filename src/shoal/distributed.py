@@ -12,6 +12,7 @@ group that they are split over.
 
 import datetime
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class _Process:
 
     tp: Communicator | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    times: int = 0  # it was started, which keeps what it leaves in a store apart from what comes later
 
 
 _process = _Process()
@@ -74,13 +76,37 @@ def init_distributed_environment(
         number = local_rank if local_rank >= 0 else rank % torch.cuda.device_count()
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    _process.times += 1
+    store = _c10d.PrefixStore(f"shoal {_process.times}", store)
     if not _c10d.is_initialized():
         _c10d.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     comm: Communicator = LocalComm()
     if tp > 1:
         prefix = f"shoal tensor parallel {rank // tp}"
-        comm = TorchComm(store, prefix, rank % tp, tp, backend=backend, timeout_s=timeout_s, device=device)
+        comm = TorchComm(
+            store,
+            prefix,
+            rank % tp,
+            tp,
+            backend=backend,
+            timeout_s=timeout_s,
+            device=device,
+            interface_address=_address_towards(store),
+        )
     _process.tp, _process.device = comm, device
+
+
+def _address_towards(store: Any) -> str:
+    """Of this host, as the one that keeps the store reaches it; loopback where none does, as for a file."""
+    while isinstance(store, _c10d.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, _c10d.TCPStore):
+        return "127.0.0.1"
+    found = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, there = min(found, key=lambda each: each[0] != socket.AF_INET)  # the same kind for all
+    with socket.socket(family, kind, protocol) as towards:
+        towards.connect(there)  # sends nothing, but chooses a way
+        return str(towards.getsockname()[0])
 
 
 def destroy_distributed_environment() -> None:

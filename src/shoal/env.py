@@ -29,8 +29,8 @@ SETTINGS: tuple[Variable, ...] = (
 _OF_RANKS = {
     "RANK": "a process's number among those of a data-parallel job that is started by hand",
     "SIZE": "how many they are",
-    "RANK_LOCAL": "its number among those on its host",
-    "SIZE_LOCAL": "how many these are",
+    "RANK_LOCAL": "its number among those on its host; to be set with the next one where several share a host",
+    "SIZE_LOCAL": "how many these are; left out: all where the master is on loopback, else one",
     "MASTER_IP": "where rank 0 listens",
     "MASTER_PORT": "... and at which port",
 }
@@ -83,10 +83,12 @@ class DataParallel:
     size_local: int
     master_ip: str
     master_port: int
+    local_assumed: bool = False  # to be alone on its host: nobody said so
 
 
 def data_parallel() -> DataParallel | None:
-    """SHOAL_DP_* (or VLLM_DP_*); None where neither rank nor size is set.
+    """SHOAL_DP_* (or VLLM_DP_*); None where neither rank nor size is set. What is local follows from the others where
+    the master is on loopback, so that all are on one host.
 
     Raises:
         ConfigError: one of them is missing, or no number in its range.
@@ -95,11 +97,13 @@ def data_parallel() -> DataParallel | None:
         return None
     size = _dp_number("SIZE", 1, 10**6)
     rank = _dp_number("RANK", 0, size - 1)
-    size_local = _dp_number("SIZE_LOCAL", 1, size, default=1)
-    rank_local = _dp_number("RANK_LOCAL", 0, size_local - 1, default=0)
     found = _first("SHOAL_DP_MASTER_IP", "VLLM_DP_MASTER_IP") or ("", "127.0.0.1")
+    one_host = found[1] == "localhost" or found[1].startswith("127.")
+    told = _first("SHOAL_DP_SIZE_LOCAL", "VLLM_DP_SIZE_LOCAL") is not None
+    size_local = _dp_number("SIZE_LOCAL", 1, size, default=size if one_host else 1)
+    rank_local = _dp_number("RANK_LOCAL", 0, size_local - 1, default=rank % size_local)
     port = _dp_number("MASTER_PORT", 1, 65535)
-    return DataParallel(rank, size, rank_local, size_local, found[1], port)
+    return DataParallel(rank, size, rank_local, size_local, found[1], port, not (told or one_host))
 
 
 def _dp_number(name: str, lowest: int, highest: int, default: int | None = None) -> int:

@@ -124,7 +124,8 @@ class SeqOut(Wire, frozen=True):
 
 
 class StepTimes(Wire, frozen=True):
-    """Microseconds a rank spent on a step: everything it did, and the forward pass alone."""
+    """Microseconds a rank of the last stage spent on a step: everything it did, and the forward pass alone. Waits for
+    other stages are none of it; those for other ranks of the stage are."""
 
     total_us: int
     forward_us: int
@@ -175,6 +176,7 @@ class RankSetup(Wire, frozen=True):
     group_store: str = ""  # host:port of the rendezvous where ranks of all replicas find each other, "": never
     group_key: str = ""  # the shared secret that is asked for there
     address: str = "127.0.0.1"  # of this host, as other ranks reach it
+    meeting: int = 0  # which of those that these replicas have at the rendezvous
     draft_model_path: str = ""  # of speculative decoding
     num_drafts: int = 0  # tokens it guesses at a time
 
@@ -272,7 +274,7 @@ class RankStats(Wire, frozen=True):
     kv_bytes: int
     weight_bytes: int
     stage: int = 0
-    busy_us: int = 0  # in steps, since the start, but for waits for other stages
+    busy_us: int = 0  # in steps, since the start, with waits for ranks of the same stage, here and in other replicas
     traffic: tuple[Traffic, ...] = ()
 
 
@@ -362,6 +364,7 @@ class Place(Wire, frozen=True):
     rendezvous: str = ""  # host:port of where replicas in lockstep, and their ranks, meet
     key: str = ""  # shared secret of those who meet there
     address: str = "127.0.0.1"  # of this host, as others reach it
+    meeting: int = 0  # which of those that these processes have there, one after the other
 
 
 class EngineSetup(Wire, frozen=True):

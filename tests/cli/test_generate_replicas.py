@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def offspring(pid: int) -> list[int]:
     return found + [each for child in found for each in offspring(child)]
 
 
+@contextmanager
+def watching(pid: int) -> Iterator[int]:
+    """A file descriptor that is readable once the process has ended."""
+    file = os.pidfd_open(pid)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def wait_for_end(file: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
 def test_a_replica_is_killed_half_way(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
     output, alone = tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
     with started(command(prompts, output, "-dp", "2")) as process:
@@ -67,16 +84,15 @@ def test_interrupted(tmp_path: Path, prompts: Path) -> None:
 
 def test_whoever_kills_it_leaves_nothing(tmp_path: Path, prompts: Path) -> None:
     output = tmp_path / "out.jsonl"
-    with started(command(prompts, output, "-dp", "2", "-tp", "2")) as process:
+    with started(command(prompts, output, "-dp", "2", "-tp", "2")) as process, ExitStack() as stack:
         wait_for_lines(process, output, 1)
         processes = offspring(process.pid)
         assert len(processes) == 2 * 3
+        watched = [stack.enter_context(watching(pid)) for pid in processes]
         process.kill()
         process.wait(10)
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in processes):
-        assert time.monotonic() < deadline, "something lives on"
-        time.sleep(0.05)
+        for child in watched:
+            assert wait_for_end(child, 60), "something lives on"
 
 
 def test_all_replicas_die(tmp_path: Path, prompts: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from shoal.cluster.lockstep import LocalLockstep
 from shoal.errors import EngineError
+from support.descriptors import moved_up
 
 
 def readable(lockstep: LocalLockstep) -> bool:
@@ -40,6 +41,20 @@ def test_who_is_behind_is_woken_until_it_has_listened() -> None:
     b.launched(2)
     b.close()
     b.close()
+
+
+def test_a_process_may_have_many_files_open() -> None:
+    a, b = LocalLockstep.of(2)
+    b._shared.wakers[1] = moved_up(b.fileno())
+    poller = select.poll()
+    poller.register(b.fileno(), select.POLLIN)
+    a.launched(1)
+    assert poller.poll(0)
+    b.quiet()
+    b.quiet()
+    assert not poller.poll(0)
+    for each in (a, b):
+        each.close()
 
 
 def test_a_failure_reaches_the_others_and_the_first_one_counts() -> None:

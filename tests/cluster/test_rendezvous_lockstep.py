@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -59,6 +60,38 @@ def test_a_failure_is_told_with_the_name(replicas: list[RendezvousLockstep]) -> 
     for each in replicas[:2]:
         with pytest.raises(EngineError, match=r"another replica has failed.*replica 2 \(.*\) out of memory"):
             await_due(each, 1)
+
+
+def await_end(replica: RendezvousLockstep, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        await_due(replica, -1)
+
+
+def test_whoever_leaves_is_missed_by_those_that_have_work(replicas: list[RendezvousLockstep]) -> None:
+    for each in replicas:
+        each.launched(1)
+    for each in replicas:
+        await_due(each, 1)
+    replicas[2].close()
+    while 2 not in replicas[0]._member.gone() or 2 not in replicas[1]._member.gone():
+        assert wait([replicas[0], replicas[1]], 60)  # type: ignore[list-item]
+        for each in replicas[:2]:
+            each.quiet()
+    assert [each.due() for each in replicas[:2]] == [1, 1], "at rest nobody minds"
+    replicas[0].launched(2)
+    await_end(replicas[0], r"^replica 2 \(.*\) ended while this one has work$")
+    await_end(replicas[1], r"^replica 2 \(.*\) ended while another one has work$")
+
+
+def test_engines_that_follow_each_other_have_rooms_of_their_own() -> None:
+    with Rendezvous(key="key") as meeting, ThreadPoolExecutor(SIZE) as pool, ExitStack() as stack:
+        for number in range(2):  # the first ones are still there
+            places = [wire.replace(place(meeting, rank), meeting=number) for rank in range(SIZE)]
+            found = list(pool.map(lambda each: RendezvousLockstep(each, {}, timeout=60), places))
+            for each in found:
+                stack.callback(each.close)
+            assert [each.due() for each in found] == [0] * SIZE
+        assert len(meeting._rooms) == 2
 
 
 def test_replicas_that_differ_are_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shoal import wire
-from shoal.cluster.replica import EngineProcess, EngineThread
+from shoal.cluster.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.replicas import await_ready
 from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError, EngineError, UserError
@@ -38,7 +38,7 @@ def request(seq: int, max_tokens: int) -> wire.EngineRequest:
     return wire.EngineRequest(seq, encode_tokens([5, 6, 7]), wire.Sampling(seed=seq), max_tokens)
 
 
-def finished(engine: EngineProcess, count: int) -> dict[int, wire.SeqUpdate]:
+def finished(engine: Replica, count: int) -> dict[int, wire.SeqUpdate]:
     found: dict[int, wire.SeqUpdate] = {}
     while len(found) < count:
         for update in engine.updates(1.0):
@@ -173,6 +173,18 @@ def test_an_engine_on_a_thread_speaks_as_one_in_a_process() -> None:
     def end(channel: Channel) -> None:
         listen(channel)
 
+    def refuse_later(channel: Channel) -> None:
+        listen(channel)
+        channel.send(wire.encode(wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
+        refuse_now(channel)
+
+    def refuse_now(channel: Channel) -> None:
+        channel.send(wire.encode(wire.EngineFailure("no tokenizer", user_error=True)))
+
+    later = EngineThread(refuse_later, wire.EngineSetup("model", {}, wire.Place(3, 4)), answer_timeout=60)
+    later.await_ready(60)
+    with pytest.raises(EngineError, match=r"^replica 3 \(thread\): no tokenizer$"):  # as any other end of it
+        finished(later, 1)
     replica = EngineThread(refuse, wire.EngineSetup("model", {}, wire.Place(3, 4)), answer_timeout=60)
     with pytest.raises(UserError, match=r"^replica 3 \(thread\): no model$"):
         replica.await_ready(60)

@@ -1,6 +1,7 @@
 """A set of replicas over engines of a few lines, which may die at any time: requests get what they would have had."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,7 @@ def test_every_request_gets_the_tokens_of_its_undisturbed_twin(data: st.DataObje
     replicas = [FakeReplica(number, seed + number) for number in range(size)]
     found, outcomes = replica_set(replicas, data.draw(st.integers(1, 5))), Outcomes()
     logprobs: dict[int, list[float]] = {}
+    deaths: Counter[int] = Counter()
     for seq in range(data.draw(st.integers(1, 15))):
         prompt = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=9))
         spec = request(seq, prompt, data.draw(st.integers(1, 8)), stop_ids=data.draw(st.sampled_from([[], [3]])))
@@ -118,12 +120,17 @@ def test_every_request_gets_the_tokens_of_its_undisturbed_twin(data: st.DataObje
     while outcomes.open:
         alive = [replica for replica in replicas if not replica.dead]
         if len(alive) > 1 and data.draw(st.integers(0, 3)) == 0:
-            data.draw(st.sampled_from(alive)).dead = "was killed"
+            victim = data.draw(st.sampled_from(alive))
+            victim.dead = "was killed"
+            deaths.update(victim.held.keys())
         if data.draw(st.integers(0, 5)) == 0:
             seq = data.draw(st.sampled_from(outcomes.open))
             outcomes.may_abort.add(seq)
             found.abort([seq, 999, seq])
         updates = found.updates(0)
+        given_up = {update.seq for update in updates if update.error}
+        assert all(deaths[seq] >= 2 for seq in given_up)
+        outcomes.may_abort |= given_up
         outcomes.take(updates)
         for update in updates:
             logprobs.setdefault(update.seq, []).extend(entry.chosen for entry in update.logprobs)
@@ -239,6 +246,57 @@ def test_those_that_share_experts_end_together_with_the_name_of_the_one_that_die
     found.close()
     with pytest.raises(ClosedError):
         found.updates(0)
+
+
+def test_one_of_those_that_share_experts_fails_when_it_is_asked_how_it_is() -> None:
+    replicas = [FakeReplica(number) for number in range(3)]
+    found = replica_set(replicas, together=True)
+    replicas[1].dead = "was killed by SIGKILL"
+    with pytest.raises(ReplicasFailed, match=r"^replica 1 was killed by SIGKILL; replicas that share experts end tog"):
+        found.stats()
+
+
+class Poisoned(FakeReplica):
+    """Dies of request 0, once that has drawn so many tokens."""
+
+    deadly = 0
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        if len(self.drawn.get(0, ())) >= self.deadly and 0 in self.held:
+            self.dead = "was killed by SIGSEGV"
+        return super().updates(timeout)
+
+
+@pytest.mark.parametrize("deadly", [0, 5])
+def test_a_request_that_kills_ends_alone(deadly: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Poisoned, "deadly", deadly)
+    replicas = [Poisoned(number) for number in range(3)]
+    found, outcomes = replica_set(replicas, most=1), Outcomes()
+    for seq in range(6):
+        spec = request(seq, [seq], max_tokens=9)
+        outcomes.added(spec)
+        found.add(spec)
+    outcomes.may_abort.add(0)
+    finish_all(found, outcomes)
+    assert found.num_live == 1
+    assert outcomes.finished[0].finish is wire.Finish.ABORT
+    assert "2 replicas failed one after the other while they had this request" in outcomes.finished[0].error
+    assert "was killed by SIGSEGV" in outcomes.finished[0].error
+    assert all(outcomes.finished[seq].finish is wire.Finish.LENGTH for seq in range(1, 6))
+
+
+def test_a_request_that_comes_on_between_deaths_is_not_blamed() -> None:
+    replicas = [FakeReplica(number) for number in range(4)]
+    found, outcomes = replica_set(replicas), Outcomes()
+    spec = request(0, [1], max_tokens=80)
+    outcomes.added(spec)
+    found.add(spec)
+    for length in (20, 40, 60):
+        while len(outcomes.tokens[0]) < length:
+            outcomes.take(found.updates(0))
+        next(replica for replica in replicas if 0 in replica.held and not replica.dead).dead = "was killed"
+    finish_all(found, outcomes)
+    assert outcomes.finished[0].finish is wire.Finish.LENGTH
 
 
 def prompt_logprobs(start: int, count: int) -> wire.PromptLogprobs:

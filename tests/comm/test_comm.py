@@ -301,3 +301,111 @@ def check_abort(comms: Sequence[Communicator], operation: str, caller: int) -> N
     assert not waiter.is_alive()
     assert [type(error) for error in failed] == [CommAborted]
     assert "rank 0" in str(failed[0])
+
+
+# --- a send that goes on -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo"])
+def test_a_send_that_is_waited_for_says_which_it_is(kind: str) -> None:
+    sender, _receiver = connect(kind, 2, timeout_s=0.2)
+    number = sender.progress.count + 1  # gloo counts that it has connected
+    first, _second = sender.send(torch.ones(3), 1), sender.send(torch.ones(3), 1)
+    assert str(sender.progress) == f"after operation #{number + 1}"
+    with pytest.raises(CommTimeout, match=rf"rank 0\b.*send #{number} waited 0.2 s"):
+        first.wait()
+    assert str(sender.progress) == f"send #{number}"
+
+
+def test_an_abort_ends_the_wait_of_a_send_between_threads() -> None:
+    sender, receiver = connect("threads", 2, timeout_s=60)
+    sending, failed = sender.send(torch.ones(3), 1), threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(CommAborted, match="send #1"):
+            sending.wait()
+        failed.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    while not sender.progress.operation:
+        pass
+    receiver.abort()
+    assert failed.wait(60)
+
+
+def test_threads_take_nothing_of_another_shape() -> None:
+    sender, receiver = connect("threads", 2, timeout_s=60)
+    sender.send(torch.ones(1, 3), 1)
+    with pytest.raises(CommError, match=r"recv of torch.float32 \[2, 3\], but rank 0 sent torch.float32 \[1, 3\]"):
+        receiver.recv(torch.empty(2, 3), 0)
+
+
+@pytest.mark.parametrize("kind", ["threads", "gloo"])
+def test_a_recv_fills_what_it_is_given(kind: str) -> None:
+    comms = connect(kind, 2, timeout_s=60)
+    room = torch.zeros(3)
+
+    def run(comm: Communicator) -> None:
+        if comm.rank == 0:
+            comm.send(torch.arange(3.0), 1).wait()
+        else:
+            assert comm.recv(room, 0) is room
+
+    each(comms, run)
+    assert room.tolist() == [0, 1, 2]
+
+
+# --- stores that fail --------------------------------------------------------------------------------------------
+
+
+class FailingStore(c10d.Store):  # type: ignore[misc]
+    """One whose connections are made already: what ranks ask and say afterwards is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+        self.answers: threading.Event | None = None  # which is waited for; None: it has gone
+
+    def check(self, keys: Sequence[str]) -> bool:
+        self.asked.set()
+        if self.answers is None:
+            raise CommTimeout("the rendezvous has gone")
+        self.answers.wait(60)
+        return False
+
+    def set(self, key: str, value: str) -> None:
+        self.check([key])
+
+
+def over_failing_store(timeout_s: float) -> tuple[FailingStore, list[Communicator]]:
+    store, comms = FailingStore(), connect("gloo", 2, timeout_s)
+    for comm in comms:
+        comm._store = store  # type: ignore[attr-defined]
+    return store, comms
+
+
+def test_a_store_that_has_gone_does_not_hide_what_happened() -> None:
+    _store, comms = over_failing_store(0.2)
+    with pytest.raises(CommTimeout, match=r"rank 0 of 2: all_reduce #2 waited 0.2 s"):
+        comms[0].all_reduce(torch.ones(1))
+    for comm in comms:
+        comm.abort()
+        with pytest.raises(CommAborted):
+            comm.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_store_without_an_answer_does_not_hold_up_who_waits(gone: bool) -> None:
+    store, comms = over_failing_store(60)
+    store.answers = None if gone else threading.Event()
+
+    def run(comm: Communicator) -> list[float]:
+        if comm.rank == 1:
+            assert store.asked.wait(60)
+        found: list[float] = comm.all_reduce(torch.ones(1)).tolist()
+        return found
+
+    assert each(comms, run) == [[2.0], [2.0]]
+    if store.answers is not None:
+        assert not store.answers.is_set()
+        store.answers.set()

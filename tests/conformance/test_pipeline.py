@@ -117,6 +117,28 @@ def test_one_after_the_other(checkpoint: Checkpoint) -> None:
     assert 0 <= sent - read <= 3  # the plans in flight, at most
 
 
+def test_requests_that_end_while_their_steps_are_on_the_way(checkpoint: Checkpoint) -> None:
+    """By a stop token that the engine sees late, or because nobody wants them any more."""
+    folder = checkpoint("llama")
+    with open_llm(folder, 2) as llm:
+        whole = run(llm, MIXED, 12)
+        prompts: Any = [{"prompt_token_ids": prompt} for prompt in MIXED]
+        ends = [output.outputs[0].token_ids[5] for output in whole]
+        params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[end]) for end in ends]
+        for output, full, end in zip(llm.generate(prompts, params, use_tqdm=False), whole, ends, strict=True):
+            tokens = full.outputs[0].token_ids
+            assert output.outputs[0].token_ids == tokens[: tokens.index(end) + 1]
+        long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+        short = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        given_up = llm.run([llm.prepare(i, prompt, short if i == 0 else long) for i, prompt in enumerate(prompts)])
+        assert next(given_up)[0] == 0
+        given_up.close()  # type: ignore[attr-defined]
+        stats = llm.stats()
+        assert (stats.running, stats.waiting) == (0, 0)
+        assert stats.free_blocks == stats.num_blocks
+        assert_same(folder, MIXED, run(llm, MIXED, 12))
+
+
 # --- everything that a request can ask for -----------------------------------------------------------------------
 
 

@@ -533,6 +533,15 @@ def test_new_requests_are_dealt_out_over_the_steps_in_flight() -> None:
         bench.drain()
 
 
+def test_aborted_ones_do_not_hide_those_that_wait() -> None:
+    bench = Bench(stages=2, max_num_seqs=4)
+    for seq in range(8):
+        bench.add(request(seq, [seq] * 5, 3))
+    bench.abort(0, 1, 2, 3)
+    assert spans(bench.must_plan())
+    bench.drain()
+
+
 def test_with_a_short_budget_the_policy_alone_decides() -> None:
     bench = Bench(stages=2, budget=2, max_num_seqs=8, make_guesser=lambda: Oracle(0))
     for seq in range(6):

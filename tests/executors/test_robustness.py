@@ -26,7 +26,7 @@ SHORT = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
 PROMPT: Any = {"prompt_token_ids": [5, 6, 7]}
 DETECTED_S = 10.0
-GONE_S = 5.0
+GONE_S = 60.0
 
 
 def state(pid: int) -> str:
@@ -93,7 +93,7 @@ def in_mid_generation(llm: LLM) -> Iterator[Any]:
     return run
 
 
-def assert_failed(llm: LLM, workers: Sequence[int]) -> None:
+def assert_failed(llm: LLM, workers: Sequence[int], bad: int = 1) -> None:
     """Every call says so at once, and no process is left."""
     assert all(gone(pid) for pid in workers)
     calls: list[Callable[[], object]] = [
@@ -103,7 +103,7 @@ def assert_failed(llm: LLM, workers: Sequence[int]) -> None:
     ]
     for call in calls:
         begun = time.monotonic()
-        with pytest.raises(ClosedError, match="the engine has failed: rank 1"):
+        with pytest.raises(ClosedError, match=f"the engine has failed: rank {bad}"):
             call()
         assert time.monotonic() - begun < 1
     llm.close()
@@ -142,6 +142,42 @@ def test_stopped_rank(folder: str) -> None:
         message = str(caught.value)
         assert re.match(rf"rank 1 \(process {workers[1]}, last step \d+, .*\) is stopped \(SIGSTOP", message)
         assert_failed(llm, workers)
+
+
+def kill_rank(llm: LLM, rank: int) -> str:
+    os.kill(pids(llm)[rank], signal.SIGKILL)
+    return r"was killed by SIGKILL$"
+
+
+def stop_rank(llm: LLM, rank: int) -> str:
+    os.kill(pids(llm)[rank], signal.SIGSTOP)
+    return r"is stopped \(SIGSTOP"
+
+
+def break_rank(llm: LLM, rank: int) -> str:
+    """Tells it alone of a step with a sequence that nobody knows."""
+    executor: Any = llm._client._executor  # type: ignore[attr-defined]
+    incarnation = llm._client._incarnation  # type: ignore[attr-defined]
+    executor._links.send(wire.StepPlan(incarnation, 10**6, (wire.Work(12345, 0, 1, False),)), rank)
+    return "KeyError: 12345$"
+
+
+@pytest.mark.parametrize(
+    ("tp", "bad", "break_it"),
+    [(1, 0, kill_rank), (1, 1, kill_rank), (1, 1, stop_rank), (1, 0, break_rank), (2, 2, kill_rank)],
+)
+def test_rank_of_a_pipeline(folder: str, tp: int, bad: int, break_it: Callable[[LLM, int], str]) -> None:
+    options = {**SMALL, "pipeline_parallel_size": 2, "tensor_parallel_size": tp, "distributed_executor_backend": "mp"}
+    with LLM(folder, **options) as llm:
+        workers = pids(llm)
+        run = in_mid_generation(llm)
+        says = break_it(llm, bad)
+        begun = time.monotonic()
+        with pytest.raises(RankFailed) as caught:
+            list(run)
+        assert time.monotonic() - begun < DETECTED_S
+        assert re.match(rf"rank {bad} \(process {workers[bad]}, last step \d+, .*\):? .*{says}", str(caught.value))
+        assert_failed(llm, workers, bad)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +332,9 @@ class Parent:
         return line if line else f"it ended: {self.process.stderr.read()}"
 
     def assert_nothing_is_left(self) -> None:
-        """In a few seconds from now."""
+        """In a while from now."""
         assert wait_for(lambda: not self._left(), GONE_S), self._left()
+        self.process.wait(GONE_S)  # it may have ended since `_left` asked for its code
 
     def _left(self) -> list[str]:
         pids = [self.process.pid, *self.workers]
@@ -366,7 +403,7 @@ def test_ends_of_two_programs(
         a.say("go on")
         assert a.read() == "going on\n"
         os.kill(a.workers[1], signal.SIGSTOP)
-        assert wait_for(lambda: state(a.workers[1]) == "T", 5)
+        assert wait_for(lambda: state(a.workers[1]) == "T", GONE_S)
         first(a)
         a.assert_nothing_is_left()
         assert a.process.returncode != 0

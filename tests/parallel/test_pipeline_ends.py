@@ -81,19 +81,25 @@ def test_streams_go_on_and_tokens_come_back(kind: str, size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
 def test_who_sends_does_not_wait_for_who_receives(kind: str) -> None:
-    """Some steps leave before the first one is taken; they are megabytes, which no buffer holds."""
+    """Some steps leave before the first one is taken; they are megabytes, which no buffer holds. One more waits."""
     first, second = stages(kind, 2)
-    sent = threading.Event()
+    sent, ahead = threading.Event(), threading.Event()
 
     def run(rank: int) -> list[float]:
         if rank == 0:
             for step in range(STREAMS_ON_WAY):
                 first.send(torch.full((2000, WIDTH), float(step)))
             sent.set()
-            return [float(first.receive_tokens(1)) for _ in range(STREAMS_ON_WAY)]
+            first.send(torch.full((2000, WIDTH), float(STREAMS_ON_WAY)))
+            assert ahead.is_set(), "it waited until the first was taken"
+            return [float(first.receive_tokens(1)) for _ in range(STREAMS_ON_WAY + 1)]
         assert sent.wait(60)
-        for _ in range(STREAMS_ON_WAY):
+        while first._pp.comm.progress.operation != "send":
+            pass
+        ahead.set()
+        for _ in range(STREAMS_ON_WAY + 1):
             second.send_tokens(second.receive(2000)[:1, 0].long())
         return []
 
-    assert on_threads(2, run)[0] == list(range(STREAMS_ON_WAY))
+    assert on_threads(2, run)[0] == list(range(STREAMS_ON_WAY + 1))
+    assert first.waited_ns > 0

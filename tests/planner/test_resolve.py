@@ -352,6 +352,44 @@ def test_layouts_that_can_not_be(checkpoint: Checkpoint, tmp_path: Path, options
         decide(tmp_path, **options)
 
 
+def model_of(folder: Path, layers: int) -> Path:
+    """A Llama's configuration without weights: the head costs half as much as a layer."""
+    folder.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES, "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_draft_model_leaves_the_last_stage_fewer_layers(tmp_path: Path, tp: int) -> None:
+    """One layer, and half of one as its head: it follows, and guesses twice, which cost four."""
+    large, small = model_of(tmp_path / "large", 8), model_of(tmp_path / "small", 1)
+    options: Any = {"pipeline_parallel_size": 2, "load_format": "dummy", "tensor_parallel_size": tp}
+    assert decide(large, **options).cutting.stages == (4, 4)
+    speculative = {"model": str(small), "num_speculative_tokens": 2}
+    decision = with_draft(large, small, speculative_config=speculative, **options)
+    assert decision.cutting.stages == (6, 2)
+    assert "2 stages of 6,2 layers: so that they cost about the same, with the draft model on the last one" in (
+        decision.reasons
+    )
+    assert sum(decision.cost_shares) == pytest.approx(1)
+    assert sum(decision.cost_shares[:tp]) == pytest.approx(6 / 12.5, abs=0.01)
+    asked = with_draft(large, small, speculative_config=speculative, pipeline_layer_partition="4,4", **options)
+    assert asked.cutting.stages == (4, 4)
+    assert sum(asked.cost_shares[:tp]) == pytest.approx(4 / 12.5, abs=0.01)
+
+
+def test_fewer_steps_in_flight_than_stages_is_a_warning(checkpoint: Checkpoint) -> None:
+    options: Any = {"pipeline_parallel_size": 2}
+    (warning,) = decide(checkpoint("llama"), max_in_flight=1, **options).warnings
+    assert warning == (
+        "--max-in-flight 1 lets 1 of 2 pipeline stages compute at a time: the others wait; use --max-in-flight 3, or "
+        "leave it out"
+    )
+    assert not decide(checkpoint("llama"), max_in_flight=2, **options).warnings
+    assert not decide(checkpoint("llama"), max_in_flight=1).warnings
+
+
 def test_a_draft_model_is_on_the_last_stage(checkpoint: Checkpoint) -> None:
     plain = decide(checkpoint("llama"), pipeline_parallel_size=2)
     small = decide(checkpoint("mistral"))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from support.descriptors import moved_up
 from support.fakes import steady
 
 BIG = 5_000_000
@@ -112,6 +113,56 @@ def test_a_frame_cut_off_by_the_end_is_no_frame(ends: tuple[Channel, Channel]) -
     other.close()
     with pytest.raises(ChannelClosed):
         ours.receive()
+
+
+def test_only_a_whole_frame_is_there_without_waiting(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    for part in (b"\3", b"\0\0\0", b"ab"):
+        os.write(other.fileno(), part)
+        assert ours.receive() == []
+        assert not ours.has_frame
+    os.write(other.fileno(), b"c" + struct.pack("<I", 1) + b"d")
+    assert ours.receive(1) == [b"abc"]
+    assert ours.has_frame
+    assert ours.receive(1) == [b"d"]
+    assert not ours.has_frame
+    os.write(other.fileno(), struct.pack("<I", 0) + struct.pack("<I", 1000))
+    assert ours.receive(1) == [b""]
+    ours.longest = 999
+    assert ours.has_frame, "there is something to say about it"
+    with pytest.raises(ChannelClosed, match="a frame of 1000 bytes"):
+        ours.receive(1)
+
+
+def test_a_process_may_have_many_files_open() -> None:
+    ours, theirs = Channel.pair()
+    other = Channel(theirs)
+    high = Channel.from_fd(moved_up(ours._socket.detach()))
+    high.send(bytes(BIG))
+    assert high.backlog
+    assert not high.flush(0.01)
+    received = list[bytes]()
+    reader = threading.Thread(target=lambda: received.extend(receive_all(other, 1)))
+    reader.start()
+    assert high.flush(60)
+    reader.join(60)
+    assert received == [bytes(BIG)]
+    high.close()
+    other.close()
+
+
+def test_hanging_up_wakes_whoever_waits(ends: tuple[Channel, Channel]) -> None:
+    ours, _ = ends
+    found = list[list[Channel]]()
+    waiter = threading.Thread(target=lambda: found.append(wait([ours], 60)))
+    waiter.start()
+    ours.hang_up()
+    waiter.join(60)
+    assert found == [[ours]]
+    with pytest.raises(ChannelClosed):
+        ours.receive()
+    ours.close()
+    ours.hang_up()
 
 
 def test_sending_to_nobody_is_an_error(ends: tuple[Channel, Channel]) -> None:

@@ -1,15 +1,20 @@
 """Meeting: any order of start, who is refused and why, what members hear of each other."""
 
+import errno
 import logging
 import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +22,11 @@ import pytest
 from shoal import wire
 from shoal.errors import ConfigError, EngineError
 from shoal.transport import member as members_module
-from shoal.transport.channel import Channel
+from shoal.transport import rendezvous as rendezvous_module
+from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import Address, Member, connect
-from shoal.transport.rendezvous import Rendezvous, require_key
+from shoal.transport.rendezvous import Rendezvous, proof, require_key
+from support.descriptors import moved_up
 
 KEY = "a key"
 
@@ -77,6 +84,29 @@ def test_another_program_at_the_address_is_named() -> None:
             connect(address, KEY, timeout=0.5)
 
 
+def test_who_is_hung_up_on_tries_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        coming = pool.submit(connect, address, KEY, timeout=60.0)
+        for _ in range(2):
+            listener.accept()[0].close()
+        host(listener).close()
+        coming.result().close()
+
+
+def test_whoever_only_hangs_up_is_another_program() -> None:
+    def hang_up() -> None:
+        with suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        pool.submit(hang_up)
+        with pytest.raises(ConfigError, match=r"hung up again and again for 0.5 s: is another program there"):
+            connect(Address("127.0.0.1", listener.getsockname()[1]), KEY, timeout=0.5)
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 def test_who_is_missing_is_said(meeting: Rendezvous) -> None:
     with pytest.raises(ConfigError, match=r"within 1 s: ranks 0, 2 missing, arrived: rank 1 \("):
         join(meeting, 1, 3, timeout=1.0)
@@ -122,6 +152,18 @@ def test_who_differs_is_refused_and_told_in_what(meeting: Rendezvous, options: d
         first.result().close()
 
 
+def test_one_that_is_started_again_alone_is_told_so(meeting: Rendezvous) -> None:
+    first, second = both(meeting)
+    second.close("rank 1 was killed")
+    until(first, lambda: bool(first.failures()))
+    with pytest.raises(
+        ConfigError,
+        match=r"^rank 1 may not join at .*: the others have gone on without rank 1: start all of them anew$",
+    ):
+        join(meeting, 1)
+    first.close()
+
+
 def test_posts_reach_one_or_all_others(meeting: Rendezvous) -> None:
     found = together([lambda rank=rank: join(meeting, rank, 3) for rank in range(3)])  # type: ignore[misc]
     found[1].post("step", b"5")
@@ -131,6 +173,125 @@ def test_posts_reach_one_or_all_others(meeting: Rendezvous) -> None:
     assert found[1].latest("step") == {}
     for each in found:
         each.close()
+
+
+def host(listener: socket.socket) -> Channel:
+    """A rendezvous of one connection, by hand, at which rank 0 of 2 joins."""
+    channel = Channel(listener.accept()[0])
+    channel.send(wire.encode(wire.Challenge(bytes(32))))
+    signed = next_of(channel, wire.Signed)
+    channel.send(
+        wire.encode(wire.Welcome(proof(KEY, "rendezvous", wire.hello.decode(signed.hello).nonce, signed.hello)))
+    )
+    channel.send(wire.encode(wire.Started(("rank 0", "rank 1"))))
+    return channel
+
+
+def next_of(channel: Channel, kind: type) -> Any:
+    while True:
+        assert channel.has_frame or wait([channel], 60), f"no {kind.__name__} comes"
+        for frame in channel.receive(1):
+            message = wire.to_rendezvous.decode(frame)
+            if isinstance(message, kind):
+                return message
+
+
+@pytest.fixture
+def by_hand() -> Iterator[tuple[Member, Channel]]:
+    """A member, and the other end of its connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        joined = pool.submit(Member, address, KEY, room="room", rank=0, size=2, timeout=60.0)
+        with closing(host(listener)) as channel:
+            member = joined.result()
+            yield member, channel
+            channel.hang_up()
+            member.close()
+
+
+@pytest.fixture
+def quick_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members_module, "ALIVE_S", 0.1)
+    monkeypatch.setattr(members_module, "QUIET_S", 2.0)
+
+
+POSTED = wire.encode(wire.Posted("step", 1, -1, b"5"))
+
+
+@pytest.mark.usefixtures("quick_signs")
+def test_a_frame_that_is_half_there_is_waited_for(
+    by_hand: tuple[Member, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, channel = by_hand
+    read = 0
+    receive = Channel.receive
+
+    def counted(self: Channel, most: int | None = None) -> list[bytes]:
+        nonlocal read
+        read += self is member._channel
+        return receive(self, most)
+
+    monkeypatch.setattr(Channel, "receive", counted)
+    whole = struct.pack("<I", len(POSTED)) + POSTED
+    os.write(channel.fileno(), whole[:7])
+    for _ in range(5):
+        next_of(channel, wire.Alive)
+    assert read < 10
+    os.write(channel.fileno(), whole[7:])
+    until(member, lambda: member.latest("step") == {1: b"5"})
+
+
+@pytest.mark.usefixtures("quick_signs")
+def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[Member, Channel]) -> None:
+    member, channel = by_hand
+    post = wire.encode(wire.Posted("step", 1, -1, bytes(100)))
+    whole = struct.pack("<I", len(post)) + post
+    for i in range(30):
+        next_of(channel, wire.Alive)
+        os.write(channel.fileno(), whole[i : i + 1])
+    os.write(channel.fileno(), whole[30:])
+    until(member, lambda: bool(member.failures() or member.latest("step")))
+    assert member.failures() == {}
+
+
+def test_why_one_is_shown_out_is_not_forgotten_when_the_connection_ends(by_hand: tuple[Member, Channel]) -> None:
+    member, channel = by_hand
+    channel.send(wire.encode(wire.Refused("it can't be done")))
+    channel.hang_up()
+    member._thread.join(60)
+    (why,) = member.failures().values()
+    assert why == f"the rendezvous at {member._address} showed rank 0 out: it can't be done"
+
+
+def test_leaving_a_rendezvous_that_does_not_listen(
+    by_hand: tuple[Member, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No thread is left that uses what is closed."""
+    monkeypatch.setattr(members_module, "_ATTEMPT_S", 0.1)
+    member, _ = by_hand
+    member.close()
+    assert not member._thread.is_alive()
+
+
+def test_a_member_that_can_not_join_leaves_nothing_open(meeting: Rendezvous) -> None:
+    def eventfds() -> int:
+        links = Path("/proc/self/fd").iterdir()
+        return sum("eventfd" in os.readlink(link) for link in links if link.is_symlink())
+
+    before = eventfds()
+    with pytest.raises(ConfigError, match="the shared key"):
+        join(meeting, 0, key="another")
+    assert eventfds() == before
+
+
+def test_a_process_may_have_many_files_open(by_hand: tuple[Member, Channel]) -> None:
+    member, channel = by_hand
+    member._wakeup = moved_up(member.fileno())
+    channel.send(POSTED)
+    channel.send(POSTED)
+    until(member, lambda: bool(member.latest("step")))
+    member.quiet()
+    member.quiet()
 
 
 def arrive(meeting: Rendezvous) -> None:
@@ -230,6 +391,74 @@ def test_strangers_change_nothing(meeting: Rendezvous) -> None:
     assert not meeting._store
     for each in both(meeting):
         each.close()
+
+
+def test_silent_strangers_keep_nobody_out(meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous_module, "_MOST_STRANGERS", 4)
+    monkeypatch.setattr(rendezvous_module, "_HELLO_S", 600.0)
+    address = Address.parse(meeting.address)
+    strangers = [socket.create_connection((address.host, address.port), timeout=60) for _ in range(4)]
+    for stranger in strangers:
+        assert stranger.recv(4)  # it has been let in
+    connect(address, KEY, timeout=1.0).close()
+    while strangers[0].recv(4096):
+        pass
+    for each in both(meeting):
+        each.close()
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_one_that_was_refused_is_not_listened_to_any_more(meeting: Rendezvous) -> None:
+    address = Address.parse(meeting.address)
+    with closing(Channel(socket.create_connection((address.host, address.port)))) as channel:
+        assert wait([channel], 60)
+        (challenge,) = (wire.from_rendezvous.decode(frame) for frame in channel.receive())
+        assert isinstance(challenge, wire.Challenge)
+        hello = wire.encode(wire.Hello("room", 0, 1, "host", 1, bytes(32), {}))
+        signed = [wire.encode(wire.Signed(hello, proof(key, "member", challenge.nonce, hello))) for key in ("no", KEY)]
+        os.write(channel.fileno(), b"".join(struct.pack("<I", len(each)) + each for each in signed))
+        with suppress(ChannelClosed):
+            while wait([channel], 60):
+                channel.receive()
+    meeting.close()
+    assert not meeting._rooms
+
+
+class FullListener:
+    """Without file descriptors for the first calls."""
+
+    def __init__(self, listener: socket.socket, failures: int) -> None:
+        self.called = list[float]()
+        self._listener = listener
+        self._failures = failures
+
+    def accept(self) -> Any:
+        self.called.append(time.monotonic())
+        if len(self.called) <= self._failures:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self._listener.accept()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_without_file_descriptors_the_next_connection_is_waited_for(meeting: Rendezvous) -> None:
+    full = FullListener(meeting._listener, 2)
+    meeting._listener = full  # type: ignore[assignment]
+    connect(Address.parse(meeting.address), KEY, timeout=60.0).close()
+    assert len(full.called) == 3
+    assert all(later - sooner >= 0.4 for sooner, later in zip(full.called, full.called[1:], strict=False))
+
+
+def test_a_connection_that_says_nothing_more_is_found_out(meeting: Rendezvous) -> None:
+    """Also that of a store, which says nothing unless it is asked: by TCP itself."""
+    with closing(connect(Address.parse(meeting.address), KEY, timeout=60.0)):
+        (guest,) = meeting._guests.values()
+        sock = guest.channel._socket
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        found = [sock.getsockopt(socket.IPPROTO_TCP, option) for option, _ in rendezvous_module._KEEPALIVE]
+        assert found == [seconds for _, seconds in rendezvous_module._KEEPALIVE]
 
 
 def test_an_address_that_others_reach_needs_a_key() -> None:

@@ -24,9 +24,7 @@ class Rank:
         self.draft = TableModel(0 if same else 1)
         table = SequenceTable(4, max_model_len, SIZE, torch.device("cpu"), SCRATCH)
         draft = Draft(self.draft.causal, no_cache(), table, SHARE, ALONE, count=COUNT)
-        self.runner = Runner(
-            *(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE), max_in_flight=2, draft=draft
-        )
+        self.runner = Runner(*(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE), draft=draft)
         self.step = -1
 
     def run(self, *works: wire.Work, new: Sequence[wire.NewSeq] = ()) -> dict[int, wire.SeqOut]:

@@ -25,7 +25,7 @@ class Rank:
     def __init__(self) -> None:
         self.model = TableModel()
         table = SequenceTable(8, MAX_MODEL_LEN, 4, torch.device("cpu"), 4 * len(BLOCKS))
-        self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE, max_in_flight=2)
+        self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE)
         self.step = -1
 
     def plan(self, *works: wire.Work, new: Sequence[wire.NewSeq] = (), released: wire.Ids = ()) -> wire.StepPlan:

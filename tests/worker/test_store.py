@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shoal.comm.torch_dist import TorchComm
-from shoal.errors import CommTimeout, ConfigError
+from shoal.errors import CommError, CommTimeout, ConfigError
 from shoal.transport.rendezvous import Rendezvous
 from shoal.worker.store import RendezvousStore
 
@@ -47,6 +47,17 @@ def test_a_value_is_waited_for(meeting: Rendezvous, store: RendezvousStore) -> N
         assert waiting.result() == b"\0\xff"
     with pytest.raises(CommTimeout, match=r"no answer to StoreGet.*never.* in 0.2 s"):
         store.wait(["never"], datetime.timedelta(seconds=0.2))
+
+
+def test_what_can_not_be_done_ends_nobody_else(
+    meeting: Rendezvous, store: RendezvousStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.set("a", "x")
+    with pytest.raises(CommError, match="a is b'x', to which no number can be added"):
+        store.add("a", 1)
+    assert "what rank 0 (" in caplog.text
+    with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as other:
+        assert other.get("a") == b"x"
 
 
 def test_the_key_is_asked_for(meeting: Rendezvous) -> None:

@@ -23,6 +23,7 @@ MAX_SEQS = 4
 class Mail:
     """The way back: what the last stage has sent, step by step."""
 
+    depth: int
     sent: deque[list[int]] = field(default_factory=deque)
 
     def receive_tokens(self, count: int) -> Tensor:
@@ -45,8 +46,8 @@ class First:
 
     def __init__(self, max_in_flight: int) -> None:
         self.table = SequenceTable(MAX_SEQS, 1000, 4, torch.device("cpu"), samples=False)
-        self.mail = Mail()
-        self.unread = Unread(cast(Pipeline, self.mail), self.table, max_in_flight)
+        self.mail = Mail(max_in_flight)
+        self.unread = Unread(cast(Pipeline, self.mail), self.table)
         self.known: dict[int, Known] = {}
         self.step = -1
         self.drawn = 0

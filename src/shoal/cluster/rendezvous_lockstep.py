@@ -24,12 +24,13 @@ class RendezvousLockstep:
         self._member = Member(
             Address.parse(place.rendezvous),
             place.key,
-            room=_ROOM,
+            room=f"{_ROOM} {place.meeting}",
             rank=place.rank,
             size=place.size,
             agreement=agreement,
             timeout=timeout,
         )
+        self._launched = 0
 
     @property
     def host_address(self) -> str:
@@ -37,6 +38,7 @@ class RendezvousLockstep:
         return self._member.host_address
 
     def launched(self, count: int) -> None:
+        self._launched = count
         self._member.post(_LAUNCHED, str(count).encode())
 
     def due(self) -> int:
@@ -44,7 +46,18 @@ class RendezvousLockstep:
         if failures:
             who = "; ".join(why.replace("rank", "replica", 1) for _, why in sorted(failures.items()))
             raise EngineError(f"another replica has failed, and this one can't go on without it: {who}")
-        return max((int(count) for count in self._member.latest(_LAUNCHED).values()), default=0)
+        launched = {rank: int(count) for rank, count in self._member.latest(_LAUNCHED).items()}
+        self._check_gone(launched)
+        return max(launched.values(), default=0)
+
+    def _check_gone(self, launched: Mapping[int, int]) -> None:
+        """Whoever has left rightly is missed when there is a step in which its ranks took no part."""
+        for rank in self._member.gone():
+            name = self._member.members[rank].replace("rank", "replica", 1)
+            if launched.get(rank, 0) < self._launched:
+                raise EngineError(f"{name} ended while this one has work")
+            if launched.get(rank, 0) < max(launched.values(), default=0):
+                raise EngineError(f"{name} ended while another one has work")
 
     def fileno(self) -> int:
         return self._member.fileno()

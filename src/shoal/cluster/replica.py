@@ -48,6 +48,7 @@ class Replica:
         self._stats: list[wire.EngineStats] = []
         self._failure: EngineError | None = None
         self._told = True  # has somebody been told of the failure?
+        self._started = False
         self._closed = False
         self._heard = time.monotonic()
         try:
@@ -150,6 +151,7 @@ class Replica:
                 case wire.Updates() as message:
                     self._updates += message.updates
                 case wire.EngineStats() as stats:
+                    self._started = True
                     self._stats.append(stats)
                 case wire.EngineFailure() as failure:
                     self._fail(self._signature + failure.error, reported=True, user_error=failure.user_error)
@@ -166,7 +168,9 @@ class Replica:
         self._failure = EngineError(message)
         self.died = not reported
         self._host.kill()
-        raise UserError(message) if user_error else self._failure
+        if user_error and not self._started:  # later it is this replica's end, and no one call's fault
+            raise UserError(message)
+        raise self._failure
 
     def _check_open(self) -> None:
         if self._failure is not None and not self._told:

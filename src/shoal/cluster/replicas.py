@@ -21,6 +21,8 @@ log = get_logger("replicas")
 _SLICE_S = 0.5
 _SETTLE_S = 1.0
 _TOKEN_BYTES = 4
+_MOST_DEATHS = 2  # of replicas, at one place of a request: it is likely what they died of
+_SAME_PLACE = 16  # tokens that it may have come on since
 
 
 class Member(EngineClient, Protocol):
@@ -56,6 +58,8 @@ class _Flight:
     prompt_reported: int = 0  # tokens of the prompt up to which log-probabilities were given
     cached_tokens: int | None = None  # of the prompt, at the replica that was first to report
     aborted: bool = False
+    deaths: int = 0  # of replicas that had it, at about the same place
+    died_at: int = 0  # tokens of output that it had then
 
     def rest(self) -> wire.EngineRequest:
         """The request as it goes on from the tokens that it has.
@@ -78,6 +82,11 @@ class _Flight:
         return wire.replace(
             update, cached_tokens=self.cached_tokens, prompt_logprobs=self._unseen(update.prompt_logprobs)
         )
+
+    def note_death(self) -> None:
+        length = len(self.output) // _TOKEN_BYTES
+        self.deaths = self.deaths + 1 if length - self.died_at < _SAME_PLACE else 1
+        self.died_at = length
 
     def _unseen(self, found: wire.PromptLogprobs | None) -> wire.PromptLogprobs | None:
         if found is None:
@@ -167,9 +176,10 @@ class ReplicaSet:
         """Of the replicas that are left, and what waits here."""
         self._check_open()
         found = []
-        for number, replica in list(self._live.items()):
+        for number in list(self._live):
             try:
-                found.append(replica.stats())
+                if number in self._live:  # it may be lost with another one
+                    found.append(self._live[number].stats())
             except EngineError as error:
                 self._lose(number, error)
         self._check_open()
@@ -219,15 +229,17 @@ class ReplicaSet:
                     del self._flights[update.seq]
                     self._router.ended(update.seq, number)
 
-    def _end_here(self, seq: int) -> None:
-        """Ends a request that was aborted and is at no replica."""
+    def _end_here(self, seq: int, error: str = "") -> None:
+        """Ends a request that is at no replica, and was aborted or can't go on."""
         cached = self._flights.pop(seq).cached_tokens or 0
-        self._updates.append(wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, cached_tokens=cached))
+        self._updates.append(wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, cached_tokens=cached, error=error))
         self._router.ended(seq)
 
     def _lose(self, number: int, error: EngineError) -> None:
         """A replica is no more. Its requests go on at the others, from the tokens that clients have."""
-        replica = self._live.pop(number)
+        replica = self._live.pop(number, None)
+        if replica is None:
+            return
         replica.close()
         self._router.remove(number)
         self._causes[number] = str(error)
@@ -243,8 +255,15 @@ class ReplicaSet:
         for seq in left:
             flight = self._flights[seq]
             flight.replica = None
+            flight.note_death()
             if flight.aborted:
                 self._end_here(seq)
+            elif flight.deaths >= _MOST_DEATHS:
+                self._end_here(
+                    seq,
+                    f"{flight.deaths} replicas failed one after the other while they had this request, and no other "
+                    f"one is given it; the last: {error}",
+                )
             else:
                 self._router.add(flight.rest())
 

@@ -14,6 +14,11 @@ from shoal import wire
 _TOKEN_BYTES = 4
 
 
+def most_held(max_num_seqs: int) -> int:
+    """Requests that a replica holds: those that run, and a few that are there when some of them end."""
+    return max_num_seqs + max(max_num_seqs // 8, 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """What a replica can use at a time: more than so many requests, or tokens of requests, would wait there."""
@@ -129,21 +134,18 @@ class Router:
         return waiting.request, number
 
     def _choose(self, waiting: _Waiting, open_: list[int]) -> int:
-        """The least work left. A replica that has its group or its prefix is preferred while nobody else is idle; for
-        the sake of a prefix alone, by no more than one request's work."""
+        """The least work left. A replica that has its group or its prefix is preferred while nobody else is idle, by
+        no more than one request's work."""
         idle = [number for number in open_ if not self._replicas[number].held]
         if idle:
             most = max(self._cached_tokens(waiting, number) for number in idle)
             return self._in_turn([number for number in idle if self._cached_tokens(waiting, number) == most])
         group = waiting.request.group
-        others = [number for number in open_ if group >= 0 and self._replicas[number].groups[group]]
-        if others:
-            return self._least(others)
-        least = self._least(open_)
-        most = max(self._cached_tokens(waiting, number) for number in open_)
-        if most == 0:
-            return least
-        there = self._least([number for number in open_ if self._cached_tokens(waiting, number) == most])
+        preferred = [number for number in open_ if group >= 0 and self._replicas[number].groups[group]]
+        if not preferred:
+            most = max(self._cached_tokens(waiting, number) for number in open_)
+            preferred = [number for number in open_ if self._cached_tokens(waiting, number) == most]
+        least, there = self._least(open_), self._least(preferred)
         ahead = self._work(there) - self._work(least)
         own = len(waiting.request.tokens) // _TOKEN_BYTES + self._expected(waiting.request.max_tokens - waiting.drawn)
         return there if ahead <= own else least

@@ -23,21 +23,28 @@ class Progress:
     """What a communicator is at. Written by the rank's own thread, read by whoever reports on it."""
 
     operation: str = ""  # "" between operations
+    number: int = 0  # of the one it is at, or was at last
     count: int = 0  # operations begun so far
     totals: dict[str, Total] = field(default_factory=lambda: defaultdict(Total))  # by operation
 
     @contextmanager
     def during(self, operation: str, sent_bytes: int = 0) -> Iterator[None]:
-        self.operation = operation
         self.count += 1
         total = self.totals[operation]
         total.count += 1
         total.sent_bytes += sent_bytes
+        with self.ending(operation, self.count):
+            yield
+
+    @contextmanager
+    def ending(self, operation: str, number: int) -> Iterator[None]:
+        """Of an operation that was begun before."""
+        self.operation, self.number = operation, number
         yield
         self.operation = ""  # after an error it stays: that is where the rank stopped
 
     def __str__(self) -> str:
-        return f"{self.operation} #{self.count}" if self.operation else f"after operation #{self.count}"
+        return f"{self.operation} #{self.number}" if self.operation else f"after operation #{self.count}"
 
 
 def reduced_bytes(x: Tensor, size: int) -> int:
@@ -65,13 +72,6 @@ class Sending(Protocol):
 
     def wait(self) -> None:
         """Until the tensor may be used again. Raises as the operations of `Communicator`."""
-
-
-class Sent:
-    """One that was taken over at once."""
-
-    def wait(self) -> None:
-        pass
 
 
 class Communicator(Protocol):
@@ -110,7 +110,7 @@ class Communicator(Protocol):
         """Begins to send; x must not change before the end of `wait`."""
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        """Fills a tensor of x's shape and dtype."""
+        """Fills x, which is contiguous, and returns it. What was sent has its shape and dtype."""
 
     def barrier(self) -> None: ...
 

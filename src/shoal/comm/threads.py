@@ -1,16 +1,15 @@
 """Ranks as threads of one process. Made for running every layout on a laptop, and for tests."""
 
-import queue
 import threading
-import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoal.comm.base import Progress, Sending, Sent, bytes_to_others, reduced_bytes, sum_in_order
-from shoal.errors import CommAborted, CommTimeout
+from shoal.comm.base import Progress, Sending, bytes_to_others, reduced_bytes, sum_in_order
+from shoal.errors import CommAborted, CommError, CommTimeout
 
 
 class ThreadGroup:
@@ -23,9 +22,8 @@ class ThreadGroup:
         self._arrived = [0] * size  # exchanges that each rank has entered
         # Two sets of places in turn: a rank can be one exchange ahead of a slower one that still reads, never two.
         self._places: list[list[Any]] = [[None] * size, [None] * size]
-        self._mail: dict[tuple[int, int], queue.SimpleQueue[Tensor]] = {
-            (a, b): queue.SimpleQueue() for a in range(size) for b in range(size)
-        }
+        self._mail: dict[tuple[int, int], deque[Tensor]] = {(a, b): deque() for a in range(size) for b in range(size)}
+        self._taken = dict.fromkeys(self._mail, 0)  # how much of it
         self._aborted = False
 
     def exchange(self, rank: int, value: Any, operation: str) -> list[Any]:
@@ -46,20 +44,40 @@ class ThreadGroup:
                 raise CommAborted(f"rank {rank}: {operation} #{turn + 1} was aborted")
             return list(places)
 
-    def post(self, source: int, to: int, value: Tensor) -> None:
-        if self._aborted:
-            raise CommAborted(f"rank {source}: send to rank {to} was aborted")
-        self._mail[source, to].put(value)
+    def post(self, source: int, to: int, x: Tensor) -> int:
+        """The receiver copies it; gives the number that `taken` asks for."""
+        with self._changed:
+            if self._aborted:
+                raise CommAborted(f"rank {source}: send to rank {to} was aborted")
+            mail = self._mail[source, to]
+            mail.append(x)
+            self._changed.notify_all()
+            return self._taken[source, to] + len(mail)
 
-    def collect(self, source: int, to: int) -> Tensor:
-        deadline = time.monotonic() + self.timeout_s
-        while not self._aborted:
-            try:
-                return self._mail[source, to].get(timeout=min(0.05, self.timeout_s))
-            except queue.Empty:
-                if time.monotonic() > deadline:
-                    raise CommTimeout(f"rank {to}: recv waited {self.timeout_s:g} s for rank {source}") from None
-        raise CommAborted(f"rank {to}: recv from rank {source} was aborted")
+    def taken(self, source: int, to: int, number: int, operation: str) -> None:
+        """Waits until the receiver has so many."""
+        with self._changed:
+            self._until(lambda: self._taken[source, to] >= number, f"rank {source}: {operation}", to)
+
+    def collect(self, source: int, to: int, x: Tensor) -> None:
+        mail = self._mail[source, to]
+        with self._changed:
+            self._until(lambda: len(mail) > 0, f"rank {to}: recv", source)
+        found = mail[0]
+        if (found.shape, found.dtype) != (x.shape, x.dtype):
+            wanted, got = (f"{each.dtype} {list(each.shape)}" for each in (x, found))
+            raise CommError(f"rank {to}: recv of {wanted}, but rank {source} sent {got}")
+        x.copy_(found)
+        with self._changed:
+            mail.popleft()
+            self._taken[source, to] += 1
+            self._changed.notify_all()
+
+    def _until(self, done: Callable[[], bool], who: str, other: int) -> None:
+        if not self._changed.wait_for(lambda: done() or self._aborted, self.timeout_s):
+            raise CommTimeout(f"{who} waited {self.timeout_s:g} s for rank {other}")
+        if self._aborted:
+            raise CommAborted(f"{who} from or to rank {other} was aborted")
 
     def abort(self) -> None:
         with self._changed:
@@ -118,15 +136,28 @@ class ThreadComm:
 
     def send(self, x: Tensor, to: int) -> Sending:
         with self.progress.during("send", x.nbytes):
-            self._group.post(self.rank, to, x.clone())
-        return Sent()
+            sent = self._group.post(self.rank, to, x)
+        return _Sending(self._group, self.progress, self.rank, to, sent)
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         with self.progress.during("recv"):
-            return self._group.collect(source, self.rank)
+            self._group.collect(source, self.rank, x)
+        return x
 
     def barrier(self) -> None:
         self._exchange(None, "barrier")
 
     def abort(self) -> None:
         self._group.abort()
+
+
+class _Sending:
+    def __init__(self, group: ThreadGroup, progress: Progress, rank: int, to: int, sent: int) -> None:
+        self._group = group
+        self._progress = progress
+        self._number = progress.number
+        self._mail = rank, to, sent
+
+    def wait(self) -> None:
+        with self._progress.ending("send", self._number):
+            self._group.taken(*self._mail, f"send #{self._number}")

@@ -5,7 +5,9 @@ groups and engines live side by side.
 """
 
 import datetime
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,7 +20,9 @@ from shoal.errors import CommAborted, CommError, CommTimeout
 
 c10d: Any = torch.distributed  # its bindings carry no usable types
 
-_LOOK_UP = datetime.timedelta(seconds=0.1)  # how often a wait looks whether the group was called off
+_LOOK_UP = datetime.timedelta(seconds=0.1)  # how often a wait looks whether this end was called off
+_ASK_S = 1.0  # ... how often it has the store asked whether another rank has called the group off
+_ANSWER_S = 1.0  # how long a store is waited for: one that is slow or has gone must not hold up what it is asked about
 
 
 class TorchComm:
@@ -41,6 +45,7 @@ class TorchComm:
         self.progress = Progress()
         self._timeout_s = timeout_s
         self._aborted = False
+        self._asked = threading.Thread()
         timeout = datetime.timedelta(seconds=timeout_s)
         self._store = group_store = c10d.PrefixStore(prefix, store)
         self._backend = backend
@@ -70,26 +75,38 @@ class TorchComm:
         try:
             yield
         except RuntimeError as error:
-            where = f"rank {self.rank} of {self.size}: {operation} #{self.progress.count}"
-            if self._called_off():
+            where = f"rank {self.rank} of {self.size}: {operation} #{self.progress.number}"
+            self._ask_store()
+            self._asked.join(_ANSWER_S)
+            if self._aborted:
                 raise CommAborted(f"{where} was aborted") from error
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 raise CommTimeout(f"{where} waited {self._timeout_s:g} s") from error
             raise CommError(f"{where} failed: {str(error).splitlines()[0]}") from error
 
-    def _called_off(self) -> bool:
-        with suppress(RuntimeError):  # the store may have gone, which is another story
-            self._aborted = self._aborted or bool(self._store.check(["aborted"]))
-        return self._aborted
+    def _ask_store(self) -> None:
+        """Whether the group was called off, on a thread: a store may take long to answer."""
+
+        def ask() -> None:
+            with suppress(RuntimeError, CommError):  # it may have gone, which is another story
+                if self._store.check(["aborted"]):
+                    self._aborted = True
+
+        if not self._asked.is_alive():
+            self._asked = _begin(ask)
 
     def _wait(self, work: Any) -> None:
         """gloo's own abort wakes nobody, here or elsewhere, so that waits for it look up now and then."""
+        next_question = time.monotonic() + _ASK_S
         while self._backend == "gloo" and not work.is_completed():
             try:
                 work.wait(_LOOK_UP)
             except RuntimeError:
-                if self._called_off():
+                if self._aborted:
                     raise
+                if time.monotonic() >= next_question:
+                    self._ask_store()
+                    next_question = time.monotonic() + _ASK_S
         work.wait()  # gives the work's own error
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -135,10 +152,9 @@ class TorchComm:
             return _Sending(self, self._group.send([x], to, 0), x)
 
     def recv(self, x: Tensor, source: int) -> Tensor:
-        out = torch.empty_like(x)
         with self._named("recv"):
-            self._group.recv([out], source, 0).wait()
-        return out
+            self._group.recv([x], source, 0).wait()
+        return x
 
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1, device=self._device))
@@ -146,9 +162,20 @@ class TorchComm:
     def abort(self) -> None:
         """gloo's `send` and `recv` end at their timeout only: they can't be looked at while they wait."""
         self._aborted = True
-        self._store.set("aborted", "1")
+
+        def tell() -> None:
+            with suppress(RuntimeError, CommError):
+                self._store.set("aborted", "1")
+
+        _begin(tell).join(_ANSWER_S)
         if self._backend != "gloo":  # gloo's own wakes nobody, and can itself wait for the operation's timeout
             self._group.abort()
+
+
+def _begin(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True, name="store")
+    thread.start()
+    return thread
 
 
 class _Sending:
@@ -158,7 +185,8 @@ class _Sending:
         self._comm = comm
         self._work = work
         self._x = x
+        self._number = comm.progress.number
 
     def wait(self) -> None:
-        with self._comm.naming("send"):
+        with self._comm.naming("send"), self._comm.progress.ending("send", self._number):
             self._work.wait()

@@ -21,6 +21,7 @@ With one stage all of this says nothing.
 import heapq
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
@@ -206,10 +207,9 @@ class Scheduler:
         places and blocks for them. An estimate: part of them may be in the prefix cache."""
         running = sum(request.uncomputed for request in self._running if not request.decodes)
         places = self._limits.max_num_seqs - len(self._running)
-        waiting = sum(  # the first of a heap are about its least
-            len(request.tokens) for *_, request in self._waiting[:places] if request.state is State.WAITING
-        )
-        return running + min(waiting, self._pool.num_free * self._pool.block_size)
+        waiting = (request for *_, request in self._waiting if request.state is State.WAITING)
+        prompts = sum(len(request.tokens) for request in islice(waiting, places))  # the first are about the least
+        return running + min(prompts, self._pool.num_free * self._pool.block_size)
 
     def _in_turn(self) -> set[Request]:
         """Who gets a single token in the next step."""

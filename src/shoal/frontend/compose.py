@@ -150,6 +150,7 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             group_store=place.rendezvous,
             group_key=place.key,
             address=place.address,
+            meeting=place.meeting,
             draft_model_path=str(decision.draft_folder) if decision.draft_folder is not None else "",
             num_drafts=speculative.num_speculative_tokens if speculative is not None else 0,
         )

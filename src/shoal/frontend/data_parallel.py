@@ -16,6 +16,7 @@ log = get_logger("data parallel")
 T = TypeVar("T")
 _ROOM = "job"
 _DONE = "all results are there"
+_RESULTS_S = 24 * 3600.0
 _MOST_NAMED = 5
 
 
@@ -28,8 +29,11 @@ class DataParallelRank:
         texts = job.gather(dict(zip(mine, [output.outputs[0].text for output in outputs])))
     """
 
-    def __init__(self, place: env.DataParallel, *, key: str = "", timeout: float = 600.0) -> None:
-        """Rank 0 listens at the master's address; all wait for each other.
+    def __init__(
+        self, place: env.DataParallel, *, key: str = "", timeout: float = 600.0, results_timeout: float = _RESULTS_S
+    ) -> None:
+        """Rank 0 listens at the master's address; all wait for each other, and `gather` for the slowest one's results
+        up to `results_timeout` seconds. Who fails is noticed sooner.
 
         Raises:
             ConfigError: the address can't be used, others reach it and there is no key, somebody did not come within
@@ -37,7 +41,8 @@ class DataParallelRank:
         """
         self.rank = place.rank
         self.size = place.size
-        self._timeout = timeout
+        self._results_timeout = results_timeout
+        self._gathered = 0
         address = Address(place.master_ip, place.master_port)
         self._rendezvous = Rendezvous(address.host, address.port, key=key) if self.rank == 0 else None
         self._total = 0
@@ -49,7 +54,7 @@ class DataParallelRank:
         log.info("rank %d of %d: all are there: %s", self.rank, self.size, ", ".join(self._member.members))
 
     @classmethod
-    def from_environment(cls, *, timeout: float = 600.0) -> "DataParallelRank":
+    def from_environment(cls, *, timeout: float = 600.0, results_timeout: float = _RESULTS_S) -> "DataParallelRank":
         """From SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and SHOAL_DP_MASTER_PORT (or VLLM_DP_*), with the key
         in SHOAL_CLUSTER_KEY.
 
@@ -59,7 +64,7 @@ class DataParallelRank:
         place = env.data_parallel()
         if place is None:
             raise ConfigError("SHOAL_DP_RANK and SHOAL_DP_SIZE are not set: start one process a rank, with its number")
-        return cls(place, key=env.cluster_key(), timeout=timeout)
+        return cls(place, key=env.cluster_key(), timeout=timeout, results_timeout=results_timeout)
 
     def share(self, prompts: Sequence[T]) -> dict[int, T]:
         """This rank's part of what all have, by index. Shares differ by one at most, and are dealt out one by one, so
@@ -69,21 +74,24 @@ class DataParallelRank:
 
     def gather(self, results: Mapping[int, Any]) -> list[Any] | None:
         """What all ranks made of their shares, in order, at rank 0; None at the others. Values are plain data, as JSON
-        has it. Nobody goes on before all is there, so that no replica ends while others still need its ranks.
+        has it. Nobody goes on before all is there, so that no replica ends while others still need its ranks. It may be
+        called again, by all of them.
 
         Raises:
             EngineError: a rank has failed, or not all came within the deadline; it says which, and with which prompts.
         """
         payload = json.dumps([[index, value] for index, value in results.items()]).encode()
-        parts = self._member.collect("results", payload, timeout=self._timeout, describe=self._describe)
+        self._gathered += 1  # what was posted before stays there
+        topic, done = f"results {self._gathered}", f"{_DONE} {self._gathered}"
+        parts = self._member.collect(topic, payload, timeout=self._results_timeout, describe=self._describe)
         if parts is None:
-            self._member.await_post(_DONE, 0, timeout=self._timeout)
+            self._member.await_post(done, 0, timeout=self._results_timeout)
             return None
         found = dict(pair for part in parts for pair in json.loads(part))
         missing = [index for index in range(self._total) if index not in found]
         if missing:
             raise EngineError(f"{len(missing)} of {self._total} prompts have no result: {_some(missing)}")
-        self._member.post(_DONE, b"")
+        self._member.post(done, b"")
         return [found[index] for index in sorted(found)]
 
     def _describe(self, rank: int) -> str:

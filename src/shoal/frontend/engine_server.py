@@ -6,7 +6,7 @@ from typing import Any
 from shoal import wire
 from shoal.cluster.lockstep import Joined
 from shoal.engine.core import EngineCore
-from shoal.errors import RequestError, ShoalError, UserError
+from shoal.errors import EngineError, RequestError, ShoalError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 
 _IDLE_S = 3600.0
@@ -27,9 +27,8 @@ def serve(channel: Channel, join: Join, start: Start) -> int:
         lockstep = join(setup)
     except ChannelClosed:
         return 0
-    except ShoalError as error:
-        _report(channel, error)
-        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - whoever waits for the engine is to hear of any
+        return _report(channel, error)
     engine: EngineCore | None = None
     try:
         engine = start(setup, lockstep)
@@ -37,11 +36,11 @@ def serve(channel: Channel, join: Join, start: Start) -> int:
         _answer(channel, engine, lockstep)
     except ChannelClosed:
         pass  # nobody is left to answer
-    except ShoalError as error:
-        _report(channel, error)
-        if lockstep is not None:
-            lockstep.close(f"replica {setup.place.rank}: {error}")
-        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - as above
+        error = _cause(error, lockstep)
+        if lockstep is not None:  # before the client hears of it, who may end this process
+            lockstep.close(f"replica {setup.place.rank}: {_told(error)}")
+        return _report(channel, error)
     finally:
         if lockstep is not None:
             lockstep.close()
@@ -89,9 +88,25 @@ def _handle(channel: Channel, engine: EngineCore, message: wire.ToEngine) -> Non
             channel.send(wire.encode(engine.stats()))
 
 
-def _report(channel: Channel, error: ShoalError) -> None:
+def _cause(error: Exception, lockstep: Joined | None) -> Exception:
+    """The failure of another replica, where one is known: what failed here has followed from it."""
     try:
-        channel.send(wire.encode(wire.EngineFailure(str(error), isinstance(error, UserError))))
+        if lockstep is not None:
+            lockstep.due()
+    except EngineError as theirs:
+        return theirs
+    return error
+
+
+def _report(channel: Channel, error: Exception) -> int:
+    """Gives an exit code."""
+    try:
+        channel.send(wire.encode(wire.EngineFailure(_told(error), isinstance(error, UserError))))
         channel.flush(_LAST_WORDS_S)
     except ChannelClosed:
         pass  # nobody is left to hear it
+    return error.exit_code if isinstance(error, ShoalError) else ShoalError.exit_code
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"

@@ -4,7 +4,6 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal import wire
@@ -25,7 +24,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One batch, measured. Rates in tokens a second, times in seconds unless the name says otherwise."""
+    """One batch, measured. Rates in tokens a second, times in seconds unless the name says otherwise.
+
+    The forward pass is that of the rank that answers, on a pipeline's last stage. What else a step takes there is
+    mostly the other stages' work: `control_us_per_step` is None where there is more than one.
+    """
 
     seconds: float
     input_tokens_per_s: float  # prompt tokens over the time until every request has its first token
@@ -33,7 +36,7 @@ class Run:
     output_tokens_per_s: float  # all output tokens over all of the time
     time_to_first_token_s: float  # median over requests
     time_per_output_token_s: float  # median over requests, of the tokens after the first
-    control_us_per_step: float  # all of a step but the forward pass
+    control_us_per_step: float | None  # all of a step but the forward pass
     forward_us_per_step: float
     schedule_us_per_step: float  # the engine's part of the control cost
     steps: int  # of all replicas together
@@ -71,6 +74,8 @@ class Meter:
         forward_us = (after.step_forward_us - before.step_forward_us) / steps
         all_first = max(firsts.values())
         decoded = shape.batch_size * (shape.output_len - 1)
+        idle = stage_idle(before, after, seconds)
+        control_us = seconds * 1e6 * replicas / steps - forward_us
         per_token = [(lasts[seq] - firsts[seq]) / max(shape.output_len - 1, 1) for seq in seqs]
         return Run(
             seconds=seconds,
@@ -79,11 +84,11 @@ class Meter:
             output_tokens_per_s=shape.batch_size * shape.output_len / seconds,
             time_to_first_token_s=statistics.median(firsts.values()),
             time_per_output_token_s=statistics.median(per_token),
-            control_us_per_step=seconds * 1e6 * replicas / steps - forward_us,
+            control_us_per_step=control_us if len(idle) == 1 else None,
             forward_us_per_step=forward_us,
             schedule_us_per_step=(after.schedule_us - before.schedule_us) / steps,
             steps=steps,
-            stage_idle=_stage_idle(before.ranks, after.ranks, seconds),
+            stage_idle=idle,
         )
 
     def _add(self, shape: Shape) -> int:
@@ -95,21 +100,34 @@ class Meter:
         return seq
 
 
-def _stage_idle(before: Sequence[wire.RankStats], after: Sequence[wire.RankStats], seconds: float) -> tuple[float, ...]:
-    """By stage, over the ranks of all replicas."""
-    busy: dict[int, list[float]] = defaultdict(list)
-    for then, now in zip(before, after, strict=False):  # one may have died
-        busy[now.stage].append((now.busy_us - then.busy_us) / (seconds * 1e6))
-    return tuple(1 - statistics.mean(busy[stage]) for stage in sorted(busy))
+def stage_idle(before: wire.EngineStats, after: wire.EngineStats, seconds: float) -> tuple[float, ...]:
+    """By stage: the share of these seconds in which its ranks computed nothing, the mean of those of all replicas.
+
+    Ranks that were not there before, or are not any more, do not count.
+    """
+    then = _busy_us(before)
+    idle: dict[int, list[float]] = defaultdict(list)
+    for key, (stage, busy_us) in _busy_us(after).items():
+        if key in then:
+            busy = (busy_us - then[key][1]) / (seconds * 1e6)
+            idle[stage].append(max(1 - busy, 0.0))  # a step may have begun before these seconds
+    return tuple(statistics.mean(idle[stage]) for stage in sorted(idle))
 
 
-def medians(runs: list[Run]) -> dict[str, float | list[float]]:
+def _busy_us(stats: wire.EngineStats) -> dict[tuple[int, int], tuple[int, int]]:
+    """Stage and time of each rank, by its process and its number in its replica: a set numbers the ranks of those that
+    are left anew."""
+    engines = stats.replicas or (stats,)
+    return {(rank.pid, rank.rank): (rank.stage, rank.busy_us) for engine in engines for rank in engine.ranks}
+
+
+def medians(runs: list[Run]) -> dict[str, float | list[float] | None]:
     """Field by field, and stage by stage."""
-    found: dict[str, float | list[float]] = {}
+    found: dict[str, float | list[float] | None] = {}
     for name in Run.__slots__:
         values = [getattr(run, name) for run in runs]
-        stages = isinstance(values[0], tuple)
-        found[name] = (
-            [statistics.median(each) for each in zip(*values, strict=True)] if stages else statistics.median(values)
-        )
+        if isinstance(values[0], tuple):
+            found[name] = [statistics.median(each) for each in zip(*values, strict=True)]
+        else:
+            found[name] = None if None in values else statistics.median(values)
     return found

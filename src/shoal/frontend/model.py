@@ -13,8 +13,11 @@ from shoal.frontend.chat import ChatTemplate
 from shoal.frontend.generation import GenerationDefaults
 from shoal.frontend.prompts import PromptReader
 from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
+from shoal.observe.logging import get_logger
 from shoal.planner.resolve import Decision, discover, resolve
 from shoal.types import SamplingParams
+
+log = get_logger("model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,12 @@ def _place_by_hand(options: EngineOptions) -> wire.Place | None:
         raise ConfigError(
             f"--data-parallel-size {asked}, and SHOAL_DP_SIZE is {found.size}: leave one of them out; with the "
             "variables set, each replica is a process of its own"
+        )
+    if found.local_assumed:
+        log.warning(
+            "rank %d counts on having this host to itself: set SHOAL_DP_RANK_LOCAL and SHOAL_DP_SIZE_LOCAL if several "
+            "ranks share it",
+            found.rank,
         )
     return wire.Place(
         found.rank,

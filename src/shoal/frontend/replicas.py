@@ -1,5 +1,6 @@
 """Engines that run by themselves: one in a process of its own, or several replicas side by side."""
 
+import itertools
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -9,7 +10,7 @@ from shoal.cluster.lockstep import Joined, LocalLockstep
 from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
 from shoal.cluster.replica import EngineProcess, EngineThread, Replica, close_all
 from shoal.cluster.replicas import ReplicaSet, await_ready
-from shoal.cluster.router import Room
+from shoal.cluster.router import Room, most_held
 from shoal.engine.core import EngineCore
 from shoal.errors import AddressInUse
 from shoal.frontend.compose import build_engine, shared_groups
@@ -23,8 +24,9 @@ from shoal.transport.member import Address
 from shoal.transport.rendezvous import Rendezvous
 
 _START_PHASES = 5  # each of which may take --start-timeout
-_ROUNDS = 2  # a replica holds so many times the requests that it runs: the next are there when the first end
 _KEY_BYTES = 32
+
+_meetings = itertools.count()  # of this process with other replicas; they have theirs in the same order
 
 
 def start_engine(model: OpenModel) -> EngineClient:
@@ -38,25 +40,32 @@ def start_engine(model: OpenModel) -> EngineClient:
         return _start_one_of_many(model, model.by_hand)
     if parallel.data_parallel_size > 1:
         return _start_replicas(model)
-    if parallel.engine_process:
-        engine = EngineProcess(_setup(model, wire.Place()), answer_timeout=_answer_timeout(model))
-        engine.await_ready(_start_timeout(model))
-        return engine
+    return _start_alone(model, wire.Place())
+
+
+def _start_alone(model: OpenModel, place: wire.Place) -> EngineClient:
+    if model.options.parallel.engine_process:
+        return _start_process(model, place)
     return build_engine(model.options, model.decision, own_process=model.own_process)
+
+
+def _start_process(model: OpenModel, place: wire.Place) -> EngineProcess:
+    engine = EngineProcess(_setup(model, place), answer_timeout=_answer_timeout(model))
+    engine.await_ready(_start_timeout(model))
+    return engine
 
 
 def _start_one_of_many(model: OpenModel, place: wire.Place) -> EngineClient:
     """The engine of a process that is one of several replicas, each started by the user. First they compare what must
     be the same for all."""
-    timeout = model.options.parallel.start_timeout
+    place = wire.replace(place, meeting=next(_meetings))
     with ExitStack() as stack:
         if place.rank == 0:
             with suppress(AddressInUse):  # it is open already, for the results
                 address = Address.parse(place.rendezvous)
                 stack.enter_context(Rendezvous(address.host, address.port, key=place.key))
         if shares_experts(model.decision.cutting):  # it goes on when others have work and this process has none
-            engine = EngineProcess(_setup(model, place), answer_timeout=_answer_timeout(model))
-            engine.await_ready(_start_timeout(model))
+            engine = _start_process(model, place)
             return ReplicaSet(
                 {place.rank: engine},
                 {place.rank: _room(model, engine.stats())},
@@ -64,8 +73,8 @@ def _start_one_of_many(model: OpenModel, place: wire.Place) -> EngineClient:
                 on_close=stack.pop_all().close,
             )
         told = agreement(model.options, model.decision)
-        RendezvousLockstep(place, told, timeout=timeout).close()
-        return build_engine(model.options, model.decision, own_process=model.own_process)
+        RendezvousLockstep(place, told, timeout=model.options.parallel.start_timeout).close()
+        return _start_alone(model, wire.replace(place, rendezvous="", key=""))  # they have met
 
 
 def _start_replicas(model: OpenModel) -> ReplicaSet:
@@ -132,7 +141,7 @@ def _setup(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
 def _room(model: OpenModel, stats: wire.EngineStats) -> Room:
     caching = model.options.cache.enable_prefix_caching
     return Room(
-        requests=_ROUNDS * model.options.scheduler.max_num_seqs,
+        requests=most_held(model.options.scheduler.max_num_seqs),
         tokens=stats.num_blocks * stats.block_size,
         block_size=stats.block_size,
         prefixes=stats.num_blocks if caching else 0,

@@ -11,6 +11,8 @@ from shoal.kernels.linear import Linear
 from shoal.models.spec import RoutingSpec
 from shoal.parallel.dispatch import Dispatch
 
+_TINY = 1e-20  # where all chosen scores are 0
+
 
 def route(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights, the best first.
@@ -28,9 +30,6 @@ def route(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> tuple[Tenso
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
     return experts, weights * spec.scale
-
-
-_TINY = 1e-20  # where all chosen scores are 0
 
 
 def _within_best_groups(ranked: Tensor, spec: RoutingSpec) -> Tensor:

@@ -115,52 +115,71 @@ def build_transformers_model(
     _register()
     model = build(config, spec.architecture, RUN)
     materialize_buffers(model, device)
-    paths = dict(spec.paths)
-    of_head = paths["head"].removesuffix(".weight")
-    of_embedding = paths["embedding"].removesuffix(".weight")
-
-    def tensor(name: str) -> Tensor:
-        return weights.tensor(name).to(device)
-
     stream = Stream()
     for path, absent in stand_ins(spec, model, shard.stage, stream).items():
         put(model, path, absent)
-    pieces = cut_layers(spec)
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and path != of_head:
-            put(model, path, _linear(path, pieces.get(path), spec.head_dim, shard, tp, weights, device))
-    cut = {param.name: param.pieces[0].cut for param in spec.params}
-    embedding = weights.optional("embedding")
-    if embedding is not None:
-        embedding = embedding.to(device)
-        if cut["embedding"] is Cut.VOCAB:
-            put(model, of_embedding, EmbeddingModule(VocabParallelEmbedding(embedding, shard.ranges[Cut.VOCAB], tp)))
-        else:
-            _set(model, paths["embedding"], embedding)
-    if shard.stage.last:
-        bias = weights.optional("head_bias")
-        tied_in_place = spec.tie_embeddings and device.type != "cpu"
-        weight = embedding if tied_in_place and embedding is not None else tensor("head")
-        put(model, of_head, LinearModule(make_linear(weight, None if bias is None else bias.to(device))))
-    else:
-        put(model, of_head, nn.Identity())
-    left = {
-        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta or name in cut
-    }
-    for name in [param.name for param in spec.params if param.name in left]:
-        _set(model, name, tensor(name))
-        left.discard(name)
-    missing = sorted(left) + _loose_tensors(model)
-    if missing:
-        raise CheckpointError(
-            f"{spec.architecture}: nothing is known to fill {missing[0]} ({len(missing)} such tensors)"
-        )
+    _put_layers(model, spec, shard, tp, weights, device)
+    _put_ends(model, spec, shard, tp, weights, device)
+    _fill(model, spec, weights, device)
     backbone = model.get_submodule(spec.backbone)
     put(model, spec.backbone, GivenBackbone())
     heads = HeadLayout(len(shard.heads.q_range), len(shard.heads.kv_ids), spec.head_dim, shard.heads.q_to_kv)
     scores = tuple(Scores(layer.scale, layer.window, layer.softcap) for layer in spec.attention)
     context = Context(heads, scores, kernels, shard.stage.layers.start)
     return TransformersModel(backbone, model, shard.stage, stream, context)
+
+
+def _put_layers(
+    model: nn.Module, spec: FallbackSpec, shard: Shard, tp: Axis, weights: Weights, device: torch.device
+) -> None:
+    """Our linear layers in the place of all of torch's but the head."""
+    of_head, pieces = dict(spec.paths)["head"].removesuffix(".weight"), cut_layers(spec)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and path != of_head:
+            put(model, path, _linear(path, pieces.get(path), spec.head_dim, shard, tp, weights, device))
+
+
+def _put_ends(
+    model: nn.Module, spec: FallbackSpec, shard: Shard, tp: Axis, weights: Weights, device: torch.device
+) -> None:
+    """Embedding and head, where the stage has them."""
+    paths = dict(spec.paths)
+    cut = {param.name: param.pieces[0].cut for param in spec.params}
+    embedding = weights.optional("embedding")
+    if embedding is not None:
+        embedding = embedding.to(device)
+        if cut["embedding"] is Cut.VOCAB:
+            share = VocabParallelEmbedding(embedding, shard.ranges[Cut.VOCAB], tp)
+            put(model, paths["embedding"].removesuffix(".weight"), EmbeddingModule(share))
+        else:
+            _set(model, paths["embedding"], embedding)
+    head: nn.Module = nn.Identity()
+    if shard.stage.last:
+        bias = weights.optional("head_bias")
+        tied_in_place = spec.tie_embeddings and device.type != "cpu"
+        weight = embedding if tied_in_place and embedding is not None else weights.tensor("head").to(device)
+        head = LinearModule(make_linear(weight, None if bias is None else bias.to(device)))
+    put(model, paths["head"].removesuffix(".weight"), head)
+
+
+def _fill(model: nn.Module, spec: FallbackSpec, weights: Weights, device: torch.device) -> None:
+    """All other tensors, as they are.
+
+    Raises:
+        CheckpointError: something is neither in the checkpoint nor made by the module itself.
+    """
+    known = dict.fromkeys(param.name for param in spec.params)
+    left = {
+        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta or name in known
+    }
+    for name in [name for name in known if name in left]:
+        _set(model, name, weights.tensor(name).to(device))
+        left.discard(name)
+    missing = sorted(left) + _loose_tensors(model)
+    if missing:
+        raise CheckpointError(
+            f"{spec.architecture}: nothing is known to fill {missing[0]} ({len(missing)} such tensors)"
+        )
 
 
 @cache

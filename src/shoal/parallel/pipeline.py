@@ -24,8 +24,9 @@ class Pipeline:
     def __init__(
         self, pp: Axis, back: Axis, *, width: int, dtype: torch.dtype, device: torch.device, depth: int
     ) -> None:
-        """back: from the last stage, its rank 1, to the first, its rank 0. width: of the residual stream. depth: steps
-        that are with the stages at a time, at most; what was drawn so many steps ago has been read."""
+        """back: from the last stage, its rank 1, to the first, its rank 0. width: of the residual stream. depth: plans
+        that are out at a time, at most; what was drawn so many steps ago has been read."""
+        self.depth = depth
         self.first = pp.rank == 0
         self.last = pp.rank == pp.size - 1
         self.waited_ns = 0  # for other stages' tensors; on a GPU that wait is behind the call, and not counted
@@ -34,7 +35,6 @@ class Pipeline:
         self._shape = (width,)
         self._dtype = dtype
         self._device = device
-        self._depth = depth
         self._on_way: deque[Sending] = deque()
         self._tokens_on_way: deque[Sending] = deque()
 
@@ -45,16 +45,17 @@ class Pipeline:
     def receive(self, tokens: int) -> Tensor:
         """The residual stream [tokens, width] as the stage before left it."""
         with self._waiting():
-            like = torch.empty((tokens, *self._shape), dtype=self._dtype, device=self._device)
-            return self._pp.comm.recv(like, self._pp.rank - 1)
+            stream = torch.empty((tokens, *self._shape), dtype=self._dtype, device=self._device)
+            return self._pp.comm.recv(stream, self._pp.rank - 1)
 
     def send(self, stream: Tensor) -> None:
-        """To the next stage. The tensor is not to be written to any more."""
+        """To the next stage. The tensor is not to be written to any more. A step further ahead than `STREAMS_ON_WAY`
+        waits."""
         self._keep(self._on_way, STREAMS_ON_WAY, self._pp.comm.send(stream, self._pp.rank + 1))
 
     def send_tokens(self, tokens: Tensor) -> None:
         """tokens: int64 [n] on the host; from the last stage to the first."""
-        self._keep(self._tokens_on_way, self._depth, self._back.comm.send(tokens, 0))
+        self._keep(self._tokens_on_way, self.depth, self._back.comm.send(tokens, 0))
 
     def receive_tokens(self, count: int) -> Tensor:
         """int64 [count] on the host."""

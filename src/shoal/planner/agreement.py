@@ -6,6 +6,7 @@ import shoal
 from shoal import wire
 from shoal.config import EngineOptions, agreed
 from shoal.models.checkpoint import open_checkpoint
+from shoal.planner.layout import shares_experts
 from shoal.planner.resolve import Decision
 
 _DIGITS = 16
@@ -18,9 +19,12 @@ def agreement(options: EngineOptions, decision: Decision) -> dict[str, str]:
         "wire version": str(wire.WIRE_VERSION),
         **agreed(options),
         "dtype": decision.dtype,
-        "longest sequence": str(decision.max_model_len),
         "config.json": _digest((decision.folder / "config.json").read_bytes()),
     }
+    if shares_experts(decision.cutting):  # their ranks take the same steps at start too
+        measured = None in decision.kv_budgets
+        found["size of the KV cache"] = "measured" if measured else "given"
+        found["longest sequence"] = "1" if decision.max_model_len == 1 else "2 and more"  # 1: nothing is warmed up
     if options.model_options.load_format != "dummy":
         tensors = open_checkpoint(decision.folder).tensors
         told = sorted(f"{name} {entry.dtype} {entry.shape} {entry.offset}" for name, entry in tensors.items())

@@ -36,12 +36,29 @@ def token_cost(spec: ModelSpec, params: Sequence[Param]) -> TokenCost:
     return TokenCost(tuple(layers), before=ends["first"], behind=ends["last"])
 
 
+def draft_cost(spec: ModelSpec, params: Sequence[Param], guesses: int, shard: Shard | None = None) -> float:
+    """What a draft model adds to a step: a pass that follows it, without the head, and one for each guess.
+
+    Passes are counted: where few tokens are computed at a time, each takes as long as the weights take to be read.
+    Of all ranks together, or of the one that has `shard`.
+    """
+    held, size = (params, _whole_size) if shard is None else (shard.held(params), shard.param_size)
+    follow = sum(_cost(spec, param, size) for param in held if param.at != "last")
+    return follow + guesses * sum(_cost(spec, param, size) for param in held)
+
+
 def cost_shares(
-    spec: ModelSpec, params: Sequence[Param], shards: Sequence[Shard], *, replicas: int = 1
+    spec: ModelSpec,
+    params: Sequence[Param],
+    shards: Sequence[Shard],
+    *,
+    replicas: int = 1,
+    draft: Sequence[float] = (),
 ) -> tuple[float, ...]:
     """Each rank's share of what its replica's ranks do for a token; they sum to 1.
 
-    Whole experts get tokens from all `replicas` that hold them together, as many from each.
+    Whole experts get tokens from all `replicas` that hold them together, as many from each. `draft`: what a draft model
+    adds on the ranks of the last stage.
     """
     costs = []
     for shard in shards:
@@ -52,11 +69,13 @@ def cost_shares(
                 for param in shard.held(params)
             )
         )
+    for back, cost in enumerate(reversed(draft), start=1):
+        costs[-back] += cost
     return tuple(cost / sum(costs) for cost in costs)
 
 
 def _cost(spec: ModelSpec, param: Param, size: Callable[[Param], int]) -> float:
-    if param.at == "first" and param.name not in _BEFORE:
+    if param.name == "embedding" or (param.at == "first" and param.name not in _BEFORE):
         return 0.0
     if param.expert is None or spec.moe is None:
         return size(param)

@@ -6,7 +6,7 @@ from shoal.errors import ConfigError
 from shoal.models.implementation import Cutting, params_of
 from shoal.models.spec import ModelSpec
 from shoal.parallel.stages import cut_evenly
-from shoal.planner.costs import token_cost
+from shoal.planner.costs import draft_cost, token_cost
 
 
 def standing(options: EngineOptions, place: wire.Place) -> wire.Place:
@@ -18,14 +18,21 @@ def standing(options: EngineOptions, place: wire.Place) -> wire.Place:
 
 
 def plan_cutting(
-    options: EngineOptions, spec: ModelSpec, place: wire.Place, reasons: list[str], warnings: list[str]
+    options: EngineOptions,
+    spec: ModelSpec,
+    draft: ModelSpec | None,
+    place: wire.Place,
+    reasons: list[str],
+    warnings: list[str],
 ) -> Cutting:
-    """Raises:
-    ConfigError: the model can't be cut so; it says why, and the way out.
+    """`draft`: the model that guesses ahead, on the last stage.
+
+    Raises:
+        ConfigError: the model can't be cut so; it says why, and the way out.
     """
     parallel = options.parallel
     _check_split(options)
-    layers = _stages(options, spec, reasons)
+    layers = _stages(options, spec, draft, reasons)
     if parallel.enable_expert_parallel and spec.moe is None:
         raise ConfigError(
             f"--enable-expert-parallel: a {spec.family} model has no experts to place; leave it out, and use "
@@ -40,6 +47,7 @@ def plan_cutting(
         replicas=place.size,
     )
     _warn_of_idle_flags(options, cutting, warnings)
+    _warn_of_idle_stages(options, len(layers), warnings)
     return cutting
 
 
@@ -58,7 +66,7 @@ def _check_split(options: EngineOptions) -> None:
         )
 
 
-def _stages(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> tuple[int, ...]:
+def _stages(options: EngineOptions, spec: ModelSpec, draft: ModelSpec | None, reasons: list[str]) -> tuple[int, ...]:
     """Layers of each stage."""
     count, given = options.parallel.pipeline_parallel_size, options.parallel.pipeline_layer_partition
     if given is not None:
@@ -71,8 +79,12 @@ def _stages(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> tupl
     if count == 1:
         return (spec.num_layers,)
     cost = token_cost(spec, params_of(spec))
-    layers = given or cut_evenly(cost.layers, count, before=cost.before, behind=cost.behind)
-    why = "as asked" if given else "so that they cost about the same"
+    speculative, behind, why = options.model_options.speculative_config, cost.behind, "so that they cost about the same"
+    if draft is not None and speculative is not None:
+        behind += draft_cost(draft, params_of(draft), speculative.num_speculative_tokens)
+        why += ", with the draft model on the last one"
+    layers = given or cut_evenly(cost.layers, count, before=cost.before, behind=behind)
+    why = "as asked" if given else why
     reasons.append(f"{count} stages of {_listed(layers)} layers: {why}")
     return layers
 
@@ -101,6 +113,15 @@ def _warn_of_idle_flags(options: EngineOptions, cutting: Cutting, warnings: list
     if parallel.all2all_backend != "auto" and not shares_experts(cutting):
         why = "with one replica" if cutting.experts is not None else "without --enable-expert-parallel"
         warnings.append(f"--all2all-backend {parallel.all2all_backend} changes nothing {why}: no token travels")
+
+
+def _warn_of_idle_stages(options: EngineOptions, stages: int, warnings: list[str]) -> None:
+    given = options.scheduler.max_in_flight
+    if given is not None and given < stages:
+        warnings.append(
+            f"--max-in-flight {given} lets {given} of {stages} pipeline stages compute at a time: the others wait; "
+            f"use --max-in-flight {stages + 1}, or leave it out"
+        )
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard
 from shoal.models.spec import ModelSpec
 from shoal.planner.all2all import choose_all2all
 from shoal.planner.budgets import kv_budgets, num_blocks
-from shoal.planner.costs import cost_shares
+from shoal.planner.costs import cost_shares, draft_cost
 from shoal.planner.layout import plan_cutting, shares_experts, standing
 from shoal.planner.memory import RankMemory, StepSize, rank_memory, require_capacity
 from shoal.types import Hardware
@@ -88,28 +88,18 @@ def resolve(
     place = standing(options, place)
     if place.memory_available:
         hardware = dataclasses.replace(hardware, host_memory_available=place.memory_available)
-    spec = read_model(folder, options.model_options.model_impl)
-    draft_spec = None if draft_folder is None else read_model(draft_folder, "auto")
-    if draft_spec is not None:
-        _check_vocabularies(spec, draft_spec, draft_folder)
-    cutting = plan_cutting(options, spec, place, reasons, warnings)
+    spec, draft_spec = _read(options, folder, draft_folder)
+    cutting = plan_cutting(options, spec, draft_spec, place, reasons, warnings)
     _check_devices(options, place, hardware, reasons, warnings)
     backend = _backend(options, cutting, hardware, reasons)
     shards = rank_shards(spec, cutting)
     dtype = _dtype(options, spec, reasons)
     reasons += [each.describe(cutting.tp) for each in (spec, draft_spec) if isinstance(each, FallbackSpec)]
-
-    weights = options.model_options.load_format != "dummy"
-    model = _open(folder, spec, weights=weights)
-    step = _step_size(options)
-    together = cutting.replicas if shares_experts(cutting) else 1
-    ranks = _rank_memories(options, model, shards, dtype, hardware.device, step, together)
-    shares = cost_shares(spec, model.params, shards, replicas=together)
     if cutting.tp_split is not None:
         reasons.append(f"shares {':'.join(map(str, cutting.tp_split))} of {spec.family}: {_held(shards[: cutting.tp])}")
-    if draft_spec is not None and draft_folder is not None:
-        draft = _open(draft_folder, draft_spec, weights=weights)
-        ranks = _with_draft(options, ranks, draft, cutting, dtype, hardware.device)
+    model = _open(options, folder, spec)
+    draft = None if draft_folder is None or draft_spec is None else _open(options, draft_folder, draft_spec)
+    ranks, shares = _measure(options, model, draft, shards, cutting, dtype, hardware.device)
     if options.model_options.enforce_eager:
         reasons.append("--enforce-eager changes nothing: steps are launched operation by operation in any case")
     budgets = kv_budgets(options, hardware, ranks, reasons, replicas=place.local_size)
@@ -137,6 +127,17 @@ def resolve(
     )
 
 
+def _read(options: EngineOptions, folder: Path, draft_folder: Path | None) -> tuple[ModelSpec, ModelSpec | None]:
+    spec = read_model(folder, options.model_options.model_impl)
+    draft = None if draft_folder is None else read_model(draft_folder, "auto")
+    if draft is not None and draft.vocab_size != spec.vocab_size:
+        raise ConfigError(
+            f"the draft model {draft_folder} has a vocabulary of {draft.vocab_size} tokens, the model one of "
+            f"{spec.vocab_size}: they must be the same; choose a draft model of the same family"
+        )
+    return spec, draft
+
+
 @dataclass(frozen=True, slots=True)
 class _Model:
     spec: ModelSpec
@@ -144,11 +145,11 @@ class _Model:
     stored: Mapping[str, TensorEntry]  # empty where weights are made up
 
 
-def _open(folder: Path, spec: ModelSpec, *, weights: bool) -> _Model:
+def _open(options: EngineOptions, folder: Path, spec: ModelSpec) -> _Model:
     """Raises:
     CheckpointError: the weights are missing or broken, or do not go with config.json.
     """
-    if not weights:
+    if options.model_options.load_format == "dummy":
         return _Model(spec, params_of(spec), {})
     checkpoint = open_checkpoint(folder)
     params = params_of(spec, checkpoint.shapes)
@@ -157,20 +158,39 @@ def _open(folder: Path, spec: ModelSpec, *, weights: bool) -> _Model:
     return _Model(spec, params, checkpoint.tensors)
 
 
-def _check_vocabularies(spec: ModelSpec, draft: ModelSpec, folder: Path | None) -> None:
-    if draft.vocab_size != spec.vocab_size:
-        raise ConfigError(
-            f"the draft model {folder} has a vocabulary of {draft.vocab_size} tokens, the model one of "
-            f"{spec.vocab_size}: they must be the same; choose a draft model of the same family"
-        )
-
-
 def _step_size(options: EngineOptions) -> StepSize:
     """With guesses, a token is drawn behind each of them."""
     scheduler, speculative = options.scheduler, options.model_options.speculative_config
     behind = 1 if speculative is None else 1 + speculative.num_speculative_tokens
     tokens = scheduler.max_num_batched_tokens
     return StepSize(tokens, min(scheduler.max_num_seqs * behind, tokens))
+
+
+def _measure(
+    options: EngineOptions,
+    model: _Model,
+    draft: _Model | None,
+    shards: Sequence[Shard],
+    cutting: Cutting,
+    dtype: str,
+    device: str,
+) -> tuple[tuple[RankMemory, ...], tuple[float, ...]]:
+    """What each rank needs, and its share of the cost of a token.
+
+    A draft model runs on the ranks of the last stage, which are those that know what was drawn.
+    """
+    together = cutting.replicas if shares_experts(cutting) else 1
+    ranks = _rank_memories(options, model, shards, dtype, device, _step_size(options), together)
+    speculative = options.model_options.speculative_config
+    if draft is None or speculative is None:
+        return ranks, cost_shares(model.spec, model.params, shards, replicas=together)
+    drafting = rank_shards(draft.spec, Cutting(cutting.tp, cutting.tp_split))
+    guesses = StepSize(options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs)
+    drafts = _rank_memories(options, draft, drafting, dtype, device, guesses)
+    last = [rank.with_draft(other) for rank, other in zip(ranks[-cutting.tp :], drafts, strict=True)]
+    costs = [draft_cost(draft.spec, draft.params, speculative.num_speculative_tokens, shard) for shard in drafting]
+    shares = cost_shares(model.spec, model.params, shards, replicas=together, draft=costs)
+    return (*ranks[: -cutting.tp], *last), shares
 
 
 def _rank_memories(
@@ -196,17 +216,6 @@ def _rank_memories(
         )
         for shard in shards
     )
-
-
-def _with_draft(
-    options: EngineOptions, ranks: tuple[RankMemory, ...], draft: _Model, cutting: Cutting, dtype: str, device: str
-) -> tuple[RankMemory, ...]:
-    """A draft model runs on the ranks of the last stage, which are those that know what was drawn."""
-    guesses = StepSize(options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs)
-    shards = rank_shards(draft.spec, Cutting(cutting.tp, cutting.tp_split))
-    drafts = _rank_memories(options, draft, shards, dtype, device, guesses)
-    last = ranks[-cutting.tp :]
-    return (*ranks[: -cutting.tp], *(rank.with_draft(other) for rank, other in zip(last, drafts, strict=True)))
 
 
 def _held(shards: Sequence[Shard]) -> str:

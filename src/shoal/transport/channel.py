@@ -54,9 +54,12 @@ class Channel:
         return str(self._socket.getsockname()[0])
 
     @property
-    def unread(self) -> bool:
-        """Have bytes been received that no frame has been made of?"""
-        return bool(self._incoming)
+    def has_frame(self) -> bool:
+        """Has `receive` something to give, or to say, without a `wait` before it?"""
+        if len(self._incoming) < _LENGTH.size:
+            return False
+        length = int.from_bytes(self._incoming[: _LENGTH.size], "little")
+        return length > self.longest or len(self._incoming) >= _LENGTH.size + length
 
     def send(self, frame: bytes) -> None:
         """Never blocks: what the socket does not take now waits for `flush` or the next `send`.
@@ -75,9 +78,14 @@ class Channel:
             with self._lock:
                 self._write()
             remaining = deadline - time.monotonic()
-            if self._outgoing and (remaining <= 0 or not select.select([], [self], [], remaining)[1]):
+            if self._outgoing and (remaining <= 0 or not self._takes_more(remaining)):
                 return False
         return True
+
+    def _takes_more(self, timeout: float) -> bool:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLOUT)
+        return bool(poller.poll(timeout * 1000))
 
     @property
     def backlog(self) -> bool:
@@ -101,7 +109,8 @@ class Channel:
     def receive(self, most: int | None = None) -> list[bytes]:
         """The frames that have arrived in whole, [] if none has. Never blocks.
 
-        With `most`, bytes behind so many frames are kept for the next call, but `wait` does not know of them.
+        With `most`, bytes behind so many frames are kept for the next call, but `wait` does not know of them;
+        `has_frame` does.
 
         Raises:
             ChannelClosed: no whole frame is left and the other end has gone.
@@ -137,6 +146,11 @@ class Channel:
             start = stop
         del self._incoming[:start]
         return frames
+
+    def hang_up(self) -> None:
+        """Ends the connection, which wakes a thread that waits for it; the descriptor stays until `close`."""
+        with contextlib.suppress(OSError):  # the other side was first
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

@@ -1,9 +1,9 @@
 """Joining a rendezvous, and what a member of a room can do there."""
 
+import contextlib
 import hmac
 import os
 import secrets
-import select
 import socket
 import threading
 import time
@@ -43,6 +43,10 @@ class Address:
         return f"{self.host}:{self.port}"
 
 
+class _HungUp(Exception):
+    """Somebody listens, and ended the connection before it said anything."""
+
+
 def connect(
     address: Address,
     key: str,
@@ -55,36 +59,44 @@ def connect(
 ) -> Channel:
     """A connection on which both sides have proved that they know the key. Without a `size` no room is joined.
 
-    The rendezvous may be opened later than this is called.
+    The rendezvous may be opened later than this is called, or may be so busy with others that it hangs up.
 
     Raises:
         ConfigError: it can't be reached in time, or refuses us; it says why.
     """
     require_key(key, address.host)
+    host, pid = this_process()
+    hello = wire.Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
     begun = time.monotonic()
     said = begun
     while True:
         left = timeout - (time.monotonic() - begun)
         try:
             sock = socket.create_connection((address.host, address.port), timeout=max(min(left, _ATTEMPT_S), 0.01))
-            break
+            return _introduced(sock, hello, address, key, max(timeout - (time.monotonic() - begun), _ATTEMPT_S))
         except OSError as error:
             why = error.strerror or str(error)
-        if time.monotonic() - begun + _RETRY_S >= timeout:
-            raise ConfigError(
+            final = (
                 f"no answer from {address} within {timeout:g} s ({why}), and nobody has arrived: start rank 0 there, "
                 "or give the address and port at which it listens"
             )
+        except _HungUp:
+            why = "it hangs up"
+            final = f"{address} hung up again and again for {timeout:g} s: is another program there?"
+        if time.monotonic() - begun + _RETRY_S >= timeout:
+            raise ConfigError(final)
         if time.monotonic() - said >= SAY_S:
             said = time.monotonic()
             log.info("waiting for %s (%s), %.0f s of %g", address, why, said - begun, timeout)
         time.sleep(_RETRY_S)
+
+
+def _introduced(sock: socket.socket, hello: wire.Hello, address: Address, key: str, timeout: float) -> Channel:
+    """Closes the socket if that fails."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     channel = Channel(sock)
     try:
-        host, pid = this_process()
-        hello = wire.Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
-        _introduce(channel, hello, address, key, max(timeout - (time.monotonic() - begun), _ATTEMPT_S))
+        _introduce(channel, hello, address, key, timeout)
     except BaseException:
         channel.close()
         raise
@@ -94,11 +106,14 @@ def connect(
 def _introduce(channel: Channel, hello: wire.Hello, address: Address, key: str, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     said = wire.encode(hello)
+    challenged = False
     while True:
-        for message in _receive(channel, deadline, address):
+        for message in _receive(channel, deadline, address, challenged):
             match message:
                 case wire.Challenge():
-                    channel.send(wire.encode(wire.Signed(said, proof(key, "member", message.nonce, said))))
+                    challenged = True
+                    with contextlib.suppress(ChannelClosed):  # its end is read, and said, in turn
+                        channel.send(wire.encode(wire.Signed(said, proof(key, "member", message.nonce, said))))
                 case wire.Welcome():
                     if not hmac.compare_digest(message.proof, proof(key, "rendezvous", hello.nonce, said)):
                         raise ConfigError(f"{address} does not know the shared key: is another program there?")
@@ -107,14 +122,16 @@ def _introduce(channel: Channel, hello: wire.Hello, address: Address, key: str, 
                     raise ConfigError(f"rank {hello.rank} may not join at {address}: {message.why}")
 
 
-def _receive(channel: Channel, deadline: float, address: Address) -> list[wire.FromRendezvous]:
+def _receive(channel: Channel, deadline: float, address: Address, challenged: bool) -> list[wire.FromRendezvous]:
     """One frame, so that what follows a welcome is left for whoever reads next."""
     left = deadline - time.monotonic()
-    if left <= 0 or not wait([channel], left):
+    if left <= 0 or (not channel.has_frame and not wait([channel], left)):
         raise ConfigError(f"{address} did not answer in time: is another program there?")
     try:
         return [wire.from_rendezvous.decode(frame) for frame in channel.receive(1)]
     except ChannelClosed:
+        if not challenged:
+            raise _HungUp from None
         raise ConfigError(f"{address} hung up: is another program there?") from None
     except wire.WireError:
         raise ConfigError(f"{address} speaks another language: is another program there?") from None
@@ -129,7 +146,7 @@ class _Inbox:
     gone: dict[int, str] = field(default_factory=dict)
     waiting: wire.Waiting | None = None
     members: tuple[str, ...] = ()
-    lost: str = ""  # why there is no connection any more
+    lost: str = ""  # why there is no connection any more, as the user reads it
 
 
 class Member:
@@ -156,10 +173,14 @@ class Member:
         self.size = size
         self._address = address
         self._inbox = _Inbox()
-        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._leaving = False
         begun = time.monotonic()
-        self._channel = connect(address, key, room=room, rank=rank, size=size, agreement=agreement, timeout=timeout)
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self._channel = connect(address, key, room=room, rank=rank, size=size, agreement=agreement, timeout=timeout)
+        except BaseException:
+            os.close(self._wakeup)
+            raise
         self.host_address: str = self._channel.local_address  # of this host, as the others reach it
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"shoal-member-{rank}")
         self._thread.start()
@@ -176,7 +197,7 @@ class Member:
                 left = timeout - (time.monotonic() - begun)
                 who = self._who_is_missing()
                 if self._inbox.lost:
-                    raise ConfigError(f"the rendezvous at {self._address} has gone ({self._inbox.lost})")
+                    raise ConfigError(self._inbox.lost)
                 if left <= 0:
                     raise ConfigError(f"not all have arrived at {self._address} within {timeout:g} s: {who}")
                 if time.monotonic() - said >= SAY_S:
@@ -203,7 +224,7 @@ class Member:
     backlog = False
 
     def quiet(self) -> None:
-        if select.select([self._wakeup], [], [], 0)[0]:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wakeup)
 
     def post(self, topic: str, payload: bytes, to: int = -1) -> None:
@@ -227,8 +248,13 @@ class Member:
         with self._inbox.changed:
             found = {rank: why for rank, why in self._inbox.gone.items() if why}
             if self._inbox.lost and not self._leaving:
-                found[-1] = f"the rendezvous at {self._address} has gone ({self._inbox.lost})"
+                found[-1] = self._inbox.lost
             return found
+
+    def gone(self) -> list[int]:
+        """Members that have left, whether their work had ended or not."""
+        with self._inbox.changed:
+            return sorted(self._inbox.gone)
 
     def collect(
         self,
@@ -296,7 +322,9 @@ class Member:
             self._channel.flush(_ATTEMPT_S)
         except ChannelClosed:
             pass
-        self._thread.join(_ATTEMPT_S)
+        self._thread.join(_ATTEMPT_S)  # the rendezvous hangs up on whoever leaves
+        self._channel.hang_up()
+        self._thread.join()  # it uses what is closed next
         self._channel.close()
         os.close(self._wakeup)
 
@@ -310,23 +338,21 @@ class Member:
                 if now >= next_sign:
                     next_sign = now + ALIVE_S
                     self._channel.send(wire.encode(wire.Alive()))
-                for message in self._read(next_sign):
-                    heard = time.monotonic()
-                    self._take(message)
+                if self._channel.has_frame or wait([self._channel], next_sign - now):
+                    heard = time.monotonic()  # a frame may take longer than QUIET_S to come
+                    for frame in self._channel.receive():
+                        self._take(wire.from_rendezvous.decode(frame))
                 if time.monotonic() - heard > QUIET_S:
                     raise ChannelClosed(f"not heard from for {QUIET_S:.0f} s")
             except (ChannelClosed, wire.WireError, OSError) as error:
+                why = str(error) or "its connection has ended"
                 with self._inbox.changed:
-                    self._inbox.lost = str(error) or "its connection has ended"
+                    if not self._inbox.lost:
+                        self._inbox.lost = f"the rendezvous at {self._address} has gone ({why})"
                     self._inbox.changed.notify_all()
                 if not self._leaving:
                     os.eventfd_write(self._wakeup, 1)
                 return
-
-    def _read(self, next_sign: float) -> list[wire.FromRendezvous]:
-        if not self._channel.unread and not wait([self._channel], next_sign - time.monotonic()):
-            return []
-        return [wire.from_rendezvous.decode(frame) for frame in self._channel.receive()]
 
     def _take(self, message: wire.FromRendezvous) -> None:
         with self._inbox.changed:
@@ -340,7 +366,7 @@ class Member:
                 case wire.Started():
                     self._inbox.members = message.members
                 case wire.Refused():
-                    self._inbox.lost = message.why
+                    self._inbox.lost = f"the rendezvous at {self._address} showed rank {self.rank} out: {message.why}"
             self._inbox.changed.notify_all()
         if not self._leaving:
             os.eventfd_write(self._wakeup, 1)

@@ -38,6 +38,8 @@ _LONGEST = 2**32 - 1
 _SLICE_S = 0.5
 _FLUSH_S = 1.0
 _MOST_STRANGERS = 256  # connections that have not said who they are
+_PAUSE_S = 0.5  # without file descriptors, before the next connection is accepted
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, times
 
 
 def proof(key: str, role: str, nonce: bytes, said: bytes) -> bytes:
@@ -106,6 +108,7 @@ class Rendezvous:
         self._rooms: dict[str, _Room] = {}
         self._store: dict[str, bytes] = {}
         self._closing = threading.Event()
+        self._accepts_from = 0.0
         try:
             self._listener = socket.create_server((address, port), backlog=1024)
         except OSError as error:
@@ -131,7 +134,9 @@ class Rendezvous:
         listener = _Listener(self._listener)
         try:
             while not self._closing.is_set():
-                channels: list[Any] = [listener, *(guest.channel for guest in self._guests.values())]
+                channels: list[Any] = [guest.channel for guest in self._guests.values()]
+                if time.monotonic() >= self._accepts_from:
+                    channels.append(listener)
                 for channel in wait(channels, _SLICE_S):
                     if channel.fileno() == listener.fileno():
                         self._accept()
@@ -150,12 +155,20 @@ class Rendezvous:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # it has gone already, or there are no file descriptors left
+        except BlockingIOError:  # it has gone already
             return
-        if sum(guest.hello is None for guest in self._guests.values()) >= _MOST_STRANGERS:
-            sock.close()
+        except OSError as error:
+            if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
+                log.warning("nobody else can join at %s for now: %s", self.address, error.strerror)
+                self._accepts_from = time.monotonic() + _PAUSE_S
             return
+        strangers = [guest for guest in self._guests.values() if guest.hello is None]
+        if len(strangers) >= _MOST_STRANGERS:
+            self._part(min(strangers, key=lambda guest: guest.since), "")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that is cut off says no goodbye
+        for option, value in _KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         now = time.monotonic()
         guest = _Guest(Channel(sock, _LONGEST_HELLO), secrets.token_bytes(32), now, now)
         self._guests[guest.channel.fileno()] = guest
@@ -165,11 +178,18 @@ class Rendezvous:
         guest.heard = time.monotonic()
         try:
             for frame in guest.channel.receive():
+                if self._guests.get(guest.channel.fileno()) is not guest:
+                    return
                 self._answer(guest, wire.to_rendezvous.decode(frame))
         except ChannelClosed:
             self._part(guest, "ended, or lost its connection")
         except wire.WireError as error:
             self._part(guest, f"sent what nobody understands: {error}")
+        except Exception as error:  # the others are still to be served
+            who = "a stranger" if guest.hello is None else guest.name
+            log.exception("what %s asks for at %s can't be done", who, self.address)
+            self._send(guest, wire.Refused(f"it can't be done: {error}"))
+            self._part(guest, f"was shown out: {error}")
 
     def _answer(self, guest: _Guest, message: wire.ToRendezvous) -> None:
         if guest.hello is None:
@@ -190,7 +210,11 @@ class Rendezvous:
                 self._send(guest, wire.StoreValue(self._store[message.key]))
                 self._serve_waiting()
             case wire.StoreAdd():
-                total = int(self._store.get(message.key, b"0")) + message.amount
+                old = self._store.get(message.key, b"0")
+                try:
+                    total = int(old) + message.amount
+                except ValueError:
+                    raise ValueError(f"{message.key} is {old[:40]!r}, to which no number can be added") from None
                 self._store[message.key] = str(total).encode()
                 self._send(guest, wire.StoreValue(self._store[message.key]))
                 self._serve_waiting()
@@ -236,15 +260,14 @@ class Rendezvous:
             return f"rank {hello.rank} of {room.size} does not exist"
         if hello.rank in room.members:
             return f"{room.members[hello.rank].name} is there already: give every process a rank of its own"
+        if room.complete:  # one that was there before has gone, and this one is new to the others
+            return f"the others have gone on without rank {hello.rank}: start all of them anew"
         return _difference(hello.agreement, room)
 
     def _enter(self, guest: _Guest, hello: wire.Hello) -> None:
         room = self._rooms.get(hello.room)
         if room is None:
             room = self._rooms[hello.room] = _Room(hello.size, hello.agreement, guest.name)
-        if room.complete:  # one that was there before has gone, and this one is new to the others
-            self._refuse(guest, f"the others have gone on without rank {hello.rank}: start all of them anew")
-            return
         room.members[hello.rank] = guest
         if len(room.members) == room.size:
             room.complete = True

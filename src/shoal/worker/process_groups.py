@@ -13,7 +13,8 @@ from shoal.worker.store import RendezvousStore
 
 class ProcessGroups:
     """A replica's ranks meet over `store_path`, a file of the engine's that has no name of its own: nothing to clean
-    up, nothing to clash. Groups with ranks of other replicas meet at their rendezvous."""
+    up, nothing to clash. Groups with ranks of other replicas meet at their rendezvous, where those of earlier engines
+    have left their addresses: a meeting's number keeps them apart."""
 
     def __init__(self, store_path: str, world_size: int) -> None:
         self._store_path = store_path
@@ -23,9 +24,11 @@ class ProcessGroups:
 
     def __call__(self, setup: wire.RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
         cuda = setup.device == "cuda" and axis != "back"  # drawn tokens are on the host
+        store = self._store(setup, ranks)
+        name = f"{axis}:{ranks[0]}"
         return TorchComm(
-            self._store(setup, ranks),
-            f"{axis}:{ranks[0]}",
+            store,
+            f"{setup.meeting}:{name}" if store is self._shared else name,
             ranks.index(setup.global_rank),
             len(ranks),
             backend="nccl" if cuda else "gloo",
@@ -33,6 +36,11 @@ class ProcessGroups:
             device=torch.device("cuda", setup.device_index) if cuda else torch.device("cpu"),
             interface_address=setup.address,
         )
+
+    def close(self) -> None:
+        """Lets go of the rendezvous; groups that were made go on."""
+        if self._shared is not None:
+            self._shared.close()
 
     def _store(self, setup: wire.RankSetup, ranks: Sequence[int]) -> Any:
         replica = range(setup.dp_rank * setup.world_size, (setup.dp_rank + 1) * setup.world_size)

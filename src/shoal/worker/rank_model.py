@@ -87,10 +87,15 @@ class RankModel:
 
     @property
     def experts(self) -> int:
-        """Of each mixture, those that it has, whole or in part."""
-        if self.spec.moe is None:
+        """Of each mixture, those that it has, whole or in part; 0 if its layers have none."""
+        if self.spec.moe is None or not self._mixtures:
             return 0
         return self.spec.moe.num_experts if self.shard.experts is None else len(self.shard.experts)
+
+    @property
+    def _mixtures(self) -> int:
+        """Layers of its stage that are one."""
+        return sum(self.spec.moe_of(layer) is not None for layer in self.shard.stage.layers)
 
     @property
     def linear(self) -> str:
@@ -99,8 +104,9 @@ class RankModel:
         return type(make_linear(some, None)).__name__
 
     def _dispatch(self, device: torch.device) -> Dispatch:
+        """A stage without mixtures tells its group nothing of a step: all of its ranks are of this stage."""
         placed = None
-        if self._cutting.experts is not None and self.spec.moe is not None:
+        if self._cutting.experts is not None and self.spec.moe is not None and self._mixtures:
             placed = place_experts(self.spec.moe.num_experts, self._mesh.ep.size, self._cutting.experts)
         return make_dispatch(self._mesh, placed, self._setup.all2all, device)
 

@@ -47,17 +47,15 @@ class Runner:
         tp: Axis,
         pipeline: Pipeline,
         *,
-        max_in_flight: int,
         draft: Draft | None = None,
     ) -> None:
-        """`max_in_flight`: plans that are out at a time, at most."""
         self._model = model
         self._caches = caches
         self._table = table
         self._share = share
         self._tp = tp
         self._pipeline = pipeline
-        self._unread = Unread(pipeline, table, max_in_flight)
+        self._unread = Unread(pipeline, table)
         self._draft = draft
         self._pending: _Pending | None = None
         self.busy_ns = 0  # in steps so far, but for waits for other stages

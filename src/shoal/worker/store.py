@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.distributed
 
 from shoal import wire
-from shoal.errors import CommTimeout
+from shoal.errors import CommError, CommTimeout
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import Address, connect
 
@@ -66,6 +66,7 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
     def _ask(self, question: wire.ToRendezvous, timeout_s: float | None = None) -> bytes | None:
         """Raises:
         CommTimeout: no answer in time: a key that is waited for is not there, or the rendezvous has gone.
+        CommError: it can't be done; the connection has ended.
         """
         seconds = self._timeout_s if timeout_s is None else timeout_s
         with self._lock:
@@ -82,12 +83,14 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
     def _answer(self, deadline: float) -> bytes | None:
         while True:
             left = deadline - time.monotonic()
-            if left <= 0 or (not self._channel.unread and not wait([self._channel], left)):
+            if left <= 0 or (not self._channel.has_frame and not wait([self._channel], left)):
                 raise TimeoutError
             for frame in self._channel.receive(1):
                 message = wire.from_rendezvous.decode(frame)
                 if isinstance(message, wire.StoreValue):
                     return message.value
+                if isinstance(message, wire.Refused):
+                    raise CommError(f"the store at {self._address}: {message.why}")
 
 
 def _bytes(value: str | bytes) -> bytes:

@@ -22,12 +22,15 @@ class _Step:
 
 
 class Unread:
-    """The last token of each sequence is all that is told: how many guesses were right the plan shows."""
+    """The last token of each sequence is all that is told: how many guesses were right the plan shows.
 
-    def __init__(self, pipeline: Pipeline, table: SequenceTable, max_in_flight: int) -> None:
+    No more than `pipeline.depth` plans are out at a time, so a plan shows that the one so many steps before it was
+    answered. Its tokens are read by then at the latest: the last stage has no more than these on their way, and waits.
+    """
+
+    def __init__(self, pipeline: Pipeline, table: SequenceTable) -> None:
         self._pipeline = pipeline
         self._table = table
-        self._max_in_flight = max_in_flight
         self._steps: deque[_Step] = deque()
 
     def note(self, number: int, works: Sequence[wire.Work]) -> None:
@@ -37,7 +40,9 @@ class Unread:
 
     def read_for(self, plan: wire.StepPlan) -> None:
         """What a plan needs, and what must have been sent because the plan shows that its step was answered."""
-        answered = plan.step - self._max_in_flight
+        if not self._steps:
+            return
+        answered = plan.step - self._pipeline.depth
         needed = {work.seq for work in plan.work if self._table.goes_on_from_drawn(work)}
         count = 0
         for i, step in enumerate(self._steps, 1):

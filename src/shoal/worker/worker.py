@@ -37,6 +37,7 @@ class Worker:
             )
         self.setup = setup
         self.last_step = -1
+        self._handling = False
         self._anonymous_at_import = cpu.anonymous_memory()
         torch.get_num_threads()  # a fresh thread that has not asked once loses what it sets to another thread's value
         torch.set_num_threads(setup.threads)
@@ -72,18 +73,29 @@ class Worker:
 
     @property
     def doing(self) -> str:
+        if not self._handling:
+            return "waiting for a plan"
         busy = [axis for axis in self.mesh.axes if axis.comm.progress.operation] or self.mesh.axes[:1]
         return ", ".join(f"{axis.name} {axis.comm.progress}" for axis in busy) or "computing"
 
     def abort(self) -> None:
-        """Ends a wait for other ranks. From any thread."""
+        """Ends a wait for other ranks. From any thread, never raises."""
         for axis in self.mesh.axes:
-            axis.comm.abort()
+            try:
+                axis.comm.abort()
+            except Exception as error:  # noqa: BLE001 - the others must be told, and the cause of it all is elsewhere
+                log.warning("rank %d could not call %s off: %s", self.setup.rank, axis.name, error)
 
     @torch.inference_mode()
     def handle(self, message: wire.StepPlan | wire.StepMask | wire.Call) -> wire.StepResult | wire.Reply | None:
         """The answer; plans are answered by the first rank of the last stage alone, since every result there is the
         same, and a plan that is masked when its mask has come."""
+        self._handling = True
+        answer = self._answer(message)
+        self._handling = False  # after an error it stays: `doing` says where the rank stopped
+        return answer
+
+    def _answer(self, message: wire.StepPlan | wire.StepMask | wire.Call) -> wire.StepResult | wire.Reply | None:
         if isinstance(message, wire.Call):
             return wire.Reply(message.id, self.setup.rank, self._verbs[message.verb](message.payload))
         if message.incarnation != self.setup.incarnation:  # of an engine that is no more
@@ -171,11 +183,7 @@ class Worker:
                 tp,
                 count=setup.num_drafts,
             )
-        self._runner = Runner(
-            *(model.decoder, self._kv[0].layers, table, vocabulary, tp, self._pipeline),
-            max_in_flight=setup.max_in_flight,
-            draft=draft,
-        )
+        self._runner = Runner(*(model.decoder, self._kv[0].layers, table, vocabulary, tp, self._pipeline), draft=draft)
 
     def _warm_up(self, _: bytes) -> bytes:
         """Runs a prompt and a decode, so that the first request does not pay for first calls."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from shoal.config import format_bytes
 
-_COUNT_BYTES = 8
 _WORTHWHILE = 0.75  # of the bytes; between processes of one host both take about as long then
 
 
@@ -45,18 +44,13 @@ class Exchange:
 
 def bytes_per_token(exchange: Exchange) -> dict[str, float]:
     """What all ranks together send for one token in one layer, by backend: to its experts, back, and the sum to the
-    replica's other ranks. What `all_to_all` sends besides are `count_bytes`."""
+    replica's other ranks. Ahead of a layer's tokens `all_to_all` sends 8 bytes more from each rank to each other."""
     there_and_back = 2 * exchange.row_bytes + exchange.routing_bytes
     to_own_replica = (exchange.tp - 1) * exchange.row_bytes
     return {
         "allgather_reducescatter": (exchange.ranks - 1) * there_and_back + to_own_replica,
         "all_to_all": exchange.remote_ranks * there_and_back + to_own_replica,
     }
-
-
-def count_bytes(exchange: Exchange) -> int:
-    """What all ranks together send ahead of a layer's tokens with `all_to_all`."""
-    return exchange.ranks * (exchange.ranks - 1) * _COUNT_BYTES
 
 
 def choose(exchange: Exchange) -> tuple[str, str]:
