@@ -1,7 +1,7 @@
 """What two cores make of a model that one core can run: `python benchmarks/layouts.py [--checkpoint FOLDER]`.
 
-JSON on stdout. A rank has one core. Layouts run one after the other, `--rounds` times; ratios to one core with the
-whole model are taken round by round, figures are medians.
+JSON on stdout. A rank has one core, but where there are four. Layouts run one after the other, `--rounds` times; ratios
+to one core with the whole model are taken round by round, figures are medians.
 """
 
 import json
@@ -23,6 +23,7 @@ _LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # cores, and options
     "tp 2": (2, {"tensor_parallel_size": 2}),
     "pp 2": (2, {"pipeline_parallel_size": 2}),
     "dp 2": (2, {"data_parallel_size": 2}),
+    "tp 2, pp 2": (2, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),  # two ranks a core
 }
 
 
@@ -62,6 +63,8 @@ def _summary(runs: list[dict[str, Any]], single: list[dict[str, Any]]) -> dict[s
         "idle_share_by_stage": [round(statistics.median(run["idle_share"][i] for run in runs), 3) for i in stages],
         "time_to_first_token_s": round(statistics.median(run["time_to_first_token_s"] for run in runs), 2),
         "weight_mib_by_rank": [round(size / 2**20) for size in runs[0]["weight_bytes"]],
+        "memory_mib_by_rank": [round(size / 2**20) for size in runs[0]["memory_bytes"]],
+        "most_memory_ratio": round(max(runs[0]["memory_bytes"]) / max(single[0]["memory_bytes"]), 3),
     }
 
 

@@ -17,8 +17,9 @@ _TIMEOUT_S = 1800
 def measure(model: Path | str, cores: Sequence[int], shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
     """Runs a batch twice on these cores alone, in a process of its own, and tells of the second time.
 
-    output_tokens_per_s, time_to_first_token_s, num_blocks, weight bytes by rank, and the share of the time in which
-    each stage was idle (the mean of its ranks).
+    output_tokens_per_s, time_to_first_token_s, num_blocks, by rank the bytes of weights and of anonymous memory beyond
+    an interpreter's that has imported torch, the KV cache left out, and the share of the time in which each stage was
+    idle (the mean of its ranks).
     """
     told = json.dumps([str(model), list(cores), [shape.batch_size, shape.input_len, shape.output_len], dict(options)])
     done = subprocess.run(
@@ -45,6 +46,7 @@ def _run(model: str, cores: Sequence[int], shape: Shape, options: dict[str, Any]
             "block_size": after.block_size,
             "preemptions": after.preemptions - before.preemptions,
             "weight_bytes": [rank.weight_bytes for rank in after.ranks],
+            "memory_bytes": [rank.anonymous - rank.anonymous_at_import - rank.kv_bytes for rank in after.ranks],
             "idle_share": run.stage_idle,
         }
 
