@@ -1,8 +1,9 @@
 """What a token costs, in multiplications: an estimate, to share work out by and to speak of. Free of torch.
 
 Each element of a matrix that a token goes through is one multiplication. Tables that it is looked up in cost nothing,
-of a mixture's experts those count that a token is sent to, and the output head is counted for every token, as it is
-where each step draws one. What attention does with the context comes on top, for every layer about the same.
+and of a mixture's experts those count that a token is sent to. The output head is for tokens behind which one is drawn,
+and not for those of prompts: it is counted for one of three, as with prompts twice as long as outputs. What attention
+does with the context comes on top, for every layer about the same.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from shoal.models.manifest import Param, Shard
 from shoal.models.spec import ModelSpec
 
+_DRAWN = 1 / 3  # of the tokens that are computed, those behind which one is drawn
 _BEFORE = ("project_in.weight",)  # what a token is multiplied with before the layers; in all else it is looked up
 
 
@@ -77,6 +79,8 @@ def cost_shares(
 def _cost(spec: ModelSpec, param: Param, size: Callable[[Param], int]) -> float:
     if param.name == "embedding" or (param.at == "first" and param.name not in _BEFORE):
         return 0.0
+    if param.at == "last":
+        return size(param) * _DRAWN
     if param.expert is None or spec.moe is None:
         return size(param)
     return size(param) * spec.moe.routing.top_k / spec.moe.num_experts
