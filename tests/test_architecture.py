@@ -19,7 +19,9 @@ COMMON = {"types", "errors", "config", "env", "lazy", "observe", "shoal"}
 
 # package -> what else of ours it may import.
 ALLOWED = {
-    "cli": {"frontend"},
+    "cli": {"server", "client", "frontend"},
+    "server": {"frontend", "cluster", "transport", "protocols", "wire"},
+    "client": set(),
     "frontend": {"cluster", "engine", "executors", "planner", "devices", "transport", "protocols", "wire"},
     "cluster": {"transport", "protocols", "wire"},
     "engine": {"protocols", "wire"},
@@ -44,7 +46,8 @@ ALLOWED = {
 TORCH_FREE = [
     "shoal", "shoal.types", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire", "shoal.protocols",
     "shoal.observe", "shoal.devices", "shoal.transport", "shoal.engine", "shoal.planner", "shoal.cluster",
-    "shoal.frontend", "shoal.cli", "shoal.executors.base", "shoal.executors.multiprocess", "shoal.worker.__main__",
+    "shoal.frontend", "shoal.server", "shoal.client", "shoal.cli", "shoal.executors.base",
+    "shoal.executors.multiprocess", "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.checkpoint", "shoal.models.registry",
     "shoal.models.families", "shoal.models.fields", "shoal.models.pickled", "shoal.models.pickle_program",
     "shoal.models.quantization", "shoal.models.fallback", "shoal.models.implementation", "shoal.parallel.topology",
@@ -54,8 +57,11 @@ TORCH_FREE = [
 # What `load` may bring in, beside what follows from the table above.
 LOADABLE = {
     "shoal.frontend.llm": {"shoal"},
+    "shoal.frontend.async_llm": {"shoal"},
     "shoal.frontend.data_parallel": {"shoal"},
     "shoal.cli.commands": {"cli"},
+    "shoal.client.top": {"cli"},
+    "shoal.client.scale": {"cli"},
     "shoal.types": {"shoal"},
     "shoal.errors": {"shoal"},
     "shoal.executors.inprocess": {"frontend"},
@@ -67,7 +73,12 @@ LOADABLE = {
     "transformers": {"frontend", "models"},
     "transformers.conversion_mapping": {"models"},
     "shoal.models.transformers_trial": {"models"},
+    "shoal.client.load.bench": {"cli"},
+    "matplotlib.figure": {"client"},
 }
+
+# What names of metrics begin with; they look like `module:Name`.
+METRICS = {"vllm", "shoal"}
 
 # Libraries that stay where they are needed.
 CONFINED = {
@@ -76,8 +87,18 @@ CONFINED = {
     "tokenizers": {"frontend"},
     "llguidance": {"engine", "frontend"},
     "msgspec": {"wire"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "pydantic": {"server"},
+    "uvicorn": {"server"},
+    "uvloop": {"server"},
+    "httptools": {"server"},
+    "prometheus_client": set[str](),
+    "aiohttp": {"client"},
+    "rich": {"client"},
+    "matplotlib": {"client"},
     "torch": {"distributed", "comm", "parallel", "kernels", "models", "worker"},
-    "numpy": {"worker", "kernels"},
+    "numpy": {"worker", "kernels", "cluster"},
     "huggingface_hub": set[str](),
     "transformers": set[str](),
 }
@@ -107,6 +128,8 @@ def loads(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             module, colon, name = node.value.partition(":")
+            if module in METRICS:
+                continue
             if colon and name.isidentifier() and all(part.isidentifier() for part in module.split(".")):
                 yield module
 

@@ -49,6 +49,7 @@ UNIONS = {
     "from_rank": wire.FromRank,
     "to_engine": wire.ToEngine,
     "from_engine": wire.FromEngine,
+    "to_api": wire.ToApi,
     "to_rendezvous": wire.ToRendezvous,
     "from_rendezvous": wire.FromRendezvous,
 }
@@ -58,6 +59,7 @@ PAYLOADS = {
     wire.Capacity: wire.decode_capacity,
     wire.RankStats: wire.decode_stats,
     wire.Hello: wire.hello.decode,
+    wire.FleetStatus: wire.fleet_status.decode,
 }
 
 
@@ -83,6 +85,7 @@ def test_every_message_is_covered() -> None:
     parts = {
         *(wire.Sampling, wire.Penalties, wire.NewSeq, wire.Work, wire.TokenLogprobs, wire.PromptLogprobs),
         *(wire.SeqOut, wire.StepTimes, wire.SeqUpdate, wire.Traffic, wire.Place),
+        wire.ReplicaState,
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
     assert set(wire.Wire.__subclasses__()) == covered

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from shoal.errors import RequestError as RequestError
     from shoal.errors import ShoalError as ShoalError
     from shoal.errors import UserError as UserError
+    from shoal.frontend.async_llm import AsyncLLM as AsyncLLM
     from shoal.frontend.data_parallel import DataParallelRank as DataParallelRank
     from shoal.frontend.llm import LLM as LLM
     from shoal.types import BeamSearchOutput as BeamSearchOutput
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "LLM": "shoal.frontend.llm:LLM",
+    "AsyncLLM": "shoal.frontend.async_llm:AsyncLLM",
     "DataParallelRank": "shoal.frontend.data_parallel:DataParallelRank",
     "SamplingParams": "shoal.types:SamplingParams",
     "RequestOutput": "shoal.types:RequestOutput",

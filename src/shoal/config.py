@@ -253,12 +253,55 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class HostOptions:
+    """Several hosts"""
+
+    data_parallel_size_local: int | None = option(
+        None, "replicas that this host runs; auto: all, or as many as are left", short="-dpl", minimum=0, local=True
+    )
+    data_parallel_start_rank: int | None = option(
+        None, "number of this host's first replica", short="-dpr", minimum=0, local=True
+    )
+    data_parallel_rank: int | None = option(
+        None, "serve this one replica at an address of its own", short="-dpn", minimum=0, local=True
+    )
+    data_parallel_address: str | None = option(
+        None, "where the replicas of all hosts meet: an address of the first host", short="-dpa", local=True
+    )
+    data_parallel_rpc_port: int | None = option(
+        None, "... and the port", short="-dpp", minimum=1, maximum=65535, local=True
+    )
+    data_parallel_hybrid_lb: bool = option(
+        False, "serve this host's replicas at an address of its own", short="-dph", local=True
+    )
+    headless: bool = option(False, "run replicas for a front end elsewhere, and serve nothing here", local=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ServingOptions:
+    """Requests and restarts"""
+
+    max_queued_requests: int = option(
+        4096, "requests that may wait for a replica; what comes on top is answered with 429", minimum=0, local=True
+    )
+    max_queue_wait: float | None = option(
+        None, "seconds a request may wait for a replica before it is answered with 503", minimum=0, local=True
+    )
+    request_timeout: float | None = option(
+        None, "seconds a request may take in all; one that takes longer ends with 503", minimum=0, local=True
+    )
+    max_restarts: int = option(20, "restarts of a replica within an hour", minimum=0, local=True)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
     model: str | None  # None: the bundled one
     model_options: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    hosts: HostOptions = field(default_factory=HostOptions)
+    serving: ServingOptions = field(default_factory=ServingOptions)
 
     @classmethod
     def from_flat(cls, model: str | None, values: Mapping[str, Any]) -> "EngineOptions":
@@ -298,7 +341,10 @@ SECTIONS: dict[str, type] = {
     "parallel": ParallelOptions,
     "cache": CacheOptions,
     "scheduler": SchedulerOptions,
+    "hosts": HostOptions,
+    "serving": ServingOptions,
 }
+ONLINE = ("hosts", "serving")  # sections that only mean something to `shoal serve` and AsyncLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +364,7 @@ class Option:
     bytes: bool
     parse: Callable[[Any, str], Any] | None
     metavar: str | None
+    online: bool  # only for what serves
 
     @property
     def flag(self) -> str:
@@ -391,7 +438,7 @@ def format_bytes(count: float) -> str:
 
 def options() -> Iterator[Option]:
     """Every option, section by section."""
-    for section in SECTIONS.values():
+    for name, section in SECTIONS.items():
         hints = get_type_hints(section)
         for f in dataclasses.fields(section):
             hint = hints[f.name]
@@ -413,7 +460,18 @@ def options() -> Iterator[Option]:
                 bytes=f.metadata["bytes"],
                 parse=f.metadata["parse"],
                 metavar=f.metadata["metavar"],
+                online=name in ONLINE,
             )
+
+
+def refuse_online(given: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: an option is there that only means something to what serves.
+    """
+    for option_ in options():
+        if option_.online and given.get(option_.name) not in (None, False):
+            raise ConfigError(f"{option_.flag} is for `shoal serve` and AsyncLLM: leave it out here")
 
 
 def from_environment() -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The one place that reads environment variables."""
 
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError
 
 PREFIX = "SHOAL_"
+_LONGEST_KEY = 1 << 16
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
@@ -20,6 +22,7 @@ class Variable:
 SETTINGS: tuple[Variable, ...] = (
     Variable("SHOAL_LOG_LEVEL", f"what the log on stderr holds: {', '.join(_LEVELS)}", "VLLM_LOGGING_LEVEL"),
     Variable("SHOAL_CLUSTER_KEY", "a secret that processes on different hosts share, so that no stranger joins them"),
+    Variable("SHOAL_CLUSTER_KEY_FILE", "a file with that secret, which nobody but its owner may read"),
     Variable("CUDA_VISIBLE_DEVICES", "the GPUs that count as this host's"),
     Variable("HF_HUB_OFFLINE", "1: nothing is fetched from the hub"),
     Variable("HF_TOKEN", "opens models on the hub that need a login"),
@@ -122,8 +125,33 @@ def _dp_number(name: str, lowest: int, highest: int, default: int | None = None)
 
 
 def cluster_key() -> str:
-    """The secret that processes on different hosts share; "" where there is none."""
-    return os.environ.get("SHOAL_CLUSTER_KEY", "").strip()
+    """The secret that processes on different hosts share, of SHOAL_CLUSTER_KEY or else of the file that
+    SHOAL_CLUSTER_KEY_FILE names; "" where there is none.
+
+    Raises:
+        ConfigError: the file can't be read, is empty, or others than its owner may read it.
+    """
+    found = os.environ.get("SHOAL_CLUSTER_KEY", "").strip()
+    path = os.environ.get("SHOAL_CLUSTER_KEY_FILE", "").strip()
+    return _key_in(path) if path and not found else found
+
+
+def _key_in(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            key = file.read(_LONGEST_KEY).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigError(f"SHOAL_CLUSTER_KEY_FILE={path} can't be read: {why}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(
+            f"SHOAL_CLUSTER_KEY_FILE={path} is open to others than its owner (mode {stat.S_IMODE(mode):o}): "
+            "chmod 600 it"
+        )
+    if not key:
+        raise ConfigError(f"SHOAL_CLUSTER_KEY_FILE={path} is empty: write a secret into it")
+    return key
 
 
 def visible_cuda_devices() -> str | None:

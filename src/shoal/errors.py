@@ -9,6 +9,9 @@ ShoalError
 `-- EngineError             the engine could not go on; the command line exits with 1
     |-- RankFailed          a rank died, stood still or raised; names rank, process and step
     |-- ReplicasFailed      no replica is left; keeps what had finished
+    |-- Unavailable           a request is not taken, or not ended, for now; `retry_after` says when to come again
+    |   |-- QueueFull         ... because too many wait already
+    |   `-- Overdue           ... because it waited too long, or its deadline has passed
     |-- CommError           an operation between ranks failed
     |   |-- CommTimeout     ... because somebody did not arrive in time
     |   `-- CommAborted     ... because somebody called it off
@@ -56,6 +59,22 @@ class ReplicasFailed(EngineError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.outputs: dict[int, Any] = {}
+
+
+class Unavailable(EngineError):
+    """`retry_after`: seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Unavailable):
+    pass
+
+
+class Overdue(Unavailable):
+    pass
 
 
 class CommError(EngineError):

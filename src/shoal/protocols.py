@@ -61,6 +61,25 @@ class EngineClient(Protocol):
     def close(self) -> None: ...
 
 
+class Recorder(Protocol):
+    """Is told of every request's way, for metrics. Calls come from one thread."""
+
+    def added(self, request: wire.EngineRequest) -> None:
+        """`request.arrival` is when it came."""
+
+    def dealt(self, seq: int, replica: int) -> None:
+        """A replica has it now; after a failure another one, or the same again."""
+
+    def updated(self, replica: int, update: wire.SeqUpdate) -> None:
+        """What its client is given; with `finish` it is the last."""
+
+    def stopped(self, seq: int) -> None:
+        """Its output has reached a stop text. What still comes is its end, as that of an aborted one."""
+
+    def ended(self, update: wire.SeqUpdate) -> None:
+        """It has ended without a replica's doing: refused, aborted, given up."""
+
+
 class Lockstep(Protocol):
     """Replicas whose ranks exchange tensors within a step: every one launches every step, with or without work.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,10 +66,27 @@ _SHOWN = 200  # characters of a wrong value
 def shown(value: object) -> str:
     """A wrong value in an error, however long it is."""
     try:
-        text = repr(value)
+        text = repr(value) if _is_short(value) else _shortened.repr(value)
     except ValueError:  # an integer of thousands of digits
         return "a number that is too long to be shown"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _is_short(value: object) -> bool:
+    """Spelling it out takes no time to speak of."""
+    pending, left = [value], 10_000
+    while pending and left > 0:
+        each = pending.pop()
+        if isinstance(each, str | bytes):
+            left -= len(each)
+        elif isinstance(each, list | tuple | dict):
+            left -= 1 + len(each)
+            pending.extend((each if not isinstance(each, dict) else [*each, *each.values()]) if left > 0 else ())
+    return left > 0
+
+
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxlist = _shortened.maxdict = _shortened.maxtuple = _SHOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +340,7 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     cumulative_logprob: float | None = None
     logprobs: tuple[Logprobs, ...] | None = None  # one a token
     # The text of `stop` or the token of `stop_token_ids` that ended it. None for an end-of-text token, unless

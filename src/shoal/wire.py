@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 Ids = tuple[int, ...]
 
@@ -287,6 +287,17 @@ class Finish(IntEnum):
     ABORT = 2
 
 
+class Refusal(IntEnum):
+    """What kind of `error` ended a request."""
+
+    NONE = 0
+    INVALID = 1  # it can't be run; whoever sent it can mend it
+    FULL = 2  # too many wait already
+    LATE = 3  # it waited too long, or its deadline has passed
+    FAILED = 4  # what it needs has failed, or it takes down whoever runs it
+    CLOSING = 5  # nothing new is taken any more
+
+
 class EngineRequest(Wire, frozen=True):
     seq: int  # chosen by the client, never used twice
     tokens: bytes  # int32, little endian
@@ -299,10 +310,15 @@ class EngineRequest(Wire, frozen=True):
     prompt_len: int = 0  # tokens behind it are of the output: the request goes on from there; 0: all are the prompt's
     group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: alone
     grammar: str = ""  # what the output must look like, in llguidance's form
+    arrival: float = 0.0  # time.monotonic() of the client's host when it came; 0: when it is added
+    replica: int = -1  # the only one that may run it; -1: any
 
 
 class Abort(Wire, frozen=True):
+    """`stopped`: their clients have all they wanted, up to a stop text."""
+
     seqs: Ids
+    stopped: bool = False
 
 
 class SeqUpdate(Wire, frozen=True):
@@ -313,6 +329,8 @@ class SeqUpdate(Wire, frozen=True):
     cached_tokens: int = 0
     error: str = ""
     prompt_logprobs: PromptLogprobs | None = None
+    refusal: Refusal = Refusal.NONE
+    waited_us: int = 0  # with the first tokens: how long the engine had it before it was in a step
 
 
 class Updates(Wire, frozen=True):
@@ -351,6 +369,73 @@ class EngineStats(Wire, frozen=True):
     start_s: tuple[tuple[str, float], ...] = ()
     ranks: tuple[RankStats, ...] = ()
     replicas: tuple["EngineStats", ...] = ()  # of a set of replicas, whose sums the other fields are
+    iteration_tokens: Ids = ()  # steps by their tokens: number i had up to 2**i, and more than half as many
+    step_tokens: int = 0  # in all steps
+    busy_before: Ids = ()  # microseconds that each rank was busy in former lives
+
+
+class Snapshot(Wire, frozen=True):
+    """Unasked, now and then: an engine's own numbers, with what its ranks said last."""
+
+    stats: EngineStats
+
+
+class Ask(Wire, frozen=True):
+    """Something that a client wants to know or to be done, beside requests: `status`, `metrics`, `scale`, ..."""
+
+    id: int
+    verb: str
+    payload: bytes = b""
+
+
+class Told(Wire, frozen=True):
+    """The answer to an Ask. `user_error`: whoever asked can mend it."""
+
+    id: int
+    payload: bytes = b""
+    error: str = ""
+    user_error: bool = False
+
+
+class ApiSetup(Wire, frozen=True):
+    """The first message to an API server process: the model and its options, and what `shoal serve` was told besides.
+    `socket` is the descriptor at which it accepts connections."""
+
+    model: str | None
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    listening: dict[str, Any]
+    number: int = 0
+    socket: int = -1
+
+
+class ReplicaState(Wire, frozen=True):
+    """A replica as its supervisor sees it. `state`: "starting", "ready", "restarting" (it has ended, and waits for its
+    next start), "awaited" (another host starts it), "leaving", "failed" (it is not started again)."""
+
+    number: int
+    state: str
+    host: str
+    pid: int
+    since_s: float  # seconds in this state
+    restarts: int
+    cause: str  # of its last end, "" if there was none
+    held: int  # requests that it has
+    stats: EngineStats | None  # its latest word; counters are sums over its lives
+
+
+class FleetStatus(Wire, frozen=True):
+    """All replicas behind one address."""
+
+    model: str
+    tp: int  # of each replica
+    pp: int
+    replicas: tuple[ReplicaState, ...]
+    queued: int  # requests that no replica has yet
+    replays: int  # how often a request went on after the end of the replica that had it
+    accepting: bool  # False: it drains, or has failed
+    uptime_s: float
+    failure: str = ""
 
 
 class Place(Wire, frozen=True):
@@ -411,6 +496,7 @@ class Welcome(Wire, frozen=True):
 
 class Refused(Wire, frozen=True):
     why: str
+    again: bool = False  # it may be over soon
 
 
 class Waiting(Wire, frozen=True):
@@ -421,9 +507,10 @@ class Waiting(Wire, frozen=True):
 
 
 class Started(Wire, frozen=True):
-    """A room is complete. `members`: who they are, by rank."""
+    """A room is complete. `members`: who they are, by rank; `formation`: how many rooms were complete before it."""
 
     members: tuple[str, ...]
+    formation: int = 0
 
 
 class Posted(Wire, frozen=True):
@@ -482,8 +569,9 @@ class StoreValue(Wire, frozen=True):
 ToRendezvous = Signed | Posted | Leave | Alive | StoreSet | StoreAdd | StoreGet | StoreDelete
 FromRendezvous = Challenge | Welcome | Refused | Waiting | Started | Posted | Gone | Alive | StoreValue
 
-ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop
-FromEngine = Updates | EngineStats | EngineFailure
+ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop | Ask
+ToApi = ApiSetup | Updates | Told | Stop
+FromEngine = Updates | EngineStats | EngineFailure | Snapshot | Told
 
 _encoder = msgspec.msgpack.Encoder()
 W = TypeVar("W", bound=Wire)
@@ -501,11 +589,13 @@ def encode(message: Wire) -> bytes:
 to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
 from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+to_api: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 to_rendezvous: msgspec.msgpack.Decoder[ToRendezvous] = msgspec.msgpack.Decoder(ToRendezvous)
 from_rendezvous: msgspec.msgpack.Decoder[FromRendezvous] = msgspec.msgpack.Decoder(FromRendezvous)
 hello: msgspec.msgpack.Decoder[Hello] = msgspec.msgpack.Decoder(Hello)
+fleet_status: msgspec.msgpack.Decoder[FleetStatus] = msgspec.msgpack.Decoder(FleetStatus)
 WireError = msgspec.MsgspecError  # what decoding raises
 
 _load_info = msgspec.msgpack.Decoder(LoadInfo)

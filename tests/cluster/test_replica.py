@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +106,83 @@ def test_stopped(engine: EngineProcess) -> None:
         finished(engine, 1)
     assert time.monotonic() - begun < 10
     assert gone(engine.pid, within=5)
+
+
+def test_a_rank_that_dies_while_nothing_is_to_do_is_noticed(checkpoint: Checkpoint) -> None:
+    engine = start(checkpoint, distributed_executor_backend="mp", tensor_parallel_size=2)
+    engine.await_ready(120)
+    os.kill(engine.stats().ranks[1].pid, signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match=r"rank 1 .* was killed by SIGKILL"):
+        await_failure(engine, begun + 60)
+    engine.close()
+
+
+def await_failure(engine: Replica, deadline: float) -> None:
+    while time.monotonic() < deadline:
+        assert not engine.updates(1.0)
+
+
+def test_it_says_how_it_does_while_it_is_busy_and_once_more_when_it_rests(engine: EngineProcess) -> None:
+    engine.add(request(0, max_tokens=200))
+    finished(engine, 1)
+    while engine.snapshot is None or engine.snapshot.running or not engine.snapshot.ranks:
+        engine.updates(1.0)
+    assert engine.snapshot.generated_tokens == 200
+    assert engine.snapshot.free_blocks == engine.snapshot.num_blocks
+    assert sum(engine.snapshot.iteration_tokens) == 200, "steps with tokens"
+    last = engine.snapshot
+    deadline = time.monotonic() + 2.5
+    while (left := deadline - time.monotonic()) > 0:
+        assert not engine.updates(left)
+    assert engine.snapshot is last, "nothing new to say"
+
+
+class Slow:
+    """A process that takes its time to go."""
+
+    def __init__(self) -> None:
+        self.channel, self._theirs = Channel.pair()
+        self.may_go = threading.Event()
+        self.gone = threading.Event()
+
+    def stopped(self) -> bool:
+        return False
+
+    def death(self) -> str:
+        return "was killed"
+
+    def say(self, goodbye: bytes) -> None:
+        pass
+
+    def wait(self, timeout: float) -> bool:
+        return self.gone.is_set()
+
+    def kill(self) -> None:
+        assert self.may_go.wait(60)
+        self.gone.set()
+        self.channel.close()
+
+    def answer(self, frame: bytes | None) -> None:
+        """The last word, if any."""
+        end = Channel(self._theirs)
+        if frame is not None:
+            end.send(frame)
+        end.close()
+
+
+@pytest.mark.parametrize("frame", [None, wire.encode(wire.EngineFailure("it failed")), b"\xff\xff"])
+def test_nobody_waits_for_the_end_of_one_that_failed_but_who_closes_it(frame: bytes | None) -> None:
+    host = Slow()
+    replica = Replica(host, wire.EngineSetup("model", {}), name="replica 0", answer_timeout=60)
+    host.answer(frame)
+    with pytest.raises(EngineError, match=r"replica 0 was killed|it failed|nobody understands"):
+        replica.updates(60)
+    replica.abandon()
+    assert not host.gone.is_set()
+    threading.Timer(0.1, host.may_go.set).start()
+    replica.close()
+    assert host.gone.is_set()
 
 
 def test_options_that_cannot_work_are_the_users_to_mend(checkpoint: Checkpoint) -> None:

@@ -3,8 +3,10 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shoal import wire
 from shoal.cluster.router import Room, Router, most_held
@@ -196,6 +198,7 @@ def test_outputs_are_expected_to_be_as_long_as_those_that_have_ended() -> None:
     where = spread(found, [request(seq, [seq], max_tokens=1000) for seq in range(2)])
     found.drew(0, where[0], 10)
     found.ended(0, where[0])
+    found.drew(1, where[1], 1)
     assert spread(found, [request(2, [2] * 100, max_tokens=1000)]) == {2: where[0]}
     # The prompt of 100 is more than the few tokens that are to be expected of either.
     assert spread(found, [request(3, [3], max_tokens=1000), request(4, [4], max_tokens=1000)]) == {
@@ -268,43 +271,286 @@ def test_a_prefix_is_not_worth_any_imbalance() -> None:
     assert Counter(where.values())[where[100]] > 4
 
 
-def test_the_outputs_of_one_prompt_go_to_one_replica_unless_one_is_idle() -> None:
+def test_the_outputs_of_one_prompt_share_its_work_even_without_a_prefix_cache() -> None:
     found = router(2, room(prefixes=0))
-    busy = spread(found, [request(seq, [seq]) for seq in range(2)])
-    assert set(busy.values()) == {0, 1}
-    where = spread(found, [request(10 + i, [5, 6], group=10) for i in range(8)])
-    assert len({where[10], where[11]}) == 1
-    loads = Counter(where.values())
-    assert loads == {0: 4, 1: 4}, "for no more than one request's work"
+    spread(found, [request(seq, [seq] * 5) for seq in range(2)])
+    outputs = [request(10 + i, [5] * 60, group=10) for i in range(4)]
+    where = spread(found, outputs[:1])
+    found.drew(10, where[10], 1)
+    where |= spread(found, outputs[1:])
+    assert Counter(where.values()) == {where[10]: 4}, "three more outputs are less than the prompt once more"
+    assert found.work(where[10]) == 9 + 3 + 3 * (1 + 4)
     free = router(2, room(prefixes=0))
     assert len(set(spread(free, [request(10 + i, [5, 6], group=10) for i in range(2)]).values())) == 2
 
 
+def test_a_hot_prefix_gets_copies_where_replicas_are_idle_and_one_conversation_does_not() -> None:
+    found = router(4)
+    begun = request(0, [7] * 40, max_tokens=9)
+    where = spread(found, [begun])
+    found.drew(0, where[0], 2)
+    together = spread(found, prompts_of(7, 3, 1))
+    assert sorted({**where, **together}.values()) == [0, 1, 2, 3]
+    found = router(4)
+    spread(found, [request(0, [7] * 40, max_tokens=1)])
+    found.drew(0, 0, 1)
+    found.ended(0, 0)
+    # Somebody else's request keeps its replica busy for a short time: less than the conversation's past would take.
+    found.add(wire.replace(request(1, [9], max_tokens=3), replica=0))
+    assert dealt(found) == [(1, 0)]
+    assert spread(found, [request(2, [7] * 44, max_tokens=3)]) == {2: 0}
+
+
+def computed(found: Router, spec: wire.EngineRequest) -> int:
+    """Prompt tokens that replica 0 has to compute for it."""
+    before = found.work(0)
+    assert spread(found, [spec]) == {spec.seq: 0}
+    return found.work(0) - before - spec.max_tokens
+
+
 def test_a_prefix_is_whole_blocks_of_the_same_salt() -> None:
     found = router(1)
-    spread(found, [request(0, [50] * 3 * BLOCK)])
-
-    def cached(prompt: list[int], salt: str = "") -> int:
-        return found._replicas[0].cached(found._hashes(request(1, prompt, salt=salt)))
-
-    assert cached([50] * 40) == 3
-    assert cached([50] * (3 * BLOCK - 1) + [51]) == 2
-    assert cached([51] + [50] * 40) == 0
-    assert cached([50] * 40, salt="b") == 0
+    assert computed(found, request(0, [50] * 3 * BLOCK)) == 3 * BLOCK
+    assert computed(found, request(1, [50] * (3 * BLOCK - 1) + [51])) == BLOCK
+    assert computed(found, request(2, [51] + [50] * 39)) == 40
+    assert computed(found, request(3, [50] * 3 * BLOCK, salt="b")) == 3 * BLOCK
+    assert computed(found, request(4, [50] * 40, salt="b")) == 40 - 3 * BLOCK
+    assert computed(found, request(5, [50] * 40, salt="b")) == 1, "the last token's logits must come from somewhere"
 
 
 def test_the_oldest_prefixes_are_forgotten() -> None:
-    found = router(1, room(prefixes=5))
-    spread(found, prompts_of(50, 1, 0))
-    assert found._replicas[0].cached(found._hashes(prompts_of(50, 1, 9)[0])) == 3
-    spread(found, prompts_of(60, 1, 1))
-    assert len(found._replicas[0].prefixes) == 5
-    assert found._replicas[0].cached(found._hashes(prompts_of(60, 1, 9)[0])) == 3
-    assert found._replicas[0].cached(found._hashes(prompts_of(50, 1, 9)[0])) == 0
+    found = router(1, room(prefixes=8))
+    assert [computed(found, prompts_of(topic, 1, topic)[0]) for topic in (50, 60, 50)] == [13, 13, 1]
+    assert computed(found, prompts_of(70, 1, 70)[0]) == 13
+    assert computed(found, request(1, [50] * 12 + [1])) == 1
+    assert computed(found, request(2, [60] * 12 + [2])) == 13
 
 
 def test_a_prompt_whose_log_probabilities_are_wanted_is_computed() -> None:
     found = router(1)
     spread(found, prompts_of(50, 1, 0))
-    wanted = wire.EngineRequest(5, encode_tokens([50] * 13), wire.Sampling(seed=0, prompt_logprobs=1), 1)
-    assert found._hashes(wanted) == ()
+    wanted = wire.EngineRequest(5, encode_tokens([50] * 13), wire.Sampling(seed=0, prompt_logprobs=1), 1, group=3)
+    assert computed(found, wanted) == 13
+    assert computed(found, wire.replace(wanted, seq=6)) == 13
+
+
+# --- replicas that come and go -----------------------------------------------------------------------------------
+
+
+def test_a_router_may_start_without_replicas() -> None:
+    found = Router()
+    for seq in range(3):
+        found.add(request(seq, [seq]))
+    assert found.next() is None
+    assert found.waiting == 3
+    found.admit(7, room(2))
+    assert dealt(found) == [(0, 7), (1, 7)]
+    found.admit(3, room(2))
+    assert dealt(found) == [(2, 3)]
+    assert (found.waiting, found.held(7), found.held(3)) == (0, 2, 1)
+    found.audit()
+
+
+def test_a_replica_that_is_back_has_nothing_in_its_cache() -> None:
+    found = router(1)
+    spread(found, prompts_of(50, 1, 0))
+    found.remove(0)
+    found.admit(0, room())
+    assert found.work(0) == 0
+    assert computed(found, prompts_of(50, 1, 1)[0]) == 13
+    with pytest.raises(ValueError, match="replica 0 is there already"):
+        found.admit(0, room())
+    with pytest.raises(ValueError, match="replica 1 has blocks of 8 tokens, the others of 4"):
+        found.admit(1, Room(1, 1, 8, 1))
+
+
+def test_a_replica_that_joins_is_not_flooded() -> None:
+    """What the others have done before does not count against them."""
+    found = router(2)
+    for seq in range(100):
+        where = spread(found, [request(seq, [seq] * 50, max_tokens=50)])
+        found.drew(seq, where[seq], 50)
+        found.ended(seq, where[seq])
+    found.admit(2, room())
+    where = spread(found, [request(seq, [seq] * 50, max_tokens=50) for seq in range(100, 130)])
+    assert Counter(where.values()) == {0: 10, 1: 10, 2: 10}
+
+
+# --- requests that may run at one replica only -------------------------------------------------------------------
+
+
+def pinned(seq: int, number: int, priority: int = 0) -> wire.EngineRequest:
+    return wire.replace(request(seq, [seq], priority=priority), replica=number)
+
+
+def test_one_that_waits_for_its_replica_holds_up_nobody() -> None:
+    found = router(2, room(1))
+    assert spread(found, [pinned(0, 1), pinned(1, 1), pinned(2, 5)]) == {0: 1}
+    assert spread(found, [request(3, [3]), request(4, [4])]) == {3: 0}
+    assert found.waiting == 3
+    found.ended(0, 1)
+    assert dealt(found) == [(1, 1)], "it came before those that may go anywhere"
+    found.ended(1, 1)
+    assert dealt(found) == [(4, 1)]
+    found.admit(5, room(1))
+    assert dealt(found) == [(2, 5)]
+
+
+def test_one_that_waits_for_its_replica_goes_by_priority_and_arrival() -> None:
+    found = router(1, room(1))
+    assert spread(found, [request(0, [0]), request(1, [1]), pinned(2, 0), request(3, [3]), pinned(4, 0, -1)]) == {0: 0}
+    order = [0]
+    for _ in range(4):
+        found.ended(order[-1], 0)
+        order += [seq for seq, _ in dealt(found)]
+    assert order == [0, 4, 1, 2, 3]
+
+
+def test_one_that_waits_for_a_replica_that_is_away_may_be_given_up() -> None:
+    found = router(2, room(1))
+    spread(found, [pinned(0, 1)])
+    found.remove(1)
+    found.add(pinned(0, 1))
+    assert dealt(found) == []
+    found.ended(0)
+    found.admit(1, room(1))
+    assert dealt(found) == []
+    assert found.waiting == 0
+    found.audit()
+
+
+def test_millions_that_give_up_leave_nothing_behind() -> None:
+    found = router(1, room(1))
+    spread(found, [request(0, [1])])
+    for seq in range(1, 3000):
+        found.add(request(seq, [1]) if seq % 2 else pinned(seq, seq % 4))
+        if seq > 10:
+            found.ended(seq - 10)
+    assert found.waiting == 10
+    lines = [found._line, *found._lines.values()]
+    assert sum(len(line._heap) for line in lines) <= 2 * 10 + len(lines)
+    found.audit()
+
+
+# --- anything at all ---------------------------------------------------------------------------------------------
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests and replicas come and go in any order; the books are audited after each step."""
+
+    @initialize(numbers=st.sets(st.integers(0, 4)))
+    def begin(self, numbers: set[int]) -> None:
+        self.found = Router({number: room(2, 30, 6) for number in numbers})
+        self.held: dict[int, dict[int, int]] = {number: {} for number in numbers}  # replica -> request -> drawn there
+        self.waiting: dict[int, wire.EngineRequest] = {}
+        self.specs: dict[int, wire.EngineRequest] = {}
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        max_tokens=st.integers(1, 20),
+        priority=st.integers(0, 1),
+        group=st.integers(-1, 1),
+        number=st.integers(-5, 5),
+        salt=st.sampled_from(["", "a"]),
+    )
+    def come(self, prompt: list[int], max_tokens: int, priority: int, group: int, number: int, salt: str) -> None:
+        seq = len(self.specs)
+        spec = request(seq, prompt, max_tokens, priority=priority, group=group, salt=salt)
+        self.specs[seq] = self.waiting[seq] = wire.replace(spec, replica=max(number, -1))
+        self.found.add(self.waiting[seq])
+
+    @rule(most=st.integers(1, 5))
+    def deal(self, most: int) -> None:
+        for _ in range(most):
+            if (pair := self.found.next()) is None:
+                return
+            self.take(*pair)
+
+    @rule(data=st.data())
+    def draw(self, data: st.DataObject) -> None:
+        there = [(seq, number) for number, held in self.held.items() for seq in held]
+        if there:
+            seq, number = data.draw(st.sampled_from(there))
+            spec = self.specs[seq]
+            left = spec.max_tokens - self.brought(spec) - self.held[number][seq]
+            count = data.draw(st.integers(0, left))
+            self.found.drew(seq, number, count)
+            self.held[number][seq] += count
+            if count == left or data.draw(st.booleans()):
+                self.found.ended(seq, number)
+                del self.held[number][seq]
+
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        if self.waiting:
+            seq = data.draw(st.sampled_from(sorted(self.waiting)))
+            del self.waiting[seq]
+            self.found.ended(seq)
+
+    @rule(number=st.integers(0, 5))
+    def come_or_go(self, number: int) -> None:
+        if number not in self.held:
+            self.held[number] = {}
+            self.found.admit(number, room(2, 30, 6))
+            return
+        self.found.remove(number)
+        for seq, drawn in self.held.pop(number).items():
+            spec = self.specs[seq]
+            prompt_len = spec.prompt_len or len(spec.tokens) // 4
+            spec = wire.replace(spec, tokens=spec.tokens + encode_tokens([9] * drawn), prompt_len=prompt_len)
+            self.specs[seq] = self.waiting[seq] = spec
+            self.found.add(spec)
+
+    def take(self, spec: wire.EngineRequest, number: int) -> None:
+        """In its turn, to where it may go."""
+
+        def place(seq: int) -> tuple[int, int]:
+            return self.specs[seq].priority, seq
+
+        assert self.waiting.pop(spec.seq) == spec
+        assert spec.replica in {-1, number}
+        earlier = [self.specs[seq] for seq in self.waiting if place(seq) < place(spec.seq)]
+        assert all(other.replica >= 0 and not self.has_room(other.replica) for other in earlier)
+        assert self.has_room(number)
+        self.held[number][spec.seq] = 0
+
+    def has_room(self, number: int) -> bool:
+        held = self.held.get(number)
+        return held is not None and len(held) < 2
+
+    @staticmethod
+    def brought(spec: wire.EngineRequest) -> int:
+        return len(spec.tokens) // 4 - spec.prompt_len if spec.prompt_len else 0
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.found.audit()
+        assert self.found.waiting == len(self.waiting)
+        for number, held in self.held.items():
+            assert self.found.held(number) == len(held) <= 2
+            assert (self.found.work(number) > 0) == bool(held)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "found"):
+            return
+        for number in range(6):
+            if number not in self.held:
+                self.come_or_go(number)
+        while self.waiting or any(self.held.values()):
+            while (pair := self.found.next()) is not None:
+                self.take(*pair)
+            for number, held in self.held.items():
+                assert held or not any(spec.replica in {-1, number} for spec in self.waiting.values())
+                for seq in held:
+                    self.found.ended(seq, number)
+                held.clear()
+        self.books_are_right()
+        assert not self.found._orders
+        assert not self.found._groups
+        for number in range(6):
+            self.found.remove(number)
+        assert not self.found._prefixes._root.children
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(steady, stateful_step_count=40)

@@ -261,11 +261,14 @@ def test_malformed_files_are_named(config: dict[str, Any], tmp_path: Path) -> No
         ([{"role": 7, "content": "x"}], "message 0: role must be a text such as user, got 7"),
         ([{"role": "user"}], "message 0 has no content"),
         ([{"role": "user", "content": 7}], "message 0: content must be a text or a list of parts, got int"),
-        ([{"role": "user", "content": [7]}], "message 0: a part of content must be an object"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "message 0: text of a part must be a text, got NoneType"),
+        ([{"role": "user", "content": [7]}], "message 0, part 0: a part of content must be an object"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "message 0, part 0: text of a part must be a text, got NoneType",
+        ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-            "message 0: parts of type image_url can't be read; this engine takes text",
+            "message 0, part 0: parts of type image_url can't be read; this engine takes text",
         ),
         ([{"role": "assistant", "tool_calls": 7}], "message 0: tool_calls must be a list of objects"),
         (
@@ -341,3 +344,11 @@ def test_templates_know_the_date() -> None:
     year = ChatTemplate({"default": "{{ strftime_now('%Y') }}"}).render([ASK])
     assert year.isdigit()
     assert len(year) == 4
+
+
+def test_developers_are_the_system_to_templates_that_do_not_know_them() -> None:
+    said = [{"role": "developer", "content": "x"}]
+    source = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    assert ChatTemplate({"default": source}).render(said) == "system"
+    knowing = source + "{% if messages[0]['role'] == 'developer' %}!{% endif %}"
+    assert ChatTemplate({"default": knowing}).render(said) == "developer!"

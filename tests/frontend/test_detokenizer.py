@@ -184,6 +184,9 @@ class Letters:
     def token_text(self, token: int) -> str:
         raise NotImplementedError
 
+    def longest_token(self) -> int | None:
+        return None
+
     def serialized(self) -> str:
         raise NotImplementedError
 

@@ -20,6 +20,9 @@ class Letters:
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         return _Stream(self, skip_special_tokens)
 
+    def longest_token(self) -> int | None:
+        return None
+
     def serialized(self) -> str:
         raise NotImplementedError
 

@@ -94,6 +94,19 @@ def test_who_is_hung_up_on_tries_again() -> None:
         coming.result().close()
 
 
+def test_a_rendezvous_that_ends_half_way_is_awaited_anew() -> None:
+    """Its process is on its way out, and the next one will listen there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        coming = pool.submit(connect, address, KEY, room="room", rank=0, size=2, timeout=60.0)
+        first = Channel(listener.accept()[0])
+        first.send(wire.encode(wire.Challenge(bytes(32))))
+        next_of(first, wire.Signed)
+        first.close()
+        host(listener).close()
+        coming.result().close()
+
+
 def test_whoever_only_hangs_up_is_another_program() -> None:
     def hang_up() -> None:
         with suppress(OSError):

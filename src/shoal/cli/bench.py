@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from shoal.cli.bench_serve import serve
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
 from shoal.frontend.llm import LLM
@@ -28,6 +29,9 @@ def bench() -> None:
     MODEL is a folder, an id on the hub, or shape:NAME: a real model's sizes with made-up weights, such as
     shape:qwen3-0.6b or shape:llama-10m.
     """
+
+
+bench.add_command(serve)
 
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:

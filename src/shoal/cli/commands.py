@@ -10,6 +10,9 @@ from shoal.cli.bench import bench
 from shoal.cli.completion import completion
 from shoal.cli.download import download
 from shoal.cli.generate import Interrupted, generate
+from shoal.cli.scale import scale
+from shoal.cli.serve import serve
+from shoal.cli.top import top
 from shoal.errors import ShoalError
 from shoal.observe import logging
 
@@ -41,8 +44,9 @@ def cli() -> None:
         logging.get_logger("cli").warning("%s", warning)
 
 
-cli.add("Run models", generate)
+cli.add("Run models", generate, serve)
 cli.add("Measure", bench)
+cli.add("Operate", top, scale)
 cli.add("Set up", download, completion)
 
 

@@ -40,8 +40,18 @@ class EngineFlag(click.Option):
 
 
 def engine_flags(command: F) -> F:
-    """Adds a flag for every option. The command gets those that were given, as keywords, and the others as None."""
-    for option in reversed(list(config.options())):
+    """Adds a flag for every option of an engine. The command gets those that were given, as keywords, and the others as
+    None."""
+    return _add_flags(command, [option for option in config.options() if not option.online])
+
+
+def serving_flags(command: F) -> F:
+    """As `engine_flags`, with the options that only mean something to what serves."""
+    return _add_flags(command, list(config.options()))
+
+
+def _add_flags(command: F, options: list[config.Option]) -> F:
+    for option in reversed(options):
         click.decorators._param_memo(command, EngineFlag(option))
     return command
 

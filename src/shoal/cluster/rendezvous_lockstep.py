@@ -37,6 +37,11 @@ class RendezvousLockstep:
         """Of this host, as the other replicas reach it."""
         return self._member.host_address
 
+    @property
+    def formation(self) -> int:
+        """What tells these replicas' meeting from all others at the rendezvous."""
+        return self._member.formation
+
     def launched(self, count: int) -> None:
         self._launched = count
         self._member.post(_LAUNCHED, str(count).encode())

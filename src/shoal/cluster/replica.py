@@ -1,5 +1,6 @@
 """An engine that runs by itself, in a process or on a thread, as an EngineClient."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
@@ -36,9 +37,16 @@ class Replica:
     `answer_timeout` seconds."""
 
     def __init__(
-        self, host: Host, setup: wire.EngineSetup, *, name: str, answer_timeout: float, one_of_many: bool = False
+        self,
+        host: Host,
+        setup: wire.EngineSetup | None,
+        *,
+        name: str,
+        answer_timeout: float,
+        one_of_many: bool = False,
     ) -> None:
-        """`name` is for errors; also for those that the engine reports itself, if it is one of many."""
+        """`name` is for errors; also for those that the engine reports itself, if it is one of many. Without
+        a `setup` it has one already."""
         self.name = name
         self.died = False  # the failure is not what the engine had to say
         self._host = host
@@ -46,13 +54,16 @@ class Replica:
         self._answer_timeout = answer_timeout
         self._updates: list[wire.SeqUpdate] = []
         self._stats: list[wire.EngineStats] = []
+        self.snapshot: wire.EngineStats | None = None  # what it said of itself last, unasked
         self._failure: EngineError | None = None
         self._told = True  # has somebody been told of the failure?
         self._started = False
         self._closed = False
+        self._killing: threading.Thread | None = None
         self._heard = time.monotonic()
         try:
-            self._send(wire.encode(setup))
+            if setup is not None:
+                self._send(wire.encode(setup))
         except BaseException:
             self.close()
             raise
@@ -70,7 +81,7 @@ class Replica:
             EngineError: it failed.
         """
         if not self._stats:
-            self._receive(timeout)
+            self._receive_stats(timeout)
         return self._stats.pop() if self._stats else None
 
     def await_ready(self, timeout: float) -> None:
@@ -114,10 +125,28 @@ class Replica:
     def close(self) -> None:
         close_all([self])
 
+    def abandon(self) -> None:
+        """Ends it at once, and does not wait: a process with much memory takes seconds to go. Idempotent."""
+        self._closed = True
+        self._kill()
+
+    def _kill(self) -> None:
+        if self._killing is None:
+            self._killing = threading.Thread(target=self._host.kill, name="shoal-reaper", daemon=True)
+            self._killing.start()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._closed or self._host.wait(0)
+
     def say_goodbye(self) -> None:
         """What ends it, without waiting for the end."""
         if not self._closed and self._failure is None:
             self._host.say(wire.encode(wire.Stop()))
+
+    def dismiss(self) -> None:
+        """Has it end for good, and does not wait: it is not needed any more."""
+        self.say_goodbye()
 
     def end(self, deadline: float) -> None:
         """Waits until `deadline` (time.monotonic()) at most, and kills what is left. Idempotent, never raises."""
@@ -125,15 +154,26 @@ class Replica:
             self._closed = True
             if self._failure is None:
                 self._host.wait(max(0.0, deadline - time.monotonic()))
-            self._host.kill()
+        self._kill()
+        if self._killing is not None:
+            self._killing.join()
 
     def _await_stats(self, what: str, timeout: float) -> wire.EngineStats:
         begun = time.monotonic()
         while not self._stats:
-            self._receive(_SLICE_S)
-            if time.monotonic() - begun > timeout:
+            self._receive_stats(_SLICE_S)
+            if not self._stats and time.monotonic() - begun > timeout:
                 self._fail(f"{self.name} did not answer {what} within {timeout:g} s")
         return self._stats.pop()
+
+    def _receive_stats(self, timeout: float) -> None:
+        """A failure right behind them is told next."""
+        try:
+            self._receive(timeout)
+        except EngineError:
+            if not self._stats:
+                raise
+            self._told = False
 
     def _receive(self, timeout: float) -> None:
         """Sorts what arrives within `timeout` seconds."""
@@ -144,17 +184,22 @@ class Replica:
         self._heard = time.monotonic()
         try:
             frames = self._host.channel.receive()
+            messages = [wire.from_engine.decode(frame) for frame in frames]
         except ChannelClosed:
             self._fail(f"{self.name} {self._host.death()}")
-        for frame in frames:
-            match wire.from_engine.decode(frame):
-                case wire.Updates() as message:
+        except wire.WireError as error:
+            self._fail(f"{self.name} says what nobody understands: {error}")
+        for message in messages:
+            match message:
+                case wire.Updates():
                     self._updates += message.updates
-                case wire.EngineStats() as stats:
+                case wire.EngineStats():
                     self._started = True
-                    self._stats.append(stats)
-                case wire.EngineFailure() as failure:
-                    self._fail(self._signature + failure.error, reported=True, user_error=failure.user_error)
+                    self._stats.append(message)
+                case wire.Snapshot():
+                    self.snapshot = message.stats
+                case wire.EngineFailure():
+                    self._fail(self._signature + message.error, reported=True, user_error=message.user_error)
 
     def _send(self, frame: bytes) -> None:
         self._check_open()
@@ -167,7 +212,7 @@ class Replica:
     def _fail(self, message: str, *, reported: bool = False, user_error: bool = False) -> NoReturn:
         self._failure = EngineError(message)
         self.died = not reported
-        self._host.kill()
+        self._kill()
         if user_error and not self._started:  # later it is this replica's end, and no one call's fault
             raise UserError(message)
         raise self._failure

@@ -2,6 +2,7 @@
 
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from shoal.cluster.router import Room, Router
 from shoal.cluster.stats import merged
 from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError
 from shoal.observe.logging import get_logger
-from shoal.protocols import EngineClient
+from shoal.protocols import EngineClient, Recorder
 from shoal.transport.channel import Channel, wait
 
 log = get_logger("replicas")
@@ -22,6 +23,7 @@ _SLICE_S = 0.5
 _SETTLE_S = 1.0
 _TOKEN_BYTES = 4
 _MOST_DEATHS = 2  # of replicas, at one place of a request: it is likely what they died of
+_MOST_DEATHS_OF_MANY = 3  # ... where replicas come back, and another death costs little
 _SAME_PLACE = 16  # tokens that it may have come on since
 
 
@@ -30,6 +32,7 @@ class Member(EngineClient, Protocol):
 
     name: str
     died: bool
+    snapshot: wire.EngineStats | None
 
     @property
     def channel(self) -> Channel: ...
@@ -38,9 +41,16 @@ class Member(EngineClient, Protocol):
 
     def stats(self, timeout: float | None = None) -> wire.EngineStats: ...
 
+    @property
+    def has_ended(self) -> bool: ...
+
     def say_goodbye(self) -> None: ...
 
+    def dismiss(self) -> None: ...
+
     def end(self, deadline: float) -> None: ...
+
+    def abandon(self) -> None: ...
 
 
 def wait_for_any(replicas: Sequence[Member], timeout: float) -> None:
@@ -60,6 +70,7 @@ class _Flight:
     aborted: bool = False
     deaths: int = 0  # of replicas that had it, at about the same place
     died_at: int = 0  # tokens of output that it had then
+    moved: bool = False  # has a replica had it that has it no more?
 
     def rest(self) -> wire.EngineRequest:
         """The request as it goes on from the tokens that it has.
@@ -108,16 +119,26 @@ class ReplicaSet:
         together: bool = False,
         on_close: Callable[[], object] = lambda: None,
         wait_for: Callable[[Sequence[Member], float], object] = wait_for_any,
+        on_loss: Callable[[int, EngineError], object] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Takes over replicas that are ready; `rooms` says how much each can use at a time. `together`: their ranks
         compute together, so that none can go on when one has failed. `on_close` ends what they needed, and may be
-        called more than once."""
+        called more than once. `on_loss` is told of each replica that has failed, by whoever brings it back with
+        `admit`: requests wait for that, and nothing ends but by `give_up`."""
         self._live = dict(replicas)
         self._router = Router(rooms)
         self._together = together
         self._on_close = on_close
+        self._on_loss = on_loss
+        self._recorder = recorder
+        self._drawn: Counter[int] = Counter()  # tokens of each replica since it was admitted
+        self._most_deaths = _MOST_DEATHS if on_loss is None else _MOST_DEATHS_OF_MANY
+        self.replays = 0  # how often a request went on after its replica's end
         self._wait_for = wait_for
         self._flights: dict[int, _Flight] = {}
+        self._num_waiting = 0
+        self._held: Counter[int] = Counter()
         self._updates: list[wire.SeqUpdate] = []
         self._causes: dict[int, str] = {}  # of the ends of dead replicas
         self._failure: ReplicasFailed | None = None
@@ -128,6 +149,92 @@ class ReplicaSet:
     def num_live(self) -> int:
         return len(self._live)
 
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no replica has."""
+        return self._num_waiting
+
+    def held(self, number: int) -> int:
+        """Requests that a replica has."""
+        return self._held[number]
+
+    def drew(self, number: int) -> bool:
+        """Has a replica given a token since it was admitted?"""
+        return self._drawn[number] > 0
+
+    def is_new(self, seq: int) -> bool:
+        """Has no replica had this request yet?"""
+        flight = self._flights.get(seq)
+        return flight is not None and flight.replica is None and not flight.moved
+
+    def is_open(self, seq: int) -> bool:
+        """Has this request not ended yet?"""
+        return seq in self._flights
+
+    def waiting_for(self, number: int) -> list[int]:
+        """Requests that wait here for this replica, and for no other."""
+        return [
+            seq for seq, flight in self._flights.items() if flight.replica is None and flight.request.replica == number
+        ]
+
+    def expect(self, number: int) -> None:
+        """A replica is being started: what its number has drawn before, another one has."""
+        self._drawn.pop(number, None)
+
+    def admit(self, number: int, replica: Member, room: Room) -> None:
+        """A replica that is ready joins the others, or is back."""
+        self._live[number] = replica
+        self._router.admit(number, room)
+        self._causes.pop(number, None)
+
+    def retire(self, number: int) -> Member:
+        """Takes a replica out. What it has goes on at the others, as if it had failed; it is given back, still
+        running."""
+        replica = self._live.pop(number)
+        self._router.remove(number)
+        self._move_on(number, None)
+        return replica
+
+    def refuse(self, seq: int, error: str, refusal: wire.Refusal) -> None:
+        """Ends a request, wherever it is."""
+        flight = self._flights.get(seq)
+        if flight is None:
+            return
+        number = flight.replica
+        if number is not None and number in self._live and not flight.aborted:
+            try:
+                self._live[number].abort((seq,))
+            except EngineError as failure:
+                self._lose(number, failure)
+        if seq in self._flights:
+            self._end_here(seq, error, refusal)
+
+    def give_up(self, why: str) -> None:
+        """No replica comes back: all requests end."""
+        for seq in list(self._flights):
+            self._end_here(seq, why, wire.Refusal.FAILED)
+
+    def reject(self, request: wire.EngineRequest, error: str, refusal: wire.Refusal) -> None:
+        """Ends a request that is not taken.
+
+        Raises:
+            RequestError: its number is in use.
+        """
+        self._check_new(request)
+        update = wire.SeqUpdate(request.seq, (), finish=wire.Finish.ABORT, error=error, refusal=refusal)
+        self._updates.append(update)
+        if self._recorder is not None:
+            self._recorder.added(request)
+            self._recorder.ended(update)
+
+    def _check_new(self, request: wire.EngineRequest) -> None:
+        if request.seq in self._flights:
+            raise RequestError(f"request {request.seq} exists already")
+
     def add(self, request: wire.EngineRequest) -> None:
         """
         Raises:
@@ -135,19 +242,24 @@ class ReplicaSet:
             EngineError: no replica is left.
         """
         self._check_open()
-        if request.seq in self._flights:
-            raise RequestError(f"request {request.seq} exists already")
+        self._check_new(request)
         self._flights[request.seq] = _Flight(request)
+        self._num_waiting += 1
+        if self._recorder is not None:
+            self._recorder.added(request)
         self._router.add(request)
         self._deal()
 
-    def abort(self, seqs: Sequence[int]) -> None:
+    def abort(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
+        """`stopped`: their clients have all they wanted, up to a stop text."""
         there: dict[int, list[int]] = {}
         for seq in seqs:
             flight = self._flights.get(seq)
             if flight is None or flight.aborted:
                 continue
             flight.aborted = True
+            if stopped and self._recorder is not None:
+                self._recorder.stopped(seq)
             if flight.replica is None:
                 self._end_here(seq)
             else:
@@ -161,9 +273,8 @@ class ReplicaSet:
 
     def updates(self, timeout: float) -> list[wire.SeqUpdate]:
         self._deal()
-        if not self._updates:
-            self._check_open()
-            self._wait_for(list(self._live.values()), timeout)
+        if not self._closed and self._failure is None:
+            self._wait_for(list(self._live.values()), 0.0 if self._updates else timeout)
             for number in list(self._live):
                 self._collect(number)
             self._deal()
@@ -184,8 +295,7 @@ class ReplicaSet:
                 self._lose(number, error)
         self._check_open()
         total = merged(found)
-        waiting = sum(flight.replica is None for flight in self._flights.values())
-        return wire.replace(total, waiting=total.waiting + waiting)
+        return wire.replace(total, waiting=total.waiting + self._num_waiting)
 
     def close(self) -> None:
         """Ends all replicas at the same time. Idempotent, never raises."""
@@ -207,6 +317,10 @@ class ReplicaSet:
         while (found := self._router.next()) is not None:
             request, number = found
             self._flights[request.seq].replica = number
+            self._num_waiting -= 1
+            self._held[number] += 1
+            if self._recorder is not None:
+                self._recorder.dealt(request.seq, number)
             try:
                 self._live[number].add(request)
             except EngineError as error:
@@ -224,48 +338,104 @@ class ReplicaSet:
             flight = self._flights.get(update.seq)
             if flight is not None and flight.replica == number:
                 self._router.drew(update.seq, number, len(update.tokens))
+                self._drawn[number] += len(update.tokens)
                 self._updates.append(flight.take(update))
+                if self._recorder is not None:
+                    self._recorder.updated(number, self._updates[-1])
                 if update.finish is not None:
                     del self._flights[update.seq]
+                    self._held[number] -= 1
                     self._router.ended(update.seq, number)
 
-    def _end_here(self, seq: int, error: str = "") -> None:
-        """Ends a request that is at no replica, and was aborted or can't go on."""
-        cached = self._flights.pop(seq).cached_tokens or 0
-        self._updates.append(wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, cached_tokens=cached, error=error))
-        self._router.ended(seq)
+    def _end_here(self, seq: int, error: str = "", refusal: wire.Refusal = wire.Refusal.NONE) -> None:
+        """Ends a request that was aborted or can't go on, whatever a replica may still say of it."""
+        flight = self._flights.pop(seq)
+        if flight.replica is None:
+            self._num_waiting -= 1
+        else:
+            self._held[flight.replica] -= 1
+        self._updates.append(
+            wire.SeqUpdate(
+                seq,
+                (),
+                finish=wire.Finish.ABORT,
+                cached_tokens=flight.cached_tokens or 0,
+                error=error,
+                refusal=refusal,
+            )
+        )
+        if self._recorder is not None:
+            self._recorder.ended(self._updates[-1])
+        self._router.ended(seq, flight.replica)
 
     def _lose(self, number: int, error: EngineError) -> None:
         """A replica is no more. Its requests go on at the others, from the tokens that clients have."""
         replica = self._live.pop(number, None)
         if replica is None:
             return
-        replica.close()
+        replica.abandon()
         self._router.remove(number)
         self._causes[number] = str(error)
-        if self._together or not self._live:
+        if self._on_loss is None and (self._together or not self._live):
             self._fail(replica)
             return
-        left = [seq for seq, flight in self._flights.items() if flight.replica == number]
-        count = len(self._live)
-        log.warning(
-            "%s; its %d unfinished requests go on at the %d replica%s left",
-            *(error, len(left), count, "s" if count > 1 else ""),
-        )
-        for seq in left:
+        self._log_loss(number, error)
+        self._move_on(number, error)
+        if self._on_loss is not None:
+            self._on_loss(number, error)
+            if self._together:
+                for other in list(self._live):
+                    self._lose(other, EngineError(f"replica {number} has failed, without which it can't go on"))
+
+    def _log_loss(self, number: int, error: EngineError) -> None:
+        count, left = len(self._live), self._held[number]
+        if self._together:
+            where = "wait until all replicas are back"
+        elif count:
+            where = f"go on at the {count} replica{'s' if count > 1 else ''} left"
+        else:
+            where = "wait until one is back"
+        log.warning("%s; its %d unfinished requests %s", error, left, where)
+
+    def _move_on(self, number: int, error: EngineError | None) -> None:
+        """What a replica had goes on at others. `error`: it died; else it was asked to leave."""
+        for seq in [seq for seq, flight in self._flights.items() if flight.replica == number]:
             flight = self._flights[seq]
             flight.replica = None
-            flight.note_death()
+            flight.moved = True
+            self._held[number] -= 1
+            self._num_waiting += 1
+            if error is not None:
+                flight.note_death()
             if flight.aborted:
                 self._end_here(seq)
-            elif flight.deaths >= _MOST_DEATHS:
+            elif flight.deaths >= self._most_deaths:
                 self._end_here(
                     seq,
                     f"{flight.deaths} replicas failed one after the other while they had this request, and no other "
                     f"one is given it; the last: {error}",
+                    wire.Refusal.FAILED,
                 )
             else:
+                self.replays += 1
                 self._router.add(flight.rest())
+
+    def audit(self) -> None:
+        """Holds the books against each other.
+
+        Raises:
+            EngineError: they differ.
+        """
+        waiting = sum(flight.replica is None for flight in self._flights.values())
+        held = Counter(flight.replica for flight in self._flights.values() if flight.replica is not None)
+        if waiting != self._num_waiting or held != +self._held or any(count < 0 for count in self._held.values()):
+            raise EngineError(f"{waiting} requests wait, not {self._num_waiting}; held are {held}, not {self._held}")
+        if self._router.waiting != waiting:
+            raise EngineError(f"{self._router.waiting} requests wait at the router, {waiting} here")
+        for number in self._live:
+            if self._router.held(number) != held[number]:
+                raise EngineError(f"replica {number} has {held[number]} requests, by the router's books others")
+        self._router.audit()
 
     def _fail(self, last: Member) -> None:
         """Nobody can go on."""

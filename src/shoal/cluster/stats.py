@@ -1,11 +1,16 @@
-"""What replicas say of themselves, as one."""
+"""What replicas say of themselves, as one; and what one has said in several lives."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from shoal import wire
 
 _THE_SAME = {"block_size"}
 _SMALLEST = {"max_model_len"}  # what fits into each of them
+_COUNTERS = (
+    *("steps", "prompt_tokens", "generated_tokens", "prefix_queries", "prefix_hits", "preemptions", "draft_tokens"),
+    *("accepted_tokens", "schedule_us", "step_total_us", "step_forward_us", "step_tokens"),
+)
 
 
 def merged(replicas: Sequence[wire.EngineStats]) -> wire.EngineStats:
@@ -28,4 +33,25 @@ def merged(replicas: Sequence[wire.EngineStats]) -> wire.EngineStats:
         start_s=tuple(phases.items()),
         ranks=tuple(wire.replace(rank, rank=number) for number, rank in enumerate(ranks)),
         replicas=tuple(replicas),
+        iteration_tokens=_added([replica.iteration_tokens for replica in replicas]),
     )
+
+
+def carried(past: wire.EngineStats, now: wire.EngineStats) -> wire.EngineStats:
+    """What holds now, with counters that go on from a former life."""
+    return wire.replace(
+        now,
+        **{name: getattr(past, name) + getattr(now, name) for name in _COUNTERS},
+        iteration_tokens=_added([past.iteration_tokens, now.iteration_tokens]),
+        busy_before=past.busy_before,
+    )
+
+
+def emptied(stats: wire.EngineStats) -> wire.EngineStats:
+    """What is left of a replica that has ended: its counters."""
+    busy = _added([stats.busy_before, tuple(rank.busy_us for rank in stats.ranks)])
+    return wire.replace(stats, waiting=0, running=0, num_blocks=0, free_blocks=0, ranks=(), busy_before=busy)
+
+
+def _added(counts: Sequence[wire.Ids]) -> wire.Ids:
+    return tuple(sum(each) for each in zip_longest(*counts, fillvalue=0))

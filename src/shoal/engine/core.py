@@ -14,6 +14,8 @@ from shoal.protocols import Executor, Lockstep, Policy
 
 _STATS_TIMEOUT_S = 30.0
 _AUDIT_EVERY_S = 5.0
+_DROP_SLICE_S = 0.5
+_MOST_DOUBLINGS = 24  # of tokens in a step, from 1 on
 
 
 class EngineCore:
@@ -68,6 +70,9 @@ class EngineCore:
         self._schedule_ns = 0
         self._step_total_us = 0
         self._step_forward_us = 0
+        self._ranks: tuple[wire.RankStats, ...] = ()  # what they said last
+        self._iteration_tokens = [0] * _MOST_DOUBLINGS
+        self._step_tokens = 0
 
     def add(self, request: wire.EngineRequest) -> None:
         self._check_open()
@@ -80,6 +85,16 @@ class EngineCore:
 
     def abort(self, seqs: Sequence[int]) -> None:
         self._scheduler.abort(seqs)
+
+    def drop(self) -> None:
+        """Ends all requests, without another word of them.
+
+        Raises:
+            EngineError: it has failed.
+        """
+        self._scheduler.abort(self._scheduler.unfinished)
+        while self.busy:
+            self.updates(_DROP_SLICE_S)
 
     def updates(self, timeout: float) -> list[wire.SeqUpdate]:
         self._check_open()
@@ -134,6 +149,7 @@ class EngineCore:
             plan = self._scheduler.schedule(must=behind)
             if plan is not None:
                 self._executor.launch(plan)
+                self._count(plan)
                 if self._lockstep is not None:
                     self._lockstep.launched(self._scheduler.num_steps)
                 self._mask(plan)
@@ -141,6 +157,12 @@ class EngineCore:
             if plan is None:
                 return
             behind = self._behind
+
+    def _count(self, plan: wire.StepPlan) -> None:
+        tokens = sum(work.count for work in plan.work)
+        if tokens:
+            self._iteration_tokens[min((tokens - 1).bit_length(), _MOST_DOUBLINGS - 1)] += 1
+            self._step_tokens += tokens
 
     def _mask(self, plan: wire.StepPlan) -> None:
         """Behind a plan that is masked, and while the ranks compute it."""
@@ -160,6 +182,26 @@ class EngineCore:
         """Asks the ranks too, once the steps launched so far have ended."""
         self._check_open()
         ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
+        self._ranks = tuple(wire.decode_stats(answer) for answer in ranks)
+        return self.snapshot()
+
+    def check(self) -> None:
+        """Looks at the ranks while there is nothing to do.
+
+        Raises:
+            EngineError: one has failed.
+        """
+        self._check_open()
+        try:
+            self._executor.poll(0)
+        except EngineError as error:
+            self._failure = self._cause(error)
+            if self._failure is error:
+                raise
+            raise self._failure from error
+
+    def snapshot(self) -> wire.EngineStats:
+        """The engine's own numbers, and what its ranks said last. Asks nobody."""
         counters = self._scheduler.counters
         return wire.EngineStats(
             waiting=self._scheduler.num_waiting,
@@ -180,7 +222,9 @@ class EngineCore:
             step_total_us=self._step_total_us,
             step_forward_us=self._step_forward_us,
             start_s=tuple(self._executor.start_times.items()),
-            ranks=tuple(wire.decode_stats(answer) for answer in ranks),
+            ranks=self._ranks,
+            iteration_tokens=tuple(self._iteration_tokens),
+            step_tokens=self._step_tokens,
         )
 
     def close(self) -> None:

@@ -14,7 +14,8 @@ from shoal.errors import EngineError, RequestError
 from shoal.wire import Ids
 
 _WORD = 4  # bytes
-_KEPT = 128  # compiled grammars
+_KEPT = 32  # compiled grammars
+_KEPT_CHARACTERS = 2 << 20  # ... that are so large together: compiled, a character takes a hundred bytes
 _LONGEST = 1 << 20  # characters of a grammar: a second of compiling or so
 _END = "<|shoal:end|>"
 _END_MATCHES = ("single_word", "lstrip", "rstrip", "normalized")
@@ -24,7 +25,8 @@ _PLAIN = {
     "Unimplemented keys: ": "unsupported keywords of a JSON schema: ",
     "oneOf constraints": "oneOf is supported only where no value satisfies two of its schemas; use anyOf",
 }
-_LIMITS = LLParserLimits(verbose_errors=False)
+# So much that a choice of twenty thousand texts is compiled, and that nothing takes more than a second.
+_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=300_000)
 
 
 class Grammars:
@@ -53,10 +55,13 @@ class Grammars:
         known = self._compiled.get(grammar)
         if known is None:
             known = self._compiled[grammar] = self._compile(grammar)
-            if len(self._compiled) > _KEPT:
+            while len(self._compiled) > 1 and (len(self._compiled) > _KEPT or self._characters() > _KEPT_CHARACTERS):
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
         return known.fresh()
+
+    def _characters(self) -> int:
+        return sum(map(len, self._compiled))
 
     def _compile(self, text: str) -> "Grammar":
         if len(text) > _LONGEST:

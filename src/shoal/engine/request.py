@@ -42,6 +42,8 @@ class Request:
     cached_tokens: int = 0  # of its prompt, found in the prefix cache at admission
     guessed: int = 0  # tokens in flight that are guesses
     prompt_reported: int = 0  # prompt tokens whose log-probabilities are known
+    added: float = 0.0  # by the engine's clock
+    waited_s: float = 0.0  # until its first step, while nobody has been told
     turn: int = 0  # the first step in which nobody would wait for its last token
 
     @property

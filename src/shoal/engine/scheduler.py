@@ -152,6 +152,7 @@ class Scheduler:
         if guesser is not None:
             guesser.accept(tokens, ())
         request = Request(spec, self._arrivals, rank, tokens, prompt_len, self._salt(spec), grammar, guesser)
+        request.added = self._clock()
         finish = _finish_at(request) if request.generated else None
         if finish is not None:
             self._updates.append(wire.SeqUpdate(spec.seq, (), finish=finish))
@@ -166,6 +167,11 @@ class Scheduler:
         if self._prefix_caching:
             return spec.cache_salt
         return f"group {spec.group}" if spec.group >= 0 else None
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The requests that have not ended."""
+        return list(self._requests)
 
     def abort(self, seqs: Iterable[int], error: str = "") -> None:
         """Ends requests; those that have ended already, or never were, are passed over."""
@@ -316,6 +322,7 @@ class Scheduler:
             self.counters.prefix_queries += len(request.tokens)
             self.counters.prefix_hits += computed
         if request.epoch == 0:
+            request.waited_s = self._clock() - request.added
             request.cached_tokens = min(computed, request.prompt_len)
             self.counters.prompt_tokens += request.prompt_len
         self._running.append(request)
@@ -444,6 +451,7 @@ class Scheduler:
                     logprobs=logprobs,
                     cached_tokens=request.cached_tokens,
                     prompt_logprobs=out.prompt_logprobs,
+                    waited_us=self._waited(request),
                 )
             )
 
@@ -534,9 +542,22 @@ class Scheduler:
         del self._requests[request.spec.seq]
         self._updates.append(
             wire.SeqUpdate(
-                request.spec.seq, tuple(tokens), logprobs, finish, request.cached_tokens, error, prompt_logprobs
+                request.spec.seq,
+                tuple(tokens),
+                logprobs,
+                finish,
+                request.cached_tokens,
+                error,
+                prompt_logprobs,
+                wire.Refusal.INVALID if error else wire.Refusal.NONE,
+                self._waited(request),
             )
         )
+
+    def _waited(self, request: Request) -> int:
+        """With the first update of a request: microseconds that it waited for its first step; after it 0."""
+        waited, request.waited_s = request.waited_s, 0.0
+        return int(waited * 1e6)
 
     def _drop(self, request: Request) -> None:
         """Takes a request from the running ones, and has the ranks forget it."""

@@ -74,9 +74,10 @@ class ChatTemplate:
         if chat_template is not None and not isinstance(chat_template, str):
             raise RequestError(f"chat_template must be a text, got {type(chat_template).__name__}")
         own = _check_kwargs(chat_template_kwargs)
-        template = jinja.compile(self._choose(chat_template, tools))
+        source = self._choose(chat_template, tools)
+        template = jinja.compile(source)
         checked = check_messages(messages)
-        conversation = [_fit_content(message, template) for message in checked]
+        conversation = [_fit_content(_fit_role(message, source), template) for message in checked]
         if continue_final_message:
             _mark(conversation[-1])
         values = {
@@ -134,8 +135,8 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
         raise RequestError(f"{where}: role must be a text such as user, got {role!r}")
     content = found.get("content")
     if isinstance(content, list):
-        for part in content:
-            _check_part(part, where)
+        for i, part in enumerate(content):
+            _check_part(part, f"{where}, part {i}")
     elif content is None:
         if not found.get("tool_calls"):
             raise RequestError(f"{where} has no content: give a text, or a list of parts of type text")
@@ -181,6 +182,13 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_plain(item, where) for item in value]
     raise RequestError(f"{where}: a value of type {type(value).__name__} is none that JSON has")
+
+
+def _fit_role(message: dict[str, Any], source: str) -> dict[str, Any]:
+    """A developer's word is the system's, for templates that do not know of developers."""
+    if message["role"] == "developer" and "developer" not in source:
+        return {**message, "role": "system"}
+    return message
 
 
 def _fit_content(message: dict[str, Any], template: jinja.Template) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class OutputText:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._parts: list[str] = []  # what is shown
+        self._taken = 0  # parts of it that `take` gave
         self._held = ""  # the end of the text, which may be the beginning of a stop text and is not shown
 
     def append(self, tokens: Iterable[int]) -> str | None:
@@ -96,8 +97,13 @@ class OutputText:
     @property
     def text(self) -> str:
         """What may be shown now: it only ever grows."""
-        self._parts = ["".join(self._parts)]
-        return self._parts[0]
+        return "".join(self._parts)
+
+    def take(self) -> str:
+        """What the text has gained since the last call."""
+        new = "".join(self._parts[self._taken :])
+        self._taken = len(self._parts)
+        return new
 
     def _add(self, new: str, *, counts: bool) -> None:
         if not new:

@@ -6,6 +6,7 @@ import signal
 import click
 
 from shoal import wire
+from shoal.cluster.arrival import PEERS
 from shoal.cluster.lockstep import Joined
 from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
 from shoal.config import EngineOptions
@@ -15,7 +16,9 @@ from shoal.frontend.engine_server import serve
 from shoal.frontend.model import decide
 from shoal.observe import logging
 from shoal.planner.agreement import agreement
+from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel
+from shoal.transport.member import Address, connect
 from shoal.transport.process import die_with_parent
 
 
@@ -24,27 +27,36 @@ from shoal.transport.process import die_with_parent
 @click.option("--parent", type=int, required=True)
 def main(fd: int, parent: int) -> None:
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the client decides what ends
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the client decides what ends
+        signal.signal(number, signal.SIG_IGN)
     logging.configure()
-    code = serve(Channel.from_fd(fd), _join, _start)
+    code = serve(Channel.from_fd(fd), join, start)
     os._exit(code)  # nothing to save; torch's own teardown takes longer than the client should wait
 
 
-def _join(setup: wire.EngineSetup) -> RendezvousLockstep | None:
-    if setup.place.size > 1:
-        logging.configure(f"(replica {setup.place.rank}) ")
-    if not setup.place.rendezvous:
+def join(setup: wire.EngineSetup) -> RendezvousLockstep | None:
+    """With replicas elsewhere: meets those that share experts with this one; the others only compare."""
+    place = setup.place
+    if place.size > 1:
+        logging.configure(f"(replica {place.rank}) ")
+    if not place.rendezvous:
         return None
     options = EngineOptions.from_flat(setup.model, setup.options)
-    told = agreement(options, decide(options, setup.place))
-    return RendezvousLockstep(setup.place, told, timeout=options.parallel.start_timeout)
+    decision = decide(options, place)
+    told = agreement(options, decision)
+    timeout = options.parallel.start_timeout
+    if shares_experts(decision.cutting):
+        return RendezvousLockstep(place, told, timeout=timeout)
+    address = Address.parse(place.rendezvous)
+    connect(address, place.key, room=PEERS, rank=place.rank, size=place.size, agreement=told, timeout=timeout).close()
+    return None
 
 
-def _start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
+def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
     options = EngineOptions.from_flat(setup.model, setup.options)
     place = setup.place
     if isinstance(lockstep, RendezvousLockstep):
-        place = wire.replace(place, address=lockstep.host_address)
+        place = wire.replace(place, address=lockstep.host_address, meeting=lockstep.formation)
     return build_engine(options, decide(options, place), own_process=True, lockstep=lockstep)
 
 

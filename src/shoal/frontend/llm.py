@@ -1,6 +1,5 @@
 """`LLM`: offline inference, with vLLM's names."""
 
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -11,9 +10,9 @@ from tqdm import tqdm
 
 from shoal import wire
 from shoal.config import EngineOptions, from_environment
-from shoal.errors import ConfigError, ReplicasFailed, RequestError
+from shoal.errors import ReplicasFailed, RequestError
 from shoal.frontend.beam_search import beam_search
-from shoal.frontend.model import OpenModel, open_model
+from shoal.frontend.model import OpenModel, name_of, open_model
 from shoal.frontend.offline import OfflineRunner
 from shoal.frontend.prompts import Job, Refused
 from shoal.frontend.replicas import start_engine
@@ -35,7 +34,7 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str] | OpenModel | None = None, **options: Any) -> None:
         if not isinstance(model, OpenModel):
-            model = open_model(_name_of(model), {**from_environment(), **options})
+            model = open_model(name_of(model), {**from_environment(), **options})
         self._model = model
         self._client = start_engine(self._model)
         self._finalizer = weakref.finalize(self, self._client.close)
@@ -220,13 +219,6 @@ class LLM:
                 f"{count} prompts and {len(given)} sampling parameters: give one for all or one for each"
             )
         return given
-
-
-def _name_of(model: object) -> str | None:
-    name = os.fspath(model) if isinstance(model, PathLike) else model
-    if name is not None and not isinstance(name, str):
-        raise ConfigError(f"model must be a folder, an id on the Hugging Face hub or None, got {shown(model)}")
-    return name
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

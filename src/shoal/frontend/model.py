@@ -1,23 +1,28 @@
 """A model that was found, read and decided on; nothing has been started."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from os import PathLike
 from typing import Any
 
 from shoal import env, wire
-from shoal.config import EngineOptions
+from shoal.config import EngineOptions, refuse_online
 from shoal.errors import ConfigError
 from shoal.frontend import hub
 from shoal.frontend.chat import ChatTemplate
+from shoal.frontend.deployment import Deployment
 from shoal.frontend.generation import GenerationDefaults
 from shoal.frontend.prompts import PromptReader
 from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
 from shoal.observe.logging import get_logger
 from shoal.planner.resolve import Decision, discover, resolve
-from shoal.types import SamplingParams
+from shoal.types import SamplingParams, shown
 
 log = get_logger("model")
+
+_BUNDLED = "bundled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,11 @@ class OpenModel:
     generation: GenerationDefaults
     own_process: bool  # this process has no other purpose, and may be bound to cores
     by_hand: wire.Place | None = None  # of this process among replicas that the user starts, one a process
+
+    @property
+    def name(self) -> str:
+        """As it was given, or the name of the bundled model."""
+        return self.options.model or _BUNDLED
 
     @property
     def vocab_size(self) -> int:
@@ -49,8 +59,23 @@ class OpenModel:
         return self.generation.defaults(base)
 
 
-def open_model(model: str | None, given: Mapping[str, Any], *, own_process: bool = False) -> OpenModel:
-    """`model` is a folder, an id on the hub, a shape, or None for the bundled model.
+def name_of(model: object) -> str | None:
+    """What a user may call a model by.
+
+    Raises:
+        ConfigError: it is neither a text nor a path nor None.
+    """
+    name = os.fspath(model) if isinstance(model, PathLike) else model
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"model must be a folder, an id on the Hugging Face hub or None, got {shown(model)}")
+    return name
+
+
+def open_model(
+    model: str | None, given: Mapping[str, Any], *, own_process: bool = False, online: bool = False
+) -> OpenModel:
+    """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
+    only mean something to what serves are refused.
 
     Raises:
         UserError: model, options and host do not go together; it says what, and the way out.
@@ -58,8 +83,15 @@ def open_model(model: str | None, given: Mapping[str, Any], *, own_process: bool
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
     options = EngineOptions.from_flat(model, given)
+    if not online:
+        refuse_online(given)
     by_hand = _place_by_hand(options)
-    decision = decide(options, by_hand)
+    if online and by_hand is not None:
+        raise ConfigError(
+            f"SHOAL_DP_RANK={by_hand.rank} is for programs that are replicas by hand: to serve one replica, use "
+            f"--data-parallel-size {by_hand.size} --data-parallel-rank {by_hand.rank}, and unset the variable"
+        )
+    decision = decide(options, by_hand or Deployment.of(options).place)
     from_model = options.model_options.generation_config != "vllm"
     generation = GenerationDefaults.open(decision.folder, sampling=from_model)
     return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)

@@ -1,21 +1,18 @@
 """Offline requests: prompts in, finished outputs out, as they finish."""
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from shoal import wire
-from shoal.engine.request import encode_tokens
-from shoal.frontend.outputs import Answer, Completion
+from shoal.frontend.outputs import Answer
 from shoal.frontend.prompts import Job, Refused
+from shoal.frontend.requests import Requests
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.protocols import EngineClient
-from shoal.types import RequestOutput, SamplingParams
+from shoal.types import RequestOutput
 
 _POLL_S = 1.0
-_MOST = 2**31 - 1  # as many as any vocabulary has
 _TAKE, _TAKE_S = 64, 0.05  # jobs taken at a time, and seconds
 _WINDOW = 1024  # sequences a replica that are out at a time: enough to keep it busy, few enough for any job's memory
 
@@ -50,9 +47,7 @@ class OfflineRunner:
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
-        self._eos = tuple(eos)
-        self._max_model_len = max_model_len
-        self._seed = seed
+        self._requests = Requests(eos, max_model_len=max_model_len, seed=seed)
         self._window = _WINDOW * replicas
         self._next_seq = 0
         # Of all runs: whoever asks the engine gets everybody's updates. The number is that of the output.
@@ -104,51 +99,13 @@ class OfflineRunner:
         if isinstance(job, Refused):
             run.ended.append((job.index, _refusal(job)))
             return
-        stop_ids = tuple(job.params.stop_token_ids or ()) + (() if job.params.ignore_eos else self._eos)
         first = self._next_seq
         self._next_seq += job.params.n
-        completions = [Completion(job, i, self._tokenizer, stop_ids) for i in range(job.params.n)]
-        answer = Answer(job, completions, len(completions))
-        for i in range(job.params.n):
-            self._client.add(self._request(job, first, i, stop_ids))
-            run.sequences.add(first + i)
-            self._running[first + i] = (run, answer, i)
-
-    def _request(self, job: Job, first: int, index: int, stop_ids: wire.Ids) -> wire.EngineRequest:
-        """One of a job's outputs. They have one seed, one prompt and its blocks in common."""
-        params = job.params
-        return wire.EngineRequest(
-            seq=first + index,
-            tokens=encode_tokens(list(job.tokens)),
-            sampling=self._sampling(job, first, index, stop_ids),
-            max_tokens=min(params.max_tokens or _MOST, self._max_model_len - len(job.tokens)),
-            stop_ids=stop_ids,
-            group=first if params.n > 1 else -1,
-            grammar=job.grammar,
-        )
-
-    def _sampling(self, job: Job, first: int, index: int, stop_ids: wire.Ids) -> wire.Sampling:
-        params = job.params
-        return wire.Sampling(
-            seed=self._seed_of(first) if params.seed is None else params.seed & 0xFFFFFFFFFFFFFFFF,
-            sample_index=index,
-            temperature=params.temperature,
-            top_k=min(max(params.top_k, 0), _MOST),
-            top_p=params.top_p,
-            min_p=params.min_p,
-            penalties=_penalties(params),
-            min_tokens=min(params.min_tokens, _MOST),
-            ends=stop_ids if params.min_tokens else (),
-            bias=tuple((params.logit_bias or {}).items()),
-            allowed=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
-            banned=job.banned,
-            logprobs=_count(params.logprobs),
-            prompt_logprobs=_count(params.prompt_logprobs) if index == 0 else -1,
-        )
-
-    def _seed_of(self, seq: int) -> int:
-        digest = hashlib.blake2b(f"{self._seed}:{seq}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
+        answer = Answer.begun(job, self._tokenizer, self._requests.stop_ids(job.params))
+        for i, request in enumerate(self._requests.of(job, first)):
+            self._client.add(request)
+            run.sequences.add(request.seq)
+            self._running[request.seq] = (run, answer, i)
 
     def _receive(self, timeout: float) -> None:
         for update in self._client.updates(timeout):
@@ -165,18 +122,6 @@ class OfflineRunner:
                 answer.running -= 1
                 if answer.running == 0:
                     run.ended.append((answer.job.index, answer.output(self._tokenizer)))
-
-
-def _penalties(params: SamplingParams) -> wire.Penalties | None:
-    found = wire.Penalties(params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-    return None if found == wire.Penalties() else found
-
-
-def _count(wanted: int | None) -> int:
-    """How many of the likeliest tokens: -1 for none, and -1 of the user's for all."""
-    if wanted is None:
-        return -1
-    return _MOST if wanted == -1 else min(wanted, _MOST)
 
 
 def _refusal(job: Refused) -> RequestOutput:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal import wire
+from shoal.frontend.deltas import Delta
 from shoal.frontend.detokenizer import OutputText
 from shoal.frontend.prompts import Job
 from shoal.frontend.tokenizer import Tokenizer
@@ -28,6 +29,8 @@ class Completion:
         self._logprobs: list[wire.TokenLogprobs] = []
         self._finish: FinishReason = "abort"
         self._stop_text: str | None = None
+        self._given = 0  # tokens in deltas so far
+        self._described: list[Logprobs] = []  # log-probabilities of the first tokens, as users get them
         params = job.params
         self._text = (
             OutputText(
@@ -63,25 +66,51 @@ class Completion:
         self._finish = "stop"
         del self._tokens[self._text.num_tokens :]
         del self._logprobs[self._text.num_tokens :]
+        del self._described[self._text.num_tokens :]
         return True
 
-    def output(self) -> CompletionOutput:
+    def delta(self, *, last: bool) -> Delta:
+        """What has come since the one before. The `last` one says why it is, and has what was held back."""
+        if last:
+            self._finish_text()
+        tokens = tuple(self._tokens[self._given :])
+        logprobs = self._shown_logprobs(self._given)
+        self._given += len(tokens)
+        return Delta(
+            self._index,
+            self._text.take() if self._text is not None else "",
+            tokens,
+            logprobs,
+            self._finish if last else None,
+            self._stop_reason() if last else None,
+        )
+
+    def _shown_logprobs(self, start: int) -> tuple[Logprobs, ...] | None:
+        """Of tokens from `start` on. Each is described once, however often it is shown."""
+        if self._job.params.logprobs is None:
+            return None
+        done = len(self._described)
+        new = zip(self._tokens[done:], self._logprobs[done:], strict=False)
+        self._described += [described(self._tokenizer, *each) for each in new]
+        return tuple(self._described[start:])
+
+    def _finish_text(self) -> None:
         if self._text is not None and self._stop_text is None:
             self._stopped_by(self._text.finish())  # incomplete bytes read as something in the end
+
+    def output(self, *, ended: bool = True) -> CompletionOutput:
+        """All of it; or, before it has `ended`, what is certain by now."""
+        if ended:
+            self._finish_text()
         wanted = self._job.params.logprobs is not None
         return CompletionOutput(
             index=self._index,
             text=self._text.text if self._text is not None else "",
             token_ids=tuple(self._tokens),
-            finish_reason=self._finish,
+            finish_reason=self._finish if ended else None,
             cumulative_logprob=sum(entry.chosen for entry in self._logprobs) if wanted else None,
-            logprobs=tuple(
-                described(self._tokenizer, token, entry)
-                for token, entry in zip(self._tokens, self._logprobs, strict=False)
-            )
-            if wanted
-            else None,
-            stop_reason=self._stop_reason(),
+            logprobs=self._shown_logprobs(0),
+            stop_reason=self._stop_reason() if ended else None,
         )
 
     def _stop_reason(self) -> int | str | None:
@@ -103,12 +132,19 @@ class Answer:
     prompt_logprobs: dict[int, wire.TokenLogprobs] = field(default_factory=dict)  # by position
     cached_tokens: int = 0
     error: str = ""
+    _described_prompt: tuple[Logprobs | None, ...] | None = None
+
+    @classmethod
+    def begun(cls, job: Job, tokenizer: Tokenizer | None, stop_ids: Sequence[int]) -> "Answer":
+        completions = [Completion(job, index, tokenizer, stop_ids) for index in range(job.params.n)]
+        return cls(job, completions, len(completions))
 
     def take(self, index: int, update: wire.SeqUpdate) -> bool:
         """As `Completion.take`, for one of the outputs."""
         if update.prompt_logprobs is not None:
             start = update.prompt_logprobs.start
             self.prompt_logprobs.update(enumerate(update.prompt_logprobs.entries, start))
+            self._described_prompt = None
         if index == 0:
             self.cached_tokens = update.cached_tokens
         self.error = self.error or update.error
@@ -122,17 +158,20 @@ class Answer:
             outputs=tuple(completion.output() for completion in self.completions),
             num_cached_tokens=self.cached_tokens,
             error=self.error or None,
-            prompt_logprobs=self._prompt_logprobs(tokenizer),
+            finished=self.running == 0,
+            prompt_logprobs=self.described_prompt(tokenizer),
         )
 
-    def _prompt_logprobs(self, tokenizer: Tokenizer | None) -> tuple[Logprobs | None, ...] | None:
+    def described_prompt(self, tokenizer: Tokenizer | None) -> tuple[Logprobs | None, ...] | None:
         if self.job.params.prompt_logprobs is None:
             return None
-        found = self.prompt_logprobs
-        return tuple(
-            described(tokenizer, token, found[position]) if position in found else None
-            for position, token in enumerate(self.job.tokens)
-        )
+        if self._described_prompt is None:
+            found = self.prompt_logprobs
+            self._described_prompt = tuple(
+                described(tokenizer, token, found[position]) if position in found else None
+                for position, token in enumerate(self.job.tokens)
+            )
+        return self._described_prompt
 
 
 def described(tokenizer: Tokenizer | None, token: int, entry: wire.TokenLogprobs) -> Logprobs:

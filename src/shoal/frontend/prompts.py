@@ -70,6 +70,7 @@ class PromptReader:
             raise RequestError("this model has no chat template: give chat_template, or plain prompts")
         chat = chat or ChatTemplate({})
         text = chat.render(messages, **template)
+        self._check_length(text)
         tokens = self._encode(self._require_tokenizer(), text, add_special_tokens=False)
         return self._job(index, text, tokens, params)
 
@@ -141,7 +142,18 @@ class PromptReader:
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(text, str):
             raise RequestError(f"a prompt is a text or has prompt_token_ids, got {type(prompt).__name__}")
+        self._check_length(text)
         return text, self._encode(self._require_tokenizer(), text) if text else ()
+
+    def _check_length(self, text: str) -> None:
+        """Says of a text that is far too long that it is, without the seconds that cutting it into tokens takes."""
+        longest = None if len(text) <= self._max_model_len else self._require_tokenizer().longest_token()
+        if longest is not None and len(text) > longest * self._max_model_len:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, more than {self._max_model_len} tokens can hold; with "
+                f"--max-model-len {self._max_model_len} it may have {self._max_model_len - 1} tokens at most: "
+                "shorten it or raise --max-model-len"
+            )
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -2,7 +2,7 @@
 
 import itertools
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 from shoal import wire
@@ -24,7 +24,7 @@ from shoal.transport.member import Address
 from shoal.transport.rendezvous import Rendezvous
 
 _START_PHASES = 5  # each of which may take --start-timeout
-_KEY_BYTES = 32
+KEY_BYTES = 32
 
 _meetings = itertools.count()  # of this process with other replicas; they have theirs in the same order
 
@@ -50,8 +50,8 @@ def _start_alone(model: OpenModel, place: wire.Place) -> EngineClient:
 
 
 def _start_process(model: OpenModel, place: wire.Place) -> EngineProcess:
-    engine = EngineProcess(_setup(model, place), answer_timeout=_answer_timeout(model))
-    engine.await_ready(_start_timeout(model))
+    engine = EngineProcess(setup_of(model, place), answer_timeout=answer_timeout(model))
+    engine.await_ready(start_timeout(model))
     return engine
 
 
@@ -68,7 +68,7 @@ def _start_one_of_many(model: OpenModel, place: wire.Place) -> EngineClient:
             engine = _start_process(model, place)
             return ReplicaSet(
                 {place.rank: engine},
-                {place.rank: _room(model, engine.stats())},
+                {place.rank: room_of(model, engine.stats())},
                 together=True,
                 on_close=stack.pop_all().close,
             )
@@ -88,8 +88,8 @@ def _start_replicas(model: OpenModel) -> ReplicaSet:
         except BaseException:
             close_all(list(replicas.values()))
             raise
-        found = await_ready(replicas, _start_timeout(model))
-        rooms = {number: _room(model, stats) for number, stats in found.items()}
+        found = await_ready(replicas, start_timeout(model))
+        rooms = {number: room_of(model, stats) for number, stats in found.items()}
         return ReplicaSet(replicas, rooms, together=together, on_close=stack.pop_all().close)
 
 
@@ -97,12 +97,12 @@ def _as_processes(model: OpenModel, stack: ExitStack) -> Callable[[int], Replica
     """Starts one. Those that compute together meet at a rendezvous of this process."""
     rendezvous, key = "", ""
     if shares_experts(model.decision.cutting):
-        key = secrets.token_hex(_KEY_BYTES)
+        key = secrets.token_hex(KEY_BYTES)
         rendezvous = stack.enter_context(Rendezvous(key=key)).address
 
     def launch(number: int) -> Replica:
-        place = wire.replace(_place(model, number), rendezvous=rendezvous, key=key)
-        return EngineProcess(_setup(model, place), answer_timeout=_answer_timeout(model))
+        place = wire.replace(place_of(model, number), rendezvous=rendezvous, key=key)
+        return EngineProcess(setup_of(model, place), answer_timeout=answer_timeout(model))
 
     return launch
 
@@ -120,25 +120,30 @@ def _on_threads(model: OpenModel) -> Callable[[int], Replica]:
         serve(channel, lambda setup: locksteps[setup.place.rank], start)
 
     def launch(number: int) -> Replica:
-        setup = _setup(model, _place(model, number))
-        return EngineThread(run, setup, answer_timeout=_answer_timeout(model))
+        setup = setup_of(model, place_of(model, number))
+        return EngineThread(run, setup, answer_timeout=answer_timeout(model))
 
     return launch
 
 
-def _place(model: OpenModel, number: int) -> wire.Place:
-    """All of them are on this host."""
-    size = model.options.parallel.data_parallel_size
+def place_of(model: OpenModel, number: int, local: Sequence[int] | None = None) -> wire.Place:
+    """Of one replica; `local` are those on this host, without it all. One may have a number beyond those that were
+    planned: it was added later."""
+    size = max(model.options.parallel.data_parallel_size, number + 1)
     available = model.decision.hardware.host_memory_available
-    return wire.Place(number, size, local_rank=number, local_size=size, memory_available=available)
+    if local is None or len(local) == size:
+        return wire.Place(number, size, local_rank=number, local_size=size, memory_available=available)
+    position = local.index(number) if number in local else len(local)
+    count = max(len(local), position + 1)
+    return wire.Place(number, size, local_rank=position, local_size=count, memory_available=available)
 
 
-def _setup(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
+def setup_of(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
     options = {name: value for name, value in model.given.items() if name != "engine_process"}
     return wire.EngineSetup(model.options.model, options, place)
 
 
-def _room(model: OpenModel, stats: wire.EngineStats) -> Room:
+def room_of(model: OpenModel, stats: wire.EngineStats) -> Room:
     caching = model.options.cache.enable_prefix_caching
     return Room(
         requests=most_held(model.options.scheduler.max_num_seqs),
@@ -148,10 +153,10 @@ def _room(model: OpenModel, stats: wire.EngineStats) -> Room:
     )
 
 
-def _start_timeout(model: OpenModel) -> float:
+def start_timeout(model: OpenModel) -> float:
     return model.options.parallel.start_timeout * _START_PHASES
 
 
-def _answer_timeout(model: OpenModel) -> float:
+def answer_timeout(model: OpenModel) -> float:
     """An engine answers between steps."""
     return model.options.parallel.step_timeout * (model.decision.max_in_flight + 1)

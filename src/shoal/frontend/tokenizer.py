@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer as Library
 
 from shoal.errors import CheckpointError, RequestError
 from shoal.frontend.streams import ByteStream, FallbackStream, RedecodingStream, TextStream
-from shoal.frontend.vocabulary import ByteFallback, ByteLevel, decoder_of
+from shoal.frontend.vocabulary import ByteFallback, ByteLevel, decoder_of, longest_token
 from shoal.lazy import load
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -36,6 +37,9 @@ class Tokenizer(Protocol):
 
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         """The text of tokens that follow a prompt, as they come."""
+
+    def longest_token(self) -> int | None:
+        """So many bytes of a text a token stands for at most; None where that is not known."""
 
     def serialized(self) -> str:
         """What a tokenizer.json says, for grammars.
@@ -89,7 +93,9 @@ class FastTokenizer:
         self._decoder = decoder_of(library)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        found: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch, since `encode` keeps all other threads of Python waiting, for seconds with a million characters.
+        (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        found: list[int] = encoding.ids
         return found
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -114,6 +120,13 @@ class FastTokenizer:
                 strip = fallback.strip
                 return FallbackStream(lambda token: None if token in left_out else fallback[token], shown, strip=strip)
         return RedecodingStream(lambda tokens: self.decode(tokens, skip_special_tokens=skip_special_tokens), shown)
+
+    def longest_token(self) -> int | None:
+        return self._longest
+
+    @cached_property
+    def _longest(self) -> int | None:
+        return longest_token(self._library)
 
     def serialized(self) -> str:
         found: str = self._library.to_str()
@@ -141,6 +154,9 @@ class SlowTokenizer:
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         shown = [token for token in prompt if not skip_special_tokens or token not in self.special_ids]
         return RedecodingStream(lambda tokens: self.decode(tokens, skip_special_tokens=skip_special_tokens), shown)
+
+    def longest_token(self) -> int | None:
+        return None
 
     def serialized(self) -> str:
         raise RequestError(

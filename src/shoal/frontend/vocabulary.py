@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from tokenizers import Tokenizer as Library
+from tokenizers import models
 
 from shoal.frontend.streams import INCOMPLETE
 
@@ -67,6 +68,52 @@ def decoder_of(library: Library) -> ByteLevel | ByteFallback | None:
     if "ByteFallback" not in kinds or (kinds[-1:] == ["Strip"] and kinds[-2:] != ["Fuse", "Strip"]):
         return None
     return _byte_fallback(library, steps)
+
+
+def longest_token(library: Library) -> int | None:
+    """So many bytes of a text a token stands for at most. None: some of a text may be lost, or any amount of it become
+    one token, or it isn't known.
+
+    It is known of byte-pair encodings that have a token for each byte, behind steps that only cut or lengthen a text.
+    """
+    model = library.model
+    normalized = _steps(library.normalizer, "normalizers")
+    cut = _steps(library.pre_tokenizer, "pretokenizers")
+    vocabulary = library.get_vocab()
+    bytes_ = _BYTES if any(step["type"] == "ByteLevel" for step in cut) else {f"<0x{i:02X}>" for i in range(256)}
+    known = (
+        isinstance(model, models.BPE)
+        and model.dropout is None
+        and (model.byte_fallback or bytes_ is _BYTES)
+        and all(each in vocabulary for each in bytes_)
+        and all(map(_lengthens, normalized))
+        and all(map(_keeps_all, cut))
+        and not any(token.lstrip or token.rstrip for token in library.get_added_tokens_decoder().values())
+    )
+    return max(len(token.encode()) for token in vocabulary) if known else None
+
+
+def _steps(part: Any, name: str) -> list[dict[str, Any]]:
+    """What a normalizer or the like does, one after another."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())
+    return [step for each in state.get(name, [state]) for step in each.get(name, [each])]
+
+
+def _lengthens(step: dict[str, Any]) -> bool:
+    match step:
+        case {"type": "Prepend"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)}:
+            return len(pattern.encode()) <= len(content.encode())
+    return False
+
+
+def _keeps_all(step: dict[str, Any]) -> bool:
+    if step["type"] in ("Split", "Punctuation"):
+        return bool(step["behavior"] != "Removed")
+    return step["type"] in ("ByteLevel", "Digits", "Metaspace")
 
 
 def _byte_fallback(library: Library, steps: list[dict[str, Any]]) -> ByteFallback | None:

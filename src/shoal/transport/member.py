@@ -14,12 +14,13 @@ from shoal import wire
 from shoal.errors import ConfigError, EngineError
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_key, this_process
+from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_key, this_process, watch_host
 
 log = get_logger("rendezvous")
 
 _RETRY_S = 0.2
 _ATTEMPT_S = 2.0
+_AGAIN_S = 15.0  # for somebody with our number, who may have been cut off, to be given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,11 @@ class Address:
 
 
 class _HungUp(Exception):
-    """Somebody listens, and ended the connection before it said anything."""
+    """Somebody listens, and ended the connection before it said yes or no."""
+
+
+class _RefusedForNow(Exception):
+    pass
 
 
 def connect(
@@ -57,7 +62,8 @@ def connect(
     agreement: Mapping[str, str] | None = None,
     timeout: float,
 ) -> Channel:
-    """A connection on which both sides have proved that they know the key. Without a `size` no room is joined.
+    """A connection on which both sides have proved that they know the key. Without a `size` no room is joined. A door
+    is asked for like a room, by its name.
 
     The rendezvous may be opened later than this is called, or may be so busy with others that it hangs up.
 
@@ -69,6 +75,7 @@ def connect(
     hello = wire.Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
     begun = time.monotonic()
     said = begun
+    refused_since = 0.0
     while True:
         left = timeout - (time.monotonic() - begun)
         try:
@@ -83,6 +90,11 @@ def connect(
         except _HungUp:
             why = "it hangs up"
             final = f"{address} hung up again and again for {timeout:g} s: is another program there?"
+        except _RefusedForNow as error:
+            refused_since = refused_since or time.monotonic()
+            why = final = str(error)
+            if time.monotonic() - refused_since > _AGAIN_S:
+                raise ConfigError(final) from None
         if time.monotonic() - begun + _RETRY_S >= timeout:
             raise ConfigError(final)
         if time.monotonic() - said >= SAY_S:
@@ -94,6 +106,7 @@ def connect(
 def _introduced(sock: socket.socket, hello: wire.Hello, address: Address, key: str, timeout: float) -> Channel:
     """Closes the socket if that fails."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    watch_host(sock)
     channel = Channel(sock)
     try:
         _introduce(channel, hello, address, key, timeout)
@@ -106,12 +119,10 @@ def _introduced(sock: socket.socket, hello: wire.Hello, address: Address, key: s
 def _introduce(channel: Channel, hello: wire.Hello, address: Address, key: str, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     said = wire.encode(hello)
-    challenged = False
     while True:
-        for message in _receive(channel, deadline, address, challenged):
+        for message in _receive(channel, deadline, address):
             match message:
                 case wire.Challenge():
-                    challenged = True
                     with contextlib.suppress(ChannelClosed):  # its end is read, and said, in turn
                         channel.send(wire.encode(wire.Signed(said, proof(key, "member", message.nonce, said))))
                 case wire.Welcome():
@@ -119,10 +130,11 @@ def _introduce(channel: Channel, hello: wire.Hello, address: Address, key: str, 
                         raise ConfigError(f"{address} does not know the shared key: is another program there?")
                     return
                 case wire.Refused():
-                    raise ConfigError(f"rank {hello.rank} may not join at {address}: {message.why}")
+                    why = f"rank {hello.rank} may not join at {address}: {message.why}"
+                    raise _RefusedForNow(why) if message.again else ConfigError(why)
 
 
-def _receive(channel: Channel, deadline: float, address: Address, challenged: bool) -> list[wire.FromRendezvous]:
+def _receive(channel: Channel, deadline: float, address: Address) -> list[wire.FromRendezvous]:
     """One frame, so that what follows a welcome is left for whoever reads next."""
     left = deadline - time.monotonic()
     if left <= 0 or (not channel.has_frame and not wait([channel], left)):
@@ -130,9 +142,7 @@ def _receive(channel: Channel, deadline: float, address: Address, challenged: bo
     try:
         return [wire.from_rendezvous.decode(frame) for frame in channel.receive(1)]
     except ChannelClosed:
-        if not challenged:
-            raise _HungUp from None
-        raise ConfigError(f"{address} hung up: is another program there?") from None
+        raise _HungUp from None
     except wire.WireError:
         raise ConfigError(f"{address} speaks another language: is another program there?") from None
 
@@ -145,7 +155,7 @@ class _Inbox:
     posted: dict[str, dict[int, bytes]] = field(default_factory=dict)  # topic -> sender -> the latest
     gone: dict[int, str] = field(default_factory=dict)
     waiting: wire.Waiting | None = None
-    members: tuple[str, ...] = ()
+    started: wire.Started | None = None
     lost: str = ""  # why there is no connection any more, as the user reads it
 
 
@@ -193,7 +203,7 @@ class Member:
     def _await_start(self, begun: float, timeout: float) -> None:
         said = begun
         with self._inbox.changed:
-            while not self._inbox.members:
+            while self._inbox.started is None:
                 left = timeout - (time.monotonic() - begun)
                 who = self._who_is_missing()
                 if self._inbox.lost:
@@ -215,7 +225,12 @@ class Member:
     @property
     def members(self) -> tuple[str, ...]:
         """Who they are, by rank."""
-        return self._inbox.members
+        return () if self._inbox.started is None else self._inbox.started.members
+
+    @property
+    def formation(self) -> int:
+        """A number that no other room of this rendezvous has had, and no earlier one of this name."""
+        return 0 if self._inbox.started is None else self._inbox.started.formation
 
     def fileno(self) -> int:
         """Readable when something has come, until `quiet` is called."""
@@ -364,7 +379,7 @@ class Member:
                 case wire.Waiting():
                     self._inbox.waiting = message
                 case wire.Started():
-                    self._inbox.members = message.members
+                    self._inbox.started = message
                 case wire.Refused():
                     self._inbox.lost = f"the rendezvous at {self._address} showed rank {self.rank} out: {message.why}"
             self._inbox.changed.notify_all()

@@ -40,9 +40,11 @@ class _Spawner:
     def _renew(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shoal-spawn")
 
-    def start(self, command: Sequence[str], fd: int, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    def start(
+        self, command: Sequence[str], fds: Sequence[int], environment: dict[str, str]
+    ) -> "subprocess.Popen[bytes]":
         return self._pool.submit(
-            subprocess.Popen, command, pass_fds=[fd], env=environment, stdin=subprocess.DEVNULL, stdout=_STDERR
+            subprocess.Popen, command, pass_fds=fds, env=environment, stdin=subprocess.DEVNULL, stdout=_STDERR
         ).result()
 
 
@@ -52,12 +54,19 @@ _spawner = _Spawner()
 class ChildProcess:
     """`python -m MODULE --fd N --parent PID ...` and the channel to it."""
 
-    def __init__(self, module: str, arguments: Sequence[str] = (), environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        passed: Sequence[int] = (),
+    ) -> None:
+        """`passed`: descriptors that the child has too, under the same numbers."""
         self.channel, theirs = Channel.pair()
         command = [sys.executable, "-m", module, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
         with theirs:
             self._process = _spawner.start(
-                [*command, *arguments], theirs.fileno(), env.child_environment(environment or {})
+                [*command, *arguments], [theirs.fileno(), *passed], env.child_environment(environment or {})
             )
 
     @property
@@ -80,6 +89,11 @@ class ChildProcess:
                 return f"was killed by {signal.Signals(-code).name}"
             return f"exited with code {code}"
         return "closed its channel"
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative: the signal that has killed it."""
+        return self._process.poll()
 
     def say(self, goodbye: bytes) -> None:
         with contextlib.suppress(ChannelClosed, OSError):

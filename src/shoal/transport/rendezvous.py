@@ -7,6 +7,9 @@ and values, in which groups of ranks find each other.
 Whoever joins proves that it knows the shared key (HMAC-SHA256 over a nonce of the other side; the key itself never
 travels), and brings what must be the same for all: versions, options, digests of the model. Who differs is refused, and
 told in what. The first member of a room sets what it is.
+
+Beside rooms there may be doors: who is let in there has proved the same, and its connection belongs to whoever has put
+up the door.
 """
 
 import contextlib
@@ -20,7 +23,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from shoal import wire
 from shoal.errors import AddressInUse, ConfigError
@@ -39,7 +42,13 @@ _SLICE_S = 0.5
 _FLUSH_S = 1.0
 _MOST_STRANGERS = 256  # connections that have not said who they are
 _PAUSE_S = 0.5  # without file descriptors, before the next connection is accepted
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))  # seconds, seconds, times
+_CUT_OFF_S = 8  # without a sign of the other host: its connections have ended
+_KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, 2),
+    (socket.TCP_KEEPINTVL, 2),
+    (socket.TCP_KEEPCNT, _CUT_OFF_S // 2 - 1),
+    (socket.TCP_USER_TIMEOUT, _CUT_OFF_S * 1000),
+)
 
 
 def proof(key: str, role: str, nonce: bytes, said: bytes) -> bytes:
@@ -66,6 +75,23 @@ def is_loopback(address: str) -> bool:
     return found.startswith("127.")
 
 
+def watch_host(sock: socket.socket) -> None:
+    """Has the kernel end a TCP connection to a host that was cut off, which says no goodbye."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+class Door(Protocol):
+    """Both are called on the rendezvous' thread, and must not block."""
+
+    def objection(self, hello: wire.Hello) -> wire.Refused | None:
+        """Why somebody who knows the key may not come in."""
+
+    def enter(self, hello: wire.Hello, channel: Channel) -> None:
+        """Takes over the connection of somebody who has been welcomed."""
+
+
 @dataclass(slots=True, eq=False)
 class _Guest:
     """A connection. `hello` is None before it has said who it is."""
@@ -77,6 +103,7 @@ class _Guest:
     said: float = 0.0
     hello: wire.Hello | None = None
     waits_for: wire.StoreGet | None = None
+    room: "_Room | None" = None
 
     @property
     def name(self) -> str:
@@ -91,13 +118,22 @@ class _Room:
     set_by: str
     members: dict[int, _Guest] = field(default_factory=dict)
     complete: bool = False
-    since: float = field(default_factory=time.monotonic)
+    broken: bool = False  # it was complete, and somebody has gone
     said: float = field(default_factory=time.monotonic)
 
 
 class Rendezvous:
-    def __init__(self, address: str = "127.0.0.1", port: int = 0, *, key: str = "") -> None:
-        """Listens at once. Port 0 takes a free one.
+    def __init__(
+        self,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        key: str = "",
+        doors: Mapping[str, Door] | None = None,
+        renewing: bool = False,
+    ) -> None:
+        """Listens at once. Port 0 takes a free one. `doors`: by the names that a Hello has for its room. `renewing`:
+        when somebody has gone from a room, the next who comes begins a new one of that name; else it is refused.
 
         Raises:
             ConfigError: the address can't be listened on, or others reach it and there is no key.
@@ -105,7 +141,10 @@ class Rendezvous:
         require_key(key, address)
         self._key = key
         self._guests: dict[int, _Guest] = {}  # by file descriptor
-        self._rooms: dict[str, _Room] = {}
+        self._rooms: dict[str, _Room] = {}  # of each name the latest
+        self._doors = dict(doors or {})
+        self._renewing = renewing
+        self._formations = 0
         self._store: dict[str, bytes] = {}
         self._closing = threading.Event()
         self._accepts_from = 0.0
@@ -166,9 +205,7 @@ class Rendezvous:
         if len(strangers) >= _MOST_STRANGERS:
             self._part(min(strangers, key=lambda guest: guest.since), "")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that is cut off says no goodbye
-        for option, value in _KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        watch_host(sock)
         now = time.monotonic()
         guest = _Guest(Channel(sock, _LONGEST_HELLO), secrets.token_bytes(32), now, now)
         self._guests[guest.channel.fileno()] = guest
@@ -200,7 +237,7 @@ class Rendezvous:
             return
         match message:
             case wire.Posted():
-                self._forward(guest.hello, message)
+                self._forward(guest, message)
             case wire.Leave():
                 self._part(guest, message.why)
             case wire.StoreSet():
@@ -236,54 +273,70 @@ class Rendezvous:
 
     def _welcome(self, guest: _Guest, signed: wire.Signed) -> None:
         if not hmac.compare_digest(signed.proof, proof(self._key, "member", guest.nonce, signed.hello)):
-            self._refuse(guest, "the shared key is another one: set SHOAL_CLUSTER_KEY to the same secret on all hosts")
+            why = "the shared key is another one: set SHOAL_CLUSTER_KEY to the same secret on all hosts"
+            self._refuse(guest, wire.Refused(why))
             return
         hello = wire.hello.decode(signed.hello)
-        why = self._objection(hello)
-        if why:
-            self._refuse(guest, why)
+        door = self._doors.get(hello.room) if hello.size else None
+        refused = self._objection(hello) if door is None else door.objection(hello)
+        if refused is not None:
+            self._refuse(guest, refused)
             return
         guest.hello = hello
         guest.channel.longest = _LONGEST
         self._send(guest, wire.Welcome(proof(self._key, "rendezvous", hello.nonce, signed.hello)))
-        if hello.size:
+        if door is not None:
+            del self._guests[guest.channel.fileno()]
+            door.enter(hello, guest.channel)
+        elif hello.size:
             self._enter(guest, hello)
 
-    def _objection(self, hello: wire.Hello) -> str:
-        """Why somebody may not join; "" if it may."""
-        room = self._rooms.get(hello.room)
+    def _objection(self, hello: wire.Hello) -> wire.Refused | None:
+        """Why somebody may not join a room."""
+        room = self._room_of(hello)
         if not hello.size or room is None:
-            return "" if 0 <= hello.rank < max(hello.size, 1) else f"rank {hello.rank} of {hello.size} does not exist"
+            there = 0 <= hello.rank < max(hello.size, 1)
+            return None if there else wire.Refused(f"rank {hello.rank} of {hello.size} does not exist")
         if hello.size != room.size:
-            return f"it counts {hello.size} ranks, {room.set_by} counts {room.size}"
+            return wire.Refused(f"it counts {hello.size} ranks, {room.set_by} counts {room.size}")
         if not 0 <= hello.rank < room.size:
-            return f"rank {hello.rank} of {room.size} does not exist"
+            return wire.Refused(f"rank {hello.rank} of {room.size} does not exist")
         if hello.rank in room.members:
-            return f"{room.members[hello.rank].name} is there already: give every process a rank of its own"
+            why = f"{room.members[hello.rank].name} is there already: give every process a rank of its own"
+            # It may have ended, or been cut off, and its end not be known here yet.
+            return wire.Refused(why, again=self._renewing)
         if room.complete:  # one that was there before has gone, and this one is new to the others
-            return f"the others have gone on without rank {hello.rank}: start all of them anew"
-        return _difference(hello.agreement, room)
+            return wire.Refused(f"the others have gone on without rank {hello.rank}: start all of them anew")
+        why = difference(hello.agreement, room.agreement, room.set_by)
+        return wire.Refused(why) if why else None
+
+    def _room_of(self, hello: wire.Hello) -> _Room | None:
+        """The one that a newcomer enters, if it is there already."""
+        room = self._rooms.get(hello.room)
+        return None if room is None or (room.broken and self._renewing) else room
 
     def _enter(self, guest: _Guest, hello: wire.Hello) -> None:
-        room = self._rooms.get(hello.room)
+        room = self._room_of(hello)
         if room is None:
             room = self._rooms[hello.room] = _Room(hello.size, hello.agreement, guest.name)
         room.members[hello.rank] = guest
+        guest.room = room
         if len(room.members) == room.size:
             room.complete = True
             names = tuple(room.members[rank].name for rank in range(room.size))
             for member in list(room.members.values()):
-                self._send(member, wire.Started(names))
+                self._send(member, wire.Started(names, self._formations))
+            self._formations += 1
         else:
             self._say_who_is_missing(room)
 
-    def _forward(self, sender: wire.Hello, message: wire.Posted) -> None:
-        room = self._rooms.get(sender.room)
-        if room is None:
+    def _forward(self, sender: _Guest, message: wire.Posted) -> None:
+        if sender.hello is None or sender.room is None:
             return
-        for rank, member in list(room.members.items()):
-            if rank != sender.rank and message.to in (-1, rank):
-                self._send(member, wire.Posted(message.topic, sender.rank, message.to, message.payload))
+        own = sender.hello.rank
+        for rank, member in list(sender.room.members.items()):
+            if rank != own and message.to in (-1, rank):
+                self._send(member, wire.Posted(message.topic, own, message.to, message.payload))
 
     def _say_who_is_missing(self, room: _Room) -> None:
         room.said = time.monotonic()
@@ -304,8 +357,8 @@ class Rendezvous:
             elif guest.hello is not None and guest.hello.size and now - guest.heard > QUIET_S:
                 self._part(guest, f"was not heard from for {now - guest.heard:.0f} s")
 
-    def _refuse(self, guest: _Guest, why: str) -> None:
-        self._send(guest, wire.Refused(why))
+    def _refuse(self, guest: _Guest, refused: wire.Refused) -> None:
+        self._send(guest, refused)
         guest.channel.flush(0)
         guest.hello = None
         self._part(guest, "")
@@ -315,12 +368,12 @@ class Rendezvous:
         if self._guests.pop(guest.channel.fileno(), None) is None:
             return
         guest.channel.close()
-        hello = guest.hello
-        room = self._rooms.get(hello.room) if hello is not None else None
-        if hello is None or room is None or room.members.get(hello.rank) is not guest:
+        hello, room = guest.hello, guest.room
+        if hello is None or room is None:
             return
         del room.members[hello.rank]
-        if not room.members:
+        room.broken = room.complete
+        if not room.members and self._rooms.get(hello.room) is room:
             del self._rooms[hello.room]
         if room.complete:
             for member in list(room.members.values()):
@@ -344,12 +397,12 @@ class _Listener:
         return self._socket.fileno()
 
 
-def _difference(found: Mapping[str, str], room: _Room) -> str:
-    """In what somebody differs from the one who came first; "" if in nothing."""
-    for name in sorted({*found, *room.agreement}):
-        mine, theirs = found.get(name, "nothing"), room.agreement.get(name, "nothing")
+def difference(found: Mapping[str, str], wanted: Mapping[str, str], whose: str) -> str:
+    """In what somebody's agreement differs from the one that counts; "" if in nothing."""
+    for name in sorted({*found, *wanted}):
+        mine, theirs = found.get(name, "nothing"), wanted.get(name, "nothing")
         if mine != theirs:
-            return f"its {name} is {mine}, that of {room.set_by} is {theirs}: start all with the same"
+            return f"its {name} is {mine}, that of {whose} is {theirs}: start all with the same"
     return ""
 
 

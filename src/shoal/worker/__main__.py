@@ -29,7 +29,8 @@ _PULSE_S = 0.5
 @click.option("--store", required=True)
 def main(fd: int, parent: int, number: int, size: int, store: str) -> None:
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine decides what ends
+    for each in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the engine decides what ends
+        signal.signal(each, signal.SIG_IGN)
     logging.configure(f"(rank {number}) ")
     channel = Channel.from_fd(fd)
     inbox: queue.SimpleQueue[wire.ToRank] = queue.SimpleQueue()

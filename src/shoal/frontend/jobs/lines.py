@@ -1,11 +1,11 @@
 """The lines of an output file."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from shoal.frontend.jobs import openai_batch
 from shoal.frontend.jobs.entries import Entry
-from shoal.types import CompletionOutput, Logprobs, RequestOutput
+from shoal.frontend.openai.answers import positions
+from shoal.types import CompletionOutput, RequestOutput
 
 
 def line_of(entry: Entry, digest: str, output: RequestOutput, model: str) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def line_of(entry: Entry, digest: str, output: RequestOutput, model: str) -> dic
         "outputs": [_completion(each) for each in output.outputs],
     }
     if output.prompt_logprobs is not None:
-        line["prompt_logprobs"] = _positions(output.prompt_logprobs)
+        line["prompt_logprobs"] = positions(output.prompt_logprobs)
     return {**line, "digest": digest}
 
 
@@ -44,22 +44,5 @@ def _completion(output: CompletionOutput) -> dict[str, Any]:
     }
     if output.logprobs is not None:
         line["cumulative_logprob"] = output.cumulative_logprob
-        line["logprobs"] = _positions(output.logprobs)
+        line["logprobs"] = positions(output.logprobs)
     return line
-
-
-def _positions(positions: Sequence[Logprobs | None]) -> list[dict[str, Any] | None]:
-    """A list over positions of token id -> what is known of the token."""
-    return [
-        None
-        if known is None
-        else {
-            str(token): {
-                "logprob": openai_batch.finite(each.logprob),
-                "rank": each.rank,
-                "decoded_token": each.decoded_token,
-            }
-            for token, each in known.items()
-        }
-        for known in positions
-    ]

@@ -1,0 +1,102 @@
+"""A server as a process of its own, and streams from it: what the benchmarks of serving share."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+_START_S = 300.0
+_END_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+    def memory(self) -> int:
+        """Bytes of the server process that no file backs."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+@contextmanager
+def served(model: Path | str | None, *arguments: str) -> Iterator[Served]:
+    """`shoal serve` on a free port, ready; ended by SIGTERM."""
+    command = [sys.executable, "-m", "shoal.cli.main", "serve", *([str(model)] if model is not None else [])]
+    process = subprocess.Popen(
+        [*command, "--port", "0", *arguments], stdout=subprocess.PIPE, env={**os.environ, "SHOAL_LOG_LEVEL": "warning"}
+    )
+    try:
+        yield Served(_url(process), process)
+        process.terminate()
+        assert process.wait(_END_S) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(_END_S)
+
+
+def _url(process: "subprocess.Popen[bytes]") -> str:
+    assert process.stdout is not None
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        line = process.stdout.readline().decode()
+        if found := re.search(r" at (http\S+)$", line.strip()):
+            return found[1]
+        if process.poll() is not None:
+            break
+    raise SystemExit(f"the server did not come up (exit code {process.poll()})")
+
+
+@dataclass(slots=True)
+class Streamed:
+    tokens: int = 0  # by the usage that the server tells at the end
+    first_s: float = 0.0
+    seconds: float = 0.0
+
+
+async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Streamed:
+    """One streaming completion.
+
+    Raises:
+        RuntimeError: it is refused, or breaks off.
+    """
+    found, begun = Streamed(), time.perf_counter()
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    async with session.post(f"{url}/v1/completions", json=asked) as answer:
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status}: {(await answer.text())[:200]}")
+        last = b""
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                found.first_s = found.first_s or time.perf_counter() - begun
+                last = line
+                if b'"error"' in line[:16]:
+                    raise RuntimeError(line.decode()[:200])
+    found.tokens = json.loads(last[6:])["usage"]["completion_tokens"]
+    found.seconds = time.perf_counter() - begun
+    return found
+
+
+async def stream_all(url: str, bodies: Sequence[dict[str, Any]], at_a_time: int) -> list[Streamed]:
+    """All of them, so many at a time."""
+    gate = asyncio.Semaphore(at_a_time)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=_START_S)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def one(body: dict[str, Any]) -> Streamed:
+            async with gate:
+                return await stream(session, url, body)
+
+        return await asyncio.gather(*map(one, bodies))

@@ -1,0 +1,104 @@
+"""Many streaming clients for a while: `python benchmarks/soak.py [--clients 256] [--seconds 60]`. JSON on stdout.
+
+The bundled model; each client streams one completion after the other, of random lengths, and goes away in the middle of
+one in eight. Told are errors, memory of the server process (the last quarter against the second), and KV blocks that
+are still taken when all is over.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+import urllib.request
+from typing import Any
+
+import aiohttp
+import click
+
+from served import Served, served, stream
+
+_SAMPLE_S = 0.5
+_REST_S = 20.0
+
+
+async def _client(session: aiohttp.ClientSession, url: str, number: int, until: float, told: dict[str, Any]) -> None:
+    draw = random.Random(number)
+    while time.monotonic() < until:
+        first = draw.randrange(1, 500)
+        body = {
+            "prompt": f"Count from {first} to {first + draw.randrange(2, 40)}:",
+            "max_tokens": draw.randrange(8, 120),
+            "temperature": draw.choice((0.0, 1.0)),
+            "ignore_eos": draw.random() < 0.5,
+        }
+        try:
+            if draw.random() < 0.125:
+                await _leave_early(session, url, body)
+                told["left"] += 1
+            else:
+                answer = await stream(session, url, body)
+                told["requests"] += 1
+                told["tokens"] += answer.tokens
+        except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
+            told["errors"].append(str(error) or type(error).__name__)
+
+
+async def _leave_early(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
+    async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as answer:
+        await answer.content.readline()
+        answer.close()
+
+
+async def _run(server: Served, clients: int, seconds: float) -> dict[str, Any]:
+    told: dict[str, Any] = {"requests": 0, "tokens": 0, "left": 0, "errors": []}
+    samples: list[int] = []
+
+    async def watch() -> None:
+        while True:
+            samples.append(server.memory())
+            await asyncio.sleep(_SAMPLE_S)
+
+    until = time.monotonic() + seconds
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        watcher = asyncio.create_task(watch())
+        await asyncio.gather(*(_client(session, server.url, number, until, told) for number in range(clients)))
+        watcher.cancel()
+    quarter = len(samples) // 4
+    second, last = (statistics.mean(samples[i * quarter : (i + 1) * quarter]) for i in (1, 3))
+    return told | {
+        "errors": len(told["errors"]),
+        "first_errors": told["errors"][:3],
+        "tokens_per_s": told["tokens"] / seconds,
+        "memory_second_quarter_bytes": second,
+        "memory_last_quarter_bytes": last,
+        "memory_growth": last / second - 1,
+        "blocks_taken_at_the_end": _blocks_taken(server.url),
+    }
+
+
+def _blocks_taken(url: str) -> int:
+    """When the engine has rested; what the prefix cache keeps counts as free."""
+    deadline = time.monotonic() + _REST_S
+    while True:
+        with urllib.request.urlopen(f"{url}/v1/admin/status") as answer:
+            replicas = json.load(answer)["replicas"]
+        taken = sum(replica["stats"]["num_blocks"] - replica["stats"]["free_blocks"] for replica in replicas)
+        if not taken or time.monotonic() > deadline:
+            return int(taken)
+        time.sleep(_SAMPLE_S)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--clients", default=256, show_default=True)
+@click.option("--seconds", default=60.0, show_default=True)
+@click.argument("rest", nargs=-1)
+def main(clients: int, seconds: float, rest: tuple[str, ...]) -> None:
+    """REST are options of the server."""
+    with served(None, *rest) as server:
+        print(json.dumps({"clients": clients, **asyncio.run(_run(server, clients, seconds))}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""`shoal bench serve`: load on a server, and what comes back."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shoal.cli.generate import Interrupted
+from shoal.client.load.report import LIMITS, table
+from shoal.client.load.settings import LoadSettings
+from shoal.client.load.workload import Lengths, parse_mix
+from shoal.errors import ConfigError
+from shoal.lazy import load
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_COUNT = click.IntRange(1)
+_POSITIVE = click.FloatRange(0, min_open=True)
+
+
+@click.command()
+@click.argument("url")
+@click.option("--endpoint", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
+@click.option("--model", metavar="NAME", help="as the server names it  [default: the first that it lists]")
+@click.option("--api-key", metavar="KEY", help="the server's key")
+@click.option("--num-prompts", type=_COUNT, help="requests  [default: 100, or as many as --duration has room for]")
+@click.option("--duration", type=_POSITIVE, metavar="SECONDS",
+              help="after which no request comes; those under way are seen to their end")  # fmt: skip
+@click.option("--request-rate", type=_POSITIVE, metavar="RATE|inf", help="requests a second, whatever the answers do")
+@click.option("--burstiness", type=_POSITIVE, default=1.0, show_default=True, help="1: Poisson; less: in bursts")
+@click.option("--max-concurrency", type=_COUNT, help="requests at once; without a rate, each end begins another")
+@click.option("--random-input-len", type=_COUNT, metavar="TOKENS", help="of a prompt  [default: 128]")
+@click.option("--random-output-len", type=_COUNT, metavar="TOKENS", help="of an answer at most  [default: 64]")
+@click.option("--random-range-ratio", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+              help="r: lengths are drawn from [length x (1 - r), length x (1 + r)]")  # fmt: skip
+@click.option("--length-mix", metavar="IN:OUT@SHARE,...", help="several lengths, such as 128:64@0.7,1024:256@0.3")
+@click.option("--shared-prefix-len", type=click.IntRange(0), default=0, show_default=True, metavar="TOKENS",
+              help="before each prompt, the same for many")  # fmt: skip
+@click.option("--num-prefixes", type=_COUNT, default=1, show_default=True, help="different ones")
+@click.option("--prefix-zipf", type=click.FloatRange(0), default=1.0, show_default=True,
+              help="s: the k-th prefix is as frequent as 1 / k^s")  # fmt: skip
+@click.option("--token-ids", is_flag=True, help="prompts are token ids, not text")
+@click.option(
+    "--vocab-size", type=click.IntRange(8), default=256, show_default=True, help="ids of --token-ids are less"
+)
+@click.option("--ignore-eos", is_flag=True, help="answers have their full length")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True,
+              help="of lengths, prompts and arrivals; prompts that came before may be in a prefix cache")  # fmt: skip
+@click.option("--warmup", type=click.IntRange(0), default=0, show_default=True, help="requests before, not measured")
+@click.option("--timeout", type=_POSITIVE, default=600.0, show_default=True, metavar="SECONDS", help="of a request")
+@click.option(
+    "--slo", multiple=True, metavar="ttft:200", help="limit of ttft, tpot or e2e; goodput is within all limits"
+)
+@click.option("--percentiles", default="50,90,99", show_default=True, metavar="P,...", help="of latencies")
+@click.option("--request-log-in", type=_FILE, metavar="FILE", help="replay these arrivals, lengths and prompts")
+@click.option("--request-log-out", type=_FILE, metavar="FILE", help="a line of JSON for each request")
+@click.option("--output", "-o", type=_FILE, metavar="FILE", help="write the report as JSON")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of the table")
+@click.option("--plot", type=_FILE, metavar="FILE", help="a picture, .svg, .png or .pdf; needs matplotlib")
+def serve(as_json: bool, **flags: Any) -> int:
+    """Load on the server at URL, which speaks OpenAI's interface, and what it delivers.
+
+    With --request-rate requests come at their times whatever the answers do (open loop); with --max-concurrency each
+    end begins another (closed loop); with neither all come at once. Latencies count from the time at which a request
+    was to be sent. Exit code 1: some requests failed.
+    """
+    report = load("shoal.client.load.bench:measure")(_settings(flags))
+    print(json.dumps(report, indent=2) if as_json else table(report))
+    if report["interrupted"]:
+        raise Interrupted("the figures are those of the requests that had ended")
+    return 1 if report["requests"]["failed"] else 0
+
+
+def _settings(flags: dict[str, Any]) -> LoadSettings:
+    lengths = _lengths(flags.pop("length_mix"), flags.pop("random_input_len"), flags.pop("random_output_len"))
+    range_ratio = flags.pop("random_range_ratio")
+    slo = dict(_limit(text) for text in flags.pop("slo"))
+    percentiles = [_percentile(text) for text in flags.pop("percentiles").split(",")]
+    return LoadSettings(**flags, lengths=lengths, range_ratio=range_ratio, slo=slo, percentiles=percentiles)
+
+
+def _lengths(mix: str | None, input_len: int | None, output_len: int | None) -> tuple[Lengths, ...]:
+    if mix is None:
+        return (Lengths(input_len or 128, output_len or 64),)
+    if input_len is not None or output_len is not None:
+        raise ConfigError("--length-mix says all lengths: leave out --random-input-len and --random-output-len")
+    return parse_mix(mix)
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, limit = text.partition(":")
+    value = _number(limit)
+    if name not in LIMITS or not 0 < value < math.inf:
+        raise ConfigError(f"--slo {text!r} is no limit; it has the form NAME:MS, where NAME is {', '.join(LIMITS)}")
+    return name, value
+
+
+def _percentile(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= 100:
+        raise ConfigError(f"--percentiles has {text!r}, which is not between 0 and 100")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN, which is within no limits, if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

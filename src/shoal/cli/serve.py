@@ -1,0 +1,131 @@
+"""`shoal serve`: an OpenAI-compatible server over any layout."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shoal.cli.options import GroupedCommand, engine_values, serving_flags
+from shoal.config import parse_bytes
+from shoal.errors import ConfigError
+from shoal.frontend.model import open_model
+
+_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0: all of this host's"
+)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one is taken")
+@click.option(
+    "--api-key", "api_keys", multiple=True, metavar="KEY", help="asked of clients; may be given several times"
+)
+@click.option(
+    "--served-model-name", "served_model_names", multiple=True, metavar="NAME", help="what clients call the model"
+)
+@click.option("--chat-template", metavar="FILE", help="a Jinja template instead of the model's: a file, or the text")
+@click.option(
+    "--trust-request-chat-template", is_flag=True, help="requests may bring a chat template, which is a program"
+)
+@click.option(
+    "--tool-call-parser",
+    metavar="NAME",
+    help="how the model writes tool calls: hermes, llama3_json, mistral, pythonic; needed where it may choose to",
+)
+@click.option("--enable-auto-tool-choice", is_flag=True, help="as --tool-call-parser says by itself")
+@click.option("--max-logprobs", default=20, show_default=True, help="likeliest tokens that may be asked for; -1: all")
+@click.option(
+    "--max-request-bytes", default="32MiB", show_default=True, metavar="BYTES", help="size of a request's body, at most"
+)
+@click.option("--disable-docs", is_flag=True, help="no /docs, /redoc and /openapi.json")
+@click.option("--root-path", default="", metavar="PATH", help="where a proxy has put the server")
+@click.option("--allowed-origins", multiple=True, metavar="ORIGIN", help="web pages that may call the server; *: all")
+@click.option("--ssl-keyfile", metavar="FILE", help="key of the certificate, for https")
+@click.option("--ssl-certfile", metavar="FILE", help="certificate, for https")
+@click.option(
+    "--api-server-count",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 256),
+    help="processes that answer requests, before the same replicas",
+)
+@click.option(
+    "--shutdown-timeout",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="seconds that running requests have to end after SIGTERM",
+)
+@click.option(
+    "--uvicorn-log-level",
+    default="warning",
+    show_default=True,
+    type=click.Choice(_LEVELS),
+    help="info: a line for each request too",
+)
+@serving_flags
+def serve(
+    model: str | None,
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    served_model_names: tuple[str, ...],
+    chat_template: str | None,
+    tool_call_parser: str | None,
+    max_request_bytes: str,
+    root_path: str,
+    allowed_origins: tuple[str, ...],
+    ssl_keyfile: str | None,
+    ssl_certfile: str | None,
+    *,
+    trust_request_chat_template: bool,
+    enable_auto_tool_choice: bool,
+    max_logprobs: int,
+    disable_docs: bool,
+    api_server_count: int,
+    shutdown_timeout: float,
+    uvicorn_log_level: str,
+    **flags: Any,
+) -> int:
+    """Serve the OpenAI API. MODEL is a folder or an id on the Hugging Face hub; without it, the bundled model is used.
+
+    Replicas that end are started again, and their requests go on. SIGTERM ends the server when its requests have ended.
+    """
+    # The web libraries are for this command alone, and take a while to load.
+    from shoal.server.listening import Listening
+    from shoal.server.serve import run
+    from shoal.server.settings import ServerSettings
+
+    if enable_auto_tool_choice and tool_call_parser is None:
+        raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser: how does the model write a call?")
+    settings = ServerSettings(
+        served_model_names=served_model_names,
+        api_keys=api_keys,
+        chat_template=_template(chat_template),
+        trust_request_chat_template=trust_request_chat_template,
+        tool_call_parser=tool_call_parser,
+        max_logprobs=max_logprobs,
+        max_request_bytes=parse_bytes(max_request_bytes, "--max-request-bytes"),
+        disable_docs=disable_docs,
+        root_path=root_path,
+        allowed_origins=allowed_origins,
+    )
+    listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
+    opened = open_model(model, engine_values(flags), own_process=True, online=True)
+    if opened.options.hosts.headless:
+        from shoal.frontend import headless
+
+        return headless.run(opened)
+    return run(opened, settings, listening, api_server_count=api_server_count, shutdown_timeout=shutdown_timeout)
+
+
+def _template(given: str | None) -> str | None:
+    """A file's text; or the text itself, which has a brace and no path ever has."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {given} can't be read: {error}") from None

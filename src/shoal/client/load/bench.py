@@ -1,0 +1,283 @@
+"""A load test of a server, from the first look at it to the report."""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import resource
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shoal.client.http import NotFound, ServerClient
+from shoal.client.load.calibrate import words_by_tokenizer, words_by_usage
+from shoal.client.load.drive import Requester, Run
+from shoal.client.load.outcome import Failure, Outcome
+from shoal.client.load.plot import check_plot, plot
+from shoal.client.load.progress import RunProgress
+from shoal.client.load.prompts import WORDS, IdPrompts, Prompts
+from shoal.client.load.report import figures
+from shoal.client.load.request_log import Entry, line_of, read_log, writing_log
+from shoal.client.load.settings import LoadSettings
+from shoal.client.load.workload import Planned, Workload, arrivals
+from shoal.errors import ConfigError, EngineError, UserError
+
+_PROBE_IDS = 16
+
+
+def measure(settings: LoadSettings) -> dict[str, Any]:
+    """Runs the load test and gives its report, which is also in the files that the settings name.
+
+    Ctrl-C ends it with what was measured by then, and `interrupted` in the report.
+
+    Raises:
+        UserError: a file can't be used, or the server refuses a first request.
+        EngineError: the server fails the first request.
+    """
+    _check_files(settings)
+    entries = [] if settings.request_log_in is None else read_log(settings.request_log_in)
+    if settings.chat and any(isinstance(entry.prompt, list) for entry in entries):
+        raise ConfigError(f"--request-log-in {settings.request_log_in} has token ids, which no chat takes")
+    _allow_connections()
+    return asyncio.run(_measure(settings, entries))
+
+
+async def _measure(settings: LoadSettings, entries: Sequence[Entry]) -> dict[str, Any]:
+    async with ServerClient(settings.url, api_key=settings.api_key, timeout=settings.timeout) as client:
+        model, max_model_len = await _find_model(client, settings.model)
+        _check_lengths(settings, entries, max_model_len)
+        extra: dict[str, Any] = {"temperature": settings.temperature}
+        if settings.ignore_eos:
+            extra["ignore_eos"] = True
+        requester = Requester(client, chat=settings.chat, model=model, extra=extra)
+        prompts = await _prompts(settings, client, requester, model)
+        await _warm_up(settings, requester, plan(settings, prompts, entries), prompts)
+        requests = plan(settings, prompts, entries)
+        bounded = settings.count is not None or settings.paced or bool(entries)
+        total = None
+        if bounded:  # so that the making of prompts takes no time from the run
+            made = list(requests)
+            total, requests = len(made), iter(made)
+        outcomes, run, seconds, complete = await _drive(settings, requester, requests, total)
+    report = {
+        "benchmark": "serve",
+        "model": model,
+        "settings": _shown(settings),
+        "interrupted": not complete,
+        **figures(
+            outcomes,
+            seconds,
+            percentiles=settings.percentiles,
+            slo=settings.slo,
+            peak=run.peak,
+            broken_off=run.broken_off,
+        ),
+    }
+    if settings.output is not None:
+        _write(settings.output, json.dumps(report, indent=2) + "\n")
+    if settings.plot is not None:
+        title = f"{model} at {client.url}"
+        plot(settings.plot, outcomes, requester.chunks_by_second, duration=seconds, slo=settings.slo, title=title)
+    return report
+
+
+def plan(settings: LoadSettings, prompts: Prompts, entries: Sequence[Entry]) -> Iterator[Planned]:
+    """The requests in the order in which they come; the same ones for the same settings. Without end where neither a
+    count nor a log nor times of arrival give one."""
+    times: Iterator[float | None]
+    if not settings.paced:
+        times = itertools.repeat(0.0 if settings.burst else None)
+    elif settings.request_rate is None:
+        times = (entry.arrival for entry in entries)
+    else:
+        times = arrivals(settings.request_rate, settings.burstiness, settings.seed)
+    duration = settings.duration
+    if settings.paced and duration is not None:
+        times = itertools.takewhile(lambda time: time is None or time <= duration, times)
+    times = itertools.islice(times, settings.count)
+    return _replay(entries, times, prompts, settings.seed) if entries else _workload(settings).requests(prompts, times)
+
+
+def _replay(entries: Sequence[Entry], times: Iterator[float | None], prompts: Prompts, seed: int) -> Iterator[Planned]:
+    draw = random.Random(f"{seed} texts")
+    for index, (entry, arrival) in enumerate(zip(entries, times, strict=False)):
+        prompt = prompts.make(entry.prompt_tokens, draw) if entry.prompt is None else entry.prompt
+        yield Planned(index, arrival, prompt, entry.prompt_tokens, entry.max_tokens)
+
+
+def _workload(settings: LoadSettings) -> Workload:
+    return Workload(
+        lengths=settings.lengths,
+        range_ratio=settings.range_ratio,
+        shared_prefix_len=settings.shared_prefix_len,
+        num_prefixes=settings.num_prefixes,
+        prefix_zipf=settings.prefix_zipf,
+        seed=settings.seed,
+    )
+
+
+async def _find_model(client: ServerClient, wanted: str | None) -> tuple[str, int | None]:
+    """The model's name and the tokens that it takes at most, where the server says so."""
+    try:
+        answer = await client.get_json("/v1/models")
+        models = {str(each["id"]): each for each in answer["data"]}
+    except NotFound:
+        if wanted is None:
+            raise UserError(f"{client.url} has no list of models: name one by --model") from None
+        return wanted, None
+    except (KeyError, TypeError):
+        raise UserError(f"{client.url}/v1/models has no list of models: is this the address of the server?") from None
+    name = wanted if wanted is not None else next(iter(models), "")
+    if name not in models:
+        raise UserError(f"{client.url} has no model {name!r}; it serves {', '.join(models) or 'none'}")
+    longest = models[name].get("max_model_len")
+    return name, longest if isinstance(longest, int) else None
+
+
+def _check_lengths(settings: LoadSettings, entries: Sequence[Entry], max_model_len: int | None) -> None:
+    if entries:
+        longest = max(entry.prompt_tokens + entry.max_tokens for entry in entries)
+    else:
+        longest = _workload(settings).longest
+    if max_model_len is not None and longest > max_model_len:
+        raise ConfigError(
+            f"requests have up to {longest} tokens with their outputs, but the model takes {max_model_len}: make them"
+            " shorter"
+        )
+
+
+async def _prompts(settings: LoadSettings, client: ServerClient, requester: Requester, model: str) -> Prompts:
+    """What makes prompts; and a first request, which the server has to answer."""
+    if settings.token_ids:
+        ids = IdPrompts(settings.vocab_size)
+        await _first_request(client, requester, Planned(-1, None, ids.make(_PROBE_IDS, random.Random(0)), 0, 1))
+        return ids
+    answer = await _first_request(client, requester, Planned(-1, None, " ".join(WORDS), 0, 1))
+    return await words_by_tokenizer(client, model) or words_by_usage(answer.prompt_tokens or len(WORDS))
+
+
+async def _first_request(client: ServerClient, requester: Requester, request: Planned) -> Outcome:
+    outcome = await requester.send(request)
+    if outcome.failure is not None:
+        raise _refusal(f"{client.url} fails a first request", outcome.failure)
+    return outcome
+
+
+def _refusal(what: str, failure: Failure) -> UserError | EngineError:
+    """What is refused can be mended."""
+    mendable = failure.kind == "no connection" or failure.kind.startswith("HTTP 4")
+    return (UserError if mendable else EngineError)(f"{what}: {failure.kind}: {failure.message}")
+
+
+async def _warm_up(settings: LoadSettings, requester: Requester, requests: Iterator[Planned], prompts: Prompts) -> None:
+    """Requests of the sizes that are to come, with other prompts."""
+    if not settings.warmup:
+        return
+    draw = random.Random(f"{settings.seed} warm-up")
+    others = (
+        Planned(each.index, None, prompts.make(each.prompt_tokens or _PROBE_IDS, draw), 0, each.max_tokens)
+        for each in itertools.islice(requests, settings.warmup)
+    )
+    outcomes: list[Outcome] = []
+    concurrency = settings.max_concurrency or settings.warmup
+    await Run(requester, others, outcomes.append, max_concurrency=concurrency).to_the_end()
+    failures = [each.failure for each in outcomes if each.failure is not None]
+    if failures:
+        raise _refusal(f"{len(failures)} of {len(outcomes)} requests of the warm-up failed", failures[0])
+
+
+async def _drive(
+    settings: LoadSettings, requester: Requester, requests: Iterator[Planned], total: int | None
+) -> tuple[list[Outcome], Run, float, bool]:
+    """The outcomes, the run, its seconds, and whether it came to its end."""
+    outcomes: list[Outcome] = []
+    progress = RunProgress(total)
+    with ExitStack() as stack:
+        log = None if settings.request_log_out is None else stack.enter_context(writing_log(settings.request_log_out))
+
+        def done(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            progress.add(outcome)
+            if log is not None:
+                log.write(line_of(outcome))
+
+        run = Run(requester, requests, done, max_concurrency=settings.max_concurrency, duration=settings.duration)
+        stop = asyncio.Event()
+        stack.enter_context(_stopping_by_signal(stop))
+        stack.callback(progress.close)
+        ticker = asyncio.create_task(_tick(progress, requester, run))
+        try:
+            complete = await run.to_the_end(stop)
+        finally:
+            ticker.cancel()
+        seconds = requester.now() if not complete else max((each.ended for each in outcomes), default=0.0)
+    return outcomes, run, seconds, complete
+
+
+async def _tick(progress: RunProgress, requester: Requester, run: Run) -> None:
+    while True:
+        await asyncio.sleep(progress.period)
+        progress.show(requester.now(), run.running)
+
+
+@contextmanager
+def _stopping_by_signal(stop: asyncio.Event) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM sets `stop`; the next one does what it did before."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            if loop.remove_signal_handler(number):
+                signal.signal(number, handler)
+
+    def first() -> None:
+        stop.set()
+        restore()
+
+    for number in numbers:
+        loop.add_signal_handler(number, first)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _check_files(settings: LoadSettings) -> None:
+    """Before anything expensive."""
+    for flag, path in (
+        ("--output", settings.output),
+        ("--plot", settings.plot),
+        ("--request-log-out", settings.request_log_out),
+    ):
+        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"{flag} {path} can't be written: its folder is missing or not yours")
+    if settings.plot is not None:
+        check_plot(settings.plot)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"--output {path} can't be written: {error.strerror}") from None
+
+
+def _allow_connections() -> None:
+    """Each request under way is a connection, and each connection an open file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _shown(settings: LoadSettings) -> dict[str, Any]:
+    """As the report has them: without the key, and without what JSON can't hold."""
+    shown = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    del shown["api_key"]
+    if shown["request_rate"] == float("inf"):
+        shown["request_rate"] = "inf"
+    return shown

@@ -1,0 +1,372 @@
+"""The thread that drives a fleet, and the lines to it: of clients in this process and in others.
+
+A line's clients number their requests from 0. Here they all share one range of numbers: the line's own number stands
+above the request's.
+"""
+
+import contextlib
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from shoal import wire
+from shoal.cluster.fleet import Fleet
+from shoal.errors import ClosedError, ConfigError, EngineError, ShoalError, UserError
+from shoal.observe.logging import get_logger
+from shoal.transport.channel import Channel, ChannelClosed
+
+log = get_logger("desk")
+
+_LINE_BITS = 40  # of a number are the request's own
+_WAIT_S = 1.0
+_JOIN_S = 10.0
+_UNREAD_S = 60.0  # for a client to read what it was sent, and then it is given up
+_LAST_WORDS_S = 1.0
+_CLOSED = "the engine was closed"
+
+Verb = Callable[[bytes], bytes]
+Message = wire.EngineRequest | wire.Abort | wire.Ask
+Answer = wire.Updates | wire.Told
+
+
+class Line(Protocol):
+    """A client's way to a fleet. `send` and `ask` may be called from any thread."""
+
+    def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+        """Hands them over together. Never blocks.
+
+        Raises:
+            ClosedError: nobody is there any more.
+        """
+
+    def ask(self, verb: str, payload: bytes = b"") -> "Future[bytes]":
+        """The future's exception is a UserError or an EngineError."""
+
+    def close(self) -> None:
+        """Ends the line, and with it all its requests. Idempotent."""
+
+
+class Questions:
+    """Asked, and not answered yet. For implementations of `Line`."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._open: dict[int, Future[bytes]] = {}
+
+    def add(self, verb: str, payload: bytes) -> tuple[wire.Ask, "Future[bytes]"]:
+        number = next(self._numbers)
+        future: Future[bytes] = Future()
+        self._open[number] = future
+        return wire.Ask(number, verb, payload), future
+
+    def answer(self, told: wire.Told) -> None:
+        future = self._open.pop(told.id, None)
+        if future is None or not future.set_running_or_notify_cancel():
+            return
+        if told.error:
+            future.set_exception(UserError(told.error) if told.user_error else EngineError(told.error))
+        else:
+            future.set_result(told.payload)
+
+    def fail(self, why: str) -> None:
+        """Nobody answers any more."""
+        for number in list(self._open):
+            future = self._open.pop(number, None)
+            if future is not None and future.set_running_or_notify_cancel():
+                future.set_exception(ClosedError(why))
+
+
+class _Client:
+    """One line, as the desk sees it. `say` hands an answer over and never blocks; `end` is the last of it."""
+
+    def __init__(self, number: int, say: Callable[[Answer], object], end: Callable[[], object]) -> None:
+        self.number = number
+        self.say = say
+        self.end = end
+        self.requests: set[int] = set()  # by their numbers here
+
+
+class Desk:
+    """Takes over a fleet. `verbs` are what clients may ask for beside `status`, `started`, `scale` and `drain`; those
+    run on the desk's thread and must be quick."""
+
+    def __init__(self, fleet: Fleet, verbs: Mapping[str, Verb] | None = None) -> None:
+        self._fleet = fleet
+        self._verbs: dict[str, Verb] = {
+            "status": lambda _: wire.encode(fleet.status()),
+            "started": lambda _: b"yes" if fleet.started else b"",
+            "scale": self._scale,
+            "drain": self._drain,
+            **(verbs or {}),
+        }
+        self._clients: dict[int, _Client] = {}
+        self._numbers = itertools.count()
+        self._todo: deque[Callable[[], object]] = deque()  # by other threads, for this one
+        self._lock = threading.Lock()
+        self._ended = False  # nothing that is to be done is taken any more
+        self._closing = False
+        self._failure = ""
+        self._thread = threading.Thread(target=self._run, name="shoal-desk", daemon=True)
+        self._thread.start()
+
+    def open(self, deliver: Callable[[Answer], object]) -> Line:
+        """A line for a client in this process. `deliver` is called on the desk's thread and must not block."""
+        line = _LocalLine(self, deliver)
+        self.do(lambda: self._enter(line.client))
+        return line
+
+    def connect(self, channel: Channel) -> None:
+        """A line for a client at the other end of a channel, which speaks the same messages."""
+        remote = _RemoteClient(next(self._numbers), channel)
+
+        def begin() -> None:
+            self._enter(remote)
+            self._fleet.watch(channel)
+
+        self.do(begin)
+
+    def new_number(self) -> int:
+        return next(self._numbers)
+
+    def do(self, task: Callable[[], object]) -> None:
+        """Has the desk's thread do it.
+
+        Raises:
+            ClosedError: it has ended.
+        """
+        with self._lock:
+            if self._ended or self._closing:
+                raise ClosedError(self._failure or _CLOSED)
+            self._todo.append(task)
+        self._fleet.wake()
+
+    def close(self) -> None:
+        """Ends the fleet. Idempotent."""
+        self._closing = True
+        self._fleet.wake()
+        self._thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._do_all()
+                self._hand_out(self._fleet.updates(_WAIT_S))
+                for client in list(self._clients.values()):
+                    if isinstance(client, _RemoteClient):
+                        self._attend_to(client)
+        except Exception as error:
+            log.exception("the engine's thread has failed")
+            self._failure = f"the engine's thread has failed: {type(error).__name__}: {error}"
+        finally:
+            self._end()
+
+    def _do_all(self) -> None:
+        for _ in range(len(self._todo)):  # what is added meanwhile waits for its turn
+            self._todo.popleft()()
+
+    def _end(self) -> None:
+        """Whoever still waits is told, whatever has happened here."""
+        with self._lock:
+            self._ended = True
+        try:
+            self._do_all()
+        except Exception:
+            log.exception("something was left undone")
+        for client in list(self._clients.values()):
+            lost = [self._lost(seq) for seq in client.requests]
+            with contextlib.suppress(Exception):  # its thread or loop may have ended as well
+                client.say(wire.Updates(tuple(lost)))
+            with contextlib.suppress(Exception):
+                client.end()
+        self._fleet.close()
+
+    def _lost(self, seq: int) -> wire.SeqUpdate:
+        refusal = wire.Refusal.FAILED if self._failure else wire.Refusal.CLOSING
+        return _refused(_own(seq), self._failure or _CLOSED, refusal)
+
+    def _enter(self, client: _Client) -> None:
+        self._clients[client.number] = client
+
+    def leave(self, client: _Client) -> None:
+        if self._clients.pop(client.number, None) is not None:
+            self._fleet.abort(list(client.requests))
+
+    def take(self, client: _Client, message: Message) -> None:
+        """
+        Raises:
+            WireError: nobody sends such a thing.
+        """
+        match message:
+            case wire.EngineRequest():
+                self._take_request(client, message)
+            case wire.Abort():
+                seqs = [_shared(client.number, seq) for seq in message.seqs]
+                self._fleet.abort(seqs, stopped=message.stopped)
+            case wire.Ask():
+                client.say(self._answer(message))
+            case _:
+                raise wire.WireError(f"a client sent a {type(message).__name__}")
+
+    def _take_request(self, client: _Client, request: wire.EngineRequest) -> None:
+        seq = _shared(client.number, request.seq)
+        if self._ended:
+            client.say(wire.Updates((self._lost(seq),)))
+            return
+        group = _shared(client.number, request.group) if request.group >= 0 else -1
+        try:
+            self._fleet.add(wire.replace(request, seq=seq, group=group))
+        except ShoalError as error:
+            client.say(wire.Updates((_refused(request.seq, str(error), wire.Refusal.INVALID),)))
+        else:
+            client.requests.add(seq)
+
+    def _answer(self, ask: wire.Ask) -> wire.Told:
+        verb = self._verbs.get(ask.verb)
+        if verb is None:
+            return wire.Told(ask.id, error=f"nobody knows {ask.verb!r} here")
+        if self._ended:
+            return wire.Told(ask.id, error=self._failure or _CLOSED)
+        try:
+            return wire.Told(ask.id, verb(ask.payload))
+        except ShoalError as error:
+            return wire.Told(ask.id, error=str(error), user_error=isinstance(error, UserError))
+        except Exception as error:
+            log.exception("%s could not be answered", ask.verb)
+            return wire.Told(ask.id, error=f"{ask.verb} could not be answered: {type(error).__name__}: {error}")
+
+    def _scale(self, payload: bytes) -> bytes:
+        if not payload.isdigit():
+            raise ConfigError(f"a number of replicas is wanted, not {payload[:40]!r}")
+        self._fleet.scale(int(payload))
+        return wire.encode(self._fleet.status())
+
+    def _drain(self, _: bytes) -> bytes:
+        self._fleet.drain()
+        return str(self._fleet.num_unfinished).encode()
+
+    def _hand_out(self, updates: Sequence[wire.SeqUpdate]) -> None:
+        sorted_: dict[int, list[wire.SeqUpdate]] = {}
+        for update in updates:
+            number = update.seq >> _LINE_BITS
+            client = self._clients.get(number)
+            if client is None:
+                continue
+            if update.finish is not None:
+                client.requests.discard(update.seq)
+            sorted_.setdefault(number, []).append(wire.replace(update, seq=_own(update.seq)))
+        for number, some in sorted_.items():
+            self._clients[number].say(wire.Updates(tuple(some)))
+
+    def _attend_to(self, client: "_RemoteClient") -> None:
+        try:
+            for message in client.heard():
+                self.take(client, message)
+            client.flush()
+        except (ChannelClosed, wire.WireError) as error:
+            log.warning("an API server has gone (%s); its %d requests are given up", error, len(client.requests))
+            self._fleet.unwatch(client.channel)
+            self.leave(client)
+            client.channel.close()
+
+
+class _LocalLine:
+    def __init__(self, desk: Desk, deliver: Callable[[Answer], object]) -> None:
+        self._desk = desk
+        self._questions = Questions()
+        self._deliver = deliver
+        self.client = _Client(desk.new_number(), self._say, lambda: self._questions.fail(_CLOSED))
+
+    def _say(self, answer: Answer) -> None:
+        if isinstance(answer, wire.Told):
+            self._questions.answer(answer)
+        else:
+            self._deliver(answer)
+
+    def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+        def take() -> None:
+            for message in messages:
+                self._desk.take(self.client, message)
+
+        self._desk.do(take)
+
+    def ask(self, verb: str, payload: bytes = b"") -> "Future[bytes]":
+        question, future = self._questions.add(verb, payload)
+        try:
+            self._desk.do(lambda: self._desk.take(self.client, question))
+        except ClosedError as error:
+            self._questions.fail(str(error))
+        return future
+
+    def close(self) -> None:
+        with contextlib.suppress(ClosedError):
+            self._desk.do(lambda: self._desk.leave(self.client))
+
+
+class _RemoteClient(_Client):
+    """One that reads slowly, or not for a while, is sent the rest in larger pieces when it has read the one before."""
+
+    def __init__(self, number: int, channel: Channel) -> None:
+        super().__init__(number, self._send, self._hang_up)
+        self.channel = channel
+        self._unsent: list[wire.SeqUpdate] = []
+        self._unread_since: float | None = None
+
+    def _send(self, answer: Answer) -> None:
+        if isinstance(answer, wire.Updates):
+            self._unsent += answer.updates
+        with contextlib.suppress(ChannelClosed):  # its end is read, and dealt with, in turn
+            if isinstance(answer, wire.Told):
+                self.channel.send(wire.encode(answer))
+            self.flush()
+
+    def flush(self) -> None:
+        """
+        Raises:
+            ChannelClosed: it does not read what it was sent.
+        """
+        if not self.channel.backlog:
+            self._unread_since = None
+            if self._unsent:
+                updates, self._unsent = self._unsent, []
+                self.channel.send(wire.encode(wire.Updates(tuple(updates))))
+        elif self._unread_since is None:
+            self._unread_since = time.monotonic()
+        elif time.monotonic() - self._unread_since > _UNREAD_S:
+            raise ChannelClosed(f"it has not read for {_UNREAD_S:g} s")
+
+    def heard(self) -> list[Any]:
+        """
+        Raises:
+            ChannelClosed: it has gone.
+            WireError: it does not speak as clients do.
+        """
+        return [wire.to_engine.decode(frame) for frame in self.channel.receive()]
+
+    def _hang_up(self) -> None:
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while (self._unsent or self.channel.backlog) and (left := deadline - time.monotonic()) > 0:
+            self.channel.flush(left)
+            self.flush()
+        self.channel.close()
+
+
+def _refused(seq: int, error: str, refusal: wire.Refusal) -> wire.SeqUpdate:
+    return wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, error=error, refusal=refusal)
+
+
+def _shared(line: int, seq: int) -> int:
+    """
+    Raises:
+        WireError: it is none of a client's numbers.
+    """
+    if not 0 <= seq < 1 << _LINE_BITS:
+        raise wire.WireError(f"a client numbered a request {seq}")
+    return (line << _LINE_BITS) | seq
+
+
+def _own(seq: int) -> int:
+    return seq & ((1 << _LINE_BITS) - 1)

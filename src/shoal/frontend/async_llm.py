@@ -1,0 +1,477 @@
+"""`AsyncLLM`: a model behind asyncio, for services in Python and for the server. Replicas that end come back."""
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
+from os import PathLike
+from typing import Any
+
+from shoal import wire
+from shoal.cluster.desk import Answer as Message
+from shoal.cluster.desk import Desk, Line
+from shoal.config import EngineOptions, from_environment
+from shoal.errors import ClosedError, EngineError, Overdue, QueueFull, RequestError, ShoalError, Unavailable
+from shoal.frontend.deltas import Delta
+from shoal.frontend.fleet import start_fleet
+from shoal.frontend.model import OpenModel, name_of, open_model
+from shoal.frontend.outputs import Answer
+from shoal.frontend.prompts import Job
+from shoal.frontend.requests import Requests
+from shoal.frontend.tokenizer import Tokenizer
+from shoal.protocols import Recorder
+from shoal.types import Logprobs, Prompt, RequestOutput, SamplingParams
+from shoal.types import Message as ChatMessage
+
+_POLL_S = 0.05
+_CLOSED = "the engine was closed"
+_RETRY_S = {wire.Refusal.FULL: 1.0, wire.Refusal.LATE: 5.0, wire.Refusal.CLOSING: 10.0}
+
+
+class AsyncLLM:
+    """Takes what `LLM` takes, and the options of `shoal serve`. All calls come from one event loop.
+
+    Requests may be made at once: they wait for the replicas, which take seconds to start. `await llm.ready()` to know.
+
+    Raises:
+        UserError: model, options and host do not go together; nothing was started.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | OpenModel | None = None,
+        *,
+        recorder: Recorder | None = None,
+        verbs: Mapping[str, Callable[[bytes], bytes]] | None = None,
+        line: Callable[[Callable[[Message], object]], Line] | None = None,
+        **options: Any,
+    ) -> None:
+        """`recorder` is told of every request, `verbs` are what `ask` can ask for besides. `line` opens a way to a
+        fleet that somebody else has; without it one is started here."""
+        if not isinstance(model, OpenModel):
+            model = open_model(name_of(model), {**from_environment(), **options}, online=True)
+        self._model = model
+        self._reader = model.reader()
+        seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
+        self._requests = Requests(model.generation.eos, max_model_len=model.decision.max_model_len, seed=seed)
+        self._next_seq = 0
+        self._streams: dict[int, Stream] = {}  # by the numbers of their requests
+        self._named: dict[str, Stream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._arrived: list[wire.SeqUpdate] = []
+        self._arrived_lock = threading.Lock()
+        self._closed = False
+        self._desk: Desk | None = None
+        if line is None:
+            self._desk = Desk(start_fleet(model, recorder), verbs)
+            line = self._desk.open
+        self._line = line(self._deliver)
+
+    # --- what is served ------------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> EngineOptions:
+        return self._model.options
+
+    @property
+    def model_name(self) -> str:
+        """As it was given; the bundled model's folder has no name of its own."""
+        return self._model.name
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._model.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        return self._model.generation.eos
+
+    @property
+    def max_model_len(self) -> int:
+        return self._requests.max_model_len
+
+    @property
+    def desk(self) -> Desk | None:
+        """Where other processes' lines end; None where this is such a line."""
+        return self._desk
+
+    def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
+        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
+        return self._model.default_sampling_params(base)
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Job:
+        """A prompt made ready for `stream`. Takes a while for a long one: see `asyncio.to_thread`.
+
+        Raises:
+            RequestError: it can't be used.
+        """
+        return self._reader.prepare(0, prompt, params)
+
+    def prepare_chat(self, messages: Sequence[ChatMessage], params: SamplingParams, **template: Any) -> Job:
+        """A conversation made ready for `stream`; `template` goes to `ChatTemplate.render`.
+
+        Raises:
+            RequestError: it can't be used.
+        """
+        return self._reader.prepare_chat(0, messages, params, **template)
+
+    def stream(
+        self,
+        job: Job,
+        *,
+        priority: int = 0,
+        replica: int | None = None,
+        timeout: float | None = None,
+        arrival: float | None = None,
+    ) -> "Stream":
+        """Begins a request. `replica`: the only one that may run it. It ends with an `Overdue` if it is not finished
+        `timeout` seconds after its `arrival` (time.monotonic(); without it, now).
+
+        Raises:
+            ClosedError: this was closed.
+        """
+        self._bind_loop()
+        if self._closed:
+            raise ClosedError(_CLOSED)
+        first = self._next_seq
+        self._next_seq += job.params.n
+        arrival = time.monotonic() if arrival is None else arrival
+        deadline = None if timeout is None else arrival + timeout
+        requests = [
+            wire.replace(
+                request,
+                priority=priority,
+                replica=-1 if replica is None else replica,
+                arrival=arrival,
+                deadline=deadline,
+            )
+            for request in self._requests.of(job, first)
+        ]
+        answer = Answer.begun(job, self.tokenizer, self._requests.stop_ids(job.params))
+        found = Stream(self, answer, [request.seq for request in requests])
+        self._streams.update((request.seq, found) for request in requests)
+        try:
+            self._line.send(requests)
+        except ClosedError:
+            self._forget(found)
+            raise
+        return found
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """The output so far, again and again while it grows; the last one is `finished`.
+
+        Raises:
+            RequestError: the prompt, a parameter, the request_id or the number of the replica can't be used.
+            Unavailable: it is not taken, or not finished in time.
+            EngineError: it can't go on.
+        """
+        params = sampling_params or self.default_sampling_params()
+        job = await asyncio.to_thread(self.prepare, prompt, params)
+        stream = self.stream(job, priority=priority, replica=data_parallel_rank)
+        async for output in self._outputs(stream, request_id):
+            yield output
+
+    async def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+        **template: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """As `generate`, through the model's chat template or the one in `template`."""
+        params = sampling_params or self.default_sampling_params()
+        job = await asyncio.to_thread(self.prepare_chat, messages, params, **template)
+        stream = self.stream(job, priority=priority, replica=data_parallel_rank)
+        async for output in self._outputs(stream, request_id):
+            yield output
+
+    async def _outputs(self, stream: "Stream", request_id: str | None) -> AsyncIterator[RequestOutput]:
+        name = f"request-{stream.number}" if request_id is None else request_id
+        try:
+            if name in self._named:
+                raise RequestError(f"request {name!r} exists already: give each a request_id of its own")
+            self._named[name] = stream
+            async for _ in stream:
+                yield stream.output(name)
+        finally:
+            stream.close()
+            if self._named.get(name) is stream:
+                del self._named[name]
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request of `generate` or `chat`: its outputs finish with the reason "abort". Idempotent."""
+        stream = self._named.get(request_id)
+        if stream is not None:
+            stream.abort()
+
+    def release(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
+        """Forgets requests, and has them ended where they run. `stopped`: a stop text has ended them."""
+        for seq in seqs:
+            self._streams.pop(seq, None)
+        self.end(seqs, stopped=stopped)
+
+    def end(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
+        """Has requests ended where they run, which they say in turn."""
+        if seqs:
+            with suppress(ClosedError):
+                self._line.send([wire.Abort(tuple(seqs), stopped)])
+
+    def _forget(self, stream: "Stream") -> None:
+        for seq in stream.seqs:
+            self._streams.pop(seq, None)
+
+    # --- the fleet -----------------------------------------------------------------------------------------------
+
+    async def ready(self, timeout: float | None = None) -> None:
+        """Waits until requests can be served, by every replica of this host.
+
+        Raises:
+            UserError, EngineError: a replica could not start, or not within `timeout` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while not await self.ask("started"):
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise EngineError(f"no replica is ready after {timeout:g} s") from None
+        status = await self.status()
+        lengths = [replica.stats.max_model_len for replica in status.replicas if replica.stats is not None]
+        self._requests.max_model_len = min([self.max_model_len, *lengths])
+        self._reader = self._model.reader(self.max_model_len)
+
+    async def status(self) -> wire.FleetStatus:
+        """
+        Raises:
+            EngineError: nobody answers.
+        """
+        return wire.fleet_status.decode(await self.ask("status"))
+
+    async def scale(self, replicas: int) -> wire.FleetStatus:
+        """Has so many replicas from now on. Does not wait for those that start.
+
+        Raises:
+            UserError: it can't have that many.
+            EngineError: none is left.
+        """
+        return wire.fleet_status.decode(await self.ask("scale", str(replicas).encode()))
+
+    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+        """Whoever has the fleet answers.
+
+        Raises:
+            UserError, EngineError: what it says against it; or nobody is there.
+        """
+        return await asyncio.wrap_future(self._line.ask(verb, payload))
+
+    async def drain(self, timeout: float) -> bool:
+        """Takes nothing new, and waits up to `timeout` seconds for what runs. True: it has all ended."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        while int(await self.ask("drain")):
+            if asyncio.get_running_loop().time() >= deadline:
+                return False
+            await asyncio.sleep(_POLL_S)
+        return True
+
+    def close(self) -> None:
+        """Ends all replicas that were started here, and all requests. Idempotent."""
+        self._closed = True
+        if self._desk is not None:
+            self._desk.close()
+        else:
+            self._line.close()
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop was closed: nobody is left to tell
+                self._loop.call_soon_threadsafe(self._end_all)
+
+    def _end_all(self) -> None:
+        self._take()  # what the desk had to say of it
+        for seq in list(self._streams):
+            lost = wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, error=_CLOSED, refusal=wire.Refusal.CLOSING)
+            self._hand_out(lost)
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    # --- from the desk's thread to the loop ----------------------------------------------------------------------
+
+    def _bind_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise EngineError("an AsyncLLM belongs to the event loop that used it first: make one for each loop")
+        return loop
+
+    def _deliver(self, message: Message) -> None:
+        """On another thread. What comes before the loop has looked is handed over in one go."""
+        if not isinstance(message, wire.Updates) or self._loop is None:
+            return
+        with self._arrived_lock:
+            first = not self._arrived
+            self._arrived += message.updates
+        if first:
+            try:
+                self._loop.call_soon_threadsafe(self._take)
+            except RuntimeError:  # the loop was closed: nobody is left to tell
+                self._arrived.clear()
+                self._line.close()
+
+    def _take(self) -> None:
+        with self._arrived_lock:
+            updates, self._arrived = self._arrived, []
+        for update in updates:
+            self._hand_out(update)
+
+    def _hand_out(self, update: wire.SeqUpdate) -> None:
+        stream = self._streams.get(update.seq)
+        if stream is not None:
+            stream.take(update)
+            if update.finish is not None:
+                self._streams.pop(update.seq, None)
+
+
+class Stream:
+    """What comes of one request. Iterating gives deltas; those that come while nobody reads are merged.
+
+    Leaving the loop before the end, or the end of the task that waits, ends the request where it runs. Whoever does
+    not iterate calls `wait` or `close`.
+    """
+
+    def __init__(self, llm: AsyncLLM, answer: Answer, seqs: Sequence[int]) -> None:
+        self.job = answer.job
+        self.seqs = list(seqs)
+        self._llm = llm
+        self._answer = answer
+        self._running = set(seqs)
+        self._changed: dict[int, bool] = {}  # outputs with something new; True: it is the last
+        self._error: ShoalError | None = None
+        self._wakeup = asyncio.Event()
+
+    @property
+    def number(self) -> int:
+        return self.seqs[0]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, found in the prefix cache; known from the first deltas on."""
+        return self._answer.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> tuple[Logprobs | None, ...] | None:
+        """One a prompt token, None for the first; None where they were not asked for."""
+        return self._answer.described_prompt(self._llm.tokenizer)
+
+    async def __aiter__(self) -> AsyncIterator[Sequence[Delta]]:
+        try:
+            while self._running or self._changed:
+                if self._changed:
+                    changed, self._changed = self._changed, {}
+                    completions = self._answer.completions
+                    yield [completions[index].delta(last=last) for index, last in sorted(changed.items())]
+                else:
+                    await self._something_new()
+            if self._error is not None:
+                raise self._error
+        finally:
+            self.close()
+
+    async def wait(self) -> RequestOutput:
+        """Runs to the end.
+
+        Raises:
+            RequestError, Unavailable, EngineError: as `AsyncLLM.generate`.
+        """
+        try:
+            while self._running:
+                await self._something_new()
+        finally:
+            self.close()
+        if self._error is not None:
+            raise self._error
+        return self.output()
+
+    async def _something_new(self) -> None:
+        self._wakeup.clear()
+        await self._wakeup.wait()
+
+    def output(self, request_id: str | None = None) -> RequestOutput:
+        """All of it so far. An output that is not complete has no `finish_reason`, and text that is certain."""
+        outputs = [
+            completion.output(ended=seq not in self._running)
+            for seq, completion in zip(self.seqs, self._answer.completions, strict=True)
+        ]
+        return RequestOutput(
+            request_id=f"request-{self.number}" if request_id is None else request_id,
+            prompt=self.job.prompt,
+            prompt_token_ids=self.job.tokens,
+            outputs=tuple(outputs),
+            num_cached_tokens=self.cached_tokens,
+            error=None if self._error is None else str(self._error),
+            finished=not self._running and self._error is None,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+    def abort(self) -> None:
+        """Its outputs end where they are, and say so."""
+        self._llm.end(list(self._running))
+
+    def close(self) -> None:
+        """Ends it where it runs. Idempotent."""
+        if self._running:
+            self._llm.release(list(self._running))
+            self._running.clear()
+            self._wakeup.set()
+
+    def take(self, update: wire.SeqUpdate) -> None:
+        if update.seq not in self._running:
+            return
+        index = update.seq - self.number
+        stopped = self._answer.take(index, update)
+        if stopped and update.finish is None:
+            self._llm.release((update.seq,), stopped=True)
+        ended = stopped or update.finish is not None
+        if ended:
+            self._running.discard(update.seq)
+            self._answer.running -= 1
+        if update.error:
+            self._error = _error_of(update)
+            self.close()  # its other outputs are of no use
+        elif ended or update.tokens:
+            self._changed[index] = ended
+        self._wakeup.set()
+
+
+def _error_of(update: wire.SeqUpdate) -> ShoalError:
+    match update.refusal:
+        case wire.Refusal.INVALID:
+            return RequestError(update.error)
+        case wire.Refusal.FULL:
+            return QueueFull(update.error, _RETRY_S[update.refusal])
+        case wire.Refusal.LATE:
+            return Overdue(update.error, _RETRY_S[update.refusal])
+        case wire.Refusal.CLOSING:
+            return Unavailable(update.error, _RETRY_S[update.refusal])
+        case _:
+            return EngineError(update.error)

@@ -1,0 +1,21 @@
+"""What an output gains while it grows, as streams hand it out."""
+
+from dataclasses import dataclass
+
+from shoal.types import FinishReason, Logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New parts of one output. `text` is certain: nothing that comes later changes it. In total the texts of an
+    output's deltas are the text that it has without streaming, and so are tokens and log-probabilities.
+
+    The last one of an output has a `finish_reason`.
+    """
+
+    index: int  # of the output, below `n`
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] | None = None  # one a token, where they were asked for
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None

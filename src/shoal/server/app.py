@@ -1,0 +1,59 @@
+"""The server's endpoints, put together."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from shoal import __version__
+from shoal.frontend.async_llm import AsyncLLM
+from shoal.server import admin, chat, completions, health, models, responses, status, tokenization
+from shoal.server.backend import Backend
+from shoal.server.dashboard import routes as dashboard
+from shoal.server.errors import add_handlers
+from shoal.server.limits import add_limits
+from shoal.server.running import Service, client_gone
+from shoal.server.scraping import add_metrics
+from shoal.server.settings import ServerSettings
+from shoal.server.streaming import ClientGone
+
+
+def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
+    """All endpoints of `shoal serve`, over a model that others start and close."""
+    app = openai_app(llm, settings)
+    for router in (health.routes(llm), status.routes(llm), admin.routes(llm), dashboard.routes()):
+        app.include_router(router)
+    add_limits(app, settings)
+    add_metrics(app, llm, Service(llm, settings).names[0])
+    return app
+
+
+class _App(FastAPI):
+    """Describes no error that is never answered: bodies and parameters that are wrong get a 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        found = super().openapi()
+        for operations in found["paths"].values():
+            for operation in operations.values():
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            found["components"]["schemas"].pop(unused, None)
+        return found
+
+
+def openai_app(llm: Backend, settings: ServerSettings) -> FastAPI:
+    """The endpoints that clients of OpenAI's API call, alone."""
+    documented: dict[str, Any] = {"docs_url": None, "redoc_url": None} if settings.disable_docs else {}
+    app = _App(
+        title="Shoal",
+        version=__version__,
+        root_path=settings.root_path,
+        openapi_url=None if settings.disable_docs else "/openapi.json",
+        **documented,
+    )
+    add_handlers(app)
+    app.add_exception_handler(ClientGone, client_gone)
+    service = Service(llm, settings)
+    for endpoints in (completions, chat, responses, models, tokenization):
+        app.include_router(endpoints.routes(service))
+    return app

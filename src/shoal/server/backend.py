@@ -1,0 +1,47 @@
+"""What the endpoints need of an `AsyncLLM`, as seams."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from shoal.frontend.deltas import Delta
+from shoal.frontend.prompts import Job
+from shoal.frontend.tokenizer import Tokenizer
+from shoal.types import Logprobs, Message, Prompt, RequestOutput, SamplingParams
+
+
+class TokenStream(Protocol):
+    @property
+    def cached_tokens(self) -> int: ...
+
+    @property
+    def prompt_logprobs(self) -> Sequence[Logprobs | None] | None: ...
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Delta]]: ...
+
+    async def wait(self) -> RequestOutput: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def model_name(self) -> str: ...
+
+    def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams: ...
+
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Job: ...
+
+    def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job: ...
+
+    def stream(
+        self, job: Job, *, priority: int = 0, replica: int | None = None, timeout: float | None = None
+    ) -> TokenStream: ...

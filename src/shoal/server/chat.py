@@ -1,0 +1,230 @@
+"""/v1/chat/completions: the next message of a conversation."""
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from shoal.frontend.deltas import Delta
+from shoal.frontend.openai.answers import chat_choice, chat_logprobs, positions, usage
+from shoal.frontend.prompts import Job
+from shoal.server.backend import TokenStream
+from shoal.server.encoding import text_of
+from shoal.server.errors import ANSWERING, Refusal
+from shoal.server.running import (
+    Place,
+    RankHeader,
+    Service,
+    begin,
+    check_outputs,
+    finished,
+    identifier,
+    merged,
+    names_of,
+    params_of,
+    prepared,
+    respond,
+)
+from shoal.server.schemas import ChatAnswer, ChatBody, TemplateFields
+from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
+from shoal.server.tools.choice import CallDeltas, ToolPlan, message_of, plan_tools
+from shoal.types import CompletionOutput, RequestOutput, SamplingParams
+
+_READ = (
+    "tools", "tool_choice", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A body, understood."""
+
+    id: str
+    created: int
+    model: str
+    job: Job
+    params: SamplingParams
+    plan: ToolPlan
+    prompt_logprobs: bool
+    usage: bool  # a last chunk says it
+    usage_always: bool  # so does every other
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post(
+        "/v1/chat/completions", responses={200: {"model": ChatAnswer, **STREAMED}, **ANSWERING}, response_class=Response
+    )
+    async def create_chat_completion(body: ChatBody, request: Request, rank: RankHeader = None) -> Response:
+        """The next message of a conversation, `n` times."""
+        return await answered(request, _chat(service, body, Place.of(body, rank)))
+
+    return router
+
+
+async def _chat(service: Service, body: ChatBody, place: Place) -> Response:
+    asked = await _understood(service, body)
+    streams = begin(service.llm, [asked.job], place)
+    if not body.stream:
+        (output,) = await finished(streams)
+        return respond(_answer(asked, output))
+    events = _events(asked, streams[0])
+    return EventStream(await anext(events), events)
+
+
+async def _understood(service: Service, body: ChatBody) -> _Request:
+    """
+    Raises:
+        Refusal: it can't be used.
+    """
+    model = service.model(body.model)
+    plan = plan_tools(
+        body.tools, body.tool_choice, service.settings.tool_call_parser, parallel=body.parallel_tool_calls is not False
+    )
+    given = body.given()
+    params = params_of(service, given, chat=True, read=_READ, plan=plan)
+    check_outputs(1, params)
+    template = template_of(service, body) | {"tools": plan.shown}
+    job = await prepared(
+        partial(service.llm.prepare_chat, body.messages, params, **template),
+        size_of(body.messages) + size_of(plan.shown),
+        params,
+        names=names_of(given, chat=True),
+        prompt="messages",
+    )
+    options = body.stream_options
+    return _Request(
+        id=identifier("chatcmpl"),
+        created=int(time.time()),
+        model=model,
+        job=job,
+        params=params,
+        plan=plan,
+        prompt_logprobs=body.prompt_logprobs is not None,
+        usage=options is not None and bool(options.include_usage),
+        usage_always=options is not None and bool(options.continuous_usage_stats),
+    )
+
+
+def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
+    """What `ChatTemplate.render` takes.
+
+    Raises:
+        Refusal: a template of the request's own, which the server does not trust.
+    """
+    if body.chat_template is not None and not service.settings.trust_request_chat_template:
+        why = "chat_template is code that the server would run: it must be started with --trust-request-chat-template"
+        raise Refusal(400, why, param="chat_template")
+    goes_on = bool(body.continue_final_message)
+    generate = body.add_generation_prompt
+    return {
+        "chat_template": body.chat_template or service.settings.chat_template,
+        "chat_template_kwargs": body.chat_template_kwargs,
+        "add_generation_prompt": not goes_on if generate is None else generate,
+        "continue_final_message": goes_on,
+    }
+
+
+def size_of(value: Any) -> int:
+    """About how many characters a value of JSON has."""
+    pending, size = [value], 0
+    while pending:
+        each = pending.pop()
+        if isinstance(each, str):
+            size += len(each)
+        elif isinstance(each, Mapping):
+            pending.extend(each.values())
+        elif isinstance(each, list):
+            size += len(each)
+            pending.extend(each)
+    return size
+
+
+# --- at once -------------------------------------------------------------------------------------------------------
+
+
+def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
+    body = {
+        "id": asked.id,
+        "object": "chat.completion",
+        "created": asked.created,
+        "model": asked.model,
+        "choices": [_choice(asked.plan, each) for each in output.outputs],
+        "usage": _usage(asked, sum(len(each.token_ids) for each in output.outputs), output.num_cached_tokens),
+    }
+    if asked.prompt_logprobs:
+        body["prompt_logprobs"] = positions(output.prompt_logprobs or ())
+    return body
+
+
+def _choice(plan: ToolPlan, output: CompletionOutput) -> dict[str, Any]:
+    choice = chat_choice(output)
+    if plan.parser is not None:
+        reader = CallDeltas(plan)
+        choice["message"] = message_of(reader.feed(output.text, last=True))
+        choice["finish_reason"] = finish_of(plan, reader, output.finish_reason)
+    return choice
+
+
+def finish_of(plan: ToolPlan, reader: CallDeltas, reason: str | None) -> str | None:
+    return "tool_calls" if reason == "stop" and reader.calls and not plan.named else reason
+
+
+def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
+    return {**usage(len(asked.job.tokens), written), "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+# --- streaming -----------------------------------------------------------------------------------------------------
+
+
+async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes, None]:
+    """The first one comes with the first tokens: until then, the request can be refused."""
+    writer = ChunkWriter(id=asked.id, object="chat.completion.chunk", created=asked.created, model=asked.model)
+    readers = {index: CallDeltas(asked.plan) for index in range(asked.params.n) if asked.plan.parser is not None}
+    begun: set[int] = set()
+    written = 0
+    no_usage = "null" if asked.usage else None
+    try:
+        async for _, deltas in merged([stream]):
+            choices = []
+            for delta in deltas:
+                if delta.index not in begun:
+                    begun.add(delta.index)
+                    choices.append(_chunk_choice(delta.index, {"role": "assistant", "content": ""}))
+                written += len(delta.token_ids)
+                choices += _chunk_choices(asked.plan, readers.get(delta.index), delta)
+            told = text_of(_usage(asked, written, stream.cached_tokens)) if asked.usage_always else no_usage
+            if choices:
+                chunks = [writer.chunk(text_of(choice), told) for choice in choices]
+                yield "".join(chunks).encode("utf-8", "replace")
+        if asked.usage:
+            yield writer.chunk("", text_of(_usage(asked, written, stream.cached_tokens))).encode()
+    finally:
+        stream.close()
+
+
+def _chunk_choices(plan: ToolPlan, reader: CallDeltas | None, delta: Delta) -> Sequence[dict[str, Any]]:
+    """All that a delta says: mostly one choice, more where it holds several parts of tool calls."""
+    finish: str | None = delta.finish_reason
+    if reader is None:
+        parts = [{"content": delta.text}] if delta.text else []
+    else:
+        parts = reader.feed(delta.text, last=finish is not None)
+        finish = finish_of(plan, reader, finish)
+    logprobs = None if delta.logprobs is None else chat_logprobs(delta.token_ids, delta.logprobs)
+    if not parts and (finish is not None or logprobs is not None):
+        parts = [{}]
+    choices = [_chunk_choice(delta.index, part) for part in parts]
+    if choices:
+        choices[0]["logprobs"] = logprobs
+        choices[-1] |= {"finish_reason": finish, "stop_reason": delta.stop_reason}
+    return choices
+
+
+def _chunk_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,0 +1,273 @@
+"""/v1/completions: text behind a text."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from shoal.frontend.deltas import Delta
+from shoal.frontend.openai.answers import completion_choice, completion_logprobs, positions, usage
+from shoal.frontend.prompts import Job
+from shoal.server.backend import TokenStream
+from shoal.server.encoding import text_of
+from shoal.server.errors import ANSWERING, Refusal
+from shoal.server.running import (
+    Place,
+    RankHeader,
+    Service,
+    begin,
+    check_outputs,
+    close,
+    finished,
+    identifier,
+    merged,
+    names_of,
+    params_of,
+    prepared,
+    respond,
+)
+from shoal.server.schemas import CompletionAnswer, CompletionBody
+from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
+from shoal.types import CompletionOutput, Prompt, RequestOutput, SamplingParams, shown
+
+_MOST_PROMPTS = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A body, understood. `jobs`: one a prompt."""
+
+    id: str
+    created: int
+    model: str
+    jobs: Sequence[Job]
+    echoes: Sequence["_Echo"]  # one a prompt
+    params: SamplingParams
+    empty: bool  # max_tokens is 0: nothing but the prompt is wanted
+    prompt_logprobs: bool  # they are asked for by name
+    usage: bool  # a last chunk says it
+    usage_always: bool  # so does every other
+
+
+@dataclass(frozen=True, slots=True)
+class _Echo:
+    """A prompt as it is shown before its outputs: `text` is empty where it isn't."""
+
+    tokens: tuple[int, ...]
+    text: str = ""
+    first: str = ""  # the text of its first token
+
+    def logprobs(self, known: Sequence[Any]) -> dict[str, Any]:
+        return completion_logprobs(self.tokens, known, first=self.first)
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post(
+        "/v1/completions",
+        responses={200: {"model": CompletionAnswer, **STREAMED}, **ANSWERING},
+        response_class=Response,
+    )
+    async def create_completion(body: CompletionBody, request: Request, rank: RankHeader = None) -> Response:
+        """Text behind each prompt: `n` choices for each, numbered prompt by prompt."""
+        return await answered(request, _complete(service, body, Place.of(body, rank)))
+
+    return router
+
+
+async def _complete(service: Service, body: CompletionBody, place: Place) -> Response:
+    asked = await _understood(service, body)
+    streams = begin(service.llm, asked.jobs, place)
+    if not body.stream:
+        outputs = await finished(streams)
+        return respond(_answer(asked, outputs))
+    events = _events(asked, streams)
+    return EventStream(await anext(events), events)
+
+
+async def _understood(service: Service, body: CompletionBody) -> _Request:
+    """
+    Raises:
+        Refusal: it can't be used.
+    """
+    model = service.model(body.model)
+    given = body.given()
+    empty = body.max_tokens == 0
+    if empty and not body.echo:
+        raise Refusal(400, "max_tokens must be at least 1, but where echo is true, got 0", param="max_tokens")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise Refusal(400, "best_of can't be obeyed: leave it out, and choose among n outputs", param="best_of")
+    prompts = _prompts(body.prompt)
+    given |= {"max_tokens": 1} if empty else {}
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        given["prompt_logprobs"] = body.logprobs
+    params = params_of(service, given, chat=False, read=("echo", "best_of"))
+    check_outputs(len(prompts), params)
+    names = names_of(given, chat=False)
+    jobs = [
+        await prepared(
+            partial(service.llm.prepare, prompt, params),
+            len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]),
+            params,
+            names=names,
+            prompt="prompt" if len(prompts) == 1 else f"prompt[{i}]",
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    options = body.stream_options
+    return _Request(
+        id=identifier("cmpl"),
+        created=int(time.time()),
+        model=model,
+        jobs=jobs,
+        echoes=[_echo(service, job, wanted=bool(body.echo)) for job in jobs],
+        params=params,
+        empty=empty,
+        prompt_logprobs=body.prompt_logprobs is not None,
+        usage=options is not None and bool(options.include_usage),
+        usage_always=options is not None and bool(options.continuous_usage_stats),
+    )
+
+
+def _prompts(given: Any) -> list[Prompt]:
+    """One text, or one list of ids, or a list of either."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list) or not given:
+        why = f"prompt must be a text, a list of texts, a list of token ids or a list of such lists, got {shown(given)}"
+        raise Refusal(400, why, param="prompt")
+    if _is_id(given[0]):
+        return [{"prompt_token_ids": given}]
+    if len(given) > _MOST_PROMPTS:
+        raise Refusal(400, f"prompt has {len(given)} prompts; a request may have {_MOST_PROMPTS}", param="prompt")
+    return [_prompt(each, f"prompt[{i}]") for i, each in enumerate(given)]
+
+
+def _prompt(each: Any, where: str) -> Any:
+    if isinstance(each, str):
+        return each
+    if isinstance(each, list):
+        return {"prompt_token_ids": each}
+    raise Refusal(400, f"{where} must be a text or a list of token ids, got {shown(each)}", param=where)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _echo(service: Service, job: Job, *, wanted: bool) -> _Echo:
+    tokenizer = service.llm.tokenizer
+    if not wanted or tokenizer is None:
+        return _Echo(job.tokens)
+    text = job.prompt if job.prompt is not None else tokenizer.decode(job.tokens, skip_special_tokens=False)
+    return _Echo(job.tokens, text, tokenizer.token_text(job.tokens[0]))
+
+
+# --- at once -------------------------------------------------------------------------------------------------------
+
+
+def _answer(asked: _Request, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    n = asked.params.n
+    choices = [
+        _choice(asked, output, each, asked.echoes[i]) | {"index": i * n + each.index}
+        for i, output in enumerate(outputs)
+        for each in output.outputs
+    ]
+    written = 0 if asked.empty else sum(len(each.token_ids) for output in outputs for each in output.outputs)
+    cached = sum(output.num_cached_tokens for output in outputs)
+    return {
+        "id": asked.id,
+        "object": "text_completion",
+        "created": asked.created,
+        "model": asked.model,
+        "choices": choices,
+        "usage": _usage(asked, written, cached),
+    }
+
+
+def _choice(asked: _Request, output: RequestOutput, each: CompletionOutput, echo: _Echo) -> dict[str, Any]:
+    if asked.empty:
+        each = replace(each, text="", token_ids=(), finish_reason="length", stop_reason=None)
+        each = replace(each, logprobs=None if each.logprobs is None else ())
+    choice = completion_choice(each)
+    choice["text"] = echo.text + choice["text"]
+    if echo.text and choice["logprobs"] is not None:
+        choice["logprobs"] = _joined(echo, output.prompt_logprobs or (), each.token_ids, each.logprobs or ())
+    if asked.prompt_logprobs:
+        choice["prompt_logprobs"] = positions(output.prompt_logprobs or ())
+    return choice
+
+
+def _joined(echo: _Echo, prompt: Sequence[Any], tokens: Sequence[int], logprobs: Sequence[Any]) -> dict[str, Any]:
+    """Of the prompt's tokens and the output's, as one list."""
+    return completion_logprobs([*echo.tokens, *tokens], [*prompt, *logprobs], first=echo.first)
+
+
+def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
+    found = usage(sum(len(job.tokens) for job in asked.jobs), written)
+    return {**found, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+# --- streaming -----------------------------------------------------------------------------------------------------
+
+
+async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGenerator[bytes, None]:
+    """The first one comes with the first tokens: until then, the request can be refused."""
+    writer = ChunkWriter(id=asked.id, object="text_completion", created=asked.created, model=asked.model)
+    n = asked.params.n
+    count = len(streams) * n
+    offsets = [0] * count
+    begun = [False] * count
+    written = 0
+    no_usage = "null" if asked.usage else None
+    try:
+        async for number, deltas in merged(streams):
+            choices = []
+            for delta in deltas:
+                index = number * n + delta.index
+                echo = asked.echoes[number] if not begun[index] else None
+                choice = _chunk_choice(asked, streams[number], delta, echo, offsets[index]) | {"index": index}
+                begun[index] = True
+                written += 0 if asked.empty else len(delta.token_ids)
+                if choice["logprobs"] is not None:
+                    offsets[index] += sum(map(len, choice["logprobs"]["tokens"]))
+                if choice["text"] or choice["finish_reason"] or choice["logprobs"] is not None:
+                    choices.append(text_of(choice))
+            told = text_of(_usage(asked, written, 0)) if asked.usage_always else no_usage
+            chunks = "".join([writer.chunk(choice, told) for choice in choices])
+            if chunks:
+                yield chunks.encode("utf-8", "replace")
+        if asked.usage:
+            cached = sum(stream.cached_tokens for stream in streams)
+            yield writer.chunk("", text_of(_usage(asked, written, cached))).encode()
+    finally:
+        close(streams)
+
+
+def _chunk_choice(
+    asked: _Request, stream: TokenStream, delta: Delta, echo: _Echo | None, offset: int
+) -> dict[str, Any]:
+    """`echo`: the prompt, before an output's first delta."""
+    text, tokens, logprobs = delta.text, delta.token_ids, delta.logprobs
+    finish, reason = delta.finish_reason, delta.stop_reason
+    if asked.empty:
+        text, tokens, logprobs = "", (), None if logprobs is None else ()
+        finish, reason = (None if finish is None else "length"), None
+    found = None
+    if logprobs is not None:
+        found = (
+            _joined(echo, stream.prompt_logprobs or (), tokens, logprobs)
+            if echo is not None and echo.text
+            else completion_logprobs(tokens, logprobs, offset=offset)
+        )
+    choice: dict[str, Any] = {"text": text, "logprobs": found, "finish_reason": finish, "stop_reason": reason}
+    if echo is not None:
+        choice["text"] = echo.text + text
+        if asked.prompt_logprobs:
+            choice["prompt_logprobs"] = positions(stream.prompt_logprobs or ())
+    return choice

@@ -1,0 +1,113 @@
+"""Running uvicorn where somebody else says when to end, with the log on stderr."""
+
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+
+from shoal.errors import AddressInUse, ConfigError
+from shoal.server.http_protocol import protocol_with
+from shoal.server.limits import Limits
+from shoal.server.settings import ServerSettings
+
+_BACKLOG = 2048
+_LAST_BYTES_S = 5  # for clients to read what is left when nothing runs any more
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where and how to listen. `log_level` is uvicorn's."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    log_level: str = "warning"
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: the certificate can't be used.
+        """
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+        if self.ssl_certfile:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+            except (OSError, ssl.SSLError) as error:
+                names = " and ".join(filter(None, (self.ssl_certfile, self.ssl_keyfile)))
+                raise ConfigError(f"{names} can't be used for TLS: {error}") from None
+
+    def bind(self) -> socket.socket:
+        """
+        Raises:
+            AddressInUse, ConfigError: nobody can listen there.
+        """
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(
+                self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            sock = socket.socket(family, kind)
+        except OSError as error:
+            raise ConfigError(f"--host {self.host} is no address of this host: {error.strerror}") from None
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(_BACKLOG)
+        except OSError as error:
+            sock.close()
+            taken = error.errno == 98
+            hint = "choose another --port, or 0 for a free one" if taken else "choose another --host or --port"
+            kind_of_error = AddressInUse if taken else ConfigError
+            raise kind_of_error(f"can't listen on {self.host}:{self.port} ({error.strerror}): {hint}") from None
+        sock.setblocking(False)
+        return sock
+
+    def url(self, sock: socket.socket) -> str:
+        """As a client on this host reaches it."""
+        host, port = sock.getsockname()[:2]
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        return f"{'https' if self.ssl_certfile else 'http'}://{shown}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Leaves signals to others: `stop` ends it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self, *, at_once: bool = False) -> None:
+        self.force_exit = self.force_exit or at_once
+        self.should_exit = True
+
+
+def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) -> Server:
+    _log_like_ours(listening.log_level)
+    return Server(
+        uvicorn.Config(
+            app,
+            http=protocol_with(Limits()),
+            loop="uvloop",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=listening.log_level in ("trace", "debug", "info"),
+            root_path=settings.root_path,
+            ssl_keyfile=listening.ssl_keyfile,
+            ssl_certfile=listening.ssl_certfile,
+            timeout_graceful_shutdown=_LAST_BYTES_S,
+        )
+    )
+
+
+def _log_like_ours(level: str) -> None:
+    found = logging.getLogger("uvicorn")
+    found.handlers[:] = logging.getLogger("shoal").handlers
+    found.setLevel("DEBUG" if level == "trace" else level.upper())
+    found.propagate = False

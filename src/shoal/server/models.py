@@ -1,0 +1,36 @@
+"""/v1/models: what is served."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from shoal.server.errors import documented
+from shoal.server.running import Service, respond
+from shoal.server.schemas import Model, ModelList
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.get("/v1/models", responses={200: {"model": ModelList}, **documented()}, response_class=Response)
+    async def list_models() -> Response:
+        """The names that the model is served under."""
+        return respond({"object": "list", "data": [_model(service, name) for name in service.names]})
+
+    @router.get("/v1/models/{name:path}", responses={200: {"model": Model}, **documented(404)}, response_class=Response)
+    async def retrieve_model(name: str) -> Response:
+        return respond(_model(service, service.model(name)))
+
+    return router
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "shoal",
+        "root": service.llm.model_name,
+        "max_model_len": service.llm.max_model_len,
+    }

@@ -1,0 +1,266 @@
+"""From a body to streams: what all endpoints that have the model answer share."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Header, Request
+from starlette.responses import Response
+
+from shoal.errors import RequestError
+from shoal.frontend.deltas import Delta
+from shoal.frontend.openai import parameters
+from shoal.frontend.prompts import Job
+from shoal.server.backend import Backend, TokenStream
+from shoal.server.encoding import bytes_of
+from shoal.server.errors import Refusal, of_request
+from shoal.server.schemas import SamplingFields
+from shoal.server.settings import ServerSettings
+from shoal.server.tools.choice import ToolPlan
+from shoal.types import RequestOutput, SamplingParams, shown
+
+_QUICK = 2000  # characters of a prompt that is cut into tokens in less time than another thread takes to begin
+_SEEN_TO = ("stream", "stream_options", "priority", "data_parallel_rank")
+_MOST_RANK = 1 << 31
+_MOST_OUTPUTS = 2048  # of a request; making them takes the time of all others
+_MOST_TEXTS = 1024  # that are looked for in each output, and ...
+_MOST_CHARACTERS = 1 << 16  # ... theirs together
+
+RankHeader = Annotated[
+    int | None,
+    Header(
+        alias="X-data-parallel-rank", ge=0, lt=_MOST_RANK, description="The replica that runs it: `data_parallel_rank`."
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What endpoints work with."""
+
+    llm: Backend
+    settings: ServerSettings
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.settings.served_model_names or (self.llm.model_name,)
+
+    def model(self, asked: str | None) -> str:
+        """What the answer calls the model.
+
+        Raises:
+            Refusal: it is not served.
+        """
+        if asked is None:
+            return self.names[0]
+        if asked not in self.names:
+            why = f"the model {shown(asked)} is not served; there is {', '.join(self.names)}"
+            raise Refusal(404, why, param="model", code="model_not_found")
+        return asked
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where and when a request runs."""
+
+    priority: int
+    replica: int | None
+
+    @classmethod
+    def of(cls, body: SamplingFields, header: int | None) -> "Place":
+        """The body's field goes over the header."""
+        return cls(body.priority or 0, header if body.data_parallel_rank is None else body.data_parallel_rank)
+
+
+def params_of(
+    service: Service,
+    body: Mapping[str, Any],
+    *,
+    chat: bool,
+    read: Collection[str] = (),
+    plan: ToolPlan | None = None,
+) -> SamplingParams:
+    """
+    Raises:
+        Refusal: a parameter that can't be obeyed, or out of its range.
+    """
+    try:
+        found = parameters.sampling_of(body, chat=chat, read=(*_SEEN_TO, *read))
+        if plan is not None and plan.schema is not None:
+            if "structured_outputs" in found:
+                raise RequestError("`tool_choice` and a structured output don't go together: leave one out")
+            found["structured_outputs"] = {"json": plan.schema}
+        if plan is not None and plan.special_tokens:
+            found["skip_special_tokens"] = False
+        _check_texts(found)
+        base = service.llm.default_sampling_params(parameters.defaults(chat=chat))
+        params = SamplingParams.from_dict(found, base)
+        _check_logprobs(params, service.settings.max_logprobs)
+        return params
+    except RequestError as error:
+        raise of_request(error, names_of(body, chat=chat)) from None
+
+
+def _check_texts(found: Mapping[str, Any]) -> None:
+    for name in ("stop", "bad_words"):
+        texts = found.get(name)
+        texts = texts if isinstance(texts, list) else [texts]
+        size = sum(len(text) for text in texts if isinstance(text, str))
+        if len(texts) > _MOST_TEXTS or size > _MOST_CHARACTERS:
+            raise RequestError(
+                f"{name} may have {_MOST_TEXTS} texts with {_MOST_CHARACTERS} characters in all, "
+                f"got {len(texts)} with {size}"
+            )
+
+
+def check_outputs(prompts: int, params: SamplingParams) -> None:
+    """
+    Raises:
+        Refusal: there are more than one request may have.
+    """
+    if prompts * params.n > _MOST_OUTPUTS:
+        why = f"a request may have {_MOST_OUTPUTS} outputs, got {prompts} prompts with n {params.n}: send several"
+        raise Refusal(400, why, param="n" if prompts == 1 else "prompt")
+
+
+def _check_logprobs(params: SamplingParams, most: int) -> None:
+    """Those of a whole vocabulary, at each token of a long prompt, would be gigabytes.
+
+    Raises:
+        RequestError: they are more than `most`.
+    """
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(params, name)
+        if wanted is not None and most >= 0 and not 0 <= wanted <= most:
+            raise RequestError(f"{name} may be {most} at most here, got {wanted}: see --max-logprobs")
+
+
+def names_of(body: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
+    """Our names of parameters as this client wrote them."""
+    found = {"logprobs": "top_logprobs"} if chat else {}
+    if body.get("max_completion_tokens") is not None:
+        found["max_tokens"] = "max_completion_tokens"
+    if body.get("structured_outputs") is None:
+        structured = ["response_format", *parameters.GUIDED, "text", "tools"]
+        written = next((name for name in structured if body.get(name) is not None), None)
+        found |= {} if written is None else {"structured_outputs": written}
+    return found
+
+
+async def prepared(
+    work: Callable[[], Job], size: int, params: SamplingParams, *, names: Mapping[str, str], prompt: str
+) -> Job:
+    """Runs `LLM.prepare` or the like, on another thread unless it takes no time.
+
+    Args:
+        size: about how many characters there are to read.
+        names: our names of parameters as the client wrote them; `prompt`: what it calls the prompt.
+
+    Raises:
+        Refusal: the request can't be used.
+    """
+    try:
+        if size < _QUICK and params.structured_outputs is None and not params.bad_words:
+            await asyncio.sleep(0)  # of a thousand prompts in one request, others get a turn between two
+            return work()
+        return await asyncio.to_thread(work)
+    except RequestError as error:
+        raise of_request(error, names, prompt=prompt, prepared=True) from None
+
+
+def begin(llm: Backend, jobs: Sequence[Job], place: Place) -> list[TokenStream]:
+    streams: list[TokenStream] = []
+    try:
+        streams.extend(llm.stream(job, priority=place.priority, replica=place.replica) for job in jobs)
+    except BaseException:
+        close(streams)
+        raise
+    return streams
+
+
+def close(streams: Sequence[TokenStream]) -> None:
+    for stream in streams:
+        stream.close()
+
+
+async def finished(streams: Sequence[TokenStream]) -> list[RequestOutput]:
+    """All to their ends. If one fails, the others are closed."""
+    try:
+        if len(streams) == 1:
+            return [await streams[0].wait()]
+        async with _Together() as together:
+            return await together.all([stream.wait() for stream in streams])
+    finally:
+        close(streams)
+
+
+async def merged(streams: Sequence[TokenStream]) -> AsyncGenerator[tuple[int, Sequence[Delta]], None]:
+    """(number of the stream, deltas) as they come. Whoever asks slowly gets larger deltas, and nothing is piled up."""
+    if len(streams) == 1:
+        async for deltas in streams[0]:
+            yield 0, deltas
+        return
+    queue: asyncio.Queue[tuple[int, Sequence[Delta]] | None] = asyncio.Queue(len(streams))
+
+    async def pump(number: int) -> None:
+        async for deltas in streams[number]:
+            await queue.put((number, deltas))
+
+    async with _Together() as together:
+
+        async def pump_all() -> None:
+            try:
+                await together.all([pump(number) for number in range(len(streams))])
+            finally:
+                over.set()
+                with suppress(asyncio.QueueFull):  # whoever waits for more hears that there is none
+                    queue.put_nowait(None)
+
+        over = asyncio.Event()
+        pumping = together.start(pump_all())
+        while not (over.is_set() and queue.empty()):
+            item = await queue.get()
+            if item is not None:
+                yield item
+        await pumping
+
+
+class _Together:
+    """Tasks that end with whoever began them."""
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        return task
+
+    async def all(self, works: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """The outcomes, or the first failure."""
+        return list(await asyncio.gather(*(self.start(work) for work in works)))
+
+    async def __aenter__(self) -> "_Together":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def identifier(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def respond(value: Any) -> Response:
+    return Response(bytes_of(value), media_type="application/json")
+
+
+def client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,58 @@
+"""GET /v1/admin/status: all replicas and ranks, as JSON whose keys are the fields of wire.FleetStatus and its parts.
+
+It has counters and gauges only. A rate comes from two readings, with `uptime_s` as their clock.
+"""
+
+import asyncio
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from pydantic_core import to_json
+
+from shoal import __version__, wire
+
+
+class HasStatus(Protocol):
+    async def status(self) -> wire.FleetStatus: ...
+
+
+def routes(llm: HasStatus) -> APIRouter:
+    router = APIRouter(tags=["admin"])
+
+    @router.get(
+        "/v1/admin/status", summary="Replicas, ranks, queue, and what they have done", response_class=JSONResponse
+    )
+    async def status() -> Response:
+        body = await asyncio.to_thread(_body, await llm.status())  # of a thousand replicas it takes a while
+        return Response(body, headers={"Cache-Control": "no-store"}, media_type="application/json")
+
+    return router
+
+
+def _body(status: wire.FleetStatus) -> bytes:
+    return to_json(status_json(status))
+
+
+def status_json(status: wire.FleetStatus) -> dict[str, Any]:
+    """Besides the fields, each rank has its `host`, and the whole the server's `version`."""
+    found: dict[str, Any] = {"version": __version__, **_fields(status)}
+    for replica in found["replicas"]:
+        for rank in (replica["stats"] or {}).get("ranks", ()):
+            rank["host"] = replica["host"]
+    return found
+
+
+def _fields(message: wire.Wire) -> dict[str, Any]:
+    return {name: _plain(getattr(message, name)) for name in message.__struct_fields__}
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind is int or kind is str or kind is float:  # nearly all of them
+        return value
+    if isinstance(value, wire.Wire):
+        return _fields(value)
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return value

@@ -1,0 +1,76 @@
+"""/tokenize and /detokenize: between texts and tokens, as the model has them."""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from shoal.frontend.tokenizer import Tokenizer
+from shoal.server.chat import size_of, template_of
+from shoal.server.errors import Refusal, documented
+from shoal.server.running import Service, prepared, respond
+from shoal.server.schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
+from shoal.types import SamplingParams, shown
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["tokens"])
+
+    @router.post("/tokenize", responses={200: {"model": Tokenized}, **documented(404)}, response_class=Response)
+    async def tokenize(body: TokenizeBody) -> Response:
+        """The tokens of a `prompt`, or of `messages` by the chat template."""
+        service.model(body.model)
+        tokens = await _tokens(service, body)
+        found: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": service.llm.max_model_len,
+            "tokens": tokens,
+            "token_strs": None,
+        }
+        if body.return_token_strs:
+            tokenizer = _tokenizer(service)
+            found["token_strs"] = await asyncio.to_thread(lambda: [tokenizer.token_text(token) for token in tokens])
+        return respond(found)
+
+    @router.post("/detokenize", responses={200: {"model": Detokenized}, **documented(404)}, response_class=Response)
+    async def detokenize(body: DetokenizeBody) -> Response:
+        """The text of tokens, special ones included."""
+        service.model(body.model)
+        tokenizer = _tokenizer(service)
+        for i, token in enumerate(body.tokens):
+            if token >= service.llm.vocab_size:
+                why = f"{shown(token)} is no id of a vocabulary of {service.llm.vocab_size}"
+                raise Refusal(400, f"tokens[{i}]: {why}", param=f"tokens[{i}]")
+        return respond({"prompt": await asyncio.to_thread(partial(_decode, tokenizer, body.tokens))})
+
+    return router
+
+
+async def _tokens(service: Service, body: TokenizeBody) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise Refusal(400, "give either prompt or messages", param="prompt")
+    if body.prompt is not None:
+        try:
+            body.prompt.encode()
+        except UnicodeEncodeError as error:
+            why = f"prompt is not valid Unicode: {error.reason} at character {error.start}"
+            raise Refusal(400, why, param="prompt") from None
+        special = body.add_special_tokens is not False
+        return await asyncio.to_thread(partial(_tokenizer(service).encode, body.prompt, add_special_tokens=special))
+    template = template_of(service, body) | {"tools": body.tools}
+    params = SamplingParams()
+    work = partial(service.llm.prepare_chat, body.messages, params, **template)
+    job = await prepared(work, size_of(body.messages) + size_of(body.tools), params, names={}, prompt="messages")
+    return list(job.tokens)
+
+
+def _decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def _tokenizer(service: Service) -> Tokenizer:
+    if service.llm.tokenizer is None:
+        raise Refusal(400, "this model has no tokenizer: it takes and gives token ids alone")
+    return service.llm.tokenizer

@@ -1,0 +1,174 @@
+"""What a request's `tools` and `tool_choice` mean: what the template shows, what binds the output, what reads it."""
+
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.server.errors import Refusal
+from shoal.server.tools.parsers import PARSERS, SPECIAL, Named, ToolParser, array
+from shoal.server.tools.reading import Piece, Start
+from shoal.types import shown
+
+_NAME = re.compile(r"[\w.\-]{1,128}")
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPlan:
+    shown: list[Any] | None = None  # to the template
+    schema: dict[str, Any] | None = None  # that the output must satisfy
+    parser: Callable[[], ToolParser] | None = None  # None: the output is text
+    special_tokens: bool = False  # the parser needs them in the text
+    named: bool = False  # the client chose the function
+    short_ids: bool = False  # the template takes ids of nine characters only
+    most: int | None = None  # calls in an output
+
+
+def plan_tools(tools: object, choice: object, parser: str | None, *, parallel: bool = True) -> ToolPlan:
+    """
+    Args:
+        parser: the name of the one for this model, for calls that nothing enforces.
+        parallel: may an output have several calls?
+
+    Raises:
+        Refusal: they are malformed, or `auto` and there is no parser.
+    """
+    functions = _functions(tools)
+    if choice is None:
+        choice = "auto" if functions else "none"
+    if choice == "none":
+        return ToolPlan()
+    if not functions:
+        raise Refusal(400, "tool_choice needs tools: give at least one", param="tool_choice")
+    assert isinstance(tools, list)
+    if choice == "auto":
+        if parser is None:
+            why = (
+                "tool_choice auto needs to know how the model writes calls: start the server with --tool-call-parser, "
+                "or use tool_choice none, required or a named function"
+            )
+            raise Refusal(400, why, param="tool_choice")
+        special = parser in SPECIAL
+        return ToolPlan(
+            tools, None, PARSERS[parser], special, short_ids=parser == "mistral", most=None if parallel else 1
+        )
+    short = parser == "mistral"
+    if choice == "required":
+        return ToolPlan(tools, _any_call(functions, parallel=parallel), array, short_ids=short)
+    name = _chosen(choice)
+    if name not in functions:
+        raise Refusal(400, f"tool_choice names {shown(name)}, which is none of the tools", param="tool_choice")
+    return ToolPlan(tools, functions[name], lambda: Named(name), named=True, short_ids=short)
+
+
+def _functions(tools: object) -> dict[str, dict[str, Any]]:
+    """Name -> schema of the arguments."""
+    if tools is None:
+        return {}
+    if not isinstance(tools, list):
+        raise Refusal(400, f"tools must be a list of objects, got {shown(tools)}", param="tools")
+    found: dict[str, dict[str, Any]] = {}
+    for i, tool in enumerate(tools):
+        where = f"tools[{i}]"
+        if not isinstance(tool, Mapping) or tool.get("type") != "function":
+            raise Refusal(400, f"{where} must be an object of type function, got {shown(tool)}", param=where)
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str) or not _NAME.fullmatch(name):
+            why = f"{where}.function needs a name of letters, digits, dots, dashes and underlines, got {shown(name)}"
+            raise Refusal(400, why, param=f"{where}.function.name")
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, Mapping):
+            why = f"{where}.function.parameters must be a JSON schema, got {shown(parameters)}"
+            raise Refusal(400, why, param=f"{where}.function.parameters")
+        if name in found:
+            raise Refusal(400, f"tools has the name {name} twice", param=f"{where}.function.name")
+        found[name] = dict(parameters or _NO_PARAMETERS)
+    return found
+
+
+def _chosen(choice: object) -> object:
+    if isinstance(choice, Mapping) and choice.get("type") == "function" and isinstance(choice.get("function"), Mapping):
+        return choice["function"].get("name")
+    why = f"tool_choice must be none, auto, required or a function by name, got {shown(choice)}"
+    raise Refusal(400, why, param="tool_choice")
+
+
+def _any_call(functions: Mapping[str, dict[str, Any]], *, parallel: bool) -> dict[str, Any]:
+    """The schema of a list of calls. Each function's schema lies whole in `$defs`, where its references are led to."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{i}"}},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for i, name in enumerate(functions)
+    ]
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    if not parallel:
+        schema["maxItems"] = 1
+    return schema | {"$defs": {str(i): _moved(each, f"#/$defs/{i}") for i, each in enumerate(functions.values())}}
+
+
+def _moved(schema: dict[str, Any], to: str) -> dict[str, Any]:
+    """A copy whose references to its own root lead to where it lies now."""
+    copy: dict[str, Any] = {}
+    pending: list[tuple[Any, Any]] = [(schema, copy)]
+    while pending:
+        old, new = pending.pop()
+        for key, value in old.items() if isinstance(old, Mapping) else enumerate(old):
+            made: Any = {} if isinstance(value, Mapping) else [None] * len(value) if isinstance(value, list) else value
+            if isinstance(value, Mapping | list):
+                pending.append((value, made))
+            elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+                made = to + value[1:]
+            new[key] = made
+    return copy
+
+
+class CallDeltas:
+    """An output's pieces as OpenAI's deltas: content, and parts of `tool_calls`."""
+
+    def __init__(self, plan: ToolPlan) -> None:
+        assert plan.parser is not None
+        self._parser = plan.parser()
+        self._plan = plan
+        self.calls = 0
+
+    def feed(self, text: str, *, last: bool) -> list[dict[str, Any]]:
+        """The deltas of this text. `last`: nothing follows."""
+        pieces = self._parser.feed(text) if text else []
+        deltas = [self._delta(piece) for piece in pieces + (self._parser.finish() if last else [])]
+        return [delta for delta in deltas if delta is not None]
+
+    def _delta(self, piece: Piece) -> dict[str, Any] | None:
+        if isinstance(piece, str):  # where a schema demands calls, it is one that was cut off
+            return {"content": piece} if self._plan.schema is None else None
+        self.calls += isinstance(piece, Start)
+        if self._plan.most is not None and self.calls > self._plan.most:
+            return None
+        if isinstance(piece, Start):
+            name = secrets.token_hex(12)
+            function = {"name": piece.name, "arguments": ""}
+            call = {"id": name[:9] if self._plan.short_ids else f"call_{name}", "type": "function"}
+            return {"tool_calls": [{"index": self.calls - 1, **call, "function": function}]}
+        return {"tool_calls": [{"index": self.calls - 1, "function": {"arguments": piece.text}}]}
+
+
+def message_of(deltas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The message that the deltas add up to."""
+    content = "".join(delta["content"] for delta in deltas if "content" in delta)
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        for part in delta.get("tool_calls", ()):
+            if part["index"] == len(calls):
+                calls.append({**part, "function": dict(part["function"])})
+            else:
+                calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    for call in calls:
+        del call["index"]
+    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
+    return message | ({"tool_calls": calls} if calls else {})

@@ -1,0 +1,198 @@
+"""Replicas of other hosts: who is let in, and what a connection that ends, or talks nonsense, comes to."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from shoal import wire
+from shoal.cluster.arrival import Arrival, FleetDoor, PeersDoor
+from shoal.errors import EngineError, UserError
+from shoal.transport.channel import Channel, ChannelClosed, wait
+
+AGREED = {"version of Shoal": "1", "config.json": "abc"}
+
+
+def hello(rank: int = 2, **changes: Any) -> wire.Hello:
+    return wire.replace(wire.Hello("front end", rank, 4, "there", 77, b"", AGREED), **changes)
+
+
+@dataclass(slots=True)
+class Line:
+    """A replica, and the engine's end of its connection."""
+
+    replica: Arrival
+    engine: Channel
+
+    def says(self, message: wire.Wire | bytes) -> None:
+        self.engine.send(message if isinstance(message, bytes) else wire.encode(message))
+
+    def hears(self) -> list[wire.ToEngine]:
+        """[]: the connection has ended."""
+        assert wait([self.engine], 60)
+        try:
+            return [wire.to_engine.decode(frame) for frame in self.engine.receive()]
+        except ChannelClosed:
+            return []
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    ours, theirs = socket.socketpair()
+    found = Line(Arrival(hello(), Channel(ours), answer_timeout=60), Channel(theirs))
+    yield found
+    found.replica.close()
+    found.engine.close()
+
+
+def stats() -> wire.EngineStats:
+    zeros: Any = [0] * 17
+    return wire.EngineStats(*zeros)
+
+
+def updates(*tokens: int) -> wire.Updates:
+    return wire.Updates((wire.SeqUpdate(1, tokens),))
+
+
+def test_it_is_ready_when_it_says_so(line: Line) -> None:
+    assert line.replica.ready(0) is None
+    line.says(stats())
+    assert line.replica.ready(60) == stats()
+    line.says(updates(5))
+    assert [update.tokens for update in line.replica.updates(60)] == [(5,)]
+
+
+def test_a_connection_that_ends_is_the_end_of_the_replica(line: Line) -> None:
+    line.engine.close()
+    with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\) ended, or lost its connection"):
+        line.replica.updates(60)
+    assert line.replica.died
+
+
+@pytest.mark.parametrize("nonsense", [b"", b"\xff" * 40, b"\x81\xa4type\xa4Stop", os.urandom(64)])
+def test_nonsense_is_the_end_of_the_replica(line: Line, nonsense: bytes) -> None:
+    line.says(nonsense)
+    with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\) says what nobody understands"):
+        line.replica.updates(60)
+    assert line.hears() == []
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, 2**63])
+def test_a_number_that_is_no_token_is_nonsense(line: Line, token: int) -> None:
+    line.says(updates(3, token))
+    with pytest.raises(EngineError, match=f"sent what is no token: {token}"):
+        line.replica.updates(60)
+
+
+def test_a_frame_without_end_is_not_waited_for(line: Line) -> None:
+    line.engine._socket.send(b"\xff\xff\xff\xff")
+    with pytest.raises(EngineError, match="ended, or lost its connection"):
+        line.replica.updates(60)
+
+
+def test_what_the_engine_reports_is_told_with_its_name(line: Line) -> None:
+    line.says(wire.EngineFailure("no memory", user_error=True))
+    with pytest.raises(UserError, match=r"replica 2 \(there, process 77\): no memory"):
+        line.replica.ready(60)
+
+
+def test_when_a_front_end_closes_the_engine_goes_on(line: Line) -> None:
+    """It hears nothing but the end of the connection, at once."""
+    begun = time.monotonic()
+    line.replica.close()
+    assert line.hears() == []
+    assert time.monotonic() - begun < 30
+    assert not line.replica.connected
+
+
+def test_one_that_is_dismissed_is_told_to_stop(line: Line) -> None:
+    line.replica.dismiss()
+    assert line.hears() == [wire.Stop()]
+    assert not line.replica.has_ended
+    line.says(updates(3))  # what it was at; nobody wants it any more
+    line.engine.hang_up()
+    for _ in range(600):
+        if line.replica.has_ended:
+            return
+        wait([line.replica.channel], 0.1)
+    raise AssertionError("the end is not noticed")
+
+
+@dataclass(slots=True)
+class Arrived:
+    replicas: list[tuple[int, Arrival]] = field(default_factory=list)
+
+    def __call__(self, number: int, replica: Arrival) -> None:
+        self.replicas.append((number, replica))
+
+
+def door() -> FleetDoor:
+    return FleetDoor(size=4, awaited=[2, 3], agreement=AGREED, answer_timeout=60)
+
+
+def test_a_door_is_shut_until_the_fleet_is_there() -> None:
+    refused = door().objection(hello())
+    assert refused is not None
+    assert refused.again
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"size": 8}, "it counts 8 replicas, the front end .* counts 4: give all the same --data-parallel-size"),
+        ({"rank": 1}, "does not await replica 1, but 2, 3: see --data-parallel-start-rank"),
+        ({"rank": -1}, "does not await replica -1"),
+        (
+            {"agreement": {**AGREED, "version of Shoal": "2"}},
+            "its version of Shoal is 2, that of the front end .* is 1",
+        ),
+        ({"agreement": {"version of Shoal": "1"}}, "its config.json is nothing, that of the front end .* is abc"),
+    ],
+)
+def test_who_differs_is_refused_with_the_difference(changes: dict[str, Any], why: str) -> None:
+    found = door()
+    found.open(Arrived())
+    refused = found.objection(hello(**changes))
+    assert refused is not None
+    assert not refused.again
+    with pytest.raises(ValueError, match=why):
+        raise ValueError(refused.why)
+
+
+def test_a_number_is_free_again_when_its_connection_has_ended() -> None:
+    found, arrived = door(), Arrived()
+    found.open(arrived)
+    assert found.objection(hello()) is None
+    ours, theirs = socket.socketpair()
+    with theirs:
+        found.enter(hello(), Channel(ours))
+        second = found.objection(hello(pid=78))
+        assert second is not None
+        assert second.again
+        assert "replica 2 (there, process 77) is there already" in second.why
+        assert found.objection(hello(3)) is None
+    ((number, replica),) = arrived.replicas
+    assert number == 2
+    with pytest.raises(EngineError):
+        replica.updates(60)
+    replica.close()
+    assert found.objection(hello(pid=78)) is None
+
+
+def test_peers_only_compare() -> None:
+    found = PeersDoor(size=4, agreement=AGREED)
+    assert found.objection(hello()) is None
+    ours, theirs = socket.socketpair()
+    with theirs:
+        found.enter(hello(), Channel(ours))
+        assert theirs.recv(1) == b""
+    differs = found.objection(hello(agreement={**AGREED, "config.json": "xyz"}))
+    assert differs is not None
+    assert "its config.json is xyz, that of replica 0" in differs.why
+    smaller = found.objection(hello(size=2))
+    assert smaller is not None
+    assert "it counts 2 replicas" in smaller.why

@@ -1,0 +1,341 @@
+"""The thread that drives a fleet, between clients in this process and others at channels."""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from shoal import wire
+from shoal.cluster import desk as desk_module
+from shoal.cluster.desk import Answer, Desk
+from shoal.cluster.fleet import About, Fleet, Limits
+from shoal.cluster.router import Room
+from shoal.errors import ClosedError, ConfigError, EngineError, UserError
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from support.fake_replica import FakeReplica
+from support.fakes import Outcomes, alone, request
+
+DEADLINE_S = 60.0
+
+
+class Ready:
+    """A channel on which there is always something."""
+
+    backlog = False
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(1, os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._fd
+
+
+READY = Ready()
+
+
+class Member(FakeReplica):
+    @property
+    def channel(self) -> Any:
+        return READY
+
+
+class Setting:
+    def __init__(self) -> None:
+        self.replica = Member(0)
+        self.fleet = Fleet(
+            lambda number, generation: self.replica,
+            lambda stats: Room(100, 10**6, 4, 100),
+            about=About("model", 1, 1),
+            limits=Limits(1000, None, None, 5, 60.0),
+            local=[0],
+        )
+        self.desk = Desk(self.fleet, {"shout": bytes.upper, "fail": self._fail, "break": self._break})
+
+        self.channels: list[Channel] = []
+
+    def local(self) -> "LocalClient":
+        return LocalClient(self.desk)
+
+    def remote(self) -> "RemoteClient":
+        client = RemoteClient(self.desk)
+        self.channels.append(client.channel)
+        return client
+
+    def _fail(self, payload: bytes) -> bytes:
+        raise ConfigError("not like that")
+
+    def _break(self, payload: bytes) -> bytes:
+        raise KeyError("a bug")
+
+    def now(self, what: Callable[[], Any]) -> Any:
+        """On the desk's thread, what it gives."""
+        found: queue.Queue[Any] = queue.Queue()
+        self.desk.do(lambda: found.put(what()))
+        return found.get(timeout=DEADLINE_S)
+
+    def until(self, what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not self.now(what):
+            assert time.monotonic() < deadline
+
+
+@pytest.fixture
+def setting() -> Iterator[Setting]:
+    found = Setting()
+    yield found
+    found.desk.close()
+    for channel in found.channels:
+        channel.close()
+
+
+class LocalClient:
+    def __init__(self, desk: Desk) -> None:
+        self.got: queue.Queue[Answer] = queue.Queue()
+        self.line = desk.open(self.got.put)
+        self.outcomes = Outcomes()
+
+    def add(self, *specs: wire.EngineRequest) -> None:
+        for spec in specs:
+            self.outcomes.added(spec)
+        self.line.send(specs)
+
+    def next(self) -> list[wire.SeqUpdate]:
+        found = self.got.get(timeout=DEADLINE_S)
+        assert isinstance(found, wire.Updates)
+        return list(found.updates)
+
+    def finish(self) -> None:
+        while self.outcomes.open:
+            self.outcomes.take(self.next())
+
+
+class RemoteClient(LocalClient):
+    def __init__(self, desk: Desk) -> None:
+        theirs, ours = Channel.pair()
+        self.channel = Channel(ours)
+        self.outcomes = Outcomes()
+        self.told: dict[int, wire.Told] = {}
+        desk.connect(theirs)
+
+    def send(self, *messages: wire.Wire) -> None:
+        for message in messages:
+            self.channel.send(wire.encode(message))
+
+    def add(self, *specs: wire.EngineRequest) -> None:
+        for spec in specs:
+            self.outcomes.added(spec)
+        self.send(*specs)
+
+    def next(self) -> list[wire.SeqUpdate]:
+        assert wait([self.channel], DEADLINE_S)
+        found: list[wire.SeqUpdate] = []
+        for frame in self.channel.receive():
+            message = wire.from_engine.decode(frame)
+            if isinstance(message, wire.Told):
+                self.told[message.id] = message
+            else:
+                assert isinstance(message, wire.Updates)
+                found += message.updates
+        return found
+
+    def hang_on(self) -> None:
+        """
+        Raises:
+            ChannelClosed: the other end has gone.
+        """
+        while True:
+            self.next()
+
+    def ask(self, number: int, verb: str, payload: bytes = b"") -> wire.Told:
+        self.send(wire.Ask(number, verb, payload))
+        while number not in self.told:
+            assert not self.next()
+        return self.told[number]
+
+
+def test_each_client_gets_its_own(setting: Setting) -> None:
+    """They all number their requests and groups from 0."""
+    clients = [setting.local(), setting.remote(), setting.local()]
+    clients.append(setting.remote())
+    for number, client in enumerate(clients):
+        client.add(*(request(seq, [number, seq], 5 + number, group=0) for seq in range(4)))
+    for client in clients:
+        client.finish()
+        assert client.outcomes.tokens == {seq: alone(spec) for seq, spec in client.outcomes.specs.items()}
+    assert len({spec.group for spec in setting.replica.added}) == 4
+    setting.now(setting.fleet.audit)
+
+
+def test_an_abort_is_the_clients_own(setting: Setting) -> None:
+    local, remote = setting.local(), setting.remote()
+    local.add(request(0, [1], 200))
+    remote.outcomes.may_abort.add(0)
+    remote.add(request(0, [2], 250))
+    remote.send(wire.Abort((0, 7)))
+    remote.finish()
+    local.finish()
+    assert local.outcomes.finished[0].finish is wire.Finish.LENGTH
+
+
+@pytest.mark.parametrize("garbage", [None, b"\xff\xff", wire.encode(wire.Stop()), wire.encode(wire.Abort((-1,)))])
+def test_a_client_that_goes_or_talks_nonsense_frees_what_it_had(setting: Setting, garbage: bytes | None) -> None:
+    gone, stays = setting.remote(), setting.remote()
+    gone.send(*(request(seq, [seq], 10**7) for seq in range(5)))
+    stays.add(request(0, [3], 20))
+    setting.until(lambda: len(setting.replica.added) == 6)
+    if garbage is None:
+        gone.channel.close()
+    else:
+        gone.channel.send(garbage)
+    setting.until(lambda: setting.fleet.num_unfinished <= 1)
+    stays.finish()
+    setting.until(lambda: not setting.replica.held)
+    setting.now(setting.fleet.audit)
+    if garbage is not None:
+        with pytest.raises(ChannelClosed):
+            gone.hang_on()
+
+
+def test_a_line_that_is_closed_frees_what_it_had(setting: Setting) -> None:
+    client = setting.local()
+    client.line.send([request(0, [1], 10**7)])
+    setting.until(lambda: bool(setting.replica.held))
+    client.line.close()
+    client.line.close()
+    setting.until(lambda: not setting.replica.held)
+
+
+def test_questions(setting: Setting) -> None:
+    local, remote = setting.local(), setting.remote()
+    assert local.line.ask("shout", b"abc").result(DEADLINE_S) == b"ABC"
+    assert remote.ask(7, "shout", b"x") == wire.Told(7, b"X")
+    status = wire.fleet_status.decode(local.line.ask("status").result(DEADLINE_S))
+    assert status.model == "model"
+    with pytest.raises(UserError, match="not like that"):
+        local.line.ask("fail").result(DEADLINE_S)
+    with pytest.raises(EngineError, match="break could not be answered: KeyError: 'a bug'"):
+        local.line.ask("break").result(DEADLINE_S)
+    with pytest.raises(EngineError, match="nobody knows 'sing' here"):
+        local.line.ask("sing").result(DEADLINE_S)
+    for payload in (b"many", b"", b"-1"):
+        with pytest.raises(UserError, match="a number of replicas"):
+            local.line.ask("scale", payload).result(DEADLINE_S)
+    assert remote.ask(8, "fail").user_error
+    assert not remote.ask(9, "break").user_error
+    assert local.line.ask("drain").result(DEADLINE_S) == b"0"
+    local.line.send([request(0, [1])])
+    assert local.next()[0].refusal is wire.Refusal.CLOSING
+
+
+def test_a_number_that_is_used_twice_ends_the_second_and_not_the_first(setting: Setting) -> None:
+    client = setting.local()
+    client.line.send([request(0, [1], 10**7), request(0, [2])])
+    while not (refused := [update for update in client.next() if update.error]):
+        pass
+    assert refused[0].refusal is wire.Refusal.INVALID
+    client.line.close()
+    setting.until(lambda: not setting.replica.held)
+
+
+def test_a_question_that_nobody_waits_for_any_more(setting: Setting) -> None:
+    client = setting.local()
+    held = threading.Event()
+    setting.desk.do(lambda: held.wait(DEADLINE_S))
+    future = client.line.ask("status")
+    assert future.cancel()
+    held.set()
+    assert client.line.ask("shout", b"a").result(DEADLINE_S) == b"A"
+
+
+def test_when_the_thread_fails_everyone_is_told(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
+    local, remote = setting.local(), setting.remote()
+    local.line.send([request(0, [1], 10**7)])
+    remote.send(request(0, [2], 10**7))
+    setting.until(lambda: len(setting.replica.held) == 2)
+    held = threading.Event()
+    setting.desk.do(lambda: held.wait(DEADLINE_S))
+    setting.desk.do(lambda: dict[str, str]()["a bug"])
+    late = local.line.ask("status")
+    local.line.send([request(1, [1])])
+    held.set()
+    with pytest.raises(EngineError, match="the engine's thread has failed: KeyError"):
+        late.result(DEADLINE_S)
+    ends: dict[int, wire.SeqUpdate] = {}
+    while len(ends) < 2:
+        ends |= {update.seq: update for update in local.next() if update.finish is not None}
+    while not (theirs := [update for update in remote.next() if update.finish is not None]):
+        pass
+    for update in (*ends.values(), *theirs):
+        assert update.refusal is wire.Refusal.FAILED
+        assert "the engine's thread has failed: KeyError: 'a bug'" in update.error
+    with pytest.raises(ClosedError, match="has failed: KeyError"):
+        local.line.send([request(2, [1])])
+    with pytest.raises(ClosedError):
+        local.line.ask("status").result(DEADLINE_S)
+    with pytest.raises(ChannelClosed):
+        remote.hang_on()
+    setting.desk.close()
+    assert setting.replica.closed
+
+
+def test_when_it_is_closed_everyone_is_told(setting: Setting) -> None:
+    local, remote = setting.local(), setting.remote()
+    local.line.send([request(0, [1], 10**7)])
+    remote.send(request(0, [2], 10**7))
+    setting.until(lambda: len(setting.replica.held) == 2)
+    setting.desk.close()
+    setting.desk.close()
+    for client in (local, remote):
+        while not (ends := [update for update in client.next() if update.finish is not None]):
+            pass
+        assert [(update.seq, update.refusal, update.error) for update in ends] == [
+            (0, wire.Refusal.CLOSING, "the engine was closed")
+        ]
+    with pytest.raises(ClosedError, match="was closed"):
+        local.line.send([])
+    local.line.close()
+
+
+def fill(channel: Channel) -> None:
+    """Nothing more goes out until somebody reads."""
+    while not channel.backlog:
+        channel.send(wire.encode(wire.Told(10**6, bytes(1 << 16))))
+
+
+def test_one_that_does_not_read_for_a_while_misses_nothing_and_keeps_nobody_waiting(setting: Setting) -> None:
+    remote, local = setting.remote(), setting.local()
+    (client,) = (each for each in setting.now(lambda: list(setting.desk._clients.values())) if hasattr(each, "channel"))
+    setting.now(lambda: fill(client.channel))
+    remote.add(*(request(seq, [seq], 60) for seq in range(10)))
+    local.add(*(request(seq, [seq], 90) for seq in range(10)))
+    local.finish()
+    setting.until(lambda: not setting.replica.held)
+    remote.finish()
+    setting.now(setting.fleet.audit)
+
+
+def test_one_that_does_not_read_at_all_is_given_up(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_module, "_UNREAD_S", 0.05)
+    remote = setting.remote()
+    (client,) = setting.now(lambda: list(setting.desk._clients.values()))
+    setting.now(lambda: fill(client.channel))
+    remote.send(request(0, [1], 10**7))
+    setting.until(lambda: bool(setting.replica.added))
+    setting.until(lambda: not setting.replica.held)
+    setting.until(lambda: not setting.desk._clients)
+
+
+def test_a_channel_that_somebody_else_closes(setting: Setting) -> None:
+    """Whoever started an API server ends it, and its channel, at any time."""
+    remote, local = setting.remote(), setting.local()
+    remote.send(request(0, [1], 10**7))
+    setting.until(lambda: bool(setting.replica.held))
+    (client,) = (each for each in setting.now(lambda: list(setting.desk._clients.values())) if hasattr(each, "channel"))
+    client.channel.close()
+    setting.until(lambda: not setting.replica.held)
+    local.add(request(0, [1]))
+    local.finish()

@@ -1,0 +1,51 @@
+"""The router before simulated replicas: as balanced as spreading, nearly as many prefix hits as pure affinity.
+
+`benchmarks/router.py` does the same with 1,000 replicas, and takes the time.
+"""
+
+import pytest
+
+from shoal.cluster.router import Router
+from support.simulated_replicas import Affinity, LeastLoaded, Outcome, RoundRobin, Traffic, simulate
+
+
+def routed(traffic: Traffic) -> tuple[Outcome, Router]:
+    found = Router(dict.fromkeys(range(traffic.replicas), traffic.machine.room))
+    return simulate(traffic, found), found
+
+
+@pytest.mark.parametrize(("replicas", "load"), [(100, 0.8), (100, 1.6), (8, 0.8), (2, 0.8)])
+def test_balance_and_prefix_hits(replicas: int, load: float) -> None:
+    """At a load of 1.6 most of the prompts must come from caches, or queues grow."""
+    traffic = Traffic(100 * replicas, replicas, load=load, prefixes=5 * replicas)
+    outcome, found = routed(traffic)
+    affinity = simulate(traffic, Affinity(replicas, traffic.machine.block_size))
+    assert outcome.busiest <= 1.15
+    assert outcome.hits >= 0.85 * affinity.hits
+    found.audit()
+    assert found.waiting == 0
+    assert all(found.held(number) == found.work(number) == 0 for number in range(replicas))
+
+
+def test_the_first_token_comes_sooner_than_by_spreading_alone() -> None:
+    traffic = Traffic(5000, 50, prefixes=250)
+    outcome, _ = routed(traffic)
+    for other in (RoundRobin(50), LeastLoaded(50)):
+        spread = simulate(traffic, other)
+        assert outcome.hits > 1.5 * spread.hits
+        assert sum(outcome.first_token_s) < 0.7 * sum(spread.first_token_s)
+        assert outcome.busiest < spread.busiest
+
+
+def test_one_hot_prefix_does_not_pin_all_traffic_to_one_replica() -> None:
+    outcome, _ = routed(Traffic(2000, 20, prefixes=1))
+    assert outcome.busiest <= 1.15
+    assert min(outcome.computed) * 20 >= 0.85 * sum(outcome.computed)
+
+
+def test_where_all_wait_in_line_none_is_idle() -> None:
+    """Far more than the replicas can do."""
+    traffic = Traffic(2000, 10, load=20, prefixes=50)
+    outcome, _ = routed(traffic)
+    assert outcome.busiest <= 1.15
+    assert outcome.seconds <= 1.1 * simulate(traffic, LeastLoaded(10)).seconds

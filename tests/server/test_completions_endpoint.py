@@ -1,0 +1,132 @@
+"""/v1/completions, over a stand-in for the engine."""
+
+import json
+from typing import Any
+
+import pytest
+from openai.types import Completion
+from starlette.testclient import TestClient
+
+from shoal.errors import QueueFull
+from shoal.server.app import openai_app
+from shoal.server.settings import ServerSettings
+from support.fake_backend import FakeBackend
+
+
+def ask(backend: FakeBackend | None = None, **body: Any) -> Any:
+    app = openai_app(backend or FakeBackend(), ServerSettings(served_model_names=("demo", "other")))
+    return TestClient(app, raise_server_exceptions=False).post("/v1/completions", json=body)
+
+
+def streamed(backend: FakeBackend, **body: Any) -> tuple[dict[int, dict[str, Any]], list[Any]]:
+    """Choices as a client puts them together, and all chunks."""
+    text = ask(backend, **body, stream=True).text
+    chunks = [json.loads(part.removeprefix("data: ")) for part in text.split("\n\n")[:-2]]
+    found: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        plain = [
+            {**each, "finish_reason": each["finish_reason"] or "stop", "logprobs": None} for each in chunk["choices"]
+        ]
+        Completion.model_validate(chunk | {"choices": plain})  # its types do not know of null at the first token
+        for choice in chunk["choices"]:
+            mine = found.setdefault(choice["index"], {"text": "", "finish_reason": None, "logprobs": None})
+            mine["text"] += choice["text"]
+            mine["finish_reason"] = choice["finish_reason"] or mine["finish_reason"]
+            if choice["logprobs"] is not None:
+                known = mine["logprobs"] or {name: [] for name in choice["logprobs"]}
+                mine["logprobs"] = {name: known[name] + choice["logprobs"][name] for name in known}
+    return found, chunks
+
+
+def test_prompts_times_outputs_are_numbered_prompt_by_prompt() -> None:
+    backend = FakeBackend(lambda job: [f"<{job.prompt}", ">"])
+    body = ask(backend, prompt=["a", "b"], n=2, model="other").json()
+    answer = Completion.model_validate(body)
+    assert [(c.index, c.text) for c in answer.choices] == [(0, "<a>"), (1, "<a>"), (2, "<b>"), (3, "<b>")]
+    assert (answer.model, body["usage"]["prompt_tokens_details"]) == ("other", {"cached_tokens": 6})
+    found, _ = streamed(backend, prompt=["a", "b"], n=2)
+    assert {index: each["text"] for index, each in found.items()} == {0: "<a>", 1: "<a>", 2: "<b>", 3: "<b>"}
+    assert all(stream.job.params.max_tokens == 16 for stream in backend.streams)
+
+
+@pytest.mark.parametrize("prompt", ["hello there", ["hello there"], [5, 6, 7], [[5, 6, 7]]])
+@pytest.mark.parametrize("body", [{}, {"echo": True}, {"logprobs": 1}, {"echo": True, "logprobs": 1}])
+def test_a_stream_adds_up_to_the_answer(prompt: Any, body: dict[str, Any]) -> None:
+    backend = FakeBackend()
+    options = {"include_usage": True}
+    whole = ask(backend, prompt=prompt, **body).json()
+    found, chunks = streamed(backend, prompt=prompt, **body, stream_options=options)
+    (choice,) = whole["choices"]
+    assert found[0] == {name: choice[name] for name in found[0]}
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], whole["usage"])
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("prompt", ["hello there", [40, 41, 42]])
+def test_what_evaluations_ask_for(prompt: Any, max_tokens: int) -> None:
+    """Log-likelihoods of a prompt: `echo` with `logprobs`, and no output or one token."""
+    backend = FakeBackend(lambda _: ["x"], finish="length")
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0}
+    answer = ask(backend, **body).json()
+    job = backend.streams[0].job
+    assert (job.params.prompt_logprobs, job.params.logprobs, job.params.max_tokens) == (1, 1, 1)
+    (choice,) = answer["choices"]
+    logprobs = choice["logprobs"]
+    said = [] if max_tokens == 0 else backend.tokenizer.encode("x", add_special_tokens=False)
+    tokens = [*job.tokens, *said]
+    assert logprobs["tokens"] == [backend.tokenizer.token_text(token) for token in tokens]
+    assert logprobs["token_logprobs"] == [None] + [-1.5] * (len(tokens) - 1)
+    assert logprobs["top_logprobs"][0] is None
+    assert all(max(top, key=top.get) == backend.tokenizer.token_text(5) for top in logprobs["top_logprobs"][1:])
+    offsets = [sum(map(len, logprobs["tokens"][:i])) for i in range(len(tokens))]
+    assert logprobs["text_offset"] == offsets
+    text = "hello there" if isinstance(prompt, str) else backend.tokenizer.decode(prompt, skip_special_tokens=False)
+    assert choice["text"] == text + ("x" if max_tokens else "")
+    assert (choice["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", len(said))
+
+
+def test_log_probabilities_of_the_prompt_by_name() -> None:
+    (choice,) = ask(prompt=[40, 41], prompt_logprobs=0).json()["choices"]
+    assert choice["prompt_logprobs"][0] is None
+    assert list(choice["prompt_logprobs"][1]) == ["41"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 400, "prompt"),
+        ({"prompt": None}, 400, "prompt"),
+        ({"prompt": []}, 400, "prompt"),
+        ({"prompt": ""}, 400, "prompt"),
+        ({"prompt": [1, "a"]}, 400, "prompt"),
+        ({"prompt": ["a", 1]}, 400, "prompt[1]"),
+        ({"prompt": ["a", ""]}, 400, "prompt[1]"),
+        ({"prompt": [[5], [99999]]}, 400, "prompt[1]"),
+        ({"prompt": [-1]}, 400, "prompt"),
+        ({"prompt": {"a": 1}}, 400, "prompt"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -5}, 400, "max_tokens"),
+        ({"prompt": "a", "best_of": 3}, 400, "best_of"),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix"),
+        ({"prompt": "a", "logprobs": True}, 400, "logprobs"),
+        ({"prompt": "a", "model": "third"}, 404, "model"),
+    ],
+)
+def test_refusals_name_the_field(body: dict[str, Any], status: int, param: str) -> None:
+    backend = FakeBackend()
+    answer = ask(backend, **body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+    assert not backend.streams
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_one_prompt_fails_all_end(stream: bool) -> None:
+    backend = FakeBackend(error=QueueFull("full", 1))
+    answer = ask(backend, prompt=["a", "b", "c"], stream=stream)
+    assert answer.status_code == 429
+    assert len(backend.streams) == 3
+    assert all(each.closed for each in backend.streams)
+
+
+def test_fields_without_effect_are_let_be() -> None:
+    assert ask(prompt="a", user="u", best_of=1, suffix=None, store=True, metadata={"a": "b"}).status_code == 200

@@ -1,0 +1,109 @@
+"""Every process of a server killed and stopped under load: no stream loses, repeats or changes a token."""
+
+import asyncio
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+
+from support.servers import ShoalServer
+
+STREAMS = 64
+TOKENS = 200
+WAIT_S = 60.0
+ROLES = ("worker", "engine")
+SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
+
+
+def prompt_of(number: int) -> dict[str, Any]:
+    """Half of them greedy, half seeded; the bundled model writes on and on if it may not end."""
+    drawn = {"temperature": 1.0, "seed": number} if number % 2 else {"temperature": 0.0}
+    return {"prompt": f"Count from {number} to {number + 40}:", **drawn}
+
+
+async def stream(client: AsyncOpenAI, number: int) -> str:
+    text, finish = [], None
+    answer = await client.completions.create(
+        model="bundled", max_tokens=TOKENS, stream=True, extra_body={"ignore_eos": True}, **prompt_of(number)
+    )
+    async for chunk in answer:
+        assert finish is None
+        text.append(chunk.choices[0].text)
+        finish = chunk.choices[0].finish_reason
+    assert finish == "length"
+    return "".join(text)
+
+
+class Traffic:
+    """So many streams at a time, again and again; each must be what its undisturbed twin was."""
+
+    def __init__(self, client: AsyncOpenAI, twins: list[str]) -> None:
+        self.ended = 0
+        self._stopping = False
+        self._tasks = [asyncio.create_task(self._run(client, number, twin)) for number, twin in enumerate(twins)]
+
+    async def _run(self, client: AsyncOpenAI, number: int, twin: str) -> None:
+        while not self._stopping:
+            assert await stream(client, number) == twin
+            self.ended += 1
+
+    def check(self) -> None:
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def stop(self) -> None:
+        self._stopping = True
+        await asyncio.wait_for(asyncio.gather(*self._tasks), WAIT_S)
+
+
+def victim(status: Any, role: str, turn: int) -> int:
+    replicas = status["replicas"]
+    replica = replicas[turn % len(replicas)]
+    if role == "engine":
+        return int(replica["pid"])
+    ranks = replica["stats"]["ranks"]
+    return int(ranks[turn % len(ranks)]["pid"])
+
+
+async def settled(server: ShoalServer, traffic: Traffic, restarts: int) -> Any:
+    """All replicas are ready, after so many restarts, and streams have ended since."""
+    deadline, goal = time.monotonic() + WAIT_S, None
+    while True:
+        traffic.check()
+        status = await asyncio.to_thread(server.status)
+        ready = all(replica["state"] == "ready" for replica in status["replicas"])
+        if goal is None and ready and sum(replica["restarts"] for replica in status["replicas"]) >= restarts:
+            goal = traffic.ended + STREAMS // 2
+        if goal is not None and traffic.ended >= goal:
+            return status
+        assert time.monotonic() < deadline, f"not settled: {status}"
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", [("-tp", "2"), ("-dp", "2")], ids=" ".join)
+def test_streams_outlive_every_process(layout: tuple[str, str], request: pytest.FixtureRequest) -> None:
+    times = 3 if request.config.getoption("--matrix") else 1
+
+    async def run(server: ShoalServer) -> None:
+        client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
+        twins = await asyncio.gather(*(stream(client, number) for number in range(STREAMS)))
+        traffic = Traffic(client, list(twins))
+        restarts = 0
+        status = await settled(server, traffic, restarts)
+        for turn, (role, number) in enumerate([(role, number) for role in ROLES for number in SIGNALS] * times):
+            os.kill(victim(status, role, turn), number)
+            restarts += 1
+            status = await settled(server, traffic, restarts)
+        await traffic.stop()
+        assert status["replays"] > 0
+        assert sum(replica["restarts"] for replica in status["replicas"]) == restarts
+
+    with ShoalServer(*layout, "--max-restarts", "100") as server:
+        asyncio.run(run(server))
+        assert server.stop() == 0
+        assert server.pids() == set()

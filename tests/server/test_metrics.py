@@ -1,0 +1,747 @@
+"""/metrics: numbers that are right, whoever counts and whoever asks, and names that dashboards know."""
+
+import asyncio
+import itertools
+import json
+import os
+import re
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from shoal import wire
+from shoal.cluster.desk import Desk
+from shoal.cluster.stats import carried, emptied
+from shoal.engine.request import encode_tokens
+from shoal.errors import ClosedError
+from shoal.frontend.async_llm import AsyncLLM
+from shoal.server.errors import add_handlers
+from shoal.server.exposition import Family, Page
+from shoal.server.exposition import Histogram as Ours
+from shoal.server.metrics import RequestMetrics, doubling_bounds, histogram_families
+from shoal.server.scraping import add_metrics, families, page_of
+from shoal.transport.channel import Channel, wait
+from shoal.types import SamplingParams
+from support.asgi import get
+from support.fakes import FakeClock, request, steady
+from support.status_server import engine, fleet, ranks, replica
+
+ROOT = Path(__file__).parent.parent.parent
+LENGTH = 200  # of a sequence, at most
+WAIT_S = 120.0
+TTFT, GAP, E2E = (
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:e2e_request_latency_seconds",
+)
+
+TWINS = (TTFT, GAP, E2E, "vllm:request_prompt_tokens", "vllm:request_generation_tokens")
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def samples(text: str, *, kinds: Sequence[str] = ("counter", "gauge", "histogram")) -> Samples:
+    return {
+        (sample.name, tuple(sorted((name, value) for name, value in sample.labels.items() if name != "model_name"))): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        if family.type in kinds
+        for sample in family.samples
+    }
+
+
+class Scraped:
+    """A page, asked by name and labels."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.samples = samples(text)
+
+    def __call__(self, name: str, **labels: object) -> float:
+        return self.samples[name, tuple(sorted((key, str(value)) for key, value in labels.items()))]
+
+    def total(self, name: str) -> float:
+        """Over all labels."""
+        return sum(value for (found, _), value in self.samples.items() if found == name)
+
+
+def page(metrics: RequestMetrics, status: wire.FleetStatus | None = None) -> Scraped:
+    return Scraped(page_of(metrics.verbs["metrics"](b""), status or fleet(replica(0), replica(1), replica(2)), "tiny"))
+
+
+def ending(seq: int, finish: wire.Finish = wire.Finish.LENGTH, tokens: int = 0, **more: Any) -> wire.SeqUpdate:
+    return wire.SeqUpdate(seq, (7,) * tokens, finish=finish, **more)
+
+
+# --- the recorder ------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_taken_apart_into_its_times() -> None:
+    clock = FakeClock()
+    metrics = RequestMetrics(LENGTH, clock=clock)
+    metrics.added(wire.replace(request(0, range(12), max_tokens=40), arrival=1000.0))
+    clock.now = 1001.0
+    metrics.dealt(0, 1)
+    clock.now = 1002.0
+    metrics.updated(1, wire.SeqUpdate(0, (5,), cached_tokens=8, waited_us=500_000))
+    clock.now = 1002.375
+    metrics.updated(1, wire.SeqUpdate(0, (5, 6, 7)))
+    clock.now = 1003.0
+    metrics.updated(1, ending(0, tokens=1))
+
+    found = page(metrics)
+    expected = {
+        "vllm:time_to_first_token_seconds": (1, 2.0),
+        "vllm:request_queue_time_seconds": (1, 1.5),
+        "vllm:request_prefill_time_seconds": (1, 0.5),
+        "vllm:request_decode_time_seconds": (1, 1.0),
+        "vllm:request_inference_time_seconds": (1, 1.5),
+        "vllm:e2e_request_latency_seconds": (1, 3.0),
+        "vllm:inter_token_latency_seconds": (4, 1.0),
+        "vllm:time_per_output_token_seconds": (4, 1.0),
+        "vllm:request_time_per_output_token_seconds": (1, 0.25),
+        "vllm:request_prompt_tokens": (1, 12),
+        "vllm:request_prefill_kv_computed_tokens": (1, 4),
+        "vllm:request_generation_tokens": (1, 5),
+        "vllm:request_max_num_generation_tokens": (1, 5),
+        "vllm:request_params_max_tokens": (1, 40),
+        "vllm:request_params_n": (1, 1),
+    }
+    for name, (count, total) in expected.items():
+        assert found(f"{name}_count", engine=1) == count, name
+        assert found(f"{name}_sum", engine=1) == total, name
+        assert found(f"{name}_count", engine=0) == 0, name
+    assert found(f"{GAP}_bucket", engine=1, le="0.1") == 0
+    assert found(f"{GAP}_bucket", engine=1, le="0.15") == 3  # 375 ms over 3 tokens
+    assert found(f"{GAP}_bucket", engine=1, le="0.75") == 4
+    assert found("vllm:prompt_tokens_total", engine=1) == 12
+    assert found("vllm:prompt_tokens_cached_total", engine=1) == 8
+    assert found("vllm:generation_tokens_total", engine=1) == 5
+    assert found("vllm:request_success_total", engine=1, finished_reason="length") == 1
+
+
+def test_a_request_that_goes_on_elsewhere_is_one_request() -> None:
+    clock = FakeClock()
+    metrics = RequestMetrics(LENGTH, clock=clock)
+    metrics.added(wire.replace(request(0, range(10)), arrival=1000.0))
+    clock.now = 1001.0
+    metrics.dealt(0, 0)  # which ends before the first token
+    clock.now = 1004.0
+    metrics.dealt(0, 1)
+    clock.now = 1005.0
+    metrics.updated(1, wire.SeqUpdate(0, (1, 2)))
+    clock.now = 1007.0
+    metrics.dealt(0, 2)
+    clock.now = 1009.0
+    metrics.updated(2, wire.SeqUpdate(0, (3, 4), waited_us=1_000_000))
+    metrics.updated(2, ending(0, wire.Finish.STOP))
+
+    found = page(metrics)
+    assert found.total(f"{TTFT}_count") == found(f"{TTFT}_count", engine=1) == 1
+    assert found(f"{TTFT}_sum", engine=1) == 5.0
+    assert found("vllm:request_queue_time_seconds_sum", engine=2) == 4.0
+    assert found("vllm:request_prefill_time_seconds_sum", engine=2) == 1.0
+    assert found("vllm:request_decode_time_seconds_sum", engine=2) == 4.0
+    assert found(f"{GAP}_count", engine=2) == 2
+    assert found(f"{GAP}_sum", engine=2) == 4.0
+    assert found("vllm:prompt_tokens_total", engine=1) == found.total("vllm:prompt_tokens_total") == 10
+    assert found("vllm:generation_tokens_total", engine=1) == 2
+    assert found("vllm:generation_tokens_total", engine=2) == 2
+    assert found("vllm:request_success_total", engine=2, finished_reason="stop") == 1
+    assert found.total("vllm:request_success_total") == 1
+
+
+def test_outputs_of_one_prompt_are_one_prompt() -> None:
+    metrics = RequestMetrics(LENGTH)
+    for seq in range(3):
+        metrics.added(request(seq, range(4), group=0))
+        metrics.dealt(seq, 0)
+    for seq, tokens in enumerate((3, 9, 5)):
+        metrics.updated(0, ending(seq, tokens=tokens))
+    found = page(metrics)
+    assert found("vllm:request_params_n_count", engine=0) == 1
+    assert found("vllm:request_params_n_sum", engine=0) == 3
+    assert found("vllm:request_max_num_generation_tokens_count", engine=0) == 1
+    assert found("vllm:request_max_num_generation_tokens_sum", engine=0) == 9
+    assert found("vllm:request_generation_tokens_sum", engine=0) == 17
+
+
+def test_why_requests_ended() -> None:
+    metrics = RequestMetrics(LENGTH)
+    refusals = [each for each in wire.Refusal if each is not wire.Refusal.NONE]
+    for seq in range(4 + len(refusals)):
+        metrics.added(request(seq, [1]))
+    metrics.dealt(1, 0)
+    metrics.updated(0, wire.SeqUpdate(1, (3, 4)))
+    metrics.stopped(1)  # its client has found a stop text
+    metrics.updated(0, ending(1, wire.Finish.ABORT))
+    metrics.dealt(2, 0)
+    metrics.updated(0, ending(2, wire.Finish.ABORT, tokens=1))
+    metrics.dealt(3, 0)
+    metrics.updated(0, ending(3, wire.Finish.ABORT, error="the grammar has gone wrong"))
+    metrics.ended(ending(0, wire.Finish.ABORT))
+    for seq, refusal in enumerate(refusals, 4):
+        metrics.ended(ending(seq, wire.Finish.ABORT, error="no", refusal=refusal))
+    metrics.ended(ending(999))  # nobody knows it
+
+    found = page(metrics)
+    ends = {dict(labels)["finished_reason"]: 0.0 for (name, labels) in found.samples if "success" in name}
+    assert set(ends) == {"stop", "length", "abort"}
+    assert found("vllm:request_success_total", engine="", finished_reason="abort") == 1  # no replica had it
+    assert found("vllm:request_success_total", engine=0, finished_reason="abort") == 1
+    assert found("vllm:request_success_total", engine=0, finished_reason="stop") == 1
+    for reason, count in {"invalid": 1, "full": 1, "late": 1, "failed": 2, "closing": 1}.items():
+        assert found("shoal:requests_refused_total", reason=reason) == count
+    assert found(f"{E2E}_count", engine=0) == 2
+
+
+class Twin:
+    """Drives a recorder, and feeds prometheus_client's own histograms with what should be in it."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.metrics = RequestMetrics(LENGTH, clock=self.clock)
+        self.registry = CollectorRegistry()
+        self.histograms = {
+            name: Histogram(name, "x", ["model_name", "engine"], buckets=family.bounds, registry=self.registry)
+            for name, family in histogram_families(LENGTH).items()
+            if name in TWINS
+        }
+        self.counts: Counter[tuple[str, int]] = Counter()
+        self.times: dict[int, float] = defaultdict(float)  # from arrival to the last token, of finished ones
+        self.requests: list[dict[str, Any]] = []
+        self.open: list[int] = []
+
+    def see(self, name: str, engine: int, value: float, times: int = 1) -> None:
+        for _ in range(times):
+            self.histograms[name].labels("tiny", str(engine)).observe(value)
+
+    def add(self, prompt: int, early: float) -> None:
+        seq = len(self.requests)
+        arrival = self.clock.now - early
+        self.metrics.added(wire.replace(request(seq, range(prompt), max_tokens=9), arrival=arrival))
+        self.requests.append({"prompt": prompt, "arrival": arrival, "tokens": 0, "replica": None})
+        self.open.append(seq)
+
+    def deal(self, which: int, to: int) -> None:
+        if self.open:
+            seq = self.open[which % len(self.open)]
+            self.requests[seq]["replica"] = to
+            self.metrics.dealt(seq, to)
+
+    def update(self, which: int, tokens: int, waited_us: int, finish: wire.Finish | None) -> None:
+        dealt = [seq for seq in self.open if self.requests[seq]["replica"] is not None]
+        if not dealt or (not tokens and finish is None):
+            return
+        seq = dealt[which % len(dealt)]
+        one, now = self.requests[seq], self.clock.now
+        if tokens and one["tokens"]:
+            self.see(GAP, one["replica"], (now - one["last"]) / tokens, tokens)
+        elif tokens:
+            self.see(TTFT, one["replica"], now - one["arrival"])
+            self.counts["prompt", one["replica"]] += one["prompt"]
+        if tokens:
+            one["tokens"] += tokens
+            one["last"] = now
+            self.counts["generated", one["replica"]] += tokens
+        self.metrics.updated(one["replica"], wire.SeqUpdate(seq, (1,) * tokens, finish=finish, waited_us=waited_us))
+        if finish is not None:
+            self._finish(seq)
+
+    def end(self, which: int, refusal: wire.Refusal) -> None:
+        if not self.open:
+            return
+        seq = self.open[which % len(self.open)]
+        error = "no" if refusal is not wire.Refusal.NONE else ""
+        self.metrics.ended(ending(seq, wire.Finish.ABORT, error=error, refusal=refusal))
+        if not error and self.requests[seq]["replica"] is not None:
+            self._finish(seq)
+        else:
+            self.open.remove(seq)
+
+    def _finish(self, seq: int) -> None:
+        self.open.remove(seq)
+        one = self.requests[seq]
+        number = one["replica"]
+        self.counts["ended", number] += 1
+        self.see(E2E, number, self.clock.now - one["arrival"])
+        self.see("vllm:request_prompt_tokens", number, one["prompt"])
+        self.see("vllm:request_generation_tokens", number, one["tokens"])
+        if one["tokens"]:
+            self.counts["begun and ended", number] += 1
+            self.times[number] += one["last"] - one["arrival"]
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.001, 0.01, 0.25, 1.0, 3.0]),
+        st.one_of(
+            st.tuples(st.just("add"), st.integers(1, 400), st.sampled_from([0.0, 0.5])),
+            st.tuples(st.just("deal"), st.integers(0, 9), st.integers(0, 2)),
+            st.tuples(
+                st.just("update"),
+                st.integers(0, 9),
+                st.integers(0, 3),
+                st.integers(0, 2_000_000),
+                st.sampled_from([None, None, *wire.Finish]),
+            ),
+            st.tuples(st.just("end"), st.integers(0, 9), st.sampled_from(wire.Refusal)),
+        ),
+    ),
+    max_size=60,
+)
+
+
+@settings(steady, max_examples=50)
+@given(steps=STEPS)
+def test_whatever_happens_the_histograms_are_those_of_prometheus_client(steps: list[tuple[float, Any]]) -> None:
+    twin = Twin()
+    for pause, (what, *arguments) in steps:
+        twin.clock.now += pause
+        getattr(twin, what)(*arguments)
+    found = page(twin.metrics)
+
+    theirs = samples(generate_latest(twin.registry).decode(), kinds=["histogram"])
+    for (name, labels), value in theirs.items():
+        assert found.samples[name, labels] == pytest.approx(value), (name, labels)
+    for number in range(3):
+        assert found("vllm:prompt_tokens_total", engine=number) == twin.counts["prompt", number]
+        assert found("vllm:generation_tokens_total", engine=number) == twin.counts["generated", number]
+        ends = [found("vllm:request_success_total", engine=number, finished_reason=reason) for reason in REASONS]
+        assert sum(ends) == found(f"{E2E}_count", engine=number) == twin.counts["ended", number]
+        parts = [f"vllm:request_{part}_time_seconds" for part in ("queue", "prefill", "decode")]
+        for part in parts:
+            assert found(f"{part}_count", engine=number) == twin.counts["begun and ended", number]
+        assert sum(found(f"{part}_sum", engine=number) for part in parts) == pytest.approx(twin.times[number])
+
+
+REASONS = ("stop", "length", "abort")
+
+
+def test_nothing_is_kept_of_what_has_ended() -> None:
+    metrics = RequestMetrics(LENGTH)
+    for seq in range(100):
+        metrics.added(request(seq, [1], group=seq - seq % 2))
+        metrics.dealt(seq, 0)
+        metrics.updated(0, wire.SeqUpdate(seq, (1,)))
+    for seq in range(100):
+        metrics.updated(0, ending(seq))
+    assert not metrics._lives
+    assert not metrics._groups
+
+
+# --- the text ------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_escaped() -> None:
+    name = 'a "model"\\ of\ntwo lines'
+    text = Page()
+    text.put(Family("x", "gauge", "x", ("model_name", "y")), [((name, "1"), 2.5)])
+    text.put_histograms(Family("h", "histogram", "x", ("model_name",), (1.0,)), [((name,), Ours((1.0,)))])
+    found = {
+        sample.labels["model_name"]
+        for family in text_string_to_metric_families(text.text())
+        for sample in family.samples
+    }
+    assert found == {name}
+
+
+def test_buckets_of_lengths() -> None:
+    assert doubling_bounds(1) == (1,)
+    assert doubling_bounds(100) == (1, 2, 5, 10, 20, 50, 100)
+    assert doubling_bounds(4096)[-2:] == (1000, 2000)
+
+
+def test_the_names_that_others_read_are_there() -> None:
+    found = {family.name: family.type for family in text_string_to_metric_families(page(RequestMetrics(LENGTH)).text)}
+    counters = "prefix_cache_queries prefix_cache_hits prompt_tokens generation_tokens request_success num_preemptions"
+    histograms = (
+        "time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds "
+        "request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds request_prompt_tokens "
+        "request_generation_tokens iteration_tokens_total request_params_n request_params_max_tokens"
+    )
+    gauges = "num_requests_running num_requests_waiting kv_cache_usage_perc cache_config_info"
+    for kind, names in (("counter", counters), ("histogram", histograms), ("gauge", gauges)):
+        for name in names.split():
+            assert found[f"vllm:{name}"] == kind
+
+
+def test_all_that_is_described_is_there_and_nothing_else() -> None:
+    status = fleet(replica(0, stats=engine(of_ranks=ranks())))
+    metrics = RequestMetrics(LENGTH)
+    metrics.verbs["http"](json.dumps([["/x", "GET", "2xx", [1, *[0] * 21], 0.001]]).encode())
+    text = page_of(metrics.verbs["metrics"](b""), status, "tiny")
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    described = {
+        family.name.removesuffix("_total") if family.kind == "counter" else family.name: family for family in FAMILIES
+    }
+    assert set(found) == set(described)
+    for name, family in described.items():
+        labels = {label for sample in found[name].samples for label in sample.labels}
+        assert labels - {"le"} == set(family.labels), name
+        assert found[name].type == family.kind
+        assert found[name].documentation == family.about
+
+
+FAMILIES = families(LENGTH)
+
+
+def test_the_document_has_them_all() -> None:
+    table = re.findall(r"^\| `(\S+)` \| (\w+) \| (.*?) \| (.+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
+    assert table == [
+        (each.name, each.kind, ", ".join(f"`{label}`" for label in each.labels), each.about) for each in FAMILIES
+    ]
+
+
+def expressions(panel: dict[str, Any]) -> list[str]:
+    return [target["expr"] for target in panel.get("targets", ())]
+
+
+def test_the_dashboard_asks_for_what_there_is() -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana/shoal.json").read_text())
+    known = {}
+    for family in FAMILIES:
+        endings = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
+        known.update({family.name + ending: {*family.labels, "le"} for ending in endings})
+    used = set()
+    for panel in dashboard["panels"]:
+        assert panel["type"] == "row" or expressions(panel), panel["title"]
+        for expression in expressions(panel):
+            assert expression.count("(") == expression.count(")")
+            for name, matchers in re.findall(r"([a-zA-Z_:][\w:]*)(?:\{(.*?)\})?(?=[\[) ]|$)(?<!by)", expression):
+                if ":" not in name and not name.startswith("http_"):
+                    continue  # functions
+                assert name in known, expression
+                used.add(name)
+                assert set(re.findall(r"(\w+)=~?\"", matchers)) <= known[name], expression
+            for grouped in re.findall(r"by \((.*?)\)", expression):
+                assert all(set(grouped.split(", ")) <= known[name] for name in re.findall(r"[\w:]+(?=\{)", expression))
+    shown = {family.name for family in FAMILIES for name in used if name.startswith(family.name)}
+    assert {family.name for family in FAMILIES} - shown == {"vllm:time_per_output_token_seconds"}
+    variables = {each["name"]: each for each in dashboard["templating"]["list"]}
+    assert set(variables) == {"datasource", "model", "engine"}
+    assert variables["datasource"]["type"] == "datasource"
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in dashboard["panels"] if "targets" in panel)
+    places = [tuple(panel["gridPos"][key] for key in "xywh") for panel in dashboard["panels"]]
+    assert all(x + w <= 24 for x, _, w, _ in places)
+    cells = [(x + i, y + j) for x, y, w, h in places for i in range(w) for j in range(h)]
+    assert len(cells) == len(set(cells)), "panels overlap"
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+# --- the fleet's status --------------------------------------------------------------------------------------------
+
+
+@steady
+@given(
+    replicas=st.lists(
+        st.tuples(st.sampled_from(["ready", "restarting"]), st.integers(0, 9), st.integers(0, 9)), min_size=1
+    ),
+    queued=st.integers(0, 100),
+)
+def test_no_request_is_counted_twice_or_not_at_all(replicas: list[tuple[str, int, int]], queued: int) -> None:
+    states = [
+        wire.replace(replica(number, state, stats=engine(running=9, waiting=waiting)), held=held)
+        for number, (state, waiting, held) in enumerate(replicas)
+    ]
+    found = page(RequestMetrics(LENGTH), fleet(*states, queued=queued))
+    held = sum(each.held for each in states)
+    assert found.total("vllm:num_requests_running") + found.total("vllm:num_requests_waiting") == held + queued
+    assert found("shoal:requests_queued") == queued
+    if any(state == "ready" for state, _, _ in replicas):
+        for number, (state, waiting, mine) in enumerate(replicas):
+            if state != "ready":
+                assert found("vllm:num_requests_waiting", engine=number) == min(waiting, mine)
+
+
+def test_what_the_status_says() -> None:
+    stats = wire.replace(
+        engine(free=25, queries=40, hits=30, of_ranks=ranks(busy_us=1_500_000)),
+        iteration_tokens=(2, 1, 0, 4, 5),
+        step_tokens=100,
+        preemptions=3,
+        draft_tokens=8,
+        accepted_tokens=6,
+        busy_before=(500_000, 0),
+    )
+    status = fleet(replica(0, stats=stats, restarts=2), replica(3, "failed"), replays=5, accepting=False)
+    found = page(RequestMetrics(LENGTH), status)
+    assert found("vllm:kv_cache_usage_perc", engine=0) == 0.75
+    assert found("vllm:kv_cache_usage_perc", engine=3) == 0.0
+    assert found("vllm:cache_config_info", engine=0, block_size=16, num_gpu_blocks=100) == 1
+    assert found("vllm:prefix_cache_queries_total", engine=0) == 40
+    assert found("vllm:prefix_cache_hits_total", engine=0) == 30
+    assert found("vllm:num_preemptions_total", engine=0) == 3
+    assert found("vllm:spec_decode_num_draft_tokens_total", engine=0) == 8
+    assert found("vllm:spec_decode_num_accepted_tokens_total", engine=0) == 6
+    name = "vllm:iteration_tokens_total"
+    assert [found(f"{name}_bucket", engine=0, le=le) for le in ("1.0", "8.0", "16.0", "+Inf")] == [2, 7, 12, 12]
+    assert found(f"{name}_sum", engine=0) == 100
+    assert found("shoal:replica_state", engine=0, state="ready") == 1
+    assert found("shoal:replica_state", engine=3, state="failed") == 1
+    assert found("shoal:replica_state", engine=3, state="ready") == 0
+    assert found("shoal:replica_restarts_total", engine=0) == 2
+    assert found("shoal:request_replays_total") == 5
+    assert found("shoal:accepting_requests") == 0
+    assert found("shoal:rank_memory_bytes", engine=0, rank=1, kind="anonymous") == 2 << 20
+    assert found("shoal:rank_memory_bytes", engine=0, rank=0, kind="kv") == 1 << 18
+    assert found("shoal:rank_memory_bytes", engine=0, rank=0, kind="weights") == 1 << 19
+    assert found("shoal:rank_busy_seconds_total", engine=0, rank=0) == 2.0
+    assert found("shoal:rank_busy_seconds_total", engine=0, rank=1) == 1.5
+
+
+def test_counters_go_on_over_the_lives_of_a_replica() -> None:
+    life = wire.replace(
+        engine(queries=40, hits=30, prompt=9, of_ranks=ranks(busy_us=2_000_000)),
+        iteration_tokens=(1, 2),
+        step_tokens=9,
+        steps=3,
+    )
+    between = emptied(life)
+    again = emptied(carried(between, life))
+    at_last = carried(again, life)
+    before: Samples = {}
+    for stats in (life, between, carried(between, life), again, at_last):
+        text = page(RequestMetrics(LENGTH), fleet(replica(0, stats=stats))).text
+        now = samples(text, kinds=("counter", "histogram"))
+        assert all(now[key] >= value for key, value in before.items())
+        before = now
+    found = page(RequestMetrics(LENGTH), fleet(replica(0, stats=at_last)))
+    assert found("shoal:rank_busy_seconds_total", engine=0, rank=1) == 6.0
+    assert found("vllm:prefix_cache_hits_total", engine=0) == 90
+    assert found("vllm:iteration_tokens_total_sum", engine=0) == 27
+
+
+# --- several API servers -------------------------------------------------------------------------------------------
+
+
+class Head:
+    """The process that has the fleet, as an API server speaks to it."""
+
+    def __init__(self) -> None:
+        self.metrics = RequestMetrics(LENGTH)
+        self.gone = False
+        self.handed_over = asyncio.Event()
+
+    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+        if self.gone:
+            raise ClosedError("the engine was closed")
+        answer = self.metrics.verbs[verb](payload)
+        if verb == "http":
+            self.handed_over.set()
+        return answer
+
+    async def status(self) -> wire.FleetStatus:
+        return fleet(replica(0))
+
+
+def api_server(head: Head) -> FastAPI:
+    app = FastAPI()
+    add_handlers(app)
+    add_metrics(app, head, "tiny")
+
+    @app.get("/things/{thing}")
+    async def thing(thing: str) -> str:
+        return thing
+
+    @app.get("/health")
+    async def health() -> str:
+        return "ok"
+
+    return app
+
+
+def running(test: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(WAIT_S):
+            await test()
+
+    asyncio.run(limited())
+
+
+def test_any_api_server_answers_for_all() -> None:
+    async def scenario() -> None:
+        head = Head()
+        first, second = api_server(head), api_server(head)
+        for number in range(3):
+            await get(first, f"/things/{number}")
+        await get(second, "/things/9")
+        await get(second, "/nothing", "BREW")
+        await get(second, "/health")
+        await get(second, "/metrics")
+        for app in (first, second, first):
+            status, text = await get(app, "/metrics")
+            assert status == 200
+            found = Scraped(text)
+            assert found("http_requests_total", handler="/things/{thing}", method="GET", status="2xx") == 4
+            assert found("http_requests_total", handler="none", method="other", status="4xx") == 1
+            assert found.total("http_requests_total") == 5
+            assert found("http_request_duration_highr_seconds_count") == 5
+            assert found("http_request_duration_seconds_count", handler="/things/{thing}", method="GET") == 4
+            assert found("http_request_duration_seconds_bucket", handler="none", method="other", le="+Inf") == 1
+
+    running(scenario)
+
+
+def test_counts_are_handed_over_unasked() -> None:
+    async def scenario() -> None:
+        head = Head()
+        await get(api_server(head), "/things/1")
+        await head.handed_over.wait()
+        assert page(head.metrics)("http_requests_total", handler="/things/{thing}", method="GET", status="2xx") == 1
+
+    running(scenario)
+
+
+def test_without_an_engine_there_is_a_cause_and_no_count_is_lost() -> None:
+    async def scenario() -> None:
+        head = Head()
+        app = api_server(head)
+        await get(app, "/things/1")
+        head.gone = True
+        status, text = await get(app, "/metrics")
+        assert status == 503
+        assert "the engine was closed" in json.loads(text)["error"]["message"]
+        head.gone = False
+        _, text = await get(app, "/metrics")
+        assert Scraped(text).total("http_requests_total") == 1
+
+    running(scenario)
+
+
+# --- a real engine -------------------------------------------------------------------------------------------------
+
+
+class RemoteClient:
+    """An API server's end of a line."""
+
+    def __init__(self, desk: Desk) -> None:
+        theirs, sock = Channel.pair()
+        self._channel = Channel(sock)
+        desk.connect(theirs)
+
+    def run(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
+        """Gives the tokens that came."""
+        now = time.monotonic()
+        for seq, prompt in enumerate(prompts):
+            sampling = wire.Sampling(seed=seq, temperature=1.0)
+            spec = wire.EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens, arrival=now)
+            self._channel.send(wire.encode(spec))
+        count, left = 0, len(prompts)
+        while left:
+            for message in self._hear():
+                assert isinstance(message, wire.Updates)
+                for update in message.updates:
+                    assert not update.error
+                    count += len(update.tokens)
+                    left -= update.finish is not None
+        return count
+
+    def ask(self, verb: str) -> bytes:
+        self._channel.send(wire.encode(wire.Ask(0, verb)))
+        while True:
+            for message in self._hear():
+                if isinstance(message, wire.Told):
+                    assert not message.error
+                    return message.payload
+
+    def _hear(self) -> list[Any]:
+        assert wait([self._channel], WAIT_S), "nobody answers"
+        return [wire.from_engine.decode(frame) for frame in self._channel.receive()]
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+async def scraped(llm: AsyncLLM) -> Scraped:
+    return Scraped(page_of(await llm.ask("metrics"), await llm.status(), "tiny"))
+
+
+async def until(llm: AsyncLLM, holds: Callable[[Scraped], bool]) -> Scraped:
+    """An engine tells its own numbers a moment after its clients' tokens."""
+    while not holds(found := await scraped(llm)):
+        await asyncio.sleep(0.05)
+    return found
+
+
+def counters(found: Scraped) -> Samples:
+    return samples(found.text, kinds=("counter", "histogram"))
+
+
+def test_a_real_engine_its_clients_and_its_end() -> None:
+    metrics = RequestMetrics(LENGTH)
+
+    async def scenario() -> None:
+        options: dict[str, Any] = {
+            "data_parallel_size": 2,
+            "max_model_len": 512,
+            "kv_cache_memory_bytes": 1 << 24,
+            "seed": 0,
+        }
+        async with AsyncLLM(recorder=metrics, verbs=metrics.verbs, **options) as llm:
+            assert llm.desk is not None
+            await llm.ready()
+            remotes = [RemoteClient(llm.desk) for _ in range(2)]
+            counts = await asyncio.gather(*(asyncio.to_thread(remote.run, [[1, 2, 3]] * 6, 10) for remote in remotes))
+            assert counts == [60, 60]
+            job = llm.prepare("Once upon a time", SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+            await llm.stream(job).wait()
+            prompt = 36 + len(job.tokens)
+            found = await until(llm, lambda now: now.total("vllm:iteration_tokens_total_sum") >= prompt + 120 + 20 - 13)
+            assert found.total("vllm:prompt_tokens_total") == prompt
+            assert found.total("vllm:generation_tokens_total") == 140
+            assert found.total("vllm:request_success_total") == 13
+            assert found.total("vllm:request_generation_tokens_sum") == 140
+            for name in (TTFT, E2E, "vllm:request_queue_time_seconds", "vllm:request_prompt_tokens"):
+                assert found.total(f"{name}_count") == 13, name
+            assert found.total(f"{GAP}_count") == 140 - 13
+            assert found(f"{E2E}_count", engine=0) > 0 < found(f"{E2E}_count", engine=1)
+            for remote in remotes:
+                text = page_of(await asyncio.to_thread(remote.ask, "metrics"), await llm.status(), "tiny")
+                assert Scraped(text).total("vllm:request_success_total") == 13
+                remote.close()
+
+            await kill_one_under(llm, found)
+
+    running(scenario)
+
+
+async def kill_one_under(llm: AsyncLLM, before: Scraped) -> None:
+    long = llm.prepare("Once upon a time", SamplingParams(max_tokens=450, temperature=0.0, ignore_eos=True))
+    ends = asyncio.gather(*(llm.stream(long).wait() for _ in range(6)))
+    under = await until(llm, lambda now: now.total(f"{TTFT}_count") == 13 + 6)
+    assert 0 < under.total("vllm:num_requests_running") + under.total("vllm:num_requests_waiting") <= 6
+    os.kill((await llm.status()).replicas[0].pid, signal.SIGKILL)
+    readings = [counters(before), counters(under)]
+    while not ends.done() or (await llm.status()).replicas[0].state != "ready":
+        readings.append(counters(await scraped(llm)))
+        await asyncio.sleep(0.02)
+    for output in await ends:
+        assert len(output.outputs[0].token_ids) == 450
+    stopping = llm.prepare("Once upon a time", SamplingParams(max_tokens=300, temperature=0.0, stop=["e"]))
+    await llm.stream(stopping).wait()
+    after = await until(llm, lambda now: now.total("vllm:request_success_total") == 20)
+    readings.append(counters(after))
+    for one, following in itertools.pairwise(readings):
+        fallen = {key: (value, following.get(key)) for key, value in one.items() if following.get(key, -1.0) < value}
+        assert not fallen
+    assert after("shoal:replica_restarts_total", engine=0) == 1
+    assert after("shoal:request_replays_total") > 0
+    assert after.total(f"{TTFT}_count") == 20
+    assert after.total("vllm:request_generation_tokens_sum") >= 140 + 6 * 450
+    reasons: Counter[str] = Counter()
+    for (name, labels), value in after.samples.items():
+        if name == "vllm:request_success_total":
+            reasons[dict(labels)["finished_reason"]] += int(value)
+    assert reasons == {"stop": 1, "length": 19, "abort": 0}

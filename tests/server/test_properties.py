@@ -1,0 +1,198 @@
+"""Thousands of requests that nobody thought of: no server error, and a good request is answered afterwards.
+
+By the server's own description (schemathesis), right and wrong ones, and by what JSON can be (hypothesis).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from support.servers import ShoalServer
+
+GOOD: Any = {"prompt": "Count:", "max_tokens": 4, "temperature": 0}
+CHECKS: list[Any] = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+WITH_BODY = 160  # requests of an operation that takes one, in each mode
+WITHOUT = 10
+GARBAGE = 300
+WAIT_S = 100.0
+# A number that may make the server work for long -> what it is cut to. Others of its kind have tests of their own.
+MOST = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 3, "replicas": 1} | dict.fromkeys(
+    ("logprobs", "top_logprobs", "prompt_logprobs"), 5
+)
+DEFAULTS = {
+    "/v1/completions": "max_tokens",
+    "/v1/chat/completions": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+
+FIELDS = """model prompt messages max_tokens max_completion_tokens n best_of temperature top_p top_k min_p stream
+stream_options stop stop_token_ids bad_words logprobs top_logprobs prompt_logprobs echo logit_bias
+allowed_token_ids seed priority data_parallel_rank response_format structured_outputs guided_json guided_regex
+guided_choice guided_grammar tools tool_choice chat_template_kwargs add_generation_prompt continue_final_message
+ignore_eos min_tokens user input instructions text include tokens presence_penalty frequency_penalty
+repetition_penalty skip_special_tokens detokenize replicas"""
+UNKNOWABLE = ("model", "data_parallel_rank", "best_of", "chat_template_kwargs")
+
+fuzzed = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ShoalServer]:
+    with ShoalServer("--kv-cache-memory-bytes", "64MiB") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as found:
+        yield found
+
+
+def check_well(server: ShoalServer, session: requests.Session) -> None:
+    answer = session.post(f"{server.url}/v1/completions", json=GOOD, timeout=WAIT_S)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 4
+
+
+def known(case: Case[Any]) -> Any:
+    """The body without what the server can't know: names that are not described, and other models."""
+    if not isinstance(case.body, dict):
+        return case.body
+    return {name: value for name, value in case.body.items() if name in FIELDS.split() and name not in UNKNOWABLE}
+
+
+def shortened(path: str, body: Any) -> Any:
+    """With little to do, if it is one that the server takes."""
+    if not isinstance(body, dict):
+        return body
+    found = {**body}
+    if path in DEFAULTS:
+        found.setdefault(DEFAULTS[path], 4)
+    for name, most in MOST.items():
+        if isinstance(found.get(name), int) and not isinstance(found[name], bool) and found[name] > most:
+            found[name] = most
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_requests_by_the_description_are_answered_as_it_says(
+    server: ShoalServer, session: requests.Session, mode: GenerationMode
+) -> None:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    statuses: Counter[int] = Counter()
+    for result in schema.get_all_operations():
+        operation: Any = cast(Any, result).ok()
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":  # nothing that could be wrong
+            continue
+
+        @settings(fuzzed, max_examples=WITH_BODY if operation.method == "post" else WITHOUT)
+        @given(operation.as_strategy(generation_mode=mode))
+        def ask(case: Case[Any]) -> None:
+            if mode is GenerationMode.POSITIVE:
+                case.body = known(case)
+                case.headers.pop("X-data-parallel-rank", None)
+            case.body = shortened(case.path, case.body)
+            response = case.call(session=session, timeout=WAIT_S)
+            statuses[response.status_code] += 1
+            case.validate_response(response, checks=CHECKS)
+
+        ask()
+    check_well(server, session)
+    assert statuses.total() >= 800, statuses
+    assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= 200, statuses
+
+
+words = st.text(max_size=12) | st.sampled_from(
+    ["auto", "none", "user", "json_schema", "function", "text", "\ud800", ""]
+)
+numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 1 << 31, 1 << 63, 10**30, 1e308])
+values = st.recursive(
+    st.none() | st.booleans() | numbers | words,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=12,
+)
+fields = st.sampled_from(FIELDS.split())
+paths = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"])
+parts = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "tool"]), "content": words})
+whole = st.fixed_dictionaries(
+    {
+        "prompt": words,
+        "messages": st.lists(parts, min_size=1, max_size=3),
+        "input": words,
+        "tokens": st.lists(st.integers(0, 639), max_size=5),
+    }
+)
+
+
+def needed(path: str, body: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """What the path needs of `body`, so that the rest is looked at, and `extra`."""
+    name = {"/v1/chat/completions": "messages", "/v1/responses": "input", "/detokenize": "tokens"}.get(path, "prompt")
+    found: dict[str, Any] = shortened(path, {name: body[name], **extra})
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_json_of_any_kind_is_answered_or_refused(server: ShoalServer, session: requests.Session) -> None:
+    @settings(fuzzed, max_examples=GARBAGE)
+    @given(paths, whole, st.dictionaries(fields, values, max_size=3))
+    def ask(path: str, body: dict[str, Any], extra: dict[str, Any]) -> None:
+        statuses[send(server, session, path, json.dumps(needed(path, body, extra)).encode())] += 1
+
+    statuses: Counter[int] = Counter()
+    ask()
+    assert statuses.total() >= GARBAGE
+    assert statuses[200] >= GARBAGE / 10, statuses
+    check_well(server, session)
+
+
+@pytest.mark.timeout(600)
+def test_bytes_of_any_kind_are_answered_or_refused(server: ShoalServer, session: requests.Session) -> None:
+    @settings(fuzzed, max_examples=GARBAGE)
+    @given(
+        paths,
+        st.binary(max_size=100) | values.map(json.dumps).map(str.encode),
+        st.sampled_from(
+            ["application/json", "text/plain", "application/json; charset=utf-16", "multipart/form-data", ""]
+        ),
+    )
+    def ask(path: str, body: bytes, kind: str) -> None:
+        statuses[send(server, session, path, body, kind)] += 1
+
+    statuses: Counter[int] = Counter()
+    ask()
+    assert statuses.total() >= GARBAGE
+    check_well(server, session)
+
+
+def send(server: ShoalServer, session: requests.Session, path: str, body: bytes, kind: str = "application/json") -> int:
+    answer = session.post(server.url + path, data=body, headers={"Content-Type": kind}, timeout=WAIT_S)
+    assert answer.status_code < 500, (body, answer.text)
+    assert "Traceback" not in answer.text
+    if answer.status_code != 200:
+        assert answer.json()["error"]["message"]
+    return answer.status_code

@@ -1,0 +1,39 @@
+"""GET /v1/admin/status: every field, under its name."""
+
+import json
+from urllib.request import urlopen
+
+from shoal import __version__, wire
+from shoal.server.status import status_json
+from support.status_server import StatusServer, engine, fleet, ranks, replica
+
+
+def test_every_field_is_there_under_its_name() -> None:
+    traffic = (wire.Traffic("tp", "all_reduce", 3, 4096),)
+    rank = wire.replace(ranks()[0], traffic=traffic)
+    stats = wire.replace(engine(running=3, free=40, of_ranks=[rank]), start_s=(("load", 0.5),), iteration_tokens=(1, 2))
+    status = fleet(replica(0, host="alpha", stats=stats), replica(1, "restarting", host="beta", cause="rank 1 died"))
+
+    shown = json.loads(json.dumps(status_json(status)))
+
+    assert set(shown) == {*status.__struct_fields__, "version"}
+    assert shown["version"] == __version__
+    assert set(shown["replicas"][0]) == set(status.replicas[0].__struct_fields__)
+    assert set(shown["replicas"][0]["stats"]) == set(stats.__struct_fields__)
+    assert shown["replicas"][0]["stats"]["start_s"] == [["load", 0.5]]
+    shown_rank = shown["replicas"][0]["stats"]["ranks"][0]
+    assert set(shown_rank) == {*rank.__struct_fields__, "host"}
+    assert (shown_rank["host"], shown_rank["pid"]) == ("alpha", 100)
+    assert shown_rank["traffic"] == [{"axis": "tp", "operation": "all_reduce", "count": 3, "sent_bytes": 4096}]
+    assert shown["replicas"][1]["stats"] is None
+    assert shown["replicas"][1]["cause"] == "rank 1 died"
+
+
+def test_over_http_it_is_never_cached() -> None:
+    status = fleet(replica(0, stats=engine(running=7)))
+    with (
+        StatusServer(lambda: status) as server,
+        urlopen(f"{server.url}/v1/admin/status", timeout=60) as answer,
+    ):
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert json.load(answer)["replicas"][0]["stats"]["running"] == 7

@@ -1,0 +1,144 @@
+"""A stand-in for AsyncLLM: it says what it is told to, in pieces, at once or when it is let."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import shoal
+from shoal.frontend.chat import ChatTemplate
+from shoal.frontend.deltas import Delta
+from shoal.frontend.prompts import Job, PromptReader
+from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
+from shoal.types import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Logprobs,
+    Message,
+    Prompt,
+    RequestOutput,
+    SamplingParams,
+)
+
+DEMO = Path(shoal.__file__).parent / "demo_model"
+Script = Callable[[Job], Sequence[str]]  # what is said to a job, in pieces; each is cut into tokens
+
+
+class FakeStream:
+    def __init__(self, backend: "FakeBackend", job: Job, error: Exception | None) -> None:
+        self.job = job
+        self.closed = False
+        self.cached_tokens = 3
+        self._backend = backend
+        self._error = error
+        self._deltas = [delta for index in range(job.params.n) for delta in backend.deltas(job, index)]
+        self._given = 0
+
+    @property
+    def prompt_logprobs(self) -> tuple[Logprobs | None, ...] | None:
+        wanted = self.job.params.prompt_logprobs
+        if wanted is None:
+            return None
+        return (None, *(self._backend.logprobs(token, wanted) for token in self.job.tokens[1:]))
+
+    def __aiter__(self) -> "FakeStream":
+        return self
+
+    async def __anext__(self) -> Sequence[Delta]:
+        await asyncio.sleep(0)
+        if self._error is not None and self._given >= self._backend.fail_after:
+            raise self._error
+        if self.closed or self._given == len(self._deltas):
+            raise StopAsyncIteration
+        if self._backend.gate is not None:
+            await self._backend.gate.acquire()
+        self._given += 1
+        return [self._deltas[self._given - 1]]
+
+    async def wait(self) -> RequestOutput:
+        async for _ in self:
+            pass
+        outputs = []
+        for index in range(self.job.params.n):
+            mine = [delta for delta in self._deltas if delta.index == index]
+            logprobs = None if mine[0].logprobs is None else tuple(p for delta in mine for p in delta.logprobs or ())
+            tokens = tuple(token for delta in mine for token in delta.token_ids)
+            text = "".join(delta.text for delta in mine)
+            last = mine[-1]
+            outputs.append(CompletionOutput(index, text, tokens, last.finish_reason, None, logprobs, last.stop_reason))
+        return RequestOutput(
+            "0", self.job.prompt, self.job.tokens, tuple(outputs), self.cached_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeBackend:
+    """`error` ends each stream after `fail_after` pieces. With a `gate`, each piece takes a permit of it."""
+
+    model_name = "demo"
+    max_model_len = 512
+
+    def __init__(
+        self,
+        says: Script = lambda _: ["Hello", ", ", "wörld 🐟"],
+        *,
+        error: Exception | None = None,
+        fail_after: int = 0,
+        finish: FinishReason = "stop",
+        gate: asyncio.Semaphore | None = None,
+    ) -> None:
+        self.says = says
+        self.error = error
+        self.fail_after = fail_after
+        self.finish = finish
+        self.gate = gate
+        self.streams: list[FakeStream] = []
+        self.places: list[tuple[int, int | None]] = []
+        found = open_tokenizer(DEMO)
+        assert found is not None
+        self._tokenizer = found
+        self.vocab_size = 4096
+        self._reader = PromptReader(
+            found, vocab_size=self.vocab_size, max_model_len=self.max_model_len,
+            chat_template=lambda: ChatTemplate.open(DEMO),
+        )  # fmt: skip
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
+        return base or SamplingParams()
+
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Job:
+        return self._reader.prepare(0, prompt, params)
+
+    def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job:
+        return self._reader.prepare_chat(0, messages, params, **template)
+
+    def stream(
+        self, job: Job, *, priority: int = 0, replica: int | None = None, timeout: float | None = None
+    ) -> FakeStream:
+        self.places.append((priority, replica))
+        self.streams.append(FakeStream(self, job, self.error))
+        return self.streams[-1]
+
+    def deltas(self, job: Job, index: int) -> list[Delta]:
+        pieces = list(self.says(job))
+        found = []
+        for at, piece in enumerate(pieces):
+            tokens = tuple(self._tokenizer.encode(piece, add_special_tokens=False))
+            wanted = job.params.logprobs
+            logprobs = None if wanted is None else tuple(self.logprobs(token, wanted) for token in tokens)
+            finish = self.finish if at == len(pieces) - 1 else None
+            found.append(Delta(index, piece, tokens, logprobs, finish))
+        return found
+
+    def logprobs(self, token: int, count: int) -> Logprobs:
+        """The token itself is second to token 5."""
+        found = {token: Logprob(-1.5, 2, self._tokenizer.token_text(token))}
+        return found | ({5: Logprob(-0.5, 1, self._tokenizer.token_text(5))} if count and token != 5 else {})

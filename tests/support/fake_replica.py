@@ -1,0 +1,95 @@
+"""A replica of a few lines, which may die at any time."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from shoal import wire
+from shoal.engine.request import decode_tokens
+from shoal.errors import EngineError
+from support.fakes import next_token
+
+STATS = wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+class FakeReplica:
+    """Draws a token of some requests at each `updates`; dies when told, perhaps in the middle of a call."""
+
+    def __init__(self, number: int, seed: int = 0) -> None:
+        self.name = f"replica {number}"
+        self.died = True
+        self.snapshot: wire.EngineStats | None = None
+        self.held: dict[int, wire.EngineRequest] = {}
+        self.drawn: dict[int, list[int]] = {}
+        self.aborted: list[int] = []
+        self.added: list[wire.EngineRequest] = []
+        self.dead = ""
+        self.closed = False
+        self._random = random.Random(seed)
+
+    @property
+    def channel(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def has_ended(self) -> bool:
+        return self.closed
+
+    def ready(self, timeout: float) -> wire.EngineStats | None:
+        return STATS
+
+    def add(self, spec: wire.EngineRequest) -> None:
+        self._check_alive()
+        assert spec.seq not in self.held
+        self.added.append(spec)
+        self.held[spec.seq] = spec
+        length = len(spec.tokens) // 4
+        self.drawn[spec.seq] = decode_tokens(spec.tokens)[spec.prompt_len or length :]
+
+    def abort(self, seqs: Sequence[int]) -> None:
+        self._check_alive()
+        self.aborted += [seq for seq in seqs if seq in self.held]
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        self._check_alive()
+        found = [wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT) for seq in self.aborted if seq in self.held]
+        for update in found:
+            del self.held[update.seq]
+        self.aborted = []
+        return found + [self._step(seq) for seq in list(self.held) if self._random.random() < 0.7]
+
+    def _step(self, seq: int) -> wire.SeqUpdate:
+        spec, drawn = self.held[seq], self.drawn[seq]
+        prompt_len = spec.prompt_len or len(spec.tokens) // 4
+        prompt = decode_tokens(spec.tokens)[:prompt_len]
+        token = next_token(prompt + drawn)
+        drawn.append(token)
+        finish = wire.Finish.LENGTH if len(drawn) == spec.max_tokens else None
+        finish = wire.Finish.STOP if token in spec.stop_ids else finish
+        if finish is not None:
+            del self.held[seq]
+        position = prompt_len + len(drawn)
+        return wire.SeqUpdate(seq, (token,), (wire.TokenLogprobs(float(position), 1, (), ()),), finish)
+
+    def stats(self, timeout: float | None = None) -> wire.EngineStats:
+        self._check_alive()
+        return wire.replace(STATS, running=len(self.held), num_blocks=10)
+
+    def say_goodbye(self) -> None:
+        pass
+
+    def end(self, deadline: float) -> None:
+        self.closed = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def dismiss(self) -> None:
+        self.say_goodbye()
+
+    def abandon(self) -> None:
+        self.closed = True
+
+    def _check_alive(self) -> None:
+        if self.dead:
+            raise EngineError(f"{self.name} {self.dead}")

@@ -1,0 +1,313 @@
+"""Replicas that compute nothing but how long it would take, and requests for them: what ways of routing are held up to.
+
+Discrete events; the same seed gives the same run.
+"""
+
+import heapq
+import random
+from bisect import bisect
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, count
+from time import perf_counter_ns
+from typing import Protocol
+
+from shoal import wire
+from shoal.cluster.router import Room, most_held
+
+_ALIKE = 4  # steps that are one event, where nothing but single tokens is computed
+_GREEDY = wire.Sampling(seed=0)
+
+
+class Policy(Protocol):
+    """A way of routing. A Router is one."""
+
+    def add(self, request: wire.EngineRequest) -> None: ...
+
+    def next(self) -> tuple[wire.EngineRequest, int] | None: ...
+
+    def drew(self, seq: int, number: int, count: int) -> None: ...
+
+    def ended(self, seq: int, number: int | None = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a replica is. A step takes `step_s`, and more for each token."""
+
+    max_num_seqs: int = 32
+    step_tokens: int = 2048
+    step_s: float = 0.010
+    prompt_token_s: float = 0.0001
+    output_token_s: float = 0.0002
+    blocks: int = 4096
+    block_size: int = 16
+
+    @property
+    def room(self) -> Room:
+        return Room(most_held(self.max_num_seqs), self.blocks * self.block_size, self.block_size, self.blocks)
+
+    def seconds(self, prompt: float, output: float) -> float:
+        """Of a replica, for a request among as many as can run."""
+        return prompt * self.prompt_token_s + output * (self.step_s / self.max_num_seqs + self.output_token_s)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests with a shared beginning and an end of their own. Beginnings are as popular as Zipf's law has it, and
+    from 0 to `most_shared` tokens long; arrivals are a Poisson process. Own parts and outputs are exponentially
+    distributed. `load`: of what the replicas can do, if every prompt were computed whole."""
+
+    requests: int
+    replicas: int
+    machine: Machine = Machine()
+    load: float = 0.8
+    prefixes: int = 5000
+    most_shared: int = 2000
+    mean_own: int = 128
+    mean_output: int = 128
+    max_tokens: int = 512
+    seed: int = 0
+
+    def __iter__(self) -> Iterator["Arrival"]:
+        rng = random.Random(self.seed)
+        shared = [rng.randbytes(4 * rng.randint(0, self.most_shared)) for _ in range(self.prefixes)]
+        cumulative = list(accumulate(1 / rank for rank in range(1, self.prefixes + 1)))
+        mean_shared = sum(
+            (cumulative[i] - (cumulative[i - 1] if i else 0)) * len(shared[i]) // 4 for i in range(self.prefixes)
+        )
+        prompt = mean_shared / cumulative[-1] + self.mean_own
+        rate = self.load * self.replicas / self.machine.seconds(prompt, self.mean_output)
+        now = 0.0
+        for seq in range(self.requests):
+            now += rng.expovariate(rate)
+            prefix = bisect(cumulative, rng.random() * cumulative[-1])
+            own = rng.randbytes(4 * max(round(rng.expovariate(1 / self.mean_own)), 1))
+            length = min(max(round(rng.expovariate(1 / self.mean_output)), 1), self.max_tokens)
+            request = wire.EngineRequest(seq, shared[prefix] + own, _GREEDY, self.max_tokens)
+            yield Arrival(now, request, prefix, len(shared[prefix]) // 4, length)
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    at: float
+    request: wire.EngineRequest
+    prefix: int
+    shared: int
+    length: int  # of its output; nobody knows
+    to_compute: int = 0
+    drawn: int = 0
+
+
+@dataclass(slots=True)
+class _Simulated:
+    """Requests run in the order in which they came: those that draw first, then prompts in chunks. Prompts and outputs
+    stay in the cache until the blocks are needed, the longest unused first."""
+
+    machine: Machine
+    waiting: deque[Arrival] = field(default_factory=deque)
+    prompts: list[Arrival] = field(default_factory=list)
+    drawing: list[Arrival] = field(default_factory=list)
+    cache: OrderedDict[int, int] = field(default_factory=OrderedDict)  # -> blocks; what is a request's own: -1 - seq
+    cached_blocks: int = 0
+    stepping: bool = False
+    steps: int = 0  # that the event in hand is
+    chunks: list[tuple[Arrival, int]] = field(default_factory=list)
+    computed: int = 0
+    hits: int = 0
+
+    def begin(self) -> float:
+        """Starts a step, or several that are alike; how long they take."""
+        machine = self.machine
+        while self.waiting and len(self.prompts) + len(self.drawing) < machine.max_num_seqs:
+            self._start(self.waiting.popleft())
+        left = machine.step_tokens - len(self.drawing)
+        self.chunks = []
+        for arrival in self.prompts:
+            chunk = min(arrival.to_compute, left)
+            if chunk:
+                self.chunks.append((arrival, chunk))
+            left -= chunk
+        tokens = sum(chunk for _, chunk in self.chunks)
+        self.steps = 1 if tokens else min(_ALIKE, *(each.length - each.drawn for each in self.drawing))
+        self.stepping = True
+        one = machine.step_s + tokens * machine.prompt_token_s + len(self.drawing) * machine.output_token_s
+        return self.steps * one
+
+    def end(self) -> list[tuple[Arrival, int]]:
+        """Who has drawn how much."""
+        self.stepping = False
+        drew = [(each, self.steps) for each in self.drawing]
+        self.computed += len(drew) * self.steps
+        for arrival, chunk in self.chunks:
+            arrival.to_compute -= chunk
+            self.computed += chunk
+            if not arrival.to_compute:
+                self.prompts.remove(arrival)
+                self.drawing.append(arrival)
+                drew.append((arrival, 1))
+        for arrival, tokens in drew:
+            arrival.drawn += tokens
+        self.drawing = [each for each in self.drawing if each.drawn < each.length]
+        return drew
+
+    def _start(self, arrival: Arrival) -> None:
+        size = self.machine.block_size
+        whole = arrival.shared // size
+        prompt = len(arrival.request.tokens) // 4
+        hit = whole * size if self._use(arrival.prefix, whole) else 0
+        self._use(-1 - arrival.request.seq, (prompt + arrival.length) // size - whole)
+        self.hits += hit
+        arrival.to_compute = prompt - hit
+        self.prompts.append(arrival)
+
+    def _use(self, content: int, blocks: int) -> bool:
+        if content in self.cache:
+            self.cache.move_to_end(content)
+            return True
+        self.cache[content] = blocks
+        self.cached_blocks += blocks
+        while self.cached_blocks > self.machine.blocks:
+            self.cached_blocks -= self.cache.popitem(last=False)[1]
+        return False
+
+
+@dataclass
+class Outcome:
+    computed: list[int]  # tokens, of each replica
+    hits: int  # tokens of prompts that were not computed
+    first_token_s: list[float]
+    decision_ns: list[int]  # of `add` with the `next` that follows it
+    book_ns: int  # all of `drew` and `ended`
+    seconds: float  # simulated
+
+    @property
+    def busiest(self) -> float:
+        """Over the mean."""
+        return max(self.computed) * len(self.computed) / sum(self.computed)
+
+
+def simulate(traffic: Traffic, policy: Policy) -> Outcome:
+    replicas = [_Simulated(traffic.machine) for _ in range(traffic.replicas)]
+    known: dict[int, Arrival] = {}
+    events: list[tuple[float, int]] = []  # when a step of a replica ends
+    outcome = Outcome([], 0, [], [], 0, 0.0)
+    arrivals = iter(traffic)
+    coming = next(arrivals, None)
+
+    def go_on(number: int) -> None:
+        replica = replicas[number]
+        if not replica.stepping and (replica.waiting or replica.prompts or replica.drawing):
+            heapq.heappush(events, (outcome.seconds + replica.begin(), number))
+
+    def hand_over(found: tuple[wire.EngineRequest, int] | None) -> None:
+        if found is not None:
+            replicas[found[1]].waiting.append(known[found[0].seq])
+            go_on(found[1])
+
+    while coming is not None or events:
+        if coming is not None and (not events or coming.at <= events[0][0]):
+            outcome.seconds = coming.at
+            known[coming.request.seq] = coming
+            begun = perf_counter_ns()
+            policy.add(coming.request)
+            found = policy.next()
+            outcome.decision_ns.append(perf_counter_ns() - begun)
+            hand_over(found)
+            coming = next(arrivals, None)
+            continue
+        outcome.seconds, number = heapq.heappop(events)
+        drew = replicas[number].end()
+        begun = perf_counter_ns()
+        for arrival, tokens in drew:
+            policy.drew(arrival.request.seq, number, tokens)
+            if arrival.drawn == arrival.length:
+                policy.ended(arrival.request.seq, number)
+        outcome.book_ns += perf_counter_ns() - begun
+        for arrival, tokens in drew:
+            if arrival.drawn == tokens:
+                outcome.first_token_s.append(outcome.seconds - arrival.at)
+            if arrival.drawn == arrival.length:
+                del known[arrival.request.seq]
+        while (found := policy.next()) is not None:
+            hand_over(found)
+        go_on(number)
+    assert not known, f"{len(known)} requests are still there"
+    outcome.computed = [replica.computed for replica in replicas]
+    outcome.hits = sum(replica.hits for replica in replicas)
+    return outcome
+
+
+# --- what a Router is compared with ------------------------------------------------------------------------------
+
+
+class _AtOnce:
+    """Requests go out as they come."""
+
+    def __init__(self, replicas: int) -> None:
+        self.replicas = replicas
+        self.come: deque[wire.EngineRequest] = deque()
+
+    def add(self, request: wire.EngineRequest) -> None:
+        self.come.append(request)
+
+    def next(self) -> tuple[wire.EngineRequest, int] | None:
+        if not self.come:
+            return None
+        request = self.come.popleft()
+        return request, self.choose(request)
+
+    def choose(self, request: wire.EngineRequest) -> int:
+        raise NotImplementedError
+
+    def drew(self, seq: int, number: int, count: int) -> None:
+        pass
+
+    def ended(self, seq: int, number: int | None = None) -> None:
+        pass
+
+
+class RoundRobin(_AtOnce):
+    def __init__(self, replicas: int) -> None:
+        super().__init__(replicas)
+        self._next = count()
+
+    def choose(self, request: wire.EngineRequest) -> int:
+        return next(self._next) % self.replicas
+
+
+class LeastLoaded(_AtOnce):
+    """The fewest requests that have not ended; the first behind the last one of those."""
+
+    def __init__(self, replicas: int) -> None:
+        super().__init__(replicas)
+        self._held = [0] * replicas
+        self._last = -1
+
+    def choose(self, request: wire.EngineRequest) -> int:
+        least = min(self._held)
+        try:
+            self._last = self._held.index(least, self._last + 1)
+        except ValueError:
+            self._last = self._held.index(least)
+        self._held[self._last] += 1
+        return self._last
+
+    def ended(self, seq: int, number: int | None = None) -> None:
+        assert number is not None
+        self._held[number] -= 1
+
+
+class Affinity(_AtOnce):
+    """Consistent hashing (Karger et al., 1997) of the first block of a prompt."""
+
+    def __init__(self, replicas: int, block_size: int, points: int = 100) -> None:
+        super().__init__(replicas)
+        rng = random.Random(0)
+        self._ring = sorted((rng.random(), number) for number in range(replicas) for _ in range(points))
+        self._first = 4 * block_size
+
+    def choose(self, request: wire.EngineRequest) -> int:
+        point = random.Random(request.tokens[: self._first]).random()
+        return self._ring[bisect(self._ring, (point, -1)) % len(self._ring)][1]

@@ -1,0 +1,302 @@
+"""`shoal serve` over two hosts, which are network namespaces: a front end here, replicas there; and hosts that serve on
+their own."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from shoal.cluster.arrival import FRONT_END, Arrival, FleetDoor
+from shoal.errors import EngineError
+from shoal.frontend.model import open_model
+from shoal.planner.agreement import agreement
+from shoal.transport.rendezvous import Rendezvous
+from support import hosts
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "async_llm_hosts.py"
+KEY = "a key of the test"
+PORT = 29571
+SMALL = ["--kv-cache-memory-bytes", "16MiB", "--max-model-len", "256", "--start-timeout", "240"]
+needs_hosts = pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
+PROMPTS = [f"{i} + 45 =" for i in range(6)]
+
+
+@dataclass(slots=True)
+class Program:
+    """One that was started, and its log, which a thread reads."""
+
+    process: "subprocess.Popen[str]"
+    inside: list[str]
+    log: list[str] = field(default_factory=list)
+    reader: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                self.log.append(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+        self.reader.join(60)  # its children end with it, and with them what they write to
+
+    @property
+    def text(self) -> str:
+        return "".join(list(self.log))
+
+    def await_line(self, pattern: str) -> str:
+        """What the pattern's first group matches in the log, once it does."""
+        until(lambda: re.search(pattern, self.text) or self.process.poll() is not None, pattern, self)
+        found = re.search(pattern, self.text)
+        assert found, self.text
+        return found[1] if found.groups() else found[0]
+
+    def ends(self) -> int:
+        """Its exit code, once it has said all."""
+        until(lambda: self.process.poll() is not None, "it ends", self)
+        self.reader.join(60)
+        return int(self.process.returncode)
+
+
+def until(reached: Callable[[], object], what: str, program: Program, seconds: float = 280.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"{what}:\n{program.text}"
+        threading.Event().wait(0.05)
+
+
+@contextlib.contextmanager
+def programs() -> Iterator[Callable[..., Program]]:
+    """Starts `shoal serve` with arguments, on a host; ends all of them."""
+    started: list[Program] = []
+
+    def start(*arguments: str, on: hosts.Host | None = None, environment: Mapping[str, str] | None = None) -> Program:
+        inside = [] if on is None else on.inside
+        process = subprocess.Popen(
+            [*inside, sys.executable, "-m", "shoal.cli.main", "serve", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "SHOAL_CLUSTER_KEY": KEY, **(environment or {})},
+        )
+        started.append(Program(process, inside))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for program in started:
+            program.close()
+
+
+ASK = """
+import json, sys, urllib.request
+with urllib.request.urlopen(urllib.request.Request(sys.argv[1], sys.argv[2].encode() or None,
+        {"Content-Type": "application/json"}), timeout=280) as answer:
+    for line in answer:
+        print(line.decode(), end="", flush=True)
+"""
+
+
+def ask(server: Program, url: str, body: Mapping[str, Any] | None = None) -> str:
+    """A request of a program on the server's own host."""
+    command = [*server.inside, sys.executable, "-c", ASK, url, "" if body is None else json.dumps(body)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr + server.text
+    return done.stdout
+
+
+def stream(server: Program, url: str, prompt: str, tokens: int = 60) -> str:
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    answer = ask(server, f"{url}/v1/completions", {"model": "bundled", **body})
+    events = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    return "".join(choice["text"] for event in events[:-1] for choice in json.loads(event)["choices"])
+
+
+def states(server: Program, url: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(ask(server, f"{url}/v1/admin/status"))["replicas"]
+    return found
+
+
+def undisturbed_and_not(server: Program, url: str, disturb: Callable[[], object]) -> None:
+    """The streams of all prompts, once in peace and once disturbed, are the same."""
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        wanted = list(pool.map(lambda prompt: stream(server, url, prompt), PROMPTS))
+        futures = [pool.submit(stream, server, url, prompt) for prompt in PROMPTS]
+        until(lambda: all(replica["held"] for replica in states(server, url)), "both have something to do", server)
+        disturb()
+        assert [future.result() for future in futures] == wanted
+
+
+def ready_url(server: Program, *, replicas: int) -> str:
+    url = server.await_line(r"(http://[\d.:]+) listens")
+    until(
+        lambda: [replica["state"] for replica in states(server, url)] == ["ready"] * replicas, "all are ready", server
+    )
+    return url
+
+
+def head_and_headless(pair: tuple[hosts.Host, hosts.Host]) -> tuple[list[str], list[str]]:
+    """Their arguments."""
+    common = ["-dp", "2", "--data-parallel-address", pair[0].address, "--data-parallel-rpc-port", str(PORT), *SMALL]
+    head = [*common, "--data-parallel-size-local", "1", "--port", "0"]
+    return head, [*common, "--headless", "--data-parallel-start-rank", "1"]
+
+
+@needs_hosts
+def test_headless_first_and_a_replica_that_is_killed_there() -> None:
+    with hosts.two_hosts() as pair, programs() as start:
+        for_head, for_headless = head_and_headless(pair)
+        headless = start(*for_headless, on=pair[1])
+        headless.await_line("replicas 1 of 2 for the front end")
+        head = start(*for_head, on=pair[0])
+        url = ready_url(head, replicas=2)
+        first = states(head, url)[1]["pid"]
+        undisturbed_and_not(head, url, lambda: os.kill(first, signal.SIGKILL))
+        ready_url(head, replicas=2)
+        assert states(head, url)[1]["pid"] != first
+        assert "it is started again at once" in headless.text
+        for program in (headless, head):
+            program.process.send_signal(signal.SIGTERM)
+            assert program.ends() == 0, program.text
+
+
+@needs_hosts
+def test_head_first_and_a_host_that_is_cut_off() -> None:
+    with hosts.two_hosts() as pair, programs() as start:
+        for_head, for_headless = head_and_headless(pair)
+        head = start(*for_head, on=pair[0])
+        head.await_line("listens")
+        start(*for_headless, on=pair[1])
+        url = ready_url(head, replicas=2)
+        undisturbed_and_not(head, url, lambda: hosts.cut(pair[1]))
+        assert [replica["state"] for replica in states(head, url)] == ["ready", "awaited"]
+        assert "ended, or lost its connection" in states(head, url)[1]["cause"]
+
+
+@pytest.fixture(scope="module")
+def front_end() -> Iterator[str]:
+    """Only the door of one, which awaits replica 1 of 2 of the bundled model; its port."""
+    opened = open_model(None, {"data_parallel_size": 2, "max_model_len": 256}, online=True)
+    door = FleetDoor(size=2, awaited=[1], agreement=agreement(opened.options, opened.decision), answer_timeout=60)
+    arrived: list[Arrival] = []
+    door.open(lambda _, arrival: arrived.append(arrival))
+    with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous:
+        yield rendezvous.address.rpartition(":")[2]
+    for arrival in arrived:
+        arrival.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "message"),
+    [
+        (["-dp", "2"], "another key", "the shared key is another one: set SHOAL_CLUSTER_KEY"),
+        (["bundled:moe", "-dp", "2"], KEY, r"its config.json is \w+, that of the front end \(.*\) is \w+"),
+        (["-dp", "2", "--block-size", "32"], KEY, "its --block-size is 32, that of the front end .* is 16"),
+        (["-dp", "3"], KEY, "it counts 3 replicas, the front end .* counts 2"),
+    ],
+)
+def test_who_differs_is_refused_before_it_loads(front_end: str, arguments: list[str], key: str, message: str) -> None:
+    with programs() as start:
+        where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", front_end]
+        which = ["--headless", "--data-parallel-start-rank", "1", "--data-parallel-size-local", "1"]
+        program = start(*arguments, *where, *which, *SMALL, environment={"SHOAL_CLUSTER_KEY": key})
+        assert program.ends() == 2
+        assert re.search(rf"replica 1: rank 1 may not join at 127.0.0.1:{front_end}: {message}", program.text)
+        assert "engine ready" not in program.text
+
+
+def test_replicas_come_back_until_they_are_dismissed() -> None:
+    """One that is stopped is started again, and tells the front end so; one that is not wanted any more is not."""
+    opened = open_model(None, {"max_model_len": 256}, online=True)
+    door = FleetDoor(size=1, awaited=[0], agreement=agreement(opened.options, opened.decision), answer_timeout=60)
+    arrivals: SimpleQueue[Arrival] = SimpleQueue()
+    door.open(lambda _, arrival: arrivals.put(arrival))
+    with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous, programs() as start:
+        port = rendezvous.address.rpartition(":")[2]
+        program = start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
+        first = arrivals.get(timeout=280)
+        first.await_ready(280)
+        os.kill(first.pid, signal.SIGSTOP)
+        with pytest.raises(EngineError, match=r"replica 0 \(.*\) ended, or lost its connection"):
+            first.stats(280)
+        second = arrivals.get(timeout=280)
+        second.await_ready(280)
+        assert second.pid != first.pid
+        assert re.search(
+            rf"process {first.pid} is stopped \(SIGSTOP or a debugger\); it is started again", program.text
+        )
+        second.close()  # as a front end that ends
+        third = arrivals.get(timeout=280)
+        third.await_ready(280)
+        assert third.pid == second.pid, "it has kept its weights"
+        third.dismiss()
+        assert program.ends() == 0
+        assert "the front end has taken out all replicas of this host" in program.text
+        third.close()
+
+
+def test_a_front_end_that_never_comes_is_named_with_the_seconds() -> None:
+    with programs() as start:
+        where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", "9"]
+        program = start("--headless", *where, "--start-timeout", "1")
+        assert program.ends() == 2
+        assert re.search(r"no answer from 127.0.0.1:9 within 1 s", program.text)
+
+
+@needs_hosts
+def test_each_host_serves_its_own_replica_of_a_mixture_whose_experts_they_share() -> None:
+    with hosts.two_hosts() as pair, programs() as start:
+        where = ["--data-parallel-address", pair[0].address, "--data-parallel-rpc-port", str(PORT)]
+        common = ["bundled:moe", "-dp", "2", "--enable-expert-parallel", "--port", "0", *where, *SMALL]
+        second = start(*common, "--data-parallel-rank", "1", on=pair[1])
+        first = start(*common, "--data-parallel-hybrid-lb", "--data-parallel-size-local", "1", on=pair[0])
+        urls = [ready_url(server, replicas=1) for server in (first, second)]
+        for number, (server, url) in enumerate(zip((first, second), urls, strict=True)):
+            assert [replica["number"] for replica in states(server, url)] == [number]
+            assert "82" in stream_of_mixture(server, url)
+        os.kill(states(second, urls[1])[0]["pid"], signal.SIGKILL)
+        assert "82" in stream_of_mixture(first, urls[0])  # once both have met anew
+        assert "82" in stream_of_mixture(second, urls[1])
+
+
+def stream_of_mixture(server: Program, url: str) -> str:
+    body = {"model": "bundled:moe", "prompt": "37 + 45 =", "max_tokens": 6, "temperature": 0}
+    text: str = json.loads(ask(server, f"{url}/v1/completions", body))["choices"][0]["text"]
+    return text
+
+
+def test_an_async_llm_feeds_replicas_that_are_all_elsewhere() -> None:
+    """The example, as its own text says it."""
+    with programs() as start:
+        where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(PORT)]
+        headless = start("--headless", "-dp", "1", *where, *SMALL)
+        command = [sys.executable, str(EXAMPLE), "--dp-size", "1", "--port", str(PORT), "--max-model-len", "256"]
+        environment = {**os.environ, "SHOAL_CLUSTER_KEY": KEY}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+        assert done.returncode == 0, done.stderr + headless.text
+        answers = done.stdout.splitlines()
+        assert len(answers) == 7
+        assert "82" in answers[0]
+        headless.await_line("the front end has gone; requests are dropped, and the next front end is awaited")
+        headless.process.send_signal(signal.SIGTERM)
+        assert headless.ends() == 0, headless.text

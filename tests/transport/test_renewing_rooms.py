@@ -1,0 +1,137 @@
+"""Rooms that fill anew when somebody has gone, and doors, behind which a connection is somebody else's."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal import wire
+from shoal.errors import ConfigError
+from shoal.transport import member as members_module
+from shoal.transport.channel import Channel, wait
+from shoal.transport.member import Address, Member, connect
+from shoal.transport.rendezvous import Rendezvous
+from support.fakes import steady
+
+KEY = "a key"
+
+
+class Door:
+    """Refuses `refusals` times, then lets in."""
+
+    def __init__(self, refusals: int = 0, again: bool = True) -> None:
+        self.refusals = refusals
+        self.again = again
+        self.entered: SimpleQueue[tuple[wire.Hello, Channel]] = SimpleQueue()
+
+    def objection(self, hello: wire.Hello) -> wire.Refused | None:
+        self.refusals -= 1
+        return wire.Refused("not now", again=self.again) if self.refusals >= 0 else None
+
+    def enter(self, hello: wire.Hello, channel: Channel) -> None:
+        self.entered.put((hello, channel))
+
+
+@pytest.fixture
+def meeting() -> Iterator[Rendezvous]:
+    with Rendezvous(key=KEY, renewing=True) as found:
+        yield found
+
+
+def join(meeting: Rendezvous, rank: int, size: int = 2) -> Member:
+    return Member(Address.parse(meeting.address), KEY, room="room", rank=rank, size=size, agreement={}, timeout=60.0)
+
+
+def all_of(meeting: Rendezvous, ranks: list[int]) -> list[Member]:
+    joins: list[Callable[[], Member]] = [lambda rank=rank: join(meeting, rank, len(ranks)) for rank in ranks]  # type: ignore[misc]
+    with ThreadPoolExecutor(len(joins)) as pool:
+        return [future.result() for future in [pool.submit(one) for one in joins]]
+
+
+def test_those_who_come_after_a_failure_are_among_themselves(meeting: Rendezvous) -> None:
+    """The one that is left of the first ones hears nothing of the second ones, nor they of it."""
+    first = all_of(meeting, [0, 1])
+    first[1].close("broke")
+    second = all_of(meeting, [0, 1])
+    assert [each.formation for each in (*first, *second)] == [0, 0, 1, 1]
+    second[0].post("topic", b"second")
+    assert second[1].await_post("topic", 0, timeout=60) == b"second"
+    first[0].close("broke too")
+    second[0].post("topic", b"still there")
+    while second[1].latest("topic")[0] != b"still there":
+        assert wait([second[1]], 60)  # type: ignore[list-item]
+        second[1].quiet()
+    assert not second[1].failures()
+    assert first[0].latest("topic") == {}
+    for each in second:
+        each.close()
+
+
+@settings(steady, max_examples=10)
+@given(leavers=st.lists(st.integers(0, 2), min_size=1, max_size=4))
+def test_formations_are_never_used_twice(leavers: list[int]) -> None:
+    with Rendezvous(key=KEY, renewing=True) as meeting:
+        for count, leaver in enumerate(leavers):
+            members = all_of(meeting, [2, 0, 1])
+            assert {each.formation for each in members} == {count}
+            members[leaver].close("gone")
+            for each in members:
+                each.close()
+
+
+def test_a_number_that_is_there_twice_is_refused_in_the_end(
+    meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at once: the first one may have been cut off, and that not be known yet."""
+    monkeypatch.setattr(members_module, "_AGAIN_S", 0.3)
+    members = all_of(meeting, [0, 1])
+    with pytest.raises(ConfigError, match=r"rank 1 \(.*\) is there already: give every process a rank of its own"):
+        join(meeting, 1)
+    for each in members:
+        each.close()
+
+
+def enter(meeting: Rendezvous, key: str = KEY, **options: Any) -> Channel:
+    settings = {"room": "door", "rank": 3, "size": 4, "agreement": {"a": "b"}, "timeout": 60.0, **options}
+    return connect(Address.parse(meeting.address), key, **settings)
+
+
+def test_behind_a_door_a_connection_goes_both_ways() -> None:
+    door = Door()
+    with Rendezvous(key=KEY, doors={"door": door}) as meeting:
+        theirs = enter(meeting)
+        hello, ours = door.entered.get(timeout=60)
+    assert (hello.rank, hello.size, hello.agreement) == (3, 4, {"a": "b"})
+    for sender, receiver in ((theirs, ours), (ours, theirs)):  # after the rendezvous has ended, too
+        sender.send(b"frame")
+        assert wait([receiver], 60)
+        assert receiver.receive() == [b"frame"]
+    theirs.close()
+    ours.close()
+
+
+def test_a_door_that_is_shut_for_now_is_asked_again() -> None:
+    door = Door(refusals=2)
+    with Rendezvous(key=KEY, doors={"door": door}) as meeting:
+        enter(meeting).close()
+        door.entered.get(timeout=60)[1].close()
+
+
+def test_a_door_that_stays_shut_says_why() -> None:
+    with (
+        Rendezvous(key=KEY, doors={"door": Door(refusals=1, again=False)}) as meeting,
+        pytest.raises(ConfigError, match=r"rank 3 may not join at .*: not now"),
+    ):
+        enter(meeting)
+
+
+def test_a_stranger_does_not_come_to_the_door() -> None:
+    door = Door()
+    with Rendezvous(key=KEY, doors={"door": door}) as meeting:
+        with pytest.raises(ConfigError, match="the shared key is another one"):
+            enter(meeting, "another key")
+        assert door.entered.empty()
