@@ -6,6 +6,7 @@ import pytest
 
 from shoal import env
 from shoal.errors import ConfigError
+from shoal.transport.rendezvous import require_key
 
 
 @pytest.fixture
@@ -22,10 +23,21 @@ def test_a_file_has_it(key_file: Path) -> None:
     assert env.cluster_key() == "secret of the file"
 
 
-def test_the_variable_wins(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_must_say_the_same(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CLUSTER_KEY", "secret")
-    key_file.unlink()
+    key_file.write_text("secret\n")
     assert env.cluster_key() == "secret"
+    key_file.write_text("an older secret")
+    with pytest.raises(ConfigError, match=r"SHOAL_CLUSTER_KEY is set, and SHOAL_CLUSTER_KEY_FILE=.*key holds another"):
+        env.cluster_key()
+    key_file.unlink()
+    with pytest.raises(ConfigError, match="key can't be read"):
+        env.cluster_key()
+
+
+def test_who_has_none_is_told_of_both() -> None:
+    with pytest.raises(ConfigError, match=r"set SHOAL_CLUSTER_KEY, or what the file of SHOAL_CLUSTER_KEY_FILE holds"):
+        require_key("", "192.0.2.1")
 
 
 def test_nobody_has_said_any(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,10 @@ def ask(server: Program, url: str, body: Mapping[str, Any] | None = None) -> str
 
 
 def stream(server: Program, url: str, prompt: str, tokens: int = 60) -> str:
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    """Every other prompt is drawn for, with a seed."""
+    number = PROMPTS.index(prompt)
+    sampling = {"temperature": 1.0, "seed": number} if number % 2 else {"temperature": 0}
+    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True, **sampling}
     answer = ask(server, f"{url}/v1/completions", {"model": "bundled", **body})
     events = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"

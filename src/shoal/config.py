@@ -474,15 +474,16 @@ def refuse_online(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{option_.flag} is for `shoal serve` and AsyncLLM: leave it out here")
 
 
-def from_environment() -> dict[str, Any]:
+def from_environment(*, online: bool = False) -> dict[str, Any]:
     """The options that environment variables set, by name. They come behind flags and arguments of `LLM(...)`.
+    `online`: also those that only mean something to what serves.
 
     Raises:
         ConfigError: a variable's value is none of its option; the variable is named.
     """
     found = {}
     for option_ in options():
-        given = env.option(option_.name)
+        given = env.option(option_.name) if online or not option_.online else None
         if given is not None:
             variable, text = given
             found[option_.name] = option_.read(text, variable)

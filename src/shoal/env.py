@@ -125,15 +125,20 @@ def _dp_number(name: str, lowest: int, highest: int, default: int | None = None)
 
 
 def cluster_key() -> str:
-    """The secret that processes on different hosts share, of SHOAL_CLUSTER_KEY or else of the file that
+    """The secret that processes on different hosts share, of SHOAL_CLUSTER_KEY or of the file that
     SHOAL_CLUSTER_KEY_FILE names; "" where there is none.
 
     Raises:
-        ConfigError: the file can't be read, is empty, or others than its owner may read it.
+        ConfigError: the file can't be read, is empty, or others than its owner may read it; or both are set and differ.
     """
     found = os.environ.get("SHOAL_CLUSTER_KEY", "").strip()
     path = os.environ.get("SHOAL_CLUSTER_KEY_FILE", "").strip()
-    return _key_in(path) if path and not found else found
+    if not path:
+        return found
+    key = _key_in(path)
+    if found not in ("", key):
+        raise ConfigError(f"SHOAL_CLUSTER_KEY is set, and SHOAL_CLUSTER_KEY_FILE={path} holds another key: unset one")
+    return key
 
 
 def _key_in(path: str) -> str:

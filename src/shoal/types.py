@@ -86,7 +86,8 @@ def _is_short(value: object) -> bool:
 
 
 _shortened = reprlib.Repr()
-_shortened.maxstring = _shortened.maxlist = _shortened.maxdict = _shortened.maxtuple = _SHOWN
+_shortened.maxlist = _shortened.maxdict = _shortened.maxtuple = _SHOWN
+_shortened.maxstring = 2 * _SHOWN + 10  # what is left out is in the middle, behind what is shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -296,6 +296,7 @@ class Refusal(IntEnum):
     LATE = 3  # it waited too long, or its deadline has passed
     FAILED = 4  # what it needs has failed, or it takes down whoever runs it
     CLOSING = 5  # nothing new is taken any more
+    LOST = 6  # no replica is left that could run it
 
 
 class EngineRequest(Wire, frozen=True):
@@ -405,6 +406,7 @@ class ApiSetup(Wire, frozen=True):
     options: dict[str, Any]
     settings: dict[str, Any]
     listening: dict[str, Any]
+    max_model_len: int = 0  # that the replicas have; 0: the process decides itself
     number: int = 0
     socket: int = -1
 
@@ -436,6 +438,7 @@ class FleetStatus(Wire, frozen=True):
     accepting: bool  # False: it drains, or has failed
     uptime_s: float
     failure: str = ""
+    max_model_len: int = 0  # tokens of a prompt and its output; 0: not known before a replica is ready
 
 
 class Place(Wire, frozen=True):
@@ -450,6 +453,7 @@ class Place(Wire, frozen=True):
     key: str = ""  # shared secret of those who meet there
     address: str = "127.0.0.1"  # of this host, as others reach it
     meeting: int = 0  # which of those that these processes have there, one after the other
+    returning: bool = False  # it has been ready before: who is not there any more has failed, nothing is set wrong
 
 
 class EngineSetup(Wire, frozen=True):

@@ -23,7 +23,7 @@ Checkpoints = Callable[[str], Path]
 
 
 class Refused(Protocol):
-    def __call__(self, *arguments: object) -> str: ...
+    def __call__(self, *arguments: object, command: str = "generate") -> str: ...
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def _as_it_was() -> Iterator[None]:
 def refused(
     _as_it_was: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Refused:
-    """Runs `shoal generate` in this process, where starting an engine is an error. Gives the line on stderr."""
+    """Runs `shoal generate`, or another command, in this process, where starting an engine is an error. Gives the line
+    on stderr."""
 
     def no_engine(*_: object, **__: object) -> None:
         raise AssertionError("an engine was started")
@@ -51,8 +52,8 @@ def refused(
     monkeypatch.setattr(llm_module, "start_engine", no_engine)
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["shoal", "generate", *map(str, arguments)])
+    def run(*arguments: object, command: str = "generate") -> str:
+        monkeypatch.setattr(sys, "argv", ["shoal", command, *map(str, arguments)])
         capsys.readouterr()  # what fixtures have printed
         begun = time.monotonic()
         with pytest.raises(SystemExit) as ended:
@@ -357,11 +358,15 @@ def test_max_model_len_beyond_the_model(refused: Refused) -> None:
 SIZES = [option for option in config.options() if option.minimum is not None]
 
 
+def _command_with(option: config.Option) -> str:
+    return "serve" if option.online else "generate"
+
+
 @pytest.mark.parametrize("option", SIZES, ids=lambda option: option.name)
 def test_sizes_of_flags(refused: Refused, option: config.Option) -> None:
     assert option.minimum is not None
     for value in {option.minimum - 1, -1, -(10**12)}:
-        line = refused(f"{option.flag}={value:.0f}")
+        line = refused(f"{option.flag}={value:.0f}", command=_command_with(option))
         has(line, option.flag, "takes a number of bytes" if option.bytes and value < 0 else "must be at least")
 
 
@@ -382,9 +387,10 @@ def test_numbers_that_are_none(refused: Refused, flag: str, value: str) -> None:
     ids=lambda option: option.name,
 )
 def test_types_of_flags(refused: Refused, option: config.Option) -> None:
-    has(refused(f"{option.flag}=something"), option.flag, "something", *option.choices)
+    command = _command_with(option)
+    has(refused(f"{option.flag}=something", command=command), option.flag, "something", *option.choices)
     if option.type is int and not option.bytes:
-        has(refused(f"{option.flag}=1.5"), option.flag, "1.5")
+        has(refused(f"{option.flag}=1.5", command=command), option.flag, "1.5")
 
 
 @pytest.mark.parametrize(

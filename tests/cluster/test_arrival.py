@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,6 +101,22 @@ def test_what_the_engine_reports_is_told_with_its_name(line: Line) -> None:
         line.replica.ready(60)
 
 
+@pytest.mark.parametrize("first", [updates(5), stats()])
+def test_a_failure_right_behind_other_words_is_told_next(line: Line, first: wire.Wire) -> None:
+    """By then the connection has been ended."""
+    frames = [wire.encode(first), wire.encode(wire.EngineFailure("no memory"))]
+    line.engine._socket.sendall(b"".join(struct.pack("<I", len(frame)) + frame for frame in frames))
+    if isinstance(first, wire.Updates):
+        assert [update.tokens for update in line.replica.updates(60)] == [(5,)]
+    else:
+        assert line.replica.ready(60) == first
+    line.replica.close()
+    assert line.replica.channel.fileno() < 0
+    assert wait([line.replica.channel], 60) == [line.replica.channel]
+    with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\): no memory"):
+        line.replica.updates(0) if isinstance(first, wire.Updates) else line.replica.ready(0)
+
+
 def test_when_a_front_end_closes_the_engine_goes_on(line: Line) -> None:
     """It hears nothing but the end of the connection, at once."""
     begun = time.monotonic()
@@ -161,6 +178,15 @@ def test_who_differs_is_refused_with_the_difference(changes: dict[str, Any], why
     assert not refused.again
     with pytest.raises(ValueError, match=why):
         raise ValueError(refused.why)
+
+
+def test_what_a_front_end_without_ranks_does_not_know_may_differ() -> None:
+    told = {**AGREED, "size of the KV cache": "given"}
+    door = FleetDoor(size=4, awaited=[2], agreement=AGREED, answer_timeout=60, uncompared=["size of the KV cache"])
+    door.open(lambda number, arrival: None)
+    assert door.objection(hello(agreement=told)) is None
+    assert door.objection(hello(agreement={**told, "config.json": "def"})) is not None
+    assert door.objection(hello(agreement={**told, "more": "1"})) is not None
 
 
 def test_a_number_is_free_again_when_its_connection_has_ended() -> None:

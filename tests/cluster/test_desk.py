@@ -241,6 +241,40 @@ def test_a_number_that_is_used_twice_ends_the_second_and_not_the_first(setting: 
     setting.until(lambda: not setting.replica.held)
 
 
+def test_a_request_with_which_nothing_can_be_done_ends_alone(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = setting.local()
+    add = setting.fleet.add
+
+    def choosy(spec: wire.EngineRequest) -> None:
+        if len(spec.tokens) > 4:
+            raise OverflowError("too large a number")
+        add(spec)
+
+    monkeypatch.setattr(setting.fleet, "add", choosy)
+    client.line.send([request(0, [1, 2]), request(1, [1])])
+    (refused,) = client.next()
+    assert (refused.seq, refused.refusal) == (0, wire.Refusal.FAILED)
+    assert "could not be taken: OverflowError" in refused.error
+    while not any(update.finish is wire.Finish.LENGTH for update in client.next()):
+        pass
+    setting.now(setting.fleet.audit)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_api_server_that_goes_is_a_warning_if_it_had_requests(
+    setting: Setting, caplog: pytest.LogCaptureFixture, busy: bool
+) -> None:
+    remote = setting.remote()
+    if busy:
+        remote.send(request(0, [1], 10**7))
+        setting.until(lambda: bool(setting.replica.held))
+    setting.until(lambda: bool(setting.desk._clients))
+    remote.channel.close()
+    setting.until(lambda: not setting.desk._clients)
+    said = [each for each in caplog.records if "an API server has gone" in each.message]
+    assert [each.levelname for each in said] == (["WARNING"] if busy else [])
+
+
 def test_a_question_that_nobody_waits_for_any_more(setting: Setting) -> None:
     client = setting.local()
     held = threading.Event()
@@ -270,7 +304,7 @@ def test_when_the_thread_fails_everyone_is_told(setting: Setting, caplog: pytest
     while not (theirs := [update for update in remote.next() if update.finish is not None]):
         pass
     for update in (*ends.values(), *theirs):
-        assert update.refusal is wire.Refusal.FAILED
+        assert update.refusal is wire.Refusal.LOST
         assert "the engine's thread has failed: KeyError: 'a bug'" in update.error
     with pytest.raises(ClosedError, match="has failed: KeyError"):
         local.line.send([request(2, [1])])

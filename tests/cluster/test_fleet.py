@@ -48,6 +48,7 @@ class FakeMember(FakeReplica):
         self.leaving = False
         self.error: ShoalError | None = None  # at its start
         self.may_wait = False  # may somebody wait for its end?
+        self.holds = STATS.max_model_len  # tokens of a request
 
     @property
     def channel(self) -> Any:
@@ -60,7 +61,7 @@ class FakeMember(FakeReplica):
         if self.error is not None:
             raise self.error
         self.polls -= 1
-        return STATS if self.polls < 0 else None
+        return wire.replace(STATS, max_model_len=self.holds) if self.polls < 0 else None
 
     @property
     def has_ended(self) -> bool:
@@ -111,10 +112,12 @@ class World:
         local: int = 2,
         *,
         awaited: Sequence[int] = (),
+        elsewhere: Sequence[int] = (),
         together: bool = False,
         most: int = 3,
         polls: Callable[[], int] = lambda: 0,
         fails: Callable[[int, int], Exception | None] = lambda number, generation: None,
+        holds: dict[int, int] | None = None,
         **limits: Any,
     ) -> None:
         self.clock = FakeClock()
@@ -123,7 +126,7 @@ class World:
         self.recorded = Recorded()
         self.deaths: Counter[int] = Counter()
         self.ends_of_rooms = 0
-        self.polls, self.fails = polls, fails
+        self.polls, self.fails, self.holds = polls, fails, holds or {}
         bounds: dict[str, Any] = {
             "max_queued": 1000,
             "max_wait": None,
@@ -139,6 +142,7 @@ class World:
             limits=Limits(**bounds),
             local=range(local),
             awaited=awaited,
+            elsewhere=elsewhere,
             together=together,
             recorder=self.recorded,
             clock=self.clock,
@@ -149,6 +153,7 @@ class World:
         if isinstance(error, OSError):
             raise error
         self.members.append(FakeMember(number, generation, self.polls()))
+        self.members[-1].holds = self.holds.get(number, STATS.max_model_len)
         if isinstance(error, ShoalError):
             self.members[-1].error = error
         return self.members[-1]
@@ -317,7 +322,9 @@ class Chaos:
             case wire.Refusal.LATE:
                 assert spec.deadline or self.limits["max_wait"] or self.limits["timeout"]
             case wire.Refusal.FAILED:
-                assert self.world.fleet.fatal or pin or self.world.deaths[update.seq] >= 3
+                assert self.world.deaths[update.seq] >= 3
+            case wire.Refusal.LOST:
+                assert self.world.fleet.fatal or pin
             case wire.Refusal.CLOSING:
                 assert self.drained
 
@@ -400,7 +407,7 @@ def test_one_that_is_of_no_use_waits_longer_each_time_and_is_given_up() -> None:
         assert "was killed by SIGKILL" in str(found.fleet.fatal)
         found.add(request(0, [1]))
         found.step()
-        assert found.refusals() == {0: wire.Refusal.FAILED}
+        assert found.refusals() == {0: wire.Refusal.LOST}
         with pytest.raises(EngineError, match="SIGKILL"):
             _ = found.fleet.started
 
@@ -443,7 +450,7 @@ def test_one_that_was_never_ready_is_not_started_again() -> None:
         found.kill(found.members[0])
         found.settle(5, 100.0)
         assert len(found.members) == 1
-        assert found.refusals() == {0: wire.Refusal.FAILED}
+        assert found.refusals() == {0: wire.Refusal.LOST}
 
 
 def test_what_the_user_must_mend_is_told_as_such() -> None:
@@ -680,7 +687,7 @@ def test_one_that_names_a_replica_that_never_was() -> None:
         found.add(pinned(0, 5))
         found.finish()
         assert found.refusals() == {0: wire.Refusal.INVALID}
-        assert found.error(0) == "there is no replica 5; there are 0, 1"
+        assert found.error(0) == "there is no replica 5; known are 0, 1"
 
 
 def test_one_that_names_a_replica_that_does_not_come_back() -> None:
@@ -692,7 +699,7 @@ def test_one_that_names_a_replica_that_does_not_come_back() -> None:
         found.settle(5)
         found.add(pinned(1, 1))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.FAILED, 1: wire.Refusal.FAILED}
+        assert found.refusals() == {0: wire.Refusal.LOST, 1: wire.Refusal.LOST}
         assert "is not started again" in found.error(0)
         assert "was killed by SIGKILL" in found.error(1)
 
@@ -705,7 +712,7 @@ def test_one_that_names_a_replica_that_is_taken_out() -> None:
         found.fleet.scale(1)
         found.add(pinned(1, 1))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.FAILED, 1: wire.Refusal.INVALID}
+        assert found.refusals() == {0: wire.Refusal.LOST, 1: wire.Refusal.INVALID}
 
 
 # --- more and fewer ------------------------------------------------------------------------------------------------
@@ -763,6 +770,19 @@ def test_those_that_failed_make_room_for_new_ones() -> None:
         assert found.fleet.status().replicas[1].restarts == 0
 
 
+def test_added_ones_take_no_number_of_another_host() -> None:
+    with world(1, elsewhere=[1, 2]) as found:
+        found.settle(2)
+        found.fleet.scale(3)
+        found.settle(2)
+        assert [found.state(number) for number in (0, 3, 4)] == ["ready"] * 3
+        found.fleet.scale(1)
+        found.settle(3)
+        found.fleet.scale(2)
+        found.settle(2)
+        assert [each.number for each in found.fleet.status().replicas if each.state == "ready"] == [0, 3]
+
+
 # --- other hosts ----------------------------------------------------------------------------------------------------
 
 
@@ -787,6 +807,27 @@ def test_those_of_other_hosts_are_awaited_again_and_again() -> None:
         assert found.refusals() == {0: wire.Refusal.NONE}
 
 
+def test_what_another_hosts_replica_drew_in_an_earlier_life_is_no_use_later() -> None:
+    """Those that compute together end together; one that has drawn since is all that spares them the pause."""
+    with world(1, awaited=[1], together=True) as found:
+        pauses: list[float] = []
+        for life in range(3):
+            member = FakeMember(1, life)
+            found.members.append(member)
+            found.fleet.arrive(1, member)
+            found.settle(4)
+            if life == 0:
+                found.add(pinned(0, 1, 5))
+                found.finish()
+            found.kill(member)
+            found.kill(found.member(0))
+            found.settle(1)
+            pauses.append(found.fleet._slots[0].next_start - found.clock.now)
+            found.settle(3, 1.0)
+        assert pauses[0] <= 0
+        assert pauses[2] > 0
+
+
 def test_one_that_nobody_awaits_is_sent_away() -> None:
     with world(1, awaited=[1]) as found:
         found.settle(2)
@@ -797,3 +838,174 @@ def test_one_that_nobody_awaits_is_sent_away() -> None:
         found.settle(3, 3.0)
         assert all(stranger.closed for stranger in strangers)
         assert not found.members[0].closed
+
+
+def test_one_that_was_cut_off_and_is_back_is_counted_once() -> None:
+    with world(0, awaited=[0]) as found:
+        for generated, pid in [(10, 1), (25, 1), (30, 1), (5, 2), (8, 2)]:
+            member = FakeMember(0)
+            member.pid = pid
+            found.members.append(member)
+            found.fleet.arrive(0, member)
+            found.settle(3)
+            member.snapshot = wire.replace(STATS, generated_tokens=generated)
+            stats = found.fleet.status().replicas[0].stats
+            assert stats is not None
+            assert stats.generated_tokens == (generated if pid == 1 else 30 + generated)
+            found.kill(member)
+            found.settle(3)
+
+
+# --- how long requests may be -----------------------------------------------------------------------------------------
+
+
+def test_requests_are_cut_to_what_all_replicas_hold() -> None:
+    """Whenever they come."""
+    with world(2, polls=iter([2, 6]).__next__, holds={0: 24, 1: 20}, max_model_len=100) as found:
+        early, too_long = request(0, [1] * 5, 50), request(1, [1] * 20, 1)
+        for spec in (early, too_long):
+            found.fleet.add(spec)
+        updates = found.fleet.updates(0)
+        for _ in range(4):
+            updates += found.fleet.updates(0)
+            assert not found.members[0].added, "one that starts with it may hold less"
+        for _ in range(9):
+            updates += found.fleet.updates(0)
+        assert found.fleet.status().max_model_len == 20
+        found.fleet.add(request(2, [1] * 5, 50))
+        found.fleet.add(request(3, [1] * 5, 6))
+        found.fleet.add(request(4, [1] * 20))
+        found.fleet.audit()
+        for _ in range(40):
+            updates += found.fleet.updates(0)
+        lengths = {spec.seq: spec.max_tokens for member in found.members for spec in member.added}
+        assert lengths == {0: 15, 2: 15, 3: 6}
+        ends = {update.seq: update for update in updates if update.finish is not None}
+        assert {seq: end.refusal for seq, end in ends.items() if end.error} == {
+            1: wire.Refusal.INVALID,
+            4: wire.Refusal.INVALID,
+        }
+        assert "the prompt has 20 tokens, and with its output it may have 20" in ends[1].error
+        found.fleet.audit()
+
+
+def test_one_that_holds_what_was_planned_waits_for_nobody() -> None:
+    with world(2, polls=iter([0, NEVER]).__next__, holds={0: 100}, max_model_len=100) as found:
+        found.add(request(0, [1]))
+        found.finish()
+
+
+def test_an_added_replica_that_holds_less_is_not_taken_in() -> None:
+    with world(1, holds={0: 100, 1: 60}, max_model_len=100) as found:
+        found.settle(2)
+        assert found.fleet.started
+        found.fleet.scale(2)
+        found.add(request(0, [1] * 50, 50))
+        found.finish()
+        assert found.refusals() == {0: wire.Refusal.NONE}
+        (first, second) = found.fleet.status().replicas
+        assert (first.state, second.state) == ("ready", "failed")
+        assert (
+            "holds requests of 60 tokens, and 100 are served: start the server with --max-model-len 60" in second.cause
+        )
+        assert found.members[1].closed
+        assert not found.members[1].added
+        assert found.fleet.started, "what was up once is not undone by one that was added"
+
+
+def test_an_arrival_that_holds_less_is_sent_away() -> None:
+    with world(1, awaited=[1], holds={0: 100}, max_model_len=100) as found:
+        found.settle(2)
+        member = FakeMember(1)
+        member.holds = 99
+        found.members.append(member)
+        found.fleet.arrive(1, member)
+        found.settle(3)
+        assert member.leaving
+        assert found.state(1) == "awaited"
+
+
+# --- silence ---------------------------------------------------------------------------------------------------------
+
+
+class Hanging(FakeMember):
+    """Takes requests, and says nothing."""
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        self._check_alive()
+        return []
+
+
+def test_one_that_has_requests_and_says_nothing_is_lost() -> None:
+    with world(1, answer_timeout=10.0) as found:
+        found.settle(2)
+        found.members[0].__class__ = Hanging
+        found.settle(40, 1.0)
+        assert found.state(0) == "ready", "it has nothing to say"
+        found.add(request(0, [1]))
+        found.settle(9, 1.0)
+        assert len(found.members) == 1
+        found.finish()
+        assert len(found.members) == 2
+        assert found.members[0].closed
+        assert "replica 0 has 1 requests and has said nothing for" in found.fleet.status().replicas[0].cause
+        assert found.refusals() == {0: wire.Refusal.NONE}
+
+
+def test_time_in_which_the_head_was_stopped_is_held_against_nobody() -> None:
+    with world(1, answer_timeout=10.0) as found:
+        found.settle(2)
+        found.members[0].__class__ = Hanging
+        found.add(request(0, [1]))
+        found.settle(2, 1.0)
+        found.step(100_000.0)
+        found.members[0].__class__ = FakeMember
+        found.finish()
+        assert len(found.members) == 1
+
+
+# --- what lives leave behind ------------------------------------------------------------------------------------------
+
+
+def test_a_replica_that_was_ready_for_long_was_of_use() -> None:
+    with world(1) as found:
+        for life in range(1, 9):
+            found.settle(3)
+            assert len(found.members) == life
+            found.step(100_000.0)
+            found.kill(found.members[-1])
+            found.settle(3)
+            assert len(found.members) == life + 1, "at once"
+
+
+def test_counters_go_on_when_a_number_is_used_again() -> None:
+    with world(2) as found:
+        found.settle(2)
+        for count, generated in enumerate([7, 11, 13]):
+            found.member(1).snapshot = wire.replace(STATS, generated_tokens=generated)
+            stats = found.fleet.status().replicas[1].stats
+            assert stats is not None
+            assert stats.generated_tokens == [7, 18, 31][count]
+            found.fleet.scale(1)
+            found.settle(5, 5.0)
+            assert found.state(1) == ""
+            found.fleet.scale(2)
+            found.settle(5)
+
+
+class Choosy(FakeMember):
+    def add(self, spec: wire.EngineRequest) -> None:
+        if spec.seq == 1:
+            raise OverflowError("too large a number")
+        super().add(spec)
+
+
+def test_a_request_that_can_not_be_sent_ends_alone() -> None:
+    with world(1, most=1) as found:
+        found.settle(2)
+        found.members[0].__class__ = Choosy
+        for seq in range(3):
+            found.add(request(seq, [seq]))
+        found.finish()
+        assert found.refusals() == {0: wire.Refusal.NONE, 1: wire.Refusal.FAILED, 2: wire.Refusal.NONE}
+        assert "could not be sent: OverflowError: too large a number" in found.error(1)

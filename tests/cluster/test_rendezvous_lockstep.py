@@ -105,3 +105,8 @@ def test_replicas_that_differ_are_refused() -> None:
             RendezvousLockstep(place(meeting, 1), {"dtype": "bfloat16"}, timeout=5)
         with pytest.raises(ConfigError, match="ranks 1, 2 missing"):
             first.result()
+
+
+def test_who_was_there_before_has_set_nothing_wrong() -> None:
+    with Rendezvous(key="key") as meeting, pytest.raises(EngineError, match="ranks 0, 2 missing"):
+        RendezvousLockstep(wire.replace(place(meeting, 1), returning=True), {}, timeout=1)

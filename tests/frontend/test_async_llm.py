@@ -41,6 +41,7 @@ class FakeLine:
         self.deliver = deliver
         self.sent: list[wire.EngineRequest | wire.Abort] = []
         self.closed = False
+        self.status: wire.FleetStatus | None = None
 
     def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
         if self.closed:
@@ -51,6 +52,8 @@ class FakeLine:
         found: Future[bytes] = Future()
         if verb == "started":
             found.set_result(b"")
+        elif verb == "status" and self.status is not None:
+            found.set_result(wire.encode(self.status))
         else:
             found.set_exception(UserError(f"{verb}?"))
         return found
@@ -208,6 +211,7 @@ def test_a_stop_text_ends_the_request_where_it_runs(setting: Setting) -> None:
         (wire.Refusal.FULL, QueueFull, 1.0),
         (wire.Refusal.LATE, Overdue, 5.0),
         (wire.Refusal.CLOSING, Unavailable, 10.0),
+        (wire.Refusal.LOST, Unavailable, 10.0),
         (wire.Refusal.FAILED, EngineError, None),
     ],
 )
@@ -298,6 +302,44 @@ def test_a_deadline_and_a_place(setting: Setting) -> None:
         assert (second.priority, second.replica, second.deadline) == (0, -1, None)
         assert 0 <= time.monotonic() - second.arrival < DEADLINE_S
         assert first.sampling.seed != second.sampling.seed
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ({"priority": 2**70}, "priority must be between"),
+        ({"priority": -(2**70)}, "priority must be between"),
+        ({"replica": 2**70}, "there is no replica 1180591620717411303424"),
+        ({"replica": -3}, "there is no replica -3"),
+    ],
+)
+def test_a_place_that_is_none(setting: Setting, place: dict[str, Any], error: str) -> None:
+    async def work() -> None:
+        with pytest.raises(RequestError, match=error):
+            setting.stream(**place)
+        assert not setting.line.sent
+
+    run(work())
+
+
+def test_the_length_is_what_the_fleet_says(setting: Setting) -> None:
+    async def work() -> None:
+        long = SamplingParams(max_tokens=10**6)
+        planned = setting.llm.max_model_len
+        setting.stream(long)
+        for known, expected in [(0, planned), (40, 40), (10**9, 40)]:
+            setting.line.status = wire.FleetStatus("demo", 1, 1, (), 0, 0, True, 1.0, max_model_len=known)
+            await setting.llm.status()
+            assert setting.llm.max_model_len == expected
+        job = setting.llm.prepare("Once", long)
+        setting.llm.stream(job)
+        last = setting.line.sent[-1]
+        assert isinstance(last, wire.EngineRequest)
+        assert last.max_tokens == 40 - len(job.tokens)
+        with pytest.raises(RequestError, match="--max-model-len 40"):
+            setting.llm.prepare("Once upon a time " * 40, long)
 
     run(work())
 
@@ -564,6 +606,23 @@ def test_threads_scale_and_count() -> None:
             while (stats := await numbers()) is None or stats.running:
                 await asyncio.sleep(0.05)
             assert stats.free_blocks == stats.num_blocks
+
+    run(work())
+
+
+@pytest.mark.parametrize("backend", ["threads", "mp"])
+def test_an_added_replica_holds_what_the_first_one_does(backend: str) -> None:
+    async def work() -> None:
+        async with AsyncLLM(seed=0, distributed_executor_backend=backend) as llm:
+            await llm.ready(DEADLINE_S)
+            await llm.scale(2)
+            while len(states := [each for each in (await llm.status()).replicas if each.state == "ready"]) < 2:
+                assert "failed" not in [each.state for each in (await llm.status()).replicas]
+                await asyncio.sleep(0.05)
+            first, second = (each.stats for each in states)
+            assert first is not None
+            assert second is not None
+            assert (first.num_blocks, first.max_model_len) == (second.num_blocks, second.max_model_len)
 
     run(work())
 

@@ -42,6 +42,7 @@ def test_a_front_end_awaits_what_is_not_here() -> None:
 def test_a_front_end_may_have_none() -> None:
     found = deployment(local=0, **THERE)
     assert (list(found.local), list(found.awaited), found.listens) == ([], [0, 1, 2, 3], True)
+    assert (found.place.size, found.place.local_size, list(found.elsewhere)) == (4, 0, [])
     assert str(found.address) == f"127.0.0.1:{DEFAULT_PORT}"
     assert deployment(1, local=0, **THERE).mode is Mode.HEAD
 
@@ -60,6 +61,7 @@ def test_peers_meet_where_replica_0_is() -> None:
     second = deployment(hybrid=True, start=2, local=2, **THERE)
     assert (second.mode, list(second.local), list(second.awaited), second.listens) == (Mode.PEERS, [2, 3], [], False)
     assert (second.place.rank, second.place.size, second.place.local_size) == (2, 4, 2)
+    assert list(second.elsewhere) == [0, 1]
     assert deployment(hybrid=True, local=2, **THERE).listens
 
 

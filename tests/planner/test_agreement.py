@@ -7,7 +7,7 @@ from pathlib import Path
 from shoal import wire
 from shoal.config import EngineOptions
 from shoal.frontend.model import decide
-from shoal.planner.agreement import agreement
+from shoal.planner.agreement import OF_RANKS, agreement
 
 Checkpoint = Callable[[str], Path]
 
@@ -32,3 +32,5 @@ def test_those_that_share_experts_take_the_same_steps_at_start(checkpoint: Check
     for other, name in ((measured, "size of the KV cache"), (tiny, "longest sequence")):
         told = agreement(options, other)
         assert {key for key in found if told[key] != found[key]} == {name}
+    front_end = agreement(options, decide(options, wire.Place(0, 2, local_size=0)))
+    assert {key: found[key] for key in found.keys() - OF_RANKS} == front_end

@@ -294,6 +294,21 @@ def test_replicas_share_the_hosts_memory_and_cores(checkpoint: Checkpoint) -> No
     assert cores == list(range(10, 21))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_host_without_replicas_needs_no_room_for_them(checkpoint: Checkpoint, device: str) -> None:
+    small = host(device=device, host_memory_available=1, device_memory=1, num_devices=1, devices_shareable=False)
+    options = {"tensor_parallel_size": 2, "data_parallel_size": 2}
+    given = EngineOptions.from_flat(None, options)
+    with pytest.raises(ConfigError):
+        resolve(given, checkpoint("llama"), small, place=wire.Place(size=2))
+    place = wire.Place(size=2, local_size=0)
+    decision = resolve(given, checkpoint("llama"), small, place=place)
+    assert decision.max_model_len == decision.spec.max_positions
+    assert set(decision.kv_budgets) == {None}
+    short = EngineOptions.from_flat(None, {**options, "max_model_len": 7})
+    assert resolve(short, checkpoint("llama"), small, place=place).max_model_len == 7
+
+
 def test_replicas_need_memory_each(checkpoint: Checkpoint) -> None:
     options: Any = {"device_memory": "3GiB", "data_parallel_size": 2}
     assert decide(checkpoint("llama"), host(host_memory_available=6 * GIB), **options).kv_budgets

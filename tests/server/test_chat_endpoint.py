@@ -8,7 +8,7 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.testclient import TestClient
 
-from shoal.errors import EngineError, Overdue, QueueFull
+from shoal.errors import ClosedError, EngineError, Overdue, QueueFull
 from shoal.server.app import openai_app
 from shoal.server.settings import ServerSettings
 from support.fake_backend import FakeBackend
@@ -87,6 +87,47 @@ def test_usage_in_each_chunk() -> None:
     assert used == sorted(used)
     assert used[-1] > 0
     assert all("usage" not in chunk for chunk in chunks_of(ask(stream=True).text))
+    only = {"continuous_usage_stats": True}
+    assert all("usage" not in chunk for chunk in chunks_of(ask(stream=True, stream_options=only).text))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("top", [0, 1, 2])
+def test_as_many_of_the_likeliest_tokens_as_were_asked_for(top: int, stream: bool) -> None:
+    """The one that was chosen is second: it is among two, and not the only one."""
+    answer = ask(FakeBackend(lambda _: ["hello"]), logprobs=True, top_logprobs=top, stream=stream)
+    content = added_up(chunks_of(answer.text))[0]["logprobs"] if stream else None
+    for each in content or answer.json()["choices"][0]["logprobs"]["content"]:
+        assert [known["logprob"] for known in each["top_logprobs"]] == [-0.5, -1.5][:top]
+        assert each["logprob"] == -1.5
+
+
+@pytest.mark.parametrize(("body", "param"), [
+    ({"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+])  # fmt: skip
+def test_fields_that_do_not_go_with_a_stream_or_without_one(body: dict[str, Any], param: str) -> None:
+    backend = FakeBackend()
+    answer = ask(backend, **body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert not backend.streams
+    assert ask(prompt_logprobs=0).json()["prompt_logprobs"][0] is None
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("a secret")])
+def test_every_answer_has_the_requests_id(error: Exception | None) -> None:
+    post = client(FakeBackend(error=error)).post
+    for path, body in [("/v1/chat/completions", {"messages": TALK}), ("/v1/chat/completions", {}), ("/nothing", {})]:
+        answers = [post(path, json=body, headers=headers) for headers in ({}, {"X-Request-Id": "run-7/a"})]
+        assert len(answers[0].headers["x-request-id"]) == 32
+        assert answers[1].headers.get_list("x-request-id") == ["run-7/a"]
+    assert client().post("/v1/chat/completions", json={"messages": TALK, "stream": True}).headers["x-request-id"]
+
+
+@pytest.mark.parametrize("given", ["a b", "x" * 129, "<script>", ""])
+def test_ids_that_are_long_or_odd_are_not_taken_over(given: str) -> None:
+    answer = client().get("/v1/models", headers={"X-Request-Id": given})
+    assert len(answer.headers["x-request-id"]) == 32
 
 
 def test_parameters_reach_the_engine() -> None:
@@ -200,6 +241,7 @@ def test_bodies_that_are_none(content: bytes, kind: str) -> None:
     [
         (QueueFull("4 requests wait", 2.5), 429, "rate_limit_error"),
         (Overdue("it waited 5 s", 5.0), 503, "server_error"),
+        (ClosedError("the engine was closed"), 503, "server_error"),
         (EngineError("rank 1 has died"), 500, "server_error"),
         (RuntimeError("a secret"), 500, "server_error"),
     ],
@@ -212,7 +254,8 @@ def test_failures_before_the_first_token_have_their_status(
     answer = ask(backend, stream=stream)
     assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
     assert "secret" not in answer.text
-    assert answer.headers.get("retry-after") == {429: "3", 503: "5"}.get(status)
+    after = "10" if isinstance(error, ClosedError) else {429: "3", 503: "5"}.get(status)
+    assert answer.headers.get("retry-after") == after
     assert all(stream.closed for stream in backend.streams)
 
 

@@ -32,6 +32,7 @@ def streamed(backend: FakeBackend, **body: Any) -> tuple[dict[int, dict[str, Any
             mine = found.setdefault(choice["index"], {"text": "", "finish_reason": None, "logprobs": None})
             mine["text"] += choice["text"]
             mine["finish_reason"] = choice["finish_reason"] or mine["finish_reason"]
+            mine |= {name: choice[name] for name in ("prompt_logprobs",) if name in choice}
             if choice["logprobs"] is not None:
                 known = mine["logprobs"] or {name: [] for name in choice["logprobs"]}
                 mine["logprobs"] = {name: known[name] + choice["logprobs"][name] for name in known}
@@ -59,6 +60,34 @@ def test_a_stream_adds_up_to_the_answer(prompt: Any, body: dict[str, Any]) -> No
     (choice,) = whole["choices"]
     assert found[0] == {name: choice[name] for name in found[0]}
     assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], whole["usage"])
+
+
+@pytest.mark.parametrize("body", [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}])
+def test_outputs_begin_when_all_is_known_of_their_prompt(body: dict[str, Any]) -> None:
+    """That comes with the prompt's first output, which others may overtake."""
+    backend = FakeBackend(lambda _: ["a", "b"], last_first=True)
+    asked = {"prompt": ["hello there", "good day"], "n": 2, "temperature": 1, **body}
+    whole = ask(backend, **asked).json()["choices"]
+    found, _ = streamed(backend, **asked)
+    for choice in whole:
+        mine = found[choice["index"]]
+        assert mine == {name: choice[name] for name in mine}
+        assert all(each is not None for each in choice.get("prompt_logprobs", [None])[1:])
+    assert sorted(found) == [choice["index"] for choice in whole] == [0, 1, 2, 3]
+
+
+def test_log_probabilities_of_the_prompt_come_without_any_text() -> None:
+    found, chunks = streamed(FakeBackend(lambda _: ["", "a"]), prompt=[40, 41], prompt_logprobs=0)
+    assert [each is None for each in found[0]["prompt_logprobs"]] == [True, False]
+    assert "prompt_logprobs" in chunks[0]["choices"][0]
+
+
+def test_usage_in_each_chunk_counts_cached_tokens() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    _, chunks = streamed(FakeBackend(), prompt="hello", stream_options=options)
+    assert [chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in chunks] == [3] * len(chunks)
+    _, chunks = streamed(FakeBackend(), prompt="hello", stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in chunk for chunk in chunks)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
@@ -108,6 +137,10 @@ def test_log_probabilities_of_the_prompt_by_name() -> None:
         ({"prompt": "a", "max_tokens": -5}, 400, "max_tokens"),
         ({"prompt": "a", "best_of": 3}, 400, "best_of"),
         ({"prompt": "a", "suffix": "b"}, 400, "suffix"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"prompt": ["a"] * 2049}, 400, "prompt"),
+        ({"prompt": "a", "n": 2049}, 400, "n"),
+        ({"prompt": ["a"] * 3, "n": 1000}, 400, "prompt"),
         ({"prompt": "a", "logprobs": True}, 400, "logprobs"),
         ({"prompt": "a", "model": "third"}, 404, "model"),
     ],

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from support.servers import ShoalServer
 
 STREAMS = 64
-TOKENS = 200
+TOKENS = 100
 WAIT_S = 60.0
 ROLES = ("worker", "engine")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
@@ -90,7 +90,10 @@ def test_streams_outlive_every_process(layout: tuple[str, str], request: pytest.
     times = 3 if request.config.getoption("--matrix") else 1
 
     async def run(server: ShoalServer) -> None:
-        client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
+            await disturb(server, client)
+
+    async def disturb(server: ShoalServer, client: AsyncOpenAI) -> None:
         twins = await asyncio.gather(*(stream(client, number) for number in range(STREAMS)))
         traffic = Traffic(client, list(twins))
         restarts = 0

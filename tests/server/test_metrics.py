@@ -594,6 +594,18 @@ def test_any_api_server_answers_for_all() -> None:
     running(scenario)
 
 
+def test_probes_behind_a_proxys_path_are_not_counted() -> None:
+    async def scenario() -> None:
+        head = Head()
+        app = api_server(head)
+        for path in ("/llm/health", "/llm/metrics", "/llm/things/1"):
+            await get(app, path, root_path="/llm")
+        _, text = await get(app, "/llm/metrics", root_path="/llm")
+        assert Scraped(text).total("http_requests_total") == 1
+
+    running(scenario)
+
+
 def test_counts_are_handed_over_unasked() -> None:
     async def scenario() -> None:
         head = Head()

@@ -86,6 +86,13 @@ def test_a_stream_adds_up_to_the_answer(says: str, body: dict[str, Any]) -> None
     assert kinds == (["message", "function_call"] if says == CALL and "tools" in body else ["message"])
 
 
+@pytest.mark.parametrize("top", [None, 1])
+def test_as_many_of_the_likeliest_tokens_as_were_asked_for(top: int | None) -> None:
+    answer = ask(FakeBackend(lambda _: ["hello"]), include=["message.output_text.logprobs"], top_logprobs=top).json()
+    for each in answer["output"][0]["content"][0]["logprobs"]:
+        assert (each["logprob"], [known["logprob"] for known in each["top_logprobs"]]) == (-1.5, [-0.5][: top or 0])
+
+
 def test_a_conversation_with_a_call() -> None:
     template = (
         "{% for m in messages %}[{{ m.role }} {{ m.content }} {{ m.tool_calls | default('') | tojson }}]{% endfor %}"

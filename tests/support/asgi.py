@@ -5,14 +5,14 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Scope
 
 
-async def get(app: ASGIApp, path: str, method: str = "GET") -> tuple[int, str]:
+async def get(app: ASGIApp, path: str, method: str = "GET", root_path: str = "") -> tuple[int, str]:
     """Status and body of the answer."""
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "scheme": "http",
-        "root_path": "",
+        "root_path": root_path,
         "method": method,
         "path": path,
         "raw_path": path.encode(),

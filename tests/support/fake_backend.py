@@ -32,7 +32,8 @@ class FakeStream:
         self.cached_tokens = 3
         self._backend = backend
         self._error = error
-        self._deltas = [delta for index in range(job.params.n) for delta in backend.deltas(job, index)]
+        order = range(job.params.n)[:: -1 if backend.last_first else 1]
+        self._deltas = [delta for index in order for delta in backend.deltas(job, index)]
         self._given = 0
 
     @property
@@ -40,7 +41,8 @@ class FakeStream:
         wanted = self.job.params.prompt_logprobs
         if wanted is None:
             return None
-        return (None, *(self._backend.logprobs(token, wanted) for token in self.job.tokens[1:]))
+        known = any(delta.index == 0 for delta in self._deltas[: self._given])
+        return (None, *(self._backend.logprobs(token, wanted) if known else None for token in self.job.tokens[1:]))
 
     def __aiter__(self) -> "FakeStream":
         return self
@@ -77,7 +79,8 @@ class FakeStream:
 
 
 class FakeBackend:
-    """`error` ends each stream after `fail_after` pieces. With a `gate`, each piece takes a permit of it."""
+    """`error` ends each stream after `fail_after` pieces. With a `gate`, each piece takes a permit of it. `last_first`:
+    a prompt's outputs come in reverse, one after the other; its log-probabilities come with output 0 in any case."""
 
     model_name = "demo"
     max_model_len = 512
@@ -90,12 +93,14 @@ class FakeBackend:
         fail_after: int = 0,
         finish: FinishReason = "stop",
         gate: asyncio.Semaphore | None = None,
+        last_first: bool = False,
     ) -> None:
         self.says = says
         self.error = error
         self.fail_after = fail_after
         self.finish = finish
         self.gate = gate
+        self.last_first = last_first
         self.streams: list[FakeStream] = []
         self.places: list[tuple[int, int | None]] = []
         found = open_tokenizer(DEMO)

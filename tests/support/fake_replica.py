@@ -9,7 +9,7 @@ from shoal.engine.request import decode_tokens
 from shoal.errors import EngineError
 from support.fakes import next_token
 
-STATS = wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+STATS = wire.EngineStats(0, 0, 0, 0, 0, 1 << 30, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class FakeReplica:
@@ -19,6 +19,7 @@ class FakeReplica:
         self.name = f"replica {number}"
         self.died = True
         self.snapshot: wire.EngineStats | None = None
+        self.words = 0
         self.held: dict[int, wire.EngineRequest] = {}
         self.drawn: dict[int, list[int]] = {}
         self.aborted: list[int] = []
@@ -52,6 +53,7 @@ class FakeReplica:
 
     def updates(self, timeout: float) -> list[wire.SeqUpdate]:
         self._check_alive()
+        self.words += 1
         found = [wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT) for seq in self.aborted if seq in self.held]
         for update in found:
             del self.held[update.seq]

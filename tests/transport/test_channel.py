@@ -228,3 +228,13 @@ def test_frames_of_several_threads_stay_whole(ends: tuple[Channel, Channel]) -> 
     for sender in range(senders):
         mine = [frame for frame in frames if struct.unpack_from("<I", frame)[0] == sender]
         assert mine == [struct.pack("<II", sender, i) + bytes([sender]) * (i * 50) for i in range(each)]
+
+
+def test_a_channel_that_was_closed_here_is_not_waited_for(ends: tuple[Channel, Channel]) -> None:
+    ours, other = ends
+    closed, theirs = Channel.pair()
+    closed.close()
+    theirs.close()
+    assert wait([ours, closed], 10) == [closed]
+    other.send(b"a")
+    assert wait([closed, ours], 10) == [closed, ours]

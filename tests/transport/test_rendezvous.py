@@ -77,6 +77,30 @@ def test_no_rendezvous_is_said_with_address_port_and_seconds() -> None:
         connect(Address("127.0.0.1", port), KEY, timeout=0.5)
 
 
+def test_for_whoever_was_there_before_nobody_there_is_a_failure_and_no_mistake() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = Address("127.0.0.1", probe.getsockname()[1])
+        with pytest.raises(EngineError, match="did not answer in time"):  # it is stopped
+            connect(address, KEY, timeout=0.5, returning=True)
+    with pytest.raises(EngineError, match=r"no answer from .* within 0.5 s \(.*refused\)"):
+        connect(address, KEY, timeout=0.5, returning=True)
+    with Rendezvous(key=KEY) as meeting:
+        with pytest.raises(EngineError, match=r"within 1 s: rank 0 missing"):
+            Member(Address.parse(meeting.address), KEY, room="room", rank=1, size=2, timeout=1.0, returning=True)
+        with pytest.raises(ConfigError, match="the shared key is another one"):
+            connect(Address.parse(meeting.address), "another key", timeout=60.0, returning=True)
+
+
+def test_a_rendezvous_that_goes_while_others_are_awaited_has_failed() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with Rendezvous(key=KEY) as meeting:
+            waiting = pool.submit(join, meeting, 1)
+            while not meeting._rooms:
+                threading.Event().wait(0.01)
+        with pytest.raises(EngineError, match=r"the rendezvous at .* has gone"):
+            waiting.result()
+
+
 def test_another_program_at_the_address_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = Address("127.0.0.1", probe.getsockname()[1])

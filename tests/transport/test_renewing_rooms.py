@@ -1,5 +1,6 @@
 """Rooms that fill anew when somebody has gone, and doors, behind which a connection is somebody else's."""
 
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -119,6 +120,48 @@ def test_a_door_that_is_shut_for_now_is_asked_again() -> None:
     with Rendezvous(key=KEY, doors={"door": door}) as meeting:
         enter(meeting).close()
         door.entered.get(timeout=60)[1].close()
+
+
+class _Hours:
+    """Time that passes with each pause."""
+
+    def __init__(self, pause: float) -> None:
+        self.now = 0.0
+        self.pause = pause
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += self.pause
+
+
+def test_only_refusals_without_a_break_come_to_an_end(meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal, a long time in which nobody is there, another refusal: the second one is the first of its kind."""
+    monkeypatch.setattr(members_module, "time", _Hours(members_module._AGAIN_S * 2))
+    answers: list[Exception | None] = [
+        members_module._RefusedForNow("not now"),
+        members_module._HungUp(),
+        members_module._RefusedForNow("not now"),
+        OSError("refused"),
+        members_module._RefusedForNow("not now"),
+        None,
+    ]
+
+    def introduced(sock: socket.socket, *_: object) -> str:
+        sock.close()
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        return "in"
+
+    monkeypatch.setattr(members_module, "_introduced", introduced)
+    assert enter(meeting, timeout=1e6) == "in"  # type: ignore[comparison-overlap]
+    answers += [members_module._RefusedForNow("not now")] * 2
+    with pytest.raises(ConfigError, match="not now"):
+        enter(meeting, timeout=1e6)
+    answers += [*[members_module._RefusedForNow("not now")] * 9, None]
+    assert enter(meeting, timeout=1e6, returning=True) == "in", "it was there before: it goes on asking"  # type: ignore[comparison-overlap]
 
 
 def test_a_door_that_stays_shut_says_why() -> None:

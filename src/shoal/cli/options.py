@@ -135,7 +135,7 @@ class GroupedCommand(click.Command):
         if ctx.resilient_parsing:
             return
         known = {f.option.name for f in self.params if isinstance(f, EngineFlag)}
-        variables = {name: value for name, value in config.from_environment().items() if name in known}
+        variables = {name: value for name, value in config.from_environment(online=True).items() if name in known}
         ctx.default_map = {**(read_config_file(file, self.params) if file is not None else {}), **variables}
 
 

@@ -96,12 +96,14 @@ class FleetDoor:
         awaited: Collection[int],
         agreement: Mapping[str, str],
         answer_timeout: float,
+        uncompared: Collection[str] = (),
     ) -> None:
-        """It stays shut until `open` is called."""
+        """It stays shut until `open` is called. What is `uncompared` replicas may have otherwise."""
         self._size = size
         self._awaited = awaited
         self._agreement = agreement
         self._answer_timeout = answer_timeout
+        self._uncompared = uncompared
         self._arrive: Callable[[int, Arrival], None] | None = None
         self._present: dict[int, Arrival] = {}
         self._whose = f"the front end ({socket.gethostname()})"
@@ -124,7 +126,8 @@ class FleetDoor:
                 f"{self._whose} does not await replica {hello.rank}, but {awaited}: see --data-parallel-start-rank and "
                 "--data-parallel-size-local"
             )
-        why = difference(hello.agreement, self._agreement, self._whose)
+        told = {name: value for name, value in hello.agreement.items() if name not in self._uncompared}
+        why = difference(told, self._agreement, self._whose)
         if why:
             return wire.Refused(why)
         there = self._present.get(hello.rank)

@@ -144,6 +144,11 @@ class Desk:
             self._todo.append(task)
         self._fleet.wake()
 
+    @property
+    def failure(self) -> str:
+        """Why its thread has ended by itself; "" if it has not."""
+        return self._failure
+
     def close(self) -> None:
         """Ends the fleet. Idempotent."""
         self._closing = True
@@ -185,7 +190,7 @@ class Desk:
         self._fleet.close()
 
     def _lost(self, seq: int) -> wire.SeqUpdate:
-        refusal = wire.Refusal.FAILED if self._failure else wire.Refusal.CLOSING
+        refusal = wire.Refusal.LOST if self._failure else wire.Refusal.CLOSING
         return _refused(_own(seq), self._failure or _CLOSED, refusal)
 
     def _enter(self, client: _Client) -> None:
@@ -221,6 +226,13 @@ class Desk:
             self._fleet.add(wire.replace(request, seq=seq, group=group))
         except ShoalError as error:
             client.say(wire.Updates((_refused(request.seq, str(error), wire.Refusal.INVALID),)))
+        except Exception as error:
+            log.exception("request %d could not be taken", seq)
+            client.requests.add(seq)
+            why = f"the request could not be taken: {type(error).__name__}: {error}"
+            if not self._fleet.refuse(seq, why):
+                client.requests.discard(seq)
+                client.say(wire.Updates((_refused(request.seq, why, wire.Refusal.FAILED),)))
         else:
             client.requests.add(seq)
 
@@ -267,7 +279,8 @@ class Desk:
                 self.take(client, message)
             client.flush()
         except (ChannelClosed, wire.WireError) as error:
-            log.warning("an API server has gone (%s); its %d requests are given up", error, len(client.requests))
+            say = log.warning if client.requests or isinstance(error, wire.WireError) else log.info
+            say("an API server has gone (%s); its %d requests are given up", error, len(client.requests))
             self._fleet.unwatch(client.channel)
             self.leave(client)
             client.channel.close()
@@ -278,7 +291,7 @@ class _LocalLine:
         self._desk = desk
         self._questions = Questions()
         self._deliver = deliver
-        self.client = _Client(desk.new_number(), self._say, lambda: self._questions.fail(_CLOSED))
+        self.client = _Client(desk.new_number(), self._say, lambda: self._questions.fail(desk.failure or _CLOSED))
 
     def _say(self, answer: Answer) -> None:
         if isinstance(answer, wire.Told):

@@ -1,13 +1,12 @@
 """All replicas behind one address: started, watched, brought back, added and removed while requests go on."""
 
-import contextlib
 import itertools
 import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -19,16 +18,21 @@ from shoal.cluster.router import Room
 from shoal.cluster.stats import carried, emptied
 from shoal.cluster.supervisor import Restarts
 from shoal.cluster.timers import Timers
-from shoal.errors import ConfigError, EngineError, ShoalError, UserError
+from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
 from shoal.observe.logging import get_logger
 from shoal.protocols import Recorder
 from shoal.transport.channel import wait
+from shoal.transport.waker import Waker
 
 log = get_logger("fleet")
 
 _LEAVE_S = 5.0  # for a replica that was taken out to end by itself
 _LOOK_S = 0.1  # how often whoever is about to end is looked at
 _FOREVER_S = 3600.0
+_LISTEN_S = 0.5  # how often it is looked who has said something
+_MOST_PASSED_S = 2.0  # between two such looks: beyond that this process itself was stopped
+_USEFUL_S = 60.0  # a life in which it was ready for so long was of use
+_TOKEN_BYTES = 4
 _NAMED = 8  # replicas, in an error
 
 
@@ -58,13 +62,17 @@ class About:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`max_queued` requests may wait for a replica, each for `max_wait` seconds; a request may take `timeout` seconds
-    in all. A replica may be started again `max_restarts` times within an hour, and has `start_timeout` for it."""
+    in all. A replica may be started again `max_restarts` times within an hour, and has `start_timeout` for it; one that
+    has requests and says nothing for `answer_timeout` is lost. Replicas were planned for `max_model_len` tokens of a
+    prompt and its output; what they hold may be less."""
 
     max_queued: int
     max_wait: float | None
     timeout: float | None
     max_restarts: int
     start_timeout: float
+    answer_timeout: float = float("inf")
+    max_model_len: int = 0
 
 
 @dataclass(slots=True)
@@ -83,7 +91,12 @@ class _Slot:
     next_start: float = 0.0
     was_ready: bool = False
     past: wire.EngineStats | None = None  # counters of its former lives
-    latest: wire.EngineStats | None = None  # of this one
+    before: wire.EngineStats | None = None  # ... but for the last one
+    returning: bool = False  # the engine of the last life is back, with its own counters
+    first: wire.EngineStats | None = None  # what it said when it was ready
+    latest: wire.EngineStats | None = None  # of this life
+    words: int = 0  # that it had said when it was looked at last
+    quiet: float = 0.0  # seconds since then, with requests
 
     @property
     def stats(self) -> wire.EngineStats | None:
@@ -97,6 +110,9 @@ class Fleet:
 
     Requests wait while no replica is there. A replica that ends is started again, by the rule of `Restarts`; those of
     other hosts are awaited. With none left that can come back, what waits ends with the causes, and so does what comes.
+
+    All requests are cut to one length, which all replicas hold, so that each ends at the same token wherever it runs
+    and goes on. It is what those hold that are ready first; one that holds less is not taken in later.
     """
 
     def __init__(
@@ -108,27 +124,34 @@ class Fleet:
         limits: Limits,
         local: Sequence[int],
         awaited: Sequence[int] = (),
+        elsewhere: Container[int] = (),
         together: bool = False,
         recorder: Recorder | None = None,
         on_close: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`launch(number, generation)` starts a replica of this host; replicas that compute `together` have the same
-        generation, a new one whenever they are started anew. `room` says how much one can use."""
+        generation, a new one whenever they are started anew. `room` says how much one can use. The numbers `elsewhere`
+        are taken by replicas that are no part of this fleet."""
         self._launch = launch
         self._room = room
         self._about = about
         self._limits = limits
         self._together = together
+        self._elsewhere = elsewhere
         self._clock = clock
         self._began = clock()
         self._generation = 0
         self._slots: dict[int, _Slot] = {}
+        self._pasts: dict[int, wire.EngineStats] = {}  # counters of those that were taken out
+        self._length: int | None = None  # tokens of a prompt and its output
+        self._has_started = False
+        self._looked = self._began
         self._ending: list[tuple[float, Member]] = []  # with the time to which each may end by itself
         self._arrivals: deque[tuple[int, Arrival]] = deque()
         self._arrivals_lock = threading.Lock()
         self._sources: list[Any] = []  # what else is waited for
-        self._waker = _Waker()
+        self._waker = Waker()
         self._accepting = True
         self._failure = ""
         self._fatal: ShoalError | None = None
@@ -163,6 +186,11 @@ class Fleet:
         if objection is not None:
             self._set.reject(request, *objection)
             return
+        try:
+            request = self._cut(request)
+        except RequestError as error:
+            self._set.reject(request, str(error), wire.Refusal.INVALID)
+            return
         deadline = float("inf") if request.deadline is None else request.deadline
         if self._limits.timeout is not None:
             deadline = min(deadline, request.arrival + self._limits.timeout)
@@ -179,17 +207,38 @@ class Fleet:
     def _objection(self, request: wire.EngineRequest) -> tuple[str, wire.Refusal] | None:
         """Why a request is not taken, whatever else waits."""
         if self._failure:
-            return self._failure, wire.Refusal.FAILED
+            return self._failure, wire.Refusal.LOST
         if not self._accepting:
             return "the server is about to end and takes no new requests", wire.Refusal.CLOSING
         if request.replica < 0:
             return None
         slot = self._slots.get(request.replica)
         if slot is None or slot.state is State.LEAVING:
-            return f"there is no replica {request.replica}; there are {self._known()}", wire.Refusal.INVALID
+            return f"there is no replica {request.replica}; known are {self._known()}", wire.Refusal.INVALID
         if slot.state is State.FAILED:
-            return f"replica {slot.number} is not started again: {slot.error}", wire.Refusal.FAILED
+            return f"replica {slot.number} is not started again: {slot.error}", wire.Refusal.LOST
         return None
+
+    def _cut(self, request: wire.EngineRequest) -> wire.EngineRequest:
+        """
+        Raises:
+            RequestError: no replica holds its prompt and a token.
+        """
+        if self._length is None:
+            return request
+        prompt_len = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
+        if prompt_len >= self._length:
+            raise RequestError(
+                f"the prompt has {prompt_len} tokens, and with its output it may have {self._length}: shorten it, or "
+                "give the replicas more memory for their KV caches"
+            )
+        return wire.replace(request, max_tokens=min(request.max_tokens, self._length - prompt_len))
+
+    def refuse(self, seq: int, why: str) -> bool:
+        """Ends a request that can't be served; False if there is none of that number."""
+        found = self._set.is_open(seq)
+        self._set.refuse(seq, why, wire.Refusal.FAILED)
+        return found
 
     def _known(self) -> str:
         numbers = sorted(slot.number for slot in self._slots.values() if slot.state is not State.LEAVING)
@@ -203,6 +252,7 @@ class Fleet:
         self._tick()
         updates = self._set.updates(min(timeout, self._pause()))
         self._welcome()
+        self._has_started = self._has_started or self._are_all_up()
         return updates
 
     def close(self) -> None:
@@ -248,15 +298,20 @@ class Fleet:
         """Can requests be served, by every replica of this host?
 
         Raises:
-            UserError, EngineError: one of them has never been ready, and will not be; or none is left at all.
+            UserError, EngineError: one of them has never been ready, and will not be, before all were up for the
+                first time; or none is left at all.
         """
         if self._fatal is not None:
             raise self._fatal
         local = [slot for slot in self._slots.values() if slot.local and slot.state is not State.LEAVING]
-        for slot in local:
+        for slot in [] if self._has_started else local:
             if slot.state is State.FAILED and not slot.was_ready and slot.error is not None:
                 raise slot.error
         return self.any_ready and all(slot.state in (State.READY, State.FAILED) for slot in local)
+
+    def _are_all_up(self) -> bool:
+        local = [slot for slot in self._slots.values() if slot.local and slot.state is not State.LEAVING]
+        return self.any_ready and all(slot.was_ready for slot in local)
 
     def status(self) -> wire.FleetStatus:
         now = self._clock()
@@ -270,6 +325,7 @@ class Fleet:
             accepting=self._accepting and not self._failure,
             uptime_s=now - self._began,
             failure=self._failure,
+            max_model_len=self._length or 0,
         )
 
     def _state_of(self, slot: _Slot, now: float) -> wire.ReplicaState:
@@ -310,8 +366,8 @@ class Fleet:
             self._take_out(slot)
         for slot in slots:
             if slot.state is State.FAILED:
-                del self._slots[slot.number]
-        unused = (number for number in itertools.count() if number not in self._slots)
+                self._forget(slot)
+        unused = (each for each in itertools.count() if each not in self._slots and each not in self._elsewhere)
         for number in itertools.islice(unused, max(0, count - len(staying))):
             log.info("replica %d is added", number)
             self._start(self._add_slot(number, local=True))
@@ -322,7 +378,7 @@ class Fleet:
             self._set.retire(slot.number)
         self._refuse_pinned(slot, f"replica {slot.number}, the only one that may run it, was taken out")
         if slot.member is None:
-            del self._slots[slot.number]
+            self._forget(slot)
             return
         self._enter(slot, State.LEAVING)
         self._dismiss(slot.member)
@@ -333,7 +389,7 @@ class Fleet:
 
     def _refuse_pinned(self, slot: _Slot, why: str) -> None:
         for seq in self._set.waiting_for(slot.number):
-            self._set.refuse(seq, why, wire.Refusal.FAILED)
+            self._set.refuse(seq, why, wire.Refusal.LOST)
 
     def arrive(self, number: int, member: Arrival) -> None:
         """A replica that another host has started, and that says by itself when it is ready. From any thread."""
@@ -358,7 +414,15 @@ class Fleet:
     def _add_slot(self, number: int, *, local: bool) -> _Slot:
         state = State.STARTING if local else State.AWAITED
         slot = self._slots[number] = _Slot(number, local, Restarts(self._limits.max_restarts), state, self._clock())
+        slot.past = self._pasts.pop(number, None)
         return slot
+
+    def _forget(self, slot: _Slot) -> None:
+        """Its counters are kept: they go on if a replica of its number is added again."""
+        self._read_snapshot(slot)
+        if slot.stats is not None:
+            self._pasts[slot.number] = emptied(slot.stats)
+        del self._slots[slot.number]
 
     def _start(self, slot: _Slot) -> None:
         self._set.expect(slot.number)
@@ -376,6 +440,7 @@ class Fleet:
         now = self._clock()
         self._take_arrivals()
         self._start_due(now)
+        self._lose_silent(now)
         for seq in self._deadlines.due(now):
             self._set.refuse(seq, "the request was not finished by its deadline", wire.Refusal.LATE)
         for seq in self._patience.due(now):
@@ -385,11 +450,30 @@ class Fleet:
             self._ending.remove(entry)
             entry[1].abandon()
             for slot in [slot for slot in self._slots.values() if slot.member is entry[1]]:
-                del self._slots[slot.number]
+                self._forget(slot)
+
+    def _lose_silent(self, now: float) -> None:
+        """Replicas that have requests and say nothing: a busy engine says every now and then how it does. Time in which
+        this process was stopped itself, and heard nobody, does not count."""
+        if now - self._looked < _LISTEN_S:
+            return
+        passed, self._looked = min(now - self._looked, _MOST_PASSED_S), now
+        for slot in list(self._slots.values()):
+            member, held = slot.member, self._set.held(slot.number)
+            if slot.state is not State.READY or member is None:
+                continue
+            if not held or member.words != slot.words:
+                slot.words, slot.quiet = member.words, 0.0
+                continue
+            slot.quiet += passed
+            if slot.quiet > self._limits.answer_timeout:
+                silent = f"{member.name} has {held} requests and has said nothing for {slot.quiet:.0f} s"
+                self._set.lose(slot.number, EngineError(f"{silent} (--step-timeout): it hangs"))
 
     def _start_due(self, now: float) -> None:
         for slot in list(self._slots.values()):
-            if slot.state is State.STARTING and now - slot.since > self._limits.start_timeout:
+            late = now - slot.since > self._limits.start_timeout
+            if slot.state is State.STARTING and slot.first is None and late:
                 self._kill(slot, EngineError(f"replica {slot.number}: not ready within its time to start"))
         if self._together:
             self._start_together(now)
@@ -426,7 +510,9 @@ class Fleet:
                 log.warning("replica %d of %s is not awaited, and sent away", number, member.host)
                 self._dismiss(member)
                 continue
+            self._set.expect(number)
             slot.restarts.count += slot.was_ready  # by its own host, or it was cut off for a while
+            slot.returning = slot.was_ready and (slot.host, slot.pid) == (member.host, member.pid)
             slot.member, slot.host, slot.pid = member, member.host, member.pid
             self._enter(slot, State.STARTING)
 
@@ -441,14 +527,50 @@ class Fleet:
                 slot.member.abandon()
                 self._end_life(slot, error)
                 continue
-            if stats is None:
-                continue
-            took = self._clock() - slot.since
-            log.info("replica %d is ready after %.2f s: %d KV blocks", slot.number, took, stats.num_blocks)
-            slot.latest = stats
-            slot.was_ready = True
-            self._enter(slot, State.READY)
-            self._set.admit(slot.number, slot.member, self._room(stats))
+            if stats is not None:
+                slot.first = slot.latest = stats
+        if self._length is None:
+            self._decide_length()
+        if self._length is not None:
+            for slot in list(self._slots.values()):
+                if slot.state is State.STARTING and slot.member is not None and slot.first is not None:
+                    self._admit(slot, slot.member, slot.first, self._length)
+
+    def _decide_length(self) -> None:
+        """If a KV cache holds less than was planned, those that start with it may hold still less: they are waited
+        for."""
+        starting = [slot for slot in self._slots.values() if slot.state in (State.STARTING, State.AWAITED)]
+        lengths = [slot.first.max_model_len for slot in starting if slot.first is not None]
+        awaited = [slot for slot in starting if slot.first is None and (slot.local or self._together)]
+        if not lengths or (awaited and min(lengths) < self._limits.max_model_len):
+            return
+        self._length = min(lengths)
+        if self._length < self._limits.max_model_len:
+            log.warning(
+                "requests may have %d tokens, not %d: the KV cache holds no more",
+                *(self._length, self._limits.max_model_len),
+            )
+        self._set.bound(self._cut)
+
+    def _admit(self, slot: _Slot, member: Member, stats: wire.EngineStats, length: int) -> None:
+        if stats.max_model_len < length:
+            if slot.local:
+                member.abandon()
+            else:
+                self._dismiss(member)
+            shorter = f"{member.name} holds requests of {stats.max_model_len} tokens, and {length} are served"
+            error = EngineError(f"{shorter}: start the server with --max-model-len {stats.max_model_len}")
+            log.error("%s", error)
+            self._end_life(slot, error)
+            return
+        took = self._clock() - slot.since
+        log.info("replica %d is ready after %.2f s: %d KV blocks", slot.number, took, stats.num_blocks)
+        if slot.returning:
+            slot.past, slot.returning = slot.before, False
+        slot.was_ready = True
+        slot.words, slot.quiet = member.words, 0.0
+        self._enter(slot, State.READY)
+        self._set.admit(slot.number, member, self._room(stats))
 
     def _lost(self, number: int, error: EngineError) -> None:
         self._end_life(self._slots[number], error)
@@ -456,8 +578,9 @@ class Fleet:
     def _end_life(self, slot: _Slot, error: ShoalError) -> None:
         """A replica has ended, or could not be started."""
         self._read_snapshot(slot)
-        slot.past, slot.latest = (None if slot.stats is None else emptied(slot.stats)), None
-        slot.member = None
+        if slot.latest is not None and slot.stats is not None and not slot.returning:
+            slot.before, slot.past = slot.past, emptied(slot.stats)
+        slot.first = slot.latest = slot.member = None
         slot.error = error
         if self._closed:
             return
@@ -477,8 +600,12 @@ class Fleet:
         itself."""
         if isinstance(error, UserError) or not self._has_worked(slot):
             return None
-        drew = map(self._set.drew, self._slots if self._together else [slot.number])
-        return slot.restarts.pause(self._clock(), useful=any(drew))
+        now = self._clock()
+        useful = any(
+            self._set.drew(each.number) or (each.state is State.READY and now - each.since >= _USEFUL_S)
+            for each in (self._slots.values() if self._together else [slot])
+        )
+        return slot.restarts.pause(now, useful=useful)
 
     def _has_worked(self, slot: _Slot) -> bool:
         return any(each.was_ready for each in (self._slots.values() if self._together else [slot]))
@@ -504,7 +631,7 @@ class Fleet:
         slot.since = self._clock()
 
     def _read_snapshot(self, slot: _Slot) -> None:
-        if slot.member is not None and slot.member.snapshot is not None:
+        if slot.first is not None and slot.member is not None and slot.member.snapshot is not None:
             slot.latest = slot.member.snapshot
 
     # --- waiting ------------------------------------------------------------------------------------------------------
@@ -525,30 +652,3 @@ class Fleet:
         channels += [self._waker, *(source for source in self._sources if source.fileno() >= 0)]
         wait(channels, timeout)
         self._waker.quiet()
-
-
-class _Waker:
-    backlog = False
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def wake(self) -> None:
-        with self._lock:
-            if not self._closed:
-                os.eventfd_write(self._fd, 1)
-
-    def quiet(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
-
-    def close(self) -> None:
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                os.close(self._fd)

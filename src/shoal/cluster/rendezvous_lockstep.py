@@ -20,6 +20,7 @@ class RendezvousLockstep:
 
         Raises:
             ConfigError: not all have come within `timeout` seconds, or one differs in what all must have alike.
+            EngineError: where they meet has gone; or this replica was there before, and not all are back in time.
         """
         self._member = Member(
             Address.parse(place.rendezvous),
@@ -29,6 +30,7 @@ class RendezvousLockstep:
             size=place.size,
             agreement=agreement,
             timeout=timeout,
+            returning=place.returning,
         )
         self._launched = 0
 

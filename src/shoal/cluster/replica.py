@@ -61,6 +61,7 @@ class Replica:
         self._closed = False
         self._killing: threading.Thread | None = None
         self._heard = time.monotonic()
+        self.words = 0  # how often it has said something
         try:
             if setup is not None:
                 self._send(wire.encode(setup))
@@ -168,6 +169,7 @@ class Replica:
 
     def _receive_stats(self, timeout: float) -> None:
         """A failure right behind them is told next."""
+        self._check_open()
         try:
             self._receive(timeout)
         except EngineError:
@@ -182,6 +184,7 @@ class Replica:
                 self._fail(f"{self.name} is stopped (SIGSTOP or a debugger)")
             return
         self._heard = time.monotonic()
+        self.words += 1
         try:
             frames = self._host.channel.receive()
             messages = [wire.from_engine.decode(frame) for frame in frames]

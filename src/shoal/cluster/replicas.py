@@ -33,6 +33,7 @@ class Member(EngineClient, Protocol):
     name: str
     died: bool
     snapshot: wire.EngineStats | None
+    words: int  # how often it has said something
 
     @property
     def channel(self) -> Channel: ...
@@ -216,7 +217,25 @@ class ReplicaSet:
     def give_up(self, why: str) -> None:
         """No replica comes back: all requests end."""
         for seq in list(self._flights):
-            self._end_here(seq, why, wire.Refusal.FAILED)
+            self._end_here(seq, why, wire.Refusal.LOST)
+
+    def lose(self, number: int, error: EngineError) -> None:
+        """A replica that is there is of no use any more: it is ended, and its requests go on elsewhere."""
+        self._lose(number, error)
+
+    def bound(self, cut: Callable[[wire.EngineRequest], wire.EngineRequest]) -> None:
+        """Before any replica was there: `cut` gives each request as it is to run, or raises a RequestError, with which
+        it ends."""
+        for seq, flight in list(self._flights.items()):
+            try:
+                found = cut(flight.request)
+            except RequestError as error:
+                self._end_here(seq, str(error), wire.Refusal.INVALID)
+                continue
+            if found != flight.request:
+                self._router.ended(seq)
+                flight.request = found
+                self._router.add(found)
 
     def reject(self, request: wire.EngineRequest, error: str, refusal: wire.Refusal) -> None:
         """Ends a request that is not taken.
@@ -325,6 +344,10 @@ class ReplicaSet:
                 self._live[number].add(request)
             except EngineError as error:
                 self._lose(number, error)
+            except Exception as error:  # what one request brings along ends no other
+                log.exception("request %d could not be sent", request.seq)
+                why = f"the request could not be sent: {type(error).__name__}: {error}"
+                self._end_here(request.seq, why, wire.Refusal.FAILED)
 
     def _collect(self, number: int) -> None:
         if number not in self._live:  # it was lost with another one

@@ -11,9 +11,9 @@ _MOST_USELESS = 5  # lives in a row that did nothing
 
 @dataclass(slots=True)
 class Restarts:
-    """Of one replica. A life is of use if the replica has drawn a token in it: the next start follows at once. Behind
-    useless ones the pause doubles, and after a few of them in a row, or `most` restarts within an hour, nobody starts
-    it again."""
+    """Of one replica. A life is of use if the replica has drawn a token in it, or was ready for a while: the next start
+    follows at once. Behind useless ones the pause doubles, and after a few of them in a row, or `most` restarts within
+    an hour, nobody starts it again."""
 
     most: int
     count: int = 0

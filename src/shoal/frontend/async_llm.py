@@ -22,12 +22,20 @@ from shoal.frontend.prompts import Job
 from shoal.frontend.requests import Requests
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.protocols import Recorder
-from shoal.types import Logprobs, Prompt, RequestOutput, SamplingParams
+from shoal.types import Logprobs, Prompt, RequestOutput, SamplingParams, shown
 from shoal.types import Message as ChatMessage
 
 _POLL_S = 0.05
+_ANSWER_S = 30.0
 _CLOSED = "the engine was closed"
-_RETRY_S = {wire.Refusal.FULL: 1.0, wire.Refusal.LATE: 5.0, wire.Refusal.CLOSING: 10.0}
+_RETRY_S = {
+    wire.Refusal.FULL: 1.0,
+    wire.Refusal.LATE: 5.0,
+    wire.Refusal.CLOSING: 10.0,
+    wire.Refusal.LOST: 10.0,
+}
+_MOST_PRIORITY = 1 << 62
+_MOST_REPLICAS = 1 << 31
 
 
 class AsyncLLM:
@@ -51,7 +59,7 @@ class AsyncLLM:
         """`recorder` is told of every request, `verbs` are what `ask` can ask for besides. `line` opens a way to a
         fleet that somebody else has; without it one is started here."""
         if not isinstance(model, OpenModel):
-            model = open_model(name_of(model), {**from_environment(), **options}, online=True)
+            model = open_model(name_of(model), {**from_environment(online=True), **options}, online=True)
         self._model = model
         self._reader = model.reader()
         seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
@@ -94,6 +102,8 @@ class AsyncLLM:
 
     @property
     def max_model_len(self) -> int:
+        """Tokens that a prompt and its output may have. Where the replicas' KV caches hold less than was planned, that
+        is known once `ready` or `status` was awaited; requests are cut to it in any case."""
         return self._requests.max_model_len
 
     @property
@@ -136,8 +146,13 @@ class AsyncLLM:
         `timeout` seconds after its `arrival` (time.monotonic(); without it, now).
 
         Raises:
+            RequestError: `priority` or `replica` is out of its range.
             ClosedError: this was closed.
         """
+        if not -_MOST_PRIORITY <= priority <= _MOST_PRIORITY:
+            raise RequestError(f"priority must be between -2**62 and 2**62, got {shown(priority)}")
+        if replica is not None and not 0 <= replica < _MOST_REPLICAS:
+            raise RequestError(f"there is no replica {shown(replica)}: they are numbered from 0")
         self._bind_loop()
         if self._closed:
             raise ClosedError(_CLOSED)
@@ -253,17 +268,18 @@ class AsyncLLM:
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise EngineError(f"no replica is ready after {timeout:g} s") from None
-        status = await self.status()
-        lengths = [replica.stats.max_model_len for replica in status.replicas if replica.stats is not None]
-        self._requests.max_model_len = min([self.max_model_len, *lengths])
-        self._reader = self._model.reader(self.max_model_len)
+        await self.status()
 
     async def status(self) -> wire.FleetStatus:
         """
         Raises:
             EngineError: nobody answers.
         """
-        return wire.fleet_status.decode(await self.ask("status"))
+        found = wire.fleet_status.decode(await self.ask("status"))
+        if 0 < found.max_model_len < self.max_model_len:  # the fleet knows when its first replicas are ready
+            self._requests.max_model_len = found.max_model_len
+            self._reader = self._model.reader(found.max_model_len)
+        return found
 
     async def scale(self, replicas: int) -> wire.FleetStatus:
         """Has so many replicas from now on. Does not wait for those that start.
@@ -280,7 +296,11 @@ class AsyncLLM:
         Raises:
             UserError, EngineError: what it says against it; or nobody is there.
         """
-        return await asyncio.wrap_future(self._line.ask(verb, payload))
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await asyncio.wrap_future(self._line.ask(verb, payload))
+        except TimeoutError:
+            raise EngineError(f"the engine has not answered {verb!r} within {_ANSWER_S:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing new, and waits up to `timeout` seconds for what runs. True: it has all ended."""
@@ -471,7 +491,7 @@ def _error_of(update: wire.SeqUpdate) -> ShoalError:
             return QueueFull(update.error, _RETRY_S[update.refusal])
         case wire.Refusal.LATE:
             return Overdue(update.error, _RETRY_S[update.refusal])
-        case wire.Refusal.CLOSING:
+        case wire.Refusal.CLOSING | wire.Refusal.LOST:
             return Unavailable(update.error, _RETRY_S[update.refusal])
         case _:
             return EngineError(update.error)

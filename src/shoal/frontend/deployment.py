@@ -60,16 +60,22 @@ class Deployment:
         return [number for number in range(self.size) if number not in self.local] if self.mode is Mode.HEAD else []
 
     @property
+    def elsewhere(self) -> Sequence[int]:
+        """Replicas that other hosts serve on their own."""
+        return [number for number in range(self.size) if number not in self.local] if self.mode is Mode.PEERS else []
+
+    @property
     def listens(self) -> bool:
         """Do the others come to this process?"""
         return self.mode is Mode.HEAD or (self.mode is Mode.PEERS and 0 in self.local)
 
     @property
     def place(self) -> wire.Place:
-        """Of the first replica here. Without any it is that of one, by which prompts are checked."""
+        """Of the first replica here. Without any (`local_size` 0) it is that of one elsewhere, by which prompts are
+        checked."""
         if self.mode is Mode.ALONE:
             return wire.Place()
-        return wire.Place(self.local[0] if self.local else 0, self.size, local_size=max(1, len(self.local)))
+        return wire.Place(self.local[0] if self.local else 0, self.size, local_size=len(self.local))
 
 
 def _mode(hosts: HostOptions, size: int) -> Mode:

@@ -48,7 +48,16 @@ def join(setup: wire.EngineSetup) -> RendezvousLockstep | None:
     if shares_experts(decision.cutting):
         return RendezvousLockstep(place, told, timeout=timeout)
     address = Address.parse(place.rendezvous)
-    connect(address, place.key, room=PEERS, rank=place.rank, size=place.size, agreement=told, timeout=timeout).close()
+    connect(
+        address,
+        place.key,
+        room=PEERS,
+        rank=place.rank,
+        size=place.size,
+        agreement=told,
+        timeout=timeout,
+        returning=place.returning,
+    ).close()
     return None
 
 

@@ -9,13 +9,14 @@ from shoal.cluster.arrival import FRONT_END, PEERS, FleetDoor, PeersDoor
 from shoal.cluster.fleet import About, Fleet, Limits
 from shoal.cluster.lockstep import Joined, LocalLockstep
 from shoal.cluster.replica import EngineProcess, EngineThread, Replica
+from shoal.config import EngineOptions
 from shoal.engine.core import EngineCore
 from shoal.frontend.compose import build_engine, shared_groups
 from shoal.frontend.deployment import Deployment, Mode
 from shoal.frontend.engine_server import serve
 from shoal.frontend.model import OpenModel, decide
 from shoal.frontend.replicas import KEY_BYTES, answer_timeout, place_of, room_of, setup_of, start_timeout
-from shoal.planner.agreement import agreement
+from shoal.planner.agreement import OF_RANKS, agreement
 from shoal.planner.layout import shares_experts
 from shoal.protocols import Recorder
 from shoal.transport.channel import Channel
@@ -47,9 +48,12 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
                 timeout=serving.request_timeout,
                 max_restarts=serving.max_restarts,
                 start_timeout=start_timeout(model),
+                answer_timeout=answer_timeout(model),
+                max_model_len=model.decision.max_model_len,
             ),
             local=deployment.local,
             awaited=deployment.awaited,
+            elsewhere=deployment.elsewhere,
             together=shares_experts(model.decision.cutting),
             recorder=recorder,
             on_close=stack.pop_all().close,
@@ -68,6 +72,7 @@ def _front_door(model: OpenModel, deployment: Deployment) -> FleetDoor | None:
         awaited=deployment.awaited,
         agreement=agreement(model.options, model.decision),
         answer_timeout=answer_timeout(model),
+        uncompared=() if deployment.local else OF_RANKS,
     )
 
 
@@ -89,15 +94,17 @@ def _meeting(model: OpenModel, deployment: Deployment, door: FleetDoor | None, s
 
 
 def _as_processes(model: OpenModel, deployment: Deployment, rendezvous: str, key: str) -> Launch:
-    """Starts one. Those that compute together meet whenever they start; peers that do not, compare the first time."""
+    """Starts one. Those that compute together meet whenever they start; peers that do not, compare the first time, but
+    for those that were added while serving: nobody else knows of them."""
     together = shares_experts(model.decision.cutting)
-    compared: set[int] = set()
+    started: set[int] = set()  # only what has been ready is started again
 
     def launch(number: int, generation: int) -> Replica:
         place = place_of(model, number, deployment.local)
-        if together or (deployment.mode is Mode.PEERS and number not in compared):
-            compared.add(number)
-            place = wire.replace(place, rendezvous=rendezvous, key=key)
+        known = deployment.mode is Mode.PEERS and number in deployment.local
+        if together or (known and number not in started):
+            place = wire.replace(place, rendezvous=rendezvous, key=key, returning=number in started)
+        started.add(number)
         return EngineProcess(setup_of(model, place), answer_timeout=answer_timeout(model))
 
     return launch
@@ -117,8 +124,8 @@ def _on_threads(model: OpenModel) -> Launch:
         locksteps, groups = shared[generation]
 
         def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
-            decision = decide(model.options, setup.place)
-            return build_engine(model.options, decision, lockstep=lockstep, groups=groups)
+            options = EngineOptions.from_flat(setup.model, setup.options)
+            return build_engine(options, decide(options, setup.place), lockstep=lockstep, groups=groups)
 
         def run(channel: Channel) -> None:
             serve(channel, lambda setup: locksteps[setup.place.rank] if together else None, start)

@@ -4,16 +4,18 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shoal import wire
 from shoal.cluster.replica import close_all
 from shoal.cluster.supervisor import Restarts
-from shoal.errors import EngineError, UserError
+from shoal.errors import EngineError, ShoalError, UserError
 from shoal.frontend.deployment import Deployment
 from shoal.frontend.model import OpenModel
 from shoal.frontend.replicas import place_of, setup_of
 from shoal.observe.logging import get_logger
+from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 
@@ -28,14 +30,15 @@ def run(model: OpenModel) -> int:
     """Runs this host's replicas until a signal comes, or the front end wants none of them any more. Gives exit code 0.
 
     Raises:
-        UserError: the front end refuses one of them, or one can't work; nothing is left of the others.
-        EngineError: one could not start, or none is left that could be started again.
+        UserError: before any was ready, the front end refuses one, or one can't work; or none is left for that.
+        EngineError: before any was ready, one could not start; or none is left that could be started again.
     """
     deployment = Deployment.of(model.options)
     numbers = _listed(deployment.local)
     log.info("replicas %s of %d for the front end at %s", numbers, deployment.size, deployment.address)
     with _Signals() as signals:
-        replicas = [_Supervised(model, deployment, number) for number in deployment.local]
+        host = _Host(together=shares_experts(model.decision.cutting))
+        replicas = [_Supervised(model, deployment, number, host) for number in deployment.local]
         try:
             for replica in replicas:
                 replica.start()
@@ -61,9 +64,10 @@ def _supervise(replicas: Sequence["_Supervised"], signals: "_Signals") -> None:
 
 def _end(replicas: Sequence["_Supervised"]) -> None:
     """None is left."""
-    failed = [f"replica {replica.number}: {replica.failure}" for replica in replicas if replica.failure]
-    if failed:
-        raise EngineError(f"no replica is left here: {'; '.join(failed)}")
+    failures = [replica.failure for replica in replicas if replica.failure is not None]
+    if failures:
+        kind = UserError if any(isinstance(failure, UserError) for failure in failures) else EngineError
+        raise kind(f"no replica is left here: {'; '.join(map(str, failures))}")
     log.info("the front end has taken out all replicas of this host")
 
 
@@ -112,13 +116,22 @@ class _Life:
         self.child.kill()
 
 
+@dataclass(slots=True)
+class _Host:
+    """What the replicas of one have in common."""
+
+    together: bool  # they share experts: none works without the others
+    was_ready: bool = False  # was any of them, ever?
+
+
 class _Supervised:
-    def __init__(self, model: OpenModel, deployment: Deployment, number: int) -> None:
+    def __init__(self, model: OpenModel, deployment: Deployment, number: int, host: _Host) -> None:
         self.number = number
+        self._host = host
         self.life: _Life | None = None
         self.next_start = 0.0
         self.waits = False  # for its next start
-        self.failure = ""  # why it is not started again
+        self.failure: ShoalError | None = None  # why it is not started again
         self._was_ready = False
         self._restarts = Restarts(model.options.serving.max_restarts)
         place = wire.replace(
@@ -126,14 +139,26 @@ class _Supervised:
         )
         self._setup = setup_of(model, place)
 
+    @property
+    def _has_worked(self) -> bool:
+        return self._host.was_ready if self._host.together else self._was_ready
+
     def start(self) -> None:
+        """
+        Raises:
+            EngineError: it can't be started, and none of this host has ever been ready.
+        """
         self.waits = False
-        self.life = _Life(self._setup)
+        place = wire.replace(self._setup.place, returning=self._has_worked)
+        try:
+            self.life = _Life(wire.replace(self._setup, place=place))
+        except OSError as error:  # no memory for a process, no descriptors
+            self._start_again(EngineError(f"replica {self.number}: can't be started: {error}"), useful=False)
 
     def look(self) -> None:
         """
         Raises:
-            UserError, EngineError: it can't work, and will not.
+            UserError, EngineError: it can't work, and none of this host has ever been ready, or none works without it.
         """
         if self.waits and time.monotonic() >= self.next_start:
             self.start()
@@ -143,7 +168,7 @@ class _Supervised:
         stopped = life.child.stopped()
         if not stopped and life.listen():
             if life.ready_at is not None and not self._was_ready:
-                self._was_ready = True
+                self._was_ready = self._host.was_ready = True
                 log.info("replica %d (process %d) is ready", self.number, life.child.pid)
             return
         self.life = None
@@ -152,21 +177,28 @@ class _Supervised:
         if life.failure is None and life.child.exit_code == 0:
             log.info("replica %d was taken out by the front end", self.number)
             return
-        self._start_again(life, f"process {life.child.pid} {why}" if life.failure is None else life.failure.error)
+        kind = UserError if life.failure is not None and life.failure.user_error else EngineError
+        why = f"process {life.child.pid} {why}" if life.failure is None else life.failure.error
+        self._start_again(kind(f"replica {self.number}: {why}"), useful=life.useful)
 
-    def _start_again(self, life: _Life, why: str) -> None:
-        named = f"replica {self.number}: {why}"
-        if life.failure is not None and life.failure.user_error:
-            raise UserError(named)
-        if not self._was_ready:
-            raise EngineError(named)
-        pause = self._restarts.pause(time.monotonic(), useful=life.useful)
-        if pause is None:
-            self.failure = f"{why}; {self._restarts.why_not}"
-            log.error("%s; it is not started again: %s", named, self._restarts.why_not)
+    def _start_again(self, error: ShoalError, *, useful: bool) -> None:
+        mistake = isinstance(error, UserError)
+        if not self._host.was_ready or (mistake and self._host.together):
+            raise error
+        if mistake or not self._has_worked:
+            self._give_up(error, "the user must mend that" if mistake else "it has never been ready")
             return
-        log.warning("%s; it is started again %s", named, f"in {pause:g} s" if pause else "at once")
+        pause = self._restarts.pause(time.monotonic(), useful=useful)
+        if pause is None:
+            self._give_up(error, self._restarts.why_not)
+            return
+        log.warning("%s; it is started again %s", error, f"in {pause:g} s" if pause else "at once")
         self.waits, self.next_start = True, time.monotonic() + pause
+
+    def _give_up(self, error: ShoalError, why: str) -> None:
+        """The others of this host go on without it."""
+        self.failure = type(error)(f"{error}; {why}")
+        log.error("%s; it is not started again: %s", error, why)
 
 
 class _Signals:

@@ -9,6 +9,7 @@ from typing import Any
 
 from shoal import env, wire
 from shoal.config import EngineOptions, refuse_online
+from shoal.devices import cpu
 from shoal.errors import ConfigError
 from shoal.frontend import hub
 from shoal.frontend.chat import ChatTemplate
@@ -72,10 +73,16 @@ def name_of(model: object) -> str | None:
 
 
 def open_model(
-    model: str | None, given: Mapping[str, Any], *, own_process: bool = False, online: bool = False
+    model: str | None,
+    given: Mapping[str, Any],
+    *,
+    own_process: bool = False,
+    online: bool = False,
+    replicas_elsewhere: bool = False,
 ) -> OpenModel:
     """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
-    only mean something to what serves are refused.
+    only mean something to what serves are refused. `replicas_elsewhere`: another process has them, and has decided
+    whether this host's memory and devices do; here they are not looked at.
 
     Raises:
         UserError: model, options and host do not go together; it says what, and the way out.
@@ -91,7 +98,10 @@ def open_model(
             f"SHOAL_DP_RANK={by_hand.rank} is for programs that are replicas by hand: to serve one replica, use "
             f"--data-parallel-size {by_hand.size} --data-parallel-rank {by_hand.rank}, and unset the variable"
         )
-    decision = decide(options, by_hand or Deployment.of(options).place)
+    place = by_hand or Deployment.of(options).place
+    if replicas_elsewhere:
+        place = wire.replace(place, size=options.parallel.data_parallel_size, local_size=0)
+    decision = decide(options, place)
     from_model = options.model_options.generation_config != "vllm"
     generation = GenerationDefaults.open(decision.folder, sampling=from_model)
     return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
@@ -137,4 +147,6 @@ def decide(options: EngineOptions, place: wire.Place | None = None) -> Decision:
     draft = None
     if speculative is not None and speculative.method == "draft_model":
         draft = hub.locate(speculative.model, speculative.revision, weights=weights)
-    return resolve(options, folder, discover(options), draft, place or wire.Place())
+    place = place or wire.Place()
+    hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
+    return resolve(options, folder, hardware, draft, place)

@@ -1,7 +1,8 @@
 """An engine for a front end on another host: `python -m shoal.frontend.remote_engine --fd N --parent PID`.
 
 It goes to the front end, loads, and takes requests over that connection; the channel to the process that has started it
-is for its end. When the front end goes away it drops what it was at, keeps its weights, and looks for the next one.
+is for its end. When the front end goes away it drops what it was at, keeps its weights, and looks for the next one, for
+as long as it takes.
 """
 
 import os
@@ -22,7 +23,7 @@ from shoal.frontend.model import decide
 from shoal.observe import logging
 from shoal.planner.agreement import agreement
 from shoal.planner.layout import shares_experts
-from shoal.transport.channel import Channel, ChannelClosed
+from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import Address, connect
 from shoal.transport.process import die_with_parent
 from shoal.transport.relay import Relay
@@ -30,6 +31,7 @@ from shoal.transport.relay import Relay
 log = logging.get_logger("replica")
 
 _PAUSE_S = 0.5
+_SAY_S = 60.0  # how often it is said that a front end is awaited that was there before
 
 
 @click.command()
@@ -56,7 +58,8 @@ def serve(supervisor: Channel) -> int:
     lockstep: RendezvousLockstep | None = None
     engine: EngineCore | None = None
     try:
-        front_end.connect()
+        if (_return(front_end, supervisor) if setup.place.returning else front_end.connect()) is None:
+            return 0
         lockstep = join(setup) if front_end.together else None
         engine = start(setup, lockstep)
         _serve(engine, lockstep, front_end, supervisor)
@@ -83,26 +86,28 @@ class _FrontEnd:
         self.together = shares_experts(decision.cutting)
         self._agreement = agreement(options, decision)
         self._place = setup.place
+        self.address = Address.parse(setup.place.rendezvous)
         self._timeout = options.parallel.start_timeout
         self.line: Relay | None = None
 
-    def connect(self) -> Relay:
-        """Waits for it.
+    def connect(self, *, returning: bool = False) -> Relay:
+        """Waits for it: one that was there before for a while, after which it may be awaited again.
 
         Raises:
             ConfigError: it is not there in time, or refuses this replica; it says why.
+            EngineError: `returning`, and it is not there yet.
         """
-        address = Address.parse(self._place.rendezvous)
         channel = connect(
-            address,
+            self.address,
             self._place.key,
             room=FRONT_END,
             rank=self._place.rank,
             size=self._place.size,
             agreement=self._agreement,
-            timeout=self._timeout,
+            timeout=_SAY_S if returning else self._timeout,
+            returning=returning,
         )
-        log.info("arrived at the front end at %s", address)
+        log.info("arrived at the front end at %s", self.address)
         self.line = Relay(channel)
         return self.line
 
@@ -119,8 +124,8 @@ def _serve(
     front_end: _FrontEnd,
     supervisor: Channel,
 ) -> None:
-    while True:
-        line = (front_end.line or front_end.connect()).channel
+    while (relay := front_end.line or _return(front_end, supervisor, engine)) is not None:
+        line = relay.channel
         stats = wire.encode(engine.stats())
         supervisor.send(stats)
         try:
@@ -134,6 +139,23 @@ def _serve(
         front_end.part()
         engine.drop()
         time.sleep(_PAUSE_S)  # for a front end that hangs up on whoever arrives
+
+
+def _return(front_end: _FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> Relay | None:
+    """Looks for a front end without an end; None: the supervisor wants this process to end.
+
+    Raises:
+        ConfigError: it refuses this replica.
+        EngineError: a rank has failed meanwhile.
+    """
+    while not wait([supervisor], 0):
+        try:
+            return front_end.connect(returning=True)
+        except EngineError as error:
+            log.warning("the front end at %s is still awaited: %s", front_end.address, error)
+        if engine is not None:
+            engine.check()
+    return None
 
 
 if __name__ == "__main__":

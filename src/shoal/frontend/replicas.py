@@ -4,6 +4,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from typing import Any
 
 from shoal import wire
 from shoal.cluster.lockstep import Joined, LocalLockstep
@@ -140,7 +141,24 @@ def place_of(model: OpenModel, number: int, local: Sequence[int] | None = None) 
 
 def setup_of(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
     options = {name: value for name, value in model.given.items() if name != "engine_process"}
+    if place.local_rank >= model.decision.place.local_size:
+        options |= _kv_cache_of_added(model, place.local_rank + 1)
     return wire.EngineSetup(model.options.model, options, place)
+
+
+def _kv_cache_of_added(model: OpenModel, replicas: int) -> dict[str, Any]:
+    """Options for a replica that was added to those that were planned. Its share of a CPU host's memory would be
+    smaller than theirs, and too small for requests that they hold: it gets what each of them has, if there is so much.
+    """
+    decision, cache = model.decision, model.options.cache
+    budgets = [budget for budget in decision.kv_budgets if budget is not None]
+    asked = cache.kv_cache_memory_bytes is not None or cache.device_memory is not None
+    if decision.hardware.device != "cpu" or asked or not budgets:
+        return {}
+    needs = sum(rank.weights + rank.activations for rank in decision.ranks) + sum(budgets)
+    if replicas * needs > decision.hardware.host_memory_available:
+        return {}
+    return {"kv_cache_memory_bytes": max(budgets)}
 
 
 def room_of(model: OpenModel, stats: wire.EngineStats) -> Room:

@@ -10,10 +10,13 @@ from shoal.planner.layout import shares_experts
 from shoal.planner.resolve import Decision
 
 _DIGITS = 16
+_CACHE, _LONGEST = "size of the KV cache", "longest sequence"
+OF_RANKS = frozenset({_CACHE, _LONGEST})  # what a front end without ranks does not know
 
 
 def agreement(options: EngineOptions, decision: Decision) -> dict[str, str]:
-    """Name -> value or digest. Of weights the headers and the files' sizes are read, not the numbers."""
+    """Name -> value or digest; `OF_RANKS` only for replicas that share experts with others. Of weights the
+    headers and the files' sizes are read, not the numbers."""
     found = {
         "version of Shoal": shoal.__version__,
         "wire version": str(wire.WIRE_VERSION),
@@ -21,10 +24,10 @@ def agreement(options: EngineOptions, decision: Decision) -> dict[str, str]:
         "dtype": decision.dtype,
         "config.json": _digest((decision.folder / "config.json").read_bytes()),
     }
-    if shares_experts(decision.cutting):  # their ranks take the same steps at start too
+    if shares_experts(decision.cutting) and decision.place.local_size:  # their ranks take the same steps at start too
         measured = None in decision.kv_budgets
-        found["size of the KV cache"] = "measured" if measured else "given"
-        found["longest sequence"] = "1" if decision.max_model_len == 1 else "2 and more"  # 1: nothing is warmed up
+        found[_CACHE] = "measured" if measured else "given"
+        found[_LONGEST] = "1" if decision.max_model_len == 1 else "2 and more"  # 1: nothing is warmed up
     if options.model_options.load_format != "dummy":
         tensors = open_checkpoint(decision.folder).tensors
         told = sorted(f"{name} {entry.dtype} {entry.shape} {entry.offset}" for name, entry in tensors.items())

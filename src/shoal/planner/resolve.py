@@ -78,7 +78,8 @@ def resolve(
 ) -> Decision:
     """Decides what was left open, and refuses what can't work. `draft_folder`: of the model that guesses ahead.
 
-    `place` is that of one replica. Without it the decision is for all of them, as the first one will take it.
+    `place` is that of one replica. Without it the decision is for all of them, as the first one will take it. One of
+    which none is on this host (`local_size` 0) needs nothing of it, and its KV cache is not known.
 
     Raises:
         UserError: the models can't be read, or the options, the models and the hardware don't go together.
@@ -90,7 +91,11 @@ def resolve(
         hardware = dataclasses.replace(hardware, host_memory_available=place.memory_available)
     spec, draft_spec = _read(options, folder, draft_folder)
     cutting = plan_cutting(options, spec, draft_spec, place, reasons, warnings)
-    _check_devices(options, place, hardware, reasons, warnings)
+    here = place.local_size > 0
+    if here:
+        _check_devices(options, place, hardware, reasons, warnings)
+    else:
+        reasons.append("no replica runs on this host: nothing is planned for its memory and devices")
     backend = _backend(options, cutting, hardware, reasons)
     shards = rank_shards(spec, cutting)
     dtype = _dtype(options, spec, reasons)
@@ -102,7 +107,8 @@ def resolve(
     ranks, shares = _measure(options, model, draft, shards, cutting, dtype, hardware.device)
     if options.model_options.enforce_eager:
         reasons.append("--enforce-eager changes nothing: steps are launched operation by operation in any case")
-    budgets = kv_budgets(options, hardware, ranks, reasons, replicas=place.local_size)
+    unknown = (None,) * len(ranks)
+    budgets = kv_budgets(options, hardware, ranks, reasons, replicas=place.local_size) if here else unknown
     max_model_len = _max_model_len(options, spec, draft_spec, num_blocks(ranks, budgets), reasons)
     all2all = _all2all(options, spec, cutting, dtype, reasons)
     return Decision(

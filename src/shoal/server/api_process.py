@@ -1,6 +1,8 @@
 """One of several API servers: `python -m shoal.server.api_process --fd N --parent PID`."""
 
+import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -14,7 +16,7 @@ import uvloop
 
 from shoal import wire
 from shoal.cluster.desk import Answer, Questions
-from shoal.errors import ClosedError
+from shoal.errors import ClosedError, ShoalError
 from shoal.frontend.async_llm import AsyncLLM
 from shoal.frontend.model import OpenModel, open_model
 from shoal.observe import logging
@@ -23,9 +25,13 @@ from shoal.server.listening import Listening, Server, make_server
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
+from shoal.transport.waker import Waker
 
 _SETUP_S = 60.0
-_SLICE_S = 0.2
+_SLICE_S = 1.0
+_LEARN_S = 0.25
+
+log = logging.get_logger("serve")
 
 
 class ChannelLine:
@@ -38,31 +44,41 @@ class ChannelLine:
         self._ended = ended
         self._questions = Questions()
         self._closed = False
+        self._waker = Waker()
         self._thread = threading.Thread(target=self._read, name="shoal-line", daemon=True)
         self._thread.start()
 
     def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
         try:
             for message in messages:
-                self._channel.send(wire.encode(message))
+                self._send(message)
         except ChannelClosed:
             raise ClosedError("the engine was closed") from None
 
     def ask(self, verb: str, payload: bytes = b"") -> "Future[bytes]":
         question, future = self._questions.add(verb, payload)
         try:
-            self._channel.send(wire.encode(question))
+            self._send(question)
         except ChannelClosed:
             self._questions.fail("the engine was closed")
         return future
 
     def close(self) -> None:
         self._closed = True
+        self._waker.wake()
+
+    def _send(self, message: wire.EngineRequest | wire.Abort | wire.Ask) -> None:
+        self._channel.send(wire.encode(message))
+        if self._channel.backlog:  # the thread writes the rest, and does not know of it while it waits
+            self._waker.wake()
 
     def _read(self) -> None:
+        sources: list[Any] = [self._channel, self._waker]
         try:
             while not self._closed:
-                if not wait([self._channel], _SLICE_S):
+                readable = wait(sources, _SLICE_S)
+                self._waker.quiet()
+                if self._channel not in readable:
                     continue
                 for frame in self._channel.receive():
                     match wire.to_api.decode(frame):
@@ -77,6 +93,7 @@ class ChannelLine:
         finally:
             self._questions.fail("the engine was closed")
             self._ended()
+            self._waker.close()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,10 +104,13 @@ def main(arguments: Sequence[str]) -> int:
     channel = Channel.from_fd(int(options["--fd"]))
     setup = _setup(channel)
     logging.configure(f"(API server {setup.number}) ")
-    model = open_model(setup.model, setup.options, online=True)
+    try:
+        model = open_served(setup)
+    except ShoalError as error:
+        log.error("%s", error)
+        return 1
     settings = ServerSettings(**{name: _plain(value) for name, value in setup.settings.items()})
-    uvloop.run(_serve(channel, setup, model, settings))
-    return 0
+    return 0 if uvloop.run(_serve(channel, setup, model, settings)) else 1
 
 
 def _setup(channel: Channel) -> wire.ApiSetup:
@@ -101,27 +121,50 @@ def _setup(channel: Channel) -> wire.ApiSetup:
     return setup
 
 
+def open_served(setup: wire.ApiSetup) -> OpenModel:
+    """The model that another process has decided on, for the replicas that it has. This one takes its word: by now they
+    may hold the memory that they were planned for.
+
+    Raises:
+        UserError: the model is not there any more.
+    """
+    model = open_model(setup.model, setup.options, online=True, replicas_elsewhere=True)
+    decision = dataclasses.replace(model.decision, max_model_len=setup.max_model_len)
+    return dataclasses.replace(model, decision=decision)
+
+
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-async def _serve(channel: Channel, setup: wire.ApiSetup, model: OpenModel, settings: ServerSettings) -> None:
+async def _serve(channel: Channel, setup: wire.ApiSetup, model: OpenModel, settings: ServerSettings) -> bool:
+    """True: every client has read its answer to the end."""
     servers: list[Server] = []
     stopped = threading.Event()
 
     def end() -> None:
         stopped.set()
         for server in servers:
-            server.stop()
+            server.stop(None)  # the parent has the clock
 
     llm = AsyncLLM(model, line=lambda deliver: ChannelLine(channel, deliver, end))
     listening = Listening(**setup.listening)
     server = make_server(make_app(llm, settings), settings, listening)
     servers.append(server)
+    learning = asyncio.create_task(_learn(llm))
     if not stopped.is_set():
         await server.serve(sockets=[socket.socket(fileno=os.dup(setup.socket))])
+    learning.cancel()
     with contextlib.suppress(Exception):
         llm.close()
+    return server.complete
+
+
+async def _learn(llm: AsyncLLM) -> None:
+    """How long requests may be, once the first replicas are ready."""
+    with contextlib.suppress(ShoalError):  # nobody has the fleet any more
+        while not (await llm.status()).max_model_len:
+            await asyncio.sleep(_LEARN_S)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,50 @@
 """Several processes that answer HTTP requests before one fleet: they share the listening socket."""
 
 import asyncio
+import contextlib
+import hashlib
 import socket
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 from shoal import wire
 from shoal.cluster.supervisor import Restarts
-from shoal.errors import EngineError
+from shoal.errors import ClosedError, EngineError
 from shoal.frontend.async_llm import AsyncLLM
 from shoal.frontend.model import OpenModel
 from shoal.observe.logging import get_logger
-from shoal.server.listening import Listening
+from shoal.server.listening import LAST_BYTES_S, Listening
 from shoal.server.settings import ServerSettings
-from shoal.transport.process import ChildProcess, end_all
+from shoal.transport.channel import ChannelClosed
+from shoal.transport.process import ChildProcess
 
 log = get_logger("serve")
 
 _LOOK_S = 0.2
+_SLICE_S = 0.05  # of the wait for their end
 _MOST_RESTARTS = 100
-_END_S = 8.0  # for clients to read what is left
 _USEFUL_S = 10.0  # a life of that length was of use
+_STUCK_S = 3.0  # stopped, or without a line to the fleet
+_SEED_BYTES = 7  # of it; the options take no more than 63 bits
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One number's process, through all its lives."""
+
+    number: int
+    restarts: Restarts
+    child: ChildProcess | None = None
+    lives: int = 0
+    since: float = 0.0  # when this life began
+    next_start: float = 0.0
+    stuck_since: float | None = None
 
 
 class ApiServers:
-    """Starts them, and starts one again that ends. A connection belongs to the process that has accepted it, and ends
-    with it; the fleet's requests of that process end too, nobody else's."""
+    """Starts them, and starts one again that ends, or that stands still and is killed. A connection belongs to the
+    process that has accepted it, and ends with it; the fleet's requests of that process end too, nobody else's."""
 
     def __init__(
         self,
@@ -35,55 +54,115 @@ class ApiServers:
         listening: Listening,
         sock: socket.socket,
         count: int,
+        on_restart: Callable[[], object] = lambda: None,
     ) -> None:
+        """`on_restart` is called on the thread of the `llm`'s desk."""
         assert llm.desk is not None
+        self._llm = llm
         self._desk = llm.desk
-        self._setup = wire.ApiSetup(model.options.model, dict(model.given), asdict(settings), asdict(listening))
+        self._given = dict(model.given)
+        self._setup = wire.ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening))
         self._socket = sock
-        self._count = count
-        self._children: dict[int, ChildProcess] = {}
-        self._since: dict[int, float] = {}
-        self._restarts = [Restarts(_MOST_RESTARTS) for _ in range(count)]
-        self._stopping = False
-        self._at_once = False
+        self._slots = [_Slot(number, Restarts(_MOST_RESTARTS)) for number in range(count)]
+        self._on_restart = on_restart
+        self._ends_at: float | None = None  # what still runs then is killed
 
-    async def serve(self) -> None:
-        """
+    async def serve(self) -> bool:
+        """Until `stop`. True: all clients have read what was there for them.
+
         Raises:
-            EngineError: one ends again and again.
+            EngineError: one ends again and again, or the fleet's thread has ended.
         """
         try:
-            for number in range(self._count):
-                self._start(number)
-            while not self._stopping:
+            while self._ends_at is None:
+                for slot in self._slots:
+                    await self._look_after(slot)
                 await asyncio.sleep(_LOOK_S)
-                for number, child in list(self._children.items()):
-                    if not self._stopping and child.wait(0):
-                        await self._revive(number, child)
         finally:
-            await asyncio.to_thread(self._end)
+            if self._ends_at is None:
+                self.stop(LAST_BYTES_S)
+            complete = await asyncio.to_thread(self._end)
+        return complete
 
-    def stop(self, *, at_once: bool) -> None:
-        self._stopping = True
-        self._at_once = self._at_once or at_once
+    def stop(self, patience: float) -> None:
+        """Ends `serve`: clients have so many seconds to read what is left. May be called again, with fewer."""
+        ends_at = time.monotonic() + patience
+        self._ends_at = ends_at if self._ends_at is None else min(ends_at, self._ends_at)
 
-    def _start(self, number: int) -> None:
-        child = ChildProcess("shoal.server.api_process", passed=[self._socket.fileno()])
-        setup = wire.replace(self._setup, number=number, socket=self._socket.fileno())
-        self._children[number] = child
-        self._since[number] = time.monotonic()
-        child.channel.send(wire.encode(setup))
-        self._desk.connect(child.channel)
-
-    async def _revive(self, number: int, child: ChildProcess) -> None:
+    async def _look_after(self, slot: _Slot) -> None:
         now = time.monotonic()
-        pause = self._restarts[number].pause(now, useful=now - self._since[number] > _USEFUL_S)
-        if pause is None:
-            raise EngineError(f"API server {number} (process {child.pid}) {child.death()}, again and again")
-        log.warning("API server %d (process %d) %s; it is started again", number, child.pid, child.death())
-        await asyncio.sleep(pause)
-        if not self._stopping:
-            self._start(number)
+        if slot.child is None:
+            if slot.next_start <= now:
+                await self._start(slot)
+        elif slot.child.wait(0):
+            self._note_end(slot, slot.child, now)
+        elif self._is_stuck(slot, slot.child, now):
+            what = "was stopped (SIGSTOP or a debugger)" if slot.child.stopped() else "has lost its line to the engine"
+            log.warning("API server %d (process %d) %s, and is killed", slot.number, slot.child.pid, what)
+            await asyncio.to_thread(slot.child.kill_process)
 
-    def _end(self) -> None:
-        end_all(list(self._children.values()), wire.encode(wire.Stop()), 0.0 if self._at_once else _END_S)
+    def _is_stuck(self, slot: _Slot, child: ChildProcess, now: float) -> bool:
+        if not child.stopped() and child.channel.fileno() >= 0:
+            slot.stuck_since = None
+        elif slot.stuck_since is None:
+            slot.stuck_since = now
+        return slot.stuck_since is not None and now - slot.stuck_since > _STUCK_S
+
+    def _note_end(self, slot: _Slot, child: ChildProcess, now: float) -> None:
+        pause = slot.restarts.pause(now, useful=now - slot.since > _USEFUL_S)
+        if pause is None:
+            raise EngineError(f"API server {slot.number} (process {child.pid}) {child.death()}, again and again")
+        log.warning("API server %d (process %d) %s; it is started again", slot.number, child.pid, child.death())
+        slot.child = None
+        slot.next_start = now + pause
+
+    async def _start(self, slot: _Slot) -> None:
+        """The channel belongs to the desk from now on, which closes it."""
+        setup = self._setup_of(slot)
+        passed = [self._socket.fileno()]
+        child = slot.child = await asyncio.to_thread(ChildProcess, "shoal.server.api_process", passed=passed)
+        slot.since = time.monotonic()
+        slot.stuck_since = None
+        with contextlib.suppress(ChannelClosed):  # it has ended already, which is seen in turn
+            child.channel.send(wire.encode(setup))
+        try:
+            self._desk.connect(child.channel)
+            if slot.lives:
+                self._desk.do(self._on_restart)
+        except ClosedError:
+            child.channel.hang_up()
+            raise
+        slot.lives += 1
+
+    def _setup_of(self, slot: _Slot) -> wire.ApiSetup:
+        options = self._given
+        if "seed" in options:  # requests are numbered from 0 in each of them, and drawn by seed and number
+            options = {**options, "seed": _seed_of(int(options["seed"]), slot.number, slot.lives)}
+        return wire.replace(
+            self._setup,
+            options=options,
+            max_model_len=self._llm.max_model_len,
+            number=slot.number,
+            socket=self._socket.fileno(),
+        )
+
+    def _end(self) -> bool:
+        running = [slot.child for slot in self._slots if slot.child is not None]
+        with contextlib.suppress(ClosedError):  # then the desk has hung up, which ends them as well
+            self._desk.do(lambda: _say_stop(running))
+        for child in running:
+            while not child.wait(_SLICE_S) and time.monotonic() < (self._ends_at or 0.0):
+                pass
+        for child in running:
+            child.kill_process()
+        return all(child.exit_code == 0 for child in running)
+
+
+def _say_stop(children: Sequence[ChildProcess]) -> None:
+    for child in children:
+        child.say(wire.encode(wire.Stop()))
+
+
+def _seed_of(seed: int, number: int, life: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{number}:{life}".encode(), digest_size=_SEED_BYTES).digest()
+    return int.from_bytes(digest, "little")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from shoal import __version__
 from shoal.frontend.async_llm import AsyncLLM
@@ -11,6 +12,7 @@ from shoal.server.backend import Backend
 from shoal.server.dashboard import routes as dashboard
 from shoal.server.errors import add_handlers
 from shoal.server.limits import add_limits
+from shoal.server.request_ids import RequestIds
 from shoal.server.running import Service, client_gone
 from shoal.server.scraping import add_metrics
 from shoal.server.settings import ServerSettings
@@ -28,7 +30,13 @@ def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
 
 
 class _App(FastAPI):
-    """Describes no error that is never answered: bodies and parameters that are wrong get a 400."""
+    """Describes no error that is never answered: bodies and parameters that are wrong get a 400.
+
+    Request ids are put around all else, so that answers to what nobody foresaw have them as well.
+    """
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return RequestIds(super().build_middleware_stack())
 
     def openapi(self) -> dict[str, Any]:
         found = super().openapi()
@@ -47,7 +55,6 @@ def openai_app(llm: Backend, settings: ServerSettings) -> FastAPI:
     app = _App(
         title="Shoal",
         version=__version__,
-        root_path=settings.root_path,
         openapi_url=None if settings.disable_docs else "/openapi.json",
         **documented,
     )

@@ -28,6 +28,7 @@ from shoal.server.running import (
     params_of,
     prepared,
     respond,
+    stream_usage,
 )
 from shoal.server.schemas import ChatAnswer, ChatBody, TemplateFields
 from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
@@ -83,6 +84,9 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
         Refusal: it can't be used.
     """
     model = service.model(body.model)
+    if body.stream and body.prompt_logprobs is not None:
+        raise Refusal(400, "prompt_logprobs has no place in a streamed chat: leave stream out", param="prompt_logprobs")
+    usage_wanted, usage_always = stream_usage(body)
     plan = plan_tools(
         body.tools, body.tool_choice, service.settings.tool_call_parser, parallel=body.parallel_tool_calls is not False
     )
@@ -97,7 +101,6 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
         names=names_of(given, chat=True),
         prompt="messages",
     )
-    options = body.stream_options
     return _Request(
         id=identifier("chatcmpl"),
         created=int(time.time()),
@@ -106,8 +109,8 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
         params=params,
         plan=plan,
         prompt_logprobs=body.prompt_logprobs is not None,
-        usage=options is not None and bool(options.include_usage),
-        usage_always=options is not None and bool(options.continuous_usage_stats),
+        usage=usage_wanted,
+        usage_always=usage_always,
     )
 
 
@@ -154,7 +157,7 @@ def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
         "object": "chat.completion",
         "created": asked.created,
         "model": asked.model,
-        "choices": [_choice(asked.plan, each) for each in output.outputs],
+        "choices": [_choice(asked, each) for each in output.outputs],
         "usage": _usage(asked, sum(len(each.token_ids) for each in output.outputs), output.num_cached_tokens),
     }
     if asked.prompt_logprobs:
@@ -162,8 +165,9 @@ def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
     return body
 
 
-def _choice(plan: ToolPlan, output: CompletionOutput) -> dict[str, Any]:
-    choice = chat_choice(output)
+def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:
+    plan = asked.plan
+    choice = chat_choice(output, asked.params.logprobs)
     if plan.parser is not None:
         reader = CallDeltas(plan)
         choice["message"] = message_of(reader.feed(output.text, last=True))
@@ -197,7 +201,7 @@ async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes,
                     begun.add(delta.index)
                     choices.append(_chunk_choice(delta.index, {"role": "assistant", "content": ""}))
                 written += len(delta.token_ids)
-                choices += _chunk_choices(asked.plan, readers.get(delta.index), delta)
+                choices += _chunk_choices(asked, readers.get(delta.index), delta)
             told = text_of(_usage(asked, written, stream.cached_tokens)) if asked.usage_always else no_usage
             if choices:
                 chunks = [writer.chunk(text_of(choice), told) for choice in choices]
@@ -208,15 +212,16 @@ async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes,
         stream.close()
 
 
-def _chunk_choices(plan: ToolPlan, reader: CallDeltas | None, delta: Delta) -> Sequence[dict[str, Any]]:
+def _chunk_choices(asked: _Request, reader: CallDeltas | None, delta: Delta) -> Sequence[dict[str, Any]]:
     """All that a delta says: mostly one choice, more where it holds several parts of tool calls."""
     finish: str | None = delta.finish_reason
     if reader is None:
         parts = [{"content": delta.text}] if delta.text else []
     else:
         parts = reader.feed(delta.text, last=finish is not None)
-        finish = finish_of(plan, reader, finish)
-    logprobs = None if delta.logprobs is None else chat_logprobs(delta.token_ids, delta.logprobs)
+        finish = finish_of(asked.plan, reader, finish)
+    top = asked.params.logprobs or 0
+    logprobs = None if delta.logprobs is None else chat_logprobs(delta.token_ids, delta.logprobs, top)
     if not parts and (finish is not None or logprobs is not None):
         parts = [{}]
     choices = [_chunk_choice(delta.index, part) for part in parts]

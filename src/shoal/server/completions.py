@@ -1,7 +1,7 @@
 """/v1/completions: text behind a text."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,12 +29,11 @@ from shoal.server.running import (
     params_of,
     prepared,
     respond,
+    stream_usage,
 )
-from shoal.server.schemas import CompletionAnswer, CompletionBody
+from shoal.server.schemas import MOST_OUTPUTS, CompletionAnswer, CompletionBody
 from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
 from shoal.types import CompletionOutput, Prompt, RequestOutput, SamplingParams, shown
-
-_MOST_PROMPTS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +95,7 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         Refusal: it can't be used.
     """
     model = service.model(body.model)
+    usage_wanted, usage_always = stream_usage(body)
     given = body.given()
     empty = body.max_tokens == 0
     if empty and not body.echo:
@@ -119,7 +119,6 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         )
         for i, prompt in enumerate(prompts)
     ]
-    options = body.stream_options
     return _Request(
         id=identifier("cmpl"),
         created=int(time.time()),
@@ -129,8 +128,8 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         params=params,
         empty=empty,
         prompt_logprobs=body.prompt_logprobs is not None,
-        usage=options is not None and bool(options.include_usage),
-        usage_always=options is not None and bool(options.continuous_usage_stats),
+        usage=usage_wanted,
+        usage_always=usage_always,
     )
 
 
@@ -143,8 +142,9 @@ def _prompts(given: Any) -> list[Prompt]:
         raise Refusal(400, why, param="prompt")
     if _is_id(given[0]):
         return [{"prompt_token_ids": given}]
-    if len(given) > _MOST_PROMPTS:
-        raise Refusal(400, f"prompt has {len(given)} prompts; a request may have {_MOST_PROMPTS}", param="prompt")
+    if len(given) > MOST_OUTPUTS:
+        why = f"a request may have {MOST_OUTPUTS} outputs, got {len(given)} prompts: send several"
+        raise Refusal(400, why, param="prompt")
     return [_prompt(each, f"prompt[{i}]") for i, each in enumerate(given)]
 
 
@@ -223,12 +223,18 @@ async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGener
     count = len(streams) * n
     offsets = [0] * count
     begun = [False] * count
+    held: list[list[Delta]] = [[] for _ in streams]
     written = 0
     no_usage = "null" if asked.usage else None
     try:
         async for number, deltas in merged(streams):
+            held[number] += deltas
+            has_begun = any(begun[number * n : (number + 1) * n])
+            if not (has_begun or _may_begin(streams[number], held[number])):
+                continue
+            ready, held[number] = held[number], []
             choices = []
-            for delta in deltas:
+            for delta in ready:
                 index = number * n + delta.index
                 echo = asked.echoes[number] if not begun[index] else None
                 choice = _chunk_choice(asked, streams[number], delta, echo, offsets[index]) | {"index": index}
@@ -236,17 +242,34 @@ async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGener
                 written += 0 if asked.empty else len(delta.token_ids)
                 if choice["logprobs"] is not None:
                     offsets[index] += sum(map(len, choice["logprobs"]["tokens"]))
-                if choice["text"] or choice["finish_reason"] or choice["logprobs"] is not None:
+                if _says_something(choice):
                     choices.append(text_of(choice))
-            told = text_of(_usage(asked, written, 0)) if asked.usage_always else no_usage
+            told = text_of(_usage(asked, written, _cached(streams))) if asked.usage_always else no_usage
             chunks = "".join([writer.chunk(choice, told) for choice in choices])
             if chunks:
                 yield chunks.encode("utf-8", "replace")
         if asked.usage:
-            cached = sum(stream.cached_tokens for stream in streams)
-            yield writer.chunk("", text_of(_usage(asked, written, cached))).encode()
+            yield writer.chunk("", text_of(_usage(asked, written, _cached(streams)))).encode()
     finally:
         close(streams)
+
+
+def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
+    """What is known of the prompt comes with its first output and is sent before each: the others wait for that one."""
+    known = stream.prompt_logprobs or ()
+    return all(each is not None for each in known[1:]) or any(
+        delta.index == 0 and delta.finish_reason is not None for delta in held
+    )
+
+
+def _says_something(choice: Mapping[str, Any]) -> bool:
+    return bool(
+        choice["text"] or choice["finish_reason"] or choice["logprobs"] is not None or "prompt_logprobs" in choice
+    )
+
+
+def _cached(streams: Sequence[TokenStream]) -> int:
+    return sum(stream.cached_tokens for stream in streams)
 
 
 def _chunk_choice(

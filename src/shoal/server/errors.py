@@ -16,8 +16,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from shoal.errors import EngineError, QueueFull, RequestError, Unavailable
+from shoal.errors import ClosedError, EngineError, QueueFull, RequestError, Unavailable
 from shoal.observe.logging import get_logger
+from shoal.server import request_ids
 from shoal.server.encoding import bytes_of
 from shoal.types import SamplingParams, shown
 
@@ -40,6 +41,7 @@ _KINDS = {
     503: ("server_error", "unavailable"),
 }
 _INTERNAL = "something went wrong in the server; its log says what"
+_CLOSED_RETRY_S = 10.0  # a server that ends is soon replaced, if at all
 _MOST = 1000  # characters of a message
 
 
@@ -105,11 +107,12 @@ def refusal_of(error: BaseException) -> Refusal:
             return of_request(error)
         case QueueFull():
             return Refusal(429, str(error), retry_after=error.retry_after)
-        case Unavailable():
-            return Refusal(503, str(error), retry_after=error.retry_after)
+        case Unavailable() | ClosedError():
+            after = error.retry_after if isinstance(error, Unavailable) else _CLOSED_RETRY_S
+            return Refusal(503, str(error), retry_after=after)
         case EngineError():
             return Refusal(500, str(error), code="engine_error")
-    log.error("a request failed: %s", error, exc_info=error)
+    log.error("request %s failed: %s", request_ids.current.get(), error, exc_info=error)
     return Refusal(500, _INTERNAL)
 
 

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.errors import ShoalError
 from shoal.server.exposition import Family, Histogram
+from shoal.server.limits import route_of
 
 _BOUNDS_S = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0, 30.0),
@@ -144,7 +145,7 @@ class CountRequests:
         self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _UNCOUNTED:
+        if scope["type"] != "http" or route_of(scope) in _UNCOUNTED:
             await self._app(scope, receive, send)
             return
         status, begun = 500, time.monotonic()

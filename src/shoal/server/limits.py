@@ -61,7 +61,7 @@ def add_limits(app: FastAPI, settings: ServerSettings, limits: Limits | None = N
             allow_origins=settings.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", "X-Request-Id"],
         )
 
 
@@ -73,7 +73,7 @@ class KeyCheck:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _route(scope) in PUBLIC or self._knows(_header(scope, b"authorization")):
+        if scope["type"] != "http" or route_of(scope) in PUBLIC or self._knows(_header(scope, b"authorization")):
             await self._app(scope, receive, send)
             return
         refused = Refusal(401, "this server asks for an API key: send it as `Authorization: Bearer KEY`")
@@ -199,7 +199,7 @@ def _header(scope: Mapping[str, object], name: bytes) -> bytes | None:
     return next((value for key, value in headers if key == name), None)
 
 
-def _route(scope: Scope) -> str:
+def route_of(scope: Scope) -> str:
     """The path behind the one where a proxy has put the server."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))

@@ -1,14 +1,19 @@
 """Running uvicorn where somebody else says when to end, with the log on stderr."""
 
+import asyncio
 import contextlib
 import logging
+import math
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shoal.errors import AddressInUse, ConfigError
 from shoal.server.http_protocol import protocol_with
@@ -16,7 +21,9 @@ from shoal.server.limits import Limits
 from shoal.server.settings import ServerSettings
 
 _BACKLOG = 2048
-_LAST_BYTES_S = 5  # for clients to read what is left when nothing runs any more
+_GOODBYE_S = 1.0
+_LOOK_S = 0.1
+LAST_BYTES_S = 5.0  # at least, for clients to read what is left when nothing runs any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +85,44 @@ class Listening:
 class Server(uvicorn.Server):
     """Leaves signals to others: `stop` ends it."""
 
+    complete = True  # after the end: were all answers given, and read?
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
-    def stop(self, *, at_once: bool = False) -> None:
-        self.force_exit = self.force_exit or at_once
+    def stop(self, patience: float | None) -> None:
+        """Clients have so many seconds to read what is left; None: as long as they need. 0: it ends at once, also when
+        it was told before."""
+        self.config.timeout_graceful_shutdown = None if patience is None else math.ceil(patience)
+        self.force_exit = patience == 0
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        watching = asyncio.create_task(self._leave_when_read())
+        await super().shutdown(sockets)
+        watching.cancel()
+        self.complete = not self._unread
+
+    async def _leave_when_read(self) -> None:
+        """Nobody waits for what is only to be closed: a client that sleeps does not answer TLS' goodbye."""
+        since = time.monotonic()
+        while time.monotonic() - since < _GOODBYE_S:
+            await asyncio.sleep(_LOOK_S)
+            if self._unread:
+                since = time.monotonic()
+        self.force_exit = True
+
+    @property
+    def _unread(self) -> bool:
+        """Is an answer not given, or not read, to its end?"""
+        return any(_owes(cast(HttpToolsProtocol, each)) for each in self.server_state.connections)
+
+
+def _owes(connection: HttpToolsProtocol) -> bool:
+    cycle = connection.cycle
+    answering = cycle is not None and not cycle.response_complete
+    return answering or bool(connection.pipeline) or connection.transport.get_write_buffer_size() > 0
 
 
 def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) -> Server:
@@ -101,7 +139,6 @@ def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) ->
             root_path=settings.root_path,
             ssl_keyfile=listening.ssl_keyfile,
             ssl_certfile=listening.ssl_certfile,
-            timeout_graceful_shutdown=_LAST_BYTES_S,
         )
     )
 

@@ -172,6 +172,7 @@ class RequestMetrics:
         self._ends: Counter[tuple[int, wire.Finish]] = Counter()
         self._refused: Counter[wire.Refusal] = Counter()
         self._http = HttpCounts()
+        self._api_restarts = 0
 
     @property
     def verbs(self) -> dict[str, Callable[[bytes], bytes]]:
@@ -187,8 +188,13 @@ class RequestMetrics:
             "ends": [[number, REASONS[finish], count] for (number, finish), count in self._ends.items()],
             "refused": {REFUSALS[refusal]: count for refusal, count in self._refused.items()},
             "http": self._http.told(),
+            "api_server_restarts": self._api_restarts,
         }
         return json.dumps(told, separators=(",", ":")).encode()
+
+    def note_api_restart(self) -> None:
+        """A process that answers HTTP requests was started again."""
+        self._api_restarts += 1
 
     def _take_http(self, payload: bytes) -> bytes:
         self._http.take_over(payload)

@@ -77,7 +77,7 @@ async def _respond(service: Service, body: ResponsesBody, place: Place) -> Respo
         events = _events(asked, streams[0])
         return EventStream(await anext(events), events, last=b"")
     (output,) = await finished(streams)
-    items = _Items(asked.plan)
+    items = _Items(asked.plan, asked.params.logprobs)
     (completion,) = output.outputs
     items.feed(completion.text, completion.token_ids, completion.logprobs, last=True)
     items.end(completion.finish_reason)
@@ -220,17 +220,19 @@ def _content(content: Any, where: str) -> Any:
 class _Items:
     """The items of an output as they grow. What is done to them is given as events."""
 
-    def __init__(self, plan: ToolPlan) -> None:
+    def __init__(self, plan: ToolPlan, top: int | None) -> None:
+        """`top`: how many of the likeliest tokens are told, where log-probabilities are."""
         self.items: list[dict[str, Any]] = []
         self.written = 0  # tokens
         self._reader = CallDeltas(plan) if plan.parser is not None else None
+        self._top = top or 0
         self._open = False  # the last item may grow
 
     def feed(self, text: str, tokens: Sequence[int], logprobs: Any, *, last: bool) -> list[dict[str, Any]]:
         self.written += len(tokens)
         events: list[dict[str, Any]] = []
         if self._reader is None:
-            known = [] if logprobs is None else chat_logprobs(tokens, logprobs)["content"]
+            known = [] if logprobs is None else chat_logprobs(tokens, logprobs, self._top)["content"]
             return self._text(text, known) if text or known else events
         for delta in self._reader.feed(text, last=last):
             if "content" in delta:
@@ -344,7 +346,7 @@ def _envelope(asked: _Request, status: str) -> dict[str, Any]:
 
 async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes, None]:
     """The first ones come with the first tokens: until then, the request can be refused."""
-    items = _Items(asked.plan)
+    items = _Items(asked.plan, asked.params.logprobs)
     sequence = 0
 
     def sent(events: Sequence[dict[str, Any]]) -> bytes:

@@ -18,7 +18,7 @@ from shoal.frontend.prompts import Job
 from shoal.server.backend import Backend, TokenStream
 from shoal.server.encoding import bytes_of
 from shoal.server.errors import Refusal, of_request
-from shoal.server.schemas import SamplingFields
+from shoal.server.schemas import MOST_OUTPUTS, GenerationFields, SamplingFields
 from shoal.server.settings import ServerSettings
 from shoal.server.tools.choice import ToolPlan
 from shoal.types import RequestOutput, SamplingParams, shown
@@ -26,7 +26,6 @@ from shoal.types import RequestOutput, SamplingParams, shown
 _QUICK = 2000  # characters of a prompt that is cut into tokens in less time than another thread takes to begin
 _SEEN_TO = ("stream", "stream_options", "priority", "data_parallel_rank")
 _MOST_RANK = 1 << 31
-_MOST_OUTPUTS = 2048  # of a request; making them takes the time of all others
 _MOST_TEXTS = 1024  # that are looked for in each output, and ...
 _MOST_CHARACTERS = 1 << 16  # ... theirs together
 
@@ -123,8 +122,8 @@ def check_outputs(prompts: int, params: SamplingParams) -> None:
     Raises:
         Refusal: there are more than one request may have.
     """
-    if prompts * params.n > _MOST_OUTPUTS:
-        why = f"a request may have {_MOST_OUTPUTS} outputs, got {prompts} prompts with n {params.n}: send several"
+    if prompts * params.n > MOST_OUTPUTS:
+        why = f"a request may have {MOST_OUTPUTS} outputs, got {prompts} prompts with n {params.n}: send several"
         raise Refusal(400, why, param="n" if prompts == 1 else "prompt")
 
 
@@ -138,6 +137,21 @@ def _check_logprobs(params: SamplingParams, most: int) -> None:
         wanted = getattr(params, name)
         if wanted is not None and most >= 0 and not 0 <= wanted <= most:
             raise RequestError(f"{name} may be {most} at most here, got {wanted}: see --max-logprobs")
+
+
+def stream_usage(body: GenerationFields) -> tuple[bool, bool]:
+    """Is usage told in a last chunk, and in every other one too?
+
+    Raises:
+        Refusal: options of a stream, without a stream.
+    """
+    options = body.stream_options
+    if options is None:
+        return False, False
+    if not body.stream:
+        raise Refusal(400, "stream_options needs stream to be true", param="stream_options")
+    wanted = bool(options.include_usage)
+    return wanted, wanted and bool(options.continuous_usage_stats)
 
 
 def names_of(body: Mapping[str, Any], *, chat: bool) -> dict[str, str]:

@@ -71,6 +71,7 @@ def _whole(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_whole)]
 
+MOST_OUTPUTS = 2048  # of a request; making them takes the time of all others
 _LEAST_INT64, _MOST_INT64 = -(1 << 63), (1 << 63) - 1
 
 
@@ -131,7 +132,7 @@ class SamplingFields(Body):
 class GenerationFields(SamplingFields):
     """... and that completions and chats share."""
 
-    n: Annotated[Integer, Field(ge=1, le=1 << 14)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=MOST_OUTPUTS)] | None = None
     prompt_logprobs: Annotated[Integer, Field(ge=-1)] | None = None
     response_format: Object = None
     stream_options: StreamOptions | None = None

@@ -70,6 +70,9 @@ QUEUED = Family("shoal:requests_queued", "gauge", "Requests that no replica has.
 REPLAYS = Family(
     "shoal:request_replays_total", "counter", "How often a request went on after its replica's end.", ("model_name",)
 )
+API_RESTARTS = Family(
+    "shoal:api_server_restarts_total", "counter", "How often an API server was started again.", ("model_name",)
+)
 ACCEPTING = Family("shoal:accepting_requests", "gauge", "0: it drains, or has failed.", ("model_name",))
 
 # Older dashboards read it; the values are those of GAP.
@@ -84,7 +87,7 @@ def families(max_model_len: int) -> list[Family]:
         *(RUNNING, WAITING, KV_USAGE, CACHE_CONFIG),
         *(family for family, _ in _ENGINE_COUNTERS),
         ITERATION_TOKENS,
-        *(STATE, RESTARTS, MEMORY, BUSY, QUEUED, REPLAYS, ACCEPTING),
+        *(STATE, RESTARTS, MEMORY, BUSY, QUEUED, REPLAYS, API_RESTARTS, ACCEPTING),
         *COUNTERS.values(),
         *(SUCCESS, REFUSED),
         *histogram_families(max_model_len).values(),
@@ -207,6 +210,7 @@ def _put_requests(page: Page, told: dict[str, Any], status: wire.FleetStatus, mo
     page.put(SUCCESS, (((model_name, *key), count) for key, count in ends.items()))
     refused = dict.fromkeys(REFUSALS.values(), 0) | told["refused"]
     page.put(REFUSED, (((model_name, reason), count) for reason, count in refused.items()))
+    page.put(API_RESTARTS, [((model_name,), told["api_server_restarts"])])
     for name, family in histogram_families(told["max_model_len"]).items():
         found = [
             ((model_name, number), Histogram(family.bounds, *(engine["histograms"][name] if engine else ())))

@@ -3,19 +3,19 @@
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Coroutine
+import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import uvloop
 
-from shoal.errors import EngineError, ShoalError
+from shoal.errors import ClosedError, EngineError, ShoalError
 from shoal.frontend.async_llm import AsyncLLM
 from shoal.frontend.model import OpenModel
 from shoal.observe.logging import get_logger
 from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
-from shoal.server.listening import Listening, make_server
+from shoal.server.listening import LAST_BYTES_S, Listening, make_server
 from shoal.server.metrics import RequestMetrics
 from shoal.server.settings import ServerSettings
 
@@ -23,6 +23,7 @@ log = get_logger("serve")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _END_S = 2.0
+_LOOK_S = 1.0
 
 
 @dataclass(slots=True)
@@ -49,11 +50,13 @@ def run(
     api_server_count: int = 1,
     shutdown_timeout: float = 60.0,
 ) -> int:
-    """Serves until a signal comes. Gives the exit code: 0 if every request had its end, 1 if some were cut off.
+    """Serves until a signal comes. Gives the exit code: 0 if every request had its end and every client read it, 1 if
+    some were cut off.
 
     Raises:
         ConfigError: nobody can listen there.
-        UserError, EngineError: the replicas could not start.
+        UserError, EngineError: the replicas could not start, none is left that could come back, or the server itself
+            has failed.
     """
     listening.check()
     with listening.bind() as sock:
@@ -74,70 +77,124 @@ async def _serve(
     metrics = RequestMetrics(model.decision.max_model_len)
     llm = AsyncLLM(model, recorder=metrics, verbs=metrics.verbs)
     try:
-        front = (
-            _Front.here(llm, settings, listening, sock)
+        front: _Front = (
+            _Here(llm, settings, listening, sock)
             if count == 1
-            else _Front.apart(ApiServers(llm, model, settings, listening, sock, count))
+            else ApiServers(llm, model, settings, listening, sock, count, metrics.note_api_restart)
         )
-        return await _until_signal(llm, front, signals, listening.url(sock), shutdown_timeout)
+        return await _until_end(llm, front, signals, listening.url(sock), shutdown_timeout)
     finally:
         await asyncio.to_thread(llm.close)
 
 
-@dataclass(slots=True)
-class _Front:
-    """What clients talk to. `serve` runs until `stop`."""
+class _Front(Protocol):
+    """What clients talk to."""
 
-    serve: Callable[[], Coroutine[Any, Any, object]]
-    stop: Callable[[bool], object]
+    async def serve(self) -> bool:
+        """Until `stop`. True: all clients have read their answers to the end."""
 
-    @classmethod
-    def here(cls, llm: AsyncLLM, settings: ServerSettings, listening: Listening, sock: socket.socket) -> "_Front":
-        server = make_server(make_app(llm, settings), settings, listening)
-        return cls(lambda: server.serve(sockets=[sock]), lambda at_once: server.stop(at_once=at_once))
-
-    @classmethod
-    def apart(cls, servers: ApiServers) -> "_Front":
-        return cls(servers.serve, lambda at_once: servers.stop(at_once=at_once))
+    def stop(self, patience: float) -> None:
+        """Clients have so many seconds to read what is left; 0: it ends at once."""
 
 
-async def _until_signal(llm: AsyncLLM, front: _Front, signals: _Signals, url: str, shutdown_timeout: float) -> int:
+class _Here:
+    """In this process."""
+
+    def __init__(self, llm: AsyncLLM, settings: ServerSettings, listening: Listening, sock: socket.socket) -> None:
+        self._server = make_server(make_app(llm, settings), settings, listening)
+        self._socket = sock
+
+    async def serve(self) -> bool:
+        await self._server.serve(sockets=[self._socket])
+        return self._server.complete
+
+    def stop(self, patience: float) -> None:
+        self._server.stop(patience)
+
+
+async def _until_end(llm: AsyncLLM, front: _Front, signals: _Signals, url: str, shutdown_timeout: float) -> int:
     log.info("%s listens; requests wait until replicas are ready", url)
     server = asyncio.create_task(front.serve())
-    starting = asyncio.create_task(_announce(llm, url))
+    watch = asyncio.create_task(_watch(llm, url))
     asked = asyncio.create_task(signals.first.wait())
-    done, _ = await asyncio.wait([server, starting, asked], return_when=asyncio.FIRST_COMPLETED)
-    if starting in done and starting.exception() is None:
-        done, _ = await asyncio.wait([server, asked], return_when=asyncio.FIRST_COMPLETED)
-    starting.cancel()
-    if asked not in done:  # a replica that can't start, or a server that ended by itself
-        front.stop(True)
-        failure = starting.exception() if starting.done() and not starting.cancelled() else None
-        await asyncio.gather(server, return_exceptions=True)
-        raise failure if isinstance(failure, ShoalError) else EngineError(f"the server has ended by itself: {failure}")
-    complete = await _drain(llm, signals, shutdown_timeout)
-    if not complete:  # whoever still waits is told
-        await asyncio.to_thread(llm.close)
-    front.stop(False)
-    await asyncio.wait([server, asyncio.create_task(signals.second.wait())], return_when=asyncio.FIRST_COMPLETED)
-    front.stop(True)
-    await asyncio.wait([server], timeout=_END_S)
-    return 0 if complete else 1
+    done, _ = await asyncio.wait([server, watch, asked], return_when=asyncio.FIRST_COMPLETED)
+    if asked in done:
+        watch.cancel()
+        return await _drain(llm, front, server, signals, shutdown_timeout)
+    cause = _exception_of(watch) or _exception_of(server)
+    watch.cancel()
+    await asyncio.to_thread(llm.close)  # whoever still waits is told
+    await _end(front, server, signals, LAST_BYTES_S)
+    raise cause if isinstance(cause, ShoalError) else EngineError(f"the server has ended by itself: {cause!r}")
 
 
-async def _announce(llm: AsyncLLM, url: str) -> None:
+async def _watch(llm: AsyncLLM, url: str) -> None:
+    """
+    Raises:
+        UserError, EngineError: nothing can be served: a replica can't start, none is left that could come back, or the
+            thread that drives them has ended.
+    """
     await llm.ready()
     print(f"Shoal serves {llm.model_name} at {url}", flush=True)
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        try:
+            status = await llm.status()
+        except ClosedError:
+            raise
+        except EngineError as error:  # it may be busy
+            log.warning("%s", error)
+            continue
+        if status.failure:
+            raise EngineError(status.failure)
 
 
-async def _drain(llm: AsyncLLM, signals: _Signals, timeout: float) -> bool:
-    """True: all requests have ended."""
-    log.info("nothing new is taken; what runs has %g s (--shutdown-timeout), a second signal ends at once", timeout)
+async def _drain(
+    llm: AsyncLLM, front: _Front, server: "asyncio.Task[bool]", signals: _Signals, shutdown_timeout: float
+) -> int:
+    log.info(
+        "nothing new is taken; what runs has %g s (--shutdown-timeout), a second signal ends at once", shutdown_timeout
+    )
+    deadline = time.monotonic() + shutdown_timeout
+    complete = await _requests_end(llm, signals, shutdown_timeout)
+    if not complete:
+        log.warning("requests that still run are cut off")
+        await asyncio.to_thread(llm.close)  # whoever still waits is told
+    read = await _end(front, server, signals, max(LAST_BYTES_S, deadline - time.monotonic()))
+    return 0 if complete and read else 1
+
+
+async def _requests_end(llm: AsyncLLM, signals: _Signals, timeout: float) -> bool:
+    """True: all of them have ended."""
     drained = asyncio.create_task(llm.drain(timeout))
     second = asyncio.create_task(signals.second.wait())
-    await asyncio.wait([drained, second], return_when=asyncio.FIRST_COMPLETED)
-    if drained.done() and drained.exception() is None and drained.result():
-        return True
+    await asyncio.wait([drained, second], timeout=timeout + _END_S, return_when=asyncio.FIRST_COMPLETED)
     drained.cancel()
-    log.warning("requests that still run are cut off")
-    return False
+    second.cancel()
+    error = _exception_of(drained)
+    if error is not None:
+        log.error("requests could not end: %s", error)
+    return drained.done() and not drained.cancelled() and error is None and drained.result()
+
+
+async def _end(front: _Front, server: "asyncio.Task[bool]", signals: _Signals, patience: float) -> bool:
+    """True: every client has read its answer to the end."""
+    front.stop(0.0 if signals.second.is_set() else patience)
+    second = asyncio.create_task(signals.second.wait())
+    await asyncio.wait([server, second], timeout=patience + _END_S, return_when=asyncio.FIRST_COMPLETED)
+    second.cancel()
+    if not server.done():
+        front.stop(0.0)
+        await asyncio.wait([server], timeout=_END_S)
+    error = _exception_of(server)
+    if error is not None:
+        log.error("the server has ended by itself: %s", error)
+        return False
+    complete = server.done() and not server.cancelled() and server.result()
+    if not complete:
+        log.warning("clients that still read are cut off")
+    return complete
+
+
+def _exception_of(task: "asyncio.Task[Any]") -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None

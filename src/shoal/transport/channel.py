@@ -159,13 +159,17 @@ class Channel:
 def wait(channels: Sequence[Channel], timeout: float) -> list[Channel]:
     """The channels with something to read, waiting up to `timeout` seconds; writes out backlogs meanwhile.
 
-    A channel whose other end has gone is one of them: `receive` gives its last words, and then says so.
+    A channel whose other end has gone is one of them: `receive` gives its last words, and then says so. So is one that
+    was closed here, perhaps by another thread: nobody waits for what never comes.
     """
     poller = select.poll()
-    by_fd = {channel.fileno(): channel for channel in channels}
+    found = [(channel.fileno(), channel) for channel in channels]
+    readable = [channel for fd, channel in found if fd < 0]
+    if readable:
+        timeout = 0.0
+    by_fd = {fd: channel for fd, channel in found if fd >= 0}
     for fd, channel in by_fd.items():
         poller.register(fd, select.POLLIN | (select.POLLOUT if channel.backlog else 0))
-    readable = []
     for fd, events in poller.poll(max(0.0, timeout) * 1000):
         if events & select.POLLOUT:
             with contextlib.suppress(ChannelClosed):

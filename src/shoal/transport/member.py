@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shoal import wire
-from shoal.errors import ConfigError, EngineError
+from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_key, this_process, watch_host
@@ -19,6 +19,7 @@ from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_k
 log = get_logger("rendezvous")
 
 _RETRY_S = 0.2
+_SAY_RETURNING_S = 60.0  # how often it is said for whom one waits that has been there before
 _ATTEMPT_S = 2.0
 _AGAIN_S = 15.0  # for somebody with our number, who may have been cut off, to be given up
 
@@ -48,6 +49,10 @@ class _HungUp(Exception):
     """Somebody listens, and ended the connection before it said yes or no."""
 
 
+class _Silent(Exception):
+    """Somebody listens, and says nothing."""
+
+
 class _RefusedForNow(Exception):
     pass
 
@@ -61,21 +66,25 @@ def connect(
     size: int = 0,
     agreement: Mapping[str, str] | None = None,
     timeout: float,
+    returning: bool = False,
 ) -> Channel:
     """A connection on which both sides have proved that they know the key. Without a `size` no room is joined. A door
     is asked for like a room, by its name.
 
-    The rendezvous may be opened later than this is called, or may be so busy with others that it hangs up.
+    The rendezvous may be opened later than this is called, or may be so busy with others that it hangs up. `returning`:
+    we have been there before, so nothing is wrong with the address or our number.
 
     Raises:
-        ConfigError: it can't be reached in time, or refuses us; it says why.
+        ConfigError: it refuses us, or can't be reached in time; it says why.
+        EngineError: `returning`, and it can't be reached, or does not let us in, in time.
     """
     require_key(key, address.host)
     host, pid = this_process()
     hello = wire.Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
     begun = time.monotonic()
     said = begun
-    refused_since = 0.0
+    refused_since: float | None = None
+    missed = EngineError if returning else ConfigError
     while True:
         left = timeout - (time.monotonic() - begun)
         try:
@@ -87,17 +96,23 @@ def connect(
                 f"no answer from {address} within {timeout:g} s ({why}), and nobody has arrived: start rank 0 there, "
                 "or give the address and port at which it listens"
             )
+            refused_since = None
+        except _Silent:
+            why = "it says nothing"
+            final = f"{address} did not answer in time: is another program there?"
+            refused_since = None
         except _HungUp:
+            refused_since = None
             why = "it hangs up"
             final = f"{address} hung up again and again for {timeout:g} s: is another program there?"
         except _RefusedForNow as error:
-            refused_since = refused_since or time.monotonic()
+            refused_since = time.monotonic() if refused_since is None else refused_since
             why = final = str(error)
-            if time.monotonic() - refused_since > _AGAIN_S:
+            if time.monotonic() - refused_since > _AGAIN_S and not returning:
                 raise ConfigError(final) from None
         if time.monotonic() - begun + _RETRY_S >= timeout:
-            raise ConfigError(final)
-        if time.monotonic() - said >= SAY_S:
+            raise missed(final)
+        if time.monotonic() - said >= (_SAY_RETURNING_S if returning else SAY_S):
             said = time.monotonic()
             log.info("waiting for %s (%s), %.0f s of %g", address, why, said - begun, timeout)
         time.sleep(_RETRY_S)
@@ -138,7 +153,7 @@ def _receive(channel: Channel, deadline: float, address: Address) -> list[wire.F
     """One frame, so that what follows a welcome is left for whoever reads next."""
     left = deadline - time.monotonic()
     if left <= 0 or (not channel.has_frame and not wait([channel], left)):
-        raise ConfigError(f"{address} did not answer in time: is another program there?")
+        raise _Silent
     try:
         return [wire.from_rendezvous.decode(frame) for frame in channel.receive(1)]
     except ChannelClosed:
@@ -172,12 +187,14 @@ class Member:
         size: int,
         agreement: Mapping[str, str] | None = None,
         timeout: float,
+        returning: bool = False,
     ) -> None:
-        """Waits until the room is complete.
+        """Waits until the room is complete. `returning`: as for `connect`.
 
         Raises:
             ConfigError: the rendezvous is not there or refuses us, or not all arrived within `timeout` seconds; it says
                 who is missing.
+            EngineError: the rendezvous has gone; or `returning`, and it or somebody else is not there in time.
         """
         self.rank = rank
         self.size = size
@@ -187,7 +204,16 @@ class Member:
         begun = time.monotonic()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
-            self._channel = connect(address, key, room=room, rank=rank, size=size, agreement=agreement, timeout=timeout)
+            self._channel = connect(
+                address,
+                key,
+                room=room,
+                rank=rank,
+                size=size,
+                agreement=agreement,
+                timeout=timeout,
+                returning=returning,
+            )
         except BaseException:
             os.close(self._wakeup)
             raise
@@ -195,21 +221,21 @@ class Member:
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"shoal-member-{rank}")
         self._thread.start()
         try:
-            self._await_start(begun, timeout)
+            self._await_start(begun, timeout, EngineError if returning else ConfigError)
         except BaseException:
             self.close()
             raise
 
-    def _await_start(self, begun: float, timeout: float) -> None:
+    def _await_start(self, begun: float, timeout: float, missed: type[ShoalError]) -> None:
         said = begun
         with self._inbox.changed:
             while self._inbox.started is None:
                 left = timeout - (time.monotonic() - begun)
                 who = self._who_is_missing()
                 if self._inbox.lost:
-                    raise ConfigError(self._inbox.lost)
+                    raise EngineError(self._inbox.lost)
                 if left <= 0:
-                    raise ConfigError(f"not all have arrived at {self._address} within {timeout:g} s: {who}")
+                    raise missed(f"not all have arrived at {self._address} within {timeout:g} s: {who}")
                 if time.monotonic() - said >= SAY_S:
                     said = time.monotonic()
                     log.info("waiting at %s, %.0f s of %g: %s", self._address, said - begun, timeout, who)

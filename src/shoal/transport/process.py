@@ -30,15 +30,23 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def _block_group_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
 class _Spawner:
-    """Starts processes on a thread that lives as long as this process: "parent" above means the thread."""
+    """Starts processes on a thread that lives as long as this process: "parent" above means the thread.
+
+    It blocks the signals that reach a whole group, and children have that from it: from their first moment on, long
+    before they could ignore them, their parent decides what ends.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shoal-spawn")
+        self._renew()
         os.register_at_fork(after_in_child=self._renew)
 
     def _renew(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shoal-spawn")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shoal-spawn", initializer=_block_group_signals)
 
     def start(
         self, command: Sequence[str], fds: Sequence[int], environment: dict[str, str]
@@ -107,10 +115,14 @@ class ChildProcess:
         return self._process.returncode is not None
 
     def kill(self) -> None:
+        self.kill_process()
+        self.channel.close()
+
+    def kill_process(self) -> None:
+        """Leaves the channel to whoever reads it."""
         self._process.kill()
         if not self.wait(_KILL_S):
             log.error("process %d does not end: it waits for a device or a file system", self.pid)
-        self.channel.close()
 
 
 def end_all(children: Sequence[ChildProcess], goodbye: bytes | None, timeout: float) -> None:

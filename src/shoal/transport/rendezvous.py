@@ -42,6 +42,7 @@ _SLICE_S = 0.5
 _FLUSH_S = 1.0
 _MOST_STRANGERS = 256  # connections that have not said who they are
 _PAUSE_S = 0.5  # without file descriptors, before the next connection is accepted
+_SET_KEY = "set SHOAL_CLUSTER_KEY, or what the file of SHOAL_CLUSTER_KEY_FILE holds, to the same secret on all hosts"
 _CUT_OFF_S = 8  # without a sign of the other host: its connections have ended
 _KEEPALIVE = (
     (socket.TCP_KEEPIDLE, 2),
@@ -61,10 +62,7 @@ def require_key(key: str, address: str) -> None:
     ConfigError: the address is one that other hosts reach, and there is no key.
     """
     if not key and not is_loopback(address):
-        raise ConfigError(
-            f"{address} is reached from other hosts, and there is no shared key: set SHOAL_CLUSTER_KEY to the same "
-            "secret on all hosts"
-        )
+        raise ConfigError(f"{address} is reached from other hosts, and there is no shared key: {_SET_KEY}")
 
 
 def is_loopback(address: str) -> bool:
@@ -273,8 +271,7 @@ class Rendezvous:
 
     def _welcome(self, guest: _Guest, signed: wire.Signed) -> None:
         if not hmac.compare_digest(signed.proof, proof(self._key, "member", guest.nonce, signed.hello)):
-            why = "the shared key is another one: set SHOAL_CLUSTER_KEY to the same secret on all hosts"
-            self._refuse(guest, wire.Refused(why))
+            self._refuse(guest, wire.Refused(f"the shared key is another one: {_SET_KEY}"))
             return
         hello = wire.hello.decode(signed.hello)
         door = self._doors.get(hello.room) if hello.size else None

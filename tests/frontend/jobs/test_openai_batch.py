@@ -157,6 +157,9 @@ def test_answers_of_chats(tmp_path: Path) -> None:
     first = choice["logprobs"]["content"][0]
     assert (first["token"], first["logprob"], first["bytes"]) == ("he", -0.5, [104, 101])
     assert [each["token"] for each in first["top_logprobs"]] == ["he", "token_id:6"]
+    fewer = entry(tmp_path, {"logprobs": True, "top_logprobs": 1}, chat=True)
+    (choice,) = line_of(fewer, "d", OUTPUT, "ours")["response"]["body"]["choices"]
+    assert [len(each["top_logprobs"]) for each in choice["logprobs"]["content"]] == [1, 1]
 
 
 def test_failures(tmp_path: Path) -> None:

@@ -81,12 +81,13 @@ def answer(entry: Entry, output: RequestOutput, model: str) -> dict[str, Any]:
     name = f"{entry.index:08d}"
     chat = entry.endpoint == _CHAT
     used = usage(len(output.prompt_token_ids), sum(len(each.token_ids) for each in output.outputs))
+    top = entry.sampling.get("logprobs", -1)
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": entry.model or model,
-        "choices": [(chat_choice if chat else completion_choice)(each) for each in output.outputs],
+        "choices": [chat_choice(each, top) if chat else completion_choice(each) for each in output.outputs],
         "usage": used,
     }
     response = {"status_code": 200, "request_id": f"req-{name}", "body": body}

@@ -10,12 +10,13 @@ from shoal.types import CompletionOutput, Logprob, Logprobs
 _LEAST = -9999.0  # JSON has no infinity; OpenAI's API writes this for a token that can't be
 
 
-def chat_choice(output: CompletionOutput) -> dict[str, Any]:
+def chat_choice(output: CompletionOutput, top: int | None) -> dict[str, Any]:
+    """`top`: as `chat_logprobs` has it; of no effect where none were asked for."""
     wanted = output.logprobs
     return {
         "index": output.index,
         "message": {"role": "assistant", "content": output.text},
-        "logprobs": None if wanted is None else chat_logprobs(output.token_ids, wanted),
+        "logprobs": None if wanted is None else chat_logprobs(output.token_ids, wanted, top or 0),
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
@@ -36,8 +37,10 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def chat_logprobs(tokens: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
-    return {"content": [_position(*pair) for pair in zip(tokens, logprobs, strict=False)]}
+def chat_logprobs(tokens: Sequence[int], logprobs: Sequence[Logprobs], top: int) -> dict[str, Any]:
+    """The `top` likeliest tokens of each position, in that order; all that are known where it is -1. The token itself
+    is among them only if it is one of the likeliest."""
+    return {"content": [_position(*pair, top) for pair in zip(tokens, logprobs, strict=False)]}
 
 
 def completion_logprobs(
@@ -77,8 +80,13 @@ def _likeliest(each: Logprobs) -> Mapping[str, float]:
     return found
 
 
-def _position(token: int, each: Logprobs) -> dict[str, Any]:
-    return {**_token(token, each[token]), "top_logprobs": [_token(*pair) for pair in each.items()]}
+def _position(token: int, each: Logprobs, top: int) -> dict[str, Any]:
+    likeliest = sorted(each.items(), key=lambda pair: _rank(pair[1]))[: len(each) if top < 0 else top]
+    return {**_token(token, each[token]), "top_logprobs": [_token(*pair) for pair in likeliest]}
+
+
+def _rank(known: Logprob) -> float:
+    return math.inf if known.rank is None else known.rank
 
 
 def _token(token: int, known: Logprob) -> dict[str, Any]:

@@ -1,0 +1,478 @@
+"""Several processes that answer HTTP before one fleet, and how a server ends."""
+
+import asyncio
+import dataclasses
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+
+from shoal import wire
+from shoal.config import EngineOptions
+from shoal.devices import cpu
+from shoal.errors import ConfigError, EngineError
+from shoal.frontend import async_llm
+from shoal.frontend.async_llm import AsyncLLM
+from shoal.frontend.model import open_model
+from shoal.server import api_process, serve
+from shoal.server.api_process import ChannelLine, open_served
+from shoal.server.api_servers import ApiServers
+from shoal.server.listening import Listening, Server, make_server
+from shoal.server.settings import ServerSettings
+from shoal.transport.channel import Channel
+from shoal.transport.process import ChildProcess
+from support.servers import ShoalServer
+
+WAIT_S = 90.0
+TOKENS = 300
+STREAMS = 4  # of each process, when one is disturbed
+
+
+def until(check: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + WAIT_S
+    while not (found := check()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+    return found
+
+
+# --- real servers ----------------------------------------------------------------------------------------------------
+
+
+class Streaming:
+    """A stream on a connection of its own. `owner` is the process that has accepted it."""
+
+    def __init__(self, server: ShoalServer, number: int) -> None:
+        host, port = server.url.removeprefix("http://").split(":")
+        self.connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+        body = {
+            "model": "bundled",
+            "prompt": f"Count from {number} to {number + 40}:",
+            "max_tokens": TOKENS,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        self.connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        self.number = number
+        self.error = ""
+        self.answer = self.connection.getresponse()
+        assert self.answer.status == 200
+        self.owner = owner_of(server, self.connection)
+
+    def read(self) -> tuple[str, bool]:
+        """The text, and whether it is all of it."""
+        text: list[str] = []
+        try:
+            while line := self.answer.readline():
+                if line.strip() == b"data: [DONE]":
+                    return "".join(text), True
+                if not line.startswith(b"data: "):
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    self.error = chunk["error"]["message"]
+                    break
+                text.append(chunk["choices"][0]["text"])
+        except (OSError, http.client.HTTPException):
+            pass
+        finally:
+            self.connection.close()
+        return "".join(text), False
+
+
+def owner_of(server: ShoalServer, connection: http.client.HTTPConnection) -> int:
+    port = connection.sock.getsockname()[1]
+    peers = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    inode = next(fields[9] for fields in peers if int(fields[2].partition(":")[2], 16) == port)
+    for pid in server.pids():
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                if os.readlink(entry) == f"socket:[{inode}]":
+                    return pid
+            except OSError:
+                continue
+    raise AssertionError("nobody has the connection")
+
+
+def api_pids(server: ShoalServer) -> set[int]:
+    found = set()
+    for pid in server.pids():
+        try:
+            if b"shoal.server.api_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(pid)
+        except OSError:
+            continue
+    return found
+
+
+def numbers(server: ShoalServer) -> tuple[int, dict[str, float]]:
+    """Who has answered, and the metrics by name (and reason), summed over engines."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+    connection.request("GET", "/metrics")
+    answer = connection.getresponse()
+    owner, text = owner_of(server, connection), answer.read().decode()
+    connection.close()
+    found: dict[str, float] = {}
+    for name, labels, value in re.findall(r"^([a-z_:]+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        reason = re.search(r'finished_reason="(\w+)"', labels)
+        key = f"{name} {reason[1]}" if reason else name
+        found[key] = found.get(key, 0.0) + float(value)
+    return owner, found
+
+
+def streams_of_both(server: ShoalServer, twins: Sequence[str]) -> list[Streaming]:
+    """At least `STREAMS` of each API server."""
+    found: list[Streaming] = []
+    deadline = time.monotonic() + WAIT_S
+    pids = api_pids(server)
+    while any(sum(each.owner == pid for each in found) < STREAMS for pid in pids):
+        assert time.monotonic() < deadline, "one API server takes no connections"
+        streaming = Streaming(server, len(found) % len(twins))
+        if sum(each.owner == streaming.owner for each in found) < STREAMS:
+            found.append(streaming)
+        else:
+            streaming.connection.close()
+    return found
+
+
+def disturb(server: ShoalServer, twins: Sequence[str], number: int) -> None:
+    """One API server gets the signal: the other's streams go on, and it is started again."""
+    pids = api_pids(server)
+    streams = streams_of_both(server, twins)
+    victim = streams[-1].owner  # that one has just begun
+    os.kill(victim, number)
+    with ThreadPoolExecutor(len(streams)) as pool:
+        for streaming, (text, whole) in zip(streams, pool.map(Streaming.read, streams), strict=True):
+            assert twins[streaming.number].startswith(text)
+            assert whole or streaming.owner == victim
+            assert not whole or text == twins[streaming.number]
+    until(lambda: victim not in api_pids(server) and len(api_pids(server)) == len(pids), "it is started again")
+    until(lambda: server.status()["replicas"][0]["held"] == 0, "its requests are freed")
+
+
+@pytest.mark.timeout(600)
+def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
+    with ShoalServer("--api-server-count", "2") as server:
+        until(lambda: len(api_pids(server)) == 2, "two API servers")
+        twins = []
+        for number in range(2):
+            text, whole = Streaming(server, number).read()
+            assert whole
+            twins.append(text)
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            disturb(server, twins, number)
+
+        told: dict[int, dict[str, float]] = {}
+        until(lambda: told.update([numbers(server)]) or len(told) == 2, "both tell metrics")
+        for each in told.values():
+            assert each["shoal:api_server_restarts_total"] == 2
+            assert each["vllm:request_success_total length"] >= 2 + 2 * STREAMS
+            assert each["vllm:request_success_total abort"] >= 2  # those of the processes that went
+        kept = ("vllm:generation_tokens_total", "vllm:request_success_total length", "vllm:request_success_total abort")
+        first, second = told.values()
+        assert [first[name] for name in kept] == [second[name] for name in kept]
+
+        last = Streaming(server, 0)
+        server.process.send_signal(signal.SIGTERM)
+        assert last.read() == (twins[0], True)
+        assert server.process.wait(WAIT_S) == 0
+        assert server.pids() == set()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_that_can_serve_nothing_any_more_ends_with_the_cause(count: int) -> None:
+    with ShoalServer("--api-server-count", str(count), "--max-restarts", "0") as server:
+        streaming = Streaming(server, 0)
+        os.kill(int(server.status()["replicas"][0]["pid"]), signal.SIGKILL)
+        assert not streaming.read()[1]
+        assert "SIGKILL" in streaming.error
+        assert server.process.wait(WAIT_S) == 1
+        assert "SIGKILL" in server.log().splitlines()[-1]
+        assert server.pids() == set()
+
+
+# --- what an API server takes from its parent ------------------------------------------------------------------------
+
+
+def test_an_api_server_plans_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas may hold by now what they were planned for."""
+    discover = cpu.discover
+    monkeypatch.setattr(cpu, "discover", lambda *some: dataclasses.replace(discover(*some), host_memory_available=1))
+    with pytest.raises(ConfigError, match="more than this host has"):
+        open_model(None, {}, online=True)
+    for options in ({}, {"data_parallel_size": 2}, {"tensor_parallel_size": 2}):
+        model = open_served(wire.ApiSetup(None, options, {}, {}, max_model_len=321))
+        assert model.decision.max_model_len == 321
+
+
+class _Nobody:
+    """A line's other end, which never answers."""
+
+    def __init__(self, deliver: object) -> None:
+        self.desk = self
+
+    def send(self, messages: object) -> None: ...
+
+    def ask(self, verb: str, payload: bytes = b"") -> "Future[bytes]":
+        return Future()
+
+    def close(self) -> None: ...
+
+
+def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_llm, "_ANSWER_S", 0.01)
+
+    async def ask() -> None:
+        llm = AsyncLLM(line=_Nobody)
+        with pytest.raises(EngineError, match=r"has not answered 'status' within 0\.01 s"):
+            await llm.status()
+        llm.close()
+
+    asyncio.run(ask())
+
+
+def test_given_seeds_differ_between_api_servers_and_their_lives() -> None:
+    model = open_model(None, {"seed": 7}, online=True)
+
+    class Head:
+        desk = object()
+        max_model_len = 99
+
+    with socket.socket() as sock:
+        servers = ApiServers(Head(), model, ServerSettings(), Listening(), sock, 3)  # type: ignore[arg-type]
+        setups = []
+        for slot in servers._slots:
+            for slot.lives in range(3):
+                setups.append(servers._setup_of(slot))
+    assert len({setup.options["seed"] for setup in setups}) == len(setups)
+    for setup in setups:
+        assert setup.max_model_len == 99
+        EngineOptions.from_flat(None, setup.options)
+
+
+def test_a_large_request_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_process, "_SLICE_S", WAIT_S * 10)
+    ours, theirs = Channel.pair()
+    ended = threading.Event()
+    line = ChannelLine(ours, lambda answer: None, ended.set)
+    theirs.setblocking(True)
+    theirs.settimeout(WAIT_S)
+    payload = bytes(8 << 20)
+    line.ask("large", payload)
+    got = 0
+    while got < len(payload):
+        got += len(theirs.recv(1 << 20))
+    theirs.close()
+    assert ended.wait(WAIT_S)
+    line.close()
+    ours.close()
+
+
+def test_children_are_deaf_to_the_groups_signals_from_their_first_moment_on() -> None:
+    child = ChildProcess("shoal.server.api_process")
+    try:
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        blocked = re.search(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)
+        assert blocked is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            assert int(blocked[1], 16) >> (number - 1) & 1
+    finally:
+        child.kill()
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with Listening(port=0).bind() as sock:
+        yield sock
+
+
+def slow_app(size: int) -> FastAPI:
+    app = FastAPI()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(size >> 16):
+            yield bytes(1 << 16)
+
+    @app.get("/")
+    async def read() -> StreamingResponse:
+        return StreamingResponse(chunks())
+
+    return app
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_slow_readers_have_the_time_that_is_left(listener: socket.socket, reads: bool) -> None:
+    size = 32 << 20  # more than sockets take
+
+    async def run() -> Server:
+        server = make_server(slow_app(size), ServerSettings(), Listening())
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname(), limit=1 << 16)
+        writer.write(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        got = len(await reader.readexactly(1 << 16))
+        server.stop(WAIT_S if reads else 1.0)
+        while reads and (data := await asyncio.wait_for(reader.read(1 << 20), WAIT_S)):
+            got += len(data)
+        await asyncio.wait_for(serving, WAIT_S)
+        assert not reads or got > size
+        writer.close()
+        return server
+
+    assert asyncio.run(run()).complete == reads
+
+
+class Head:
+    """An AsyncLLM for `serve`: ready at once, with a fleet that says what it is told to say."""
+
+    model_name = "nobody"
+
+    def __init__(self) -> None:
+        self.failure = ""
+        self.running = asyncio.Event()
+        self.closed = False
+
+    async def ready(self) -> None: ...
+
+    async def status(self) -> wire.FleetStatus:
+        return wire.FleetStatus("nobody", 1, 1, (), 0, 0, not self.failure, 0.0, self.failure)
+
+    async def drain(self, timeout: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Front:
+    """`ends`: what `serve` does when it is told to stop."""
+
+    def __init__(self, *, sleeps: bool = False, error: Exception | None = None, early: bool = False) -> None:
+        self.stops: list[float] = []
+        self._stopped = asyncio.Event()
+        self._sleeps = sleeps
+        self._error = error
+        self._early = early
+
+    async def serve(self) -> bool:
+        if not self._early:
+            await self._stopped.wait()
+        if self._error is not None:
+            raise self._error
+        return not self._sleeps
+
+    def stop(self, patience: float) -> None:
+        self.stops.append(patience)
+        if not self._sleeps or not patience:
+            self._stopped.set()
+
+
+def end_of(head: Callable[[], Head], front: Callable[[], Front], *, signals: int, timeout: float = 20.0) -> Any:
+    """The exit code and what the front was told."""
+
+    async def run() -> tuple[int, list[float]]:
+        told, there, heard = head(), front(), serve._Signals()
+        for _ in range(signals):
+            heard._heard()
+        code = await asyncio.wait_for(
+            serve._until_end(told, there, heard, "here", timeout),  # type: ignore[arg-type]
+            WAIT_S,
+        )
+        return code, there.stops
+
+    return asyncio.run(run())
+
+
+def failed() -> Head:
+    head = Head()
+    head.failure = "no replica is left: it was killed"
+    return head
+
+
+def test_a_fatal_fleet_ends_the_server_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_LOOK_S", 0.01)
+    with pytest.raises(EngineError, match="no replica is left: it was killed"):
+        end_of(failed, Front, signals=0)
+
+
+def test_why_a_server_has_ended_is_told() -> None:
+    with pytest.raises(EngineError, match="API server 1 died"):
+        end_of(Head, lambda: Front(early=True, error=EngineError("API server 1 died")), signals=0)
+    with pytest.raises(EngineError, match="no descriptors"):
+        end_of(Head, lambda: Front(early=True, error=OSError("no descriptors")), signals=0)
+
+
+def test_the_exit_code_after_a_signal() -> None:
+    code, stops = end_of(Head, Front, signals=1, timeout=20.0)
+    assert code == 0
+    assert 5.0 < stops[0] <= 20.0
+    assert end_of(Head, Front, signals=1, timeout=0.0) == (0, [5.0])
+    assert end_of(Head, lambda: Front(error=EngineError("it broke")), signals=1)[0] == 1
+
+
+class Sleeper:
+    """An API server that does not end by itself. What it shows is that of a process."""
+
+    pid = 1
+    exit_code: int | None = None
+
+    def fileno(self) -> int:
+        return 0
+
+    @property
+    def channel(self) -> "Sleeper":
+        return self
+
+    def wait(self, timeout: float) -> bool:
+        time.sleep(timeout)
+        return self.exit_code is not None
+
+    def stopped(self) -> bool:
+        return False
+
+    def say(self, goodbye: bytes) -> None: ...
+
+    def kill_process(self) -> None:
+        self.exit_code = -9
+
+
+def test_api_servers_end_at_once_when_told_so_later() -> None:
+    class Head:
+        desk = type("Desk", (), {"do": staticmethod(lambda task: task())})
+
+    async def run(sock: socket.socket) -> bool:
+        model = open_model(None, {}, online=True)
+        servers = ApiServers(Head(), model, ServerSettings(), Listening(), sock, 2)  # type: ignore[arg-type]
+        for slot in servers._slots:
+            slot.child = Sleeper()  # type: ignore[assignment]
+        serving = asyncio.create_task(servers.serve())
+        servers.stop(WAIT_S * 10)
+        assert not (await asyncio.wait([serving], timeout=0.5))[0]
+        servers.stop(0.0)
+        return await asyncio.wait_for(serving, WAIT_S)
+
+    with socket.socket() as sock:
+        assert not asyncio.run(run(sock))
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    code, stops = end_of(Head, lambda: Front(sleeps=True), signals=2, timeout=1000.0)
+    assert code == 1
+    assert stops[-1] == 0.0
