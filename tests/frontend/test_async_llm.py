@@ -309,8 +309,8 @@ def test_a_deadline_and_a_place(setting: Setting) -> None:
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ({"priority": 2**70}, "priority must be between"),
-        ({"priority": -(2**70)}, "priority must be between"),
+        ({"priority": 2**70}, "priority must be an integer from"),
+        ({"priority": -(2**70)}, "priority must be an integer from"),
         ({"replica": 2**70}, "there is no replica 1180591620717411303424"),
         ({"replica": -3}, "there is no replica -3"),
     ],

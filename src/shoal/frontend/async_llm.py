@@ -34,7 +34,7 @@ _RETRY_S = {
     wire.Refusal.CLOSING: 10.0,
     wire.Refusal.LOST: 10.0,
 }
-_MOST_PRIORITY = 1 << 62
+_PRIORITIES = range(-(1 << 63), 1 << 63)  # what a message can carry
 _MOST_REPLICAS = 1 << 31
 
 
@@ -149,8 +149,8 @@ class AsyncLLM:
             RequestError: `priority` or `replica` is out of its range.
             ClosedError: this was closed.
         """
-        if not -_MOST_PRIORITY <= priority <= _MOST_PRIORITY:
-            raise RequestError(f"priority must be between -2**62 and 2**62, got {shown(priority)}")
+        if not isinstance(priority, int) or priority not in _PRIORITIES:
+            raise RequestError(f"priority must be an integer from -2**63 to 2**63 - 1, got {shown(priority)}")
         if replica is not None and not 0 <= replica < _MOST_REPLICAS:
             raise RequestError(f"there is no replica {shown(replica)}: they are numbered from 0")
         self._bind_loop()
