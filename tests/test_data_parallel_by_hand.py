@@ -168,7 +168,8 @@ def test_hosts_without_a_common_key() -> None:
         process = run_example(*common, netns=host.netns, SHOAL_CLUSTER_KEY="")
         _, log = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "set SHOAL_CLUSTER_KEY to the same secret on all hosts" in log
+    assert "set SHOAL_CLUSTER_KEY, or" in log
+    assert "to the same secret on all hosts" in log
 
 
 def rank_place(rank: int, port: int) -> dict[str, str]:

@@ -102,6 +102,10 @@ def programs() -> Iterator[Callable[..., Program]]:
 
     try:
         yield start
+    except BaseException:
+        for program in started:
+            print(program.text, file=sys.stderr)
+        raise
     finally:
         for program in started:
             program.close()

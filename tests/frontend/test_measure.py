@@ -11,7 +11,7 @@ from shoal.cluster.stats import merged
 from shoal.frontend.measure import Meter, Run, Shape, medians, stage_idle
 
 ENGINE: dict[str, Any] = {
-    name: 0 for name in wire.EngineStats.__struct_fields__ if name not in ("start_s", "ranks", "replicas")
+    name: 0 for name in wire.EngineStats.__struct_fields__[: -len(wire.EngineStats.__struct_defaults__)]
 }
 
 
