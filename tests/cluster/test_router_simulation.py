@@ -1,6 +1,6 @@
 """The router before simulated replicas: as balanced as spreading, nearly as many prefix hits as pure affinity.
 
-`benchmarks/router.py` does the same with 1,000 replicas, and takes the time.
+With --matrix also 1,000 replicas and 100,000 requests; `benchmarks/router.py` takes the time of these.
 """
 
 import pytest
@@ -14,7 +14,12 @@ def routed(traffic: Traffic) -> tuple[Outcome, Router]:
     return simulate(traffic, found), found
 
 
-@pytest.mark.parametrize(("replicas", "load"), [(100, 0.8), (100, 1.6), (8, 0.8), (2, 0.8)])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "replicas" in metafunc.fixturenames:
+        full = [(1000, 0.8)] if metafunc.config.getoption("--matrix") else []
+        metafunc.parametrize(("replicas", "load"), [(100, 0.8), (100, 1.6), (8, 0.8), (2, 0.8), *full])
+
+
 def test_balance_and_prefix_hits(replicas: int, load: float) -> None:
     """At a load of 1.6 most of the prompts must come from caches, or queues grow."""
     traffic = Traffic(100 * replicas, replicas, load=load, prefixes=5 * replicas)

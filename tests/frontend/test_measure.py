@@ -10,9 +10,9 @@ from shoal import wire
 from shoal.cluster.stats import merged
 from shoal.frontend.measure import Meter, Run, Shape, medians, stage_idle
 
-ENGINE: dict[str, Any] = {
-    name: 0 for name in wire.EngineStats.__struct_fields__[: -len(wire.EngineStats.__struct_defaults__)]
-}
+ENGINE: dict[str, Any] = dict.fromkeys(
+    wire.EngineStats.__struct_fields__[: -len(wire.EngineStats.__struct_defaults__)], 0
+)
 
 
 def engine(pid: int, *busy_s: float, steps: int = 0) -> wire.EngineStats:
