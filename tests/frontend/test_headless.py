@@ -17,9 +17,10 @@ class FakeChild:
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
+        self.is_stopped = False
 
     def stopped(self) -> bool:
-        return False
+        return self.is_stopped
 
     def death(self) -> str:
         return "was killed by SIGKILL"
@@ -39,14 +40,17 @@ class FakeLife:
         self.ready_at: float | None = None
         self.failure: wire.EngineFailure | None = None
         self.useful = False
+        self.is_unread = False  # has it said that it is ready, and nobody has read that yet?
         self._ended = False
         FakeLife.made.append(self)
 
     def listen(self) -> bool:
+        if self.is_unread:
+            self.ready_at = 0.0
         return not self._ended
 
     def end(self, deadline: float) -> None:
-        assert self._ended
+        assert self._ended or self.child.is_stopped
 
     def ends(self, why: str = "", *, user_error: bool = False) -> None:
         self._ended = True
@@ -93,6 +97,22 @@ def test_what_fails_before_any_was_ready_ends_all(model: OpenModel, user_error: 
     world.lives[1].ends("refused", user_error=user_error)
     with pytest.raises(kind, match="replica 2: refused"):
         world.look()
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_one_that_ends_right_behind_its_being_ready_comes_back(model: OpenModel, stopped: bool) -> None:
+    """Its word and its end are read in one go."""
+    world = World(model)
+    life = world.lives[0]
+    life.is_unread = True
+    if stopped:
+        life.child.is_stopped = True
+    else:
+        life.ends("rank 0 was killed by SIGKILL")
+    world.look()
+    world.look()
+    assert world.replicas[0].life is FakeLife.made[-1]
+    assert len(FakeLife.made) == 3
 
 
 @pytest.mark.parametrize("user_error", [True, False])

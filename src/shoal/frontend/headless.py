@@ -165,11 +165,12 @@ class _Supervised:
         life = self.life
         if life is None:
             return
+        goes_on = life.listen()  # first of all: how it ends depends on whether it was ready
+        if life.ready_at is not None and not self._was_ready:
+            self._was_ready = self._host.was_ready = True
+            log.info("replica %d (process %d) is ready", self.number, life.child.pid)
         stopped = life.child.stopped()
-        if not stopped and life.listen():
-            if life.ready_at is not None and not self._was_ready:
-                self._was_ready = self._host.was_ready = True
-                log.info("replica %d (process %d) is ready", self.number, life.child.pid)
+        if goes_on and not stopped:
             return
         self.life = None
         why = "is stopped (SIGSTOP or a debugger)" if stopped else life.child.death()
