@@ -12,7 +12,8 @@ import pytest
 from shoal import wire
 from shoal.cluster import desk as desk_module
 from shoal.cluster.desk import Answer, Desk
-from shoal.cluster.fleet import About, Fleet, Limits
+from shoal.cluster.fleet import About, Fleet
+from shoal.cluster.limits import Limits
 from shoal.cluster.router import Room
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait

@@ -94,9 +94,14 @@ class Streaming:
 
 
 def owner_of(server: ShoalServer, connection: http.client.HTTPConnection) -> int:
-    port = connection.sock.getsockname()[1]
-    peers = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    inode = next(fields[9] for fields in peers if int(fields[2].partition(":")[2], 16) == port)
+    """The process of the server that holds the other end: ends of connections that are closed have no inode."""
+    ports = tuple(end[1] for end in (connection.sock.getpeername(), connection.sock.getsockname()))
+    ends = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    (inode,) = {
+        fields[9]
+        for fields in ends
+        if tuple(int(field.partition(":")[2], 16) for field in fields[1:3]) == ports and fields[9] != "0"
+    }
     for pid in server.pids():
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             try:

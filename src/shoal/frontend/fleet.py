@@ -6,7 +6,8 @@ from contextlib import ExitStack
 
 from shoal import wire
 from shoal.cluster.arrival import FRONT_END, PEERS, FleetDoor, PeersDoor
-from shoal.cluster.fleet import About, Fleet, Limits
+from shoal.cluster.fleet import About, Fleet
+from shoal.cluster.limits import Limits
 from shoal.cluster.lockstep import Joined, LocalLockstep
 from shoal.cluster.replica import EngineProcess, EngineThread, Replica
 from shoal.config import EngineOptions
