@@ -98,7 +98,9 @@ def test_switches_are_true_or_false(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["stop", "bad_words"])
 @pytest.mark.parametrize(
-    "value", [0, False, 7, b"a", [b"a"], [1], [""], ["a", ""], [None], {"a"}, {"a": 1}, {}, object()], ids=repr
+    "value",
+    [0, False, 7, b"a", [b"a"], [1], [""], ["a", ""], [None], {"a"}, {"a": 1}, {}, object()],
+    ids=lambda value: type(value).__name__,
 )
 def test_lists_of_texts(name: str, value: Any) -> None:
     refuses(SamplingParams, f"{name} must be a list of texts", **{name: value})
