@@ -137,7 +137,7 @@ class World:
             **limits,
         }
         self.fleet = Fleet(
-            lambda number, generation: self.launch(number, generation),
+            self._launch,
             lambda stats: Room(most, 10**6, 4, 100),
             about=About("model", 1, 1),
             limits=Limits(**bounds),
@@ -148,6 +148,9 @@ class World:
             recorder=self.recorded,
             clock=self.clock,
         )
+
+    def _launch(self, number: int, generation: int) -> FakeMember:
+        return self.launch(number, generation)
 
     def launch(self, number: int, generation: int) -> FakeMember:
         error = self.fails(number, generation)

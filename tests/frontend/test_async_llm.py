@@ -630,7 +630,8 @@ def test_an_added_replica_holds_what_the_first_one_does(backend: str) -> None:
 def test_a_client_that_goes_frees_its_blocks() -> None:
     async def work() -> None:
         async with real() as llm:
-            stream = llm.stream(llm.prepare("Once", SamplingParams(max_tokens=500, ignore_eos=True)))
+            params = SamplingParams(n=64, max_tokens=500, ignore_eos=True)  # several times what the cache holds
+            stream = llm.stream(llm.prepare("Once", params))
             async for _ in stream:
                 break
             gc.collect()
@@ -643,7 +644,7 @@ def test_a_client_that_goes_frees_its_blocks() -> None:
                 await asyncio.sleep(0.05)
             (replica,) = (await llm.status()).replicas
             assert replica.stats is not None
-            assert replica.stats.generated_tokens < 450
+            assert replica.stats.generated_tokens < 64 * 500 / 2
             assert replica.stats.free_blocks == replica.stats.num_blocks
 
     run(work())

@@ -1,13 +1,21 @@
 """How an engine's server ends: who hears what, and in which order."""
 
+import threading
+import time
+from typing import TypeVar
+
 import pytest
 
 from shoal import wire
 from shoal.cluster.lockstep import Joined
 from shoal.engine.core import EngineCore
+from shoal.engine.scheduler import Limits
 from shoal.errors import ConfigError, EngineError
-from shoal.frontend.engine_server import serve
-from shoal.transport.channel import Channel
+from shoal.frontend.engine_server import answer, serve
+from shoal.transport.channel import Channel, wait
+from support.fakes import FakeExecutor, request
+
+T = TypeVar("T")
 
 
 class Peers:
@@ -87,3 +95,56 @@ def test_the_others_hear_of_it_before_the_client_does(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Channel, "send", watched)
     ended(peers, EngineError("out of memory"))
     assert sent_before == [False, True], "the setup, and the failure"
+
+
+class Held(FakeExecutor):
+    """Ranks whose results are held back, but for as many as are let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Semaphore(0)
+
+    def poll(self, timeout: float) -> list[wire.StepResult]:
+        return super().poll(timeout) if self.let_go.acquire(timeout=timeout) else []
+
+
+def test_an_abort_frees_its_blocks_before_the_step_that_runs_has_ended() -> None:
+    ranks = Held()
+    engine = EngineCore(ranks, Limits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2)
+    client, theirs = Channel.pair()
+    server = Channel(theirs)
+    serving = threading.Thread(target=answer, args=(server, engine, None))
+    serving.start()
+
+    def heard(kind: type[T], timeout: float = 60.0) -> T:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            wait([client], deadline - time.monotonic())
+            for message in map(wire.from_engine.decode, client.receive()):
+                if isinstance(message, kind):
+                    return message
+        raise AssertionError(f"no {kind.__name__}")
+
+    try:
+        client.send(wire.encode(request(1, range(9), 40)))
+        for token in range(3):
+            ranks.let_go.release()
+            (update,) = heard(wire.Updates).updates
+            assert len(update.tokens) == 1, token
+        client.send(wire.encode(wire.Abort((1,))))
+        (update,) = heard(wire.Updates).updates
+        assert update.finish is wire.Finish.ABORT
+        launched = len(ranks.plans)
+        client.send(wire.encode(wire.StatsQuery()))
+        stats = heard(wire.EngineStats)
+        assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
+        assert launched <= 3 + 2, "what was in flight when it came, and nothing after"
+        ranks.let_go.release(10)
+        client.send(wire.encode(request(2, range(9), 1)))
+        assert heard(wire.Updates).updates[0].seq == 2
+        assert [work.seq for plan in ranks.plans[launched:] for work in plan.work] == [2]
+    finally:
+        client.send(wire.encode(wire.Stop()))
+        serving.join(60)
+        server.close()
+        client.close()
