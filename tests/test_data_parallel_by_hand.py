@@ -26,14 +26,9 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "offline_data_parallel.py"
 KEY = "a key of the test"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture
 def job() -> Iterator[list[DataParallelRank]]:
-    port = free_port()
+    port = hosts.free_port()
     places = [env.DataParallel(rank, 3, rank, 3, "127.0.0.1", port) for rank in range(3)]
     with ThreadPoolExecutor(3) as pool:
         ranks = list(pool.map(lambda place: DataParallelRank(place, key=KEY, timeout=60), places))
@@ -126,7 +121,7 @@ def test_numbers_that_do_not_go_together(arguments: list[str], message: str) -> 
 
 
 def test_a_master_that_does_not_answer_is_named() -> None:
-    place = {"RANK": "1", "SIZE": "2", "MASTER_IP": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {"RANK": "1", "SIZE": "2", "MASTER_IP": "127.0.0.1", "MASTER_PORT": str(hosts.free_port())}
     process = run_example("--timeout", "1", **{f"SHOAL_DP_{name}": value for name, value in place.items()})
     _, log = process.communicate(timeout=120)
     assert process.returncode == 2
@@ -180,7 +175,7 @@ def rank_place(rank: int, port: int) -> dict[str, str]:
 
 def test_one_number_twice_is_refused() -> None:
     """Whoever comes second is told, and the other waits on for the one that is missing."""
-    port = free_port()
+    port = hosts.free_port()
     with Rendezvous(port=port, key=KEY):
         processes = [run_example(SHOAL_CLUSTER_KEY=KEY, **rank_place(1, port)) for _ in range(2)]
         until(lambda: any(process.poll() is not None for process in processes), "one is refused")
@@ -209,7 +204,7 @@ def until(reached: Callable[[], object], what: str, seconds: float = 120.0) -> N
 
 
 def test_ranks_end_with_their_launcher() -> None:
-    port = free_port()
+    port = hosts.free_port()
     process = run_example("--dp-size", "2", "--node-size", "2", "--master-port", str(port), SHOAL_CLUSTER_KEY=KEY)
     until(lambda: listens(port), "the rank waits for the other host")
     ranks = offspring(process.pid)

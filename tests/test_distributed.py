@@ -50,7 +50,8 @@ print("FOUND" + json.dumps([rank, found]), flush=True)
 def run_under_torchrun(job: Path, text: str) -> dict[int, Any]:
     """What each rank has found."""
     job.write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(job)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--log-dir", str(job.parent / "logs"), str(job)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     decoder = json.JSONDecoder()

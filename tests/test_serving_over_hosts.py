@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,7 +28,7 @@ from support import hosts
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "async_llm_hosts.py"
 KEY = "a key of the test"
-PORT = 29571
+PORT = 29571  # of hosts that nobody shares
 SMALL = ["--kv-cache-memory-bytes", "16MiB", "--max-model-len", "256", "--start-timeout", "240"]
 needs_hosts = pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
 PROMPTS = [f"{i} + 45 =" for i in range(6)]
@@ -128,12 +128,12 @@ def ask(server: Program, url: str, body: Mapping[str, Any] | None = None) -> str
     return done.stdout
 
 
-def stream(server: Program, url: str, prompt: str, tokens: int = 60) -> str:
+def stream(server: Program, url: str, prompt: str, model: str = "bundled", tokens: int = 60) -> str:
     """Every other prompt is drawn for, with a seed."""
     number = PROMPTS.index(prompt)
     sampling = {"temperature": 1.0, "seed": number} if number % 2 else {"temperature": 0}
     body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True, **sampling}
-    answer = ask(server, f"{url}/v1/completions", {"model": "bundled", **body})
+    answer = ask(server, f"{url}/v1/completions", {"model": model, **body})
     events = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
     return "".join(choice["text"] for event in events[:-1] for choice in json.loads(event)["choices"])
@@ -278,26 +278,53 @@ def test_each_host_serves_its_own_replica_of_a_mixture_whose_experts_they_share(
         second = start(*common, "--data-parallel-rank", "1", on=pair[1])
         first = start(*common, "--data-parallel-hybrid-lb", "--data-parallel-size-local", "1", on=pair[0])
         urls = [ready_url(server, replicas=1) for server in (first, second)]
-        for number, (server, url) in enumerate(zip((first, second), urls, strict=True)):
+        places = list(zip((first, second), urls, strict=True))
+        for number, (server, url) in enumerate(places):
             assert [replica["number"] for replica in states(server, url)] == [number]
-            assert "82" in stream_of_mixture(server, url)
+        with ThreadPoolExecutor(2 * len(PROMPTS)) as pool:
+
+            def begun() -> list[Future[str]]:
+                return [
+                    pool.submit(stream, server, url, prompt, "bundled:moe")
+                    for server, url in places
+                    for prompt in PROMPTS
+                ]
+
+            wanted = [future.result() for future in begun()]
+            futures = begun()
+            until(lambda: all(states(*place)[0]["held"] for place in places), "both have something to do", second)
+            os.kill(states(*places[1])[0]["pid"], signal.SIGKILL)
+            assert [future.result() for future in futures] == wanted  # once both have met anew
+        assert [states(*place)[0]["restarts"] for place in places] == [1, 1]
+
+
+@pytest.mark.parametrize("how", [["--data-parallel-rank"], ["--data-parallel-hybrid-lb", "--data-parallel-start-rank"]])
+def test_each_host_serves_its_own_replica_of_a_model_without_experts(how: list[str]) -> None:
+    """Once they have compared what they serve, they need nothing of one another: not even whoever has replica 0."""
+    with programs() as start:
+        where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(hosts.free_port())]
+        common = ["-dp", "2", "--data-parallel-size-local", "1", "--port", "0", *where, *SMALL]
+        second = start(*common, *how, "1")
+        first = start(*common, *how, "0")
+        urls = [ready_url(server, replicas=1) for server in (first, second)]
+        places = list(zip((first, second), urls, strict=True))
+        assert [states(*place)[0]["number"] for place in places] == [0, 1]
+        wanted = [stream(second, urls[1], prompt) for prompt in PROMPTS[:2]]
+        assert [stream(first, urls[0], prompt) for prompt in PROMPTS[:2]] == wanted
+        first.close()
         os.kill(states(second, urls[1])[0]["pid"], signal.SIGKILL)
-        assert "82" in stream_of_mixture(first, urls[0])  # once both have met anew
-        assert "82" in stream_of_mixture(second, urls[1])
-
-
-def stream_of_mixture(server: Program, url: str) -> str:
-    body = {"model": "bundled:moe", "prompt": "37 + 45 =", "max_tokens": 6, "temperature": 0}
-    text: str = json.loads(ask(server, f"{url}/v1/completions", body))["choices"][0]["text"]
-    return text
+        assert [stream(second, urls[1], prompt) for prompt in PROMPTS[:2]] == wanted
+        second.process.send_signal(signal.SIGTERM)
+        assert second.ends() == 0, second.text
 
 
 def test_an_async_llm_feeds_replicas_that_are_all_elsewhere() -> None:
     """The example, as its own text says it."""
     with programs() as start:
-        where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(PORT)]
+        port = str(hosts.free_port())
+        where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port]
         headless = start("--headless", "-dp", "1", *where, *SMALL)
-        command = [sys.executable, str(EXAMPLE), "--dp-size", "1", "--port", str(PORT), "--max-model-len", "256"]
+        command = [sys.executable, str(EXAMPLE), "--dp-size", "1", "--port", port, "--max-model-len", "256"]
         environment = {**os.environ, "SHOAL_CLUSTER_KEY": KEY}
         done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
         assert done.returncode == 0, done.stderr + headless.text

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ class Host:
     def inside(self) -> list[str]:
         """What a command that runs on it starts with."""
         return ["ip", "netns", "exec", self.netns]
+
+
+def free_port() -> int:
+    """On loopback, where others listen too."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
 def obstacle() -> str:
