@@ -58,10 +58,11 @@ def test_refusals(path: str, body: Any, status: int, param: str) -> None:
 
 def test_models() -> None:
     names = ("org/first", "second")
-    listed = client(served_model_names=names).get("/v1/models").json()
+    served = client(served_model_names=names)
+    listed = served.get("/v1/models").json()
     assert [Model.model_validate(each).id for each in listed["data"]] == list(names)
-    assert client(served_model_names=names).get("/v1/models/org/first").json() == listed["data"][0]
-    assert client(served_model_names=names).get("/v1/models/demo").status_code == 404
+    assert served.get("/v1/models/org/first").json() == listed["data"][0]
+    assert served.get("/v1/models/demo").status_code == 404
     assert client().get("/v1/models/demo").json()["max_model_len"] == 512
 
 
