@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.server.errors import Refusal
+from shoal.server.memory import Tidier
 from shoal.server.settings import ServerSettings
 
 
@@ -47,6 +48,7 @@ class Limits:
     connections: int = 8192
 
 
+_LARGE_BYTES = 64 << 10
 PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})  # where no key is asked for
 
 
@@ -94,20 +96,32 @@ class BodyLimit:
         self._app = app
         self._limits = limits
         self._held = 0  # bytes of bodies that are being read
+        self._tidier = Tidier()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
         try:
-            body = await self._read(scope, receive)
-            if body:
-                check_json(body, self._limits)
+            replay = await self._take(scope, receive)
         except Refusal as refused:
             await refused.response()(scope, receive, send)
             return
-        if body is not None:
-            await self._app(scope, _replay(body, receive), send)
+        if replay is not None:
+            await self._app(scope, replay, send)
+            if replay.size >= _LARGE_BYTES:
+                self._tidier.soon()
+
+    async def _take(self, scope: Scope, receive: Receive) -> "_Replay | None":
+        """None: the client has gone.
+
+        Raises:
+            Refusal: the body can't be read, or must not be.
+        """
+        body = await self._read(scope, receive)
+        if body:
+            check_json(body, self._limits)
+        return None if body is None else _Replay(body, receive)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """None: the client has gone.
@@ -180,17 +194,19 @@ def _brackets(body: bytes) -> bytes:
     return _STRING.sub(b"", body).translate(None, _REST)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    given = False
+class _Replay:
+    """Gives a body that was read, and then what comes behind it. It is kept no longer: an answer may take minutes."""
 
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self.size = len(body)
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 def _header(scope: Mapping[str, object], name: bytes) -> bytes | None:
