@@ -261,4 +261,4 @@ def test_a_host_that_dies_takes_the_one_along_that_shares_its_experts(tmp_path: 
         os.kill(rank, signal.SIGKILL)
         _, log = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1, log
-    assert re.search(r"replica 1 \(.*process \d+\) ended, or lost its connection", log), log
+    assert re.search(r"replica 1 \(.*process \d+\) ended(, or lost its connection| while this one has work)", log), log

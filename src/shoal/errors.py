@@ -91,3 +91,8 @@ class CommAborted(CommError):
 
 class ClosedError(EngineError):
     pass
+
+
+def overflow(most: int) -> str:
+    """How the error of a prompt that is too long begins: clients that shorten their conversations look for it."""
+    return f"this model's maximum context length is {most} tokens"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 Ids = tuple[int, ...]
 
@@ -372,6 +372,7 @@ class EngineStats(Wire, frozen=True):
     replicas: tuple["EngineStats", ...] = ()  # of a set of replicas, whose sums the other fields are
     iteration_tokens: Ids = ()  # steps by their tokens: number i had up to 2**i, and more than half as many
     step_tokens: int = 0  # in all steps
+    drafts: int = 0  # rounds of guessing, of a sequence each
     busy_before: Ids = ()  # microseconds that each rank was busy in former lives
 
 

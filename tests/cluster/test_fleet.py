@@ -889,7 +889,10 @@ def test_requests_are_cut_to_what_all_replicas_hold() -> None:
             1: wire.Refusal.INVALID,
             4: wire.Refusal.INVALID,
         }
-        assert "the prompt has 20 tokens, and with its output it may have 20" in ends[1].error
+        assert (
+            "this model's maximum context length is 20 tokens; the prompt has 20, and an output needs one"
+            in ends[1].error
+        )
         found.fleet.audit()
 
 

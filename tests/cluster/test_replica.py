@@ -149,7 +149,7 @@ class Slow:
     def stopped(self) -> bool:
         return False
 
-    def death(self) -> str:
+    def death(self, patience: float = 1.0) -> str:
         return "was killed"
 
     def say(self, goodbye: bytes) -> None:
@@ -183,6 +183,25 @@ def test_nobody_waits_for_the_end_of_one_that_failed_but_who_closes_it(frame: by
     threading.Timer(0.1, host.may_go.set).start()
     replica.close()
     assert host.gone.is_set()
+
+
+def test_with_no_thread_left_to_wait_for_its_end_one_that_failed_is_ended_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = Slow()
+    host.may_go.set()
+    replica = Replica(host, wire.EngineSetup("model", {}), name="replica 0", answer_timeout=60)
+    host.answer(None)
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(EngineError, match="replica 0 was killed"):
+            replica.updates(60)
+    assert host.gone.is_set()
+    replica.close()
 
 
 def test_options_that_cannot_work_are_the_users_to_mend(checkpoint: Checkpoint) -> None:

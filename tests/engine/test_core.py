@@ -251,6 +251,7 @@ def test_guesses_are_counted_and_save_steps() -> None:
     works = [work for plan in guessing.ranks.plans for work in plan.work]
     stats = guessing.core.stats()
     assert stats.draft_tokens == sum(len(work.drafts) for work in works) > 0
+    assert stats.drafts == sum(len(work.drafts) > 0 for work in works)
     steps = sum(work.sample for work in works)
     assert stats.accepted_tokens == 14 - steps
     assert (plain.core.stats().draft_tokens, plain.core.stats().accepted_tokens) == (0, 0)

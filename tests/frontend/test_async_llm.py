@@ -25,6 +25,7 @@ from shoal.errors import (
     Unavailable,
     UserError,
 )
+from shoal.frontend import outputs
 from shoal.frontend.async_llm import AsyncLLM, Stream
 from shoal.frontend.deltas import Delta
 from shoal.frontend.hub import BUNDLED
@@ -137,6 +138,31 @@ async def read(stream: Stream, into: list[Delta] | None = None) -> list[Delta]:
 
 
 # --- streams ----------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_can_not_be_made_is_the_end_of_its_request_alone(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it in the same delivery are tokens and the end of another one, which nobody says twice."""
+    take = outputs.Answer.take
+
+    def broken(answer: outputs.Answer, index: int, update: wire.SeqUpdate) -> bool:
+        if answer.job.params.n == 1:
+            return take(answer, index, update)
+        raise IndexError("piece id is out of range.")
+
+    async def work() -> None:
+        bad, good = setting.stream(SamplingParams(n=2)), setting.stream()
+        monkeypatch.setattr(outputs.Answer, "take", broken)
+        updates = [wire.SeqUpdate(seq, setting.tokens(" there"), finish=LENGTH) for seq in (0, 2)]
+        setting.line.say(*updates)
+        (delta,) = await read(good)
+        assert (delta.text, delta.finish_reason) == (" there", "length")
+        with pytest.raises(EngineError, match="the text of an output can't be made"):
+            await read(bad)
+        assert sorted(setting.line.aborted) == [0, 1]
+
+    run(work())
 
 
 def test_deltas_that_came_while_nobody_read_are_one(setting: Setting) -> None:
@@ -338,7 +364,7 @@ def test_the_length_is_what_the_fleet_says(setting: Setting) -> None:
         last = setting.line.sent[-1]
         assert isinstance(last, wire.EngineRequest)
         assert last.max_tokens == 40 - len(job.tokens)
-        with pytest.raises(RequestError, match="--max-model-len 40"):
+        with pytest.raises(RequestError, match="maximum context length is 40 tokens"):
             setting.llm.prepare("Once upon a time " * 40, long)
 
     run(work())

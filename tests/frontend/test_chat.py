@@ -185,6 +185,25 @@ def test_arguments_of_tool_calls_are_objects_for_the_template() -> None:
     assert call["function"] == {"name": "add", "arguments": '{"a": "é"}'}
 
 
+@pytest.mark.parametrize("given", [{}, {"content": None}])
+def test_a_message_of_calls_alone_has_a_content_for_templates_that_ask(given: dict[str, Any]) -> None:
+    template = (
+        "{% for m in messages %}{% if m['content'] is none %}none{% else %}{{ '<' + m['content'] + '>' }}{% endif %}"
+    )
+    template += "{% for call in m.tool_calls %}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    message = {"role": "assistant", **given, "tool_calls": [{"function": {"name": "f", "arguments": None}}]}
+    assert ChatTemplate({"default": template}).render([message]) == "<>{}"
+
+
+@pytest.mark.parametrize("content", ["yes", None])
+def test_no_calls_are_as_good_as_none(content: str | None) -> None:
+    """Servers answer with an empty list, and clients send it back."""
+    messages: list[dict[str, Any]] = [ASK, {"role": "assistant", "content": content, "tool_calls": []}, ASK]
+    plain: list[dict[str, Any]] = [ASK, {"role": "assistant", "content": content or ""}, ASK]
+    template = ChatTemplate({"default": TEMPLATES["llama3"]})
+    assert template.render(messages) == template.render(plain)
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

@@ -23,11 +23,15 @@ class Bytes:
 
     all_special_ids = (256,)
 
+    def __len__(self) -> int:
+        return 257
+
     def __call__(self, text: str, *, add_special_tokens: bool) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[*text.encode()])
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         assert not clean_up_tokenization_spaces
+        assert all(token < len(self) for token in tokens), "libraries fail at what they do not have"
         parts = [b"<e>" if token == 256 else bytes([token]) if token < 256 else b"" for token in tokens]
         return b"".join(p for p in parts if p != b"<e>" or not skip_special_tokens).decode("utf-8", "replace")
 

@@ -22,7 +22,7 @@ class FakeChild:
     def stopped(self) -> bool:
         return self.is_stopped
 
-    def death(self) -> str:
+    def death(self, patience: float = 1.0) -> str:
         return "was killed by SIGKILL"
 
 

@@ -64,7 +64,10 @@ def test_token_ids_that_are_none_of_the_models(token: Any) -> None:
     [
         ({"prompt_token_ids": []}, "the prompt is empty"),
         ("", "the prompt is empty"),
-        ({"prompt_token_ids": [3] * 32}, "has 32 tokens; with --max-model-len 32 it may have 31 at most"),
+        (
+            {"prompt_token_ids": [3] * 32},
+            "this model's maximum context length is 32 tokens; the prompt has 32, and an output needs one",
+        ),
         ({"prompt_token_ids": {1}}, "prompt_token_ids must be a list of integers"),
         ({}, "a prompt is a text or has prompt_token_ids, got dict"),
         ({"prompt": 7}, "a prompt is a text or has prompt_token_ids"),
@@ -222,9 +225,22 @@ def test_a_model_without_a_template_takes_plain_prompts() -> None:
     refused(says, reader(Letters()).prepare_chat, MESSAGES, PLAIN)
 
 
+def test_a_conversation_is_counted_however_long_it_is() -> None:
+    of = reader(Letters(), chat_template=TEMPLATE)
+    messages = [{"role": "user", "content": "x" * 30}]
+    assert len(of.chat_tokens(messages)) == 37
+    with pytest.raises(RequestError, match="role must be a text"):
+        of.chat_tokens([{"content": "hi"}])
+
+
 def test_a_conversation_is_checked_as_a_prompt_is() -> None:
     of = reader(Letters(), chat_template=TEMPLATE)
-    refused("the prompt has 37 tokens", of.prepare_chat, [{"role": "user", "content": "x" * 30}], PLAIN)
+    refused(
+        "length is 32 tokens; the prompt has 37, and an output needs one: shorten it",
+        of.prepare_chat,
+        [{"role": "user", "content": "x" * 30}],
+        PLAIN,
+    )
     refused("the prompt is empty", of.prepare_chat, MESSAGES, PLAIN, chat_template="{{ '' }}")
     refused("stop_token_ids", of.prepare_chat, MESSAGES, SamplingParams(stop_token_ids=[VOCABULARY]))
     refused("no tokenizer", reader(chat_template=TEMPLATE).prepare_chat, MESSAGES, PLAIN)

@@ -320,6 +320,29 @@ def test_a_demanded_call_that_is_cut_off_is_no_content(stream: bool) -> None:
         assert choice["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modalities": ["text"], "include_reasoning": True, "spaces_between_special_tokens": True},
+        {"reasoning_effort": "low"},
+        {"tool_choice": "auto"},
+        {"add_special_tokens": False, "store": False, "metadata": {"a": "b"}, "service_tier": "auto"},
+    ],
+)
+def test_what_asks_for_no_more_than_there_is_is_taken(fields: dict[str, Any]) -> None:
+    answer = ask(**fields)
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_template_hears_how_hard_to_think() -> None:
+    backend = FakeBackend()
+    template = "{{ reasoning_effort | default('not said') }}"
+    ask(backend, {"chat_template": template}, reasoning_effort="high")
+    ask(backend, {"chat_template": template}, reasoning_effort="high", chat_template_kwargs={"reasoning_effort": "low"})
+    ask(backend, {"chat_template": template})
+    assert [stream.job.prompt for stream in backend.streams] == ["high", "low", "not said"]
+
+
 def test_what_binds_the_output() -> None:
     backend = FakeBackend()
     ask(backend, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)

@@ -114,6 +114,31 @@ def test_what_evaluations_ask_for(prompt: Any, max_tokens: int) -> None:
     assert (choice["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", len(said))
 
 
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_what_the_tokenizer_puts_around_a_prompt(wanted: bool | None) -> None:
+    """A client that has put it there itself leaves it out."""
+    backend = FakeBackend()
+    assert ask(backend, prompt="hi", add_special_tokens=wanted).status_code == 200
+    bare = tuple(backend.tokenizer.encode("hi", add_special_tokens=False))
+    assert backend.streams[0].job.tokens == (bare if wanted is False else (0, *bare))
+
+
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for() -> None:
+    for prompt in ([5] * 600, "hi " * 100_000):
+        error = ask(prompt=prompt).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+        assert error["message"].startswith("this model's maximum context length is 512 tokens")
+
+
+def test_lines_of_a_stream_end_nowhere_else() -> None:
+    """Some clients split at whatever Unicode calls the end of a line."""
+    text = "a\u2028b\u2029c\x85d"
+    answer = ask(FakeBackend(says=lambda job: [text]), prompt="hi", stream=True).text
+    events = [line.removeprefix("data: ") for line in answer.splitlines() if line]
+    assert events.pop() == "[DONE]"
+    assert "".join(choice["text"] for event in events for choice in json.loads(event)["choices"]) == text
+
+
 def test_log_probabilities_of_the_prompt_by_name() -> None:
     (choice,) = ask(prompt=[40, 41], prompt_logprobs=0).json()["choices"]
     assert choice["prompt_logprobs"][0] is None

@@ -359,10 +359,12 @@ def test_connections_at_rest_are_bounded() -> None:
         for turn in (0, 1, 0):  # the second has rested longest then
             clients[turn].sendall(get("/health"))
             answer(clients[turn])
-        with server.connect():
-            assert clients[1].recv(10) == b""
-            clients[0].sendall(get("/health"))
-            assert answer(clients[0])[0] == 200
+        fresh = [stack.enter_context(server.connect()) for _ in range(5)]  # a burst of clients: none has its turn yet
+        for client in (*clients, *fresh):
+            client.sendall(get("/health"))
+            assert answer(client)[0] == 200
+        rested = [*clients, *fresh][:-2]
+        assert [client.recv(10) for client in rested] == [b""] * 5
 
 
 def test_new_connections_push_out_those_at_rest_and_no_others() -> None:

@@ -471,6 +471,7 @@ def test_what_the_status_says() -> None:
         iteration_tokens=(2, 1, 0, 4, 5),
         step_tokens=100,
         preemptions=3,
+        drafts=4,
         draft_tokens=8,
         accepted_tokens=6,
         busy_before=(500_000, 0),
@@ -483,6 +484,7 @@ def test_what_the_status_says() -> None:
     assert found("vllm:prefix_cache_queries_total", engine=0) == 40
     assert found("vllm:prefix_cache_hits_total", engine=0) == 30
     assert found("vllm:num_preemptions_total", engine=0) == 3
+    assert found("vllm:spec_decode_num_drafts_total", engine=0) == 4
     assert found("vllm:spec_decode_num_draft_tokens_total", engine=0) == 8
     assert found("vllm:spec_decode_num_accepted_tokens_total", engine=0) == 6
     name = "vllm:iteration_tokens_total"

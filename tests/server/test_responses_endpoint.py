@@ -113,6 +113,22 @@ def test_a_conversation_with_a_call() -> None:
     assert "[tool done" in prompt
 
 
+def test_text_and_a_call_of_one_turn_are_one_message() -> None:
+    template = "{% for m in messages %}[{{ m.role }} {{ m.content }} {{ m.tool_calls | length }}]{% endfor %}"
+    backend = FakeBackend()
+    said = [
+        {"role": "user", "content": "hi"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "let me see"}]},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "done"},
+    ]
+    client = TestClient(openai_app(backend, ServerSettings(chat_template=template)))
+    answer = client.post("/v1/responses", json={"input": said, "tool_choice": "auto"})
+    assert answer.status_code == 200, answer.text
+    assert backend.streams[0].job.prompt == "[user hi 0][assistant let me see 2][tool done 0]"
+
+
 def test_structured_text() -> None:
     backend = FakeBackend()
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}

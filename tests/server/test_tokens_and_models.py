@@ -38,6 +38,11 @@ def test_a_conversation() -> None:
     assert bare["tokens"] == said["tokens"][:-1]
 
 
+def test_a_conversation_may_be_longer_than_the_model_takes() -> None:
+    said = client().post("/tokenize", json={"messages": [{"role": "user", "content": "hi " * 1000}]}).json()
+    assert said["count"] > said["max_model_len"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [

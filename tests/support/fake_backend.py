@@ -119,11 +119,14 @@ class FakeBackend:
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         return base or SamplingParams()
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> Job:
-        return self._reader.prepare(0, prompt, params)
+    def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
+        return self._reader.prepare(0, prompt, params, add_special_tokens=add_special_tokens)
 
     def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job:
         return self._reader.prepare_chat(0, messages, params, **template)
+
+    def chat_tokens(self, messages: Sequence[Message], **template: Any) -> tuple[int, ...]:
+        return self._reader.chat_tokens(messages, **template)
 
     def stream(
         self, job: Job, *, priority: int = 0, replica: int | None = None, timeout: float | None = None

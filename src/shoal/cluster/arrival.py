@@ -30,7 +30,7 @@ class _OtherHost:
     def stopped(self) -> bool:
         return False  # its own supervisor looks after that
 
-    def death(self) -> str:
+    def death(self, patience: float = 1.0) -> str:
         return "ended, or lost its connection"
 
     def say(self, goodbye: bytes) -> None:

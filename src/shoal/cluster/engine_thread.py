@@ -24,7 +24,7 @@ class ThreadHost:
     def stopped(self) -> bool:
         return False
 
-    def death(self) -> str:
+    def death(self, patience: float = 1.0) -> str:
         return "has ended"
 
     def say(self, goodbye: bytes) -> None:

@@ -11,7 +11,7 @@ from shoal.cluster.lives import Arrival, Lives
 from shoal.cluster.replicas import Member, ReplicaSet
 from shoal.cluster.router import Room
 from shoal.cluster.timers import Timers
-from shoal.errors import EngineError, RequestError, ShoalError
+from shoal.errors import EngineError, RequestError, ShoalError, overflow
 from shoal.protocols import Recorder
 from shoal.transport.channel import wait
 from shoal.transport.waker import Waker
@@ -142,8 +142,8 @@ class Fleet:
         prompt_len = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
         if prompt_len >= self._length:
             raise RequestError(
-                f"the prompt has {prompt_len} tokens, and with its output it may have {self._length}: shorten it, or "
-                "give the replicas more memory for their KV caches"
+                f"{overflow(self._length)}; the prompt has {prompt_len}, and an output needs one: shorten it, or give "
+                "the replicas more memory for their KV caches"
             )
         return wire.replace(request, max_tokens=min(request.max_tokens, self._length - prompt_len))
 

@@ -14,6 +14,8 @@ from shoal.transport.process import ChildProcess
 _SLICE_S = 0.5
 _QUIET_S = 3.0  # without a word for so long while one is awaited, the process is looked at: was it stopped?
 _END_S = 1.5
+_PATIENCE_S = 1.0  # to learn how a process ended
+_PATIENCE_OF_MANY_S = 0.25  # ... while others have tokens to hand out
 
 
 class Host(Protocol):
@@ -23,7 +25,7 @@ class Host(Protocol):
 
     def stopped(self) -> bool: ...
 
-    def death(self) -> str: ...
+    def death(self, patience: float = ...) -> str: ...
 
     def say(self, goodbye: bytes) -> None: ...
 
@@ -51,6 +53,7 @@ class Replica:
         self.died = False  # the failure is not what the engine had to say
         self._host = host
         self._signature = f"{name}: " if one_of_many else ""
+        self._patience = _PATIENCE_OF_MANY_S if one_of_many else _PATIENCE_S
         self._answer_timeout = answer_timeout
         self._updates: list[wire.SeqUpdate] = []
         self._stats: list[wire.EngineStats] = []
@@ -132,9 +135,15 @@ class Replica:
         self._kill()
 
     def _kill(self) -> None:
-        if self._killing is None:
-            self._killing = threading.Thread(target=self._host.kill, name="shoal-reaper", daemon=True)
-            self._killing.start()
+        if self._killing is not None:
+            return
+        reaper = threading.Thread(target=self._host.kill, name="shoal-reaper", daemon=True)
+        try:
+            reaper.start()
+        except RuntimeError:  # the system has no thread left for it: the end of one must not be that of all
+            self._host.kill()
+            return
+        self._killing = reaper
 
     @property
     def has_ended(self) -> bool:
@@ -189,7 +198,7 @@ class Replica:
             frames = self._host.channel.receive()
             messages = [wire.from_engine.decode(frame) for frame in frames]
         except ChannelClosed:
-            self._fail(f"{self.name} {self._host.death()}")
+            self._fail(f"{self.name} {self._host.death(self._patience)}")
         except wire.WireError as error:
             self._fail(f"{self.name} says what nobody understands: {error}")
         for message in messages:
@@ -210,7 +219,7 @@ class Replica:
             self._host.channel.send(frame)
         except ChannelClosed:
             self._receive(0)  # its last words, if it had any
-            self._fail(f"{self.name} {self._host.death()}")
+            self._fail(f"{self.name} {self._host.death(self._patience)}")
 
     def _fail(self, message: str, *, reported: bool = False, user_error: bool = False) -> NoReturn:
         self._failure = EngineError(message)

@@ -9,7 +9,7 @@ _THE_SAME = {"block_size"}
 _SMALLEST = {"max_model_len"}  # what fits into each of them
 _COUNTERS = (
     *("steps", "prompt_tokens", "generated_tokens", "prefix_queries", "prefix_hits", "preemptions", "draft_tokens"),
-    *("accepted_tokens", "schedule_us", "step_total_us", "step_forward_us", "step_tokens"),
+    *("accepted_tokens", "schedule_us", "step_total_us", "step_forward_us", "step_tokens", "drafts"),
 )
 
 

@@ -225,6 +225,7 @@ class EngineCore:
             ranks=self._ranks,
             iteration_tokens=tuple(self._iteration_tokens),
             step_tokens=self._step_tokens,
+            drafts=counters.drafts,
         )
 
     def close(self) -> None:

@@ -59,6 +59,7 @@ class Counters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -458,6 +459,7 @@ class Scheduler:
     def _settle_guesses(self, request: Request, right: int) -> None:
         """What was asked for has come; behind the guesses that were right nothing is computed."""
         request.pending -= 1
+        self.counters.drafts += request.guessed > 0
         self.counters.draft_tokens += request.guessed
         self.counters.accepted_tokens += right
         if request.state is State.RUNNING:

@@ -21,9 +21,12 @@ from shoal.frontend.outputs import Answer
 from shoal.frontend.prompts import Job
 from shoal.frontend.requests import Requests
 from shoal.frontend.tokenizer import Tokenizer
+from shoal.observe.logging import get_logger
 from shoal.protocols import Recorder
 from shoal.types import Logprobs, Prompt, RequestOutput, SamplingParams, shown
 from shoal.types import Message as ChatMessage
+
+log = get_logger("requests")
 
 _POLL_S = 0.05
 _ANSWER_S = 30.0
@@ -117,13 +120,14 @@ class AsyncLLM:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> Job:
+    def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
         """A prompt made ready for `stream`. Takes a while for a long one: see `asyncio.to_thread`.
+        `add_special_tokens`: those that the tokenizer puts around a text.
 
         Raises:
             RequestError: it can't be used.
         """
-        return self._reader.prepare(0, prompt, params)
+        return self._reader.prepare(0, prompt, params, add_special_tokens=add_special_tokens)
 
     def prepare_chat(self, messages: Sequence[ChatMessage], params: SamplingParams, **template: Any) -> Job:
         """A conversation made ready for `stream`; `template` goes to `ChatTemplate.render`.
@@ -132,6 +136,14 @@ class AsyncLLM:
             RequestError: it can't be used.
         """
         return self._reader.prepare_chat(0, messages, params, **template)
+
+    def chat_tokens(self, messages: Sequence[ChatMessage], **template: Any) -> tuple[int, ...]:
+        """The tokens of a conversation, be it longer than the model takes.
+
+        Raises:
+            RequestError: there is no template, or the messages do not fit it.
+        """
+        return self._reader.chat_tokens(messages, **template)
 
     def stream(
         self,
@@ -366,10 +378,15 @@ class AsyncLLM:
 
     def _hand_out(self, update: wire.SeqUpdate) -> None:
         stream = self._streams.get(update.seq)
-        if stream is not None:
+        if stream is None:
+            return
+        try:
             stream.take(update)
-            if update.finish is not None:
-                self._streams.pop(update.seq, None)
+        except Exception:  # a tokenizer's, most likely: it is this request's end, and no other's
+            log.exception("the text of request %d can't be made", update.seq)
+            stream.fail(EngineError("the text of an output can't be made; the log of the server says why"))
+        if update.finish is not None:
+            self._streams.pop(update.seq, None)
 
 
 class Stream:
@@ -463,6 +480,12 @@ class Stream:
             self._llm.release(list(self._running))
             self._running.clear()
             self._wakeup.set()
+
+    def fail(self, error: ShoalError) -> None:
+        """Ends it with an error, here and where it runs."""
+        self._error = error
+        self.close()
+        self._wakeup.set()
 
     def take(self, update: wire.SeqUpdate) -> None:
         if update.seq not in self._running:

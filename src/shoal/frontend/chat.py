@@ -130,6 +130,9 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object with role and content, got {type(message).__name__}")
     found = {name: value for name, value in _plain(message, where).items() if value is not None}
+    if found.get("tool_calls") == []:  # templates take it for a turn with calls
+        del found["tool_calls"]
+        found.setdefault("content", "")
     role = found.get("role")
     if not isinstance(role, str) or not role:
         raise RequestError(f"{where}: role must be a text such as user, got {role!r}")
@@ -140,6 +143,7 @@ def _check_message(message: object, where: str) -> dict[str, Any]:
     elif content is None:
         if not found.get("tool_calls"):
             raise RequestError(f"{where} has no content: give a text, or a list of parts of type text")
+        found["content"] = ""  # templates that ask whether it is null fail where it is not there
     elif not isinstance(content, str):
         raise RequestError(f"{where}: content must be a text or a list of parts, got {type(content).__name__}")
     if "tool_calls" in found:
@@ -162,9 +166,9 @@ def _check_calls(calls: Any, where: str) -> list[Any]:
         raise RequestError(f"{where}: tool_calls must be a list of objects")
     for call in calls:
         function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        if isinstance(function, dict) and isinstance(function.get("arguments") or "", str):
             try:
-                function["arguments"] = json.loads(function["arguments"] or "{}")
+                function["arguments"] = json.loads(function.get("arguments") or "{}")
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"{where}: the arguments of a tool call are no JSON: {error}") from None
     return calls

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.errors import RequestError
+from shoal.errors import RequestError, overflow
 from shoal.frontend.chat import ChatTemplate
 from shoal.frontend.structured import GrammarChecker, grammar_text
 from shoal.frontend.tokenizer import Tokenizer
@@ -50,37 +50,58 @@ class PromptReader:
         self._chat_template = chat_template
         self._grammars = None if tokenizer is None else GrammarChecker(tokenizer.serialized, tuple(eos), vocab_size)
 
-    def prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:
-        """A prompt made ready to run.
+    def prepare(self, index: int, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
+        """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text.
 
         Raises:
             RequestError: it is empty, too long, or no prompt at all, or a parameter does not fit the model.
         """
-        text, tokens = self._read(prompt)
+        text, tokens = self._read(prompt, add_special_tokens=add_special_tokens)
         return self._job(index, text, tokens, params)
 
-    def prepare_chat(self, index: int, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job:
+    def prepare_chat(
+        self,
+        index: int,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        *,
+        add_special_tokens: bool = False,
+        **template: Any,
+    ) -> Job:
         """A conversation made ready to run, by the model's chat template; `template` goes to `ChatTemplate.render`.
 
         Raises:
             RequestError: there is no template, the messages do not fit it, or as `prepare`.
         """
+        text = self._render(messages, template)
+        self._check_length(text)
+        tokens = self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
+        return self._job(index, text, tokens, params)
+
+    def chat_tokens(
+        self, messages: Sequence[Message], *, add_special_tokens: bool = False, **template: Any
+    ) -> tuple[int, ...]:
+        """The tokens of a conversation, of any length.
+
+        Raises:
+            RequestError: there is no template, or the messages do not fit it.
+        """
+        text = self._render(messages, template)
+        return self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
+
+    def _render(self, messages: Sequence[Message], template: Mapping[str, Any]) -> str:
         chat = self._chat_template()
         if chat is None and template.get("chat_template") is None:
             raise RequestError("this model has no chat template: give chat_template, or plain prompts")
-        chat = chat or ChatTemplate({})
-        text = chat.render(messages, **template)
-        self._check_length(text)
-        tokens = self._encode(self._require_tokenizer(), text, add_special_tokens=False)
-        return self._job(index, text, tokens, params)
+        return (chat or ChatTemplate({})).render(messages, **template)
 
     def _job(self, index: int, text: str | None, tokens: tuple[int, ...], params: SamplingParams) -> Job:
         if not tokens:
             raise RequestError("the prompt is empty: give some text or at least one token id")
         if len(tokens) >= self._max_model_len:
             raise RequestError(
-                f"the prompt has {len(tokens)} tokens; with --max-model-len {self._max_model_len} it may have "
-                f"{self._max_model_len - 1} at most: shorten it or raise --max-model-len"
+                f"{overflow(self._max_model_len)}; the prompt has {len(tokens)}, and an output needs one: shorten it "
+                "or raise --max-model-len"
             )
         self._check_ids("logit_bias", params.logit_bias or ())
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
@@ -136,22 +157,22 @@ class PromptReader:
         self._grammars.check(grammar)
         return grammar
 
-    def _read(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+    def _read(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
             return None, self._check_tokens(prompt["prompt_token_ids"])
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(text, str):
             raise RequestError(f"a prompt is a text or has prompt_token_ids, got {type(prompt).__name__}")
         self._check_length(text)
-        return text, self._encode(self._require_tokenizer(), text) if text else ()
+        tokenizer = self._require_tokenizer()
+        return text, self._encode(tokenizer, text, add_special_tokens=add_special_tokens) if text else ()
 
     def _check_length(self, text: str) -> None:
         """Says of a text that is far too long that it is, without the seconds that cutting it into tokens takes."""
         longest = None if len(text) <= self._max_model_len else self._require_tokenizer().longest_token()
         if longest is not None and len(text) > longest * self._max_model_len:
             raise RequestError(
-                f"the prompt has {len(text)} characters, more than {self._max_model_len} tokens can hold; with "
-                f"--max-model-len {self._max_model_len} it may have {self._max_model_len - 1} tokens at most: "
+                f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters, more than they can hold: "
                 "shorten it or raise --max-model-len"
             )
 
@@ -161,7 +182,7 @@ class PromptReader:
         return self._tokenizer
 
     def _encode(
-        self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True, what: str = "the prompt"
+        self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, what: str = "the prompt"
     ) -> tuple[int, ...]:
         try:
             text.encode()

@@ -138,6 +138,7 @@ class SlowTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._size = len(tokenizer)
         self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -146,7 +147,9 @@ class SlowTokenizer:
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         # No clean-up: it takes out spaces before punctuation, also those that were meant.
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        return str(self._tokenizer.decode(list(tokens), **options))
+        # Models pad their vocabularies, and libraries fail at an id that they do not have.
+        known = [token for token in tokens if token < self._size]
+        return str(self._tokenizer.decode(known, **options))
 
     def token_text(self, token: int) -> str:
         return _inner_text(self, token)

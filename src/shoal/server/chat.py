@@ -36,7 +36,8 @@ from shoal.server.tools.choice import CallDeltas, ToolPlan, message_of, plan_too
 from shoal.types import CompletionOutput, RequestOutput, SamplingParams
 
 _READ = (
-    "tools", "tool_choice", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"
+    "tools", "tool_choice", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
+    "reasoning_effort", "add_special_tokens",
 )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
     given = body.given()
     params = params_of(service, given, chat=True, read=_READ, plan=plan)
     check_outputs(1, params)
-    template = template_of(service, body) | {"tools": plan.shown}
+    template = template_of(service, body) | {"tools": plan.shown, "add_special_tokens": bool(body.add_special_tokens)}
     job = await prepared(
         partial(service.llm.prepare_chat, body.messages, params, **template),
         size_of(body.messages) + size_of(plan.shown),
@@ -123,11 +124,14 @@ def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
     if body.chat_template is not None and not service.settings.trust_request_chat_template:
         why = "chat_template is code that the server would run: it must be started with --trust-request-chat-template"
         raise Refusal(400, why, param="chat_template")
+    values = body.chat_template_kwargs
+    if body.reasoning_effort is not None and (values is None or isinstance(values, Mapping)):
+        values = {"reasoning_effort": body.reasoning_effort, **(values or {})}
     goes_on = bool(body.continue_final_message)
     generate = body.add_generation_prompt
     return {
         "chat_template": body.chat_template or service.settings.chat_template,
-        "chat_template_kwargs": body.chat_template_kwargs,
+        "chat_template_kwargs": values,
         "add_generation_prompt": not goes_on if generate is None else generate,
         "continue_final_message": goes_on,
     }

@@ -106,12 +106,12 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
     given |= {"max_tokens": 1} if empty else {}
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         given["prompt_logprobs"] = body.logprobs
-    params = params_of(service, given, chat=False, read=("echo", "best_of"))
+    params = params_of(service, given, chat=False, read=("echo", "best_of", "add_special_tokens"))
     check_outputs(len(prompts), params)
     names = names_of(given, chat=False)
     jobs = [
         await prepared(
-            partial(service.llm.prepare, prompt, params),
+            partial(service.llm.prepare, prompt, params, add_special_tokens=body.add_special_tokens is not False),
             len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]),
             params,
             names=names,

@@ -6,10 +6,15 @@ from typing import Any
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+# Readers of event streams that split at whatever Unicode calls the end of a line would find half an event.
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"})
+
+
 def text_of(value: Any) -> str:
-    return _encoder.encode(value)
+    text = _encoder.encode(value)
+    return text if text.isascii() else text.translate(_LINE_ENDS)
 
 
 def bytes_of(value: Any) -> bytes:
     """Half a surrogate pair, which JSON can carry and UTF-8 can't, becomes a question mark."""
-    return _encoder.encode(value).encode("utf-8", "replace")
+    return text_of(value).encode("utf-8", "replace")

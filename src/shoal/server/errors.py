@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from shoal.errors import ClosedError, EngineError, QueueFull, RequestError, Unavailable
+from shoal.errors import ClosedError, EngineError, QueueFull, RequestError, Unavailable, overflow
 from shoal.observe.logging import get_logger
 from shoal.server import request_ids
 from shoal.server.encoding import bytes_of
@@ -122,6 +122,7 @@ _OURS = frozenset(f.name for f in dataclasses.fields(SamplingParams))
 _TEMPLATE = {"tools", "chat_template", "chat_template_kwargs", "continue_final_message"}
 _QUOTED = re.compile(r"^`([\w.\[\]]+)`")
 _MESSAGE = re.compile(r"^message (\d+)(?:, part (\d+))?\b")
+_OVERFLOW = overflow(0).partition("0")[0]
 _WORD = re.compile(r"^(?:unknown kind of )?([a-z_]+)\b")
 
 
@@ -137,6 +138,8 @@ def of_request(
             output that fails then is well-formed but can't be obeyed.
     """
     message = str(error)
+    if message.startswith(_OVERFLOW):
+        return Refusal(400, message, param=prompt, code="context_length_exceeded")
     if found := _QUOTED.match(message):
         return Refusal(400, message, param=found[1])
     if found := _MESSAGE.match(message):

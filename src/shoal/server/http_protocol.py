@@ -7,11 +7,12 @@ reading. The parser is httptools' (llhttp): of the server's time a request takes
 
 import asyncio
 import dataclasses
-import resource
+from itertools import chain
 from typing import Any, ClassVar, NoReturn
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from shoal import open_files
 from shoal.server.errors import Refusal
 from shoal.server.limits import Limits
 
@@ -24,7 +25,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """One connection. Those of a class share its `limits`: see `protocol_with`."""
 
     limits: ClassVar[Limits]
-    idle: ClassVar["dict[BoundedProtocol, None]"]  # connections without a request, the one that was last used last
+    idle: ClassVar["dict[BoundedProtocol, None]"]  # connections between two requests, the one that was last used last
+    fresh: ClassVar["dict[BoundedProtocol, None]"]  # connections that have sent nothing, the newest last
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -48,10 +50,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.connections) > self.limits.connections and not self._close_oldest():
             self._refuse(Refusal(503, f"{self.limits.connections} connections are open: try again", retry_after=1.0))
             return
-        self._rest(self.limits.header_s)
+        self.fresh[self] = None
+        self._expect(self.limits.header_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.idle.pop(self, None)
+        self._leave_rest()
         self._deadline = None
         for timer in (self._timer, self._stuck):
             if timer is not None:
@@ -66,7 +69,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self.idle.pop(self, None)
+        self._leave_rest()
         if self._deadline is None and self._answered:
             self._expect(self.limits.header_s)
         message = self._messages if self._in_head else None
@@ -147,18 +150,23 @@ class BoundedProtocol(HttpToolsProtocol):
     # --- the clock -----------------------------------------------------------------------------------------------
 
     def _rest(self, seconds: float | None = None) -> None:
-        """The connection has no request. uvicorn ends it after a while, but for the first one's `seconds`."""
+        """The connection has no request any more. uvicorn ends it after a while, or it has `seconds`."""
         self.idle[self] = None
         if len(self.idle) > self.limits.idle_connections:
             self._close_oldest()
         if seconds is not None:
             self._expect(seconds)
 
+    def _leave_rest(self) -> None:
+        self.idle.pop(self, None)
+        self.fresh.pop(self, None)
+
     def _close_oldest(self) -> bool:
-        oldest = next((each for each in self.idle if each is not self), None)
+        """Of those between two requests, or else of those that have not sent one yet."""
+        oldest = next((each for each in chain(self.idle, self.fresh) if each is not self), None)
         if oldest is None:
             return False
-        del self.idle[oldest]
+        oldest._leave_rest()
         oldest.transport.close()
         return True
 
@@ -202,7 +210,7 @@ class BoundedProtocol(HttpToolsProtocol):
         and the client would not see why."""
         self._refused = True
         self._deadline = None
-        self.idle.pop(self, None)
+        self._leave_rest()
         cycle = self.cycle
         begun = cycle is not None and not cycle.response_complete and (cycle.response_started or self.pipeline)
         if cycle is not None:
@@ -219,11 +227,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
 def protocol_with(limits: Limits) -> type[BoundedProtocol]:
     """For `uvicorn.Config(http=...)`. No more connections are taken than the process may have files."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files != resource.RLIM_INFINITY:
-        room = max(files - _OTHER_FILES, files // 2)
-        limits = dataclasses.replace(limits, connections=min(limits.connections, room))
-    return type("Protocol", (BoundedProtocol,), {"limits": limits, "idle": {}})
+    files = open_files.allow()
+    room = max(files - _OTHER_FILES, files // 2)
+    limits = dataclasses.replace(limits, connections=min(limits.connections, room))
+    return type("Protocol", (BoundedProtocol,), {"limits": limits, "idle": {}, "fresh": {}})
 
 
 def _answer(refused: Refusal) -> bytes:

@@ -48,7 +48,7 @@ class Limits:
     connections: int = 8192
 
 
-_LARGE_BYTES = 64 << 10
+_LARGE_BYTES = 8 << 10
 PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})  # where no key is asked for
 
 

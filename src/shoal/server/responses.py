@@ -167,7 +167,9 @@ def _choice(choice: Any) -> Any:
 
 
 def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
-    messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    messages: list[dict[str, Any]] = []
+    if body.instructions is not None:
+        messages.append({"role": "system", "content": body.instructions})
     if isinstance(body.input, str):
         return [*messages, {"role": "user", "content": body.input}]
     if not isinstance(body.input, list) or not body.input:
@@ -175,8 +177,8 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
     for i, item in enumerate(body.input):
         message = _message(item, f"input[{i}]")
         last = messages[-1] if messages else {}
-        if "tool_calls" in message and "tool_calls" in last:  # calls side by side are one message's
-            last["tool_calls"] += message["tool_calls"]
+        if "tool_calls" in message and last.get("role") == "assistant":  # text and calls side by side are one turn
+            last.setdefault("tool_calls", []).extend(message["tool_calls"])
         else:
             messages.append(message)
     return messages

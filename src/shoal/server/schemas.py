@@ -136,6 +136,7 @@ class GenerationFields(SamplingFields):
     prompt_logprobs: Annotated[Integer, Field(ge=-1)] | None = None
     response_format: Object = None
     stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None
 
 
 class CompletionBody(GenerationFields):
@@ -153,6 +154,7 @@ class TemplateFields(Body):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: Object = None
+    reasoning_effort: str | None = None
 
 
 class ChatBody(GenerationFields, TemplateFields):

@@ -51,6 +51,7 @@ _ENGINE_COUNTERS: list[tuple[Family, Callable[[wire.EngineStats], int]]] = [
         ("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
         ("vllm:prefix_cache_hits_total", "... and found.", lambda s: s.prefix_hits),
         ("vllm:num_preemptions_total", "Requests that gave their blocks back for others.", lambda s: s.preemptions),
+        ("vllm:spec_decode_num_drafts_total", "Rounds of guessing, of a sequence each.", lambda s: s.drafts),
         ("vllm:spec_decode_num_draft_tokens_total", "Tokens guessed.", lambda s: s.draft_tokens),
         ("vllm:spec_decode_num_accepted_tokens_total", "... rightly.", lambda s: s.accepted_tokens),
         ("shoal:steps_total", "Steps.", lambda s: s.steps),

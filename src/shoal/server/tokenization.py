@@ -7,12 +7,13 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from shoal.errors import RequestError
 from shoal.frontend.tokenizer import Tokenizer
-from shoal.server.chat import size_of, template_of
-from shoal.server.errors import Refusal, documented
-from shoal.server.running import Service, prepared, respond
+from shoal.server.chat import template_of
+from shoal.server.errors import Refusal, documented, of_request
+from shoal.server.running import Service, respond
 from shoal.server.schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
-from shoal.types import SamplingParams, shown
+from shoal.types import shown
 
 
 def routes(service: Service) -> APIRouter:
@@ -59,11 +60,11 @@ async def _tokens(service: Service, body: TokenizeBody) -> list[int]:
             raise Refusal(400, why, param="prompt") from None
         special = body.add_special_tokens is not False
         return await asyncio.to_thread(partial(_tokenizer(service).encode, body.prompt, add_special_tokens=special))
-    template = template_of(service, body) | {"tools": body.tools}
-    params = SamplingParams()
-    work = partial(service.llm.prepare_chat, body.messages, params, **template)
-    job = await prepared(work, size_of(body.messages) + size_of(body.tools), params, names={}, prompt="messages")
-    return list(job.tokens)
+    template = template_of(service, body) | {"tools": body.tools, "add_special_tokens": bool(body.add_special_tokens)}
+    try:
+        return list(await asyncio.to_thread(partial(service.llm.chat_tokens, body.messages, **template)))
+    except RequestError as error:
+        raise of_request(error, prompt="messages") from None
 
 
 def _decode(tokenizer: Tokenizer, tokens: list[int]) -> str:

@@ -89,14 +89,14 @@ class ChildProcess:
             return False
         return stat.rpartition(")")[2].split()[0] in {"T", "t"}
 
-    def death(self) -> str:
-        """How it ended, in words; the channel's end may be seen a moment before the exit status is."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(timeout=1.0)
-            if code < 0:
-                return f"was killed by {signal.Signals(-code).name}"
-            return f"exited with code {code}"
-        return "closed its channel"
+    def death(self, patience: float = 1.0) -> str:
+        """How it ended, in words. The channel's end is seen before the exit status is, by milliseconds, or by seconds
+        if the process had much memory: it waits `patience` seconds for that."""
+        try:
+            code = self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            return "closed its channel, and has not ended yet"
+        return f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
 
     @property
     def exit_code(self) -> int | None:
@@ -123,6 +123,13 @@ class ChildProcess:
         self._process.kill()
         if not self.wait(_KILL_S):
             log.error("process %d does not end: it waits for a device or a file system", self.pid)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def end_all(children: Sequence[ChildProcess], goodbye: bytes | None, timeout: float) -> None:

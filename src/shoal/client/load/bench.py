@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shoal import open_files
 from shoal.client.http import NotFound, ServerClient
 from shoal.client.load.calibrate import words_by_tokenizer, words_by_usage
 from shoal.client.load.drive import Requester, Run
@@ -42,7 +42,7 @@ def measure(settings: LoadSettings) -> dict[str, Any]:
     entries = [] if settings.request_log_in is None else read_log(settings.request_log_in)
     if settings.chat and any(isinstance(entry.prompt, list) for entry in entries):
         raise ConfigError(f"--request-log-in {settings.request_log_in} has token ids, which no chat takes")
-    _allow_connections()
+    open_files.allow()
     return asyncio.run(_measure(settings, entries))
 
 
@@ -266,12 +266,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, "utf-8")
     except OSError as error:
         raise UserError(f"--output {path} can't be written: {error.strerror}") from None
-
-
-def _allow_connections() -> None:
-    """Each request under way is a connection, and each connection an open file."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _shown(settings: LoadSettings) -> dict[str, Any]:

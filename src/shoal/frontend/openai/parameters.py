@@ -21,6 +21,7 @@ _WITHOUT_EFFECT = [
     "stream_options", "parallel_tool_calls",
 ]  # fmt: skip
 _READ = ["prompt", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"]
+_SERVED: dict[str, object] = {"modalities": ["text"], "include_reasoning": True, "spaces_between_special_tokens": True}
 _OFF: tuple[object, ...] = (None, False, [], {}, "", "none")
 # vLLM's older names for structured outputs.
 GUIDED = {
@@ -45,7 +46,7 @@ def sampling_of(body: Mapping[str, Any], *, chat: bool, read: Collection[str] = 
     """
     for name, value in body.items():
         known = name in _SAME or name in _WITHOUT_EFFECT or name in _READ or name in GUIDED or name in read
-        if not known and value not in _OFF:
+        if not known and value not in _OFF and value != _SERVED.get(name):
             raise RequestError(f"`{inside}{name}` can't be obeyed; leave it out")
     found = {name: body[name] for name in _SAME if body.get(name) is not None}
     for name in ("max_tokens", "max_completion_tokens"):  # the second is the first's successor

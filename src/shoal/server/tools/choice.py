@@ -37,8 +37,8 @@ def plan_tools(tools: object, choice: object, parser: str | None, *, parallel: b
     """
     functions = _functions(tools)
     if choice is None:
-        choice = "auto" if functions else "none"
-    if choice == "none":
+        choice = "auto"
+    if choice == "none" or (choice == "auto" and not functions):
         return ToolPlan()
     if not functions:
         raise Refusal(400, "tool_choice needs tools: give at least one", param="tool_choice")

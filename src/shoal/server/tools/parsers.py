@@ -247,7 +247,7 @@ PARSERS: dict[str, Callable[[], ToolParser]] = {
     "mistral": mistral,
     "pythonic": Pythonic,
 }
-SPECIAL = {"mistral"}  # their markers are special tokens, which must be in the text
+SPECIAL = {"mistral", "hermes"}  # their markers are special tokens of some models, which must be in the text
 
 
 def _overlap(text: str, marker: str) -> str:
