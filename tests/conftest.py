@@ -36,9 +36,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="every combination of families, layouts and options")
 
 
+# Begun first, where several files run at a time: what takes long at the end has the other workers wait.
+LONGEST = (
+    "test_matrix.py",
+    "test_serving_over_hosts.py",
+    "test_kills.py",
+    "test_properties.py",
+    "test_sameness.py",
+    "test_pipeline.py",
+    "test_robustness.py",
+    "test_dashboard.py",
+    "test_data_parallel_by_hand.py",
+    "test_async_llm.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
