@@ -117,6 +117,13 @@ def test_stopped() -> None:
     assert (run.broken_off, run.running, requester.running) == (2, 0, 0)
 
 
+def test_what_was_overdue_is_broken_off_too() -> None:
+    """A server that is too slow does not look better for it."""
+    outcomes, run, _, complete = drive([0.0] * 5, [2.0] * 5, max_concurrency=2, stop_at=3.0)
+    assert not complete
+    assert (len(outcomes), run.broken_off, run.running) == (2, 3, 0)
+
+
 def test_what_done_raises_ends_the_run() -> None:
     def full(outcome: Outcome) -> None:
         raise OSError("no space left")

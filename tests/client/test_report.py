@@ -37,6 +37,14 @@ def outcome(arrival: float = 1.0, *, failure: Failure | None = None, tokens: int
     )
 
 
+def test_tokens_without_text_take_their_time_too() -> None:
+    """Of 65 tokens the first 11 had text; the end was told when the last had come."""
+    seen = {"first": 1.0, "last": 2.0, "prompt_tokens": 9, "output_tokens": 65}
+    found = Outcome(PLANNED, 0.0, sent=0.0, ended=7.5, stopped=7.4, **seen)  # type: ignore[arg-type]
+    assert found.tpot == pytest.approx(0.1)
+    assert Outcome(PLANNED, 0.0, sent=0.0, ended=1.0, first=1.0, last=1.0, stopped=1.0, output_tokens=65).tpot is None
+
+
 def test_figures() -> None:
     fine = [outcome(1.0), outcome(2.0, tokens=1)]
     failed = [outcome(failure=Failure("HTTP 500", "first")), outcome(failure=Failure("HTTP 500", "second"))]

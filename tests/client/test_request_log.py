@@ -46,11 +46,16 @@ def test_round_trip(logged: list[Outcome]) -> None:
         path.write_text("".join(map(line_of, logged)), "utf-8")
         entries = read_log(path)
     start = min(each.arrival for each in logged)
-    wanted = sorted(
-        ((each.arrival - start, each.request.max_tokens, each.request.prompt) for each in logged),
-        key=lambda each: each[0],
-    )
+    ordered = sorted(logged, key=lambda each: (each.arrival - start, each.request.index))
+    wanted = [(each.arrival - start, each.request.max_tokens, each.request.prompt) for each in ordered]
     assert [(entry.arrival, entry.max_tokens, entry.prompt) for entry in entries] == wanted
+
+
+def test_a_burst_comes_back_in_its_order(tmp_path: Path) -> None:
+    """Lines are in the order in which requests ended."""
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({**GOOD, "index": i, "max_tokens": i + 1}) + "\n" for i in (2, 0, 1)))
+    assert [entry.max_tokens for entry in read_log(path)] == [1, 2, 3]
 
 
 def test_lengths_will_do(tmp_path: Path) -> None:

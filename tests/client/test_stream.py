@@ -37,7 +37,8 @@ def test_times() -> None:
     tally.feed(event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}), 6.0)
     tally.feed(event(USAGE) + b"data: [DONE]\n\n", 7.0)
     tally.close(8.0)
-    assert (tally.first, tally.last, list(tally.gaps), tally.chunks) == (2.0, 5.0, [3.0, 0.0], 3)
+    assert (tally.first, tally.last, tally.stopped) == (2.0, 5.0, 6.0)
+    assert (list(tally.gaps), tally.chunks) == ([3.0, 0.0], 3)
     assert (tally.prompt, tally.output, tally.finish_reason) == (7, 5, "stop")
 
 
@@ -82,6 +83,36 @@ def test_a_stream_that_ends_early() -> None:
     tally.feed(event(text("a")), 1.0)
     with pytest.raises(BadStream, match="after 1 chunks, without an end"):
         tally.close(2.0)
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_what_the_server_has_dropped_is_no_answer(reason: str) -> None:
+    tally = Tally()
+    tally.feed(event(text("", reason)) + b"data: [DONE]\n\n", 1.0)
+    with pytest.raises(BadStream, match=f"ended it after 0 chunks: {reason}") as raised:
+        tally.close(2.0)
+    assert raised.value.kind == "broken off"
+
+
+def test_an_end_alone_is_no_answer() -> None:
+    tally = Tally()
+    tally.feed(b"data: [DONE]\n\n", 1.0)
+    with pytest.raises(BadStream, match="without an end"):
+        tally.close(2.0)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        ({"prompt_tokens": 7}, (7, None)),
+        ({"completion_tokens": 5}, (None, 5)),
+        ({"prompt_tokens": 7, "completion_tokens": None}, (7, None)),
+    ],
+)
+def test_servers_that_count_but_one(usage: dict[str, Any], counts: tuple[int | None, int | None]) -> None:
+    tally = Tally()
+    tally.feed(event({"choices": [], "usage": usage}), 1.0)
+    assert (tally.prompt, tally.output) == counts
 
 
 def test_tokens_without_text() -> None:

@@ -902,6 +902,21 @@ def test_one_that_holds_what_was_planned_waits_for_nobody() -> None:
         found.finish()
 
 
+def test_one_that_is_added_takes_nobody_out_of_service_while_it_starts() -> None:
+    with world(1, polls=iter([0, 5]).__next__) as found:
+        found.settle(2)
+        assert found.fleet.started
+        found.fleet.scale(2)
+        for _ in range(3):
+            assert found.fleet.started
+            found.settle(1)
+        assert [found.state(0), found.state(1)] == ["ready", "starting"]
+        found.settle(9)
+        found.kill(found.member(1))
+        found.settle(1)
+        assert not found.fleet.started, "it was up, and is not"
+
+
 def test_an_added_replica_that_holds_less_is_not_taken_in() -> None:
     with world(1, holds={0: 100, 1: 60}, max_model_len=100) as found:
         found.settle(2)

@@ -121,7 +121,7 @@ class Lives:
 
     @property
     def started(self) -> bool:
-        """Can requests be served, by every replica of this host?
+        """Can requests be served, by every replica of this host but for those that were added and have not come up yet?
 
         Raises:
             UserError, EngineError: one of them has never been ready, and will not be, before all were up for the
@@ -133,7 +133,11 @@ class Lives:
         for slot in [] if self._has_started else local:
             if slot.state is State.FAILED and not slot.was_ready and slot.error is not None:
                 raise slot.error
-        return self.any_ready and all(slot.state in (State.READY, State.FAILED) for slot in local)
+        return self.any_ready and all(
+            slot.state in (State.READY, State.FAILED)
+            or (self._has_started and slot.state is State.STARTING and not slot.was_ready)
+            for slot in local
+        )
 
     def _staying_here(self) -> list[Slot]:
         return [slot for slot in self._slots.values() if slot.local and slot.state is not State.LEAVING]

@@ -11,9 +11,12 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.errors import ShoalError
+from shoal.errors import ClosedError, ShoalError
+from shoal.observe.logging import get_logger
 from shoal.server.exposition import Family, Histogram
 from shoal.server.limits import route_of
+
+log = get_logger("server")
 
 _BOUNDS_S = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0, 30.0),
@@ -133,8 +136,10 @@ class HandOver:
         try:
             if payload:
                 await self._tell(payload)
-        except ShoalError:
+        except ClosedError:
             self.take_back(payload)
+        except ShoalError:  # nobody has answered in time: they may be taken yet, and must not be counted twice
+            log.warning("counts of HTTP requests may be lost: nobody answers")
 
 
 class CountRequests:

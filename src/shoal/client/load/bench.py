@@ -157,7 +157,13 @@ async def _prompts(settings: LoadSettings, client: ServerClient, requester: Requ
         await _first_request(client, requester, Planned(-1, None, ids.make(_PROBE_IDS, random.Random(0)), 0, 1))
         return ids
     answer = await _first_request(client, requester, Planned(-1, None, " ".join(WORDS), 0, 1))
-    return await words_by_tokenizer(client, model) or words_by_usage(answer.prompt_tokens or len(WORDS))
+    prompts = await words_by_tokenizer(client, model)
+    if prompts is not None:
+        return prompts
+    second = await _first_request(client, requester, Planned(-1, None, " ".join([*WORDS, *WORDS]), 0, 1))
+    if not answer.prompt_tokens or not second.prompt_tokens:  # the server counts nothing: a word may be a token
+        return words_by_usage(len(WORDS), 2 * len(WORDS))
+    return words_by_usage(answer.prompt_tokens, second.prompt_tokens)
 
 
 async def _first_request(client: ServerClient, requester: Requester, request: Planned) -> Outcome:

@@ -32,7 +32,8 @@ async def words_by_tokenizer(client: ServerClient, model: str) -> WordPrompts | 
     return WordPrompts(costs, {word: once for word, (once, _) in zip(WORDS, counts, strict=True)})
 
 
-def words_by_usage(prompt_tokens: int) -> WordPrompts:
-    """From the tokens that the server counted in a prompt of all WORDS."""
-    cost = max(prompt_tokens / len(WORDS), _LEAST)
+def words_by_usage(once: int, twice: int) -> WordPrompts:
+    """From the tokens that the server counted in a prompt of all WORDS, and in one that has them twice: what stands
+    around a prompt, such as a chat's template, is in both."""
+    cost = max((twice - once) / len(WORDS), _LEAST)
     return WordPrompts(dict.fromkeys(WORDS, cost))

@@ -65,6 +65,7 @@ class Requester:
             ended=self.now(),
             first=tally.first,
             last=tally.last,
+            stopped=tally.stopped,
             prompt_tokens=tally.prompt or 0,
             output_tokens=tally.chunks if tally.output is None else tally.output,
             counted=tally.output is not None,
@@ -158,17 +159,21 @@ class Run:
             await self._places.acquire()
 
     async def _one(self, request: Planned) -> None:
-        if self._places is not None and request.arrival is not None:
-            await self._places.acquire()
+        try:
+            if self._places is not None and request.arrival is not None:
+                await self._places.acquire()
+            outcome = await self._send(request)
+        except asyncio.CancelledError:  # be it under way, or overdue
+            self.broken_off += 1
+            raise
+        self._done(outcome)
+
+    async def _send(self, request: Planned) -> Outcome:
         self.running += 1
         self.peak = max(self.peak, self.running)
         try:
-            outcome = await self._requester.send(request)
-        except asyncio.CancelledError:
-            self.broken_off += 1
-            raise
+            return await self._requester.send(request)
         finally:
             self.running -= 1
             if self._places is not None:
                 self._places.release()
-        self._done(outcome)

@@ -26,6 +26,7 @@ class Outcome:
     ended: float
     first: float | None = None
     last: float | None = None
+    stopped: float | None = None  # when the server said that it was the end
     prompt_tokens: int = 0
     output_tokens: int = 0
     counted: bool = False  # by the server; else by chunks
@@ -48,10 +49,12 @@ class Outcome:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; a chunk may hold several. None with fewer than two tokens."""
-        if self.first is None or self.last is None or self.output_tokens < 2:
+        """Time per output token after the first; a chunk may hold several, and tokens without text come before the
+        end. None with fewer than two tokens, or where all came at once."""
+        end = self.last if self.stopped is None else self.stopped
+        if self.first is None or end is None or end <= self.first or self.output_tokens < 2:
             return None
-        return (self.last - self.first) / (self.output_tokens - 1)
+        return (end - self.first) / (self.output_tokens - 1)
 
     @property
     def e2e(self) -> float:

@@ -5,6 +5,7 @@ Times are seconds: `arrival_s`, `sent_s`, `first_token_s` and `ended_s` from the
 origin can be brought into this form.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ class Entry:
     prompt: Prompt | None
     prompt_tokens: int
     max_tokens: int
+    place: int = 0  # among those that arrive at the same time
 
 
 def line_of(outcome: Outcome) -> str:
@@ -62,7 +64,7 @@ def writing_log(path: Path) -> Iterator[TextIO]:
 
 
 def read_log(path: Path) -> list[Entry]:
-    """By time of arrival, which counts from the first.
+    """By time of arrival, which counts from the first, and by `index`: lines are written as requests end.
 
     Raises:
         UserError: the file can't be read, is empty, or a line of it is no request.
@@ -77,8 +79,8 @@ def read_log(path: Path) -> list[Entry]:
     if not entries:
         raise UserError(f"--request-log-in {path} has no requests")
     start = min(entry.arrival for entry in entries)
-    moved = [Entry(each.arrival - start, each.prompt, each.prompt_tokens, each.max_tokens) for each in entries]
-    return sorted(moved, key=lambda entry: entry.arrival)
+    moved = [dataclasses.replace(each, arrival=each.arrival - start) for each in entries]
+    return sorted(moved, key=lambda entry: (entry.arrival, entry.place))
 
 
 def _entries(lines: Iterator[str], path: Path) -> Iterator[Entry]:
@@ -86,13 +88,13 @@ def _entries(lines: Iterator[str], path: Path) -> Iterator[Entry]:
         if not line.strip():
             continue
         try:
-            yield _entry(json.loads(line))
+            yield _entry(json.loads(line), number)
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise UserError(f"--request-log-in {path}, line {number}: {what}") from None
 
 
-def _entry(record: dict[str, Any]) -> Entry:
+def _entry(record: dict[str, Any], number: int) -> Entry:
     prompt = record.get("prompt")
     if prompt is None:
         length = _count(record, "prompt_tokens")
@@ -106,7 +108,8 @@ def _entry(record: dict[str, Any]) -> Entry:
     if not math.isfinite(arrival):
         raise ValueError(f"arrival_s is {arrival}")
     name = "max_tokens" if record.get("max_tokens") is not None else "output_tokens"
-    return Entry(arrival, prompt, length, _count(record, name))
+    index = record.get("index")
+    return Entry(arrival, prompt, length, _count(record, name), index if type(index) is int else number)
 
 
 def _count(record: dict[str, Any], name: str) -> int:
