@@ -185,6 +185,15 @@ def test_arguments_of_tool_calls_are_objects_for_the_template() -> None:
     assert call["function"] == {"name": "add", "arguments": '{"a": "é"}'}
 
 
+def test_arguments_come_back_as_the_model_wrote_them() -> None:
+    """With a line's end in a text, which JSON does not have."""
+    call = {"function": {"name": "f", "arguments": '{"a": "x\ny"}'}}
+    found = ChatTemplate({"default": "{{ messages[0].tool_calls[0].function.arguments.a }}"}).render(
+        [{"role": "assistant", "tool_calls": [call]}]
+    )
+    assert found == "x\ny"
+
+
 @pytest.mark.parametrize("given", [{}, {"content": None}])
 def test_a_message_of_calls_alone_has_a_content_for_templates_that_ask(given: dict[str, Any]) -> None:
     template = (

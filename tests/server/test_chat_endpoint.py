@@ -363,7 +363,7 @@ def test_references_of_tools_lead_to_their_own_definitions() -> None:
     def tool(name: str, kind: str) -> dict[str, Any]:
         parameters = {
             "type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "required": ["x"],
-            "$defs": {"X": {"type": kind}},
+            "$defs": {"X": {"type": kind}}, "$id": f"http://example.com/{name}",
         }  # fmt: skip
         return {"type": "function", "function": {"name": name, "parameters": parameters}}
 

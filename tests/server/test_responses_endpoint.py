@@ -129,6 +129,18 @@ def test_text_and_a_call_of_one_turn_are_one_message() -> None:
     assert backend.streams[0].job.prompt == "[user hi 0][assistant let me see 2][tool done 0]"
 
 
+def test_log_probabilities_where_there_might_be_calls() -> None:
+    tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
+    include = ["message.output_text.logprobs"]
+    found = []
+    for more in ({}, {"tools": tools}):
+        app = openai_app(FakeBackend(), ServerSettings(tool_call_parser="hermes"))
+        answer = TestClient(app).post("/v1/responses", json={"input": "hi", "include": include, **more})
+        assert answer.status_code == 200, answer.text
+        found.append(answer.json()["output"][0]["content"][0]["logprobs"])
+    assert found[0] == found[1] != []
+
+
 def test_structured_text() -> None:
     backend = FakeBackend()
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}

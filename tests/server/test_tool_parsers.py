@@ -54,6 +54,22 @@ def cut(text: str, at: list[int]) -> list[str]:
         (llama3_json, '<|python_tag|>{"name": "f", "parameters": {}}', "", [("f", "{}")]),
         (llama3_json, '\n\nHello {"name": "f"}', '\n\nHello {"name": "f"}', []),
         (llama3_json, '{"answer": 5}', '{"answer": 5}', []),
+        (llama3_json, '{"name": "Alice", "age": 30}', '{"name": "Alice", "age": 30}', []),
+        (llama3_json, '{"name": "f", "parameters": {}}, then', ", then", [("f", "{}")]),
+        (hermes, '<tool_call>{"name": "f", "arguments": {"a": 1}\n</tool_call>\n<tool_call>'
+         '{"name": "g", "arguments": {}}\n</tool_call>\nafter', "after", [("f", '{"a": 1}'), ("g", "{}")]),
+        (hermes, '<tool_call>{"name": "f", "arguments": {}, "id": "x"}</tool_call>', "", [("f", "{}")]),
+        (hermes, '<tool_call>{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "g',
+         '<tool_call>\n{"name": "g', [("f", "{}")]),
+        (hermes, '<tool_call>{"name": "f", "arguments": {}}\n</tool_', "", [("f", "{}")]),
+        (hermes, '<tool_call>{"name": "f", "arguments": {}}</tool_call> <tool_call>{"nme": "g"}',
+         '<tool_call>{"nme": "g"}', [("f", "{}")]),
+        (hermes, 'First.\n\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\n\nSecond.', "First.\n\nSecond.",
+         [("f", "{}")]),
+        (mistral, '[TOOL_CALLS]f{"a": 1}[The end', "[The end", [("f", '{"a": 1}')]),
+        (Pythonic, "[f(a=1)]\nnow", "\nnow", [("f", '{"a": 1}')]),
+        (Pythonic, "[f(a=1)]\n ", "", [("f", '{"a": 1}')]),
+        (Pythonic, "[f(a=1), g(b=foo)] x", ", g(b=foo)] x", [("f", '{"a": 1}')]),
         (mistral, '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]', "",
          [("f", '{"a": 1}'), ("g", "{}")]),
         (mistral, 'ok[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g[ARGS]{"b":2}', "ok", [("f", '{"a": 1}'), ("g", '{"b":2}')]),
@@ -76,6 +92,7 @@ def test_forms(make: Callable[[], ToolParser], text: str, content: str, calls: l
 PARTS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[", "]", "{", "}", '"', "\\", ",", ";", ":", " ",
     "\n", '"name"', '"arguments"', "f", "(", ")", "a=", "'", '{"name": "f", "arguments": {"a": 1}}', "é", "1",
+    "[f(a=1)", "g(b='x')]", '{"name": "g", "arguments": {}',
 ]  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def _check_calls(calls: Any, where: str) -> list[Any]:
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments") or "", str):
             try:
-                function["arguments"] = json.loads(function.get("arguments") or "{}")
+                function["arguments"] = json.loads(function.get("arguments") or "{}", strict=False)
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"{where}: the arguments of a tool call are no JSON: {error}") from None
     return calls

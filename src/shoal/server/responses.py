@@ -229,16 +229,19 @@ class _Items:
         self._reader = CallDeltas(plan) if plan.parser is not None else None
         self._top = top or 0
         self._open = False  # the last item may grow
+        self._known: list[dict[str, Any]] = []  # of tokens whose text is not certain yet
 
     def feed(self, text: str, tokens: Sequence[int], logprobs: Any, *, last: bool) -> list[dict[str, Any]]:
         self.written += len(tokens)
         events: list[dict[str, Any]] = []
+        known = [] if logprobs is None else chat_logprobs(tokens, logprobs, self._top)["content"]
         if self._reader is None:
-            known = [] if logprobs is None else chat_logprobs(tokens, logprobs, self._top)["content"]
             return self._text(text, known) if text or known else events
+        self._known += known
         for delta in self._reader.feed(text, last=last):
             if "content" in delta:
-                events += self._text(delta["content"], [])
+                known, self._known = self._known, []
+                events += self._text(delta["content"], known)
             for part in delta.get("tool_calls", ()):
                 events += self._call(part)
         return events

@@ -110,7 +110,9 @@ def _any_call(functions: Mapping[str, dict[str, Any]], *, parallel: bool) -> dic
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     if not parallel:
         schema["maxItems"] = 1
-    return schema | {"$defs": {str(i): _moved(each, f"#/$defs/{i}") for i, each in enumerate(functions.values())}}
+    # An `$id` would be what the references inside are looked up from.
+    bare = [{key: value for key, value in each.items() if key != "$id"} for each in functions.values()]
+    return schema | {"$defs": {str(i): _moved(each, f"#/$defs/{i}") for i, each in enumerate(bare)}}
 
 
 def _moved(schema: dict[str, Any], to: str) -> dict[str, Any]:

@@ -26,18 +26,21 @@ class Marked:
     Args:
         marker: begins calls; "" where they can only be at the text's beginning.
         between: what may stand before, between and behind calls, beside spaces.
+        closing: what of it ends a call or all of them, so that a text behind it begins there.
         names: a call may also be its name, and behind it the arguments.
     """
 
-    def __init__(self, marker: str, between: Sequence[str] = (), *, names: bool = False) -> None:
+    def __init__(self, marker: str, between: Sequence[str] = (), *, closing: str = "", names: bool = False) -> None:
         self._marker = marker
         self._between = [*([marker] if marker else []), *between]
+        self._closing = closing
         self._names = names
         self._reading = self._text if marker else self._calls  # what the next text is read by
         self._buffer = ""
         self._skipped = ""  # since the last call: content, if none follows
         self._call: CallReader | None = None
         self._found = False  # there was a call
+        self._said = False  # there was content
         self._closes = False  # what was skipped last stands behind a call
 
     def feed(self, text: str) -> list[Piece]:
@@ -51,7 +54,9 @@ class Marked:
         left = self._skipped + self._buffer
         if self._call is not None and not self._call.begun:
             left = self._skipped + self._call.text
-        elif self._call is not None or (self._found and not left.strip()) or (self._closes and not self._buffer):
+        elif self._call is not None or (self._found and not left.strip()):
+            left = ""
+        if self._closes and self._reading == self._calls:  # maybe cut in the midst of what closes a call
             left = ""
         return [left] if left else []
 
@@ -59,7 +64,7 @@ class Marked:
 
     def _text(self, found: list[Piece]) -> bool:
         if not self._marker:
-            found.append(self._buffer)
+            self._say(found, self._buffer)
             self._buffer = ""
             return False
         before, marker, behind = self._buffer.partition(self._marker)
@@ -68,11 +73,9 @@ class Marked:
             held = _overlap(before, self._marker) or ""
             shown = before[: len(before) - len(held)].rstrip() if held else shown
             self._buffer = before[len(shown) :]
-            if shown:
-                found.append(shown)
+            self._say(found, shown)
             return False
-        if before.rstrip():
-            found.append(before.rstrip())
+        self._say(found, before.rstrip())
         self._skipped = before[len(before.rstrip()) :] + marker
         self._closes = False
         self._buffer = behind
@@ -86,6 +89,8 @@ class Marked:
             return False
         for known in self._between:
             if rest.startswith(known):
+                if known == self._marker and self._closes:  # what was skipped has closed the call before
+                    self._skipped, self._closes = "", False
                 self._skip(len(known))
                 return True
         if rest[0] == "{":
@@ -97,9 +102,13 @@ class Marked:
         return True
 
     def _leave(self, found: list[Piece]) -> None:
-        """What is in the buffer is no call, and nor was what was skipped, unless it closed one."""
-        if self._skipped and not self._closes:
-            found.append(self._skipped)
+        """What is in the buffer is no call, and nor was what was skipped, but for what closed one."""
+        skipped = self._skipped
+        if self._closes and self._closing:
+            skipped = skipped.rpartition(self._closing)[2]
+        if self._closes and not self._said:
+            skipped = skipped.lstrip()
+        self._say(found, skipped)
         self._skipped = ""
         self._reading = self._text
 
@@ -122,7 +131,7 @@ class Marked:
             found += pieces
             return False
         if isinstance(pieces[0] if pieces else None, str):  # an object, but no call
-            found.append(self._skipped + self._call.text)
+            self._say(found, self._skipped + self._call.text)
             self._reading = self._text
         else:
             found += pieces
@@ -131,6 +140,11 @@ class Marked:
         self._skipped = ""
         self._call = None
         return True
+
+    def _say(self, found: list[Piece], text: str) -> None:
+        if text:
+            found.append(text)
+            self._said = True
 
     def _skip(self, count: int) -> None:
         self._skipped += self._buffer[:count]
@@ -151,11 +165,12 @@ class Pythonic:
         self._buffer = ""
         self._brackets: Brackets | None = None  # of the list; None before it
         self._over = False  # what comes is content
+        self._spaces: str | None = None  # behind the list: content too, if more than spaces come
         self._found = False
 
     def feed(self, text: str) -> list[Piece]:
         if self._over:
-            return [text] if text else []
+            return self._content(text)
         if self._brackets is None:
             text = self._buffer + text
             self._buffer = ""
@@ -176,14 +191,24 @@ class Pythonic:
             self._buffer += character
             if not bracket or brackets.depth > 1 or character == "[":
                 continue
-            if brackets.depth == 1:
-                found += self._call()
-            else:
-                self._over = True
-                rest = ("" if self._found else self._buffer) + text[at + 1 :]
-                self._buffer = ""
-                return found + ([rest] if rest.strip() else [])
+            if brackets.depth == 1 and (call := self._call()):
+                found += call
+                continue
+            self._over = True
+            if brackets.depth == 0 and self._found:
+                self._spaces = self._buffer = ""
+                return found + self._content(text[at + 1 :])
+            rest, self._buffer = self._buffer + text[at + 1 :], ""  # it is no list of calls, or not from here on
+            return [*found, rest]
         return found
+
+    def _content(self, text: str) -> list[Piece]:
+        if self._spaces is not None:
+            text = self._spaces + text
+            self._spaces = None if text.strip() else text
+            if self._spaces is not None:
+                return []
+        return [text] if text else []
 
     def _call(self) -> list[Piece]:
         text = self._buffer.lstrip("[, \n\t")
@@ -225,7 +250,7 @@ class Named:
 
 
 def hermes() -> ToolParser:
-    return Marked("<tool_call>", ["</tool_call>"])
+    return Marked("<tool_call>", ["</tool_call>"], closing="</tool_call>")
 
 
 def llama3_json() -> ToolParser:
@@ -233,12 +258,12 @@ def llama3_json() -> ToolParser:
 
 
 def mistral() -> ToolParser:
-    return Marked("[TOOL_CALLS]", ["[", "]", ","], names=True)
+    return Marked("[TOOL_CALLS]", ["[", "]", ","], closing="]", names=True)
 
 
 def array() -> ToolParser:
     """A list of calls: what a structured output makes where a call is required."""
-    return Marked("", ["[", "]", ","])
+    return Marked("", ["[", "]", ","], closing="]")
 
 
 PARSERS: dict[str, Callable[[], ToolParser]] = {

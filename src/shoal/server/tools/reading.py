@@ -67,12 +67,19 @@ class CallReader:
         self._name = name
         self._outer = 0 if name is not None else 1  # how deep the arguments' object lies
         self._passing = False  # it is in the arguments
+        self._passed = False  # they have ended, and so may the object, or another of its keys come
 
     def feed(self, text: str) -> tuple[list[Piece], str]:
         """What is certain now, and what stands behind the object. An object that is no call is content."""
         found: list[Piece] = []
         begin = 0  # of the arguments in this text
         for at, character in enumerate(text):
+            if self._passed and not character.isspace():
+                self._passed = False
+                if character not in ",}":  # the model has forgotten the object's end
+                    self.text += text[:at]
+                    self.done = True
+                    return found, text[at:]
             if not self._brackets.step(character):
                 continue
             depth = self._brackets.depth
@@ -84,6 +91,7 @@ class CallReader:
             elif self._passing and depth == self._outer:
                 found.append(Arguments(text[begin : at + 1]))
                 self._passing = False
+                self._passed = self._outer == 1
             if depth <= 0:
                 self.text += text[: at + 1]
                 self.done = True
@@ -110,6 +118,8 @@ def _whole(text: str) -> list[Piece]:
     name = call.get("name") if isinstance(call, dict) else None
     if not isinstance(name, str):
         return [text]
+    if not call.keys() & {"arguments", "parameters"} and not call.keys() <= {"name", "id", "type"}:
+        return [text]  # an answer in JSON that has a name in it
     arguments = call.get("arguments", call.get("parameters", {}))
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
