@@ -195,7 +195,7 @@ def test_max_tokens_end_with_the_context(llm: LLM) -> None:
     ("prompt", "says"),
     [
         ({"prompt_token_ids": []}, "empty"),
-        ({"prompt_token_ids": [3] * 64}, r"64 tokens; with --max-model-len 64 it may have 63 (tokens )?at most"),
+        ({"prompt_token_ids": [3] * 64}, r"length is 64 tokens; the prompt has 64 tokens, and an output needs one"),
         ({"prompt_token_ids": [301]}, "301 is no id of a vocabulary of 301"),
         ({"prompt_token_ids": [-1]}, "-1 is no id"),
         ({"prompt_token_ids": [True]}, "True is no id"),
@@ -219,7 +219,7 @@ def test_bad_prompts(llm: LLM, prompt: Any, says: str) -> None:
 def test_bad_texts(bundled: LLM) -> None:
     with pytest.raises(RequestError, match="prompt 0: the prompt is empty"):
         bundled.generate("", GREEDY, use_tqdm=False)
-    with pytest.raises(RequestError, match=r"prompt 1: .* it may have 63 (tokens )?at most"):
+    with pytest.raises(RequestError, match=r"prompt 1: .* length is 64 tokens; .* shorten it or raise --max-model-len"):
         bundled.generate(["a", "37 + 45 = " * 100], GREEDY, use_tqdm=False)
     with pytest.raises(RequestError, match=r"prompt 0: the prompt is not valid Unicode: .* at character 2"):
         bundled.generate("a \udc80", GREEDY, use_tqdm=False)

@@ -449,7 +449,7 @@ def test_empty_prompt(refused: Refused) -> None:
 
 
 def test_prompt_longer_than_the_context(refused: Refused) -> None:
-    has(refused("-p", "37 + 45 = " * 1000), "prompt 0", "--max-model-len 1024", "1023 at most", "shorten it")
+    has(refused("-p", "37 + 45 = " * 1000), "prompt 0", "length is 1024 tokens", "shorten it or raise --max-model-len")
     has(refused("-p", "37 + 45 = " * 20, "--max-model-len", 16), "--max-model-len 16", "15 at most", "raise")
 
 
@@ -679,7 +679,7 @@ def test_prompt_that_does_not_fit_into_the_memory_there_is(tmp_path: Path) -> No
     code, out, err, _ = run_process(tmp_path, *arguments, seconds=60)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1, err
-    has(err, "error: prompt 1", "--max-model-len 256", "255 at most")
+    has(err, "error: prompt 1", "length is 256 tokens", "raise --max-model-len")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -66,7 +66,7 @@ def test_token_ids_that_are_none_of_the_models(token: Any) -> None:
         ("", "the prompt is empty"),
         (
             {"prompt_token_ids": [3] * 32},
-            "this model's maximum context length is 32 tokens; the prompt has 32, and an output needs one",
+            "this model's maximum context length is 32 tokens; the prompt has 32 tokens, and an output needs one",
         ),
         ({"prompt_token_ids": {1}}, "prompt_token_ids must be a list of integers"),
         ({}, "a prompt is a text or has prompt_token_ids, got dict"),
@@ -236,7 +236,7 @@ def test_a_conversation_is_counted_however_long_it_is() -> None:
 def test_a_conversation_is_checked_as_a_prompt_is() -> None:
     of = reader(Letters(), chat_template=TEMPLATE)
     refused(
-        "length is 32 tokens; the prompt has 37, and an output needs one: shorten it",
+        "length is 32 tokens; the prompt has 37 tokens, and an output needs one: shorten it",
         of.prepare_chat,
         [{"role": "user", "content": "x" * 30}],
         PLAIN,
