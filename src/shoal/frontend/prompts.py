@@ -100,8 +100,8 @@ class PromptReader:
             raise RequestError("the prompt is empty: give some text or at least one token id")
         if len(tokens) >= self._max_model_len:
             raise RequestError(
-                f"{overflow(self._max_model_len)}; the prompt has {len(tokens)} tokens, and an output needs one: shorten "
-                "it or raise --max-model-len"
+                f"{overflow(self._max_model_len)}; the prompt has {len(tokens)} tokens, and an output needs one: "
+                "shorten it or raise --max-model-len"
             )
         self._check_ids("logit_bias", params.logit_bias or ())
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
