@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.client.load.calibrate import words_by_usage
 from shoal.client.load.prompts import WORDS, IdPrompts, WordPrompts
 from shoal.client.load.workload import Lengths, Workload, arrivals, parse_mix
 from shoal.errors import ConfigError
@@ -128,3 +129,10 @@ def test_texts_have_the_wanted_tokens(costs: dict[str, int], overhead: int, toke
 def test_ids_are_in_the_vocabulary() -> None:
     for size in (2, 5, 300):
         assert set(IdPrompts(size).make(5000, random.Random(0))) <= set(range(min(4, size - 1), size))
+
+
+def test_what_stands_around_a_prompt_is_no_part_of_a_words_cost() -> None:
+    """A chat's template of 36 tokens, and words of one: as long a prompt as without it."""
+    around, each = 36, len(WORDS)
+    found = words_by_usage(around + each, around + 2 * each)
+    assert found.make(100, random.Random(0)) == words_by_usage(each, 2 * each).make(100, random.Random(0))

@@ -31,9 +31,16 @@ def test_once_for_all_who_ask_in_the_meantime(monkeypatch: pytest.MonkeyPatch) -
     assert threading.current_thread().name not in calls
 
 
-def test_the_systems_own() -> None:
+@pytest.mark.skipif(memory._TRIM is None, reason="needs glibc")
+def test_the_systems_own_gives_back_what_is_free() -> None:
+    assert memory._TRIM is not None
+    assert memory._TRIM(0) in (0, 1)  # it says whether there was anything
+
+
+def test_where_the_system_has_no_such_call_nothing_is_planned() -> None:
     async def work() -> None:
-        Tidier().soon()
-        Tidier(None).soon()
+        tidier = Tidier(None)
+        tidier.soon()
+        assert not tidier._due
 
     asyncio.run(work())

@@ -105,6 +105,7 @@ class BodyLimit:
         try:
             replay = await self._take(scope, receive)
         except Refusal as refused:
+            self._tidier.soon()  # most of them are of large bodies
             await refused.response()(scope, receive, send)
             return
         if replay is not None:
