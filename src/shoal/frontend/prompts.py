@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.errors import RequestError, overflow
 from shoal.frontend.chat import ChatTemplate
-from shoal.frontend.structured import GrammarChecker, grammar_text
+from shoal.frontend.structured import grammar_text
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.types import Message, Prompt, SamplingParams, shown
 
@@ -48,10 +48,10 @@ class PromptReader:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos)
         self._chat_template = chat_template
-        self._grammars = None if tokenizer is None else GrammarChecker(tokenizer.serialized, tuple(eos), vocab_size)
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
-        """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text.
+        """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text. Whether a
+        grammar can be obeyed takes a `GrammarChecker` to find out.
 
         Raises:
             RequestError: it is empty, too long, or no prompt at all, or a parameter does not fit the model.
@@ -151,11 +151,9 @@ class PromptReader:
     def _grammar(self, params: SamplingParams) -> str:
         if params.structured_outputs is None:
             return ""
-        if self._grammars is None:
+        if self._tokenizer is None:
             raise RequestError("structured_outputs need a tokenizer, which this model does not have")
-        grammar = grammar_text(params.structured_outputs)
-        self._grammars.check(grammar)
-        return grammar
+        return grammar_text(params.structured_outputs)
 
     def _read(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
