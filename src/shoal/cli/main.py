@@ -3,11 +3,13 @@
 import signal
 import sys
 
+from shoal import import_path
 from shoal.lazy import load
 
 
 def main() -> None:
     """Exits with the code of `commands.run`."""
+    import_path.forget_implicit_folders()
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         code = load("shoal.cli.commands:run")()

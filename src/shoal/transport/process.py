@@ -5,13 +5,12 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shoal import env
+from shoal import env, import_path
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 
@@ -60,7 +59,7 @@ _spawner = _Spawner()
 
 
 class ChildProcess:
-    """`python -m MODULE --fd N --parent PID ...` and the channel to it."""
+    """MODULE in a Python of its own, with `--fd N --parent PID ...`, and the channel to it."""
 
     def __init__(
         self,
@@ -71,7 +70,7 @@ class ChildProcess:
     ) -> None:
         """`passed`: descriptors that the child has too, under the same numbers."""
         self.channel, theirs = Channel.pair()
-        command = [sys.executable, "-m", module, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        command = [*import_path.python_command(module), "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
         with theirs:
             self._process = _spawner.start(
                 [*command, *arguments], [theirs.fileno(), *passed], env.child_environment(environment or {})
