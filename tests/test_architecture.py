@@ -15,7 +15,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 # Every package may import these.
-COMMON = {"types", "errors", "config", "env", "lazy", "observe", "open_files", "shoal"}
+COMMON = {"types", "errors", "config", "env", "lazy", "observe", "open_files", "import_path", "git_lfs", "shoal"}
 
 # package -> what else of ours it may import.
 ALLOWED = {
@@ -60,6 +60,7 @@ TORCH_FREE = [
     "shoal.frontend", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli", "shoal.executors.base",
     "shoal.executors.multiprocess", "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.checkpoint", "shoal.models.registry",
+    "shoal.models.stored_file",
     "shoal.models.families", "shoal.models.fields", "shoal.models.pickled", "shoal.models.pickle_program",
     "shoal.models.quantization", "shoal.models.fallback", "shoal.models.implementation", "shoal.parallel.topology",
     "shoal.parallel.partition", "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",

@@ -5,6 +5,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shoal import import_path
 from shoal.errors import ConfigError
 
 PREFIX = "SHOAL_"
@@ -168,8 +169,11 @@ def hub_offline() -> bool:
 
 
 def child_environment(extra: dict[str, str]) -> dict[str, str]:
-    """The environment of a child process: this one's, with `extra` on top."""
-    return {**os.environ, **extra}
+    """The environment of a child process: this one's, with `extra` on top. PYTHONPATH loses what `import_path.safe`
+    leaves out: the working directory, by whatever name, which an empty entry means too."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    python_path = {"PYTHONPATH": os.pathsep.join(import_path.safe(folders))}
+    return {**os.environ, **python_path, **extra}
 
 
 def prefer(extra: dict[str, str]) -> None:

@@ -386,3 +386,4 @@ class Hardware:
     device_memory: int | None
     devices_shareable: bool  # may several ranks use one device?
     visible: tuple[str, ...] = ()  # how CUDA_VISIBLE_DEVICES names the devices, where it is set
+    limits: tuple[str, ...] = ()  # why it is less than the machine has, in words

@@ -179,6 +179,8 @@ class RankSetup(Wire, frozen=True):
     meeting: int = 0  # which of those that these replicas have at the rendezvous
     draft_model_path: str = ""  # of speculative decoding
     num_drafts: int = 0  # tokens it guesses at a time
+    file_state: str = ""  # of the model's files, as the engine has read them; "": whatever is there
+    draft_file_state: str = ""
 
     @property
     def global_rank(self) -> int:
@@ -410,6 +412,7 @@ class ApiSetup(Wire, frozen=True):
     max_model_len: int = 0  # that the replicas have; 0: the process decides itself
     number: int = 0
     socket: int = -1
+    file_states: tuple[str, str] = ("", "")  # as in EngineSetup
 
 
 class ReplicaState(Wire, frozen=True):
@@ -463,6 +466,7 @@ class EngineSetup(Wire, frozen=True):
     model: str | None
     options: dict[str, Any]
     place: Place = Place()
+    file_states: tuple[str, str] = ("", "")  # of the files of model and draft model, as they were first read
 
 
 # --- grammars ----------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_two_ranks_take_half_the_memory_each() -> None:
     spec = read("Granite", hidden_size=256, intermediate_size=512)
     sizes: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 16, "step": StepSize(64, 4)}
     (alone,), halves = (
-        [rank_memory(spec, spec.params, {}, shard, **sizes) for shard in shards_of(spec, ranks)] for ranks in (1, 2)
+        [rank_memory(spec, spec.params, shard, **sizes) for shard in shards_of(spec, ranks)] for ranks in (1, 2)
     )
     # Norms are whole on each, and 301 rows of vocabulary are 151 and 150.
     assert all(0.5 * alone.weights <= half.weights < 0.51 * alone.weights for half in halves)

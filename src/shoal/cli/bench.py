@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from shoal import env, import_path
 from shoal.cli.bench_serve import serve
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
@@ -132,16 +133,17 @@ def startup(model: str | None, repeat: int, output: Path | None, probe: bool, **
 
 def _start_once() -> dict[str, float]:
     """This command again, in a process of its own."""
-    command = [sys.executable, "-m", "shoal.cli.main", *sys.argv[1:], "--probe"]
+    command = [*import_path.python_command("shoal.cli.main"), *sys.argv[1:], "--probe"]
     begun = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env.child_environment({})) as process:
         if process.stdout is None:
             raise EngineError("the probe has no output")
         for line in process.stdout:
             if line.startswith(_READY):
                 ready = time.monotonic() - begun
                 return {"ready": ready, **json.loads(line.removeprefix(_READY))}
-    raise EngineError(f"{' '.join(command)} ended with code {process.returncode} before it was ready")
+    told = " ".join(["shoal", *sys.argv[1:], "--probe"])
+    raise EngineError(f"{told} ended with code {process.returncode} before it was ready")
 
 
 @bench.command()

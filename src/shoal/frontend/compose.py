@@ -139,6 +139,8 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             meeting=place.meeting,
             draft_model_path=str(decision.draft_folder) if decision.draft_folder is not None else "",
             num_drafts=speculative.num_speculative_tokens if speculative is not None else 0,
+            file_state=decision.file_states[0],
+            draft_file_state=decision.file_states[1],
         )
         for rank, cores in enumerate(rank_cores(decision))
     ]

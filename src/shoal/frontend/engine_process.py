@@ -42,7 +42,7 @@ def join(setup: wire.EngineSetup) -> RendezvousLockstep | None:
     if not place.rendezvous:
         return None
     options = EngineOptions.from_flat(setup.model, setup.options)
-    decision = decide(options, place)
+    decision = decide(options, place, setup.file_states)
     told = agreement(options, decision)
     timeout = options.parallel.start_timeout
     if shares_experts(decision.cutting):
@@ -66,7 +66,7 @@ def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
     place = setup.place
     if isinstance(lockstep, RendezvousLockstep):
         place = wire.replace(place, address=lockstep.host_address, meeting=lockstep.formation)
-    return build_engine(options, decide(options, place), own_process=True, lockstep=lockstep)
+    return build_engine(options, decide(options, place, setup.file_states), own_process=True, lockstep=lockstep)
 
 
 if __name__ == "__main__":

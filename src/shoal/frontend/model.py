@@ -7,7 +7,7 @@ from functools import cache
 from os import PathLike
 from typing import Any
 
-from shoal import env, wire
+from shoal import env, open_files, wire
 from shoal.config import EngineOptions, refuse_online
 from shoal.devices import cpu
 from shoal.errors import ConfigError
@@ -86,14 +86,16 @@ def open_model(
     own_process: bool = False,
     online: bool = False,
     replicas_elsewhere: bool = False,
+    file_states: tuple[str, str] = ("", ""),
 ) -> OpenModel:
     """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
     only mean something to what serves are refused. `replicas_elsewhere`: another process has them, and has decided
-    whether this host's memory and devices do; here they are not looked at.
+    whether this host's memory and devices do; here they are not looked at. `file_states`: what it has read.
 
     Raises:
         UserError: model, options and host do not go together; it says what, and the way out.
     """
+    open_files.occupy_standard()  # before anything opens a socket
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
     options = EngineOptions.from_flat(model, given)
@@ -108,7 +110,7 @@ def open_model(
     place = by_hand or Deployment.of(options).place
     if replicas_elsewhere:
         place = wire.replace(place, size=options.parallel.data_parallel_size, local_size=0)
-    decision = decide(options, place)
+    decision = decide(options, place, file_states)
     from_model = options.model_options.generation_config != "vllm"
     generation = GenerationDefaults.open(decision.folder, sampling=from_model)
     return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
@@ -141,9 +143,11 @@ def _place_by_hand(options: EngineOptions) -> wire.Place | None:
     )
 
 
-def decide(options: EngineOptions, place: wire.Place | None = None) -> Decision:
+def decide(
+    options: EngineOptions, place: wire.Place | None = None, file_states: tuple[str, str] = ("", "")
+) -> Decision:
     """Everything that can be refused before a process is started, is refused here. `place`: of one replica; without it
-    the decision is for all of them.
+    the decision is for all of them. `file_states`: those of the decision that was made first, where one was.
 
     Raises:
         UserError: as `open_model`.
@@ -156,4 +160,4 @@ def decide(options: EngineOptions, place: wire.Place | None = None) -> Decision:
         draft = hub.locate(speculative.model, speculative.revision, weights=weights)
     place = place or wire.Place()
     hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
-    return resolve(options, folder, hardware, draft, place)
+    return resolve(options, folder, hardware, draft, place, file_states)

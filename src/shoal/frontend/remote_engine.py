@@ -82,7 +82,7 @@ class _FrontEnd:
 
     def __init__(self, setup: wire.EngineSetup) -> None:
         options = EngineOptions.from_flat(setup.model, setup.options)
-        decision = decide(options, setup.place)
+        decision = decide(options, setup.place, setup.file_states)
         self.together = shares_experts(decision.cutting)
         self._agreement = agreement(options, decision)
         self._place = setup.place

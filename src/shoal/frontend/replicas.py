@@ -114,7 +114,7 @@ def _on_threads(model: OpenModel) -> Callable[[int], Replica]:
     groups = shared_groups(model.options)
 
     def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
-        decision = decide(model.options, setup.place)
+        decision = decide(model.options, setup.place, setup.file_states)
         return build_engine(model.options, decision, lockstep=lockstep, groups=groups)
 
     def run(channel: Channel) -> None:
@@ -143,7 +143,7 @@ def setup_of(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
     options = {name: value for name, value in model.given.items() if name != "engine_process"}
     if place.local_rank >= model.decision.place.local_size:
         options |= _kv_cache_of_added(model, place.local_rank + 1)
-    return wire.EngineSetup(model.options.model, options, place)
+    return wire.EngineSetup(model.options.model, options, place, model.decision.file_states)
 
 
 def _kv_cache_of_added(model: OpenModel, replicas: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Library
 from shoal.errors import CheckpointError, RequestError
 from shoal.frontend.streams import ByteStream, FallbackStream, RedecodingStream, TextStream
 from shoal.frontend.vocabulary import ByteFallback, ByteLevel, decoder_of, longest_token
+from shoal.git_lfs import refuse_pointer
 from shoal.lazy import load
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -71,6 +72,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it can't be read, or is no JSON object.
     """
+    refuse_pointer(file)
     try:
         found = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -174,6 +176,7 @@ def _inner_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _from_file(file: Path, config: dict[str, Any]) -> FastTokenizer:
+    refuse_pointer(file)
     try:
         library = Library.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
@@ -195,6 +198,8 @@ def _is_gpt2(folder: Path, config: dict[str, Any]) -> bool:
 
 def _from_vocabulary(folder: Path, config: dict[str, Any]) -> FastTokenizer:
     """vocab.json and merges.txt, read as transformers' GPT2Tokenizer does."""
+    for name in ("vocab.json", "merges.txt"):
+        refuse_pointer(folder / name)
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), fuse_unk=False)
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
@@ -268,6 +273,8 @@ def _content(value: Any) -> str | None:
 
 
 def _through_transformers(folder: Path) -> Tokenizer:
+    for file in (*(folder / name for name in _SENTENCEPIECE + _OTHERS), *folder.glob("*.tiktoken")):
+        refuse_pointer(file)
     try:
         # Never code that came with a checkpoint; None would ask at the terminal.
         found = load("transformers:AutoTokenizer").from_pretrained(str(folder), trust_remote_code=False)

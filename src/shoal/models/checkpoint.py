@@ -6,17 +6,20 @@ bytes of header length (little endian), a JSON header of `{name: {dtype, shape, 
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import CheckpointError
+from shoal.git_lfs import refuse_pointer
 from shoal.models.pickled import read_pickled
 from shoal.models.quantization import weight_block
 from shoal.models.registry import read_config
+from shoal.models.stored_file import FileState
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,9 +31,14 @@ QUANTIZED = "F8_E4M3"
 _PLAIN = ("F32", "F16", "BF16", "F64")
 LOADABLE = (*_PLAIN, QUANTIZED)
 _SCALES = "_scale_inv"  # behind the name of a quantized tensor
-# How files call the types that weights have.
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _LONGEST_HEADER = 100 * 2**20
+_DIGITS = 16
+# What lies beside the weights and changes the answers too.
+_BESIDE = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +61,6 @@ class TensorEntry:
     strides: tuple[int, ...] | None = None  # in elements; None: row by row
     scales: Scales | None = None
 
-    def holds(self, dtype: str) -> bool:
-        """Are its numbers of this type, at an address where they can be used as they lie? `dtype` as in config.json."""
-        stored = _STORED[dtype]
-        return self.dtype == stored and self.offset % ITEM_BYTES[stored] == 0
-
-    @property
-    def row_major(self) -> bool:
-        """Do its rows lie one after the other?"""
-        if self.strides is None or 0 in self.shape:
-            return True
-        expected = 1
-        for stride, size in reversed(list(zip(self.strides, self.shape, strict=True))):
-            if size > 1 and stride != expected:
-                return False
-            expected *= size
-        return True
-
     @property
     def overlaps(self) -> bool:
         """Do several elements share a place in the file, as in an expanded tensor?"""
@@ -85,12 +76,34 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
+    """`files`: those that the tensors lie in, and whatever else says how the model answers, as they were when the
+    headers were read."""
+
     folder: Path
     tensors: Mapping[str, TensorEntry]
+    files: Mapping[Path, FileState] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """Another one where any of the files is another one or was written to."""
+        told = sorted(f"{file.name} {state}" for file, state in self.files.items())
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:_DIGITS]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.tensors.items()}
+
+    def check_state(self, expected: str) -> None:
+        """`expected`: the state that was found before; "" says nothing.
+
+        Raises:
+            CheckpointError: the files are not the ones that they were.
+        """
+        if expected and self.state != expected:
+            raise CheckpointError(
+                f"{self.folder} has changed since Shoal read it first: a file of the model was replaced or written to. "
+                "Start Shoal again, so that all of it runs the model that is there now"
+            )
 
     def check_loadable(self, names: Iterable[str]) -> None:
         """Raises:
@@ -124,12 +137,28 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         (folder / PICKLED_INDEX, folder / PICKLED_SINGLE, _read_pickled),
     ):
         files = [single] if single.exists() else _shards(index) if index.exists() else []
+        if not files:
+            continue
+        states = _states([*files, *(folder / name for name in _BESIDE if (folder / name).exists())])
         for file in files:
+            refuse_pointer(file)
             tensors.update(read(file))
-        if files:
-            return Checkpoint(folder, _with_scales(folder, tensors))
+        for file, state in states.items():
+            state.check(file, _states([file])[file])
+        return Checkpoint(folder, _with_scales(folder, tensors), states)
     wanted = ", ".join((SINGLE, INDEX, PICKLED_SINGLE))
     raise CheckpointError(f"{folder} has no weights: none of {wanted} and {PICKLED_INDEX} is there")
+
+
+def _states(files: Iterable[Path]) -> dict[Path, FileState]:
+    """Raises CheckpointError."""
+    found = {}
+    for file in files:
+        try:
+            found[file] = FileState.of(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} can't be read: {error.strerror}") from None
+    return found
 
 
 def _with_scales(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -163,6 +192,7 @@ def _check_scales(name: str, entry: TensorEntry) -> None:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names."""
+    refuse_pointer(index)
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import CheckpointError
+from shoal.git_lfs import refuse_pointer
 from shoal.models.families import (
     deepseek_v2,
     deepseek_v3,
@@ -59,6 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is not a JSON object.
     """
     path = folder / "config.json"
+    refuse_pointer(path)
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from shoal.config import EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.errors import ConfigError
 from shoal.models import manifest
-from shoal.models.checkpoint import TensorEntry, open_checkpoint
+from shoal.models.checkpoint import open_checkpoint
 from shoal.models.fallback import FallbackSpec
 from shoal.models.implementation import Cutting, implementation_of, params_of, rank_shards, read_model
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard
@@ -49,6 +49,7 @@ class Decision:
     model_impl: str = "shoal"  # or "transformers"
     draft_folder: Path | None = None  # of the model that guesses ahead
     draft: ModelSpec | None = None  # ... and what it is
+    file_states: tuple[str, str] = ("", "")  # of the model's files and the draft model's, "" where weights are made up
 
 
 def discover(options: EngineOptions) -> Hardware:
@@ -75,11 +76,13 @@ def resolve(
     hardware: Hardware,
     draft_folder: Path | None = None,
     place: wire.Place = wire.Place(),  # noqa: B008 - it is frozen
+    file_states: tuple[str, str] = ("", ""),
 ) -> Decision:
     """Decides what was left open, and refuses what can't work. `draft_folder`: of the model that guesses ahead.
 
     `place` is that of one replica. Without it the decision is for all of them, as the first one will take it. One of
-    which none is on this host (`local_size` 0) needs nothing of it, and its KV cache is not known.
+    which none is on this host (`local_size` 0) needs nothing of it, and its KV cache is not known. `file_states`: what
+    the files of both models must be, where somebody has read them before.
 
     Raises:
         UserError: the models can't be read, or the options, the models and the hardware don't go together.
@@ -93,6 +96,7 @@ def resolve(
     cutting = plan_cutting(options, spec, draft_spec, place, reasons, warnings)
     here = place.local_size > 0
     if here:
+        reasons += hardware.limits
         _check_devices(options, place, hardware, reasons, warnings)
     else:
         reasons.append("no replica runs on this host: nothing is planned for its memory and devices")
@@ -102,8 +106,10 @@ def resolve(
     reasons += [each.describe(cutting.tp) for each in (spec, draft_spec) if isinstance(each, FallbackSpec)]
     if cutting.tp_split is not None:
         reasons.append(f"shares {':'.join(map(str, cutting.tp_split))} of {spec.family}: {_held(shards[: cutting.tp])}")
-    model = _open(options, folder, spec)
-    draft = None if draft_folder is None or draft_spec is None else _open(options, draft_folder, draft_spec)
+    model = _open(options, folder, spec, file_states[0])
+    draft = None
+    if draft_folder is not None and draft_spec is not None:
+        draft = _open(options, draft_folder, draft_spec, file_states[1])
     ranks, shares = _measure(options, model, draft, shards, cutting, dtype, hardware.device)
     if options.model_options.enforce_eager:
         reasons.append("--enforce-eager changes nothing: steps are launched operation by operation in any case")
@@ -130,6 +136,7 @@ def resolve(
         model_impl=implementation_of(spec),
         draft_folder=draft_folder,
         draft=draft_spec,
+        file_states=(model.state, "" if draft is None else draft.state),
     )
 
 
@@ -148,20 +155,21 @@ def _read(options: EngineOptions, folder: Path, draft_folder: Path | None) -> tu
 class _Model:
     spec: ModelSpec
     params: tuple[Param, ...]
-    stored: Mapping[str, TensorEntry]  # empty where weights are made up
+    state: str  # of its files; "" where weights are made up
 
 
-def _open(options: EngineOptions, folder: Path, spec: ModelSpec) -> _Model:
+def _open(options: EngineOptions, folder: Path, spec: ModelSpec, state: str) -> _Model:
     """Raises:
-    CheckpointError: the weights are missing or broken, or do not go with config.json.
+    CheckpointError: the weights are missing or broken, do not go with config.json, or are not in the state `state`.
     """
     if options.model_options.load_format == "dummy":
-        return _Model(spec, params_of(spec), {})
+        return _Model(spec, params_of(spec), "")
     checkpoint = open_checkpoint(folder)
+    checkpoint.check_state(state)
     params = params_of(spec, checkpoint.shapes)
     manifest.check(params, checkpoint.shapes, str(folder))
     checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
-    return _Model(spec, params, checkpoint.tensors)
+    return _Model(spec, params, checkpoint.state)
 
 
 def _step_size(options: EngineOptions) -> StepSize:
@@ -212,7 +220,6 @@ def _rank_memories(
         rank_memory(
             model.spec,
             model.params,
-            model.stored,
             shard,
             dtype=dtype,
             device=device,

@@ -1,6 +1,5 @@
 """A model as one rank holds it: its share of the weights, and its layers of the KV cache."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +12,7 @@ from shoal.kernels.linear import make_linear
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
 from shoal.models.causal import CausalModel
-from shoal.models.checkpoint import TensorEntry, open_checkpoint
+from shoal.models.checkpoint import open_checkpoint
 from shoal.models.decoder import build_decoder
 from shoal.models.fallback import FallbackSpec
 from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
@@ -39,6 +38,7 @@ class RankModel:
         self.weight_bytes = 0
         self.kernels = ""  # which, and why
         self._folder = folder
+        self._draft = draft
         self._setup = setup
         self._mesh = mesh
         self._precision = PRECISION[setup.dtype]
@@ -62,13 +62,13 @@ class RankModel:
 
     def load(self, device: torch.device) -> None:
         weights: Weights
-        stored: Mapping[str, TensorEntry] = {}
         if self._setup.load_format == "dummy":
             params = params_of(self.spec)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.seed)
         else:
             checkpoint = open_checkpoint(self._folder)
-            stored, params = checkpoint.tensors, params_of(self.spec, checkpoint.shapes)
+            checkpoint.check_state(self._setup.draft_file_state if self._draft else self._setup.file_state)
+            params = params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
         kernels, why = make_kernels(self._setup.device, self._precision.activations)
         self.kernels = why if self._setup.device != "cpu" else f"{why}, sampling: {load_sampling()[1]}"
@@ -80,8 +80,7 @@ class RankModel:
             longest = self._setup.max_model_len
             dispatch = self._dispatch(device)
             self._decoder = build_decoder(self.spec, self.shard, tp, weights, kernels, device, longest, dispatch)
-        head = self.shard.stage.last
-        kept = keeps_embedding(params, stored, self._setup.device, self._setup.dtype, head=head)
+        kept = keeps_embedding(self._setup.device, head=self.shard.stage.last)
         item = self._precision.weights.itemsize
         self.weight_bytes = weight_bytes(self.spec, params, self.shard, item, embedding_kept=kept)
 
