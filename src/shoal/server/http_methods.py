@@ -35,10 +35,9 @@ class CommonMethods:
 
 
 def allowed(scope: Scope) -> list[str]:
-    """The methods that a request's path takes; empty if there is nothing at it."""
+    """The methods that a request's path takes beside OPTIONS; empty if there is nothing at it."""
     routes: Iterable[BaseRoute] = scope["app"].routes
-    found = [method for method in _ASKED if _takes(routes, {**scope, "method": "GET" if method == "HEAD" else method})]
-    return [*found, "OPTIONS"] if found else []
+    return [method for method in _ASKED if _takes(routes, {**scope, "method": "GET" if method == "HEAD" else method})]
 
 
 def _takes(routes: Iterable[BaseRoute], scope: Scope) -> bool:
