@@ -326,11 +326,16 @@ def _bias(values: object) -> dict[int, float]:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's log-probability; its rank among all tokens, from 1, and its text, where they are known."""
+    """A token's log-probability; its rank among all tokens, from 1, and its text, where they are known.
+
+    `token_bytes`: what it adds to an output's text, where that is not `decoded_token` in UTF-8: of a token that is part
+    of a character, that part; of one that is left out of the text, as an end-of-text token is, b"".
+    """
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
+    token_bytes: bytes | None = None
 
 
 Logprobs = Mapping[int, Logprob]  # token id -> what is known of it, at one position
@@ -347,6 +352,7 @@ class CompletionOutput:
     # The text of `stop` or the token of `stop_token_ids` that ended it. None for an end-of-text token, unless
     # `stop_token_ids` names that one too.
     stop_reason: int | str | None = None
+    text_offsets: tuple[int, ...] | None = None  # with `logprobs`: where in `text` each token begins
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
 from shoal.errors import CheckpointError, RequestError
-from shoal.frontend.streams import ByteStream, FallbackStream, RedecodingStream, TextStream
-from shoal.frontend.vocabulary import ByteFallback, ByteLevel, decoder_of, longest_token
+from shoal.frontend.streams import INCOMPLETE, ByteStream, FallbackStream, RedecodingStream, TextStream
+from shoal.frontend.vocabulary import ByteFallback, ByteLevel, decoder_of, longest_token, raw_bytes
 from shoal.git_lfs import refuse_pointer
 from shoal.lazy import load
 
@@ -35,6 +35,9 @@ class Tokenizer(Protocol):
 
     def token_text(self, token: int) -> str:
         """What a token reads as inside a text, be it special or not: " city", not "city"; "" for an unknown id."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """`token_text` in UTF-8; of a token that is part of a character, that part."""
 
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         """The text of tokens that follow a prompt, as they come."""
@@ -112,6 +115,14 @@ class FastTokenizer:
                 return decoder.text_of(token)
         return _inner_text(self, token)
 
+    def token_bytes(self, token: int) -> bytes:
+        match self._decoder:
+            case ByteLevel() as decoder:
+                return decoder[token]
+            case ByteFallback() as decoder:
+                return decoder.bytes_of(token)
+        return _inner_bytes(self, token, self._library.id_to_token(token) or "")
+
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         left_out = self.special_ids if skip_special_tokens else frozenset[int]()
         shown = [token for token in prompt if token not in left_out]
@@ -156,6 +167,10 @@ class SlowTokenizer:
     def token_text(self, token: int) -> str:
         return _inner_text(self, token)
 
+    def token_bytes(self, token: int) -> bytes:
+        entry = self._tokenizer.convert_ids_to_tokens(token) if token < self._size else ""
+        return _inner_bytes(self, token, entry or "")
+
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         shown = [token for token in prompt if not skip_special_tokens or token not in self.special_ids]
         return RedecodingStream(lambda tokens: self.decode(tokens, skip_special_tokens=skip_special_tokens), shown)
@@ -173,6 +188,13 @@ def _inner_text(tokenizer: Tokenizer, token: int) -> str:
     """Of two in a row the second is inside a text, so that it keeps its space."""
     first = tokenizer.decode([token], skip_special_tokens=False)
     return tokenizer.decode([token, token], skip_special_tokens=False)[len(first) :]
+
+
+def _inner_bytes(tokenizer: Tokenizer, token: int, entry: str | bytes) -> bytes:
+    """`entry`: how the vocabulary has the token."""
+    text = tokenizer.token_text(token)
+    found = raw_bytes(entry) if INCOMPLETE in text else None
+    return text.encode("utf-8", "replace") if found is None else found
 
 
 def _from_file(file: Path, config: dict[str, Any]) -> FastTokenizer:

@@ -11,6 +11,7 @@ from shoal.server import admin, chat, completions, health, models, responses, st
 from shoal.server.backend import Backend
 from shoal.server.dashboard import routes as dashboard
 from shoal.server.errors import add_handlers
+from shoal.server.http_methods import CommonMethods
 from shoal.server.limits import add_limits
 from shoal.server.request_ids import RequestIds
 from shoal.server.running import Service, client_gone
@@ -59,6 +60,7 @@ def openai_app(llm: Backend, settings: ServerSettings) -> FastAPI:
         **documented,
     )
     add_handlers(app)
+    app.add_middleware(CommonMethods)
     app.add_exception_handler(ClientGone, client_gone)
     service = Service(llm, settings)
     for endpoints in (completions, chat, responses, models, tokenization):

@@ -174,18 +174,19 @@ def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:
     plan = asked.plan
     choice = chat_choice(output, asked.params.logprobs)
     if plan.parser is not None:
-        reader = CallDeltas(plan)
-        choice["message"] = message_of(reader.feed(output.text, last=True))
-        choice["finish_reason"] = finish_of(plan, reader, output.finish_reason)
+        reader = CallDeltas(plan, whole=True)
+        choice["message"] = message_of(reader.feed(output.text, output.finish_reason or "stop"))
+        choice["finish_reason"] = reader.finish_of(output.finish_reason)
     return choice
-
-
-def finish_of(plan: ToolPlan, reader: CallDeltas, reason: str | None) -> str | None:
-    return "tool_calls" if reason == "stop" and reader.calls and not plan.named else reason
 
 
 def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
     return {**usage(len(asked.job.tokens), written), "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def may_cut(params: SamplingParams) -> bool:
+    """Can the client's own stop texts or tokens end an output within a call?"""
+    return bool(params.stop or params.stop_token_ids)
 
 
 # --- streaming -----------------------------------------------------------------------------------------------------
@@ -194,7 +195,11 @@ def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
 async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes, None]:
     """The first one comes with the first tokens: until then, the request can be refused."""
     writer = ChunkWriter(id=asked.id, object="chat.completion.chunk", created=asked.created, model=asked.model)
-    readers = {index: CallDeltas(asked.plan) for index in range(asked.params.n) if asked.plan.parser is not None}
+    readers = {
+        index: CallDeltas(asked.plan, whole=may_cut(asked.params))
+        for index in range(asked.params.n)
+        if asked.plan.parser is not None
+    }
     begun: set[int] = set()
     written = 0
     no_usage = "null" if asked.usage else None
@@ -223,8 +228,8 @@ def _chunk_choices(asked: _Request, reader: CallDeltas | None, delta: Delta) -> 
     if reader is None:
         parts = [{"content": delta.text}] if delta.text else []
     else:
-        parts = reader.feed(delta.text, last=finish is not None)
-        finish = finish_of(asked.plan, reader, finish)
+        parts = reader.feed(delta.text, finish)
+        finish = reader.finish_of(finish)
     top = asked.params.logprobs or 0
     logprobs = None if delta.logprobs is None else chat_logprobs(delta.token_ids, delta.logprobs, top)
     if not parts and (finish is not None or logprobs is not None):

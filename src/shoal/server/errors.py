@@ -20,6 +20,7 @@ from shoal.errors import ClosedError, EngineError, QueueFull, RequestError, Unav
 from shoal.observe.logging import get_logger
 from shoal.server import request_ids
 from shoal.server.encoding import bytes_of
+from shoal.server.http_methods import allowed
 from shoal.types import SamplingParams, shown
 
 log = get_logger("server")
@@ -216,4 +217,5 @@ async def _on_http(request: Request, error: Exception) -> Response:
         405: f"{shown(request.url.path)} does not take {request.method}",
     }
     refused = Refusal(error.status_code, told.get(error.status_code, str(error.detail)))
-    return refused.response(error.headers)
+    headers = {"allow": ", ".join(allowed(request.scope))} if error.status_code == 405 else error.headers
+    return refused.response(headers)

@@ -17,7 +17,7 @@ from shoal.frontend.openai.answers import chat_logprobs
 from shoal.frontend.openai.parameters import structured_of
 from shoal.frontend.prompts import Job
 from shoal.server.backend import TokenStream
-from shoal.server.chat import size_of
+from shoal.server.chat import may_cut, size_of
 from shoal.server.encoding import text_of
 from shoal.server.errors import ANSWERING, Refusal, of_request, refusal_of
 from shoal.server.running import (
@@ -77,9 +77,9 @@ async def _respond(service: Service, body: ResponsesBody, place: Place) -> Respo
         events = _events(asked, streams[0])
         return EventStream(await anext(events), events, last=b"")
     (output,) = await finished(streams)
-    items = _Items(asked.plan, asked.params.logprobs)
+    items = _Items(asked.plan, asked.params.logprobs, whole=True)
     (completion,) = output.outputs
-    items.feed(completion.text, completion.token_ids, completion.logprobs, last=True)
+    items.feed(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason or "stop")
     items.end(completion.finish_reason)
     return respond(_answer(asked, items, completion.finish_reason, output.num_cached_tokens))
 
@@ -223,23 +223,23 @@ def _content(content: Any, where: str) -> Any:
 class _Items:
     """The items of an output as they grow. What is done to them is given as events."""
 
-    def __init__(self, plan: ToolPlan, top: int | None) -> None:
-        """`top`: how many of the likeliest tokens are told, where log-probabilities are."""
+    def __init__(self, plan: ToolPlan, top: int | None, *, whole: bool) -> None:
+        """`top`: how many of the likeliest tokens are told, where log-probabilities are; `whole`: as `CallDeltas`."""
         self.items: list[dict[str, Any]] = []
         self.written = 0  # tokens
-        self._reader = CallDeltas(plan) if plan.parser is not None else None
+        self._reader = CallDeltas(plan, whole=whole) if plan.parser is not None else None
         self._top = top or 0
         self._open = False  # the last item may grow
         self._known: list[dict[str, Any]] = []  # of tokens whose text is not certain yet
 
-    def feed(self, text: str, tokens: Sequence[int], logprobs: Any, *, last: bool) -> list[dict[str, Any]]:
+    def feed(self, text: str, tokens: Sequence[int], logprobs: Any, finish: str | None) -> list[dict[str, Any]]:
         self.written += len(tokens)
         events: list[dict[str, Any]] = []
         known = [] if logprobs is None else chat_logprobs(tokens, logprobs, self._top)["content"]
         if self._reader is None:
             return self._text(text, known) if text or known else events
         self._known += known
-        for delta in self._reader.feed(text, last=last):
+        for delta in self._reader.feed(text, finish):
             if "content" in delta:
                 known, self._known = self._known, []
                 events += self._text(delta["content"], known)
@@ -249,7 +249,8 @@ class _Items:
 
     def end(self, reason: str | None) -> list[dict[str, Any]]:
         begun = [] if self.items else self._text("", [])
-        return begun + self._close("incomplete" if reason == "length" else "completed")
+        cut = reason == "length" or (self._reader is not None and self._reader.cut)
+        return begun + self._close("incomplete" if cut else "completed")
 
     def _text(self, text: str, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
@@ -352,7 +353,7 @@ def _envelope(asked: _Request, status: str) -> dict[str, Any]:
 
 async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes, None]:
     """The first ones come with the first tokens: until then, the request can be refused."""
-    items = _Items(asked.plan, asked.params.logprobs)
+    items = _Items(asked.plan, asked.params.logprobs, whole=may_cut(asked.params))
     sequence = 0
 
     def sent(events: Sequence[dict[str, Any]]) -> bytes:
@@ -372,7 +373,7 @@ async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes,
             found, begun = begun, []
             for delta in deltas:
                 reason = delta.finish_reason
-                found += items.feed(delta.text, delta.token_ids, delta.logprobs, last=reason is not None)
+                found += items.feed(delta.text, delta.token_ids, delta.logprobs, reason)
             if found:
                 yield sent(found)
         answer = _answer(asked, items, reason, stream.cached_tokens)

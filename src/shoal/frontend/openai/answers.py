@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+from shoal.frontend.token_places import is_text
 from shoal.types import CompletionOutput, Logprob, Logprobs
 
 _LEAST = -9999.0  # JSON has no infinity; OpenAI's API writes this for a token that can't be
@@ -27,7 +28,7 @@ def completion_choice(output: CompletionOutput) -> dict[str, Any]:
     return {
         "index": output.index,
         "text": output.text,
-        "logprobs": None if wanted is None else completion_logprobs(output.token_ids, wanted),
+        "logprobs": None if wanted is None else completion_logprobs(output.token_ids, wanted, output.text_offsets),
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
@@ -44,14 +45,20 @@ def chat_logprobs(tokens: Sequence[int], logprobs: Sequence[Logprobs], top: int)
 
 
 def completion_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[Logprobs | None], *, first: str = "", offset: int = 0
+    tokens: Sequence[int], logprobs: Sequence[Logprobs | None], offsets: Sequence[int] | None, *, first: str = ""
 ) -> dict[str, Any]:
-    """Four lists over positions. `first`: the text of a token of which nothing is known, which is a prompt's first;
-    `offset`: how many characters stand before these tokens."""
+    """Four lists over positions.
+
+    Args:
+        offsets: where the tokens begin in the text. None: nobody knows, and each is as long as it reads.
+        first: how a token reads of which nothing is known, which is a prompt's first.
+    """
     known = list(zip(tokens, logprobs, strict=False))
-    texts = [first if each is None else _text(token, each[token]) for token, each in known]
+    texts = [first if each is None else _legacy_name(token, each[token]) for token, each in known]
+    if offsets is None:
+        offsets = list(accumulate(map(len, texts), initial=0))
     return {
-        "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)) if texts else [],
+        "text_offset": list(offsets[: len(texts)]),
         "tokens": texts,
         "token_logprobs": [None if each is None else finite(each[token].logprob) for token, each in known],
         "top_logprobs": [None if each is None else _likeliest(each) for _, each in known],
@@ -72,10 +79,10 @@ def _known(found: Logprob) -> dict[str, Any]:
 
 
 def _likeliest(each: Logprobs) -> Mapping[str, float]:
-    """By text. Tokens that read the same, such as halves of a character, are one entry, the likeliest's."""
+    """By text. Tokens that read the same are one entry, the likeliest's."""
     found: dict[str, float] = {}
     for token, known in each.items():
-        text = _text(token, known)
+        text = _legacy_name(token, known)
         found[text] = max(finite(known.logprob), found.get(text, -math.inf))
     return found
 
@@ -90,8 +97,27 @@ def _rank(known: Logprob) -> float:
 
 
 def _token(token: int, known: Logprob) -> dict[str, Any]:
-    text = _text(token, known)
-    return {"token": text, "logprob": finite(known.logprob), "bytes": list(text.encode("utf-8", "replace"))}
+    text, own = _text(token, known), known.token_bytes
+    name = text if own is None or is_text(own) else spelled(own)
+    return {
+        "token": name,
+        "logprob": finite(known.logprob),
+        "bytes": list(text.encode("utf-8", "replace") if own is None else own),
+    }
+
+
+def spelled(own: bytes) -> str:
+    """A part of a character as OpenAI's API shows it: \\xe4\\xb8."""
+    return own.decode("utf-8", "backslashreplace")
+
+
+def legacy_name(text: str, own: bytes | None) -> str:
+    """How the older API calls a token: as it reads, or bytes:\\xe4\\xb8."""
+    return text if own is None or is_text(own) else f"bytes:{spelled(own)}"
+
+
+def _legacy_name(token: int, known: Logprob) -> str:
+    return legacy_name(_text(token, known), known.token_bytes)
 
 
 def _text(token: int, known: Logprob) -> str:
