@@ -8,10 +8,10 @@ from shoal.types import FinishReason, Logprobs
 @dataclass(frozen=True, slots=True)
 class Delta:
     """New parts of one output. `text` is certain: nothing that comes later changes it. In total the texts of an
-        output's deltas are the text that it has without streaming, and so are tokens and log-probabilities. A token's
+    output's deltas are the text that it has without streaming, and so are tokens and log-probabilities. A token's
     offset may lie behind the texts so far. If its text turns out to belong to a stop text, the output ends before it.
 
-        The last one of an output has a `finish_reason`.
+    The last one of an output has a `finish_reason`.
     """
 
     index: int  # of the output, below `n`
