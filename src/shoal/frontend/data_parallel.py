@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from shoal import env
 from shoal.errors import ConfigError, EngineError
+from shoal.forks import Owner
 from shoal.observe.logging import get_logger
 from shoal.transport.member import Address, Member
 from shoal.transport.rendezvous import Rendezvous
@@ -41,6 +42,7 @@ class DataParallelRank:
         """
         self.rank = place.rank
         self.size = place.size
+        self._owner = Owner("DataParallelRank")
         self._results_timeout = results_timeout
         self._gathered = 0
         address = Address(place.master_ip, place.master_port)
@@ -78,8 +80,10 @@ class DataParallelRank:
         called again, by all of them.
 
         Raises:
-            EngineError: a rank has failed, or not all came within the deadline; it says which, and with which prompts.
+            EngineError: a rank has failed, or not all came within the deadline; it says which, and with which prompts;
+                or this process was forked from the rank.
         """
+        self._owner.check()
         payload = json.dumps([[index, value] for index, value in results.items()]).encode()
         self._gathered += 1  # what was posted before stays there
         topic, done = f"results {self._gathered}", f"{_DONE} {self._gathered}"
@@ -99,7 +103,9 @@ class DataParallelRank:
         return f"rank {rank} with {len(indices)} of {self._total} prompts, {_some(indices)}"
 
     def close(self, why: str = "") -> None:
-        """`why`: the failure that the others are told of."""
+        """`why`: the failure that the others are told of. In a forked child it does nothing."""
+        if not self._owner.is_here:
+            return
         self._member.close(why)
         self._close_rendezvous()
 

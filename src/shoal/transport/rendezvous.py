@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from shoal import wire
 from shoal.errors import AddressInUse, ConfigError
+from shoal.forks import let_go_in_children
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
 
@@ -152,9 +153,14 @@ class Rendezvous:
             kind = AddressInUse if error.errno == errno.EADDRINUSE else ConfigError
             raise kind(f"can't listen on {address}:{port} ({error.strerror}): choose another port") from None
         self._listener.setblocking(False)
+        let_go_in_children(self)
         self.address = f"{address}:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._serve, daemon=True, name="shoal-rendezvous")
         self._thread.start()
+
+    def let_go(self) -> None:
+        """In a forked child, which would keep the port taken."""
+        self._listener.close()
 
     def close(self) -> None:
         """Idempotent."""
