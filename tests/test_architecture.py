@@ -15,7 +15,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 # Every package may import these.
-COMMON = {"types", "errors", "config", "env", "lazy", "observe", "open_files", "forks", "shoal"}
+COMMON = {"types", "errors", "config", "env", "lazy", "observe", "open_files", "forks", "addresses", "shoal"}
 
 # package -> what else of ours it may import.
 ALLOWED = {

@@ -401,7 +401,7 @@ class Told(Wire, frozen=True):
 
 class ApiSetup(Wire, frozen=True):
     """The first message to an API server process: the model and its options, and what `shoal serve` was told besides.
-    `socket` is the descriptor at which it accepts connections."""
+    `socket` is the descriptor at which it accepts connections, `folder` and `draft_folder` as for an EngineSetup."""
 
     model: str | None
     options: dict[str, Any]
@@ -410,6 +410,8 @@ class ApiSetup(Wire, frozen=True):
     max_model_len: int = 0  # that the replicas have; 0: the process decides itself
     number: int = 0
     socket: int = -1
+    folder: str = ""
+    draft_folder: str = ""
 
 
 class ReplicaState(Wire, frozen=True):
@@ -458,11 +460,14 @@ class Place(Wire, frozen=True):
 
 
 class EngineSetup(Wire, frozen=True):
-    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready."""
+    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready.
+    `folder` and `draft_folder` are where model and draft model were found; "": they are still to be looked for."""
 
     model: str | None
     options: dict[str, Any]
     place: Place = Place()
+    folder: str = ""
+    draft_folder: str = ""
 
 
 # --- replicas and hosts that meet ----------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from shoal import env
+from shoal.addresses import Address, refuse_hidden_loopback
 from shoal.errors import ConfigError, EngineError
 from shoal.forks import Owner
 from shoal.observe.logging import get_logger
-from shoal.transport.member import Address, Member
+from shoal.transport.member import Member
 from shoal.transport.rendezvous import Rendezvous
 
 log = get_logger("data parallel")
@@ -46,6 +47,8 @@ class DataParallelRank:
         self._results_timeout = results_timeout
         self._gathered = 0
         address = Address(place.master_ip, place.master_port)
+        if place.size_local < place.size:
+            refuse_hidden_loopback(place.master_ip, "SHOAL_DP_MASTER_IP")
         self._rendezvous = Rendezvous(address.host, address.port, key=key) if self.rank == 0 else None
         self._total = 0
         try:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from shoal import env, wire
+from shoal.addresses import joined, refuse_hidden_loopback
 from shoal.config import EngineOptions, refuse_online
 from shoal.devices import cpu
 from shoal.errors import ConfigError
@@ -27,6 +29,35 @@ _BUNDLED = "bundled"
 
 
 @dataclass(frozen=True, slots=True)
+class Folders:
+    """Where a model and its draft model are, as absolute paths. They are looked for once: a process that is started
+    later finds them whatever the working directory, or the hub, is by then."""
+
+    model: Path
+    draft: Path | None = None
+
+    @classmethod
+    def find(cls, options: EngineOptions) -> "Folders":
+        """
+        Raises:
+            UserError: as `hub.locate`.
+        """
+        weights = options.model_options.load_format != "dummy"
+        folder = hub.locate(options.model, options.model_options.revision, weights=weights)
+        speculative = options.model_options.speculative_config
+        if speculative is None or speculative.method != "draft_model":
+            return cls(folder)
+        return cls(folder, hub.locate(speculative.model, speculative.revision, weights=weights))
+
+    @classmethod
+    def of(cls, setup: wire.EngineSetup | wire.ApiSetup) -> "Folders | None":
+        """None: they are still to be looked for."""
+        if not setup.folder:
+            return None
+        return cls(Path(setup.folder), Path(setup.draft_folder) if setup.draft_folder else None)
+
+
+@dataclass(frozen=True, slots=True)
 class OpenModel:
     options: EngineOptions
     given: Mapping[str, Any]  # the options as they were given
@@ -40,6 +71,10 @@ class OpenModel:
     def name(self) -> str:
         """As it was given, or the name of the bundled model."""
         return self.options.model or _BUNDLED
+
+    @property
+    def folders(self) -> Folders:
+        return Folders(self.decision.folder, self.decision.draft_folder)
 
     @property
     def vocab_size(self) -> int:
@@ -79,10 +114,11 @@ def open_model(
     own_process: bool = False,
     online: bool = False,
     replicas_elsewhere: bool = False,
+    folders: Folders | None = None,
 ) -> OpenModel:
     """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
     only mean something to what serves are refused. `replicas_elsewhere`: another process has them, and has decided
-    whether this host's memory and devices do; here they are not looked at.
+    whether this host's memory and devices do; here they are not looked at. `folders`: where the model was found.
 
     Raises:
         UserError: model, options and host do not go together; it says what, and the way out.
@@ -101,7 +137,7 @@ def open_model(
     place = by_hand or Deployment.of(options).place
     if replicas_elsewhere:
         place = wire.replace(place, size=options.parallel.data_parallel_size, local_size=0)
-    decision = decide(options, place)
+    decision = decide(options, place, folders)
     from_model = options.model_options.generation_config != "vllm"
     generation = GenerationDefaults.open(decision.folder, sampling=from_model)
     return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
@@ -118,6 +154,8 @@ def _place_by_hand(options: EngineOptions) -> wire.Place | None:
             f"--data-parallel-size {asked}, and SHOAL_DP_SIZE is {found.size}: leave one of them out; with the "
             "variables set, each replica is a process of its own"
         )
+    if found.size_local < found.size:
+        refuse_hidden_loopback(found.master_ip, "SHOAL_DP_MASTER_IP")
     if found.local_assumed:
         log.warning(
             "rank %d counts on having this host to itself: set SHOAL_DP_RANK_LOCAL and SHOAL_DP_SIZE_LOCAL if several "
@@ -129,24 +167,19 @@ def _place_by_hand(options: EngineOptions) -> wire.Place | None:
         found.size,
         local_rank=found.rank_local,
         local_size=found.size_local,
-        rendezvous=f"{found.master_ip}:{found.master_port}",
+        rendezvous=joined(found.master_ip, found.master_port),
         key=env.cluster_key(),
     )
 
 
-def decide(options: EngineOptions, place: wire.Place | None = None) -> Decision:
+def decide(options: EngineOptions, place: wire.Place | None = None, folders: Folders | None = None) -> Decision:
     """Everything that can be refused before a process is started, is refused here. `place`: of one replica; without it
-    the decision is for all of them.
+    the decision is for all of them. Without `folders` the model is looked for.
 
     Raises:
         UserError: as `open_model`.
     """
-    weights = options.model_options.load_format != "dummy"
-    folder = hub.locate(options.model, options.model_options.revision, weights=weights)
-    speculative = options.model_options.speculative_config
-    draft = None
-    if speculative is not None and speculative.method == "draft_model":
-        draft = hub.locate(speculative.model, speculative.revision, weights=weights)
+    folders = folders or Folders.find(options)
     place = place or wire.Place()
     hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
-    return resolve(options, folder, hardware, draft, place)
+    return resolve(options, folders.model, hardware, folders.draft, place)

@@ -12,6 +12,7 @@ import time
 import click
 
 from shoal import wire
+from shoal.addresses import Address
 from shoal.cluster.arrival import FRONT_END
 from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
 from shoal.config import EngineOptions
@@ -19,12 +20,12 @@ from shoal.engine.core import EngineCore
 from shoal.errors import EngineError
 from shoal.frontend.engine_process import join, start
 from shoal.frontend.engine_server import answer, leave, receive_setup, report
-from shoal.frontend.model import decide
+from shoal.frontend.model import Folders, decide
 from shoal.observe import logging
 from shoal.planner.agreement import agreement
 from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.member import Address, connect
+from shoal.transport.member import connect
 from shoal.transport.process import die_with_parent
 from shoal.transport.relay import Relay
 
@@ -82,7 +83,7 @@ class _FrontEnd:
 
     def __init__(self, setup: wire.EngineSetup) -> None:
         options = EngineOptions.from_flat(setup.model, setup.options)
-        decision = decide(options, setup.place)
+        decision = decide(options, setup.place, Folders.of(setup))
         self.together = shares_experts(decision.cutting)
         self._agreement = agreement(options, decision)
         self._place = setup.place

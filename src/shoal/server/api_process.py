@@ -18,7 +18,7 @@ from shoal import wire
 from shoal.cluster.desk import Answer, Questions
 from shoal.errors import ClosedError, ShoalError
 from shoal.frontend.async_llm import AsyncLLM
-from shoal.frontend.model import OpenModel, open_model
+from shoal.frontend.model import Folders, OpenModel, open_model
 from shoal.observe import logging
 from shoal.server.app import make_app
 from shoal.server.listening import Listening, Server, make_server
@@ -128,7 +128,7 @@ def open_served(setup: wire.ApiSetup) -> OpenModel:
     Raises:
         UserError: the model is not there any more.
     """
-    model = open_model(setup.model, setup.options, online=True, replicas_elsewhere=True)
+    model = open_model(setup.model, setup.options, online=True, replicas_elsewhere=True, folders=Folders.of(setup))
     decision = dataclasses.replace(model.decision, max_model_len=setup.max_model_len)
     return dataclasses.replace(model, decision=decision)
 

@@ -61,7 +61,15 @@ class ApiServers:
         self._llm = llm
         self._desk = llm.desk
         self._given = dict(model.given)
-        self._setup = wire.ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening))
+        draft = model.folders.draft
+        self._setup = wire.ApiSetup(
+            model.options.model,
+            self._given,
+            asdict(settings),
+            asdict(listening),
+            folder=str(model.folders.model),
+            draft_folder="" if draft is None else str(draft),
+        )
         self._socket = sock
         self._slots = [_Slot(number, Restarts(_MOST_RESTARTS)) for number in range(count)]
         self._on_restart = on_restart
