@@ -15,7 +15,10 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 # Every package may import these.
-COMMON = {"types", "errors", "config", "env", "lazy", "observe", "open_files", "import_path", "git_lfs", "shoal"}
+COMMON = {
+    "types", "errors", "config", "env", "lazy", "observe", "open_files", "import_path", "git_lfs", "forks", "addresses",
+    "shoal",
+}  # fmt: skip
 
 # package -> what else of ours it may import.
 ALLOWED = {

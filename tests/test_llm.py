@@ -28,6 +28,7 @@ from shoal import (
 )
 from shoal.errors import CheckpointError, ClosedError, ConfigError, RankFailed, ReplicasFailed
 from shoal.frontend import llm as llm_module
+from shoal.frontend.model import open_model
 from shoal.frontend.tokenizer import open_tokenizer
 from shoal.worker.runner import Runner
 from support import checkpoints
@@ -760,3 +761,21 @@ def test_a_seed_of_minus_one_is_none() -> None:
 def test_a_path_is_a_model(folder: Path) -> None:
     with LLM(folder, **SMALL) as llm:
         assert llm.options.model == str(folder)
+
+
+def test_a_relative_path_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is read later, by this process or by one that is started later, is found from any working directory."""
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    opened = open_model("model", {**SMALL, "data_parallel_size": 2, "speculative_config": {"model": "model"}})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert opened.name == "model"
+    with LLM(opened) as llm:  # its replicas start in the other folder
+        (output,) = llm.chat([{"role": "user", "content": "3 + 4"}], GREEDY, use_tqdm=False)
+        schema = StructuredOutputsParams(regex="[0-9]{2}")
+        (number,) = llm.generate(
+            "3 + 4 =", SamplingParams(temperature=0, max_tokens=8, structured_outputs=schema), use_tqdm=False
+        )
+    assert output.outputs[0].token_ids
+    assert number.outputs[0].text.isdigit()

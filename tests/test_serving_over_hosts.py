@@ -188,6 +188,25 @@ def test_headless_first_and_a_replica_that_is_killed_there() -> None:
 
 
 @needs_hosts
+@pytest.mark.parametrize("link_local", [False, True], ids=["unique-local", "link-local"])
+def test_hosts_that_meet_by_ipv6(link_local: bool) -> None:
+    """In a link-local address each host names its own interface."""
+    with hosts.two_hosts() as (first, second), programs() as start:
+        here = first.link_local if link_local else first.address_v6
+        there = f"{here.partition('%')[0]}%{second.link_local.partition('%')[2]}" if link_local else here
+        common = ["-dp", "1", "--data-parallel-rpc-port", str(PORT), *SMALL]
+        headless = start(*common, "--headless", "--data-parallel-address", there, on=second)
+        door = ["--data-parallel-size-local", "0", "--data-parallel-address", f"[{here}]"]
+        head = start(*common, *door, "--host", "::1", "--port", "0", on=first)
+        headless.await_line(rf"for the front end at \[{re.escape(there)}\]:{PORT}")
+        url = head.await_line(r"(http://\[::1\]:\d+) listens")
+        until(lambda: [each["state"] for each in states(head, url)] == ["ready"], "it is ready", head)
+        assert stream(head, url, PROMPTS[0], tokens=4)
+        top = [*first.inside, sys.executable, "-m", "shoal.cli.main", "top", "--once", url.removeprefix("http://")]
+        assert "ready" in subprocess.run(top, capture_output=True, text=True, check=True).stdout
+
+
+@needs_hosts
 def test_head_first_and_a_host_that_is_cut_off() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         for_head, for_headless = head_and_headless(pair)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shoal import import_path
+from shoal.addresses import host_of, is_local
 from shoal.errors import ConfigError
 
 PREFIX = "SHOAL_"
@@ -101,13 +102,14 @@ def data_parallel() -> DataParallel | None:
         return None
     size = _dp_number("SIZE", 1, 10**6)
     rank = _dp_number("RANK", 0, size - 1)
-    found = _first("SHOAL_DP_MASTER_IP", "VLLM_DP_MASTER_IP") or ("", "127.0.0.1")
-    one_host = found[1] == "localhost" or found[1].startswith("127.")
+    variable, text = _first("SHOAL_DP_MASTER_IP", "VLLM_DP_MASTER_IP") or ("", "127.0.0.1")
+    master = host_of(text, variable)
+    one_host = is_local(master)
     told = _first("SHOAL_DP_SIZE_LOCAL", "VLLM_DP_SIZE_LOCAL") is not None
     size_local = _dp_number("SIZE_LOCAL", 1, size, default=size if one_host else 1)
     rank_local = _dp_number("RANK_LOCAL", 0, size_local - 1, default=rank % size_local)
     port = _dp_number("MASTER_PORT", 1, 65535)
-    return DataParallel(rank, size, rank_local, size_local, found[1], port, not (told or one_host))
+    return DataParallel(rank, size, rank_local, size_local, master, port, not (told or one_host))
 
 
 def _dp_number(name: str, lowest: int, highest: int, default: int | None = None) -> int:

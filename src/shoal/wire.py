@@ -401,9 +401,19 @@ class Told(Wire, frozen=True):
     user_error: bool = False
 
 
+class ModelFiles(Wire, frozen=True):
+    """Where a model and its draft model were found, as absolute paths, and in what state their files were then. A text
+    is empty where there is no such thing, or nobody has looked."""
+
+    folder: str
+    draft_folder: str = ""
+    state: str = ""
+    draft_state: str = ""
+
+
 class ApiSetup(Wire, frozen=True):
     """The first message to an API server process: the model and its options, and what `shoal serve` was told besides.
-    `socket` is the descriptor at which it accepts connections."""
+    `socket` is the descriptor at which it accepts connections, `folder` and `draft_folder` as for an EngineSetup."""
 
     model: str | None
     options: dict[str, Any]
@@ -412,7 +422,7 @@ class ApiSetup(Wire, frozen=True):
     max_model_len: int = 0  # that the replicas have; 0: the process decides itself
     number: int = 0
     socket: int = -1
-    file_states: tuple[str, str] = ("", "")  # as in EngineSetup
+    files: ModelFiles | None = None  # as in EngineSetup
 
 
 class ReplicaState(Wire, frozen=True):
@@ -461,12 +471,13 @@ class Place(Wire, frozen=True):
 
 
 class EngineSetup(Wire, frozen=True):
-    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready."""
+    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready.
+    `folder` and `draft_folder` are where model and draft model were found; "": they are still to be looked for."""
 
     model: str | None
     options: dict[str, Any]
     place: Place = Place()
-    file_states: tuple[str, str] = ("", "")  # of the files of model and draft model, as they were first read
+    files: ModelFiles | None = None  # None: they are still to be looked for
 
 
 # --- grammars ----------------------------------------------------------------------------------------------------

@@ -507,6 +507,8 @@ def test_it_belongs_to_one_loop(setting: Setting) -> None:
     asyncio.run(work())
     with pytest.raises(EngineError, match="belongs to the event loop that used it first"):
         asyncio.run(work())
+    with pytest.raises(EngineError, match="this thread runs none: send the call to the loop's thread"):
+        setting.stream()
 
 
 def test_nobody_is_ready(setting: Setting) -> None:

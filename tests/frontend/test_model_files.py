@@ -72,14 +72,15 @@ def test_what_starts_later_does_not_run_another_model(folder: Path, change: Call
     """A rank, an engine that takes the place of one that has ended, and an API server likewise."""
     options = EngineOptions.from_flat(str(folder), SMALL)
     decision = decide(options)
-    open_served(wire.ApiSetup(str(folder), {}, {}, {}, file_states=decision.file_states))
+    files = wire.ModelFiles(str(folder), state=decision.file_states[0])
+    open_served(wire.ApiSetup(str(folder), {}, {}, {}, files=files))
     change(folder)
     with pytest.raises(UserError, match="has changed since Shoal read it first"):
         build_engine(options, decision)
     with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
-        start(wire.EngineSetup(str(folder), dict(SMALL), file_states=decision.file_states), None)
+        start(wire.EngineSetup(str(folder), dict(SMALL), files=files), None)
     with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
-        open_served(wire.ApiSetup(str(folder), {}, {}, {}, file_states=decision.file_states))
+        open_served(wire.ApiSetup(str(folder), {}, {}, {}, files=files))
 
 
 def test_a_draft_model_that_has_changed(folder: Path, tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 
 import shoal
-from shoal.engine.grammar import Grammars
 from shoal.frontend.structured import grammar_text
 from shoal.server.app import openai_app
 from shoal.server.errors import Refusal
 from shoal.server.settings import ServerSettings
 from shoal.server.tools.choice import plan_tools
+from shoal.structured.matcher import Grammar, Vocabulary
 from shoal.types import FinishReason, StructuredOutputsParams
 from support.fake_backend import FakeBackend
 
@@ -45,7 +45,7 @@ def test_arguments_are_an_object_whatever_the_schema_leaves_open(parameters: Any
     function = {"name": "pick"} | ({} if parameters is None else {"parameters": parameters})
     plan = plan_tools([{"type": "function", "function": function}], choice, None)
     text = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")
-    grammar = Grammars(lambda: text, (1,), 640).compile(grammar_text(StructuredOutputsParams(json=plan.schema)))
+    grammar = Grammar.compile(grammar_text(StructuredOutputsParams(json=plan.schema)), Vocabulary(text, (1,), 640))
     encode = Tokenizer.from_str(text).encode
     found = []
     for arguments in ARGUMENTS:

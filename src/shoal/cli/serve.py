@@ -16,7 +16,10 @@ _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0: all of this host's"
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="address to listen on; 0.0.0.0: all of this host's; [::]: with IPv6",
 )
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one is taken")
 @click.option(

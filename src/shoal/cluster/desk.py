@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from shoal import wire
 from shoal.cluster.fleet import Fleet
 from shoal.errors import ClosedError, ConfigError, EngineError, ShoalError, UserError
+from shoal.forks import Owner
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 
@@ -96,6 +97,7 @@ class Desk:
 
     def __init__(self, fleet: Fleet, verbs: Mapping[str, Verb] | None = None) -> None:
         self._fleet = fleet
+        self._owner = Owner("AsyncLLM")
         self._verbs: dict[str, Verb] = {
             "status": lambda _: wire.encode(fleet.status()),
             "started": lambda _: b"yes" if fleet.started else b"",
@@ -136,8 +138,9 @@ class Desk:
         """Has the desk's thread do it.
 
         Raises:
-            ClosedError: it has ended.
+            ClosedError: it has ended, or is a thread of the process from which this one was forked.
         """
+        self._owner.check()
         with self._lock:
             if self._ended or self._closing:
                 raise ClosedError(self._failure or _CLOSED)
@@ -150,7 +153,9 @@ class Desk:
         return self._failure
 
     def close(self) -> None:
-        """Ends the fleet. Idempotent."""
+        """Ends the fleet; in a forked child it does nothing. Idempotent."""
+        if not self._owner.is_here:
+            return
         self._closing = True
         self._fleet.wake()
         self._thread.join(_JOIN_S)

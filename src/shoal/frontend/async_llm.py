@@ -14,6 +14,7 @@ from shoal.cluster.desk import Answer as Message
 from shoal.cluster.desk import Desk, Line
 from shoal.config import EngineOptions, from_environment
 from shoal.errors import ClosedError, EngineError, Overdue, QueueFull, RequestError, ShoalError, Unavailable
+from shoal.forks import Owner
 from shoal.frontend.deltas import Delta
 from shoal.frontend.fleet import start_fleet
 from shoal.frontend.model import OpenModel, name_of, open_model
@@ -42,7 +43,10 @@ _MOST_REPLICAS = 1 << 31
 
 
 class AsyncLLM:
-    """Takes what `LLM` takes, and the options of `shoal serve`. All calls come from one event loop.
+    """Takes what `LLM` takes, and the options of `shoal serve`. All calls come from one event loop, and from the
+    process that has made it: in a child that was forked they are refused, and its end does nothing to the replicas. (A
+    child that is forked by hand must end by `os._exit`, as those of `multiprocessing` do: asyncio's own loop is shared
+    with it, and would be closed for both.)
 
     Requests may be made at once: they wait for the replicas, which take seconds to start. `await llm.ready()` to know.
 
@@ -63,6 +67,7 @@ class AsyncLLM:
         fleet that somebody else has; without it one is started here."""
         if not isinstance(model, OpenModel):
             model = open_model(name_of(model), {**from_environment(online=True), **options}, online=True)
+        self._owner = Owner("AsyncLLM")
         self._model = model
         self._reader = model.reader()
         seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
@@ -337,7 +342,9 @@ class AsyncLLM:
         return True
 
     def close(self) -> None:
-        """Ends all replicas that were started here, and all requests. Idempotent."""
+        """Ends all replicas that were started here, and all requests; in a forked child it does nothing. Idempotent."""
+        if not self._owner.is_here:
+            return
         self._closed = True
         self._grammars.close()
         if self._desk is not None:
@@ -363,11 +370,21 @@ class AsyncLLM:
     # --- from the desk's thread to the loop ----------------------------------------------------------------------
 
     def _bind_loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.get_running_loop()
+        self._owner.check()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise EngineError(
+                "an AsyncLLM is used from an event loop, and this thread runs none: send the call to the loop's thread "
+                "with asyncio.run_coroutine_threadsafe"
+            ) from None
         if self._loop is None:
             self._loop = loop
         elif self._loop is not loop:
-            raise EngineError("an AsyncLLM belongs to the event loop that used it first: make one for each loop")
+            raise EngineError(
+                "an AsyncLLM belongs to the event loop that used it first: make one for each loop, or send the call to "
+                "that loop with asyncio.run_coroutine_threadsafe"
+            )
         return loop
 
     def _deliver(self, message: Message) -> None:

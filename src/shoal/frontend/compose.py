@@ -11,7 +11,9 @@ from shoal.devices import cpu
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler import Limits
 from shoal.engine.speculation import make_guessers
+from shoal.errors import ConfigError
 from shoal.executors.base import Links, RankExecutor
+from shoal.forks import Owner
 from shoal.frontend.generation import GenerationDefaults
 from shoal.frontend.grammar_host import grammar_pool
 from shoal.lazy import load
@@ -40,6 +42,8 @@ def build_engine(
         UserError, EngineError: as the executor says.
     """
     begun = time.monotonic()
+    if decision.backend in _IN_PROCESS:
+        _check_threads_of_torch()
     for reason in decision.reasons:
         log.info("%s", reason)
     for warning in decision.warnings:
@@ -79,6 +83,24 @@ def build_engine(
         make_guesser=make_guessers(options.model_options.speculative_config),
         lockstep=lockstep,
     )
+
+
+_IN_PROCESS = ("uni", "threads")
+_first_in_process: list[Owner] = []  # the process in which ranks ran first
+
+
+def _check_threads_of_torch() -> None:
+    """
+    Raises:
+        ConfigError: ranks have run in the process from which this one was forked.
+    """
+    if not _first_in_process:
+        _first_in_process.append(Owner("rank"))
+    if not _first_in_process[0].is_here:
+        raise ConfigError(
+            "a rank can't run in this process: it was forked from one in which ranks have run, and PyTorch's threads "
+            "have not come along: start it with spawn instead of fork, or use --distributed-executor-backend mp"
+        )
 
 
 def _window(decision: Decision) -> int | None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from shoal import wire
+from shoal.addresses import Address
 from shoal.cluster.lockstep import Joined, LocalLockstep
 from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
 from shoal.cluster.replica import EngineProcess, EngineThread, Replica, close_all
@@ -21,7 +22,6 @@ from shoal.planner.agreement import agreement
 from shoal.planner.layout import shares_experts
 from shoal.protocols import EngineClient
 from shoal.transport.channel import Channel
-from shoal.transport.member import Address
 from shoal.transport.rendezvous import Rendezvous
 
 _START_PHASES = 5  # each of which may take --start-timeout
@@ -114,7 +114,7 @@ def _on_threads(model: OpenModel) -> Callable[[int], Replica]:
     groups = shared_groups(model.options)
 
     def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
-        decision = decide(model.options, setup.place, setup.file_states)
+        decision = decide(model.options, setup.place, model.files)
         return build_engine(model.options, decision, lockstep=lockstep, groups=groups)
 
     def run(channel: Channel) -> None:
@@ -143,7 +143,7 @@ def setup_of(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
     options = {name: value for name, value in model.given.items() if name != "engine_process"}
     if place.local_rank >= model.decision.place.local_size:
         options |= _kv_cache_of_added(model, place.local_rank + 1)
-    return wire.EngineSetup(model.options.model, options, place, model.decision.file_states)
+    return wire.EngineSetup(model.options.model, options, place, model.files)
 
 
 def _kv_cache_of_added(model: OpenModel, replicas: int) -> dict[str, Any]:

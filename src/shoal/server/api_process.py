@@ -128,7 +128,7 @@ def open_served(setup: wire.ApiSetup) -> OpenModel:
     Raises:
         UserError: the model is not there any more, or it is another one.
     """
-    model = open_model(setup.model, setup.options, online=True, replicas_elsewhere=True, file_states=setup.file_states)
+    model = open_model(setup.model, setup.options, online=True, replicas_elsewhere=True, files=setup.files)
     decision = dataclasses.replace(model.decision, max_model_len=setup.max_model_len)
     return dataclasses.replace(model, decision=decision)
 

@@ -62,8 +62,7 @@ class ApiServers:
         self._desk = llm.desk
         self._given = dict(model.given)
         self._setup = wire.ApiSetup(
-            *(model.options.model, self._given, asdict(settings), asdict(listening)),
-            file_states=model.decision.file_states,
+            model.options.model, self._given, asdict(settings), asdict(listening), files=model.files
         )
         self._socket = sock
         self._slots = [_Slot(number, Restarts(_MOST_RESTARTS)) for number in range(count)]
