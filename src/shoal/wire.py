@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 
 Ids = tuple[int, ...]
 
@@ -179,6 +179,8 @@ class RankSetup(Wire, frozen=True):
     meeting: int = 0  # which of those that these replicas have at the rendezvous
     draft_model_path: str = ""  # of speculative decoding
     num_drafts: int = 0  # tokens it guesses at a time
+    overrides: str = "{}"  # JSON that stands over the model's config.json
+    draft_overrides: str = "{}"  # ... and over the draft model's
 
     @property
     def global_rank(self) -> int:

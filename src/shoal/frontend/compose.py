@@ -1,5 +1,6 @@
 """Where the parts come together: from options to a running engine."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -98,7 +99,7 @@ def _grammars(decision: Decision) -> Grammars:
             raise RequestError("structured_outputs need a tokenizer, which this model does not have")
         return tokenizer.serialized()
 
-    eos = GenerationDefaults.open(decision.folder, sampling=False).eos
+    eos = GenerationDefaults.open(decision.folder, sampling=False, overrides=decision.overrides).eos
     return Grammars(serialized, eos, decision.spec.vocab_size)
 
 
@@ -152,6 +153,8 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             address=place.address,
             meeting=place.meeting,
             draft_model_path=str(decision.draft_folder) if decision.draft_folder is not None else "",
+            overrides=json.dumps(dict(decision.overrides)),
+            draft_overrides=json.dumps(dict(decision.draft_overrides)),
             num_drafts=speculative.num_speculative_tokens if speculative is not None else 0,
         )
         for rank, cores in enumerate(rank_cores(decision))

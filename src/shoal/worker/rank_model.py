@@ -1,8 +1,9 @@
 """A model as one rank holds it: its share of the weights, and its layers of the KV cache."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -35,7 +36,8 @@ class RankModel:
 
     def __init__(self, folder: Path, setup: wire.RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
         """Reads config.json; weights come with `load`."""
-        self.spec = read_model(folder, "auto" if draft else setup.model_impl)
+        self._overrides: dict[str, Any] = json.loads(setup.draft_overrides if draft else setup.overrides)
+        self.spec = read_model(folder, "auto" if draft else setup.model_impl, self._overrides)
         self.weight_bytes = 0
         self.kernels = ""  # which, and why
         self._folder = folder
@@ -67,14 +69,14 @@ class RankModel:
             params = params_of(self.spec)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.seed)
         else:
-            checkpoint = open_checkpoint(self._folder)
+            checkpoint = open_checkpoint(self._folder, self._overrides)
             stored, params = checkpoint.tensors, params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
         kernels, why = make_kernels(self._setup.device, self._precision.activations)
         self.kernels = why if self._setup.device != "cpu" else f"{why}, sampling: {load_sampling()[1]}"
         tp = self._mesh.tp
         if isinstance(self.spec, FallbackSpec):
-            config = read_config(self._folder)
+            config = read_config(self._folder, self._overrides)
             self._decoder = build_transformers_model(config, self.spec, self.shard, tp, weights, kernels, device)
         else:
             longest = self._setup.max_model_len
