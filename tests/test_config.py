@@ -239,3 +239,17 @@ def test_every_option_has_a_variable(option: Option, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(f"SHOAL_{option.name.upper()}", str(option.default))
     assert from_environment(online=True)[option.name] == option.default
     assert strange_variables() == []
+
+
+@pytest.mark.parametrize(
+    "value", ['{"rope_theta": 5e5, "a": {"b": [1, null]}}', {"rope_theta": 5e5, "a": {"b": (1, None)}}]
+)
+def test_overrides_are_json(value: object) -> None:
+    options = EngineOptions.from_flat("m", {"hf_overrides": value})
+    assert options.model_options.hf_overrides == {"rope_theta": 5e5, "a": {"b": [1, None]}}
+
+
+@pytest.mark.parametrize("value", ["[1]", "{", "{'a': 1}", 7, {"a": object()}, {"a": float("nan")}, '{"a": NaN}'])
+def test_what_is_no_override(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^--hf-overrides.*JSON"):
+        EngineOptions.from_flat("m", {"hf_overrides": value})

@@ -106,6 +106,26 @@ def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, 
     raise ConfigError(f"{flag} takes positive integers up to {largest}, {meaning}, got {shown(value)}")
 
 
+def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:
+    """JSON, or a mapping: `{"rope_scaling": {"rope_type": "linear", "factor": 2.0}}`.
+
+    Raises:
+        ConfigError: it is no object, or not all of it is JSON.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{flag} is no JSON: {error}") from None
+    try:
+        found = json.loads(json.dumps(value, allow_nan=False))  # nobody else holds it, and keys are texts
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{flag} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f'{flag} takes a JSON object such as {{"rope_theta": 500000.0}}, got {shown(value)}')
+    return found
+
+
 def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
     """JSON, or a mapping: `{"method": "ngram", "num_speculative_tokens": 4}`, `{"model": "...", ...}`.
 
@@ -170,6 +190,12 @@ class ModelOptions:
     dtype: Dtype = option("auto", "type of weights and activations; auto: the checkpoint's")
     max_model_len: int | None = option(
         None, "longest prompt plus output, in tokens; auto: the model's, if it fits", minimum=1
+    )
+    hf_overrides: Mapping[str, Any] | None = option(
+        None,
+        'fields that stand over config.json: {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}',
+        parse=parse_overrides,
+        metavar="JSON",
     )
     load_format: LoadFormat = option("auto", "dummy: made-up weights, for benchmarks")
     model_impl: ModelImpl = option(

@@ -181,6 +181,8 @@ class RankSetup(Wire, frozen=True):
     num_drafts: int = 0  # tokens it guesses at a time
     file_state: str = ""  # of the model's files, as the engine has read them; "": whatever is there
     draft_file_state: str = ""
+    overrides: str = "{}"  # JSON that stands over the model's config.json
+    draft_overrides: str = "{}"  # ... and over the draft model's
 
     @property
     def global_rank(self) -> int:

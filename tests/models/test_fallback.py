@@ -182,8 +182,8 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "layers of type linear_attention need more than a KV cache",
     ),
     "rope by length": (
-        lambda: config_of("Olmo2") | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
-        "rope scaling dynamic changes with the longest sequence",
+        lambda: config_of("Olmo2") | {"rope_scaling": {"type": "ntk", "factor": 2.0}, "rope_parameters": None},
+        "rope scaling ntk changes with the longest sequence",
     ),
     "rope by layer type": (
         lambda: config_of("Olmo2") | {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}},

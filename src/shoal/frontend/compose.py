@@ -1,5 +1,6 @@
 """Where the parts come together: from options to a running engine."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -71,7 +72,7 @@ def build_engine(
         stages=len(setups[0].stages),
     )
     _log_ready(executor, size, limits.max_model_len, time.monotonic() - begun)
-    eos = GenerationDefaults.open(decision.folder, sampling=False).eos
+    eos = GenerationDefaults.open(decision.folder, sampling=False, overrides=decision.overrides).eos
     return EngineCore(
         executor,
         limits,
@@ -160,6 +161,8 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             address=place.address,
             meeting=place.meeting,
             draft_model_path=str(decision.draft_folder) if decision.draft_folder is not None else "",
+            overrides=json.dumps(dict(decision.overrides)),
+            draft_overrides=json.dumps(dict(decision.draft_overrides)),
             num_drafts=speculative.num_speculative_tokens if speculative is not None else 0,
             file_state=decision.file_states[0],
             draft_file_state=decision.file_states[1],

@@ -123,7 +123,7 @@ def open_model(
         place = wire.replace(place, size=options.parallel.data_parallel_size, local_size=0)
     decision = decide(options, place, files)
     from_model = options.model_options.generation_config != "vllm"
-    generation = GenerationDefaults.open(decision.folder, sampling=from_model)
+    generation = GenerationDefaults.open(decision.folder, sampling=from_model, overrides=decision.overrides)
     return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
 
 

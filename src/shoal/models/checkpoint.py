@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from shoal.errors import CheckpointError
@@ -31,6 +32,8 @@ QUANTIZED = "F8_E4M3"
 _PLAIN = ("F32", "F16", "BF16", "F64")
 LOADABLE = (*_PLAIN, QUANTIZED)
 _SCALES = "_scale_inv"  # behind the name of a quantized tensor
+# How files call the types that weights have.
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _LONGEST_HEADER = 100 * 2**20
 _DIGITS = 16
 # What lies beside the weights and changes the answers too.
@@ -39,6 +42,7 @@ _BESIDE = (
     *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+_COMPARED = 2**20  # bytes of two tensors that are held against each other at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,23 @@ class TensorEntry:
     offset: int
     strides: tuple[int, ...] | None = None  # in elements; None: row by row
     scales: Scales | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def row_major(self) -> bool:
+        """Do its rows lie one after the other?"""
+        if self.strides is None or 0 in self.shape:
+            return True
+        expected = 1
+        for stride, size in reversed(list(zip(self.strides, self.shape, strict=True))):
+            if size > 1 and stride != expected:
+                return False
+            expected *= size
+        return True
 
     @property
     def overlaps(self) -> bool:
@@ -124,9 +145,41 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def dtype_of(entry: TensorEntry) -> str | None:
+    """Its type as config.json calls it; None: none that weights are computed in."""
+    return next((name for name, stored in _STORED.items() if stored == entry.dtype), None)
+
+
+def same_numbers(one: TensorEntry, other: TensorEntry) -> bool:
+    """Do two tensors hold the same numbers, in the same type? Both are read, as far as they are alike. What does not
+    lie row by row counts as different, but where both are one place in a file.
+
+    Raises:
+        CheckpointError: a file can't be read.
+    """
+    if one == other:
+        return True
+    plain = all(entry.dtype in _PLAIN and entry.row_major for entry in (one, other))
+    if not plain or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.file.open("rb") as first, other.file.open("rb") as second:
+            first.seek(one.offset)
+            second.seek(other.offset)
+            left = one.size
+            while left:
+                wanted = min(left, _COMPARED)
+                if first.read(wanted) != second.read(wanted):
+                    return False
+                left -= wanted
+    except OSError as error:
+        raise CheckpointError(f"{one.file} or {other.file} can't be read: {error.strerror}") from None
+    return True
+
+
+def open_checkpoint(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
     """Reads the headers of all shards. Safetensors go before pickled files, and a single file before an index, as in
-    transformers: an index may be left over from an older copy of the model.
+    transformers: an index may be left over from an older copy of the model. `overrides` stand over config.json.
 
     Raises:
         CheckpointError: there are no weights, a shard is missing, or a file is truncated or malformed.
@@ -145,7 +198,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             tensors.update(read(file))
         for file, state in states.items():
             state.check(file, _states([file])[file])
-        return Checkpoint(folder, _with_scales(folder, tensors), states)
+        return Checkpoint(folder, _with_scales(folder, overrides, tensors), states)
     wanted = ", ".join((SINGLE, INDEX, PICKLED_SINGLE))
     raise CheckpointError(f"{folder} has no weights: none of {wanted} and {PICKLED_INDEX} is there")
 
@@ -161,10 +214,10 @@ def _states(files: Iterable[Path]) -> dict[Path, FileState]:
     return found
 
 
-def _with_scales(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _with_scales(folder: Path, overrides: Mapping[str, Any], tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """What is quantized knows its scales, where there are any."""
     scaled = [name for name, entry in tensors.items() if entry.dtype == QUANTIZED and name + _SCALES in tensors]
-    block = weight_block(read_config(folder)) if scaled else None
+    block = weight_block(read_config(folder, overrides)) if scaled else None
     if block is None:
         return tensors
     found = {name: Scales(tensors[name + _SCALES], block) for name in scaled}

@@ -1,7 +1,8 @@
 """A model as one rank holds it: its share of the weights, and its layers of the KV cache."""
 
+import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -34,7 +35,8 @@ class RankModel:
 
     def __init__(self, folder: Path, setup: wire.RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
         """Reads config.json; weights come with `load`."""
-        self.spec = read_model(folder, "auto" if draft else setup.model_impl)
+        self._overrides: dict[str, Any] = json.loads(setup.draft_overrides if draft else setup.overrides)
+        self.spec = read_model(folder, "auto" if draft else setup.model_impl, self._overrides)
         self.weight_bytes = 0
         self.kernels = ""  # which, and why
         self._folder = folder
@@ -66,7 +68,7 @@ class RankModel:
             params = params_of(self.spec)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.seed)
         else:
-            checkpoint = open_checkpoint(self._folder)
+            checkpoint = open_checkpoint(self._folder, self._overrides)
             checkpoint.check_state(self._setup.draft_file_state if self._draft else self._setup.file_state)
             params = params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
@@ -74,7 +76,7 @@ class RankModel:
         self.kernels = why if self._setup.device != "cpu" else f"{why}, sampling: {load_sampling()[1]}"
         tp = self._mesh.tp
         if isinstance(self.spec, FallbackSpec):
-            config = read_config(self._folder)
+            config = read_config(self._folder, self._overrides)
             self._decoder = build_transformers_model(config, self.spec, self.shard, tp, weights, kernels, device)
         else:
             longest = self._setup.max_model_len
