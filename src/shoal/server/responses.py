@@ -125,11 +125,6 @@ def _check(body: ResponsesBody) -> None:
     for name in body.include or ():
         if name != _LOGPROBS:
             raise Refusal(400, f"include may hold {_LOGPROBS}, got {shown(name)}", param="include")
-    for name in ("tools", "text"):
-        try:
-            text_of(getattr(body, name))
-        except ValueError:
-            raise Refusal(400, f"{name} holds a number that JSON does not have", param=name) from None
 
 
 def _format(text: Any) -> dict[str, Any] | None:
