@@ -23,6 +23,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "uni", "threads", "mp"]
 ExpertPlacement = Literal["linear", "round_robin"]
 All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
+SchedulingPolicy = Literal["priority", "fcfs"]
 ModelImpl = Literal["auto", "shoal", "transformers"]
 GenerationConfig = Literal["auto", "vllm"]
 
@@ -247,6 +248,12 @@ class SchedulerOptions:
 
     max_num_seqs: int = option(256, "requests that run at the same time", minimum=1)
     max_num_batched_tokens: int = option(2048, "tokens computed in one step", minimum=1)
+    scheduling_policy: SchedulingPolicy = option(
+        "priority",
+        "priority: a request may say how soon it goes (lower goes first); fcfs: all wait in line, and one that does is "
+        "refused",
+        local=True,
+    )
     max_in_flight: int | None = option(
         None, "steps handed to the ranks before the first one's tokens are known; auto: one more than stages", minimum=1
     )

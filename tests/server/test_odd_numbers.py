@@ -1,4 +1,4 @@
-"""Numbers that JSON does not have, or that no 64-bit float holds, in every field of every endpoint: refused, never a 500.
+"""Numbers that JSON does not have, or no 64-bit float holds, in every field of every endpoint: refused, never a 500.
 
 The fields are those of the server's own description, so that an endpoint that is added is tried as well.
 """

@@ -37,6 +37,9 @@ _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 @click.option("--enable-auto-tool-choice", is_flag=True, help="as --tool-call-parser says by itself")
 @click.option("--max-logprobs", default=20, show_default=True, help="likeliest tokens that may be asked for; -1: all")
 @click.option(
+    "--return-tokens-as-token-ids", is_flag=True, help="log-probabilities call tokens token_id:17, unless asked not to"
+)
+@click.option(
     "--max-request-bytes", default="32MiB", show_default=True, metavar="BYTES", help="size of a request's body, at most"
 )
 @click.option("--disable-docs", is_flag=True, help="no /docs, /redoc and /openapi.json")
@@ -83,6 +86,7 @@ def serve(
     trust_request_chat_template: bool,
     enable_auto_tool_choice: bool,
     max_logprobs: int,
+    return_tokens_as_token_ids: bool,
     disable_docs: bool,
     api_server_count: int,
     shutdown_timeout: float,
@@ -107,6 +111,7 @@ def serve(
         trust_request_chat_template=trust_request_chat_template,
         tool_call_parser=tool_call_parser,
         max_logprobs=max_logprobs,
+        return_tokens_as_token_ids=return_tokens_as_token_ids,
         max_request_bytes=parse_bytes(max_request_bytes, "--max-request-bytes"),
         disable_docs=disable_docs,
         root_path=root_path,

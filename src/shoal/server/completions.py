@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from shoal.frontend.deltas import Delta
 from shoal.frontend.openai.answers import completion_choice, completion_logprobs, positions, usage
-from shoal.frontend.prompts import Job
+from shoal.frontend.prompts import Job, salted
 from shoal.server.backend import TokenStream
 from shoal.server.encoding import text_of
 from shoal.server.errors import ANSWERING, Refusal
@@ -19,6 +19,7 @@ from shoal.server.running import (
     Place,
     RankHeader,
     Service,
+    TokenForms,
     begin,
     check_outputs,
     close,
@@ -48,6 +49,7 @@ class _Request:
     params: SamplingParams
     empty: bool  # max_tokens is 0: nothing but the prompt is wanted
     prompt_logprobs: bool  # they are asked for by name
+    forms: TokenForms
     usage: bool  # a last chunk says it
     usage_always: bool  # so does every other
 
@@ -59,9 +61,6 @@ class _Echo:
     tokens: tuple[int, ...]
     text: str = ""
     first: str = ""  # the text of its first token
-
-    def logprobs(self, known: Sequence[Any]) -> dict[str, Any]:
-        return completion_logprobs(self.tokens, known, first=self.first)
 
 
 def routes(service: Service) -> APIRouter:
@@ -111,7 +110,12 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
     names = names_of(given, chat=False)
     jobs = [
         await prepared(
-            partial(service.llm.prepare, prompt, params, add_special_tokens=body.add_special_tokens is not False),
+            partial(
+                service.llm.prepare,
+                salted(prompt, body.cache_salt),
+                params,
+                add_special_tokens=body.add_special_tokens is not False,
+            ),
             len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]),
             params,
             names=names,
@@ -120,7 +124,7 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         for i, prompt in enumerate(prompts)
     ]
     return _Request(
-        id=identifier("cmpl"),
+        id=identifier("cmpl", body.request_id),
         created=int(time.time()),
         model=model,
         jobs=jobs,
@@ -128,6 +132,7 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         params=params,
         empty=empty,
         prompt_logprobs=body.prompt_logprobs is not None,
+        forms=TokenForms.of(service, body),
         usage=usage_wanted,
         usage_always=usage_always,
     )
@@ -164,7 +169,9 @@ def _echo(service: Service, job: Job, *, wanted: bool) -> _Echo:
     tokenizer = service.llm.tokenizer
     if not wanted or tokenizer is None:
         return _Echo(job.tokens)
-    text = job.prompt if job.prompt is not None else tokenizer.decode(job.tokens, skip_special_tokens=False)
+    text = job.prompt if job.params.truncate_prompt_tokens is None else None
+    if text is None:
+        text = tokenizer.decode(job.tokens, skip_special_tokens=False)
     return _Echo(job.tokens, text, tokenizer.token_text(job.tokens[0]))
 
 
@@ -194,18 +201,24 @@ def _choice(asked: _Request, output: RequestOutput, each: CompletionOutput, echo
     if asked.empty:
         each = replace(each, text="", token_ids=(), finish_reason="length", stop_reason=None)
         each = replace(each, logprobs=None if each.logprobs is None else ())
-    choice = completion_choice(each)
+    by_id = asked.forms.named_by_id
+    choice = completion_choice(each, by_id=by_id)
     choice["text"] = echo.text + choice["text"]
     if echo.text and choice["logprobs"] is not None:
-        choice["logprobs"] = _joined(echo, output.prompt_logprobs or (), each.token_ids, each.logprobs or ())
+        known = output.prompt_logprobs or ()
+        choice["logprobs"] = _joined(echo, known, each.token_ids, each.logprobs or (), by_id=by_id)
+    if asked.forms.ids:
+        choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": each.token_ids}
     if asked.prompt_logprobs:
         choice["prompt_logprobs"] = positions(output.prompt_logprobs or ())
     return choice
 
 
-def _joined(echo: _Echo, prompt: Sequence[Any], tokens: Sequence[int], logprobs: Sequence[Any]) -> dict[str, Any]:
+def _joined(
+    echo: _Echo, prompt: Sequence[Any], tokens: Sequence[int], logprobs: Sequence[Any], *, by_id: bool
+) -> dict[str, Any]:
     """Of the prompt's tokens and the output's, as one list."""
-    return completion_logprobs([*echo.tokens, *tokens], [*prompt, *logprobs], first=echo.first)
+    return completion_logprobs([*echo.tokens, *tokens], [*prompt, *logprobs], first=echo.first, by_id=by_id)
 
 
 def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
@@ -264,7 +277,11 @@ def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
 
 def _says_something(choice: Mapping[str, Any]) -> bool:
     return bool(
-        choice["text"] or choice["finish_reason"] or choice["logprobs"] is not None or "prompt_logprobs" in choice
+        choice["text"]
+        or choice["finish_reason"]
+        or choice["logprobs"] is not None
+        or "prompt_logprobs" in choice
+        or choice.get("token_ids")
     )
 
 
@@ -284,13 +301,17 @@ def _chunk_choice(
     found = None
     if logprobs is not None:
         found = (
-            _joined(echo, stream.prompt_logprobs or (), tokens, logprobs)
+            _joined(echo, stream.prompt_logprobs or (), tokens, logprobs, by_id=asked.forms.named_by_id)
             if echo is not None and echo.text
-            else completion_logprobs(tokens, logprobs, offset=offset)
+            else completion_logprobs(tokens, logprobs, offset=offset, by_id=asked.forms.named_by_id)
         )
     choice: dict[str, Any] = {"text": text, "logprobs": found, "finish_reason": finish, "stop_reason": reason}
+    if asked.forms.ids:
+        choice["token_ids"] = tokens
     if echo is not None:
         choice["text"] = echo.text + text
+        if asked.forms.ids:
+            choice["prompt_token_ids"] = echo.tokens
         if asked.prompt_logprobs:
             choice["prompt_logprobs"] = positions(stream.prompt_logprobs or ())
     return choice

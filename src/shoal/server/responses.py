@@ -105,7 +105,11 @@ async def _understood(service: Service, body: ResponsesBody) -> _Request:
     names |= {"structured_outputs": "text.format"} if structured else names_of(given, chat=False)
     params = params_of(service, given, chat=True, read=_READ, plan=plan)
     messages = _messages(body)
-    template = {"chat_template": service.settings.chat_template, "tools": plan.shown}
+    template = {
+        "chat_template": service.settings.chat_template,
+        "tools": plan.shown,
+        "cache_salt": body.cache_salt,
+    }
     job = await prepared(
         partial(service.llm.prepare_chat, messages, params, **template),
         size_of(messages) + size_of(plan.shown),
@@ -113,7 +117,7 @@ async def _understood(service: Service, body: ResponsesBody) -> _Request:
         names=names,
         prompt="input",
     )
-    return _Request(body, identifier("resp"), time.time(), model, job, params, plan)
+    return _Request(body, body.request_id or identifier("resp"), time.time(), model, job, params, plan)
 
 
 def _check(body: ResponsesBody) -> None:

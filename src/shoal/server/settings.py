@@ -22,6 +22,7 @@ class ServerSettings:
     root_path: str = ""  # where a proxy has put the server
     allowed_origins: tuple[str, ...] = ()  # of web pages that may call the server
     max_logprobs: int = 20  # likeliest tokens that a request may ask for at a position; -1: all
+    return_tokens_as_token_ids: bool = False  # where a request does not say
     max_request_bytes: int = 32 << 20  # of a body; see server.limits for why so many
     disable_docs: bool = False  # no /docs, /redoc and /openapi.json
 
