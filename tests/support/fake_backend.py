@@ -10,6 +10,8 @@ from shoal.frontend.chat import ChatTemplate
 from shoal.frontend.deltas import Delta
 from shoal.frontend.prompts import Job, PromptReader
 from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
+from shoal.server.response_store import ResponseStore
+from shoal.server.settings import ServerSettings
 from shoal.types import (
     CompletionOutput,
     FinishReason,
@@ -112,9 +114,14 @@ class FakeBackend:
             chat_template=lambda: ChatTemplate.open(DEMO),
         )  # fmt: skip
 
+        self.store = ResponseStore.of(ServerSettings())
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
+
+    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+        return self.store.verbs[verb](payload)
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         return base or SamplingParams()

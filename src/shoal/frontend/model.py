@@ -7,7 +7,7 @@ from functools import cache
 from os import PathLike
 from typing import Any
 
-from shoal import env, wire
+from shoal import accepted, env, wire
 from shoal.config import EngineOptions, refuse_online
 from shoal.devices import cpu
 from shoal.errors import ConfigError
@@ -81,15 +81,19 @@ def open_model(
     replicas_elsewhere: bool = False,
 ) -> OpenModel:
     """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
-    only mean something to what serves are refused. `replicas_elsewhere`: another process has them, and has decided
-    whether this host's memory and devices do; here they are not looked at.
+    only mean something to what serves are refused; vLLM's that change nothing are noted in the log.
+    `replicas_elsewhere`: another process has them, and has decided whether this host's memory and devices do; here they
+    are not looked at.
 
     Raises:
         UserError: model, options and host do not go together; it says what, and the way out.
     """
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
+    given, notes = accepted.take(given, server=online)
     options = EngineOptions.from_flat(model, given)
+    for note in notes:
+        log.info("%s", note)
     if not online:
         refuse_online(given)
     by_hand = _place_by_hand(options)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from shoal import env, wire
-from shoal.config import EngineOptions
+from shoal.config import Cores, EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.errors import ConfigError
 from shoal.models import manifest
@@ -49,6 +49,7 @@ class Decision:
     model_impl: str = "shoal"  # or "transformers"
     draft_folder: Path | None = None  # of the model that guesses ahead
     draft: ModelSpec | None = None  # ... and what it is
+    cores: Cores | None = None  # as --cpu-cores says; None: all that this process may use
 
 
 def discover(options: EngineOptions) -> Hardware:
@@ -93,6 +94,7 @@ def resolve(
     cutting = plan_cutting(options, spec, draft_spec, place, reasons, warnings)
     here = place.local_size > 0
     if here:
+        hardware = _within(options, place, hardware, reasons)
         _check_devices(options, place, hardware, reasons, warnings)
     else:
         reasons.append("no replica runs on this host: nothing is planned for its memory and devices")
@@ -130,6 +132,7 @@ def resolve(
         model_impl=implementation_of(spec),
         draft_folder=draft_folder,
         draft=draft_spec,
+        cores=options.parallel.cpu_cores if here else None,
     )
 
 
@@ -233,6 +236,32 @@ def _held(shards: Sequence[Shard]) -> str:
         "tokens of the vocabulary": [len(shard.ranges[Cut.VOCAB]) for shard in shards],
     }
     return "; ".join(f"{', '.join(map(str, each))} {what}" for what, each in counts.items())
+
+
+def _within(options: EngineOptions, place: wire.Place, hardware: Hardware, reasons: list[str]) -> Hardware:
+    """The host with no more cores than --cpu-cores names.
+
+    Raises:
+        ConfigError: it names others, or lists for more or fewer ranks.
+    """
+    lists = options.parallel.cpu_cores
+    if not lists:
+        return hardware
+    named = tuple(sorted(core for each in lists for core in each))
+    strange = [core for core in named if core not in hardware.cores]
+    if strange:
+        raise ConfigError(
+            f"--cpu-cores names {', '.join(map(str, strange[:5]))}, which this process may not use: it may use "
+            f"{', '.join(map(str, hardware.cores))}"
+        )
+    ranks = options.parallel.tensor_parallel_size * options.parallel.pipeline_parallel_size * place.local_size
+    if len(lists) not in (1, ranks):
+        raise ConfigError(
+            f"--cpu-cores has {len(lists)} lists, this host {ranks} ranks: give one for each, or one that they share"
+        )
+    reasons.append(f"cores {'|'.join(','.join(map(str, each)) for each in lists)}: as asked")
+    counted = hardware.device == "cpu" and options.parallel.num_devices is None
+    return dataclasses.replace(hardware, cores=named, num_devices=len(named) if counted else hardware.num_devices)
 
 
 def _check_devices(
@@ -343,6 +372,8 @@ def rank_cores(decision: Decision) -> tuple[tuple[int, ...], ...]:
     """The cores of each rank. Replicas on one host share its cores."""
     world, place = len(decision.ranks), decision.place
     first = place.local_rank * world
+    if decision.cores is not None and len(decision.cores) > 1:
+        return decision.cores[first : first + world]
     return tuple(
         cpu.cores_of_rank(decision.hardware.cores, first + rank, place.local_size * world) for rank in range(world)
     )

@@ -13,7 +13,7 @@ from shoal.frontend.deltas import Delta
 from shoal.frontend.openai.answers import chat_choice, chat_logprobs, positions, usage
 from shoal.frontend.prompts import Job
 from shoal.server.backend import TokenStream
-from shoal.server.encoding import text_of
+from shoal.server.encoding import size_of, text_of
 from shoal.server.errors import ANSWERING, Refusal
 from shoal.server.running import (
     Place,
@@ -139,21 +139,6 @@ def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
         "add_generation_prompt": not goes_on if generate is None else generate,
         "continue_final_message": goes_on,
     }
-
-
-def size_of(value: Any) -> int:
-    """About how many characters a value of JSON has."""
-    pending, size = [value], 0
-    while pending:
-        each = pending.pop()
-        if isinstance(each, str):
-            size += len(each)
-        elif isinstance(each, Mapping):
-            pending.extend(each.values())
-        elif isinstance(each, list):
-            size += len(each)
-            pending.extend(each)
-    return size
 
 
 # --- at once -------------------------------------------------------------------------------------------------------

@@ -187,6 +187,9 @@ class ResponsesBody(SamplingFields):
     truncation: str | None = None
     top_logprobs: Annotated[Integer, Field(ge=0)] | None = None
     include: list[str] | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+    reasoning: Object = None
 
 
 class TokenizeBody(TemplateFields):
@@ -261,6 +264,20 @@ class ResponsesAnswer(BaseModel):
     model: str
     output: list[dict[str, Any]]
     usage: dict[str, Any] | None
+
+
+class InputItems(BaseModel):
+    object: str
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    id: str
+    object: str
+    deleted: bool
 
 
 class Model(BaseModel):
