@@ -98,6 +98,27 @@ def test_flags(arguments: list[str], says: str) -> None:
     assert says in found.stderr.splitlines()[-1]
 
 
+def test_flags_with_underscores_and_lists_of_origins() -> None:
+    """As they stand in other people's scripts; the last one is what is refused."""
+    arguments = [
+        "--gpu_memory_utilization",
+        "0.5",
+        "--dtype",
+        "half",
+        "--allowed_origins",
+        '["*"]',
+        "--max_num_seqs",
+        "0",
+    ]
+    for more, says in (
+        ([], "--max-num-seqs must be at least 1"),
+        (["--allowed-origins", "[5]"], "a JSON list of them"),
+    ):
+        program = [sys.executable, "-m", "shoal.cli.main", "serve", *arguments, *more]
+        found = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
+        assert (found.returncode, says in found.stderr) == (2, True), found.stderr
+
+
 def test_a_config_file_and_a_run(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("enable-chunked-prefill: true\nswap-space: 4\nkv_cache_dtype: auto\nmax-tokens: 2\n")

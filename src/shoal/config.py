@@ -17,7 +17,7 @@ from shoal import env
 from shoal.errors import ConfigError
 from shoal.types import shown
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "uni", "threads", "mp"]
@@ -211,7 +211,9 @@ class ModelOptions:
     """Model"""
 
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
-    dtype: Dtype = option("auto", "type of weights and activations; auto: the checkpoint's")
+    dtype: Dtype = option(
+        "auto", "type of weights and activations; auto: the checkpoint's; float and half: float32 and float16"
+    )
     max_model_len: int | None = option(
         None, "longest prompt plus output, in tokens; auto: the model's, if it fits", minimum=1
     )

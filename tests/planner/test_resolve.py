@@ -295,6 +295,11 @@ def test_replicas_share_the_hosts_memory_and_cores(checkpoint: Checkpoint) -> No
     assert cores == list(range(10, 21))
 
 
+@pytest.mark.parametrize(("given", "dtype"), [("half", "float16"), ("float", "float32"), ("bfloat16", "bfloat16")])
+def test_names_of_types(checkpoint: Checkpoint, given: str, dtype: str) -> None:
+    assert decide(checkpoint("llama"), dtype=given).dtype == dtype
+
+
 def test_cores_that_ranks_are_given(checkpoint: Checkpoint) -> None:
     def cores(given: Any, *, local_rank: int = 0, **options: Any) -> tuple[tuple[int, ...], ...]:
         options |= {"tensor_parallel_size": 2, "cpu_cores": given}

@@ -1,5 +1,6 @@
 """`shoal serve`: an OpenAI-compatible server over any layout."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from shoal.cli.options import GroupedCommand, engine_values, serving_flags
 from shoal.config import parse_bytes
 from shoal.errors import ConfigError
 from shoal.frontend.model import open_model
+from shoal.types import shown
 
 _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -146,7 +148,7 @@ def serve(
         stored_response_seconds=stored_response_seconds,
         disable_docs=disable_docs,
         root_path=root_path,
-        allowed_origins=allowed_origins,
+        allowed_origins=_origins(allowed_origins),
     )
     listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
     opened = open_model(model, engine_values(flags), own_process=True, online=True)
@@ -155,6 +157,20 @@ def serve(
 
         return headless.run(opened)
     return run(opened, settings, listening, api_server_count=api_server_count, shutdown_timeout=shutdown_timeout)
+
+
+def _origins(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Each may be a JSON list of origins, as vLLM has them."""
+    found: list[str] = []
+    for each in given:
+        try:
+            listed = json.loads(each) if each.startswith("[") else [each]
+        except (ValueError, RecursionError):
+            listed = None
+        if not isinstance(listed, list) or not all(isinstance(origin, str) for origin in listed):
+            raise ConfigError(f"--allowed-origins takes an origin or a JSON list of them, got {shown(each)}")
+        found += listed
+    return tuple(found)
 
 
 def _template(given: str | None) -> str | None:

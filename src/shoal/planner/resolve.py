@@ -25,6 +25,7 @@ from shoal.planner.memory import RankMemory, StepSize, rank_memory, require_capa
 from shoal.types import Hardware
 
 Backend = Literal["uni", "threads", "mp"]
+_DTYPES = {"float": "float32", "half": "float16"}  # other names that vLLM takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +300,7 @@ def _check_devices(
 
 def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
     wanted = options.model_options.dtype
-    dtype = spec.dtype if wanted == "auto" else wanted
+    dtype = spec.dtype if wanted == "auto" else _DTYPES.get(wanted, wanted)
     if dtype not in ITEM_BYTES:
         raise ConfigError(f"the checkpoint's dtype {dtype} is not supported; choose --dtype {', '.join(ITEM_BYTES)}")
     reasons.append(f"dtype {dtype}: " + ("the checkpoint's" if wanted == "auto" else "as asked"))
