@@ -209,6 +209,10 @@ def test_what_is_shown_reads_as_nearly_the_same(count: int) -> None:
         ("tensor_parallel_split", "2,1", (2, 1)),
         ("pipeline_layer_partition", "3,2,2", (3, 2, 2)),
         ("max_in_flight", "4", 4),
+        ("cpu_cores", "auto", None),
+        ("cpu_cores", "nobind", ()),
+        ("cpu_cores", "0-2", ((0, 1, 2),)),
+        ("cpu_cores", "0-1|2, 5", ((0, 1), (2, 5))),
     ],
 )
 def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: object) -> None:
@@ -225,6 +229,11 @@ def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: 
         ("dtype", "int8", "X must be one of auto"),
         ("device_memory", "lots", "X takes a number of bytes"),
         ("tensor_parallel_split", "2,x", "X takes positive integers"),
+        ("cpu_cores", "0-", "X takes auto, nobind, or cores such as 0-3"),
+        ("cpu_cores", "3-1", "X takes auto, nobind, or cores"),
+        ("cpu_cores", "0|", "X takes auto, nobind, or cores"),
+        ("cpu_cores", "0-99999", "X takes auto, nobind, or cores"),
+        ("cpu_cores", "0-1|1", "X names a core twice"),
     ],
 )
 def test_texts_that_no_option_wants(name: str, text: str, says: str) -> None:

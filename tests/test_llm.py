@@ -30,6 +30,7 @@ from shoal.errors import CheckpointError, ClosedError, ConfigError, RankFailed, 
 from shoal.frontend import llm as llm_module
 from shoal.frontend.model import open_model
 from shoal.frontend.tokenizer import open_tokenizer
+from shoal.types import Prompt
 from shoal.worker.runner import Runner
 from support import checkpoints
 
@@ -100,7 +101,7 @@ def test_public_signatures() -> None:
         *("presence_penalty", "frequency_penalty", "repetition_penalty"),
         *("seed", "max_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "bad_words"),
         *("logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "structured_outputs"),
-        *("detokenize", "skip_special_tokens", "include_stop_str_in_output"),
+        *("detokenize", "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens"),
     ]
 
 
@@ -150,6 +151,23 @@ def test_kinds_of_prompts_are_the_same(bundled: LLM) -> None:
     assert (text.prompt, ids.prompt) == ("1 + 1 =", None)
     assert {each.prompt_token_ids for each in [text, ids, *mixed]} == {tokens}
     assert {each.outputs[0].token_ids for each in [text, ids, *mixed]} == {bare.outputs[0].token_ids}
+
+
+def test_prompts_share_cached_prefixes_by_their_salt(bundled: LLM) -> None:
+    text = "An evening with many words, so that the prompt fills blocks. " * 2
+
+    def cached(salt: str | None) -> int:
+        prompt: Prompt = text if salt is None else {"prompt": text, "cache_salt": salt}
+        return bundled.generate([prompt], GREEDY, use_tqdm=False)[0].num_cached_tokens
+
+    assert [cached(salt) > 0 for salt in ("a", "a", "b", "b", None, None)] == [False, True] * 3
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(llm: LLM) -> None:
+    params = dataclasses.replace(GREEDY, truncate_prompt_tokens=3)
+    cut, short = llm.generate([{"prompt_token_ids": [9, 8, 7, 6, 5]}, {"prompt_token_ids": [7, 6, 5]}], params)
+    assert cut.prompt_token_ids == (7, 6, 5)
+    assert cut.outputs[0].token_ids == short.outputs[0].token_ids
 
 
 def test_no_prompts(llm: LLM) -> None:

@@ -35,9 +35,12 @@ NUMBERS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "min_tokens": ("at least 0", [-1], [0, 16]),
     "logprobs": ("at least 0, or -1", [-2, -HUGE], [-1, 0, HUGE]),
     "prompt_logprobs": ("at least 0, or -1", [-2, -HUGE], [-1, 0, HUGE]),
+    "truncate_prompt_tokens": ("at least 1, or -1", [-2, 0, -HUGE], [-1, 1, HUGE]),
 }
-INTEGERS = {"n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"}
-OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
+INTEGERS = {
+    *("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"),
+}
+OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
 SWITCHES = ["ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"]
 LISTS = ["stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids"]
 

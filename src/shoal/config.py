@@ -17,12 +17,13 @@ from shoal import env
 from shoal.errors import ConfigError
 from shoal.types import shown
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "uni", "threads", "mp"]
 ExpertPlacement = Literal["linear", "round_robin"]
 All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
+SchedulingPolicy = Literal["priority", "fcfs"]
 ModelImpl = Literal["auto", "shoal", "transformers"]
 GenerationConfig = Literal["auto", "vllm"]
 
@@ -32,6 +33,7 @@ LARGEST = 2**63 - 1  # the largest integer that every message between processes 
 _LARGEST_SHARE = 10**6  # of `tensor_parallel_split`
 _MOST_LAYERS = 10**4  # of a stage
 _MOST_DRAFTS = 64
+_MOST_CORES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,48 @@ def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:
     return found
 
 
+Cores = tuple[tuple[int, ...], ...]  # a list for each rank, or one that ranks share; (): no rank keeps to any
+
+
+def parse_cores(value: Any, flag: str) -> Cores | None:
+    """`0-3`, `0-3|4-7`, `0,2|1,3`, `nobind`, or lists of numbers; None for `auto`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if value == "auto":
+        return None
+    if value in ("nobind", "none"):
+        return ()
+    lists = str(value).split("|") if isinstance(value, str | int) and not isinstance(value, bool) else value
+    found = [_cores(each) for each in lists] if isinstance(lists, list | tuple) and lists else [None]
+    if any(each is None for each in found):
+        raise ConfigError(
+            f"{flag} takes auto, nobind, or cores such as 0-3, with | between those of ranks (0-3|4-7), "
+            f"got {shown(value)}"
+        )
+    cores = tuple(each for each in found if each is not None)
+    named = [core for each in cores for core in each]
+    if len(set(named)) < len(named):
+        raise ConfigError(f"{flag} names a core twice, got {shown(value)}")
+    return cores
+
+
+def _cores(given: Any) -> tuple[int, ...] | None:
+    """Those of one list; None: it is none."""
+    if isinstance(given, list | tuple):
+        whole = bool(given) and all(type(core) is int and 0 <= core < _MOST_CORES for core in given)
+        return tuple(given) if whole else None
+    found: list[int] = []
+    for part in str(given).split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < _MOST_CORES:
+            return None
+        found += range(first, last + 1)
+    return tuple(found)
+
+
 def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
     """JSON, or a mapping: `{"method": "ngram", "num_speculative_tokens": 4}`, `{"model": "...", ...}`.
 
@@ -187,7 +231,9 @@ class ModelOptions:
     """Model"""
 
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
-    dtype: Dtype = option("auto", "type of weights and activations; auto: the checkpoint's")
+    dtype: Dtype = option(
+        "auto", "type of weights and activations; auto: the checkpoint's; float and half: float32 and float16"
+    )
     max_model_len: int | None = option(
         None, "longest prompt plus output, in tokens; auto: the model's, if it fits", minimum=1
     )
@@ -243,6 +289,14 @@ class ParallelOptions:
     )
     device: Device = option("auto", "where ranks compute")
     num_devices: int | None = option(None, "count this host as that many devices", minimum=1, local=True)
+    cpu_cores: Cores | None = option(
+        None,
+        "cores of this host that ranks use: 0-3, shared out, or 0-3|4-7, a list for each; auto: all; nobind: all, and "
+        "threads are bound to none",
+        parse=parse_cores,
+        metavar="CORES",
+        local=True,
+    )
     engine_process: bool = option(False, "run the engine in a process of its own", local=True)
     start_timeout: float = option(600.0, "seconds a start phase may take", minimum=1, local=True)
     step_timeout: float = option(300.0, "seconds a step may take", minimum=1, local=True)
@@ -273,6 +327,12 @@ class SchedulerOptions:
 
     max_num_seqs: int = option(256, "requests that run at the same time", minimum=1)
     max_num_batched_tokens: int = option(2048, "tokens computed in one step", minimum=1)
+    scheduling_policy: SchedulingPolicy = option(
+        "priority",
+        "priority: a request may say how soon it goes (lower goes first); fcfs: all wait in line, and one that does is "
+        "refused",
+        local=True,
+    )
     max_in_flight: int | None = option(
         None, "steps handed to the ranks before the first one's tokens are known; auto: one more than stages", minimum=1
     )

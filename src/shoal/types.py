@@ -15,10 +15,11 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class PromptDict(TypedDict, total=False):
-    """Either of the two."""
+    """Either of the first two. Only prompts with the same `cache_salt` share cached prefixes."""
 
     prompt: str
     prompt_token_ids: Sequence[int]
+    cache_salt: str
 
 
 Prompt = str | PromptDict
@@ -141,8 +142,9 @@ _RANGES = {
     "min_tokens": _Range(0, integer=True),
     "logprobs": _Range(0, integer=True, also=(-1,), note="or -1 for the whole vocabulary"),
     "prompt_logprobs": _Range(0, integer=True, also=(-1,), note="or -1 for the whole vocabulary"),
+    "truncate_prompt_tokens": _Range(1, integer=True, also=(-1,), note="or -1 for as many as the model takes"),
 }
-_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
+_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
 _SWITCHES = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
 _LARGEST_BIAS = 100.0
 _TOKEN_IDS = 1 << 31  # no vocabulary is larger
@@ -185,6 +187,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True  # leave them out of the text
     include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None  # a longer prompt is cut to its last so many tokens
 
     def __post_init__(self) -> None:
         for name, allowed in _RANGES.items():

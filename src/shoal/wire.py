@@ -457,6 +457,35 @@ class FleetStatus(Wire, frozen=True):
     max_model_len: int = 0  # tokens of a prompt and its output; 0: not known before a replica is ready
 
 
+class Turn(Wire, frozen=True):
+    """Items of a stored conversation in their order: what one side said."""
+
+    items: bytes  # a list, in JSON
+    ids: tuple[str, ...]  # of those that have one
+
+
+class KeepResponse(Wire, frozen=True):
+    """A response to be stored. `previous`: the one that it goes on from; `before`: all up to that, in case it is not
+    there any more."""
+
+    id: str
+    response: bytes  # in JSON
+    said: Turn
+    answer: Turn
+    previous: str | None = None
+    before: tuple[Turn, ...] = ()
+
+
+class Turns(Wire, frozen=True):
+    """What a store has, as `Turn.items`."""
+
+    turns: tuple[bytes, ...]
+
+
+class Names(Wire, frozen=True):
+    names: tuple[str, ...]
+
+
 class Place(Wire, frozen=True):
     """Where a replica stands among those of its data-parallel group."""
 
@@ -703,6 +732,9 @@ to_rendezvous: msgspec.msgpack.Decoder[ToRendezvous] = msgspec.msgpack.Decoder(T
 from_rendezvous: msgspec.msgpack.Decoder[FromRendezvous] = msgspec.msgpack.Decoder(FromRendezvous)
 hello: msgspec.msgpack.Decoder[Hello] = msgspec.msgpack.Decoder(Hello)
 fleet_status: msgspec.msgpack.Decoder[FleetStatus] = msgspec.msgpack.Decoder(FleetStatus)
+keep_response: msgspec.msgpack.Decoder[KeepResponse] = msgspec.msgpack.Decoder(KeepResponse)
+turns: msgspec.msgpack.Decoder[Turns] = msgspec.msgpack.Decoder(Turns)
+names: msgspec.msgpack.Decoder[Names] = msgspec.msgpack.Decoder(Names)
 WireError = msgspec.MsgspecError  # what decoding raises
 
 _load_info = msgspec.msgpack.Decoder(LoadInfo)

@@ -12,6 +12,8 @@ from shoal.frontend.deltas import Delta
 from shoal.frontend.prompts import Job, PromptReader
 from shoal.frontend.token_places import TokenPlaces
 from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
+from shoal.server.response_store import ResponseStore
+from shoal.server.settings import ServerSettings
 from shoal.structured.matcher import Grammar, Vocabulary
 from shoal.types import (
     CompletionOutput,
@@ -124,9 +126,14 @@ class FakeBackend:
             chat_template=lambda: ChatTemplate.open(DEMO),
         )  # fmt: skip
 
+        self.store = ResponseStore.of(ServerSettings())
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
+
+    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+        return self.store.verbs[verb](payload)
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         return base or SamplingParams()

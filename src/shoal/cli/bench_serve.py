@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from shoal import env
 from shoal.cli.generate import Interrupted
 from shoal.client.load.report import LIMITS, table
 from shoal.client.load.settings import LoadSettings
@@ -23,7 +24,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.argument("url")
 @click.option("--endpoint", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
 @click.option("--model", metavar="NAME", help="as the server names it  [default: the first that it lists]")
-@click.option("--api-key", metavar="KEY", help="the server's key")
+@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="the server's key")
 @click.option("--num-prompts", type=_COUNT, help="requests  [default: 100, or as many as --duration has room for]")
 @click.option("--duration", type=_POSITIVE, metavar="SECONDS",
               help="after which no request comes; those under way are seen to their end")  # fmt: skip

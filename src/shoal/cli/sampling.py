@@ -40,6 +40,7 @@ _HELP = {
     "detokenize": "make text of tokens",
     "skip_special_tokens": "leave special tokens out of the text",
     "include_stop_str_in_output": "leave the text that ended the output in it",
+    "truncate_prompt_tokens": "cut a longer prompt to its last so many tokens; -1: to what the model takes",
 }
 _ORDER = ("max_tokens", "temperature", "top_p", "top_k")  # what people look for first
 _SHORTHANDS = {

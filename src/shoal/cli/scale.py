@@ -4,6 +4,7 @@ import asyncio
 
 import click
 
+from shoal import env
 from shoal.lazy import load
 
 
@@ -18,7 +19,7 @@ from shoal.lazy import load
     metavar="SECONDS",
     help="how long it may take until all are ready",
 )
-@click.option("--api-key", metavar="KEY", help="the server's key")
+@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="the server's key")
 def scale(url: str, replicas: int, timeout: float, api_key: str | None) -> None:
     """Have the server at URL run so many REPLICAS.
 

@@ -2,6 +2,7 @@
 
 import click
 
+from shoal import env
 from shoal.lazy import load
 
 
@@ -16,7 +17,7 @@ from shoal.lazy import load
     help="from one reading to the next",
 )
 @click.option("--once", is_flag=True, help="print what two readings say, and end; so it is where there is no terminal")
-@click.option("--api-key", metavar="KEY", help="the server's key")
+@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="the server's key")
 def top(url: str, interval: float, api_key: str | None, *, once: bool) -> None:
     """Show what the server at URL does, live.
 

@@ -179,6 +179,8 @@ class AsyncLLM:
         """
         if not isinstance(priority, int) or priority not in _PRIORITIES:
             raise RequestError(f"priority must be an integer from -2**63 to 2**63 - 1, got {shown(priority)}")
+        if priority and self.options.scheduler.scheduling_policy == "fcfs":
+            raise RequestError(f"priority must be 0 with --scheduling-policy fcfs, got {priority}: leave it out")
         if replica is not None and not 0 <= replica < _MOST_REPLICAS:
             raise RequestError(f"there is no replica {shown(replica)}: they are numbered from 0")
         self._bind_loop()

@@ -49,8 +49,9 @@ def build_engine(
         log.info("%s", reason)
     for warning in decision.warnings:
         log.warning("%s", warning)
-    setups = _rank_setups(options, decision)
-    if decision.backend == "uni" and decision.hardware.device == "cpu" and own_process and "torch" not in sys.modules:
+    setups = rank_setups(options, decision)
+    may_bind = own_process and "torch" not in sys.modules and bool(setups[0].cores)
+    if decision.backend == "uni" and decision.hardware.device == "cpu" and may_bind:
         env.prefer(cpu.pinning(setups[0].cores))
     size = options.cache.block_size
     asked = options.model_options.max_model_len
@@ -121,7 +122,8 @@ def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seco
     log.info("engine ready in %.2f s (%s)", seconds, phases)
 
 
-def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSetup]:
+def rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSetup]:
+    """What each rank of the replica is told."""
     size, cutting, place = len(decision.ranks), decision.cutting, decision.place
     speculative = options.model_options.speculative_config
     incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
@@ -145,7 +147,7 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             max_model_len=decision.max_model_len,
             max_num_seqs=options.scheduler.max_num_seqs,
             max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
-            cores=cores,
+            cores=() if decision.cores == () else cores,
             threads=len(cores),
             kv_budget=decision.kv_budgets[rank],
             memory_utilization=options.cache.gpu_memory_utilization,

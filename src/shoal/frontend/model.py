@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from shoal import env, open_files, wire
+from shoal import accepted, env, open_files, wire
 from shoal.addresses import joined, refuse_hidden_loopback
 from shoal.config import EngineOptions, refuse_online
 from shoal.devices import cpu
@@ -99,9 +99,9 @@ def open_model(
     files: wire.ModelFiles | None = None,
 ) -> OpenModel:
     """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
-    only mean something to what serves are refused. `replicas_elsewhere`: another process has them, and has decided
-    whether this host's memory and devices do; here they are not looked at. `files`: where the model was found, and in
-    what state.
+    only mean something to what serves are refused; vLLM's that change nothing are noted in the log.
+    `replicas_elsewhere`: another process has them, and has decided whether this host's memory and devices do; here they
+    are not looked at. `files`: where the model was found, and in what state.
 
     Raises:
         UserError: model, options and host do not go together; it says what, and the way out.
@@ -109,7 +109,10 @@ def open_model(
     open_files.occupy_standard()  # before anything opens a socket
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
+    given, notes = accepted.take(given, server=online)
     options = EngineOptions.from_flat(model, given)
+    for note in notes:
+        log.info("%s", note)
     if not online:
         refuse_online(given)
     by_hand = _place_by_hand(options)

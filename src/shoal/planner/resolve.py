@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal import env, wire
-from shoal.config import EngineOptions
+from shoal.config import Cores, EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.errors import ConfigError
 from shoal.models.fallback import FallbackSpec
@@ -24,6 +24,7 @@ from shoal.planner.memory import RankMemory, StepSize, rank_memory, require_capa
 from shoal.types import Hardware
 
 Backend = Literal["uni", "threads", "mp"]
+_DTYPES = {"float": "float32", "half": "float16"}  # other names that vLLM takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Decision:
     # What stands over config.json, and over the draft model's.
     overrides: Mapping[str, Any] = field(default_factory=dict)
     draft_overrides: Mapping[str, Any] = field(default_factory=dict)
+    cores: Cores | None = None  # as --cpu-cores says; None: all that this process may use
 
 
 def discover(options: EngineOptions) -> Hardware:
@@ -99,6 +101,7 @@ def resolve(
     here = place.local_size > 0
     if here:
         reasons += hardware.limits
+        hardware = _within(options, place, hardware, reasons)
         _check_devices(options, place, hardware, reasons, warnings)
     else:
         reasons.append("no replica runs on this host: nothing is planned for its memory and devices")
@@ -139,6 +142,7 @@ def resolve(
         file_states=(model.state, "" if draft is None else draft.state),
         overrides=model.overrides,
         draft_overrides={} if draft is None else draft.overrides,
+        cores=options.parallel.cpu_cores if here else None,
     )
 
 
@@ -253,6 +257,32 @@ def _held(shards: Sequence[Shard]) -> str:
     return "; ".join(f"{', '.join(map(str, each))} {what}" for what, each in counts.items())
 
 
+def _within(options: EngineOptions, place: wire.Place, hardware: Hardware, reasons: list[str]) -> Hardware:
+    """The host with no more cores than --cpu-cores names.
+
+    Raises:
+        ConfigError: it names others, or lists for more or fewer ranks.
+    """
+    lists = options.parallel.cpu_cores
+    if not lists:
+        return hardware
+    named = tuple(sorted(core for each in lists for core in each))
+    strange = [core for core in named if core not in hardware.cores]
+    if strange:
+        raise ConfigError(
+            f"--cpu-cores names {', '.join(map(str, strange[:5]))}, which this process may not use: it may use "
+            f"{', '.join(map(str, hardware.cores))}"
+        )
+    ranks = options.parallel.tensor_parallel_size * options.parallel.pipeline_parallel_size * place.local_size
+    if len(lists) not in (1, ranks):
+        raise ConfigError(
+            f"--cpu-cores has {len(lists)} lists, this host {ranks} ranks: give one for each, or one that they share"
+        )
+    reasons.append(f"cores {'|'.join(','.join(map(str, each)) for each in lists)}: as asked")
+    counted = hardware.device == "cpu" and options.parallel.num_devices is None
+    return dataclasses.replace(hardware, cores=named, num_devices=len(named) if counted else hardware.num_devices)
+
+
 def _check_devices(
     options: EngineOptions, place: wire.Place, hardware: Hardware, reasons: list[str], warnings: list[str]
 ) -> None:
@@ -288,7 +318,7 @@ def _check_devices(
 
 def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
     wanted = options.model_options.dtype
-    dtype = spec.dtype if wanted == "auto" else wanted
+    dtype = spec.dtype if wanted == "auto" else _DTYPES.get(wanted, wanted)
     if dtype not in ITEM_BYTES:
         raise ConfigError(f"the checkpoint's dtype {dtype} is not supported; choose --dtype {', '.join(ITEM_BYTES)}")
     reasons.append(f"dtype {dtype}: " + ("the checkpoint's" if wanted == "auto" else "as asked"))
@@ -380,6 +410,8 @@ def rank_cores(decision: Decision) -> tuple[tuple[int, ...], ...]:
     """The cores of each rank. Replicas on one host share its cores."""
     world, place = len(decision.ranks), decision.place
     first = place.local_rank * world
+    if decision.cores is not None and len(decision.cores) > 1:
+        return decision.cores[first : first + world]
     return tuple(
         cpu.cores_of_rank(decision.hardware.cores, first + rank, place.local_size * world) for rank in range(world)
     )

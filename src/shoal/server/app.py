@@ -7,7 +7,7 @@ from starlette.types import ASGIApp
 
 from shoal import __version__
 from shoal.frontend.async_llm import AsyncLLM
-from shoal.server import admin, chat, completions, health, models, responses, status, tokenization
+from shoal.server import admin, chat, completions, health, models, responses, status, stored_responses, tokenization
 from shoal.server.backend import Backend
 from shoal.server.dashboard import routes as dashboard
 from shoal.server.errors import add_handlers
@@ -63,6 +63,6 @@ def openai_app(llm: Backend, settings: ServerSettings) -> FastAPI:
     app.add_middleware(CommonMethods)
     app.add_exception_handler(ClientGone, client_gone)
     service = Service(llm, settings)
-    for endpoints in (completions, chat, responses, models, tokenization):
+    for endpoints in (completions, chat, responses, stored_responses, models, tokenization):
         app.include_router(endpoints.routes(service))
     return app

@@ -17,7 +17,7 @@ from shoal.frontend.openai.answers import (
     positions,
     usage,
 )
-from shoal.frontend.prompts import Job
+from shoal.frontend.prompts import Job, salted
 from shoal.frontend.token_places import prompt_starts, prompt_text
 from shoal.server.backend import TokenStream
 from shoal.server.encoding import text_of
@@ -26,6 +26,7 @@ from shoal.server.running import (
     Place,
     RankHeader,
     Service,
+    TokenForms,
     begin,
     check_outputs,
     close,
@@ -56,6 +57,7 @@ class _Request:
     params: SamplingParams
     empty: bool  # max_tokens is 0: nothing but the prompt is wanted
     prompt_logprobs: bool  # they are asked for by name
+    forms: TokenForms
     usage: bool  # a last chunk says it
     usage_always: bool  # so does every other
 
@@ -119,7 +121,12 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
     jobs = [
         await prepared(
             service.llm,
-            partial(service.llm.prepare, prompt, params, add_special_tokens=body.add_special_tokens is not False),
+            partial(
+                service.llm.prepare,
+                salted(prompt, body.cache_salt),
+                params,
+                add_special_tokens=body.add_special_tokens is not False,
+            ),
             len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]),
             params,
             names=names,
@@ -128,7 +135,7 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         for i, prompt in enumerate(prompts)
     ]
     return _Request(
-        id=identifier("cmpl"),
+        id=identifier("cmpl", body.request_id),
         created=int(time.time()),
         model=model,
         jobs=jobs,
@@ -136,6 +143,7 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         params=params,
         empty=empty,
         prompt_logprobs=body.prompt_logprobs is not None,
+        forms=TokenForms.of(service, body),
         usage=usage_wanted,
         usage_always=usage_always,
     )
@@ -173,7 +181,7 @@ def _echo(service: Service, job: Job, *, wanted: bool, alone: bool) -> _Echo:
     tokenizer = service.llm.tokenizer
     if not wanted or tokenizer is None:
         return _Echo(job.tokens)
-    if job.prompt is not None:
+    if job.prompt is not None and job.params.truncate_prompt_tokens is None:
         text = job.prompt
     elif alone:
         text = tokenizer.decode(job.tokens, skip_special_tokens=False)
@@ -211,22 +219,33 @@ def _choice(asked: _Request, output: RequestOutput, each: CompletionOutput, echo
     if asked.empty:
         each = replace(each, text="", token_ids=(), finish_reason="length", stop_reason=None)
         each = replace(each, logprobs=None if each.logprobs is None else ())
-    choice = completion_choice(each)
+    by_id = asked.forms.named_by_id
+    choice = completion_choice(each, by_id=by_id)
     choice["text"] = echo.text + choice["text"]
     if echo.wanted and each.logprobs is not None:
         offsets = choice["logprobs"]["text_offset"]
-        choice["logprobs"] = _joined(echo, output.prompt_logprobs or (), each.token_ids, each.logprobs, offsets)
+        choice["logprobs"] = _joined(
+            echo, output.prompt_logprobs or (), each.token_ids, each.logprobs, offsets, by_id=by_id
+        )
+    if asked.forms.ids:
+        choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": each.token_ids}
     if asked.prompt_logprobs:
         choice["prompt_logprobs"] = positions(output.prompt_logprobs or ())
     return choice
 
 
 def _joined(
-    echo: _Echo, prompt: Sequence[Any], tokens: Sequence[int], logprobs: Sequence[Any], offsets: Sequence[int]
+    echo: _Echo,
+    prompt: Sequence[Any],
+    tokens: Sequence[int],
+    logprobs: Sequence[Any],
+    offsets: Sequence[int],
+    *,
+    by_id: bool,
 ) -> dict[str, Any]:
     """Of the prompt's tokens and the output's, as one list. `offsets`: of the latter, in their own text."""
     behind = [*echo.offsets, *(len(echo.text) + each for each in offsets)]
-    return completion_logprobs([*echo.tokens, *tokens], [*prompt, *logprobs], behind, first=echo.first)
+    return completion_logprobs([*echo.tokens, *tokens], [*prompt, *logprobs], behind, first=echo.first, by_id=by_id)
 
 
 def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
@@ -285,7 +304,11 @@ def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
 
 def _says_something(choice: Mapping[str, Any]) -> bool:
     return bool(
-        choice["text"] or choice["finish_reason"] or choice["logprobs"] is not None or "prompt_logprobs" in choice
+        choice["text"]
+        or choice["finish_reason"]
+        or choice["logprobs"] is not None
+        or "prompt_logprobs" in choice
+        or choice.get("token_ids")
     )
 
 
@@ -303,26 +326,30 @@ def _chunk_choice(
         delta = replace(delta, text="", token_ids=(), logprobs=logprobs, finish_reason=finish, stop_reason=None)
     found = None
     if delta.logprobs is not None:
-        found = _ready_logprobs(waiting.take(delta), stream, echo, first=first)
+        found = _ready_logprobs(waiting.take(delta), stream, echo, first=first, by_id=asked.forms.named_by_id)
     choice: dict[str, Any] = {
         "text": delta.text,
         "logprobs": found,
         "finish_reason": delta.finish_reason,
         "stop_reason": delta.stop_reason,
     }
+    if asked.forms.ids:
+        choice["token_ids"] = delta.token_ids
     if first:
         choice["text"] = echo.text + delta.text
+        if asked.forms.ids:
+            choice["prompt_token_ids"] = echo.tokens
         if asked.prompt_logprobs:
             choice["prompt_logprobs"] = positions(stream.prompt_logprobs or ())
     return choice
 
 
 def _ready_logprobs(
-    ready: Sequence[tuple[int, Logprobs, int]], stream: TokenStream, echo: _Echo, *, first: bool
+    ready: Sequence[tuple[int, Logprobs, int]], stream: TokenStream, echo: _Echo, *, first: bool, by_id: bool
 ) -> dict[str, Any]:
     tokens = [token for token, _, _ in ready]
     logprobs = [known for _, known, _ in ready]
     offsets = [offset for _, _, offset in ready]
     if first and echo.wanted:
-        return _joined(echo, stream.prompt_logprobs or (), tokens, logprobs, offsets)
-    return completion_logprobs(tokens, logprobs, [len(echo.text) + each for each in offsets])
+        return _joined(echo, stream.prompt_logprobs or (), tokens, logprobs, offsets, by_id=by_id)
+    return completion_logprobs(tokens, logprobs, [len(echo.text) + each for each in offsets], by_id=by_id)

@@ -120,7 +120,7 @@ def refusal_of(error: BaseException) -> Refusal:
 # --- fields --------------------------------------------------------------------------------------------------------
 
 _OURS = frozenset(f.name for f in dataclasses.fields(SamplingParams))
-_TEMPLATE = {"tools", "chat_template", "chat_template_kwargs", "continue_final_message"}
+_OTHERS = {"tools", "chat_template", "chat_template_kwargs", "continue_final_message", "priority", "cache_salt"}
 _QUOTED = re.compile(r"^`([\w.\[\]]+)`")
 _MESSAGE = re.compile(r"^message (\d+)(?:, part (\d+))?\b")
 _OVERFLOW = overflow(0).partition("0")[0]
@@ -151,7 +151,7 @@ def of_request(
     found = _WORD.match(message)
     ours = found[1] if found else ""
     if ours not in _OURS:
-        return Refusal(400, message, param=ours if ours in _TEMPLATE else prompt)
+        return Refusal(400, message, param=ours if ours in _OTHERS else prompt)
     theirs = (names or {}).get(ours, ours)
     status = 422 if prepared and ours == "structured_outputs" else 400
     written = message if theirs == ours else re.sub(rf"\b{ours}(\.\w+)?", theirs, message, count=1)

@@ -6,6 +6,7 @@ Pure ASGI, so that a stream passes through without a task or a queue of its own.
 import asyncio
 import hashlib
 import hmac
+import math
 import re
 from array import array
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.server.errors import Refusal
 from shoal.server.memory import Tidier
 from shoal.server.settings import ServerSettings
+from shoal.types import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,8 @@ def check_json(body: bytes, limits: Limits) -> None:
     """What JSON becomes is bounded before it is read: in size, and so deep that no reader of it runs out of stack.
 
     Raises:
-        Refusal: it has more values, or is nested deeper, than `limits` allow; or it is not UTF-8.
+        Refusal: it has more values, or is nested deeper, than `limits` allow; it is not UTF-8; or it has a number that
+            JSON, or a 64-bit float, does not have.
     """
     if b"\0" in body[:4] or body[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16 and UTF-32, which Python would read
         raise Refusal(400, "the body must be UTF-8", code="invalid_json")
@@ -176,7 +179,39 @@ def check_json(body: bytes, limits: Limits) -> None:
         raise Refusal(413, f"the body has more than {limits.body_containers} lists and objects: send fewer prompts")
     if opened > limits.json_depth and nesting(body) > limits.json_depth:
         raise Refusal(400, f"the body is nested deeper than {limits.json_depth} levels", code="invalid_json")
+    _check_numbers(body)
 
+
+def _check_numbers(body: bytes) -> None:
+    """Python reads NaN, Infinity and 1e999, which no answer could repeat and no comparison finds out of a range.
+
+    Raises:
+        Refusal: there is one, outside of texts.
+    """
+    digits = body.translate(_DIGITS)
+    if not (any(mark in body for mark in _NO_NUMBERS) or any(mark in digits for mark in _LONG_NUMBERS)):
+        return
+    for found in _NUMBER.finditer(_STRING.sub(b" ", body)):
+        number = found[0]
+        if not number.lstrip(b"-").isdigit() and not _is_finite(number):
+            text = shown(number[:_SHOWN].decode())
+            why = f"the body has the number {text}, which JSON or a 64-bit float does not have"
+            raise Refusal(400, why, code="invalid_json")
+
+
+def _is_finite(number: bytes) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except ValueError:  # it is no number at all, which is for the parser to say
+        return True
+
+
+_SHOWN = 40
+_NO_NUMBERS = (b"NaN", b"Infinity")
+_NUMBER = re.compile(rb"-?(?:NaN|Infinity|[0-9][0-9.eE+-]*)")
+# Where each digit is a 0: an exponent of three digits, and as many digits as make a number too large for a float.
+_LONG_NUMBERS = (b"e000", b"e+000", b"0" * 309)
+_DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKETS = b"[{]}"

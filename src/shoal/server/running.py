@@ -24,7 +24,10 @@ from shoal.server.tools.choice import ToolPlan
 from shoal.types import RequestOutput, SamplingParams, shown
 
 _QUICK = 2000  # characters of a prompt that is cut into tokens in less time than another thread takes to begin
-_SEEN_TO = ("stream", "stream_options", "priority", "data_parallel_rank")
+_SEEN_TO = (
+    "stream", "stream_options", "priority", "data_parallel_rank", "request_id", "cache_salt", "return_token_ids",
+    "return_tokens_as_token_ids",
+)  # fmt: skip
 _MOST_RANK = 1 << 31
 _MOST_TEXTS = 1024  # that are looked for in each output, and ...
 _MOST_CHARACTERS = 1 << 16  # ... theirs together
@@ -271,8 +274,23 @@ class _Together:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def identifier(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
+def identifier(kind: str, asked: str | None = None) -> str:
+    """`asked`: the request's own name."""
+    return f"{kind}-{asked or uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenForms:
+    """How an answer shows tokens, beside their text."""
+
+    ids: bool  # those of the prompt and of the output, as lists
+    named_by_id: bool  # log-probabilities call a token `token_id:17`
+
+    @classmethod
+    def of(cls, service: Service, body: GenerationFields) -> "TokenForms":
+        named = body.return_tokens_as_token_ids
+        default = service.settings.return_tokens_as_token_ids
+        return cls(bool(body.return_token_ids), default if named is None else named)
 
 
 def respond(value: Any) -> Response:

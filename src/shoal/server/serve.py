@@ -21,6 +21,7 @@ from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
 from shoal.server.listening import LAST_BYTES_S, Listening, make_server
 from shoal.server.metrics import RequestMetrics
+from shoal.server.response_store import ResponseStore
 from shoal.server.settings import ServerSettings
 
 log = get_logger("serve")
@@ -111,7 +112,8 @@ async def _serve(
     signals = _Signals()
     signals.listen()
     metrics = RequestMetrics(model.decision.max_model_len)
-    llm = AsyncLLM(model, recorder=metrics, verbs=metrics.verbs)
+    verbs = metrics.verbs | ResponseStore.of(settings).verbs
+    llm = AsyncLLM(model, recorder=metrics, verbs=verbs)
     try:
         front: _Front = (
             _Here(llm, settings, listening, sock)
