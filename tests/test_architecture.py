@@ -20,9 +20,20 @@ COMMON = {"types", "errors", "config", "env", "lazy", "observe", "open_files", "
 # package -> what else of ours it may import.
 ALLOWED = {
     "cli": {"server", "client", "frontend"},
-    "server": {"frontend", "cluster", "transport", "protocols", "wire"},
+    "server": {"frontend", "structured", "cluster", "transport", "protocols", "wire"},
     "client": set(),
-    "frontend": {"cluster", "engine", "executors", "planner", "devices", "transport", "protocols", "wire"},
+    "structured": set(),
+    "frontend": {
+        "structured",
+        "cluster",
+        "engine",
+        "executors",
+        "planner",
+        "devices",
+        "transport",
+        "protocols",
+        "wire",
+    },
     "cluster": {"transport", "protocols", "wire"},
     "engine": {"protocols", "wire"},
     "executors": {"transport", "protocols", "wire", "devices"},
@@ -46,7 +57,7 @@ ALLOWED = {
 TORCH_FREE = [
     "shoal", "shoal.types", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire", "shoal.protocols",
     "shoal.observe", "shoal.devices", "shoal.transport", "shoal.engine", "shoal.planner", "shoal.cluster",
-    "shoal.frontend", "shoal.server", "shoal.client", "shoal.cli", "shoal.executors.base",
+    "shoal.frontend", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli", "shoal.executors.base",
     "shoal.executors.multiprocess", "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.checkpoint", "shoal.models.registry",
     "shoal.models.families", "shoal.models.fields", "shoal.models.pickled", "shoal.models.pickle_program",

@@ -19,19 +19,19 @@ def grammars() -> Grammars:
 
 def test_a_large_choice_is_taken() -> None:
     choice = StructuredOutputsParams(choice=[f"label {i}" for i in range(20_000)])
-    assert not grammars().compile(grammar_text(choice)).problem
+    assert not grammars().compile(grammar_text(choice).text).problem
 
 
 @pytest.mark.parametrize("regex", ["(a|b|ab)*" * 5000, "(" * 5000 + "a" + ")" * 5000])
 def test_an_expression_with_too_many_states_is_refused(regex: str) -> None:
     with pytest.raises(RequestError, match="can't be used"):
-        grammars().compile(grammar_text(StructuredOutputsParams(regex=regex)))
+        grammars().compile(grammar_text(StructuredOutputsParams(regex=regex)).text)
 
 
 def test_large_grammars_are_not_kept_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     made = grammars()
     monkeypatch.setattr(grammar, "_KEPT_CHARACTERS", 1000)
-    texts = [grammar_text(StructuredOutputsParams(choice=[letter * 400])) for letter in "abcd"]
+    texts = [grammar_text(StructuredOutputsParams(choice=[letter * 400])).text for letter in "abcd"]
     for text in texts:
         made.compile(text)
     compiled: list[str] = []
