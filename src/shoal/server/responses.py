@@ -27,6 +27,7 @@ from shoal.server.running import (
     begin,
     finished,
     identifier,
+    ignored_headers,
     merged,
     names_of,
     params_of,
@@ -75,13 +76,14 @@ async def _respond(service: Service, body: ResponsesBody, place: Place) -> Respo
     streams = begin(service.llm, [asked.job], place)
     if body.stream:
         events = _events(asked, streams[0])
-        return EventStream(await anext(events), events, last=b"")
+        return EventStream(await anext(events), events, last=b"", headers=ignored_headers([asked.job]))
     (output,) = await finished(streams)
     items = _Items(asked.plan, asked.params.logprobs)
     (completion,) = output.outputs
     items.feed(completion.text, completion.token_ids, completion.logprobs, last=True)
     items.end(completion.finish_reason)
-    return respond(_answer(asked, items, completion.finish_reason, output.num_cached_tokens))
+    answer = _answer(asked, items, completion.finish_reason, output.num_cached_tokens)
+    return respond(answer, ignored_headers([asked.job]))
 
 
 async def _understood(service: Service, body: ResponsesBody) -> _Request:
@@ -138,7 +140,8 @@ def _format(text: Any) -> dict[str, Any] | None:
     if wanted is None:
         return None
     if isinstance(wanted, Mapping) and wanted.get("type") == "json_schema":
-        wanted = {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
+        described = {name: wanted[name] for name in ("schema", "strict") if name in wanted}
+        wanted = {"type": "json_schema", "json_schema": described}
     try:
         return structured_of(wanted, "text.format")
     except RequestError as error:
