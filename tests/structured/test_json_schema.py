@@ -204,14 +204,20 @@ IF_X = {"if": {"properties": {"k": {"const": "x"}}, "required": ["k"]}, "then": 
         ({**TAG, "allOf": [IF_X]}, ['{"k":"y"}', '{"k":"x","v":1}', "{}"], ['{"k":"x"}']),
         ({**TAG, "required": ["k"], **IF_X, "else": {"properties": {"v": False}}},
          ['{"k":"y"}', '{"k":"x","v":1}'], ['{"k":"y","v":1}', '{"k":"x"}']),
+        ({**TAG, "additionalProperties": True, **IF_X, "else": {"if": {"properties": {"k": {"const": "y"}}},
+          "then": {"required": ["w"]}}}, ['{"k":"x","v":1}', '{"k":"y","w":1}'], ['{"k":"y"}', "{}"]),
         ({"if": True, "then": {"type": "null"}}, ["null"], ["1"]),
         ({"not": {"type": ["string", "object"]}}, ["1", "[]"], ['"a"', "{}"]),
         ({"enum": ["a", "b"], "not": {"const": "a"}}, ['"b"'], ['"a"']),
         ({"type": "object", "not": {"required": ["a"]}}, ['{"b":1}'], ['{"a":1}']),
         ({"oneOf": [{"type": "object", "properties": {"t": {"const": t}}, "required": ["t"]} for t in "ab"]},
          ['{"t":"a"}', '{"t":"b"}'], ['{"t":"c"}']),
+        ({"discriminator": {"propertyName": "t"},  # no model of pydantic's requires what has a default
+          "oneOf": [{"type": "object", "properties": {"t": {"const": t, "default": t}}} for t in "ab"]},
+         ['{"t":"a"}', '{"t":"b","x":1}'], ["{}", '{"t":"c"}']),
         ({"oneOf": [{"required": ["a"]}, {"required": ["b"]}], "type": "object"}, ['{"a":1}', '{"b":1}'],
          ["{}", '{"a":1,"b":1}']),
+        ({"oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, ['{"a":1}'], ["5", "null"]),
         ({"oneOf": [{"type": "integer", "maximum": 3}, {"type": "integer", "minimum": 4}]}, ["3", "4"], ['"a"']),
         ({"type": "object", "properties": {"a": {}, "b": {}}, "additionalProperties": False, "minProperties": 1},
          ['{"a":1}', '{"b":1}'], ["{}"]),
@@ -220,6 +226,7 @@ IF_X = {"if": {"properties": {"k": {"const": "x"}}, "required": ["k"]}, "then": 
         ({"type": "object", "minProperties": 1}, ['{"a":1}'], ["{}"]),
         ({"allOf": [{"properties": {"a": {"type": "null"}}}], "type": "object", "unevaluatedProperties": False},
          ['{"a":null}'], ['{"b":1}', '{"a":1}']),
+        ({"allOf": [{"type": "integer", "multipleOf": 4}, {"multipleOf": 6}]}, ["12", "0"], ["4", "6"]),
         ({"type": "string", "nullable": True}, ["null", '"a"'], ["1"]),
         ({"type": "string", "minLength": 1.0, "format": "password", "writeOnly": True, "x-order": 3}, ['"a"'], ['""']),
         ({"type": "string", "format": "date"}, ['"2024-02-29"', '"2000-02-29"'], ['"2023-02-29"', '"1900-02-29"']),
@@ -251,6 +258,7 @@ def test_what_is_obeyed(schema: Any, right: list[str], wrong: list[str]) -> None
         ({"type": "string", "pattern": r"\bword"}, "pattern at #"),
         ({"type": "object", "minProperties": 2}, "minProperties at #"),
         ({"type": "integer", "multipleOf": 1000003}, "multipleOf at #"),
+        ({"allOf": [{"type": "integer", "multipleOf": 9973}, {"minimum": 5}]}, "multipleOf at #/allOf/0"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf at #"),
         ({"type": "object", "propertyNames": {"not": {"const": "a"}}}, "propertyNames at #"),
         ({"type": "object", "patternProperties": {"^x": {"const": 1}, "y$": True}}, "patternProperties at #"),
@@ -264,6 +272,20 @@ def test_what_can_not_be_obeyed_is_named(schema: Any, dropped: str) -> None:
     with pytest.raises(RequestError, match=r"^structured_outputs\.json can't be obeyed") as caught:
         prepare(schema, strict=True)
     assert f"{keyword} at {place} is not supported" in str(caught.value)
+
+
+def test_many_conditions_on_one_property_are_one_list_of_cases() -> None:
+    """As alternatives of each its own they would be 3^30."""
+    kinds = [f"k{i}" for i in range(30)]
+    schema = {
+        "type": "object",
+        "properties": {"k": {"enum": kinds}},
+        "required": ["k"],
+        "allOf": [
+            {"if": {"properties": {"k": {"const": kind}}}, "then": {"required": [f"of_{kind}"]}} for kind in kinds
+        ],
+    }
+    check(schema, ['{"k":"k7","of_k7":1}'], ['{"k":"k7"}', '{"k":"k7","of_k8":1}'])
 
 
 def test_what_is_no_schema_is_refused() -> None:
@@ -313,6 +335,7 @@ def test_what_is_nested_too_deeply_is_refused_with_numbers() -> None:
     for given, says in (
         (schema, r"nested too deeply \(10000 levels, 300 are allowed\)"),
         ('{"items":' * 20_000 + "{}" + "}" * 20_000, r"nested too deeply \(20001 levels, 300 are allowed\)"),
+        ({"const": json.loads("[" * 100 + "]" * 100)}, r"nested too deeply \(\d+ levels, 80 are allowed\)"),
         ({"$ref": "#/$defs/0", "$defs": ring}, r"nested too deeply \(\d+ levels, 500 are allowed\)"),
     ):
         with pytest.raises(RequestError, match=says):

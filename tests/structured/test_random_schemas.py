@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import RequestError
+from shoal.structured.composing import grammar_of
 from shoal.structured.json_schema import prepare
 from support.fakes import steady
 from support.grammars import of_schema, written
@@ -102,6 +103,38 @@ def without(schema: dict[str, Any], dropped: tuple[str, ...]) -> dict[str, Any]:
         if name == "patternProperties":
             node.pop("additionalProperties", None)
     return schema
+
+
+junk = st.sampled_from([None, True, 0, -1, 2.5, 1e308, 10**30, "", "#", "#a", "^(", "\ud800", "urn:x", [], [1], ["a"],
+                        [None], {}, {"a": 1}, {"a": ["b"]}, "integer", {"$ref": "#"}, {"propertyName": 5}])  # fmt: skip
+words = st.sampled_from([
+    "type", "enum", "const", "$ref", "$id", "$anchor", "$dynamicRef", "$recursiveRef", "$schema", "allOf", "anyOf",
+    "oneOf", "not", "if", "then", "items", "prefixItems", "contains", "minContains", "maxItems", "uniqueItems",
+    "properties", "patternProperties", "additionalProperties", "required", "maxProperties", "propertyNames",
+    "dependentRequired", "dependencies", "unevaluatedProperties", "minLength", "pattern", "format", "minimum",
+    "exclusiveMaximum", "multipleOf", "nullable", "discriminator", "x-number", "x-guidance", "$defs",
+])  # fmt: skip
+
+
+@settings(steady, max_examples=500)
+@given(schemas, st.lists(st.tuples(words, junk, st.integers(0, 50)), min_size=1, max_size=4), st.booleans())
+def test_what_is_no_schema_is_refused_in_one_line(schema: Any, changes: list[tuple[str, Any, int]], text: bool) -> None:
+    schema = {"allOf": [copy.deepcopy(schema)], "$defs": {"p": {}, "x": {"$anchor": "anchor"}}}
+    for word, value, place in changes:
+        parts = [part for part in inside(schema) if isinstance(part, dict)]
+        parts[place % len(parts)][word] = copy.deepcopy(value)
+    try:
+        grammar_of(prepare(json.dumps(schema) if text else schema, strict=False).schema, " ")
+    except RequestError as error:
+        message = str(error)
+        assert message.startswith("structured_outputs.json"), message
+        assert "\n" not in message
+
+
+def inside(value: Any) -> list[Any]:
+    """The value, and all that it has inside."""
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value, *(each for part in below for each in inside(part))]
 
 
 @settings(steady, max_examples=300)

@@ -5,8 +5,8 @@ from math import perm
 from typing import Any
 
 from shoal.structured.finite import finite_values
-from shoal.structured.literals import is_plain
-from shoal.structured.node import Here, Rewrites, Schema, any_of, integer_of, malformed, same
+from shoal.structured.literals import is_plain, listed_schema
+from shoal.structured.node import Here, Rewrites, Schema, any_of, distinct, integer_of, malformed
 
 _MOST_LISTS = 400  # that lists of different values are spelled out as
 _MOST_PLACES = 8  # where an item that `contains` asks for is looked for
@@ -32,12 +32,14 @@ def array_keywords(
         under = here.under(rest_place)
         lists = None if first or types != ["array"] else _different(rewriter, rest, least, most, under)
         if lists is not None:
-            return True, [{"enum": lists} if lists else False, *extra]
+            return True, [listed_schema(lists), *extra]
         rewriter.skip("uniqueItems", here)
     found: dict[str, Any] = {}
     if first:
-        found["prefixItems"] = [rewriter.child(each, here, place, i) for i, each in enumerate(first)]
-    items = rewriter.child(rest, here, rest_place)
+        found["prefixItems"] = [
+            rewriter.child(each, here, place, i, joined=bool(extra)) for i, each in enumerate(first)
+        ]
+    items = rewriter.child(rest, here, rest_place, joined=bool(extra))
     if items is not True:
         found["items"] = items
     if least:
@@ -96,13 +98,10 @@ def _contains(
 def _different(rewriter: Rewrites, items: Any, least: int, most: int | None, here: Here) -> list[Any] | None:
     """All lists of different values, where there are few."""
     values = finite_values(rewriter, items, here)
-    if values is None or len(values) > 64 or not is_plain(values):
+    if values is None or len(values) > _MOST_LISTS or not is_plain(values):
         return None
-    distinct: list[Any] = []
-    for value in values:
-        if not any(same(value, other) for other in distinct):
-            distinct.append(value)
-    longest = len(distinct) if most is None else min(most, len(distinct))
-    if sum(perm(len(distinct), length) for length in range(least, longest + 1)) > _MOST_LISTS:
+    found = distinct(values)
+    longest = len(found) if most is None else min(most, len(found))
+    if sum(perm(len(found), length) for length in range(least, longest + 1)) > _MOST_LISTS:
         return None
-    return [list(each) for length in range(least, longest + 1) for each in permutations(distinct, length)]
+    return [list(each) for length in range(least, longest + 1) for each in permutations(found, length)]

@@ -21,9 +21,9 @@ def number_keywords(rewriter: Rewrites, words: dict[str, Any], here: Here, *, in
         return False
     ends = [end for end in (bounds.low, bounds.high) if end is not None]
     plain = all(map(numbers.is_plain, ends))
-    if plain and (multiple is None or numbers.is_plain_multiple(multiple)):
+    if plain and (multiple is None or numbers.is_plain_multiple(multiple, joined=here.joined)):
         return _plain_number(bounds, multiple)
-    zeros = numbers.zeros(multiple) if multiple is not None and integer else None
+    zeros = numbers.zeros(multiple) if multiple is not None and integer and not here.joined else None
     if multiple is not None and zeros is None:
         rewriter.skip("multipleOf", here, "of so large a number, or with bounds of so many digits")
         return (

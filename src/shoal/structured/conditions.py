@@ -1,10 +1,12 @@
 """Keywords that hold under a condition: `if`, `not`, `dependentRequired` and their like, as alternatives."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from shoal.structured.finite import finite_values
-from shoal.structured.literals import is_plain
+from shoal.structured.literals import is_plain, listed_schema
 from shoal.structured.node import (
     TYPES,
     Here,
@@ -13,10 +15,11 @@ from shoal.structured.node import (
     Schema,
     all_of,
     any_of,
+    distinct,
+    identity,
     malformed,
     mapping_of,
     names_of,
-    same,
     types_of,
 )
 
@@ -31,15 +34,49 @@ def _if(rewriter: Rewrites, words: dict[str, Any], here: Here) -> list[Schema]:
     if isinstance(condition, bool) or condition == {}:
         chosen = "else" if condition is False else "then"
         return [rewriter.child(words.get(chosen, True), here, chosen, joined=True)]
-    found = _by_tag(rewriter, words, here)
-    if found is None:
+    case = _case(rewriter, words, here)
+    if case is None:
         rewriter.skip("if", here, "where it is not about a property of few values")
         return []
-    return [found]
+    return [_cases([case])]
 
 
-def _by_tag(rewriter: Rewrites, words: dict[str, Any], here: Here) -> Schema | None:
-    """The cases of a condition on one property, whose values are listed: it has some, the others, or is not there."""
+def conditions_together(rewriter: Rewrites, nodes: list[Any], here: Here) -> tuple[list[Schema], set[int]]:
+    """Of schemas in an `allOf`, those that are a condition and nothing else, and their numbers.
+
+    All that are about one property make up one list of alternatives, not each one of its own: of ten lists beside each
+    other the library would have to look at all combinations.
+    """
+    found: dict[str, list[_Case]] = {}
+    numbers: set[int] = set()
+    for i, node in enumerate(nodes):
+        words = rewriter.words(node) if isinstance(node, dict) else {}
+        if "if" in words and words.keys() <= {"if", "then", "else"} and not isinstance(words["if"], bool):
+            case = _case(rewriter, words, here.under("allOf", i, joined=True))
+            if case is None:
+                continue
+            numbers.add(i)
+            if case.name in found or len(found) < _MOST_ALTERNATIVES:
+                found.setdefault(case.name, []).append(case)
+            else:
+                rewriter.skip("if", here.under("allOf", i), f"about more than {_MOST_ALTERNATIVES} properties")
+    return [_cases(cases) for cases in found.values()], numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A condition on one property: it has one of some values, or (unless `needed`) is not there."""
+
+    name: str
+    wanted: set[Any]  # identities of values
+    needed: bool
+    then: Schema
+    otherwise: Schema
+    values: list[Any]  # that the property may have
+    required: bool
+
+
+def _case(rewriter: Rewrites, words: dict[str, Any], here: Here) -> _Case | None:
     tag = _tag(rewriter, words["if"], here.under("if"))
     around = [words, *here.around]
     if tag is None or not any(types_of(each, here) == ["object"] for each in around):
@@ -50,16 +87,31 @@ def _by_tag(rewriter: Rewrites, words: dict[str, Any], here: Here) -> Schema | N
     values = next((each for each in known if each is not None), None)
     if values is None or not is_plain(values):
         return None
-    yes = [value for value in values if any(same(value, each) for each in wanted)]
-    no = [value for value in values if not any(same(value, each) for each in wanted)]
-    then = rewriter.child(words.get("then", True), here, "then", joined=True)
-    otherwise = rewriter.child(words.get("else", True), here, "else", joined=True)
+    inside = replace(here, around=tuple(around))
+    then = rewriter.child(words.get("then", True), inside, "then", joined=True)
+    otherwise = rewriter.child(words.get("else", True), inside, "else", joined=True)
     required = name in chain.from_iterable(names_of(each.get("required", []), "required", here) for each in around)
-    cases = [all_of([_object({name: {"enum": yes}}, [name]), then])] if yes else []
-    cases += [all_of([_object({name: {"enum": no}}, [name]), otherwise])] if no else []
-    if not required:
-        cases.append(all_of([_object({name: False}, []), otherwise if needed else then]))
-    return any_of(cases)
+    return _Case(name, set(map(identity, wanted)), needed, then, otherwise, distinct(values), required)
+
+
+def _cases(cases: list[_Case]) -> Schema:
+    """Conditions on one property, as alternatives: one for all values that fulfil the same of them."""
+    first = cases[0]
+    alike: dict[tuple[bool, ...], list[Any]] = {}
+    for value in first.values:
+        alike.setdefault(tuple(identity(value) in case.wanted for case in cases), []).append(value)
+    found = [
+        all_of([_object({first.name: listed_schema(values)}, [first.name]), *_outcomes(cases, fulfilled)])
+        for fulfilled, values in alike.items()
+    ]
+    if not first.required:
+        outcomes = _outcomes(cases, [not case.needed for case in cases])
+        found.append(all_of([_object({first.name: False}, []), *outcomes]))
+    return any_of(found)
+
+
+def _outcomes(cases: list[_Case], fulfilled: Sequence[bool]) -> list[Schema]:
+    return [case.then if yes else case.otherwise for case, yes in zip(cases, fulfilled, strict=True)]
 
 
 def _tag(rewriter: Rewrites, condition: Any, here: Here) -> tuple[str, list[Any], bool] | None:
@@ -106,8 +158,9 @@ def _not(rewriter: Rewrites, words: dict[str, Any], here: Here) -> list[Schema]:
     unwanted = finite_values(rewriter, node, at)
     wanted = finite_values(rewriter, {name: words[name] for name in words if name in ("type", "enum", "const")}, here)
     if unwanted is not None and wanted is not None and is_plain(wanted):
-        left_over = [value for value in wanted if not any(same(value, each) for each in unwanted)]
-        return [{"enum": left_over} if left_over else False]
+        never = set(map(identity, unwanted))
+        left_over = [value for value in wanted if identity(value) not in never]
+        return [listed_schema(left_over)]
     rewriter.skip("not", here)
     return []
 

@@ -38,6 +38,8 @@ def prepare(schema: Any, *, strict: bool) -> PreparedSchema:
     """
     rewriter = Rewriter(read_schema(schema), strict=strict)
     root, definitions = rewriter.run()
+    _, order = compiled_depth(root, definitions)  # what refers to nothing comes first
+    definitions = {name: definitions[name] for name in order}
     if root is False or not has_value(root, definitions):
         why = ", for what it requires refers to itself without an end" if root is not False else ""
         raise RequestError(f"structured_outputs.json can't be obeyed: no text satisfies the schema{why}")

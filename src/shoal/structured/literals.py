@@ -1,5 +1,6 @@
 """`enum` and `const`: the values that are meant, with numbers of any size."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 from shoal.errors import RequestError
 from shoal.structured import numbers
 from shoal.structured.bounds import bounds_of, multiple_of
-from shoal.structured.node import Here, Schema, any_of, has_type, kind_of, malformed, same
+from shoal.structured.node import Here, Schema, any_of, has_type, identity, kind_of, malformed, too_deep
 
+_MOST_LEVELS = 80  # of lists and objects in a value
 _NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 
 
@@ -25,7 +27,7 @@ class Literals:
         if "const" not in words:
             return None if listed is None else cls(listed)
         value = words["const"]
-        return cls([value] if listed is None or any(same(value, each) for each in listed) else [])
+        return cls([value] if listed is None or identity(value) in map(identity, listed) else [])
 
     def schema(
         self,
@@ -41,6 +43,7 @@ class Literals:
         Raises:
             RequestError: a number in them is too large.
         """
+        _check_depth(self.values)
         fitting = [value for value in self.values if has_type(value, types) and _within(value, words, here)]
         plain = [_emitted(value) for value in fitting if is_plain(value)]
         others = [value for value in fitting if not is_plain(value)]
@@ -69,6 +72,23 @@ def _within(value: Any, words: dict[str, Any], here: Here) -> bool:
     return fits and bounds_of(words, here, integer=False).holds(number)
 
 
+def _check_depth(value: Any) -> None:
+    """
+    Raises:
+        RequestError: a value is nested deeper than the library reads.
+    """
+    level, deepest = [value], -1
+    while level:
+        deepest += 1
+        level = [each for outer in level for each in _inner(outer)]
+    if deepest > _MOST_LEVELS:
+        raise too_deep(deepest, _MOST_LEVELS)
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def is_plain(value: Any) -> bool:
     """The library obeys it exactly."""
     pending = [value]
@@ -83,6 +103,11 @@ def is_plain(value: Any) -> bool:
         ):
             return False
     return True
+
+
+def listed_schema(values: Sequence[Any]) -> Schema:
+    """A schema of these values, which are plain."""
+    return {"enum": [_emitted(value) for value in values]} if values else False
 
 
 def literal(value: Any, here: Here) -> Schema:

@@ -24,12 +24,12 @@ class Here:
     resource: Resource
     level: int = 0  # subschemas around it
     joined: bool = False  # it, or one around it, holds together with others
-    around: tuple[dict[str, Any], ...] = ()  # the schemas whose `allOf` it is in
+    around: tuple[dict[str, Any], ...] = ()  # the schemas whose `allOf`, `then` or `else` it is in
     strict: bool = False
 
     def under(self, *steps: str | int, joined: bool = False) -> "Here":
         place = "/".join([self.place, *(pointer_step(str(step)) for step in steps)])
-        around = self.around if steps[:1] == ("allOf",) else ()
+        around = self.around if steps[0] in ("allOf", "then", "else") else ()
         return Here(place, self.resource, self.level + 1, self.joined or joined, around, self.strict)
 
     def at(self, target: Target) -> "Here":
@@ -55,6 +55,10 @@ Read = Callable[[Rewrites, dict[str, Any], Here], list[Schema]]
 
 def malformed(name: str, here: Here, must: str, value: Any) -> RequestError:
     return RequestError(f"structured_outputs.json: {name} at {here.place} must {must}, got {shown(value)}")
+
+
+def too_deep(levels: int, most: int) -> RequestError:
+    return RequestError(f"structured_outputs.json is nested too deeply ({levels} levels, {most} are allowed)")
 
 
 def types_of(words: dict[str, Any], here: Here) -> list[str] | None:
@@ -126,17 +130,19 @@ def has_type(value: Any, types: list[str] | tuple[str, ...]) -> bool:
     return kind == "number" and "integer" in types and exact(value) == (exact(value) or Decimal(0)).to_integral_value()
 
 
-def same(one: Any, other: Any) -> bool:
-    """Equal as JSON Schema has it: 1 is 1.0, and not true."""
-    if kind_of(one) != kind_of(other):
-        return False
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, int | float | Decimal) and not isinstance(one, bool):
-        return exact(one) == exact(other)
-    return bool(one == other)
+def identity(value: Any) -> Any:
+    """What two values have in common that are equal as JSON Schema has it: 1 is 1.0, and not true."""
+    if isinstance(value, list):
+        return ("array", tuple(map(identity, value)))
+    if isinstance(value, dict):
+        return ("object", frozenset((name, identity(each)) for name, each in value.items()))
+    number = exact(value)
+    return (kind_of(value), value) if number is None else ("number", number)
+
+
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """The values, each once."""
+    return list({identity(value): value for value in reversed(values)}.values())[::-1]
 
 
 def all_of(parts: Sequence[Schema]) -> Schema:

@@ -13,6 +13,7 @@ TERMINAL = "x-number"  # a keyword of our own: the number is matched by this ter
 PLACE = "x-place"  # beside it: where it was asked for
 _PLAIN_DIGITS = 15  # so many make the way through a double and back
 _MOST_DIGITS = 400  # before and behind the point: doubles end at 10^308
+_LARGEST_JOINED = 10
 _LARGEST_MULTIPLE = 10_000  # the library builds a state for each remainder: a million take ten seconds
 
 
@@ -82,12 +83,15 @@ def written(number: Decimal) -> int | float:
     return int(number) if number == ceiling(number) else float(number)
 
 
-def is_plain_multiple(number: Decimal) -> bool:
-    """llguidance can hold numbers against being a multiple of this, in a time to speak of."""
+def is_plain_multiple(number: Decimal, *, joined: bool) -> bool:
+    """llguidance can hold numbers against being a multiple of this, in a time to speak of. `joined`: and of others
+    beside it, of which it takes the least common multiple in 32 bits."""
     value, exponent = float(number), 0
     while value % 1 and exponent < 20:  # as the library finds the coefficient and the power of ten
         value *= 10
         exponent += 1
+    if joined and (value > _LARGEST_JOINED or exponent > 2):
+        return False
     return value <= _LARGEST_MULTIPLE and Fraction(value) == Fraction(number) * 10**exponent
 
 

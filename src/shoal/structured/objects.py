@@ -11,6 +11,7 @@ from shoal.structured.strings import format_keywords, pattern_of
 
 _MOST_CHOICES = 64  # of properties that may be there or not
 _APPLY = ("$ref", "$dynamicRef", "$recursiveRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies")
+_MOST_PATTERNS = 200
 _ANY_NAME = ""  # a pattern
 
 
@@ -68,7 +69,7 @@ class _Members:
             alike.setdefault(repr(schema), []).append(regex)
             schemas[repr(schema)] = schema
         merged = {"|".join(regexes): schemas[key] for key, regexes in alike.items()}
-        if any(not disjoint(one, other) for one, other in combinations(merged, 2)):
+        if len(merged) > _MOST_PATTERNS or any(not disjoint(*pair) for pair in combinations(merged, 2)):
             rewriter.skip("patternProperties", here, "where a name may match two of the patterns")
             self.others = True
         else:

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from shoal.errors import RequestError
-from shoal.structured.node import Schema
+from shoal.structured.node import Schema, too_deep
 
 _MOST_LEVELS = 300  # of lists and objects: more than people write, and few enough for functions that call themselves
 _MOST_CHARACTERS = 8 << 20
@@ -28,10 +28,6 @@ def read_schema(given: Any) -> Schema:
         text = given if isinstance(given, str) else type(given).__name__
         raise RequestError(f"structured_outputs.json must be a JSON schema, which is an object, got {text[:40]}")
     return schema
-
-
-def too_deep(levels: int, most: int) -> RequestError:
-    return RequestError(f"structured_outputs.json is nested too deeply ({levels} levels, {most} are allowed)")
 
 
 def _parsed(text: str) -> Any:

@@ -77,7 +77,7 @@ class References:
             raise RequestError(f"structured_outputs.json: {keyword} at {place} must be a text")
         if keyword == "$recursiveRef":
             self._check_alone(keyword, place, sum(each.recursive for each in self._by_uri.values()))
-        uri, fragment = urldefrag(reference)
+        uri, fragment = ("", reference[1:]) if reference.startswith("#") else urldefrag(reference)
         if uri:
             full = urldefrag(_joined(resource.uri, uri))[0]
             found = self._by_uri.get(full)

@@ -13,7 +13,7 @@ from shoal.errors import RequestError
 from shoal.structured import numbers
 from shoal.structured.arrays import array_keywords
 from shoal.structured.bounds import number_keywords
-from shoal.structured.conditions import CONDITIONS
+from shoal.structured.conditions import CONDITIONS, conditions_together
 from shoal.structured.disjoint import disjoint, exclusive_keys
 from shoal.structured.literals import Literals
 from shoal.structured.node import STRICT, TYPES, Here, Schema, all_of, any_of, malformed, types_of
@@ -54,6 +54,7 @@ class Rewriter:
         self.dropped: dict[str, None] = {}
         self._root = root
         self._strict = strict
+        self._found: dict[tuple[str, str, int], Target] = {}
         self._names: dict[tuple[int, bool], str] = {}
         self._pending: deque[_Pending] = deque()
 
@@ -93,11 +94,16 @@ class Rewriter:
         Raises:
             RequestError: it leads to nothing, or round in a circle.
         """
+        asked = (keyword, reference, id(here.resource)) if isinstance(reference, str) else None
+        if asked in self._found:
+            return self._found[asked]
         seen: set[int] = set()
         while True:
             found = self.references.resolve(keyword, reference, here.resource, here.place)
             words = self.words(found.node) if isinstance(found.node, dict) else {}
             if len(words) != 1 or not (words.keys() & set(_REFERENCES)):
+                if asked is not None:
+                    self._found[asked] = found
                 return found
             if id(found.node) in seen:
                 raise RequestError(
@@ -132,7 +138,11 @@ class Rewriter:
         """The keywords that bind values; the others are annotations or unknown, which comes to the same."""
         if self.references.old and "$ref" in node:
             return {"$ref": node["$ref"]}
-        return {name: value for name, value in node.items() if name in _KNOWN}
+        return {
+            name: value
+            for name, value in node.items()
+            if name in _KNOWN or (name == "discriminator" and "oneOf" in node)
+        }
 
     def schema(self, node: Any, here: Here) -> Schema:
         """What a schema is rewritten to."""
@@ -145,7 +155,8 @@ class Rewriter:
         if not words:
             return True
         applied = [name for name in words if name in _APPLICATORS]
-        several = bool(applied) and (len(applied) > 1 or len(words) > 1 or applied == ["allOf"])
+        alone = len(words.keys() - {"discriminator"}) == 1 and applied != ["allOf"]
+        several = bool(applied) and not alone
         inside = replace(here, joined=here.joined or several)
         own, extra = self._own(words, inside)
         parts = [part for name in applied for part in self._applied(name, words, inside)] + extra
@@ -201,14 +212,28 @@ class Rewriter:
             raise malformed(name, here, "be a list of at least one schema", value)
         if name == "allOf":
             here = replace(here, around=(words, *here.around))
-            return [self.child(each, here, name, i) for i, each in enumerate(value)]
-        if name == "oneOf" and (exclusive := exclusive_keys(value)):
-            return [
-                any_of([{"properties": dict.fromkeys(others, False), "required": [key]} for key, others in exclusive])
-            ]
-        if name == "oneOf" and not disjoint(self, value, here):
-            self.skip(name, here, "where a value may satisfy two of its schemas; use anyOf")
+            cases, read = conditions_together(self, value, here)
+            return [*cases, *(self.child(each, here, name, i) for i, each in enumerate(value) if i not in read)]
+        if name == "oneOf":
+            return [self._one_of(value, words.get("discriminator"), here)]
         return [any_of([self.child(each, here, name, i) for i, each in enumerate(value)])]
+
+    def _one_of(self, nodes: list[Any], discriminator: Any, here: Here) -> Schema:
+        """Alternatives of which no value satisfies two, as far as that can be seen or brought about."""
+        exclusive = exclusive_keys(nodes)
+        if exclusive:
+            kind = {"type": "object"}  # whatever is none satisfies all of them
+            absent = ({"properties": dict.fromkeys(others, False), "required": [key]} for key, others in exclusive)
+            return any_of([{**kind, **each} for each in absent])
+        if disjoint(self, nodes, here):
+            return any_of([self.child(each, here, "oneOf", i) for i, each in enumerate(nodes)])
+        tag = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+        if isinstance(tag, str) and disjoint(self, nodes, here, tag):  # as OpenAPI has it, the tag has to be there
+            there: Schema = {"type": "object", "required": [tag]}
+            made = [self.child(each, here, "oneOf", i, joined=True) for i, each in enumerate(nodes)]
+            return any_of([all_of([each, there]) for each in made])
+        self.skip("oneOf", here, "where a value may satisfy two of its schemas; use anyOf")
+        return any_of([self.child(each, here, "oneOf", i) for i, each in enumerate(nodes)])
 
 
 _READERS: dict[str, Callable[..., tuple[Schema, list[Schema]]]] = {

@@ -37,6 +37,7 @@ _PATTERNS = {
         for version in range(1, 9)
     },
 }
+_KNOWN = {"date", "time", "date-time", "email", "uuid"}  # to the library, a little less exactly
 # They say how a value is shown or stored, of which any text will do.
 _HINTS = {
     "password", "binary", "text", "textarea", "multiline", "string", "char", "markdown", "html", "color-picker", "path",
@@ -61,11 +62,13 @@ def string_keywords(
     if "pattern" in words and (pattern := pattern_of(rewriter, words["pattern"], "pattern", here)):
         found["pattern"] = pattern
     if "format" in words:
-        for key, value in _format(rewriter, words["format"], here).items():
-            if key in found:
-                extra.append({"type": types, key: value} if types else {key: value})
-            else:
-                found[key] = value
+        made = _format(rewriter, words["format"], here)
+        if "pattern" not in made or "pattern" not in found:
+            found |= made
+        elif words["format"] in _KNOWN:  # whether both leave anything is found out with the library's shorter pattern
+            found["format"] = words["format"]
+        else:
+            extra.append({"type": types, **made} if types else made)
     return (found or True), extra
 
 
