@@ -52,6 +52,10 @@ UNIONS = {
     "to_api": wire.ToApi,
     "to_rendezvous": wire.ToRendezvous,
     "from_rendezvous": wire.FromRendezvous,
+    "to_grammar": wire.ToGrammar,
+    "from_grammar": wire.FromGrammar,
+    "to_grammar_host": wire.ToGrammarHost,
+    "from_grammar_host": wire.FromGrammarHost,
 }
 MESSAGES = [(name, message) for name, union in UNIONS.items() for message in get_args(union)]
 PAYLOADS = {

@@ -40,6 +40,30 @@ class Executor(Protocol):
         """Ends every rank. Idempotent, never raises."""
 
 
+class Grammars(Protocol):
+    """Follows outputs that must obey a grammar. Nothing blocks but `poll`."""
+
+    words: int  # 32-bit words in a row of a mask
+
+    def follow(self, seq: int, grammar: str, output: wire.Ids = ()) -> None:
+        """Begins to follow an output, whose tokens so far are given. A Verdict comes in any case."""
+
+    def ask(self, asks: Sequence[wire.GrammarAsk]) -> None:
+        """Tells of new tokens. A Verdict comes for each output that is followed."""
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        """Idempotent in every state."""
+
+    @property
+    def pending(self) -> bool:
+        """Is a Verdict on its way?"""
+
+    def poll(self, timeout: float) -> list[wire.Verdict]:
+        """The verdicts that have come, waiting up to `timeout` seconds for the first."""
+
+    def close(self) -> None: ...
+
+
 class EngineClient(Protocol):
     """One engine, in this process or in another."""
 

@@ -1,7 +1,7 @@
 """The engine over fake ranks, as clients see it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from dataclasses import dataclass
 
 import msgspec
 import pytest
@@ -12,12 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shoal import wire
 from shoal.config import SpeculativeConfig
 from shoal.engine.core import EngineCore
-from shoal.engine.grammar import Grammars
 from shoal.engine.ngram import NgramIndex
 from shoal.engine.request import decode_tokens
 from shoal.engine.scheduler import Limits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
+from shoal.wire import Ids
 from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, begun, request, steady
 
 MAX_MODEL_LEN = 20
@@ -298,39 +298,89 @@ def test_an_output_that_goes_on_is_guessed_from_all_of_its_tokens() -> None:
 # --- masks -------------------------------------------------------------------------------------------------------
 
 
-class FakeGrammar:
-    """Allows what comes until `problem_at` or `refused_at` tokens were accepted; ends at `end`."""
+WORDS = 2  # of a row: the tokens that are allowed, and a number
 
-    def __init__(self, end: int, problem_at: int, refused_at: int) -> None:
-        self.text: list[int] = []
-        self.problem = ""
-        self._end, self._problem_at, self._refused_at = end, problem_at, refused_at
 
-    @property
-    def ended(self) -> bool:
-        return bool(self.problem) or len(self.text) == self._end
+@dataclass(slots=True)
+class FakeOutput:
+    """An output may be ended when it has `end` tokens, be at a dead end at `problem_at`, and go no further than
+    `refused_at`."""
 
-    def accept(self, tokens: Sequence[int]) -> None:
-        if not self.problem:
-            self.text += tokens
+    end: int
+    problem_at: int
+    refused_at: int
+    length: int = 0
 
-    def valid(self, drafts: Sequence[int]) -> int:
-        return min(len(drafts), self._refused_at - len(self.text))
+    def verdict(self, seq: int, drafts: Ids, *, masked: bool) -> wire.Verdict:
+        """A row says behind how many tokens it is, and allows every token unless none may follow: see `WORDS`."""
+        if self.length > self.refused_at:
+            return wire.Verdict(seq, refused=f"token {self.refused_at} is not allowed there")
+        drafts = drafts[: self.refused_at - self.length] if masked else ()
+        places = range(self.length, self.length + 1 + len(drafts))
+        problem = "a dead end" if self.length >= self.problem_at and masked else ""
+        rows = [self.row(place) for place in places] if masked else []
+        ended = tuple(place == self.end for place in places)
+        return wire.Verdict(seq, self.length, problem=problem, ended=ended, drafts=drafts, masks=b"".join(rows))
 
-    def masks(self, drafts: Sequence[int]) -> bytes:
-        """A row says behind how many tokens it is."""
-        if len(self.text) >= self._problem_at:
-            self.problem = "a dead end"
-        return b"".join((len(self.text) + i).to_bytes(4, "little") for i in range(1 + len(drafts)))
+    def row(self, place: int) -> bytes:
+        return (0 if place >= self.refused_at else (1 << 32) - 1).to_bytes(4, "little") + place.to_bytes(4, "little")
 
 
 class FakeGrammars:
-    """A grammar is three numbers: see FakeGrammar."""
+    """A grammar is three numbers: see FakeOutput. A verdict comes after so many polls as `delays` says of its number,
+    and takes `cost_us`. With `lose_at`, whoever asks for that verdict hears that its output is followed no more."""
 
-    words = 1
+    words = WORDS
 
-    def compile(self, grammar: str) -> FakeGrammar:
-        return FakeGrammar(*map(int, grammar.split()))
+    def __init__(
+        self, delays: Callable[[int], int] = lambda _: 0, *, cost_us: int = 0, lose_at: Sequence[int] = ()
+    ) -> None:
+        self._delays = delays
+        self._cost_us = cost_us
+        self._lose_at = lose_at
+        self._outputs: dict[int, FakeOutput] = {}
+        self._verdicts: list[tuple[int, wire.Verdict]] = []  # polls before it comes
+        self._asked = 0
+        self.closed = False
+
+    def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
+        assert seq not in self._outputs
+        self._outputs[seq] = FakeOutput(*map(int, grammar.split()))
+        self.ask([wire.GrammarAsk(seq, output)])
+
+    def ask(self, asks: Sequence[wire.GrammarAsk]) -> None:
+        for ask in asks:
+            self._asked += 1
+            if self._asked in self._lose_at:
+                del self._outputs[ask.seq]
+                self._verdicts.append((0, wire.Verdict(ask.seq, lost="its process was killed")))
+                continue
+            output = self._outputs[ask.seq]
+            output.length += len(ask.tokens)
+            found = output.verdict(ask.seq, ask.drafts, masked=ask.masked)
+            if found.refused:
+                del self._outputs[ask.seq]
+            self._verdicts.append((self._delays(self._asked), wire.replace(found, cost_us=self._cost_us)))
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        for seq in seqs:
+            self._outputs.pop(seq, None)
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._verdicts)
+
+    @property
+    def followed(self) -> set[int]:
+        return set(self._outputs)
+
+    def poll(self, timeout: float) -> list[wire.Verdict]:
+        found = [verdict for left, verdict in self._verdicts if left == 0]
+        self._verdicts = [(left - 1, verdict) for left, verdict in self._verdicts if left > 0]
+        return found
+
+    def close(self) -> None:
+        self.closed = True
 
 
 FREE = "99 99 99"
@@ -359,15 +409,25 @@ class Watched(FaultyExecutor):
 class Masked:
     """An engine with grammars over fake ranks; `ends` are the last updates, `tokens` all that came."""
 
-    def __init__(self, *, depth: int = 2, num_blocks: int = 16, budget: int = 64, guessing: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        depth: int = 2,
+        num_blocks: int = 16,
+        budget: int = 64,
+        guessing: bool = False,
+        grammars: FakeGrammars | None = None,
+    ) -> None:
         self.ranks = FakeExecutor(num_blocks, 4, max_num_batched_tokens=budget)
+        self.grammars = grammars or FakeGrammars()
         self.core = EngineCore(
             Watched(self.ranks, lambda step: step % 3),
             Limits(8, budget, MAX_MODEL_LEN),
             block_size=4,
             prefix_caching=True,
             max_in_flight=depth,
-            grammars=cast(Grammars, FakeGrammars()),
+            grammars=self.grammars,
+            clock=FakeClock(tick=0.01),
             make_guesser=make_guessers(NGRAM if guessing else None),
         )
         self.tokens: dict[int, list[int]] = {}
@@ -389,6 +449,7 @@ class Masked:
                     self.ends[update.seq] = update
         assert set(self.ends) == set(self.tokens)
         assert self.core.stats().free_blocks == self.ranks.num_blocks
+        assert self.grammars.followed == set()
 
     def check_masks(self) -> None:
         """Each masked plan has its mask, whose rows are in the plan's order and know all the tokens before them."""
@@ -396,14 +457,15 @@ class Masked:
         masked = [plan for plan in self.ranks.plans if plan.masked]
         assert [mask.step for mask in self.ranks.masks] == [plan.step for plan in masked]
         for plan, mask in zip(masked, self.ranks.masks, strict=True):
-            assert (mask.incarnation, mask.words) == (plan.incarnation, 1)
+            assert (mask.incarnation, mask.words) == (plan.incarnation, WORDS)
             expected: list[int] = []
             for work in plan.work:
                 assert work.sample or not work.masked
                 if work.masked:
                     stop = work.start + work.count - prompt_lens[work.seq]
                     expected += range(stop - len(work.drafts), stop + 1)
-            assert mask.bits == b"".join(row.to_bytes(4, "little") for row in expected)
+            rows = [mask.bits[i : i + 4 * WORDS] for i in range(0, len(mask.bits), 4 * WORDS)]
+            assert [int.from_bytes(row[4:], "little") for row in rows] == expected
 
 
 @pytest.mark.parametrize("guessing", [False, True])
@@ -473,10 +535,65 @@ def test_a_grammar_goes_on_behind_an_output_that_was_begun(end: int, guessing: b
 
 def test_an_output_that_its_grammar_does_not_allow_is_refused() -> None:
     engine = Masked()
-    spec = begun(request(1, [1, 2, 3], 8), 5)
-    with pytest.raises(RequestError, match=f"request 1: token {alone(spec)[3]}, the 4. of its output so far"):
-        engine.add(spec, "99 99 3")
-    assert not engine.core.busy
+    engine.add(begun(request(1, [1, 2, 3], 8), 5), "99 99 3")
+    engine.drain()
+    assert (engine.ends[1].finish, engine.ends[1].refusal) == (wire.Finish.ABORT, wire.Refusal.INVALID)
+    assert engine.ends[1].error == "token 3 is not allowed there"
+    assert engine.ranks.plans == []
+
+
+@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize("cost_us", [0, 10_000])
+@pytest.mark.parametrize("polls", [1, 2, 7, 50])
+def test_verdicts_may_come_late(polls: int, cost_us: int, guessing: bool) -> None:
+    """Whether ranks wait for them, or draw once more, or requests are planned when they are known: nobody's tokens
+    change."""
+    grammars = FakeGrammars(lambda number: polls * (number % 3), cost_us=cost_us)
+    engine = Masked(guessing=guessing, num_blocks=9, grammars=grammars)
+    specs = [engine.add(request(i, range(3 + i), 8), "6 99 99" if i % 2 else "") for i in range(5)]
+    engine.drain()
+    for i, spec in enumerate(specs):
+        assert engine.tokens[spec.seq] == alone(spec)[: 6 if i % 2 else 8]
+        assert engine.ends[spec.seq].finish is (wire.Finish.STOP if i % 2 else wire.Finish.LENGTH)
+    assert [mask.step for mask in engine.ranks.masks] == [plan.step for plan in engine.ranks.plans if plan.masked]
+
+
+def test_nobody_waits_for_a_grammar_that_takes_long() -> None:
+    """While its verdict is on its way, steps go on without its request."""
+    engine = Masked(grammars=FakeGrammars(lambda _: 5, cost_us=1_000_000))
+    engine.add(request(1, [1, 2, 3], 4), FREE)
+    other = engine.add(request(2, [4, 5, 6], 12))
+    engine.drain()
+    assert engine.tokens[2] == alone(other)
+    engine.check_masks()  # none was sent before it was known
+    steps = [plan.step for plan in engine.ranks.plans if {work.seq for work in plan.work} == {2}]
+    assert len(steps) > 4
+
+
+@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize("at", range(1, 8))
+def test_an_output_that_is_lost_is_followed_anew(at: int, guessing: bool) -> None:
+    engine = Masked(guessing=guessing, grammars=FakeGrammars(lose_at=[at]))
+    spec = engine.add(request(1, [1, 2, 3], 8), "6 99 99")
+    engine.drain()
+    assert engine.tokens[1] == alone(spec)[:6]
+    assert engine.ends[1].finish is wire.Finish.STOP
+
+
+def test_an_output_that_is_lost_again_and_again_is_given_up() -> None:
+    engine = Masked(grammars=FakeGrammars(lose_at=[2, 3, 4]))
+    engine.add(request(1, [1, 2, 3], 8), FREE)
+    other = engine.add(request(2, [1, 2, 3], 8))
+    engine.drain()
+    assert engine.ends[1].finish is wire.Finish.ABORT
+    assert engine.ends[1].error == "structured_outputs: its process was killed, again and again"
+    assert engine.tokens[2] == alone(other)
+
+
+def test_grammars_end_with_the_engine() -> None:
+    engine = Masked()
+    engine.core.close()
+    assert engine.grammars.closed
 
 
 def test_a_masked_request_may_be_aborted_at_any_time() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from shoal.frontend.chat import ChatTemplate
 from shoal.frontend.deltas import Delta
 from shoal.frontend.prompts import Job, PromptReader
 from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
+from shoal.structured.matcher import Grammar, Vocabulary
 from shoal.types import (
     CompletionOutput,
     FinishReason,
@@ -22,7 +24,13 @@ from shoal.types import (
 )
 
 DEMO = Path(shoal.__file__).parent / "demo_model"
+VOCAB_SIZE = 4096
 Script = Callable[[Job], Sequence[str]]  # what is said to a job, in pieces; each is cut into tokens
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    return Vocabulary((DEMO / "tokenizer.json").read_text("utf-8"), (), VOCAB_SIZE)
 
 
 class FakeStream:
@@ -106,7 +114,7 @@ class FakeBackend:
         found = open_tokenizer(DEMO)
         assert found is not None
         self._tokenizer = found
-        self.vocab_size = 4096
+        self.vocab_size = VOCAB_SIZE
         self._reader = PromptReader(
             found, vocab_size=self.vocab_size, max_model_len=self.max_model_len,
             chat_template=lambda: ChatTemplate.open(DEMO),
@@ -124,6 +132,11 @@ class FakeBackend:
 
     def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job:
         return self._reader.prepare_chat(0, messages, params, **template)
+
+    async def check_grammar(self, job: Job) -> None:
+        """In this process: nothing here is hostile."""
+        if job.grammar:
+            Grammar.compile(job.grammar, vocabulary())
 
     def chat_tokens(self, messages: Sequence[Message], **template: Any) -> tuple[int, ...]:
         return self._reader.chat_tokens(messages, **template)

@@ -113,10 +113,14 @@ class Outcomes:
 
 
 class FakeClock:
-    def __init__(self) -> None:
+    """`tick`: seconds that go by whenever somebody looks."""
+
+    def __init__(self, tick: float = 0.0) -> None:
         self.now = 1000.0
+        self._tick = tick
 
     def __call__(self) -> float:
+        self.now += self._tick
         return self.now
 
 

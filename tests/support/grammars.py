@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 import shoal
-from shoal.engine.grammar import Grammar, Grammars
 from shoal.structured.composing import grammar_of
 from shoal.structured.json_schema import prepare
+from shoal.structured.matcher import Grammar, Vocabulary
 
 DEMO = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")
 END = 1
@@ -21,8 +21,8 @@ _LIKELY = set('abxyk0123456789-.+eE{}[]":,truefalsn_@TZ/ ')  # of what a walk wr
 
 
 @cache
-def grammars() -> Grammars:
-    return Grammars(lambda: DEMO, (END,), _SIZE)
+def vocabulary() -> Vocabulary:
+    return Vocabulary(DEMO, (END,), _SIZE)
 
 
 @cache
@@ -36,7 +36,7 @@ def _spelled() -> list[str]:
 
 
 def of_schema(schema: Any, *, strict: bool = False) -> Grammar:
-    return grammars().compile(grammar_of(prepare(schema, strict=strict).schema, _WHITESPACE))
+    return Grammar.compile(grammar_of(prepare(schema, strict=strict).schema, _WHITESPACE), vocabulary())
 
 
 def allows(grammar: Grammar, text: str) -> bool:
@@ -49,7 +49,7 @@ def written(grammar: Grammar, chance: random.Random, steps: int = 90) -> str | N
     """A text that the grammar allows, drawn token by token; None where it comes to no end in so many."""
     grammar, tokens = grammar.fresh(), list[int]()
     for _ in range(steps):
-        row = int.from_bytes(grammar.masks(()), "little")
+        row = int.from_bytes(grammar.places(())[0].row, "little")
         allowed = [token for token in range(_SIZE) if row >> token & 1]
         if END in allowed and (len(allowed) <= 2 or chance.random() < 0.6):
             return tokenizer().decode(tokens, skip_special_tokens=False)

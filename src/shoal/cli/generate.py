@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from shoal.frontend.jobs.running import JobRun, Preparer, prepare
 from shoal.frontend.jobs.writing import OutputFailed, OutputFile
 from shoal.frontend.llm import LLM
 from shoal.frontend.model import OpenModel, open_model
+from shoal.frontend.prompts import Job
 from shoal.observe.logging import get_logger
 from shoal.types import CompletionOutput, RequestOutput
 
@@ -84,7 +85,9 @@ def generate(
     parameters = Parameters(DEFAULTS, sampling, opened.default_sampling_params)
     if chat:
         opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # is there a template at all?
-    given.check_typed(opened.reader(), parameters)
+    typed = given.check_typed(opened.reader(), parameters)
+    with closing(opened.grammar_checker()) as grammars:
+        grammars.check_jobs(typed)
     if output is None:
         with LLM(opened) as llm:
             return _print(llm, given, parameters)
@@ -154,17 +157,19 @@ class _Prompts:
         inside = self.file.count() if self.file is not None else 0
         return None if inside is None else len(self.typed) + inside
 
-    def check_typed(self, preparer: Preparer, parameters: Parameters) -> None:
-        """Whoever typed a prompt is there to mend it, so that it need not fail alone.
+    def check_typed(self, preparer: Preparer, parameters: Parameters) -> list[Job]:
+        """Prepares the prompts that were typed: whoever typed one is there to mend it, so that it need not fail alone.
 
         Raises:
             RequestError: it can't be used; it is named.
         """
+        jobs = []
         for entry in self.typed:
             try:
-                prepare(preparer, entry, parameters.of(entry))
+                jobs.append(prepare(preparer, entry, parameters.of(entry)))
             except RequestError as error:
                 raise RequestError(f"prompt {entry.index}: {error}") from None
+        return jobs
 
 
 def _print(llm: LLM, given: _Prompts, parameters: Parameters) -> int:

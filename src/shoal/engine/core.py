@@ -6,15 +6,17 @@ from dataclasses import replace
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
-from shoal.engine.grammar import Grammar, Grammars
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
 from shoal.engine.speculation import Guesser
-from shoal.errors import ClosedError, EngineError, RequestError
-from shoal.protocols import Executor, Lockstep, Policy
+from shoal.errors import ClosedError, EngineError
+from shoal.protocols import Executor, Grammars, Lockstep, Policy
 
 _STATS_TIMEOUT_S = 30.0
 _AUDIT_EVERY_S = 5.0
 _DROP_SLICE_S = 0.5
+_WORD = 4  # bytes of a mask's word
+_GRAMMAR_SLICE_S = 0.01  # new requests are not seen while verdicts are waited for
+_MASK_PATIENCE_S = 0.025  # of ranks that wait for a mask which should have been there
 _MOST_DOUBLINGS = 24  # of tokens in a step, from 1 on
 
 
@@ -59,6 +61,7 @@ class EngineCore:
             make_guesser=make_guesser,
             incarnation=incarnation,
             lockstep=lockstep is not None,
+            grammars=grammars,
         )
         self._lockstep = lockstep
         self._clock = clock
@@ -76,12 +79,7 @@ class EngineCore:
 
     def add(self, request: wire.EngineRequest) -> None:
         self._check_open()
-        self._scheduler.add(request, self._compile(request.grammar) if request.grammar else None)
-
-    def _compile(self, grammar: str) -> Grammar:
-        if self._grammars is None:
-            raise RequestError("structured outputs need a tokenizer, which this model does not have")
-        return self._grammars.compile(grammar)
+        self._scheduler.add(request)
 
     def abort(self, seqs: Sequence[int]) -> None:
         self._scheduler.abort(seqs)
@@ -99,8 +97,11 @@ class EngineCore:
     def updates(self, timeout: float) -> list[wire.SeqUpdate]:
         self._check_open()
         try:
+            self._judge(0)
             self._launch()
-            if self._scheduler.num_in_flight:
+            if not self._scheduler.num_in_flight:
+                self._judge(min(timeout, _GRAMMAR_SLICE_S))
+            else:
                 for result in self._executor.poll(timeout):
                     if result.incarnation == self._incarnation:
                         self._apply(result)
@@ -164,11 +165,22 @@ class EngineCore:
             self._iteration_tokens[min((tokens - 1).bit_length(), _MOST_DOUBLINGS - 1)] += 1
             self._step_tokens += tokens
 
+    def _judge(self, timeout: float) -> None:
+        """Takes in what grammars say, waiting up to `timeout` seconds if something is on its way."""
+        if self._grammars is not None and self._grammars.pending:
+            for verdict in self._grammars.poll(timeout):
+                self._scheduler.judge(verdict)
+
     def _mask(self, plan: wire.StepPlan) -> None:
-        """Behind a plan that is masked, and while the ranks compute it."""
-        if plan.masked and self._grammars is not None:
-            bits = self._scheduler.masks(plan)
-            self._executor.mask(wire.StepMask(plan.incarnation, plan.step, bits, self._grammars.words))
+        """Sends the mask of a plan that is masked, while the ranks compute it."""
+        if not plan.masked or self._grammars is None:
+            return
+        deadline = self._clock() + _MASK_PATIENCE_S
+        while self._scheduler.awaits_verdicts(plan) and (left := deadline - self._clock()) > 0:
+            self._judge(left)
+        words = self._grammars.words
+        bits = self._scheduler.masks(plan, words * _WORD)
+        self._executor.mask(wire.StepMask(plan.incarnation, plan.step, bits, words))
 
     def _apply(self, result: wire.StepResult) -> None:
         begun = time.perf_counter_ns()
@@ -231,6 +243,8 @@ class EngineCore:
     def close(self) -> None:
         self._closed = True
         self._executor.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def _check_open(self) -> None:
         if self._failure is not None:

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from shoal import wire
-from shoal.engine.grammar import Grammar
+from shoal.engine.constraint import Constraint
 from shoal.engine.speculation import Guesser
 
 
 class State(Enum):
+    CHECKED = "checked"  # new; its grammar is compiled before it may wait
     WAITING = "waiting"
     RUNNING = "running"
-    DRAINING = "draining"  # preempted; waits for its results in flight before it may wait again
+    DRAINING = "draining"  # preempted; waits for its results in flight, and its verdict, before it may wait again
     FINISHED = "finished"
 
 
@@ -29,7 +30,7 @@ class Request:
     tokens: list[int]
     prompt_len: int
     salt: str | None  # who shares cached blocks with it; None: nobody
-    grammar: Grammar | None = None
+    constraint: Constraint | None = None
     guesser: Guesser | None = None
     state: State = State.WAITING
     epoch: int = 0
@@ -72,7 +73,9 @@ class Request:
         """
         if self.complete:
             return 0
-        if self.pending and (self.grammar is not None or self.guesser is not None):
+        if self.pending and (self.constraint is not None or self.guesser is not None):
+            return 0
+        if self.constraint is not None and self.constraint.awaited:
             return 0
         return self.length - self.computed
 

@@ -25,15 +25,17 @@ from itertools import islice
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
-from shoal.engine.grammar import Grammar
+from shoal.engine.constraint import Constraint
 from shoal.engine.request import Request, State, decode_tokens, encode_tokens
 from shoal.engine.speculation import Guesser
 from shoal.engine.spread import PromptSpread
 from shoal.errors import EngineError, RequestError
-from shoal.protocols import Policy
+from shoal.protocols import Grammars, Policy
 from shoal.wire import Ids
 
 _FEW_DEADLINES = 64
+_LEAST_FORESIGHT_US = 1000
+_STEPS_REMEMBERED = 8
 
 
 class PriorityPolicy:
@@ -102,13 +104,18 @@ class Scheduler:
         make_guesser: Callable[[], Guesser | None] = lambda: None,
         incarnation: int = 0,
         lockstep: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`lockstep`: all plans say that ranks of other replicas take part."""
+        """`lockstep`: all plans say that ranks of other replicas take part. `grammars`: follows outputs that must obey
+        one; without it requests that bring a grammar are refused."""
         self.counters = Counters()
         self._prefix_caching = prefix_caching
         self._make_guesser = make_guesser
         self._incarnation = incarnation
         self._lockstep = lockstep
+        self._grammars = grammars
+        self._judged_later: set[Request] = set()  # running, and their verdicts are on their way
+        self._forward_us = 0.0  # what ranks take for a step, of late
         self._pool = pool
         self._limits = limits
         self._spread = PromptSpread(limits.stages, limits.max_num_batched_tokens)
@@ -126,8 +133,8 @@ class Scheduler:
 
     # --- what clients ask for ------------------------------------------------------------------------------------
 
-    def add(self, spec: wire.EngineRequest, grammar: Grammar | None = None) -> None:
-        """Takes a request over. `grammar` is the state of what its output must look like, at its beginning.
+    def add(self, spec: wire.EngineRequest) -> None:
+        """Takes a request over. One with a grammar may wait for its turn when that is compiled.
 
         A request that was begun elsewhere goes on behind the output it has; one that has all of it ends at once.
 
@@ -145,21 +152,26 @@ class Scheduler:
             )
         if spec.seq in self._requests:
             raise RequestError(f"request {spec.seq} exists already")
-        if grammar is not None:
-            _advance(grammar, spec.seq, tokens[prompt_len:])
+        if spec.grammar and self._grammars is None:
+            raise RequestError("structured outputs need a tokenizer, which this model does not have")
         self._arrivals += 1
         rank = self._policy.rank(spec, self._arrivals)
         guesser = self._make_guesser()
         if guesser is not None:
             guesser.accept(tokens, ())
-        request = Request(spec, self._arrivals, rank, tokens, prompt_len, self._salt(spec), grammar, guesser)
+        constraint = Constraint() if spec.grammar else None
+        request = Request(spec, self._arrivals, rank, tokens, prompt_len, self._salt(spec), constraint, guesser)
         request.added = self._clock()
         finish = _finish_at(request) if request.generated else None
         if finish is not None:
             self._updates.append(wire.SeqUpdate(spec.seq, (), finish=finish))
             return
         self._requests[spec.seq] = request
-        self._wait(request)
+        if constraint is None:
+            self._wait(request)
+        else:
+            request.state = State.CHECKED
+            self._follow(request)
         if spec.deadline is not None:
             heapq.heappush(self._deadlines, (spec.deadline, spec.seq))
 
@@ -187,6 +199,7 @@ class Scheduler:
         """The next plan, None if there is nothing to do before more results are in; a plan without work then, if
         there `must` be one."""
         self._expire()
+        self._foresee_verdicts()
         draft = _Draft(self._limits.max_num_batched_tokens, self._spread.share(self._backlog))
         preempted = self._continue_running(draft, self._in_turn())
         if not preempted:
@@ -279,10 +292,13 @@ class Scheduler:
         """
         if request.guesser is None or count != 1 or request.uncomputed != 1:
             return ()
+        if request.constraint is not None and not request.constraint.drafts:
+            return ()
         room = (len(request.blocks) + self._spare_blocks) * self._pool.block_size - request.computed
         most = min(draft.budget, room, request.spec.max_tokens - request.generated) - 1
-        guesses = request.guesser.guess(most) if most > 0 else ()
-        return guesses if request.grammar is None else guesses[: request.grammar.valid(guesses)]
+        if most <= 0:
+            return ()
+        return request.guesser.guess(most) if request.constraint is None else request.constraint.drafts[:most]
 
     @property
     def _spare_blocks(self) -> int:
@@ -352,7 +368,7 @@ class Scheduler:
         request.in_flight += 1
         if sample:
             request.turn = self._next_step + self._limits.stages
-        masked = sample and request.grammar is not None
+        masked = sample and request.constraint is not None
         draft.add(request, wire.Work(request.spec.seq, start, count, sample, tuple(blocks), guesses, masked))
 
     def _blocks_wanted(self, request: Request, sample: bool) -> int:
@@ -390,18 +406,96 @@ class Scheduler:
         self._resume_if_drained(request)
 
     def _resume_if_drained(self, request: Request) -> None:
-        if request.state is State.DRAINING and request.in_flight == 0:
+        judged = request.constraint is None or request.constraint.verdict is not None
+        if request.state is State.DRAINING and request.in_flight == 0 and judged:
             request.epoch += 1
             self._wait(request)
 
-    def masks(self, plan: wire.StepPlan) -> bytes:
-        """What may be drawn in the masked works of a plan, in their order. Takes a while: ranks compute meanwhile."""
+    # --- grammars ------------------------------------------------------------------------------------------------
+
+    def judge(self, verdict: wire.Verdict) -> None:
+        """Takes in what a grammar says of an output."""
+        request = self._requests.get(verdict.seq)
+        if request is None or request.constraint is None:
+            return
+        constraint = request.constraint
+        if verdict.lost and constraint.lost():
+            self._follow(request)
+            return
+        if not (verdict.lost or verdict.refused) and verdict.behind != request.generated:
+            return  # it was followed anew, and has got tokens since
+        self._judged_later.discard(request)
+        constraint.verdict, constraint.cost_us = verdict, verdict.cost_us
+        finish, error = _finish_by(verdict, request)
+        if finish is not None:
+            self._finish(request, finish, error=error)
+        elif request.state is State.CHECKED:
+            self._wait(request)
+        else:
+            self._resume_if_drained(request)
+
+    def awaits_verdicts(self, plan: wire.StepPlan) -> bool:
+        """Are masks of the plan still unknown?"""
+        return any(work.masked and self._unjudged(work.seq) is not None for work in plan.work)
+
+    def masks(self, plan: wire.StepPlan, row_bytes: int) -> bytes:
+        """What may be drawn in the masked works of a plan, in their order.
+
+        A request whose verdict has not come yet is set back: what is drawn for it counts for nothing.
+        """
         found = []
         for work in plan.work:
+            if not work.masked:
+                continue
+            places = 1 + len(work.drafts)
+            late = self._unjudged(work.seq)
             request = self._requests.get(work.seq)
-            if work.masked and request is not None and request.grammar is not None:
-                found.append(request.grammar.masks(work.drafts))
+            if late is not None:
+                self._set_back(late)
+            if late is not None or request is None or request.constraint is None:  # it has ended, or draws for nothing
+                found.append(b"\xff" * row_bytes * places)
+            else:
+                found.append(request.constraint.rows(places))
         return b"".join(found)
+
+    def _unjudged(self, seq: int) -> Request | None:
+        request = self._requests.get(seq)
+        waits = request is not None and request.constraint is not None and request.constraint.verdict is None
+        return request if waits else None
+
+    def _foresee_verdicts(self) -> None:
+        """Lets requests be planned whose verdicts will be there before the ranks have computed a step: nobody waits
+        for those. What takes longer is planned when it is known, and holds nobody up."""
+        left = max(self._forward_us, _LEAST_FORESIGHT_US)
+        constraints = [(each.constraint, each.guesser is None) for each in self._judged_later if each.constraint]
+        for constraint, plain in sorted(constraints, key=lambda each: each[0].cost_us):
+            left -= constraint.cost_us
+            constraint.foreseen = plain and left >= 0
+
+    def _follow(self, request: Request) -> None:
+        assert self._grammars is not None
+        output = request.tokens[request.prompt_len :]
+        self._grammars.follow(request.spec.seq, request.spec.grammar, tuple(output))
+
+    def _ask(self, request: Request, taken: Sequence[int]) -> None:
+        """Has the grammar look at what was drawn, and at guesses at what follows."""
+        assert self._grammars is not None
+        assert request.constraint is not None
+        most = request.spec.max_tokens - request.generated - 1
+        guesses = request.guesser.guess(most) if request.guesser is not None and most > 0 else ()
+        request.constraint.verdict, request.constraint.foreseen = None, False
+        self._judged_later.add(request)
+        self._grammars.ask([wire.GrammarAsk(request.spec.seq, tuple(taken), guesses, masked=not request.complete)])
+
+    def _set_back(self, request: Request) -> None:
+        """Has a request draw again what it draws in the plan that was made last."""
+        assert request.constraint is not None
+        request.constraint.cost_us = max(request.constraint.cost_us, 2 * int(self._forward_us) + _LEAST_FORESIGHT_US)
+        self._drop(request)
+        request.computed = request.pending = request.guessed = 0
+        request.epoch += 1  # results in flight are of no use
+        request.state = State.DRAINING
+        self._resume_if_drained(request)
 
     # --- results -------------------------------------------------------------------------------------------------
 
@@ -410,6 +504,7 @@ class Scheduler:
         expected = next(iter(self._flights), None)
         if result.step != expected:  # going on would give tokens to the wrong places
             raise EngineError(f"the ranks answered step {result.step}, expected was {expected}")
+        self._forward_us += (result.times.forward_us - self._forward_us) / _STEPS_REMEMBERED
         requests = self._flights.pop(result.step)
         for request in requests:
             request.in_flight -= 1
@@ -427,14 +522,19 @@ class Scheduler:
             reported = out.prompt_logprobs.start + len(out.prompt_logprobs.entries) - 1
             request.prompt_reported = max(request.prompt_reported, reported)
         finish, error = None, ""
+        constraint = request.constraint
         taken: list[int] = []
-        for token in out.tokens:
-            error = _objection(request, token)
+        for place, token in enumerate(out.tokens):
+            error = constraint.objection(place, token) if constraint is not None else ""
             if error:
                 finish = wire.Finish.ABORT
                 break
             taken.append(token)
-            finish = self._take_token(request, token)
+            request.tokens.append(token)
+            finish = _finish_at(request)
+            guessed = place + 1 < len(out.tokens)  # only behind a right guess was anything else drawn
+            if finish is None and guessed and constraint is not None and constraint.ends_behind(place + 1):
+                finish = wire.Finish.STOP
             if finish is not None:
                 break
         if request.guesser is not None:
@@ -445,6 +545,8 @@ class Scheduler:
         if finish is not None:
             self._finish(request, finish, taken, logprobs, error, out.prompt_logprobs)
         else:
+            if constraint is not None and taken:
+                self._ask(request, taken)
             self._updates.append(
                 wire.SeqUpdate(
                     seq=request.spec.seq,
@@ -465,12 +567,6 @@ class Scheduler:
         if request.state is State.RUNNING:
             request.computed -= request.guessed - right
         request.guessed = 0
-
-    def _take_token(self, request: Request, token: int) -> wire.Finish | None:
-        request.tokens.append(token)
-        if request.grammar is not None:
-            request.grammar.accept((token,))
-        return _finish_at(request)
 
     def take_updates(self) -> list[wire.SeqUpdate]:
         updates, self._updates = self._updates, []
@@ -540,6 +636,9 @@ class Scheduler:
         prompt_logprobs: wire.PromptLogprobs | None = None,
     ) -> None:
         self._drop(request)
+        if request.constraint is not None and self._grammars is not None:
+            self._judged_later.discard(request)
+            self._grammars.forget((request.spec.seq,))
         request.state = State.FINISHED
         del self._requests[request.spec.seq]
         self._updates.append(
@@ -592,29 +691,22 @@ def _prompt_tokens(work: wire.Work) -> int:
     return work.count if work.count - len(work.drafts) > 1 else 0
 
 
-def _advance(grammar: Grammar, seq: int, output: Sequence[int]) -> None:
-    """Takes a grammar past an output that was begun elsewhere."""
-    right = grammar.valid(output)
-    if right < len(output):
-        raise RequestError(
-            f"request {seq}: token {output[right]}, the {right + 1}. of its output so far, "
-            f"is none that structured_outputs allows there"
-        )
-    grammar.accept(output)
-
-
 def _finish_at(request: Request) -> wire.Finish | None:
-    """Why an output ends with its last token, if it does."""
-    if request.tokens[-1] in request.spec.stop_ids or (request.grammar is not None and request.grammar.ended):
+    """Why an output ends with its last token, as far as that is known without its grammar."""
+    if request.tokens[-1] in request.spec.stop_ids:
         return wire.Finish.STOP
+    if request.constraint is not None:  # it may be complete with this token, which is no end for want of room
+        return None
     return wire.Finish.LENGTH if request.generated >= request.spec.max_tokens else None
 
 
-def _objection(request: Request, token: int) -> str:
-    """Why a token that was drawn is none that the output may have; "" where it may."""
-    grammar = request.grammar
-    if grammar is None or (not grammar.problem and grammar.valid((token,))):
-        return ""
-    # Where a mask and other parameters leave no token, ranks draw what they can.
-    problem = grammar.problem or "the request's other parameters forbid every token that may follow"
-    return f"structured_outputs can't be obeyed: {problem}"
+def _finish_by(verdict: wire.Verdict, request: Request) -> tuple[wire.Finish | None, str]:
+    """Why an output ends by its grammar, and the error if it is one."""
+    if verdict.refused or verdict.lost:
+        lost = f"structured_outputs: {verdict.lost}, again and again" if verdict.lost else ""
+        return wire.Finish.ABORT, verdict.refused or lost
+    if verdict.problem and request.generated < request.spec.max_tokens:
+        return wire.Finish.ABORT, f"structured_outputs can't be obeyed: {verdict.problem}"
+    if request.generated and verdict.ended[0]:
+        return wire.Finish.STOP, ""
+    return (wire.Finish.LENGTH if request.generated >= request.spec.max_tokens else None), ""

@@ -67,6 +67,7 @@ class AsyncLLM:
         self._reader = model.reader()
         seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
         self._requests = Requests(model.generation.eos, max_model_len=model.decision.max_model_len, seed=seed)
+        self._grammars = model.grammar_checker()
         self._next_seq = 0
         self._streams: dict[int, Stream] = {}  # by the numbers of their requests
         self._named: dict[str, Stream] = {}
@@ -136,6 +137,16 @@ class AsyncLLM:
             RequestError: it can't be used.
         """
         return self._reader.prepare_chat(0, messages, params, **template)
+
+    async def check_grammar(self, job: Job) -> None:
+        """Finds out whether the structured output that a job asks for can be obeyed. Cancelled, it takes no more time.
+
+        Raises:
+            RequestError: it can't; or to compile it takes too much time or memory.
+            EngineError: too many wait for that already.
+        """
+        if job.grammar:
+            await asyncio.wrap_future(self._grammars.submit(job.grammar))
 
     def chat_tokens(self, messages: Sequence[ChatMessage], **template: Any) -> tuple[int, ...]:
         """The tokens of a conversation, be it longer than the model takes.
@@ -210,6 +221,7 @@ class AsyncLLM:
         """
         params = sampling_params or self.default_sampling_params()
         job = await asyncio.to_thread(self.prepare, prompt, params)
+        await self.check_grammar(job)
         stream = self.stream(job, priority=priority, replica=data_parallel_rank)
         async for output in self._outputs(stream, request_id):
             yield output
@@ -227,6 +239,7 @@ class AsyncLLM:
         """As `generate`, through the model's chat template or the one in `template`."""
         params = sampling_params or self.default_sampling_params()
         job = await asyncio.to_thread(self.prepare_chat, messages, params, **template)
+        await self.check_grammar(job)
         stream = self.stream(job, priority=priority, replica=data_parallel_rank)
         async for output in self._outputs(stream, request_id):
             yield output
@@ -326,6 +339,7 @@ class AsyncLLM:
     def close(self) -> None:
         """Ends all replicas that were started here, and all requests. Idempotent."""
         self._closed = True
+        self._grammars.close()
         if self._desk is not None:
             self._desk.close()
         else:

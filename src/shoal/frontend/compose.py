@@ -9,13 +9,11 @@ from shoal import env, wire
 from shoal.config import EngineOptions
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
-from shoal.engine.grammar import Grammars
 from shoal.engine.scheduler import Limits
 from shoal.engine.speculation import make_guessers
-from shoal.errors import RequestError
 from shoal.executors.base import Links, RankExecutor
 from shoal.frontend.generation import GenerationDefaults
-from shoal.frontend.tokenizer import open_tokenizer
+from shoal.frontend.grammar_host import grammar_pool
 from shoal.lazy import load
 from shoal.observe.logging import get_logger
 from shoal.planner.memory import require_capacity
@@ -69,6 +67,7 @@ def build_engine(
         stages=len(setups[0].stages),
     )
     _log_ready(executor, size, limits.max_model_len, time.monotonic() - begun)
+    eos = GenerationDefaults.open(decision.folder, sampling=False).eos
     return EngineCore(
         executor,
         limits,
@@ -76,7 +75,7 @@ def build_engine(
         prefix_caching=options.cache.enable_prefix_caching,
         max_in_flight=decision.max_in_flight,
         incarnation=setups[0].incarnation,
-        grammars=_grammars(decision),
+        grammars=grammar_pool(decision.folder, eos, decision.spec.vocab_size),
         make_guesser=make_guessers(options.model_options.speculative_config),
         lockstep=lockstep,
     )
@@ -87,19 +86,6 @@ def _window(decision: Decision) -> int | None:
     specs = [decision.spec] if decision.draft is None else [decision.spec, decision.draft]
     windows = [attention.window for spec in specs for attention in spec.attention]
     return None if None in windows else max(window for window in windows if window is not None)
-
-
-def _grammars(decision: Decision) -> Grammars:
-    """Reads the tokenizer when the first grammar comes."""
-
-    def serialized() -> str:
-        tokenizer = open_tokenizer(decision.folder)
-        if tokenizer is None:
-            raise RequestError("structured_outputs need a tokenizer, which this model does not have")
-        return tokenizer.serialized()
-
-    eos = GenerationDefaults.open(decision.folder, sampling=False).eos
-    return Grammars(serialized, eos, decision.spec.vocab_size)
 
 
 def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seconds: float) -> None:

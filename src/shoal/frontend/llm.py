@@ -40,6 +40,8 @@ class LLM:
         self._finalizer = weakref.finalize(self, self._client.close)
         self._max_model_len = self._client.stats().max_model_len
         self._reader = self._model.reader(self._max_model_len)
+        self._grammars = self._model.grammar_checker()
+        self._grammars_finalizer = weakref.finalize(self, self._grammars.close)
         self._runner = OfflineRunner(
             self._client,
             self._model.tokenizer,
@@ -71,7 +73,9 @@ class LLM:
         """
         many = _as_list(prompts)
         params = self._params(sampling_params, len(many))
-        return self._run_all([_named(i, self.prepare, prompt, params[i]) for i, prompt in enumerate(many)], use_tqdm)
+        jobs = [_named(i, self.prepare, prompt, params[i]) for i, prompt in enumerate(many)]
+        self._grammars.check_jobs(jobs)
+        return self._run_all(jobs, use_tqdm)
 
     def chat(
         self,
@@ -101,6 +105,7 @@ class LLM:
             "chat_template_kwargs": chat_template_kwargs,
         }
         jobs = [_named(i, self.prepare_chat, each, params[i], **template) for i, each in enumerate(many)]
+        self._grammars.check_jobs(jobs)
         return self._run_all(jobs, use_tqdm)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
@@ -197,6 +202,7 @@ class LLM:
     def close(self) -> None:
         """Ends engine and ranks. Idempotent."""
         self._finalizer()
+        self._grammars_finalizer()
 
     def __enter__(self) -> "LLM":
         return self

@@ -15,6 +15,8 @@ from shoal.frontend import hub
 from shoal.frontend.chat import ChatTemplate
 from shoal.frontend.deployment import Deployment
 from shoal.frontend.generation import GenerationDefaults
+from shoal.frontend.grammar_checker import GrammarChecker
+from shoal.frontend.grammar_host import grammar_pool
 from shoal.frontend.prompts import PromptReader
 from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
 from shoal.observe.logging import get_logger
@@ -54,6 +56,11 @@ class OpenModel:
             eos=self.generation.eos,
             chat_template=cache(lambda: ChatTemplate.open(self.decision.folder)),
         )
+
+    def grammar_checker(self) -> GrammarChecker:
+        """Finds out whether structured outputs can be obeyed; starts nothing before the first one comes."""
+        folder, eos, vocab_size = self.decision.folder, self.generation.eos, self.vocab_size
+        return GrammarChecker(lambda: grammar_pool(folder, eos, vocab_size))
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""

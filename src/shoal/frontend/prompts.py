@@ -7,7 +7,7 @@ from typing import Any
 
 from shoal.errors import RequestError, overflow
 from shoal.frontend.chat import ChatTemplate
-from shoal.frontend.structured import GrammarChecker, GrammarText, grammar_text
+from shoal.frontend.structured import GrammarText, grammar_text
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.observe.logging import get_logger
 from shoal.structured.json_schema import listed
@@ -57,11 +57,11 @@ class PromptReader:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos)
         self._chat_template = chat_template
-        self._grammars = None if tokenizer is None else GrammarChecker(tokenizer.serialized, tuple(eos), vocab_size)
         self._told: OrderedDict[tuple[str, ...], None] = OrderedDict()
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
-        """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text.
+        """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text. Whether a
+        grammar can be obeyed takes a `GrammarChecker` to find out.
 
         Raises:
             RequestError: it is empty, too long, or no prompt at all, or a parameter does not fit the model.
@@ -162,10 +162,9 @@ class PromptReader:
     def _grammar(self, params: SamplingParams) -> GrammarText:
         if params.structured_outputs is None:
             return GrammarText("")
-        if self._grammars is None:
+        if self._tokenizer is None:
             raise RequestError("structured_outputs need a tokenizer, which this model does not have")
         grammar = grammar_text(params.structured_outputs)
-        self._grammars.check(grammar.text)
         if grammar.ignored and grammar.ignored not in self._told:
             self._told[grammar.ignored] = None
             if len(self._told) > _TOLD:

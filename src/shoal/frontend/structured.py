@@ -6,12 +6,10 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from shoal.engine.grammar import Grammars
 from shoal.errors import RequestError
 from shoal.structured.composing import grammar_of
 from shoal.structured.json_schema import prepare
 from shoal.types import StructuredOutputsParams
-from shoal.wire import Ids
 
 # JSON allows any amount of whitespace between two symbols, and a model may never come to an end of it. So much is
 # enough for a line break and eight levels of four spaces.
@@ -47,26 +45,6 @@ def grammar_text(params: StructuredOutputsParams) -> GrammarText:
     else:
         text = _guard(LLMatcher.grammar_from_lark, "grammar", params.grammar or "")
     return GrammarText(text)
-
-
-class GrammarChecker:
-    """Finds out before a request runs whether its grammar can be obeyed.
-
-    Args:
-        tokenizer_json: gives the text of the model's `tokenizer.json`; called when the first grammar comes.
-        eos: the model's end-of-text tokens.
-        vocab_size: the model's.
-    """
-
-    def __init__(self, tokenizer_json: Callable[[], str], eos: Ids, vocab_size: int) -> None:
-        self._grammars = Grammars(tokenizer_json, eos, vocab_size)
-
-    def check(self, grammar: str) -> None:
-        """
-        Raises:
-            RequestError: it is no grammar, no text satisfies it, it uses what is not supported, or it is too large.
-        """
-        self._grammars.compile(grammar)
 
 
 def _guard(make: Callable[[str], str], name: str, value: str) -> str:

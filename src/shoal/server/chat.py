@@ -97,6 +97,7 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
     check_outputs(1, params)
     template = template_of(service, body) | {"tools": plan.shown, "add_special_tokens": bool(body.add_special_tokens)}
     job = await prepared(
+        service.llm,
         partial(service.llm.prepare_chat, body.messages, params, **template),
         size_of(body.messages) + size_of(plan.shown),
         params,

@@ -112,6 +112,7 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
     names = names_of(given, chat=False)
     jobs = [
         await prepared(
+            service.llm,
             partial(service.llm.prepare, prompt, params, add_special_tokens=body.add_special_tokens is not False),
             len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]),
             params,

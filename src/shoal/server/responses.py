@@ -109,6 +109,7 @@ async def _understood(service: Service, body: ResponsesBody) -> _Request:
     messages = _messages(body)
     template = {"chat_template": service.settings.chat_template, "tools": plan.shown}
     job = await prepared(
+        service.llm,
         partial(service.llm.prepare_chat, messages, params, **template),
         size_of(messages) + size_of(plan.shown),
         params,

@@ -170,9 +170,9 @@ def names_of(body: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
 
 
 async def prepared(
-    work: Callable[[], Job], size: int, params: SamplingParams, *, names: Mapping[str, str], prompt: str
+    llm: Backend, work: Callable[[], Job], size: int, params: SamplingParams, *, names: Mapping[str, str], prompt: str
 ) -> Job:
-    """Runs `LLM.prepare` or the like, on another thread unless it takes no time.
+    """Runs `LLM.prepare` or the like, on another thread unless it takes no time, and has a grammar checked.
 
     Args:
         size: about how many characters there are to read.
@@ -180,12 +180,15 @@ async def prepared(
 
     Raises:
         Refusal: the request can't be used.
+        EngineError: too many grammars wait to be checked.
     """
     try:
         if size < _QUICK and params.structured_outputs is None and not params.bad_words:
             await asyncio.sleep(0)  # of a thousand prompts in one request, others get a turn between two
             return work()
-        return await asyncio.to_thread(work)
+        job = await asyncio.to_thread(work)
+        await llm.check_grammar(job)
+        return job
     except RequestError as error:
         raise of_request(error, names, prompt=prompt, prepared=True) from None
 

@@ -1,9 +1,13 @@
 """`shoal serve`: a fleet of replicas, and the servers before it; signals, draining, and the end."""
 
 import asyncio
+import os
 import signal
 import socket
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +28,7 @@ log = get_logger("serve")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _END_S = 2.0
 _LOOK_S = 1.0
+_AT_ONCE_S = 3.0  # from the second signal on
 
 
 @dataclass(slots=True)
@@ -39,7 +44,38 @@ class _Signals:
             loop.add_signal_handler(number, self._heard)
 
     def _heard(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+        if not self.first.is_set():
+            self.first.set()
+        elif not self.second.is_set():
+            self.second.set()
+            _leave_soon(1)
+
+
+def _leave_soon(code: int) -> None:
+    """Ends this process in a few seconds, whatever is left: work on other threads that can't be called off would
+    otherwise be waited for. Replicas and API servers end with it."""
+
+    def leave() -> None:
+        time.sleep(_AT_ONCE_S)
+        log.warning("the server ends with work that can't be called off")
+        os._exit(code)
+
+    threading.Thread(target=leave, daemon=True, name="shoal-leave").start()
+
+
+async def _apart(work: Callable[[], None]) -> None:
+    """Runs `work` on a thread of its own: those of the pool may all be at something that takes long."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=run, daemon=True, name="shoal-close").start()
+    await done.wait()
 
 
 def run(
@@ -82,9 +118,11 @@ async def _serve(
             if count == 1
             else ApiServers(llm, model, settings, listening, sock, count, metrics.note_api_restart)
         )
-        return await _until_end(llm, front, signals, listening.url(sock), shutdown_timeout)
+        code = await _until_end(llm, front, signals, listening.url(sock), shutdown_timeout)
     finally:
-        await asyncio.to_thread(llm.close)
+        await _apart(llm.close)
+    _leave_soon(code)
+    return code
 
 
 class _Front(Protocol):
@@ -123,7 +161,7 @@ async def _until_end(llm: AsyncLLM, front: _Front, signals: _Signals, url: str, 
         return await _drain(llm, front, server, signals, shutdown_timeout)
     cause = _exception_of(watch) or _exception_of(server)
     watch.cancel()
-    await asyncio.to_thread(llm.close)  # whoever still waits is told
+    await _apart(llm.close)  # whoever still waits is told
     await _end(front, server, signals, LAST_BYTES_S)
     raise cause if isinstance(cause, ShoalError) else EngineError(f"the server has ended by itself: {cause!r}")
 
@@ -159,7 +197,7 @@ async def _drain(
     complete = await _requests_end(llm, signals, shutdown_timeout)
     if not complete:
         log.warning("requests that still run are cut off")
-        await asyncio.to_thread(llm.close)  # whoever still waits is told
+        await _apart(llm.close)  # whoever still waits is told
     read = await _end(front, server, signals, max(LAST_BYTES_S, deadline - time.monotonic()))
     return 0 if complete and read else 1
 

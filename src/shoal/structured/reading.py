@@ -11,8 +11,8 @@ from shoal.errors import RequestError
 from shoal.structured.node import Schema, too_deep
 
 _MOST_LEVELS = 300  # of lists and objects: more than people write, and few enough for functions that call themselves
-_MOST_CHARACTERS = 8 << 20
-_MOST_VALUES = 400_000
+_MOST_CHARACTERS = 4 << 20
+_MOST_VALUES = 200_000
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 

@@ -1,8 +1,5 @@
-import itertools
-import json
 import random
 import re
-import time
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +10,8 @@ from llguidance import LLMatcher, LLParserLimits
 from tokenizers import Tokenizer
 
 import shoal
-from shoal.engine.grammar import Grammar, Grammars
 from shoal.errors import EngineError, RequestError
+from shoal.structured.matcher import LIMITS, Grammar, Vocabulary, words_of
 from shoal.wire import Ids
 from support.fakes import steady
 
@@ -25,24 +22,27 @@ A, B, C = (int(Tokenizer.from_str(TOKENIZER).token_to_id(letter) or 0) for lette
 WORD = 4  # bytes
 
 
-def grammars(eos: Ids = EOS, vocab_size: int = SIZE) -> Grammars:
-    return Grammars(lambda: TOKENIZER, eos, vocab_size)
+def vocabulary(eos: Ids = EOS, vocab_size: int = SIZE) -> Vocabulary:
+    return Vocabulary(TOKENIZER, eos, vocab_size)
 
 
 @cache
-def shared() -> Grammars:
-    return grammars()
+def shared() -> Vocabulary:
+    return vocabulary()
 
 
-def of_regex(pattern: str, source: Grammars | None = None) -> Grammar:
-    return (source or shared()).compile(LLMatcher.grammar_from_regex(pattern))
+def of_regex(pattern: str, source: Vocabulary | None = None, limits: LLParserLimits = LIMITS) -> Grammar:
+    return Grammar.compile(LLMatcher.grammar_from_regex(pattern), source or shared(), limits)
 
 
 def rows(grammar: Grammar, drafts: Ids = (), words: int = SIZE // 32) -> list[set[int]]:
-    masks = grammar.masks(drafts)
-    assert len(masks) == (1 + len(drafts)) * words * WORD
-    parts = [masks[i : i + words * WORD] for i in range(0, len(masks), words * WORD)]
+    parts = [place.row for place in grammar.places(drafts)]
+    assert [len(part) for part in parts] == [words * WORD] * (1 + len(drafts))
     return [{token for token in range(words * 32) if part[token // 8] >> token % 8 & 1} for part in parts]
+
+
+def ends(grammar: Grammar, drafts: Ids = ()) -> list[bool]:
+    return [place.ended for place in grammar.places(drafts)]
 
 
 @cache
@@ -72,11 +72,11 @@ def test_a_text_that_was_begun_elsewhere_is_taken_at_once(count: int) -> None:
     output = (A, B, B, EOS[0])[:count]
     stepwise, resumed = of_regex("ab*"), of_regex("ab*")
     for token in output:
-        stepwise.masks(())
+        stepwise.places(())
         stepwise.accept((token,))
     assert resumed.valid(output) == count
     resumed.accept(output)
-    assert resumed.masks((B,)) == stepwise.masks((B,))
+    assert resumed.places((B,)) == stepwise.places((B,))
     assert resumed.ended == stepwise.ended == (count == 4)
 
 
@@ -100,6 +100,7 @@ def test_masks_look_behind_drafts_and_change_nothing() -> None:
     grammar = of_regex("ab*c")
     drafted = rows(grammar, (A, B, C))
     assert drafted[3] == {*EOS}
+    assert ends(grammar, (A, B, C)) == [False, False, False, True]
     for token, row in zip((A, B, C), drafted, strict=False):
         assert rows(grammar) == [row]
         grammar.accept((token,))
@@ -136,7 +137,7 @@ def test_a_token_that_can_not_follow_is_an_error_and_changes_nothing(tokens: Ids
 
 
 def test_without_ends_the_state_says_when_it_is_over() -> None:
-    grammar = of_regex("ab?", grammars(eos=()))
+    grammar = of_regex("ab?", vocabulary(eos=()))
     assert not rows(grammar)[0] & {*EOS}
     grammar.accept((A,))
     assert not grammar.ended
@@ -147,7 +148,7 @@ def test_without_ends_the_state_says_when_it_is_over() -> None:
 
 
 def test_an_end_that_is_text_ends_only_where_the_grammar_does() -> None:
-    grammar = of_regex("a(b|c)", grammars(eos=(B,)))
+    grammar = of_regex("a(b|c)", vocabulary(eos=(B,)))
     grammar.accept((A,))
     assert rows(grammar) == [{C}]
     grammar.accept((C,))
@@ -155,7 +156,7 @@ def test_an_end_that_is_text_ends_only_where_the_grammar_does() -> None:
 
 
 def test_a_dead_end_is_a_problem_when_it_is_reached_and_not_before() -> None:
-    grammar = of_regex("abca", grammars(eos=(B,)))
+    grammar = of_regex("abca", vocabulary(eos=(B,)))
     assert rows(grammar, (A,)) == [{A}, {B}]
     assert not grammar.problem
     grammar.accept((A,))
@@ -166,10 +167,10 @@ def test_a_dead_end_is_a_problem_when_it_is_reached_and_not_before() -> None:
     assert grammar.valid((C,)) == 0
 
 
-def test_a_grammar_that_takes_too_long_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_that_takes_too_long_is_a_problem() -> None:
     # So little is enough for the first token, and not for the states of this one's later tokens.
-    monkeypatch.setattr("shoal.engine.grammar._LIMITS", LLParserLimits(step_lexer_fuel=500, verbose_errors=False))
-    grammar = of_regex("(a|b)*a(a|b){99}c", grammars())
+    limits = LLParserLimits(step_lexer_fuel=500, verbose_errors=False)
+    grammar = of_regex("(a|b)*a(a|b){99}c", limits=limits)
     drawn = random.Random(0)
     while not grammar.ended:
         grammar.accept((drawn.choice(sorted(rows(grammar)[0])),))
@@ -180,56 +181,35 @@ def test_a_grammar_that_takes_too_long_is_a_problem(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("vocab_size", [SIZE + 1, SIZE + 31, SIZE + 33, 4 * SIZE])
 def test_tokens_beyond_the_tokenizer_are_never_allowed(vocab_size: int) -> None:
-    source = grammars(vocab_size=vocab_size)
-    grammar = of_regex("(a|b|\n)*", source)
-    assert source.words == -(-vocab_size // 32)
-    assert rows(grammar, words=source.words) == rows(of_regex("(a|b|\n)*"))
+    grammar = of_regex("(a|b|\n)*", vocabulary(vocab_size=vocab_size))
+    assert rows(grammar, words=words_of(vocab_size)) == rows(of_regex("(a|b|\n)*"))
 
 
 def test_a_smaller_model_has_rows_of_its_own_size() -> None:
-    source = grammars(vocab_size=100)
+    source = vocabulary(vocab_size=100)
     assert rows(of_regex("[a-z ]*", source), words=4)[0] == {i for i in rows(of_regex("[a-z ]*"))[0] if i < 100}
 
 
 def test_text_that_the_vocabulary_can_not_spell_is_refused() -> None:
     with pytest.raises(RequestError, match="no token of the model"):
-        of_regex("a", grammars(vocab_size=A))
+        of_regex("a", vocabulary(vocab_size=A))
 
 
 def test_an_end_that_the_model_does_not_have_is_left_out() -> None:
-    assert rows(of_regex("a*", grammars(eos=(1, 9999))))[0] & {1, 9999} == {1}
+    assert rows(of_regex("a*", vocabulary(eos=(1, 9999))))[0] & {1, 9999} == {1}
 
 
-def test_a_grammar_is_compiled_once_and_its_states_are_apart() -> None:
-    source = grammars()
-    first, begun = of_regex("ab", source), time.perf_counter()
-    for _ in range(1000):
-        of_regex("ab", source)
-    # A copy takes microseconds; compiling takes a millisecond, and a second for large schemas.
-    assert time.perf_counter() - begun < 1
-    second = of_regex("ab", source)
+def test_copies_are_apart() -> None:
+    first = of_regex("ab")
+    second = first.fresh()
     first.accept((A,))
     assert rows(second) == rows(of_regex("ab")) != rows(first)
-
-
-def test_the_tokenizer_is_read_when_the_first_grammar_comes() -> None:
-    calls = []
-
-    def read() -> str:
-        calls.append(1)
-        return TOKENIZER
-
-    source = Grammars(read, EOS, SIZE)
-    assert calls == []
-    of_regex("a", source)
-    of_regex("b", source)
-    assert calls == [1]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"model": {"vocab": {}}}', "[]"])
 def test_a_tokenizer_that_can_not_be_read_is_an_error(text: str) -> None:
     with pytest.raises(RequestError, match="tokenizer"):
-        of_regex("a", Grammars(lambda: text, EOS, SIZE))
+        Vocabulary(text, EOS, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -240,12 +220,11 @@ def test_a_tokenizer_that_can_not_be_read_is_an_error(text: str) -> None:
         (LLMatcher.grammar_from_json_schema("false"), "no text satisfies the schema: schema is false"),
         (LLMatcher.grammar_from_json_schema('{"if": {}}'), "unsupported keywords"),
         (LLMatcher.grammar_from_lark("start: nothing"), "nothing"),
-        (LLMatcher.grammar_from_regex("a" * (1 << 20)), "too large"),
     ],
 )
 def test_what_can_not_be_obeyed_is_refused_in_one_line(grammar: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason) as caught:
-        shared().compile(grammar)
+        Grammar.compile(grammar, shared())
     assert str(caught.value).startswith("structured_outputs ")
     assert "\n" not in str(caught.value)
 
@@ -268,30 +247,3 @@ def test_what_is_drawn_from_masks_matches(pattern: str, drawn: random.Random, mo
         text += texts()[token]
         if grammar.ended:
             assert re.fullmatch(pattern, text)
-
-
-def large_tokenizer(size: int) -> str:
-    tokenizer = json.loads(TOKENIZER)
-    vocab, letters = tokenizer["model"]["vocab"], "etaoinshrdlucmfwypvbgkjqxz"
-    for word in itertools.product(("Ġ", *letters), letters[:20], letters[:20], letters[:20]):
-        if len(vocab) == size:
-            break
-        vocab.setdefault("".join(word), len(vocab))
-    return json.dumps(tokenizer)
-
-
-def test_a_mask_of_a_large_vocabulary_takes_microseconds() -> None:
-    size = 150_000
-    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
-    source = Grammars(lambda: large_tokenizer(size), EOS, size)
-    grammar = source.compile(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
-    text = '{"name": "some words in a row"}'
-    vocab = Tokenizer.from_str(TOKENIZER)
-    took = []
-    for token in vocab.encode(text, add_special_tokens=False).ids:
-        begun = time.perf_counter()
-        grammar.masks(())
-        grammar.accept((token,))
-        took.append(time.perf_counter() - begun)
-    assert grammar.ended
-    assert sorted(took)[len(took) // 2] < 1e-3  # some 50 us on an idle machine
