@@ -235,6 +235,12 @@ IF_X = {"if": {"properties": {"k": {"const": "x"}}, "required": ["k"]}, "then": 
           r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,8}|(?=[\d.]{1,11}0*$)\d{0,8}\.\d{0,2}0*$)"}, ['"1.20"'], ['"1.234"', '"."']),
         ({"type": "string", "pattern": "^[[&&a]$"}, ['"["', '"&"'], ['"b"']),
         ({"type": "string", "pattern": "^.$"}, ['"a"'], ['"\u2028"']),
+        # What no value satisfies may be left out.
+        ({"type": "object", "properties": {"a": {"$ref": "#/$defs/no"}, "b": {"$ref": "#/$defs/endless"}}, "$defs": {
+            "no": {"type": "integer", "minimum": 2, "maximum": 1},
+            "endless": {"type": "object", "properties": {"c": {"$ref": "#/$defs/endless"}}, "required": ["c"]}}},
+         ["{}", '{"c":1}'], ['{"a":1}', '{"b":{}}']),
+        ({"anyOf": [{"$ref": "#/$defs/no"}, {"type": "null"}], "$defs": {"no": False}}, ["null"], ["1"]),
         # The order of properties is the schema's; those that are only required come behind.
         ({"type": "object", "properties": {"b": {}, "a": {}}, "required": ["c", "a"]}, ['{"b":1,"a":1,"c":1}'],
          ['{"a":1,"b":1,"c":1}', '{"b":1,"a":1}']),

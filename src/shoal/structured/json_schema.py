@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import RequestError
-from shoal.structured.ends import has_value
+from shoal.structured.ends import endless, possible
 from shoal.structured.node import Schema
 from shoal.structured.order import compiled_depth, leaves_first
 from shoal.structured.reading import read_schema
@@ -39,11 +39,12 @@ def prepare(schema: Any, *, strict: bool) -> PreparedSchema:
     rewriter = Rewriter(read_schema(schema), strict=strict)
     root, definitions = rewriter.run()
     _, order = compiled_depth(root, definitions)  # what refers to nothing comes first
-    definitions = {name: definitions[name] for name in order}
-    if root is False or not has_value(root, definitions):
-        why = ", for what it requires refers to itself without an end" if root is not False else ""
+    whole = {name: definitions[name] for name in order}
+    found, definitions = possible(root, whole)
+    if found is False:
+        why = ", for what it requires refers to itself without an end" if endless(root, whole) else ""
         raise RequestError(f"structured_outputs.json can't be obeyed: no text satisfies the schema{why}")
-    return PreparedSchema(_shallow(root, definitions), tuple(rewriter.dropped))
+    return PreparedSchema(_shallow(found, definitions), tuple(rewriter.dropped))
 
 
 def listed(dropped: Sequence[str], most: int) -> str:
