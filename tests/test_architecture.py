@@ -23,7 +23,7 @@ COMMON = {
 # package -> what else of ours it may import.
 ALLOWED = {
     "cli": {"server", "client", "frontend"},
-    "server": {"frontend", "cluster", "transport", "protocols", "wire"},
+    "server": {"frontend", "structured", "cluster", "transport", "protocols", "wire"},
     "client": set(),
     "frontend": {
         "cluster",

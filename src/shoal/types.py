@@ -28,7 +28,7 @@ Message = Mapping[str, Any]  # of a chat: `role`, `content`, and whatever else t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """What an output must look like; exactly one of them.
+    """What an output must look like; exactly one of them, and `strict` beside a schema.
 
     Raises:
         RequestError: none or several are given, or one has the wrong type. Whether it can be obeyed is found out with
@@ -40,9 +40,10 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None  # Lark, in the dialect of llguidance
     json_object: bool | None = None  # True: any JSON object
+    strict: bool = False  # refuse a JSON schema with a keyword that can't be obeyed; otherwise it goes without that
 
     def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "strict"}
         given = [name for name, value in values.items() if value is not None and value is not False]
         if len(given) != 1:
             raise RequestError(
@@ -58,6 +59,8 @@ class StructuredOutputsParams:
             object.__setattr__(self, "choice", _texts("structured_outputs.choice", self.choice))
         if self.json_object is not None and not isinstance(self.json_object, bool):
             raise RequestError(f"structured_outputs.json_object must be true or false, got {shown(self.json_object)}")
+        if not isinstance(self.strict, bool):
+            raise RequestError(f"structured_outputs.strict must be true or false, got {shown(self.strict)}")
 
 
 _LARGEST = sys.float_info.max

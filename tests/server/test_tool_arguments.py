@@ -45,7 +45,7 @@ def test_arguments_are_an_object_whatever_the_schema_leaves_open(parameters: Any
     function = {"name": "pick"} | ({} if parameters is None else {"parameters": parameters})
     plan = plan_tools([{"type": "function", "function": function}], choice, None)
     text = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")
-    grammar = Grammar.compile(grammar_text(StructuredOutputsParams(json=plan.schema)), Vocabulary(text, (1,), 640))
+    grammar = Grammar.compile(grammar_text(StructuredOutputsParams(json=plan.schema)).text, Vocabulary(text, (1,), 640))
     encode = Tokenizer.from_str(text).encode
     found = []
     for arguments in ARGUMENTS:

@@ -1,16 +1,24 @@
 """Prompts as people give them, checked and cut into tokens. Needs no engine."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import RequestError, overflow
 from shoal.frontend.chat import ChatTemplate
-from shoal.frontend.structured import grammar_text
+from shoal.frontend.structured import GrammarText, grammar_text
 from shoal.frontend.tokenizer import Tokenizer
+from shoal.observe.logging import get_logger
+from shoal.structured.json_schema import listed
 from shoal.types import Message, Prompt, PromptDict, SamplingParams, shown
 
 _MARGIN = 64  # tokens before those that are kept, so that where a text is cut does not matter to these
+
+log = get_logger("prompts")
+
+_TOLD = 256  # lists of ignored keywords, so that those of a file of prompts are logged once
+_LINE = 2000  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,7 @@ class Job:
     banned: tuple[tuple[int, ...], ...] = ()  # of `bad_words`
     grammar: str = ""  # of `structured_outputs`
     cache_salt: str = ""  # only prompts with the same one share cached prefixes
+    ignored_keywords: tuple[str, ...] = ()  # of its schema, that the grammar goes without, each with its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,7 @@ class PromptReader:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos)
         self._chat_template = chat_template
+        self._told: OrderedDict[tuple[str, ...], None] = OrderedDict()
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
         """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text. Whether a
@@ -127,7 +137,8 @@ class PromptReader:
             raise RequestError("stop takes texts, and this model has no tokenizer: use stop_token_ids")
         banned = self._banned(params)
         self._check_allowed(params, banned)
-        return Job(index, text, tokens, params, banned, self._grammar(params), salt or "")
+        grammar = self._grammar(params)
+        return Job(index, text, tokens, params, banned, grammar.text, salt or "", grammar.ignored)
 
     def _kept(self, params: SamplingParams) -> int | None:
         """How many of a prompt's last tokens are kept; None: it is not cut."""
@@ -176,12 +187,18 @@ class PromptReader:
         ]
         return tuple(dict.fromkeys(ids for ids in found if ids))
 
-    def _grammar(self, params: SamplingParams) -> str:
+    def _grammar(self, params: SamplingParams) -> GrammarText:
         if params.structured_outputs is None:
-            return ""
+            return GrammarText("")
         if self._tokenizer is None:
             raise RequestError("structured_outputs need a tokenizer, which this model does not have")
-        return grammar_text(params.structured_outputs)
+        grammar = grammar_text(params.structured_outputs)
+        if grammar.ignored and grammar.ignored not in self._told:
+            self._told[grammar.ignored] = None
+            if len(self._told) > _TOLD:
+                self._told.popitem(last=False)
+            log.warning("a schema goes without keywords that can't be obeyed: %s", listed(grammar.ignored, _LINE))
+        return grammar
 
     def _read(
         self, prompt: Prompt, keep: int | None, *, add_special_tokens: bool

@@ -24,6 +24,7 @@ from shoal.server.running import (
     check_outputs,
     finished,
     identifier,
+    ignored_headers,
     merged,
     names_of,
     params_of,
@@ -76,9 +77,9 @@ async def _chat(service: Service, body: ChatBody, place: Place) -> Response:
     streams = begin(service.llm, [asked.job], place)
     if not body.stream:
         (output,) = await finished(streams)
-        return respond(_answer(asked, output))
+        return respond(_answer(asked, output), ignored_headers([asked.job]))
     events = _events(asked, streams[0])
-    return EventStream(await anext(events), events)
+    return EventStream(await anext(events), events, headers=ignored_headers([asked.job]))
 
 
 async def _understood(service: Service, body: ChatBody) -> _Request:

@@ -32,6 +32,7 @@ from shoal.server.running import (
     close,
     finished,
     identifier,
+    ignored_headers,
     merged,
     names_of,
     params_of,
@@ -93,9 +94,9 @@ async def _complete(service: Service, body: CompletionBody, place: Place) -> Res
     streams = begin(service.llm, asked.jobs, place)
     if not body.stream:
         outputs = await finished(streams)
-        return respond(_answer(asked, outputs))
+        return respond(_answer(asked, outputs), ignored_headers(asked.jobs))
     events = _events(asked, streams)
-    return EventStream(await anext(events), events)
+    return EventStream(await anext(events), events, headers=ignored_headers(asked.jobs))
 
 
 async def _understood(service: Service, body: CompletionBody) -> _Request:

@@ -29,6 +29,7 @@ from shoal.server.running import (
     begin,
     finished,
     identifier,
+    ignored_headers,
     merged,
     names_of,
     params_of,
@@ -86,14 +87,14 @@ async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: P
     streams = begin(service.llm, [asked.job], place)
     if body.stream:
         events = _events(asked, shelf, streams[0])
-        return EventStream(await anext(events), events, last=b"")
+        return EventStream(await anext(events), events, last=b"", headers=ignored_headers([asked.job]))
     (output,) = await finished(streams)
     items = OutputItems(asked.plan, asked.params.logprobs, whole=True)
     (completion,) = output.outputs
     items.feed(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason or "stop")
     items.end(completion.finish_reason)
     answer = _answer(asked, items, completion.finish_reason, output.num_cached_tokens)
-    return respond(await _kept(asked, shelf, answer))
+    return respond(await _kept(asked, shelf, answer), ignored_headers([asked.job]))
 
 
 async def _understood(service: Service, shelf: Shelf, body: ResponsesBody) -> _Request:
@@ -188,7 +189,8 @@ def _format(text: Any) -> dict[str, Any] | None:
     if wanted is None:
         return None
     if isinstance(wanted, Mapping) and wanted.get("type") == "json_schema":
-        wanted = {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
+        described = {name: wanted[name] for name in ("schema", "strict") if name in wanted}
+        wanted = {"type": "json_schema", "json_schema": described}
     try:
         return structured_of(wanted, "text.format")
     except RequestError as error:

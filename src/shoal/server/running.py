@@ -21,6 +21,7 @@ from shoal.server.errors import Refusal, of_request
 from shoal.server.schemas import MOST_OUTPUTS, GenerationFields, SamplingFields
 from shoal.server.settings import ServerSettings
 from shoal.server.tools.choice import ToolPlan
+from shoal.structured.json_schema import listed
 from shoal.types import RequestOutput, SamplingParams, shown
 
 _QUICK = 2000  # characters of a prompt that is cut into tokens in less time than another thread takes to begin
@@ -28,6 +29,8 @@ _SEEN_TO = (
     "stream", "stream_options", "priority", "data_parallel_rank", "request_id", "cache_salt", "return_token_ids",
     "return_tokens_as_token_ids",
 )  # fmt: skip
+_IGNORED = "X-Shoal-Schema-Ignored"
+_MOST_IGNORED = 1000  # characters
 _MOST_RANK = 1 << 31
 _MOST_TEXTS = 1024  # that are looked for in each output, and ...
 _MOST_CHARACTERS = 1 << 16  # ... theirs together
@@ -96,7 +99,7 @@ def params_of(
         if plan is not None and plan.schema is not None:
             if "structured_outputs" in found:
                 raise RequestError("`tool_choice` and a structured output don't go together: leave one out")
-            found["structured_outputs"] = {"json": plan.schema}
+            found["structured_outputs"] = {"json": plan.schema, "strict": plan.strict}
         if plan is not None and plan.special_tokens:
             found["skip_special_tokens"] = False
         _check_texts(found)
@@ -191,6 +194,12 @@ async def prepared(
         return job
     except RequestError as error:
         raise of_request(error, names, prompt=prompt, prepared=True) from None
+
+
+def ignored_headers(jobs: Sequence[Job]) -> dict[str, str]:
+    """What tells the client which keywords of its schema the answer may not obey."""
+    ignored = tuple(dict.fromkeys(keyword for job in jobs for keyword in job.ignored_keywords))
+    return {_IGNORED: listed(ignored, _MOST_IGNORED)} if ignored else {}
 
 
 def begin(llm: Backend, jobs: Sequence[Job], place: Place) -> list[TokenStream]:
@@ -293,8 +302,8 @@ class TokenForms:
         return cls(bool(body.return_token_ids), default if named is None else named)
 
 
-def respond(value: Any) -> Response:
-    return Response(bytes_of(value), media_type="application/json")
+def respond(value: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(bytes_of(value), headers=dict(headers or {}), media_type="application/json")
 
 
 def client_gone(_: Request, __: Exception) -> Response:

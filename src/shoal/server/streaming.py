@@ -4,7 +4,7 @@ The format is that of https://html.spec.whatwg.org/multipage/server-sent-events.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -51,8 +51,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, head: bytes, events: AsyncGenerator[bytes, None], last: bytes = DONE) -> None:
-        super().__init__(headers=_HEADERS)
+    def __init__(
+        self,
+        head: bytes,
+        events: AsyncGenerator[bytes, None],
+        last: bytes = DONE,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(headers={**_HEADERS, **(headers or {})})
         del self.headers["content-length"]
         self._first = head
         self._events = events

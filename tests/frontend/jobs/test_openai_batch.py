@@ -68,6 +68,9 @@ def test_parameters(tmp_path: Path, chat: bool, body: dict[str, Any], changes: d
 
 def test_structured_outputs(tmp_path: Path) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
+    strict = StructuredOutputsParams(json=SCHEMA, strict=True)
+    assert params(tmp_path, {"response_format": wanted}).structured_outputs == strict
+    del wanted["json_schema"]["strict"]  # type: ignore[attr-defined]
     assert params(tmp_path, {"response_format": wanted}).structured_outputs == StructuredOutputsParams(json=SCHEMA)
     anything = params(tmp_path, {"response_format": {"type": "json_object"}}).structured_outputs
     assert anything == StructuredOutputsParams(json_object=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from shoal.errors import RequestError
-from shoal.types import SamplingParams
+from shoal.types import SamplingParams, shown
 
 COMPLETION_TOKENS = 16  # what OpenAI's completions give where nobody says max_tokens
 # Named as in SamplingParams, vLLM's additions included.
@@ -84,6 +84,18 @@ def _structured(body: Mapping[str, Any], inside: str) -> dict[str, Any]:
     return {"structured_outputs": next(iter(given.values()))} if given else {}
 
 
+def strict_of(described: object, where: str) -> dict[str, bool]:
+    """Whether a schema is to be obeyed in every keyword or refused, as `structured_outputs` has it.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    strict = described.get("strict") if isinstance(described, Mapping) else None
+    if strict is not None and not isinstance(strict, bool):
+        raise RequestError(f"`{where}.strict` must be true or false, got {shown(strict)}")
+    return {"strict": True} if strict else {}
+
+
 def structured_of(wanted: object, where: str) -> dict[str, Any] | None:
     """A `response_format`, as `structured_outputs` has it; None for any text.
 
@@ -100,5 +112,5 @@ def structured_of(wanted: object, where: str) -> dict[str, Any] | None:
         schema = described.get("schema") if isinstance(described, dict) else None
         if not isinstance(schema, dict):
             raise RequestError(f"`{where}.json_schema.schema` must be a JSON schema")
-        return {"json": schema}
+        return {"json": schema, **strict_of(described, f"{where}.json_schema")}
     raise RequestError(f"`{where}.type` must be text, json_object or json_schema, got {kind!r}")

@@ -9,6 +9,7 @@ from typing import Any
 from shoal.server.errors import Refusal
 from shoal.server.tools.parsers import PARSERS, SPECIAL, Named, ToolParser, array
 from shoal.server.tools.reading import Arguments, Brackets, Piece, Start
+from shoal.structured.node import STRICT
 from shoal.types import shown
 
 _NAME = re.compile(r"[\w.\-]{1,128}")
@@ -19,6 +20,7 @@ _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fa
 class ToolPlan:
     shown: list[Any] | None = None  # to the template
     schema: dict[str, Any] | None = None  # that the output must satisfy
+    strict: bool = False  # ... in every keyword, or the request is refused
     parser: Callable[[], ToolParser] | None = None  # None: the output is text
     special_tokens: bool = False  # the parser needs them in the text
     named: bool = False  # the client chose the function
@@ -52,24 +54,36 @@ def plan_tools(tools: object, choice: object, parser: str | None, *, parallel: b
             raise Refusal(400, why, param="tool_choice")
         special = parser in SPECIAL
         return ToolPlan(
-            tools, None, PARSERS[parser], special, short_ids=parser == "mistral", most=None if parallel else 1
+            tools,
+            None,
+            parser=PARSERS[parser],
+            special_tokens=special,
+            short_ids=parser == "mistral",
+            most=None if parallel else 1,
         )
     short = parser == "mistral"
     if choice == "required":
-        return ToolPlan(tools, _any_call(functions, parallel=parallel), array, short_ids=short)
+        return ToolPlan(tools, _any_call(functions, parallel=parallel), parser=array, short_ids=short)
     name = _chosen(choice)
     if name not in functions:
         raise Refusal(400, f"tool_choice names {shown(name)}, which is none of the tools", param="tool_choice")
-    return ToolPlan(tools, functions[name], lambda: Named(name), named=True, short_ids=short)
+    function = functions[name]
+    return ToolPlan(tools, function.schema, function.strict, lambda: Named(name), named=True, short_ids=short)
 
 
-def _functions(tools: object) -> dict[str, dict[str, Any]]:
-    """Name -> schema of the arguments."""
+@dataclass(frozen=True, slots=True)
+class _Function:
+    schema: dict[str, Any]  # of the arguments
+    strict: bool
+
+
+def _functions(tools: object) -> dict[str, _Function]:
+    """Name -> function."""
     if tools is None:
         return {}
     if not isinstance(tools, list):
         raise Refusal(400, f"tools must be a list of objects, got {shown(tools)}", param="tools")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, _Function] = {}
     for i, tool in enumerate(tools):
         where = f"tools[{i}]"
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
@@ -81,7 +95,11 @@ def _functions(tools: object) -> dict[str, dict[str, Any]]:
             raise Refusal(400, why, param=f"{where}.function.name")
         if name in found:
             raise Refusal(400, f"tools has the name {name} twice", param=f"{where}.function.name")
-        found[name] = _of_object(function.get("parameters"), f"{where}.function.parameters")
+        strict = function.get("strict")
+        if strict is not None and not isinstance(strict, bool):
+            why = f"{where}.function.strict must be true or false, got {shown(strict)}"
+            raise Refusal(400, why, param=f"{where}.function.strict")
+        found[name] = _Function(_of_object(function.get("parameters"), f"{where}.function.parameters"), bool(strict))
     return found
 
 
@@ -105,39 +123,26 @@ def _chosen(choice: object) -> object:
     raise Refusal(400, why, param="tool_choice")
 
 
-def _any_call(functions: Mapping[str, dict[str, Any]], *, parallel: bool) -> dict[str, Any]:
-    """The schema of a list of calls. Each function's schema lies whole in `$defs`, where its references are led to."""
+def _any_call(functions: Mapping[str, _Function], *, parallel: bool) -> dict[str, Any]:
+    """The schema of a list of calls. Each function's schema lies whole in `$defs`, where its `$id` makes it a part of
+    its own: references inside of it lead to what they led to."""
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{i}"}},
+            "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{name}"}},
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for i, name in enumerate(functions)
+        for name in functions
     ]
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     if not parallel:
         schema["maxItems"] = 1
-    # An `$id` would be what the references inside are looked up from.
-    bare = [{key: value for key, value in each.items() if key != "$id"} for each in functions.values()]
-    return schema | {"$defs": {str(i): _moved(each, f"#/$defs/{i}") for i, each in enumerate(bare)}}
-
-
-def _moved(schema: dict[str, Any], to: str) -> dict[str, Any]:
-    """A copy whose references to its own root lead to where it lies now."""
-    copy: dict[str, Any] = {}
-    pending: list[tuple[Any, Any]] = [(schema, copy)]
-    while pending:
-        old, new = pending.pop()
-        for key, value in old.items() if isinstance(old, Mapping) else enumerate(old):
-            made: Any = {} if isinstance(value, Mapping) else [None] * len(value) if isinstance(value, list) else value
-            if isinstance(value, Mapping | list):
-                pending.append((value, made))
-            elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
-                made = to + value[1:]
-            new[key] = made
-    return copy
+    parts = {
+        name: {**each.schema, "$id": each.schema.get("$id", f"tools/{i}"), STRICT: each.strict}
+        for i, (name, each) in enumerate(functions.items())
+    }
+    return schema | {"$defs": parts}
 
 
 class CallDeltas:
