@@ -15,7 +15,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 # Every package may import these.
-COMMON = {"types", "errors", "config", "env", "lazy", "observe", "open_files", "shoal"}
+COMMON = {"activity", "types", "errors", "config", "env", "lazy", "observe", "open_files", "shoal"}
 
 # package -> what else of ours it may import.
 ALLOWED = {
@@ -45,6 +45,7 @@ ALLOWED = {
 # Free of torch, transitively. `frontend` loads what is not through `load`, where a rank lives in its process.
 TORCH_FREE = [
     "shoal", "shoal.types", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire", "shoal.protocols",
+    "shoal.activity",
     "shoal.observe", "shoal.devices", "shoal.transport", "shoal.engine", "shoal.planner", "shoal.cluster",
     "shoal.frontend", "shoal.server", "shoal.client", "shoal.cli", "shoal.executors.base",
     "shoal.executors.multiprocess", "shoal.worker.__main__",

@@ -79,6 +79,7 @@ def build_engine(
         grammars=_grammars(decision),
         make_guesser=make_guessers(options.model_options.speculative_config),
         lockstep=lockstep,
+        memory_timeout=options.parallel.start_timeout,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from shoal import wire
 from shoal.config import ExpertPlacement
-from shoal.errors import EngineError
+from shoal.errors import CheckpointError, EngineError
 from shoal.kernels.linear import make_linear
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
@@ -16,6 +16,7 @@ from shoal.models.causal import CausalModel
 from shoal.models.checkpoint import TensorEntry, open_checkpoint
 from shoal.models.decoder import build_decoder
 from shoal.models.fallback import FallbackSpec
+from shoal.models.file_state import State, changed, states
 from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
 from shoal.models.loader import CheckpointWeights, DummyWeights, Weights
 from shoal.models.manifest import Cut, keeps_embedding, kv_block_bytes, weight_bytes
@@ -48,6 +49,11 @@ class RankModel:
         self._shards = shards[stage * setup.tp :][: setup.tp]
         self.shard = self._shards[mesh.tp.rank]
         self._decoder: CausalModel | None = None
+        self._read: dict[Path, State] = {}  # the files that were read first, as they were
+
+    @property
+    def loaded(self) -> bool:
+        return self._decoder is not None
 
     @property
     def decoder(self) -> CausalModel:
@@ -60,14 +66,27 @@ class RankModel:
         sizes = tuple(len(shard.ranges[Cut.VOCAB]) for shard in self._shards)
         return VocabShare(self.shard.ranges[Cut.VOCAB].start, sizes)
 
+    def unload(self) -> None:
+        """Lets go of the weights. `load` reads them again."""
+        self._decoder = None
+        self.weight_bytes = 0
+
     def load(self, device: torch.device) -> None:
+        """
+        Raises:
+            CheckpointError: the files can't be read, or are not those that were read before.
+        """
         weights: Weights
         stored: Mapping[str, TensorEntry] = {}
         if self._setup.load_format == "dummy":
             params = params_of(self.spec)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.seed)
         else:
+            if why := changed(self._read):
+                raise CheckpointError(f"{why}: put it back, or start the engine anew")
             checkpoint = open_checkpoint(self._folder)
+            files = {entry.file for entry in checkpoint.tensors.values()}
+            self._read = self._read or states([self._folder / "config.json", *sorted(files)])
             stored, params = checkpoint.tensors, params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
         kernels, why = make_kernels(self._setup.device, self._precision.activations)
