@@ -163,6 +163,9 @@ class Restless(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.engine.core.become(AWAKE)
         self.engine.drain()
+        stats = self.engine.core.stats()
+        assert sum(stats.accepted_by_position) == stats.accepted_tokens
+        assert list(stats.accepted_by_position) == sorted(stats.accepted_by_position, reverse=True)
 
 
 TestRestless = Restless.TestCase

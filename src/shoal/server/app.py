@@ -26,7 +26,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
         app.include_router(endpoints.routes(llm))
     app.include_router(dashboard.routes())
     add_limits(app, settings)
-    add_metrics(app, llm, Service(llm, settings).names[0])
+    add_metrics(app, llm, Service(llm, settings).names[0], llm.options)
     return app
 
 
