@@ -72,7 +72,7 @@ def test_a_draft_model_sleeps_and_wakes_up_too(checkpoint: Checkpoint) -> None:
 
 
 def test_a_prefix_is_computed_again_after_a_reset(checkpoint: Checkpoint) -> None:
-    prompt = [{"prompt_token_ids": [7] * 48}]
+    prompt: list[Any] = [{"prompt_token_ids": [7] * 48}]
 
     def cached(llm: LLM) -> int | None:
         return llm.generate(prompt, PARAMS, use_tqdm=False)[0].num_cached_tokens
