@@ -10,7 +10,6 @@ from os import PathLike
 from typing import Any
 
 from shoal import wire
-from shoal.activity import State
 from shoal.cluster.desk import Answer as Message
 from shoal.cluster.desk import Desk, Line
 from shoal.config import EngineOptions, from_environment
@@ -18,6 +17,7 @@ from shoal.errors import ClosedError, EngineError, Overdue, QueueFull, RequestEr
 from shoal.frontend.deltas import Delta
 from shoal.frontend.fleet import start_fleet
 from shoal.frontend.model import OpenModel, name_of, open_model
+from shoal.frontend.operable import Operable
 from shoal.frontend.outputs import Answer
 from shoal.frontend.prompts import Job
 from shoal.frontend.requests import Requests
@@ -43,7 +43,7 @@ _PRIORITIES = range(-(1 << 63), 1 << 63)  # what a message can carry
 _MOST_REPLICAS = 1 << 31
 
 
-class AsyncLLM:
+class AsyncLLM(Operable):
     """Takes what `LLM` takes, and the options of `shoal serve`. All calls come from one event loop.
 
     Requests may be made at once: they wait for the replicas, which take seconds to start. `await llm.ready()` to know.
@@ -315,66 +315,6 @@ class AsyncLLM:
                 return await asyncio.wrap_future(self._line.ask(verb, payload))
         except TimeoutError:
             raise EngineError(f"the engine has not answered {verb!r} within {timeout:g} s") from None
-
-    # --- pauses, sleep and caches, for all replicas ----------------------------------------------------------------
-
-    async def operate(self, wanted: wire.Operation) -> bytes:
-        """Waits until it is done, however long that takes.
-
-        Raises:
-            UserError: it can't be done.
-            EngineError: nobody is there.
-        """
-        return await self.ask("operate", wire.encode(wanted), timeout=None)
-
-    async def pause_generation(
-        self, *, mode: str = "abort", wait_for_inflight_requests: bool = False, clear_cache: bool = True
-    ) -> None:
-        """Returns when nothing is computed any more. `mode`: what becomes of requests: "abort" ends them; with "wait"
-        those that a replica has end first; with "keep" they stand still, and go on with the same tokens. New ones wait.
-        `clear_cache`: prefixes are forgotten, unless requests are kept.
-
-        Raises:
-            ConfigError: there is no such mode, or `resume_generation` was called before requests had ended.
-        """
-        mode = "wait" if wait_for_inflight_requests and mode == "abort" else mode
-        await self.operate(wire.Operation("pause", mode=mode, clear_cache=clear_cache))
-
-    async def resume_generation(self) -> None:
-        """
-        Raises:
-            ConfigError: it is asleep.
-        """
-        await self.operate(wire.Operation("resume"))
-
-    async def is_paused(self) -> bool:
-        """Is nothing computed, be it paused or asleep?"""
-        return (await self.status()).activity != State.AWAKE
-
-    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """As `LLM.sleep`, after a pause with this `mode`; requests that are kept compute what was in the KV cache
-        again. New ones are refused.
-
-        Raises:
-            ConfigError: there is no such mode or level, or replicas at other addresses compute with these.
-        """
-        await self.operate(wire.Operation("sleep", mode=mode, level=level))
-
-    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """As `LLM.wake_up`. With its last part it runs, be it paused before.
-
-        Raises:
-            UserError: the files of the weights are not what they were: it is still asleep; or there is no such part.
-        """
-        await self.operate(wire.Operation("wake_up", tags=None if tags is None else tuple(tags)))
-
-    async def is_sleeping(self) -> bool:
-        return (await self.status()).activity == State.ASLEEP
-
-    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """As `LLM.reset_prefix_cache`."""
-        await self.operate(wire.Operation("reset_prefix_cache", running=reset_running_requests))
-        return True
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing new, and waits up to `timeout` seconds for what runs. True: it has all ended."""
