@@ -16,8 +16,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 # Every package may import these.
 COMMON = {
-    "types", "errors", "config", "accepted", "env", "lazy", "observe", "open_files", "import_path", "git_lfs", "forks",
-    "addresses", "shoal",
+    "activity", "types", "errors", "config", "accepted", "env", "lazy", "observe", "open_files", "import_path",
+    "git_lfs", "forks", "addresses", "shoal",
 }  # fmt: skip
 
 # package -> what else of ours it may import.
@@ -59,7 +59,7 @@ ALLOWED = {
 # Free of torch, transitively. `frontend` loads what is not through `load`, where a rank lives in its process.
 TORCH_FREE = [
     "shoal", "shoal.types", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire", "shoal.protocols",
-    "shoal.accepted",
+    "shoal.accepted", "shoal.activity",
     "shoal.observe", "shoal.devices", "shoal.transport", "shoal.engine", "shoal.planner", "shoal.cluster",
     "shoal.frontend", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli", "shoal.executors.base",
     "shoal.executors.multiprocess", "shoal.worker.__main__",

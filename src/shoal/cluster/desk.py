@@ -92,8 +92,8 @@ class _Client:
 
 
 class Desk:
-    """Takes over a fleet. `verbs` are what clients may ask for beside `status`, `started`, `scale` and `drain`; those
-    run on the desk's thread and must be quick."""
+    """Takes over a fleet. `verbs` are what clients may ask for beside `status`, `started`, `scale`, `drain` and
+    `operate`; those run on the desk's thread and must be quick. What `operate` begins is answered when it has ended."""
 
     def __init__(self, fleet: Fleet, verbs: Mapping[str, Verb] | None = None) -> None:
         self._fleet = fleet
@@ -216,6 +216,8 @@ class Desk:
             case wire.Abort():
                 seqs = [_shared(client.number, seq) for seq in message.seqs]
                 self._fleet.abort(seqs, stopped=message.stopped)
+            case wire.Ask() if message.verb == "operate" and not self._ended:
+                self._operate(client, message)
             case wire.Ask():
                 client.say(self._answer(message))
             case _:
@@ -254,6 +256,20 @@ class Desk:
         except Exception as error:
             log.exception("%s could not be answered", ask.verb)
             return wire.Told(ask.id, error=f"{ask.verb} could not be answered: {type(error).__name__}: {error}")
+
+    def _operate(self, client: _Client, ask: wire.Ask) -> None:
+        def done(outcome: bytes | ShoalError) -> None:
+            if isinstance(outcome, ShoalError):
+                client.say(wire.Told(ask.id, error=str(outcome), user_error=isinstance(outcome, UserError)))
+            else:
+                client.say(wire.Told(ask.id, outcome))
+
+        wanted = wire.operation.decode(ask.payload)
+        log.info("%s is asked for (%s)", wanted.verb, wanted)
+        try:
+            self._fleet.operate(wanted, done)
+        except ShoalError as error:
+            done(error)
 
     def _scale(self, payload: bytes) -> bytes:
         if not payload.isdigit():

@@ -229,7 +229,7 @@ class Lives:
         for slot in list(self._slots.values()):
             if slot.state is not State.READY or slot.member is None:
                 continue
-            held = self._set.held(slot.number)
+            held = self._set.held(slot.number) if self._set.activity.runs else 0  # else it has nothing to say
             quiet = slot.listen(slot.member, held=held, passed=passed)
             if quiet > self._limits.answer_timeout:
                 silent = f"{slot.member.name} has {held} requests and has said nothing for {quiet:.0f} s"
@@ -295,7 +295,7 @@ class Lives:
         log.info("replica %d is ready after %.2f s: %d KV blocks", slot.number, now - slot.since, stats.num_blocks)
         slot.admit(member)
         slot.enter(State.READY, now)
-        self._set.admit(slot.number, member, self._room(stats))
+        self._set.admit(slot.number, member, self._room(stats), stats.activity)
 
     # --- a life begins and ends ------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from shoal.forks import Owner
 from shoal.frontend.deltas import Delta
 from shoal.frontend.fleet import start_fleet
 from shoal.frontend.model import OpenModel, name_of, open_model
+from shoal.frontend.operable import Operable
 from shoal.frontend.outputs import Answer
 from shoal.frontend.prompts import Job
 from shoal.frontend.requests import Requests
@@ -37,12 +38,13 @@ _RETRY_S = {
     wire.Refusal.LATE: 5.0,
     wire.Refusal.CLOSING: 10.0,
     wire.Refusal.LOST: 10.0,
+    wire.Refusal.ASLEEP: 10.0,
 }
 _PRIORITIES = range(-(1 << 63), 1 << 63)  # what a message can carry
 _MOST_REPLICAS = 1 << 31
 
 
-class AsyncLLM:
+class AsyncLLM(Operable):
     """Takes what `LLM` takes, and the options of `shoal serve`. All calls come from one event loop, and from the
     process that has made it: in a child that was forked they are refused, and its end does nothing to the replicas. (A
     child that is forked by hand must end by `os._exit`, as those of `multiprocessing` do: asyncio's own loop is shared
@@ -322,17 +324,17 @@ class AsyncLLM:
         """
         return wire.fleet_status.decode(await self.ask("scale", str(replicas).encode()))
 
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+    async def ask(self, verb: str, payload: bytes = b"", *, timeout: float | None = _ANSWER_S) -> bytes:
         """Whoever has the fleet answers.
 
         Raises:
             UserError, EngineError: what it says against it; or nobody is there.
         """
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(timeout):
                 return await asyncio.wrap_future(self._line.ask(verb, payload))
         except TimeoutError:
-            raise EngineError(f"the engine has not answered {verb!r} within {_ANSWER_S:g} s") from None
+            raise EngineError(f"the engine has not answered {verb!r} within {timeout:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing new, and waits up to `timeout` seconds for what runs. True: it has all ended."""
@@ -547,7 +549,7 @@ def _error_of(update: wire.SeqUpdate) -> ShoalError:
             return QueueFull(update.error, _RETRY_S[update.refusal])
         case wire.Refusal.LATE:
             return Overdue(update.error, _RETRY_S[update.refusal])
-        case wire.Refusal.CLOSING | wire.Refusal.LOST:
+        case wire.Refusal.CLOSING | wire.Refusal.LOST | wire.Refusal.ASLEEP:
             return Unavailable(update.error, _RETRY_S[update.refusal])
         case _:
             return EngineError(update.error)

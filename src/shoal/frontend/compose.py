@@ -84,6 +84,7 @@ def build_engine(
         grammars=grammar_pool(decision.folder, eos, decision.spec.vocab_size),
         make_guesser=make_guessers(options.model_options.speculative_config),
         lockstep=lockstep,
+        memory_timeout=options.parallel.start_timeout,
     )
 
 

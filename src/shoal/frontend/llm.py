@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from shoal import wire
+from shoal.activity import AWAKE, Activity
 from shoal.config import EngineOptions, from_environment
-from shoal.errors import ReplicasFailed, RequestError
+from shoal.errors import ConfigError, ReplicasFailed, RequestError
 from shoal.frontend.beam_search import beam_search
 from shoal.frontend.interrupts import interrupts
 from shoal.frontend.model import OpenModel, name_of, open_model
@@ -18,6 +19,7 @@ from shoal.frontend.offline import OfflineRunner
 from shoal.frontend.prompts import Job, Refused
 from shoal.frontend.replicas import start_engine
 from shoal.frontend.turns import SharedEngine
+from shoal.planner.layout import shares_experts
 from shoal.protocols import EngineClient
 from shoal.types import BeamSearchOutput, BeamSearchParams, Message, Prompt, RequestOutput, SamplingParams, shown
 
@@ -44,6 +46,7 @@ class LLM:
             model = open_model(name_of(model), {**from_environment(), **options})
         self._model = model
         self._client = start_engine(self._model)
+        self._activity = AWAKE
         self._shared = SharedEngine(self._client)
         self._finalizer = weakref.finalize(self, self._shared.close)
         self._max_model_len = self._client.stats().max_model_len
@@ -196,8 +199,65 @@ class LLM:
         """(index, output) as requests finish, or in the order of the jobs; jobs are taken as there is room for them.
 
         Between two outputs nothing is locked: other calls may go on, of this thread or of others.
+
+        Raises:
+            RequestError: the engine is asleep.
         """
+        if not self._activity.runs:
+            raise RequestError("the engine is asleep: call wake_up() first")
         yield from self._runner.run(jobs, ordered=ordered)  # and so the engine lives as long as this does
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Gives the memory of weights and KV cache back to the system, on every rank. At both levels weights are read
+        from their files again when it wakes up; level 0 only pauses. `mode` says what becomes of requests: of none
+        here, since none may run.
+
+        Raises:
+            RequestError: requests run.
+            ConfigError: there is no such level, or ranks of other processes compute with these.
+            EngineError: the engine failed.
+        """
+        activity = self._activity.sleep(level)
+        if level and self._model.by_hand is not None and shares_experts(self._model.decision.cutting):
+            raise ConfigError(
+                "replicas of other processes compute together with this one, and can't while it is asleep"
+            )
+        self._become(activity)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Takes the memory again: all of it, or the parts in `tags` ("weights", "kv_cache").
+
+        Raises:
+            CheckpointError: the files of the weights are not what they were; it is still asleep.
+            ConfigError: there is no such part.
+            EngineError: the engine failed.
+        """
+        self._become(self._activity.wake_up(tags))
+
+    def is_sleeping(self) -> bool:
+        return not self._activity.runs
+
+    def _become(self, activity: Activity) -> None:
+        with self._shared.turn():
+            if self._activity.runs and not activity.runs:
+                stats = self._client.stats()
+                if unfinished := stats.running + stats.waiting:
+                    raise RequestError(f"{unfinished} requests have not ended: take their outputs to the end first")
+            self._client.become(activity)
+            self._activity = activity
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forgets what the prefix cache has, in every replica. Requests that run keep what they have, unless
+        `reset_running_requests`: then they compute it again. There is no connector to another cache to be reset.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        with self._shared.turn():
+            self._client.reset_prefix_cache(running=reset_running_requests)
+        return True
 
     @property
     def engine(self) -> EngineClient:

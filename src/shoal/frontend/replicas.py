@@ -20,7 +20,7 @@ from shoal.frontend.engine_server import serve
 from shoal.frontend.model import OpenModel, decide
 from shoal.planner.agreement import agreement
 from shoal.planner.layout import shares_experts
-from shoal.protocols import EngineClient
+from shoal.protocols import Engine
 from shoal.transport.channel import Channel
 from shoal.transport.rendezvous import Rendezvous
 
@@ -30,7 +30,7 @@ KEY_BYTES = 32
 _meetings = itertools.count()  # of this process with other replicas; they have theirs in the same order
 
 
-def start_engine(model: OpenModel) -> EngineClient:
+def start_engine(model: OpenModel) -> Engine:
     """The engine, or the replicas, that the options ask for.
 
     Raises:
@@ -44,7 +44,7 @@ def start_engine(model: OpenModel) -> EngineClient:
     return _start_alone(model, wire.Place())
 
 
-def _start_alone(model: OpenModel, place: wire.Place) -> EngineClient:
+def _start_alone(model: OpenModel, place: wire.Place) -> Engine:
     if model.options.parallel.engine_process:
         return _start_process(model, place)
     return build_engine(model.options, model.decision, own_process=model.own_process)
@@ -56,7 +56,7 @@ def _start_process(model: OpenModel, place: wire.Place) -> EngineProcess:
     return engine
 
 
-def _start_one_of_many(model: OpenModel, place: wire.Place) -> EngineClient:
+def _start_one_of_many(model: OpenModel, place: wire.Place) -> Engine:
     """The engine of a process that is one of several replicas, each started by the user. First they compare what must
     be the same for all."""
     place = wire.replace(place, meeting=next(_meetings))

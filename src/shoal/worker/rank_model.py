@@ -52,6 +52,10 @@ class RankModel:
         self._decoder: CausalModel | None = None
 
     @property
+    def loaded(self) -> bool:
+        return self._decoder is not None
+
+    @property
     def decoder(self) -> CausalModel:
         if self._decoder is None:
             raise EngineError(f"rank {self._setup.rank} was told to go on before it had loaded")
@@ -62,7 +66,16 @@ class RankModel:
         sizes = tuple(len(shard.ranges[Cut.VOCAB]) for shard in self._shards)
         return VocabShare(self.shard.ranges[Cut.VOCAB].start, sizes)
 
+    def unload(self) -> None:
+        """Lets go of the weights. `load` reads them again."""
+        self._decoder = None
+        self.weight_bytes = 0
+
     def load(self, device: torch.device) -> None:
+        """
+        Raises:
+            CheckpointError: the files can't be read, or are not those that were read before.
+        """
         weights: Weights
         if self._setup.load_format == "dummy":
             params = params_of(self.spec)
