@@ -372,6 +372,8 @@ class Lives:
     def _fail(self, slot: Slot, error: ShoalError) -> None:
         """A replica is not started again. With none left that can come back, nothing can be served any more."""
         why = slot.restarts.why_not if self._has_worked(slot) else "it has never been ready"
+        if isinstance(error, UserError):
+            why = "that does not mend itself"
         log.error("%s; replica %d is not started again: %s", error, slot.number, why)
         slot.enter(State.FAILED, self._clock())
         self._refuse_pinned(slot, f"replica {slot.number}, the only one that may run it, is not started again: {error}")
