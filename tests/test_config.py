@@ -251,5 +251,5 @@ def test_overrides_are_json(value: object) -> None:
 
 @pytest.mark.parametrize("value", ["[1]", "{", "{'a': 1}", 7, {"a": object()}, {"a": float("nan")}, '{"a": NaN}'])
 def test_what_is_no_override(value: object) -> None:
-    with pytest.raises(ConfigError, match="^--hf-overrides.*JSON"):
+    with pytest.raises(ConfigError, match=r"^--hf-overrides.*JSON"):
         EngineOptions.from_flat("m", {"hf_overrides": value})
