@@ -67,7 +67,7 @@ TORCH_FREE = [
     "shoal.models.stored_file",
     "shoal.models.families", "shoal.models.fields", "shoal.models.pickled", "shoal.models.pickle_program",
     "shoal.models.quantization", "shoal.models.fallback", "shoal.models.implementation", "shoal.models.opening",
-    "shoal.models.overrides", "shoal.models.rope_fields", "shoal.parallel.topology",
+    "shoal.models.overrides", "shoal.models.rope_fields", "shoal.models.text_part", "shoal.parallel.topology",
     "shoal.parallel.partition", "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",
 ]  # fmt: skip
 

@@ -171,6 +171,22 @@ def test_a_draft_model(llama3: Path, checkpoint: Checkpoint) -> None:
         assert stats.accepted_tokens == stats.draft_tokens > 0
 
 
+@pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
+def test_tensors_that_nobody_needs(checkpoint: Checkpoint, tmp_path: Path, model_impl: str) -> None:
+    """Layers that predict further tokens, towers for images, tables of angles, in types that nobody computes in."""
+
+    def more(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=torch.float64)
+        tensors["model.layers.3.mlp.up_proj.weight"] = torch.ones(5, 5)
+        tensors["model.mtp.layers.0.embed_tokens.weight"] = torch.ones(5, 5, dtype=torch.float8_e5m2)
+        tensors["vision_tower.patch.weight"] = torch.ones(2, 3, 4, 5, dtype=torch.float16)
+        tensors["model.position_ids"] = torch.arange(9)
+
+    folder = changed(checkpoint("llama"), tmp_path / "model", more)
+    outputs = generate(folder, PROMPTS, STEPS, tensor_parallel_size=2, model_impl=model_impl)
+    assert_same(checkpoint("llama"), PROMPTS, outputs)
+
+
 # --- types -----------------------------------------------------------------------------------------------------------
 
 

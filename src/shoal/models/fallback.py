@@ -16,6 +16,7 @@ from shoal.lazy import load
 from shoal.models.manifest import Cut, Param, Shard
 from shoal.models.rope_fields import kind_of
 from shoal.models.spec import ModelSpec
+from shoal.models.text_part import PREFIXES
 from shoal.parallel.partition import HeadSplit
 
 # Kinds of rope whose angles depend on a token's position alone, and those for which this holds up to an original
@@ -158,17 +159,21 @@ def as_cut(spec: FallbackSpec, shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def manifest(spec: FallbackSpec, names: Iterable[str]) -> tuple[Param, ...]:
-    """Every parameter, by the names that a checkpoint has (`names`: all of them), with the module's prefix or without.
+    """Every parameter, by the names that a checkpoint has (`names`: all of them), with the module's prefix, another or
+    none.
 
-    Checkpoints of the backbone alone have no prefix.
+    Checkpoints of the backbone alone have no prefix, those of a model that sees images too a longer one.
     """
     known = set(names)
     if not spec.prefix:
         return spec.params
 
     def renamed(source: str) -> str:
+        if source in known:
+            return source
         bare = source.removeprefix(spec.prefix)
-        return bare if source not in known and bare in known else source
+        others = [f"{prefix}{bare}" for prefix in ("", *PREFIXES)] if bare != source else [f"language_model.{source}"]
+        return next((other for other in others if other in known), source)
 
     return tuple(
         dataclasses.replace(

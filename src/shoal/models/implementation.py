@@ -58,7 +58,8 @@ def params_of(spec: ModelSpec, available: Collection[str] = ()) -> tuple[Param, 
 def head_name(spec: ModelSpec, available: Collection[str] = ()) -> str:
     """What a checkpoint that has the tensors `available` calls the weight of an output head of its own."""
     if isinstance(spec, FallbackSpec):
-        return dict(spec.paths)["head"]
+        name = dict(spec.paths)["head"]
+        return f"language_model.{name}" if f"language_model.{name}" in available else name
     return f"{tensor_names(spec, available).head}.weight"
 
 

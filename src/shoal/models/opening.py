@@ -15,7 +15,7 @@ from shoal.models.checkpoint import Checkpoint, TensorEntry, dtype_of, open_chec
 from shoal.models.fields import said_dtype
 from shoal.models.implementation import head_name, params_of, read_model
 from shoal.models.manifest import Param
-from shoal.models.registry import read_config
+from shoal.models.registry import read_config, seen_in_part
 from shoal.models.spec import ModelSpec
 
 
@@ -38,19 +38,21 @@ def open_model(
         CheckpointError: the weights are missing or broken, do not go with config.json, or are not in the `state` in
             which they were first read.
     """
+    whole = seen_in_part(folder)
+    notes = [] if whole is None else [f"of {whole} the text part is served: it is shown no images"]
     if not weights:
-        return OpenedModel(spec, params_of(spec), "", overrides)
+        return OpenedModel(spec, params_of(spec), "", overrides, tuple(notes))
     checkpoint = open_checkpoint(folder, overrides)
     checkpoint.check_state(state)
     named = said_dtype(read_config(folder, overrides)) is not None
-    changes, notes = _corrections(spec, checkpoint, dtype_named=named)
+    changes, found = _corrections(spec, checkpoint, dtype_named=named)
     if changes:
         overrides = {**overrides, **changes}
         spec = read_model(folder, wanted, overrides)
     params = params_of(spec, checkpoint.shapes)
     manifest.check(params, checkpoint.shapes, str(folder))
     checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
-    return OpenedModel(spec, params, checkpoint.state, overrides, notes)
+    return OpenedModel(spec, params, checkpoint.state, overrides, (*notes, *found))
 
 
 def _corrections(

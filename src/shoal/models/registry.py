@@ -32,6 +32,7 @@ from shoal.models.families import (
 from shoal.models.overrides import apply
 from shoal.models.quantization import weight_block
 from shoal.models.spec import Config, Family, ModelSpec, TensorNames, Unsupported
+from shoal.models.text_part import text_part, whole_of
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": deepseek_v2.FAMILY,
@@ -56,11 +57,21 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """config.json of a model folder, with `overrides` in the place of what it says.
+    """config.json of a model folder, with `overrides` in the place of what it says; of a model that sees images too,
+    that of its text.
 
     Raises:
         CheckpointError: there is none, or it is not a JSON object.
     """
+    return text_part(apply(_read_json(folder), overrides))
+
+
+def seen_in_part(folder: Path) -> str | None:
+    """The architecture in a folder, if it sees images too and its text alone is read."""
+    return whole_of(_read_json(folder))
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     refuse_pointer(path)
     try:
@@ -71,7 +82,7 @@ def read_config(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({}
         raise CheckpointError(f"{path} can't be read: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")
-    return apply(config, overrides)
+    return config
 
 
 def read_spec(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:

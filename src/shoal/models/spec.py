@@ -302,6 +302,6 @@ class Family:
     model_type: str
     read: Callable[[Config], ModelSpec]
     names: TensorNames = TensorNames()
-    prefixes: tuple[str, ...] = ("model.", "", "language_model.model.")
+    prefixes: tuple[str, ...] = ("model.", "", "language_model.model.", "model.language_model.")
     heads: tuple[str, ...] = ("lm_head", "language_model.lm_head")
     experts: tuple[ExpertNames, ...] = (ExpertNames(), ExpertNames().stacked())
