@@ -225,6 +225,12 @@ def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: 
         ("dtype", "int8", "X must be one of auto"),
         ("device_memory", "lots", "X takes a number of bytes"),
         ("tensor_parallel_split", "2,x", "X takes positive integers"),
+        ("tensor_parallel_split", "1_0,1", "X takes positive integers"),
+        ("pipeline_layer_partition", "3,\u0662", "X takes positive integers"),
+        ("block_size", "1_6", "X takes an integer, got '1_6'"),
+        ("block_size", "\u0668", "X takes an integer"),
+        ("start_timeout", "1_0.5", "X takes a number"),
+        ("device_memory", "\u0662GiB", "X takes a number of bytes"),
     ],
 )
 def test_texts_that_no_option_wants(name: str, text: str, says: str) -> None:

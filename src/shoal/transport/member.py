@@ -15,6 +15,7 @@ from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_key, this_process, watch_host
+from shoal.types import whole_number
 
 log = get_logger("rendezvous")
 
@@ -37,9 +38,10 @@ class Address:
             ConfigError: it is none.
         """
         host, _, port = text.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        number = whole_number(port)
+        if not host or number is None or not 0 < number < 65536:
             raise ConfigError(f"a rendezvous is at HOST:PORT, got {text!r}")
-        return cls(host, int(port))
+        return cls(host, number)
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
