@@ -234,6 +234,12 @@ def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: 
         ("cpu_cores", "0|", "X takes auto, nobind, or cores"),
         ("cpu_cores", "0-99999", "X takes auto, nobind, or cores"),
         ("cpu_cores", "0-1|1", "X names a core twice"),
+        ("tensor_parallel_split", "1_0,1", "X takes positive integers"),
+        ("pipeline_layer_partition", "3,\u0662", "X takes positive integers"),
+        ("block_size", "1_6", "X takes an integer, got '1_6'"),
+        ("block_size", "\u0668", "X takes an integer"),
+        ("start_timeout", "1_0.5", "X takes a number"),
+        ("device_memory", "\u0662GiB", "X takes a number of bytes"),
     ],
 )
 def test_texts_that_no_option_wants(name: str, text: str, says: str) -> None:

@@ -3,7 +3,6 @@
 None means "you decide"; `planner.resolve` decides, and says why.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -15,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from shoal import env
 from shoal.errors import ConfigError
-from shoal.types import shown
+from shoal.types import decimal_number, shown, whole_number
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "dummy"]
@@ -99,11 +98,10 @@ def parse_partition(value: Any, flag: str) -> tuple[int, ...]:
 def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if isinstance(parts, Sequence) and not isinstance(parts, bytes | bytearray | memoryview) and parts:
-        try:
-            numbers = tuple(int(part) if isinstance(part, str) else part for part in parts)
-        except ValueError:
-            numbers = ()
-        if numbers and all(type(number) is int and 0 < number <= largest for number in numbers):
+        numbers: tuple[Any, ...] = tuple(
+            whole_number(part.strip(" ")) if isinstance(part, str) else part for part in parts
+        )
+        if all(type(number) is int and 0 < number <= largest for number in numbers):
             return numbers
     raise ConfigError(f"{flag} takes positive integers up to {largest}, {meaning}, got {shown(value)}")
 
@@ -466,8 +464,7 @@ class Option:
         if self.type is bool:
             value = _SWITCH_WORDS.get(text.lower(), text)
         elif self.type in (int, float) and not self.bytes:
-            with contextlib.suppress(ValueError):
-                value = self.type(text)
+            value = read_number(text, self.type)
         return self.check(value, name)
 
     def check(self, value: Any, name: str = "") -> Any:
@@ -497,6 +494,15 @@ class Option:
         return float(value) if isinstance(value, int) and self.type is float else value
 
 
+def read_number(text: str, kind: type) -> Any:
+    """The number that a text writes, NaN and infinities included, or the text: `Option.check` refuses those by name."""
+    if kind is float and text.lower() in _NOT_FINITE:
+        return float(text)
+    number = whole_number(text) if kind is int else decimal_number(text)
+    return text if number is None else number
+
+
+_NOT_FINITE = ("nan", "inf", "-inf")
 _SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -508,7 +514,7 @@ def parse_bytes(text: str, flag: str) -> int:
     Raises:
         ConfigError: anything else.
     """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower(), re.ASCII)
     if not match:
         raise ConfigError(f"{flag} takes a number of bytes such as 512MiB or 2GiB, got {text!r}")
     unit = _UNITS[match[2] or ""]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shoal import import_path
 from shoal.addresses import host_of, is_local
 from shoal.errors import ConfigError
+from shoal.types import whole_number
 
 PREFIX = "SHOAL_"
 _LONGEST_KEY = 1 << 16
@@ -130,11 +131,8 @@ def _dp_number(name: str, lowest: int, highest: int, default: int | None = None)
         return default
     if not text:
         raise ConfigError(f"{variable} is not set: a process of a data-parallel job needs it, from {lowest} on")
-    try:
-        number = int(text)
-    except ValueError:
-        number = lowest - 1
-    if not lowest <= number <= highest:
+    number = whole_number(text)
+    if number is None or not lowest <= number <= highest:
         raise ConfigError(f"{variable} must be an integer from {lowest} to {highest}, got {text!r}")
     return number
 

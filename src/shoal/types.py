@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,25 @@ def _is_short(value: object) -> bool:
             left -= 1 + len(each)
             pending.extend((each if not isinstance(each, dict) else [*each, *each.values()]) if left > 0 else ())
     return left > 0
+
+
+_DIGITS = re.compile(r"[+-]?[0-9]{1,1000}")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def whole_number(text: str, *, canonical: bool = False) -> int | None:
+    """The integer that a text writes in digits; None if it writes none. Python's own `int` would also take "1_0", " 5"
+    and the digits of any script. `canonical`: as JSON writes integers, which leaves "+5" and "05" out too."""
+    if not _DIGITS.fullmatch(text):
+        return None
+    number = int(text)
+    return None if canonical and str(number) != text else number
+
+
+def decimal_number(text: str) -> float | None:
+    """As `whole_number`, for a number with or without a point: never infinite, and never no number."""
+    number = float(text) if _DECIMAL.fullmatch(text) else math.inf
+    return number if math.isfinite(number) else None
 
 
 _shortened = reprlib.Repr()
@@ -318,14 +338,12 @@ def _bias(values: object) -> dict[int, float]:
         raise RequestError(f"logit_bias must map token ids to numbers, got {shown(values)}")
     found: dict[int, float] = {}
     for key, value in values.items():
-        try:
-            token = key if isinstance(key, int) and not isinstance(key, bool) else int(str(key))
-        except ValueError:
-            token = -1
+        token = whole_number(key, canonical=True) if isinstance(key, str) else key
         if not _is_token_id(token):
             raise RequestError(
                 f"logit_bias must map token ids, integers in [0, 2^31), to numbers, got the key {shown(key)}"
             )
+        assert isinstance(token, int)
         found[token] = _Range(-_LARGEST_BIAS, _LARGEST_BIAS).read(f"logit_bias of token {token}", value)
     return found
 

@@ -7,6 +7,7 @@ import click
 
 from shoal import accepted, config
 from shoal.cli.config_file import read_config_file
+from shoal.cli.numbers import AnyNumber, Integer
 
 F = Callable[..., Any]
 
@@ -20,11 +21,14 @@ class Plain(click.ParamType):  # type: ignore[type-arg]
         return value
 
 
+_KINDS: dict[type, Any] = {int: Integer(), float: AnyNumber(), str: str, bool: bool}
+
+
 class EngineFlag(click.Option):
     def __init__(self, option: config.Option) -> None:
         names = [option.name, option.flag, *([option.short] if option.short else [])]
         plain = option.bytes or option.parse is not None
-        kind: Any = Plain() if plain else click.Choice(option.choices) if option.choices else option.type
+        kind: Any = Plain() if plain else click.Choice(option.choices) if option.choices else _KINDS[option.type]
         shown = "" if option.default is None else f" [default: {option.default}]"
         if option.type is bool:
             names[1] = f"{option.flag}/--no-{option.name.replace('_', '-')}"

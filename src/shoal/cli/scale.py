@@ -5,15 +5,16 @@ import asyncio
 import click
 
 from shoal import env
+from shoal.cli.numbers import FloatRange, IntRange
 from shoal.lazy import load
 
 
 @click.command()
 @click.argument("url")
-@click.argument("replicas", type=click.IntRange(min=1))
+@click.argument("replicas", type=IntRange(min=1))
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=FloatRange(min=0),
     default=600.0,
     show_default=True,
     metavar="SECONDS",

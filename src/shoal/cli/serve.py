@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from shoal import env
+from shoal.cli.numbers import FloatRange, IntRange
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
 from shoal.config import parse_bytes
 from shoal.errors import ConfigError
@@ -24,7 +25,7 @@ _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
     show_default=True,
     help="address to listen on; 0.0.0.0: all of this host's; [::]: with IPv6",
 )
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one is taken")
+@click.option("--port", default=8000, show_default=True, type=IntRange(0, 65535), help="0: a free one is taken")
 @click.option(
     "--api-key",
     "api_keys",
@@ -81,14 +82,14 @@ _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
     "--api-server-count",
     default=1,
     show_default=True,
-    type=click.IntRange(1, 256),
+    type=IntRange(1, 256),
     help="processes that answer requests, before the same replicas",
 )
 @click.option(
     "--shutdown-timeout",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=FloatRange(0),
     help="seconds that running requests have to end after SIGTERM",
 )
 @click.option(

@@ -3,6 +3,7 @@
 import click
 
 from shoal import env
+from shoal.cli.numbers import FloatRange
 from shoal.lazy import load
 
 
@@ -10,7 +11,7 @@ from shoal.lazy import load
 @click.argument("url")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1, 3600),
+    type=FloatRange(0.1, 3600),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
