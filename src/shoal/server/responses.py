@@ -163,8 +163,8 @@ def _reasoning(given: Any) -> dict[str, Any] | None:
     """What the template is told of it."""
     if given is None:
         return None
-    effort = given.get("effort") if isinstance(given, Mapping) else given
-    if effort is not None and not isinstance(effort, str):
+    effort = given.get("effort") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not (effort is None or isinstance(effort, str)):
         raise Refusal(400, f"reasoning must be an object with an effort, got {shown(given)}", param="reasoning")
     return None if effort is None else {"reasoning_effort": effort}
 
