@@ -315,7 +315,7 @@ def test_cores_that_ranks_are_given(checkpoint: Checkpoint) -> None:
     assert cores([[7], [6], [5], [4]], local_rank=1) == ((5,), (4,))
     with pytest.raises(ConfigError, match="--cpu-cores has 2 lists, this host 4 ranks"):
         cores("0|1")
-    with pytest.raises(ConfigError, match="--cpu-cores names 8, 9, which this process may not use"):
+    with pytest.raises(ConfigError, match="names 8, 9, which this process may not use"):
         cores("6-9")
 
 

@@ -170,6 +170,7 @@ def test_structured_text() -> None:
         ({"conversation": "conv_x"}, 400, "conversation"),
         ({"prompt": {"id": "x"}}, 400, "prompt"),
         ({"reasoning": {"effort": 5}}, 400, "reasoning"),
+        ({"reasoning": "high"}, 400, "reasoning"),
         ({"n": 2}, 400, "n"),
         ({"truncation": "auto"}, 400, "truncation"),
         ({"include": ["file_search_call.results"]}, 400, "include"),

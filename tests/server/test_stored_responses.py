@@ -113,6 +113,17 @@ def test_what_was_thought_goes_to_the_template() -> None:
     assert talk.shown == "[user Hi][assistant Yes thought hmm]"
 
 
+def test_effort_goes_to_the_template() -> None:
+    backend = FakeBackend()
+    settings = ServerSettings(chat_template="{{ reasoning_effort }}: {{ messages[0].content }}")
+    client = TestClient(openai_app(backend, settings))
+    answer = client.post("/v1/responses", json={"input": "Hi", "reasoning": {"effort": "low", "summary": "auto"}})
+    assert backend.streams[0].job.prompt == "low: Hi"
+    reasoning = Response.model_validate(answer.json()).reasoning
+    assert reasoning is not None
+    assert reasoning.effort == "low"
+
+
 def test_what_is_not_to_be_stored_is_not() -> None:
     for talk, more in (
         (Talk(), {"store": False}),

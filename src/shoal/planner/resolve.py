@@ -270,8 +270,8 @@ def _within(options: EngineOptions, place: wire.Place, hardware: Hardware, reaso
     strange = [core for core in named if core not in hardware.cores]
     if strange:
         raise ConfigError(
-            f"--cpu-cores names {', '.join(map(str, strange[:5]))}, which this process may not use: it may use "
-            f"{', '.join(map(str, hardware.cores))}"
+            f"--cpu-cores (or VLLM_CPU_OMP_THREADS_BIND) names {', '.join(map(str, strange[:5]))}, which this process "
+            f"may not use: it may use {', '.join(map(str, hardware.cores))}"
         )
     ranks = options.parallel.tensor_parallel_size * options.parallel.pipeline_parallel_size * place.local_size
     if len(lists) not in (1, ranks):

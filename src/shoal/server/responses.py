@@ -83,7 +83,8 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: Place) -> Response:
-    asked = await _understood(service, shelf, body)
+    before, said = await _conversation(shelf, body)
+    asked = await _understood(service, body, before, said, keep=shelf.open and body.store is not False)
     streams = begin(service.llm, [asked.job], place)
     if body.stream:
         events = _events(asked, shelf, streams[0])
@@ -97,7 +98,9 @@ async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: P
     return respond(await _kept(asked, shelf, answer), ignored_headers([asked.job]))
 
 
-async def _understood(service: Service, shelf: Shelf, body: ResponsesBody) -> _Request:
+async def _understood(
+    service: Service, body: ResponsesBody, before: list[Any], said: list[Any], *, keep: bool
+) -> _Request:
     """
     Raises:
         Refusal: it can't be used.
@@ -117,7 +120,6 @@ async def _understood(service: Service, shelf: Shelf, body: ResponsesBody) -> _R
         given["structured_outputs"] = structured
     names |= {"structured_outputs": "text.format"} if structured else names_of(given, chat=False)
     params = params_of(service, given, chat=True, read=_READ, plan=plan)
-    before, said = await _conversation(shelf, body)
     messages = messages_of(before, said, body.instructions)
     if not messages:
         raise Refusal(400, "input must hold a message beside what was thought, got none", param="input")
@@ -136,7 +138,6 @@ async def _understood(service: Service, shelf: Shelf, body: ResponsesBody) -> _R
         prompt="input",
     )
     name = body.request_id or identifier("resp")
-    keep = shelf.open and body.store is not False
     return _Request(body, name, time.time(), model, job, params, plan, before, listed(said) if keep else [], keep)
 
 
@@ -166,8 +167,8 @@ def _reasoning(given: Any) -> dict[str, Any] | None:
     """What the template is told of it."""
     if given is None:
         return None
-    effort = given.get("effort") if isinstance(given, Mapping) else given
-    if effort is not None and not isinstance(effort, str):
+    effort = given.get("effort") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not (effort is None or isinstance(effort, str)):
         raise Refusal(400, f"reasoning must be an object with an effort, got {shown(given)}", param="reasoning")
     return None if effort is None else {"reasoning_effort": effort}
 
