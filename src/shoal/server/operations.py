@@ -72,7 +72,12 @@ def _add_pauses(router: APIRouter, llm: CanOperate) -> None:
         await _operate(llm, wire.Operation("resume"))
         return _answer({"status": "resumed"})
 
-    @router.get("/is_paused", summary="Is nothing computed, be it paused or asleep?", response_class=JSONResponse)
+    @router.get(
+        "/is_paused",
+        summary="Is nothing computed, be it paused or asleep?",
+        response_class=JSONResponse,
+        responses=documented(503),
+    )
     async def is_paused() -> Response:
         return _answer({"is_paused": (await llm.status()).activity != State.AWAKE})
 
@@ -106,7 +111,12 @@ def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
         await _operate(llm, wire.Operation("wake_up", tags=tuple(tags) if tags else None))
         return await _state(llm)
 
-    @router.get("/is_sleeping", summary="Were weights or KV caches given back?", response_class=JSONResponse)
+    @router.get(
+        "/is_sleeping",
+        summary="Were weights or KV caches given back?",
+        response_class=JSONResponse,
+        responses=documented(503),
+    )
     async def is_sleeping() -> Response:
         return _answer({"is_sleeping": (await llm.status()).activity == State.ASLEEP})
 
