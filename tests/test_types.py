@@ -309,3 +309,13 @@ def test_numbers_of_beam_search_become_floats() -> None:
     found = BeamSearchParams(beam_width=2, max_tokens=3, temperature=10**300, length_penalty=2)
     assert (type(found.temperature), type(found.length_penalty)) == (float, float)
     assert (type(found.beam_width), type(found.max_tokens)) == (int, int)
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids"])
+def test_token_ids_are_kept_once_in_their_order(name: str) -> None:
+    assert getattr(SamplingParams.from_dict({name: [7, 5, 7, 6, 5] * 1000}), name) == (7, 5, 6)
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_texts_are_kept_once_in_their_order(name: str) -> None:
+    assert getattr(SamplingParams.from_dict({name: ["b", "a", "b"] * 1000}), name) == ("b", "a")

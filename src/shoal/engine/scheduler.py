@@ -26,7 +26,7 @@ from itertools import islice
 from shoal import wire
 from shoal.engine.blocks import BlockPool
 from shoal.engine.grammar import Grammar
-from shoal.engine.request import Request, State, decode_tokens, encode_tokens
+from shoal.engine.request import Request, State, decode_tokens, encode_tokens, token_set
 from shoal.engine.speculation import Guesser
 from shoal.engine.spread import PromptSpread
 from shoal.errors import EngineError, RequestError
@@ -152,7 +152,9 @@ class Scheduler:
         guesser = self._make_guesser()
         if guesser is not None:
             guesser.accept(tokens, ())
-        request = Request(spec, self._arrivals, rank, tokens, prompt_len, self._salt(spec), grammar, guesser)
+        request = Request(
+            spec, self._arrivals, rank, tokens, prompt_len, self._salt(spec), token_set(spec.stop_ids), grammar, guesser
+        )
         request.added = self._clock()
         finish = _finish_at(request) if request.generated else None
         if finish is not None:
@@ -605,7 +607,7 @@ def _advance(grammar: Grammar, seq: int, output: Sequence[int]) -> None:
 
 def _finish_at(request: Request) -> wire.Finish | None:
     """Why an output ends with its last token, if it does."""
-    if request.tokens[-1] in request.spec.stop_ids or (request.grammar is not None and request.grammar.ended):
+    if request.tokens[-1] in request.stop_ids or (request.grammar is not None and request.grammar.ended):
         return wire.Finish.STOP
     return wire.Finish.LENGTH if request.generated >= request.spec.max_tokens else None
 

@@ -101,7 +101,7 @@ class OfflineRunner:
             return
         first = self._next_seq
         self._next_seq += job.params.n
-        answer = Answer.begun(job, self._tokenizer, self._requests.stop_ids(job.params))
+        answer = Answer.begun(job, self._tokenizer, self._requests.eos)
         for i, request in enumerate(self._requests.of(job, first)):
             self._client.add(request)
             run.sequences.add(request.seq)
@@ -121,7 +121,7 @@ class OfflineRunner:
                 run.sequences.discard(update.seq)
                 answer.running -= 1
                 if answer.running == 0:
-                    run.ended.append((answer.job.index, answer.output(self._tokenizer)))
+                    run.ended.append((answer.job.index, answer.output()))
 
 
 def _refusal(job: Refused) -> RequestOutput:

@@ -1,11 +1,13 @@
 """Prompts as people give them, checked and cut into tokens. Needs no engine."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from shoal.errors import RequestError, overflow
 from shoal.frontend.chat import ChatTemplate
+from shoal.frontend.stop_texts import StopTexts
 from shoal.frontend.structured import GrammarChecker, grammar_text
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.types import Message, Prompt, SamplingParams, shown
@@ -21,6 +23,23 @@ class Job:
     params: SamplingParams
     banned: tuple[tuple[int, ...], ...] = ()  # of `bad_words`
     grammar: str = ""  # of `structured_outputs`
+    stop_ids: frozenset[int] = field(init=False, repr=False, compare=False)  # of `stop_token_ids`
+    stop_texts: StopTexts | None = field(init=False, repr=False, compare=False)  # of `stop`
+
+    def __post_init__(self) -> None:
+        """What all outputs look at is made once, and on the thread that prepares them."""
+        object.__setattr__(self, "stop_ids", _id_set(tuple(self.params.stop_token_ids or ())))
+        object.__setattr__(self, "stop_texts", _stop_texts(tuple(self.params.stop)) if self.params.stop else None)
+
+
+@lru_cache(maxsize=8)  # for the prompts of a request, which come one after the other
+def _id_set(ids: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(ids)
+
+
+@lru_cache(maxsize=8)
+def _stop_texts(texts: tuple[str, ...]) -> StopTexts:
+    return StopTexts(texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +50,10 @@ class Refused:
     prompt: str | None
     tokens: tuple[int, ...]
     error: str
+
+
+_MOST_CHARACTERS = 1 << 23  # that are cut into tokens where it is not known how many the model takes
+_Terms = tuple[tuple[tuple[int, ...], ...], str]  # `banned` and `grammar` of a job
 
 
 class PromptReader:
@@ -48,6 +71,7 @@ class PromptReader:
         self._max_model_len = max_model_len
         self._eos = frozenset(eos)
         self._chat_template = chat_template
+        self._known: tuple[SamplingParams, _Terms] | None = None  # of the parameters that were read last
         self._grammars = None if tokenizer is None else GrammarChecker(tokenizer.serialized, tuple(eos), vocab_size)
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
@@ -87,6 +111,8 @@ class PromptReader:
             RequestError: there is no template, or the messages do not fit it.
         """
         text = self._render(messages, template)
+        if len(text) > _MOST_CHARACTERS:
+            raise RequestError(f"messages may have {_MOST_CHARACTERS} characters here, got {len(text)}: send fewer")
         return self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
 
     def _render(self, messages: Sequence[Message], template: Mapping[str, Any]) -> str:
@@ -103,6 +129,17 @@ class PromptReader:
                 f"{overflow(self._max_model_len)}; the prompt has {len(tokens)} tokens, and an output needs one: "
                 "shorten it or raise --max-model-len"
             )
+        banned, grammar = self._terms(params)
+        return Job(index, text, tokens, params, banned, grammar)
+
+    def _terms(self, params: SamplingParams) -> _Terms:
+        """What parameters say in tokens. The prompts of a request share it, as they do the parameters themselves."""
+        known = self._known
+        if known is None or known[0] is not params:
+            known = self._known = (params, self._terms_of(params))
+        return known[1]
+
+    def _terms_of(self, params: SamplingParams) -> _Terms:
         self._check_ids("logit_bias", params.logit_bias or ())
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         self._check_ids("stop_token_ids", params.stop_token_ids or ())
@@ -110,7 +147,7 @@ class PromptReader:
             raise RequestError("stop takes texts, and this model has no tokenizer: use stop_token_ids")
         banned = self._banned(params)
         self._check_allowed(params, banned)
-        return Job(index, text, tokens, params, banned, self._grammar(params))
+        return banned, self._grammar(params)
 
     def _check_ids(self, name: str, ids: Mapping[int, float] | Sequence[int]) -> None:
         largest = max(ids, default=0)
@@ -175,6 +212,9 @@ class PromptReader:
                 f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters, more than they can hold: "
                 "shorten it or raise --max-model-len"
             )
+        most = max(_MOST_CHARACTERS, 16 * self._max_model_len)
+        if longest is None and len(text) > most:
+            raise RequestError(f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters: shorten it")
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from shoal.frontend.deltas import Delta
 from shoal.frontend.openai.answers import chat_choice, chat_logprobs, positions, usage
 from shoal.frontend.prompts import Job
+from shoal.server import bodies
 from shoal.server.backend import TokenStream
 from shoal.server.encoding import text_of
 from shoal.server.errors import ANSWERING, Refusal
@@ -19,8 +20,10 @@ from shoal.server.running import (
     Place,
     RankHeader,
     Service,
+    apart_from_the_loop,
     begin,
     check_outputs,
+    check_tokens,
     finished,
     identifier,
     merged,
@@ -29,6 +32,7 @@ from shoal.server.running import (
     prepared,
     respond,
     stream_usage,
+    weight_of,
 )
 from shoal.server.schemas import ChatAnswer, ChatBody, TemplateFields
 from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
@@ -57,7 +61,7 @@ class _Request:
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = bodies.router("OpenAI")
 
     @router.post(
         "/v1/chat/completions", responses={200: {"model": ChatAnswer, **STREAMED}, **ANSWERING}, response_class=Response
@@ -70,16 +74,16 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _chat(service: Service, body: ChatBody, place: Place) -> Response:
-    asked = await _understood(service, body)
+    asked = await apart_from_the_loop(partial(_understood, service, body), body)
     streams = begin(service.llm, [asked.job], place)
     if not body.stream:
         (output,) = await finished(streams)
-        return respond(_answer(asked, output))
+        return await respond(partial(_answer, asked, output), _weight(asked, output))
     events = _events(asked, streams[0])
     return EventStream(await anext(events), events)
 
 
-async def _understood(service: Service, body: ChatBody) -> _Request:
+def _understood(service: Service, body: ChatBody) -> _Request:
     """
     Raises:
         Refusal: it can't be used.
@@ -95,13 +99,12 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
     params = params_of(service, given, chat=True, read=_READ, plan=plan)
     check_outputs(1, params)
     template = template_of(service, body) | {"tools": plan.shown, "add_special_tokens": bool(body.add_special_tokens)}
-    job = await prepared(
+    job = prepared(
         partial(service.llm.prepare_chat, body.messages, params, **template),
-        size_of(body.messages) + size_of(plan.shown),
-        params,
         names=names_of(given, chat=True),
         prompt="messages",
     )
+    check_tokens([job], params)
     return _Request(
         id=identifier("chatcmpl"),
         created=int(time.time()),
@@ -137,21 +140,6 @@ def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
     }
 
 
-def size_of(value: Any) -> int:
-    """About how many characters a value of JSON has."""
-    pending, size = [value], 0
-    while pending:
-        each = pending.pop()
-        if isinstance(each, str):
-            size += len(each)
-        elif isinstance(each, Mapping):
-            pending.extend(each.values())
-        elif isinstance(each, list):
-            size += len(each)
-            pending.extend(each)
-    return size
-
-
 # --- at once -------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +155,12 @@ def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
     if asked.prompt_logprobs:
         body["prompt_logprobs"] = positions(output.prompt_logprobs or ())
     return body
+
+
+def _weight(asked: _Request, output: RequestOutput) -> int:
+    written = weight_of(sum(len(each.token_ids) for each in output.outputs), asked.params.logprobs)
+    wanted = asked.params.prompt_logprobs
+    return written + (0 if wanted is None else weight_of(len(output.prompt_token_ids), wanted))
 
 
 def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:

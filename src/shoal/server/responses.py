@@ -16,15 +16,17 @@ from shoal.errors import RequestError
 from shoal.frontend.openai.answers import chat_logprobs
 from shoal.frontend.openai.parameters import structured_of
 from shoal.frontend.prompts import Job
+from shoal.server import bodies
 from shoal.server.backend import TokenStream
-from shoal.server.chat import size_of
 from shoal.server.encoding import text_of
 from shoal.server.errors import ANSWERING, Refusal, of_request, refusal_of
 from shoal.server.running import (
     Place,
     RankHeader,
     Service,
+    apart_from_the_loop,
     begin,
+    check_outputs,
     finished,
     identifier,
     merged,
@@ -32,11 +34,12 @@ from shoal.server.running import (
     params_of,
     prepared,
     respond,
+    weight_of,
 )
 from shoal.server.schemas import ResponsesAnswer, ResponsesBody
 from shoal.server.streaming import STREAMED, EventStream, answered
 from shoal.server.tools.choice import CallDeltas, ToolPlan, plan_tools
-from shoal.types import SamplingParams, shown
+from shoal.types import RequestOutput, SamplingParams, shown
 
 _READ = ("input", "instructions", "text", "tools", "tool_choice", "include", "truncation")
 _OF_CHATS = ("n", "logprobs", "prompt_logprobs", "response_format", "max_tokens", "max_completion_tokens")
@@ -58,7 +61,7 @@ class _Request:
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = bodies.router("OpenAI")
 
     @router.post(
         "/v1/responses", responses={200: {"model": ResponsesAnswer, **STREAMED}, **ANSWERING}, response_class=Response
@@ -71,20 +74,25 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _respond(service: Service, body: ResponsesBody, place: Place) -> Response:
-    asked = await _understood(service, body)
+    asked = await apart_from_the_loop(partial(_understood, service, body), body)
     streams = begin(service.llm, [asked.job], place)
     if body.stream:
         events = _events(asked, streams[0])
         return EventStream(await anext(events), events, last=b"")
     (output,) = await finished(streams)
+    weight = body.weight + weight_of(len(output.outputs[0].token_ids), asked.params.logprobs)
+    return await respond(partial(_whole, asked, output), weight)
+
+
+def _whole(asked: _Request, output: RequestOutput) -> dict[str, Any]:
     items = _Items(asked.plan, asked.params.logprobs)
     (completion,) = output.outputs
     items.feed(completion.text, completion.token_ids, completion.logprobs, last=True)
     items.end(completion.finish_reason)
-    return respond(_answer(asked, items, completion.finish_reason, output.num_cached_tokens))
+    return _answer(asked, items, completion.finish_reason, output.num_cached_tokens)
 
 
-async def _understood(service: Service, body: ResponsesBody) -> _Request:
+def _understood(service: Service, body: ResponsesBody) -> _Request:
     """
     Raises:
         Refusal: it can't be used.
@@ -104,12 +112,11 @@ async def _understood(service: Service, body: ResponsesBody) -> _Request:
         given["structured_outputs"] = structured
     names |= {"structured_outputs": "text.format"} if structured else names_of(given, chat=False)
     params = params_of(service, given, chat=True, read=_READ, plan=plan)
+    check_outputs(1, params)
     messages = _messages(body)
     template = {"chat_template": service.settings.chat_template, "tools": plan.shown}
-    job = await prepared(
+    job = prepared(
         partial(service.llm.prepare_chat, messages, params, **template),
-        size_of(messages) + size_of(plan.shown),
-        params,
         names=names,
         prompt="input",
     )
