@@ -337,3 +337,13 @@ def test_texts_that_write_numbers() -> None:
     assert [whole_number(text) for text in ("0", "+5", "-12", "007")] == [0, 5, -12, 7]
     assert [whole_number(text, canonical=True) for text in ("0", "+5", "-12", "007")] == [0, None, -12, None]
     assert [decimal_number(text) for text in ("5", ".5", "5.", "-1e-3", "+2.5E2")] == [5.0, 0.5, 5.0, -0.001, 250.0]
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids"])
+def test_token_ids_are_kept_once_in_their_order(name: str) -> None:
+    assert getattr(SamplingParams.from_dict({name: [7, 5, 7, 6, 5] * 1000}), name) == (7, 5, 6)
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_texts_are_kept_once_in_their_order(name: str) -> None:
+    assert getattr(SamplingParams.from_dict({name: ["b", "a", "b"] * 1000}), name) == ("b", "a")

@@ -308,6 +308,7 @@ def _check_names(values: object, known: set[str], what: str) -> None:
 
 
 def _texts(name: str, values: object) -> tuple[str, ...]:
+    """Each once, in the order given."""
     if values is None:
         return ()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
@@ -315,7 +316,7 @@ def _texts(name: str, values: object) -> tuple[str, ...]:
     for value in values:
         if not isinstance(value, str) or not value:
             raise RequestError(f"{name} must be a list of texts that are not empty, got {shown(value)}")
-    return tuple(values)
+    return tuple(dict.fromkeys(values))
 
 
 def _is_token_id(value: object) -> bool:
@@ -323,6 +324,7 @@ def _is_token_id(value: object) -> bool:
 
 
 def _token_ids(name: str, values: object) -> tuple[int, ...]:
+    """Each once, in the order given."""
     if values is None:
         return ()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
@@ -330,7 +332,7 @@ def _token_ids(name: str, values: object) -> tuple[int, ...]:
     for value in values:
         if not _is_token_id(value):
             raise RequestError(f"{name} must be a list of token ids, integers in [0, 2^31), got {shown(value)}")
-    return tuple(values)
+    return tuple(dict.fromkeys(values))
 
 
 def _bias(values: object) -> dict[int, float]:

@@ -31,7 +31,7 @@ class Penalties(Wire, frozen=True):
 
 class Sampling(Wire, frozen=True):
     """Resolved sampling parameters: the seed is set, so that any rank, replica or replay draws the same; texts have
-    become token ids."""
+    become token ids. Lists that may be as long as a vocabulary are bytes, as tokens are: int32, little endian."""
 
     seed: int  # 64 bits
     sample_index: int = 0
@@ -41,9 +41,10 @@ class Sampling(Wire, frozen=True):
     min_p: float = 0.0
     penalties: Penalties | None = None
     min_tokens: int = 0  # before so many are there, `ends` are never drawn
-    ends: Ids = ()  # end-of-text and stop tokens
-    bias: tuple[tuple[int, float], ...] = ()
-    allowed: Ids | None = None  # None: all
+    ends: bytes = b""  # end-of-text and stop tokens
+    bias_ids: bytes = b""
+    bias_values: bytes = b""  # float32, little endian: one for each of them
+    allowed: bytes | None = None  # None: all
     banned: tuple[Ids, ...] = ()  # never complete one of these
     logprobs: int = -1  # -1: none
     prompt_logprobs: int = -1  # -1: none
@@ -311,7 +312,7 @@ class EngineRequest(Wire, frozen=True):
     tokens: bytes  # int32, little endian
     sampling: Sampling
     max_tokens: int
-    stop_ids: Ids = ()
+    stop_ids: bytes = b""  # int32, little endian
     priority: int = 0  # lower runs first
     deadline: float | None = None  # time.monotonic() of the host; a request beyond it is aborted
     cache_salt: str = ""  # only requests with the same salt share cached prefixes

@@ -374,3 +374,37 @@ def test_a_channel_that_somebody_else_closes(setting: Setting) -> None:
     setting.until(lambda: not setting.replica.held)
     local.add(request(0, [1]))
     local.finish()
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: str) -> None:
+    """They are taken some at a time, and what replicas say is handed out in between."""
+    waiting: list[int] = []
+    ended = threading.Event()
+
+    def deliver(answer: Answer) -> None:
+        assert isinstance(answer, wire.Updates)
+        waiting.append(setting.fleet.num_unfinished)
+        if any(update.finish is not None for update in answer.updates):
+            ended.set()
+
+    line = setting.desk.open(deliver)
+    specs = [request(seq, [seq + 1], 1) for seq in range(1000)]
+    entered, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        go.wait(DEADLINE_S)
+
+    setting.desk.do(hold)
+    assert entered.wait(DEADLINE_S)
+    if kind == "local":
+        line.send(specs)
+    else:
+        line.send(specs[:1])
+        remote = setting.remote()
+        for spec in specs:
+            remote.channel.send(wire.encode(spec))
+    go.set()
+    assert ended.wait(DEADLINE_S)
+    assert waiting[0] < 200, "all were taken before anything was handed out"

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
-from shoal.engine.request import State
+from shoal.engine.request import State, encode_tokens, token_set
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
 from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
@@ -783,3 +783,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(steady, max_examples=250, stateful_step_count=50)
+
+
+def test_stop_tokens_are_one_set_for_all_that_have_the_same() -> None:
+    """A list of 300,000 is not looked through for each token, nor read anew for each output."""
+    data = encode_tokens(range(300_000))
+    assert isinstance(token_set(data), frozenset)
+    assert token_set(data) is token_set(bytes(bytearray(data)))

@@ -380,3 +380,21 @@ def test_developers_are_the_system_to_templates_that_do_not_know_them() -> None:
     assert ChatTemplate({"default": source}).render(said) == "system"
     knowing = source + "{% if messages[0]['role'] == 'developer' %}!{% endif %}"
     assert ChatTemplate({"default": knowing}).render(said) == "developer!"
+
+
+def test_loops_of_a_template_end() -> None:
+    endless = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    with pytest.raises(RequestError, match="its loops have more than 2000000 turns"):
+        ChatTemplate({"default": endless}).render([{"role": "user", "content": "a"}])
+
+
+def test_loops_are_what_they_were() -> None:
+    """Counting their turns changes nothing of what a template sees in them."""
+    source = (
+        "{% for m in messages if m.role %}{{ loop.index }}/{{ loop.length }}{{ '!' if loop.last }}{% endfor %}"
+        "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}"
+        "{% for q in nothing %}{% else %}else{% endfor %}"
+        "{% for x in [1, [2]] recursive %}{{ loop(x) if x is sequence else x }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "a"}] * 2
+    assert ChatTemplate({"default": source}).render(messages) == "1/22/2!a1else12"

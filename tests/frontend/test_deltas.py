@@ -81,8 +81,7 @@ def entry(position: int, token: int) -> wire.TokenLogprobs:
 
 def begin(kind: str, params: SamplingParams, prompt: Sequence[int]) -> Answer:
     job = Job(0, None, tuple(prompt), params)
-    stop_ids = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else (END,)))
-    return Answer.begun(job, tokenizer(kind), stop_ids)
+    return Answer.begun(job, tokenizer(kind), (END,))
 
 
 def updates(tokens: Sequence[int], cuts: Sequence[int], finish: wire.Finish, logprobs: bool) -> list[wire.SeqUpdate]:
@@ -140,7 +139,7 @@ def test_deltas_add_up(kind: str, data: st.DataObject) -> None:
     whole = begin(kind, params, prompt)
     (at_once,) = updates(tokens, [], finish, params.logprobs is not None)
     whole.take(0, at_once)
-    (expected,) = whole.output(tokenizer(kind)).outputs
+    (expected,) = whole.output().outputs
 
     cuts = data.draw(st.lists(st.integers(1, len(tokens)), max_size=len(tokens)))
     sent = updates(tokens, cuts, finish, params.logprobs is not None)
@@ -156,7 +155,7 @@ def test_deltas_add_up(kind: str, data: st.DataObject) -> None:
         logprobs=expected.logprobs,
         stop_reason=expected.stop_reason,
     )
-    (afterwards,) = answer.output(tokenizer(kind)).outputs
+    (afterwards,) = answer.output().outputs
     assert afterwards == expected
     for stop in params.stop or ():
         if params.include_stop_str_in_output or expected.stop_reason is None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from shoal import wire
-from shoal.engine.request import decode_tokens
+from shoal.engine.request import decode_tokens, encode_numbers, encode_tokens, token_set
 from shoal.errors import ClosedError, ReplicasFailed
 from shoal.frontend.offline import OfflineRunner
 from shoal.frontend.prompts import Job, Refused
+from shoal.frontend.requests import Requests
 from shoal.frontend.turns import SharedEngine
 from shoal.types import RequestOutput, SamplingParams
 from support.fakes import on_threads
@@ -65,7 +66,7 @@ class FakeEngine:
         count = self.running[seq]
         token = decode_tokens(request.tokens)[-1] + count
         finish = wire.Finish.LENGTH if count == request.max_tokens else None
-        finish = wire.Finish.STOP if token in request.stop_ids else finish
+        finish = wire.Finish.STOP if token in token_set(request.stop_ids) else finish
         if finish is not None:
             del self.running[seq]
         return wire.SeqUpdate(seq, (token,), finish=finish)
@@ -319,7 +320,7 @@ def test_runs_that_take_turns_lose_nothing() -> None:
 def test_plain_parameters_ask_for_nothing_special() -> None:
     request = request_of(SamplingParams(temperature=0, max_tokens=5))
     assert decode_tokens(request.tokens) == [ord("a")]
-    assert (request.max_tokens, request.stop_ids, request.group, request.grammar) == (5, (EOS,), -1, "")
+    assert (request.max_tokens, request.stop_ids, request.group, request.grammar) == (5, encode_tokens([EOS]), -1, "")
     assert request.sampling == wire.Sampling(seed=request.sampling.seed)
 
 
@@ -331,10 +332,11 @@ def test_every_parameter_reaches_the_engine() -> None:
     )  # fmt: skip
     request = request_of(params, banned=((7,), (8, 9)), grammar="g")
     assert request.grammar == "g"
-    assert request.stop_ids == (60, EOS)
+    assert request.stop_ids == encode_tokens([60, EOS])
     assert request.sampling == wire.Sampling(
         seed=2**64 - 2, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, penalties=wire.Penalties(0.5, -0.5, 1.5),
-        min_tokens=4, ends=(60, EOS), bias=((5, 1.5),), allowed=(98, 99), banned=((7,), (8, 9)), logprobs=3,
+        min_tokens=4, ends=encode_tokens([60, EOS]), bias_ids=encode_tokens([5]), bias_values=encode_numbers([1.5]),
+        allowed=encode_tokens([98, 99]), banned=((7,), (8, 9)), logprobs=3,
         prompt_logprobs=2,
     )  # fmt: skip
     assert wire.to_engine.decode(wire.encode(request)) == request
@@ -367,7 +369,7 @@ def test_an_output_ends_with_the_models_length(max_tokens: int | None) -> None:
 
 def test_an_end_of_text_that_is_ignored_ends_nothing() -> None:
     request = request_of(SamplingParams(ignore_eos=True, stop_token_ids=[60], min_tokens=2))
-    assert request.stop_ids == request.sampling.ends == (60,)
+    assert request.stop_ids == request.sampling.ends == encode_tokens([60])
 
 
 def test_without_a_seed_each_job_has_one_that_a_new_run_gets_again() -> None:
@@ -519,3 +521,18 @@ def test_a_run_that_is_collected_in_the_middle_of_another_is_given_up() -> None:
     assert texts(shared.run([job(7, 3)])) == {7: "bcd"}
     assert engine.aborted == [1]
     assert not engine.running
+
+
+def test_outputs_have_their_lists_in_common() -> None:
+    """One object, however many they are: nothing is made anew for each."""
+    params = SamplingParams(
+        n=50, stop_token_ids=[60, 61], min_tokens=2, allowed_token_ids=range(60, 99), logit_bias={60: 1.0, 61: 2.0}
+    )
+    job = Job(0, None, (97,), params)
+    first, *others = Requests((EOS,), max_model_len=MAX_MODEL_LEN, seed=0).of(job, 0)
+    assert [each.sampling.sample_index for each in (first, *others)] == list(range(50))
+    for each in others:
+        assert each.tokens is first.tokens
+        assert each.stop_ids is each.sampling.ends is first.stop_ids
+        for name in ("bias_ids", "bias_values", "allowed"):
+            assert getattr(each.sampling, name) is getattr(first.sampling, name)

@@ -29,7 +29,7 @@ def job(params: SamplingParams, prompt: str = "p") -> Job:
 
 def completion(*, letters: bool = True, **params: Any) -> Completion:
     given = SamplingParams(max_tokens=100, **params)
-    stop_ids = (*(given.stop_token_ids or ()), EOS)
+    stop_ids = {*(given.stop_token_ids or ()), EOS}
     return Completion(job(given), 0, Letters() if letters else None, stop_ids)
 
 
@@ -145,14 +145,14 @@ def test_the_chosen_is_there_once_with_its_own_rank() -> None:
 def answer(prompt: str = "pqr", count: int = 1, **params: Any) -> Answer:
     given = SamplingParams(max_tokens=100, **params)
     of = job(given, prompt)
-    return Answer(of, [Completion(of, i, Letters(), (EOS,)) for i in range(count)], count)
+    return Answer(of, [Completion(of, i, Letters(), {EOS}) for i in range(count)], count)
 
 
 def test_an_answer_has_its_outputs_in_order() -> None:
     of = answer(count=2, n=2)
     assert not of.take(1, update(ids("b"), LENGTH, cached_tokens=7))
     assert not of.take(0, update(ids("a"), LENGTH, cached_tokens=2))
-    found = of.output(Letters())
+    found = of.output()
     assert [(each.index, each.text) for each in found.outputs] == [(0, "a"), (1, "b")]
     assert (found.request_id, found.prompt, found.prompt_token_ids) == ("4", "pqr", ids("pqr"))
     assert found.num_cached_tokens == 2, "of the first: the others find what that one left"
@@ -162,14 +162,14 @@ def test_an_answer_has_its_outputs_in_order() -> None:
 def test_an_answer_that_a_stop_text_ended_knows_its_cached_tokens() -> None:
     of = answer(stop="b")
     assert of.take(0, update(ids("ab"), cached_tokens=3))
-    assert of.output(None).num_cached_tokens == 3
+    assert of.output().num_cached_tokens == 3
 
 
 def test_the_first_error_is_told() -> None:
     of = answer(count=2, n=2)
     of.take(0, update((), ABORT, error="first"))
     of.take(1, update((), ABORT, error="second"))
-    found = of.output(None)
+    found = of.output()
     assert found.error == "first"
     assert [each.finish_reason for each in found.outputs] == ["abort", "abort"]
 
@@ -181,7 +181,7 @@ def test_prompt_logprobs_of_chunks_are_put_together() -> None:
     of.take(0, update((), prompt_logprobs=wire.PromptLogprobs(1, tuple(entries[:1]))))
     of.take(0, update((), prompt_logprobs=wire.PromptLogprobs(1, tuple(entries[:1]))))
     of.take(0, update(ids("a"), LENGTH, prompt_logprobs=wire.PromptLogprobs(2, tuple(entries[1:]))))
-    found = of.output(Letters())
+    found = of.output()
     assert found.prompt_logprobs == (
         None,
         {ord("q"): Logprob(-1.0, 2, "q"), ord("x"): Logprob(-0.1, 1, "x")},
@@ -192,4 +192,4 @@ def test_prompt_logprobs_of_chunks_are_put_together() -> None:
 def test_prompt_logprobs_that_did_not_come_are_none() -> None:
     of = answer(prompt_logprobs=0)
     of.take(0, update((), ABORT))
-    assert of.output(None).prompt_logprobs == (None, None, None)
+    assert of.output().prompt_logprobs == (None, None, None)

@@ -276,3 +276,23 @@ def test_salts() -> None:
     for wrong in ("", 5, b"a"):
         prompt = {"prompt_token_ids": ids, "cache_salt": wrong}
         refused("cache_salt must be a text that is not empty", reader().prepare, prompt, PLAIN)
+
+
+def test_parameters_are_read_once_for_all_prompts_of_a_request() -> None:
+    counted: list[str] = []
+    letters = Letters()
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(letters, name)
+
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            counted.append(text)
+            return letters.encode(text, add_special_tokens=add_special_tokens)
+
+    reader = PromptReader(Counting(), vocab_size=1000, max_model_len=100)
+    params = SamplingParams(bad_words=["b"])
+    jobs = [reader.prepare(i, "a", params) for i in range(5)]
+    assert all(job.banned is jobs[0].banned for job in jobs)
+    assert len(counted) == 5 + 2, "a prompt each, and the bad word with and without a space"
+    assert reader.prepare(0, "a", SamplingParams()).banned == ()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shoal import wire
 from shoal.frontend.hub import BUNDLED
 from shoal.frontend.openai.answers import chat_choice, completion_choice
-from shoal.frontend.outputs import Completion
+from shoal.frontend.outputs import Completion, text_context
 from shoal.frontend.prompts import Job
 from shoal.frontend.token_places import prompt_starts, prompt_text
 from shoal.frontend.tokenizer import FastTokenizer, SlowTokenizer, Tokenizer, open_tokenizer
@@ -69,7 +69,8 @@ def completed(
     kind: str, prompt: Sequence[int], tokens: Sequence[int], *, end: Sequence[int] = (), **params: Any
 ) -> CompletionOutput:
     """The output of `tokens`, which came one by one. The last one is an end-of-text token if it is one of `end`."""
-    of = Completion(Job(0, None, tuple(prompt), SamplingParams(logprobs=1, **params)), 0, tokenizer(kind), end)
+    job = Job(0, None, tuple(prompt), SamplingParams(logprobs=1, **params))
+    of = Completion(job, 0, tokenizer(kind), frozenset(end), text_context(tokenizer(kind), job))
     for token in tokens:
         finish = STOP if token in end else None
         if of.take(wire.SeqUpdate(0, (token,), finish=finish, logprobs=(known(token),))):
@@ -172,7 +173,8 @@ def test_a_stream_tells_the_places_that_the_answer_tells(text: str, sizes: list[
     params: dict[str, Any] = {"stop": ["xx", "日x"], "include_stop_str_in_output": include}
     tokens = [*text.encode()]
     expected = completed("slow", [97], tokens, **params)
-    of = Completion(Job(0, None, (97,), SamplingParams(logprobs=0, **params)), 0, tokenizer("slow"), ())
+    job = Job(0, None, (97,), SamplingParams(logprobs=0, **params))
+    of = Completion(job, 0, tokenizer("slow"), frozenset(), text_context(tokenizer("slow"), job))
     waiting, told, sent = TokenPositions(), [], ""
     for part, last in in_parts(tokens, sizes):
         stopped = of.take(wire.SeqUpdate(0, tuple(part), logprobs=tuple(map(known, part))))

@@ -186,3 +186,13 @@ def test_what_a_token_reads_as_inside_a_text(library: Library, texts: dict[str, 
         if number is not None:  # a merge that this tiny vocabulary did not make
             assert tokenizer.token_text(number) == text
     assert tokenizer.token_text(100_000) == ""
+
+
+def test_many_tokens_are_decoded_as_few_are() -> None:
+    found = open_tokenizer(BUNDLED)
+    assert found is not None
+    tokens = found.encode("Count from 3 to 9: \u65e5\u672c " * 300)
+    assert len(tokens) > 3000
+    few = "".join(found.decode(tokens[:300]) for _ in range(1))
+    assert found.decode(tokens).startswith(few.rstrip("\ufffd"))
+    assert found.decode(tokens) == "Count from 3 to 9: \u65e5\u672c " * 300

@@ -1,6 +1,7 @@
 """/v1/completions, over a stand-in for the engine."""
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -8,8 +9,12 @@ from openai.types import Completion
 from starlette.testclient import TestClient
 
 from shoal.errors import QueueFull
+from shoal.frontend.prompts import Job
 from shoal.server.app import openai_app
+from shoal.server.errors import Refusal
+from shoal.server.running import check_tokens
 from shoal.server.settings import ServerSettings
+from shoal.types import SamplingParams
 from support.fake_backend import FakeBackend
 
 
@@ -189,3 +194,51 @@ def test_where_one_prompt_fails_all_end(stream: bool) -> None:
 
 def test_fields_without_effect_are_let_be() -> None:
     assert ask(prompt="a", user="u", best_of=1, suffix=None, store=True, metadata={"a": "b"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "numbers"),
+    [
+        ({"n": 2048, "allowed_token_ids": list(range(2500))}, "allowed_token_ids", ("4194304", "2500", "2048")),
+        ({"n": 2048, "stop_token_ids": list(range(600))}, "stop_token_ids", ("1048576", "600", "2048")),
+        ({"n": 2048, "logit_bias": {str(i): 1 for i in range(600)}}, "logit_bias", ("1048576", "600", "2048")),
+        ({"n": 2048, "bad_words": [f"{i:010d}" for i in range(60)]}, "bad_words", ("1048576", "600", "2048")),
+        ({"prompt": ["a"] * 64, "n": 32, "stop_token_ids": list(range(600))}, "stop_token_ids", ("600", "2048")),
+    ],
+)
+def test_work_is_bounded_over_all_outputs(body: dict[str, Any], param: str, numbers: tuple[str, ...]) -> None:
+    answer = ask(**{"prompt": "a", **body})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert all(number in error["message"] for number in numbers)
+
+
+def test_prompts_are_bounded_over_all_outputs() -> None:
+    backend = FakeBackend()
+    body = {"prompt": [[5] * 500] * 40, "n": 50}
+    assert ask(backend, **body, max_tokens=1).status_code == 200
+    params = SamplingParams(n=2048)
+    with pytest.raises(Refusal, match="33554432 tokens over all outputs, got 33556480"):
+        check_tokens([Job(0, None, (5,) * 16_385, params)], params)
+
+
+def test_repetitions_are_no_entries() -> None:
+    backend = FakeBackend()
+    assert ask(backend, prompt="a", n=100, stop_token_ids=[5, 6] * 150_000).status_code == 200
+    assert backend.streams[0].job.params.stop_token_ids == (5, 6)
+
+
+def test_what_is_large_is_prepared_and_told_beside_the_event_loop() -> None:
+    """And what is small on it."""
+    threads = []
+
+    class Backend(FakeBackend):
+        def prepare(self, *arguments: Any, **more: Any) -> Job:
+            threads.append(threading.current_thread().name)
+            return super().prepare(*arguments, **more)
+
+    backend = Backend()
+    assert ask(backend, prompt="a", user="x" * 20_000).status_code == 200
+    assert ask(backend, prompt="a", bad_words=["b"]).status_code == 200
+    assert ask(backend, prompt="a").status_code == 200
+    assert [name == "shoal-work" for name in threads] == [True, True, False]

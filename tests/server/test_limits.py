@@ -15,14 +15,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shoal.server.errors import Refusal
 from shoal.server.http_protocol import BoundedProtocol, protocol_with
-from shoal.server.limits import Limits, add_limits, check_json, nesting
+from shoal.server.limits import Limits, add_limits
 from shoal.server.settings import ServerSettings
-from support.fakes import steady
 
 WAIT_S = 60.0
 SOON = Limits(header_s=0.3, body_s=0.3, write_s=0.3, linger_s=0.5, body_bytes=1000, header_bytes=2000, headers=20)
@@ -198,64 +194,6 @@ def test_bodies_that_are_read_at_once_are_bounded_together() -> None:
 
 def test_a_compressed_body_is_refused(server: Server) -> None:
     assert server.send(post(b"x", "Content-Encoding: gzip"))[0] == 415
-
-
-# --- JSON ----------------------------------------------------------------------------------------------------------
-
-
-def refused(body: bytes, **limits: int) -> int:
-    with pytest.raises(Refusal) as caught:
-        check_json(body, Limits(**limits))
-    return caught.value.status
-
-
-def test_deep_json_is_refused() -> None:
-    assert refused(b"[" * 10_000) == 400
-    assert refused(b'{"a":' * 10_000 + b"1" + b"}" * 10_000) == 400
-    assert refused(b'{"a":"]]]]","b":' * 200) == 400
-    check_json(b"[" * 128 + b"]" * 128, Limits())
-    check_json(b"[[],{}]" * 1000, Limits())
-    check_json(json.dumps({"prompt": "[" * 1000 + '\\"{' * 1000}).encode(), Limits())
-
-
-def test_too_many_values_are_refused() -> None:
-    assert refused(b"[" + b"[]," * 100 + b"[]]", body_values=100) == 413
-    check_json(b"[" + b"[]," * 49 + b"[]]", Limits(body_values=100))
-    assert refused(b"[" + b"[]," * 100 + b"[]]", body_containers=100) == 413
-    check_json(b"[" + b'"[{",' * 100 + b"[]]", Limits(body_containers=100))
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
-def test_only_utf8_is_read(encoding: str) -> None:
-    assert refused(json.dumps({"prompt": "a"}).encode(encoding)) == 400
-
-
-def depth(value: Any) -> int:
-    if isinstance(value, list):
-        return 1 + max(map(depth, value), default=0)
-    if isinstance(value, dict):
-        return 1 + max(map(depth, value.values()), default=0)
-    return 0
-
-
-texts = st.text(alphabet='[]{}"\\ab\n\u2222', max_size=8)
-json_values = st.recursive(
-    st.none() | st.integers() | texts,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
-    max_leaves=20,
-)
-
-
-@steady
-@given(json_values, st.booleans())
-def test_nesting_is_that_of_the_value(value: Any, ascii_: bool) -> None:
-    assert nesting(json.dumps(value, ensure_ascii=ascii_).encode()) == depth(value)
-
-
-@steady
-@given(st.binary(max_size=200) | st.text(alphabet='[]{}"\\', max_size=200).map(str.encode))
-def test_nesting_of_anything_is_found_without_an_error(body: bytes) -> None:
-    assert 0 <= nesting(body) <= len(body)
 
 
 # --- headers -------------------------------------------------------------------------------------------------------
@@ -458,48 +396,3 @@ def test_web_pages_of_allowed_origins_may_call(guarded: Server) -> None:
     assert headers["access-control-allow-origin"] == "http://page"
     _, headers, _ = guarded.send(post(b"x", "Origin: http://other"))
     assert "access-control-allow-origin" not in headers
-
-
-# --- halves of characters ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        (rb'{"prompt": "a\ud800"}', "prompt"),
-        (rb'{"stop": ["x", "\uDFFF"]}', "stop[1]"),
-        (rb'{"tools": [{"function": {"name": "\ud83d\ud83d\ude00"}}]}', "tools[0].function.name"),
-        (rb'{"metadata": {"\ude00": 1}}', "metadata"),
-        (rb'{"\ud800": 1}', None),
-        (rb'["\\\ud83dx"]', "[0]"),
-    ],
-)
-def test_half_a_character_is_refused_where_it_stands(body: bytes, param: str | None) -> None:
-    with pytest.raises(Refusal) as caught:
-        check_json(body, Limits())
-    assert (caught.value.status, caught.value.param) == (400, param)
-    assert "not valid Unicode" in caught.value.message
-
-
-@pytest.mark.parametrize(
-    "body", [rb'"\\ud800"', rb'"\ud83d\ude00"', rb'"\\\\ud800\ud83d\ude00"', rb'"\ud8', rb'"\ud8zz"']
-)
-def test_whole_characters_and_what_is_no_json_are_left_to_the_reader(body: bytes) -> None:
-    check_json(body, Limits())
-
-
-@steady
-@given(st.recursive(st.text('\ud83d\ude00\\u"a😀'), lambda inner: st.lists(inner, max_size=3), max_leaves=6))
-def test_a_body_is_refused_if_it_has_no_utf8_form(value: Any) -> None:
-    body = json.dumps(value).encode()
-    try:
-        check_json(body, Limits())
-        refused = False
-    except Refusal:
-        refused = True
-    try:
-        json.dumps(json.loads(body), ensure_ascii=False).encode()
-        whole = True
-    except UnicodeEncodeError:
-        whole = False
-    assert refused != whole

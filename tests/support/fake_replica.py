@@ -7,7 +7,7 @@ from typing import Any
 from shoal import wire
 from shoal.activity import AWAKE, Activity
 from shoal.cluster.operations import Message
-from shoal.engine.request import decode_tokens
+from shoal.engine.request import decode_tokens, token_set
 from shoal.errors import EngineError
 from support.fakes import next_token
 
@@ -76,7 +76,7 @@ class FakeReplica:
         token = next_token(prompt + drawn)
         drawn.append(token)
         finish = wire.Finish.LENGTH if len(drawn) == spec.max_tokens else None
-        finish = wire.Finish.STOP if token in spec.stop_ids else finish
+        finish = wire.Finish.STOP if token in token_set(spec.stop_ids) else finish
         if finish is not None:
             del self.held[seq]
         position = prompt_len + len(drawn)

@@ -12,7 +12,7 @@ import msgspec
 from hypothesis import HealthCheck, settings
 
 from shoal import wire
-from shoal.engine.request import decode_tokens, encode_tokens
+from shoal.engine.request import decode_tokens, encode_tokens, token_set
 from shoal.errors import EngineError, RankFailed
 from shoal.protocols import Executor
 
@@ -45,7 +45,7 @@ def request(
         encode_tokens(list(prompt)),
         wire.Sampling(seed=zlib.crc32(salt.encode())),
         max_tokens,
-        tuple(stop_ids),
+        encode_tokens(stop_ids),
         priority,
         deadline,
         salt,
@@ -70,7 +70,7 @@ def prompt_and_output(spec: wire.EngineRequest) -> tuple[list[int], list[int]]:
 def alone(spec: wire.EngineRequest) -> list[int]:
     """The output of a request when nobody aborts it, what it comes with included."""
     prompt, out = prompt_and_output(spec)
-    while len(out) < spec.max_tokens and not (out and out[-1] in spec.stop_ids):
+    while len(out) < spec.max_tokens and not (out and out[-1] in token_set(spec.stop_ids)):
         out.append(next_token(prompt + out))
     return out
 
@@ -107,7 +107,7 @@ class Outcomes:
             if update.finish is wire.Finish.ABORT:
                 assert seq in self.may_abort, f"nobody aborted sequence {seq}"
             else:
-                stopped = expected[-1] in self.specs[seq].stop_ids
+                stopped = expected[-1] in token_set(self.specs[seq].stop_ids)
                 assert self.tokens[seq] == expected
                 assert update.finish is (wire.Finish.STOP if stopped else wire.Finish.LENGTH)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal import wire
-from shoal.engine.request import encode_tokens
+from shoal.engine.request import encode_numbers, encode_tokens
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.edits import Edits
 from shoal.worker.random import row_keys, split_keys
@@ -60,9 +60,10 @@ SAMPLINGS = st.builds(
     min_p=st.sampled_from([0.0, 0.25]),
     penalties=st.sampled_from([None, None, wire.Penalties(0.5, 0.25, 2.0)]),
     min_tokens=st.sampled_from([0, 0, 3]),
-    ends=st.just((5,)),
-    bias=st.sampled_from([(), (), ((3, 1.5),)]),
-    allowed=st.sampled_from([None, None, (1, 2)]),
+    ends=st.just(encode_tokens([5])),
+    bias_ids=st.just(encode_tokens([3])),
+    bias_values=st.sampled_from([encode_numbers([1.5]), encode_numbers([-2.0])]),
+    allowed=st.sampled_from([None, None, encode_tokens([1, 2])]),
     banned=st.sampled_from([(), ((7,), (8, 9))]),
     logprobs=st.integers(-1, 2),
     prompt_logprobs=st.sampled_from([-1, -1, 0, 2]),

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal import wire
+from shoal.engine.request import decode_tokens, encode_numbers, encode_tokens
 from shoal.worker.rules import EditsBuilder, History, Rules
 from support.fakes import steady
 
@@ -63,7 +65,7 @@ def test_guesses_leave_no_trace() -> None:
 
 def forbidden(sampling: wire.Sampling, output: Sequence[int]) -> set[int]:
     """What must not come next."""
-    found = set(sampling.ends) if len(output) < sampling.min_tokens else set()
+    found = set(decode_tokens(sampling.ends)) if len(output) < sampling.min_tokens else set()
     for run in sampling.banned:
         beginning = run[:-1]
         if tuple(output[len(output) - len(beginning) :]) == beginning and len(output) >= len(beginning):
@@ -75,7 +77,7 @@ RULES = st.builds(
     wire.Sampling,
     seed=st.just(0),
     min_tokens=st.integers(0, 6),
-    ends=st.just((20, 21)),
+    ends=st.just(encode_tokens([20, 21])),
     banned=st.lists(st.lists(FEW, min_size=1, max_size=4).map(tuple), max_size=4).map(tuple),
     penalties=st.sampled_from([None, PENALTIES]),
 )
@@ -96,7 +98,7 @@ def test_what_is_never_drawn(
 
 
 def test_ends_are_forbidden_until_there_are_enough_tokens_guesses_included() -> None:
-    rules = Rules(wire.Sampling(seed=0, min_tokens=3, ends=(8, 9)), [1, 1, 1, 1], [5])
+    rules = Rules(wire.Sampling(seed=0, min_tokens=3, ends=encode_tokens([8, 9])), [1, 1, 1, 1], [5])
     assert [rules.never([5] * count).tolist() for count in range(4)] == [[8, 9], [8, 9], [], []]
 
 
@@ -150,10 +152,10 @@ def test_runs_that_end_alike_are_told_apart() -> None:
     [
         (PLAIN, False),
         (wire.Sampling(seed=1, temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, logprobs=3), False),
-        (wire.Sampling(seed=0, ends=(3,)), False),
+        (wire.Sampling(seed=0, ends=encode_tokens([3])), False),
         (wire.Sampling(seed=0, min_tokens=1), True),
-        (wire.Sampling(seed=0, bias=((1, 2.0),)), True),
-        (wire.Sampling(seed=0, allowed=(1,)), True),
+        (wire.Sampling(seed=0, bias_ids=encode_tokens([1]), bias_values=encode_numbers([2.0])), True),
+        (wire.Sampling(seed=0, allowed=encode_tokens([1])), True),
         (wire.Sampling(seed=0, banned=((1,),)), True),
         (wire.Sampling(seed=0, penalties=PENALTIES), True),
     ],
@@ -164,10 +166,21 @@ def test_only_what_changes_logits_has_rules(sampling: wire.Sampling, some: bool)
 
 def test_edits_of_many_rows_are_flat_pairs() -> None:
     everything = wire.Sampling(
-        seed=0, min_tokens=9, ends=(20, 21), bias=((3, 1.5), (4, -2.0)), allowed=(5, 6, 7), penalties=PENALTIES
+        seed=0,
+        min_tokens=9,
+        ends=encode_tokens([20, 21]),
+        bias_ids=encode_tokens([3, 4]),
+        bias_values=encode_numbers([1.5, -2.0]),
+        allowed=encode_tokens([5, 6, 40]),
+        penalties=PENALTIES,
     )
     a = Rules(everything, [1, 2], [2])
-    b = Rules(wire.Sampling(seed=0, bias=((8, 0.5),), penalties=wire.Penalties(1.0, 0.0, 1.0)), [4], [])
+    half: dict[str, Any] = {
+        "bias_ids": encode_tokens([8]),
+        "bias_values": encode_numbers([0.5]),
+        "allowed": encode_tokens([31]),
+    }
+    b = Rules(wire.Sampling(seed=0, penalties=wire.Penalties(1.0, 0.0, 1.0), **half), [4], [])
     builder = EditsBuilder()
     builder.add(1, a, [])
     builder.add(2, a, [2])
@@ -176,7 +189,8 @@ def test_edits_of_many_rows_are_flat_pairs() -> None:
     assert edits is not None
     assert edits.masks is None
     assert edits.allowed is not None
-    assert pairs(edits.allowed) == [(1, 5), (1, 6), (1, 7), (2, 5), (2, 6), (2, 7)]
+    assert edits.allowed.rows.tolist() == [1, 2, 4]
+    assert edits.allowed.bits.tolist() == [[0b1100000, 1 << 8], [0b1100000, 1 << 8], [-(1 << 31), 0]]
     assert edits.never is not None
     assert pairs(edits.never) == [(1, 20), (1, 21), (2, 20), (2, 21)]
     assert edits.bias is not None

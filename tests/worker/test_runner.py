@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import wire
-from shoal.engine.request import encode_tokens
+from shoal.engine.request import encode_numbers, encode_tokens
 from shoal.worker.batch import SequenceTable
 from shoal.worker.runner import Runner
 from support.fakes import steady
@@ -92,7 +92,7 @@ PARAMETERS = st.builds(
     top_p=st.sampled_from([1.0, 0.9]),
     penalties=st.sampled_from([None, wire.Penalties(0.5, 0.5, 1.5)]),
     min_tokens=st.sampled_from([0, 4]),
-    ends=st.just(tuple(range(0, VOCABULARY, 3))),
+    ends=st.just(encode_tokens(range(0, VOCABULARY, 3))),
     banned=st.sampled_from([(), tuple((token,) for token in range(1, 9)) + ((10, 11),)]),
 )
 
@@ -223,7 +223,9 @@ def test_each_token_that_was_kept_is_told_of() -> None:
 
 def test_logprobs_are_those_of_the_model_before_any_change() -> None:
     rank = Rank()
-    sampling = wire.Sampling(seed=0, logprobs=2, allowed=(6,), bias=((6, 50.0),))
+    sampling = wire.Sampling(
+        seed=0, logprobs=2, allowed=encode_tokens([6]), bias_ids=encode_tokens([6]), bias_values=encode_numbers([50.0])
+    )
     out = rank.start(1, [3], sampling)
     assert out.tokens == (6,)
     check_entry(out.logprobs[0], rank.model, 3, 6, 2)

@@ -66,10 +66,14 @@ def edits_of(wishes: Sequence[Wishes], words: int) -> Edits:
     bits = [bits_of(wishes[row].mask or set(), words) for row in masked]
     seen = [sorted({*wish.prompt, *wish.output}) for wish in wishes]
     counts = [wish.output.count(i) for wish, ids in zip(wishes, seen, strict=True) for i in ids]
+    listed = [row for row, wish in enumerate(wishes) if wish.allowed is not None]
+    listed_bits = [bits_of(set(wishes[row].allowed or ()), words) for row in listed]
     biases = [value for wish in wishes for value in wish.bias.values()]
     return Edits(
         masks=Masks(torch.tensor(masked), torch.tensor(bits, dtype=torch.int32).view(-1, words)) if masked else None,
-        allowed=Pairs(*pairs_of([wish.allowed or [] for wish in wishes])),
+        allowed=Masks(torch.tensor(listed), torch.tensor(listed_bits, dtype=torch.int32).view(-1, words))
+        if listed
+        else None,
         never=Pairs(*pairs_of([wish.never for wish in wishes])),
         bias=Bias(*pairs_of([list(wish.bias) for wish in wishes]), torch.tensor(biases, dtype=torch.float32)),
         penalties=Penalties(

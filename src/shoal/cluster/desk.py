@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol
 
 from shoal import wire
@@ -24,6 +25,8 @@ log = get_logger("desk")
 
 _LINE_BITS = 40  # of a number are the request's own
 _WAIT_S = 1.0
+_AT_A_TIME = 64  # requests that are taken in one turn, before what replicas say is handed out
+_TOGETHER = 8  # ... of a client that brings many at once
 _JOIN_S = 10.0
 _UNREAD_S = 60.0  # for a client to read what it was sent, and then it is given up
 _LAST_WORDS_S = 1.0
@@ -163,7 +166,7 @@ class Desk:
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._do_all()
+                self._do_some()
                 self._hand_out(self._fleet.updates(_WAIT_S))
                 for client in list(self._clients.values()):
                     if isinstance(client, _RemoteClient):
@@ -177,6 +180,13 @@ class Desk:
     def _do_all(self) -> None:
         for _ in range(len(self._todo)):  # what is added meanwhile waits for its turn
             self._todo.popleft()()
+
+    def _do_some(self) -> None:
+        """The rest waits for its turn as well."""
+        for _ in range(min(len(self._todo), _AT_A_TIME // _TOGETHER)):
+            self._todo.popleft()()
+        if self._todo:
+            self._fleet.wake()
 
     def _end(self) -> None:
         """Whoever still waits is told, whatever has happened here."""
@@ -205,7 +215,7 @@ class Desk:
         if self._clients.pop(client.number, None) is not None:
             self._fleet.abort(list(client.requests))
 
-    def take(self, client: _Client, message: Message) -> None:
+    def take(self, client: _Client, message: Any) -> None:
         """
         Raises:
             WireError: nobody sends such a thing.
@@ -296,8 +306,11 @@ class Desk:
 
     def _attend_to(self, client: "_RemoteClient") -> None:
         try:
-            for message in client.heard():
-                self.take(client, message)
+            client.hear()
+            for _ in range(min(len(client.heard), _AT_A_TIME)):
+                self.take(client, wire.to_engine.decode(client.heard.popleft()))
+            if client.heard:
+                self._fleet.wake()
             client.flush()
         except (ChannelClosed, wire.WireError) as error:
             say = log.warning if client.requests or isinstance(error, wire.WireError) else log.info
@@ -321,11 +334,12 @@ class _LocalLine:
             self._deliver(answer)
 
     def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
-        def take() -> None:
-            for message in messages:
-                self._desk.take(self.client, message)
+        for start in range(0, len(messages) or 1, _TOGETHER):
+            self._desk.do(partial(self._take, messages[start : start + _TOGETHER]))
 
-        self._desk.do(take)
+    def _take(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+        for message in messages:
+            self._desk.take(self.client, message)
 
     def ask(self, verb: str, payload: bytes = b"") -> "Future[bytes]":
         question, future = self._questions.add(verb, payload)
@@ -346,6 +360,7 @@ class _RemoteClient(_Client):
     def __init__(self, number: int, channel: Channel) -> None:
         super().__init__(number, self._send, self._hang_up)
         self.channel = channel
+        self.heard: deque[bytes] = deque()  # frames that are not dealt with yet
         self._unsent: list[wire.SeqUpdate] = []
         self._unread_since: float | None = None
 
@@ -372,13 +387,14 @@ class _RemoteClient(_Client):
         elif time.monotonic() - self._unread_since > _UNREAD_S:
             raise ChannelClosed(f"it has not read for {_UNREAD_S:g} s")
 
-    def heard(self) -> list[Any]:
-        """
+    def hear(self) -> None:
+        """Takes in what has come, once all that came before is dealt with.
+
         Raises:
             ChannelClosed: it has gone.
-            WireError: it does not speak as clients do.
         """
-        return [wire.to_engine.decode(frame) for frame in self.channel.receive()]
+        if not self.heard:
+            self.heard.extend(self.channel.receive())
 
     def _hang_up(self) -> None:
         deadline = time.monotonic() + _LAST_WORDS_S

@@ -2,8 +2,10 @@
 
 import array
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 
 from shoal import wire
 from shoal.engine.constraint import Constraint
@@ -30,6 +32,7 @@ class Request:
     tokens: list[int]
     prompt_len: int
     salt: str | None  # who shares cached blocks with it; None: nobody
+    stop_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
     guesser: Guesser | None = None
     state: State = State.WAITING
@@ -99,8 +102,21 @@ def decode_tokens(data: bytes) -> list[int]:
     return tokens.tolist()
 
 
-def encode_tokens(tokens: list[int]) -> bytes:
-    data = array.array("i", tokens)
+def encode_tokens(tokens: Iterable[int]) -> bytes:
+    return _little_endian(array.array("i", tokens))
+
+
+def encode_numbers(numbers: Iterable[float]) -> bytes:
+    """As float32."""
+    return _little_endian(array.array("f", numbers))
+
+
+def _little_endian(data: "array.array[int] | array.array[float]") -> bytes:
     if sys.byteorder == "big":
         data.byteswap()
     return data.tobytes()
+
+
+@lru_cache(maxsize=16)  # for the outputs of a request, which come one after the other
+def token_set(data: bytes) -> frozenset[int]:
+    return frozenset(decode_tokens(data))

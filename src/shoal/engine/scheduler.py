@@ -26,7 +26,7 @@ from itertools import islice
 from shoal import wire
 from shoal.engine.blocks import BlockPool
 from shoal.engine.constraint import Constraint
-from shoal.engine.request import Request, State, decode_tokens, encode_tokens
+from shoal.engine.request import Request, State, decode_tokens, encode_tokens, token_set
 from shoal.engine.speculation import Guesser
 from shoal.engine.spread import PromptSpread
 from shoal.errors import EngineError, RequestError
@@ -161,7 +161,9 @@ class Scheduler:
         if guesser is not None:
             guesser.accept(tokens, ())
         constraint = Constraint() if spec.grammar else None
-        request = Request(spec, self._arrivals, rank, tokens, prompt_len, self._salt(spec), constraint, guesser)
+        stop_ids = token_set(spec.stop_ids)
+        salt = self._salt(spec)
+        request = Request(spec, self._arrivals, rank, tokens, prompt_len, salt, stop_ids, constraint, guesser)
         request.added = self._clock()
         finish = _finish_at(request) if request.generated else None
         if finish is not None:
@@ -729,7 +731,7 @@ def _prompt_tokens(work: wire.Work) -> int:
 
 def _finish_at(request: Request) -> wire.Finish | None:
     """Why an output ends with its last token, as far as that is known without its grammar."""
-    if request.tokens[-1] in request.spec.stop_ids:
+    if request.tokens[-1] in request.stop_ids:
         return wire.Finish.STOP
     if request.constraint is not None:  # it may be complete with this token, which is no end for want of room
         return None

@@ -202,7 +202,7 @@ class AsyncLLM(Operable):
             )
             for request in self._requests.of(job, first)
         ]
-        answer = Answer.begun(job, self.tokenizer, self._requests.stop_ids(job.params))
+        answer = Answer.begun(job, self.tokenizer, self._requests.eos)
         found = Stream(self, answer, [request.seq for request in requests])
         self._streams.update((request.seq, found) for request in requests)
         try:
@@ -453,7 +453,7 @@ class Stream:
     @property
     def prompt_logprobs(self) -> tuple[Logprobs | None, ...] | None:
         """One a prompt token, None for the first; None where they were not asked for."""
-        return self._answer.described_prompt(self._llm.tokenizer)
+        return self._answer.described_prompt()
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Delta]]:
         try:

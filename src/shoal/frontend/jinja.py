@@ -5,7 +5,7 @@ The names are those of https://huggingface.co/docs/transformers/chat_templating_
 
 import datetime
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -14,10 +14,13 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shoal.errors import RequestError
 
+_MOST_TURNS = 2_000_000
+_TURNS, _COUNTED = "_shoal_turns", "_shoal_counted"
 _END_GENERATION = "endgeneration"
 _KIND_TESTS = {"string", "iterable", "sequence", "mapping"}  # a template that asks is ready for both
 
@@ -33,7 +36,7 @@ class Template:
         RequestError: the template refuses the values, or fails on them.
         """
         try:
-            return self._render(values)
+            return self._render({**values, _TURNS: _Turns()})
         except _Refused as error:
             raise RequestError(f"the chat template refuses the conversation: {_line(error)}") from None
         except Exception as error:  # noqa: BLE001 - a template may do anything that Python's operators do
@@ -47,7 +50,10 @@ def compile(source: str) -> Template:
     """
     try:
         tree = _environment.parse(source)
-        template = _environment.from_string(source)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+        template = _environment.from_string(tree)
+        tree = _environment.parse(source)
     except jinja2.TemplateSyntaxError as error:
         raise RequestError(f"the chat template is malformed, in line {error.lineno}: {_line(error)}") from None
     except (RecursionError, ValueError, TypeError) as error:
@@ -58,6 +64,33 @@ def compile(source: str) -> Template:
 
 class _Refused(jinja2.TemplateError):
     pass
+
+
+class _Turns:
+    """Of the loops of one rendering: loops in loops could go on for years."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_TURNS
+
+    def take(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise _Refused(f"its loops have more than {_MOST_TURNS} turns")
+
+    def each(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self.take(1)
+            yield value
+
+
+@jinja2.pass_context
+def _counted(context: Context, values: Any) -> Any:
+    """What a loop goes over, if it may."""
+    turns = context.resolve(_TURNS)
+    if not isinstance(values, Sized):
+        return turns.each(values)
+    turns.take(len(values))
+    return values
 
 
 class _Generation(Extension):
@@ -83,7 +116,9 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own escapes what HTML would."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    # In steps: `dumps` would keep all other threads waiting for as long as a large value takes.
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return "".join(encoder.iterencode(value))
 
 
 def _now(form: str) -> str:
@@ -94,6 +129,7 @@ def _make_environment() -> ImmutableSandboxedEnvironment:
     extensions = [_Generation, loopcontrols]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
+    environment.filters[_COUNTED] = _counted
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
     return environment

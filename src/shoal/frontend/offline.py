@@ -115,7 +115,7 @@ class OfflineRunner:
         with self._engine.turn() as client:
             first = self._next_seq
             self._next_seq += job.params.n
-            answer = Answer.begun(job, self._tokenizer, self._requests.stop_ids(job.params))
+            answer = Answer.begun(job, self._tokenizer, self._requests.eos)
             for i, request in enumerate(self._requests.of(job, first)):
                 client.add(request)
                 run.sequences.add(request.seq)
@@ -155,7 +155,7 @@ class OfflineRunner:
                 whose.sequences.discard(update.seq)
                 answer.running -= 1
                 if answer.running == 0:
-                    whose.ended.append((answer.job.index, answer.output(self._tokenizer)))
+                    whose.ended.append((answer.job.index, answer.output()))
 
     def _abort_what_was_given_up(self, client: EngineClient) -> None:
         while self._given_up:

@@ -1,13 +1,14 @@
 """From an engine's updates to what the user gets: texts, reasons, log-probabilities."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 
 from shoal import wire
 from shoal.frontend.deltas import Delta
 from shoal.frontend.detokenizer import OutputText
 from shoal.frontend.prompts import Job
+from shoal.frontend.streams import CONTEXT
 from shoal.frontend.token_places import TokenPlaces
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.types import CompletionOutput, FinishReason, Logprob, Logprobs, RequestOutput
@@ -22,11 +23,19 @@ _REASONS: dict[wire.Finish, FinishReason] = {
 class Completion:
     """One output in the making."""
 
-    def __init__(self, job: Job, index: int, tokenizer: Tokenizer | None, stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        index: int,
+        tokenizer: Tokenizer | None,
+        stop_ids: Set[int],
+        context: Sequence[int] = (),
+    ) -> None:
+        """`stop_ids` end it. `context`: the end of the prompt, as `text_context` gives it."""
         self._job = job
         self._index = index
-        self._tokenizer = tokenizer
-        self._stop_ids = frozenset(stop_ids)
+        self.tokenizer = tokenizer
+        self._stop_ids = stop_ids
         self._tokens: list[int] = []
         self._logprobs: list[wire.TokenLogprobs] = []
         self._finish: FinishReason = "abort"
@@ -42,8 +51,8 @@ class Completion:
         self._text = (
             OutputText(
                 tokenizer,
-                job.tokens,
-                stop=tuple(params.stop or ()),
+                context,
+                stop=job.stop_texts,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
@@ -57,6 +66,7 @@ class Completion:
         """Adds what has come. True if a stop text ended the output here, where the engine does not know of it."""
         self._logprobs += update.logprobs
         self._tokens += update.tokens
+        self._describe()  # as they come: all of a long output at once would keep others waiting
         stopped = update.finish is wire.Finish.STOP and bool(update.tokens) and update.tokens[-1] in self._stop_ids
         if update.finish is not None:
             self._finish = _REASONS[update.finish]
@@ -99,16 +109,22 @@ class Completion:
         """Of tokens from `start` on. Each is described once, however often it is shown."""
         if self._job.params.logprobs is None:
             return None
+        self._describe()
+        return tuple(self._described[start:])
+
+    def _describe(self) -> None:
+        """Log-probabilities of the tokens so far. Each token is described once."""
+        if self._job.params.logprobs is None:
+            return
         done = len(self._described)
         left_out = self._left_out()
         for token, entry, added in zip(self._tokens[done:], self._logprobs[done:], self._added(done), strict=False):
-            self._described.append(described(self._tokenizer, token, entry, left_out=left_out, added=added))
-        return tuple(self._described[start:])
+            self._described.append(described(self.tokenizer, token, entry, left_out=left_out, added=added))
 
     def _left_out(self) -> Collection[int]:
-        if self._tokenizer is None or not self._job.params.skip_special_tokens:
+        if self.tokenizer is None or not self._job.params.skip_special_tokens:
             return ()
-        return self._tokenizer.special_ids
+        return self.tokenizer.special_ids
 
     def _added(self, start: int) -> Iterator[bytes | None]:
         """What each token added to the text; the token that ended the output is no part of it."""
@@ -156,9 +172,7 @@ class Completion:
     def _stop_reason(self) -> int | str | None:
         if self._stop_text is not None:
             return self._stop_text
-        asked_for = (
-            self._finish == "stop" and self._tokens and self._tokens[-1] in (self._job.params.stop_token_ids or ())
-        )
+        asked_for = self._finish == "stop" and self._tokens and self._tokens[-1] in self._job.stop_ids
         return self._tokens[-1] if asked_for else None
 
 
@@ -169,28 +183,32 @@ class Answer:
     job: Job
     completions: list[Completion]
     running: int  # outputs that have not ended
-    prompt_logprobs: dict[int, wire.TokenLogprobs] = field(default_factory=dict)  # by position
+    prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)  # by position
     cached_tokens: int = 0
     error: str = ""
     _described_prompt: tuple[Logprobs | None, ...] | None = None
 
     @classmethod
-    def begun(cls, job: Job, tokenizer: Tokenizer | None, stop_ids: Sequence[int]) -> "Answer":
-        completions = [Completion(job, index, tokenizer, stop_ids) for index in range(job.params.n)]
+    def begun(cls, job: Job, tokenizer: Tokenizer | None, eos: Sequence[int]) -> "Answer":
+        """`eos`: the tokens that end a text, whatever the job's parameters say."""
+        stop_ids = job.stop_ids if job.params.ignore_eos or job.stop_ids.issuperset(eos) else job.stop_ids.union(eos)
+        context = () if tokenizer is None else text_context(tokenizer, job)
+        completions = [Completion(job, index, tokenizer, stop_ids, context) for index in range(job.params.n)]
         return cls(job, completions, len(completions))
 
     def take(self, index: int, update: wire.SeqUpdate) -> bool:
         """As `Completion.take`, for one of the outputs."""
         if update.prompt_logprobs is not None:
-            start = update.prompt_logprobs.start
-            self.prompt_logprobs.update(enumerate(update.prompt_logprobs.entries, start))
+            tokenizer = self.completions[0].tokenizer
+            for position, entry in enumerate(update.prompt_logprobs.entries, update.prompt_logprobs.start):
+                self.prompt_logprobs[position] = described(tokenizer, self.job.tokens[position], entry)
             self._described_prompt = None
         if index == 0:
             self.cached_tokens = update.cached_tokens
         self.error = self.error or update.error
         return self.completions[index].take(update)
 
-    def output(self, tokenizer: Tokenizer | None) -> RequestOutput:
+    def output(self) -> RequestOutput:
         return RequestOutput(
             request_id=str(self.job.index),
             prompt=self.job.prompt,
@@ -199,19 +217,27 @@ class Answer:
             num_cached_tokens=self.cached_tokens,
             error=self.error or None,
             finished=self.running == 0,
-            prompt_logprobs=self.described_prompt(tokenizer),
+            prompt_logprobs=self.described_prompt(),
         )
 
-    def described_prompt(self, tokenizer: Tokenizer | None) -> tuple[Logprobs | None, ...] | None:
+    def described_prompt(self) -> tuple[Logprobs | None, ...] | None:
         if self.job.params.prompt_logprobs is None:
             return None
-        if self._described_prompt is None:
-            found = self.prompt_logprobs
-            self._described_prompt = tuple(
-                described(tokenizer, token, found[position]) if position in found else None
-                for position, token in enumerate(self.job.tokens)
-            )
-        return self._described_prompt
+        found = self._described_prompt
+        if found is None:
+            found = tuple(self.prompt_logprobs.get(position) for position in range(len(self.job.tokens)))
+            self._described_prompt = found
+        return found
+
+
+def text_context(tokenizer: Tokenizer, job: Job) -> tuple[int, ...]:
+    """The tokens of a prompt that the texts of its outputs depend on: the last of those that are shown, and the first,
+    which says that there is a text before."""
+    left_out = tokenizer.special_ids if job.params.skip_special_tokens else frozenset()
+    last = [*islice((token for token in reversed(job.tokens) if token not in left_out), CONTEXT)]
+    if len(last) == CONTEXT:
+        last.append(next(token for token in job.tokens if token not in left_out))
+    return tuple(reversed(last))
 
 
 def described(

@@ -2,11 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from shoal.errors import RequestError, overflow
 from shoal.frontend.chat import ChatTemplate
+from shoal.frontend.stop_texts import StopTexts
 from shoal.frontend.structured import GrammarText, grammar_text
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.observe.logging import get_logger
@@ -33,6 +35,23 @@ class Job:
     grammar: str = ""  # of `structured_outputs`
     cache_salt: str = ""  # only prompts with the same one share cached prefixes
     ignored_keywords: tuple[str, ...] = ()  # of its schema, that the grammar goes without, each with its place
+    stop_ids: frozenset[int] = field(init=False, repr=False, compare=False)  # of `stop_token_ids`
+    stop_texts: StopTexts | None = field(init=False, repr=False, compare=False)  # of `stop`
+
+    def __post_init__(self) -> None:
+        """What all outputs look at is made once, and on the thread that prepares them."""
+        object.__setattr__(self, "stop_ids", _id_set(tuple(self.params.stop_token_ids or ())))
+        object.__setattr__(self, "stop_texts", _stop_texts(tuple(self.params.stop)) if self.params.stop else None)
+
+
+@lru_cache(maxsize=8)  # for the prompts of a request, which come one after the other
+def _id_set(ids: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(ids)
+
+
+@lru_cache(maxsize=8)
+def _stop_texts(texts: tuple[str, ...]) -> StopTexts:
+    return StopTexts(texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +72,10 @@ def salted(prompt: Prompt, salt: str | None) -> Prompt:
     return {**bare, "cache_salt": salt}
 
 
+_MOST_CHARACTERS = 1 << 23  # that are cut into tokens where it is not known how many the model takes
+_Terms = tuple[tuple[tuple[int, ...], ...], GrammarText]  # what parameters say in tokens: `banned`, and the grammar
+
+
 class PromptReader:
     def __init__(
         self,
@@ -69,6 +92,7 @@ class PromptReader:
         self._eos = frozenset(eos)
         self._chat_template = chat_template
         self._told: OrderedDict[tuple[str, ...], None] = OrderedDict()
+        self._known: tuple[SamplingParams, _Terms] | None = None  # of the parameters that were read last
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
         """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text. Whether a
@@ -112,6 +136,8 @@ class PromptReader:
             RequestError: there is no template, or the messages do not fit it.
         """
         text = self._render(messages, template)
+        if len(text) > _MOST_CHARACTERS:
+            raise RequestError(f"messages may have {_MOST_CHARACTERS} characters here, got {len(text)}: send fewer")
         return self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
 
     def _render(self, messages: Sequence[Message], template: Mapping[str, Any]) -> str:
@@ -130,6 +156,17 @@ class PromptReader:
                 f"{overflow(self._max_model_len)}; the prompt has {len(tokens)} tokens, and an output needs one: "
                 "shorten it or raise --max-model-len"
             )
+        banned, grammar = self._terms(params)
+        return Job(index, text, tokens, params, banned, grammar.text, salt or "", grammar.ignored)
+
+    def _terms(self, params: SamplingParams) -> _Terms:
+        """What parameters say in tokens. The prompts of a request share it, as they do the parameters themselves."""
+        known = self._known
+        if known is None or known[0] is not params:
+            known = self._known = (params, self._terms_of(params))
+        return known[1]
+
+    def _terms_of(self, params: SamplingParams) -> _Terms:
         self._check_ids("logit_bias", params.logit_bias or ())
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         self._check_ids("stop_token_ids", params.stop_token_ids or ())
@@ -137,8 +174,7 @@ class PromptReader:
             raise RequestError("stop takes texts, and this model has no tokenizer: use stop_token_ids")
         banned = self._banned(params)
         self._check_allowed(params, banned)
-        grammar = self._grammar(params)
-        return Job(index, text, tokens, params, banned, grammar.text, salt or "", grammar.ignored)
+        return banned, self._grammar(params)
 
     def _kept(self, params: SamplingParams) -> int | None:
         """How many of a prompt's last tokens are kept; None: it is not cut."""
@@ -229,6 +265,9 @@ class PromptReader:
                 f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters, more than they can hold: "
                 "shorten it or raise --max-model-len"
             )
+        most = max(_MOST_CHARACTERS, 16 * self._max_model_len)
+        if longest is None and len(text) > most:
+            raise RequestError(f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters: shorten it")
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 from shoal import wire
-from shoal.engine.request import encode_tokens
+from shoal.engine.request import encode_numbers, encode_tokens
 from shoal.frontend.prompts import Job
 from shoal.types import SamplingParams
 
@@ -17,49 +17,56 @@ class Requests:
 
     def __init__(self, eos: Sequence[int], *, max_model_len: int, seed: int) -> None:
         self.max_model_len = max_model_len
-        self._eos = tuple(eos)
+        self.eos = tuple(eos)
         self._seed = seed
 
-    def stop_ids(self, params: SamplingParams) -> wire.Ids:
-        return tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else self._eos)
-
     def of(self, job: Job, first: int) -> list[wire.EngineRequest]:
-        """They are numbered from `first` on, and have one seed, one prompt and its blocks in common."""
-        params = job.params
-        stop_ids = self.stop_ids(params)
-        tokens = encode_tokens(list(job.tokens))
-        salt = _digest(job.cache_salt)
-        return [
-            wire.EngineRequest(
-                seq=first + index,
-                tokens=tokens,
-                sampling=self._sampling(job, first, index, stop_ids),
-                max_tokens=min(params.max_tokens or _MOST, self.max_model_len - len(job.tokens)),
-                stop_ids=stop_ids,
-                group=first if params.n > 1 else -1,
-                grammar=job.grammar,
-                cache_salt=salt,
-            )
-            for index in range(params.n)
-        ]
+        """They are numbered from `first` on, and have one seed, one prompt and its blocks in common.
 
-    def _sampling(self, job: Job, first: int, index: int, stop_ids: wire.Ids) -> wire.Sampling:
+        What they have in common is made once, and is the same object in all of them.
+        """
         params = job.params
+        stop_ids = encode_tokens((*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos)))
+        sampling = self._sampling(job, first, stop_ids)
+        request = wire.EngineRequest(
+            seq=first,
+            tokens=encode_tokens(job.tokens),
+            sampling=sampling,
+            max_tokens=min(params.max_tokens or _MOST, self.max_model_len - len(job.tokens)),
+            stop_ids=stop_ids,
+            group=first if params.n > 1 else -1,
+            grammar=job.grammar,
+            cache_salt=_digest(job.cache_salt),
+        )
+        others = [
+            wire.replace(
+                request,
+                seq=first + index,
+                sampling=wire.replace(sampling, sample_index=index, prompt_logprobs=-1),
+            )
+            for index in range(1, params.n)
+        ]
+        return [request, *others]
+
+    def _sampling(self, job: Job, first: int, stop_ids: bytes) -> wire.Sampling:
+        """Of the first output."""
+        params = job.params
+        bias = params.logit_bias or {}
         return wire.Sampling(
             seed=self._seed_of(first) if params.seed is None else params.seed & _SEED_BITS,
-            sample_index=index,
             temperature=params.temperature,
             top_k=min(max(params.top_k, 0), _MOST),
             top_p=params.top_p,
             min_p=params.min_p,
             penalties=_penalties(params),
             min_tokens=min(params.min_tokens, _MOST),
-            ends=stop_ids if params.min_tokens else (),
-            bias=tuple((params.logit_bias or {}).items()),
-            allowed=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
+            ends=stop_ids if params.min_tokens else b"",
+            bias_ids=encode_tokens(bias),
+            bias_values=encode_numbers(bias.values()),
+            allowed=None if params.allowed_token_ids is None else encode_tokens(params.allowed_token_ids),
             banned=job.banned,
             logprobs=_count(params.logprobs),
-            prompt_logprobs=_count(params.prompt_logprobs) if index == 0 else -1,
+            prompt_logprobs=_count(params.prompt_logprobs),
         )
 
     def _seed_of(self, seq: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 INCOMPLETE = "\ufffd"  # what stands for bytes that are no whole character
-_CONTEXT = 8  # tokens: more than any character has bytes
+CONTEXT = 8  # tokens: more than any character has bytes
 
 
 class TextStream(Protocol):
@@ -30,7 +30,7 @@ class ByteStream:
     def __init__(self, bytes_of: Callable[[int], bytes], prompt: Sequence[int]) -> None:
         self._bytes_of = bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in prompt[-_CONTEXT:]:
+        for token in prompt[-CONTEXT:]:
             self._decoder.decode(bytes_of(token))
 
     def push(self, token: int) -> str:
@@ -54,7 +54,7 @@ class FallbackStream:
         self._piece_of = piece_of
         self._bytes = codecs.getincrementaldecoder("utf-8")(_BYTE_BY_BYTE)
         self._strip = strip
-        for token in prompt[-_CONTEXT:]:
+        for token in prompt[-CONTEXT:]:
             self.push(token)
         if any(piece_of(token) is not None for token in prompt):
             self._strip = 0
@@ -105,7 +105,7 @@ class RedecodingStream:
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> None:
         """`decode` leaves special tokens out, if that is wanted; then they are left out of `prompt` too."""
         self._decode = decode
-        self._context = list(prompt[-_CONTEXT:])
+        self._context = list(prompt[-CONTEXT:])
         self._before = decode(self._context).rstrip(INCOMPLETE)
         self._pending: list[int] = []
 

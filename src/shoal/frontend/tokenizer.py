@@ -19,6 +19,7 @@ from shoal.lazy import load
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _OTHERS = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MANY = 1000  # tokens
 _END_OF_TEXT = "<|endoftext|>"
 
 
@@ -104,7 +105,10 @@ class FastTokenizer:
         return found
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        found: str = self._library.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        if len(tokens) < _MANY:
+            found: str = self._library.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        else:  # a batch, for the same reason, which costs more where they are few
+            (found,) = self._library.decode_batch([list(tokens)], skip_special_tokens=skip_special_tokens)
         return found
 
     def token_text(self, token: int) -> str:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from shoal import wire
 from shoal.errors import UserError
+from shoal.server import bodies
 from shoal.server.errors import Refusal, documented
 from shoal.server.status import status_json
 
@@ -23,7 +24,7 @@ class ReplicasWanted(BaseModel):
 
 
 def routes(llm: CanScale) -> APIRouter:
-    router = APIRouter(tags=["admin"])
+    router = bodies.router("admin")
 
     @router.post(
         "/v1/admin/replicas",

@@ -12,16 +12,20 @@ from starlette.responses import Response
 from shoal.frontend.deltas import Delta
 from shoal.frontend.openai.answers import chat_choice, chat_logprobs, positions, usage
 from shoal.frontend.prompts import Job
+from shoal.server import bodies
 from shoal.server.backend import TokenStream
-from shoal.server.encoding import size_of, text_of
+from shoal.server.encoding import text_of
 from shoal.server.errors import ANSWERING, Refusal
 from shoal.server.running import (
     Place,
     RankHeader,
     Service,
     TokenForms,
+    apart_from_the_loop,
     begin,
+    check_grammars,
     check_outputs,
+    check_tokens,
     finished,
     identifier,
     ignored_headers,
@@ -31,6 +35,7 @@ from shoal.server.running import (
     prepared,
     respond,
     stream_usage,
+    weight_of,
 )
 from shoal.server.schemas import ChatAnswer, ChatBody, TemplateFields
 from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
@@ -52,6 +57,7 @@ class _Request:
     model: str
     job: Job
     params: SamplingParams
+    names: Mapping[str, str]  # our names of parameters as the client wrote them
     plan: ToolPlan
     prompt_logprobs: bool
     forms: TokenForms
@@ -60,7 +66,7 @@ class _Request:
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = bodies.router("OpenAI")
 
     @router.post(
         "/v1/chat/completions", responses={200: {"model": ChatAnswer, **STREAMED}, **ANSWERING}, response_class=Response
@@ -73,16 +79,18 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _chat(service: Service, body: ChatBody, place: Place) -> Response:
-    asked = await _understood(service, body)
+    asked = await apart_from_the_loop(partial(_understood, service, body), body)
+    await check_grammars(service.llm, [asked.job], asked.names)
     streams = begin(service.llm, [asked.job], place)
     if not body.stream:
         (output,) = await finished(streams)
-        return respond(_answer(asked, output), ignored_headers([asked.job]))
+        make, weight = partial(_answer, asked, output), _weight(asked, output)
+        return await respond(make, weight, ignored_headers([asked.job]))
     events = _events(asked, streams[0])
     return EventStream(await anext(events), events, headers=ignored_headers([asked.job]))
 
 
-async def _understood(service: Service, body: ChatBody) -> _Request:
+def _understood(service: Service, body: ChatBody) -> _Request:
     """
     Raises:
         Refusal: it can't be used.
@@ -99,20 +107,20 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
     check_outputs(1, params)
     template = template_of(service, body) | {"tools": plan.shown, "add_special_tokens": bool(body.add_special_tokens)}
     template |= {"cache_salt": body.cache_salt}
-    job = await prepared(
-        service.llm,
+    names = names_of(given, chat=True)
+    job = prepared(
         partial(service.llm.prepare_chat, body.messages, params, **template),
-        size_of(body.messages) + size_of(plan.shown),
-        params,
-        names=names_of(given, chat=True),
+        names=names,
         prompt="messages",
     )
+    check_tokens([job], params)
     return _Request(
         id=identifier("chatcmpl", body.request_id),
         created=int(time.time()),
         model=model,
         job=job,
         params=params,
+        names=names,
         plan=plan,
         prompt_logprobs=body.prompt_logprobs is not None,
         forms=TokenForms.of(service, body),
@@ -160,6 +168,12 @@ def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
     if asked.forms.ids:
         body["prompt_token_ids"] = output.prompt_token_ids
     return body
+
+
+def _weight(asked: _Request, output: RequestOutput) -> int:
+    written = weight_of(sum(len(each.token_ids) for each in output.outputs), asked.params.logprobs)
+    wanted = asked.params.prompt_logprobs
+    return written + (0 if wanted is None else weight_of(len(output.prompt_token_ids), wanted))
 
 
 def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:

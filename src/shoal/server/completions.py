@@ -19,16 +19,20 @@ from shoal.frontend.openai.answers import (
 )
 from shoal.frontend.prompts import Job, salted
 from shoal.frontend.token_places import prompt_starts, prompt_text
+from shoal.server import bodies
 from shoal.server.backend import TokenStream
-from shoal.server.encoding import text_of
+from shoal.server.encoding import pieces, text_of
 from shoal.server.errors import ANSWERING, Refusal
 from shoal.server.running import (
     Place,
     RankHeader,
     Service,
     TokenForms,
+    apart_from_the_loop,
     begin,
+    check_grammars,
     check_outputs,
+    check_tokens,
     close,
     finished,
     identifier,
@@ -39,10 +43,12 @@ from shoal.server.running import (
     prepared,
     respond,
     stream_usage,
+    weight_of,
 )
 from shoal.server.schemas import MOST_OUTPUTS, CompletionAnswer, CompletionBody
 from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
 from shoal.server.token_positions import TokenPositions
+from shoal.server.work_threads import apart
 from shoal.types import CompletionOutput, FinishReason, Logprobs, Prompt, RequestOutput, SamplingParams, shown
 
 
@@ -56,6 +62,7 @@ class _Request:
     jobs: Sequence[Job]
     echoes: Sequence["_Echo"]  # one a prompt
     params: SamplingParams
+    names: Mapping[str, str]  # our names of parameters as the client wrote them
     empty: bool  # max_tokens is 0: nothing but the prompt is wanted
     prompt_logprobs: bool  # they are asked for by name
     forms: TokenForms
@@ -75,7 +82,7 @@ class _Echo:
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = bodies.router("OpenAI")
 
     @router.post(
         "/v1/completions",
@@ -90,16 +97,18 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _complete(service: Service, body: CompletionBody, place: Place) -> Response:
-    asked = await _understood(service, body)
+    asked = await apart_from_the_loop(partial(_understood, service, body), body)
+    await check_grammars(service.llm, asked.jobs, asked.names)
     streams = begin(service.llm, asked.jobs, place)
     if not body.stream:
         outputs = await finished(streams)
-        return respond(_answer(asked, outputs), ignored_headers(asked.jobs))
+        make, weight = partial(_answer, asked, outputs), _weight(asked, outputs)
+        return await respond(make, weight, ignored_headers(asked.jobs))
     events = _events(asked, streams)
     return EventStream(await anext(events), events, headers=ignored_headers(asked.jobs))
 
 
-async def _understood(service: Service, body: CompletionBody) -> _Request:
+def _understood(service: Service, body: CompletionBody) -> _Request:
     """
     Raises:
         Refusal: it can't be used.
@@ -120,21 +129,19 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
     check_outputs(len(prompts), params)
     names = names_of(given, chat=False)
     jobs = [
-        await prepared(
-            service.llm,
+        prepared(
             partial(
                 service.llm.prepare,
                 salted(prompt, body.cache_salt),
                 params,
                 add_special_tokens=body.add_special_tokens is not False,
             ),
-            len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]),
-            params,
             names=names,
             prompt="prompt" if len(prompts) == 1 else f"prompt[{i}]",
         )
         for i, prompt in enumerate(prompts)
     ]
+    check_tokens(jobs, params)
     return _Request(
         id=identifier("cmpl", body.request_id),
         created=int(time.time()),
@@ -142,6 +149,7 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         jobs=jobs,
         echoes=[_echo(service, job, wanted=bool(body.echo), alone=empty) for job in jobs],
         params=params,
+        names=names,
         empty=empty,
         prompt_logprobs=body.prompt_logprobs is not None,
         forms=TokenForms.of(service, body),
@@ -216,6 +224,13 @@ def _answer(asked: _Request, outputs: Sequence[RequestOutput]) -> dict[str, Any]
     }
 
 
+def _weight(asked: _Request, outputs: Sequence[RequestOutput]) -> int:
+    written = sum(len(each.token_ids) for output in outputs for each in output.outputs)
+    read = sum(len(output.prompt_token_ids) * len(output.outputs) for output in outputs)
+    prompt = weight_of(read, asked.params.prompt_logprobs) if asked.params.prompt_logprobs is not None else 0
+    return weight_of(written, asked.params.logprobs) + prompt
+
+
 def _choice(asked: _Request, output: RequestOutput, each: CompletionOutput, echo: _Echo) -> dict[str, Any]:
     if asked.empty:
         each = replace(each, text="", token_ids=(), finish_reason="length", stop_reason=None)
@@ -274,17 +289,23 @@ async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGener
             if not (has_begun or _may_begin(streams[number], held[number])):
                 continue
             ready, held[number] = held[number], []
-            choices = []
-            for delta in ready:
-                index = number * n + delta.index
-                choice = _chunk_choice(
-                    asked, streams[number], delta, asked.echoes[number], waiting[index], first=not begun[index]
-                )
-                choice["index"] = index
-                begun[index] = True
-                written += 0 if asked.empty else len(delta.token_ids)
-                if _says_something(choice):
-                    choices.append(text_of(choice))
+            new = sum(not begun[number * n + delta.index] for delta in ready)
+
+            def told_choices(number: int = number, ready: Sequence[Delta] = ready) -> list[str]:
+                choices = []
+                for delta in ready:
+                    index = number * n + delta.index
+                    choice = _chunk_choice(
+                        asked, streams[number], delta, asked.echoes[number], waiting[index], first=not begun[index]
+                    )
+                    choice["index"] = index
+                    begun[index] = True
+                    if _says_something(choice):
+                        choices.append("".join(pieces(choice)))
+                return choices
+
+            choices = await apart(told_choices, _chunk_weight(asked, asked.jobs[number], ready, new))
+            written += 0 if asked.empty else sum(len(delta.token_ids) for delta in ready)
             told = text_of(_usage(asked, written, _cached(streams))) if asked.usage_always else no_usage
             chunks = "".join([writer.chunk(choice, told) for choice in choices])
             if chunks:
@@ -301,6 +322,13 @@ def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
     return all(each is not None for each in known[1:]) or any(
         delta.index == 0 and delta.finish_reason is not None for delta in held
     )
+
+
+def _chunk_weight(asked: _Request, job: Job, deltas: Sequence[Delta], new: int) -> int:
+    """`new`: how many of the outputs begin with these deltas, which then tell of the prompt."""
+    wanted = asked.params.prompt_logprobs
+    prompt = 0 if wanted is None else weight_of(new * len(job.tokens), wanted)
+    return prompt + weight_of(sum(len(delta.token_ids) for delta in deltas), asked.params.logprobs)
 
 
 def _says_something(choice: Mapping[str, Any]) -> bool:

@@ -171,7 +171,7 @@ def of_validation(errors: Sequence[Any]) -> Refusal:
     field = _path(path)
     if kind == "missing":
         return Refusal(400, f"{field} is missing", param=field, code="missing_required_parameter")
-    message = str(first["msg"])
+    message = str(first["msg"]).removeprefix("Value error, ")
     return Refusal(400, f"{field}: {message[:1].lower()}{message[1:]}, got {shown(first.get('input'))}", param=field)
 
 

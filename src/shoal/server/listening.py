@@ -7,6 +7,7 @@ import logging
 import math
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from shoal.server.limits import Limits
 from shoal.server.settings import ServerSettings
 
 _BACKLOG = 2048
+_SWITCH_S = 0.001  # for which a thread that works may keep the event loop waiting; Python's own is five times that
 _GOODBYE_S = 1.0
 _LOOK_S = 0.1
 LAST_BYTES_S = 5.0  # at least, for clients to read what is left when nothing runs any more
@@ -126,6 +128,7 @@ def _owes(connection: HttpToolsProtocol) -> bool:
 
 def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) -> Server:
     _log_like_ours(listening.log_level)
+    sys.setswitchinterval(_SWITCH_S)
     return Server(
         uvicorn.Config(
             app,

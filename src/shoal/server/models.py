@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from shoal.server.errors import documented
-from shoal.server.running import Service, respond
+from shoal.server.running import Service, answer_of
 from shoal.server.schemas import Model, ModelList
 
 
@@ -16,11 +16,11 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models", responses={200: {"model": ModelList}, **documented()}, response_class=Response)
     async def list_models() -> Response:
         """The names that the model is served under."""
-        return respond({"object": "list", "data": [_model(service, name) for name in service.names]})
+        return answer_of({"object": "list", "data": [_model(service, name) for name in service.names]})
 
     @router.get("/v1/models/{name:path}", responses={200: {"model": Model}, **documented(404)}, response_class=Response)
     async def retrieve_model(name: str) -> Response:
-        return respond(_model(service, service.model(name)))
+        return answer_of(_model(service, service.model(name)))
 
     return router
 

@@ -15,9 +15,10 @@ from starlette.responses import Response
 from shoal.errors import RequestError
 from shoal.frontend.openai.parameters import structured_of
 from shoal.frontend.prompts import Job
+from shoal.server import bodies
 from shoal.server.backend import TokenStream
 from shoal.server.chat import may_cut
-from shoal.server.encoding import size_of, text_of
+from shoal.server.encoding import text_of
 from shoal.server.errors import ANSWERING, Refusal, of_request, refusal_of
 from shoal.server.response_input import items_of, listed, messages_of, references, resolved
 from shoal.server.response_output import OutputItems
@@ -26,7 +27,10 @@ from shoal.server.running import (
     Place,
     RankHeader,
     Service,
+    apart_from_the_loop,
     begin,
+    check_grammars,
+    check_outputs,
     finished,
     identifier,
     ignored_headers,
@@ -35,11 +39,13 @@ from shoal.server.running import (
     params_of,
     prepared,
     respond,
+    weight_of,
 )
 from shoal.server.schemas import ResponsesAnswer, ResponsesBody
 from shoal.server.streaming import STREAMED, EventStream, answered
 from shoal.server.tools.choice import ToolPlan, plan_tools
-from shoal.types import SamplingParams, shown
+from shoal.server.work_threads import apart
+from shoal.types import RequestOutput, SamplingParams, shown
 
 _READ = (
     "input", "instructions", "text", "tools", "tool_choice", "include", "truncation", "previous_response_id",
@@ -62,6 +68,7 @@ class _Request:
     model: str
     job: Job
     params: SamplingParams
+    names: Mapping[str, str]  # our names of parameters as the client wrote them
     plan: ToolPlan
     before: list[Any]  # items of the conversation that it goes on from
     said: list[Any]  # ... and those of the request
@@ -69,7 +76,7 @@ class _Request:
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = bodies.router("OpenAI")
     shelf = Shelf(service.llm, service.settings)
 
     @router.post(
@@ -84,23 +91,29 @@ def routes(service: Service) -> APIRouter:
 
 async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: Place) -> Response:
     before, said = await _conversation(shelf, body)
-    asked = await _understood(service, body, before, said, keep=shelf.open and body.store is not False)
+    keep = shelf.open and body.store is not False
+    asked = await apart_from_the_loop(partial(_understood, service, body, before, said, keep=keep), body)
+    await check_grammars(service.llm, [asked.job], asked.names)
     streams = begin(service.llm, [asked.job], place)
     if body.stream:
         events = _events(asked, shelf, streams[0])
         return EventStream(await anext(events), events, last=b"", headers=ignored_headers([asked.job]))
     (output,) = await finished(streams)
+    weight = body.weight + weight_of(len(output.outputs[0].token_ids), asked.params.logprobs)
+    answer = await apart(partial(_whole, asked, output), weight)
+    answer = await _kept(asked, shelf, answer)
+    return await respond(lambda: answer, weight, ignored_headers([asked.job]))
+
+
+def _whole(asked: _Request, output: RequestOutput) -> dict[str, Any]:
     items = OutputItems(asked.plan, asked.params.logprobs, whole=True)
     (completion,) = output.outputs
     items.feed(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason or "stop")
     items.end(completion.finish_reason)
-    answer = _answer(asked, items, completion.finish_reason, output.num_cached_tokens)
-    return respond(await _kept(asked, shelf, answer), ignored_headers([asked.job]))
+    return _answer(asked, items, completion.finish_reason, output.num_cached_tokens)
 
 
-async def _understood(
-    service: Service, body: ResponsesBody, before: list[Any], said: list[Any], *, keep: bool
-) -> _Request:
+def _understood(service: Service, body: ResponsesBody, before: list[Any], said: list[Any], *, keep: bool) -> _Request:
     """
     Raises:
         Refusal: it can't be used.
@@ -120,6 +133,7 @@ async def _understood(
         given["structured_outputs"] = structured
     names |= {"structured_outputs": "text.format"} if structured else names_of(given, chat=False)
     params = params_of(service, given, chat=True, read=_READ, plan=plan)
+    check_outputs(1, params)
     messages = messages_of(before, said, body.instructions)
     if not messages:
         raise Refusal(400, "input must hold a message beside what was thought, got none", param="input")
@@ -129,16 +143,15 @@ async def _understood(
         "tools": plan.shown,
         "cache_salt": body.cache_salt,
     }
-    job = await prepared(
-        service.llm,
+    job = prepared(
         partial(service.llm.prepare_chat, messages, params, **template),
-        size_of(messages) + size_of(plan.shown),
-        params,
         names=names,
         prompt="input",
     )
     name = body.request_id or identifier("resp")
-    return _Request(body, name, time.time(), model, job, params, plan, before, listed(said) if keep else [], keep)
+    return _Request(
+        body, name, time.time(), model, job, params, names, plan, before, listed(said) if keep else [], keep
+    )
 
 
 async def _conversation(shelf: Shelf, body: ResponsesBody) -> tuple[list[Any], list[Any]]:

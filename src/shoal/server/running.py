@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request
 from pydantic import BeforeValidator
@@ -23,10 +23,13 @@ from shoal.server.errors import Refusal, of_request
 from shoal.server.schemas import MOST_OUTPUTS, GenerationFields, SamplingFields
 from shoal.server.settings import ServerSettings
 from shoal.server.tools.choice import ToolPlan
+from shoal.server.work_threads import apart
 from shoal.structured.json_schema import listed
 from shoal.types import RequestOutput, SamplingParams, shown, whole_number
 
-_QUICK = 2000  # characters of a prompt that is cut into tokens in less time than another thread takes to begin
+T = TypeVar("T")
+# Fields that take long, however short they are.
+_SLOW = {"bad_words", "structured_outputs", "response_format", "tools", "text", "chat_template", *parameters.GUIDED}
 _SEEN_TO = (
     "stream", "stream_options", "priority", "data_parallel_rank", "request_id", "cache_salt", "return_token_ids",
     "return_tokens_as_token_ids",
@@ -36,6 +39,10 @@ _MOST_IGNORED = 1000  # characters
 _MOST_RANK = 1 << 31
 _MOST_TEXTS = 1024  # that are looked for in each output, and ...
 _MOST_CHARACTERS = 1 << 16  # ... theirs together
+# What all outputs of a request may have together: each is a request of its own to the engine.
+_MOST_ALLOWED = 1 << 22  # entries of allowed_token_ids
+_MOST_CHANGES = 1 << 20  # ... and of what changes single logits or is looked at for each token
+_MOST_TOKENS = 1 << 25  # of their prompts
 
 
 def _digits(value: Any) -> Any:
@@ -138,11 +145,38 @@ def _check_texts(found: Mapping[str, Any]) -> None:
 def check_outputs(prompts: int, params: SamplingParams) -> None:
     """
     Raises:
-        Refusal: there are more than one request may have.
+        Refusal: there are more than one request may have, or they bring too much along.
     """
-    if prompts * params.n > MOST_OUTPUTS:
+    outputs = prompts * params.n
+    param = "n" if prompts == 1 else "prompt"
+    if outputs > MOST_OUTPUTS:
         why = f"a request may have {MOST_OUTPUTS} outputs, got {prompts} prompts with n {params.n}: send several"
-        raise Refusal(400, why, param="n" if prompts == 1 else "prompt")
+        raise Refusal(400, why, param=param)
+    listed = {
+        "allowed_token_ids": (len(params.allowed_token_ids or ()), _MOST_ALLOWED),
+        "stop_token_ids": (len(params.stop_token_ids or ()), _MOST_CHANGES),
+        "logit_bias": (len(params.logit_bias or ()), _MOST_CHANGES),
+        "bad_words": (sum(map(len, params.bad_words or ())), _MOST_CHANGES),
+    }
+    for name, (size, most) in listed.items():
+        if size * outputs > most:
+            unit = "characters" if name == "bad_words" else "entries"
+            why = (
+                f"{name} may have {most} {unit} over all outputs of a request, got {size} for each of {outputs} "
+                "outputs: send several requests, or shorten it"
+            )
+            raise Refusal(400, why, param=name)
+
+
+def check_tokens(jobs: Sequence[Job], params: SamplingParams) -> None:
+    """
+    Raises:
+        Refusal: the prompts of all outputs are more than one request may have.
+    """
+    tokens = sum(len(job.tokens) for job in jobs) * params.n
+    if tokens > _MOST_TOKENS:
+        why = f"a request may have prompts of {_MOST_TOKENS} tokens over all outputs, got {tokens}: send several"
+        raise Refusal(400, why, param="n" if params.n > 1 else "prompt")
 
 
 def _check_logprobs(params: SamplingParams, most: int) -> None:
@@ -184,26 +218,22 @@ def names_of(body: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
     return found
 
 
-async def prepared(
-    llm: Backend, work: Callable[[], Job], size: int, params: SamplingParams, *, names: Mapping[str, str], prompt: str
-) -> Job:
-    """Runs `LLM.prepare` or the like, on another thread unless it takes no time, and has a grammar checked.
+async def apart_from_the_loop(work: Callable[[], T], body: SamplingFields) -> T:
+    """What `work` makes of a body. It is done on another thread unless it takes no time."""
+    return await apart(work, body.weight, quick=body.model_fields_set.isdisjoint(_SLOW))
+
+
+def prepared(work: Callable[[], Job], *, names: Mapping[str, str], prompt: str) -> Job:
+    """Runs `LLM.prepare` or the like. Whether its grammar can be obeyed takes `check_grammars` to find out.
 
     Args:
-        size: about how many characters there are to read.
         names: our names of parameters as the client wrote them; `prompt`: what it calls the prompt.
 
     Raises:
         Refusal: the request can't be used.
-        EngineError: too many grammars wait to be checked.
     """
     try:
-        if size < _QUICK and params.structured_outputs is None and not params.bad_words:
-            await asyncio.sleep(0)  # of a thousand prompts in one request, others get a turn between two
-            return work()
-        job = await asyncio.to_thread(work)
-        await llm.check_grammar(job)
-        return job
+        return work()
     except RequestError as error:
         raise of_request(error, names, prompt=prompt, prepared=True) from None
 
@@ -212,6 +242,20 @@ def ignored_headers(jobs: Sequence[Job]) -> dict[str, str]:
     """What tells the client which keywords of its schema the answer may not obey."""
     ignored = tuple(dict.fromkeys(keyword for job in jobs for keyword in job.ignored_keywords))
     return {_IGNORED: listed(ignored, _MOST_IGNORED)} if ignored else {}
+
+
+async def check_grammars(llm: Backend, jobs: Sequence[Job], names: Mapping[str, str]) -> None:
+    """Finds out whether what the jobs' outputs must look like can be obeyed. `names`: as for `prepared`.
+
+    Raises:
+        Refusal: it can't.
+        EngineError: too many wait for that already.
+    """
+    try:
+        for job in {job.grammar: job for job in jobs if job.grammar}.values():
+            await llm.check_grammar(job)
+    except RequestError as error:
+        raise of_request(error, names, prepared=True) from None
 
 
 def begin(llm: Backend, jobs: Sequence[Job], place: Place) -> list[TokenStream]:
@@ -314,7 +358,17 @@ class TokenForms:
         return cls(bool(body.return_token_ids), default if named is None else named)
 
 
-def respond(value: Any, headers: Mapping[str, str] | None = None) -> Response:
+def weight_of(tokens: int, logprobs: int | None) -> int:
+    """About how many bytes tell of so many tokens, and of the likeliest ones at each."""
+    return tokens * (8 + (0 if logprobs is None else 64 * (logprobs + 1)))
+
+
+async def respond(make: Callable[[], Any], weight: int, headers: Mapping[str, str] | None = None) -> Response:
+    """`make` gives the answer, which has about so many bytes."""
+    return await apart(lambda: answer_of(make(), headers), weight)
+
+
+def answer_of(value: Any, headers: Mapping[str, str] | None = None) -> Response:
     return Response(bytes_of(value), headers=dict(headers or {}), media_type="application/json")
 
 

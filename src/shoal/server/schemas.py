@@ -6,7 +6,9 @@ fits what was meant. Names and meanings are those of OpenAI's API reference and 
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema
+
+from shoal.types import shown
 
 _INTEGER = {"type": "integer", "minimum": 0}
 _TEXT = {"type": "string"}
@@ -73,6 +75,35 @@ Integer = Annotated[int, BeforeValidator(_whole)]
 
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:+=@-]{1,128}$")]
 
+
+def _at_most(count: int) -> BeforeValidator:
+    """Refuses what is longer before any of it is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise ValueError(f"may have {count} entries, and has {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+_MOST_IDS = 1 << 20  # no vocabulary is larger
+_MOST_TEXTS = 1 << 12  # or tools
+_FIRST_ERROR = Field(fail_fast=True)
+Ids = Annotated[list[Annotated[Integer, Field(ge=0)]], _FIRST_ERROR, _at_most(_MOST_IDS)]
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], _FIRST_ERROR, _at_most(_MOST_TEXTS)]
+
+
+def _biases(value: Any) -> Any:
+    """The first wrong one alone: a message for each would be as many as there are."""
+    if not isinstance(value, dict):
+        return value
+    for token, bias in value.items():
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"must map token ids to numbers in [-100, 100], got {shown(bias)} for {shown(token)}")
+    return value
+
+
 MOST_OUTPUTS = 2048  # of a request; making them takes the time of all others
 _LEAST_INT64, _MOST_INT64 = -(1 << 63), (1 << 63) - 1
 
@@ -81,6 +112,16 @@ class Body(BaseModel):
     """Fields that are not described are taken, so that whoever reads the others can say which one it can't obey."""
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
+
+    _weight: int = PrivateAttr(default=0)
+
+    def weigh(self, size: int) -> None:
+        self._weight = size
+
+    @property
+    def weight(self) -> int:
+        """Bytes that it was read from: about the work that it makes."""
+        return self._weight
 
     def given(self) -> dict[str, Any]:
         """What the client wrote, as it wrote it."""
@@ -110,16 +151,19 @@ class SamplingFields(Body):
     min_tokens: Annotated[Integer, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     stop: Stop = None
-    stop_token_ids: list[Annotated[Integer, Field(ge=0)]] | None = None
-    bad_words: list[Annotated[str, Field(min_length=1)]] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    allowed_token_ids: Annotated[list[Annotated[Integer, Field(ge=0)]], Field(min_length=1)] | None = None
+    stop_token_ids: Ids | None = None
+    bad_words: Texts | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_biases), _at_most(_MOST_IDS)]
+        | None
+    ) = None
+    allowed_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: Object = None
     guided_json: Schema = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], _FIRST_ERROR] | None = None
     guided_grammar: str | None = None
     priority: Annotated[Integer, Field(ge=_LEAST_INT64, le=_MOST_INT64)] | None = None
     data_parallel_rank: Annotated[Integer, Field(ge=0, lt=1 << 31)] | None = None
@@ -183,10 +227,10 @@ class ResponsesBody(SamplingFields):
     tools: Tools = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], _at_most(_MOST_TEXTS)] | None = None
     truncation: str | None = None
     top_logprobs: Annotated[Integer, Field(ge=0)] | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], _at_most(_MOST_TEXTS)] | None = None
     store: bool | None = None
     previous_response_id: str | None = None
     reasoning: Object = None
@@ -205,7 +249,7 @@ class TokenizeBody(TemplateFields):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[Annotated[Integer, Field(ge=0)]]
+    tokens: Ids
 
 
 # --- answers, for the description ----------------------------------------------------------------------------------

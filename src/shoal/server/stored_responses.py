@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from shoal.server.errors import Refusal, documented
 from shoal.server.response_store import Shelf
-from shoal.server.running import Service, respond
+from shoal.server.running import Service, answer_of
 from shoal.server.schemas import Deleted, InputItems, ResponsesAnswer
 from shoal.types import shown
 
@@ -34,7 +34,7 @@ def routes(service: Service) -> APIRouter:
         """Forgets a response. Others that went on from it keep their conversations."""
         if not await shelf.drop(response_id):
             raise shelf.missing(response_id, "response_id")
-        return respond({"id": response_id, "object": "response", "deleted": True})
+        return answer_of({"id": response_id, "object": "response", "deleted": True})
 
     @router.get(
         f"{_PATH}/input_items",
@@ -53,7 +53,7 @@ def routes(service: Service) -> APIRouter:
         if turns is None:
             raise shelf.missing(response_id, "response_id")
         items = [item for turn in turns[:-1] for item in turn]
-        return respond(_page(items if order == "asc" else items[::-1], limit, after, before))
+        return answer_of(_page(items if order == "asc" else items[::-1], limit, after, before))
 
     @router.post(f"{_PATH}/cancel", responses=documented(404, 503), response_class=Response)
     async def cancel_response(response_id: Name) -> Response:

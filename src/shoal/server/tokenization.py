@@ -1,6 +1,5 @@
 """/tokenize and /detokenize: between texts and tokens, as the model has them."""
 
-import asyncio
 from functools import partial
 from typing import Any
 
@@ -9,66 +8,75 @@ from starlette.responses import Response
 
 from shoal.errors import RequestError
 from shoal.frontend.tokenizer import Tokenizer
+from shoal.server import bodies
 from shoal.server.chat import template_of
 from shoal.server.errors import Refusal, documented, of_request
 from shoal.server.running import Service, respond
 from shoal.server.schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from shoal.types import shown
 
+_MOST_CHARACTERS = 1 << 23  # of a text that is cut at once
+
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(tags=["tokens"])
+    router = bodies.router("tokens")
 
     @router.post("/tokenize", responses={200: {"model": Tokenized}, **documented(404)}, response_class=Response)
     async def tokenize(body: TokenizeBody) -> Response:
         """The tokens of a `prompt`, or of `messages` by the chat template."""
         service.model(body.model)
-        tokens = await _tokens(service, body)
-        found: dict[str, Any] = {
-            "count": len(tokens),
-            "max_model_len": service.llm.max_model_len,
-            "tokens": tokens,
-            "token_strs": None,
-        }
-        if body.return_token_strs:
-            tokenizer = _tokenizer(service)
-            found["token_strs"] = await asyncio.to_thread(lambda: [tokenizer.token_text(token) for token in tokens])
-        return respond(found)
+        return await respond(partial(_tokenized, service, body), body.weight)
 
     @router.post("/detokenize", responses={200: {"model": Detokenized}, **documented(404)}, response_class=Response)
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of tokens, special ones included."""
         service.model(body.model)
-        tokenizer = _tokenizer(service)
-        for i, token in enumerate(body.tokens):
-            if token >= service.llm.vocab_size:
-                why = f"{shown(token)} is no id of a vocabulary of {service.llm.vocab_size}"
-                raise Refusal(400, f"tokens[{i}]: {why}", param=f"tokens[{i}]")
-        return respond({"prompt": await asyncio.to_thread(partial(_decode, tokenizer, body.tokens))})
+        return await respond(partial(_detokenized, service, body), body.weight)
 
     return router
 
 
-async def _tokens(service: Service, body: TokenizeBody) -> list[int]:
+def _tokenized(service: Service, body: TokenizeBody) -> dict[str, Any]:
+    tokens = _tokens(service, body)
+    found: dict[str, Any] = {
+        "count": len(tokens),
+        "max_model_len": service.llm.max_model_len,
+        "tokens": tokens,
+        "token_strs": None,
+    }
+    if body.return_token_strs:
+        tokenizer = _tokenizer(service)
+        found["token_strs"] = [tokenizer.token_text(token) for token in tokens]
+    return found
+
+
+def _tokens(service: Service, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise Refusal(400, "give either prompt or messages", param="prompt")
     if body.prompt is not None:
+        if len(body.prompt) > _MOST_CHARACTERS:
+            why = f"prompt may have {_MOST_CHARACTERS} characters here, got {len(body.prompt)}: send it in parts"
+            raise Refusal(400, why, param="prompt")
         try:
             body.prompt.encode()
         except UnicodeEncodeError as error:
             why = f"prompt is not valid Unicode: {error.reason} at character {error.start}"
             raise Refusal(400, why, param="prompt") from None
-        special = body.add_special_tokens is not False
-        return await asyncio.to_thread(partial(_tokenizer(service).encode, body.prompt, add_special_tokens=special))
+        return _tokenizer(service).encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     template = template_of(service, body) | {"tools": body.tools, "add_special_tokens": bool(body.add_special_tokens)}
     try:
-        return list(await asyncio.to_thread(partial(service.llm.chat_tokens, body.messages, **template)))
+        return list(service.llm.chat_tokens(body.messages, **template))
     except RequestError as error:
         raise of_request(error, prompt="messages") from None
 
 
-def _decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=False)
+def _detokenized(service: Service, body: DetokenizeBody) -> dict[str, str]:
+    tokenizer = _tokenizer(service)
+    for i, token in enumerate(body.tokens):
+        if token >= service.llm.vocab_size:
+            why = f"{shown(token)} is no id of a vocabulary of {service.llm.vocab_size}"
+            raise Refusal(400, f"tokens[{i}]: {why}", param=f"tokens[{i}]")
+    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
 
 def _tokenizer(service: Service) -> Tokenizer:

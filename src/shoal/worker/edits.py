@@ -1,7 +1,8 @@
 """Changes to logits before a token is drawn: masks, allowed and forbidden tokens, biases, penalties.
 
 All of it is in global token ids, the same on every rank; a rank applies what falls into its share. Most of it is a
-few pairs of (row, token id), so it costs as much as there are pairs, whatever the vocabulary.
+few pairs of (row, token id), so it costs as much as there are pairs, whatever the vocabulary; what may name most of a
+vocabulary is bits.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Tokens that a grammar allows. Each row at most once."""
+    """Tokens that a grammar, or a list, allows. Each row at most once."""
 
     rows: Tensor  # int64 [r]
     bits: Tensor  # int32 [r, words]; bit i of word w allows token 32 * w + i; beyond the last word nothing is allowed
@@ -56,7 +57,7 @@ class Edits:
     """Applied in this order. Each may be None: nothing of the kind."""
 
     masks: Masks | None = None
-    allowed: Pairs | None = None  # rows that occur here keep these tokens only
+    allowed: Masks | None = None
     never: Pairs | None = None
     bias: Bias | None = None
     penalties: Penalties | None = None
@@ -70,10 +71,9 @@ class Edits:
 
 def edit(logits: Tensor, start: int, edits: Edits) -> None:
     """In place. logits: float32 [m, columns], those of the tokens from `start` on."""
-    if edits.masks is not None:
-        sampling_kernels(logits).apply_masks(logits, start, edits.masks.rows, edits.masks.bits)
-    if edits.allowed is not None:
-        _keep_only(logits, start, edits.allowed)
+    for masks in (edits.masks, edits.allowed):
+        if masks is not None:
+            sampling_kernels(logits).apply_masks(logits, start, masks.rows, masks.bits)
     if edits.never is not None:
         rows, columns, _ = _own(logits, start, edits.never.rows, edits.never.ids)
         logits[rows, columns] = NEVER
@@ -89,15 +89,6 @@ def _own(logits: Tensor, start: int, rows: Tensor, ids: Tensor) -> tuple[Tensor,
     columns = ids - start
     own = ((columns >= 0) & (columns < logits.shape[1])).nonzero().squeeze(1)
     return rows[own], columns[own], own
-
-
-def _keep_only(logits: Tensor, start: int, allowed: Pairs) -> None:
-    rows, columns, _ = _own(logits, start, allowed.rows, allowed.ids)
-    kept = logits[rows, columns]
-    limited = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    limited[allowed.rows] = True
-    logits[limited] = NEVER
-    logits[rows, columns] = kept
 
 
 def _penalize(logits: Tensor, start: int, penalties: Penalties) -> None:

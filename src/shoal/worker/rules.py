@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal import wire
-from shoal.worker.edits import Bias, Edits, Pairs, Penalties
+from shoal.worker.edits import Bias, Edits, Masks, Pairs, Penalties
 
 _LARGEST_REPETITION = 1e30  # beyond, and below its inverse, products leave float32's range
 
@@ -62,15 +62,15 @@ class Rules:
 
     def __init__(self, sampling: wire.Sampling, prompt: Sequence[int], output: Sequence[int]) -> None:
         self.sampling = sampling
-        self.bias_ids = np.array([token for token, _ in sampling.bias], np.int64)
-        self.bias_values = np.array([value for _, value in sampling.bias], np.float32)
-        self.allowed = None if sampling.allowed is None else np.array(sampling.allowed, np.int64)
+        self.bias_ids = _ids(sampling.bias_ids)
+        self.bias_values = np.frombuffer(sampling.bias_values, "<f4")
+        self.allowed = None if sampling.allowed is None else _bits(_ids(sampling.allowed))
         self.history = History(prompt, output) if sampling.penalties is not None else None
         self._generated = len(output)
         # Most of what is never drawn is the same at every step, so it is put together once.
         always = [run[0] for run in sampling.banned if len(run) == 1]
         self._always = np.array(always, np.int64)
-        self._always_and_ends = np.array([*sampling.ends, *always], np.int64)
+        self._always_and_ends = np.concatenate([_ids(sampling.ends), self._always])
         # Longer runs by the token before their last: (what stands before that one, the last).
         self._runs: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         for *before, token, last in (run for run in sampling.banned if len(run) > 1):
@@ -81,7 +81,7 @@ class Rules:
     @classmethod
     def of(cls, sampling: wire.Sampling, prompt: Sequence[int], output: Sequence[int]) -> "Rules | None":
         """None where the parameters change no logits."""
-        plain = not (sampling.bias or sampling.banned or sampling.min_tokens or sampling.penalties)
+        plain = not (sampling.bias_ids or sampling.banned or sampling.min_tokens or sampling.penalties)
         return None if plain and sampling.allowed is None else cls(sampling, prompt, output)
 
     def append(self, token: int) -> None:
@@ -113,7 +113,7 @@ class EditsBuilder:
     """Collects the rules of a step's rows into flat pairs."""
 
     def __init__(self) -> None:
-        self._allowed: list[tuple[int, Int64]] = []
+        self._allowed: list[tuple[int, Int32]] = []
         self._never: list[tuple[int, Int64]] = []
         self._bias: list[tuple[int, Int64]] = []
         self._bias_values: list[npt.NDArray[np.float32]] = []
@@ -141,13 +141,20 @@ class EditsBuilder:
         if not (self._allowed or self._never or self._bias or self._seen):
             return None
         return Edits(
-            allowed=Pairs(*_flat(self._allowed, device)) if self._allowed else None,
+            allowed=self._build_allowed(device) if self._allowed else None,
             never=Pairs(*_flat(self._never, device)) if self._never else None,
             bias=Bias(*_flat(self._bias, device), _tensor(np.concatenate(self._bias_values), device))
             if self._bias
             else None,
             penalties=self._build_penalties(num_rows, device) if self._seen else None,
         )
+
+    def _build_allowed(self, device: torch.device) -> Masks:
+        bits = np.zeros((len(self._allowed), max(len(bits) for _, bits in self._allowed)), np.int32)
+        for i, (_, own) in enumerate(self._allowed):
+            bits[i, : len(own)] = own
+        rows = np.array([row for row, _ in self._allowed], np.int64)
+        return Masks(_tensor(rows, device), _tensor(bits, device))
 
     def _build_penalties(self, num_rows: int, device: torch.device) -> Penalties:
         by_row = np.tile(np.array([[0.0], [0.0], [1.0]], np.float32), num_rows)
@@ -157,6 +164,17 @@ class EditsBuilder:
         presence, frequency, repetition = (_tensor(values, device) for values in by_row)
         counts = _tensor(np.concatenate(self._seen_counts), device)
         return Penalties(*_flat(self._seen, device), counts, presence, frequency, repetition)
+
+
+def _ids(data: bytes) -> Int64:
+    return np.frombuffer(data, "<i4").astype(np.int64)
+
+
+def _bits(ids: Int64) -> Int32:
+    """As `Masks` has them: made once, since all ids of a vocabulary are too many to be looked at in every step."""
+    flags = np.zeros((int(ids.max(initial=0)) // 32 + 1) * 32, bool)
+    flags[ids] = True
+    return np.packbits(flags, bitorder="little").view("<i4").astype(np.int32)
 
 
 def _flat(pairs: Sequence[tuple[int, Int64]], device: torch.device) -> tuple[Tensor, Tensor]:
