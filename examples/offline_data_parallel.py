@@ -16,13 +16,13 @@ its share of the prompts, and rank 0 prints all answers in order.
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from shoal import LLM, DataParallelRank, SamplingParams, ShoalError
+from shoal.addresses import host_of, listen
 from shoal.errors import ConfigError
 from shoal.transport.process import die_with_parent
 
@@ -86,7 +86,7 @@ def ranks_of_host(arguments: argparse.Namespace) -> range:
 def start_ranks(arguments: argparse.Namespace) -> int:
     """One process a rank of this host. Gives the exit code: 0 if all ended well, else that of the first that failed."""
     ranks = ranks_of_host(arguments)
-    port = arguments.master_port or free_port()
+    port = arguments.master_port or free_port(arguments.master_addr)
     children = []
     for local, rank in enumerate(ranks):
         place = {
@@ -122,9 +122,12 @@ def wait_for(children: "list[subprocess.Popen[bytes]]") -> int:
     return next((child.returncode for child in children if child.returncode), 0)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+def free_port(host: str) -> int:
+    (found, *others) = listen(host_of(host, "--master-addr"), 0)
+    port = int(found.getsockname()[1])
+    for each in (found, *others):
+        each.close()
+    return port
 
 
 def run_rank(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,10 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 # Every package may import these.
-COMMON = {"types", "errors", "config", "env", "lazy", "observe", "open_files", "shoal"}
+COMMON = {
+    "activity", "types", "errors", "config", "accepted", "env", "lazy", "observe", "open_files", "import_path",
+    "git_lfs", "forks", "addresses", "shoal",
+}  # fmt: skip
 
 # package -> what else of ours it may import.
 ALLOWED = {
@@ -56,12 +59,15 @@ ALLOWED = {
 # Free of torch, transitively. `frontend` loads what is not through `load`, where a rank lives in its process.
 TORCH_FREE = [
     "shoal", "shoal.types", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire", "shoal.protocols",
+    "shoal.accepted", "shoal.activity",
     "shoal.observe", "shoal.devices", "shoal.transport", "shoal.engine", "shoal.planner", "shoal.cluster",
     "shoal.frontend", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli", "shoal.executors.base",
     "shoal.executors.multiprocess", "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.checkpoint", "shoal.models.registry",
+    "shoal.models.stored_file",
     "shoal.models.families", "shoal.models.fields", "shoal.models.pickled", "shoal.models.pickle_program",
-    "shoal.models.quantization", "shoal.models.fallback", "shoal.models.implementation", "shoal.parallel.topology",
+    "shoal.models.quantization", "shoal.models.fallback", "shoal.models.implementation", "shoal.models.opening",
+    "shoal.models.overrides", "shoal.models.rope_fields", "shoal.models.text_part", "shoal.parallel.topology",
     "shoal.parallel.partition", "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",
 ]  # fmt: skip
 

@@ -209,6 +209,10 @@ def test_what_is_shown_reads_as_nearly_the_same(count: int) -> None:
         ("tensor_parallel_split", "2,1", (2, 1)),
         ("pipeline_layer_partition", "3,2,2", (3, 2, 2)),
         ("max_in_flight", "4", 4),
+        ("cpu_cores", "auto", None),
+        ("cpu_cores", "nobind", ()),
+        ("cpu_cores", "0-2", ((0, 1, 2),)),
+        ("cpu_cores", "0-1|2, 5", ((0, 1), (2, 5))),
     ],
 )
 def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: object) -> None:
@@ -225,6 +229,17 @@ def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: 
         ("dtype", "int8", "X must be one of auto"),
         ("device_memory", "lots", "X takes a number of bytes"),
         ("tensor_parallel_split", "2,x", "X takes positive integers"),
+        ("cpu_cores", "0-", "X takes auto, nobind, or cores such as 0-3"),
+        ("cpu_cores", "3-1", "X takes auto, nobind, or cores"),
+        ("cpu_cores", "0|", "X takes auto, nobind, or cores"),
+        ("cpu_cores", "0-99999", "X takes auto, nobind, or cores"),
+        ("cpu_cores", "0-1|1", "X names a core twice"),
+        ("tensor_parallel_split", "1_0,1", "X takes positive integers"),
+        ("pipeline_layer_partition", "3,\u0662", "X takes positive integers"),
+        ("block_size", "1_6", "X takes an integer, got '1_6'"),
+        ("block_size", "\u0668", "X takes an integer"),
+        ("start_timeout", "1_0.5", "X takes a number"),
+        ("device_memory", "\u0662GiB", "X takes a number of bytes"),
     ],
 )
 def test_texts_that_no_option_wants(name: str, text: str, says: str) -> None:
@@ -239,3 +254,17 @@ def test_every_option_has_a_variable(option: Option, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(f"SHOAL_{option.name.upper()}", str(option.default))
     assert from_environment(online=True)[option.name] == option.default
     assert strange_variables() == []
+
+
+@pytest.mark.parametrize(
+    "value", ['{"rope_theta": 5e5, "a": {"b": [1, null]}}', {"rope_theta": 5e5, "a": {"b": (1, None)}}]
+)
+def test_overrides_are_json(value: object) -> None:
+    options = EngineOptions.from_flat("m", {"hf_overrides": value})
+    assert options.model_options.hf_overrides == {"rope_theta": 5e5, "a": {"b": [1, None]}}
+
+
+@pytest.mark.parametrize("value", ["[1]", "{", "{'a': 1}", 7, {"a": object()}, {"a": float("nan")}, '{"a": NaN}'])
+def test_what_is_no_override(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^--hf-overrides.*JSON"):
+        EngineOptions.from_flat("m", {"hf_overrides": value})

@@ -79,6 +79,12 @@ def test_the_environment_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SHOAL_DP_MASTER_IP", "127.0.0.1")
     monkeypatch.delenv("SHOAL_DP_SIZE_LOCAL")
     assert env.data_parallel() == env.DataParallel(3, 4, 3, 4, "127.0.0.1", 29500), "all are on one host"
+    monkeypatch.setenv("SHOAL_DP_MASTER_IP", "[::1]")
+    assert env.data_parallel() == env.DataParallel(3, 4, 3, 4, "::1", 29500)
+    monkeypatch.setenv("SHOAL_DP_MASTER_IP", "10.0.0.1:29500")
+    with pytest.raises(ConfigError, match="SHOAL_DP_MASTER_IP takes the name or the address of a host, without a port"):
+        env.data_parallel()
+    monkeypatch.setenv("SHOAL_DP_MASTER_IP", "127.0.0.1")
     monkeypatch.delenv("SHOAL_DP_MASTER_IP")
     monkeypatch.setenv("SHOAL_DP_RANK", "4")
     with pytest.raises(ConfigError, match="SHOAL_DP_RANK must be an integer from 0 to 3, got '4'"):
@@ -225,9 +231,9 @@ MOE += ["--max-model-len", "256", "--kv-cache-memory-bytes", "16MiB", "--master-
 
 
 @contextlib.contextmanager
-def two_moe_hosts(*more: str) -> Iterator[list["subprocess.Popen[str]"]]:
+def two_moe_hosts(*more: str, kind: str = "address") -> Iterator[list["subprocess.Popen[str]"]]:
     with hosts.two_hosts() as pair:
-        common = [*MOE, *more, "--master-addr", pair[0].address, "--timeout", "240"]
+        common = [*MOE, *more, "--master-addr", getattr(pair[0], kind), "--timeout", "240"]
         processes = [
             run_example(*common, "--node-rank", str(node), netns=host.netns, SHOAL_CLUSTER_KEY=KEY)
             for node, host in enumerate(pair)
@@ -241,8 +247,9 @@ def two_moe_hosts(*more: str) -> Iterator[list["subprocess.Popen[str]"]]:
 
 
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
-def test_two_hosts_share_experts() -> None:
-    with two_moe_hosts() as processes:
+@pytest.mark.parametrize("kind", ["address", "address_v6"])
+def test_two_hosts_share_experts(kind: str) -> None:
+    with two_moe_hosts(kind=kind) as processes:
         texts = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     assert len(answers(texts[0][0])) == 7

@@ -28,7 +28,9 @@ from shoal import (
 )
 from shoal.errors import CheckpointError, ClosedError, ConfigError, RankFailed, ReplicasFailed
 from shoal.frontend import llm as llm_module
+from shoal.frontend.model import open_model
 from shoal.frontend.tokenizer import open_tokenizer
+from shoal.types import Prompt
 from shoal.worker.runner import Runner
 from support import checkpoints
 
@@ -99,7 +101,7 @@ def test_public_signatures() -> None:
         *("presence_penalty", "frequency_penalty", "repetition_penalty"),
         *("seed", "max_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "bad_words"),
         *("logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "structured_outputs"),
-        *("detokenize", "skip_special_tokens", "include_stop_str_in_output"),
+        *("detokenize", "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens"),
     ]
 
 
@@ -149,6 +151,23 @@ def test_kinds_of_prompts_are_the_same(bundled: LLM) -> None:
     assert (text.prompt, ids.prompt) == ("1 + 1 =", None)
     assert {each.prompt_token_ids for each in [text, ids, *mixed]} == {tokens}
     assert {each.outputs[0].token_ids for each in [text, ids, *mixed]} == {bare.outputs[0].token_ids}
+
+
+def test_prompts_share_cached_prefixes_by_their_salt(bundled: LLM) -> None:
+    text = "An evening with many words, so that the prompt fills blocks. " * 2
+
+    def cached(salt: str | None) -> int:
+        prompt: Prompt = text if salt is None else {"prompt": text, "cache_salt": salt}
+        return bundled.generate([prompt], GREEDY, use_tqdm=False)[0].num_cached_tokens
+
+    assert [cached(salt) > 0 for salt in ("a", "a", "b", "b", None, None)] == [False, True] * 3
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(llm: LLM) -> None:
+    params = dataclasses.replace(GREEDY, truncate_prompt_tokens=3)
+    cut, short = llm.generate([{"prompt_token_ids": [9, 8, 7, 6, 5]}, {"prompt_token_ids": [7, 6, 5]}], params)
+    assert cut.prompt_token_ids == (7, 6, 5)
+    assert cut.outputs[0].token_ids == short.outputs[0].token_ids
 
 
 def test_no_prompts(llm: LLM) -> None:
@@ -760,3 +779,21 @@ def test_a_seed_of_minus_one_is_none() -> None:
 def test_a_path_is_a_model(folder: Path) -> None:
     with LLM(folder, **SMALL) as llm:
         assert llm.options.model == str(folder)
+
+
+def test_a_relative_path_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is read later, by this process or by one that is started later, is found from any working directory."""
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    opened = open_model("model", {**SMALL, "data_parallel_size": 2, "speculative_config": {"model": "model"}})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert opened.name == "model"
+    with LLM(opened) as llm:  # its replicas start in the other folder
+        (output,) = llm.chat([{"role": "user", "content": "3 + 4"}], GREEDY, use_tqdm=False)
+        schema = StructuredOutputsParams(regex="[0-9]{2}")
+        (number,) = llm.generate(
+            "3 + 4 =", SamplingParams(temperature=0, max_tokens=8, structured_outputs=schema), use_tqdm=False
+        )
+    assert output.outputs[0].token_ids
+    assert number.outputs[0].text.isdigit()

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from shoal.activity import AWAKE
 from shoal.cluster.arrival import FRONT_END, Arrival, FleetDoor
 from shoal.errors import EngineError
 from shoal.frontend.model import open_model
@@ -188,6 +189,25 @@ def test_headless_first_and_a_replica_that_is_killed_there() -> None:
 
 
 @needs_hosts
+@pytest.mark.parametrize("link_local", [False, True], ids=["unique-local", "link-local"])
+def test_hosts_that_meet_by_ipv6(link_local: bool) -> None:
+    """In a link-local address each host names its own interface."""
+    with hosts.two_hosts() as (first, second), programs() as start:
+        here = first.link_local if link_local else first.address_v6
+        there = f"{here.partition('%')[0]}%{second.link_local.partition('%')[2]}" if link_local else here
+        common = ["-dp", "1", "--data-parallel-rpc-port", str(PORT), *SMALL]
+        headless = start(*common, "--headless", "--data-parallel-address", there, on=second)
+        door = ["--data-parallel-size-local", "0", "--data-parallel-address", f"[{here}]"]
+        head = start(*common, *door, "--host", "::1", "--port", "0", on=first)
+        headless.await_line(rf"for the front end at \[{re.escape(there)}\]:{PORT}")
+        url = head.await_line(r"(http://\[::1\]:\d+) listens")
+        until(lambda: [each["state"] for each in states(head, url)] == ["ready"], "it is ready", head)
+        assert stream(head, url, PROMPTS[0], tokens=4)
+        top = [*first.inside, sys.executable, "-m", "shoal.cli.main", "top", "--once", url.removeprefix("http://")]
+        assert "ready" in subprocess.run(top, capture_output=True, text=True, check=True).stdout
+
+
+@needs_hosts
 def test_head_first_and_a_host_that_is_cut_off() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         for_head, for_headless = head_and_headless(pair)
@@ -260,6 +280,49 @@ def test_replicas_come_back_until_they_are_dismissed() -> None:
         assert program.ends() == 0
         assert "the front end has taken out all replicas of this host" in program.text
         third.close()
+
+
+def test_a_replica_that_sleeps_says_so_to_the_next_front_end() -> None:
+    opened = open_model(None, {"max_model_len": 256}, online=True)
+    door = FleetDoor(size=1, awaited=[0], agreement=agreement(opened.options, opened.decision), answer_timeout=60)
+    arrivals: SimpleQueue[Arrival] = SimpleQueue()
+    door.open(lambda _, arrival: arrivals.put(arrival))
+    with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous, programs() as start:
+        port = rendezvous.address.rpartition(":")[2]
+        start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
+        first = arrivals.get(timeout=280)
+        first.await_ready(280)
+        first.become(AWAKE.sleep(1))
+        first.close()  # as a front end that ends
+        second = arrivals.get(timeout=280)
+        stats = second.ready(280)
+        assert stats is not None
+        assert stats.activity == AWAKE.sleep(1)
+        second.become(AWAKE)
+        assert all(rank.weight_bytes for rank in second.stats(280).ranks)
+        second.dismiss()
+        second.close()
+
+
+@needs_hosts
+def test_a_mixture_whose_experts_are_on_two_hosts_sleeps_and_goes_on() -> None:
+    with hosts.two_hosts() as pair, programs() as start:
+        head, headless = head_and_headless(pair)
+        mixture = ["bundled:moe", "--enable-expert-parallel", "--served-model-name", "bundled"]
+        start(*headless, *mixture, on=pair[1])
+        server = start(*head, *mixture, on=pair[0])
+        url = ready_url(server, replicas=2)
+
+        wanted = stream(server, url, PROMPTS[1], tokens=40)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(stream, server, url, PROMPTS[1], tokens=40)
+            until(lambda: any(replica["held"] for replica in states(server, url)), "one has something to do", server)
+            assert json.loads(ask(server, f"{url}/sleep?mode=keep", {}))["status"] == "asleep"
+            ranks = [rank for replica in states(server, url) for rank in replica["stats"]["ranks"]]
+            assert [rank["weight_bytes"] for rank in ranks] == [0, 0]
+            assert json.loads(ask(server, f"{url}/wake_up", {}))["status"] == "awake"
+            assert future.result() == wanted
+        assert [replica["restarts"] for replica in states(server, url)] == [0, 0]
 
 
 def test_a_front_end_that_never_comes_is_named_with_the_seconds() -> None:

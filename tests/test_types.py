@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import RequestError
-from shoal.types import BeamSearchParams, SamplingParams, StructuredOutputsParams
+from shoal.types import BeamSearchParams, SamplingParams, StructuredOutputsParams, decimal_number, whole_number
 from support.fakes import steady
 
 HUGE = 10**5000  # too long for Python to print, and larger than every float
@@ -35,9 +35,12 @@ NUMBERS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "min_tokens": ("at least 0", [-1], [0, 16]),
     "logprobs": ("at least 0, or -1", [-2, -HUGE], [-1, 0, HUGE]),
     "prompt_logprobs": ("at least 0, or -1", [-2, -HUGE], [-1, 0, HUGE]),
+    "truncate_prompt_tokens": ("at least 1, or -1", [-2, 0, -HUGE], [-1, 1, HUGE]),
 }
-INTEGERS = {"n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"}
-OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
+INTEGERS = {
+    *("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"),
+}
+OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
 SWITCHES = ["ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"]
 LISTS = ["stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids"]
 
@@ -309,3 +312,28 @@ def test_numbers_of_beam_search_become_floats() -> None:
     found = BeamSearchParams(beam_width=2, max_tokens=3, temperature=10**300, length_penalty=2)
     assert (type(found.temperature), type(found.length_penalty)) == (float, float)
     assert (type(found.beam_width), type(found.max_tokens)) == (int, int)
+
+
+@pytest.mark.parametrize("key", ["1_0", " 5", "5 ", "+5", "-5", "05", "-0", "1e1", "5.0", "٣", "", "nan", "9" * 5000])
+def test_token_ids_that_only_python_reads_are_refused(key: str) -> None:
+    with pytest.raises(RequestError, match="logit_bias must map token ids"):
+        SamplingParams(logit_bias={key: 1.0})  # type: ignore[dict-item]
+    assert SamplingParams(logit_bias={"50": 1.0, 7: 2}).logit_bias == {50: 1.0, 7: 2.0}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("text", ["1_0", " 5", "5\n", "٣", "²", "1e1", "0x10", "nan", "inf", "", "9" * 5000, "--5"])
+def test_texts_that_write_no_whole_number(text: str) -> None:
+    assert whole_number(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["1_0.5", " .5", "٣.5", "nan", "inf", "-Infinity", "1e999", "", ".", "1e", "e5", "0x1p4"]
+)
+def test_texts_that_write_no_number(text: str) -> None:
+    assert decimal_number(text) is None
+
+
+def test_texts_that_write_numbers() -> None:
+    assert [whole_number(text) for text in ("0", "+5", "-12", "007")] == [0, 5, -12, 7]
+    assert [whole_number(text, canonical=True) for text in ("0", "+5", "-12", "007")] == [0, None, -12, None]
+    assert [decimal_number(text) for text in ("5", ".5", "5.", "-1e-3", "+2.5E2")] == [5.0, 0.5, 5.0, -0.001, 250.0]

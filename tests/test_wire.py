@@ -64,6 +64,9 @@ PAYLOADS = {
     wire.RankStats: wire.decode_stats,
     wire.Hello: wire.hello.decode,
     wire.FleetStatus: wire.fleet_status.decode,
+    wire.KeepResponse: wire.keep_response.decode,
+    wire.Turns: wire.turns.decode,
+    wire.Names: wire.names.decode,
 }
 
 
@@ -89,7 +92,7 @@ def test_every_message_is_covered() -> None:
     parts = {
         *(wire.Sampling, wire.Penalties, wire.NewSeq, wire.Work, wire.TokenLogprobs, wire.PromptLogprobs),
         *(wire.SeqOut, wire.StepTimes, wire.SeqUpdate, wire.Traffic, wire.Place),
-        wire.ReplicaState,
+        *(wire.ReplicaState, wire.Turn, wire.ModelFiles),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
     assert set(wire.Wire.__subclasses__()) == covered

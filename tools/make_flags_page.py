@@ -78,12 +78,13 @@ def _positional(parameter: click.Parameter) -> bool:
 def _shared() -> Iterator[str]:
     shown: dict[str, list[click.Parameter]] = {}
     for _, command in commands():
-        shown |= flag_groups(command)
+        for group, flags in flag_groups(command).items():  # a command that serves has more of them
+            shown[group] = max(shown.get(group, []), flags, key=len)
     variables = {option.name: env.option_variable(option.name) for option in config.options()}
     for group, parameters in shown.items():
         yield f"## {group}\n"
-        flags = [p for p in parameters if isinstance(p, click.Option)]
-        yield from _table(flags, variables if hasattr(flags[0], "option") else {})
+        options = [p for p in parameters if isinstance(p, click.Option)]
+        yield from _table(options, variables if hasattr(options[0], "option") else {})
 
 
 def _table(flags: list[click.Option], variables: dict[str, str]) -> Iterator[str]:

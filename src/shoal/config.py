@@ -3,7 +3,6 @@
 None means "you decide"; `planner.resolve` decides, and says why.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -15,14 +14,15 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from shoal import env
 from shoal.errors import ConfigError
-from shoal.types import shown
+from shoal.types import decimal_number, shown, whole_number
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
 Backend = Literal["auto", "uni", "threads", "mp"]
 ExpertPlacement = Literal["linear", "round_robin"]
 All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
+SchedulingPolicy = Literal["priority", "fcfs"]
 ModelImpl = Literal["auto", "shoal", "transformers"]
 GenerationConfig = Literal["auto", "vllm"]
 
@@ -32,6 +32,7 @@ LARGEST = 2**63 - 1  # the largest integer that every message between processes 
 _LARGEST_SHARE = 10**6  # of `tensor_parallel_split`
 _MOST_LAYERS = 10**4  # of a stage
 _MOST_DRAFTS = 64
+_MOST_CORES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +98,74 @@ def parse_partition(value: Any, flag: str) -> tuple[int, ...]:
 def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, ...]:
     parts = value.split(",") if isinstance(value, str) else value
     if isinstance(parts, Sequence) and not isinstance(parts, bytes | bytearray | memoryview) and parts:
-        try:
-            numbers = tuple(int(part) if isinstance(part, str) else part for part in parts)
-        except ValueError:
-            numbers = ()
-        if numbers and all(type(number) is int and 0 < number <= largest for number in numbers):
+        numbers: tuple[Any, ...] = tuple(
+            whole_number(part.strip(" ")) if isinstance(part, str) else part for part in parts
+        )
+        if all(type(number) is int and 0 < number <= largest for number in numbers):
             return numbers
     raise ConfigError(f"{flag} takes positive integers up to {largest}, {meaning}, got {shown(value)}")
+
+
+def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:
+    """JSON, or a mapping: `{"rope_scaling": {"rope_type": "linear", "factor": 2.0}}`.
+
+    Raises:
+        ConfigError: it is no object, or not all of it is JSON.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{flag} is no JSON: {error}") from None
+    try:
+        found = json.loads(json.dumps(value, allow_nan=False))  # nobody else holds it, and keys are texts
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{flag} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f'{flag} takes a JSON object such as {{"rope_theta": 500000.0}}, got {shown(value)}')
+    return found
+
+
+Cores = tuple[tuple[int, ...], ...]  # a list for each rank, or one that ranks share; (): no rank keeps to any
+
+
+def parse_cores(value: Any, flag: str) -> Cores | None:
+    """`0-3`, `0-3|4-7`, `0,2|1,3`, `nobind`, or lists of numbers; None for `auto`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if value == "auto":
+        return None
+    if value in ("nobind", "none"):
+        return ()
+    lists = str(value).split("|") if isinstance(value, str | int) and not isinstance(value, bool) else value
+    found = [_cores(each) for each in lists] if isinstance(lists, list | tuple) and lists else [None]
+    if any(each is None for each in found):
+        raise ConfigError(
+            f"{flag} takes auto, nobind, or cores such as 0-3, with | between those of ranks (0-3|4-7), "
+            f"got {shown(value)}"
+        )
+    cores = tuple(each for each in found if each is not None)
+    named = [core for each in cores for core in each]
+    if len(set(named)) < len(named):
+        raise ConfigError(f"{flag} names a core twice, got {shown(value)}")
+    return cores
+
+
+def _cores(given: Any) -> tuple[int, ...] | None:
+    """Those of one list; None: it is none."""
+    if isinstance(given, list | tuple):
+        whole = bool(given) and all(type(core) is int and 0 <= core < _MOST_CORES for core in given)
+        return tuple(given) if whole else None
+    found: list[int] = []
+    for part in str(given).split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < _MOST_CORES:
+            return None
+        found += range(first, last + 1)
+    return tuple(found)
 
 
 def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
@@ -167,9 +229,17 @@ class ModelOptions:
     """Model"""
 
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
-    dtype: Dtype = option("auto", "type of weights and activations; auto: the checkpoint's")
+    dtype: Dtype = option(
+        "auto", "type of weights and activations; auto: the checkpoint's; float and half: float32 and float16"
+    )
     max_model_len: int | None = option(
         None, "longest prompt plus output, in tokens; auto: the model's, if it fits", minimum=1
+    )
+    hf_overrides: Mapping[str, Any] | None = option(
+        None,
+        'fields that stand over config.json: {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}',
+        parse=parse_overrides,
+        metavar="JSON",
     )
     load_format: LoadFormat = option("auto", "dummy: made-up weights, for benchmarks")
     model_impl: ModelImpl = option(
@@ -217,6 +287,14 @@ class ParallelOptions:
     )
     device: Device = option("auto", "where ranks compute")
     num_devices: int | None = option(None, "count this host as that many devices", minimum=1, local=True)
+    cpu_cores: Cores | None = option(
+        None,
+        "cores of this host that ranks use: 0-3, shared out, or 0-3|4-7, a list for each; auto: all; nobind: all, and "
+        "threads are bound to none",
+        parse=parse_cores,
+        metavar="CORES",
+        local=True,
+    )
     engine_process: bool = option(False, "run the engine in a process of its own", local=True)
     start_timeout: float = option(600.0, "seconds a start phase may take", minimum=1, local=True)
     step_timeout: float = option(300.0, "seconds a step may take", minimum=1, local=True)
@@ -247,6 +325,12 @@ class SchedulerOptions:
 
     max_num_seqs: int = option(256, "requests that run at the same time", minimum=1)
     max_num_batched_tokens: int = option(2048, "tokens computed in one step", minimum=1)
+    scheduling_policy: SchedulingPolicy = option(
+        "priority",
+        "priority: a request may say how soon it goes (lower goes first); fcfs: all wait in line, and one that does is "
+        "refused",
+        local=True,
+    )
     max_in_flight: int | None = option(
         None, "steps handed to the ranks before the first one's tokens are known; auto: one more than stages", minimum=1
     )
@@ -380,8 +464,7 @@ class Option:
         if self.type is bool:
             value = _SWITCH_WORDS.get(text.lower(), text)
         elif self.type in (int, float) and not self.bytes:
-            with contextlib.suppress(ValueError):
-                value = self.type(text)
+            value = read_number(text, self.type)
         return self.check(value, name)
 
     def check(self, value: Any, name: str = "") -> Any:
@@ -411,6 +494,15 @@ class Option:
         return float(value) if isinstance(value, int) and self.type is float else value
 
 
+def read_number(text: str, kind: type) -> Any:
+    """The number that a text writes, NaN and infinities included, or the text: `Option.check` refuses those by name."""
+    if kind is float and text.lower() in _NOT_FINITE:
+        return float(text)
+    number = whole_number(text) if kind is int else decimal_number(text)
+    return text if number is None else number
+
+
+_NOT_FINITE = ("nan", "inf", "-inf")
 _SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -422,7 +514,7 @@ def parse_bytes(text: str, flag: str) -> int:
     Raises:
         ConfigError: anything else.
     """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower(), re.ASCII)
     if not match:
         raise ConfigError(f"{flag} takes a number of bytes such as 512MiB or 2GiB, got {text!r}")
     unit = _UNITS[match[2] or ""]

@@ -21,6 +21,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from shoal.addresses import resolved
 from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
 from shoal.comm.torch_dist import TorchComm
@@ -102,9 +103,8 @@ def _address_towards(store: Any) -> str:
         store = store.underlying_store
     if not isinstance(store, _c10d.TCPStore):
         return "127.0.0.1"
-    found = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)
-    family, kind, protocol, _, there = min(found, key=lambda each: each[0] != socket.AF_INET)  # the same kind for all
-    with socket.socket(family, kind, protocol) as towards:
+    family, there = resolved(store.host, store.port)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as towards:
         towards.connect(there)  # sends nothing, but chooses a way
         return str(towards.getsockname()[0])
 

@@ -5,7 +5,10 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shoal import import_path
+from shoal.addresses import host_of, is_local
 from shoal.errors import ConfigError
+from shoal.types import whole_number
 
 PREFIX = "SHOAL_"
 _LONGEST_KEY = 1 << 16
@@ -19,7 +22,18 @@ class Variable:
     alias: str | None = None  # vLLM's name for the same; the one of ours wins
 
 
+API_KEY = ("SHOAL_API_KEY", "VLLM_API_KEY")  # flags read them; children are not handed them down
+_CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+_MOST_GIB = 1 << 20
+
 SETTINGS: tuple[Variable, ...] = (
+    Variable(
+        API_KEY[0],
+        "where there is no --api-key: what `shoal serve` asks of clients, several with spaces between, and what `bench "
+        "serve`, `top` and `scale` send; unlike the flag, `ps` does not show it",
+        API_KEY[1],
+    ),
+    Variable(_CPU_KV_CACHE, "GiB of each rank's KV cache on CPUs, where no option says; 0: as without it"),
     Variable("SHOAL_LOG_LEVEL", f"what the log on stderr holds: {', '.join(_LEVELS)}", "VLLM_LOGGING_LEVEL"),
     Variable("SHOAL_CLUSTER_KEY", "a secret that processes on different hosts share, so that no stranger joins them"),
     Variable("SHOAL_CLUSTER_KEY_FILE", "a file with that secret, which nobody but its owner may read"),
@@ -42,9 +56,10 @@ SETTINGS += tuple(Variable(f"SHOAL_DP_{name}", text, f"VLLM_DP_{name}") for name
 # vLLM's variables that mean the same as one of our options. None of its others does.
 OPTION_ALIASES = {
     "pipeline_layer_partition": "VLLM_PP_LAYER_PARTITION",
-    "step_timeout": "VLLM_ENGINE_ITERATION_TIMEOUT_S",
+    "step_timeout": "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
     "start_timeout": "VLLM_ENGINE_READY_TIMEOUT_S",
     "engine_process": "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "cpu_cores": "VLLM_CPU_OMP_THREADS_BIND",
 }
 
 
@@ -100,13 +115,14 @@ def data_parallel() -> DataParallel | None:
         return None
     size = _dp_number("SIZE", 1, 10**6)
     rank = _dp_number("RANK", 0, size - 1)
-    found = _first("SHOAL_DP_MASTER_IP", "VLLM_DP_MASTER_IP") or ("", "127.0.0.1")
-    one_host = found[1] == "localhost" or found[1].startswith("127.")
+    variable, text = _first("SHOAL_DP_MASTER_IP", "VLLM_DP_MASTER_IP") or ("", "127.0.0.1")
+    master = host_of(text, variable)
+    one_host = is_local(master)
     told = _first("SHOAL_DP_SIZE_LOCAL", "VLLM_DP_SIZE_LOCAL") is not None
     size_local = _dp_number("SIZE_LOCAL", 1, size, default=size if one_host else 1)
     rank_local = _dp_number("RANK_LOCAL", 0, size_local - 1, default=rank % size_local)
     port = _dp_number("MASTER_PORT", 1, 65535)
-    return DataParallel(rank, size, rank_local, size_local, found[1], port, not (told or one_host))
+    return DataParallel(rank, size, rank_local, size_local, master, port, not (told or one_host))
 
 
 def _dp_number(name: str, lowest: int, highest: int, default: int | None = None) -> int:
@@ -115,11 +131,8 @@ def _dp_number(name: str, lowest: int, highest: int, default: int | None = None)
         return default
     if not text:
         raise ConfigError(f"{variable} is not set: a process of a data-parallel job needs it, from {lowest} on")
-    try:
-        number = int(text)
-    except ValueError:
-        number = lowest - 1
-    if not lowest <= number <= highest:
+    number = whole_number(text)
+    if number is None or not lowest <= number <= highest:
         raise ConfigError(f"{variable} must be an integer from {lowest} to {highest}, got {text!r}")
     return number
 
@@ -167,9 +180,29 @@ def hub_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
+def cpu_kv_cache_bytes() -> int | None:
+    """VLLM_CPU_KVCACHE_SPACE in bytes; None where it is not set, or 0.
+
+    Raises:
+        ConfigError: it is no number of GiB.
+    """
+    _, text = _first(_CPU_KV_CACHE) or ("", "0")
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= _MOST_GIB:
+        raise ConfigError(f"{_CPU_KV_CACHE} must be a number of GiB from 0 to {_MOST_GIB}, got {text!r}")
+    return int(number * 2**30) or None
+
+
 def child_environment(extra: dict[str, str]) -> dict[str, str]:
-    """The environment of a child process: this one's, with `extra` on top."""
-    return {**os.environ, **extra}
+    """The environment of a child process: this one's without the API key, with `extra` on top. PYTHONPATH loses what
+    `import_path.safe` leaves out: the working directory, by whatever name, which an empty entry means too."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    python_path = {"PYTHONPATH": os.pathsep.join(import_path.safe(folders))}
+    kept = {name: value for name, value in os.environ.items() if name not in API_KEY}
+    return {**kept, **python_path, **extra}
 
 
 def prefer(extra: dict[str, str]) -> None:

@@ -1,9 +1,24 @@
-"""How many files, which are connections too, this process may have open."""
+"""How many files, which are connections too, this process may have open; and what the first three of them are."""
 
 import contextlib
+import os
 import resource
 
 _MOST = 1 << 16
+
+
+def occupy_standard() -> None:
+    """Puts /dev/null where stdin, stdout or stderr is closed (`2>&-`): else the next socket would get that number, and
+    what somebody prints would go into it."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+            os.set_inheritable(fd, True)
 
 
 def allow() -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from shoal import wire
+from shoal.activity import Activity
 
 
 class Executor(Protocol):
@@ -83,6 +84,21 @@ class EngineClient(Protocol):
     def stats(self) -> wire.EngineStats: ...
 
     def close(self) -> None: ...
+
+
+class Engine(EngineClient, Protocol):
+    """A client that may also say what the engine is at."""
+
+    def become(self, activity: Activity) -> None:
+        """Pauses, goes on, gives memory back or takes it again, and waits until that is done.
+
+        Raises:
+            UserError: it can't; it is as before.
+            EngineError: the engine failed.
+        """
+
+    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+        """No block is found by its prefix any more. `running`: requests that run compute theirs again, too."""
 
 
 class Recorder(Protocol):

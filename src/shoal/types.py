@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,11 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class PromptDict(TypedDict, total=False):
-    """Either of the two."""
+    """Either of the first two. Only prompts with the same `cache_salt` share cached prefixes."""
 
     prompt: str
     prompt_token_ids: Sequence[int]
+    cache_salt: str
 
 
 Prompt = str | PromptDict
@@ -88,6 +90,25 @@ def _is_short(value: object) -> bool:
     return left > 0
 
 
+_DIGITS = re.compile(r"[+-]?[0-9]{1,1000}")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def whole_number(text: str, *, canonical: bool = False) -> int | None:
+    """The integer that a text writes in digits; None if it writes none. Python's own `int` would also take "1_0", " 5"
+    and the digits of any script. `canonical`: as JSON writes integers, which leaves "+5" and "05" out too."""
+    if not _DIGITS.fullmatch(text):
+        return None
+    number = int(text)
+    return None if canonical and str(number) != text else number
+
+
+def decimal_number(text: str) -> float | None:
+    """As `whole_number`, for a number with or without a point: never infinite, and never no number."""
+    number = float(text) if _DECIMAL.fullmatch(text) else math.inf
+    return number if math.isfinite(number) else None
+
+
 _shortened = reprlib.Repr()
 _shortened.maxlist = _shortened.maxdict = _shortened.maxtuple = _SHOWN
 _shortened.maxstring = 2 * _SHOWN + 10  # what is left out is in the middle, behind what is shown
@@ -144,8 +165,9 @@ _RANGES = {
     "min_tokens": _Range(0, integer=True),
     "logprobs": _Range(0, integer=True, also=(-1,), note="or -1 for the whole vocabulary"),
     "prompt_logprobs": _Range(0, integer=True, also=(-1,), note="or -1 for the whole vocabulary"),
+    "truncate_prompt_tokens": _Range(1, integer=True, also=(-1,), note="or -1 for as many as the model takes"),
 }
-_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
+_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"}
 _SWITCHES = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
 _LARGEST_BIAS = 100.0
 _TOKEN_IDS = 1 << 31  # no vocabulary is larger
@@ -188,6 +210,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True  # leave them out of the text
     include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None  # a longer prompt is cut to its last so many tokens
 
     def __post_init__(self) -> None:
         for name, allowed in _RANGES.items():
@@ -315,25 +338,28 @@ def _bias(values: object) -> dict[int, float]:
         raise RequestError(f"logit_bias must map token ids to numbers, got {shown(values)}")
     found: dict[int, float] = {}
     for key, value in values.items():
-        try:
-            token = key if isinstance(key, int) and not isinstance(key, bool) else int(str(key))
-        except ValueError:
-            token = -1
+        token = whole_number(key, canonical=True) if isinstance(key, str) else key
         if not _is_token_id(token):
             raise RequestError(
                 f"logit_bias must map token ids, integers in [0, 2^31), to numbers, got the key {shown(key)}"
             )
+        assert isinstance(token, int)
         found[token] = _Range(-_LARGEST_BIAS, _LARGEST_BIAS).read(f"logit_bias of token {token}", value)
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's log-probability; its rank among all tokens, from 1, and its text, where they are known."""
+    """A token's log-probability; its rank among all tokens, from 1, and its text, where they are known.
+
+    `token_bytes`: what it adds to an output's text, where that is not `decoded_token` in UTF-8: of a token that is part
+    of a character, that part; of one that is left out of the text, as an end-of-text token is, b"".
+    """
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
+    token_bytes: bytes | None = None
 
 
 Logprobs = Mapping[int, Logprob]  # token id -> what is known of it, at one position
@@ -350,6 +376,7 @@ class CompletionOutput:
     # The text of `stop` or the token of `stop_token_ids` that ended it. None for an end-of-text token, unless
     # `stop_token_ids` names that one too.
     stop_reason: int | str | None = None
+    text_offsets: tuple[int, ...] | None = None  # with `logprobs`: where in `text` each token begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,3 +416,4 @@ class Hardware:
     device_memory: int | None
     devices_shareable: bool  # may several ranks use one device?
     visible: tuple[str, ...] = ()  # how CUDA_VISIBLE_DEVICES names the devices, where it is set
+    limits: tuple[str, ...] = ()  # why it is less than the machine has, in words

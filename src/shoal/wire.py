@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from shoal.activity import Activity
+
 WIRE_VERSION = 6
 
 Ids = tuple[int, ...]
@@ -179,6 +181,10 @@ class RankSetup(Wire, frozen=True):
     meeting: int = 0  # which of those that these replicas have at the rendezvous
     draft_model_path: str = ""  # of speculative decoding
     num_drafts: int = 0  # tokens it guesses at a time
+    file_state: str = ""  # of the model's files, as the engine has read them; "": whatever is there
+    draft_file_state: str = ""
+    overrides: str = "{}"  # JSON that stands over the model's config.json
+    draft_overrides: str = "{}"  # ... and over the draft model's
 
     @property
     def global_rank(self) -> int:
@@ -297,6 +303,7 @@ class Refusal(IntEnum):
     FAILED = 4  # what it needs has failed, or it takes down whoever runs it
     CLOSING = 5  # nothing new is taken any more
     LOST = 6  # no replica is left that could run it
+    ASLEEP = 7  # weights and KV cache were given back
 
 
 class EngineRequest(Wire, frozen=True):
@@ -332,6 +339,7 @@ class SeqUpdate(Wire, frozen=True):
     prompt_logprobs: PromptLogprobs | None = None
     refusal: Refusal = Refusal.NONE
     waited_us: int = 0  # with the first tokens: how long the engine had it before it was in a step
+    preemptions: int = 0  # with the end: how often it gave its blocks back
 
 
 class Updates(Wire, frozen=True):
@@ -374,12 +382,49 @@ class EngineStats(Wire, frozen=True):
     step_tokens: int = 0  # in all steps
     drafts: int = 0  # rounds of guessing, of a sequence each
     busy_before: Ids = ()  # microseconds that each rank was busy in former lives
+    accepted_by_position: Ids = ()  # guesses that were right, by their place in a round
+    activity: Activity = Activity()
 
 
 class Snapshot(Wire, frozen=True):
     """Unasked, now and then: an engine's own numbers, with what its ranks said last."""
 
     stats: EngineStats
+
+
+class Become(Wire, frozen=True):
+    """What an engine is to be at from now on. Answered by a Told, with an error if it can't be, and then it is what it
+    was; nothing is computed any more when a pause is answered."""
+
+    id: int
+    activity: Activity
+
+
+class ResetCache(Wire, frozen=True):
+    """No block shall be found by its prefix any more. `running`: requests that run compute theirs again, too. Answered
+    by a Told with a CacheReset."""
+
+    id: int
+    running: bool = False
+
+
+class CacheReset(Wire, frozen=True):
+    """`forgotten` blocks could have been found; `held` are those that requests go on with."""
+
+    forgotten: int = 0
+    held: int = 0
+
+
+class Operation(Wire, frozen=True):
+    """What an operator wants of all replicas: "pause", "resume", "sleep", "wake_up" or "reset_prefix_cache". `mode`:
+    what becomes of requests, "abort", "wait" (those that a replica has end first) or "keep"."""
+
+    verb: str
+    mode: str = "abort"
+    level: int = 1
+    tags: tuple[str, ...] | None = None  # the parts that are taken again; None: all
+    clear_cache: bool = True  # at a pause, unless requests are kept
+    running: bool = False  # requests compute their blocks again after `reset_prefix_cache`
 
 
 class Ask(Wire, frozen=True):
@@ -391,7 +436,7 @@ class Ask(Wire, frozen=True):
 
 
 class Told(Wire, frozen=True):
-    """The answer to an Ask. `user_error`: whoever asked can mend it."""
+    """The answer to an Ask, a Become or a ResetCache. `user_error`: whoever asked can mend it."""
 
     id: int
     payload: bytes = b""
@@ -399,9 +444,19 @@ class Told(Wire, frozen=True):
     user_error: bool = False
 
 
+class ModelFiles(Wire, frozen=True):
+    """Where a model and its draft model were found, as absolute paths, and in what state their files were then. A text
+    is empty where there is no such thing, or nobody has looked."""
+
+    folder: str
+    draft_folder: str = ""
+    state: str = ""
+    draft_state: str = ""
+
+
 class ApiSetup(Wire, frozen=True):
     """The first message to an API server process: the model and its options, and what `shoal serve` was told besides.
-    `socket` is the descriptor at which it accepts connections."""
+    `socket` is the descriptor at which it accepts connections, `folder` and `draft_folder` as for an EngineSetup."""
 
     model: str | None
     options: dict[str, Any]
@@ -410,6 +465,7 @@ class ApiSetup(Wire, frozen=True):
     max_model_len: int = 0  # that the replicas have; 0: the process decides itself
     number: int = 0
     socket: int = -1
+    files: ModelFiles | None = None  # as in EngineSetup
 
 
 class ReplicaState(Wire, frozen=True):
@@ -440,6 +496,38 @@ class FleetStatus(Wire, frozen=True):
     uptime_s: float
     failure: str = ""
     max_model_len: int = 0  # tokens of a prompt and its output; 0: not known before a replica is ready
+    activity: str = "awake"  # or "paused" or "asleep"
+    sleep_level: int = 0
+    missing: tuple[str, ...] = ()  # of "weights" and "kv_cache", what was given back
+
+
+class Turn(Wire, frozen=True):
+    """Items of a stored conversation in their order: what one side said."""
+
+    items: bytes  # a list, in JSON
+    ids: tuple[str, ...]  # of those that have one
+
+
+class KeepResponse(Wire, frozen=True):
+    """A response to be stored. `previous`: the one that it goes on from; `before`: all up to that, in case it is not
+    there any more."""
+
+    id: str
+    response: bytes  # in JSON
+    said: Turn
+    answer: Turn
+    previous: str | None = None
+    before: tuple[Turn, ...] = ()
+
+
+class Turns(Wire, frozen=True):
+    """What a store has, as `Turn.items`."""
+
+    turns: tuple[bytes, ...]
+
+
+class Names(Wire, frozen=True):
+    names: tuple[str, ...]
 
 
 class Place(Wire, frozen=True):
@@ -458,11 +546,13 @@ class Place(Wire, frozen=True):
 
 
 class EngineSetup(Wire, frozen=True):
-    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready."""
+    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready.
+    `folder` and `draft_folder` are where model and draft model were found; "": they are still to be looked for."""
 
     model: str | None
     options: dict[str, Any]
     place: Place = Place()
+    files: ModelFiles | None = None  # None: they are still to be looked for
 
 
 # --- grammars ----------------------------------------------------------------------------------------------------
@@ -654,7 +744,7 @@ class StoreValue(Wire, frozen=True):
 ToRendezvous = Signed | Posted | Leave | Alive | StoreSet | StoreAdd | StoreGet | StoreDelete
 FromRendezvous = Challenge | Welcome | Refused | Waiting | Started | Posted | Gone | Alive | StoreValue
 
-ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop | Ask
+ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop | Ask | Become | ResetCache
 ToApi = ApiSetup | Updates | Told | Stop
 FromEngine = Updates | EngineStats | EngineFailure | Snapshot | Told
 
@@ -686,6 +776,11 @@ to_rendezvous: msgspec.msgpack.Decoder[ToRendezvous] = msgspec.msgpack.Decoder(T
 from_rendezvous: msgspec.msgpack.Decoder[FromRendezvous] = msgspec.msgpack.Decoder(FromRendezvous)
 hello: msgspec.msgpack.Decoder[Hello] = msgspec.msgpack.Decoder(Hello)
 fleet_status: msgspec.msgpack.Decoder[FleetStatus] = msgspec.msgpack.Decoder(FleetStatus)
+keep_response: msgspec.msgpack.Decoder[KeepResponse] = msgspec.msgpack.Decoder(KeepResponse)
+turns: msgspec.msgpack.Decoder[Turns] = msgspec.msgpack.Decoder(Turns)
+names: msgspec.msgpack.Decoder[Names] = msgspec.msgpack.Decoder(Names)
+cache_reset: msgspec.msgpack.Decoder[CacheReset] = msgspec.msgpack.Decoder(CacheReset)
+operation: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
 WireError = msgspec.MsgspecError  # what decoding raises
 
 _load_info = msgspec.msgpack.Decoder(LoadInfo)

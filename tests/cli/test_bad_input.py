@@ -391,6 +391,9 @@ def test_types_of_flags(refused: Refused, option: config.Option) -> None:
     has(refused(f"{option.flag}=something", command=command), option.flag, "something", *option.choices)
     if option.type is int and not option.bytes:
         has(refused(f"{option.flag}=1.5", command=command), option.flag, "1.5")
+    if not option.choices and not option.bytes:
+        for value in ("1_0", " 5", "\u0665"):  # which Python reads
+            has(refused(f"{option.flag}={value}", command=command), option.flag, value)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_variables_of_every_kind(seen: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_names_of_vllm_come_behind_ours(seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENGINE_ITERATION_TIMEOUT_S", "60")
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")
     monkeypatch.setenv("VLLM_ENGINE_READY_TIMEOUT_S", "70")
     monkeypatch.setenv("SHOAL_START_TIMEOUT", "80")
     _, engine, _ = seen("")

@@ -342,3 +342,19 @@ def test_stdout_can_not_be_resumed(
     (tmp_path / "-").write_text("a file of this name is none of our business")
     assert shoal("generate", "-p", "a", "--output", "-", "--resume") == 2
     assert "--resume needs an --output that can be read; - is no file" in capsys.readouterr().err
+
+
+def test_a_hostile_grammar_costs_its_own_line_only(tmp_path: Path, shoal: Shoal) -> None:
+    """One that would end the process that compiles it, one that never ends; a second run goes on behind them."""
+    chain = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(5000)) + 'r5000: "x"\n'
+    hostile = [{"grammar": chain}, {"json": {"type": "integer", "multipleOf": 9999991}}, {"regex": "[a"}]
+    lines = [{"prompt": "37 + 45 ="}, *({"prompt": "x", "sampling_params": {"structured_outputs": s}} for s in hostile)]
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for more in ([], ["--resume"]):
+        assert (
+            shoal("generate", "--prompts-file", str(prompts), "--output", str(output), "--max-tokens", "4", *more) == 1
+        )
+        found = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
+        assert found[0]["outputs"][0]["text"] == " 82"
+        assert [found[i]["error"].split(":")[0] for i in (1, 2, 3)] == ["structured_outputs can't be used"] * 3

@@ -235,6 +235,19 @@ def pinned(seq: int, replica: int, max_tokens: int = 4) -> wire.EngineRequest:
 # --- whatever happens --------------------------------------------------------------------------------------------
 
 
+OPERATIONS = [
+    wire.Operation("pause", mode="keep"),
+    wire.Operation("pause", mode="wait"),
+    wire.Operation("pause", mode="abort"),
+    wire.Operation("resume"),
+    wire.Operation("sleep", mode="keep"),
+    wire.Operation("sleep", mode="abort", level=2),
+    wire.Operation("wake_up"),
+    wire.Operation("wake_up", tags=("weights",)),
+    wire.Operation("reset_prefix_cache"),
+]
+
+
 class Chaos:
     """Does what is drawn."""
 
@@ -258,8 +271,9 @@ class Chaos:
             **self.limits,
         )
         self.sick = False
-        self.scaled = self.drained = False
-        self.seqs = 0
+        self.scaled = self.drained = self.slept = self.aborts = False
+        self.seqs = self.asked = 0
+        self.told: list[Any] = []  # of operations, how they ended
 
     def fails(self, number: int, generation: int) -> Exception | None:
         if not getattr(self, "sick", False) or self.data.draw(st.integers(0, 5), "fails"):
@@ -267,8 +281,19 @@ class Chaos:
         return self.data.draw(st.sampled_from([OSError("no memory"), EngineError("no"), CheckpointError("bad")]), "why")
 
     def act(self) -> None:
-        actions = [self.add, self.add, self.add, self.kill, self.abort, self.wait, self.wait, self.scale, self.arrive]
+        often = [self.add, self.add, self.add, self.wait, self.wait]
+        actions = [*often, self.kill, self.abort, self.scale, self.arrive, self.operate]
         self.data.draw(st.sampled_from(actions), "action")()
+
+    def operate(self) -> None:
+        wanted = self.data.draw(st.sampled_from(OPERATIONS), "operation")
+        self.slept |= wanted.verb == "sleep"
+        if wanted.mode == "abort" and wanted.verb in ("pause", "sleep"):
+            self.aborts = True
+        if self.aborts:  # those that come before it begins are aborted as well
+            self.world.outcomes.may_abort.update(self.world.outcomes.specs)
+        self.asked += 1
+        self.world.fleet.operate(wanted, self.told.append)
 
     def add(self) -> None:
         draw, now = self.data.draw, self.world.clock.now
@@ -331,10 +356,14 @@ class Chaos:
                 assert self.world.fleet.fatal or pin
             case wire.Refusal.CLOSING:
                 assert self.drained
+            case wire.Refusal.ASLEEP:
+                assert self.slept
 
     def end(self) -> None:
         """Nothing dies any more: all that can end, ends; who waits for another host is told when it comes."""
         self.sick = False
+        self.asked += 1
+        self.world.fleet.operate(wire.Operation("wake_up"), self.told.append)
         for number in self.awaited:
             if self.world.state(number) == "awaited":
                 self.world.members.append(FakeMember(number))

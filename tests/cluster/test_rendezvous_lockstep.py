@@ -29,6 +29,43 @@ def replicas() -> Iterator[list[RendezvousLockstep]]:
             each.close()
 
 
+def refusals(meeting: Rendezvous, at: list[str]) -> set[str]:
+    """What each of two replicas says that comes to the rendezvous by an address of its own."""
+
+    def join(rank: int) -> str:
+        there = wire.Place(rank, 2, rendezvous=at[rank], key="key")
+        with pytest.raises(ConfigError) as found:
+            RendezvousLockstep(there, {}, timeout=60)
+        return str(found.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        return set(pool.map(join, range(2)))
+
+
+def test_replicas_that_come_by_different_kinds_of_addresses_are_told() -> None:
+    with Rendezvous("::", key="key") as meeting:
+        port = meeting.address.rpartition(":")[2]
+        (why,) = refusals(meeting, [f"127.0.0.1:{port}", f"[::1]:{port}"])
+    assert "some by IPv6 (replica 0: 127.0.0.1, replica 1: ::1)" in why
+    assert "give all of them the same address" in why
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        (["127.0.0.1", "10.0.0.2"], "replica 0 has come to the rendezvous by 127.0.0.1, a loopback address"),
+        (["fd02::1", "fe80::1%eth0"], "replica 1 has come to the rendezvous by fe80::1%eth0, a link-local address"),
+    ],
+)
+def test_an_address_that_leads_nowhere_on_other_hosts_is_told(
+    monkeypatch: pytest.MonkeyPatch, known: list[str], says: str
+) -> None:
+    monkeypatch.setattr(RendezvousLockstep, "host_address", property(lambda replica: known[replica.rank]))
+    with Rendezvous(key="key") as meeting:
+        (why,) = refusals(meeting, [meeting.address] * 2)
+    assert says in why
+
+
 def await_due(replica: RendezvousLockstep, count: int) -> None:
     for _ in range(600):
         if replica.due() == count:

@@ -15,7 +15,7 @@ from shoal.errors import ConfigError
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
 from shoal.models.loader import CheckpointWeights
-from shoal.models.manifest import weight_bytes
+from shoal.models.manifest import Param, weight_bytes
 from shoal.types import StructuredOutputsParams
 from shoal.worker import kv_cache
 from shoal.worker.runner import Runner
@@ -264,18 +264,22 @@ def test_two_sums_a_layer_and_one_send_a_boundary(checkpoint: Checkpoint, monkey
     assert all(new.busy_us > old.busy_us > 0 for old, new in zip(before.ranks, after.ranks, strict=True))
 
 
+def embedding_of(params: Sequence[Param]) -> str:
+    return next(param.pieces[0].source for param in params if param.name == "embedding")
+
+
 @pytest.mark.parametrize("name", ["llama", "llama3", "opt_350m", "gpt2"])
 def test_a_stage_reads_and_holds_its_own_tensors(
     checkpoint: Checkpoint, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: dict[int, set[str]] = defaultdict(set)
-    plain = CheckpointWeights._map
+    plain = CheckpointWeights.tensor
 
-    def noting(self: CheckpointWeights, source: str, entry: Any) -> Any:
-        read[self._shard.stage.number].add(source)
-        return plain(self, source, entry)
+    def noting(self: CheckpointWeights, name: str) -> torch.Tensor:
+        read[self._shard.stage.number].add(name)
+        return plain(self, name)
 
-    monkeypatch.setattr(CheckpointWeights, "_map", noting)
+    monkeypatch.setattr(CheckpointWeights, "tensor", noting)
     folder = checkpoint(name)
     with open_llm(folder, 3) as llm:
         held = [rank.weight_bytes for rank in llm.stats().ranks]
@@ -285,11 +289,11 @@ def test_a_stage_reads_and_holds_its_own_tensors(
     for shard in shards:
         number = shard.stage.number
         own = [param for param in params if param.at == {0: "first", 1: None, 2: "last"}[number] or param.at == number]
-        assert read[number] == {piece.source for param in own for piece in param.pieces}
-        assert held[number] == weight_bytes(spec, params, shard, 4, embedding_kept=False)
-    embedding = next(param.pieces[0].source for param in params if param.name == "embedding")
-    assert {number for number, names in read.items() if embedding in names} == ({0, 2} if spec.tie_embeddings else {0})
-    whole = weight_bytes(spec, params, rank_shards(spec, Cutting())[0], 4, embedding_kept=False)
+        assert read[number] == {param.name for param in own}
+        assert held[number] == weight_bytes(spec, params, shard, 4, embedding_kept=True)
+    table = {param.name for param in params for piece in param.pieces if piece.source == embedding_of(params)}
+    assert {number for number, names in read.items() if names & table} == ({0, 2} if spec.tie_embeddings else {0})
+    whole = weight_bytes(spec, params, rank_shards(spec, Cutting())[0], 4, embedding_kept=True)
     assert sum(held) == whole
 
 

@@ -1,5 +1,7 @@
 """What a host has, read from the files and listings that it would show."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -71,10 +73,12 @@ def test_the_variable_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_control_groups_of_both_versions(tmp_path: Path) -> None:
-    nested = cpu.control_groups("0::/a/b\n", tmp_path)
+    nested = cpu.control_groups("0::/a/b\n", tmp_path, "memory")
     assert nested == [tmp_path / "a" / "b", tmp_path / "a", tmp_path]
-    old = cpu.control_groups("5:cpu,cpuacct:/x\n4:memory:/x\n", tmp_path)
+    old = cpu.control_groups("5:cpu,cpuacct:/x\n4:memory:/x\n", tmp_path, "memory")
     assert old == [tmp_path / "memory" / "x", tmp_path / "memory"]
+    both = cpu.control_groups("5:cpu,cpuacct:/x\n4:memory:/x\n", tmp_path, "cpu")
+    assert both == [tmp_path / name / inner for name in ("cpu", "cpu,cpuacct") for inner in ("x", "")]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -83,15 +87,96 @@ def test_a_groups_limit_less_what_it_cannot_give_back(
 ) -> None:
     membership, folder = ("4:memory:/job\n", "memory/job") if version == 1 else ("0::/job\n", "job")
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    group = tmp_path / folder
-    group.mkdir(parents=True)
-    (group / names[0]).write_text(f"{64 * MIB}\n")
-    (group / names[1]).write_text(f"{50 * MIB}\n")
     prefix = "total_" if version == 1 else ""
-    (group / "memory.stat").write_text(f"anon 1\n{prefix}inactive_file {30 * MIB}\n{prefix}active_file {10 * MIB}\n")
-    original = cpu.control_groups
-    monkeypatch.setattr(cpu, "control_groups", lambda _membership, _root: original(membership, tmp_path))
-    assert cpu.memory() == (64 * MIB, 54 * MIB)
+    files = {
+        names[0]: f"{64 * MIB}\n",
+        names[1]: f"{50 * MIB}\n",
+        "memory.stat": f"anon 1\n{prefix}inactive_file {30 * MIB}\n{prefix}active_file {10 * MIB}\n",
+    }
+    root = host(tmp_path, membership, {f"{folder}/{name}": text for name, text in files.items()})
+    assert cpu.memory(root) == (64 * MIB, 54 * MIB)
+
+
+def host(root: Path, membership: str, groups: Mapping[str, str], *, meminfo: bool = True) -> Path:
+    """A tree of what the kernel would show."""
+    files = {"proc/self/cgroup": membership} | {f"sys/fs/cgroup/{name}": text for name, text in groups.items()}
+    if meminfo:
+        files["proc/meminfo"] = f"MemTotal: {2**20} kB\nMemAvailable: {2**19} kB\n"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V1 = "5:cpu,cpuacct:/pod/job\n4:memory:/pod/job\n0::/\n"
+V2 = "0::/pod/job\n"
+
+
+@pytest.mark.parametrize(
+    ("membership", "groups", "quota"),
+    [
+        (V2, {"pod/job/cpu.max": "150000 100000\n"}, 1.5),
+        (V2, {"pod/job/cpu.max": "max 100000\n"}, None),
+        (V2, {"pod/job/cpu.max": "max 100000\n", "pod/cpu.max": "50000 100000\n"}, 0.5),
+        (V2, {"pod/job/cpu.max": "300000 100000\n", "pod/cpu.max": "400000 200000\n"}, 2.0),
+        ("0::/\n", {"cpu.max": "100000 100000\n"}, 1.0),  # in a container with a tree of its own
+        ("0::/../other\n", {"cpu.max": "100000 100000\n"}, 1.0),
+        (V2, {}, None),
+        (V2, {"pod/job/cpu.max": "nonsense\n"}, None),
+        (V1, {"cpu/pod/job/cpu.cfs_quota_us": "-1\n", "cpu/pod/job/cpu.cfs_period_us": "100000\n"}, None),
+        (V1, {"cpu/pod/job/cpu.cfs_quota_us": "250000\n", "cpu/pod/job/cpu.cfs_period_us": "100000\n"}, 2.5),
+        (V1, {"cpu,cpuacct/pod/cpu.cfs_quota_us": "50000\n", "cpu,cpuacct/pod/cpu.cfs_period_us": "50000\n"}, 1.0),
+        (V1, {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "50000\n"}, 2.0),
+        ("", {}, None),
+    ],
+)
+def test_the_tightest_cpu_quota_of_all_groups(
+    tmp_path: Path, membership: str, groups: Mapping[str, str], quota: float | None
+) -> None:
+    assert cpu.cpu_quota(host(tmp_path, membership, groups)) == quota
+
+
+@pytest.mark.parametrize(("quota", "count"), [("350000", 3), ("100000", 1), ("20000", 1), ("6400000", 6), ("max", 6)])
+def test_a_quota_counts_like_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, count: int) -> None:
+    """Devices and cores, rounded down but never to none; all processes of a group choose the same cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7, 11, 13})
+    root = host(tmp_path, V2, {"pod/job/cpu.max": f"{quota} 100000\n"})
+    found = cpu.discover(root=root)
+    assert len(found.cores) == found.num_devices == count
+    assert set(found.cores) <= {2, 3, 5, 7, 11, 13}
+    assert found == cpu.discover(root=root)
+    told = (
+        f"{count} of 6 CPU cores are used: the CPU quota of the control group is {int(quota) / 1e5:g}"
+        if count < 6
+        else ""
+    )
+    assert found.limits == ((told,) if told else ())
+    assert cpu.discover(4, root).num_devices == 4
+
+
+def test_containers_do_not_all_choose_the_first_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    chosen = set()
+    for number in range(16):
+        root = host(tmp_path / str(number), f"0::/pod{number}\n", {f"pod{number}/cpu.max": "100000 100000\n"})
+        chosen |= set(cpu.discover(root=root).cores)
+    assert len(chosen) > 8
+
+
+def test_a_host_that_does_not_show_its_memory(tmp_path: Path) -> None:
+    """As under systemd's ProcSubset=pid. A group's limit counts as ever."""
+    root = host(tmp_path, V2, {"pod/job/memory.max": f"{64 * MIB}\n"}, meminfo=False)
+    found = cpu.discover(root=root)
+    assert found.host_memory == 64 * MIB >= found.host_memory_available > 0
+    assert found.limits == (
+        f"{root}/proc/meminfo is not there: of available memory only what is free at all is counted",
+    )
+
+
+def test_a_host_that_does_not_say_how_much_memory_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda _: -1)
+    with pytest.raises(ConfigError, match=r"proc/meminfo can't be read.*ProcSubset=all"):
+        cpu.discover(root=host(tmp_path, V2, {}, meminfo=False))
 
 
 def test_ranks_share_out_the_cores() -> None:

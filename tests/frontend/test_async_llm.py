@@ -30,6 +30,7 @@ from shoal.frontend.async_llm import AsyncLLM, Stream
 from shoal.frontend.deltas import Delta
 from shoal.frontend.hub import BUNDLED
 from shoal.frontend.model import OpenModel, open_model
+from shoal.server.errors import of_request
 from shoal.types import RequestOutput, SamplingParams
 
 DEADLINE_S = 120.0
@@ -332,6 +333,19 @@ def test_a_deadline_and_a_place(setting: Setting) -> None:
     run(work())
 
 
+def test_a_line_in_which_nobody_goes_first() -> None:
+    async def work() -> None:
+        setting = Setting(open_model(None, {"scheduling_policy": "fcfs"}, online=True))
+        setting.stream(priority=0)
+        for priority in (1, -1):
+            with pytest.raises(RequestError, match="priority must be 0 with --scheduling-policy fcfs") as caught:
+                setting.stream(priority=priority)
+        assert (of_request(caught.value).status, of_request(caught.value).param) == (400, "priority")
+        assert len(setting.line.sent) == 1
+
+    run(work())
+
+
 @pytest.mark.parametrize(
     ("place", "error"),
     [
@@ -507,6 +521,8 @@ def test_it_belongs_to_one_loop(setting: Setting) -> None:
     asyncio.run(work())
     with pytest.raises(EngineError, match="belongs to the event loop that used it first"):
         asyncio.run(work())
+    with pytest.raises(EngineError, match="this thread runs none: send the call to the loop's thread"):
+        setting.stream()
 
 
 def test_nobody_is_ready(setting: Setting) -> None:

@@ -1,5 +1,6 @@
 """Which replicas are where, and the combinations of options that mean nothing."""
 
+import socket
 from typing import Any
 
 import pytest
@@ -45,6 +46,24 @@ def test_a_front_end_may_have_none() -> None:
     assert (found.place.size, found.place.local_size, list(found.elsewhere)) == (4, 0, [])
     assert str(found.address) == f"127.0.0.1:{DEFAULT_PORT}"
     assert deployment(1, local=0, **THERE).mode is Mode.HEAD
+
+
+def test_an_address_may_be_of_ipv6() -> None:
+    for given in ("fd02::1", "[fd02::1]"):
+        with pytest.raises(ConfigError, match="fd02::1 is reached from other hosts, and there is no shared key"):
+            deployment(local=1, data_parallel_address=given)
+    assert str(deployment(local=1, data_parallel_address="::1").address) == f"[::1]:{DEFAULT_PORT}"
+    with pytest.raises(ConfigError, match="--data-parallel-address takes the name or the address of a host, without a"):
+        deployment(local=1, data_parallel_address="127.0.0.1:29550")
+
+
+@pytest.mark.parametrize("options", [{"local": 1}, {"rank": 1}, {"headless": True, "start": 1}])
+def test_a_name_that_leads_to_the_loopback_is_refused(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of Debian's /etc/hosts do for the host itself: nobody else would come there."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **named: real("127.0.1.1", *more, **named))
+    with pytest.raises(ConfigError, match=r"--data-parallel-address head is 127\.0\.1\.1 on this host .*, a loopback"):
+        deployment(data_parallel_address="head", **options)
 
 
 def test_a_headless_host_has_the_rest_unless_it_says_how_many() -> None:

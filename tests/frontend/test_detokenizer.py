@@ -188,6 +188,9 @@ class Letters:
     def token_text(self, token: int) -> str:
         raise NotImplementedError
 
+    def token_bytes(self, token: int) -> bytes:
+        raise NotImplementedError
+
     def longest_token(self) -> int | None:
         return None
 

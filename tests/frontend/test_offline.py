@@ -1,16 +1,22 @@
 """Offline runs over an engine of a few lines."""
 
 import itertools
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from shoal import wire
 from shoal.engine.request import decode_tokens
+from shoal.errors import ClosedError, ReplicasFailed
 from shoal.frontend.offline import OfflineRunner
 from shoal.frontend.prompts import Job, Refused
+from shoal.frontend.turns import SharedEngine
 from shoal.types import RequestOutput, SamplingParams
+from support.fakes import on_threads
 from support.letters import Letters
 
 EOS = 2
@@ -72,7 +78,9 @@ class FakeEngine:
 
 
 def runner(engine: FakeEngine, *, seed: int = 0, letters: bool = True) -> OfflineRunner:
-    return OfflineRunner(engine, Letters() if letters else None, eos=[EOS], max_model_len=MAX_MODEL_LEN, seed=seed)
+    return OfflineRunner(
+        SharedEngine(engine), Letters() if letters else None, eos=[EOS], max_model_len=MAX_MODEL_LEN, seed=seed
+    )
 
 
 def job(index: int, max_tokens: int | None = 3, prompt: str = "a", **params: Any) -> Job:
@@ -376,3 +384,138 @@ def test_without_a_seed_each_job_has_one_that_a_new_run_gets_again() -> None:
 def test_without_a_tokenizer_outputs_are_tokens() -> None:
     ((_, output),) = runner(FakeEngine(), letters=False).run([job(0)])
     assert (output.outputs[0].text, output.outputs[0].token_ids) == ("", (98, 99, 100))
+
+
+# --- several threads ---------------------------------------------------------------------------------------------
+
+
+class Watched(FakeEngine):
+    """Notices when two threads are in it at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside = threading.Lock()
+        self.at_once = 0
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        free = self._inside.acquire(blocking=False)
+        self.at_once += not free
+        try:
+            threading.Event().wait(0.001)  # lets others run
+            return super().updates(timeout)
+        finally:
+            if free:
+                self._inside.release()
+
+
+def test_threads_take_turns_and_get_their_own_outputs() -> None:
+    engine = Watched()
+    shared = runner(engine)
+
+    def run(thread: int) -> dict[int, str]:
+        letter = chr(ord("a") + thread)
+        return texts(shared.run([job(i, 3, letter) for i in range(20)]))
+
+    found = on_threads(4, run)
+    for thread, outputs in enumerate(found):
+        assert outputs == dict.fromkeys(range(20), "".join(chr(ord("a") + thread + i) for i in (1, 2, 3)))
+    assert engine.at_once == 0
+    assert engine.most > 20  # their requests share the engine
+
+
+def test_a_suspended_run_keeps_no_other_thread_out() -> None:
+    shared = runner(FakeEngine())
+    run = shared.run([job(0, 1), job(1, 9)])
+    assert next(run)[0] == 0
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: texts(shared.run([job(5, 2)]))).result(timeout=30)
+        assert other == {5: "bc"}
+    assert texts(run) == {1: "bcdefghij"}
+
+
+def test_every_run_hears_why_the_engine_has_failed() -> None:
+    class Failing(FakeEngine):
+        failure: list[Exception] | None = None
+
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            if self.failure is not None:
+                raise self.failure.pop() if self.failure else ClosedError("the engine has failed")
+            return super().updates(timeout)
+
+    engine = Failing()
+    shared = runner(engine)
+    runs = [shared.run([job(0, 1), job(1, 40)]) for _ in range(2)]
+    assert [next(run)[0] for run in runs] == [0, 0]
+    engine.failure = [ReplicasFailed("no replica is left: mine")]
+    for run in runs:
+        with pytest.raises(ReplicasFailed, match="no replica is left: mine"):
+            next(run)
+
+
+def test_an_interrupt_leaves_nothing_running() -> None:
+    class Interrupted(FakeEngine):
+        interrupts = 1
+
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            for _ in range(2 * self.interrupts):  # a second one, quickly behind the first
+                signal.raise_signal(signal.SIGINT)
+            self.interrupts = 0
+            return super().updates(timeout)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        engine = Interrupted()
+        shared = runner(engine)
+        with pytest.raises(KeyboardInterrupt):
+            list(shared.run([job(0, 9), job(1, 9)]))
+        assert engine.aborted == [0, 1]
+        assert texts(shared.run([job(7, 3)])) == {7: "bcd"}
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_closing_from_another_thread_ends_a_run() -> None:
+    class Endless(FakeEngine):
+        begun = threading.Event()
+        closed = False
+
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            self.begun.set()
+            threading.Event().wait(0.001)  # lets others run
+            return []
+
+        def close(self) -> None:
+            self.closed = True
+
+    engine = Endless()
+    shared = SharedEngine(engine)
+    offline = OfflineRunner(shared, Letters(), eos=[EOS], max_model_len=MAX_MODEL_LEN, seed=0)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(lambda: list(offline.run([job(0)])))
+        assert engine.begun.wait(30)
+        shared.close()
+        assert engine.closed
+        with pytest.raises(ClosedError, match="was closed"):
+            run.result(timeout=30)
+
+
+def test_a_run_that_is_collected_in_the_middle_of_another_is_given_up() -> None:
+    """Garbage is collected anywhere, in the middle of another run's step too."""
+
+    class Collecting(FakeEngine):
+        forgotten: list[Any]
+
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            self.forgotten.clear()
+            return super().updates(timeout)
+
+    engine = Collecting()
+    engine.forgotten = []
+    shared = runner(engine)
+    run = shared.run([job(0, 1), job(1, 40)])
+    assert next(run)[0] == 0
+    engine.forgotten = [run]
+    del run
+    assert texts(shared.run([job(7, 3)])) == {7: "bcd"}
+    assert engine.aborted == [1]
+    assert not engine.running

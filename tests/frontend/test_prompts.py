@@ -245,3 +245,34 @@ def test_a_conversation_is_checked_as_a_prompt_is() -> None:
     refused("messages is empty", of.prepare_chat, [], PLAIN)
     refused("messages must be a list of objects", of.prepare_chat, "hi", PLAIN)
     refused("message 0: role must be a text", of.prepare_chat, [{"content": "hi"}], PLAIN)
+
+
+# --- cut prompts, and salts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["One two three four", {"prompt_token_ids": [7, 8, 9, 10, 11]}])
+def test_a_prompt_is_cut_to_its_last_tokens(tokenizer: Tokenizer, prompt: Any) -> None:
+    found = reader(tokenizer)
+    whole = found.prepare(0, prompt, PLAIN).tokens
+    for keep in (1, 3, len(whole), len(whole) + 1):
+        assert found.prepare(0, prompt, SamplingParams(truncate_prompt_tokens=keep)).tokens == whole[-keep:]
+
+
+@pytest.mark.parametrize("text", ["a b " * 5000, "x" * 20_000, "\U0001f41f" * 3000])
+def test_a_long_text_is_cut_to_what_the_model_takes(tokenizer: Tokenizer, text: str) -> None:
+    job = reader(tokenizer).prepare(0, text, SamplingParams(truncate_prompt_tokens=-1))
+    assert job.tokens == tuple(tokenizer.encode(text))[-(MAX_MODEL_LEN - 1) :]
+
+
+def test_what_no_prompt_can_be_cut_to(tokenizer: Tokenizer) -> None:
+    long = SamplingParams(truncate_prompt_tokens=MAX_MODEL_LEN + 1)
+    refused("truncate_prompt_tokens must be at most --max-model-len, 32", reader(tokenizer).prepare, "Hi", long)
+
+
+def test_salts() -> None:
+    ids = [7, 8]
+    assert reader().prepare(0, {"prompt_token_ids": ids, "cache_salt": "a"}, PLAIN).cache_salt == "a"
+    assert reader().prepare(0, {"prompt_token_ids": ids}, PLAIN).cache_salt == ""
+    for wrong in ("", 5, b"a"):
+        prompt = {"prompt_token_ids": ids, "cache_salt": wrong}
+        refused("cache_salt must be a text that is not empty", reader().prepare, prompt, PLAIN)

@@ -82,23 +82,6 @@ def test_what_the_library_writes(checkpoint: Callable[[str], Path]) -> None:
             assert data == expected.numpy().tobytes()
 
 
-@pytest.mark.parametrize(
-    ("strides", "expected"),
-    [(None, True), ((3, 1), True), ((1, 2), False), ((6, 1), False), ((6, 2), False)],
-)
-def test_rows_one_after_the_other(strides: tuple[int, ...] | None, expected: bool) -> None:
-    assert TensorEntry(Path("f"), "F32", (2, 3), 0, strides).row_major == expected
-    alone = TensorEntry(Path("f"), "F32", (1, 3), 0, (9, 1))  # a stride that is never taken
-    assert alone.row_major
-
-
-def test_what_can_be_used_as_it_lies() -> None:
-    at = [TensorEntry(Path("f"), "F32", (2,), offset).holds("float32") for offset in range(5)]
-    assert at == [True, False, False, False, True]
-    assert TensorEntry(Path("f"), "BF16", (2,), 2).holds("bfloat16")
-    assert not TensorEntry(Path("f"), "BF16", (2,), 4).holds("float16")
-
-
 def shard(folder: Path) -> tuple[Path, Path]:
     first, second = folder / "first.safetensors", folder / "second.safetensors"
     first.write_bytes(pack({"a": entry("F32", [2, 3], 0, 24)}, DATA[:24]))

@@ -117,7 +117,7 @@ def test_two_ranks_take_half_the_memory_each() -> None:
     spec = read("Granite", hidden_size=256, intermediate_size=512)
     sizes: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 16, "step": StepSize(64, 4)}
     (alone,), halves = (
-        [rank_memory(spec, spec.params, {}, shard, **sizes) for shard in shards_of(spec, ranks)] for ranks in (1, 2)
+        [rank_memory(spec, spec.params, shard, **sizes) for shard in shards_of(spec, ranks)] for ranks in (1, 2)
     )
     # Norms are whole on each, and 301 rows of vocabulary are 151 and 150.
     assert all(0.5 * alone.weights <= half.weights < 0.51 * alone.weights for half in halves)
@@ -182,8 +182,8 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "layers of type linear_attention need more than a KV cache",
     ),
     "rope by length": (
-        lambda: config_of("Olmo2") | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
-        "rope scaling dynamic changes with the longest sequence",
+        lambda: config_of("Olmo2") | {"rope_scaling": {"type": "ntk", "factor": 2.0}, "rope_parameters": None},
+        "rope scaling ntk changes with the longest sequence",
     ),
     "rope by layer type": (
         lambda: config_of("Olmo2") | {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}},

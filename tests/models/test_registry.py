@@ -237,6 +237,16 @@ def test_phi3_ropes(tmp_path: Path, kind: str) -> None:
     assert kind in refusal(tmp_path, config, Unsupported)
 
 
+def test_names_of_longrope(tmp_path: Path) -> None:
+    """It has had three. An original length that is not named is 4096, as in transformers."""
+    config = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 8192}
+    for kind in ("longrope", "su", "yarn"):
+        spec = read(tmp_path, {**config, "rope_scaling": {"type": kind, "short_factor": [1.5, 2.0, 2.5, 3.0]}})
+        rope = rope_of(spec)
+        assert (rope.kind, rope.short_factors, spec.steady_positions) == ("longrope", (1.5, 2.0, 2.5, 3.0), 4096)
+        assert rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(2) / math.log(4096)))
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "rotated"),
     [
@@ -439,11 +449,29 @@ def test_yarn(tmp_path: Path) -> None:
     assert (rope_of(spec).original_max_positions, spec.max_positions) == (256, 512)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", 7])
+@pytest.mark.parametrize("kind", ["ntk", "longrope", "7"])
 def test_other_scaling(tmp_path: Path, kind: object) -> None:
     message = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": kind, "factor": 2.0}}, Unsupported)
     assert repr(kind) in message
-    assert "supported are default, linear, llama3, yarn" in message
+    assert "supported are default, linear, llama3, yarn, dynamic, longrope" in message
+
+
+def test_lengths(tmp_path: Path) -> None:
+    """A scaling's factor counts from the original length, where that is named."""
+
+    def lengths(**scaling: Any) -> tuple[int, int | None]:
+        spec = read(tmp_path, {**LLAMA, "max_position_embeddings": 4096, "rope_scaling": scaling})
+        return spec.max_positions, spec.steady_positions
+
+    assert lengths(type="linear", factor=2.5) == (10240, None)
+    assert lengths(type="linear", factor=2.5, original_max_position_embeddings=1024) == (4096, None)
+    assert lengths(rope_type="yarn", factor=4.0, original_max_position_embeddings=2048) == (8192, None)
+    assert lengths(**SCALING, rope_type="llama3") == (4096, None), "which is the new length"
+    grown = {**SCALING, "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert lengths(**grown, rope_type="llama3") == (16384, None)
+    assert lengths(type="dynamic", factor=2.0) == (4096, 4096)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    assert lengths(type="longrope", **factors, original_max_position_embeddings=1024) == (4096, 1024)
 
 
 @pytest.mark.parametrize("missing", ["factor", "low_freq_factor", "high_freq_factor"])
@@ -463,6 +491,9 @@ def test_incomplete_scaling(tmp_path: Path, missing: str) -> None:
         ({"dtype": "float16", "torch_dtype": "bfloat16"}, "float16"),
         ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"),
         ({}, "float32"),
+        ({"dtype": "auto", "text_config": None}, "float32"),
+        ({"text_config": {"torch_dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": "float16", "text_config": {"dtype": "bfloat16"}}, "float16"),
     ],
 )
 def test_dtype(tmp_path: Path, spelling: dict[str, Any], dtype: str) -> None:

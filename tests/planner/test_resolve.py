@@ -16,6 +16,7 @@ from shoal.comm.local import LocalComm
 from shoal.config import EngineOptions, from_environment
 from shoal.devices import cuda
 from shoal.errors import ConfigError
+from shoal.frontend.compose import rank_setups as setups_of
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.implementation import Cutting, rank_shards
 from shoal.models.manifest import Shard
@@ -292,6 +293,59 @@ def test_replicas_share_the_hosts_memory_and_cores(checkpoint: Checkpoint) -> No
         assert decision.cutting.replica == number
         cores += [core for share in rank_cores(decision) for core in share]
     assert cores == list(range(10, 21))
+
+
+@pytest.mark.parametrize(("given", "dtype"), [("half", "float16"), ("float", "float32"), ("bfloat16", "bfloat16")])
+def test_names_of_types(checkpoint: Checkpoint, given: str, dtype: str) -> None:
+    assert decide(checkpoint("llama"), dtype=given).dtype == dtype
+
+
+def test_cores_that_ranks_are_given(checkpoint: Checkpoint) -> None:
+    def cores(given: Any, *, local_rank: int = 0, **options: Any) -> tuple[tuple[int, ...], ...]:
+        options |= {"tensor_parallel_size": 2, "cpu_cores": given}
+        place = wire.Place(rank=local_rank, size=2, local_rank=local_rank, local_size=2)
+        eight = host(cores=tuple(range(8)), num_devices=8)
+        parsed = EngineOptions.from_flat(None, options)
+        return rank_cores(resolve(parsed, checkpoint("llama"), eight, place=place))
+
+    assert cores("auto", local_rank=1) == ((4, 5), (6, 7))
+    assert cores("2-5", local_rank=1) == ((4,), (5,))
+    assert cores("0|1,3|2|4-6", local_rank=0) == ((0,), (1, 3))
+    assert cores("0|1,3|2|4-6", local_rank=1) == ((2,), (4, 5, 6))
+    assert cores([[7], [6], [5], [4]], local_rank=1) == ((5,), (4,))
+    with pytest.raises(ConfigError, match="--cpu-cores has 2 lists, this host 4 ranks"):
+        cores("0|1")
+    with pytest.raises(ConfigError, match="names 8, 9, which this process may not use"):
+        cores("6-9")
+
+
+def test_ranks_that_keep_to_no_cores(checkpoint: Checkpoint) -> None:
+    two = {"tensor_parallel_size": 2}
+    bound, free = (
+        setups_of(EngineOptions.from_flat(None, options), decide(checkpoint("llama"), host(), **options))
+        for options in (two, {**two, "cpu_cores": "nobind"})
+    )
+    assert [(setup.cores, setup.threads) for setup in bound] == [((0,), 1), ((1,), 1)]
+    assert [(setup.cores, setup.threads) for setup in free] == [((), 1), ((), 1)]
+
+
+def test_vllms_variable_of_the_cache(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("llama")
+    default = decide(folder).kv_budgets
+    for text, budgets in (("0", default), ("", default), ("1", (GIB,)), ("0.5", (GIB // 2,))):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", text)
+        assert decide(folder).kv_budgets == budgets
+    assert decide(folder, tensor_parallel_size=2).kv_budgets == (GIB // 2,) * 2
+    assert decide(folder, kv_cache_memory_bytes="2MiB").kv_budgets == (2**21,)
+    gpu = host(device="cuda", device_memory=80 * GIB)
+    assert decide(folder, gpu).kv_budgets == (None,)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100")
+    with pytest.raises(ConfigError, match="lower VLLM_CPU_KVCACHE_SPACE"):
+        decide(folder)
+    for text in ("-1", "4GiB", "nan", "1e9"):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", text)
+        with pytest.raises(ConfigError, match="VLLM_CPU_KVCACHE_SPACE must be a number of GiB"):
+            decide(folder)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -458,3 +458,48 @@ def test_web_pages_of_allowed_origins_may_call(guarded: Server) -> None:
     assert headers["access-control-allow-origin"] == "http://page"
     _, headers, _ = guarded.send(post(b"x", "Origin: http://other"))
     assert "access-control-allow-origin" not in headers
+
+
+# --- halves of characters ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (rb'{"prompt": "a\ud800"}', "prompt"),
+        (rb'{"stop": ["x", "\uDFFF"]}', "stop[1]"),
+        (rb'{"tools": [{"function": {"name": "\ud83d\ud83d\ude00"}}]}', "tools[0].function.name"),
+        (rb'{"metadata": {"\ude00": 1}}', "metadata"),
+        (rb'{"\ud800": 1}', None),
+        (rb'["\\\ud83dx"]', "[0]"),
+    ],
+)
+def test_half_a_character_is_refused_where_it_stands(body: bytes, param: str | None) -> None:
+    with pytest.raises(Refusal) as caught:
+        check_json(body, Limits())
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert "not valid Unicode" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "body", [rb'"\\ud800"', rb'"\ud83d\ude00"', rb'"\\\\ud800\ud83d\ude00"', rb'"\ud8', rb'"\ud8zz"']
+)
+def test_whole_characters_and_what_is_no_json_are_left_to_the_reader(body: bytes) -> None:
+    check_json(body, Limits())
+
+
+@steady
+@given(st.recursive(st.text('\ud83d\ude00\\u"a😀'), lambda inner: st.lists(inner, max_size=3), max_leaves=6))
+def test_a_body_is_refused_if_it_has_no_utf8_form(value: Any) -> None:
+    body = json.dumps(value).encode()
+    try:
+        check_json(body, Limits())
+        refused = False
+    except Refusal:
+        refused = True
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+        whole = True
+    except UnicodeEncodeError:
+        whole = False
+    assert refused != whole

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shoal import wire
 from shoal.cluster.desk import Desk
 from shoal.cluster.stats import carried, emptied
+from shoal.config import EngineOptions
 from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError
 from shoal.frontend.async_llm import AsyncLLM
@@ -37,6 +38,7 @@ from support.fakes import FakeClock, request, steady
 from support.status_server import engine, fleet, ranks, replica
 
 ROOT = Path(__file__).parent.parent.parent
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 LENGTH = 200  # of a sequence, at most
 WAIT_S = 120.0
 TTFT, GAP, E2E = (
@@ -365,20 +367,28 @@ def test_buckets_of_lengths() -> None:
 
 def test_the_names_that_others_read_are_there() -> None:
     found = {family.name: family.type for family in text_string_to_metric_families(page(RequestMetrics(LENGTH)).text)}
-    counters = "prefix_cache_queries prefix_cache_hits prompt_tokens generation_tokens request_success num_preemptions"
+    counters = (
+        "prefix_cache_queries prefix_cache_hits prompt_tokens generation_tokens request_success num_preemptions "
+        "spec_decode_num_accepted_tokens_per_pos"
+    )
     histograms = (
         "time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds "
         "request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds request_prompt_tokens "
-        "request_generation_tokens iteration_tokens_total request_params_n request_params_max_tokens"
+        "request_generation_tokens iteration_tokens_total request_params_n request_params_max_tokens "
+        "request_num_preemptions"
     )
-    gauges = "num_requests_running num_requests_waiting kv_cache_usage_perc cache_config_info"
+    gauges = (
+        "num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc "
+        "cache_config_info engine_sleep_state"
+    )
     for kind, names in (("counter", counters), ("histogram", histograms), ("gauge", gauges)):
         for name in names.split():
             assert found[f"vllm:{name}"] == kind
 
 
 def test_all_that_is_described_is_there_and_nothing_else() -> None:
-    status = fleet(replica(0, stats=engine(of_ranks=ranks())))
+    stats = wire.replace(engine(of_ranks=ranks()), accepted_by_position=(2, 1))
+    status = fleet(replica(0, stats=stats))
     metrics = RequestMetrics(LENGTH)
     metrics.verbs["http"](json.dumps([["/x", "GET", "2xx", [1, *[0] * 21], 0.001]]).encode())
     text = page_of(metrics.verbs["metrics"](b""), status, "tiny")
@@ -465,6 +475,51 @@ def test_no_request_is_counted_twice_or_not_at_all(replicas: list[tuple[str, int
                 assert found("vllm:num_requests_waiting", engine=number) == min(waiting, mine)
 
 
+@pytest.mark.parametrize(
+    ("activity", "level", "state", "sleeps"),
+    [
+        ("awake", 0, "ready", "awake"),
+        ("awake", 0, "restarting", "awake"),
+        ("paused", 0, "ready", "awake"),
+        ("asleep", 1, "ready", "weights_offloaded"),
+        ("asleep", 2, "ready", "discard_all"),
+    ],
+)
+def test_why_requests_wait_and_how_an_engine_sleeps(activity: str, level: int, state: str, sleeps: str) -> None:
+    one = wire.replace(replica(0, state, stats=engine(waiting=2)), held=3)
+    status = wire.replace(fleet(one, queued=4), activity=activity, sleep_level=level)
+    found = page(RequestMetrics(LENGTH), status)
+    deferred = (activity, state) != ("awake", "ready")
+    name = "vllm:num_requests_waiting_by_reason"
+    reasons = [found(name, engine=0, reason=reason) for reason in ("capacity", "deferred")]
+    assert reasons == ([0, 6] if deferred else [6, 0])
+    assert sum(reasons) == found("vllm:num_requests_waiting", engine=0)
+    states = {each: found("vllm:engine_sleep_state", engine=0, sleep_state=each) for each in SLEEP_STATES}
+    assert states == {each: each == sleeps for each in SLEEP_STATES}
+
+
+def test_all_places_of_a_guess_are_there_from_the_beginning() -> None:
+    options = EngineOptions.from_flat(None, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}})
+    stats = wire.replace(engine(), accepted_by_position=(5, 2))
+    status = fleet(replica(0, stats=stats), replica(1, stats=carried(emptied(stats), stats)))
+    found = Scraped(page_of(RequestMetrics(LENGTH).verbs["metrics"](b""), status, "tiny", options))
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [found(name, engine=0, position=place) for place in range(3)] == [5, 2, 0]
+    assert [found(name, engine=1, position=place) for place in range(3)] == [10, 4, 0]
+
+
+def test_how_often_requests_gave_their_blocks_back() -> None:
+    metrics = RequestMetrics(LENGTH)
+    for seq, preemptions in enumerate((0, 0, 3)):
+        metrics.added(request(seq, [1]))
+        metrics.dealt(seq, 0)
+        metrics.updated(0, ending(seq, tokens=1, preemptions=preemptions))
+    found = page(metrics)
+    name = "vllm:request_num_preemptions"
+    assert (found(f"{name}_count", engine=0), found(f"{name}_sum", engine=0)) == (3, 3)
+    assert [found(f"{name}_bucket", engine=0, le=le) for le in ("1.0", "2.0", "3.0")] == [2, 2, 3]
+
+
 def test_what_the_status_says() -> None:
     stats = wire.replace(
         engine(free=25, queries=40, hits=30, of_ranks=ranks(busy_us=1_500_000)),
@@ -480,7 +535,9 @@ def test_what_the_status_says() -> None:
     found = page(RequestMetrics(LENGTH), status)
     assert found("vllm:kv_cache_usage_perc", engine=0) == 0.75
     assert found("vllm:kv_cache_usage_perc", engine=3) == 0.0
-    assert found("vllm:cache_config_info", engine=0, block_size=16, num_gpu_blocks=100) == 1
+    (config,) = [dict(labels) for name, labels in found.samples if name == "vllm:cache_config_info"]
+    assert (config["block_size"], config["num_gpu_blocks"], config["kv_cache_size_tokens"]) == ("16", "100", "1600")
+    assert (config["enable_prefix_caching"], config["kv_cache_memory_bytes"]) == ("True", "None")
     assert found("vllm:prefix_cache_queries_total", engine=0) == 40
     assert found("vllm:prefix_cache_hits_total", engine=0) == 30
     assert found("vllm:num_preemptions_total", engine=0) == 3

@@ -1,5 +1,6 @@
 """The endpoints over an `AsyncLLM` with the bundled model, against what `LLM` gives."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,3 +76,67 @@ def test_a_demanded_call_comes_from_any_model(client: TestClient, choice: Any) -
 def test_a_replica_that_is_not_there(client: TestClient) -> None:
     answer = client.post("/v1/completions", json={"prompt": "a", "data_parallel_rank": 7})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "data_parallel_rank")
+
+
+# --- characters of several tokens ----------------------------------------------------------------------------------
+
+WORDS = "日本 🦊!"
+SAYS_WORDS: dict[str, Any] = {"structured_outputs": {"choice": [WORDS]}, "max_tokens": 40}
+
+
+def events(answer: Any) -> list[Any]:
+    return [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: {")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chats_log_probabilities_have_the_bytes_of_its_text(client: TestClient, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2, **SAYS_WORDS}
+    answer = client.post("/v1/chat/completions", json={**body, "stream": stream})
+    choices = [part["choices"][0] for part in (events(answer) if stream else [answer.json()])]
+    content = [each for choice in choices for each in (choice["logprobs"] or {"content": []})["content"]]
+    assert b"".join(bytes(each["bytes"]) for each in content) == WORDS.encode()
+    assert (content[0]["token"], content[0]["bytes"]) == ("\\xe6", [0xE6])
+    assert all(bytes(top["bytes"]) != "\ufffd".encode() for each in content for top in each["top_logprobs"])
+
+
+def test_log_probabilities_of_a_response_have_the_bytes_of_its_text(client: TestClient) -> None:
+    body = {"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 1, "max_output_tokens": 40}
+    answer = client.post("/v1/responses", json=body | {"structured_outputs": SAYS_WORDS["structured_outputs"]}).json()
+    (part,) = answer["output"][0]["content"]
+    assert part["text"] == WORDS
+    assert b"".join(bytes(each["bytes"]) for each in part["logprobs"]) == WORDS.encode()
+
+
+@pytest.mark.parametrize(("echo", "before"), [(False, ""), (True, "é日x")])
+@pytest.mark.parametrize("stop", [None, ["🦊"]])
+def test_offsets_are_of_the_text_that_is_returned(
+    client: TestClient, echo: bool, before: str, stop: list[str] | None
+) -> None:
+    body = {"prompt": "é日x", "echo": echo, "logprobs": 1, "stop": stop, **SAYS_WORDS}
+    (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+    text, logprobs = choice["text"], choice["logprobs"]
+    assert text == before + (WORDS if stop is None else "日本 ")
+    for name, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        if name not in ("<|bos|>",) and not name.startswith("bytes:"):
+            assert text[offset : offset + len(name)] == name
+        assert offset <= len(text)
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    chunks = [each["choices"][0] for each in events(client.post("/v1/completions", json={**body, "stream": True}))]
+    for field in ("tokens", "text_offset"):
+        assert [each for chunk in chunks for each in chunk["logprobs"][field]] == logprobs[field]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_that_ends_inside_a_character_goes_on_with_it(client: TestClient, stream: bool) -> None:
+    tokens = client.post("/tokenize", json={"prompt": "ab日c"}).json()["tokens"]
+    body = {"prompt": tokens[:4], "echo": True, "logprobs": 0, "max_tokens": 1, "stream": stream, "temperature": 0}
+    for cut, expected in ((4, "<|bos|>ab\ufffd"), (5, "<|bos|>ab日"), (6, "<|bos|>ab日c")):
+        answer = client.post(
+            "/v1/completions", json=body | {"prompt": tokens[:cut], "logit_bias": {str(tokens[cut]): 100}}
+        )
+        choices = [part["choices"][0] for part in (events(answer) if stream else [answer.json()])]
+        assert "".join(choice["text"] for choice in choices) == expected
+        offsets = [each for choice in choices for each in choice["logprobs"]["text_offset"]]
+        assert offsets == [0, 7, 8, 9, 9, 9, 10][: cut + 1]
+    alone = client.post("/v1/completions", json=body | {"max_tokens": 0, "stream": False}).json()
+    assert alone["choices"][0]["text"] == "<|bos|>ab\ufffd"

@@ -10,7 +10,10 @@ import shoal
 from shoal.frontend.chat import ChatTemplate
 from shoal.frontend.deltas import Delta
 from shoal.frontend.prompts import Job, PromptReader
+from shoal.frontend.token_places import TokenPlaces
 from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
+from shoal.server.response_store import ResponseStore
+from shoal.server.settings import ServerSettings
 from shoal.structured.matcher import Grammar, Vocabulary
 from shoal.types import (
     CompletionOutput,
@@ -76,7 +79,10 @@ class FakeStream:
             tokens = tuple(token for delta in mine for token in delta.token_ids)
             text = "".join(delta.text for delta in mine)
             last = mine[-1]
-            outputs.append(CompletionOutput(index, text, tokens, last.finish_reason, None, logprobs, last.stop_reason))
+            offsets = None if logprobs is None else tuple(each for delta in mine for each in delta.text_offsets or ())
+            outputs.append(
+                CompletionOutput(index, text, tokens, last.finish_reason, None, logprobs, last.stop_reason, offsets)
+            )
         return RequestOutput(
             "0", self.job.prompt, self.job.tokens, tuple(outputs), self.cached_tokens,
             prompt_logprobs=self.prompt_logprobs,
@@ -120,9 +126,14 @@ class FakeBackend:
             chat_template=lambda: ChatTemplate.open(DEMO),
         )  # fmt: skip
 
+        self.store = ResponseStore.of(ServerSettings())
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
+
+    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+        return self.store.verbs[verb](payload)
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         return base or SamplingParams()
@@ -150,16 +161,23 @@ class FakeBackend:
 
     def deltas(self, job: Job, index: int) -> list[Delta]:
         pieces = list(self.says(job))
+        places = TokenPlaces(self._tokenizer, skip_special_tokens=True)
+        stream = self._tokenizer.stream(job.tokens)
         found = []
         for at, piece in enumerate(pieces):
             tokens = tuple(self._tokenizer.encode(piece, add_special_tokens=False))
             wanted = job.params.logprobs
             logprobs = None if wanted is None else tuple(self.logprobs(token, wanted) for token in tokens)
             finish = self.finish if at == len(pieces) - 1 else None
-            found.append(Delta(index, piece, tokens, logprobs, finish))
+            for token in tokens:
+                places.add(token, stream.push(token))
+            offsets = None if wanted is None else tuple(places.starts[-len(tokens) :])
+            found.append(Delta(index, piece, tokens, logprobs, finish, text_offsets=offsets))
         return found
 
     def logprobs(self, token: int, count: int) -> Logprobs:
         """The token itself is second to token 5."""
-        found = {token: Logprob(-1.5, 2, self._tokenizer.token_text(token))}
-        return found | ({5: Logprob(-0.5, 1, self._tokenizer.token_text(5))} if count and token != 5 else {})
+        return {token: self._logprob(token, -1.5, 2)} | ({5: self._logprob(5, -0.5, 1)} if count and token != 5 else {})
+
+    def _logprob(self, token: int, value: float, rank: int) -> Logprob:
+        return Logprob(value, rank, self._tokenizer.token_text(token), self._tokenizer.token_bytes(token))

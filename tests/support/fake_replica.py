@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from shoal import wire
+from shoal.activity import AWAKE, Activity
+from shoal.cluster.operations import Message
 from shoal.engine.request import decode_tokens
 from shoal.errors import EngineError
 from support.fakes import next_token
@@ -25,6 +27,11 @@ class FakeReplica:
         self.aborted: list[int] = []
         self.added: list[wire.EngineRequest] = []
         self.dead = ""
+        self.activity = AWAKE
+        self.told: list[Message] = []
+        self.silent = False  # it answers nothing that it is told
+        self.refuses = ""  # why it does not wake up
+        self._answers: list[wire.Told] = []
         self.closed = False
         self._random = random.Random(seed)
 
@@ -58,6 +65,8 @@ class FakeReplica:
         for update in found:
             del self.held[update.seq]
         self.aborted = []
+        if not self.activity.runs:
+            return found
         return found + [self._step(seq) for seq in list(self.held) if self._random.random() < 0.7]
 
     def _step(self, seq: int) -> wire.SeqUpdate:
@@ -76,6 +85,29 @@ class FakeReplica:
     def stats(self, timeout: float | None = None) -> wire.EngineStats:
         self._check_alive()
         return wire.replace(STATS, running=len(self.held), num_blocks=10)
+
+    def tell(self, message: Message) -> None:
+        self._check_alive()
+        self.told.append(message)
+        if self.silent:
+            return
+        if isinstance(message, wire.ResetCache):
+            self._answers.append(wire.Told(message.id, wire.encode(wire.CacheReset(3, len(self.held)))))
+        elif self.refuses and self.activity.missing and not message.activity.missing:
+            self._answers.append(wire.Told(message.id, error=self.refuses, user_error=True))
+        else:
+            self.activity = message.activity
+            self._answers.append(wire.Told(message.id))
+
+    def answers(self) -> list[wire.Told]:
+        answers, self._answers = self._answers, []
+        return answers
+
+    def become(self, activity: Activity) -> None:
+        self.activity = activity
+
+    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+        return wire.CacheReset(3, len(self.held))
 
     def say_goodbye(self) -> None:
         pass

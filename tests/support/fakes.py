@@ -164,6 +164,8 @@ class FakeExecutor:
         self.masks: list[wire.StepMask] = []
         self.most_in_flight = 0
         self.closed = 0
+        self.missing: set[str] = set()  # parts of its memory that were given back
+        self.refuses = ""  # why they can't be taken again
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -185,6 +187,7 @@ class FakeExecutor:
 
     def launch(self, plan: wire.StepPlan) -> None:
         assert plan.step == len(self.plans)
+        assert not self.missing, "a step for ranks that are asleep"
         self._check_turns(plan)
         self.plans.append(plan)
         self._results.append(self._execute(plan))
@@ -201,8 +204,24 @@ class FakeExecutor:
         return [self._results.popleft()]
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
-        assert verb == "stats"
-        return [wire.encode(wire.RankStats(0, 1, 2, 3, 4, 5))]
+        parts = set(payload.decode().split(","))
+        match verb:
+            case "stats":
+                return [wire.encode(wire.RankStats(0, 1, 2, 3, 4, 5))]
+            case "sleep":
+                assert not self._results, "steps are in flight"
+                self.missing |= parts
+                if "kv_cache" in parts:
+                    self._cache = [None] * len(self._cache)
+                self._sequences.clear()
+            case "wake_up":
+                assert parts <= self.missing
+                if self.refuses:
+                    return [self.refuses.encode()]
+                self.missing -= parts
+            case _:
+                raise AssertionError(f"no rank knows {verb}")
+        return [b""]
 
     def close(self) -> None:
         self.closed += 1

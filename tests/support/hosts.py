@@ -1,4 +1,4 @@
-"""Hosts of their own on one machine: network namespaces with an address each, joined by a cable."""
+"""Hosts of their own on one machine: network namespaces with an address of each kind, joined by a cable."""
 
 import os
 import shutil
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 class Host:
     netns: str
     address: str
+    address_v6: str
+    link_local: str  # with the name of its end of the cable
 
     @property
     def inside(self) -> list[str]:
@@ -39,8 +41,11 @@ def obstacle() -> str:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    first, second = (Host(f"shoal-{os.getpid()}-{i}", f"10.213.77.{i}") for i in (1, 2))
     cable = f"sh{os.getpid() % 10**8}"
+    first, second = (
+        Host(f"shoal-{os.getpid()}-{i}", f"10.213.77.{i}", f"fd02:213:77::{i}", f"fe80::77:{i}%{cable}{end}")
+        for i, end in ((1, "a"), (2, "b"))
+    )
     try:
         for host in (first, second):
             _ip("netns", "add", host.netns)
@@ -49,6 +54,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         )
         for host, end in ((first, "a"), (second, "b")):
             _ip("-n", host.netns, "address", "add", f"{host.address}/24", "dev", f"{cable}{end}")
+            for address in (host.address_v6, host.link_local.partition("%")[0]):
+                _ip("-n", host.netns, "address", "add", f"{address}/64", "dev", f"{cable}{end}", "nodad")
             _ip("-n", host.netns, "link", "set", f"{cable}{end}", "up")
             _ip("-n", host.netns, "link", "set", "lo", "up")
         yield first, second

@@ -17,6 +17,9 @@ class Letters:
     def token_text(self, token: int) -> str:
         return self._text(token, skip=False)
 
+    def token_bytes(self, token: int) -> bytes:
+        return self.token_text(token).encode()
+
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         return _Stream(self, skip_special_tokens)
 

@@ -23,13 +23,21 @@ _POLL_S = 0.05
 class ShoalServer:
     """`shoal serve --port 0 ...` in a session of its own, ready when it is made."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        folder: Path | None = None,
+        program: Sequence[str] = ("-m", "shoal.cli.main"),
+    ) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "shoal.cli.main", "serve", "--port", "0", *arguments],
+            [*prefix, sys.executable, *program, "serve", "--port", "0", *arguments],
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**os.environ, **(environment or {})},
+            cwd=folder,
             start_new_session=True,
         )
         try:

@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 
 from shoal import wire
+from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
 from shoal.transport import member as members_module
 from shoal.transport import rendezvous as rendezvous_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.member import Address, Member, connect
+from shoal.transport.member import Member, connect
 from shoal.transport.rendezvous import Rendezvous, proof, require_key
 from support.descriptors import moved_up
 
@@ -380,7 +381,8 @@ def test_whoever_ends_well_is_no_failure(meeting: Rendezvous) -> None:
 
 MEMBER = """
 import sys, time
-from shoal.transport.member import Address, Member
+from shoal.addresses import Address
+from shoal.transport.member import Member
 Member(Address.parse(sys.argv[1]), "a key", room="room", rank=1, size=2, timeout=60.0)
 print("in", flush=True)
 time.sleep(600)
@@ -476,13 +478,17 @@ class FullListener:
             raise OSError(errno.EMFILE, "Too many open files")
         return self._listener.accept()
 
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
     def close(self) -> None:
         self._listener.close()
 
 
 def test_without_file_descriptors_the_next_connection_is_waited_for(meeting: Rendezvous) -> None:
-    full = FullListener(meeting._listener, 2)
-    meeting._listener = full  # type: ignore[assignment]
+    (listener,) = meeting._listeners
+    full = FullListener(listener.socket, 2)
+    listener.socket = full  # type: ignore[assignment]
     connect(Address.parse(meeting.address), KEY, timeout=60.0).close()
     assert len(full.called) == 3
     assert all(later - sooner >= 0.4 for sooner, later in zip(full.called, full.called[1:], strict=False))

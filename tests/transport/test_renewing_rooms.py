@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import wire
+from shoal.addresses import Address
 from shoal.errors import ConfigError
 from shoal.transport import member as members_module
 from shoal.transport.channel import Channel, wait
-from shoal.transport.member import Address, Member, connect
+from shoal.transport.member import Member, connect
 from shoal.transport.rendezvous import Rendezvous
 from support.fakes import steady
 

@@ -22,7 +22,7 @@ def test_one_engine_after_the_other_at_one_rendezvous() -> None:
     with Rendezvous(key="key") as found, ThreadPoolExecutor(2) as pool:
 
         def run(rank: int, meeting: int) -> list[float]:
-            with closing(ProcessGroups("", 1)) as groups:
+            with closing(ProcessGroups(-1, 1)) as groups:
                 comm = groups(setup_of(rank, found.address, meeting), "ep", [0, 1])
                 summed: list[float] = comm.all_reduce(torch.full((2,), float(rank + 1))).tolist()
                 if rank == 0:

@@ -11,7 +11,9 @@ from typing import Any
 
 import click
 
+from shoal import env, import_path
 from shoal.cli.bench_serve import serve
+from shoal.cli.numbers import IntRange, Number
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
 from shoal.frontend.llm import LLM
@@ -38,22 +40,18 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to this file")(
         engine_flags(command)
     )
-    command = click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="measured runs")(
-        command
-    )
+    command = click.option("--repeat", type=IntRange(1), default=3, show_default=True, help="measured runs")(command)
     return click.argument("model", required=False)(command)
 
 
 def _lengths(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--temperature", type=float, default=0.0, show_default=True)(command)
-    command = click.option("--output-len", type=click.IntRange(2), default=64, show_default=True)(command)
-    return click.option("--input-len", type=click.IntRange(1), default=128, show_default=True)(command)
+    command = click.option("--temperature", type=Number(), default=0.0, show_default=True)(command)
+    command = click.option("--output-len", type=IntRange(2), default=64, show_default=True)(command)
+    return click.option("--input-len", type=IntRange(1), default=128, show_default=True)(command)
 
 
 @bench.command(cls=GroupedCommand)
-@click.option(
-    "--num-prompts", type=click.IntRange(1), default=64, show_default=True, help="requests that arrive together"
-)
+@click.option("--num-prompts", type=IntRange(1), default=64, show_default=True, help="requests that arrive together")
 @_lengths
 @_common
 def throughput(num_prompts: int, **rest: Any) -> None:
@@ -62,9 +60,7 @@ def throughput(num_prompts: int, **rest: Any) -> None:
 
 
 @bench.command(cls=GroupedCommand)
-@click.option(
-    "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1, 8, 32), show_default=True
-)
+@click.option("--batch-size", "batch_sizes", type=IntRange(1), multiple=True, default=(1, 8, 32), show_default=True)
 @_lengths
 @_common
 def latency(batch_sizes: tuple[int, ...], **rest: Any) -> None:
@@ -132,34 +128,35 @@ def startup(model: str | None, repeat: int, output: Path | None, probe: bool, **
 
 def _start_once() -> dict[str, float]:
     """This command again, in a process of its own."""
-    command = [sys.executable, "-m", "shoal.cli.main", *sys.argv[1:], "--probe"]
+    command = [*import_path.python_command("shoal.cli.main"), *sys.argv[1:], "--probe"]
     begun = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env.child_environment({})) as process:
         if process.stdout is None:
             raise EngineError("the probe has no output")
         for line in process.stdout:
             if line.startswith(_READY):
                 ready = time.monotonic() - begun
                 return {"ready": ready, **json.loads(line.removeprefix(_READY))}
-    raise EngineError(f"{' '.join(command)} ended with code {process.returncode} before it was ready")
+    told = " ".join(["shoal", *sys.argv[1:], "--probe"])
+    raise EngineError(f"{told} ended with code {process.returncode} before it was ready")
 
 
 @bench.command()
 @click.option("--pattern", type=click.Choice(["moe"]), default="moe", show_default=True, help="who talks to whom")
-@click.option("--ranks", type=click.IntRange(2), default=2, show_default=True, help="processes, a replica each")
-@click.option("--experts", type=click.IntRange(1), default=64, show_default=True, help="of a layer, on all ranks")
-@click.option("--top-k", type=click.IntRange(1), default=8, show_default=True, help="experts of a token")
-@click.option("--hidden-size", type=click.IntRange(1), default=2048, show_default=True)
+@click.option("--ranks", type=IntRange(2), default=2, show_default=True, help="processes, a replica each")
+@click.option("--experts", type=IntRange(1), default=64, show_default=True, help="of a layer, on all ranks")
+@click.option("--top-k", type=IntRange(1), default=8, show_default=True, help="experts of a token")
+@click.option("--hidden-size", type=IntRange(1), default=2048, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
 @click.option(
     "--tokens",
-    type=click.IntRange(0),
+    type=IntRange(0),
     multiple=True,
     default=(1, 4, 16, 64, 256, 1024, 4096),
     show_default=True,
     help="on each rank; may be given several times",
 )
-@click.option("--repeat", type=click.IntRange(1), default=9, show_default=True, help="measured exchanges of each size")
+@click.option("--repeat", type=IntRange(1), default=9, show_default=True, help="measured exchanges of each size")
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of the table")
 @click.option("--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to this file")
 def comm(pattern: str, as_json: bool, output: Path | None, **sizes: Any) -> None:

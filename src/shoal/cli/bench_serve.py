@@ -7,48 +7,49 @@ from typing import Any
 
 import click
 
+from shoal import env
 from shoal.cli.generate import Interrupted
+from shoal.cli.numbers import FloatRange, Integer, IntRange, Rate
 from shoal.client.load.report import LIMITS, table
 from shoal.client.load.settings import LoadSettings
 from shoal.client.load.workload import Lengths, parse_mix
 from shoal.errors import ConfigError
 from shoal.lazy import load
+from shoal.types import decimal_number
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_COUNT = click.IntRange(1)
-_POSITIVE = click.FloatRange(0, min_open=True)
+_COUNT = IntRange(1)
+_POSITIVE = FloatRange(0, min_open=True)
 
 
 @click.command()
 @click.argument("url")
 @click.option("--endpoint", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
 @click.option("--model", metavar="NAME", help="as the server names it  [default: the first that it lists]")
-@click.option("--api-key", metavar="KEY", help="the server's key")
+@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="the server's key")
 @click.option("--num-prompts", type=_COUNT, help="requests  [default: 100, or as many as --duration has room for]")
 @click.option("--duration", type=_POSITIVE, metavar="SECONDS",
               help="after which no request comes; those under way are seen to their end")  # fmt: skip
-@click.option("--request-rate", type=_POSITIVE, metavar="RATE|inf", help="requests a second, whatever the answers do")
+@click.option("--request-rate", type=Rate(), metavar="RATE|inf", help="requests a second, whatever the answers do")
 @click.option("--burstiness", type=_POSITIVE, default=1.0, show_default=True, help="1: Poisson; less: in bursts")
 @click.option("--max-concurrency", type=_COUNT, help="requests at once; without a rate, each end begins another")
 @click.option("--random-input-len", type=_COUNT, metavar="TOKENS", help="of a prompt  [default: 128]")
 @click.option("--random-output-len", type=_COUNT, metavar="TOKENS", help="of an answer at most  [default: 64]")
-@click.option("--random-range-ratio", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+@click.option("--random-range-ratio", type=FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
               help="r: lengths are drawn from [length x (1 - r), length x (1 + r)]")  # fmt: skip
 @click.option("--length-mix", metavar="IN:OUT@SHARE,...", help="several lengths, such as 128:64@0.7,1024:256@0.3")
-@click.option("--shared-prefix-len", type=click.IntRange(0), default=0, show_default=True, metavar="TOKENS",
+@click.option("--shared-prefix-len", type=IntRange(0), default=0, show_default=True, metavar="TOKENS",
               help="before each prompt, the same for many")  # fmt: skip
 @click.option("--num-prefixes", type=_COUNT, default=1, show_default=True, help="different ones")
-@click.option("--prefix-zipf", type=click.FloatRange(0), default=1.0, show_default=True,
+@click.option("--prefix-zipf", type=FloatRange(0), default=1.0, show_default=True,
               help="s: the k-th prefix is as frequent as 1 / k^s")  # fmt: skip
 @click.option("--token-ids", is_flag=True, help="prompts are token ids, not text")
-@click.option(
-    "--vocab-size", type=click.IntRange(8), default=256, show_default=True, help="ids of --token-ids are less"
-)
+@click.option("--vocab-size", type=IntRange(8), default=256, show_default=True, help="ids of --token-ids are less")
 @click.option("--ignore-eos", is_flag=True, help="answers have their full length")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True,
+@click.option("--temperature", type=FloatRange(0), default=0.0, show_default=True)
+@click.option("--seed", type=Integer(), default=0, show_default=True,
               help="of lengths, prompts and arrivals; prompts that came before may be in a prefix cache")  # fmt: skip
-@click.option("--warmup", type=click.IntRange(0), default=0, show_default=True, help="requests before, not measured")
+@click.option("--warmup", type=IntRange(0), default=0, show_default=True, help="requests before, not measured")
 @click.option("--timeout", type=_POSITIVE, default=600.0, show_default=True, metavar="SECONDS", help="of a request")
 @click.option(
     "--slo", multiple=True, metavar="ttft:200", help="limit of ttft, tpot or e2e; goodput is within all limits"
@@ -106,7 +107,5 @@ def _percentile(text: str) -> float:
 
 def _number(text: str) -> float:
     """NaN, which is within no limits, if it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    found = decimal_number(text.strip(" "))
+    return math.nan if found is None else found

@@ -35,7 +35,19 @@ class _Sections(click.Group):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(100)) for name in names])
 
 
-@click.group(cls=_Sections, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def _dashed(name: str) -> str:
+    """Flags may be written with underscores, as vLLM takes them."""
+    return name.replace("_", "-")
+
+
+_CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 120,
+    "token_normalize_func": _dashed,
+}
+
+
+@click.group(cls=_Sections, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="shoal")
 def cli() -> None:
     """Serves large language models across processes, devices and machines."""

@@ -1,13 +1,20 @@
 """`shoal`, the program. What takes time to import comes in only where Ctrl-C is listened to."""
 
+import os
 import signal
 import sys
 
+from shoal import import_path, open_files
+from shoal.cli.init import stand_apart
 from shoal.lazy import load
 
 
 def main() -> None:
     """Exits with the code of `commands.run`."""
+    import_path.forget_implicit_folders()
+    _open_standard_streams()
+    stand_apart()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started this may ignore it: no child could be waited for
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         code = load("shoal.cli.commands:run")()
@@ -19,6 +26,14 @@ def main() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Python has None for those that were closed; `print` would write errors to stdout then."""
+    open_files.occupy_standard()
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _interrupt(signum: int, frame: object) -> None:

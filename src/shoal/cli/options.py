@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from shoal import config
+from shoal import accepted, config
 from shoal.cli.config_file import read_config_file
+from shoal.cli.numbers import AnyNumber, Integer
 
 F = Callable[..., Any]
 
@@ -20,11 +21,14 @@ class Plain(click.ParamType):  # type: ignore[type-arg]
         return value
 
 
+_KINDS: dict[type, Any] = {int: Integer(), float: AnyNumber(), str: str, bool: bool}
+
+
 class EngineFlag(click.Option):
     def __init__(self, option: config.Option) -> None:
         names = [option.name, option.flag, *([option.short] if option.short else [])]
         plain = option.bytes or option.parse is not None
-        kind: Any = Plain() if plain else click.Choice(option.choices) if option.choices else option.type
+        kind: Any = Plain() if plain else click.Choice(option.choices) if option.choices else _KINDS[option.type]
         shown = "" if option.default is None else f" [default: {option.default}]"
         if option.type is bool:
             names[1] = f"{option.flag}/--no-{option.name.replace('_', '-')}"
@@ -39,26 +43,44 @@ class EngineFlag(click.Option):
         self.group = option.group
 
 
+class AcceptedFlag(click.Option):
+    """One of vLLM's for which there is nothing to set."""
+
+    group = "Flags of vLLM"
+
+    def __init__(self, found: accepted.Accepted) -> None:
+        flag = f"{found.flag}/--no-{found.flag[2:]}" if found.is_switch else found.flag
+        super().__init__(
+            [found.name, flag],
+            type=None if found.is_switch else Plain(),
+            default=None,
+            help=found.note if found.values else f"refused: {found.instead}",
+            metavar=None if found.is_switch else found.metavar,
+        )
+
+
 def engine_flags(command: F) -> F:
     """Adds a flag for every option of an engine. The command gets those that were given, as keywords, and the others as
     None."""
-    return _add_flags(command, [option for option in config.options() if not option.online])
+    return _add_flags(command, [option for option in config.options() if not option.online], server=False)
 
 
 def serving_flags(command: F) -> F:
     """As `engine_flags`, with the options that only mean something to what serves."""
-    return _add_flags(command, list(config.options()))
+    return _add_flags(command, list(config.options()), server=True)
 
 
-def _add_flags(command: F, options: list[config.Option]) -> F:
-    for option in reversed(options):
-        click.decorators._param_memo(command, EngineFlag(option))
+def _add_flags(command: F, options: list[config.Option], *, server: bool) -> F:
+    flags: list[click.Option] = [EngineFlag(option) for option in options]
+    flags += [AcceptedFlag(each) for each in accepted.options(server=server)]
+    for flag in reversed(flags):
+        click.decorators._param_memo(command, flag)
     return command
 
 
 def engine_values(flags: dict[str, Any]) -> dict[str, Any]:
-    """The engine options among a command's keywords that were given."""
-    names = {option.name for option in config.options()}
+    """The engine options among a command's keywords that were given, and vLLM's that change nothing."""
+    names = {option.name for option in config.options()} | {each.name for each in accepted.TABLE}
     return {name: value for name, value in flags.items() if name in names and value is not None}
 
 

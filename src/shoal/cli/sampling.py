@@ -8,8 +8,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
+from shoal.cli.numbers import AnyNumber, Integer
 from shoal.errors import ConfigError, RequestError, UserError
-from shoal.types import SamplingParams, StructuredOutputsParams
+from shoal.types import SamplingParams, StructuredOutputsParams, whole_number
 
 GROUP = "Sampling"
 F = Callable[..., Any]
@@ -40,6 +41,7 @@ _HELP = {
     "detokenize": "make text of tokens",
     "skip_special_tokens": "leave special tokens out of the text",
     "include_stop_str_in_output": "leave the text that ended the output in it",
+    "truncate_prompt_tokens": "cut a longer prompt to its last so many tokens; -1: to what the model takes",
 }
 _ORDER = ("max_tokens", "temperature", "top_p", "top_k")  # what people look for first
 _SHORTHANDS = {
@@ -68,10 +70,10 @@ class TokenIds(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
+        numbers = tuple(whole_number(part.strip(" ")) for part in value.split(","))
+        if None in numbers:
             self.fail(f"{value!r} is no list of token ids such as 1,2,3", param, ctx)
+        return numbers
 
 
 class _SamplingFlag(click.Option):
@@ -108,7 +110,7 @@ def _flag(name: str, hint: Any) -> click.Option:
 def _form(kinds: Sequence[Any]) -> tuple[str | None, Any, bool]:
     """(metavar, click's type, may it be given several times?)"""
     if kinds[0] in (int, float):
-        return None, kinds[0], False
+        return None, Integer() if kinds[0] is int else AnyNumber(), False
     if kinds[0] is StructuredOutputsParams or get_origin(kinds[0]) is Mapping:
         return "JSON", Json(), False
     if kinds[0] == Sequence[int]:

@@ -1,14 +1,18 @@
 """`shoal serve`: an OpenAI-compatible server over any layout."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from shoal import env
+from shoal.cli.numbers import FloatRange, IntRange
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
 from shoal.config import parse_bytes
 from shoal.errors import ConfigError
 from shoal.frontend.model import open_model
+from shoal.types import shown
 
 _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -16,11 +20,19 @@ _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0: all of this host's"
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="address to listen on; 0.0.0.0: all of this host's; [::]: with IPv6",
 )
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one is taken")
+@click.option("--port", default=8000, show_default=True, type=IntRange(0, 65535), help="0: a free one is taken")
 @click.option(
-    "--api-key", "api_keys", multiple=True, metavar="KEY", help="asked of clients; may be given several times"
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    envvar=list(env.API_KEY),
+    metavar="KEY",
+    help="asked of clients; may be given several times",
 )
 @click.option(
     "--served-model-name", "served_model_names", multiple=True, metavar="NAME", help="what clients call the model"
@@ -37,9 +49,31 @@ _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 @click.option("--enable-auto-tool-choice", is_flag=True, help="as --tool-call-parser says by itself")
 @click.option("--max-logprobs", default=20, show_default=True, help="likeliest tokens that may be asked for; -1: all")
 @click.option(
+    "--return-tokens-as-token-ids", is_flag=True, help="log-probabilities call tokens token_id:17, unless asked not to"
+)
+@click.option(
     "--max-request-bytes", default="32MiB", show_default=True, metavar="BYTES", help="size of a request's body, at most"
 )
-@click.option("--disable-docs", is_flag=True, help="no /docs, /redoc and /openapi.json")
+@click.option(
+    "--stored-responses",
+    default=10_000,
+    show_default=True,
+    type=click.IntRange(0),
+    help="that /v1/responses keeps in memory, for previous_response_id; 0: none",
+)
+@click.option(
+    "--stored-response-bytes", default="256MiB", show_default=True, metavar="BYTES", help="of all of them, at most"
+)
+@click.option(
+    "--stored-response-seconds",
+    default=3600.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="that one is kept since it was used last",
+)
+@click.option(
+    "--disable-docs", "--disable-fastapi-docs", "disable_docs", is_flag=True, help="no /docs, /redoc and /openapi.json"
+)
 @click.option("--root-path", default="", metavar="PATH", help="where a proxy has put the server")
 @click.option("--allowed-origins", multiple=True, metavar="ORIGIN", help="web pages that may call the server; *: all")
 @click.option("--ssl-keyfile", metavar="FILE", help="key of the certificate, for https")
@@ -48,14 +82,14 @@ _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
     "--api-server-count",
     default=1,
     show_default=True,
-    type=click.IntRange(1, 256),
+    type=IntRange(1, 256),
     help="processes that answer requests, before the same replicas",
 )
 @click.option(
     "--shutdown-timeout",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=FloatRange(0),
     help="seconds that running requests have to end after SIGTERM",
 )
 @click.option(
@@ -75,6 +109,7 @@ def serve(
     chat_template: str | None,
     tool_call_parser: str | None,
     max_request_bytes: str,
+    stored_response_bytes: str,
     root_path: str,
     allowed_origins: tuple[str, ...],
     ssl_keyfile: str | None,
@@ -83,6 +118,9 @@ def serve(
     trust_request_chat_template: bool,
     enable_auto_tool_choice: bool,
     max_logprobs: int,
+    return_tokens_as_token_ids: bool,
+    stored_responses: int,
+    stored_response_seconds: float,
     disable_docs: bool,
     api_server_count: int,
     shutdown_timeout: float,
@@ -107,10 +145,14 @@ def serve(
         trust_request_chat_template=trust_request_chat_template,
         tool_call_parser=tool_call_parser,
         max_logprobs=max_logprobs,
+        return_tokens_as_token_ids=return_tokens_as_token_ids,
         max_request_bytes=parse_bytes(max_request_bytes, "--max-request-bytes"),
+        stored_responses=stored_responses,
+        stored_response_bytes=parse_bytes(stored_response_bytes, "--stored-response-bytes"),
+        stored_response_seconds=stored_response_seconds,
         disable_docs=disable_docs,
         root_path=root_path,
-        allowed_origins=allowed_origins,
+        allowed_origins=_origins(allowed_origins),
     )
     listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
     opened = open_model(model, engine_values(flags), own_process=True, online=True)
@@ -119,6 +161,20 @@ def serve(
 
         return headless.run(opened)
     return run(opened, settings, listening, api_server_count=api_server_count, shutdown_timeout=shutdown_timeout)
+
+
+def _origins(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Each may be a JSON list of origins, as vLLM has them."""
+    found: list[str] = []
+    for each in given:
+        try:
+            listed = json.loads(each) if each.startswith("[") else [each]
+        except (ValueError, RecursionError):
+            listed = None
+        if not isinstance(listed, list) or not all(isinstance(origin, str) for origin in listed):
+            raise ConfigError(f"--allowed-origins takes an origin or a JSON list of them, got {shown(each)}")
+        found += listed
+    return tuple(found)
 
 
 def _template(given: str | None) -> str | None:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from shoal.addresses import shown
 from shoal.errors import ConfigError, EngineError, Unavailable, UserError
 
 _SHOWN = 300  # characters of what a server says about an error
@@ -21,12 +22,12 @@ class NotFound(UserError):
 
 def base_url(url: str) -> str:
     """`host:port`, with or without scheme, and with or without the `/v1` that clients of OpenAI's interface want ->
-    `http://host:port`.
+    `http://host:port`. An IPv6 address stands in brackets, unless it stands alone.
 
     Raises:
         ConfigError: this is no address of a server.
     """
-    full = url if "://" in url else f"http://{url}"
+    full = url if "://" in url else f"http://{shown(url)}"
     try:
         parts = urlsplit(full)
         usable = parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port > 0)

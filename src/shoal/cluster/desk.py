@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from shoal import wire
 from shoal.cluster.fleet import Fleet
 from shoal.errors import ClosedError, ConfigError, EngineError, ShoalError, UserError
+from shoal.forks import Owner
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 
@@ -91,11 +92,12 @@ class _Client:
 
 
 class Desk:
-    """Takes over a fleet. `verbs` are what clients may ask for beside `status`, `started`, `scale` and `drain`; those
-    run on the desk's thread and must be quick."""
+    """Takes over a fleet. `verbs` are what clients may ask for beside `status`, `started`, `scale`, `drain` and
+    `operate`; those run on the desk's thread and must be quick. What `operate` begins is answered when it has ended."""
 
     def __init__(self, fleet: Fleet, verbs: Mapping[str, Verb] | None = None) -> None:
         self._fleet = fleet
+        self._owner = Owner("AsyncLLM")
         self._verbs: dict[str, Verb] = {
             "status": lambda _: wire.encode(fleet.status()),
             "started": lambda _: b"yes" if fleet.started else b"",
@@ -136,8 +138,9 @@ class Desk:
         """Has the desk's thread do it.
 
         Raises:
-            ClosedError: it has ended.
+            ClosedError: it has ended, or is a thread of the process from which this one was forked.
         """
+        self._owner.check()
         with self._lock:
             if self._ended or self._closing:
                 raise ClosedError(self._failure or _CLOSED)
@@ -150,7 +153,9 @@ class Desk:
         return self._failure
 
     def close(self) -> None:
-        """Ends the fleet. Idempotent."""
+        """Ends the fleet; in a forked child it does nothing. Idempotent."""
+        if not self._owner.is_here:
+            return
         self._closing = True
         self._fleet.wake()
         self._thread.join(_JOIN_S)
@@ -211,6 +216,8 @@ class Desk:
             case wire.Abort():
                 seqs = [_shared(client.number, seq) for seq in message.seqs]
                 self._fleet.abort(seqs, stopped=message.stopped)
+            case wire.Ask() if message.verb == "operate" and not self._ended:
+                self._operate(client, message)
             case wire.Ask():
                 client.say(self._answer(message))
             case _:
@@ -249,6 +256,20 @@ class Desk:
         except Exception as error:
             log.exception("%s could not be answered", ask.verb)
             return wire.Told(ask.id, error=f"{ask.verb} could not be answered: {type(error).__name__}: {error}")
+
+    def _operate(self, client: _Client, ask: wire.Ask) -> None:
+        def done(outcome: bytes | ShoalError) -> None:
+            if isinstance(outcome, ShoalError):
+                client.say(wire.Told(ask.id, error=str(outcome), user_error=isinstance(outcome, UserError)))
+            else:
+                client.say(wire.Told(ask.id, outcome))
+
+        wanted = wire.operation.decode(ask.payload)
+        log.info("%s is asked for (%s)", wanted.verb, wanted)
+        try:
+            self._fleet.operate(wanted, done)
+        except ShoalError as error:
+            done(error)
 
     def _scale(self, payload: bytes) -> bytes:
         if not payload.isdigit():

@@ -1,17 +1,19 @@
 """All replicas behind one address: requests wait for them, go to them, and survive them."""
 
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shoal import wire
+from shoal.activity import State
 from shoal.cluster.limits import Limits
 from shoal.cluster.lives import Arrival, Lives
+from shoal.cluster.operations import Done
 from shoal.cluster.replicas import Member, ReplicaSet
 from shoal.cluster.router import Room
 from shoal.cluster.timers import Timers
-from shoal.errors import EngineError, RequestError, ShoalError, overflow
+from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, overflow
 from shoal.protocols import Recorder
 from shoal.transport.channel import wait
 from shoal.transport.waker import Waker
@@ -43,7 +45,7 @@ class Fleet:
         limits: Limits,
         local: Sequence[int],
         awaited: Sequence[int] = (),
-        elsewhere: Container[int] = (),
+        elsewhere: Sequence[int] = (),
         together: bool = False,
         recorder: Recorder | None = None,
         on_close: Callable[[], object] = lambda: None,
@@ -53,6 +55,7 @@ class Fleet:
         generation, a new one whenever they are started anew. `room` says how much one can use. The numbers `elsewhere`
         are taken by replicas that are no part of this fleet."""
         self._about = about
+        self._needed_elsewhere = together and len(elsewhere) > 0
         self._limits = limits
         self._clock = clock
         self._began = clock()
@@ -126,6 +129,8 @@ class Fleet:
             return self._lives.failure, wire.Refusal.LOST
         if not self._accepting:
             return "the server is about to end and takes no new requests", wire.Refusal.CLOSING
+        if self._set.activity.state is State.ASLEEP:
+            return "the model is asleep, and takes requests when it was woken up (POST /wake_up)", wire.Refusal.ASLEEP
         return self._lives.objection(request.replica) if request.replica >= 0 else None
 
     def _bound(self, length: int) -> None:
@@ -228,7 +233,24 @@ class Fleet:
             uptime_s=self._clock() - self._began,
             failure=self._lives.failure,
             max_model_len=self._length or 0,
+            activity=self._set.activity.state.value,
+            sleep_level=self._set.activity.level,
+            missing=self._set.activity.missing,
         )
+
+    def operate(self, wanted: wire.Operation, done: Done) -> None:
+        """Pauses all replicas, lets them go on, sends them to sleep, wakes them up, or empties their prefix caches.
+        `done` is told how it ended, from `updates`; replicas that come up meanwhile do the same.
+
+        Raises:
+            ConfigError: ranks of replicas that this fleet does not have compute with these.
+        """
+        if wanted.verb == "sleep" and wanted.level and self._needed_elsewhere:
+            raise ConfigError(
+                "replicas at other addresses compute together with these (--enable-expert-parallel), and can't while "
+                "they are asleep: pause them, or serve all behind one address"
+            )
+        self._set.operate(wanted, done)
 
     def drain(self) -> None:
         """Takes nothing new."""

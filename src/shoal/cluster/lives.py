@@ -229,7 +229,7 @@ class Lives:
         for slot in list(self._slots.values()):
             if slot.state is not State.READY or slot.member is None:
                 continue
-            held = self._set.held(slot.number)
+            held = self._set.held(slot.number) if self._set.activity.runs else 0  # else it has nothing to say
             quiet = slot.listen(slot.member, held=held, passed=passed)
             if quiet > self._limits.answer_timeout:
                 silent = f"{slot.member.name} has {held} requests and has said nothing for {quiet:.0f} s"
@@ -295,7 +295,7 @@ class Lives:
         log.info("replica %d is ready after %.2f s: %d KV blocks", slot.number, now - slot.since, stats.num_blocks)
         slot.admit(member)
         slot.enter(State.READY, now)
-        self._set.admit(slot.number, member, self._room(stats))
+        self._set.admit(slot.number, member, self._room(stats), stats.activity)
 
     # --- a life begins and ends ------------------------------------------------------------------------------------
 
@@ -372,6 +372,8 @@ class Lives:
     def _fail(self, slot: Slot, error: ShoalError) -> None:
         """A replica is not started again. With none left that can come back, nothing can be served any more."""
         why = slot.restarts.why_not if self._has_worked(slot) else "it has never been ready"
+        if isinstance(error, UserError):
+            why = "that does not mend itself"
         log.error("%s; replica %d is not started again: %s", error, slot.number, why)
         slot.enter(State.FAILED, self._clock())
         self._refuse_pinned(slot, f"replica {slot.number}, the only one that may run it, is not started again: {error}")

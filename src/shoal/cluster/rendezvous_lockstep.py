@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 
-from shoal import wire
-from shoal.errors import EngineError
-from shoal.transport.member import Address, Member
+from shoal import addresses, wire
+from shoal.addresses import Address
+from shoal.errors import ConfigError, EngineError
+from shoal.transport.member import Member
 
 _ROOM = "replicas"
 _LAUNCHED = "launched"
+_ADDRESS = "address"
 
 
 class RendezvousLockstep:
@@ -21,6 +23,7 @@ class RendezvousLockstep:
         Raises:
             ConfigError: not all have come within `timeout` seconds, or one differs in what all must have alike.
             EngineError: where they meet has gone; or this replica was there before, and not all are back in time.
+            ConfigError: their ranks could not reach each other at the addresses that they have here.
         """
         self._member = Member(
             Address.parse(place.rendezvous),
@@ -33,11 +36,50 @@ class RendezvousLockstep:
             returning=place.returning,
         )
         self._launched = 0
+        try:
+            self._compare_addresses(place, timeout)
+        except BaseException:
+            self._member.close()
+            raise
+
+    def _compare_addresses(self, place: wire.Place, timeout: float) -> None:
+        """Ranks will tell each other the address by which their host came here."""
+        self._member.post(_ADDRESS, self.host_address.encode())
+        told = {rank: self._member.await_post(_ADDRESS, rank, timeout=timeout).decode() for rank in self._others}
+        told[place.rank] = self.host_address
+        of_loopback = [rank for rank, each in told.items() if addresses.is_local(each)]
+        if of_loopback and len(of_loopback) < len(told):
+            first = min(of_loopback)
+            raise ConfigError(
+                f"replica {first} has come to the rendezvous by {told[first]}, a loopback address at which others, on "
+                "other hosts, can't reach its ranks: give all of them one address of the first host that others reach, "
+                "the first host too"
+            )
+        scoped = [rank for rank, each in told.items() if "%" in each]
+        if scoped:
+            raise ConfigError(
+                f"replica {scoped[0]} has come to the rendezvous by {told[scoped[0]]}, a link-local address, whose end "
+                "behind the % means nothing on other hosts: give all of them an address without one"
+            )
+        if len({":" in each for each in told.values()}) > 1:
+            shown = ", ".join(f"replica {rank}: {each}" for rank, each in sorted(told.items()))
+            raise ConfigError(
+                f"some replicas have come to the rendezvous by IPv4 and some by IPv6 ({shown}), and their ranks could "
+                "not reach each other: give all of them the same address instead of a name"
+            )
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._member.size) if rank != self._member.rank]
 
     @property
     def host_address(self) -> str:
         """Of this host, as the other replicas reach it."""
         return self._member.host_address
+
+    @property
+    def rank(self) -> int:
+        return self._member.rank
 
     @property
     def formation(self) -> int:

@@ -1,11 +1,13 @@
 """An engine that runs by itself, in a process or on a thread, as an EngineClient."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 from shoal import wire
+from shoal.activity import Activity
 from shoal.cluster.engine_thread import ThreadHost
 from shoal.errors import ClosedError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
@@ -57,6 +59,8 @@ class Replica:
         self._answer_timeout = answer_timeout
         self._updates: list[wire.SeqUpdate] = []
         self._stats: list[wire.EngineStats] = []
+        self._answers: list[wire.Told] = []
+        self._questions = itertools.count()
         self.snapshot: wire.EngineStats | None = None  # what it said of itself last, unasked
         self._failure: EngineError | None = None
         self._told = True  # has somebody been told of the failure?
@@ -125,6 +129,39 @@ class Replica:
         """
         self._send(wire.encode(wire.StatsQuery()))
         return self._await_stats("stats", self._answer_timeout if timeout is None else timeout)
+
+    def tell(self, message: wire.Become | wire.ResetCache) -> None:
+        """`answers` has what it says to that, in its time."""
+        self._send(wire.encode(message))
+
+    def answers(self) -> list[wire.Told]:
+        """Those that came with the last `updates`."""
+        answers, self._answers = self._answers, []
+        return answers
+
+    def become(self, activity: Activity) -> None:
+        """As of an EngineClient."""
+        self._ask(wire.Become(next(self._questions), activity))
+
+    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+        """As of an EngineClient."""
+        return wire.cache_reset.decode(self._ask(wire.ResetCache(next(self._questions), running)))
+
+    def _ask(self, message: wire.Become | wire.ResetCache) -> bytes:
+        """Waits as long as it takes: the engine has a deadline for its ranks.
+
+        Raises:
+            UserError: it can't do that.
+            EngineError: it has failed.
+        """
+        self._send(wire.encode(message))
+        while not self._answers:
+            self._check_open()
+            self._receive(_SLICE_S)
+        answer = self._answers.pop()
+        if answer.error:
+            raise UserError(answer.error) if answer.user_error else EngineError(answer.error)
+        return answer.payload
 
     def close(self) -> None:
         close_all([self])
@@ -210,6 +247,8 @@ class Replica:
                     self._stats.append(message)
                 case wire.Snapshot():
                     self.snapshot = message.stats
+                case wire.Told():
+                    self._answers.append(message)
                 case wire.EngineFailure():
                     self._fail(self._signature + message.error, reported=True, user_error=message.user_error)
 

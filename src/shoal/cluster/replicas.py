@@ -3,16 +3,18 @@
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shoal import wire
+from shoal.activity import AWAKE, KV_CACHE, Activity
+from shoal.cluster.operations import Done, Message, Operations
 from shoal.cluster.replica import close_all
 from shoal.cluster.router import Room, Router
 from shoal.cluster.stats import merged
-from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError
+from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError, ShoalError
 from shoal.observe.logging import get_logger
 from shoal.protocols import EngineClient, Recorder
 from shoal.transport.channel import Channel, wait
@@ -41,6 +43,11 @@ class Member(EngineClient, Protocol):
     def ready(self, timeout: float) -> wire.EngineStats | None: ...
 
     def stats(self, timeout: float | None = None) -> wire.EngineStats: ...
+
+    def tell(self, message: Message) -> None: ...
+
+    def answers(self) -> list[wire.Told]:
+        """To what it was told; those that came with the last `updates`."""
 
     @property
     def has_ended(self) -> bool: ...
@@ -129,6 +136,7 @@ class ReplicaSet:
         `admit`: requests wait for that, and nothing ends but by `give_up`."""
         self._live = dict(replicas)
         self._router = Router(rooms)
+        self._operations = Operations(self)
         self._together = together
         self._on_close = on_close
         self._on_loss = on_loss
@@ -153,6 +161,11 @@ class ReplicaSet:
     @property
     def num_unfinished(self) -> int:
         return len(self._flights)
+
+    @property
+    def num_held(self) -> int:
+        """Requests that replicas have."""
+        return len(self._flights) - self._num_waiting
 
     @property
     def num_waiting(self) -> int:
@@ -186,19 +199,74 @@ class ReplicaSet:
         """A replica is being started: what its number has drawn before, another one has."""
         self._drawn.pop(number, None)
 
-    def admit(self, number: int, replica: Member, room: Room) -> None:
-        """A replica that is ready joins the others, or is back."""
+    def admit(self, number: int, replica: Member, room: Room, activity: Activity = AWAKE) -> None:
+        """A replica that is ready joins the others, or is back. `activity` is what it is at; it becomes what they are
+        before it is given anything."""
         self._live[number] = replica
         self._router.admit(number, room)
         self._causes.pop(number, None)
+        self._operations.admitted(number, activity)
 
     def retire(self, number: int) -> Member:
         """Takes a replica out. What it has goes on at the others, as if it had failed; it is given back, still
         running."""
         replica = self._live.pop(number)
         self._router.remove(number)
+        self._operations.lost(number)
         self._move_on(number, None)
         return replica
+
+    # --- pauses, sleep and caches --------------------------------------------------------------------------------
+
+    @property
+    def activity(self) -> Activity:
+        """What all replicas are at. While they do not run, none is given a request."""
+        return self._operations.activity
+
+    def operate(self, wanted: wire.Operation, done: Done) -> None:
+        """Begins an operation, which goes on with `updates`; `done` is told how it ended."""
+        self._operations.begin(wanted, done)
+
+    def become(self, activity: Activity) -> None:
+        """As of an EngineClient."""
+        self._await(lambda done: self._operations.become(activity, done))
+
+    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+        """As of an EngineClient."""
+        told = self._await(lambda done: self._operations.reset(running=running, done=done))
+        return wire.cache_reset.decode(told)
+
+    def _await(self, begin: Callable[[Done], None]) -> bytes:
+        """Drives the replicas until an operation has ended; their updates are kept."""
+        self._check_open()
+        outcome: list[bytes | ShoalError] = []
+        begin(outcome.append)
+        while not outcome:
+            self._turn(_SLICE_S)
+            if self._failure is not None:
+                self._check_open()
+        if isinstance(outcome[0], ShoalError):
+            raise outcome[0]
+        return outcome[0]
+
+    def members(self) -> Collection[int]:
+        return self._live.keys()
+
+    def tell(self, number: int, message: Message) -> None:
+        """Hands a step of an operation to a replica, and forgets what was known of its prefix cache."""
+        if number not in self._live:  # it was lost with another one
+            return
+        if isinstance(message, wire.ResetCache) or KV_CACHE in message.activity.missing:
+            self._router.forget_prefixes(number)
+        try:
+            self._live[number].tell(message)
+        except EngineError as error:
+            self._lose(number, error)
+
+    def abort_all(self) -> None:
+        self.abort(list(self._flights))
+
+    # --- requests ------------------------------------------------------------------------------------------------
 
     def refuse(self, seq: int, error: str, refusal: wire.Refusal) -> None:
         """Ends a request, wherever it is."""
@@ -291,16 +359,21 @@ class ReplicaSet:
                 self._lose(number, error)
 
     def updates(self, timeout: float) -> list[wire.SeqUpdate]:
-        self._deal()
-        if not self._closed and self._failure is None:
-            self._wait_for(list(self._live.values()), 0.0 if self._updates else timeout)
-            for number in list(self._live):
-                self._collect(number)
-            self._deal()
+        self._turn(0.0 if self._updates else timeout)
         if not self._updates:
             self._check_open()
         updates, self._updates = self._updates, []
         return updates
+
+    def _turn(self, timeout: float) -> None:
+        self._deal()
+        if self._closed or self._failure is not None:
+            return
+        self._wait_for(list(self._live.values()), 0.0 if self._updates else timeout)
+        for number in list(self._live):
+            self._collect(number)
+        self._operations.tick()
+        self._deal()
 
     def stats(self) -> wire.EngineStats:
         """Of the replicas that are left, and what waits here."""
@@ -333,7 +406,7 @@ class ReplicaSet:
                 replica.stats(_SETTLE_S)
 
     def _deal(self) -> None:
-        while (found := self._router.next()) is not None:
+        while self.activity.runs and (found := self._router.next()) is not None:
             request, number = found
             self._flights[request.seq].replica = number
             self._num_waiting -= 1
@@ -357,6 +430,8 @@ class ReplicaSet:
         except EngineError as error:
             self._lose(number, error)
             return
+        for told in self._live[number].answers():
+            self._operations.told(number, told)
         for update in updates:
             flight = self._flights.get(update.seq)
             if flight is not None and flight.replica == number:
@@ -398,6 +473,7 @@ class ReplicaSet:
             return
         replica.abandon()
         self._router.remove(number)
+        self._operations.lost(number)
         self._causes[number] = str(error)
         if self._on_loss is None and (self._together or not self._live):
             self._fail(replica)

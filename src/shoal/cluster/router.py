@@ -203,6 +203,10 @@ class Router:
         self._called.discard(number)
         heapq.heappush(self._free, replica.slot)
 
+    def forget_prefixes(self, number: int) -> None:
+        """A replica's prefix cache is empty. What it computes is known again as it is given requests."""
+        self._prefixes.forget(self._replicas[number].slot)
+
     @property
     def waiting(self) -> int:
         """Requests that wait here."""

@@ -34,6 +34,7 @@ def merged(replicas: Sequence[wire.EngineStats]) -> wire.EngineStats:
         ranks=tuple(wire.replace(rank, rank=number) for number, rank in enumerate(ranks)),
         replicas=tuple(replicas),
         iteration_tokens=_added([replica.iteration_tokens for replica in replicas]),
+        accepted_by_position=_added([replica.accepted_by_position for replica in replicas]),
     )
 
 
@@ -43,6 +44,7 @@ def carried(past: wire.EngineStats, now: wire.EngineStats) -> wire.EngineStats:
         now,
         **{name: getattr(past, name) + getattr(now, name) for name in _COUNTERS},
         iteration_tokens=_added([past.iteration_tokens, now.iteration_tokens]),
+        accepted_by_position=_added([past.accepted_by_position, now.accepted_by_position]),
         busy_before=past.busy_before,
     )
 

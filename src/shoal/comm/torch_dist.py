@@ -25,6 +25,12 @@ _ASK_S = 1.0  # ... how often it has the store asked whether another rank has ca
 _ANSWER_S = 1.0  # how long a store is waited for: one that is slow or has gone must not hold up what it is asked about
 
 
+def file_store(fd: int, size: int) -> Any:
+    """A store of `size` ranks in a file that all of them have inherited, under the number `fd`. The file may have no
+    name; its owner's entry in /proc is not needed, which nobody else may open if the owner has changed its user id."""
+    return c10d.FileStore(f"/proc/self/fd/{fd}", size)
+
+
 class TorchComm:
     """A group over a store that all its ranks share. `prefix` keeps groups over one store apart."""
 

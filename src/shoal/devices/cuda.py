@@ -46,6 +46,7 @@ def discover(num_devices: int | None = None) -> Hardware | None:
         host_memory_available=host.host_memory_available,
         device_memory=min(memories) if len(memories) == len(gpus) else None,
         devices_shareable=False,
+        limits=host.limits,
         visible=() if variable is None else tuple(gpu.name for gpu in gpus),
     )
 

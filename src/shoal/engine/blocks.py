@@ -98,6 +98,15 @@ class BlockPool:
             else:
                 self._identity[blocks[i]] = self._identity[owner]
 
+    def forget_all(self) -> int:
+        """Makes no block findable any more, those that are held included, and gives how many were. What goes on from a
+        held one is not found either: it is looked up by way of what was forgotten."""
+        count = len(self._cached)
+        for block in self._cached.values():
+            self._keys[block] = None
+        self._cached.clear()
+        return count
+
     def audit(self, held: Iterable[Sequence[int]]) -> None:
         """Holds the books against the sequences' own lists.
 

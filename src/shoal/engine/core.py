@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shoal import wire
+from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
 from shoal.engine.speculation import Guesser
-from shoal.errors import ClosedError, EngineError
+from shoal.errors import CheckpointError, ClosedError, EngineError
 from shoal.protocols import Executor, Grammars, Lockstep, Policy
 
 _STATS_TIMEOUT_S = 30.0
 _AUDIT_EVERY_S = 5.0
+_REST_SLICE_S = 0.5
 _DROP_SLICE_S = 0.5
 _WORD = 4  # bytes of a mask's word
 _GRAMMAR_SLICE_S = 0.01  # new requests are not seen while verdicts are waited for
@@ -44,9 +46,11 @@ class EngineCore:
         grammars: Grammars | None = None,
         make_guesser: Callable[[], Guesser | None] = lambda: None,
         lockstep: Lockstep | None = None,
+        memory_timeout: float = 600.0,
     ) -> None:
         """`incarnation` marks this engine's messages: what answers another one's is dropped. Without `grammars`
-        requests that bring one are refused. With `lockstep` as many steps are launched as by the other replicas."""
+        requests that bring one are refused. With `lockstep` as many steps are launched as by the other replicas.
+        `memory_timeout`: seconds in which ranks give memory back, or take it again."""
         self._executor = executor
         self._limits = limits
         self._pool = BlockPool(executor.num_blocks, block_size)
@@ -64,6 +68,8 @@ class EngineCore:
             grammars=grammars,
         )
         self._lockstep = lockstep
+        self._activity = AWAKE
+        self._memory_timeout = memory_timeout
         self._clock = clock
         self._next_audit = float("-inf")
         self._max_in_flight = max_in_flight
@@ -96,6 +102,16 @@ class EngineCore:
 
     def updates(self, timeout: float) -> list[wire.SeqUpdate]:
         self._check_open()
+        self._turn(timeout)
+        self._audit_when_idle()
+        return self._scheduler.take_updates()
+
+    def _turn(self, timeout: float) -> None:
+        """Launches what there is to do, and takes in what comes of it within `timeout` seconds.
+
+        Raises:
+            EngineError: the engine has failed.
+        """
         try:
             self._judge(0)
             self._launch()
@@ -113,8 +129,6 @@ class EngineCore:
         except Exception as error:  # a plan may have left half-way: nobody knows what the ranks wait for
             self._failure = EngineError(f"{type(error).__name__}: {error}")
             raise self._failure from error
-        self._audit_when_idle()
-        return self._scheduler.take_updates()
 
     def _audit_when_idle(self) -> None:
         """Every block is looked at, which takes milliseconds in a large cache: now and then will do."""
@@ -125,8 +139,10 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         """Is there anything that `updates` would work on or hand out?"""
+        scheduler = self._scheduler
+        at_work = not scheduler.idle if self._activity.runs else scheduler.num_in_flight > 0
         try:
-            return not self._scheduler.idle or self._scheduler.has_updates or self._behind
+            return at_work or scheduler.has_updates or self._behind
         except EngineError:  # `updates` raises it too
             return True
 
@@ -147,7 +163,7 @@ class EngineCore:
         behind = self._behind  # asked even where no plan may leave: another replica may have failed
         while self._scheduler.num_in_flight < self._max_in_flight:
             begun = time.perf_counter_ns()
-            plan = self._scheduler.schedule(must=behind)
+            plan = self._scheduler.schedule(must=behind, rest=not self._activity.runs)
             if plan is not None:
                 self._executor.launch(plan)
                 self._count(plan)
@@ -189,6 +205,58 @@ class EngineCore:
         self._steps += 1
         self._step_total_us += result.times.total_us
         self._step_forward_us += result.times.forward_us
+
+    # --- pauses and sleep ----------------------------------------------------------------------------------------
+
+    @property
+    def activity(self) -> Activity:
+        return self._activity
+
+    def become(self, activity: Activity) -> None:
+        """Pauses, goes on, gives memory back or takes it again: whatever leads from what it is at to `activity`. When
+        this returns nothing is in flight, unless it runs. Requests keep what they have; those whose KV blocks are given
+        back compute them again.
+
+        Raises:
+            CheckpointError: the weights can't be read again; it is as before.
+            EngineError: it has failed.
+        """
+        self._check_open()
+        before = self._activity
+        if not activity.runs:
+            self._activity = before.pause()
+            self._rest()
+        if lost := [part for part in activity.missing if part not in before.missing]:
+            if KV_CACHE in lost:
+                self._scheduler.forget_cache()
+            self._call_ranks("sleep", lost)
+        if back := [part for part in before.missing if part not in activity.missing]:
+            self._take_back(back)
+        self._activity = activity
+
+    def _rest(self) -> None:
+        """Ends the steps in flight, and takes part in those that other replicas have launched."""
+        while self._scheduler.num_in_flight:
+            self._turn(_REST_SLICE_S)
+
+    def _take_back(self, parts: Sequence[str]) -> None:
+        refusals = self._call_ranks("wake_up", parts)
+        if any(refusals):
+            self._call_ranks("sleep", parts)
+            raise CheckpointError("; ".join(dict.fromkeys(why for why in refusals if why)))
+
+    def _call_ranks(self, verb: str, parts: Sequence[str]) -> list[str]:
+        try:
+            answers = self._executor.call(verb, ",".join(parts).encode(), timeout=self._memory_timeout)
+        except EngineError as error:
+            self._failure = error
+            raise
+        return [answer.decode() for answer in answers]
+
+    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+        """No block is found by its prefix any more. `running`: requests that run compute theirs again, too."""
+        self._check_open()
+        return self._scheduler.reset_cache(running=running)
 
     def stats(self) -> wire.EngineStats:
         """Asks the ranks too, once the steps launched so far have ended."""
@@ -238,6 +306,8 @@ class EngineCore:
             iteration_tokens=tuple(self._iteration_tokens),
             step_tokens=self._step_tokens,
             drafts=counters.drafts,
+            accepted_by_position=tuple(counters.accepted_by_position),
+            activity=self._activity,
         )
 
     def close(self) -> None:

@@ -45,6 +45,7 @@ class Request:
     prompt_reported: int = 0  # prompt tokens whose log-probabilities are known
     added: float = 0.0  # by the engine's clock
     waited_s: float = 0.0  # until its first step, while nobody has been told
+    preemptions: int = 0  # how often it gave its blocks back
     turn: int = 0  # the first step in which nobody would wait for its last token
 
     @property

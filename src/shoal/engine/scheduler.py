@@ -64,6 +64,7 @@ class Counters:
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_by_position: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -195,19 +196,19 @@ class Scheduler:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def schedule(self, *, must: bool = False) -> wire.StepPlan | None:
+    def schedule(self, *, must: bool = False, rest: bool = False) -> wire.StepPlan | None:
         """The next plan, None if there is nothing to do before more results are in; a plan without work then, if
-        there `must` be one."""
+        there `must` be one. `rest`: there is to be no work."""
         self._expire()
         self._foresee_verdicts()
         draft = _Draft(self._limits.max_num_batched_tokens, self._spread.share(self._backlog))
-        preempted = self._continue_running(draft, self._in_turn())
-        if not preempted:
-            self._admit_waiting(draft)
-        if not draft.work:
-            self._continue_running(draft, self._out_of_turn())
-        if not draft.work and not must and (self._flights or not self._released):
-            return None
+        if rest:
+            if not must:
+                return None
+        else:
+            self._fill(draft)
+            if not draft.work and not must and (self._flights or not self._released):
+                return None
         plan = wire.StepPlan(
             incarnation=self._incarnation,
             step=self._next_step,
@@ -221,6 +222,13 @@ class Scheduler:
         self._released.clear()
         self._next_step += 1
         return plan
+
+    def _fill(self, draft: _Draft) -> None:
+        preempted = self._continue_running(draft, self._in_turn())
+        if not preempted:
+            self._admit_waiting(draft)
+        if not draft.work:
+            self._continue_running(draft, self._out_of_turn())
 
     def _backlog(self) -> int:
         """Tokens of prompts that could be computed now: of running requests, and of waiting ones as far as there are
@@ -400,10 +408,33 @@ class Scheduler:
             request.in_flight -= 1
             request.guessed = 0
         self.counters.preemptions += 1
+        request.preemptions += 1
         self._drop(request)
         request.computed = 0
         request.state = State.DRAINING
         self._resume_if_drained(request)
+
+    def reset_cache(self, *, running: bool) -> wire.CacheReset:
+        """Forgets what the prefix cache could find. `running`: requests that run give their blocks back, and compute
+        their tokens again."""
+        if running:
+            self._preempt_all()
+        return wire.CacheReset(self._pool.forget_all(), self._pool.num_blocks - self._pool.num_free)
+
+    def forget_cache(self) -> None:
+        """The KV cache is gone, and with it all that ranks know of sequences. No step may be in flight.
+
+        Raises:
+            EngineError: one is.
+        """
+        if self._flights:
+            raise EngineError(f"the KV cache can't be given up: {len(self._flights)} steps are in flight")
+        self.reset_cache(running=True)
+        self._released.clear()
+
+    def _preempt_all(self) -> None:
+        for request in list(self._running):
+            self._preempt(request, _Draft(0, 0))
 
     def _resume_if_drained(self, request: Request) -> None:
         judged = request.constraint is None or request.constraint.verdict is not None
@@ -564,6 +595,10 @@ class Scheduler:
         self.counters.drafts += request.guessed > 0
         self.counters.draft_tokens += request.guessed
         self.counters.accepted_tokens += right
+        by_position = self.counters.accepted_by_position
+        by_position += [0] * (right - len(by_position))
+        for position in range(right):
+            by_position[position] += 1
         if request.state is State.RUNNING:
             request.computed -= request.guessed - right
         request.guessed = 0
@@ -652,6 +687,7 @@ class Scheduler:
                 prompt_logprobs,
                 wire.Refusal.INVALID if error else wire.Refusal.NONE,
                 self._waited(request),
+                request.preemptions,
             )
         )
 

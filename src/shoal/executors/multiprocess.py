@@ -35,13 +35,9 @@ class ProcessLinks:
 
     def _start(self, setups: Sequence[wire.RankSetup]) -> None:
         for setup in setups:
-            arguments = ["--rank", str(setup.rank), "--size", str(self.world_size), "--store", self._store_path]
+            arguments = ["--rank", str(setup.rank), "--size", str(self.world_size), "--store", str(self._store)]
             environment = cpu.pinning(setup.cores) if setup.cores else {}
-            self._children.append(ChildProcess("shoal.worker", arguments, environment))
-
-    @property
-    def _store_path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._store}"
+            self._children.append(ChildProcess("shoal.worker", arguments, environment, [self._store]))
 
     def send(self, message: wire.ToRank, rank: int | None = None) -> None:
         frame = wire.encode(message)

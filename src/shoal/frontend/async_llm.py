@@ -14,9 +14,11 @@ from shoal.cluster.desk import Answer as Message
 from shoal.cluster.desk import Desk, Line
 from shoal.config import EngineOptions, from_environment
 from shoal.errors import ClosedError, EngineError, Overdue, QueueFull, RequestError, ShoalError, Unavailable
+from shoal.forks import Owner
 from shoal.frontend.deltas import Delta
 from shoal.frontend.fleet import start_fleet
 from shoal.frontend.model import OpenModel, name_of, open_model
+from shoal.frontend.operable import Operable
 from shoal.frontend.outputs import Answer
 from shoal.frontend.prompts import Job
 from shoal.frontend.requests import Requests
@@ -36,13 +38,17 @@ _RETRY_S = {
     wire.Refusal.LATE: 5.0,
     wire.Refusal.CLOSING: 10.0,
     wire.Refusal.LOST: 10.0,
+    wire.Refusal.ASLEEP: 10.0,
 }
 _PRIORITIES = range(-(1 << 63), 1 << 63)  # what a message can carry
 _MOST_REPLICAS = 1 << 31
 
 
-class AsyncLLM:
-    """Takes what `LLM` takes, and the options of `shoal serve`. All calls come from one event loop.
+class AsyncLLM(Operable):
+    """Takes what `LLM` takes, and the options of `shoal serve`. All calls come from one event loop, and from the
+    process that has made it: in a child that was forked they are refused, and its end does nothing to the replicas. (A
+    child that is forked by hand must end by `os._exit`, as those of `multiprocessing` do: asyncio's own loop is shared
+    with it, and would be closed for both.)
 
     Requests may be made at once: they wait for the replicas, which take seconds to start. `await llm.ready()` to know.
 
@@ -63,6 +69,7 @@ class AsyncLLM:
         fleet that somebody else has; without it one is started here."""
         if not isinstance(model, OpenModel):
             model = open_model(name_of(model), {**from_environment(online=True), **options}, online=True)
+        self._owner = Owner("AsyncLLM")
         self._model = model
         self._reader = model.reader()
         seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
@@ -174,6 +181,8 @@ class AsyncLLM:
         """
         if not isinstance(priority, int) or priority not in _PRIORITIES:
             raise RequestError(f"priority must be an integer from -2**63 to 2**63 - 1, got {shown(priority)}")
+        if priority and self.options.scheduler.scheduling_policy == "fcfs":
+            raise RequestError(f"priority must be 0 with --scheduling-policy fcfs, got {priority}: leave it out")
         if replica is not None and not 0 <= replica < _MOST_REPLICAS:
             raise RequestError(f"there is no replica {shown(replica)}: they are numbered from 0")
         self._bind_loop()
@@ -315,17 +324,17 @@ class AsyncLLM:
         """
         return wire.fleet_status.decode(await self.ask("scale", str(replicas).encode()))
 
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+    async def ask(self, verb: str, payload: bytes = b"", *, timeout: float | None = _ANSWER_S) -> bytes:
         """Whoever has the fleet answers.
 
         Raises:
             UserError, EngineError: what it says against it; or nobody is there.
         """
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(timeout):
                 return await asyncio.wrap_future(self._line.ask(verb, payload))
         except TimeoutError:
-            raise EngineError(f"the engine has not answered {verb!r} within {_ANSWER_S:g} s") from None
+            raise EngineError(f"the engine has not answered {verb!r} within {timeout:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing new, and waits up to `timeout` seconds for what runs. True: it has all ended."""
@@ -337,7 +346,9 @@ class AsyncLLM:
         return True
 
     def close(self) -> None:
-        """Ends all replicas that were started here, and all requests. Idempotent."""
+        """Ends all replicas that were started here, and all requests; in a forked child it does nothing. Idempotent."""
+        if not self._owner.is_here:
+            return
         self._closed = True
         self._grammars.close()
         if self._desk is not None:
@@ -363,11 +374,21 @@ class AsyncLLM:
     # --- from the desk's thread to the loop ----------------------------------------------------------------------
 
     def _bind_loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.get_running_loop()
+        self._owner.check()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise EngineError(
+                "an AsyncLLM is used from an event loop, and this thread runs none: send the call to the loop's thread "
+                "with asyncio.run_coroutine_threadsafe"
+            ) from None
         if self._loop is None:
             self._loop = loop
         elif self._loop is not loop:
-            raise EngineError("an AsyncLLM belongs to the event loop that used it first: make one for each loop")
+            raise EngineError(
+                "an AsyncLLM belongs to the event loop that used it first: make one for each loop, or send the call to "
+                "that loop with asyncio.run_coroutine_threadsafe"
+            )
         return loop
 
     def _deliver(self, message: Message) -> None:
@@ -528,7 +549,7 @@ def _error_of(update: wire.SeqUpdate) -> ShoalError:
             return QueueFull(update.error, _RETRY_S[update.refusal])
         case wire.Refusal.LATE:
             return Overdue(update.error, _RETRY_S[update.refusal])
-        case wire.Refusal.CLOSING | wire.Refusal.LOST:
+        case wire.Refusal.CLOSING | wire.Refusal.LOST | wire.Refusal.ASLEEP:
             return Unavailable(update.error, _RETRY_S[update.refusal])
         case _:
             return EngineError(update.error)

@@ -8,6 +8,7 @@ from typing import Any
 from shoal.errors import CheckpointError, RequestError
 from shoal.frontend import jinja
 from shoal.frontend.tokenizer import read_json
+from shoal.git_lfs import refuse_pointer
 from shoal.types import Message, shown
 
 _DEFAULT = "default"
@@ -225,6 +226,8 @@ def _cut(text: str) -> str:
 def _from_files(folder: Path) -> dict[str, str]:
     files = {_DEFAULT: folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    for file in files.values():
+        refuse_pointer(file)
     try:
         return {name: file.read_text("utf-8") for name, file in files.items() if file.exists()}
     except (OSError, ValueError) as error:

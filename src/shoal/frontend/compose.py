@@ -1,5 +1,6 @@
 """Where the parts come together: from options to a running engine."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,9 @@ from shoal.devices import cpu
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler import Limits
 from shoal.engine.speculation import make_guessers
+from shoal.errors import ConfigError
 from shoal.executors.base import Links, RankExecutor
+from shoal.forks import Owner
 from shoal.frontend.generation import GenerationDefaults
 from shoal.frontend.grammar_host import grammar_pool
 from shoal.lazy import load
@@ -40,12 +43,15 @@ def build_engine(
         UserError, EngineError: as the executor says.
     """
     begun = time.monotonic()
+    if decision.backend in _IN_PROCESS:
+        _check_threads_of_torch()
     for reason in decision.reasons:
         log.info("%s", reason)
     for warning in decision.warnings:
         log.warning("%s", warning)
-    setups = _rank_setups(options, decision)
-    if decision.backend == "uni" and decision.hardware.device == "cpu" and own_process and "torch" not in sys.modules:
+    setups = rank_setups(options, decision)
+    may_bind = own_process and "torch" not in sys.modules and bool(setups[0].cores)
+    if decision.backend == "uni" and decision.hardware.device == "cpu" and may_bind:
         env.prefer(cpu.pinning(setups[0].cores))
     size = options.cache.block_size
     asked = options.model_options.max_model_len
@@ -67,7 +73,7 @@ def build_engine(
         stages=len(setups[0].stages),
     )
     _log_ready(executor, size, limits.max_model_len, time.monotonic() - begun)
-    eos = GenerationDefaults.open(decision.folder, sampling=False).eos
+    eos = GenerationDefaults.open(decision.folder, sampling=False, overrides=decision.overrides).eos
     return EngineCore(
         executor,
         limits,
@@ -78,7 +84,26 @@ def build_engine(
         grammars=grammar_pool(decision.folder, eos, decision.spec.vocab_size),
         make_guesser=make_guessers(options.model_options.speculative_config),
         lockstep=lockstep,
+        memory_timeout=options.parallel.start_timeout,
     )
+
+
+_IN_PROCESS = ("uni", "threads")
+_first_in_process: list[Owner] = []  # the process in which ranks ran first
+
+
+def _check_threads_of_torch() -> None:
+    """
+    Raises:
+        ConfigError: ranks have run in the process from which this one was forked.
+    """
+    if not _first_in_process:
+        _first_in_process.append(Owner("rank"))
+    if not _first_in_process[0].is_here:
+        raise ConfigError(
+            "a rank can't run in this process: it was forked from one in which ranks have run, and PyTorch's threads "
+            "have not come along: start it with spawn instead of fork, or use --distributed-executor-backend mp"
+        )
 
 
 def _window(decision: Decision) -> int | None:
@@ -98,7 +123,8 @@ def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seco
     log.info("engine ready in %.2f s (%s)", seconds, phases)
 
 
-def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSetup]:
+def rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSetup]:
+    """What each rank of the replica is told."""
     size, cutting, place = len(decision.ranks), decision.cutting, decision.place
     speculative = options.model_options.speculative_config
     incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
@@ -122,7 +148,7 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             max_model_len=decision.max_model_len,
             max_num_seqs=options.scheduler.max_num_seqs,
             max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
-            cores=cores,
+            cores=() if decision.cores == () else cores,
             threads=len(cores),
             kv_budget=decision.kv_budgets[rank],
             memory_utilization=options.cache.gpu_memory_utilization,
@@ -138,7 +164,11 @@ def _rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSe
             address=place.address,
             meeting=place.meeting,
             draft_model_path=str(decision.draft_folder) if decision.draft_folder is not None else "",
+            overrides=json.dumps(dict(decision.overrides)),
+            draft_overrides=json.dumps(dict(decision.draft_overrides)),
             num_drafts=speculative.num_speculative_tokens if speculative is not None else 0,
+            file_state=decision.file_states[0],
+            draft_file_state=decision.file_states[1],
         )
         for rank, cores in enumerate(rank_cores(decision))
     ]

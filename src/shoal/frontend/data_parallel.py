@@ -6,9 +6,11 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from shoal import env
+from shoal.addresses import Address, refuse_hidden_loopback
 from shoal.errors import ConfigError, EngineError
+from shoal.forks import Owner
 from shoal.observe.logging import get_logger
-from shoal.transport.member import Address, Member
+from shoal.transport.member import Member
 from shoal.transport.rendezvous import Rendezvous
 
 log = get_logger("data parallel")
@@ -41,9 +43,12 @@ class DataParallelRank:
         """
         self.rank = place.rank
         self.size = place.size
+        self._owner = Owner("DataParallelRank")
         self._results_timeout = results_timeout
         self._gathered = 0
         address = Address(place.master_ip, place.master_port)
+        if place.size_local < place.size:
+            refuse_hidden_loopback(place.master_ip, "SHOAL_DP_MASTER_IP")
         self._rendezvous = Rendezvous(address.host, address.port, key=key) if self.rank == 0 else None
         self._total = 0
         try:
@@ -78,8 +83,10 @@ class DataParallelRank:
         called again, by all of them.
 
         Raises:
-            EngineError: a rank has failed, or not all came within the deadline; it says which, and with which prompts.
+            EngineError: a rank has failed, or not all came within the deadline; it says which, and with which prompts;
+                or this process was forked from the rank.
         """
+        self._owner.check()
         payload = json.dumps([[index, value] for index, value in results.items()]).encode()
         self._gathered += 1  # what was posted before stays there
         topic, done = f"results {self._gathered}", f"{_DONE} {self._gathered}"
@@ -99,7 +106,9 @@ class DataParallelRank:
         return f"rank {rank} with {len(indices)} of {self._total} prompts, {_some(indices)}"
 
     def close(self, why: str = "") -> None:
-        """`why`: the failure that the others are told of."""
+        """`why`: the failure that the others are told of. In a forked child it does nothing."""
+        if not self._owner.is_here:
+            return
         self._member.close(why)
         self._close_rendezvous()
 

@@ -8,7 +8,8 @@ from shoal.types import FinishReason, Logprobs
 @dataclass(frozen=True, slots=True)
 class Delta:
     """New parts of one output. `text` is certain: nothing that comes later changes it. In total the texts of an
-    output's deltas are the text that it has without streaming, and so are tokens and log-probabilities.
+    output's deltas are the text that it has without streaming, and so are tokens and log-probabilities. A token's
+    offset may lie behind the texts so far. If its text turns out to belong to a stop text, the output ends before it.
 
     The last one of an output has a `finish_reason`.
     """
@@ -19,3 +20,4 @@ class Delta:
     logprobs: tuple[Logprobs, ...] | None = None  # one a token, where they were asked for
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    text_offsets: tuple[int, ...] | None = None  # with `logprobs`: where each token begins in the output's whole text

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from shoal import env, wire
+from shoal.addresses import Address, host_of, refuse_hidden_loopback
 from shoal.config import EngineOptions, HostOptions
 from shoal.errors import ConfigError
-from shoal.transport.member import Address
 from shoal.transport.rendezvous import require_key
 
 DEFAULT_PORT = 29550
@@ -49,7 +49,9 @@ class Deployment:
                 "--data-parallel-address, an address of the host that "
                 + ("has replica 0" if mode is Mode.PEERS else "serves")
             )
-        address = Address(hosts.data_parallel_address, hosts.data_parallel_rpc_port or DEFAULT_PORT)
+        host = host_of(hosts.data_parallel_address, "--data-parallel-address")
+        refuse_hidden_loopback(host, "--data-parallel-address")
+        address = Address(host, hosts.data_parallel_rpc_port or DEFAULT_PORT)
         key = env.cluster_key()
         require_key(key, address.host)
         return cls(mode, size, local, address, key)

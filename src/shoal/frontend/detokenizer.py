@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from shoal.frontend.token_places import TokenPlaces
 from shoal.frontend.tokenizer import Tokenizer
 
 
@@ -65,13 +66,16 @@ class OutputText:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        places: TokenPlaces | None = None,
     ) -> None:
+        """`places` is told of each token."""
         self.num_tokens = 0  # up to and including the one that completed the stop text
         self.stopped: str | None = None
         self._stream = tokenizer.stream(prompt_tokens, skip_special_tokens=skip_special_tokens)
         self._searches = [_Search(text) for text in stop]
         self._include_stop = include_stop
         self._min_tokens = min_tokens
+        self._places = places
         self._parts: list[str] = []  # what is shown
         self._taken = 0  # parts of it that `take` gave
         self._held = ""  # the end of the text, which may be the beginning of a stop text and is not shown
@@ -82,7 +86,10 @@ class OutputText:
             if self.stopped is not None:
                 break
             self.num_tokens += 1
-            self._add(self._stream.push(token), counts=self.num_tokens > self._min_tokens)
+            new = self._stream.push(token)
+            if self._places is not None:
+                self._places.add(token, new)
+            self._add(new, counts=self.num_tokens > self._min_tokens)
         return self.stopped
 
     def finish(self) -> str | None:

@@ -6,6 +6,7 @@ import signal
 import click
 
 from shoal import wire
+from shoal.addresses import Address
 from shoal.cluster.arrival import PEERS
 from shoal.cluster.lockstep import Joined
 from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
@@ -18,7 +19,7 @@ from shoal.observe import logging
 from shoal.planner.agreement import agreement
 from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel
-from shoal.transport.member import Address, connect
+from shoal.transport.member import connect
 from shoal.transport.process import die_with_parent
 
 
@@ -42,7 +43,7 @@ def join(setup: wire.EngineSetup) -> RendezvousLockstep | None:
     if not place.rendezvous:
         return None
     options = EngineOptions.from_flat(setup.model, setup.options)
-    decision = decide(options, place)
+    decision = decide(options, place, setup.files)
     told = agreement(options, decision)
     timeout = options.parallel.start_timeout
     if shares_experts(decision.cutting):
@@ -66,7 +67,7 @@ def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
     place = setup.place
     if isinstance(lockstep, RendezvousLockstep):
         place = wire.replace(place, address=lockstep.host_address, meeting=lockstep.formation)
-    return build_engine(options, decide(options, place), own_process=True, lockstep=lockstep)
+    return build_engine(options, decide(options, place, setup.files), own_process=True, lockstep=lockstep)
 
 
 if __name__ == "__main__":

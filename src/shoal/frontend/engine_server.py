@@ -132,6 +132,22 @@ def _handle(channel: Channel, engine: EngineCore, message: wire.ToEngine) -> Non
             engine.abort(message.seqs)
         case wire.StatsQuery():
             channel.send(wire.encode(engine.stats()))
+        case wire.Become() | wire.ResetCache():
+            told = _obey(engine, message)
+            if engine.busy and (updates := engine.updates(0)):  # tokens go before the word that there are no more
+                channel.send(wire.encode(wire.Updates(tuple(updates))))
+            channel.send(wire.encode(wire.Snapshot(engine.stats())))
+            channel.send(wire.encode(told))
+
+
+def _obey(engine: EngineCore, message: wire.Become | wire.ResetCache) -> wire.Told:
+    if isinstance(message, wire.ResetCache):
+        return wire.Told(message.id, wire.encode(engine.reset_prefix_cache(running=message.running)))
+    try:
+        engine.become(message.activity)
+    except UserError as error:
+        return wire.Told(message.id, error=str(error), user_error=True)
+    return wire.Told(message.id)
 
 
 def _cause(error: Exception, lockstep: Joined | None) -> Exception:

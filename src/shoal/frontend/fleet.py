@@ -126,7 +126,7 @@ def _on_threads(model: OpenModel) -> Launch:
 
         def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
             options = EngineOptions.from_flat(setup.model, setup.options)
-            return build_engine(options, decide(options, setup.place), lockstep=lockstep, groups=groups)
+            return build_engine(options, decide(options, setup.place, model.files), lockstep=lockstep, groups=groups)
 
         def run(channel: Channel) -> None:
             serve(channel, lambda setup: locksteps[setup.place.rank] if together else None, start)

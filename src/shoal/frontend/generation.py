@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from shoal.errors import CheckpointError, RequestError
@@ -28,14 +29,17 @@ class GenerationDefaults:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # fields of SamplingParams that the model sets
 
     @classmethod
-    def open(cls, folder: Path, *, sampling: bool = True) -> "GenerationDefaults":
+    def open(
+        cls, folder: Path, *, sampling: bool = True, overrides: Mapping[str, Any] = MappingProxyType({})
+    ) -> "GenerationDefaults":
         """From generation_config.json and config.json, neither of which need be there. `sampling`: its defaults too.
+        `overrides` stand over config.json.
 
         Raises:
             CheckpointError: a file is malformed, or a value is out of its range; both are named.
         """
         file = folder / "generation_config.json"
-        generation, config = read_json(file), read_json(folder / "config.json")
+        generation, config = read_json(file), {**read_json(folder / "config.json"), **overrides}
         eos = _ids(generation, file) + _ids(config, folder / "config.json")
         return cls(tuple(dict.fromkeys(eos)), _sampling(generation, file) if sampling else {})
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from shoal import wire
 from shoal.errors import ClosedError, EngineError, QueueFull, RequestError
+from shoal.forks import Owner
 from shoal.frontend.prompts import Job
 from shoal.structured.pool import GrammarPool
 from shoal.transport.waker import Waker
@@ -27,6 +28,7 @@ class GrammarChecker:
     """
 
     def __init__(self, make_pool: Callable[[], GrammarPool]) -> None:
+        self._owner = Owner("grammar checker")
         self._make_pool = make_pool
         self._lock = threading.Lock()
         self._new: list[tuple[str, Future[None]]] = []
@@ -48,6 +50,7 @@ class GrammarChecker:
 
     def submit(self, grammar: str) -> "Future[None]":
         """The outcome of `check`. Cancelled, it ends the compilation, unless somebody else waits for it too."""
+        self._owner.check()
         future: Future[None] = Future()
         with self._lock:
             if self._closed:
@@ -77,6 +80,8 @@ class GrammarChecker:
 
     def close(self) -> None:
         """Ends what is compiled. Idempotent."""
+        if not self._owner.is_here:  # its thread is not in this process
+            return
         with self._lock:
             self._closed = True
             thread = self._thread

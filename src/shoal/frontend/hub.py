@@ -24,8 +24,8 @@ _NEVER = ["*/*.json", "*/*.model", "*/*.safetensors", "*/*.tiktoken", "consolida
 
 
 def locate(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
-    """None: the bundled dense model. `bundled:NAME`: that bundled model. `shape:NAME`: a configuration without
-    weights. A folder. Else an id on the hub.
+    """The absolute path of a model's folder. None: the bundled dense model. `bundled:NAME`: that bundled model.
+    `shape:NAME`: a configuration without weights. A folder. Else an id on the hub.
 
     Raises:
         CheckpointError: there is no such model, or it can't be fetched.
@@ -39,12 +39,12 @@ def locate(model: str | None, revision: str | None = None, *, weights: bool = Tr
         return _shape(model.removeprefix("shape:"), weights=weights)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return folder.absolute()
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(
             f"{model} is not a folder; a model is a folder in Hugging Face's format or an id on the hub"
         )
-    return _fetch(model, revision, weights=weights)
+    return _fetch(model, revision, weights=weights).absolute()
 
 
 def is_shape(model: str | None) -> bool:

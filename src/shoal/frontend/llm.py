@@ -9,19 +9,28 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from shoal import wire
+from shoal.activity import AWAKE, Activity
 from shoal.config import EngineOptions, from_environment
-from shoal.errors import ReplicasFailed, RequestError
+from shoal.errors import ConfigError, ReplicasFailed, RequestError
 from shoal.frontend.beam_search import beam_search
+from shoal.frontend.interrupts import interrupts
 from shoal.frontend.model import OpenModel, name_of, open_model
 from shoal.frontend.offline import OfflineRunner
 from shoal.frontend.prompts import Job, Refused
 from shoal.frontend.replicas import start_engine
+from shoal.frontend.turns import SharedEngine
+from shoal.planner.layout import shares_experts
 from shoal.protocols import EngineClient
 from shoal.types import BeamSearchOutput, BeamSearchParams, Message, Prompt, RequestOutput, SamplingParams, shown
 
 
 class LLM:
     """A model, its ranks, and an engine that keeps them busy. Close it, or use it in a `with`.
+
+    Several threads may use it: their calls take turns, step by step, and each gets its own outputs. `close` ends the
+    calls of others with a ClosedError. It belongs to the process that has made it: in a child that was forked every
+    call is refused, and neither `close` nor the child's end does anything to it. A KeyboardInterrupt comes between two
+    steps, and the next call finds the engine as it was.
 
     `model` is a folder, an id on the Hugging Face hub, or None for the bundled model; or an `OpenModel`, which brings
     its options along. Options have the names of the command line's flags: `LLM(model, tensor_parallel_size=2)`; those
@@ -37,13 +46,15 @@ class LLM:
             model = open_model(name_of(model), {**from_environment(), **options})
         self._model = model
         self._client = start_engine(self._model)
-        self._finalizer = weakref.finalize(self, self._client.close)
+        self._activity = AWAKE
+        self._shared = SharedEngine(self._client)
+        self._finalizer = weakref.finalize(self, self._shared.close)
         self._max_model_len = self._client.stats().max_model_len
         self._reader = self._model.reader(self._max_model_len)
         self._grammars = self._model.grammar_checker()
         self._grammars_finalizer = weakref.finalize(self, self._grammars.close)
         self._runner = OfflineRunner(
-            self._client,
+            self._shared,
             self._model.tokenizer,
             eos=self._model.generation.eos,
             max_model_len=self._max_model_len,
@@ -161,7 +172,8 @@ class LLM:
     def _run_all(self, jobs: Sequence[Job], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[int, RequestOutput] = {}
         try:
-            outputs.update(tqdm(self.run(jobs), total=len(jobs), disable=not use_tqdm, unit=" prompts"))
+            with interrupts.held():
+                outputs.update(tqdm(self.run(jobs), total=len(jobs), disable=not use_tqdm, unit=" prompts"))
         except ReplicasFailed as error:
             error.outputs = outputs
             raise
@@ -184,12 +196,74 @@ class LLM:
         return self._reader.prepare_chat(index, messages, params, **template)
 
     def run(self, jobs: Iterable[Job | Refused], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
-        """(index, output) as requests finish, or in the order of the jobs; jobs are taken as there is room for them."""
-        return self._runner.run(jobs, ordered=ordered)
+        """(index, output) as requests finish, or in the order of the jobs; jobs are taken as there is room for them.
+
+        Between two outputs nothing is locked: other calls may go on, of this thread or of others.
+
+        Raises:
+            RequestError: the engine is asleep.
+        """
+        if not self._activity.runs:
+            raise RequestError("the engine is asleep: call wake_up() first")
+        yield from self._runner.run(jobs, ordered=ordered)  # and so the engine lives as long as this does
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Gives the memory of weights and KV cache back to the system, on every rank. At both levels weights are read
+        from their files again when it wakes up; level 0 only pauses. `mode` says what becomes of requests: of none
+        here, since none may run.
+
+        Raises:
+            RequestError: requests run.
+            ConfigError: there is no such level, or ranks of other processes compute with these.
+            EngineError: the engine failed.
+        """
+        activity = self._activity.sleep(level)
+        if level and self._model.by_hand is not None and shares_experts(self._model.decision.cutting):
+            raise ConfigError(
+                "replicas of other processes compute together with this one, and can't while it is asleep"
+            )
+        self._become(activity)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Takes the memory again: all of it, or the parts in `tags` ("weights", "kv_cache").
+
+        Raises:
+            CheckpointError: the files of the weights are not what they were; it is still asleep.
+            ConfigError: there is no such part.
+            EngineError: the engine failed.
+        """
+        self._become(self._activity.wake_up(tags))
+
+    def is_sleeping(self) -> bool:
+        return not self._activity.runs
+
+    def _become(self, activity: Activity) -> None:
+        with self._shared.turn():
+            if self._activity.runs and not activity.runs:
+                stats = self._client.stats()
+                if unfinished := stats.running + stats.waiting:
+                    raise RequestError(f"{unfinished} requests have not ended: take their outputs to the end first")
+            self._client.become(activity)
+            self._activity = activity
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forgets what the prefix cache has, in every replica. Requests that run keep what they have, unless
+        `reset_running_requests`: then they compute it again. There is no connector to another cache to be reset.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        with self._shared.turn():
+            self._client.reset_prefix_cache(running=reset_running_requests)
+        return True
 
     @property
     def engine(self) -> EngineClient:
-        """The engine itself, for those who speak in tokens and want to see each step."""
+        """The engine itself, for those who speak in tokens and want to see each step; for one thread, while no call of
+        this LLM goes on."""
+        self._shared.check()
         return self._client
 
     @property
@@ -197,10 +271,10 @@ class LLM:
         return self._model.vocab_size
 
     def stats(self) -> wire.EngineStats:
-        return self._client.stats()
+        return self._shared.stats()
 
     def close(self) -> None:
-        """Ends engine and ranks. Idempotent."""
+        """Ends engine and ranks, and calls of other threads with a ClosedError. Idempotent."""
         self._finalizer()
         self._grammars_finalizer()
 

@@ -58,8 +58,8 @@ def measure_experts(traffic: ExpertTraffic) -> list[dict[str, Any]]:
     try:
         for rank in range(traffic.ranks):
             pinning = cpu.pinning(cpu.cores_of_rank(cores, rank, traffic.ranks)[:1])
-            arguments = ["--rank", str(rank), "--store", f"/proc/{os.getpid()}/fd/{store}", "--question", question]
-            children.append(ChildProcess("shoal.worker.exchange", arguments, pinning))
+            arguments = ["--rank", str(rank), "--store", str(store), "--question", question]
+            children.append(ChildProcess("shoal.worker.exchange", arguments, pinning, [store]))
         return _summary(_collect(children))
     finally:
         end_all(children, None, 0)

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from shoal import env, wire
+from shoal import accepted, env, open_files, wire
+from shoal.addresses import joined, refuse_hidden_loopback
 from shoal.config import EngineOptions, refuse_online
 from shoal.devices import cpu
 from shoal.errors import ConfigError
@@ -42,6 +44,14 @@ class OpenModel:
     def name(self) -> str:
         """As it was given, or the name of the bundled model."""
         return self.options.model or _BUNDLED
+
+    @property
+    def files(self) -> wire.ModelFiles:
+        """Where the model and its draft model are, and in what state: a process that is started later finds the same,
+        whatever the working directory, or the hub, is by then."""
+        decision = self.decision
+        draft = "" if decision.draft_folder is None else str(decision.draft_folder)
+        return wire.ModelFiles(str(decision.folder), draft, *decision.file_states)
 
     @property
     def vocab_size(self) -> int:
@@ -86,17 +96,23 @@ def open_model(
     own_process: bool = False,
     online: bool = False,
     replicas_elsewhere: bool = False,
+    files: wire.ModelFiles | None = None,
 ) -> OpenModel:
     """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
-    only mean something to what serves are refused. `replicas_elsewhere`: another process has them, and has decided
-    whether this host's memory and devices do; here they are not looked at.
+    only mean something to what serves are refused; vLLM's that change nothing are noted in the log.
+    `replicas_elsewhere`: another process has them, and has decided whether this host's memory and devices do; here they
+    are not looked at. `files`: where the model was found, and in what state.
 
     Raises:
         UserError: model, options and host do not go together; it says what, and the way out.
     """
+    open_files.occupy_standard()  # before anything opens a socket
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
+    given, notes = accepted.take(given, server=online)
     options = EngineOptions.from_flat(model, given)
+    for note in notes:
+        log.info("%s", note)
     if not online:
         refuse_online(given)
     by_hand = _place_by_hand(options)
@@ -108,9 +124,9 @@ def open_model(
     place = by_hand or Deployment.of(options).place
     if replicas_elsewhere:
         place = wire.replace(place, size=options.parallel.data_parallel_size, local_size=0)
-    decision = decide(options, place)
+    decision = decide(options, place, files)
     from_model = options.model_options.generation_config != "vllm"
-    generation = GenerationDefaults.open(decision.folder, sampling=from_model)
+    generation = GenerationDefaults.open(decision.folder, sampling=from_model, overrides=decision.overrides)
     return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
 
 
@@ -125,6 +141,8 @@ def _place_by_hand(options: EngineOptions) -> wire.Place | None:
             f"--data-parallel-size {asked}, and SHOAL_DP_SIZE is {found.size}: leave one of them out; with the "
             "variables set, each replica is a process of its own"
         )
+    if found.size_local < found.size:
+        refuse_hidden_loopback(found.master_ip, "SHOAL_DP_MASTER_IP")
     if found.local_assumed:
         log.warning(
             "rank %d counts on having this host to itself: set SHOAL_DP_RANK_LOCAL and SHOAL_DP_SIZE_LOCAL if several "
@@ -136,24 +154,34 @@ def _place_by_hand(options: EngineOptions) -> wire.Place | None:
         found.size,
         local_rank=found.rank_local,
         local_size=found.size_local,
-        rendezvous=f"{found.master_ip}:{found.master_port}",
+        rendezvous=joined(found.master_ip, found.master_port),
         key=env.cluster_key(),
     )
 
 
-def decide(options: EngineOptions, place: wire.Place | None = None) -> Decision:
+def decide(options: EngineOptions, place: wire.Place | None = None, files: wire.ModelFiles | None = None) -> Decision:
     """Everything that can be refused before a process is started, is refused here. `place`: of one replica; without it
-    the decision is for all of them.
+    the decision is for all of them. `files`: those of the decision that was made first; without it the model is looked
+    for.
 
     Raises:
         UserError: as `open_model`.
     """
+    files = files or _find(options)
+    place = place or wire.Place()
+    hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
+    draft = Path(files.draft_folder) if files.draft_folder else None
+    return resolve(options, Path(files.folder), hardware, draft, place, (files.state, files.draft_state))
+
+
+def _find(options: EngineOptions) -> wire.ModelFiles:
+    """
+    Raises:
+        UserError: as `hub.locate`.
+    """
     weights = options.model_options.load_format != "dummy"
     folder = hub.locate(options.model, options.model_options.revision, weights=weights)
     speculative = options.model_options.speculative_config
-    draft = None
-    if speculative is not None and speculative.method == "draft_model":
-        draft = hub.locate(speculative.model, speculative.revision, weights=weights)
-    place = place or wire.Place()
-    hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
-    return resolve(options, folder, hardware, draft, place)
+    if speculative is None or speculative.method != "draft_model":
+        return wire.ModelFiles(str(folder))
+    return wire.ModelFiles(str(folder), str(hub.locate(speculative.model, speculative.revision, weights=weights)))

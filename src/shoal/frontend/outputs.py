@@ -1,12 +1,14 @@
 """From an engine's updates to what the user gets: texts, reasons, log-probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 
 from shoal import wire
 from shoal.frontend.deltas import Delta
 from shoal.frontend.detokenizer import OutputText
 from shoal.frontend.prompts import Job
+from shoal.frontend.token_places import TokenPlaces
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.types import CompletionOutput, FinishReason, Logprob, Logprobs, RequestOutput
 
@@ -32,6 +34,11 @@ class Completion:
         self._given = 0  # tokens in deltas so far
         self._described: list[Logprobs] = []  # log-probabilities of the first tokens, as users get them
         params = job.params
+        self._places = (
+            TokenPlaces(tokenizer, skip_special_tokens=params.skip_special_tokens)
+            if tokenizer is not None and params.detokenize and params.logprobs is not None
+            else None
+        )
         self._text = (
             OutputText(
                 tokenizer,
@@ -40,6 +47,7 @@ class Completion:
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
+                places=self._places,
             )
             if tokenizer is not None and params.detokenize
             else None
@@ -75,6 +83,7 @@ class Completion:
             self._finish_text()
         tokens = tuple(self._tokens[self._given :])
         logprobs = self._shown_logprobs(self._given)
+        offsets = self._offsets(self._given, whole=self._whole if last else None)
         self._given += len(tokens)
         return Delta(
             self._index,
@@ -83,6 +92,7 @@ class Completion:
             logprobs,
             self._finish if last else None,
             self._stop_reason() if last else None,
+            offsets,
         )
 
     def _shown_logprobs(self, start: int) -> tuple[Logprobs, ...] | None:
@@ -90,9 +100,33 @@ class Completion:
         if self._job.params.logprobs is None:
             return None
         done = len(self._described)
-        new = zip(self._tokens[done:], self._logprobs[done:], strict=False)
-        self._described += [described(self._tokenizer, *each) for each in new]
+        left_out = self._left_out()
+        for token, entry, added in zip(self._tokens[done:], self._logprobs[done:], self._added(done), strict=False):
+            self._described.append(described(self._tokenizer, token, entry, left_out=left_out, added=added))
         return tuple(self._described[start:])
+
+    def _left_out(self) -> Collection[int]:
+        if self._tokenizer is None or not self._job.params.skip_special_tokens:
+            return ()
+        return self._tokenizer.special_ids
+
+    def _added(self, start: int) -> Iterator[bytes | None]:
+        """What each token added to the text; the token that ended the output is no part of it."""
+        if self._places is None:
+            return repeat(None)
+        return chain(self._places.added[start:], repeat(b""))
+
+    def _offsets(self, start: int, *, whole: str | None) -> tuple[int, ...] | None:
+        """Of tokens from `start` on. In the `whole` text they lie no further than its end: a stop text is cut off."""
+        if self._job.params.logprobs is None:
+            return None
+        places = self._places
+        if places is None:
+            return (0,) * (len(self._tokens) - start)
+        most = places.length if whole is None else len(whole)
+        known = places.starts[start : len(self._tokens)]
+        beyond = [most] * (len(self._tokens) - start - len(known))  # the token that ended the output
+        return (*(min(each, most) for each in known), *beyond)
 
     def _finish_text(self) -> None:
         if self._text is not None and self._stop_text is None:
@@ -103,15 +137,21 @@ class Completion:
         if ended:
             self._finish_text()
         wanted = self._job.params.logprobs is not None
+        text = self._whole
         return CompletionOutput(
             index=self._index,
-            text=self._text.text if self._text is not None else "",
+            text=text,
             token_ids=tuple(self._tokens),
             finish_reason=self._finish if ended else None,
             cumulative_logprob=sum(entry.chosen for entry in self._logprobs) if wanted else None,
             logprobs=self._shown_logprobs(0),
             stop_reason=self._stop_reason() if ended else None,
+            text_offsets=self._offsets(0, whole=text),
         )
+
+    @property
+    def _whole(self) -> str:
+        return self._text.text if self._text is not None else ""
 
     def _stop_reason(self) -> int | str | None:
         if self._stop_text is not None:
@@ -174,14 +214,31 @@ class Answer:
         return self._described_prompt
 
 
-def described(tokenizer: Tokenizer | None, token: int, entry: wire.TokenLogprobs) -> Logprobs:
-    """The likeliest tokens of one position, and the chosen one if it is none of them."""
+def described(
+    tokenizer: Tokenizer | None,
+    token: int,
+    entry: wire.TokenLogprobs,
+    *,
+    left_out: Collection[int] = (),
+    added: bytes | None = None,
+) -> Logprobs:
+    """The likeliest tokens of one position, and the chosen one if it is none of them.
 
-    def text(token: int) -> str | None:
-        return None if tokenizer is None else tokenizer.token_text(token)
+    Args:
+        left_out: tokens that no text shows.
+        added: what the chosen token added to the text, where that is known.
+    """
+
+    def told(value: float, rank: int | None, each: int) -> Logprob:
+        if tokenizer is None:
+            return Logprob(value, rank)
+        text = tokenizer.token_text(each)
+        own = b"" if each in left_out else tokenizer.token_bytes(each)
+        own = added if each == token and added is not None else own
+        return Logprob(value, rank, text, None if own == text.encode("utf-8", "replace") else own)
 
     likeliest = zip(entry.ids, entry.values, strict=True)
-    found = {each: Logprob(value, rank, text(each)) for rank, (each, value) in enumerate(likeliest, 1)}
-    return {token: Logprob(entry.chosen, entry.rank, text(token))} | {
+    found = {each: told(value, rank, each) for rank, (each, value) in enumerate(likeliest, 1)}
+    return {token: told(entry.chosen, entry.rank, token)} | {
         each: logprob for each, logprob in found.items() if each != token
     }

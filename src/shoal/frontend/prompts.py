@@ -11,7 +11,9 @@ from shoal.frontend.structured import GrammarText, grammar_text
 from shoal.frontend.tokenizer import Tokenizer
 from shoal.observe.logging import get_logger
 from shoal.structured.json_schema import listed
-from shoal.types import Message, Prompt, SamplingParams, shown
+from shoal.types import Message, Prompt, PromptDict, SamplingParams, shown
+
+_MARGIN = 64  # tokens before those that are kept, so that where a text is cut does not matter to these
 
 log = get_logger("prompts")
 
@@ -29,6 +31,7 @@ class Job:
     params: SamplingParams
     banned: tuple[tuple[int, ...], ...] = ()  # of `bad_words`
     grammar: str = ""  # of `structured_outputs`
+    cache_salt: str = ""  # only prompts with the same one share cached prefixes
     ignored_keywords: tuple[str, ...] = ()  # of its schema, that the grammar goes without, each with its place
 
 
@@ -40,6 +43,14 @@ class Refused:
     prompt: str | None
     tokens: tuple[int, ...]
     error: str
+
+
+def salted(prompt: Prompt, salt: str | None) -> Prompt:
+    """The prompt with a `cache_salt`, if there is one."""
+    if salt is None:
+        return prompt
+    bare: PromptDict = {"prompt": prompt} if isinstance(prompt, str) else prompt
+    return {**bare, "cache_salt": salt}
 
 
 class PromptReader:
@@ -66,8 +77,10 @@ class PromptReader:
         Raises:
             RequestError: it is empty, too long, or no prompt at all, or a parameter does not fit the model.
         """
-        text, tokens = self._read(prompt, add_special_tokens=add_special_tokens)
-        return self._job(index, text, tokens, params)
+        keep = self._kept(params)
+        text, tokens = self._read(prompt, keep, add_special_tokens=add_special_tokens)
+        salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+        return self._job(index, text, tokens, params, salt)
 
     def prepare_chat(
         self,
@@ -76,17 +89,19 @@ class PromptReader:
         params: SamplingParams,
         *,
         add_special_tokens: bool = False,
+        cache_salt: str | None = None,
         **template: Any,
     ) -> Job:
         """A conversation made ready to run, by the model's chat template; `template` goes to `ChatTemplate.render`.
+        Only prompts with the same `cache_salt` share cached prefixes.
 
         Raises:
             RequestError: there is no template, the messages do not fit it, or as `prepare`.
         """
+        keep = self._kept(params)
         text = self._render(messages, template)
-        self._check_length(text)
-        tokens = self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
-        return self._job(index, text, tokens, params)
+        tokens = self._cut_into_tokens(text, keep, add_special_tokens=add_special_tokens)
+        return self._job(index, text, tokens, params, cache_salt)
 
     def chat_tokens(
         self, messages: Sequence[Message], *, add_special_tokens: bool = False, **template: Any
@@ -105,7 +120,9 @@ class PromptReader:
             raise RequestError("this model has no chat template: give chat_template, or plain prompts")
         return (chat or ChatTemplate({})).render(messages, **template)
 
-    def _job(self, index: int, text: str | None, tokens: tuple[int, ...], params: SamplingParams) -> Job:
+    def _job(self, index: int, text: str | None, tokens: tuple[int, ...], params: SamplingParams, salt: object) -> Job:
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise RequestError(f"cache_salt must be a text that is not empty, got {shown(salt)}")
         if not tokens:
             raise RequestError("the prompt is empty: give some text or at least one token id")
         if len(tokens) >= self._max_model_len:
@@ -121,7 +138,18 @@ class PromptReader:
         banned = self._banned(params)
         self._check_allowed(params, banned)
         grammar = self._grammar(params)
-        return Job(index, text, tokens, params, banned, grammar.text, grammar.ignored)
+        return Job(index, text, tokens, params, banned, grammar.text, salt or "", grammar.ignored)
+
+    def _kept(self, params: SamplingParams) -> int | None:
+        """How many of a prompt's last tokens are kept; None: it is not cut."""
+        asked = params.truncate_prompt_tokens
+        if asked is None:
+            return None
+        if asked > self._max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens must be at most --max-model-len, {self._max_model_len}, got {shown(asked)}"
+            )
+        return self._max_model_len - 1 if asked == -1 else asked  # an output needs one
 
     def _check_ids(self, name: str, ids: Mapping[int, float] | Sequence[int]) -> None:
         largest = max(ids, default=0)
@@ -172,15 +200,26 @@ class PromptReader:
             log.warning("a schema goes without keywords that can't be obeyed: %s", listed(grammar.ignored, _LINE))
         return grammar
 
-    def _read(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[str | None, tuple[int, ...]]:
+    def _read(
+        self, prompt: Prompt, keep: int | None, *, add_special_tokens: bool
+    ) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-            return None, self._check_tokens(prompt["prompt_token_ids"])
+            return None, self._check_tokens(prompt["prompt_token_ids"])[-(keep or 0) :]
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(text, str):
             raise RequestError(f"a prompt is a text or has prompt_token_ids, got {type(prompt).__name__}")
-        self._check_length(text)
+        return text, self._cut_into_tokens(text, keep, add_special_tokens=add_special_tokens) if text else ()
+
+    def _cut_into_tokens(self, text: str, keep: int | None, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Its tokens, or the last `keep` of them, for which a text that is far too long need not be read whole."""
         tokenizer = self._require_tokenizer()
-        return text, self._encode(tokenizer, text, add_special_tokens=add_special_tokens) if text else ()
+        if keep is None:
+            self._check_length(text)
+            return self._encode(tokenizer, text, add_special_tokens=add_special_tokens)
+        longest = None if len(text) <= keep else tokenizer.longest_token()
+        if longest is not None:
+            text = text[-(keep + _MARGIN) * longest :]
+        return self._encode(tokenizer, text, add_special_tokens=add_special_tokens)[-keep:]
 
     def _check_length(self, text: str) -> None:
         """Says of a text that is far too long that it is, without the seconds that cutting it into tokens takes."""

@@ -12,6 +12,7 @@ import time
 import click
 
 from shoal import wire
+from shoal.addresses import Address
 from shoal.cluster.arrival import FRONT_END
 from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
 from shoal.config import EngineOptions
@@ -24,7 +25,7 @@ from shoal.observe import logging
 from shoal.planner.agreement import agreement
 from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.member import Address, connect
+from shoal.transport.member import connect
 from shoal.transport.process import die_with_parent
 from shoal.transport.relay import Relay
 
@@ -82,7 +83,7 @@ class _FrontEnd:
 
     def __init__(self, setup: wire.EngineSetup) -> None:
         options = EngineOptions.from_flat(setup.model, setup.options)
-        decision = decide(options, setup.place)
+        decision = decide(options, setup.place, setup.files)
         self.together = shares_experts(decision.cutting)
         self._agreement = agreement(options, decision)
         self._place = setup.place

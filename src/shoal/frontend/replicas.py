@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from shoal import wire
+from shoal.addresses import Address
 from shoal.cluster.lockstep import Joined, LocalLockstep
 from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
 from shoal.cluster.replica import EngineProcess, EngineThread, Replica, close_all
@@ -19,9 +20,8 @@ from shoal.frontend.engine_server import serve
 from shoal.frontend.model import OpenModel, decide
 from shoal.planner.agreement import agreement
 from shoal.planner.layout import shares_experts
-from shoal.protocols import EngineClient
+from shoal.protocols import Engine
 from shoal.transport.channel import Channel
-from shoal.transport.member import Address
 from shoal.transport.rendezvous import Rendezvous
 
 _START_PHASES = 5  # each of which may take --start-timeout
@@ -30,7 +30,7 @@ KEY_BYTES = 32
 _meetings = itertools.count()  # of this process with other replicas; they have theirs in the same order
 
 
-def start_engine(model: OpenModel) -> EngineClient:
+def start_engine(model: OpenModel) -> Engine:
     """The engine, or the replicas, that the options ask for.
 
     Raises:
@@ -44,7 +44,7 @@ def start_engine(model: OpenModel) -> EngineClient:
     return _start_alone(model, wire.Place())
 
 
-def _start_alone(model: OpenModel, place: wire.Place) -> EngineClient:
+def _start_alone(model: OpenModel, place: wire.Place) -> Engine:
     if model.options.parallel.engine_process:
         return _start_process(model, place)
     return build_engine(model.options, model.decision, own_process=model.own_process)
@@ -56,7 +56,7 @@ def _start_process(model: OpenModel, place: wire.Place) -> EngineProcess:
     return engine
 
 
-def _start_one_of_many(model: OpenModel, place: wire.Place) -> EngineClient:
+def _start_one_of_many(model: OpenModel, place: wire.Place) -> Engine:
     """The engine of a process that is one of several replicas, each started by the user. First they compare what must
     be the same for all."""
     place = wire.replace(place, meeting=next(_meetings))
@@ -114,7 +114,7 @@ def _on_threads(model: OpenModel) -> Callable[[int], Replica]:
     groups = shared_groups(model.options)
 
     def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
-        decision = decide(model.options, setup.place)
+        decision = decide(model.options, setup.place, model.files)
         return build_engine(model.options, decision, lockstep=lockstep, groups=groups)
 
     def run(channel: Channel) -> None:
@@ -143,7 +143,7 @@ def setup_of(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
     options = {name: value for name, value in model.given.items() if name != "engine_process"}
     if place.local_rank >= model.decision.place.local_size:
         options |= _kv_cache_of_added(model, place.local_rank + 1)
-    return wire.EngineSetup(model.options.model, options, place)
+    return wire.EngineSetup(model.options.model, options, place, model.files)
 
 
 def _kv_cache_of_added(model: OpenModel, replicas: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Requests:
         params = job.params
         stop_ids = self.stop_ids(params)
         tokens = encode_tokens(list(job.tokens))
+        salt = _digest(job.cache_salt)
         return [
             wire.EngineRequest(
                 seq=first + index,
@@ -37,6 +38,7 @@ class Requests:
                 stop_ids=stop_ids,
                 group=first if params.n > 1 else -1,
                 grammar=job.grammar,
+                cache_salt=salt,
             )
             for index in range(params.n)
         ]
@@ -63,6 +65,11 @@ class Requests:
     def _seed_of(self, seq: int) -> int:
         digest = hashlib.blake2b(f"{self._seed}:{seq}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
+
+
+def _digest(salt: str) -> str:
+    """A salt of any length and any characters, as messages carry it."""
+    return hashlib.sha256(salt.encode("utf-8", "surrogatepass")).hexdigest() if salt else ""
 
 
 def _penalties(params: SamplingParams) -> wire.Penalties | None:

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
 from shoal.errors import CheckpointError, RequestError
-from shoal.frontend.streams import ByteStream, FallbackStream, RedecodingStream, TextStream
-from shoal.frontend.vocabulary import ByteFallback, ByteLevel, decoder_of, longest_token
+from shoal.frontend.streams import INCOMPLETE, ByteStream, FallbackStream, RedecodingStream, TextStream
+from shoal.frontend.vocabulary import ByteFallback, ByteLevel, decoder_of, longest_token, raw_bytes
+from shoal.git_lfs import refuse_pointer
 from shoal.lazy import load
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -34,6 +35,9 @@ class Tokenizer(Protocol):
 
     def token_text(self, token: int) -> str:
         """What a token reads as inside a text, be it special or not: " city", not "city"; "" for an unknown id."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """`token_text` in UTF-8; of a token that is part of a character, that part."""
 
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         """The text of tokens that follow a prompt, as they come."""
@@ -71,6 +75,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it can't be read, or is no JSON object.
     """
+    refuse_pointer(file)
     try:
         found = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -109,6 +114,14 @@ class FastTokenizer:
             case ByteFallback() as decoder:
                 return decoder.text_of(token)
         return _inner_text(self, token)
+
+    def token_bytes(self, token: int) -> bytes:
+        match self._decoder:
+            case ByteLevel() as decoder:
+                return decoder[token]
+            case ByteFallback() as decoder:
+                return decoder.bytes_of(token)
+        return _inner_bytes(self, token, self._library.id_to_token(token) or "")
 
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         left_out = self.special_ids if skip_special_tokens else frozenset[int]()
@@ -154,6 +167,10 @@ class SlowTokenizer:
     def token_text(self, token: int) -> str:
         return _inner_text(self, token)
 
+    def token_bytes(self, token: int) -> bytes:
+        entry = self._tokenizer.convert_ids_to_tokens(token) if token < self._size else ""
+        return _inner_bytes(self, token, entry or "")
+
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
         shown = [token for token in prompt if not skip_special_tokens or token not in self.special_ids]
         return RedecodingStream(lambda tokens: self.decode(tokens, skip_special_tokens=skip_special_tokens), shown)
@@ -173,7 +190,15 @@ def _inner_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token, token], skip_special_tokens=False)[len(first) :]
 
 
+def _inner_bytes(tokenizer: Tokenizer, token: int, entry: str | bytes) -> bytes:
+    """`entry`: how the vocabulary has the token."""
+    text = tokenizer.token_text(token)
+    found = raw_bytes(entry) if INCOMPLETE in text else None
+    return text.encode("utf-8", "replace") if found is None else found
+
+
 def _from_file(file: Path, config: dict[str, Any]) -> FastTokenizer:
+    refuse_pointer(file)
     try:
         library = Library.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
@@ -195,6 +220,8 @@ def _is_gpt2(folder: Path, config: dict[str, Any]) -> bool:
 
 def _from_vocabulary(folder: Path, config: dict[str, Any]) -> FastTokenizer:
     """vocab.json and merges.txt, read as transformers' GPT2Tokenizer does."""
+    for name in ("vocab.json", "merges.txt"):
+        refuse_pointer(folder / name)
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), fuse_unk=False)
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
@@ -268,6 +295,8 @@ def _content(value: Any) -> str | None:
 
 
 def _through_transformers(folder: Path) -> Tokenizer:
+    for file in (*(folder / name for name in _SENTENCEPIECE + _OTHERS), *folder.glob("*.tiktoken")):
+        refuse_pointer(file)
     try:
         # Never code that came with a checkpoint; None would ask at the terminal.
         found = load("transformers:AutoTokenizer").from_pretrained(str(folder), trust_remote_code=False)

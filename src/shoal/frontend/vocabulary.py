@@ -49,6 +49,10 @@ class ByteFallback(dict[int, "str | int | None"]):
             text = text.replace(pattern, content)
         return int(text[3:5], 16) if _BYTE_TOKEN.fullmatch(text) else text
 
+    def bytes_of(self, token: int) -> bytes:
+        piece = self[token]
+        return bytes([piece]) if isinstance(piece, int) else (piece or "").encode()
+
     def text_of(self, token: int) -> str:
         piece = self[token]
         if isinstance(piece, int):
@@ -140,6 +144,15 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTES = _byte_characters()
+
+
+def raw_bytes(entry: str | bytes) -> bytes | None:
+    """What a vocabulary's entry says that is no whole character: <0xE4>, or one of GPT-2's. None: it says nothing."""
+    if isinstance(entry, bytes):
+        return entry
+    if _BYTE_TOKEN.fullmatch(entry):
+        return bytes([int(entry[3:5], 16)])
+    return bytes(_BYTES[character] for character in entry) if entry and all(map(_BYTES.__contains__, entry)) else None
 
 
 def _bytes_of(text: str) -> bytes:

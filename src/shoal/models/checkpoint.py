@@ -6,17 +6,21 @@ bytes of header length (little endian), a JSON header of `{name: {dtype, shape, 
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from shoal.errors import CheckpointError
+from shoal.git_lfs import refuse_pointer
 from shoal.models.pickled import read_pickled
 from shoal.models.quantization import weight_block
 from shoal.models.registry import read_config
+from shoal.models.stored_file import FileState
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,6 +35,14 @@ _SCALES = "_scale_inv"  # behind the name of a quantized tensor
 # How files call the types that weights have.
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _LONGEST_HEADER = 100 * 2**20
+_DIGITS = 16
+# What lies beside the weights and changes the answers too.
+_BESIDE = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+_COMPARED = 2**20  # bytes of two tensors that are held against each other at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +65,10 @@ class TensorEntry:
     strides: tuple[int, ...] | None = None  # in elements; None: row by row
     scales: Scales | None = None
 
-    def holds(self, dtype: str) -> bool:
-        """Are its numbers of this type, at an address where they can be used as they lie? `dtype` as in config.json."""
-        stored = _STORED[dtype]
-        return self.dtype == stored and self.offset % ITEM_BYTES[stored] == 0
+    @property
+    def size(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def row_major(self) -> bool:
@@ -85,12 +97,34 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
+    """`files`: those that the tensors lie in, and whatever else says how the model answers, as they were when the
+    headers were read."""
+
     folder: Path
     tensors: Mapping[str, TensorEntry]
+    files: Mapping[Path, FileState] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """Another one where any of the files is another one or was written to."""
+        told = sorted(f"{file.name} {state}" for file, state in self.files.items())
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:_DIGITS]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.tensors.items()}
+
+    def check_state(self, expected: str) -> None:
+        """`expected`: the state that was found before; "" says nothing.
+
+        Raises:
+            CheckpointError: the files are not the ones that they were.
+        """
+        if expected and self.state != expected:
+            raise CheckpointError(
+                f"{self.folder} has changed since Shoal read it first: a file of the model was replaced or written to. "
+                "Start Shoal again, so that all of it runs the model that is there now"
+            )
 
     def check_loadable(self, names: Iterable[str]) -> None:
         """Raises:
@@ -111,9 +145,41 @@ class Checkpoint:
                 )
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def dtype_of(entry: TensorEntry) -> str | None:
+    """Its type as config.json calls it; None: none that weights are computed in."""
+    return next((name for name, stored in _STORED.items() if stored == entry.dtype), None)
+
+
+def same_numbers(one: TensorEntry, other: TensorEntry) -> bool:
+    """Do two tensors hold the same numbers, in the same type? Both are read, as far as they are alike. What does not
+    lie row by row counts as different, but where both are one place in a file.
+
+    Raises:
+        CheckpointError: a file can't be read.
+    """
+    if one == other:
+        return True
+    plain = all(entry.dtype in _PLAIN and entry.row_major for entry in (one, other))
+    if not plain or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.file.open("rb") as first, other.file.open("rb") as second:
+            first.seek(one.offset)
+            second.seek(other.offset)
+            left = one.size
+            while left:
+                wanted = min(left, _COMPARED)
+                if first.read(wanted) != second.read(wanted):
+                    return False
+                left -= wanted
+    except OSError as error:
+        raise CheckpointError(f"{one.file} or {other.file} can't be read: {error.strerror}") from None
+    return True
+
+
+def open_checkpoint(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
     """Reads the headers of all shards. Safetensors go before pickled files, and a single file before an index, as in
-    transformers: an index may be left over from an older copy of the model.
+    transformers: an index may be left over from an older copy of the model. `overrides` stand over config.json.
 
     Raises:
         CheckpointError: there are no weights, a shard is missing, or a file is truncated or malformed.
@@ -124,18 +190,34 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         (folder / PICKLED_INDEX, folder / PICKLED_SINGLE, _read_pickled),
     ):
         files = [single] if single.exists() else _shards(index) if index.exists() else []
+        if not files:
+            continue
+        states = _states([*files, *(folder / name for name in _BESIDE if (folder / name).exists())])
         for file in files:
+            refuse_pointer(file)
             tensors.update(read(file))
-        if files:
-            return Checkpoint(folder, _with_scales(folder, tensors))
+        for file, state in states.items():
+            state.check(file, _states([file])[file])
+        return Checkpoint(folder, _with_scales(folder, overrides, tensors), states)
     wanted = ", ".join((SINGLE, INDEX, PICKLED_SINGLE))
     raise CheckpointError(f"{folder} has no weights: none of {wanted} and {PICKLED_INDEX} is there")
 
 
-def _with_scales(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _states(files: Iterable[Path]) -> dict[Path, FileState]:
+    """Raises CheckpointError."""
+    found = {}
+    for file in files:
+        try:
+            found[file] = FileState.of(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} can't be read: {error.strerror}") from None
+    return found
+
+
+def _with_scales(folder: Path, overrides: Mapping[str, Any], tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """What is quantized knows its scales, where there are any."""
     scaled = [name for name, entry in tensors.items() if entry.dtype == QUANTIZED and name + _SCALES in tensors]
-    block = weight_block(read_config(folder)) if scaled else None
+    block = weight_block(read_config(folder, overrides)) if scaled else None
     if block is None:
         return tensors
     found = {name: Scales(tensors[name + _SCALES], block) for name in scaled}
@@ -163,6 +245,7 @@ def _check_scales(name: str, entry: TensorEntry) -> None:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names."""
+    refuse_pointer(index)
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

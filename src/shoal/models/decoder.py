@@ -151,8 +151,7 @@ class _Builder:
         return Embedding(tokens, self.spec.embedding_scale, project_in, self.positions())
 
     def head(self, embedding: Embedding | None) -> Tensor:
-        """On a GPU a tied head is the embedding itself, if this stage has both; on a CPU it is a packed copy, and the
-        embedding stays in the file."""
+        """On a GPU a tied head is the embedding itself, if this stage has both; on a CPU it is a packed copy."""
         tied_in_place = self.spec.tie_embeddings and self.device.type != "cpu"
         return embedding.tokens.weight if tied_in_place and embedding is not None else self.tensor("head")
 

@@ -14,11 +14,15 @@ from typing import Any
 from shoal.errors import CheckpointError, ConfigError
 from shoal.lazy import load
 from shoal.models.manifest import Cut, Param, Shard
+from shoal.models.rope_fields import kind_of
 from shoal.models.spec import ModelSpec
+from shoal.models.text_part import PREFIXES
 from shoal.parallel.partition import HeadSplit
 
-# Kinds of rope whose angles depend on a token's position alone; others change with the longest sequence of a batch.
+# Kinds of rope whose angles depend on a token's position alone, and those for which this holds up to an original
+# length. Others change with the longest sequence of a batch.
 _STEADY_ROPES = ("default", "linear", "llama3", "yarn", "proportional")
+_STEADY_WITHIN = ("dynamic", "longrope")
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 
 
@@ -26,8 +30,9 @@ _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 class FallbackSpec(ModelSpec):
     """A model as the engine sees it; how it computes is the module's affair.
 
-    Of `ModelSpec`'s fields the sizes, `attention` (scale, window and softcap, layer by layer), `tie_embeddings` and
-    `dtype` are the model's; `intermediate_size` is its widest inner layer. The others say nothing.
+    Of `ModelSpec`'s fields the sizes, `attention` (scale, window and softcap, layer by layer), `tie_embeddings`,
+    `dtype` and what is said of lengths are the model's; `intermediate_size` is its widest inner layer. The others say
+    nothing.
     """
 
     architecture: str = ""
@@ -91,23 +96,24 @@ def _obstacle(config: Mapping[str, Any]) -> str | None:
     kinds = {str(kind) for kind in config.get("layer_types") or ()} - set(_ATTENTION_LAYERS)
     if kinds:
         return f"its layers of type {', '.join(sorted(kinds))} need more than a KV cache"
-    kind = _rope_kind(config)
-    if kind not in _STEADY_ROPES:
+    kind = _unsteady_rope(config)
+    if kind is not None:
         return f"rope scaling {kind} changes with the longest sequence of a batch, so results would too"
     return None
 
 
-def _rope_kind(config: Mapping[str, Any]) -> str:
+def _unsteady_rope(config: Mapping[str, Any]) -> str | None:
+    """The kind of a rope whose angles are not those of a position, however short a text is."""
     for key in ("rope_parameters", "rope_scaling"):
         found = config.get(key)
         if not isinstance(found, Mapping):
             continue
         layers = [value for value in found.values() if isinstance(value, Mapping)] or [found]  # some by layer type
         for layer in layers:
-            kind = str(layer.get("rope_type") or layer.get("type") or "default")
-            if kind not in _STEADY_ROPES:
+            kind = "longrope" if kind_of(layer) == "su" else kind_of(layer)
+            if kind not in _STEADY_ROPES and (layer is not found or kind not in _STEADY_WITHIN):
                 return kind
-    return "default"
+    return None
 
 
 def check_ranks(spec: FallbackSpec, ranks: int) -> None:
@@ -153,17 +159,21 @@ def as_cut(spec: FallbackSpec, shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def manifest(spec: FallbackSpec, names: Iterable[str]) -> tuple[Param, ...]:
-    """Every parameter, by the names that a checkpoint has (`names`: all of them), with the module's prefix or without.
+    """Every parameter, by the names that a checkpoint has (`names`: all of them), with the module's prefix, another or
+    none.
 
-    Checkpoints of the backbone alone have no prefix.
+    Checkpoints of the backbone alone have no prefix, those of a model that sees images too a longer one.
     """
     known = set(names)
     if not spec.prefix:
         return spec.params
 
     def renamed(source: str) -> str:
+        if source in known:
+            return source
         bare = source.removeprefix(spec.prefix)
-        return bare if source not in known and bare in known else source
+        others = [f"{prefix}{bare}" for prefix in ("", *PREFIXES)] if bare != source else [f"language_model.{source}"]
+        return next((other for other in others if other in known), source)
 
     return tuple(
         dataclasses.replace(

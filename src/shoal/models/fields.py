@@ -4,11 +4,10 @@ A field that is null counts as missing, but where it says "none" of something (`
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from shoal.errors import CheckpointError
-from shoal.models.spec import Activation, Config, RopeSpec, Unsupported
+from shoal.models.spec import Activation, Config, Unsupported
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -106,9 +105,19 @@ def activation(config: Config, default: str, *keys: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
+def said_dtype(config: Config) -> str | None:
+    """`dtype` (or `torch_dtype`), of the whole or of its `text_config`; None where config.json names none."""
+    text = config.get("text_config")
+    for each in (config, text if isinstance(text, Mapping) else {}):
+        found = each.get("dtype") or each.get("torch_dtype")
+        if found and found != "auto":
+            return str(found).removeprefix("torch.")
+    return None
+
+
 def dtype_name(config: Config) -> str:
-    """`dtype` (or `torch_dtype`), float32 where config.json says nothing."""
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    """Where config.json names none, float32; what the weights say is for who has opened them."""
+    return said_dtype(config) or "float32"
 
 
 def layer_types(config: Config, default: Sequence[bool]) -> list[bool]:
@@ -121,105 +130,10 @@ def layer_types(config: Config, default: Sequence[bool]) -> list[bool]:
     kinds = config.get("layer_types")
     if kinds is None:
         return list(default)
-    known = {"full_attention": False, "sliding_attention": True}
+    known = {"full_attention": False, "attention": False, "sliding_attention": True}
     if not isinstance(kinds, list) or len(kinds) != len(default):
         raise CheckpointError(f"config.json: layer_types must be a list of {len(default)} names, got {kinds!r}")
     for kind in kinds:
         if not isinstance(kind, str) or kind not in known:
             raise Unsupported(f"config.json: layer type {kind!r} is not supported; supported are {', '.join(known)}")
     return [known[kind] for kind in kinds]
-
-
-def rope(
-    config: Config,
-    head_dim: int,
-    *,
-    theta: float = 10000.0,
-    theta_key: str = "rope_theta",
-    partial: float = 1.0,
-    partial_key: str = "partial_rotary_factor",
-    layer_type: str = "full_attention",
-) -> RopeSpec:
-    """Reads old (`rope_theta`, `rope_scaling`) and new (`rope_parameters`) spellings; `theta` and `partial` are what
-    the family takes where nothing is said. `rope_parameters` may say something else for each layer type.
-
-    Raises:
-        Unsupported: a kind of scaling that is none of RopeSpec's.
-        CheckpointError: a value that makes no sense.
-    """
-    parameters: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if layer_type in parameters:
-        parameters = dict(parameters[layer_type] or {})
-    share = number(parameters, "partial_rotary_factor", number(config, partial_key, partial))
-    return _scaled_rope(
-        parameters,
-        theta=number(parameters, "rope_theta", number(config, theta_key, theta)),
-        rotary_dim=_rotary_dim(head_dim, share),
-        max_positions=config.get("max_position_embeddings"),
-    )
-
-
-def _rotary_dim(head_dim: int, share: float) -> int | None:
-    """None: the whole head."""
-    dim = int(head_dim * share)
-    if dim < 2 or dim % 2 or dim > head_dim:
-        raise CheckpointError(
-            f"config.json: {dim} of a head's {head_dim} dimensions are rotated; it must be an even number of them"
-        )
-    return None if dim == head_dim else dim
-
-
-def _scaled_rope(parameters: Config, *, theta: float, rotary_dim: int | None, max_positions: Any) -> RopeSpec:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return RopeSpec(theta, rotary_dim=rotary_dim)
-    if kind == "linear":
-        return RopeSpec(theta, "linear", number(parameters, "factor"), rotary_dim=rotary_dim)
-    if kind == "llama3":
-        return _llama3(parameters, theta, rotary_dim, max_positions)
-    if kind == "yarn":
-        return _yarn(parameters, theta, rotary_dim, max_positions)
-    raise Unsupported(
-        f"config.json: rope scaling {kind!r} is not supported; supported are default, linear, llama3, yarn"
-    )
-
-
-def _llama3(parameters: Config, theta: float, rotary_dim: int | None, max_positions: Any) -> RopeSpec:
-    low, high = number(parameters, "low_freq_factor"), number(parameters, "high_freq_factor")
-    if low >= high:
-        raise CheckpointError(f"config.json: low_freq_factor {low:g} must be less than high_freq_factor {high:g}")
-    original = positive(parameters, "original_max_position_embeddings", max_positions)
-    return RopeSpec(theta, "llama3", number(parameters, "factor"), low, high, original, rotary_dim=rotary_dim)
-
-
-def _yarn(parameters: Config, theta: float, rotary_dim: int | None, max_positions: Any) -> RopeSpec:
-    """YaRN (Peng et al., 2023). Scores are sharpened by `attention_factor`, in DeepSeek's spelling a quotient."""
-    factor = number(parameters, "factor")
-
-    def sharpening(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    usual = sharpening(1.0)
-    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        usual = sharpening(number(parameters, "mscale")) / sharpening(number(parameters, "mscale_all_dim"))
-    if theta <= 1:
-        raise CheckpointError(f"config.json: rope scaling yarn needs a rope_theta of more than 1, got {theta:g}")
-    return RopeSpec(
-        theta,
-        "yarn",
-        factor,
-        original_max_positions=positive(parameters, "original_max_position_embeddings", max_positions),
-        beta_fast=number(parameters, "beta_fast", 32),
-        beta_slow=number(parameters, "beta_slow", 1),
-        attention_factor=number(parameters, "attention_factor", usual),
-        truncate=flag(parameters, "truncate", True),
-        rotary_dim=rotary_dim,
-    )
-
-
-def max_positions(config: Config, rope: RopeSpec | None, default: int) -> int:
-    """How long a sequence may be: what yarn stretches counts at its new length."""
-    said = positive(config, "max_position_embeddings", default)
-    if rope is None or rope.kind != "yarn":
-        return said
-    return max(said, int(rope.factor * rope.original_max_positions))

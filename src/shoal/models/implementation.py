@@ -4,10 +4,11 @@ Who plans and who computes ask here, so that both see the same spec, the same te
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from shoal.config import ExpertPlacement
 from shoal.errors import CheckpointError
@@ -20,22 +21,23 @@ from shoal.parallel.placement import place_experts
 from shoal.parallel.stages import stages
 
 
-def read_model(folder: Path, wanted: str) -> ModelSpec:
+def read_model(folder: Path, wanted: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
     """The spec of the model in a folder. `wanted` is `--model-impl`: auto takes our own where it knows the model.
+    `overrides` stand over config.json.
 
     Raises:
         CheckpointError: config.json is missing or broken, or the implementation can't run the model.
     """
     if wanted == "transformers":
-        return fallback.read(read_config(folder), str(folder))
+        return fallback.read(read_config(folder, overrides), str(folder))
     try:
-        return read_spec(folder)
+        return read_spec(folder, overrides)
     except Unsupported as error:
         if wanted == "shoal":
             raise
         own = error
     try:
-        return fallback.read(read_config(folder), str(folder))
+        return fallback.read(read_config(folder, overrides), str(folder))
     except CheckpointError as error:
         raise CheckpointError(f"{own}; {error}") from None
 
@@ -47,8 +49,34 @@ def implementation_of(spec: ModelSpec) -> Literal["shoal", "transformers"]:
 def params_of(spec: ModelSpec, available: Collection[str] = ()) -> tuple[Param, ...]:
     """The manifest, by the names of a checkpoint that has the tensors `available`; without any, by the usual ones."""
     if isinstance(spec, FallbackSpec):
-        return fallback.manifest(spec, available)
-    return manifest.manifest(spec, tensor_names(spec, available))
+        params = fallback.manifest(spec, available)
+    else:
+        params = manifest.manifest(spec, tensor_names(spec, available))
+    return _tied_the_other_way(params, head_name(spec, available), available) if spec.tie_embeddings else params
+
+
+def head_name(spec: ModelSpec, available: Collection[str] = ()) -> str:
+    """What a checkpoint that has the tensors `available` calls the weight of an output head of its own."""
+    if isinstance(spec, FallbackSpec):
+        name = dict(spec.paths)["head"]
+        return f"language_model.{name}" if f"language_model.{name}" in available else name
+    return f"{tensor_names(spec, available).head}.weight"
+
+
+def _tied_the_other_way(params: tuple[Param, ...], head: str, available: Collection[str]) -> tuple[Param, ...]:
+    """Some files keep only the head of the two: then it is the embedding as well."""
+    source = next(piece.source for param in params if param.name == "embedding" for piece in param.pieces)
+    if source in available or head not in available:
+        return params
+    return tuple(
+        dataclasses.replace(
+            param,
+            pieces=tuple(
+                dataclasses.replace(piece, source=head) if piece.source == source else piece for piece in param.pieces
+            ),
+        )
+        for param in params
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
-"""From mapped checkpoint files to a rank's own tensors: it reads its slices, and nothing else."""
+"""From checkpoint files to a rank's own tensors: it reads its slices, and nothing else."""
 
-import mmap
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint import Checkpoint, TensorEntry
 from shoal.models.manifest import Cut, Param, Piece, Shard
+from shoal.models.stored_file import StoredFile, parts
 
 _TORCH_TYPES = {
     "F32": torch.float32,
@@ -22,9 +22,9 @@ _TORCH_TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 _BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _TORCH_TYPES.values()}
 _DUMMY_PERIOD = (1 << 20) - 3  # made-up weights repeat after so many values; odd, so that rows differ
 _WIDENED = 1 << 16  # numbers that are multiplied by their scales at a time
+_PART = 1 << 22  # bytes that are read at a time, where they can't go straight to their place
 # The number that each byte stands for: to look it up is ten times as fast as PyTorch's conversion.
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
@@ -38,17 +38,17 @@ class Weights(Protocol):
     dtype: torch.dtype
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that is read row by row or kept small. May be a view of the file, where nothing is converted."""
+        """A tensor of the rank's own, [rows, ...]."""
 
     def optional(self, name: str) -> Tensor | None:
         """None where the model, or the rank's stage of it, has no such parameter."""
 
 
 class CheckpointWeights:
-    """Reads weights through private mappings of their files; a page that is only read stays the file's.
+    """Reads a rank's share of weights into memory of its own: what happens to the files later changes nothing.
 
-    A parameter is copied from the mapping into its final place in one go, slice by slice, whatever has to be
-    converted, transposed or put together: nothing is held twice.
+    A parameter is read into its final place in one go, slice by slice, whatever has to be converted, transposed or put
+    together: nothing is held twice.
     """
 
     def __init__(self, checkpoint: Checkpoint, params: Iterable[Param], shard: Shard, dtype: torch.dtype) -> None:
@@ -56,48 +56,61 @@ class CheckpointWeights:
         self._params = {param.name: param for param in shard.held(params)}
         self._shard = shard
         self.dtype = dtype
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._buffer = bytearray(_PART)
 
     def tensor(self, name: str) -> Tensor:
         param = self._params[name]
         dtype = self.dtype if param.dtype is None else _BY_NAME[param.dtype]
-        blocks = [block for piece in param.pieces for block in self._blocks(piece)]
-        shape = self._shard.param_shape(param)
-        if not shape:  # a single number
-            return blocks[0].numbers.to(dtype, copy=True)
-        if len(blocks) == 1 and blocks[0].numbers.shape == shape and not param.plus:
-            entry = self._checkpoint.tensors[param.pieces[0].source]
-            if entry.holds(_NAMES[dtype]) and blocks[0].numbers.is_contiguous():
-                return blocks[0].numbers
-        whole = torch.empty(shape, dtype=dtype)
+        whole = torch.empty(self._shard.param_shape(param), dtype=dtype)
         row = 0
-        for block in blocks:
-            rows = block.numbers.shape[: 2 if block.numbers.ndim > whole.ndim else 1].numel()
-            block.write(whole[row : row + rows])
-            row += rows
+        for piece in param.pieces:
+            with self._open(self._checkpoint.tensors[piece.source].file) as file:
+                for block in self._blocks(piece, file):
+                    numbers = block.numbers
+                    if not whole.shape:  # a single number
+                        return block.write(torch.empty(numbers.shape, dtype=dtype))
+                    rows = numbers.shape[: 2 if numbers.ndim > whole.ndim else 1].numel()
+                    block.write(whole[row : row + rows].view(numbers.shape))
+                    row += rows
         return whole.add_(param.plus) if param.plus else whole
 
     def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self._params else None
 
-    def _blocks(self, piece: Piece) -> Iterator["_Block"]:
+    def _open(self, file: Path) -> StoredFile:
+        return StoredFile(file, self._checkpoint.files.get(file), self._buffer)
+
+    def _blocks(self, piece: Piece, file: StoredFile) -> Iterator["_Block"]:
         """The rank's rows of a piece, in order."""
         entry = self._checkpoint.tensors[piece.source]
-        stored = self._map(piece.source, entry)
+        stored = _stored(piece.source, entry)
         if not piece.shape:
-            yield _Block(stored)
+            yield _Block(file, entry.offset, stored)
             return
         matrix = _turned(stored, piece)
+        if matrix is None:  # its matrices do not lie one below the other
+            whole = torch.empty(stored.shape, dtype=stored.dtype)
+            matrix = _turned(_Block(file, entry.offset, stored).write(whole), piece)
+            assert matrix is not None
         if entry.scales is None:
-            yield from map(_Block, self._views(matrix, piece))
+            yield from (_Block(file, entry.offset, numbers) for numbers in self._views(matrix, piece))
             return
-        scales = _turned(self._map(f"the scales of {piece.source}", entry.scales.entry).float(), piece)
-        rows, columns = (_turned(places, piece) for places in _places(entry.shape, entry.scales.block))
+        scales = self._scales(piece, entry.scales.entry)
+        places = (_turned(each, piece) for each in _places(entry.shape, entry.scales.block))
+        rows, columns = (each for each in places if each is not None)
         if piece.transposed:
             rows, columns = columns, rows
         views = (self._views(numbers, piece) for numbers in (matrix, rows, columns))
         for numbers, row, column in zip(*views, strict=True):
-            yield _Block(numbers, scales, row, column)
+            yield _Block(file, entry.offset, numbers, scales, row, column)
+
+    def _scales(self, piece: Piece, entry: TensorEntry) -> Tensor:
+        stored = _stored(f"the scales of {piece.source}", entry)
+        with self._open(entry.file) as file:
+            read = _Block(file, entry.offset, stored).write(torch.empty(stored.shape))
+        turned = _turned(read, piece)
+        assert turned is not None
+        return turned
 
     def _views(self, matrix: Tensor, piece: Piece) -> Iterator[Tensor]:
         """Views of the rank's rows, in order: [rows, ...], or [runs, rows of a run, ...]."""
@@ -113,55 +126,89 @@ class CheckpointWeights:
         else:
             yield from _stripes(matrix, rows, piece.start, piece.run, piece.period)
 
-    def _map(self, name: str, entry: TensorEntry) -> Tensor:
-        if entry.dtype not in _TORCH_TYPES:
-            raise CheckpointError(
-                f"{entry.file}: {name} is stored as {entry.dtype}; supported are {', '.join(_TORCH_TYPES)}"
-            )
-        if entry.file not in self._maps:
-            with entry.file.open("rb") as stream:
-                self._maps[entry.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        dtype = _TORCH_TYPES[entry.dtype]
-        if 0 in entry.shape:
-            return torch.empty(entry.shape, dtype=dtype)
-        strides = entry.strides or _row_major(entry.shape)
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(entry.shape, strides, strict=True))
-        flat = torch.frombuffer(self._maps[entry.file], dtype=dtype, count=reach, offset=entry.offset)
-        return flat.as_strided(entry.shape, strides)
+
+def _stored(name: str, entry: TensorEntry) -> Tensor:
+    """A tensor as it lies in its file. It has no numbers (PyTorch's device `meta`): views of it say where a part lies.
+
+    Raises:
+        CheckpointError: it has a type that can't be loaded.
+    """
+    if entry.dtype not in _TORCH_TYPES:
+        raise CheckpointError(
+            f"{entry.file}: {name} is stored as {entry.dtype}; supported are {', '.join(_TORCH_TYPES)}"
+        )
+    strides = entry.strides or _row_major(entry.shape)
+    reach = 0 if 0 in entry.shape else 1 + sum((n - 1) * stride for n, stride in zip(entry.shape, strides, strict=True))
+    flat = torch.empty(reach, dtype=_TORCH_TYPES[entry.dtype], device="meta")
+    return flat.as_strided(entry.shape, strides) if reach else flat.view(entry.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Some rows as they are stored, [rows, ...] or [runs, rows of a run, ...]. What is quantized has a matrix of
-    scales; a number's is in the row `rows` and the column `columns` says at the number's place. Each of these has the
-    shape of `numbers`, and says one thing all along a row, or all along a column."""
+    """Some rows as they are stored, [rows, ...] or [runs, rows of a run, ...]: a view of what `_stored` gives, whose
+    data begin `offset` bytes into the file, or numbers that were read before. What is quantized has a matrix of scales;
+    a number's is in the row `rows` and the column `columns` says at the number's place. Each of these has the shape of
+    `numbers`, and says one thing all along a row, or all along a column."""
 
+    file: StoredFile
+    offset: int
     numbers: Tensor
     scales: Tensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
 
-    def write(self, place: Tensor) -> None:
-        """Into a contiguous tensor of as many numbers, widened a part at a time."""
-        if self.scales is None or self.rows is None or self.columns is None:
-            place.view(self.numbers.shape).copy_(self.numbers)
-            return
-        if not self.numbers.numel():
-            return
-        numbers, rows = self.numbers.flatten(0, -2), self.rows[..., 0].flatten()
-        columns = self.columns[(0,) * (self.columns.ndim - 1)]
-        across = self.scales.index_select(1, columns)
-        step = max(1, _WIDENED // numbers.shape[1])
-        for first in range(0, len(numbers), step):
-            part = slice(first, first + step)
-            codes = numbers[part].view(torch.uint8).int().flatten()
-            wide = _E4M3.index_select(0, codes).view(-1, numbers.shape[1])
-            place[part].copy_(wide.mul_(across.index_select(0, rows[part])))
+    def write(self, place: Tensor) -> Tensor:
+        """Into a tensor of the same shape, converted a part at a time, and gives that."""
+        if self.scales is not None:
+            for part in self._parts(_WIDENED):
+                place[part].copy_(self._widened(part))
+        elif self.numbers.is_meta and self._lies_as(place):
+            flat = place.view(-1).view(torch.uint8)
+            self.file.read_into(flat.numpy().data, self._position(self.numbers))
+        else:
+            for part in self._parts(_PART // self.numbers.itemsize):
+                place[part].copy_(self._read(part))
+        return place
+
+    def _parts(self, most: int) -> Iterator[tuple[slice, ...]]:
+        return parts(self.numbers.shape, self.numbers.stride(), most)
+
+    def _lies_as(self, place: Tensor) -> bool:
+        return self.numbers.dtype == place.dtype and self.numbers.is_contiguous() and place.is_contiguous()
+
+    def _widened(self, part: tuple[slice, ...]) -> Tensor:
+        assert self.scales is not None
+        assert self.rows is not None
+        assert self.columns is not None
+        numbers = self._read(part)
+        width = numbers.shape[-1]
+        codes = numbers.contiguous().view(torch.uint8).int().flatten()
+        rows, columns = self.rows[part][..., 0].flatten(), self.columns[part][(0,) * (numbers.ndim - 1)]
+        scales = self.scales.index_select(0, rows).index_select(1, columns)
+        return _E4M3.index_select(0, codes).view(-1, width).mul_(scales).view(numbers.shape)
+
+    def _read(self, part: tuple[slice, ...]) -> Tensor:
+        """Valid until the next one is read."""
+        view = self.numbers[part]
+        if not view.is_meta:
+            return view
+        reach = 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True))
+        data = self.file.read(reach * view.itemsize, self._position(view))
+        return torch.frombuffer(data, dtype=view.dtype).as_strided(view.shape, view.stride())
+
+    def _position(self, view: Tensor) -> int:
+        return self.offset + int(view.storage_offset()) * view.itemsize
 
 
-def _turned(stored: Tensor, piece: Piece) -> Tensor:
-    """As rows that a piece can name: a tensor of three dimensions counts as its matrices one below the other."""
-    return stored.t() if piece.transposed else stored.flatten(0, 1) if stored.ndim == 3 else stored
+def _turned(stored: Tensor, piece: Piece) -> Tensor | None:
+    """As rows that a piece can name: a tensor of three dimensions counts as its matrices one below the other. None
+    where they don't lie so in a file."""
+    if piece.transposed or stored.ndim != 3:
+        return stored.t() if piece.transposed else stored
+    try:
+        return stored.view(-1, stored.shape[2]) if stored.is_meta else stored.flatten(0, 1)
+    except RuntimeError:  # PyTorch's way to say that
+        return None
 
 
 def _places(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[Tensor, Tensor]:

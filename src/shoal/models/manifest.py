@@ -12,7 +12,6 @@ from enum import Enum
 from typing import Literal
 
 from shoal.errors import CheckpointError
-from shoal.models.checkpoint import TensorEntry
 from shoal.models.spec import ExpertNames, LatentSpec, ModelSpec, MoESpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
 from shoal.parallel.stages import Stage
@@ -141,18 +140,10 @@ def weight_bytes(
     )
 
 
-def keeps_embedding(
-    params: Iterable[Param], stored: Mapping[str, TensorEntry], device: str, dtype: str, *, head: bool = True
-) -> bool:
-    """Does a tied embedding take memory beside the head, or in place of it on a rank that has no `head`?
-
-    On a CPU the head is packed, and the embedding stays in the mapped file where it can be used as it lies there.
-    `stored` is what the checkpoint has; empty: weights are made up, and lie in no file.
-    """
-    if device != "cpu":
-        return not head
-    source = next(piece.source for param in params if param.name == "embedding" for piece in param.pieces)
-    return source not in stored or not (stored[source].holds(dtype) and stored[source].row_major)
+def keeps_embedding(device: str, *, head: bool = True) -> bool:
+    """Does a tied embedding take memory beside the head, or in place of it on a rank that has no `head`? On a CPU it
+    does: there the head is packed, which an embedding can't be."""
+    return device == "cpu" or not head
 
 
 def kv_block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from shoal.errors import CheckpointError
+from shoal.git_lfs import refuse_pointer
 from shoal.models.families import (
     deepseek_v2,
     deepseek_v3,
@@ -27,8 +29,10 @@ from shoal.models.families import (
     qwen3,
     qwen3_moe,
 )
+from shoal.models.overrides import apply
 from shoal.models.quantization import weight_block
-from shoal.models.spec import Family, ModelSpec, TensorNames, Unsupported
+from shoal.models.spec import Config, Family, ModelSpec, TensorNames, Unsupported
+from shoal.models.text_part import text_part, whole_of
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": deepseek_v2.FAMILY,
@@ -52,13 +56,24 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder.
+def read_config(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """config.json of a model folder, with `overrides` in the place of what it says; of a model that sees images too,
+    that of its text.
 
     Raises:
         CheckpointError: there is none, or it is not a JSON object.
     """
+    return text_part(apply(_read_json(folder), overrides))
+
+
+def seen_in_part(folder: Path) -> str | None:
+    """The architecture in a folder, if it sees images too and its text alone is read."""
+    return whole_of(_read_json(folder))
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    refuse_pointer(path)
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -70,7 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_spec(folder: Path) -> ModelSpec:
+def read_spec(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
     """The spec of the model in a folder.
 
     Raises:
@@ -78,7 +93,7 @@ def read_spec(folder: Path) -> ModelSpec:
         Unsupported: it names an architecture that no family reads, asks for what the family's spec can't say, or its
             weights are quantized in a way that can't be loaded.
     """
-    config = read_config(folder)
+    config = read_config(folder, overrides)
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise CheckpointError(f"{folder / 'config.json'}: architectures must be a list of names, got {architectures!r}")
@@ -94,7 +109,7 @@ def read_spec(folder: Path) -> ModelSpec:
         spec = family.read(config)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {type(error).__name__} {error}") from None
-    return _checked(spec, folder)
+    return _with_lengths(_checked(spec, folder), config)
 
 
 def _family(architectures: Sequence[str], model_type: Any) -> Family | None:
@@ -116,17 +131,32 @@ def _checked(spec: ModelSpec, folder: Path) -> ModelSpec:
     return spec
 
 
+def _with_lengths(spec: ModelSpec, config: Config) -> ModelSpec:
+    """The spec, with what its ropes say of the lengths of texts."""
+    ropes = [attention.rope for attention in spec.attention] + [spec.latent.rope if spec.latent else None]
+    steady = [rope.steady_positions for rope in ropes if rope and rope.steady_positions]
+    scaled = next((rope for rope in ropes if rope and rope.kind in ("linear", "llama3", "yarn")), None)
+    said, by = config.get("max_position_embeddings"), ""
+    if scaled is not None and spec.max_positions != said:
+        original = scaled.original_max_positions or said or round(spec.max_positions / scaled.factor)
+        by = f"rope scaling {scaled.kind}: {scaled.factor:g} x {original}"
+    return dataclasses.replace(spec, steady_positions=min(steady, default=None), stretched_by=by)
+
+
 def tensor_names(spec: ModelSpec, available: Collection[str] = ()) -> TensorNames:
     """How a checkpoint with the tensors `available` spells the model's. Without any, as is usual for the family.
 
-    The prefix is the first one under which there is an embedding, head and experts the first that there are: what is
-    still missing is found by `manifest.check`.
+    The prefix is the first one under which there is an embedding, or else a layer, head and experts the first that
+    there are: what is still missing is found by `manifest.check`.
     """
     family = FAMILIES[spec.family]
-    prefixes = (p for p in family.prefixes if f"{p}{family.names.embedding}.weight" in available)
+    prefixes = [p for p in family.prefixes if f"{p}{family.names.embedding}.weight" in available]
+    if not prefixes:
+        starts = {p: p + family.names.layer.format(i=0) for p in family.prefixes}
+        prefixes = [p for p, start in starts.items() if any(name.startswith(start) for name in available)]
     heads = (head for head in family.heads if f"{head}.weight" in available)
     names = dataclasses.replace(
-        family.names, prefix=next(prefixes, family.prefixes[0]), head=next(heads, family.heads[0])
+        family.names, prefix=next(iter(prefixes), family.prefixes[0]), head=next(heads, family.heads[0])
     )
     if spec.moe is None or True not in spec.moe.layers:
         return names

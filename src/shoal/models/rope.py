@@ -25,6 +25,8 @@ def _frequencies(spec: RopeSpec, dim: int) -> Tensor:
         return _llama3(frequencies, spec)
     if spec.kind == "yarn":
         return _yarn(frequencies, spec, dim)
+    if spec.kind == "longrope":  # LongRoPE (Ding et al., 2024), within the original context
+        return frequencies / torch.tensor(spec.short_factors, dtype=torch.float32)
     return frequencies
 
 

@@ -13,7 +13,7 @@ from shoal.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 NormKind = Literal["rms", "rms_wide", "layer"]  # what they mean: kernels.base.Norm
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -36,7 +36,7 @@ class RopeSpec:
     """Rotary position embedding.
 
     `factor` is of linear, llama3 and yarn, `original_max_positions` of the last two, `low_freq_factor` and
-    `high_freq_factor` of llama3, and what follows of yarn.
+    `high_freq_factor` of llama3, `short_factors` of longrope, and what else follows of yarn.
     """
 
     theta: float
@@ -50,6 +50,9 @@ class RopeSpec:
     attention_factor: float = 1.0  # of cos and sin, so that scores grow by its square
     truncate: bool = True  # the ends of the blend are rounded to whole dimensions
     rotary_dim: int | None = None  # how much of a head is rotated; None: all of it
+    short_factors: tuple[float, ...] = ()  # each pair of dimensions is stretched by one of them
+    # In a text longer than this, every token is turned by other angles (longrope, dynamic); None: never.
+    steady_positions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,9 @@ class ModelSpec:
     moe: MoESpec | None = None
     # Heads then share one cached row a token: there is one KV head, and head_dim is the row's length.
     latent: LatentSpec | None = None
+    # Texts may be no longer than this, whatever `max_positions` says: see `RopeSpec.steady_positions`.
+    steady_positions: int | None = None
+    stretched_by: str = ""  # how more positions than max_position_embeddings came about; "": they did not
 
     @property
     def cached_per_token(self) -> int:
@@ -296,6 +302,6 @@ class Family:
     model_type: str
     read: Callable[[Config], ModelSpec]
     names: TensorNames = TensorNames()
-    prefixes: tuple[str, ...] = ("model.", "", "language_model.model.")
+    prefixes: tuple[str, ...] = ("model.", "", "language_model.model.", "model.language_model.")
     heads: tuple[str, ...] = ("lm_head", "language_model.lm_head")
     experts: tuple[ExpertNames, ...] = (ExpertNames(), ExpertNames().stacked())

@@ -21,6 +21,7 @@ from shoal.errors import CheckpointError
 from shoal.lazy import load
 from shoal.models.fallback import FallbackSpec, refusal
 from shoal.models.fields import dtype_name
+from shoal.models.rope_fields import stretched
 from shoal.models.spec import AttentionSpec, NormSpec
 from shoal.models.transformers_plan import GivenBackbone, context_of, path_of, set_context, swapped, with_manifest
 from shoal.models.transformers_stages import OneStage, Watch, check_stages
@@ -82,10 +83,13 @@ def build(config: Mapping[str, Any], architecture: str, attention: str) -> Any:
         own = "it brings code of its own (auto_map), which is never run, and " if config.get("auto_map") else ""
         raise Unfit(f"{own}the installed transformers knows no model_type {kind!r}")
     auto = load("transformers:AutoModelForCausalLM")
-    plain = {key: value for key, value in config.items() if key != "auto_map"}
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "dtype", "torch_dtype")}
+    if kind == "mistral" and "layer_types" in plain:  # as AutoConfig does
+        kind, architecture = "ministral", architecture.replace("Mistral", "Ministral")
     with _building, torch.device("meta"):
         try:
-            model = auto.from_config(kinds[kind].from_dict(plain), attn_implementation=attention, dtype=torch.float32)
+            read = _steady(kinds[kind].from_dict(plain))
+            model = auto.from_config(read, attn_implementation=attention, dtype=torch.float32)
         except ValueError as error:
             if "Unrecognized configuration class" in str(error):
                 raise Unfit("it is no causal language model") from None
@@ -93,6 +97,20 @@ def build(config: Mapping[str, Any], architecture: str, attention: str) -> Any:
     if architecture and type(model).__name__ != architecture:
         raise Unfit(f"model_type {kind!r} is {type(model).__name__} in transformers, not {architecture}")
     return model.eval()
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """What a configuration says of ropes, some by layer type, as transformers has read it."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [value for value in found.values() if isinstance(value, dict)] or [found]
+
+
+def _steady(config: Any) -> Any:
+    """Dynamic scaling is none up to the length that the engine allows, and then looks at no token's position."""
+    for rope in _ropes(config):
+        if rope.get("rope_type") == "dynamic":
+            rope["rope_type"] = "default"
+    return config
 
 
 @lru_cache(maxsize=8)  # ranks that are threads of one process ask for the same model
@@ -110,6 +128,7 @@ def _inspect(text: str, architecture: str) -> FallbackSpec:
     calls, hidden = _try(backbone)
     _try_head(model, backbone, hidden)
     layers = _layers(calls, model.config)
+    longest, stretched_by = _max_positions(model.config)
     spec = FallbackSpec(
         family="transformers",
         hidden_size=hidden,
@@ -119,11 +138,13 @@ def _inspect(text: str, architecture: str) -> FallbackSpec:
         head_dim=layers[0].head_dim,
         intermediate_size=_widest(backbone),
         vocab_size=head.out_features,
-        max_positions=_max_positions(model.config),
+        max_positions=longest,
+        stretched_by=stretched_by,
         attention=tuple(layer.spec for layer in layers),
         norm=NormSpec("rms", 1e-6),
         tie_embeddings=_tied(model) is not None,
         dtype=dtype_name(config),
+        steady_positions=_steady_positions(config, model.config),
         architecture=type(model).__name__,
         backbone=path_of(model, backbone),
         prefix=f"{model.base_model_prefix}." if model.base_model is not model else "",
@@ -323,21 +344,29 @@ def _layers(calls: Sequence[Call], config: Any) -> list[Call]:
 # Sizes and names.
 
 
-def _max_positions(config: Any) -> int:
+def _max_positions(config: Any) -> tuple[int, str]:
+    """How long texts may be, and what made more of them than config.json names."""
     for name in ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_ctx"):
-        found = getattr(config, name, None)
-        if isinstance(found, int) and found > 0:
-            return max(found, _stretched(getattr(config, "rope_parameters", None) or {}, found))
+        said = getattr(config, name, None)
+        if isinstance(said, int) and said > 0:
+            return max((_stretched(rope, said) for rope in _ropes(config)), key=lambda found: found[0])
     raise Unfit("its config.json names no max_position_embeddings")
 
 
-def _stretched(rope: Mapping[str, Any], original: int) -> int:
-    """What yarn makes of the positions that a model was first trained with, as `fields.max_positions` has it; without
-    yarn 0."""
-    layers = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]  # some by layer type
-    yarns = [layer for layer in layers if layer.get("rope_type") == "yarn"]
-    lengths = [yarn["factor"] * (yarn.get("original_max_position_embeddings") or original) for yarn in yarns]
-    return int(max(lengths, default=0))
+def _stretched(rope: Mapping[str, Any], said: int) -> tuple[int, str]:
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor") or 1.0
+    original = rope.get("original_max_position_embeddings") or said
+    longest = stretched(kind, factor, original, said)
+    return longest, f"rope scaling {kind}: {factor:g} x {original}" if longest != said else ""
+
+
+def _steady_positions(config: Mapping[str, Any], read: Any) -> int | None:
+    """Up to which length a token's angles depend on its position alone; None: always."""
+    said = [config.get("rope_parameters"), config.get("rope_scaling")]
+    lengths = [rope["original_max_position_embeddings"] for rope in _ropes(read) if rope.get("rope_type") == "longrope"]
+    if any('"dynamic"' in json.dumps(rope) for rope in said):
+        lengths.append(_max_positions(read)[0])
+    return min(lengths, default=None)
 
 
 def _widest(backbone: nn.Module) -> int:

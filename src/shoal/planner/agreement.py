@@ -1,11 +1,13 @@
 """What must be the same in all processes that run one model together: versions, options, the model itself."""
 
 import hashlib
+import json
 
 import shoal
 from shoal import wire
 from shoal.config import EngineOptions, agreed
 from shoal.models.checkpoint import open_checkpoint
+from shoal.models.registry import read_config
 from shoal.planner.layout import shares_experts
 from shoal.planner.resolve import Decision
 
@@ -22,7 +24,7 @@ def agreement(options: EngineOptions, decision: Decision) -> dict[str, str]:
         "wire version": str(wire.WIRE_VERSION),
         **agreed(options),
         "dtype": decision.dtype,
-        "config.json": _digest((decision.folder / "config.json").read_bytes()),
+        "config.json": _digest(json.dumps(read_config(decision.folder, decision.overrides), sort_keys=True).encode()),
     }
     if shares_experts(decision.cutting) and decision.place.local_size:  # their ranks take the same steps at start too
         measured = None in decision.kv_budgets

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from shoal import env
 from shoal.config import EngineOptions, format_bytes
 from shoal.errors import ConfigError
 from shoal.planner.memory import RankMemory
@@ -42,6 +43,9 @@ def kv_budgets(
             _check_cuda_memory(options, hardware, number, rank)
         reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
         return (None,) * len(ranks)
+    elif (asked := env.cpu_kv_cache_bytes()) is not None:
+        reasons.append(f"KV cache of {format_bytes(asked)} a rank: as VLLM_CPU_KVCACHE_SPACE says")
+        budgets, way_out = (asked,) * len(ranks), "lower VLLM_CPU_KVCACHE_SPACE"
     else:
         budgets = _shares_of_host(hardware, ranks, reasons, replicas)
         way_out = "set --kv-cache-memory-bytes to less"

@@ -1,10 +1,9 @@
 """Bytes that a rank needs, from the manifest alone: before any process is started."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError
-from shoal.models.checkpoint import TensorEntry
 from shoal.models.fallback import FallbackSpec
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.spec import LatentSpec, ModelSpec, MoESpec
@@ -55,7 +54,6 @@ class StepSize:
 def rank_memory(
     spec: ModelSpec,
     params: Sequence[Param],
-    stored: Mapping[str, TensorEntry],
     shard: Shard,
     *,
     dtype: str,
@@ -64,9 +62,9 @@ def rank_memory(
     step: StepSize,
     replicas: int = 1,
 ) -> RankMemory:
-    """`stored`: the checkpoint's tensors; empty where weights are made up. `replicas` hold whole experts together."""
+    """`replicas` hold whole experts together."""
     item = ITEM_BYTES[dtype]
-    kept = keeps_embedding(params, stored, device, dtype, head=shard.stage.last)
+    kept = keeps_embedding(device, head=shard.stage.last)
     return RankMemory(
         weights=weight_bytes(spec, params, shard, item, embedding_kept=kept),
         activations=_activations(spec, shard, item, step, device, replicas),

@@ -3,19 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shoal import env, wire
-from shoal.config import EngineOptions
+from shoal.config import Cores, EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.errors import ConfigError
-from shoal.models import manifest
-from shoal.models.checkpoint import TensorEntry, open_checkpoint
 from shoal.models.fallback import FallbackSpec
-from shoal.models.implementation import Cutting, implementation_of, params_of, rank_shards, read_model
-from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard
+from shoal.models.implementation import Cutting, implementation_of, rank_shards, read_model
+from shoal.models.manifest import ITEM_BYTES, Cut, Shard
+from shoal.models.opening import OpenedModel, open_model
 from shoal.models.spec import ModelSpec
 from shoal.planner.all2all import choose_all2all
 from shoal.planner.budgets import kv_budgets, num_blocks
@@ -25,6 +24,7 @@ from shoal.planner.memory import RankMemory, StepSize, rank_memory, require_capa
 from shoal.types import Hardware
 
 Backend = Literal["uni", "threads", "mp"]
+_DTYPES = {"float": "float32", "half": "float16"}  # other names that vLLM takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,11 @@ class Decision:
     model_impl: str = "shoal"  # or "transformers"
     draft_folder: Path | None = None  # of the model that guesses ahead
     draft: ModelSpec | None = None  # ... and what it is
+    file_states: tuple[str, str] = ("", "")  # of the model's files and the draft model's, "" where weights are made up
+    # What stands over config.json, and over the draft model's.
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    draft_overrides: Mapping[str, Any] = field(default_factory=dict)
+    cores: Cores | None = None  # as --cpu-cores says; None: all that this process may use
 
 
 def discover(options: EngineOptions) -> Hardware:
@@ -75,11 +80,13 @@ def resolve(
     hardware: Hardware,
     draft_folder: Path | None = None,
     place: wire.Place = wire.Place(),  # noqa: B008 - it is frozen
+    file_states: tuple[str, str] = ("", ""),
 ) -> Decision:
     """Decides what was left open, and refuses what can't work. `draft_folder`: of the model that guesses ahead.
 
     `place` is that of one replica. Without it the decision is for all of them, as the first one will take it. One of
-    which none is on this host (`local_size` 0) needs nothing of it, and its KV cache is not known.
+    which none is on this host (`local_size` 0) needs nothing of it, and its KV cache is not known. `file_states`: what
+    the files of both models must be, where somebody has read them before.
 
     Raises:
         UserError: the models can't be read, or the options, the models and the hardware don't go together.
@@ -89,21 +96,23 @@ def resolve(
     place = standing(options, place)
     if place.memory_available:
         hardware = dataclasses.replace(hardware, host_memory_available=place.memory_available)
-    spec, draft_spec = _read(options, folder, draft_folder)
+    spec, draft_spec = _read(options, folder, draft_folder, reasons)
     cutting = plan_cutting(options, spec, draft_spec, place, reasons, warnings)
     here = place.local_size > 0
     if here:
+        reasons += hardware.limits
+        hardware = _within(options, place, hardware, reasons)
         _check_devices(options, place, hardware, reasons, warnings)
     else:
         reasons.append("no replica runs on this host: nothing is planned for its memory and devices")
     backend = _backend(options, cutting, hardware, reasons)
+    model, draft = _open(options, folder, spec, draft_folder, draft_spec, file_states, reasons)
+    spec, draft_spec = model.spec, None if draft is None else draft.spec
     shards = rank_shards(spec, cutting)
     dtype = _dtype(options, spec, reasons)
     reasons += [each.describe(cutting.tp) for each in (spec, draft_spec) if isinstance(each, FallbackSpec)]
     if cutting.tp_split is not None:
         reasons.append(f"shares {':'.join(map(str, cutting.tp_split))} of {spec.family}: {_held(shards[: cutting.tp])}")
-    model = _open(options, folder, spec)
-    draft = None if draft_folder is None or draft_spec is None else _open(options, draft_folder, draft_spec)
     ranks, shares = _measure(options, model, draft, shards, cutting, dtype, hardware.device)
     if options.model_options.enforce_eager:
         reasons.append("--enforce-eager changes nothing: steps are launched operation by operation in any case")
@@ -130,11 +139,21 @@ def resolve(
         model_impl=implementation_of(spec),
         draft_folder=draft_folder,
         draft=draft_spec,
+        file_states=(model.state, "" if draft is None else draft.state),
+        overrides=model.overrides,
+        draft_overrides={} if draft is None else draft.overrides,
+        cores=options.parallel.cpu_cores if here else None,
     )
 
 
-def _read(options: EngineOptions, folder: Path, draft_folder: Path | None) -> tuple[ModelSpec, ModelSpec | None]:
-    spec = read_model(folder, options.model_options.model_impl)
+def _read(
+    options: EngineOptions, folder: Path, draft_folder: Path | None, reasons: list[str]
+) -> tuple[ModelSpec, ModelSpec | None]:
+    """What config.json says of the model, and of the draft model, where there is one."""
+    said = options.model_options
+    spec = read_model(folder, said.model_impl, said.hf_overrides or {})
+    if said.hf_overrides:
+        reasons.append(f"--hf-overrides stand over config.json: {', '.join(said.hf_overrides)}")
     draft = None if draft_folder is None else read_model(draft_folder, "auto")
     if draft is not None and draft.vocab_size != spec.vocab_size:
         raise ConfigError(
@@ -144,24 +163,28 @@ def _read(options: EngineOptions, folder: Path, draft_folder: Path | None) -> tu
     return spec, draft
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    spec: ModelSpec
-    params: tuple[Param, ...]
-    stored: Mapping[str, TensorEntry]  # empty where weights are made up
+def _open(
+    options: EngineOptions,
+    folder: Path,
+    spec: ModelSpec,
+    draft_folder: Path | None,
+    draft_spec: ModelSpec | None,
+    states: tuple[str, str],
+    reasons: list[str],
+) -> tuple[OpenedModel, OpenedModel | None]:
+    """Both with their weights.
 
-
-def _open(options: EngineOptions, folder: Path, spec: ModelSpec) -> _Model:
-    """Raises:
-    CheckpointError: the weights are missing or broken, or do not go with config.json.
+    Raises:
+        CheckpointError: the weights are missing or broken, do not go with config.json, or are not in `states`.
     """
-    if options.model_options.load_format == "dummy":
-        return _Model(spec, params_of(spec), {})
-    checkpoint = open_checkpoint(folder)
-    params = params_of(spec, checkpoint.shapes)
-    manifest.check(params, checkpoint.shapes, str(folder))
-    checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
-    return _Model(spec, params, checkpoint.tensors)
+    said, weights = options.model_options, options.model_options.load_format != "dummy"
+    model = open_model(folder, spec, said.model_impl, said.hf_overrides or {}, weights=weights, state=states[0])
+    reasons += model.notes
+    if draft_folder is None or draft_spec is None:
+        return model, None
+    draft = open_model(draft_folder, draft_spec, "auto", {}, weights=weights, state=states[1])
+    reasons += [f"draft model: {note}" for note in draft.notes]
+    return model, draft
 
 
 def _step_size(options: EngineOptions) -> StepSize:
@@ -174,8 +197,8 @@ def _step_size(options: EngineOptions) -> StepSize:
 
 def _measure(
     options: EngineOptions,
-    model: _Model,
-    draft: _Model | None,
+    model: OpenedModel,
+    draft: OpenedModel | None,
     shards: Sequence[Shard],
     cutting: Cutting,
     dtype: str,
@@ -201,7 +224,7 @@ def _measure(
 
 def _rank_memories(
     options: EngineOptions,
-    model: _Model,
+    model: OpenedModel,
     shards: Sequence[Shard],
     dtype: str,
     device: str,
@@ -212,7 +235,6 @@ def _rank_memories(
         rank_memory(
             model.spec,
             model.params,
-            model.stored,
             shard,
             dtype=dtype,
             device=device,
@@ -233,6 +255,32 @@ def _held(shards: Sequence[Shard]) -> str:
         "tokens of the vocabulary": [len(shard.ranges[Cut.VOCAB]) for shard in shards],
     }
     return "; ".join(f"{', '.join(map(str, each))} {what}" for what, each in counts.items())
+
+
+def _within(options: EngineOptions, place: wire.Place, hardware: Hardware, reasons: list[str]) -> Hardware:
+    """The host with no more cores than --cpu-cores names.
+
+    Raises:
+        ConfigError: it names others, or lists for more or fewer ranks.
+    """
+    lists = options.parallel.cpu_cores
+    if not lists:
+        return hardware
+    named = tuple(sorted(core for each in lists for core in each))
+    strange = [core for core in named if core not in hardware.cores]
+    if strange:
+        raise ConfigError(
+            f"--cpu-cores (or VLLM_CPU_OMP_THREADS_BIND) names {', '.join(map(str, strange[:5]))}, which this process "
+            f"may not use: it may use {', '.join(map(str, hardware.cores))}"
+        )
+    ranks = options.parallel.tensor_parallel_size * options.parallel.pipeline_parallel_size * place.local_size
+    if len(lists) not in (1, ranks):
+        raise ConfigError(
+            f"--cpu-cores has {len(lists)} lists, this host {ranks} ranks: give one for each, or one that they share"
+        )
+    reasons.append(f"cores {'|'.join(','.join(map(str, each)) for each in lists)}: as asked")
+    counted = hardware.device == "cpu" and options.parallel.num_devices is None
+    return dataclasses.replace(hardware, cores=named, num_devices=len(named) if counted else hardware.num_devices)
 
 
 def _check_devices(
@@ -270,7 +318,7 @@ def _check_devices(
 
 def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
     wanted = options.model_options.dtype
-    dtype = spec.dtype if wanted == "auto" else wanted
+    dtype = spec.dtype if wanted == "auto" else _DTYPES.get(wanted, wanted)
     if dtype not in ITEM_BYTES:
         raise ConfigError(f"the checkpoint's dtype {dtype} is not supported; choose --dtype {', '.join(ITEM_BYTES)}")
     reasons.append(f"dtype {dtype}: " + ("the checkpoint's" if wanted == "auto" else "as asked"))
@@ -300,17 +348,17 @@ def _max_model_len(
     reasons: list[str],
 ) -> int:
     wanted, size = options.model_options.max_model_len, options.cache.block_size
-    if wanted is not None and wanted > spec.max_positions:
-        raise ConfigError(f"--max-model-len {wanted} is more than the model's {spec.max_positions} positions: lower it")
+    _check_positions(wanted, spec)
     longest = wanted or spec.max_positions
-    if draft is not None and draft.max_positions < longest:
+    drafts = longest if draft is None else min(draft.max_positions, draft.steady_positions or draft.max_positions)
+    if drafts < longest:
         if wanted is not None:
             raise ConfigError(
-                f"--max-model-len {wanted} is more than the draft model's {draft.max_positions} positions: lower it, "
-                "or choose another draft model"
+                f"--max-model-len {wanted} is more than the draft model's {drafts} positions: lower it, or choose "
+                "another draft model"
             )
-        reasons.append(f"max_model_len {draft.max_positions}, not the model's {longest}: the draft model has no more")
-        longest = draft.max_positions
+        reasons.append(f"max_model_len {drafts}, not the model's {longest}: the draft model has no more")
+        longest = drafts
     if blocks is None:
         return longest
     fits = blocks * size
@@ -319,6 +367,25 @@ def _max_model_len(
     if fits < longest:
         reasons.append(f"max_model_len {fits}, not the model's {longest}: the KV cache holds no more")
     return min(longest, fits)
+
+
+def _check_positions(wanted: int | None, spec: ModelSpec) -> None:
+    """Raises:
+    ConfigError: the model is not made for texts of this length.
+    """
+    if wanted is not None and wanted > spec.max_positions:
+        by = f" ({spec.stretched_by})" if spec.stretched_by else ""
+        raise ConfigError(
+            f"--max-model-len {wanted} is more than the model's {spec.max_positions} positions{by}: lower it, or "
+            "stretch them by a rope_scaling in --hf-overrides, if the model bears it"
+        )
+    steady = spec.steady_positions
+    if steady is not None and (wanted or spec.max_positions) > steady:
+        asked = f"--max-model-len {wanted} is" if wanted else f"the model's {spec.max_positions} positions are"
+        raise ConfigError(
+            f"{asked} more than its original {steady}: in longer texts its rope scaling turns all tokens by other "
+            f"angles, which is not supported; use --max-model-len {steady} or less"
+        )
 
 
 def _all2all(options: EngineOptions, spec: ModelSpec, cutting: Cutting, dtype: str, reasons: list[str]) -> str:
@@ -343,6 +410,8 @@ def rank_cores(decision: Decision) -> tuple[tuple[int, ...], ...]:
     """The cores of each rank. Replicas on one host share its cores."""
     world, place = len(decision.ranks), decision.place
     first = place.local_rank * world
+    if decision.cores is not None and len(decision.cores) > 1:
+        return decision.cores[first : first + world]
     return tuple(
         cpu.cores_of_rank(decision.hardware.cores, first + rank, place.local_size * world) for rank in range(world)
     )

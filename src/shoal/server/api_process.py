@@ -126,9 +126,9 @@ def open_served(setup: wire.ApiSetup) -> OpenModel:
     may hold the memory that they were planned for.
 
     Raises:
-        UserError: the model is not there any more.
+        UserError: the model is not there any more, or it is another one.
     """
-    model = open_model(setup.model, setup.options, online=True, replicas_elsewhere=True)
+    model = open_model(setup.model, setup.options, online=True, replicas_elsewhere=True, files=setup.files)
     decision = dataclasses.replace(model.decision, max_model_len=setup.max_model_len)
     return dataclasses.replace(model, decision=decision)
 

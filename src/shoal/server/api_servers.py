@@ -61,7 +61,9 @@ class ApiServers:
         self._llm = llm
         self._desk = llm.desk
         self._given = dict(model.given)
-        self._setup = wire.ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening))
+        self._setup = wire.ApiSetup(
+            model.options.model, self._given, asdict(settings), asdict(listening), files=model.files
+        )
         self._socket = sock
         self._slots = [_Slot(number, Restarts(_MOST_RESTARTS)) for number in range(count)]
         self._on_restart = on_restart

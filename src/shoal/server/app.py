@@ -7,10 +7,22 @@ from starlette.types import ASGIApp
 
 from shoal import __version__
 from shoal.frontend.async_llm import AsyncLLM
-from shoal.server import admin, chat, completions, health, models, responses, status, tokenization
+from shoal.server import (
+    admin,
+    chat,
+    completions,
+    health,
+    models,
+    operations,
+    responses,
+    status,
+    stored_responses,
+    tokenization,
+)
 from shoal.server.backend import Backend
 from shoal.server.dashboard import routes as dashboard
 from shoal.server.errors import add_handlers
+from shoal.server.http_methods import CommonMethods
 from shoal.server.limits import add_limits
 from shoal.server.request_ids import RequestIds
 from shoal.server.running import Service, client_gone
@@ -22,10 +34,11 @@ from shoal.server.streaming import ClientGone
 def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
     """All endpoints of `shoal serve`, over a model that others start and close."""
     app = openai_app(llm, settings)
-    for router in (health.routes(llm), status.routes(llm), admin.routes(llm), dashboard.routes()):
-        app.include_router(router)
+    for endpoints in (health, status, admin, operations):
+        app.include_router(endpoints.routes(llm))
+    app.include_router(dashboard.routes())
     add_limits(app, settings)
-    add_metrics(app, llm, Service(llm, settings).names[0])
+    add_metrics(app, llm, Service(llm, settings).names[0], llm.options)
     return app
 
 
@@ -40,8 +53,8 @@ class _App(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         found = super().openapi()
-        for operations in found["paths"].values():
-            for operation in operations.values():
+        for path in found["paths"].values():
+            for operation in path.values():
                 if "HTTPValidationError" in str(operation["responses"].get("422")):
                     del operation["responses"]["422"]
         for unused in ("HTTPValidationError", "ValidationError"):
@@ -59,8 +72,9 @@ def openai_app(llm: Backend, settings: ServerSettings) -> FastAPI:
         **documented,
     )
     add_handlers(app)
+    app.add_middleware(CommonMethods)
     app.add_exception_handler(ClientGone, client_gone)
     service = Service(llm, settings)
-    for endpoints in (completions, chat, responses, models, tokenization):
+    for endpoints in (completions, chat, responses, stored_responses, models, tokenization):
         app.include_router(endpoints.routes(service))
     return app

@@ -13,12 +13,13 @@ from shoal.frontend.deltas import Delta
 from shoal.frontend.openai.answers import chat_choice, chat_logprobs, positions, usage
 from shoal.frontend.prompts import Job
 from shoal.server.backend import TokenStream
-from shoal.server.encoding import text_of
+from shoal.server.encoding import size_of, text_of
 from shoal.server.errors import ANSWERING, Refusal
 from shoal.server.running import (
     Place,
     RankHeader,
     Service,
+    TokenForms,
     begin,
     check_outputs,
     finished,
@@ -53,6 +54,7 @@ class _Request:
     params: SamplingParams
     plan: ToolPlan
     prompt_logprobs: bool
+    forms: TokenForms
     usage: bool  # a last chunk says it
     usage_always: bool  # so does every other
 
@@ -96,6 +98,7 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
     params = params_of(service, given, chat=True, read=_READ, plan=plan)
     check_outputs(1, params)
     template = template_of(service, body) | {"tools": plan.shown, "add_special_tokens": bool(body.add_special_tokens)}
+    template |= {"cache_salt": body.cache_salt}
     job = await prepared(
         service.llm,
         partial(service.llm.prepare_chat, body.messages, params, **template),
@@ -105,13 +108,14 @@ async def _understood(service: Service, body: ChatBody) -> _Request:
         prompt="messages",
     )
     return _Request(
-        id=identifier("chatcmpl"),
+        id=identifier("chatcmpl", body.request_id),
         created=int(time.time()),
         model=model,
         job=job,
         params=params,
         plan=plan,
         prompt_logprobs=body.prompt_logprobs is not None,
+        forms=TokenForms.of(service, body),
         usage=usage_wanted,
         usage_always=usage_always,
     )
@@ -139,21 +143,6 @@ def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
     }
 
 
-def size_of(value: Any) -> int:
-    """About how many characters a value of JSON has."""
-    pending, size = [value], 0
-    while pending:
-        each = pending.pop()
-        if isinstance(each, str):
-            size += len(each)
-        elif isinstance(each, Mapping):
-            pending.extend(each.values())
-        elif isinstance(each, list):
-            size += len(each)
-            pending.extend(each)
-    return size
-
-
 # --- at once -------------------------------------------------------------------------------------------------------
 
 
@@ -168,25 +157,30 @@ def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
     }
     if asked.prompt_logprobs:
         body["prompt_logprobs"] = positions(output.prompt_logprobs or ())
+    if asked.forms.ids:
+        body["prompt_token_ids"] = output.prompt_token_ids
     return body
 
 
 def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:
     plan = asked.plan
-    choice = chat_choice(output, asked.params.logprobs)
+    choice = chat_choice(output, asked.params.logprobs, by_id=asked.forms.named_by_id)
+    if asked.forms.ids:
+        choice["token_ids"] = output.token_ids
     if plan.parser is not None:
-        reader = CallDeltas(plan)
-        choice["message"] = message_of(reader.feed(output.text, last=True))
-        choice["finish_reason"] = finish_of(plan, reader, output.finish_reason)
+        reader = CallDeltas(plan, whole=True)
+        choice["message"] = message_of(reader.feed(output.text, output.finish_reason or "stop"))
+        choice["finish_reason"] = reader.finish_of(output.finish_reason)
     return choice
-
-
-def finish_of(plan: ToolPlan, reader: CallDeltas, reason: str | None) -> str | None:
-    return "tool_calls" if reason == "stop" and reader.calls and not plan.named else reason
 
 
 def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
     return {**usage(len(asked.job.tokens), written), "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def may_cut(params: SamplingParams) -> bool:
+    """Can the client's own stop texts or tokens end an output within a call?"""
+    return bool(params.stop or params.stop_token_ids)
 
 
 # --- streaming -----------------------------------------------------------------------------------------------------
@@ -195,22 +189,29 @@ def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
 async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes, None]:
     """The first one comes with the first tokens: until then, the request can be refused."""
     writer = ChunkWriter(id=asked.id, object="chat.completion.chunk", created=asked.created, model=asked.model)
-    readers = {index: CallDeltas(asked.plan) for index in range(asked.params.n) if asked.plan.parser is not None}
+    readers = {
+        index: CallDeltas(asked.plan, whole=may_cut(asked.params))
+        for index in range(asked.params.n)
+        if asked.plan.parser is not None
+    }
     begun: set[int] = set()
     written = 0
     no_usage = "null" if asked.usage else None
+    prompt = f',"prompt_token_ids":{text_of(asked.job.tokens)}' if asked.forms.ids else ""
     try:
         async for _, deltas in merged([stream]):
-            choices = []
+            choices: list[dict[str, Any]] = []
+            heads: list[dict[str, Any]] = []
             for delta in deltas:
                 if delta.index not in begun:
                     begun.add(delta.index)
-                    choices.append(_chunk_choice(delta.index, {"role": "assistant", "content": ""}))
+                    heads.append(_chunk_choice(delta.index, {"role": "assistant", "content": ""}))
                 written += len(delta.token_ids)
                 choices += _chunk_choices(asked, readers.get(delta.index), delta)
             told = text_of(_usage(asked, written, stream.cached_tokens)) if asked.usage_always else no_usage
-            if choices:
-                chunks = [writer.chunk(text_of(choice), told) for choice in choices]
+            if heads or choices:
+                chunks = [writer.chunk(text_of(head), told, prompt) for head in heads]
+                chunks += [writer.chunk(text_of(choice), told) for choice in choices]
                 yield "".join(chunks).encode("utf-8", "replace")
         if asked.usage:
             yield writer.chunk("", text_of(_usage(asked, written, stream.cached_tokens))).encode()
@@ -224,15 +225,18 @@ def _chunk_choices(asked: _Request, reader: CallDeltas | None, delta: Delta) -> 
     if reader is None:
         parts = [{"content": delta.text}] if delta.text else []
     else:
-        parts = reader.feed(delta.text, last=finish is not None)
-        finish = finish_of(asked.plan, reader, finish)
+        parts = reader.feed(delta.text, finish)
+        finish = reader.finish_of(finish)
     top = asked.params.logprobs or 0
-    logprobs = None if delta.logprobs is None else chat_logprobs(delta.token_ids, delta.logprobs, top)
-    if not parts and (finish is not None or logprobs is not None):
+    by_id = asked.forms.named_by_id
+    logprobs = None if delta.logprobs is None else chat_logprobs(delta.token_ids, delta.logprobs, top, by_id=by_id)
+    if not parts and (finish is not None or logprobs is not None or (asked.forms.ids and delta.token_ids)):
         parts = [{}]
     choices = [_chunk_choice(delta.index, part) for part in parts]
     if choices:
         choices[0]["logprobs"] = logprobs
+        if asked.forms.ids:
+            choices[0]["token_ids"] = delta.token_ids
         choices[-1] |= {"finish_reason": finish, "stop_reason": delta.stop_reason}
     return choices
 

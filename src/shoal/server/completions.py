@@ -10,8 +10,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from shoal.frontend.deltas import Delta
-from shoal.frontend.openai.answers import completion_choice, completion_logprobs, positions, usage
-from shoal.frontend.prompts import Job
+from shoal.frontend.openai.answers import (
+    completion_choice,
+    completion_logprobs,
+    legacy_name,
+    positions,
+    usage,
+)
+from shoal.frontend.prompts import Job, salted
+from shoal.frontend.token_places import prompt_starts, prompt_text
 from shoal.server.backend import TokenStream
 from shoal.server.encoding import text_of
 from shoal.server.errors import ANSWERING, Refusal
@@ -19,6 +26,7 @@ from shoal.server.running import (
     Place,
     RankHeader,
     Service,
+    TokenForms,
     begin,
     check_outputs,
     close,
@@ -34,7 +42,8 @@ from shoal.server.running import (
 )
 from shoal.server.schemas import MOST_OUTPUTS, CompletionAnswer, CompletionBody
 from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
-from shoal.types import CompletionOutput, Prompt, RequestOutput, SamplingParams, shown
+from shoal.server.token_positions import TokenPositions
+from shoal.types import CompletionOutput, FinishReason, Logprobs, Prompt, RequestOutput, SamplingParams, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +58,20 @@ class _Request:
     params: SamplingParams
     empty: bool  # max_tokens is 0: nothing but the prompt is wanted
     prompt_logprobs: bool  # they are asked for by name
+    forms: TokenForms
     usage: bool  # a last chunk says it
     usage_always: bool  # so does every other
 
 
 @dataclass(frozen=True, slots=True)
 class _Echo:
-    """A prompt as it is shown before its outputs: `text` is empty where it isn't."""
+    """A prompt as it is shown before its outputs, if it is."""
 
     tokens: tuple[int, ...]
+    wanted: bool = False
     text: str = ""
-    first: str = ""  # the text of its first token
-
-    def logprobs(self, known: Sequence[Any]) -> dict[str, Any]:
-        return completion_logprobs(self.tokens, known, first=self.first)
+    first: str = ""  # how its first token is called
+    offsets: Sequence[int] = ()  # where its tokens begin in `text`, if log-probabilities are wanted
 
 
 def routes(service: Service) -> APIRouter:
@@ -113,7 +122,12 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
     jobs = [
         await prepared(
             service.llm,
-            partial(service.llm.prepare, prompt, params, add_special_tokens=body.add_special_tokens is not False),
+            partial(
+                service.llm.prepare,
+                salted(prompt, body.cache_salt),
+                params,
+                add_special_tokens=body.add_special_tokens is not False,
+            ),
             len(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]),
             params,
             names=names,
@@ -122,14 +136,15 @@ async def _understood(service: Service, body: CompletionBody) -> _Request:
         for i, prompt in enumerate(prompts)
     ]
     return _Request(
-        id=identifier("cmpl"),
+        id=identifier("cmpl", body.request_id),
         created=int(time.time()),
         model=model,
         jobs=jobs,
-        echoes=[_echo(service, job, wanted=bool(body.echo)) for job in jobs],
+        echoes=[_echo(service, job, wanted=bool(body.echo), alone=empty) for job in jobs],
         params=params,
         empty=empty,
         prompt_logprobs=body.prompt_logprobs is not None,
+        forms=TokenForms.of(service, body),
         usage=usage_wanted,
         usage_always=usage_always,
     )
@@ -162,12 +177,21 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _echo(service: Service, job: Job, *, wanted: bool) -> _Echo:
+def _echo(service: Service, job: Job, *, wanted: bool, alone: bool) -> _Echo:
+    """`alone`: no output follows, to which bytes at the prompt's end would belong that are no whole character."""
     tokenizer = service.llm.tokenizer
     if not wanted or tokenizer is None:
         return _Echo(job.tokens)
-    text = job.prompt if job.prompt is not None else tokenizer.decode(job.tokens, skip_special_tokens=False)
-    return _Echo(job.tokens, text, tokenizer.token_text(job.tokens[0]))
+    if job.prompt is not None and job.params.truncate_prompt_tokens is None:
+        text = job.prompt
+    elif alone:
+        text = tokenizer.decode(job.tokens, skip_special_tokens=False)
+    else:
+        text = prompt_text(tokenizer, job.tokens)
+    if job.params.logprobs is None:
+        return _Echo(job.tokens, wanted, text)
+    first = legacy_name(tokenizer.token_text(job.tokens[0]), tokenizer.token_bytes(job.tokens[0]))
+    return _Echo(job.tokens, wanted, text, first, prompt_starts(tokenizer, job.tokens, text))
 
 
 # --- at once -------------------------------------------------------------------------------------------------------
@@ -196,18 +220,33 @@ def _choice(asked: _Request, output: RequestOutput, each: CompletionOutput, echo
     if asked.empty:
         each = replace(each, text="", token_ids=(), finish_reason="length", stop_reason=None)
         each = replace(each, logprobs=None if each.logprobs is None else ())
-    choice = completion_choice(each)
+    by_id = asked.forms.named_by_id
+    choice = completion_choice(each, by_id=by_id)
     choice["text"] = echo.text + choice["text"]
-    if echo.text and choice["logprobs"] is not None:
-        choice["logprobs"] = _joined(echo, output.prompt_logprobs or (), each.token_ids, each.logprobs or ())
+    if echo.wanted and each.logprobs is not None:
+        offsets = choice["logprobs"]["text_offset"]
+        choice["logprobs"] = _joined(
+            echo, output.prompt_logprobs or (), each.token_ids, each.logprobs, offsets, by_id=by_id
+        )
+    if asked.forms.ids:
+        choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": each.token_ids}
     if asked.prompt_logprobs:
         choice["prompt_logprobs"] = positions(output.prompt_logprobs or ())
     return choice
 
 
-def _joined(echo: _Echo, prompt: Sequence[Any], tokens: Sequence[int], logprobs: Sequence[Any]) -> dict[str, Any]:
-    """Of the prompt's tokens and the output's, as one list."""
-    return completion_logprobs([*echo.tokens, *tokens], [*prompt, *logprobs], first=echo.first)
+def _joined(
+    echo: _Echo,
+    prompt: Sequence[Any],
+    tokens: Sequence[int],
+    logprobs: Sequence[Any],
+    offsets: Sequence[int],
+    *,
+    by_id: bool,
+) -> dict[str, Any]:
+    """Of the prompt's tokens and the output's, as one list. `offsets`: of the latter, in their own text."""
+    behind = [*echo.offsets, *(len(echo.text) + each for each in offsets)]
+    return completion_logprobs([*echo.tokens, *tokens], [*prompt, *logprobs], behind, first=echo.first, by_id=by_id)
 
 
 def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
@@ -223,7 +262,7 @@ async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGener
     writer = ChunkWriter(id=asked.id, object="text_completion", created=asked.created, model=asked.model)
     n = asked.params.n
     count = len(streams) * n
-    offsets = [0] * count
+    waiting = [TokenPositions() for _ in range(count)]
     begun = [False] * count
     held: list[list[Delta]] = [[] for _ in streams]
     written = 0
@@ -238,12 +277,12 @@ async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGener
             choices = []
             for delta in ready:
                 index = number * n + delta.index
-                echo = asked.echoes[number] if not begun[index] else None
-                choice = _chunk_choice(asked, streams[number], delta, echo, offsets[index]) | {"index": index}
+                choice = _chunk_choice(
+                    asked, streams[number], delta, asked.echoes[number], waiting[index], first=not begun[index]
+                )
+                choice["index"] = index
                 begun[index] = True
                 written += 0 if asked.empty else len(delta.token_ids)
-                if choice["logprobs"] is not None:
-                    offsets[index] += sum(map(len, choice["logprobs"]["tokens"]))
                 if _says_something(choice):
                     choices.append(text_of(choice))
             told = text_of(_usage(asked, written, _cached(streams))) if asked.usage_always else no_usage
@@ -266,7 +305,11 @@ def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
 
 def _says_something(choice: Mapping[str, Any]) -> bool:
     return bool(
-        choice["text"] or choice["finish_reason"] or choice["logprobs"] is not None or "prompt_logprobs" in choice
+        choice["text"]
+        or choice["finish_reason"]
+        or choice["logprobs"] is not None
+        or "prompt_logprobs" in choice
+        or choice.get("token_ids")
     )
 
 
@@ -275,24 +318,39 @@ def _cached(streams: Sequence[TokenStream]) -> int:
 
 
 def _chunk_choice(
-    asked: _Request, stream: TokenStream, delta: Delta, echo: _Echo | None, offset: int
+    asked: _Request, stream: TokenStream, delta: Delta, echo: _Echo, waiting: TokenPositions, *, first: bool
 ) -> dict[str, Any]:
-    """`echo`: the prompt, before an output's first delta."""
-    text, tokens, logprobs = delta.text, delta.token_ids, delta.logprobs
-    finish, reason = delta.finish_reason, delta.stop_reason
+    """`first`: of its output, so that the prompt stands before it."""
     if asked.empty:
-        text, tokens, logprobs = "", (), None if logprobs is None else ()
-        finish, reason = (None if finish is None else "length"), None
+        finish: FinishReason | None = None if delta.finish_reason is None else "length"
+        logprobs = None if delta.logprobs is None else ()
+        delta = replace(delta, text="", token_ids=(), logprobs=logprobs, finish_reason=finish, stop_reason=None)
     found = None
-    if logprobs is not None:
-        found = (
-            _joined(echo, stream.prompt_logprobs or (), tokens, logprobs)
-            if echo is not None and echo.text
-            else completion_logprobs(tokens, logprobs, offset=offset)
-        )
-    choice: dict[str, Any] = {"text": text, "logprobs": found, "finish_reason": finish, "stop_reason": reason}
-    if echo is not None:
-        choice["text"] = echo.text + text
+    if delta.logprobs is not None:
+        found = _ready_logprobs(waiting.take(delta), stream, echo, first=first, by_id=asked.forms.named_by_id)
+    choice: dict[str, Any] = {
+        "text": delta.text,
+        "logprobs": found,
+        "finish_reason": delta.finish_reason,
+        "stop_reason": delta.stop_reason,
+    }
+    if asked.forms.ids:
+        choice["token_ids"] = delta.token_ids
+    if first:
+        choice["text"] = echo.text + delta.text
+        if asked.forms.ids:
+            choice["prompt_token_ids"] = echo.tokens
         if asked.prompt_logprobs:
             choice["prompt_logprobs"] = positions(stream.prompt_logprobs or ())
     return choice
+
+
+def _ready_logprobs(
+    ready: Sequence[tuple[int, Logprobs, int]], stream: TokenStream, echo: _Echo, *, first: bool, by_id: bool
+) -> dict[str, Any]:
+    tokens = [token for token, _, _ in ready]
+    logprobs = [known for _, known, _ in ready]
+    offsets = [offset for _, _, offset in ready]
+    if first and echo.wanted:
+        return _joined(echo, stream.prompt_logprobs or (), tokens, logprobs, offsets, by_id=by_id)
+    return completion_logprobs(tokens, logprobs, [len(echo.text) + each for each in offsets], by_id=by_id)

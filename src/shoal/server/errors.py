@@ -20,6 +20,7 @@ from shoal.errors import ClosedError, EngineError, QueueFull, RequestError, Unav
 from shoal.observe.logging import get_logger
 from shoal.server import request_ids
 from shoal.server.encoding import bytes_of
+from shoal.server.http_methods import allowed
 from shoal.types import SamplingParams, shown
 
 log = get_logger("server")
@@ -119,7 +120,7 @@ def refusal_of(error: BaseException) -> Refusal:
 # --- fields --------------------------------------------------------------------------------------------------------
 
 _OURS = frozenset(f.name for f in dataclasses.fields(SamplingParams))
-_TEMPLATE = {"tools", "chat_template", "chat_template_kwargs", "continue_final_message"}
+_OTHERS = {"tools", "chat_template", "chat_template_kwargs", "continue_final_message", "priority", "cache_salt"}
 _QUOTED = re.compile(r"^`([\w.\[\]]+)`")
 _MESSAGE = re.compile(r"^message (\d+)(?:, part (\d+))?\b")
 _OVERFLOW = overflow(0).partition("0")[0]
@@ -150,7 +151,7 @@ def of_request(
     found = _WORD.match(message)
     ours = found[1] if found else ""
     if ours not in _OURS:
-        return Refusal(400, message, param=ours if ours in _TEMPLATE else prompt)
+        return Refusal(400, message, param=ours if ours in _OTHERS else prompt)
     theirs = (names or {}).get(ours, ours)
     status = 422 if prepared and ours == "structured_outputs" else 400
     written = message if theirs == ours else re.sub(rf"\b{ours}(\.\w+)?", theirs, message, count=1)
@@ -216,4 +217,5 @@ async def _on_http(request: Request, error: Exception) -> Response:
         405: f"{shown(request.url.path)} does not take {request.method}",
     }
     refused = Refusal(error.status_code, told.get(error.status_code, str(error.detail)))
-    return refused.response(error.headers)
+    headers = {"allow": ", ".join(allowed(request.scope))} if error.status_code == 405 else error.headers
+    return refused.response(headers)

@@ -6,6 +6,7 @@ from typing import Protocol
 from fastapi import APIRouter, Response
 
 from shoal import __version__, wire
+from shoal.activity import State
 from shoal.errors import ShoalError
 from shoal.server.encoding import bytes_of
 from shoal.server.errors import Refusal, documented
@@ -33,15 +34,20 @@ def routes(llm: HasHealth) -> APIRouter:
             raise _unavailable(_why_not_accepting(status))
         if not any(replica.state == "ready" for replica in status.replicas):
             raise _unavailable(f"no replica is ready: {_states(status, local_only=False)}")
-        return _answer({"status": "ok"})
+        # Whoever is paused or asleep is well: nobody should start it anew for that.
+        return _answer({"status": "ok" if status.activity == State.AWAKE else status.activity})
 
     @router.get(
-        "/ready", summary="200 once all replicas of this host are up, and none drains", responses=documented(503)
+        "/ready",
+        summary="200 once all replicas of this host are up, and none drains, is paused or asleep",
+        responses=documented(503),
     )
     async def ready() -> Response:
         status = await _status(llm)
         if not status.accepting:
             raise _unavailable(_why_not_accepting(status))
+        if status.activity != State.AWAKE:
+            raise _unavailable(_why_not_awake(status))
         if not await _asked(llm):
             raise _unavailable(f"not all replicas are ready: {_states(status, local_only=True)}")
         return _answer({"status": "ready"})
@@ -76,6 +82,12 @@ def _unanswered(error: Exception) -> Refusal:
 
 def _why_not_accepting(status: wire.FleetStatus) -> str:
     return status.failure or "the server is about to end and takes no new requests"
+
+
+def _why_not_awake(status: wire.FleetStatus) -> str:
+    if status.activity == State.PAUSED:
+        return "the server is paused: POST /resume lets it go on"
+    return f"the server is asleep, without {' and '.join(status.missing)}: POST /wake_up wakes it up"
 
 
 def _states(status: wire.FleetStatus, *, local_only: bool) -> str:

@@ -1,8 +1,9 @@
 """HTTP/1.1 as uvicorn speaks it, with bounds on what a connection may send, wait for, and leave lying.
 
 uvicorn bounds neither a request's headers nor the time that they take, and never gives up on a client that stops
-reading. The parser is httptools' (llhttp): of the server's time a request takes 35 us and a streamed chunk 4, with h11
-150 and 8; what is added here takes some 10 of a request, and nothing of a chunk.
+reading; it takes offers of other protocols as accepted, and answers HTTP/1.0 as 1.1. The parser is httptools' (llhttp):
+of the server's time a request takes 35 us and a streamed chunk 4, with h11 150 and 8; what is added here takes some 10
+of a request, and nothing of a chunk.
 """
 
 import asyncio
@@ -13,7 +14,9 @@ from typing import Any, ClassVar, NoReturn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from shoal import open_files
+from shoal.server import http_one_zero
 from shoal.server.errors import Refusal
+from shoal.server.http_offers import RequestParser
 from shoal.server.limits import Limits
 
 _LOOK_S = 5.0  # between two looks at the clock, of a connection that something is expected of
@@ -30,6 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
+        self.parser = RequestParser(self)
         self._in_head = False
         self._in_body = False
         self._head_bytes = 0  # of the names and values so far
@@ -81,7 +85,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        old = cycle.scope["http_version"] in http_one_zero.VERSIONS
+        spoken: Any = http_one_zero.OneZero(app, cycle) if old else app
+        super()._start_asgi_task(cycle, spoken)
 
     # --- what the parser finds -----------------------------------------------------------------------------------
 
@@ -116,12 +122,24 @@ class BoundedProtocol(HttpToolsProtocol):
         return Refusal(431, f"a request may have {most.headers} headers, of {most.header_bytes} bytes in all")
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            self._stop(Refusal(405, "CONNECT asks for a proxy, and this server is none"))
+        if self.parser.should_upgrade():
+            return
         self._in_head = False
         if len(self.pipeline) >= self.limits.pipelined:
             self._stop(Refusal(429, f"more than {self.limits.pipelined} requests wait on one connection"))
         super().on_headers_complete()
+        self.cycle.keep_alive = self.parser.should_keep_alive()  # of HTTP/1.0 too
         self._in_body = True
         self._expect(self.limits.body_s + _GRACE_S)
+
+    def read_again(self) -> RequestParser:
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        headers = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = RequestParser(self)
+        self.parser.feed_data(b"\r\n".join([line, *headers, b"", b""]))
+        return self.parser
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
@@ -131,6 +149,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         self._in_body = False
         self._deadline = None

@@ -6,11 +6,14 @@ Pure ASGI, so that a stream passes through without a task or a queue of its own.
 import asyncio
 import hashlib
 import hmac
+import json
+import math
 import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -19,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.server.errors import Refusal
 from shoal.server.memory import Tidier
 from shoal.server.settings import ServerSettings
+from shoal.types import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +169,8 @@ def check_json(body: bytes, limits: Limits) -> None:
     """What JSON becomes is bounded before it is read: in size, and so deep that no reader of it runs out of stack.
 
     Raises:
-        Refusal: it has more values, or is nested deeper, than `limits` allow; or it is not UTF-8.
+        Refusal: it has more values, or is nested deeper, than `limits` allow; it is not UTF-8, or a text in it has no
+            UTF-8 form; or it has a number that JSON, or a 64-bit float, does not have.
     """
     if b"\0" in body[:4] or body[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16 and UTF-32, which Python would read
         raise Refusal(400, "the body must be UTF-8", code="invalid_json")
@@ -176,7 +181,82 @@ def check_json(body: bytes, limits: Limits) -> None:
         raise Refusal(413, f"the body has more than {limits.body_containers} lists and objects: send fewer prompts")
     if opened > limits.json_depth and nesting(body) > limits.json_depth:
         raise Refusal(400, f"the body is nested deeper than {limits.json_depth} levels", code="invalid_json")
+    _check_numbers(body)
+    if _SURROGATE.search(body) and _PAIRED.match(body).end() < len(body):  # type: ignore[union-attr]
+        _refuse_surrogates(body)
 
+
+# An escape that stands for half of a character beyond U+FFFF; and a text in which each has its other half.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_PAIRED = re.compile(
+    rb"(?:[^\\]++|\\[^u]|\\u(?:[^dD]|[dD][0-7])|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*+",
+    re.DOTALL,
+)
+
+
+def _refuse_surrogates(body: bytes) -> None:
+    """Says which text has half of a character.
+
+    Raises:
+        Refusal: there is one.
+    """
+    try:
+        pending: list[tuple[str, Any]] = [("", json.loads(body))]
+    except (ValueError, RecursionError):
+        return  # whoever reads it says what is wrong
+    while pending:
+        where, value = pending.pop()
+        if isinstance(value, str) and (at := _half(value)) is not None:
+            half = f"\\u{ord(value[at]):04x} at character {at}"
+            why = f"{where or 'the body'} is not valid Unicode: {half} is half of a surrogate pair, without the other"
+            raise Refusal(400, why, param=where or None)
+        if isinstance(value, dict):
+            if any(_half(key) is not None for key in value):
+                raise Refusal(400, f"{where or 'the body'} has a name that is not valid Unicode", param=where or None)
+            pending.extend((f"{where}.{key}" if where else key, each) for key, each in reversed(value.items()))
+        elif isinstance(value, list):
+            pending.extend((f"{where}[{i}]", each) for i, each in reversed(list(enumerate(value))))
+
+
+def _half(text: str) -> int | None:
+    """Where half of a character stands alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _check_numbers(body: bytes) -> None:
+    """Python reads NaN, Infinity and 1e999, which no answer could repeat and no comparison finds out of a range.
+
+    Raises:
+        Refusal: there is one, outside of texts.
+    """
+    digits = body.translate(_DIGITS)
+    if not (any(mark in body for mark in _NO_NUMBERS) or any(mark in digits for mark in _LONG_NUMBERS)):
+        return
+    for found in _NUMBER.finditer(_STRING.sub(b" ", body)):
+        number = found[0]
+        if not number.lstrip(b"-").isdigit() and not _is_finite(number):
+            text = shown(number[:_SHOWN].decode())
+            why = f"the body has the number {text}, which JSON or a 64-bit float does not have"
+            raise Refusal(400, why, code="invalid_json")
+
+
+def _is_finite(number: bytes) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except ValueError:  # it is no number at all, which is for the parser to say
+        return True
+
+
+_SHOWN = 40
+_NO_NUMBERS = (b"NaN", b"Infinity")
+_NUMBER = re.compile(rb"-?(?:NaN|Infinity|[0-9][0-9.eE+-]*)")
+# Where each digit is a 0: an exponent of three digits, and as many digits as make a number too large for a float.
+_LONG_NUMBERS = (b"e000", b"e+000", b"0" * 309)
+_DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKETS = b"[{]}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import socket
@@ -15,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from shoal import addresses
 from shoal.errors import AddressInUse, ConfigError
 from shoal.server.http_protocol import protocol_with
 from shoal.server.limits import Limits
@@ -55,31 +57,28 @@ class Listening:
         Raises:
             AddressInUse, ConfigError: nobody can listen there.
         """
+        host = addresses.host_of(self.host, "--host") if self.host else ""
         try:
-            family, kind, _, _, address = socket.getaddrinfo(
-                self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            sock = socket.socket(family, kind)
+            family, there = addresses.resolved(host, self.port, passive=True)[0]
         except OSError as error:
             raise ConfigError(f"--host {self.host} is no address of this host: {error.strerror}") from None
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            sock.listen(_BACKLOG)
+            sock = addresses.bound(family, there, _BACKLOG)
         except OSError as error:
-            sock.close()
-            taken = error.errno == 98
+            taken = error.errno == errno.EADDRINUSE
             hint = "choose another --port, or 0 for a free one" if taken else "choose another --host or --port"
             kind_of_error = AddressInUse if taken else ConfigError
-            raise kind_of_error(f"can't listen on {self.host}:{self.port} ({error.strerror}): {hint}") from None
+            raise kind_of_error(
+                f"can't listen on {addresses.joined(host, self.port)} ({error.strerror}): {hint}"
+            ) from None
         sock.setblocking(False)
         return sock
 
     def url(self, sock: socket.socket) -> str:
         """As a client on this host reaches it."""
         host, port = sock.getsockname()[:2]
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        return f"{'https' if self.ssl_certfile else 'http'}://{shown}:{port}"
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"{'https' if self.ssl_certfile else 'http'}://{addresses.joined(reached, port)}"
 
 
 class Server(uvicorn.Server):

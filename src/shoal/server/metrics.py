@@ -33,6 +33,7 @@ _REQUEST_S = (
     *(1920.0, 7680.0),
 )
 _OUTPUTS = (1.0, 2.0, 5.0, 10.0, 20.0)
+_FEW = (1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0)
 
 FIRST_TOKEN = "vllm:time_to_first_token_seconds"
 GAP = "vllm:inter_token_latency_seconds"
@@ -48,6 +49,7 @@ _GENERATED = "vllm:request_generation_tokens"
 _LONGEST = "vllm:request_max_num_generation_tokens"
 _MAX_TOKENS = "vllm:request_params_max_tokens"
 _N = "vllm:request_params_n"
+_PREEMPTIONS = "vllm:request_num_preemptions"
 
 PROMPT_TOKENS = "vllm:prompt_tokens_total"
 CACHED_TOKENS = "vllm:prompt_tokens_cached_total"
@@ -94,6 +96,7 @@ def histogram_families(max_model_len: int) -> dict[str, Family]:
         (_LONGEST, lengths, "Tokens of the longest output of a prompt."),
         (_MAX_TOKENS, lengths, "Tokens that a finished request might have had."),
         (_N, _OUTPUTS, "Outputs of a prompt."),
+        (_PREEMPTIONS, _FEW, "How often a finished request gave its KV blocks back, at the replica that ended it."),
     ]
     return {name: Family(name, "histogram", about, LABELS, bounds) for name, bounds, about in table}
 
@@ -271,6 +274,7 @@ class RequestMetrics:
             self._refused[update.refusal or wire.Refusal.FAILED] += 1
         if finished and life.replica >= 0:
             engine = self._engines.get(life.replica) or self._add_engine(life.replica)
+            engine.histograms[_PREEMPTIONS].observe(update.preemptions)
             self._note_finished(engine, life)
         self._leave_group(life, finished=finished)
 

@@ -1,4 +1,4 @@
-"""/v1/responses in its basic form: text in, text or function calls out. Nothing is stored.
+"""/v1/responses: text in, text or function calls out. A response is stored for a time: others can go on from it.
 
 The shapes are those of OpenAI's API reference, "Responses" and "Streaming events".
 """
@@ -13,13 +13,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from shoal.errors import RequestError
-from shoal.frontend.openai.answers import chat_logprobs
 from shoal.frontend.openai.parameters import structured_of
 from shoal.frontend.prompts import Job
 from shoal.server.backend import TokenStream
-from shoal.server.chat import size_of
-from shoal.server.encoding import text_of
+from shoal.server.chat import may_cut
+from shoal.server.encoding import size_of, text_of
 from shoal.server.errors import ANSWERING, Refusal, of_request, refusal_of
+from shoal.server.response_input import items_of, listed, messages_of, references, resolved
+from shoal.server.response_output import OutputItems
+from shoal.server.response_store import Shelf
 from shoal.server.running import (
     Place,
     RankHeader,
@@ -36,13 +38,18 @@ from shoal.server.running import (
 )
 from shoal.server.schemas import ResponsesAnswer, ResponsesBody
 from shoal.server.streaming import STREAMED, EventStream, answered
-from shoal.server.tools.choice import CallDeltas, ToolPlan, plan_tools
+from shoal.server.tools.choice import ToolPlan, plan_tools
 from shoal.types import SamplingParams, shown
 
-_READ = ("input", "instructions", "text", "tools", "tool_choice", "include", "truncation")
-_OF_CHATS = ("n", "logprobs", "prompt_logprobs", "response_format", "max_tokens", "max_completion_tokens")
+_READ = (
+    "input", "instructions", "text", "tools", "tool_choice", "include", "truncation", "previous_response_id",
+    "reasoning",
+)  # fmt: skip
+_OF_CHATS = (
+    "n", "logprobs", "prompt_logprobs", "response_format", "max_tokens", "max_completion_tokens", "messages", "prompt",
+)  # fmt: skip
 _LOGPROBS = "message.output_text.logprobs"
-_TEXTS = ("input_text", "output_text", "text")
+_INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # of the second there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,37 +63,44 @@ class _Request:
     job: Job
     params: SamplingParams
     plan: ToolPlan
+    before: list[Any]  # items of the conversation that it goes on from
+    said: list[Any]  # ... and those of the request
+    keep: bool
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
+    shelf = Shelf(service.llm, service.settings)
 
     @router.post(
         "/v1/responses", responses={200: {"model": ResponsesAnswer, **STREAMED}, **ANSWERING}, response_class=Response
     )
     async def create_response(body: ResponsesBody, request: Request, rank: RankHeader = None) -> Response:
-        """An answer to a text or a conversation. It is not stored: each request brings what came before."""
-        return await answered(request, _respond(service, body, Place.of(body, rank)))
+        """An answer to a text or a conversation, or to what goes on from a stored response."""
+        return await answered(request, _respond(service, shelf, body, Place.of(body, rank)))
 
     return router
 
 
-async def _respond(service: Service, body: ResponsesBody, place: Place) -> Response:
-    asked = await _understood(service, body)
+async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: Place) -> Response:
+    before, said = await _conversation(shelf, body)
+    asked = await _understood(service, body, before, said, keep=shelf.open and body.store is not False)
     streams = begin(service.llm, [asked.job], place)
     if body.stream:
-        events = _events(asked, streams[0])
+        events = _events(asked, shelf, streams[0])
         return EventStream(await anext(events), events, last=b"", headers=ignored_headers([asked.job]))
     (output,) = await finished(streams)
-    items = _Items(asked.plan, asked.params.logprobs)
+    items = OutputItems(asked.plan, asked.params.logprobs, whole=True)
     (completion,) = output.outputs
-    items.feed(completion.text, completion.token_ids, completion.logprobs, last=True)
+    items.feed(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason or "stop")
     items.end(completion.finish_reason)
     answer = _answer(asked, items, completion.finish_reason, output.num_cached_tokens)
-    return respond(answer, ignored_headers([asked.job]))
+    return respond(await _kept(asked, shelf, answer), ignored_headers([asked.job]))
 
 
-async def _understood(service: Service, body: ResponsesBody) -> _Request:
+async def _understood(
+    service: Service, body: ResponsesBody, before: list[Any], said: list[Any], *, keep: bool
+) -> _Request:
     """
     Raises:
         Refusal: it can't be used.
@@ -106,8 +120,15 @@ async def _understood(service: Service, body: ResponsesBody) -> _Request:
         given["structured_outputs"] = structured
     names |= {"structured_outputs": "text.format"} if structured else names_of(given, chat=False)
     params = params_of(service, given, chat=True, read=_READ, plan=plan)
-    messages = _messages(body)
-    template = {"chat_template": service.settings.chat_template, "tools": plan.shown}
+    messages = messages_of(before, said, body.instructions)
+    if not messages:
+        raise Refusal(400, "input must hold a message beside what was thought, got none", param="input")
+    template = {
+        "chat_template": service.settings.chat_template,
+        "chat_template_kwargs": _reasoning(body.reasoning),
+        "tools": plan.shown,
+        "cache_salt": body.cache_salt,
+    }
     job = await prepared(
         service.llm,
         partial(service.llm.prepare_chat, messages, params, **template),
@@ -116,7 +137,40 @@ async def _understood(service: Service, body: ResponsesBody) -> _Request:
         names=names,
         prompt="input",
     )
-    return _Request(body, identifier("resp"), time.time(), model, job, params, plan)
+    name = body.request_id or identifier("resp")
+    return _Request(body, name, time.time(), model, job, params, plan, before, listed(said) if keep else [], keep)
+
+
+async def _conversation(shelf: Shelf, body: ResponsesBody) -> tuple[list[Any], list[Any]]:
+    """The items that the request goes on from, and its own, without references.
+
+    Raises:
+        Refusal: it goes on from what is not here.
+    """
+    items = items_of(body.input)
+    before: list[Any] = []
+    if body.previous_response_id is not None:
+        turns = await shelf.conversation(body.previous_response_id)
+        if turns is None:
+            raise shelf.missing(body.previous_response_id, "previous_response_id", "previous_response_not_found")
+        before = [item for turn in turns for item in turn]
+    known = {item["id"]: item for item in [*before, *items] if _has_name(item)}
+    known |= await shelf.items([name for name in references(items) if name not in known])
+    return before, resolved(items, known)
+
+
+def _has_name(item: Any) -> bool:
+    return isinstance(item, Mapping) and isinstance(item.get("id"), str) and item.get("type") != "item_reference"
+
+
+def _reasoning(given: Any) -> dict[str, Any] | None:
+    """What the template is told of it."""
+    if given is None:
+        return None
+    effort = given.get("effort") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not (effort is None or isinstance(effort, str)):
+        raise Refusal(400, f"reasoning must be an object with an effort, got {shown(given)}", param="reasoning")
+    return None if effort is None else {"reasoning_effort": effort}
 
 
 def _check(body: ResponsesBody) -> None:
@@ -126,13 +180,8 @@ def _check(body: ResponsesBody) -> None:
     if body.truncation not in (None, "disabled"):
         raise Refusal(400, f"truncation must be disabled, got {shown(body.truncation)}", param="truncation")
     for name in body.include or ():
-        if name != _LOGPROBS:
-            raise Refusal(400, f"include may hold {_LOGPROBS}, got {shown(name)}", param="include")
-    for name in ("tools", "text"):
-        try:
-            text_of(getattr(body, name))
-        except ValueError:
-            raise Refusal(400, f"{name} holds a number that JSON does not have", param=name) from None
+        if name not in _INCLUDABLE:
+            raise Refusal(400, f"include may hold {' and '.join(_INCLUDABLE)}, got {shown(name)}", param="include")
 
 
 def _format(text: Any) -> dict[str, Any] | None:
@@ -167,147 +216,19 @@ def _choice(choice: Any) -> Any:
     return choice
 
 
-# --- the conversation ----------------------------------------------------------------------------------------------
-
-
-def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if body.instructions is not None:
-        messages.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
-    if not isinstance(body.input, list) or not body.input:
-        raise Refusal(400, f"input must be a text or a list of items, got {shown(body.input)}", param="input")
-    for i, item in enumerate(body.input):
-        message = _message(item, f"input[{i}]")
-        last = messages[-1] if messages else {}
-        if "tool_calls" in message and last.get("role") == "assistant":  # text and calls side by side are one turn
-            last.setdefault("tool_calls", []).extend(message["tool_calls"])
-        else:
-            messages.append(message)
-    return messages
-
-
-def _message(item: Any, where: str) -> dict[str, Any]:
-    kind = item.get("type", "message") if isinstance(item, Mapping) else None
-    match kind:
-        case "message":
-            if not isinstance(item.get("role"), str):
-                why = f"{where}.role must be a text such as user, got {shown(item.get('role'))}"
-                raise Refusal(400, why, param=f"{where}.role")
-            return {"role": item["role"], "content": _content(item.get("content"), f"{where}.content")}
-        case "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            call = {"id": item.get("call_id"), "type": "function", "function": function}
-            return {"role": "assistant", "content": "", "tool_calls": [call]}
-        case "function_call_output":
-            content = _content(item.get("output"), f"{where}.output")
-            return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
-    why = f"{where} must be a message, a function_call or a function_call_output, got {shown(kind or item)}"
-    raise Refusal(400, why, param=where)
-
-
-def _content(content: Any, where: str) -> Any:
-    if not isinstance(content, list):
-        return content
-    found = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in _TEXTS:
-            why = f"{where}[{i}]: parts of type {shown(kind)} can't be read; this engine takes text"
-            raise Refusal(400, why, param=f"{where}[{i}]")
-        found.append({"type": "text", "text": part.get("text")})
-    return found
-
-
 # --- the answer ----------------------------------------------------------------------------------------------------
 
 
-class _Items:
-    """The items of an output as they grow. What is done to them is given as events."""
-
-    def __init__(self, plan: ToolPlan, top: int | None) -> None:
-        """`top`: how many of the likeliest tokens are told, where log-probabilities are."""
-        self.items: list[dict[str, Any]] = []
-        self.written = 0  # tokens
-        self._reader = CallDeltas(plan) if plan.parser is not None else None
-        self._top = top or 0
-        self._open = False  # the last item may grow
-        self._known: list[dict[str, Any]] = []  # of tokens whose text is not certain yet
-
-    def feed(self, text: str, tokens: Sequence[int], logprobs: Any, *, last: bool) -> list[dict[str, Any]]:
-        self.written += len(tokens)
-        events: list[dict[str, Any]] = []
-        known = [] if logprobs is None else chat_logprobs(tokens, logprobs, self._top)["content"]
-        if self._reader is None:
-            return self._text(text, known) if text or known else events
-        self._known += known
-        for delta in self._reader.feed(text, last=last):
-            if "content" in delta:
-                known, self._known = self._known, []
-                events += self._text(delta["content"], known)
-            for part in delta.get("tool_calls", ()):
-                events += self._call(part)
-        return events
-
-    def end(self, reason: str | None) -> list[dict[str, Any]]:
-        begun = [] if self.items else self._text("", [])
-        return begun + self._close("incomplete" if reason == "length" else "completed")
-
-    def _text(self, text: str, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
-        if not self._open or self.items[-1]["type"] != "message":
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            item = {"type": "message", "id": identifier("msg"), "role": "assistant", "content": []}
-            events = self._begin(item)
-            self.items[-1]["content"] = [part]
-            events.append(self._event("response.content_part.added", content_index=0, part=dict(part)))
-        (part,) = self.items[-1]["content"]
-        part["text"] += text
-        part["logprobs"] += logprobs
-        delta = self._event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
-        return [*events, delta]
-
-    def _call(self, part: Mapping[str, Any]) -> list[dict[str, Any]]:
-        function = part["function"]
-        if "id" in part:
-            names = {"call_id": part["id"], "name": function["name"], "arguments": ""}
-            return self._begin({"type": "function_call", "id": identifier("fc"), **names})
-        self.items[-1]["arguments"] += function["arguments"]
-        return [self._event("response.function_call_arguments.delta", delta=function["arguments"])]
-
-    def _begin(self, item: dict[str, Any]) -> list[dict[str, Any]]:
-        closed = self._close("completed")
-        self.items.append({**item, "status": "in_progress"})
-        self._open = True
-        return [*closed, self._item_event("response.output_item.added")]
-
-    def _close(self, status: str) -> list[dict[str, Any]]:
-        if not self._open:
-            return []
-        self._open = False
-        item = self.items[-1]
-        item["status"] = status
-        if item["type"] == "message":
-            (part,) = item["content"]
-            text = {"text": part["text"], "logprobs": part["logprobs"]}
-            events = [
-                self._event("response.output_text.done", content_index=0, **text),
-                self._event("response.content_part.done", content_index=0, part=dict(part)),
-            ]
-        else:
-            arguments = {"name": item["name"], "arguments": item["arguments"]}
-            events = [self._event("response.function_call_arguments.done", **arguments)]
-        return [*events, self._item_event("response.output_item.done")]
-
-    def _event(self, kind: str, **more: Any) -> dict[str, Any]:
-        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **more}
-
-    def _item_event(self, kind: str) -> dict[str, Any]:
-        return {"type": kind, "output_index": len(self.items) - 1, "item": dict(self.items[-1])}
+async def _kept(asked: _Request, shelf: Shelf, answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer, which says whether it was stored."""
+    if not asked.keep:
+        return answer
+    previous = asked.body.previous_response_id
+    kept = await shelf.keep(asked.id, answer, asked.said, answer["output"], previous, asked.before)
+    return answer | {"store": kept}
 
 
-def _answer(asked: _Request, items: _Items, reason: str | None, cached: int) -> dict[str, Any]:
+def _answer(asked: _Request, items: OutputItems, reason: str | None, cached: int) -> dict[str, Any]:
     used = {
         "input_tokens": len(asked.job.tokens),
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
@@ -340,8 +261,9 @@ def _envelope(asked: _Request, status: str) -> dict[str, Any]:
         "model": asked.model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": None,
-        "store": False,
+        "previous_response_id": body.previous_response_id,
+        "reasoning": {"effort": None, "summary": None, **body.reasoning} if body.reasoning else None,
+        "store": asked.keep,
         "temperature": asked.params.temperature,
         "text": body.text or {"format": {"type": "text"}},
         "tool_choice": body.tool_choice or ("auto" if body.tools else "none"),
@@ -353,9 +275,9 @@ def _envelope(asked: _Request, status: str) -> dict[str, Any]:
     }
 
 
-async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes, None]:
+async def _events(asked: _Request, shelf: Shelf, stream: TokenStream) -> AsyncGenerator[bytes, None]:
     """The first ones come with the first tokens: until then, the request can be refused."""
-    items = _Items(asked.plan, asked.params.logprobs)
+    items = OutputItems(asked.plan, asked.params.logprobs, whole=may_cut(asked.params))
     sequence = 0
 
     def sent(events: Sequence[dict[str, Any]]) -> bytes:
@@ -375,11 +297,12 @@ async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes,
             found, begun = begun, []
             for delta in deltas:
                 reason = delta.finish_reason
-                found += items.feed(delta.text, delta.token_ids, delta.logprobs, last=reason is not None)
+                found += items.feed(delta.text, delta.token_ids, delta.logprobs, reason)
             if found:
                 yield sent(found)
         answer = _answer(asked, items, reason, stream.cached_tokens)
         closing = items.end(reason)
+        answer = await _kept(asked, shelf, answer | {"output": items.items})
         yield sent([*closing, {"type": f"response.{answer['status']}", "response": answer}])
     except Exception as error:
         if begun:  # nothing was sent yet: it can be told by the status

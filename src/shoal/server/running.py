@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Header, Request
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
 from shoal.errors import RequestError
@@ -22,18 +24,31 @@ from shoal.server.schemas import MOST_OUTPUTS, GenerationFields, SamplingFields
 from shoal.server.settings import ServerSettings
 from shoal.server.tools.choice import ToolPlan
 from shoal.structured.json_schema import listed
-from shoal.types import RequestOutput, SamplingParams, shown
+from shoal.types import RequestOutput, SamplingParams, shown, whole_number
 
 _QUICK = 2000  # characters of a prompt that is cut into tokens in less time than another thread takes to begin
-_SEEN_TO = ("stream", "stream_options", "priority", "data_parallel_rank")
+_SEEN_TO = (
+    "stream", "stream_options", "priority", "data_parallel_rank", "request_id", "cache_salt", "return_token_ids",
+    "return_tokens_as_token_ids",
+)  # fmt: skip
 _IGNORED = "X-Shoal-Schema-Ignored"
 _MOST_IGNORED = 1000  # characters
 _MOST_RANK = 1 << 31
 _MOST_TEXTS = 1024  # that are looked for in each output, and ...
 _MOST_CHARACTERS = 1 << 16  # ... theirs together
 
+
+def _digits(value: Any) -> Any:
+    """A header's number; pydantic would also take "1_0" and "+1"."""
+    number = whole_number(value, canonical=True) if isinstance(value, str) else value
+    if value is not None and number is None:
+        raise PydanticCustomError("int_parsing", "input should be a valid integer")
+    return number
+
+
 RankHeader = Annotated[
     int | None,
+    BeforeValidator(_digits),
     Header(
         alias="X-data-parallel-rank", ge=0, lt=_MOST_RANK, description="The replica that runs it: `data_parallel_rank`."
     ),
@@ -280,8 +295,23 @@ class _Together:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def identifier(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
+def identifier(kind: str, asked: str | None = None) -> str:
+    """`asked`: the request's own name."""
+    return f"{kind}-{asked or uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenForms:
+    """How an answer shows tokens, beside their text."""
+
+    ids: bool  # those of the prompt and of the output, as lists
+    named_by_id: bool  # log-probabilities call a token `token_id:17`
+
+    @classmethod
+    def of(cls, service: Service, body: GenerationFields) -> "TokenForms":
+        named = body.return_tokens_as_token_ids
+        default = service.settings.return_tokens_as_token_ids
+        return cls(bool(body.return_token_ids), default if named is None else named)
 
 
 def respond(value: Any, headers: Mapping[str, str] | None = None) -> Response:

@@ -71,6 +71,8 @@ def _whole(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_whole)]
 
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:+=@-]{1,128}$")]
+
 MOST_OUTPUTS = 2048  # of a request; making them takes the time of all others
 _LEAST_INT64, _MOST_INT64 = -(1 << 63), (1 << 63) - 1
 
@@ -121,6 +123,8 @@ class SamplingFields(Body):
     guided_grammar: str | None = None
     priority: Annotated[Integer, Field(ge=_LEAST_INT64, le=_MOST_INT64)] | None = None
     data_parallel_rank: Annotated[Integer, Field(ge=0, lt=1 << 31)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    request_id: RequestId | None = None
     user: str | None = None  # this one, and those below, have no effect
     metadata: Anything = None
     store: Anything = None
@@ -136,6 +140,9 @@ class GenerationFields(SamplingFields):
     prompt_logprobs: Annotated[Integer, Field(ge=-1)] | None = None
     response_format: Object = None
     stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Annotated[Integer, Field(ge=-1)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
 
 
@@ -180,6 +187,9 @@ class ResponsesBody(SamplingFields):
     truncation: str | None = None
     top_logprobs: Annotated[Integer, Field(ge=0)] | None = None
     include: list[str] | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+    reasoning: Object = None
 
 
 class TokenizeBody(TemplateFields):
@@ -214,6 +224,8 @@ class CompletionChoice(BaseModel):
     logprobs: dict[str, Any] | None
     finish_reason: str | None
     stop_reason: int | str | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionAnswer(BaseModel):
@@ -231,6 +243,7 @@ class ChatChoice(BaseModel):
     logprobs: dict[str, Any] | None
     finish_reason: str | None
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatAnswer(BaseModel):
@@ -240,6 +253,7 @@ class ChatAnswer(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
 
 
 class ResponsesAnswer(BaseModel):
@@ -250,6 +264,20 @@ class ResponsesAnswer(BaseModel):
     model: str
     output: list[dict[str, Any]]
     usage: dict[str, Any] | None
+
+
+class InputItems(BaseModel):
+    object: str
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    id: str
+    object: str
+    deleted: bool
 
 
 class Model(BaseModel):

@@ -13,7 +13,10 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import PlainTextResponse
 
 from shoal import wire
+from shoal.activity import State
+from shoal.config import EngineOptions
 from shoal.errors import ShoalError
+from shoal.server import cache_config
 from shoal.server.errors import Refusal, documented
 from shoal.server.exposition import CONTENT_TYPE, Family, Histogram, Page
 from shoal.server.http_counts import DURATION, FINE_DURATION, REQUESTS, CountRequests, HandOver, HttpCounts
@@ -40,7 +43,26 @@ WAITING = Family(
 )
 KV_USAGE = Family("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks that requests hold; 1 is all.", LABELS)
 CACHE_CONFIG = Family(
-    "vllm:cache_config_info", "gauge", "KV blocks and their size, as labels.", (*LABELS, "block_size", "num_gpu_blocks")
+    "vllm:cache_config_info", "gauge", "KV blocks, their size and options, as labels.", (*LABELS, *cache_config.NAMES)
+)
+WAITING_BY_REASON = Family(
+    "vllm:num_requests_waiting_by_reason",
+    "gauge",
+    "The same by why: for room (capacity), or for the server to run again, or a replica to be ready (deferred).",
+    (*LABELS, "reason"),
+)
+SLEEP_STATE = Family(
+    "vllm:engine_sleep_state",
+    "gauge",
+    "1 for what an engine is at: awake, or asleep at level 1 (weights_offloaded) or 2 (discard_all).",
+    (*LABELS, "sleep_state"),
+)
+_SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
+ACCEPTED_BY_POSITION = Family(
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+    "counter",
+    "Guesses that were right, by their place in a round, from 0 on.",
+    (*LABELS, "position"),
 )
 ITERATION_TOKENS = Family(
     "vllm:iteration_tokens_total", "histogram", "Tokens of a step.", LABELS, (1.0, *(2.0**i for i in range(3, 15)))
@@ -85,8 +107,9 @@ OLD_GAP = Family(
 def families(max_model_len: int) -> list[Family]:
     """All that /metrics has."""
     return [
-        *(RUNNING, WAITING, KV_USAGE, CACHE_CONFIG),
+        *(RUNNING, WAITING, WAITING_BY_REASON, KV_USAGE, CACHE_CONFIG, SLEEP_STATE),
         *(family for family, _ in _ENGINE_COUNTERS),
+        ACCEPTED_BY_POSITION,
         ITERATION_TOKENS,
         *(STATE, RESTARTS, MEMORY, BUSY, QUEUED, REPLAYS, API_RESTARTS, ACCEPTING),
         *COUNTERS.values(),
@@ -96,11 +119,12 @@ def families(max_model_len: int) -> list[Family]:
     ]
 
 
-def page_of(told: bytes, status: wire.FleetStatus, model_name: str) -> str:
-    """`told` is what RequestMetrics answers to "metrics"."""
+def page_of(told: bytes, status: wire.FleetStatus, model_name: str, options: EngineOptions | None = None) -> str:
+    """`told` is what RequestMetrics answers to "metrics"; `options` are those of the replicas."""
     found = json.loads(told)
     page = Page()
     _put_status(page, status, model_name)
+    _put_settings(page, status, model_name, EngineOptions(None) if options is None else options)
     _put_ranks(page, status, model_name)
     _put_requests(page, found, status, model_name)
     _put_http(page, found["http"])
@@ -115,15 +139,25 @@ def _put_status(page: Page, status: wire.FleetStatus, model_name: str) -> None:
         RUNNING,
         ((labels, replica.held - waits) for (replica, labels), waits in zip(replicas, waiting, strict=True)),
     )
-    shares = _shares(status)
+    waiting = [waits + share for waits, share in zip(waiting, _shares(status), strict=True)]
+    page.put(WAITING, ((labels, waits) for (_, labels), waits in zip(replicas, waiting, strict=True)))
+    deferred = _defers(status)
     page.put(
-        WAITING,
-        ((labels, waits + share) for (_, labels), waits, share in zip(replicas, waiting, shares, strict=True)),
+        WAITING_BY_REASON,
+        (
+            ((*labels, reason), waits if is_it else 0)
+            for (_, labels), waits in zip(replicas, waiting, strict=True)
+            for reason, is_it in (("capacity", not deferred), ("deferred", deferred))
+        ),
     )
     page.put(KV_USAGE, ((labels, _used(replica.stats)) for replica, labels in replicas))
     page.put(
-        CACHE_CONFIG,
-        (((*labels, str(stats.block_size), str(stats.num_blocks)), 1) for stats, labels in known if stats.num_blocks),
+        SLEEP_STATE,
+        (
+            ((*labels, name), int(level == status.sleep_level))
+            for _, labels in replicas
+            for level, name in enumerate(_SLEEP_STATES)
+        ),
     )
     for family, value in _ENGINE_COUNTERS:
         page.put(family, ((labels, value(stats)) for stats, labels in known))
@@ -136,6 +170,37 @@ def _put_status(page: Page, status: wire.FleetStatus, model_name: str) -> None:
     page.put(QUEUED, [((model_name,), status.queued)])
     page.put(REPLAYS, [((model_name,), status.replays)])
     page.put(ACCEPTING, [((model_name,), int(status.accepting))])
+
+
+def _put_settings(page: Page, status: wire.FleetStatus, model_name: str, options: EngineOptions) -> None:
+    """What depends on options as well."""
+    known = [
+        (replica.stats, (model_name, str(replica.number))) for replica in status.replicas if replica.stats is not None
+    ]
+    page.put(
+        CACHE_CONFIG,
+        (((*labels, *cache_config.values(options, stats)), 1) for stats, labels in known if stats.num_blocks),
+    )
+    speculative = options.model_options.speculative_config
+    most = speculative.num_speculative_tokens if speculative is not None else 0
+    page.put(
+        ACCEPTED_BY_POSITION,
+        (
+            ((*labels, str(position)), count)
+            for stats, labels in known
+            for position, count in enumerate(_filled(stats.accepted_by_position, most))
+        ),
+    )
+
+
+def _filled(counts: Sequence[int], most: int) -> list[int]:
+    """A place where no guess was right yet counts 0."""
+    return [*counts, *[0] * (most - len(counts))]
+
+
+def _defers(status: wire.FleetStatus) -> bool:
+    """Do requests wait for something else than room?"""
+    return status.activity != State.AWAKE or not any(replica.state == "ready" for replica in status.replicas)
 
 
 def _waiting(replica: wire.ReplicaState) -> int:
@@ -233,14 +298,15 @@ def _put_http(page: Page, told: list[Any]) -> None:
 # --- the route -------------------------------------------------------------------------------------------------------
 
 
-def add_metrics(app: FastAPI, llm: HasMetrics, model_name: str) -> None:
-    """GET /metrics, and the count of all HTTP requests to `app`. `model_name` is the label."""
+def add_metrics(app: FastAPI, llm: HasMetrics, model_name: str, options: EngineOptions | None = None) -> None:
+    """GET /metrics, and the count of all HTTP requests to `app`. `model_name` is the label; `options` are those of the
+    replicas."""
     counts = HandOver(lambda payload: llm.ask("http", payload))
     app.add_middleware(CountRequests, counts=counts)
-    app.include_router(_routes(llm, model_name, counts))
+    app.include_router(_routes(llm, model_name, counts, options))
 
 
-def _routes(llm: HasMetrics, model_name: str, counts: HandOver) -> APIRouter:
+def _routes(llm: HasMetrics, model_name: str, counts: HandOver, options: EngineOptions | None) -> APIRouter:
     router = APIRouter(tags=["admin"])
 
     @router.get(
@@ -256,7 +322,7 @@ def _routes(llm: HasMetrics, model_name: str, counts: HandOver) -> APIRouter:
                 status = await llm.status()
         except (ShoalError, TimeoutError) as error:
             raise Refusal(503, f"no numbers from the engine: {error or 'it does not answer'}") from None
-        text = await asyncio.to_thread(page_of, told, status, model_name)
+        text = await asyncio.to_thread(page_of, told, status, model_name, options)
         return Response(text, media_type=CONTENT_TYPE)
 
     return router

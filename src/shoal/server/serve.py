@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import uvloop
 
+from shoal.activity import State
 from shoal.errors import ClosedError, EngineError, ShoalError
 from shoal.frontend.async_llm import AsyncLLM
 from shoal.frontend.model import OpenModel
@@ -21,6 +22,7 @@ from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
 from shoal.server.listening import LAST_BYTES_S, Listening, make_server
 from shoal.server.metrics import RequestMetrics
+from shoal.server.response_store import ResponseStore
 from shoal.server.settings import ServerSettings
 
 log = get_logger("serve")
@@ -111,7 +113,8 @@ async def _serve(
     signals = _Signals()
     signals.listen()
     metrics = RequestMetrics(model.decision.max_model_len)
-    llm = AsyncLLM(model, recorder=metrics, verbs=metrics.verbs)
+    verbs = metrics.verbs | ResponseStore.of(settings).verbs
+    llm = AsyncLLM(model, recorder=metrics, verbs=verbs)
     try:
         front: _Front = (
             _Here(llm, settings, listening, sock)
@@ -194,12 +197,27 @@ async def _drain(
         "nothing new is taken; what runs has %g s (--shutdown-timeout), a second signal ends at once", shutdown_timeout
     )
     deadline = time.monotonic() + shutdown_timeout
+    await _say_what_holds(llm)
     complete = await _requests_end(llm, signals, shutdown_timeout)
     if not complete:
         log.warning("requests that still run are cut off")
         await _apart(llm.close)  # whoever still waits is told
     read = await _end(front, server, signals, max(LAST_BYTES_S, deadline - time.monotonic()))
     return 0 if complete and read else 1
+
+
+async def _say_what_holds(llm: AsyncLLM) -> None:
+    """Requests of a server that is paused end no sooner than it goes on, which it may be asked for while it drains."""
+    try:
+        status = await llm.status()
+    except EngineError:  # it may be busy, or have failed; the drain says so
+        return
+    unfinished = status.queued + sum(replica.held for replica in status.replicas)
+    if unfinished and status.activity != State.AWAKE:
+        way_out = "/resume" if status.activity == State.PAUSED else "/wake_up"
+        log.warning(
+            "it is %s: %d requests stand still until POST %s, or are cut off", status.activity, unfinished, way_out
+        )
 
 
 async def _requests_end(llm: AsyncLLM, signals: _Signals, timeout: float) -> bool:

@@ -22,7 +22,11 @@ class ServerSettings:
     root_path: str = ""  # where a proxy has put the server
     allowed_origins: tuple[str, ...] = ()  # of web pages that may call the server
     max_logprobs: int = 20  # likeliest tokens that a request may ask for at a position; -1: all
+    return_tokens_as_token_ids: bool = False  # where a request does not say
     max_request_bytes: int = 32 << 20  # of a body; see server.limits for why so many
+    stored_responses: int = 10_000  # that /v1/responses keeps for a time; 0: none
+    stored_response_bytes: int = 256 << 20  # of all of them
+    stored_response_seconds: float = 3600.0  # since one was used last
     disable_docs: bool = False  # no /docs, /redoc and /openapi.json
 
     def __post_init__(self) -> None:

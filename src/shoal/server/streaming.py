@@ -36,9 +36,10 @@ class ChunkWriter:
     def __init__(self, **common: Any) -> None:
         self._head = "data: " + text_of(common)[:-1] + ',"choices":['
 
-    def chunk(self, choices: str, usage: str | None = None) -> str:
-        """`choices`: in JSON, with commas between; `usage` likewise, "null" included."""
-        end = "}" if usage is None else f',"usage":{usage}}}'
+    def chunk(self, choices: str, usage: str | None = None, more: str = "") -> str:
+        """`choices`: in JSON, with commas between; `usage` likewise, "null" included; `more`: other fields, a comma
+        before each."""
+        end = f"{more}}}" if usage is None else f'{more},"usage":{usage}}}'
         return f"{self._head}{choices}]{end}\n\n"
 
 

@@ -13,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from shoal.forks import let_go_in_children
+
 _LENGTH = struct.Struct("<I")
 _LONGEST = 2**32 - 1
 _RECEIVE_BYTES = 1 << 18
@@ -24,7 +26,7 @@ class ChannelClosed(Exception):
 
 
 class Channel:
-    """One end. `send` may be called from several threads; `receive` from one."""
+    """One end. `send` may be called from several threads; `receive` from one. In a forked child it is closed."""
 
     def __init__(self, sock: socket.socket, longest: int = _LONGEST) -> None:
         """`longest`: bytes of a frame that is taken; whoever sends a longer one is not listened to any more."""
@@ -34,6 +36,12 @@ class Channel:
         self._incoming = bytearray()
         self._outgoing: deque[memoryview] = deque()
         self._lock = threading.Lock()
+        let_go_in_children(self)
+
+    def let_go(self) -> None:
+        """In a forked child, where a thread that is not there may have held the lock."""
+        self._lock = threading.Lock()
+        self._socket.close()
 
     @classmethod
     def pair(cls) -> tuple["Channel", socket.socket]:

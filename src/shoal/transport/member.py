@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from shoal import wire
+from shoal import addresses, wire
+from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
@@ -22,27 +23,6 @@ _RETRY_S = 0.2
 _SAY_RETURNING_S = 60.0  # how often it is said for whom one waits that has been there before
 _ATTEMPT_S = 2.0
 _AGAIN_S = 15.0  # for somebody with our number, who may have been cut off, to be given up
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Address":
-        """`host:port`.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        host, _, port = text.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ConfigError(f"a rendezvous is at HOST:PORT, got {text!r}")
-        return cls(host, int(port))
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
 
 
 class _HungUp(Exception):
@@ -88,7 +68,7 @@ def connect(
     while True:
         left = timeout - (time.monotonic() - begun)
         try:
-            sock = socket.create_connection((address.host, address.port), timeout=max(min(left, _ATTEMPT_S), 0.01))
+            sock = addresses.connect(address, max(min(left, _ATTEMPT_S), 0.01))
             return _introduced(sock, hello, address, key, max(timeout - (time.monotonic() - begun), _ATTEMPT_S))
         except OSError as error:
             why = error.strerror or str(error)

@@ -5,26 +5,30 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shoal import env
+from shoal import env, import_path, open_files
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed
 
 log = get_logger("process")
 
 _KILL_S = 5.0
+_FIRST_PAUSE_S, _PAUSE_S = 0.0005, 0.05  # between two looks whether a process has ended
+_UNTOLD = 255  # the exit code of a process that nobody can be asked about
 _PR_SET_PDEATHSIG = 1
 _STDERR = 2  # what a library in a child prints must not get between the parent's results
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when the thread that started it ends, even if this process is stopped."""
+    """Has the kernel kill this process when the thread that started it ends, even if this process is stopped. To be
+    called first of all: it also has this process hear of the ends of its own children, whatever it has inherited."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
         os._exit(1)
@@ -60,7 +64,7 @@ _spawner = _Spawner()
 
 
 class ChildProcess:
-    """`python -m MODULE --fd N --parent PID ...` and the channel to it."""
+    """MODULE in a Python of its own, with `--fd N --parent PID ...`, and the channel to it."""
 
     def __init__(
         self,
@@ -70,8 +74,11 @@ class ChildProcess:
         passed: Sequence[int] = (),
     ) -> None:
         """`passed`: descriptors that the child has too, under the same numbers."""
+        self._untold = False
+        self._waiting = threading.Lock()
+        open_files.occupy_standard()
         self.channel, theirs = Channel.pair()
-        command = [sys.executable, "-m", module, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        command = [*import_path.python_command(module), "--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
         with theirs:
             self._process = _spawner.start(
                 [*command, *arguments], [theirs.fileno(), *passed], env.child_environment(environment or {})
@@ -92,16 +99,24 @@ class ChildProcess:
     def death(self, patience: float = 1.0) -> str:
         """How it ended, in words. The channel's end is seen before the exit status is, by milliseconds, or by seconds
         if the process had much memory: it waits `patience` seconds for that."""
-        try:
-            code = self._process.wait(patience)
-        except subprocess.TimeoutExpired:
+        if not self.wait(patience):
             return "closed its channel, and has not ended yet"
+        code = self.exit_code
+        if code is None or self._untold:
+            return "ended, nobody knows how: this process ignores SIGCHLD, or waits for all of its children"
         return f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
 
     @property
     def exit_code(self) -> int | None:
         """None while it runs; negative: the signal that has killed it."""
-        return self._process.poll()
+        with self._waiting:
+            if self._process.returncode is None:
+                try:
+                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                except ChildProcessError:  # its status was thrown away, or given to somebody else
+                    self._untold = True
+            code = self._process.poll()
+            return _UNTOLD if self._untold and code is not None else code
 
     def say(self, goodbye: bytes) -> None:
         with contextlib.suppress(ChannelClosed, OSError):
@@ -110,9 +125,14 @@ class ChildProcess:
 
     def wait(self, timeout: float) -> bool:
         """True if it has ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
-        return self._process.returncode is not None
+        deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE_S
+        while self.exit_code is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _PAUSE_S)
+        return True
 
     def kill(self) -> None:
         self.kill_process()

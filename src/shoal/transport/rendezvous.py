@@ -25,8 +25,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shoal import wire
+from shoal import addresses, wire
+from shoal.addresses import is_loopback, joined
 from shoal.errors import AddressInUse, ConfigError
+from shoal.forks import let_go_in_children
 from shoal.observe.logging import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
 
@@ -63,14 +65,6 @@ def require_key(key: str, address: str) -> None:
     """
     if not key and not is_loopback(address):
         raise ConfigError(f"{address} is reached from other hosts, and there is no shared key: {_SET_KEY}")
-
-
-def is_loopback(address: str) -> bool:
-    try:
-        found = socket.gethostbyname(address)
-    except OSError:
-        return False
-    return found.startswith("127.")
 
 
 def watch_host(sock: socket.socket) -> None:
@@ -147,14 +141,25 @@ class Rendezvous:
         self._closing = threading.Event()
         self._accepts_from = 0.0
         try:
-            self._listener = socket.create_server((address, port), backlog=1024)
+            found = addresses.listen(address, port)
         except OSError as error:
-            kind = AddressInUse if error.errno == errno.EADDRINUSE else ConfigError
-            raise kind(f"can't listen on {address}:{port} ({error.strerror}): choose another port") from None
-        self._listener.setblocking(False)
-        self.address = f"{address}:{self._listener.getsockname()[1]}"
+            taken = error.errno == errno.EADDRINUSE
+            kind = AddressInUse if taken else ConfigError
+            hint = "choose another port" if taken else "give an address of this host"
+            raise kind(f"can't listen on {joined(address, port)} ({error.strerror}): {hint}") from None
+        self._listeners = [_Listener(sock) for sock in found]
+        let_go_in_children(self)
+        self.address = joined(address, found[0].getsockname()[1])
         self._thread = threading.Thread(target=self._serve, daemon=True, name="shoal-rendezvous")
         self._thread.start()
+
+    def let_go(self) -> None:
+        """In a forked child, which would keep the port taken."""
+        self._close_listeners()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.socket.close()
 
     def close(self) -> None:
         """Idempotent."""
@@ -168,30 +173,29 @@ class Rendezvous:
         self.close()
 
     def _serve(self) -> None:
-        listener = _Listener(self._listener)
         try:
             while not self._closing.is_set():
                 channels: list[Any] = [guest.channel for guest in self._guests.values()]
                 if time.monotonic() >= self._accepts_from:
-                    channels.append(listener)
+                    channels += self._listeners
                 for channel in wait(channels, _SLICE_S):
-                    if channel.fileno() == listener.fileno():
-                        self._accept()
+                    if isinstance(channel, _Listener):
+                        self._accept(channel.socket)
                     elif channel.fileno() in self._guests:  # it may just have been shown the door
                         self._listen_to(self._guests[channel.fileno()])
                 self._look_around(time.monotonic())
         except Exception:
             log.exception("the rendezvous at %s has failed", self.address)
         finally:
-            self._listener.close()
+            self._close_listeners()
             for guest in list(self._guests.values()):
                 with contextlib.suppress(ChannelClosed):  # what was posted last is still to reach it
                     guest.channel.flush(_FLUSH_S)
                 guest.channel.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, _ = listener.accept()
         except BlockingIOError:  # it has gone already
             return
         except OSError as error:
@@ -388,10 +392,11 @@ class _Listener:
     backlog = False
 
     def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
+        sock.setblocking(False)
+        self.socket = sock
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        return self.socket.fileno()
 
 
 def difference(found: Mapping[str, str], wanted: Mapping[str, str], whose: str) -> str:

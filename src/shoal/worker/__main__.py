@@ -1,4 +1,4 @@
-"""A rank in a process of its own: `python -m shoal.worker --fd N --parent PID --store PATH`.
+"""A rank in a process of its own: `python -m shoal.worker --fd N --parent PID --store N`.
 
 The main thread computes. A second one reads messages and tells the engine twice a second that the process is alive
 and what it is doing, also while the main thread waits for another rank. It ends the process when the engine goes.
@@ -26,8 +26,8 @@ _PULSE_S = 0.5
 @click.option("--parent", type=int, required=True)
 @click.option("--rank", "number", type=int, required=True)
 @click.option("--size", type=int, required=True)
-@click.option("--store", required=True)
-def main(fd: int, parent: int, number: int, size: int, store: str) -> None:
+@click.option("--store", type=int, required=True)
+def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
     die_with_parent(parent)
     for each in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the engine decides what ends
         signal.signal(each, signal.SIG_IGN)

@@ -15,7 +15,7 @@ import click
 import torch
 
 from shoal.comm.base import Communicator
-from shoal.comm.torch_dist import TorchComm, c10d
+from shoal.comm.torch_dist import TorchComm, file_store
 from shoal.errors import ShoalError
 from shoal.parallel.all2all.backends import BACKENDS, make_dispatch
 from shoal.parallel.dispatch import Dispatch
@@ -33,16 +33,16 @@ _FLUSH_S = 10.0
 @click.option("--fd", type=int, required=True)
 @click.option("--parent", type=int, required=True)
 @click.option("--rank", type=int, required=True)
-@click.option("--store", required=True)
+@click.option("--store", type=int, required=True)
 @click.option("--question", "text", required=True, help="what to measure, as JSON")
-def main(fd: int, parent: int, rank: int, store: str, text: str) -> None:
+def main(fd: int, parent: int, rank: int, store: int, text: str) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     channel, question = Channel.from_fd(fd), json.loads(text)
     size = question["ranks"]
 
     def connect(axis: str, ranks: Sequence[int]) -> Communicator:
-        file, cpu = c10d.FileStore(store, size), torch.device("cpu")
+        file, cpu = file_store(store, size), torch.device("cpu")
         return TorchComm(file, axis, rank, size, backend="gloo", timeout_s=_COMM_TIMEOUT_S, device=cpu)
 
     try:

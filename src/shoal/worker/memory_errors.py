@@ -8,6 +8,7 @@ import torch
 from shoal import wire
 from shoal.config import format_bytes, parse_bytes
 from shoal.devices import cpu
+from shoal.errors import ConfigError
 
 # "Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 9.50 MiB is free."
 _SIZE = r"(\d{1,12}(?:\.\d{1,3})? (?:bytes|[KMGT]iB))"
@@ -39,7 +40,7 @@ def explain(error: BaseException, setup: wire.RankSetup) -> str | None:
 def _host_line(setup: wire.RankSetup, asked: int | None) -> str:
     try:
         total, available = cpu.memory()
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ConfigError):
         return _line(setup, asked)
     return _line(setup, asked, available=available, total=total)
 

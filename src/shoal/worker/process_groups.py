@@ -7,17 +7,17 @@ import torch
 
 from shoal import wire
 from shoal.comm.base import Communicator
-from shoal.comm.torch_dist import TorchComm, c10d
+from shoal.comm.torch_dist import TorchComm, file_store
 from shoal.worker.store import RendezvousStore
 
 
 class ProcessGroups:
-    """A replica's ranks meet over `store_path`, a file of the engine's that has no name of its own: nothing to clean
-    up, nothing to clash. Groups with ranks of other replicas meet at their rendezvous, where those of earlier engines
-    have left their addresses: a meeting's number keeps them apart."""
+    """A replica's ranks meet over a file of the engine's that has no name of its own, of which `store` is a descriptor:
+    nothing to clean up, nothing to clash. Groups with ranks of other replicas meet at their rendezvous, where those of
+    earlier engines have left their addresses: a meeting's number keeps them apart."""
 
-    def __init__(self, store_path: str, world_size: int) -> None:
-        self._store_path = store_path
+    def __init__(self, store: int, world_size: int) -> None:
+        self._own_store = store
         self._world_size = world_size
         self._own: Any = None
         self._shared: RendezvousStore | None = None
@@ -49,5 +49,5 @@ class ProcessGroups:
                 self._shared = RendezvousStore(setup.group_store, setup.group_key, timeout_s=setup.comm_timeout_s)
             return self._shared
         if self._own is None:
-            self._own = c10d.FileStore(self._store_path, self._world_size)
+            self._own = file_store(self._own_store, self._world_size)
         return self._own

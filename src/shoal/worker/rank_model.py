@@ -1,8 +1,8 @@
 """A model as one rank holds it: its share of the weights, and its layers of the KV cache."""
 
-from collections.abc import Mapping
+import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -13,7 +13,7 @@ from shoal.kernels.linear import make_linear
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
 from shoal.models.causal import CausalModel
-from shoal.models.checkpoint import TensorEntry, open_checkpoint
+from shoal.models.checkpoint import open_checkpoint
 from shoal.models.decoder import build_decoder
 from shoal.models.fallback import FallbackSpec
 from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
@@ -35,10 +35,12 @@ class RankModel:
 
     def __init__(self, folder: Path, setup: wire.RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
         """Reads config.json; weights come with `load`."""
-        self.spec = read_model(folder, "auto" if draft else setup.model_impl)
+        self._overrides: dict[str, Any] = json.loads(setup.draft_overrides if draft else setup.overrides)
+        self.spec = read_model(folder, "auto" if draft else setup.model_impl, self._overrides)
         self.weight_bytes = 0
         self.kernels = ""  # which, and why
         self._folder = folder
+        self._draft = draft
         self._setup = setup
         self._mesh = mesh
         self._precision = PRECISION[setup.dtype]
@@ -48,6 +50,10 @@ class RankModel:
         self._shards = shards[stage * setup.tp :][: setup.tp]
         self.shard = self._shards[mesh.tp.rank]
         self._decoder: CausalModel | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._decoder is not None
 
     @property
     def decoder(self) -> CausalModel:
@@ -60,28 +66,36 @@ class RankModel:
         sizes = tuple(len(shard.ranges[Cut.VOCAB]) for shard in self._shards)
         return VocabShare(self.shard.ranges[Cut.VOCAB].start, sizes)
 
+    def unload(self) -> None:
+        """Lets go of the weights. `load` reads them again."""
+        self._decoder = None
+        self.weight_bytes = 0
+
     def load(self, device: torch.device) -> None:
+        """
+        Raises:
+            CheckpointError: the files can't be read, or are not those that were read before.
+        """
         weights: Weights
-        stored: Mapping[str, TensorEntry] = {}
         if self._setup.load_format == "dummy":
             params = params_of(self.spec)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.seed)
         else:
-            checkpoint = open_checkpoint(self._folder)
-            stored, params = checkpoint.tensors, params_of(self.spec, checkpoint.shapes)
+            checkpoint = open_checkpoint(self._folder, self._overrides)
+            checkpoint.check_state(self._setup.draft_file_state if self._draft else self._setup.file_state)
+            params = params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
         kernels, why = make_kernels(self._setup.device, self._precision.activations)
         self.kernels = why if self._setup.device != "cpu" else f"{why}, sampling: {load_sampling()[1]}"
         tp = self._mesh.tp
         if isinstance(self.spec, FallbackSpec):
-            config = read_config(self._folder)
+            config = read_config(self._folder, self._overrides)
             self._decoder = build_transformers_model(config, self.spec, self.shard, tp, weights, kernels, device)
         else:
             longest = self._setup.max_model_len
             dispatch = self._dispatch(device)
             self._decoder = build_decoder(self.spec, self.shard, tp, weights, kernels, device, longest, dispatch)
-        head = self.shard.stage.last
-        kept = keeps_embedding(params, stored, self._setup.device, self._setup.dtype, head=head)
+        kept = keeps_embedding(self._setup.device, head=self.shard.stage.last)
         item = self._precision.weights.itemsize
         self.weight_bytes = weight_bytes(self.spec, params, self.shard, item, embedding_kept=kept)
 

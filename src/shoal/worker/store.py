@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch.distributed
 
 from shoal import wire
+from shoal.addresses import Address
 from shoal.errors import CommError, CommTimeout
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.member import Address, connect
+from shoal.transport.member import connect
 
 
 class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,misc]  # it has no usable types

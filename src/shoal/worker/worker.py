@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from shoal import wire
+from shoal.activity import KV_CACHE, WEIGHTS
 from shoal.comm.base import Communicator
 from shoal.devices import cpu
-from shoal.errors import EngineError
+from shoal.errors import EngineError, UserError
 from shoal.kernels.reference import GATHER_BYTES
 from shoal.observe.logging import get_logger
 from shoal.parallel.mesh import make_mesh
@@ -17,7 +18,9 @@ from shoal.parallel.pipeline import Pipeline
 from shoal.parallel.topology import Topology
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft import Draft
+from shoal.worker.free_memory import give_back
 from shoal.worker.kv_cache import KVMemory
+from shoal.worker.memory_errors import explain
 from shoal.worker.rank_model import RankModel
 from shoal.worker.runner import Runner
 
@@ -62,6 +65,8 @@ class Worker:
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
         self._runner: Runner | None = None
         self._kv: list[KVMemory] = []
+        self._num_blocks = 0
+        self._busy_ns = 0  # in steps, before the runner that is there
         self._verbs: dict[str, Callable[[bytes], bytes]] = {
             "connect": lambda _: b"",  # done when there is a worker to answer
             "load": self._load,
@@ -69,6 +74,8 @@ class Worker:
             "allocate": self._allocate,
             "warm_up": self._warm_up,
             "stats": self._stats,
+            "sleep": self._sleep,
+            "wake_up": self._wake_up,
         }
 
     @property
@@ -101,7 +108,7 @@ class Worker:
         if message.incarnation != self.setup.incarnation:  # of an engine that is no more
             return None
         if self._runner is None:
-            raise EngineError(f"rank {self.setup.rank} got step {message.step} before its KV cache was allocated")
+            raise EngineError(f"rank {self.setup.rank} got step {message.step}, and has no weights or no KV cache")
         if isinstance(message, wire.StepMask):
             result = self._runner.unmask(message)
         else:
@@ -153,7 +160,8 @@ class Worker:
         free, total = torch.cuda.mem_get_info(self.device)
         reachable = free + torch.cuda.memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._make_runner(num_blocks=-(-setup.max_num_batched_tokens // setup.block_size) + setup.max_num_seqs)
+        self._allocate_kv(num_blocks=-(-setup.max_num_batched_tokens // setup.block_size) + setup.max_num_seqs)
+        self._make_runner()
         self._run_largest_steps()
         cache = sum(memory.pool.nbytes for memory in self._kv)
         self._runner, self._kv = None, []
@@ -163,13 +171,17 @@ class Worker:
         return min(int(total * setup.memory_utilization), reachable) - peak
 
     def _allocate(self, payload: bytes) -> bytes:
-        self._make_runner(int.from_bytes(payload, "little"))
+        self._allocate_kv(int.from_bytes(payload, "little"))
+        self._make_runner()
         return b""
 
-    def _make_runner(self, num_blocks: int) -> None:
-        setup, model = self.setup, self._model
+    def _allocate_kv(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
         self._kv = [each.allocate(num_blocks, self.device) for each in self._models]
-        scratch = num_blocks * setup.block_size
+
+    def _make_runner(self) -> None:
+        setup, model = self.setup, self._model
+        scratch = self._num_blocks * setup.block_size
         sizes = setup.max_num_seqs, setup.max_model_len, setup.block_size
         table = SequenceTable(*sizes, self.device, scratch, samples=self._pipeline.last)
         vocabulary, tp = model.vocabulary, self.mesh.tp
@@ -190,6 +202,39 @@ class Worker:
         tokens = min(8, self.setup.max_model_len - 1, self.setup.max_num_batched_tokens)
         if tokens > 0:
             self._run_made_up([tokens], decode=True)
+        return b""
+
+    def _sleep(self, payload: bytes) -> bytes:
+        """Gives parts of its memory back to the system: all that it knows of sequences goes with them."""
+        if self._runner is not None:
+            self._runner.settle()
+            self._busy_ns += self._runner.busy_ns
+            self._runner = None
+        parts = payload.decode().split(",")
+        if KV_CACHE in parts:
+            self._kv = []
+        if WEIGHTS in parts:
+            for each in self._models:
+                each.unload()
+        give_back(self.device)
+        return b""
+
+    def _wake_up(self, payload: bytes) -> bytes:
+        """Takes parts of its memory again; answers why not, if it can't: then it is to `_sleep` again."""
+        parts = payload.decode().split(",")
+        try:
+            if WEIGHTS in parts:
+                for each in self._models:
+                    each.load(self.device)
+            if KV_CACHE in parts:
+                self._allocate_kv(self._num_blocks)
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else explain(error, self.setup)
+            if why is None:
+                raise
+            return why.encode()
+        if self._kv and all(each.loaded for each in self._models):
+            self._make_runner()
         return b""
 
     def _run_largest_steps(self) -> None:
@@ -232,7 +277,7 @@ class Worker:
             kv_bytes=sum(memory.resident_bytes() for memory in self._kv),
             weight_bytes=self._weight_bytes,
             stage=self.mesh.pp.rank,
-            busy_us=self._runner.busy_ns // 1000 if self._runner is not None else 0,
+            busy_us=(self._busy_ns + (self._runner.busy_ns if self._runner is not None else 0)) // 1000,
             traffic=tuple(
                 wire.Traffic(axis.name, operation, total.count, total.sent_bytes)
                 for axis in self.mesh.axes

@@ -211,3 +211,21 @@ def test_a_refused_request_without_an_id(tmp_path: Path) -> None:
     answer = failure(entry(tmp_path, {}, custom_id=None), "why")
     assert answer["error"]["message"] == "why"
     assert "custom_id" not in answer
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_tokens_beside_their_text(tmp_path: Path, chat: bool) -> None:
+    asked = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": True if chat else 0}
+    found = entry(tmp_path, {**asked, "cache_salt": "a", "truncate_prompt_tokens": 3}, chat=chat)
+    assert (found.error, found.cache_salt, PARAMETERS.of(found).truncate_prompt_tokens) == (None, "a", 3)
+    output = CompletionOutput(0, "x", (7,), "stop", -1.0, ({7: Logprob(-1.0, 1, "x")},))
+    line = line_of(found, "", RequestOutput("0", "hi", (1, 2), (output,)), "m")
+    body = line["response"]["body"]
+    (choice,) = body["choices"]
+    assert (choice["token_ids"], (body if chat else choice)["prompt_token_ids"]) == ([7], [1, 2])
+    names = [position["token"] for position in choice["logprobs"]["content"]] if chat else choice["logprobs"]["tokens"]
+    assert names == ["token_id:7"]
+
+
+def test_a_switch_is_true_or_false(tmp_path: Path) -> None:
+    assert "`body.return_token_ids` must be true or false" in str(entry(tmp_path, {"return_token_ids": 1}).error)

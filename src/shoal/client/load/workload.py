@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from shoal.client.load.prompts import Prompt, Prompts
 from shoal.errors import ConfigError
+from shoal.types import decimal_number, whole_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +115,11 @@ def parse_mix(text: str) -> tuple[Lengths, ...]:
 
 def _parse_lengths(part: str, text: str) -> Lengths:
     sizes, _, weight = part.strip().partition("@")
-    try:
-        input_len, output_len = map(int, sizes.split(":"))
-        lengths = Lengths(input_len, output_len, float(weight or 1))
-    except ValueError:
-        raise ConfigError(f"{text!r} is no mix of lengths; it has the form INPUT:OUTPUT@SHARE,...") from None
+    input_len, output_len = map(whole_number, sizes.split(":")) if sizes.count(":") == 1 else (None, None)
+    share = decimal_number(weight or "1")
+    if input_len is None or output_len is None or share is None:
+        raise ConfigError(f"{text!r} is no mix of lengths; it has the form INPUT:OUTPUT@SHARE,...")
+    lengths = Lengths(input_len, output_len, share)
     if min(input_len, output_len) < 1 or not 0 < lengths.weight < math.inf:
         raise ConfigError(f"lengths are at least 1 and shares positive, not {part.strip()!r} as in {text!r}")
     return lengths

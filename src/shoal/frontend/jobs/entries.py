@@ -30,6 +30,9 @@ class Entry:
     ids: Mapping[str, Any] = field(default_factory=dict)  # what is echoed in the output's line
     endpoint: Endpoint | None = None  # of the OpenAI batch format, which its output has too
     model: str | None = None  # as the request calls it
+    cache_salt: str | None = None
+    token_ids: bool = False  # of that format: show the prompt's and the output's
+    by_id: bool = False  # ... and call tokens `token_id:17` in log-probabilities
     batch: bool = False  # is it a request of that format? One that can't be used may have no endpoint
 
     @property
@@ -80,7 +83,8 @@ def _plain(value: object) -> object:
 
 
 def entry_of(index: int, where: str, line: object) -> Entry:
-    """A line of our own format: `prompt`, `prompt_token_ids` or `messages`, and perhaps `sampling_params`.
+    """A line of our own format: `prompt`, `prompt_token_ids` or `messages`, and perhaps `sampling_params` and
+    `cache_salt`.
 
     Other keys are left alone; `custom_id` and `id` are kept for the output.
 
@@ -104,6 +108,7 @@ def entry_of(index: int, where: str, line: object) -> Entry:
         messages=messages_of(line["messages"]) if "messages" in given else None,
         sampling=sampling or {},
         ids=ids_of(line),
+        cache_salt=line.get("cache_salt"),
     )
 
 

@@ -16,6 +16,7 @@ from shoal.types import RequestOutput, SamplingParams
 
 ENDPOINTS = get_args(Endpoint)
 _CHAT: Endpoint = "/v1/chat/completions"
+_SHOWN = ("return_token_ids", "return_tokens_as_token_ids")
 
 
 def is_request(line: object) -> bool:
@@ -43,10 +44,13 @@ def entry_of(index: int, where: str, line: Mapping[str, Any]) -> Entry:
         where,
         prompt=None if chat else _prompt(body.get("prompt")),
         messages=messages_of(body.get("messages")) if chat else None,
-        sampling=sampling_of(body, chat=chat, inside="body."),
+        sampling=sampling_of(body, chat=chat, read=_SHOWN, inside="body."),
         ids=ids_of({"custom_id": line["custom_id"]}),
         endpoint=cast(Endpoint, url),
         model=body["model"] if isinstance(body.get("model"), str) else None,
+        cache_salt=body.get("cache_salt"),
+        token_ids=_switch(body, "return_token_ids"),
+        by_id=_switch(body, "return_tokens_as_token_ids"),
         batch=True,
     )
 
@@ -58,6 +62,13 @@ def refused(index: int, where: str, line: Mapping[str, Any], why: str) -> Entry:
     return Entry(
         index, where, error=why, ids=ids_of({"custom_id": line.get("custom_id")}), endpoint=endpoint, batch=True
     )
+
+
+def _switch(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"`body.{name}` must be true or false, got {value!r}")
+    return bool(value)
 
 
 def defaults(endpoint: Endpoint) -> SamplingParams:
@@ -82,14 +93,23 @@ def answer(entry: Entry, output: RequestOutput, model: str) -> dict[str, Any]:
     chat = entry.endpoint == _CHAT
     used = usage(len(output.prompt_token_ids), sum(len(each.token_ids) for each in output.outputs))
     top = entry.sampling.get("logprobs", -1)
-    body = {
+    choices = [
+        chat_choice(each, top, by_id=entry.by_id) if chat else completion_choice(each, by_id=entry.by_id)
+        for each in output.outputs
+    ]
+    body: dict[str, Any] = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": entry.model or model,
-        "choices": [chat_choice(each, top) if chat else completion_choice(each) for each in output.outputs],
+        "choices": choices,
         "usage": used,
     }
+    if entry.token_ids:
+        for choice, each in zip(choices, output.outputs, strict=True):
+            choice["token_ids"] = list(each.token_ids)
+        for place in [body] if chat else choices:
+            place["prompt_token_ids"] = list(output.prompt_token_ids)
     response = {"status_code": 200, "request_id": f"req-{name}", "body": body}
     return {"id": f"batch_req-{name}", **entry.ids, "response": response, "error": None}
 

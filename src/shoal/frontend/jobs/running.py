@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from shoal.errors import RequestError
 from shoal.frontend.jobs.entries import Entry, digest, draws_by_job
 from shoal.frontend.jobs.parameters import Parameters
-from shoal.frontend.prompts import Job, Refused
+from shoal.frontend.prompts import Job, Refused, salted
 from shoal.types import Message, Prompt, RequestOutput, SamplingParams
 
 
@@ -34,10 +34,10 @@ def prepare(preparer: Preparer, entry: Entry, params: SamplingParams) -> Job:
     if entry.error is not None:
         raise RequestError(entry.error)
     if entry.messages is not None:
-        return preparer.prepare_chat(entry.index, entry.messages, params)
+        return preparer.prepare_chat(entry.index, entry.messages, params, cache_salt=entry.cache_salt)
     if entry.prompt is None:
         raise RequestError("it has no prompt")
-    return preparer.prepare(entry.index, entry.prompt, params)
+    return preparer.prepare(entry.index, salted(entry.prompt, entry.cache_salt), params)
 
 
 class JobRun:

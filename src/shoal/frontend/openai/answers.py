@@ -5,29 +5,32 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+from shoal.frontend.token_places import is_text
 from shoal.types import CompletionOutput, Logprob, Logprobs
 
 _LEAST = -9999.0  # JSON has no infinity; OpenAI's API writes this for a token that can't be
 
 
-def chat_choice(output: CompletionOutput, top: int | None) -> dict[str, Any]:
-    """`top`: as `chat_logprobs` has it; of no effect where none were asked for."""
+def chat_choice(output: CompletionOutput, top: int | None, *, by_id: bool = False) -> dict[str, Any]:
+    """`top`, `by_id`: as `chat_logprobs` has them; of no effect where none were asked for."""
     wanted = output.logprobs
     return {
         "index": output.index,
         "message": {"role": "assistant", "content": output.text},
-        "logprobs": None if wanted is None else chat_logprobs(output.token_ids, wanted, top or 0),
+        "logprobs": None if wanted is None else chat_logprobs(output.token_ids, wanted, top or 0, by_id=by_id),
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
 
 
-def completion_choice(output: CompletionOutput) -> dict[str, Any]:
+def completion_choice(output: CompletionOutput, *, by_id: bool = False) -> dict[str, Any]:
     wanted = output.logprobs
     return {
         "index": output.index,
         "text": output.text,
-        "logprobs": None if wanted is None else completion_logprobs(output.token_ids, wanted),
+        "logprobs": None
+        if wanted is None
+        else completion_logprobs(output.token_ids, wanted, output.text_offsets, by_id=by_id),
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
@@ -37,24 +40,38 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def chat_logprobs(tokens: Sequence[int], logprobs: Sequence[Logprobs], top: int) -> dict[str, Any]:
+def chat_logprobs(
+    tokens: Sequence[int], logprobs: Sequence[Logprobs], top: int, *, by_id: bool = False
+) -> dict[str, Any]:
     """The `top` likeliest tokens of each position, in that order; all that are known where it is -1. The token itself
-    is among them only if it is one of the likeliest."""
-    return {"content": [_position(*pair, top) for pair in zip(tokens, logprobs, strict=False)]}
+    is among them only if it is one of the likeliest. `by_id`: tokens are called `token_id:17`."""
+    return {"content": [_position(*pair, top, by_id=by_id) for pair in zip(tokens, logprobs, strict=False)]}
 
 
 def completion_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[Logprobs | None], *, first: str = "", offset: int = 0
+    tokens: Sequence[int],
+    logprobs: Sequence[Logprobs | None],
+    offsets: Sequence[int] | None,
+    *,
+    first: str = "",
+    by_id: bool = False,
 ) -> dict[str, Any]:
-    """Four lists over positions. `first`: the text of a token of which nothing is known, which is a prompt's first;
-    `offset`: how many characters stand before these tokens."""
+    """Four lists over positions.
+
+    Args:
+        offsets: where the tokens begin in the text. None: nobody knows, and each is as long as it reads.
+        first: how a token reads of which nothing is known, which is a prompt's first.
+        by_id: tokens are called `token_id:17`.
+    """
     known = list(zip(tokens, logprobs, strict=False))
-    texts = [first if each is None else _text(token, each[token]) for token, each in known]
+    texts = [first if each is None else _legacy_name(token, each[token]) for token, each in known]
+    if offsets is None:
+        offsets = list(accumulate(map(len, texts), initial=0))
     return {
-        "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)) if texts else [],
-        "tokens": texts,
+        "text_offset": list(offsets[: len(texts)]),
+        "tokens": [_id_text(token) for token, _ in known] if by_id else texts,
         "token_logprobs": [None if each is None else finite(each[token].logprob) for token, each in known],
-        "top_logprobs": [None if each is None else _likeliest(each) for _, each in known],
+        "top_logprobs": [None if each is None else _likeliest(each, by_id=by_id) for _, each in known],
     }
 
 
@@ -71,28 +88,54 @@ def _known(found: Logprob) -> dict[str, Any]:
     return {"logprob": finite(found.logprob), "rank": found.rank, "decoded_token": found.decoded_token}
 
 
-def _likeliest(each: Logprobs) -> Mapping[str, float]:
-    """By text. Tokens that read the same, such as halves of a character, are one entry, the likeliest's."""
+def _likeliest(each: Logprobs, *, by_id: bool) -> Mapping[str, float]:
+    """By text. Tokens that read the same are one entry, the likeliest's."""
     found: dict[str, float] = {}
     for token, known in each.items():
-        text = _text(token, known)
+        text = _id_text(token) if by_id else _legacy_name(token, known)
         found[text] = max(finite(known.logprob), found.get(text, -math.inf))
     return found
 
 
-def _position(token: int, each: Logprobs, top: int) -> dict[str, Any]:
+def _position(token: int, each: Logprobs, top: int, *, by_id: bool) -> dict[str, Any]:
     likeliest = sorted(each.items(), key=lambda pair: _rank(pair[1]))[: len(each) if top < 0 else top]
-    return {**_token(token, each[token]), "top_logprobs": [_token(*pair) for pair in likeliest]}
+    return {
+        **_token(token, each[token], by_id=by_id),
+        "top_logprobs": [_token(*pair, by_id=by_id) for pair in likeliest],
+    }
 
 
 def _rank(known: Logprob) -> float:
     return math.inf if known.rank is None else known.rank
 
 
-def _token(token: int, known: Logprob) -> dict[str, Any]:
-    text = _text(token, known)
-    return {"token": text, "logprob": finite(known.logprob), "bytes": list(text.encode("utf-8", "replace"))}
+def _token(token: int, known: Logprob, *, by_id: bool) -> dict[str, Any]:
+    text, own = _text(token, known), known.token_bytes
+    name = text if own is None or is_text(own) else spelled(own)
+    return {
+        "token": _id_text(token) if by_id else name,
+        "logprob": finite(known.logprob),
+        "bytes": list(text.encode("utf-8", "replace") if own is None else own),
+    }
+
+
+def spelled(own: bytes) -> str:
+    """A part of a character as OpenAI's API shows it: \\xe4\\xb8."""
+    return own.decode("utf-8", "backslashreplace")
+
+
+def legacy_name(text: str, own: bytes | None) -> str:
+    """How the older API calls a token: as it reads, or bytes:\\xe4\\xb8."""
+    return text if own is None or is_text(own) else f"bytes:{spelled(own)}"
+
+
+def _legacy_name(token: int, known: Logprob) -> str:
+    return legacy_name(_text(token, known), known.token_bytes)
 
 
 def _text(token: int, known: Logprob) -> str:
-    return known.decoded_token if known.decoded_token is not None else f"token_id:{token}"
+    return known.decoded_token if known.decoded_token is not None else _id_text(token)
+
+
+def _id_text(token: int) -> str:
+    return f"token_id:{token}"

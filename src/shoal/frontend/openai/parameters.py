@@ -15,12 +15,16 @@ _SAME = [
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "seed", "stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids", "ignore_eos", "min_tokens",
     "skip_special_tokens", "include_stop_str_in_output", "prompt_logprobs", "structured_outputs",
+    "truncate_prompt_tokens",
 ]  # fmt: skip
 _WITHOUT_EFFECT = [
     "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "stream_options", "parallel_tool_calls",
 ]  # fmt: skip
-_READ = ["prompt", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "response_format"]
+_READ = [
+    "prompt", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "response_format",
+    "cache_salt",
+]  # fmt: skip
 _SERVED: dict[str, object] = {"modalities": ["text"], "include_reasoning": True, "spaces_between_special_tokens": True}
 _OFF: tuple[object, ...] = (None, False, [], {}, "", "none")
 # vLLM's older names for structured outputs.

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from shoal.models.fields import activation, dtype_name, flag, max_positions, number, positive, rope, whole
+from shoal.models.fields import activation, dtype_name, flag, number, positive, whole
+from shoal.models.rope_fields import kind_of, max_positions, parameters_of, rope
 from shoal.models.spec import (
     AttentionSpec,
     Config,
@@ -22,8 +23,9 @@ _NORM_EPS = 1e-6  # of the norms within attention, whatever config.json says of 
 
 
 def read(config: Config) -> ModelSpec:
+    config = {**config, "max_position_embeddings": positive(config, "max_position_embeddings", 2048)}
     latent = read_latent(config, q_rank=1536)
-    spec = read_decoder(config, latent, positions=2048, mlp_bias=flag(config, "mlp_bias", False))
+    spec = read_decoder(config, latent, mlp_bias=flag(config, "mlp_bias", False))
     return dataclasses.replace(spec, family="deepseek_v2", moe=_experts(config, spec.num_layers))
 
 
@@ -43,8 +45,8 @@ def read_latent(config: Config, q_rank: int) -> LatentSpec:
     )
 
 
-def read_decoder(config: Config, latent: LatentSpec, *, positions: int, mlp_bias: bool) -> ModelSpec:
-    """All but the experts. `positions` is what a missing `max_position_embeddings` means."""
+def read_decoder(config: Config, latent: LatentSpec, *, mlp_bias: bool) -> ModelSpec:
+    """All but the experts. `max_position_embeddings` is there."""
     bias = flag(config, "attention_bias", False)
     return ModelSpec(
         family="",
@@ -55,7 +57,7 @@ def read_decoder(config: Config, latent: LatentSpec, *, positions: int, mlp_bias
         head_dim=latent.cached_dim,
         intermediate_size=positive(config, "intermediate_size"),
         vocab_size=positive(config, "vocab_size"),
-        max_positions=max_positions(config, latent.rope, positions),
+        max_positions=max_positions(config, latent.rope),
         attention=(AttentionSpec(_scale(config, latent)),),
         norm=NormSpec("rms", number(config, "rms_norm_eps", 1e-6)),
         tie_embeddings=flag(config, "tie_word_embeddings", False),
@@ -71,11 +73,10 @@ def read_decoder(config: Config, latent: LatentSpec, *, positions: int, mlp_bias
 
 def _scale(config: Config, latent: LatentSpec) -> float:
     """YaRN sharpens the scores of whole heads by the square of what `mscale_all_dim` says."""
-    rotary = latent.rope
-    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    sharpening = 1.0
-    if rotary.kind != "default" and rotary.factor > 1 and parameters.get("mscale_all_dim"):
-        sharpening += 0.1 * number(parameters, "mscale_all_dim") * math.log(rotary.factor)
+    parameters, sharpening = parameters_of(config), 1.0
+    if kind_of(parameters) != "default" and parameters.get("mscale_all_dim"):
+        factor = number(parameters, "factor", latent.rope.factor)
+        sharpening += 0.1 * number(parameters, "mscale_all_dim") * math.log(max(factor, 1.0))
     return sharpening**2 / math.sqrt(latent.query_dim)
 
 
@@ -88,7 +89,7 @@ def mixture_layers(config: Config, layers: int, dense: int) -> tuple[bool, ...]:
 def _experts(config: Config, layers: int) -> MoESpec:
     size = positive(config, "moe_intermediate_size", 1407)
     return MoESpec(
-        num_experts=positive(config, "n_routed_experts", 64),
+        num_experts=positive(config, "num_experts", positive(config, "n_routed_experts", 64)),
         intermediate_size=size,
         routing=_routing(config),
         layers=mixture_layers(config, layers, 0),

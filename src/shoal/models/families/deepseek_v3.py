@@ -11,12 +11,13 @@ from shoal.models.spec import Config, Family, ModelSpec, MoESpec, RoutingSpec, U
 
 
 def read(config: Config) -> ModelSpec:
+    config = {**config, "max_position_embeddings": positive(config, "max_position_embeddings", 4096)}
     latent = deepseek_v2.read_latent(config, q_rank=1536)
     latent = dataclasses.replace(latent, interleaved=flag(config, "rope_interleave", True))
-    spec = deepseek_v2.read_decoder(config, latent, positions=4096, mlp_bias=False)
+    spec = deepseek_v2.read_decoder(config, latent, mlp_bias=False)
     size = positive(config, "moe_intermediate_size", 2048)
     moe = MoESpec(
-        num_experts=positive(config, "n_routed_experts", 256),
+        num_experts=positive(config, "num_local_experts", positive(config, "n_routed_experts", 256)),
         intermediate_size=size,
         routing=_routing(config),
         layers=deepseek_v2.mixture_layers(config, spec.num_layers, 3),

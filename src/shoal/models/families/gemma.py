@@ -19,8 +19,8 @@ def read(config: Config) -> ModelSpec:
         "hidden_act": None,  # read here
     }
     spec = llama.read({"num_key_value_heads": 16, **config, **fixed})
-    # The first configurations say "gelu" and mean its approximation by a tanh.
-    kind = activation(config, "gelu_pytorch_tanh", "hidden_activation", "hidden_act")
+    # The first configurations say "gelu" and mean its approximation by a tanh. Later generations have another name.
+    kind = activation(config, "gelu_pytorch_tanh", "hidden_act")
     return dataclasses.replace(
         spec,
         family="gemma",

@@ -3,12 +3,12 @@
 import dataclasses
 
 from shoal.models.families import gemma
-from shoal.models.fields import layer_types, number, optional, window
+from shoal.models.fields import activation, layer_types, number, optional, window
 from shoal.models.spec import Config, Family, ModelSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
-    spec = gemma.read({"num_key_value_heads": 4, **config})
+    spec = gemma.read({"num_key_value_heads": 4, **config, "hidden_act": None})
     (attention,) = spec.attention
     full = dataclasses.replace(
         attention,
@@ -21,6 +21,7 @@ def read(config: Config) -> ModelSpec:
         spec,
         family="gemma2",
         layout="sandwich",
+        activation=activation(config, "gelu_pytorch_tanh", "hidden_activation"),
         attention=tuple(windowed if slides else full for slides in sliding),
         logit_softcap=optional(config, "final_logit_softcapping", 30.0),
     )

@@ -3,10 +3,18 @@
 from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive
 from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames, Unsupported
 
+_OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
+
 
 def read(config: Config) -> ModelSpec:
     if config.get("add_cross_attention"):
         raise Unsupported("config.json: add_cross_attention is not supported")
+    config = {**config, **{key: config[other] for key, other in _OTHER_NAMES.items() if config.get(other) is not None}}
     hidden, heads = positive(config, "n_embd", 768), positive(config, "n_head", 12)
     layers, head_dim = positive(config, "n_layer", 12), head_dim_of(hidden, heads)
     return ModelSpec(

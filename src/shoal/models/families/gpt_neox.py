@@ -1,13 +1,18 @@
 """GPT-NeoX and Pythia: a quarter of each head rotated, queries, keys and values interleaved by head."""
 
-from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive, rope
+from shoal.errors import CheckpointError
+from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive
+from shoal.models.rope_fields import max_positions, rope
 from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
     hidden, heads = positive(config, "hidden_size", 6144), positive(config, "num_attention_heads", 64)
     head_dim = head_dim_of(hidden, heads)
+    if positive(config, "head_dim", head_dim) != head_dim:
+        raise CheckpointError(f"config.json: a head_dim of {config['head_dim']} is not that of gpt_neox, {head_dim}")
     bias = flag(config, "attention_bias", True)
+    config = {**config, "max_position_embeddings": positive(config, "max_position_embeddings", 2048)}
     rotary = rope(config, head_dim, theta_key="rotary_emb_base", partial=0.25, partial_key="rotary_pct")
     return ModelSpec(
         family="gpt_neox",
@@ -18,7 +23,7 @@ def read(config: Config) -> ModelSpec:
         head_dim=head_dim,
         intermediate_size=positive(config, "intermediate_size", 24576),
         vocab_size=positive(config, "vocab_size", 50432),
-        max_positions=positive(config, "max_position_embeddings", 2048),
+        max_positions=max_positions(config, rotary),
         attention=(AttentionSpec(head_dim**-0.5, rotary),),
         norm=NormSpec("layer", number(config, "layer_norm_eps", 1e-5), bias=True),
         tie_embeddings=flag(config, "tie_word_embeddings", False),

@@ -1,12 +1,14 @@
 """Llama 2 and 3, and what has their shape."""
 
-from shoal.models.fields import activation, dtype_name, flag, max_positions, number, positive, rope
+from shoal.models.fields import activation, dtype_name, flag, number, positive
+from shoal.models.rope_fields import max_positions, rope
 from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec
 
 
 def read(config: Config) -> ModelSpec:
     hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
     head_dim = positive(config, "head_dim", hidden // heads)
+    config = {**config, "max_position_embeddings": positive(config, "max_position_embeddings", 2048)}
     rotary = rope(config, head_dim)
     bias, mlp_bias = flag(config, "attention_bias", False), flag(config, "mlp_bias", False)
     return ModelSpec(
@@ -18,7 +20,7 @@ def read(config: Config) -> ModelSpec:
         head_dim=head_dim,
         intermediate_size=positive(config, "intermediate_size"),
         vocab_size=positive(config, "vocab_size"),
-        max_positions=max_positions(config, rotary, 2048),
+        max_positions=max_positions(config, rotary),
         attention=(AttentionSpec(head_dim**-0.5, rotary),),
         norm=NormSpec("rms", number(config, "rms_norm_eps", 1e-6)),
         tie_embeddings=flag(config, "tie_word_embeddings", False),

@@ -18,7 +18,7 @@ def read(config: Config) -> ModelSpec:
     spec = llama.read({**config, **fixed})
     (full,) = spec.attention
     moe = MoESpec(
-        positive(config, "num_local_experts", 8),
+        positive(config, "num_experts", positive(config, "num_local_experts", 8)),
         spec.intermediate_size,
         RoutingSpec(positive(config, "num_experts_per_tok", 2)),
         (True,) * spec.num_layers,

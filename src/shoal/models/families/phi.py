@@ -1,12 +1,15 @@
 """Phi 1, 1.5 and 2: attention and MLP side by side behind one norm, part of each head rotated, biases everywhere."""
 
-from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive, rope
+from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive
+from shoal.models.rope_fields import max_positions, rope
 from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
     hidden, heads = positive(config, "hidden_size", 2048), positive(config, "num_attention_heads", 32)
-    head_dim = head_dim_of(hidden, heads)
+    head_dim = head_dim_of(hidden, heads) if config.get("head_dim") is None else positive(config, "head_dim")
+    config = {**config, "max_position_embeddings": positive(config, "max_position_embeddings", 2048)}
+    rotary = rope(config, head_dim, partial=0.5)
     norm = NormSpec("layer", number(config, "layer_norm_eps", 1e-5), bias=True)
     return ModelSpec(
         family="phi",
@@ -17,8 +20,8 @@ def read(config: Config) -> ModelSpec:
         head_dim=head_dim,
         intermediate_size=positive(config, "intermediate_size", 8192),
         vocab_size=positive(config, "vocab_size", 51200),
-        max_positions=positive(config, "max_position_embeddings", 2048),
-        attention=(AttentionSpec(head_dim**-0.5, rope(config, head_dim, partial=0.5)),),
+        max_positions=max_positions(config, rotary),
+        attention=(AttentionSpec(head_dim**-0.5, rotary),),
         norm=norm,
         tie_embeddings=flag(config, "tie_word_embeddings", False),
         dtype=dtype_name(config),

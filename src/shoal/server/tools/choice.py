@@ -8,7 +8,7 @@ from typing import Any
 
 from shoal.server.errors import Refusal
 from shoal.server.tools.parsers import PARSERS, SPECIAL, Named, ToolParser, array
-from shoal.server.tools.reading import Piece, Start
+from shoal.server.tools.reading import Arguments, Brackets, Piece, Start
 from shoal.structured.node import STRICT
 from shoal.types import shown
 
@@ -93,18 +93,27 @@ def _functions(tools: object) -> dict[str, _Function]:
         if not isinstance(function, Mapping) or not isinstance(name, str) or not _NAME.fullmatch(name):
             why = f"{where}.function needs a name of letters, digits, dots, dashes and underlines, got {shown(name)}"
             raise Refusal(400, why, param=f"{where}.function.name")
-        parameters = function.get("parameters")
-        if parameters is not None and not isinstance(parameters, Mapping):
-            why = f"{where}.function.parameters must be a JSON schema, got {shown(parameters)}"
-            raise Refusal(400, why, param=f"{where}.function.parameters")
         if name in found:
             raise Refusal(400, f"tools has the name {name} twice", param=f"{where}.function.name")
         strict = function.get("strict")
         if strict is not None and not isinstance(strict, bool):
             why = f"{where}.function.strict must be true or false, got {shown(strict)}"
             raise Refusal(400, why, param=f"{where}.function.strict")
-        found[name] = _Function(dict(parameters or _NO_PARAMETERS), bool(strict))
+        found[name] = _Function(_of_object(function.get("parameters"), f"{where}.function.parameters"), bool(strict))
     return found
+
+
+def _of_object(parameters: object, where: str) -> dict[str, Any]:
+    """The schema of arguments, which are an object whether it says so or not."""
+    if parameters is True:
+        return {"type": "object"}
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise Refusal(400, f"{where} must be a JSON schema, got {shown(parameters)}", param=where)
+    kind = (parameters or {}).get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        why = f"{where}.type must be object, got {shown(kind)}: the arguments of a call are an object"
+        raise Refusal(400, why, param=where)
+    return {**parameters, "type": "object"} if parameters else _NO_PARAMETERS
 
 
 def _chosen(choice: object) -> object:
@@ -137,19 +146,58 @@ def _any_call(functions: Mapping[str, _Function], *, parallel: bool) -> dict[str
 
 
 class CallDeltas:
-    """An output's pieces as OpenAI's deltas: content, and parts of `tool_calls`."""
+    """An output's pieces as OpenAI's deltas: content, and parts of `tool_calls`.
 
-    def __init__(self, plan: ToolPlan) -> None:
+    A call that ends before its arguments do is none, unless the output's length has cut it: then OpenAI's API gives
+    what there is of it. Where the client waits for the whole, or may itself cut calls by its `stop`, calls are handed
+    out `whole`; else a client has the beginning of such a call already.
+    """
+
+    def __init__(self, plan: ToolPlan, *, whole: bool) -> None:
         assert plan.parser is not None
         self._parser = plan.parser()
         self._plan = plan
+        self._whole = whole
+        self._held: list[dict[str, Any]] = []  # of the call that has not ended
+        self._brackets: Brackets | None = None  # of its arguments; None between calls
         self.calls = 0
 
-    def feed(self, text: str, *, last: bool) -> list[dict[str, Any]]:
-        """The deltas of this text. `last`: nothing follows."""
+    @property
+    def cut(self) -> bool:
+        """Is there a call whose arguments have not ended?"""
+        return self._brackets is not None
+
+    def feed(self, text: str, finish: str | None) -> list[dict[str, Any]]:
+        """The deltas of this text. `finish`: why nothing follows, if so."""
         pieces = self._parser.feed(text) if text else []
-        deltas = [self._delta(piece) for piece in pieces + (self._parser.finish() if last else [])]
-        return [delta for delta in deltas if delta is not None]
+        found: list[dict[str, Any]] = []
+        for piece in pieces + (self._parser.finish() if finish is not None else []):
+            delta = self._delta(piece)
+            if delta is None:
+                continue
+            self._follow(piece)
+            if not self._whole or isinstance(piece, str):
+                found.append(delta)
+                continue
+            self._held.append(delta)
+            if not self.cut:
+                found += self._held
+                self._held = []
+        return found + (self._held if finish == "length" else [])
+
+    def _follow(self, piece: Piece) -> None:
+        if isinstance(piece, Start):
+            self._brackets = Brackets()
+        elif isinstance(piece, Arguments) and self._brackets is not None:
+            for character in piece.text:
+                if self._brackets.step(character) and not self._brackets.depth:
+                    self._brackets = None
+                    break
+
+    def finish_of(self, reason: str | None) -> str | None:
+        """Why the output has ended, as OpenAI's API says it."""
+        calls = self.calls and not self.cut and not self._plan.named
+        return "tool_calls" if reason == "stop" and calls else reason
 
     def _delta(self, piece: Piece) -> dict[str, Any] | None:
         if isinstance(piece, str):  # where a schema demands calls, it is one that was cut off

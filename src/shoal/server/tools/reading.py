@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*')
 
@@ -120,7 +121,19 @@ def _whole(text: str) -> list[Piece]:
         return [text]
     if not call.keys() & {"arguments", "parameters"} and not call.keys() <= {"name", "id", "type"}:
         return [text]  # an answer in JSON that has a name in it
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return [Start(name), Arguments(arguments)]
+    arguments = _object(call.get("arguments", call.get("parameters")))
+    if arguments is None:
+        return [text]
+    return [Start(name), Arguments(json.dumps(arguments, ensure_ascii=False))]
+
+
+def _object(arguments: object) -> dict[str, Any] | None:
+    """As models write it, in JSON or in a text that holds JSON; nothing is no arguments. None: it is no object."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments, strict=False) if arguments.strip() else None
+        except (ValueError, RecursionError):
+            return None
+    if arguments is None:
+        return {}
+    return arguments if isinstance(arguments, dict) else None

@@ -1,0 +1,49 @@
+"""Numbers on the command line, in plain digits. click reads them as Python does, which takes "1_0", "nan" and " 5"."""
+
+from typing import Any
+
+import click
+
+from shoal.config import read_number
+from shoal.types import decimal_number, whole_number
+
+
+class Integer(click.types.IntParamType):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and whole_number(value) is None:
+            self.fail(f"{value!r} is not a valid integer.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Number(click.types.FloatParamType):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and decimal_number(value) is None:
+            self.fail(f"{value!r} is not a valid float.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class AnyNumber(Number):
+    """NaN and infinities too: whoever checks the value refuses them by name."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(read_number(value, float) if isinstance(value, str) else value, param, ctx)
+
+
+class IntRange(Integer, click.IntRange):
+    pass
+
+
+class FloatRange(Number, click.FloatRange):
+    pass
+
+
+class Rate(click.FloatRange):
+    """Above zero, or `inf`."""
+
+    def __init__(self) -> None:
+        super().__init__(0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value != "inf" and decimal_number(value) is None:
+            self.fail(f"{value!r} is neither a number nor inf.", param, ctx)
+        return super().convert(value, param, ctx)

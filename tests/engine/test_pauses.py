@@ -1,0 +1,172 @@
+"""An engine that pauses, sleeps and wakes up, over fake ranks: its clients' tokens are those of one that never did."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from engine.test_core import NGRAM, Engine
+from engine.test_lockstep import Replicas
+from shoal import wire
+from shoal.activity import AWAKE, PARTS, PAUSED, Activity, State
+from shoal.errors import CheckpointError
+from support.fakes import alone, request, steady
+
+ASLEEP = Activity(State.ASLEEP, 1, PARTS)
+NO_CACHE = Activity(State.ASLEEP, 1, ("kv_cache",))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_paused_engine_launches_nothing_and_goes_on_with_the_same_tokens(depth: int) -> None:
+    engine = Engine(depth=depth)
+    spec = request(1, [1, 2, 3], 9)
+    engine.add(spec)
+    engine.step()
+    engine.core.become(PAUSED)
+    engine.step()  # what was in flight
+    launched, given = len(engine.ranks.plans), len(engine.outcomes.tokens[1])
+    engine.add(request(2, [4, 5], 3))
+    assert not engine.core.busy
+    engine.step()
+    assert (len(engine.ranks.plans), len(engine.outcomes.tokens[1])) == (launched, given)
+    assert engine.core.stats().activity == PAUSED
+    engine.core.become(AWAKE)
+    engine.drain()
+    assert engine.outcomes.tokens[1] == alone(spec)
+
+
+def test_requests_can_be_aborted_during_a_pause() -> None:
+    engine = Engine()
+    engine.add(request(1, [1, 2, 3], 9))
+    engine.step()
+    engine.core.become(PAUSED)
+    engine.abort(1)
+    assert engine.core.busy, "there is something to say"
+    engine.step()
+    assert engine.outcomes.finished[1].finish is wire.Finish.ABORT
+    assert not engine.core.busy
+    engine.core.become(AWAKE)
+    engine.drain()
+
+
+def test_a_sleeping_engine_has_no_block_in_use_and_requests_go_on_behind_what_they_have() -> None:
+    engine = Engine()
+    specs = [request(seq, [seq, 2, 3, 4, 5], 9) for seq in range(3)]
+    for spec in specs:
+        engine.add(spec)
+    for _ in range(4):
+        engine.step()
+    engine.core.become(ASLEEP)
+    engine.step()
+    stats = engine.core.stats()
+    assert engine.ranks.missing == set(PARTS)
+    assert (stats.running, stats.waiting, stats.free_blocks) == (0, 3, stats.num_blocks)
+    assert not engine.core.busy
+    engine.core.become(NO_CACHE)
+    assert engine.ranks.missing == {"kv_cache"}
+    engine.core.become(AWAKE)
+    engine.drain()
+    assert [engine.outcomes.tokens[spec.seq] for spec in specs] == [alone(spec) for spec in specs]
+    assert {engine.outcomes.finished[spec.seq].preemptions for spec in specs} == {1}
+
+
+def test_an_engine_that_can_not_wake_up_is_as_asleep_as_before() -> None:
+    engine = Engine()
+    engine.core.become(ASLEEP)
+    engine.ranks.refuses = "model.safetensors is gone"
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is gone"):
+        engine.core.become(AWAKE)
+    assert engine.core.activity == ASLEEP
+    assert engine.ranks.missing == set(PARTS)
+    engine.ranks.refuses = ""
+    engine.core.become(AWAKE)
+    spec = request(1, [1, 2, 3], 4)
+    engine.add(spec)
+    engine.drain()
+    assert engine.outcomes.tokens[1] == alone(spec)
+
+
+def test_a_prefix_that_was_forgotten_is_computed_again() -> None:
+    engine = Engine()
+    prompt = list(range(8))
+    engine.add(request(1, prompt, 2))
+    engine.drain()
+    assert engine.core.reset_prefix_cache() == wire.CacheReset(forgotten=2, held=0)
+    for seq, cached in ((2, 0), (3, 7)):
+        engine.add(request(seq, prompt, 2))
+        engine.drain()
+        assert engine.outcomes.finished[seq].cached_tokens == cached
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_requests_that_run_survive_a_reset_and_nobody_finds_their_blocks(running: bool) -> None:
+    engine = Engine()
+    spec = request(1, list(range(8)), 9)
+    engine.add(spec)
+    for _ in range(4):
+        engine.step()
+    found = engine.core.reset_prefix_cache(running=running)
+    assert found.forgotten >= 2
+    assert (found.held > 0) == (not running)
+    engine.add(request(2, list(range(8)), 2))
+    engine.drain()
+    assert engine.outcomes.tokens[1] == alone(spec)
+    assert engine.outcomes.finished[1].preemptions == running
+    if not running:
+        assert engine.outcomes.finished[2].cached_tokens == 0
+
+
+def test_in_lockstep_one_that_is_paused_takes_part_in_the_steps_of_the_others() -> None:
+    replicas = Replicas(2)
+    replicas.add(0, request(1, [1, 2, 3], 5))
+    replicas.add(1, request(2, [4, 5, 6], 5))
+    replicas.cores[1].become(PAUSED)
+    while replicas.outcomes.open != [2]:
+        replicas.step(0)
+        replicas.step(1)
+    assert not any(plan.work for plan in replicas.ranks[1].plans)
+    replicas.cores[1].become(AWAKE)
+    replicas.drain()
+
+
+class Restless(RuleBasedStateMachine):
+    """Pauses and sleeps at any time, over ranks that check every plan against what they hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = Engine(num_blocks=12, depth=2, speculative=NGRAM)
+        self.count = 0
+
+    @rule(length=st.integers(1, 8), most=st.integers(1, 9))
+    def add(self, length: int, most: int) -> None:
+        self.count += 1
+        self.engine.add(request(self.count, [self.count % 3] * length, most))
+
+    @rule()
+    def step(self) -> None:
+        self.engine.step()
+
+    @rule(activity=st.sampled_from([AWAKE, PAUSED, ASLEEP, NO_CACHE]))
+    def become(self, activity: Activity) -> None:
+        self.engine.core.become(activity)
+        assert self.engine.ranks.missing == set(activity.missing)
+
+    @rule(running=st.booleans())
+    def reset(self, running: bool) -> None:
+        self.engine.core.reset_prefix_cache(running=running)
+
+    @rule(back=st.integers(0, 3))
+    def abort(self, back: int) -> None:
+        if self.count > back:
+            self.engine.abort(self.count - back)
+
+    def teardown(self) -> None:
+        self.engine.core.become(AWAKE)
+        self.engine.drain()
+        stats = self.engine.core.stats()
+        assert sum(stats.accepted_by_position) == stats.accepted_tokens
+        assert list(stats.accepted_by_position) == sorted(stats.accepted_by_position, reverse=True)
+
+
+TestRestless = Restless.TestCase
+TestRestless.settings = settings(steady, max_examples=150, stateful_step_count=30)

@@ -1,0 +1,128 @@
+"""Hosts and ports of both kinds: read, resolved, listened at, shown."""
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from shoal import addresses
+from shoal.addresses import Address, host_of, is_loopback, joined, refuse_hidden_loopback, resolved, shown
+from shoal.errors import ConfigError
+
+Resolve = Callable[..., None]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """Gives names of the test's own their addresses."""
+    known: dict[str, list[str]] = {}
+    real = socket.getaddrinfo
+
+    def find(host: str | None, port: int, **options: Any) -> list[Any]:
+        return [found for each in known.get(host or "", [host]) for found in real(each, port, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+
+    def add(**more: list[str]) -> None:
+        known.update(more)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [("a:1", "a", 1), ("10.0.0.1:29550", "10.0.0.1", 29550), ("[fd02::1]:80", "fd02::1", 80)]
+    + [("[fe80::1%eth0]:80", "fe80::1%eth0", 80)],
+)
+def test_what_is_read_is_shown_as_it_was(text: str, host: str, port: int) -> None:
+    assert Address.parse(text) == Address(host, port)
+    assert str(Address(host, port)) == joined(host, port) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["host", "host:", ":1", "host:0", "host:65536", "host:x", "fd02::1:80", "[]:80", "[x:y]:80"]
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ConfigError):
+        Address.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "host"), [("fd02::1", "fd02::1"), ("[fd02::1]", "fd02::1"), (" a ", "a"), ("10.0.0.1", "10.0.0.1")]
+)
+def test_a_host_alone(text: str, host: str) -> None:
+    assert host_of(text, "--x") == host
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a:1", "10.0.0.1:80", "[::1]:80", "http://a"])
+def test_what_is_no_host(text: str) -> None:
+    with pytest.raises(ConfigError, match="--x takes the name or the address of a host, without a port"):
+        host_of(text, "--x")
+
+
+def test_an_address_in_a_url() -> None:
+    assert [shown(host) for host in ("a", "10.0.0.1", "::1", "a:1")] == ["a", "10.0.0.1", "[::1]", "a:1"]
+
+
+def test_addresses_of_ipv4_come_first_on_every_host(names: Resolve) -> None:
+    names(both=["::1", "127.0.0.1"])
+    assert [there[0] for _, there in resolved("both", 7)] == ["127.0.0.1", "::1"]
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1", "both"])
+def test_listening_and_connecting(names: Resolve, host: str) -> None:
+    names(both=["::1", "127.0.0.1"])
+    listeners = addresses.listen(host, 0)
+    try:
+        (port,) = {listener.getsockname()[1] for listener in listeners}
+        assert len(listeners) == (2 if host == "both" else 1)
+        for each in ["::1", "127.0.0.1"] if host == "both" else [host]:
+            addresses.connect(Address(each, port), 5).close()
+    finally:
+        for listener in listeners:
+            listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        addresses.connect(Address(host, port), 5)
+
+
+def test_all_addresses_are_those_of_ipv4_too() -> None:
+    (listener,) = addresses.listen("::", 0)
+    with listener:
+        for host in ("::1", "127.0.0.1"):
+            addresses.connect(Address(host, listener.getsockname()[1]), 5).close()
+
+
+def test_a_name_with_one_address_of_another_host_is_listened_at_by_the_other(names: Resolve) -> None:
+    names(moved=["192.0.2.1", "::1"])
+    (listener,) = addresses.listen("moved", 0)
+    with listener:
+        assert listener.getsockname()[0] == "::1"
+
+
+def test_loopback(names: Resolve) -> None:
+    names(mine=["127.0.1.1"], both=["127.0.1.1", "192.0.2.1"])
+    found = {
+        host: is_loopback(host)
+        for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost", "mine", "both", "::", "192.0.2.1")
+    }
+    assert found == {
+        "127.0.0.1": True,
+        "127.9.9.9": True,
+        "::1": True,
+        "localhost": True,
+        "mine": True,
+        "both": False,
+        "::": False,
+        "192.0.2.1": False,
+    }
+
+
+def test_a_name_that_hides_the_loopback_is_named_with_the_way_out(names: Resolve) -> None:
+    names(mine=["127.0.1.1"], both=["127.0.1.1", "192.0.2.1"])
+    for host in ("127.0.0.1", "::1", "localhost", "both", "192.0.2.1", "nobody.invalid"):
+        refuse_hidden_loopback(host, "--x")
+    with pytest.raises(
+        ConfigError, match=r"--x mine is 127.0.1.1 on this host .*give an address that the others reach"
+    ):
+        refuse_hidden_loopback("mine", "--x")
