@@ -14,7 +14,7 @@ import pytest
 from support.servers import ShoalServer
 
 _LONG_S = 110.0
-ENDLESS = {"type": "integer", "multipleOf": 9999991}
+ENDLESS = 'start: %json {"type": "integer", "multipleOf": 9999991}'
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,8 @@ def chain(rules: int) -> str:
 
 HOSTILE: dict[str, dict[str, Any]] = {
     "a chain of rules": {"guided_grammar": chain(5000)},
-    "an endless number": {"guided_json": ENDLESS},
-    "an endless number in a response format": {
-        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": ENDLESS}}
-    },
+    "an endless number": {"guided_grammar": ENDLESS},
+    "an endless number by another name": {"structured_outputs": {"grammar": ENDLESS}},
 }
 
 
@@ -57,7 +55,7 @@ def test_hostile_grammars_are_refused_and_hold_nobody_up(server: ShoalServer) ->
     for future in refused:
         status, answer = future.result()
         assert status == 422, answer
-        assert answer["error"]["param"] in ("guided_grammar", "guided_json", "response_format")
+        assert answer["error"]["param"] in ("guided_grammar", "structured_outputs")
         assert "simplify it" in answer["error"]["message"]
     assert pids <= server.pids()  # nothing of the server has died
 
@@ -71,7 +69,7 @@ def test_an_ambiguous_grammar_is_obeyed(server: ShoalServer) -> None:
 
 def test_a_second_signal_ends_at_once_whatever_is_compiled() -> None:
     with ShoalServer("--shutdown-timeout", "600") as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(post, server, {"prompt": "x", "guided_json": ENDLESS})
+        waiting = pool.submit(post, server, {"prompt": "x", "guided_grammar": ENDLESS})
         stream = pool.submit(post, server, {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "n": 4})
         deadline = time.monotonic() + _LONG_S
         while server.status()["replicas"][0]["held"] == 0:
