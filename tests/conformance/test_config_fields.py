@@ -104,7 +104,6 @@ def test_ropes_in_other_layouts(tmp_path: Path, options: Any, model_impl: str, r
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("gemma3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "gemma3 does not read: call it rope_type"),
         ("gpt_neox", {"head_dim": 16}, "a head_dim of 16 is not that of gpt_neox, 8"),
         ("phi3", {"rope_scaling": LINEAR}, "rope scaling 'linear' is not supported for phi3"),
     ],

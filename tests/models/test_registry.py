@@ -635,3 +635,12 @@ def test_deepseek_queries(tmp_path: Path) -> None:
     straight = read(tmp_path, {**DEEPSEEK, "q_lora_rank": None}).latent
     assert straight is not None
     assert straight.q_rank is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"text_config": 7}, {"architectures": [["x"]]}, {"text_config": {"model_type": [1]}}]
+)
+def test_text_parts_that_make_no_sense(tmp_path: Path, changes: dict[str, Any]) -> None:
+    refusal(
+        tmp_path, {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"hidden_size": 0}, **changes}
+    )

@@ -47,7 +47,7 @@ PREFIXES = ("language_model.model.", "model.language_model.")
 def whole_of(config: Mapping[str, Any]) -> str | None:
     """The architecture that sees images too, if we serve the text of it."""
     named = config.get("architectures")
-    return next((name for name in named if name in _WHOLES), None) if isinstance(named, list) else None
+    return next((name for name in _WHOLES if name in named), None) if isinstance(named, list) else None
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise CheckpointError(f"config.json: text_config must be an object, got {text!r}")
     usual, tied = _WHOLES[whole]
-    kind = text.get("model_type") or usual
+    kind = str(text.get("model_type") or usual)
     if kind not in _TEXTS:
         return dict(config)
     above = {key: config[key] for key in _OF_ALL if config.get(key) is not None}

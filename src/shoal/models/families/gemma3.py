@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from shoal.errors import CheckpointError
 from shoal.models.families import gemma2
 from shoal.models.fields import layer_types, positive, window
-from shoal.models.rope_fields import rope, stretched
+from shoal.models.rope_fields import kind_of, rope, stretched
 from shoal.models.spec import Config, Family, ModelSpec, RopeSpec
 
 _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -34,11 +33,9 @@ def read(config: Config) -> ModelSpec:
 def _full_rope(config: Config, head_dim: int) -> RopeSpec:
     """Without the window: `rope_scaling` is put over what `rope_parameters` says of these layers."""
     said, scaling = (config.get("rope_parameters") or {}).get("full_attention"), config.get("rope_scaling") or {}
-    parameters = {"rope_type": "default", **(said or {}), **scaling}
-    if scaling.get("type") and not scaling.get("rope_type"):
-        raise CheckpointError(
-            f"config.json: rope_scaling says type {scaling['type']!r}, which gemma3 does not read: call it rope_type"
-        )
+    parameters = {**(said or {}), **scaling}
+    if scaling:  # transformers reads no `type` here, and would take such a rope for one that is not scaled
+        parameters["rope_type"] = kind_of(scaling)
     return rope(
         {**config, "rope_scaling": None, "rope_parameters": {"full_attention": parameters}}, head_dim, theta=1e6
     )
