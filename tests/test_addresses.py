@@ -9,6 +9,7 @@ import pytest
 from shoal import addresses
 from shoal.addresses import Address, host_of, is_loopback, joined, refuse_hidden_loopback, resolved, shown
 from shoal.errors import ConfigError
+from shoal.server.listening import Listening
 
 Resolve = Callable[..., None]
 
@@ -86,11 +87,35 @@ def test_listening_and_connecting(names: Resolve, host: str) -> None:
         addresses.connect(Address(host, port), 5)
 
 
-def test_all_addresses_are_those_of_ipv4_too() -> None:
-    (listener,) = addresses.listen("::", 0)
-    with listener:
-        for host in ("::1", "127.0.0.1"):
-            addresses.connect(Address(host, listener.getsockname()[1]), 5).close()
+@pytest.mark.parametrize("host", ["::", ""])
+def test_all_addresses_are_those_of_both_kinds(host: str) -> None:
+    listeners = addresses.listen(host, 0)
+    try:
+        for each in ("::1", "127.0.0.1"):
+            addresses.connect(Address(each, listeners[0].getsockname()[1]), 5).close()
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def test_a_server_listens_at_all_addresses_of_a_name(names: Resolve) -> None:
+    names(both=["::1", "127.0.0.1"])
+    for host, url in (
+        ("both", "http://127.0.0.1"),
+        ("[::1]", "http://[::1]"),
+        ("::", "http://[::1]"),
+        ("", "http://127.0.0.1"),
+    ):
+        listening = Listening(host, 0)
+        sockets = listening.bind()
+        try:
+            port = sockets[0].getsockname()[1]
+            assert listening.url(sockets) == f"{url}:{port}"
+            for each in ["::1"] if host == "[::1]" else ["::1", "127.0.0.1"]:
+                addresses.connect(Address(each, port), 5).close()
+        finally:
+            for sock in sockets:
+                sock.close()
 
 
 def test_a_name_with_one_address_of_another_host_is_listened_at_by_the_other(names: Resolve) -> None:

@@ -19,6 +19,7 @@ import pytest
 from shoal import env
 from shoal.errors import ConfigError, EngineError
 from shoal.frontend.data_parallel import DataParallelRank
+from shoal.frontend.model import open_model
 from shoal.transport.rendezvous import Rendezvous
 from support import hosts
 
@@ -93,6 +94,21 @@ def test_the_environment_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SHOAL_DP_RANK", "0")
     with pytest.raises(ConfigError, match="SHOAL_DP_MASTER_PORT is not set"):
         env.data_parallel()
+
+
+def test_a_name_that_leads_to_the_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless all are on this host."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **named: real("127.0.1.1", *more, **named))
+    port = hosts.free_port()
+    with pytest.raises(ConfigError, match=r"SHOAL_DP_MASTER_IP head is 127\.0\.1\.1 on this host"):
+        DataParallelRank(env.DataParallel(0, 2, 0, 1, "head", port), key=KEY)
+    for name, value in rank_place(0, port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SHOAL_DP_MASTER_IP", "head")
+    with pytest.raises(ConfigError, match=r"SHOAL_DP_MASTER_IP head is 127\.0\.1\.1 on this host"):
+        open_model(None, {})
+    DataParallelRank(env.DataParallel(0, 1, 0, 1, "head", port), key=KEY).close()
 
 
 def run_example(*arguments: str, netns: str = "", **environment: str) -> "subprocess.Popen[str]":

@@ -9,7 +9,7 @@ from typing import Any
 
 from shoal.errors import ConfigError
 
-_BACKLOG = 1024
+BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ def connect(address: Address, timeout: float) -> socket.socket:
     raise failure or OSError(f"{address.host} has no address")
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of the host, all at one port; 0 is a free one. `::` is IPv4 too.
+def listen(host: str, port: int, backlog: int = BACKLOG) -> list[socket.socket]:
+    """A socket for each address of the host, all at one port; 0 is a free one. "" is all of this host's, `::` too.
 
     Raises:
         OSError: nobody can listen at any of them, or one is taken.
@@ -106,7 +106,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     try:
         for family, there in resolved(host, port, passive=True):
             try:
-                found.append(bound(family, (there[0], port, *there[2:]), _BACKLOG))
+                found.append(_listener(family, (there[0], port, *there[2:]), backlog, only_v6=bool(found)))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise
@@ -122,17 +122,12 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return found
 
 
-def bound(family: socket.AddressFamily, there: tuple[Any, ...], backlog: int) -> socket.socket:
-    """A socket that listens there.
-
-    Raises:
-        OSError: nobody can.
-    """
+def _listener(family: socket.AddressFamily, there: tuple[Any, ...], backlog: int, *, only_v6: bool) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, there[0] != "::")
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_v6 or there[0] != "::")
         sock.bind(there)
         sock.listen(backlog)
     except BaseException:

@@ -457,7 +457,7 @@ class ModelFiles(Wire, frozen=True):
 
 class ApiSetup(Wire, frozen=True):
     """The first message to an API server process: the model and its options, and what `shoal serve` was told besides.
-    `socket` is the descriptor at which it accepts connections, `folder` and `draft_folder` as for an EngineSetup."""
+    `sockets` are the descriptors at which it accepts connections."""
 
     model: str | None
     options: dict[str, Any]
@@ -465,7 +465,7 @@ class ApiSetup(Wire, frozen=True):
     listening: dict[str, Any]
     max_model_len: int = 0  # that the replicas have; 0: the process decides itself
     number: int = 0
-    socket: int = -1
+    sockets: tuple[int, ...] = ()
     files: ModelFiles | None = None  # as in EngineSetup
 
 

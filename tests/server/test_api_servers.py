@@ -259,7 +259,7 @@ def test_given_seeds_differ_between_api_servers_and_their_lives() -> None:
         max_model_len = 99
 
     with socket.socket() as sock:
-        servers = ApiServers(Head(), model, ServerSettings(), Listening(), sock, 3)  # type: ignore[arg-type]
+        servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 3)  # type: ignore[arg-type]
         setups = []
         for slot in servers._slots:
             for slot.lives in range(3):
@@ -305,7 +305,8 @@ def test_children_are_deaf_to_the_groups_signals_from_their_first_moment_on() ->
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    with Listening(port=0).bind() as sock:
+    (sock,) = Listening(port=0).bind()
+    with sock:
         yield sock
 
 
@@ -464,7 +465,7 @@ def test_api_servers_end_at_once_when_told_so_later() -> None:
 
     async def run(sock: socket.socket) -> bool:
         model = open_model(None, {}, online=True)
-        servers = ApiServers(Head(), model, ServerSettings(), Listening(), sock, 2)  # type: ignore[arg-type]
+        servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 2)  # type: ignore[arg-type]
         for slot in servers._slots:
             slot.child = Sleeper()  # type: ignore[assignment]
         serving = asyncio.create_task(servers.serve())

@@ -3,6 +3,8 @@
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -238,3 +240,46 @@ def test_a_channel_that_was_closed_here_is_not_waited_for(ends: tuple[Channel, C
     assert wait([ours, closed], 10) == [closed]
     other.send(b"a")
     assert wait([closed, ours], 10) == [closed, ours]
+
+
+FORK = """
+import os, socket
+from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.transport.rendezvous import Rendezvous
+
+ours, theirs = Channel.pair()
+other = Channel(theirs)
+inbox, outbox = os.pipe()
+with Rendezvous(key="key") as meeting:
+    port = int(meeting.address.rpartition(":")[2])
+    pid = os.fork()
+    if pid == 0:
+        os.close(outbox)
+        try:
+            ours.send(b"stop")
+        except ChannelClosed:
+            os.read(inbox, 1)  # it lives for as long as its parent
+            os._exit(3)
+        os._exit(1)
+ours.close()
+assert wait([other], 30)
+try:
+    print(other.receive())
+except ChannelClosed:
+    print("the end is seen")
+socket.create_server(("127.0.0.1", port)).close()  # the port is free
+os.close(outbox)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_forked_child_has_no_part_in_connections() -> None:
+    """It says nothing over them, and does not keep them open, nor a port."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.split("\n") == ["the end is seen", "3", ""], done.stderr

@@ -153,7 +153,7 @@ async def _serve(channel: Channel, setup: wire.ApiSetup, model: OpenModel, setti
     servers.append(server)
     learning = asyncio.create_task(_learn(llm))
     if not stopped.is_set():
-        await server.serve(sockets=[socket.socket(fileno=os.dup(setup.socket))])
+        await server.serve(sockets=[socket.socket(fileno=os.dup(fd)) for fd in setup.sockets])
     learning.cancel()
     with contextlib.suppress(Exception):
         llm.close()

@@ -1,4 +1,4 @@
-"""Several processes that answer HTTP requests before one fleet: they share the listening socket."""
+"""Several processes that answer HTTP requests before one fleet: they share the listening sockets."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ class ApiServers:
         model: OpenModel,
         settings: ServerSettings,
         listening: Listening,
-        sock: socket.socket,
+        sockets: Sequence[socket.socket],
         count: int,
         on_restart: Callable[[], object] = lambda: None,
     ) -> None:
@@ -64,7 +64,7 @@ class ApiServers:
         self._setup = wire.ApiSetup(
             model.options.model, self._given, asdict(settings), asdict(listening), files=model.files
         )
-        self._socket = sock
+        self._sockets = sockets
         self._slots = [_Slot(number, Restarts(_MOST_RESTARTS)) for number in range(count)]
         self._on_restart = on_restart
         self._ends_at: float | None = None  # what still runs then is killed
@@ -121,7 +121,7 @@ class ApiServers:
     async def _start(self, slot: _Slot) -> None:
         """The channel belongs to the desk from now on, which closes it."""
         setup = self._setup_of(slot)
-        passed = [self._socket.fileno()]
+        passed = [sock.fileno() for sock in self._sockets]
         child = slot.child = await asyncio.to_thread(ChildProcess, "shoal.server.api_process", passed=passed)
         slot.since = time.monotonic()
         slot.stuck_since = None
@@ -145,7 +145,7 @@ class ApiServers:
             options=options,
             max_model_len=self._llm.max_model_len,
             number=slot.number,
-            socket=self._socket.fileno(),
+            sockets=tuple(sock.fileno() for sock in self._sockets),
         )
 
     def _end(self) -> bool:

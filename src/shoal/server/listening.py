@@ -9,7 +9,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -54,18 +54,17 @@ class Listening:
                 names = " and ".join(filter(None, (self.ssl_certfile, self.ssl_keyfile)))
                 raise ConfigError(f"{names} can't be used for TLS: {error}") from None
 
-    def bind(self) -> socket.socket:
-        """
+    def bind(self) -> list[socket.socket]:
+        """One for each address of the host, all at one port.
+
         Raises:
             AddressInUse, ConfigError: nobody can listen there.
         """
         host = addresses.host_of(self.host, "--host") if self.host else ""
         try:
-            family, there = addresses.resolved(host, self.port, passive=True)[0]
-        except OSError as error:
+            found = addresses.listen(host, self.port, _BACKLOG)
+        except socket.gaierror as error:
             raise ConfigError(f"--host {self.host} is no address of this host: {error.strerror}") from None
-        try:
-            sock = addresses.bound(family, there, _BACKLOG)
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             hint = "choose another --port, or 0 for a free one" if taken else "choose another --host or --port"
@@ -73,12 +72,13 @@ class Listening:
             raise kind_of_error(
                 f"can't listen on {addresses.joined(host, self.port)} ({error.strerror}): {hint}"
             ) from None
-        sock.setblocking(False)
-        return sock
+        for sock in found:
+            sock.setblocking(False)
+        return found
 
-    def url(self, sock: socket.socket) -> str:
+    def url(self, sockets: Sequence[socket.socket]) -> str:
         """As a client on this host reaches it."""
-        host, port = sock.getsockname()[:2]
+        host, port = sockets[0].getsockname()[:2]
         reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"{'https' if self.ssl_certfile else 'http'}://{addresses.joined(reached, port)}"
 

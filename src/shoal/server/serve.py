@@ -6,8 +6,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -97,8 +97,9 @@ def run(
             has failed.
     """
     listening.check()
-    with listening.bind() as sock:
-        serving = _serve(model, settings, listening, sock, api_server_count, shutdown_timeout)
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(sock) for sock in listening.bind()]
+        serving = _serve(model, settings, listening, sockets, api_server_count, shutdown_timeout)
         return uvloop.run(serving)
 
 
@@ -106,7 +107,7 @@ async def _serve(
     model: OpenModel,
     settings: ServerSettings,
     listening: Listening,
-    sock: socket.socket,
+    sockets: Sequence[socket.socket],
     count: int,
     shutdown_timeout: float,
 ) -> int:
@@ -117,11 +118,11 @@ async def _serve(
     llm = AsyncLLM(model, recorder=metrics, verbs=verbs)
     try:
         front: _Front = (
-            _Here(llm, settings, listening, sock)
+            _Here(llm, settings, listening, sockets)
             if count == 1
-            else ApiServers(llm, model, settings, listening, sock, count, metrics.note_api_restart)
+            else ApiServers(llm, model, settings, listening, sockets, count, metrics.note_api_restart)
         )
-        code = await _until_end(llm, front, signals, listening.url(sock), shutdown_timeout)
+        code = await _until_end(llm, front, signals, listening.url(sockets), shutdown_timeout)
     finally:
         await _apart(llm.close)
     _leave_soon(code)
@@ -141,12 +142,14 @@ class _Front(Protocol):
 class _Here:
     """In this process."""
 
-    def __init__(self, llm: AsyncLLM, settings: ServerSettings, listening: Listening, sock: socket.socket) -> None:
+    def __init__(
+        self, llm: AsyncLLM, settings: ServerSettings, listening: Listening, sockets: Sequence[socket.socket]
+    ) -> None:
         self._server = make_server(make_app(llm, settings), settings, listening)
-        self._socket = sock
+        self._sockets = list(sockets)
 
     async def serve(self) -> bool:
-        await self._server.serve(sockets=[self._socket])
+        await self._server.serve(sockets=self._sockets)
         return self._server.complete
 
     def stop(self, patience: float) -> None:
