@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import wire
+from shoal.activity import PARTS, Activity, State
 from shoal.engine.request import decode_tokens, encode_tokens
 from support.fakes import steady
 
@@ -21,6 +22,7 @@ PLAIN = {
     str: st.text(max_size=8),
     bytes: st.binary(max_size=8),
     type(None): st.none(),
+    Activity: st.builds(Activity, st.sampled_from(State), st.integers(0, 2), st.just(PARTS) | st.just(())),
     Any: st.none() | st.booleans() | INTEGERS | st.text(max_size=5) | st.floats(allow_nan=False),
 }
 
@@ -67,6 +69,8 @@ PAYLOADS = {
     wire.KeepResponse: wire.keep_response.decode,
     wire.Turns: wire.turns.decode,
     wire.Names: wire.names.decode,
+    wire.Operation: wire.operation.decode,
+    wire.CacheReset: wire.cache_reset.decode,
 }
 
 

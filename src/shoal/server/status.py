@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 
 from shoal import __version__, wire
+from shoal.activity import Activity
 
 
 class HasStatus(Protocol):
@@ -55,4 +56,6 @@ def _plain(value: Any) -> Any:
         return _fields(value)
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, Activity):
+        return {"state": value.state.value, "level": value.level, "missing": list(value.missing)}
     return value
