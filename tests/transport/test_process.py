@@ -10,7 +10,13 @@ from shoal.transport.process import ChildProcess
 
 
 @pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGABRT, "SIGABRT"), (signal.SIGRTMIN + 1, "signal 35")]
+    ("number", "name"),
+    [
+        (signal.SIGKILL, "SIGKILL"),
+        (signal.SIGABRT, "SIGABRT"),
+        (signal.SIGBUS, "SIGBUS: a file that it had mapped was truncated, or there is no room in /dev/shm"),
+        (signal.SIGRTMIN + 1, "signal 35"),
+    ],
 )
 def test_the_signal_that_killed_it_is_named(number: int, name: str) -> None:
     child = ChildProcess("shoal.server.api_process")

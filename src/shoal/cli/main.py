@@ -11,12 +11,12 @@ from shoal.lazy import load
 
 def main() -> None:
     """Exits with the code of `commands.run`."""
-    import_path.forget_implicit_folders()
-    _open_standard_streams()
-    stand_apart()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started this may ignore it: no child could be waited for
     try:
         signal.signal(signal.SIGTERM, _interrupt)
+        import_path.forget_implicit_folders()
+        _open_standard_streams()
+        stand_apart()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who started this may ignore it: no child could be waited for
         code = load("shoal.cli.commands:run")()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # at once: whoever presses Ctrl-C may do so several times

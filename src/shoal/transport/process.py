@@ -146,6 +146,8 @@ class ChildProcess:
 
 
 def _signal_name(number: int) -> str:
+    if number == signal.SIGBUS:
+        return "SIGBUS: a file that it had mapped was truncated, or there is no room in /dev/shm"
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
