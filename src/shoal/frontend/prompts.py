@@ -21,6 +21,7 @@ class Job:
     params: SamplingParams
     banned: tuple[tuple[int, ...], ...] = ()  # of `bad_words`
     grammar: str = ""  # of `structured_outputs`
+    outputs: int = 0  # of all jobs of one request together, where they are more than this one's
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class Requests:
                 stop_ids=stop_ids,
                 group=first if params.n > 1 else -1,
                 grammar=job.grammar,
+                outputs=max(job.outputs, params.n),
             )
             for index in range(params.n)
         ]
