@@ -214,6 +214,7 @@ def deep(levels: int) -> dict[str, Any]:
         ({"json": {"$ref": "https://example.com/schema"}}, "https://example.com/schema"),
         ({"json": {"type": "string", "pattern": "["}}, "unclosed character class"),
         ({"json": {"description": "\ud800"}}, "structured_outputs.json has no UTF-8 form"),
+        ({"json": json.loads('{"allOf":[' * 140 + "{}" + "]}" * 140)}, "structured_outputs.json is nested too deep"),
         ({"json": {"enum": ["x" * (1 << 20)]}}, "too large"),
         ({"regex": "(a"}, "unclosed group"),
         ({"regex": "(?=a)b"}, "look-around"),
