@@ -321,6 +321,7 @@ class EngineRequest(Wire, frozen=True):
     grammar: str = ""  # what the output must look like, in llguidance's form
     arrival: float = 0.0  # time.monotonic() of the client's host when it came; 0: when it is added
     replica: int = -1  # the only one that may run it; -1: any
+    outputs: int = 1  # that its client has asked for at once, this one included: all of them are taken, or none
 
 
 class Abort(Wire, frozen=True):

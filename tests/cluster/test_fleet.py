@@ -576,6 +576,26 @@ def test_one_that_ends_at_its_start_takes_those_along_that_start_with_it() -> No
 # --- who is taken, and how long they wait ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("replicas", "replica", "most"), [(1, -1, 3), (2, -1, 4), (2, 1, 3)])
+def test_what_can_never_be_taken_is_told_so(replicas: int, replica: int, most: int) -> None:
+    """Each replica holds one request, and two may wait."""
+    with world(replicas, most=1, max_queued=2) as found:
+        found.settle(replicas + 1)
+        for seq, outputs in enumerate((most + 1, most)):
+            found.add(wire.replace(request(seq, [seq]), outputs=outputs, replica=replica))
+        found.step()
+        assert found.refusals() == {0: wire.Refusal.INVALID}
+        assert f"makes {most + 1} outputs, and {most} can be taken at a time" in found.error(0)
+        found.finish()
+
+
+def test_before_a_replica_was_ready_nobody_knows_what_is_too_many() -> None:
+    with world(1, most=1, max_queued=2) as found:
+        found.add(wire.replace(request(0, [0]), outputs=9))
+        assert not found.refusals()
+        found.finish()
+
+
 def test_beyond_the_queue_nobody_is_taken_and_nobody_is_disturbed() -> None:
     with world(1, most=1, max_queued=2) as found:
         found.settle(2)

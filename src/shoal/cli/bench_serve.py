@@ -9,7 +9,7 @@ import click
 
 from shoal import env
 from shoal.cli.generate import Interrupted
-from shoal.cli.numbers import FloatRange, Integer, IntRange, Rate
+from shoal.cli.numbers import AnyFloatRange, FloatRange, Integer, IntRange
 from shoal.client.load.report import LIMITS, table
 from shoal.client.load.settings import LoadSettings
 from shoal.client.load.workload import Lengths, parse_mix
@@ -19,7 +19,7 @@ from shoal.types import decimal_number
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _COUNT = IntRange(1)
-_POSITIVE = FloatRange(0, min_open=True)
+_POSITIVE = AnyFloatRange(0, min_open=True)
 
 
 @click.command()
@@ -30,7 +30,7 @@ _POSITIVE = FloatRange(0, min_open=True)
 @click.option("--num-prompts", type=_COUNT, help="requests  [default: 100, or as many as --duration has room for]")
 @click.option("--duration", type=_POSITIVE, metavar="SECONDS",
               help="after which no request comes; those under way are seen to their end")  # fmt: skip
-@click.option("--request-rate", type=Rate(), metavar="RATE|inf", help="requests a second, whatever the answers do")
+@click.option("--request-rate", type=_POSITIVE, metavar="RATE|inf", help="requests a second, whatever the answers do")
 @click.option("--burstiness", type=_POSITIVE, default=1.0, show_default=True, help="1: Poisson; less: in bursts")
 @click.option("--max-concurrency", type=_COUNT, help="requests at once; without a rate, each end begins another")
 @click.option("--random-input-len", type=_COUNT, metavar="TOKENS", help="of a prompt  [default: 128]")

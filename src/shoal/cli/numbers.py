@@ -37,13 +37,5 @@ class FloatRange(Number, click.FloatRange):
     pass
 
 
-class Rate(click.FloatRange):
-    """Above zero, or `inf`."""
-
-    def __init__(self) -> None:
-        super().__init__(0, min_open=True)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and value != "inf" and decimal_number(value) is None:
-            self.fail(f"{value!r} is neither a number nor inf.", param, ctx)
-        return super().convert(value, param, ctx)
+class AnyFloatRange(AnyNumber, click.FloatRange):
+    pass

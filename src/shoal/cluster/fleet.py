@@ -131,7 +131,20 @@ class Fleet:
             return "the server is about to end and takes no new requests", wire.Refusal.CLOSING
         if self._set.activity.state is State.ASLEEP:
             return "the model is asleep, and takes requests when it was woken up (POST /wake_up)", wire.Refusal.ASLEEP
-        return self._lives.objection(request.replica) if request.replica >= 0 else None
+        objection = self._lives.objection(request.replica) if request.replica >= 0 else None
+        return objection or self._too_many(request)
+
+    def _too_many(self, request: wire.EngineRequest) -> tuple[str, wire.Refusal] | None:
+        """Why a request can't be taken even if there is no other: one whose outputs don't fit in all."""
+        held, queued = self._lives.most_held(request.replica), self._limits.max_queued
+        if held is None or request.outputs <= held + queued:
+            return None
+        why = (
+            f"n times prompts makes {request.outputs} outputs, and {held + queued} can be taken at a time: {held} that "
+            f"replicas hold (--max-num-seqs) and {queued} that wait (--max-queued-requests); ask for fewer, or raise "
+            "one of the two"
+        )
+        return why, wire.Refusal.INVALID
 
     def _bound(self, length: int) -> None:
         self._length = length

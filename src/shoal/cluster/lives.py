@@ -155,6 +155,14 @@ class Lives:
             return f"replica {number} is not started again: {slot.error}", wire.Refusal.LOST
         return None
 
+    def most_held(self, number: int) -> int | None:
+        """Requests that replicas hold at a time once all are up, or the one of this number (-1: any may). None: no
+        replica has been ready that could say it."""
+        slots = [self._slots[number]] if number >= 0 else list(self._slots.values())
+        known = [self._room(each.first).requests for each in self._slots.values() if each.first is not None]
+        gone = (State.FAILED, State.LEAVING)
+        return max(known) * sum(each.state not in gone for each in slots) if known else None
+
     def _known(self) -> str:
         numbers = sorted(slot.number for slot in self._slots.values() if slot.state is not State.LEAVING)
         return ", ".join([*map(str, numbers[:_NAMED]), *(["..."] if len(numbers) > _NAMED else [])])

@@ -35,6 +35,7 @@ class Job:
     grammar: str = ""  # of `structured_outputs`
     cache_salt: str = ""  # only prompts with the same one share cached prefixes
     ignored_keywords: tuple[str, ...] = ()  # of its schema, that the grammar goes without, each with its place
+    outputs: int = 0  # of all jobs of one request together, where they are more than this one's
     stop_ids: frozenset[int] = field(init=False, repr=False, compare=False)  # of `stop_token_ids`
     stop_texts: StopTexts | None = field(init=False, repr=False, compare=False)  # of `stop`
 

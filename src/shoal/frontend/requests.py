@@ -37,6 +37,7 @@ class Requests:
             group=first if params.n > 1 else -1,
             grammar=job.grammar,
             cache_salt=_digest(job.cache_salt),
+            outputs=max(job.outputs, params.n),
         )
         others = [
             wire.replace(

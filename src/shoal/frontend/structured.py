@@ -50,8 +50,10 @@ def grammar_text(params: StructuredOutputsParams) -> GrammarText:
 def _guard(make: Callable[[str], str], name: str, value: str) -> str:
     try:
         return make(value)
-    except ValueError as error:  # half of a surrogate pair
-        raise RequestError(f"structured_outputs.{name} has no UTF-8 form: {error}") from error
+    except ValueError as error:
+        # Half of a surrogate pair; or, of a schema, more levels than the library reads.
+        what = "is nested too deep" if "recursion limit" in str(error) else "has no UTF-8 form"
+        raise RequestError(f"structured_outputs.{name} {what}: {error}") from error
 
 
 def _literal(text: str) -> str:

@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Header, Request
@@ -259,7 +259,10 @@ async def check_grammars(llm: Backend, jobs: Sequence[Job], names: Mapping[str, 
 
 
 def begin(llm: Backend, jobs: Sequence[Job], place: Place) -> list[TokenStream]:
+    """All of them, or none."""
     streams: list[TokenStream] = []
+    outputs = sum(job.params.n for job in jobs)
+    jobs = [replace(job, outputs=outputs) for job in jobs]
     try:
         streams.extend(llm.stream(job, priority=place.priority, replica=place.replica) for job in jobs)
     except BaseException:
