@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from shoal.server.app import make_app, openai_app
-from shoal.server.bodies import read_body, read_json
+from shoal.server.bodies import Unread, read_body, read_json
 from shoal.server.errors import Refusal
 from shoal.server.json_reader import JsonReader
 from shoal.server.limits import Limits
@@ -159,6 +159,17 @@ def test_every_body_is_read_so() -> None:
     for path in paths:
         answer = TestClient(app).post(path, content=deep, headers={"content-type": "application/json"})
         assert answer.json()["error"]["message"] == "the body is nested deeper than 128 levels", path
+
+
+def test_bodies_that_wait_to_be_read_are_bounded_together() -> None:
+    unread = Unread(100)
+    with unread.hold(500), pytest.raises(Refusal) as caught, unread.hold(1):
+        pass
+    assert (caught.value.status, caught.value.retry_after) == (503, 1.0)
+    with unread.hold(60), unread.hold(40):
+        pass
+    with unread.hold(100):
+        pass
 
 
 # --- halves of characters ------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 import email.message
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +24,31 @@ _LIMITS = Limits()
 _BOM = b"\xef\xbb\xbf"
 
 
+class Unread:
+    """Bodies that came and wait for their turn to be read, which takes more memory than they do."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """
+        Raises:
+            Refusal: others have taken all the room there is.
+        """
+        if self._held and self._held + size > self._most:
+            raise Refusal(503, "too many large requests are being read: try again", retry_after=1.0)
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
+
+
+_unread = Unread(_LIMITS.bodies_bytes)
+
+
 class BodyRoute(APIRoute):
     """A route that reads its body itself, and hands FastAPI the finished object."""
 
@@ -37,7 +63,8 @@ class BodyRoute(APIRoute):
         async def handle(request: Request) -> Response:
             body = await request.body()
             if body and _is_json(request.headers.get("content-type", "")):
-                found = await apart(partial(read_body, body, model), len(body))
+                with _unread.hold(len(body)):
+                    found = await apart(partial(read_body, body, model), len(body))
                 request = _ReadRequest(request.scope, request.receive, found)
             return await handler(request)
 
