@@ -165,7 +165,7 @@ def test_the_header_names_a_replica() -> None:
         ({"messages": [{"role": "ghost", "content": "a"}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}, 400,
          "messages[0].content[1]"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "a" * 9000}]}, 400, "messages"),
         ({"model": "other"}, 404, "model"),
         ({"max_tokens": -1}, 400, "max_tokens"),

@@ -91,13 +91,13 @@ def test_references_to_items_of_the_request_and_of_others() -> None:
 
 def test_half_a_surrogate_pair_is_no_name() -> None:
     talk = Talk()
-    for body, status in (
-        (r'{"input": "x", "previous_response_id": "\ud800"}', 404),
-        (r'{"input": [{"type": "item_reference", "id": "\ud800"}]}', 404),
-        (r'{"input": [{"role": "user", "content": "x", "id": "\ud800"}]}', 200),
+    for body, field in (
+        (r'{"input": "x", "previous_response_id": "\ud800"}', "previous_response_id"),
+        (r'{"input": [{"type": "item_reference", "id": "\ud800"}]}', "input[0].id"),
+        (r'{"input": [{"role": "user", "content": "x", "id": "\ud800"}]}', "input[0].id"),
     ):
         answer = talk.http.post("/v1/responses", content=body, headers={"content-type": "application/json"})
-        assert answer.status_code == status, answer.text
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
 
 
 def test_what_was_thought_goes_to_the_template() -> None:

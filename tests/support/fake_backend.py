@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import shoal
+from shoal.config import EngineOptions
 from shoal.frontend.chat import ChatTemplate
 from shoal.frontend.deltas import Delta
 from shoal.frontend.prompts import Job, PromptReader
@@ -121,6 +122,7 @@ class FakeBackend:
         assert found is not None
         self._tokenizer = found
         self.vocab_size = VOCAB_SIZE
+        self.options = EngineOptions.from_flat(None, {})
         self._reader = PromptReader(
             found, vocab_size=self.vocab_size, max_model_len=self.max_model_len,
             chat_template=lambda: ChatTemplate.open(DEMO),

@@ -324,17 +324,17 @@ class AsyncLLM(Operable):
         """
         return wire.fleet_status.decode(await self.ask("scale", str(replicas).encode()))
 
-    async def ask(self, verb: str, payload: bytes = b"", *, timeout: float | None = _ANSWER_S) -> bytes:
-        """Whoever has the fleet answers.
+    async def ask(self, verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes:
+        """Whoever has the fleet answers; soon, unless this is `patient`.
 
         Raises:
             UserError, EngineError: what it says against it; or nobody is there.
         """
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(None if patient else _ANSWER_S):
                 return await asyncio.wrap_future(self._line.ask(verb, payload))
         except TimeoutError:
-            raise EngineError(f"the engine has not answered {verb!r} within {timeout:g} s") from None
+            raise EngineError(f"the engine has not answered {verb!r} within {_ANSWER_S:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing new, and waits up to `timeout` seconds for what runs. True: it has all ended."""

@@ -11,7 +11,7 @@ class Operable(ABC):
     """Whoever can ask those who have the replicas. Each call is for all of these, and returns when all are done."""
 
     @abstractmethod
-    async def ask(self, verb: str, payload: bytes = b"", *, timeout: float | None = None) -> bytes: ...
+    async def ask(self, verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes: ...
 
     @abstractmethod
     async def status(self) -> wire.FleetStatus: ...
@@ -23,7 +23,7 @@ class Operable(ABC):
             UserError: it can't be done.
             EngineError: nobody is there.
         """
-        return await self.ask("operate", wire.encode(wanted), timeout=None)
+        return await self.ask("operate", wire.encode(wanted), patient=True)
 
     async def pause_generation(
         self, *, mode: str = "abort", wait_for_inflight_requests: bool = False, clear_cache: bool = True

@@ -66,15 +66,17 @@ class Completion:
         """Adds what has come. True if a stop text ended the output here, where the engine does not know of it."""
         self._logprobs += update.logprobs
         self._tokens += update.tokens
-        self._describe()  # as they come: all of a long output at once would keep others waiting
         stopped = update.finish is wire.Finish.STOP and bool(update.tokens) and update.tokens[-1] in self._stop_ids
         if update.finish is not None:
             self._finish = _REASONS[update.finish]
         if self._text is None:
+            self._describe()
             return False
         # The token that ends an output is one of its tokens and no part of its text.
         shown = update.tokens[:-1] if stopped and not self._job.params.include_stop_str_in_output else update.tokens
-        return self._stopped_by(self._text.append(shown))
+        stopped_here = self._stopped_by(self._text.append(shown))
+        self._describe()  # as they come: all of a long output at once would keep others waiting
+        return stopped_here
 
     def _stopped_by(self, text: str | None) -> bool:
         """Takes the output back to where a stop text was completed, if one was."""
