@@ -57,7 +57,7 @@ def test_a_strange_name_is_met_with_all_known_ones() -> None:
         ({"start_timeout": True}, "--start-timeout takes a number"),
         ({"start_timeout": "long"}, "--start-timeout takes a number"),
         ({"revision": 5}, "--revision takes a text"),
-        ({"dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, float, half, got 'int8'"),
         ({"block_size": 0}, "--block-size must be at least 1, got 0"),
         ({"seed": -1}, "--seed must be at least 0"),
         ({"start_timeout": math.nan}, "--start-timeout takes a finite number"),

@@ -100,10 +100,10 @@ def test_who_finds_other_weights_stays_asleep_and_wakes_up_when_they_are_back(fo
         before = tokens(llm)
         llm.sleep()
         file.rename(folder / "away")
-        with pytest.raises(CheckpointError, match=f"{file.name} is gone"):
+        with pytest.raises(CheckpointError, match="has no weights"):
             llm.wake_up()
         shutil.copy(folder / "away", file)
-        with pytest.raises(CheckpointError, match=f"{file.name} is not what was loaded"):
+        with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
             llm.wake_up(tags=["weights"])
         assert llm.is_sleeping()
         (folder / "away").rename(file)
@@ -168,8 +168,8 @@ def test_a_rank_that_sleeps_has_given_back_weights_and_cache_and_ten_rounds_leak
         asleep.append(ranks(large))
         large.wake_up()
         if round_ in (1, 9):
+            again.append(ranks(large))  # before its steps' working memory, which differs from time to time
             fill(large)
-            again.append(ranks(large))
     for i, bytes_ in enumerate(held):
         assert all(found[i].anonymous < awake[i].anonymous - 0.9 * bytes_ for found in asleep)
         for found in (asleep[1:], again):

@@ -347,7 +347,8 @@ def test_stdout_can_not_be_resumed(
 def test_a_hostile_grammar_costs_its_own_line_only(tmp_path: Path, shoal: Shoal) -> None:
     """One that would end the process that compiles it, one that never ends; a second run goes on behind them."""
     chain = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(5000)) + 'r5000: "x"\n'
-    hostile = [{"grammar": chain}, {"json": {"type": "integer", "multipleOf": 9999991}}, {"regex": "[a"}]
+    endless = 'start: %json {"type": "integer", "multipleOf": 9999991}'
+    hostile = [{"grammar": chain}, {"grammar": endless}, {"regex": "[a"}]
     lines = [{"prompt": "37 + 45 ="}, *({"prompt": "x", "sampling_params": {"structured_outputs": s}} for s in hostile)]
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -198,14 +198,15 @@ def test_outputs_share_the_prompts_blocks(checkpoint: Checkpoint, prefix_caching
         all_blocks = llm.stats().free_blocks
         used = []
         llm_run = llm.run([llm.prepare(0, {"prompt_token_ids": prompt}, SamplingParams(n=6, max_tokens=16, seed=1))])
-        watched = llm.engine.updates
+        engine = llm.engine
+        watched = engine.updates
 
         def updates(timeout: float) -> Any:
             found = watched(timeout)
-            used.append(all_blocks - llm.stats().free_blocks)
+            used.append(all_blocks - engine.stats().free_blocks)
             return found
 
-        llm.engine.updates = updates  # type: ignore[method-assign]
+        engine.updates = updates  # type: ignore[method-assign]
         ((_, output),) = llm_run
         assert len({each.token_ids for each in output.outputs}) == 6
         assert [each.index for each in output.outputs] == list(range(6))

@@ -144,16 +144,6 @@ def test_an_equal_head_stays_tied(checkpoint: Checkpoint, tmp_path: Path) -> Non
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS))
 
 
-def test_another_head_takes_memory(llama3: Path, checkpoint: Checkpoint) -> None:
-    """An embedding that is the head's source too stays in the mapped file; beside another head it counts."""
-    stages: Any = {"pipeline_parallel_size": 2, "model_impl": "shoal"}
-    (untied, last), (tied, tied_last) = (
-        [rank.weights for rank in decision(folder, **stages).ranks] for folder in (llama3, checkpoint("llama3"))
-    )
-    assert untied - tied == 301 * 64 * 4
-    assert last == tied_last
-
-
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
 @pytest.mark.parametrize("name", ["llama3", "gemma"])
 def test_only_the_head_is_stored(checkpoint: Checkpoint, tmp_path: Path, name: str, model_impl: str) -> None:

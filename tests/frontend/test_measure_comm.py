@@ -16,8 +16,10 @@ from shoal.transport.process import ChildProcess
 def test_a_rank_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[ChildProcess] = []
 
-    def start(module: str, arguments: Sequence[str], environment: dict[str, Any]) -> ChildProcess:
-        children.append(ChildProcess(module, arguments, environment))
+    def start(
+        module: str, arguments: Sequence[str], environment: dict[str, Any], passed: Sequence[int]
+    ) -> ChildProcess:
+        children.append(ChildProcess(module, arguments, environment, passed))
         if len(children) == 2:
             os.kill(children[0].pid, signal.SIGKILL)
         return children[-1]

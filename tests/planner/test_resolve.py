@@ -69,12 +69,13 @@ def test_a_budget_holds_weights_activations_cache_and_the_longest_context(checkp
         assert decision.ranks[0].weights > decision.ranks[1].weights  # the larger share of 301 rows
 
 
-def test_a_tied_head_is_counted_once_where_it_is_the_embedding(checkpoint: Checkpoint) -> None:
+def test_a_tied_head_is_counted_beside_its_embedding(checkpoint: Checkpoint) -> None:
+    """On a CPU it is packed, and the embedding is kept as it is: nothing stays in the file."""
     folder = checkpoint("llama3")
     on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert 0.95 * on_disk < decide(folder).ranks[0].weights < on_disk  # less the headers
-    table = 301 * 64 * 2
-    assert decide(folder, dtype="bfloat16").ranks[0].weights == decide(folder).ranks[0].weights // 2 + table
+    table = 301 * 64 * 4
+    assert 0.95 * on_disk < decide(folder).ranks[0].weights - table < on_disk  # less the headers
+    assert decide(folder, dtype="bfloat16").ranks[0].weights == decide(folder).ranks[0].weights // 2
 
 
 def loaded_bytes(decision: Decision, folder: Path, load_format: str) -> int:
@@ -92,17 +93,17 @@ def loaded_bytes(decision: Decision, folder: Path, load_format: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("said", "dtype", "load_format", "twice"),
+    ("said", "dtype", "load_format"),
     [
-        ("float32", "auto", "auto", False),
-        ("float32", "bfloat16", "auto", True),
-        ("bfloat16", "auto", "auto", True),  # config.json says what the file, in float32, is not
-        ("bfloat16", "float32", "auto", False),
-        ("float32", "auto", "dummy", True),  # made-up weights lie in no file
+        ("float32", "auto", "auto"),
+        ("float32", "bfloat16", "auto"),
+        ("bfloat16", "auto", "auto"),  # config.json says what the file, in float32, is not
+        ("bfloat16", "float32", "auto"),
+        ("float32", "auto", "dummy"),
     ],
 )
-def test_a_tied_embedding_is_counted_by_what_the_file_holds(
-    checkpoint: Checkpoint, tmp_path: Path, said: str, dtype: str, load_format: str, twice: bool
+def test_a_tied_embedding_is_counted_whatever_the_file_holds(
+    checkpoint: Checkpoint, tmp_path: Path, said: str, dtype: str, load_format: str
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("llama3"), folder)
@@ -112,7 +113,7 @@ def test_a_tied_embedding_is_counted_by_what_the_file_holds(
     decision = decide(folder, dtype=dtype, load_format=load_format)
     numbers = sum(math.prod(shape) for shape in open_checkpoint(folder).shapes.values())
     item = {"float32": 4, "bfloat16": 2}[decision.dtype]
-    assert decision.ranks[0].weights == item * (numbers + (301 * 64 if twice else 0))
+    assert decision.ranks[0].weights == item * (numbers + 301 * 64)
     assert loaded_bytes(decision, folder, load_format) == decision.ranks[0].weights
 
 

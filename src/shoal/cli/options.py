@@ -21,6 +21,13 @@ class Plain(click.ParamType):  # type: ignore[type-arg]
         return value
 
 
+class Choice(click.Choice[str]):
+    """Values as they are spelled: that flags may be written with underscores does not change them."""
+
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        return str(choice)
+
+
 _KINDS: dict[type, Any] = {int: Integer(), float: AnyNumber(), str: str, bool: bool}
 
 
@@ -28,7 +35,7 @@ class EngineFlag(click.Option):
     def __init__(self, option: config.Option) -> None:
         names = [option.name, option.flag, *([option.short] if option.short else [])]
         plain = option.bytes or option.parse is not None
-        kind: Any = Plain() if plain else click.Choice(option.choices) if option.choices else _KINDS[option.type]
+        kind: Any = Plain() if plain else Choice(option.choices) if option.choices else _KINDS[option.type]
         shown = "" if option.default is None else f" [default: {option.default}]"
         if option.type is bool:
             names[1] = f"{option.flag}/--no-{option.name.replace('_', '-')}"
