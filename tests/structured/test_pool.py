@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Asked:
     """A pool, and the verdicts that have come by sequence."""
 
     def __init__(self, limits: GrammarLimits = DEFAULT_LIMITS, folder: Path = BUNDLED) -> None:
-        self.pool: GrammarPool = grammar_pool(folder, EOS, SIZE, limits)
+        self.pool: GrammarPool = grammar_pool(folder, EOS, SIZE, limits=limits)
         self.came: dict[int, wire.Verdict] = {}
 
     def wait_for(self, *seqs: int) -> list[wire.Verdict]:
@@ -219,3 +220,19 @@ def test_drafts_have_verdicts_of_their_own(asked: Asked) -> None:
     assert found.drafts == (A, B)
     assert found.ended == (False, False, True)
     assert len(found.masks) == 3 * asked.pool.words * 4
+
+
+def test_processes_may_use_all_cores_whatever_thread_starts_them() -> None:
+    """That of an engine may be bound to one, on which a rank computes."""
+    cores = os.sched_getaffinity(0)
+    pool = grammar_pool(BUNDLED, EOS, SIZE, sorted(cores))
+    try:
+        with ThreadPoolExecutor(1, initializer=lambda: os.sched_setaffinity(0, {min(cores)})) as bound:
+            bound.submit(pool.follow, 1, PLAIN).result()
+            deadline = time.monotonic() + DEADLINE_S
+            while not pool.poll(0.1):
+                assert time.monotonic() < deadline
+        found = [pid for pid in children(os.getpid()) if b"grammar_host" in command(pid)]
+        assert [os.sched_getaffinity(pid) for pid in found] == [cores]
+    finally:
+        pool.close()

@@ -81,7 +81,7 @@ def build_engine(
         prefix_caching=options.cache.enable_prefix_caching,
         max_in_flight=decision.max_in_flight,
         incarnation=setups[0].incarnation,
-        grammars=grammar_pool(decision.folder, eos, decision.spec.vocab_size),
+        grammars=grammar_pool(decision.folder, eos, decision.spec.vocab_size, decision.hardware.cores),
         make_guesser=make_guessers(options.model_options.speculative_config),
         lockstep=lockstep,
         memory_timeout=options.parallel.start_timeout,

@@ -3,7 +3,8 @@
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -19,12 +20,20 @@ from shoal.transport.process import ChildProcess, die_with_parent
 from shoal.wire import Ids
 
 
-def grammar_pool(folder: Path, eos: Ids, vocab_size: int, limits: GrammarLimits = DEFAULT_LIMITS) -> GrammarPool:
-    """Grammars for the model in `folder`, whose tokenizer is read by a process of its own when the first one comes."""
+def grammar_pool(
+    folder: Path, eos: Ids, vocab_size: int, cores: Sequence[int] = (), limits: GrammarLimits = DEFAULT_LIMITS
+) -> GrammarPool:
+    """Grammars for the model in `folder`, whose tokenizer is read by a process of its own when the first one comes.
+
+    Args:
+        cores: that this program may use. The thread that starts the process may be bound to one of them, which a rank
+            has for itself. Empty: the process stays where it is started.
+    """
 
     def start(door: int) -> ChildProcess:
         arguments = ["--folder", str(folder), "--door", str(door), "--vocab-size", str(vocab_size)]
         arguments += ["--compile-cpu-s", str(limits.compile_cpu_s), "--memory-mib", str(limits.memory_mib)]
+        arguments += ["--cores", ",".join(map(str, cores))]
         ends = [argument for token in eos for argument in ("--eos", str(token))]
         return ChildProcess("shoal.frontend.grammar_host", [*arguments, *ends], passed=[door])
 
@@ -39,6 +48,7 @@ def grammar_pool(folder: Path, eos: Ids, vocab_size: int, limits: GrammarLimits 
 @click.option("--vocab-size", type=int, required=True)
 @click.option("--compile-cpu-s", type=int, required=True)
 @click.option("--memory-mib", type=int, required=True)
+@click.option("--cores", default="")
 @click.option("--eos", type=int, multiple=True)
 def main(
     fd: int,
@@ -48,9 +58,13 @@ def main(
     vocab_size: int,
     compile_cpu_s: int,
     memory_mib: int,
+    cores: str,
     eos: tuple[int, ...],
 ) -> None:
     die_with_parent(parent)
+    if cores:
+        with suppress(OSError):  # they may have been taken away meanwhile
+            os.sched_setaffinity(0, map(int, cores.split(",")))
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; whoever asked decides what ends
         signal.signal(number, signal.SIG_IGN)
     logging.configure()

@@ -69,8 +69,10 @@ class OpenModel:
 
     def grammar_checker(self) -> GrammarChecker:
         """Finds out whether structured outputs can be obeyed; starts nothing before the first one comes."""
-        folder, eos, vocab_size = self.decision.folder, self.generation.eos, self.vocab_size
-        return GrammarChecker(lambda: grammar_pool(folder, eos, vocab_size))
+        decision, eos = self.decision, self.generation.eos
+        return GrammarChecker(
+            lambda: grammar_pool(decision.folder, eos, decision.spec.vocab_size, decision.hardware.cores)
+        )
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
