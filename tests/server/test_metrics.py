@@ -790,10 +790,11 @@ def test_a_real_engine_its_clients_and_its_end() -> None:
 
 async def kill_one_under(llm: AsyncLLM, before: Scraped) -> None:
     long = llm.prepare("Once upon a time", SamplingParams(max_tokens=450, temperature=0.0, ignore_eos=True))
+    victim = (await llm.status()).replicas[0].pid  # known beforehand: the streams take no second
     ends = asyncio.gather(*(llm.stream(long).wait() for _ in range(6)))
     under = await until(llm, lambda now: now.total(f"{TTFT}_count") == 13 + 6)
     assert 0 < under.total("vllm:num_requests_running") + under.total("vllm:num_requests_waiting") <= 6
-    os.kill((await llm.status()).replicas[0].pid, signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     readings = [counters(before), counters(under)]
     while not ends.done() or (await llm.status()).replicas[0].state != "ready":
         readings.append(counters(await scraped(llm)))

@@ -45,12 +45,12 @@ class Job:
         object.__setattr__(self, "stop_texts", _stop_texts(tuple(self.params.stop)) if self.params.stop else None)
 
 
-@lru_cache(maxsize=8)  # for the prompts of a request, which come one after the other
+@lru_cache(maxsize=2)  # for the prompts of a request, which come one after the other
 def _id_set(ids: tuple[int, ...]) -> frozenset[int]:
     return frozenset(ids)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _stop_texts(texts: tuple[str, ...]) -> StopTexts:
     return StopTexts(texts)
 
