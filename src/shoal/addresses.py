@@ -51,7 +51,7 @@ def host_of(text: str, name: str) -> str:
 
 
 def shown(host: str) -> str:
-    """As a URL has it: with brackets around an IPv6 address."""
+    """Return a host as URLs have it: with brackets around an IPv6 address."""
     return f"[{host}]" if isinstance(_literal(host), ipaddress.IPv6Address) else host
 
 

@@ -548,8 +548,7 @@ class Place(Wire, frozen=True):
 
 
 class EngineSetup(Wire, frozen=True):
-    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready.
-    `folder` and `draft_folder` are where model and draft model were found; "": they are still to be looked for."""
+    """The first message to an engine process: what `LLM(...)` was given. It answers with its stats when it is ready."""
 
     model: str | None
     options: dict[str, Any]

@@ -27,7 +27,7 @@ def stand_apart() -> None:
 
 
 def _exit_code(program: int) -> int:
-    """Of the program, once it has ended; 128 and its number if a signal has ended it, as shells say it."""
+    """Return the program's exit code once it has ended; as in shells, 128 and the number of a signal that ended it."""
     while True:
         number = signal.sigwait({*_FORWARDED, signal.SIGCHLD})
         if number != signal.SIGCHLD:
