@@ -82,7 +82,9 @@ class Activity:
     def way(self, to: "Activity") -> "tuple[Activity, ...]":
         """The states that engines take one after the other on their way there.
 
-        Those that compute together take each step before any takes the next. Nobody computes while another one has not come to rest or is not back."""
+        Those that compute together take each step before any takes the next. Nobody computes while another one has not
+        come to rest or is not back.
+        """
         through_pause = (self.runs and to.missing) or (to.runs and self.missing)
         return (PAUSED, to) if through_pause else (to,)
 
