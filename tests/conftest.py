@@ -1,5 +1,5 @@
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(autouse=True)
-def _quiet_shoal_log() -> None:
-    logging.getLogger("shoal").setLevel(logging.WARNING)
+def _log_of_a_library() -> Iterator[None]:
+    """Each test finds the log as a library leaves it: what a program sets up for its own process is undone."""
+    logger = logging.getLogger("shoal")
+    logger.setLevel(logging.WARNING)
+    yield
+    logger.propagate = True
+    for handler in logger.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # pytest's own, of classes of its own, come and go by themselves
+            logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,3 @@
-import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +11,7 @@ Shoal = Callable[..., int]
 
 @pytest.fixture
 def shoal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
-    """Runs the command in this process and gives its exit code. What it sets up for a process of its own is undone."""
-    logger = logging.getLogger("shoal")
-    before = (logger.handlers[:], logger.level, logger.propagate)
+    """Runs the command in this process and gives its exit code. The signals that it sets up are undone."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: object) -> int:
@@ -28,6 +25,3 @@ def shoal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    logger.handlers[:] = before[0]
-    logger.setLevel(before[1])
-    logger.propagate = before[2]

@@ -1,7 +1,6 @@
 """What a user can get wrong: one line that says what and how to go on, exit code 2, and nothing was started."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -28,15 +27,10 @@ class Refused(Protocol):
 
 @pytest.fixture
 def _as_it_was() -> Iterator[None]:
-    """main() sets up the log and a signal for a process of its own."""
-    logger = logging.getLogger("shoal")
-    before = (logger.handlers[:], logger.level, logger.propagate)
+    """main() sets up a signal for a process of its own."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-    logger.handlers[:] = before[0]
-    logger.setLevel(before[1])
-    logger.propagate = before[2]
 
 
 @pytest.fixture

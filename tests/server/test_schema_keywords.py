@@ -1,6 +1,5 @@
 """Keywords of a schema that can't be obeyed, at every endpoint that takes one: a header, or a refusal."""
 
-import logging
 from typing import Any
 
 import pytest
@@ -101,7 +100,6 @@ def test_strict_is_true_or_false(body_of: Any, param: str) -> None:
 def test_the_header_is_short_and_the_log_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
     many = {"properties": {f"é{i}": TAGS for i in range(200)}}
     backend = FakeBackend()
-    logging.getLogger("shoal").propagate = True
     with caplog.at_level("WARNING", "shoal"):
         for _ in range(3):
             answer = ask("/v1/completions", {"prompt": ["x", "y"], "guided_json": many}, backend)
