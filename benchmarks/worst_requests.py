@@ -35,6 +35,7 @@ _CONFIG = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": _LENGTH, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "tie_word_embeddings": True, "dtype": "float32", "eos_token_id": 1,
 }  # fmt: skip
+_LOOPS = "{% for i in range(1900) %}{% for j in range(1000) %}{% endfor %}{% endfor %}Hello"
 _IDLE_S = 3.0
 _AFTER_S = 0.5  # behind an answer, in which its remains may still be in the way
 _CASE_S = 120.0
@@ -244,6 +245,7 @@ def _chats() -> list[Case]:
             "/v1/chat/completions",
             _chat(chat_template_kwargs={"x": {f"{i}": "a" for i in range(1_500_000)}}),
         ),
+        Case("a template that loops 1,900,000 times", "/v1/chat/completions", _chat(chat_template=_LOOPS)),
         Case("100,000 items", "/v1/responses", lambda: json.dumps({"input": items}).encode()),
         Case("an input of 30 MB", "/v1/responses", lambda: json.dumps({"input": "x" * _SIZE}).encode()),
     ]
@@ -430,7 +432,8 @@ def main(rounds: int, only: str, structured: bool, markdown: bool, watch: str | 
         return
     groups = [_lists_of_ids, _biases, _texts, _prompts, _logprobs, _bodies, _chats, _tokens, _together]
     cases = [case for group in groups + [_structured] * structured for case in group() if only in case.name]
-    with _model() as folder, served(folder, "--load-format", "dummy", "--tool-call-parser", "hermes") as server:
+    flags = ("--load-format", "dummy", "--tool-call-parser", "hermes", "--trust-request-chat-template")
+    with _model() as folder, served(folder, *flags) as server:
         found = _measure(server.url, cases, rounds)
     if markdown:
         print(_table({"nothing": {"answer": "", "seconds": "", "gap_s": found["alone_gap_s"]}, **found["cases"]}))

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 # Every package may import these.
 COMMON = {
     "activity", "types", "errors", "config", "accepted", "env", "lazy", "observe", "open_files", "import_path",
-    "git_lfs", "forks", "addresses", "shoal",
+    "git_lfs", "forks", "addresses", "garbage", "shoal",
 }  # fmt: skip
 
 # package -> what else of ours it may import.

@@ -2,6 +2,7 @@
 their own."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -40,7 +42,7 @@ class Program:
     """One that was started, and its log, which a thread reads."""
 
     process: "subprocess.Popen[str]"
-    inside: list[str]
+    host: hosts.Host | None
     log: list[str] = field(default_factory=list)
     reader: threading.Thread = field(init=False)
 
@@ -98,7 +100,7 @@ def programs() -> Iterator[Callable[..., Program]]:
             text=True,
             env={**os.environ, "SHOAL_CLUSTER_KEY": KEY, **(environment or {})},
         )
-        started.append(Program(process, inside))
+        started.append(Program(process, on))
         return started[-1]
 
     try:
@@ -112,21 +114,23 @@ def programs() -> Iterator[Callable[..., Program]]:
             program.close()
 
 
-ASK = """
-import json, sys, urllib.request
-with urllib.request.urlopen(urllib.request.Request(sys.argv[1], sys.argv[2].encode() or None,
-        {"Content-Type": "application/json"}), timeout=280) as answer:
-    for line in answer:
-        print(line.decode(), end="", flush=True)
-"""
-
-
 def ask(server: Program, url: str, body: Mapping[str, Any] | None = None) -> str:
     """A request of a program on the server's own host."""
-    command = [*server.inside, sys.executable, "-c", ASK, url, "" if body is None else json.dumps(body)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr + server.text
-    return done.stdout
+    parts = urllib.parse.urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    with contextlib.closing(http.client.HTTPConnection(parts.hostname, parts.port, timeout=280)) as connection:
+        if server.host is not None:
+            connection.sock = server.host.connect((parts.hostname, parts.port), 280)
+        path = parts._replace(scheme="", netloc="").geturl()
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read().decode()
+    assert answer.status == 200, text + server.text
+    return text
 
 
 def stream(server: Program, url: str, prompt: str, model: str = "bundled", tokens: int = 60) -> str:

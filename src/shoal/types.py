@@ -374,7 +374,7 @@ class CompletionOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     cumulative_logprob: float | None = None
-    logprobs: tuple[Logprobs, ...] | None = None  # one a token
+    logprobs: Sequence[Logprobs] | None = None  # one a token
     # The text of `stop` or the token of `stop_token_ids` that ended it. None for an end-of-text token, unless
     # `stop_token_ids` names that one too.
     stop_reason: int | str | None = None
@@ -390,7 +390,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     error: str | None = None  # why the request has no complete output
     finished: bool = True
-    prompt_logprobs: tuple[Logprobs | None, ...] | None = None  # one a prompt token, None for the first
+    prompt_logprobs: Sequence[Logprobs | None] | None = None  # one a prompt token, None for the first
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ class StepMask(Wire, frozen=True):
     words: int  # in a row
 
 
-class TokenLogprobs(Wire, frozen=True):
+class TokenLogprobs(Wire, frozen=True, gc=False):  # a long output has a great many, and none is part of a cycle
     """Of one token: its own log-probability and rank (1: the likeliest), and the likeliest tokens with theirs."""
 
     chosen: float

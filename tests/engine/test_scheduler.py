@@ -54,8 +54,9 @@ class Bench:
         lookahead: int = 0,
         window: int | None = None,
         stages: int = 1,
+        prompt_logprobs: int | None = None,
     ) -> None:
-        self.limits = Limits(max_num_seqs, budget, max_model_len, window, stages)
+        self.limits = Limits(max_num_seqs, budget, max_model_len, window, stages, prompt_logprobs)
         self.pool = BlockPool(num_blocks, block_size)
         self.clock = FakeClock()
         self.scheduler = Scheduler(
@@ -342,11 +343,30 @@ def test_a_prompt_whose_logprobs_are_wanted_is_computed() -> None:
     bench = Bench()
     bench.add(request(1, range(9), 1))
     bench.step()
-    spec = request(2, range(9), 1)
-    wanted = msgspec.structs.replace(spec, sampling=msgspec.structs.replace(spec.sampling, prompt_logprobs=0))
-    bench.add(wanted)
+    bench.add(telling(request(2, range(9), 1)))
     assert spans(bench.step()) == {2: (0, 9)}
     bench.drain()
+
+
+def test_prompts_whose_logprobs_are_wanted_are_told_in_parts() -> None:
+    """Each step looks at five tokens' logits, and at one more for whoever comes too late for that."""
+    bench = Bench(prompt_logprobs=5)
+    told = telling(request(1, range(9), 2)), telling(request(2, range(20, 27), 1))
+    for spec in (*told, request(3, range(40, 50), 1)):
+        bench.add(spec)
+    steps = [spans(bench.step()) for _ in range(4)]
+    assert steps == [
+        {1: (0, 5), 2: (0, 1), 3: (0, 10)},
+        {1: (5, 4), 2: (1, 2)},  # of the last token of a prompt nothing is told
+        {1: (9, 1), 2: (3, 4)},
+        {},
+    ]  # fmt: skip
+    bench.drain()
+
+
+def telling(spec: wire.EngineRequest) -> wire.EngineRequest:
+    """With the log-probabilities of its prompt."""
+    return msgspec.structs.replace(spec, sampling=msgspec.structs.replace(spec.sampling, prompt_logprobs=0))
 
 
 def test_two_that_begin_alike_share_blocks_within_one_step() -> None:
@@ -611,7 +631,7 @@ def test_what_was_found_of_an_output_is_none_of_its_prompt() -> None:
 def test_the_logprobs_of_a_prompt_are_computed_again() -> None:
     bench = Bench()
     spec = request(1, range(9), 6)
-    wanted = msgspec.structs.replace(spec, seq=2, sampling=msgspec.structs.replace(spec.sampling, prompt_logprobs=0))
+    wanted = telling(msgspec.structs.replace(spec, seq=2))
     bench.add(spec)
     bench.drain()
     bench.add(begun(wanted, 3))

@@ -91,6 +91,14 @@ def test_mistakes_are_found_where_json_finds_them(value: Any, data: st.DataObjec
     assert repr(carefully(changed)) == repr(plainly(changed))
 
 
+@pytest.mark.parametrize("end", ['"', '\\n"', '\n"', '\\"x"', ""])
+@pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 16) + 1, 3 << 16])
+@pytest.mark.parametrize("form", ["{}", "[1,{},2]", '{{"a":1,"b":{},"c":[{}]}}', "{}x"])
+def test_long_texts_are_read_as_short_ones(form: str, size: int, end: str) -> None:
+    text = form.replace("{}", '"' + "é" * size + end).replace("{{", "{").replace("}}", "}")
+    assert carefully(text) == plainly(text)
+
+
 def test_lists_are_read_in_steps() -> None:
     """A thread that waits for its turn has had it long before the end."""
     text = "[" + "1234567," * 2_000_000 + "1]"

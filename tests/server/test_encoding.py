@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.server.encoding import bytes_of, pieces, text_of
+from shoal.server.encoding import EncodedList, bytes_of, pieces, size_of, text_of
 from support.fakes import steady
 
 VALUES = st.recursive(
@@ -49,3 +49,25 @@ def test_pieces_of_what_is_large_are_short(value: Any) -> None:
 
 def test_halves_of_a_pair_become_question_marks() -> None:
     assert bytes_of({"a": ["\ud800"] * 5000}).count(b"?") == 5000
+
+
+@steady
+@given(st.lists(VALUES, max_size=4), st.sampled_from([0, 1, 30, 700]))
+def test_a_list_that_encodes_its_items_reads_as_any_other(items: list[Any], times: int) -> None:
+    plain = items * times
+    encoded, rest = EncodedList(), EncodedList()
+    for item in plain[:1]:
+        encoded.append(item)
+    for item in plain[1:]:
+        rest.append(item)
+    encoded += rest
+    assert len(encoded) == len(plain)
+    for value in (lambda each: each, lambda each: {"a": [1, {"b": each}], "c": 1}):
+        assert bytes_of(value(encoded)).decode() == text_of(value(plain))
+
+
+def test_the_size_of_a_list_that_encodes_its_items_is_that_of_their_texts() -> None:
+    encoded = EncodedList()
+    encoded.append({"a": 1.5})
+    encoded.append("bc")
+    assert size_of({"x": encoded, "y": "z"}) == len('{"a":1.5}') + len('"bc"') + len("z")

@@ -56,6 +56,10 @@ class FakeStream:
         known = any(delta.index == 0 for delta in self._deltas[: self._given])
         return (None, *(self._backend.logprobs(token, wanted) if known else None for token in self.job.tokens[1:]))
 
+    @property
+    def prompt_told(self) -> bool:
+        return None not in (self.prompt_logprobs or ())[1:]
+
     def __aiter__(self) -> "FakeStream":
         return self
 

@@ -83,6 +83,13 @@ class Request:
             return 0
         return self.length - self.computed
 
+    def told(self, start: int, count: int) -> int:
+        """How many of its prompt's tokens log-probabilities come of when `count` tokens from `start` on are computed;
+        they are the first of these, and each tells of the one behind it."""
+        if self.spec.sampling.prompt_logprobs < 0:
+            return 0
+        return max(min(start + count, self.prompt_len - 1) - start, 0)
+
     @property
     def held(self) -> list[int]:
         return self.blocks[self.retired :]

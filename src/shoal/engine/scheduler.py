@@ -19,6 +19,7 @@ With one stage all of this says nothing.
 """
 
 import heapq
+import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -52,6 +53,7 @@ class Limits:
     max_model_len: int
     window: int | None = None  # tokens that any layer looks back on, itself included; None: all of them
     stages: int = 1  # of the pipeline, which works on as many steps at a time
+    prompt_logprobs: int | None = None  # prompt tokens in a step that log-probabilities are told of; None: any number
 
 
 @dataclass(slots=True)
@@ -73,21 +75,29 @@ class _Draft:
 
     budget: int
     share: int  # tokens that prompts shall have of it
+    told: float  # prompt tokens whose log-probabilities may be told
     work: dict[Request, wire.Work] = field(default_factory=dict)
     new: list[wire.NewSeq] = field(default_factory=list)
     draws: int = 0
 
     def add(self, request: Request, work: wire.Work) -> None:
         self.work[request] = work
-        self._count(work, 1)
+        self._count(request, work, 1)
 
     def take_back(self, request: Request) -> wire.Work | None:
         work = self.work.pop(request, None)
         if work is not None:
-            self._count(work, -1)
+            self._count(request, work, -1)
         return work
 
-    def _count(self, work: wire.Work, times: int) -> None:
+    def cut(self, request: Request, start: int, count: int) -> int:
+        """Of `count` tokens from `start` on, how many fit into the step. One may always tell of its prompt: a request
+        that waits to do so would hold up those behind it."""
+        count = min(count, self.budget)
+        return int(max(self.told, 1)) if request.told(start, count) > max(self.told, 1) else count
+
+    def _count(self, request: Request, work: wire.Work, times: int) -> None:
+        self.told -= times * request.told(work.start, work.count)
         self.budget -= times * work.count
         self.share -= times * _prompt_tokens(work)
         self.draws += times * work.sample
@@ -203,7 +213,12 @@ class Scheduler:
         there `must` be one. `rest`: there is to be no work."""
         self._expire()
         self._foresee_verdicts()
-        draft = _Draft(self._limits.max_num_batched_tokens, self._spread.share(self._backlog))
+        most = self._limits.prompt_logprobs
+        draft = _Draft(
+            self._limits.max_num_batched_tokens,
+            self._spread.share(self._backlog),
+            math.inf if most is None else most,
+        )
         if rest:
             if not must:
                 return None
@@ -289,7 +304,7 @@ class Scheduler:
             left = self._spread.cut(left, draft.share)
         elif request not in turn:
             return 0
-        return min(left, draft.budget)
+        return draft.cut(request, request.computed, left)
 
     def _room(self, request: Request) -> int:
         """Tokens that fit into its blocks and the free ones."""
@@ -331,7 +346,7 @@ class Scheduler:
             # Where all tokens are found, the last one is computed once more, for what follows it. No rank writes it.
             computed = min(len(prefix) * self._pool.block_size, len(request.tokens) - 1)
             left = len(request.tokens) - computed
-            count = min(self._spread.cut(left, draft.share) if left > 1 else left, draft.budget)
+            count = draft.cut(request, computed, self._spread.cut(left, draft.share) if left > 1 else left)
             if count == 0:
                 return
             heapq.heappop(self._waiting)
@@ -436,7 +451,7 @@ class Scheduler:
 
     def _preempt_all(self) -> None:
         for request in list(self._running):
-            self._preempt(request, _Draft(0, 0))
+            self._preempt(request, _Draft(0, 0, 0))
 
     def _resume_if_drained(self, request: Request) -> None:
         judged = request.constraint is None or request.constraint.verdict is not None

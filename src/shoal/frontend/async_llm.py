@@ -31,6 +31,7 @@ from shoal.types import Message as ChatMessage
 log = get_logger("requests")
 
 _POLL_S = 0.05
+_AT_ONCE = 512  # updates that are handed out in a row
 _ANSWER_S = 30.0
 _CLOSED = "the engine was closed"
 _RETRY_S = {
@@ -360,7 +361,8 @@ class AsyncLLM(Operable):
                 self._loop.call_soon_threadsafe(self._end_all)
 
     def _end_all(self) -> None:
-        self._take()  # what the desk had to say of it
+        while self._arrived:  # what the desk had to say of it
+            self._take()
         for seq in list(self._streams):
             lost = wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, error=_CLOSED, refusal=wire.Refusal.CLOSING)
             self._hand_out(lost)
@@ -406,10 +408,14 @@ class AsyncLLM(Operable):
                 self._line.close()
 
     def _take(self) -> None:
+        """Hands out what has come; where that is much, others have the loop before the rest."""
         with self._arrived_lock:
-            updates, self._arrived = self._arrived, []
+            updates, self._arrived = self._arrived[:_AT_ONCE], self._arrived[_AT_ONCE:]
+            rest = bool(self._arrived)
         for update in updates:
             self._hand_out(update)
+        if rest and self._loop is not None:
+            self._loop.call_soon(self._take)
 
     def _hand_out(self, update: wire.SeqUpdate) -> None:
         stream = self._streams.get(update.seq)
@@ -451,9 +457,15 @@ class Stream:
         return self._answer.cached_tokens
 
     @property
-    def prompt_logprobs(self) -> tuple[Logprobs | None, ...] | None:
-        """One a prompt token, None for the first; None where they were not asked for."""
+    def prompt_logprobs(self) -> Sequence[Logprobs | None] | None:
+        """One a prompt token, None for the first; None where they were not asked for. They are described when somebody
+        looks at them."""
         return self._answer.described_prompt()
+
+    @property
+    def prompt_told(self) -> bool:
+        """Is everything known that was asked about the prompt?"""
+        return self._answer.prompt_told
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Delta]]:
         try:
@@ -470,7 +482,7 @@ class Stream:
             self.close()
 
     async def wait(self) -> RequestOutput:
-        """Runs to the end.
+        """Runs to the end. Log-probabilities are described when somebody looks at them.
 
         Raises:
             RequestError, Unavailable, EngineError: as `AsyncLLM.generate`.
@@ -482,7 +494,7 @@ class Stream:
             self.close()
         if self._error is not None:
             raise self._error
-        return self.output()
+        return self._output(None, on_demand=True)
 
     async def _something_new(self) -> None:
         self._wakeup.clear()
@@ -490,10 +502,14 @@ class Stream:
 
     def output(self, request_id: str | None = None) -> RequestOutput:
         """All of it so far. An output that is not complete has no `finish_reason`, and text that is certain."""
+        return self._output(request_id, on_demand=False)
+
+    def _output(self, request_id: str | None, *, on_demand: bool) -> RequestOutput:
         outputs = [
-            completion.output(ended=seq not in self._running)
+            completion.output(ended=seq not in self._running, on_demand=on_demand)
             for seq, completion in zip(self.seqs, self._answer.completions, strict=True)
         ]
+        prompt = self.prompt_logprobs
         return RequestOutput(
             request_id=f"request-{self.number}" if request_id is None else request_id,
             prompt=self.job.prompt,
@@ -502,7 +518,7 @@ class Stream:
             num_cached_tokens=self.cached_tokens,
             error=None if self._error is None else str(self._error),
             finished=not self._running and self._error is None,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=prompt if on_demand or prompt is None else tuple(prompt),
         )
 
     def abort(self) -> None:

@@ -25,6 +25,8 @@ from shoal.protocols import Lockstep
 
 log = get_logger("engine")
 
+# Logits of prompt tokens in a step, where all are looked at: others wait for them, a tenth of a second or so.
+_PROMPT_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 30}
 _COMM_GRACE_S = 10.0  # a rank waits longer for others than the executor for a step: the one who knows more speaks
 
 
@@ -71,6 +73,7 @@ def build_engine(
         max_model_len=min(decision.max_model_len, executor.num_blocks * size),
         window=_window(decision),
         stages=len(setups[0].stages),
+        prompt_logprobs=max(_PROMPT_LOGITS[decision.hardware.device] // decision.spec.vocab_size, 1),
     )
     _log_ready(executor, size, limits.max_model_len, time.monotonic() - begun)
     eos = GenerationDefaults.open(decision.folder, sampling=False, overrides=decision.overrides).eos

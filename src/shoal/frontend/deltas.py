@@ -1,5 +1,6 @@
 """What an output gains while it grows, as streams hand it out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.types import FinishReason, Logprobs
@@ -17,7 +18,7 @@ class Delta:
     index: int  # of the output, below `n`
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[Logprobs, ...] | None = None  # one a token, where they were asked for
+    logprobs: Sequence[Logprobs] | None = None  # one a token, where they were asked for
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     text_offsets: tuple[int, ...] | None = None  # with `logprobs`: where each token begins in the output's whole text

@@ -5,7 +5,7 @@ import signal
 
 import click
 
-from shoal import wire
+from shoal import garbage, wire
 from shoal.addresses import Address
 from shoal.cluster.arrival import PEERS
 from shoal.cluster.lockstep import Joined
@@ -67,7 +67,9 @@ def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
     place = setup.place
     if isinstance(lockstep, RendezvousLockstep):
         place = wire.replace(place, address=lockstep.host_address, meeting=lockstep.formation)
-    return build_engine(options, decide(options, place, setup.files), own_process=True, lockstep=lockstep)
+    engine = build_engine(options, decide(options, place, setup.files), own_process=True, lockstep=lockstep)
+    garbage.settle()
+    return engine
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from itertools import chain, islice, repeat
 from shoal import wire
 from shoal.frontend.deltas import Delta
 from shoal.frontend.detokenizer import OutputText
+from shoal.frontend.on_demand import OnDemand
 from shoal.frontend.prompts import Job
 from shoal.frontend.streams import CONTEXT
 from shoal.frontend.token_places import TokenPlaces
@@ -41,7 +42,7 @@ class Completion:
         self._finish: FinishReason = "abort"
         self._stop_text: str | None = None
         self._given = 0  # tokens in deltas so far
-        self._described: list[Logprobs] = []  # log-probabilities of the first tokens, as users get them
+        self._described: list[Logprobs] = []  # what `output` has told of the first tokens
         params = job.params
         self._places = (
             TokenPlaces(tokenizer, skip_special_tokens=params.skip_special_tokens)
@@ -70,13 +71,10 @@ class Completion:
         if update.finish is not None:
             self._finish = _REASONS[update.finish]
         if self._text is None:
-            self._describe()
             return False
         # The token that ends an output is one of its tokens and no part of its text.
         shown = update.tokens[:-1] if stopped and not self._job.params.include_stop_str_in_output else update.tokens
-        stopped_here = self._stopped_by(self._text.append(shown))
-        self._describe()  # as they come: all of a long output at once would keep others waiting
-        return stopped_here
+        return self._stopped_by(self._text.append(shown))
 
     def _stopped_by(self, text: str | None) -> bool:
         """Takes the output back to where a stop text was completed, if one was."""
@@ -94,7 +92,7 @@ class Completion:
         if last:
             self._finish_text()
         tokens = tuple(self._tokens[self._given :])
-        logprobs = self._shown_logprobs(self._given)
+        logprobs = self._logprobs_on_demand(self._given)
         offsets = self._offsets(self._given, whole=self._whole if last else None)
         self._given += len(tokens)
         return Delta(
@@ -107,21 +105,26 @@ class Completion:
             offsets,
         )
 
-    def _shown_logprobs(self, start: int) -> tuple[Logprobs, ...] | None:
-        """Of tokens from `start` on. Each is described once, however often it is shown."""
+    def _logprobs_on_demand(self, start: int = 0) -> Sequence[Logprobs] | None:
+        """Of tokens from `start` on."""
         if self._job.params.logprobs is None:
             return None
-        self._describe()
-        return tuple(self._described[start:])
+        tokens, entries = self._tokens[start:], self._logprobs[start:]
+        added = list(islice(self._added(start), len(tokens)))
+        tokenizer, left_out = self.tokenizer, self._left_out()
 
-    def _describe(self) -> None:
-        """Log-probabilities of the tokens so far. Each token is described once."""
-        if self._job.params.logprobs is None:
-            return
-        done = len(self._described)
-        left_out = self._left_out()
-        for token, entry, added in zip(self._tokens[done:], self._logprobs[done:], self._added(done), strict=False):
-            self._described.append(described(self.tokenizer, token, entry, left_out=left_out, added=added))
+        def describe(place: int) -> Logprobs:
+            return described(tokenizer, tokens[place], entries[place], left_out=left_out, added=added[place])
+
+        return OnDemand(min(len(tokens), len(entries)), describe)
+
+    def _all_logprobs(self) -> tuple[Logprobs, ...] | None:
+        """Each token is described once, however often the output is looked at while it grows."""
+        found = self._logprobs_on_demand(len(self._described))
+        if found is None:
+            return None
+        self._described += found
+        return tuple(self._described)
 
     def _left_out(self) -> Collection[int]:
         if self.tokenizer is None or not self._job.params.skip_special_tokens:
@@ -150,8 +153,9 @@ class Completion:
         if self._text is not None and self._stop_text is None:
             self._stopped_by(self._text.finish())  # incomplete bytes read as something in the end
 
-    def output(self, *, ended: bool = True) -> CompletionOutput:
-        """All of it; or, before it has `ended`, what is certain by now."""
+    def output(self, *, ended: bool = True, on_demand: bool = False) -> CompletionOutput:
+        """All of it; or, before it has `ended`, what is certain by now. `on_demand`: log-probabilities are described
+        when somebody looks at them."""
         if ended:
             self._finish_text()
         wanted = self._job.params.logprobs is not None
@@ -162,7 +166,7 @@ class Completion:
             token_ids=tuple(self._tokens),
             finish_reason=self._finish if ended else None,
             cumulative_logprob=sum(entry.chosen for entry in self._logprobs) if wanted else None,
-            logprobs=self._shown_logprobs(0),
+            logprobs=self._logprobs_on_demand() if on_demand else self._all_logprobs(),
             stop_reason=self._stop_reason() if ended else None,
             text_offsets=self._offsets(0, whole=text),
         )
@@ -185,10 +189,9 @@ class Answer:
     job: Job
     completions: list[Completion]
     running: int  # outputs that have not ended
-    prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)  # by position
+    prompt_logprobs: dict[int, wire.TokenLogprobs] = field(default_factory=dict)  # by position
     cached_tokens: int = 0
     error: str = ""
-    _described_prompt: tuple[Logprobs | None, ...] | None = None
 
     @classmethod
     def begun(cls, job: Job, tokenizer: Tokenizer | None, eos: Sequence[int]) -> "Answer":
@@ -201,10 +204,7 @@ class Answer:
     def take(self, index: int, update: wire.SeqUpdate) -> bool:
         """As `Completion.take`, for one of the outputs."""
         if update.prompt_logprobs is not None:
-            tokenizer = self.completions[0].tokenizer
-            for position, entry in enumerate(update.prompt_logprobs.entries, update.prompt_logprobs.start):
-                self.prompt_logprobs[position] = described(tokenizer, self.job.tokens[position], entry)
-            self._described_prompt = None
+            self.prompt_logprobs |= enumerate(update.prompt_logprobs.entries, update.prompt_logprobs.start)
         if index == 0:
             self.cached_tokens = update.cached_tokens
         self.error = self.error or update.error
@@ -219,17 +219,28 @@ class Answer:
             num_cached_tokens=self.cached_tokens,
             error=self.error or None,
             finished=self.running == 0,
-            prompt_logprobs=self.described_prompt(),
+            prompt_logprobs=None if (prompt := self.described_prompt()) is None else tuple(prompt),
         )
 
-    def described_prompt(self) -> tuple[Logprobs | None, ...] | None:
+    @property
+    def prompt_told(self) -> bool:
+        """Is everything known that was asked about the prompt?"""
+        wanted = self.job.params.prompt_logprobs is not None
+        return not wanted or len(self.prompt_logprobs) >= len(self.job.tokens) - 1
+
+    def described_prompt(self) -> Sequence[Logprobs | None] | None:
+        """Log-probabilities of its tokens, which are described when somebody looks at them; None at a token of which
+        nothing is known, and where they were not asked for."""
         if self.job.params.prompt_logprobs is None:
             return None
-        found = self._described_prompt
-        if found is None:
-            found = tuple(self.prompt_logprobs.get(position) for position in range(len(self.job.tokens)))
-            self._described_prompt = found
-        return found
+        tokens, entries = self.job.tokens, self.prompt_logprobs
+        tokenizer = self.completions[0].tokenizer
+
+        def describe(position: int) -> Logprobs | None:
+            entry = entries.get(position)
+            return None if entry is None else described(tokenizer, tokens[position], entry)
+
+        return OnDemand(len(tokens), describe)
 
 
 def text_context(tokenizer: Tokenizer, job: Job) -> tuple[int, ...]:

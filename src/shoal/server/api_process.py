@@ -14,7 +14,7 @@ from typing import Any
 
 import uvloop
 
-from shoal import wire
+from shoal import garbage, wire
 from shoal.cluster.desk import Answer, Questions
 from shoal.errors import ClosedError, ShoalError
 from shoal.frontend.async_llm import AsyncLLM
@@ -165,6 +165,7 @@ async def _learn(llm: AsyncLLM) -> None:
     with contextlib.suppress(ShoalError):  # nobody has the fleet any more
         while not (await llm.status()).max_model_len:
             await asyncio.sleep(_LEARN_S)
+        garbage.settle()
 
 
 if __name__ == "__main__":

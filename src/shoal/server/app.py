@@ -39,7 +39,17 @@ def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
     app.include_router(dashboard.routes())
     add_limits(app, settings)
     add_metrics(app, llm, Service(llm, settings).names[0], llm.options)
+    _make_ready(app)
     return app
+
+
+def _make_ready(app: FastAPI) -> None:
+    """FastAPI would do it when the first requests come, and hold up the others meanwhile."""
+    nowhere = {"type": "http", "path": "", "root_path": "", "method": "GET", "headers": [], "query_string": b""}
+    for route in app.routes:
+        route.matches(nowhere)
+    if app.openapi_url is not None:
+        app.openapi()
 
 
 class _App(FastAPI):

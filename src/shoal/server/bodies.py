@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from shoal.server.errors import Refusal
-from shoal.server.json_reader import HALF, JsonReader, refuse_halves
+from shoal.server.json_reader import JsonReader, may_have_halves, refuse_halves
 from shoal.server.limits import Limits
 from shoal.server.schemas import Body
 from shoal.server.work_threads import apart
@@ -132,6 +132,6 @@ def read_json(body: bytes, limits: Limits = _LIMITS) -> Any:
     except json.JSONDecodeError as error:
         told = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}}
         raise RequestValidationError([{**told, "ctx": {"error": error.msg}}]) from None
-    if HALF.search(text):
+    if may_have_halves(text):
         refuse_halves(found)
     return found

@@ -14,7 +14,7 @@ from shoal.frontend.openai.answers import chat_choice, chat_logprobs, positions,
 from shoal.frontend.prompts import Job
 from shoal.server import bodies
 from shoal.server.backend import TokenStream
-from shoal.server.encoding import text_of
+from shoal.server.encoding import EncodedList, pieces, text_of
 from shoal.server.errors import ANSWERING, Refusal
 from shoal.server.running import (
     Place,
@@ -32,6 +32,7 @@ from shoal.server.running import (
     merged,
     names_of,
     params_of,
+    parted,
     prepared,
     respond,
     stream_usage,
@@ -40,6 +41,7 @@ from shoal.server.running import (
 from shoal.server.schemas import ChatAnswer, ChatBody, TemplateFields
 from shoal.server.streaming import STREAMED, ChunkWriter, EventStream, answered
 from shoal.server.tools.choice import CallDeltas, ToolPlan, message_of, plan_tools
+from shoal.server.work_threads import apart
 from shoal.types import CompletionOutput, RequestOutput, SamplingParams
 
 _READ = (
@@ -81,7 +83,7 @@ def routes(service: Service) -> APIRouter:
 async def _chat(service: Service, body: ChatBody, place: Place) -> Response:
     asked = await apart_from_the_loop(partial(_understood, service, body), body)
     await check_grammars(service.llm, [asked.job], asked.names)
-    streams = begin(service.llm, [asked.job], place)
+    streams = await begin(service, [asked.job], place)
     if not body.stream:
         (output,) = await finished(streams)
         make, weight = partial(_answer, asked, output), _weight(asked, output)
@@ -164,7 +166,7 @@ def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
         "usage": _usage(asked, sum(len(each.token_ids) for each in output.outputs), output.num_cached_tokens),
     }
     if asked.prompt_logprobs:
-        body["prompt_logprobs"] = positions(output.prompt_logprobs or ())
+        body["prompt_logprobs"] = positions(output.prompt_logprobs or (), EncodedList())
     if asked.forms.ids:
         body["prompt_token_ids"] = output.prompt_token_ids
     return body
@@ -178,7 +180,7 @@ def _weight(asked: _Request, output: RequestOutput) -> int:
 
 def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:
     plan = asked.plan
-    choice = chat_choice(output, asked.params.logprobs, by_id=asked.forms.named_by_id)
+    choice = chat_choice(output, asked.params.logprobs, by_id=asked.forms.named_by_id, make_list=EncodedList)
     if asked.forms.ids:
         choice["token_ids"] = output.token_ids
     if plan.parser is not None:
@@ -214,23 +216,32 @@ async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes,
     prompt = f',"prompt_token_ids":{text_of(asked.job.tokens)}' if asked.forms.ids else ""
     try:
         async for _, deltas in merged([stream]):
-            choices: list[dict[str, Any]] = []
-            heads: list[dict[str, Any]] = []
-            for delta in deltas:
-                if delta.index not in begun:
-                    begun.add(delta.index)
-                    heads.append(_chunk_choice(delta.index, {"role": "assistant", "content": ""}))
-                written += len(delta.token_ids)
-                choices += _chunk_choices(asked, readers.get(delta.index), delta)
-            told = text_of(_usage(asked, written, stream.cached_tokens)) if asked.usage_always else no_usage
-            if heads or choices:
+            for part, size in parted(deltas, partial(_chunk_weight, asked)):
+                new = sorted({delta.index for delta in part} - begun)
+                begun.update(new)
+                written += sum(len(delta.token_ids) for delta in part)
+                choices = await apart(partial(_told_choices, asked, readers, part), size)
+                told = text_of(_usage(asked, written, stream.cached_tokens)) if asked.usage_always else no_usage
+                heads = [_chunk_choice(index, {"role": "assistant", "content": ""}) for index in new]
                 chunks = [writer.chunk(text_of(head), told, prompt) for head in heads]
-                chunks += [writer.chunk(text_of(choice), told) for choice in choices]
-                yield "".join(chunks).encode("utf-8", "replace")
+                chunks += [writer.chunk(choice, told) for choice in choices]
+                if chunks:
+                    yield "".join(chunks).encode("utf-8", "replace")
         if asked.usage:
             yield writer.chunk("", text_of(_usage(asked, written, stream.cached_tokens))).encode()
     finally:
         stream.close()
+
+
+def _chunk_weight(asked: _Request, delta: Delta) -> int:
+    return weight_of(len(delta.token_ids), asked.params.logprobs)
+
+
+def _told_choices(asked: _Request, readers: Mapping[int, CallDeltas], deltas: Sequence[Delta]) -> list[str]:
+    """In JSON."""
+    return [
+        "".join(pieces(choice)) for delta in deltas for choice in _chunk_choices(asked, readers.get(delta.index), delta)
+    ]
 
 
 def _chunk_choices(asked: _Request, reader: CallDeltas | None, delta: Delta) -> Sequence[dict[str, Any]]:
@@ -241,9 +252,10 @@ def _chunk_choices(asked: _Request, reader: CallDeltas | None, delta: Delta) -> 
     else:
         parts = reader.feed(delta.text, finish)
         finish = reader.finish_of(finish)
-    top = asked.params.logprobs or 0
-    by_id = asked.forms.named_by_id
-    logprobs = None if delta.logprobs is None else chat_logprobs(delta.token_ids, delta.logprobs, top, by_id=by_id)
+    logprobs = None
+    if delta.logprobs is not None:
+        top, by_id = asked.params.logprobs or 0, asked.forms.named_by_id
+        logprobs = {"content": chat_logprobs(delta.token_ids, delta.logprobs, top, EncodedList(), by_id=by_id)}
     if not parts and (finish is not None or logprobs is not None or (asked.forms.ids and delta.token_ids)):
         parts = [{}]
     choices = [_chunk_choice(delta.index, part) for part in parts]

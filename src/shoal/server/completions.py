@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -21,7 +22,7 @@ from shoal.frontend.prompts import Job, salted
 from shoal.frontend.token_places import prompt_starts, prompt_text
 from shoal.server import bodies
 from shoal.server.backend import TokenStream
-from shoal.server.encoding import pieces, text_of
+from shoal.server.encoding import EncodedList, pieces, text_of
 from shoal.server.errors import ANSWERING, Refusal
 from shoal.server.running import (
     Place,
@@ -40,6 +41,7 @@ from shoal.server.running import (
     merged,
     names_of,
     params_of,
+    parted,
     prepared,
     respond,
     stream_usage,
@@ -99,7 +101,7 @@ def routes(service: Service) -> APIRouter:
 async def _complete(service: Service, body: CompletionBody, place: Place) -> Response:
     asked = await apart_from_the_loop(partial(_understood, service, body), body)
     await check_grammars(service.llm, asked.jobs, asked.names)
-    streams = begin(service.llm, asked.jobs, place)
+    streams = await begin(service, asked.jobs, place)
     if not body.stream:
         outputs = await finished(streams)
         make, weight = partial(_answer, asked, outputs), _weight(asked, outputs)
@@ -236,7 +238,7 @@ def _choice(asked: _Request, output: RequestOutput, each: CompletionOutput, echo
         each = replace(each, text="", token_ids=(), finish_reason="length", stop_reason=None)
         each = replace(each, logprobs=None if each.logprobs is None else ())
     by_id = asked.forms.named_by_id
-    choice = completion_choice(each, by_id=by_id)
+    choice = completion_choice(each, by_id=by_id, make_list=EncodedList)
     choice["text"] = echo.text + choice["text"]
     if echo.wanted and each.logprobs is not None:
         offsets = choice["logprobs"]["text_offset"]
@@ -246,7 +248,7 @@ def _choice(asked: _Request, output: RequestOutput, each: CompletionOutput, echo
     if asked.forms.ids:
         choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": each.token_ids}
     if asked.prompt_logprobs:
-        choice["prompt_logprobs"] = positions(output.prompt_logprobs or ())
+        choice["prompt_logprobs"] = positions(output.prompt_logprobs or (), EncodedList())
     return choice
 
 
@@ -261,7 +263,14 @@ def _joined(
 ) -> dict[str, Any]:
     """Of the prompt's tokens and the output's, as one list. `offsets`: of the latter, in their own text."""
     behind = [*echo.offsets, *(len(echo.text) + each for each in offsets)]
-    return completion_logprobs([*echo.tokens, *tokens], [*prompt, *logprobs], behind, first=echo.first, by_id=by_id)
+    return completion_logprobs(
+        chain(echo.tokens, tokens),
+        chain(prompt, logprobs),
+        behind,
+        first=echo.first,
+        by_id=by_id,
+        make_list=EncodedList,
+    )
 
 
 def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
@@ -289,11 +298,13 @@ async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGener
             if not (has_begun or _may_begin(streams[number], held[number])):
                 continue
             ready, held[number] = held[number], []
-            new = sum(not begun[number * n + delta.index] for delta in ready)
 
-            def told_choices(number: int = number, ready: Sequence[Delta] = ready) -> list[str]:
+            def weight(delta: Delta, number: int = number) -> int:
+                return _chunk_weight(asked, asked.jobs[number], delta, first=not begun[number * n + delta.index])
+
+            def told_choices(part: Sequence[Delta], number: int = number) -> list[str]:
                 choices = []
-                for delta in ready:
+                for delta in part:
                     index = number * n + delta.index
                     choice = _chunk_choice(
                         asked, streams[number], delta, asked.echoes[number], waiting[index], first=not begun[index]
@@ -304,12 +315,13 @@ async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGener
                         choices.append("".join(pieces(choice)))
                 return choices
 
-            choices = await apart(told_choices, _chunk_weight(asked, asked.jobs[number], ready, new))
-            written += 0 if asked.empty else sum(len(delta.token_ids) for delta in ready)
-            told = text_of(_usage(asked, written, _cached(streams))) if asked.usage_always else no_usage
-            chunks = "".join([writer.chunk(choice, told) for choice in choices])
-            if chunks:
-                yield chunks.encode("utf-8", "replace")
+            for part, size in parted(ready, weight):
+                choices = await apart(partial(told_choices, part), size)
+                written += 0 if asked.empty else sum(len(delta.token_ids) for delta in part)
+                told = text_of(_usage(asked, written, _cached(streams))) if asked.usage_always else no_usage
+                chunks = "".join([writer.chunk(choice, told) for choice in choices])
+                if chunks:
+                    yield chunks.encode("utf-8", "replace")
         if asked.usage:
             yield writer.chunk("", text_of(_usage(asked, written, _cached(streams)))).encode()
     finally:
@@ -318,17 +330,14 @@ async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGener
 
 def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
     """What is known of the prompt comes with its first output and is sent before each: the others wait for that one."""
-    known = stream.prompt_logprobs or ()
-    return all(each is not None for each in known[1:]) or any(
-        delta.index == 0 and delta.finish_reason is not None for delta in held
-    )
+    return stream.prompt_told or any(delta.index == 0 and delta.finish_reason is not None for delta in held)
 
 
-def _chunk_weight(asked: _Request, job: Job, deltas: Sequence[Delta], new: int) -> int:
-    """`new`: how many of the outputs begin with these deltas, which then tell of the prompt."""
+def _chunk_weight(asked: _Request, job: Job, delta: Delta, *, first: bool) -> int:
+    """`first`: of its output, so that the prompt stands before it."""
     wanted = asked.params.prompt_logprobs
-    prompt = 0 if wanted is None else weight_of(new * len(job.tokens), wanted)
-    return prompt + weight_of(sum(len(delta.token_ids) for delta in deltas), asked.params.logprobs)
+    prompt = weight_of(len(job.tokens), wanted) if first and wanted is not None else 0
+    return prompt + weight_of(len(delta.token_ids), asked.params.logprobs)
 
 
 def _says_something(choice: Mapping[str, Any]) -> bool:
@@ -369,7 +378,7 @@ def _chunk_choice(
         if asked.forms.ids:
             choice["prompt_token_ids"] = echo.tokens
         if asked.prompt_logprobs:
-            choice["prompt_logprobs"] = positions(stream.prompt_logprobs or ())
+            choice["prompt_logprobs"] = positions(stream.prompt_logprobs or (), EncodedList())
     return choice
 
 
@@ -381,4 +390,5 @@ def _ready_logprobs(
     offsets = [offset for _, _, offset in ready]
     if first and echo.wanted:
         return _joined(echo, stream.prompt_logprobs or (), tokens, logprobs, offsets, by_id=by_id)
-    return completion_logprobs(tokens, logprobs, [len(echo.text) + each for each in offsets], by_id=by_id)
+    behind = [len(echo.text) + each for each in offsets]
+    return completion_logprobs(tokens, logprobs, behind, by_id=by_id, make_list=EncodedList)

@@ -1,7 +1,8 @@
 """JSON as clients send it, read in small steps.
 
 `json.loads` reads a body of 30 MB in one call, in which no other thread of Python runs. Here that is a call for each
-list or object, and for each run of numbers and texts in them: the interpreter goes from thread to thread in between.
+list or object, for each run of numbers and texts in them, and for each part of a long text: the interpreter goes from
+thread to thread in between.
 What a body may hold is counted as it is read, so that nothing is made of one that holds too much.
 """
 
@@ -15,14 +16,16 @@ from shoal.server.errors import Refusal
 from shoal.types import shown
 
 _SPACE = r"[ \t\n\r]*+"
-_TEXT = r'"[^"\\\x00-\x1f]*+"'  # without escapes
+_PART = 1 << 16  # characters of a text that are looked at in one call
+_TEXT = rf'"[^"\\\x00-\x1f]{{0,{_PART}}}+"'  # without escapes
 _WORD = r"[-+.0-9A-Za-z]++"
-_RUN = 4096  # values that are read in one call
+_RUN = 4096  # values that are read in one call ...
+_SPAN = 1 << 18  # ... of so many characters in all
 # A beginning of a list, or of an object, that holds neither lists nor objects: up to and with the last comma.
 _VALUES = re.compile(rf"(?:{_SPACE}(?:{_TEXT}|{_WORD}){_SPACE},){{1,{_RUN}}}+", re.DOTALL)
 _PAIRS = re.compile(rf"(?:{_SPACE}{_TEXT}{_SPACE}:{_SPACE}(?:{_TEXT}|{_WORD}){_SPACE},){{1,{_RUN}}}+", re.DOTALL)
 _BLANK = re.compile(_SPACE)
-HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that stands for half of a character beyond U+FFFF
+_NOT_PLAIN = re.compile(r"[\\\x00-\x1f]")
 _SHOWN = 40  # characters of a wrong number
 
 
@@ -75,7 +78,19 @@ class JsonReader:
         if first == "{":
             return self._inside(at, self._object)
         self._count(1)
+        if first == '"' and (end := self._end_of_plain(at)) is not None:
+            return self._text[at + 1 : end], end + 1
         return _decode(self._text, at)
+
+    def _end_of_plain(self, at: int) -> int | None:
+        """Where a long text ends, if it has no escapes."""
+        end = self._text.find('"', at + 1)
+        if end - at <= _PART:
+            return None
+        parts = range(at + 1, end, _PART)
+        if any(_NOT_PLAIN.search(self._text, part, min(part + _PART, end)) for part in parts):
+            return None
+        return end
 
     def _inside(self, at: int, read: Callable[[int], tuple[Any, int]]) -> tuple[Any, int]:
         self._count(1)
@@ -100,7 +115,7 @@ class JsonReader:
         if self._text.startswith("]", at):
             return found, at + 1
         while True:
-            if (run := _VALUES.match(self._text, at)) is not None:
+            if (run := _VALUES.match(self._text, at, at + _SPAN)) is not None:
                 values = self._run(f"[{run[0][:-1]}]", at)
                 self._count(len(values))
                 found += values
@@ -117,7 +132,7 @@ class JsonReader:
         if self._text.startswith("}", at):
             return found, at + 1
         while True:
-            if (run := _PAIRS.match(self._text, at)) is not None:
+            if (run := _PAIRS.match(self._text, at, at + _SPAN)) is not None:
                 pairs = self._run(f"{{{run[0][:-1]}}}", at)
                 self._count(len(pairs))
                 found.update(pairs)
@@ -158,6 +173,11 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
         raise
     except ValueError:
         raise Refusal(400, "the body has a number of too many digits", code="invalid_json") from None
+
+
+def may_have_halves(text: str) -> bool:
+    """Does it have an escape that may stand for half of a character beyond U+FFFF?"""
+    return "\\ud" in text or "\\uD" in text
 
 
 def refuse_halves(value: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.frontend.openai.answers import chat_logprobs
+from shoal.server.encoding import EncodedList
 from shoal.server.running import identifier
 from shoal.server.tools.choice import CallDeltas, ToolPlan
 
@@ -21,36 +22,38 @@ class OutputItems:
         self._reader = CallDeltas(plan, whole=whole) if plan.parser is not None else None
         self._top = top or 0
         self._open = False  # the last item may grow
-        self._known: list[dict[str, Any]] = []  # of tokens whose text is not certain yet
+        self._known = EncodedList()  # of tokens whose text is not certain yet
 
     def feed(self, text: str, tokens: Sequence[int], logprobs: Any, finish: str | None) -> list[dict[str, Any]]:
         self.written += len(tokens)
         events: list[dict[str, Any]] = []
-        known = [] if logprobs is None else chat_logprobs(tokens, logprobs, self._top)["content"]
+        known = EncodedList()
+        if logprobs is not None:
+            chat_logprobs(tokens, logprobs, self._top, known)
         if self._reader is None:
             return self._text(text, known) if text or known else events
         self._known += known
         for delta in self._reader.feed(text, finish):
             if "content" in delta:
-                known, self._known = self._known, []
+                known, self._known = self._known, EncodedList()
                 events += self._text(delta["content"], known)
             for part in delta.get("tool_calls", ()):
                 events += self._call(part)
         return events
 
     def end(self, reason: str | None) -> list[dict[str, Any]]:
-        begun = [] if self.items else self._text("", [])
+        begun = [] if self.items else self._text("", EncodedList())
         cut = reason == "length" or (self._reader is not None and self._reader.cut)
         return begun + self._close("incomplete" if cut else "completed")
 
-    def _text(self, text: str, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _text(self, text: str, logprobs: EncodedList) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if not self._open or self.items[-1]["type"] != "message":
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": EncodedList()}
             item = {"type": "message", "id": identifier("msg"), "role": "assistant", "content": []}
             events = self._begin(item)
             self.items[-1]["content"] = [part]
-            events.append(self._event("response.content_part.added", content_index=0, part=dict(part)))
+            events.append(self._event("response.content_part.added", content_index=0, part={**part, "logprobs": []}))
         (part,) = self.items[-1]["content"]
         part["text"] += text
         part["logprobs"] += logprobs

@@ -18,7 +18,7 @@ from shoal.frontend.prompts import Job
 from shoal.server import bodies
 from shoal.server.backend import TokenStream
 from shoal.server.chat import may_cut
-from shoal.server.encoding import text_of
+from shoal.server.encoding import pieces
 from shoal.server.errors import ANSWERING, Refusal, of_request, refusal_of
 from shoal.server.response_input import items_of, listed, messages_of, references, resolved
 from shoal.server.response_output import OutputItems
@@ -94,7 +94,7 @@ async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: P
     keep = shelf.open and body.store is not False
     asked = await apart_from_the_loop(partial(_understood, service, body, before, said, keep=keep), body)
     await check_grammars(service.llm, [asked.job], asked.names)
-    streams = begin(service.llm, [asked.job], place)
+    streams = await begin(service, [asked.job], place)
     if body.stream:
         events = _events(asked, shelf, streams[0])
         return EventStream(await anext(events), events, last=b"", headers=ignored_headers([asked.job]))
@@ -297,7 +297,7 @@ async def _events(asked: _Request, shelf: Shelf, stream: TokenStream) -> AsyncGe
         nonlocal sequence
         texts = []
         for event in events:
-            texts.append(f"event: {event['type']}\ndata: {text_of(event | {'sequence_number': sequence})}\n\n")
+            texts.append(f"event: {event['type']}\ndata: {''.join(pieces(event | {'sequence_number': sequence}))}\n\n")
             sequence += 1
         return "".join(texts).encode("utf-8", "replace")
 

@@ -3,8 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
@@ -43,6 +43,8 @@ _MOST_CHARACTERS = 1 << 16  # ... theirs together
 _MOST_ALLOWED = 1 << 22  # entries of allowed_token_ids
 _MOST_CHANGES = 1 << 20  # ... and of what changes single logits or is looked at for each token
 _MOST_TOKENS = 1 << 25  # of their prompts
+_TURN = 64  # outputs that begin in a row, where a prompt has no more
+_PART = 256 << 10  # bytes of a stream that are made at a time
 
 
 def _digits(value: Any) -> Any:
@@ -69,6 +71,7 @@ class Service:
     llm: Backend
     settings: ServerSettings
     started: int = field(default_factory=lambda: int(time.time()))
+    beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # of a request with many outputs
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -258,13 +261,18 @@ async def check_grammars(llm: Backend, jobs: Sequence[Job], names: Mapping[str, 
         raise of_request(error, names, prepared=True) from None
 
 
-def begin(llm: Backend, jobs: Sequence[Job], place: Place) -> list[TokenStream]:
-    """All of them, or none."""
-    streams: list[TokenStream] = []
+async def begin(service: Service, jobs: Sequence[Job], place: Place) -> list[TokenStream]:
+    """All of them, or none. Where they are many, other requests have their turn in between, but for those that begin
+    as many."""
     outputs = sum(job.params.n for job in jobs)
-    jobs = [replace(job, outputs=outputs) for job in jobs]
+    streams: list[TokenStream] = []
     try:
-        streams.extend(llm.stream(job, priority=place.priority, replica=place.replica) for job in jobs)
+        async with service.beginning if outputs > _TURN else nullcontext():
+            for number, job in enumerate(jobs, 1):
+                own = replace(job, outputs=outputs)
+                streams.append(service.llm.stream(own, priority=place.priority, replica=place.replica))
+                if number * job.params.n % _TURN == 0:
+                    await asyncio.sleep(0)
     except BaseException:
         close(streams)
         raise
@@ -364,6 +372,22 @@ class TokenForms:
 def weight_of(tokens: int, logprobs: int | None) -> int:
     """About how many bytes tell of so many tokens, and of the likeliest ones at each."""
     return tokens * (8 + (0 if logprobs is None else 64 * (logprobs + 1)))
+
+
+def parted(deltas: Sequence[Delta], weight: Callable[[Delta], int]) -> Iterator[tuple[list[Delta], int]]:
+    """Deltas as they come, as many at a time as can be told without keeping others waiting, with their `weight`
+    together."""
+    part: list[Delta] = []
+    size = 0
+    for delta in deltas:
+        own = weight(delta)
+        if part and size + own > _PART:
+            yield part, size
+            part, size = [], 0
+        part.append(delta)
+        size += own
+    if part:
+        yield part, size
 
 
 async def respond(make: Callable[[], Any], weight: int, headers: Mapping[str, str] | None = None) -> Response:

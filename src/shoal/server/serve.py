@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import uvloop
 
+from shoal import garbage
 from shoal.activity import State
 from shoal.errors import ClosedError, EngineError, ShoalError
 from shoal.frontend.async_llm import AsyncLLM
@@ -180,6 +181,7 @@ async def _watch(llm: AsyncLLM, url: str) -> None:
             thread that drives them has ended.
     """
     await llm.ready()
+    garbage.settle()
     print(f"Shoal serves {llm.model_name} at {url}", flush=True)
     while True:
         await asyncio.sleep(_LOOK_S)

@@ -65,7 +65,7 @@ def _do(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]", work: Ca
 
 
 _small = WorkThreads(4)
-_large = WorkThreads(2)
+_large = WorkThreads(1)
 
 
 async def apart(work: Callable[[], T], size: int, *, quick: bool = True) -> T:

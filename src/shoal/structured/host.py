@@ -3,14 +3,13 @@
 So a grammar's process is there in milliseconds, and what one of them does to itself harms nobody else.
 """
 
-import gc
 import os
 import signal
 import socket
 from collections.abc import Callable
 from typing import Any
 
-from shoal import wire
+from shoal import garbage, wire
 from shoal.errors import RequestError
 from shoal.observe.logging import get_logger
 from shoal.structured import grammar_process
@@ -58,8 +57,7 @@ class Host:
         """Until it is told to stop, or nobody is there any more; gives an exit code."""
         try:
             vocabulary = make_vocabulary()
-            gc.collect()
-            gc.freeze()  # or the collector would write to pages that all processes share
+            garbage.settle()  # or the collector would write to pages that all processes share
             self._channel.send(wire.encode(wire.GrammarHostReady()))
             while self._step(vocabulary):
                 pass

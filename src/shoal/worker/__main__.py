@@ -13,7 +13,7 @@ from typing import Protocol
 
 import click
 
-from shoal import wire
+from shoal import garbage, wire
 from shoal.observe import logging
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
@@ -40,6 +40,7 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
     from shoal.worker.process_groups import ProcessGroups  # these load torch; the other thread is heard meanwhile
     from shoal.worker.rank import Rank
 
+    garbage.settle()
     status.rank = rank = Rank(ProcessGroups(store, size))
     while not isinstance(message := inbox.get(), wire.Stop):
         answer = rank.answer(message)

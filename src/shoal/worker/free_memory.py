@@ -1,14 +1,15 @@
 """Memory that nothing refers to any more goes back to the system at once."""
 
 import ctypes
-import gc
 
 import torch
+
+from shoal import garbage
 
 
 def give_back(device: torch.device) -> None:
     """glibc keeps what lies below something that is in use, and PyTorch all of a GPU's, unless they are told."""
-    gc.collect()
+    garbage.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it

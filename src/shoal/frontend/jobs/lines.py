@@ -23,7 +23,7 @@ def line_of(entry: Entry, digest: str, output: RequestOutput, model: str) -> dic
         "outputs": [_completion(each) for each in output.outputs],
     }
     if output.prompt_logprobs is not None:
-        line["prompt_logprobs"] = positions(output.prompt_logprobs)
+        line["prompt_logprobs"] = positions(output.prompt_logprobs, [])
     return {**line, "digest": digest}
 
 
@@ -44,5 +44,5 @@ def _completion(output: CompletionOutput) -> dict[str, Any]:
     }
     if output.logprobs is not None:
         line["cumulative_logprob"] = output.cumulative_logprob
-        line["logprobs"] = positions(output.logprobs)
+        line["logprobs"] = positions(output.logprobs, [])
     return line

@@ -1,9 +1,13 @@
-"""Outputs in the forms of OpenAI's answers: choices, log-probabilities, usage."""
+"""Outputs in the forms of OpenAI's answers: choices, log-probabilities, usage.
+
+Log-probabilities are long lists of small objects. `make_list` says what they are gathered in: something that encodes
+each item as it comes holds texts instead of those objects.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from shoal.frontend.token_places import is_text
 from shoal.types import CompletionOutput, Logprob, Logprobs
@@ -11,26 +15,40 @@ from shoal.types import CompletionOutput, Logprob, Logprobs
 _LEAST = -9999.0  # JSON has no infinity; OpenAI's API writes this for a token that can't be
 
 
-def chat_choice(output: CompletionOutput, top: int | None, *, by_id: bool = False) -> dict[str, Any]:
+class Gathered(Protocol):
+    def append(self, item: Any, /) -> None: ...
+
+
+MakeList = Callable[[], Gathered]
+List = TypeVar("List", bound=Gathered)
+
+
+def chat_choice(
+    output: CompletionOutput, top: int | None, *, by_id: bool = False, make_list: MakeList = list
+) -> dict[str, Any]:
     """`top`, `by_id`: as `chat_logprobs` has them; of no effect where none were asked for."""
-    wanted = output.logprobs
+    told = None
+    if output.logprobs is not None:
+        told = {"content": chat_logprobs(output.token_ids, output.logprobs, top or 0, by_id=by_id, into=make_list())}
     return {
         "index": output.index,
         "message": {"role": "assistant", "content": output.text},
-        "logprobs": None if wanted is None else chat_logprobs(output.token_ids, wanted, top or 0, by_id=by_id),
+        "logprobs": told,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
 
 
-def completion_choice(output: CompletionOutput, *, by_id: bool = False) -> dict[str, Any]:
-    wanted = output.logprobs
+def completion_choice(output: CompletionOutput, *, by_id: bool = False, make_list: MakeList = list) -> dict[str, Any]:
+    told = None
+    if output.logprobs is not None:
+        told = completion_logprobs(
+            output.token_ids, output.logprobs, output.text_offsets, by_id=by_id, make_list=make_list
+        )
     return {
         "index": output.index,
         "text": output.text,
-        "logprobs": None
-        if wanted is None
-        else completion_logprobs(output.token_ids, wanted, output.text_offsets, by_id=by_id),
+        "logprobs": told,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
@@ -41,20 +59,23 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
 
 
 def chat_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[Logprobs], top: int, *, by_id: bool = False
-) -> dict[str, Any]:
-    """The `top` likeliest tokens of each position, in that order; all that are known where it is -1. The token itself
-    is among them only if it is one of the likeliest. `by_id`: tokens are called `token_id:17`."""
-    return {"content": [_position(*pair, top, by_id=by_id) for pair in zip(tokens, logprobs, strict=False)]}
+    tokens: Sequence[int], logprobs: Sequence[Logprobs], top: int, into: List, *, by_id: bool = False
+) -> List:
+    """`into`, with the `top` likeliest tokens of each position, in that order; all that are known where it is -1. The
+    token itself is among them only if it is one of the likeliest. `by_id`: tokens are called `token_id:17`."""
+    for token, each in zip(tokens, logprobs, strict=False):
+        into.append(_position(token, each, top, by_id=by_id))
+    return into
 
 
 def completion_logprobs(
-    tokens: Sequence[int],
-    logprobs: Sequence[Logprobs | None],
+    tokens: Iterable[int],
+    logprobs: Iterable[Logprobs | None],
     offsets: Sequence[int] | None,
     *,
     first: str = "",
     by_id: bool = False,
+    make_list: MakeList = list,
 ) -> dict[str, Any]:
     """Four lists over positions.
 
@@ -63,21 +84,30 @@ def completion_logprobs(
         first: how a token reads of which nothing is known, which is a prompt's first.
         by_id: tokens are called `token_id:17`.
     """
-    known = list(zip(tokens, logprobs, strict=False))
-    texts = [first if each is None else _legacy_name(token, each[token]) for token, each in known]
+    names: list[str] = []
+    texts: list[str] = []
+    own: list[float | None] = []
+    likeliest = make_list()
+    for token, each in zip(tokens, logprobs, strict=False):
+        texts.append(first if each is None else _legacy_name(token, each[token]))
+        names.append(_id_text(token) if by_id else texts[-1])
+        own.append(None if each is None else finite(each[token].logprob))
+        likeliest.append(None if each is None else _likeliest(each, by_id=by_id))
     if offsets is None:
         offsets = list(accumulate(map(len, texts), initial=0))
     return {
         "text_offset": list(offsets[: len(texts)]),
-        "tokens": [_id_text(token) for token, _ in known] if by_id else texts,
-        "token_logprobs": [None if each is None else finite(each[token].logprob) for token, each in known],
-        "top_logprobs": [None if each is None else _likeliest(each, by_id=by_id) for _, each in known],
+        "tokens": names,
+        "token_logprobs": own,
+        "top_logprobs": likeliest,
     }
 
 
-def positions(logprobs: Sequence[Logprobs | None]) -> list[dict[str, Any] | None]:
-    """A list over positions of token id -> what is known of the token."""
-    return [None if each is None else {str(token): _known(found) for token, found in each.items()} for each in logprobs]
+def positions(logprobs: Iterable[Logprobs | None], into: List) -> List:
+    """`into`, with token id -> what is known of the token, for each position."""
+    for each in logprobs:
+        into.append(None if each is None else {str(token): _known(found) for token, found in each.items()})
+    return into
 
 
 def finite(logprob: float) -> float:
