@@ -32,7 +32,7 @@ MAX_MODEL_LEN = 64
 # Two that begin alike, two that are alike, and one that repeats itself.
 PROMPTS = make_prompts([1, 5, 16, 33], seed=11)
 PROMPTS += [[*PROMPTS[3][:20], 7, 8], list(PROMPTS[2]), [5, 6, 7, 8] * 5]
-STEPS = 12
+STEPS = 8
 # Over processes, a dozen: each axis alone, and in pairs.
 OVER_PROCESSES: dict[str, dict[str, Any]] = {
     "opt": {"tensor_parallel_size": 3},

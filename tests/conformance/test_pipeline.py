@@ -22,7 +22,6 @@ from shoal.worker.runner import Runner
 from support import others
 from support.checkpoints import MAKERS
 
-LAYOUTS = [(2, 1), (3, 1), (2, 2), (3, 2)]
 THREADS: dict[str, Any] = {"distributed_executor_backend": "threads", "kv_cache_memory_bytes": 2**21}
 
 
@@ -40,7 +39,7 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[tuple[int, ...]]]:
     return [[sample.token_ids for sample in output.outputs] for output in outputs]
 
 
-@pytest.mark.parametrize(("pp", "tp"), LAYOUTS)
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (3, 2)])  # all others: test_matrix.py
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_every_family(checkpoint: Checkpoint, name: str, pp: int, tp: int) -> None:
     folder = checkpoint(name)

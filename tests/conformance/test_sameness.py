@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from shoal import LLM, RequestOutput, SamplingParams
-from shoal.models.registry import FAMILIES
 from support.checkpoints import MAKERS, Reference
 
 # The reference's two likeliest tokens may change places below this difference of their log-probabilities.
@@ -88,7 +87,7 @@ def test_many_prompts(checkpoint: Checkpoint, name: str, tp: int) -> None:
     assert_same(folder, MIXED, generate(folder, MIXED, tensor_parallel_size=tp))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "phi"])  # others: test_matrix.py
 def test_process_ranks(checkpoint: Checkpoint, name: str) -> None:
     folder = checkpoint(name)
     outputs = generate(folder, FEW, steps=8, tensor_parallel_size=2, distributed_executor_backend="mp")

@@ -11,8 +11,8 @@ from openai import AsyncOpenAI
 
 from support.servers import ShoalServer
 
-STREAMS = 64
-TOKENS = 100
+STREAMS = 32
+TOKENS = 80
 WAIT_S = 60.0
 ROLES = ("worker", "engine")
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)

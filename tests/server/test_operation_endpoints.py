@@ -158,7 +158,7 @@ def get(server: ShoalServer, path: str) -> Answer:
     return ask(server, "GET", path)
 
 
-def completion(server: ShoalServer, seed: int, max_tokens: int = 200, on_text: Callable[[], Any] = lambda: None) -> str:
+def completion(server: ShoalServer, seed: int, max_tokens: int = 100, on_text: Callable[[], Any] = lambda: None) -> str:
     """The text of a streamed completion; `on_text` is called when a part of it is there."""
     body = {
         "model": "bundled",
