@@ -390,7 +390,7 @@ def test_much_that_comes_at_once_leaves_others_the_loop(setting: Setting) -> Non
     async def work() -> None:
         stream = setting.stream(SamplingParams(max_tokens=2000, detokenize=False, ignore_eos=True))
         setting.line.say(*(wire.SeqUpdate(0, (token,)) for token in range(1000)))
-        seen = []
+        seen: list[int] = []
         while sum(seen) < 1000:
             await asyncio.sleep(0)
             seen.append(len(stream.output().outputs[0].token_ids) - sum(seen))

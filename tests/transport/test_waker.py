@@ -1,9 +1,11 @@
+from typing import Any
+
 from shoal.transport.channel import wait
 from shoal.transport.waker import Waker
 
 
 def test_it_ends_a_wait_until_it_is_quiet() -> None:
-    waker = Waker()
+    waker: Any = Waker()
     assert wait([waker], 0) == []
     for _ in range(3):
         waker.wake()
