@@ -192,13 +192,13 @@ def _logprobs() -> list[Case]:
             "/v1/chat/completions",
             _chat(logprobs=True, top_logprobs=20, n=64, max_tokens=256, ignore_eos=True),
         ),
-        Case("n 2,048, 64 tokens", "/v1/completions", _completion(n=2048, max_tokens=64, ignore_eos=True)),
+        Case("n 2,048, 16 tokens", "/v1/completions", _completion(n=2048, max_tokens=16, ignore_eos=True)),
         Case(
-            "n 2,048, 64 tokens, streamed",
+            "n 2,048, 16 tokens, streamed",
             "/v1/completions",
-            _completion(n=2048, max_tokens=64, ignore_eos=True, stream=True),
+            _completion(n=2048, max_tokens=16, ignore_eos=True, stream=True),
         ),
-        Case("n 2,048, ended by a stop", "/v1/completions", _completion(n=2048, max_tokens=64, stop=["e", "a", "1"])),
+        Case("n 2,048, ended by a stop", "/v1/completions", _completion(n=2048, max_tokens=16, stop=["e", "a", "1"])),
     ]
 
 
