@@ -111,8 +111,7 @@ def measured(folder: Path, shard: Shard, dtype: torch.dtype, tokens: int, contex
 
 
 # The narrow matrices of these checkpoints make norms, attention and logits the fullest moment, each in some.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
-@pytest.mark.parametrize("tp", [1, 5])
+@pytest.mark.parametrize(("tp", "dtype"), [(1, torch.float32), (5, torch.bfloat16)], ids=["1-float32", "5-bfloat16"])
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_a_step_takes_no_more_than_planned(
     checkpoint: Checkpoint, name: str, tp: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

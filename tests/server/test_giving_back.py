@@ -1,46 +1,38 @@
-"""When memory is given back to the system."""
+"""Freed memory is the system's again."""
 
-import asyncio
-import threading
+import platform
+import subprocess
+import sys
 
 import pytest
 
-from shoal.server import memory
-from shoal.server.memory import Tidier
+PROGRAM = """
+import sys
+from pathlib import Path
+from threading import Thread
+from shoal.server.memory import give_back_what_is_large
+
+def resident() -> int:
+    return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) >> 10
+
+if sys.argv[1] == "given back":
+    give_back_what_is_large()
+def work() -> None:
+    for _ in range(3):
+        large = bytearray(b"x" * (20 << 20))
+        del large
+
+before = resident()
+thread = Thread(target=work)
+thread.start()
+thread.join()
+print(resident() - before)
+"""
 
 
-def test_once_for_all_who_ask_in_the_meantime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_PAUSE_S", 0.001)
-    calls: list[str] = []
-    called = threading.Semaphore(0)
-
-    def trim(pad: int) -> int:
-        calls.append(threading.current_thread().name)
-        called.release()
-        return 1
-
-    async def work() -> None:
-        tidier = Tidier(trim)
-        for count in (1, 2):
-            for _ in range(10):
-                tidier.soon()
-            assert await asyncio.to_thread(called.acquire, timeout=60)
-            assert len(calls) == count
-
-    asyncio.run(work())
-    assert threading.current_thread().name not in calls
-
-
-@pytest.mark.skipif(memory._TRIM is None, reason="needs glibc")
-def test_the_systems_own_gives_back_what_is_free() -> None:
-    assert memory._TRIM is not None
-    assert memory._TRIM(0) in (0, 1)  # it says whether there was anything
-
-
-def test_where_the_system_has_no_such_call_nothing_is_planned() -> None:
-    async def work() -> None:
-        tidier = Tidier(None)
-        tidier.soon()
-        assert not tidier._due
-
-    asyncio.run(work())
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize(("how", "least", "most"), [("given back", -1, 2), ("as it is", 10, 100)])
+def test_large_blocks_of_a_thread_are_given_back(how: str, least: int, most: int) -> None:
+    """MiB that stay, of two blocks of 20 at a time."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+    assert least <= int(done.stdout) <= most

@@ -30,7 +30,7 @@ CHECKS: list[Any] = [
     content_type_conformance,
     response_schema_conformance,
 ]
-WITH_BODY = 100  # requests of an operation that takes one, in each mode
+WITH_BODY = 80  # requests of an operation that takes one, in each mode
 WITHOUT = 10
 GARBAGE = 300
 WAIT_S = 100.0
@@ -128,8 +128,8 @@ def test_requests_by_the_description_are_answered_as_it_says(
 
         ask()
     check_well(server, session)
-    assert statuses.total() >= 500, statuses
-    assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= 120, statuses
+    assert statuses.total() >= 400, statuses
+    assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= 100, statuses
 
 
 words = st.text(max_size=12) | st.sampled_from(

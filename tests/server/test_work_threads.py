@@ -1,10 +1,17 @@
 """Work beside the event loop."""
 
 import asyncio
+import contextlib
+import gc
 import threading
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
+from shoal.server.streaming import unless_gone
 from shoal.server.work_threads import WorkThreads, apart
 
 WAIT_S = 60.0
@@ -55,3 +62,61 @@ def test_what_nobody_waits_for_any_more_is_left_undone() -> None:
         assert done == ["third"]
 
     asyncio.run(run())
+
+
+class Body:
+    """Stands for what a request has brought."""
+
+
+def refuse(body: Body) -> None:
+    raise ValueError("too large")
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_failure_keeps_nothing_of_the_work() -> None:
+    """Not even until the garbage collector finds it, which may take long while nothing happens."""
+
+    async def go() -> None:
+        threads = WorkThreads(1)
+        body = Body()
+        alive = weakref.ref(body)
+        work = partial(refuse, body)
+        del body
+        with contextlib.suppress(ValueError):
+            await threads.run(work)
+        del work
+        assert await threads.run(lambda: 5) == 5  # the thread is at something else by now
+        assert alive() is None
+
+    asyncio.run(go())
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_failure_of_an_answer_keeps_nothing_of_it() -> None:
+    async def forever() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def fail(body: Body) -> None:
+        refuse(body)
+
+    async def go() -> None:
+        body = Body()
+        alive = weakref.ref(body)
+        work = fail(body)
+        del body
+        with contextlib.suppress(ValueError):
+            await unless_gone(forever, asyncio.create_task(work))
+        del work
+        await asyncio.sleep(0)
+        assert alive() is None
+
+    asyncio.run(go())

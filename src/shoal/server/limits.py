@@ -14,7 +14,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.server.errors import Refusal
-from shoal.server.memory import Tidier
 from shoal.server.settings import ServerSettings
 
 
@@ -93,7 +92,6 @@ class BodyLimit:
         self._app = app
         self._limits = limits
         self._held = 0  # bytes of bodies that are being read
-        self._tidier = Tidier()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -102,13 +100,10 @@ class BodyLimit:
         try:
             replay = await self._take(scope, receive)
         except Refusal as refused:
-            self._tidier.soon()  # most of them are of large bodies
             await refused.response()(scope, receive, send)
             return
         if replay is not None:
             await self._app(scope, replay, send)
-            if replay.size >= _LARGE_BYTES:
-                self._tidier.soon()
 
     async def _take(self, scope: Scope, receive: Receive) -> "_Replay | None":
         """None: the client has gone.

@@ -21,6 +21,7 @@ from shoal import addresses
 from shoal.errors import AddressInUse, ConfigError
 from shoal.server.http_protocol import protocol_with
 from shoal.server.limits import Limits
+from shoal.server.memory import give_back_what_is_large
 from shoal.server.settings import ServerSettings
 
 _BACKLOG = 2048
@@ -129,6 +130,7 @@ def _owes(connection: HttpToolsProtocol) -> bool:
 def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) -> Server:
     _log_like_ours(listening.log_level)
     sys.setswitchinterval(_SWITCH_S)
+    give_back_what_is_large()
     return Server(
         uvicorn.Config(
             app,

@@ -348,6 +348,7 @@ class _Together:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()  # they hold an error, whose traceback leads here
 
 
 def identifier(kind: str, asked: str | None = None) -> str:

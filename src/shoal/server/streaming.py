@@ -110,6 +110,7 @@ async def unless_gone(receive: Receive, work: asyncio.Task[T]) -> T:
         work.cancel()
         gone.cancel()
         await asyncio.wait([work, gone])
+        del work  # it holds the error, whose traceback holds this frame
 
 
 async def _gone(receive: Receive) -> None:

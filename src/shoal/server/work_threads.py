@@ -10,6 +10,7 @@ import contextvars
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,32 +37,36 @@ class WorkThreads:
         if len(self._threads) < self._count:
             self._threads.append(threading.Thread(target=self._serve, name="shoal-work", daemon=True))
             self._threads[-1].start()
-        return await future
+        try:
+            return await future
+        finally:
+            del future  # it holds the error, whose traceback holds this frame
 
     def _serve(self) -> None:
         while True:
-            _do(*self._tasks.get())
+            loop, future, work = self._tasks.get()
+            if not future.cancelled():
+                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to tell
+                    loop.call_soon_threadsafe(_outcome(work), future)
+            del future, work  # an error's traceback leads here, and would keep all that the work was about
 
 
-def _do(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]", work: Callable[[], Any]) -> None:
-    if future.cancelled():
-        return
-    found, error = None, None
+def _outcome(work: Callable[[], Any]) -> Callable[["asyncio.Future[Any]"], None]:
+    """Does the work, and gives what settles its future."""
     try:
-        found = work()
-    except BaseException as caught:  # noqa: BLE001 - it belongs to whoever waits
-        error = caught
+        return partial(_set_result, work())
+    except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
+        return partial(_set_error, error)
 
-    def tell() -> None:
-        if future.cancelled():
-            return
-        if error is None:
-            future.set_result(found)
-        else:
-            future.set_exception(error)
 
-    with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to tell
-        loop.call_soon_threadsafe(tell)
+def _set_result(found: Any, future: "asyncio.Future[Any]") -> None:
+    if not future.cancelled():
+        future.set_result(found)
+
+
+def _set_error(error: BaseException, future: "asyncio.Future[Any]") -> None:
+    if not future.cancelled():
+        future.set_exception(error)
 
 
 _small = WorkThreads(4)
