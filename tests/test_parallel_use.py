@@ -133,13 +133,12 @@ RIGHT = {
     "options",
     [
         {},
-        {"tensor_parallel_size": 2, "distributed_executor_backend": "threads"},
         {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
         {"engine_process": True},
-        {"data_parallel_size": 2, "distributed_executor_backend": "threads"},
+        {"tensor_parallel_size": 2, "data_parallel_size": 2, "distributed_executor_backend": "threads"},
         {"data_parallel_size": 2},
     ],
-    ids=["uni", "threads", "mp", "engine-process", "replicas-threads", "replicas"],
+    ids=["uni", "mp", "engine-process", "replicas-threads", "replicas"],
 )
 def test_threads_interrupts_forks_and_an_end_from_elsewhere(options: dict[str, Any]) -> None:
     ended = subprocess.run(

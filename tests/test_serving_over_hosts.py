@@ -365,14 +365,13 @@ def test_each_host_serves_its_own_replica_of_a_mixture_whose_experts_they_share(
         assert [states(*place)[0]["restarts"] for place in places] == [1, 1]
 
 
-@pytest.mark.parametrize("how", [["--data-parallel-rank"], ["--data-parallel-hybrid-lb", "--data-parallel-start-rank"]])
-def test_each_host_serves_its_own_replica_of_a_model_without_experts(how: list[str]) -> None:
+def test_each_host_serves_its_own_replica_of_a_model_without_experts() -> None:
     """Once they have compared what they serve, they need nothing of one another: not even whoever has replica 0."""
     with programs() as start:
         where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(hosts.free_port())]
         common = ["-dp", "2", "--data-parallel-size-local", "1", "--port", "0", *where, *SMALL]
-        second = start(*common, *how, "1")
-        first = start(*common, *how, "0")
+        second = start(*common, "--data-parallel-rank", "1")
+        first = start(*common, "--data-parallel-hybrid-lb", "--data-parallel-start-rank", "0")
         urls = [ready_url(server, replicas=1) for server in (first, second)]
         places = list(zip((first, second), urls, strict=True))
         assert [states(*place)[0]["number"] for place in places] == [0, 1]

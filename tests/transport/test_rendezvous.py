@@ -324,12 +324,14 @@ def test_a_member_that_can_not_join_leaves_nothing_open(meeting: Rendezvous) -> 
 
 def test_a_process_may_have_many_files_open(by_hand: tuple[Member, Channel]) -> None:
     member, channel = by_hand
-    member._wakeup = moved_up(member.fileno())
+    before = member.fileno()
+    member._wakeup = moved_up(os.dup(before))  # its thread may be about to use the old number
     channel.send(POSTED)
     channel.send(POSTED)
     until(member, lambda: bool(member.latest("step")))
     member.quiet()
     member.quiet()
+    os.close(before)
 
 
 def arrive(meeting: Rendezvous) -> None:
