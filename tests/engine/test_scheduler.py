@@ -348,6 +348,18 @@ def test_a_prompt_whose_logprobs_are_wanted_is_computed() -> None:
     bench.drain()
 
 
+def test_long_prompts_that_are_cached_are_admitted_some_at_a_time() -> None:
+    """Nothing is left to compute of them; to look at them takes time all the same."""
+    bench = Bench(num_blocks=40, block_size=1 << 13, budget=1 << 18, max_model_len=1 << 17)
+    prompt = [1] * (1 << 16)
+    bench.add(request(1, prompt, 1))
+    bench.step()
+    for seq in range(2, 8):
+        bench.add(request(seq, prompt, 1))
+    assert [sorted(spans(bench.step())) for _ in range(2)] == [[2, 3, 4, 5], [6, 7]]
+    bench.drain()
+
+
 def test_prompts_whose_logprobs_are_wanted_are_told_in_parts() -> None:
     """Each step looks at five tokens' logits, and at one more for whoever comes too late for that."""
     bench = Bench(prompt_logprobs=5)

@@ -37,6 +37,9 @@ from shoal.wire import Ids
 _FEW_DEADLINES = 64
 _LEAST_FORESIGHT_US = 1000
 _STEPS_REMEMBERED = 8
+# Tokens of the requests that are admitted in a step. To find them in the prefix cache and to tell ranks of them takes
+# some 0.1 us each: hundreds of long prompts that are all cached would hold up everybody's next token.
+_LOOKED_AT = 1 << 18
 
 
 class PriorityPolicy:
@@ -333,10 +336,12 @@ class Scheduler:
     def _admit_waiting(self, draft: _Draft) -> None:
         places = self._limits.max_num_seqs - len(self._running)
         most_draws = -(-(len(self._running) + min(places, len(self._waiting))) // self._limits.stages)
+        looked_at = 0
         while draft.budget > 0 and draft.draws < most_draws and len(self._running) < self._limits.max_num_seqs:
             request = self._next_waiting()
-            if request is None:
+            if request is None or looked_at >= _LOOKED_AT:
                 return
+            looked_at += len(request.tokens)
             prefix = self._pool.find_prefix(request.tokens, request.salt) if request.may_reuse else []
             # Room for the whole prompt is asked for, though blocks are given chunk by chunk: a prompt that is
             # half in would else be the first to be preempted.
