@@ -84,8 +84,10 @@ class Request:
         return self.length - self.computed
 
     def told(self, start: int, count: int) -> int:
-        """How many of its prompt's tokens log-probabilities come of when `count` tokens from `start` on are computed;
-        they are the first of these, and each tells of the one behind it."""
+        """Return how many prompt tokens get their log-probabilities when `count` tokens from `start` on are computed.
+
+        Each of the first so many computed tokens gives those of the prompt token behind it; 0 where none are wanted.
+        """
         if self.spec.sampling.prompt_logprobs < 0:
             return 0
         return max(min(start + count, self.prompt_len - 1) - start, 0)

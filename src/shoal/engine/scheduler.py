@@ -78,7 +78,7 @@ class _Draft:
 
     budget: int
     share: int  # tokens that prompts shall have of it
-    told: float  # prompt tokens whose log-probabilities may be told
+    told: float  # prompt tokens whose log-probabilities the step may still give
     work: dict[Request, wire.Work] = field(default_factory=dict)
     new: list[wire.NewSeq] = field(default_factory=list)
     draws: int = 0
@@ -94,8 +94,11 @@ class _Draft:
         return work
 
     def cut(self, request: Request, start: int, count: int) -> int:
-        """Of `count` tokens from `start` on, how many fit into the step. One may always tell of its prompt: a request
-        that waits to do so would hold up those behind it."""
+        """Return how many of a request's `count` tokens from `start` on fit into the step.
+
+        One may always be computed, whatever was told of prompts already: a request that had to wait for its turn would
+        hold up those behind it.
+        """
         count = min(count, self.budget)
         return int(max(self.told, 1)) if request.told(start, count) > max(self.told, 1) else count
 

@@ -106,7 +106,7 @@ class Completion:
         )
 
     def _logprobs_on_demand(self, start: int = 0) -> Sequence[Logprobs] | None:
-        """Of tokens from `start` on."""
+        """Return the log-probabilities of tokens from `start` on, described when looked at, or None."""
         if self._job.params.logprobs is None:
             return None
         tokens, entries = self._tokens[start:], self._logprobs[start:]
@@ -119,7 +119,7 @@ class Completion:
         return OnDemand(min(len(tokens), len(entries)), describe)
 
     def _all_logprobs(self) -> tuple[Logprobs, ...] | None:
-        """Each token is described once, however often the output is looked at while it grows."""
+        """Return the log-probabilities of all tokens. Each is described once, however often they are read."""
         found = self._logprobs_on_demand(len(self._described))
         if found is None:
             return None

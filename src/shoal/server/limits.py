@@ -44,7 +44,6 @@ class Limits:
     connections: int = 8192
 
 
-_LARGE_BYTES = 8 << 10
 PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})  # where no key is asked for
 
 
@@ -155,7 +154,6 @@ class _Replay:
     """Gives a body that was read, and then what comes behind it. It is kept no longer: an answer may take minutes."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
-        self.size = len(body)
         self._body: bytes | None = body
         self._receive = receive
 

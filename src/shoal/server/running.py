@@ -262,8 +262,8 @@ async def check_grammars(llm: Backend, jobs: Sequence[Job], names: Mapping[str, 
 
 
 async def begin(service: Service, jobs: Sequence[Job], place: Place) -> list[TokenStream]:
-    """All of them, or none. Where they are many, other requests have their turn in between, but for those that begin
-    as many."""
+    """Begin the streams of all jobs, or of none. While many begin, other requests are served in between; requests that
+    also have many outputs begin one after the other."""
     outputs = sum(job.params.n for job in jobs)
     streams: list[TokenStream] = []
     try:
@@ -376,8 +376,7 @@ def weight_of(tokens: int, logprobs: int | None) -> int:
 
 
 def parted(deltas: Sequence[Delta], weight: Callable[[Delta], int]) -> Iterator[tuple[list[Delta], int]]:
-    """Deltas as they come, as many at a time as can be told without keeping others waiting, with their `weight`
-    together."""
+    """Yield deltas in their order, in parts of at most `_PART` bytes (or one delta), with the weight of each part."""
     part: list[Delta] = []
     size = 0
     for delta in deltas:
