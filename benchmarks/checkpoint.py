@@ -7,7 +7,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from shoal.frontend.hub import locate
+from shoal.launch.hub import locate
 from shoal.models.manifest import manifest
 from shoal.models.registry import read_spec, tensor_names
 

@@ -24,7 +24,7 @@ from shoal.kernels.base import DTYPES, Kernels
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_linear
 from shoal.kernels.select import make_kernels
-from shoal.models.moe import route
+from shoal.models.layers.moe import route
 from shoal.models.spec import RoutingSpec
 
 EXPERTS, ROUTING = 128, RoutingSpec(8)

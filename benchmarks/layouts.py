@@ -15,7 +15,7 @@ import click
 
 from checkpoint import make
 from measured import measure
-from shoal.frontend.measure import Shape
+from shoal.bench.engine_speed import Shape
 
 _SHAPE = "shape:qwen3-0.6b"
 _LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # cores, and options

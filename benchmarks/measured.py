@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal import LLM
-from shoal.frontend.measure import Meter, Shape
+from shoal.bench.engine_speed import Meter, Shape
 
 _TIMEOUT_S = 1800
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from checkpoint import make
 from shoal import LLM, SamplingParams, wire
-from shoal.frontend.model import open_model
+from shoal.launch.open_model import open_model
 
 _SHAPE = "shape:qwen3-0.6b"
 _TEXT = 48  # tokens after which a copied text begins anew

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from shoal.cluster.router import Router
+from shoal.cluster.routing.router import Router
 from support.simulated_replicas import Affinity, LeastLoaded, Outcome, Policy, RoundRobin, Traffic, simulate
 
 

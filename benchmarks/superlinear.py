@@ -16,9 +16,9 @@ import click
 
 from checkpoint import make
 from measured import measure
-from shoal.config import format_bytes
-from shoal.frontend.measure import Shape
-from shoal.frontend.model import open_model
+from shoal.bench.engine_speed import Shape
+from shoal.config.engine_options import format_bytes
+from shoal.launch.open_model import open_model
 
 _SHAPE = "shape:qwen3-0.6b"
 _LAYOUTS = {"tp 1, pp 1": (1, 1), "tp 2, pp 1": (2, 1), "tp 1, pp 2": (1, 2), "tp 2, pp 2": (2, 2)}

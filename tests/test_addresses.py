@@ -9,7 +9,7 @@ import pytest
 from shoal import addresses
 from shoal.addresses import Address, host_of, is_loopback, joined, refuse_hidden_loopback, resolved, shown
 from shoal.errors import ConfigError
-from shoal.server.listening import Listening
+from shoal.server.http.listening import Listening
 
 Resolve = Callable[..., None]
 

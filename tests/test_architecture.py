@@ -14,38 +14,35 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-# Every package may import these.
+# Every room may import these. None of them imports a room.
 COMMON = {
-    "activity", "types", "errors", "config", "accepted", "env", "lazy", "observe", "open_files", "import_path",
-    "git_lfs", "forks", "addresses", "garbage", "shoal",
+    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "outputs", "params", "process",
+    "values", "shoal",
 }  # fmt: skip
 
-# package -> what else of ours it may import.
+# room -> what else of ours it may import: what lies below it.
 ALLOWED = {
-    "cli": {"server", "client", "frontend"},
-    "server": {"frontend", "structured", "cluster", "transport", "protocols", "wire"},
+    "__main__": {"cli"},
+    "cli": {"server", "client", "jobs", "bench", "llm", "launch", "text"},
+    "server": {"llm", "openai", "launch", "text", "structured", "cluster", "transport", "protocols", "wire"},
     "client": set(),
-    "frontend": {
-        "cluster",
-        "engine",
-        "executors",
-        "planner",
-        "devices",
-        "structured",
-        "transport",
-        "protocols",
-        "wire",
-    },
+    "jobs": {"openai", "text"},
+    "openai": {"text"},
+    "bench": {"launch", "engine", "planner", "devices", "worker", "transport", "protocols", "wire"},
+    "llm": {"launch", "cluster", "engine", "planner", "text", "transport", "protocols", "wire"},
+    "launch": {"cluster", "engine", "executors", "planner", "devices", "text", "transport", "protocols", "wire"},
+    "text": {"structured", "transport", "wire"},
     "structured": {"transport", "wire"},
+    "planner": {"models", "parallel", "devices", "wire"},
     "cluster": {"transport", "protocols", "wire"},
     "engine": {"protocols", "wire"},
     "executors": {"transport", "protocols", "wire", "devices"},
     "executors.inprocess": {"transport", "protocols", "wire", "devices", "worker", "comm"},
     "executors.threads": {"transport", "protocols", "wire", "devices", "worker", "comm"},
+    "executors.multiprocess": {"transport", "protocols", "wire", "devices", "worker"},
     "worker": {"models", "parallel", "comm", "kernels", "devices", "transport", "wire"},
     "models": {"parallel", "kernels"},
     "parallel": {"comm", "kernels"},
-    "planner": {"models", "parallel", "devices", "wire"},
     "distributed": {"comm"},
     "comm": set(),
     "kernels": set(),
@@ -53,46 +50,47 @@ ALLOWED = {
     "transport": {"wire"},
     "protocols": {"wire"},
     "wire": set(),
-    "observe": set(),
 }
 
-# Free of torch, transitively. `frontend` loads what is not through `load`, where a rank lives in its process.
+# Free of torch, transitively. What needs torch is named in a call of `load`, where a rank lives in its process.
 TORCH_FREE = [
-    "shoal", "shoal.types", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire", "shoal.protocols",
-    "shoal.accepted", "shoal.activity",
-    "shoal.observe", "shoal.devices", "shoal.transport", "shoal.engine", "shoal.planner", "shoal.cluster",
-    "shoal.frontend", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli", "shoal.executors.base",
-    "shoal.executors.multiprocess", "shoal.worker.__main__",
-    "shoal.models.spec", "shoal.models.manifest", "shoal.models.checkpoint", "shoal.models.registry",
-    "shoal.models.stored_file",
-    "shoal.models.families", "shoal.models.fields", "shoal.models.pickled", "shoal.models.pickle_program",
-    "shoal.models.quantization", "shoal.models.fallback", "shoal.models.implementation", "shoal.models.opening",
-    "shoal.models.overrides", "shoal.models.rope_fields", "shoal.models.text_part", "shoal.parallel.topology",
-    "shoal.parallel.partition", "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",
+    "shoal", "shoal.params", "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
+    "shoal.protocols", "shoal.activity", "shoal.process", "shoal.log", "shoal.devices", "shoal.transport",
+    "shoal.engine", "shoal.planner", "shoal.cluster", "shoal.launch", "shoal.llm", "shoal.text", "shoal.jobs",
+    "shoal.openai", "shoal.bench", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli",
+    "shoal.executors.base", "shoal.executors.multiprocess", "shoal.worker.__main__",
+    "shoal.models.spec", "shoal.models.manifest", "shoal.models.registry", "shoal.models.families",
+    "shoal.models.fields", "shoal.models.quantization", "shoal.models.implementation", "shoal.models.open_model",
+    "shoal.models.overrides", "shoal.models.rope_fields", "shoal.models.text_part",
+    "shoal.models.checkpoint.checkpoint", "shoal.models.checkpoint.stored_file", "shoal.models.checkpoint.pickled",
+    "shoal.models.checkpoint.pickle_program", "shoal.models.transformers.fallback_spec",
+    "shoal.models.transformers.read_spec", "shoal.parallel.topology", "shoal.parallel.partition",
+    "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",
 ]  # fmt: skip
 
 # What `load` may bring in, beside what follows from the table above.
 LOADABLE = {
-    "shoal.frontend.llm": {"shoal"},
-    "shoal.frontend.async_llm": {"shoal"},
-    "shoal.frontend.data_parallel": {"shoal"},
+    "shoal.llm.llm": {"shoal"},
+    "shoal.llm.async_llm": {"shoal"},
+    "shoal.llm.data_parallel": {"shoal"},
+    "shoal.params": {"shoal"},
+    "shoal.outputs": {"shoal"},
+    "shoal.errors": {"shoal"},
     "shoal.cli.commands": {"cli"},
     "shoal.client.top": {"cli"},
     "shoal.client.scale": {"cli"},
-    "shoal.types": {"shoal"},
-    "shoal.errors": {"shoal"},
-    "shoal.executors.inprocess": {"frontend"},
-    "shoal.executors.threads": {"frontend"},
-    "shoal.executors.multiprocess": {"frontend"},
-    "shoal.structured.host": {"frontend"},
-    "shoal.structured.matcher": {"frontend"},
-    "huggingface_hub": {"frontend"},
-    "yaml": {"cli"},
-    "huggingface_hub.constants": {"frontend"},
-    "transformers": {"frontend", "models"},
-    "transformers.conversion_mapping": {"models"},
-    "shoal.models.transformers_trial": {"models"},
     "shoal.client.load.bench": {"cli"},
+    "shoal.executors.inprocess": {"launch"},
+    "shoal.executors.threads": {"launch"},
+    "shoal.executors.multiprocess": {"launch"},
+    "shoal.structured.host": {"text"},
+    "shoal.structured.matcher": {"text"},
+    "shoal.models.transformers.trial": {"models"},
+    "huggingface_hub": {"launch"},
+    "huggingface_hub.constants": {"launch"},
+    "transformers": {"text", "models"},
+    "transformers.conversion_mapping": {"models"},
+    "yaml": {"cli"},
     "matplotlib.figure": {"client"},
 }
 
@@ -101,10 +99,11 @@ METRICS = {"vllm", "shoal"}
 
 # Libraries that stay where they are needed.
 CONFINED = {
-    "click": {"cli", "worker", "frontend"},
-    "tqdm": {"cli", "frontend"},
-    "tokenizers": {"frontend"},
-    "llguidance": {"structured", "frontend"},
+    "click": {"cli", "worker", "launch", "text"},
+    "tqdm": {"cli", "launch", "llm"},
+    "tokenizers": {"text"},
+    "jinja2": {"text"},
+    "llguidance": {"structured", "text"},
     "msgspec": {"wire"},
     "fastapi": {"server"},
     "starlette": {"server"},
@@ -159,6 +158,30 @@ def package(name: str) -> str:
     return parts[1] if len(parts) > 1 else "shoal"
 
 
+@cache
+def uses() -> dict[str, set[str]]:
+    """Module -> the modules that it imports, loads or names in a string, as a process to be started is."""
+    found: dict[str, set[str]] = {}
+    for name, tree in modules().items():
+        targets = {target if target in modules() else target.rpartition(".")[0] for target in imports(tree)}
+        texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        targets |= {text.partition(":")[0] for text in texts if isinstance(text, str)}
+        found[name] = targets & modules().keys() - {name, "shoal"}
+    del found["shoal"]  # it loads what others ask it for
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """The circles of a graph, found by taking away whatever leads nowhere else, and whatever nothing leads to."""
+    left = {name: set(targets) for name, targets in edges.items()}
+    while True:
+        reached = {target for targets in left.values() for target in targets}
+        ends = {name for name, targets in left.items() if not targets & left.keys() or name not in reached}
+        if not ends:
+            return [sorted(left)] if left else []
+        left = {name: targets - ends for name, targets in left.items() if name not in ends}
+
+
 def allowed(name: str) -> set[str]:
     inner = name.removeprefix("shoal.")
     return COMMON | {package(name)} | ALLOWED.get(inner, ALLOWED.get(package(name), set()))
@@ -166,11 +189,35 @@ def allowed(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_imports_run_one_way(name: str) -> None:
-    for target in imports(modules()[name]):
-        if target.startswith("shoal"):
-            to = package(target)
-            known = to in ALLOWED or to in COMMON
-            assert not known or to in allowed(name) or name == "shoal", f"{name} imports {target}"
+    for target in uses().get(name, ()):
+        assert package(target) in allowed(name), f"{name} uses {target}"
+
+
+def test_no_module_uses_itself_by_way_of_others() -> None:
+    assert circles(uses()) == []
+
+
+def test_no_room_uses_itself_by_way_of_others() -> None:
+    """Rooms are packages in any depth. A package and its own modules count as one, apart from its sub-packages."""
+    for parent in {name.rpartition(".")[0] for name in modules()} - {""}:
+        edges: dict[str, set[str]] = {}
+        for name, targets in uses().items():
+            room = _room(name, parent)
+            if room:
+                edges.setdefault(room, set()).update({_room(each, parent) for each in targets} - {room, ""})
+        assert circles(edges) == [], parent
+
+
+def _room(name: str, parent: str) -> str:
+    """The sub-package of `parent` that a module is in; "" if it is in none."""
+    inner = name.removeprefix(f"{parent}.")
+    first, dot, _ = inner.partition(".")
+    return f"{parent}.{first}" if inner != name and dot else ""
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("name", modules())

@@ -18,8 +18,8 @@ import pytest
 
 from shoal import env
 from shoal.errors import ConfigError, EngineError
-from shoal.frontend.data_parallel import DataParallelRank
-from shoal.frontend.model import open_model
+from shoal.launch.open_model import open_model
+from shoal.llm.data_parallel import DataParallelRank
 from shoal.transport.rendezvous import Rendezvous
 from support import hosts
 

@@ -5,7 +5,7 @@ import pytest
 
 CYCLE = """
 import gc, weakref
-from shoal import garbage
+from shoal.process import garbage_collector
 class Node:
     def __init__(self):
         self.own = self
@@ -14,17 +14,17 @@ found = weakref.ref(node)
 """
 UNSETTLED = """
 del node
-garbage.collect()
+garbage_collector.collect()
 assert found() is None
 assert gc.get_freeze_count() == 0, "that is for the caller to decide"
 """
 SETTLED = """
-garbage.settle()
+garbage_collector.settle()
 before = gc.get_freeze_count()
 del node
 gc.collect()
 assert found() is not None, "left out of an ordinary collection"
-garbage.collect()
+garbage_collector.collect()
 assert found() is None
 assert 0.9 < gc.get_freeze_count() / before < 1.1, "settled again"
 """

@@ -17,7 +17,8 @@ NAMES = ("queue", "torch", "types", "json", "numpy", "click", "runpy", "shoal", 
 # Starts a Python as a ChildProcess does, and says what came of it.
 START = """
 import subprocess, sys
-from shoal import env, import_path
+from shoal import env
+from shoal.process import import_path
 command = [*import_path.python_command("shoal.cli.main"), "--version"]
 done = subprocess.run(command, env=env.child_environment({}), capture_output=True, text=True)
 print(done.stdout + done.stderr)
@@ -69,7 +70,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_child_does_not_look_into_the_working_directory(trap: Path, way: str) -> None:
     prepare = WAYS[way].format(trap=str(trap), home=str(HOME))
-    load = "import os, sys, subprocess, json, site, glob, sysconfig, shoal.env, shoal.import_path, shoal.errors"
+    load = "import os, sys, subprocess, json, site, glob, sysconfig, shoal.env, shoal.process.import_path, shoal.errors"
     assert "shoal, version" in run("-P", "-c", f"{load}\n{prepare}\n{START}", folder=trap)
     assert marks(trap) == ""
 
@@ -105,7 +106,7 @@ def test_a_child_finds_shoal_where_its_parent_has(
 def test_folders_that_a_parent_has_added_are_kept_in_order(tmp_path: Path) -> None:
     program = (
         f"import sys; sys.path.insert(1, {str(tmp_path)!r}); sys.path.append({str(tmp_path / 'last')!r})\n"
-        "from shoal import import_path\n"
+        "from shoal.process import import_path\n"
         f"assert import_path.safe(sys.path) == [each for each in sys.path if each], sys.path"
     )
     run("-c", program, folder=Path("/"))

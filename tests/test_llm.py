@@ -27,10 +27,10 @@ from shoal import (
     UserError,
 )
 from shoal.errors import CheckpointError, ClosedError, ConfigError, RankFailed, ReplicasFailed
-from shoal.frontend import llm as llm_module
-from shoal.frontend.model import open_model
-from shoal.frontend.tokenizer import open_tokenizer
-from shoal.types import Prompt
+from shoal.launch.open_model import open_model
+from shoal.llm import llm as llm_module
+from shoal.params import Prompt
+from shoal.text.tokenizer import open_tokenizer
 from shoal.worker.runner import Runner
 from support import checkpoints
 
@@ -118,7 +118,7 @@ def test_tree_of_errors() -> None:
     assert (UserError.exit_code, EngineError.exit_code) == (2, 1)
 
 
-@pytest.mark.parametrize("module", ["shoal", "shoal.frontend.llm", "shoal.cli.main", "shoal.cli.commands"])
+@pytest.mark.parametrize("module", ["shoal", "shoal.llm.llm", "shoal.cli.main", "shoal.cli.commands"])
 def test_imports_load_no_torch(module: str) -> None:
     heavy = "[name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules]"
     code = f"import sys, {module}; shoal.SamplingParams; print({heavy})"

@@ -7,7 +7,7 @@ import pytest
 
 SHOW = """
 import resource
-from shoal import open_files
+from shoal.process import open_files
 print(open_files.allow(), *resource.getrlimit(resource.RLIMIT_NOFILE))
 """
 

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 from shoal.activity import AWAKE
-from shoal.cluster.arrival import FRONT_END, Arrival, FleetDoor
+from shoal.cluster.members.arrival import FRONT_END, Arrival, FleetDoor
 from shoal.errors import EngineError
-from shoal.frontend.model import open_model
+from shoal.launch.open_model import open_model
 from shoal.planner.agreement import agreement
 from shoal.transport.rendezvous import Rendezvous
 from support import hosts

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.types import shown
+from shoal.values import shown
 from support.fakes import steady
 
 

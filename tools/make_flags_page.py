@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 
-from shoal import config, env
+from shoal import env
 from shoal.cli.commands import cli
 from shoal.cli.options import flag_groups, group_of
+from shoal.config import engine_options
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 
@@ -80,7 +81,7 @@ def _shared() -> Iterator[str]:
     for _, command in commands():
         for group, flags in flag_groups(command).items():  # a command that serves has more of them
             shown[group] = max(shown.get(group, []), flags, key=len)
-    variables = {option.name: env.option_variable(option.name) for option in config.options()}
+    variables = {option.name: env.option_variable(option.name) for option in engine_options.options()}
     for group, parameters in shown.items():
         yield f"## {group}\n"
         options = [p for p in parameters if isinstance(p, click.Option)]

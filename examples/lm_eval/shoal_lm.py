@@ -17,9 +17,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from shoal import LLM, SamplingParams
 from shoal.errors import CheckpointError
-from shoal.frontend.chat import ChatTemplate
-from shoal.frontend.model import open_model
-from shoal.types import Message, Prompt
+from shoal.launch.open_model import open_model
+from shoal.params import Message, Prompt
+from shoal.text.chat_template import ChatTemplate
 
 _Scored = tuple[Any, list[int], list[int]]  # (what it is, context, continuation), in tokens
 

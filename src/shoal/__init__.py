@@ -7,30 +7,30 @@ if TYPE_CHECKING:
     from shoal.errors import RequestError as RequestError
     from shoal.errors import ShoalError as ShoalError
     from shoal.errors import UserError as UserError
-    from shoal.frontend.async_llm import AsyncLLM as AsyncLLM
-    from shoal.frontend.data_parallel import DataParallelRank as DataParallelRank
-    from shoal.frontend.llm import LLM as LLM
-    from shoal.types import BeamSearchOutput as BeamSearchOutput
-    from shoal.types import BeamSearchParams as BeamSearchParams
-    from shoal.types import CompletionOutput as CompletionOutput
-    from shoal.types import Logprob as Logprob
-    from shoal.types import RequestOutput as RequestOutput
-    from shoal.types import SamplingParams as SamplingParams
-    from shoal.types import StructuredOutputsParams as StructuredOutputsParams
+    from shoal.llm.async_llm import AsyncLLM as AsyncLLM
+    from shoal.llm.data_parallel import DataParallelRank as DataParallelRank
+    from shoal.llm.llm import LLM as LLM
+    from shoal.outputs import BeamSearchOutput as BeamSearchOutput
+    from shoal.outputs import CompletionOutput as CompletionOutput
+    from shoal.outputs import Logprob as Logprob
+    from shoal.outputs import RequestOutput as RequestOutput
+    from shoal.params import BeamSearchParams as BeamSearchParams
+    from shoal.params import SamplingParams as SamplingParams
+    from shoal.params import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "LLM": "shoal.frontend.llm:LLM",
-    "AsyncLLM": "shoal.frontend.async_llm:AsyncLLM",
-    "DataParallelRank": "shoal.frontend.data_parallel:DataParallelRank",
-    "SamplingParams": "shoal.types:SamplingParams",
-    "RequestOutput": "shoal.types:RequestOutput",
-    "CompletionOutput": "shoal.types:CompletionOutput",
-    "Logprob": "shoal.types:Logprob",
-    "StructuredOutputsParams": "shoal.types:StructuredOutputsParams",
-    "BeamSearchParams": "shoal.types:BeamSearchParams",
-    "BeamSearchOutput": "shoal.types:BeamSearchOutput",
+    "LLM": "shoal.llm.llm:LLM",
+    "AsyncLLM": "shoal.llm.async_llm:AsyncLLM",
+    "DataParallelRank": "shoal.llm.data_parallel:DataParallelRank",
+    "SamplingParams": "shoal.params:SamplingParams",
+    "RequestOutput": "shoal.outputs:RequestOutput",
+    "CompletionOutput": "shoal.outputs:CompletionOutput",
+    "Logprob": "shoal.outputs:Logprob",
+    "StructuredOutputsParams": "shoal.params:StructuredOutputsParams",
+    "BeamSearchParams": "shoal.params:BeamSearchParams",
+    "BeamSearchOutput": "shoal.outputs:BeamSearchOutput",
     "ShoalError": "shoal.errors:ShoalError",
     "UserError": "shoal.errors:UserError",
     "RequestError": "shoal.errors:RequestError",

@@ -5,10 +5,10 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shoal import import_path
 from shoal.addresses import host_of, is_local
 from shoal.errors import ConfigError
-from shoal.types import whole_number
+from shoal.process import import_path
+from shoal.values import whole_number
 
 PREFIX = "SHOAL_"
 _LONGEST_KEY = 1 << 16

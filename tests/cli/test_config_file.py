@@ -11,9 +11,9 @@ import pytest
 from shoal.cli import generate as generate_module
 from shoal.cli.generate import generate
 from shoal.cli.sampling import sampling_values
-from shoal.config import options
-from shoal.frontend import llm as llm_module
-from shoal.types import SamplingParams
+from shoal.config.engine_options import options
+from shoal.llm import llm as llm_module
+from shoal.params import SamplingParams
 
 Shoal = Callable[..., int]
 

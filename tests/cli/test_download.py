@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal import env
-from shoal.frontend.hub import BUNDLED
+from shoal.launch.hub import BUNDLED
 from support.hub import FakeHub, serving
 
 MODEL = "org/demo"
@@ -26,7 +26,7 @@ for line in sys.argv[1:]:
         code = error.exit_code
 sys.exit(code)
 """
-LOCATE = "import sys; from shoal.frontend.hub import locate; print(locate(sys.argv[1]))"
+LOCATE = "import sys; from shoal.launch.hub import locate; print(locate(sys.argv[1]))"
 
 
 def demo() -> dict[str, bytes]:

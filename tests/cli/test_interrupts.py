@@ -76,5 +76,9 @@ def test_little_is_imported_before_interrupts_are_heard() -> None:
         "import sys, shoal.cli.main; print(sorted(name for name in sys.modules if name.startswith(('shoal', 'click'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    light = ["shoal.cli.init", "shoal.import_path", "shoal.open_files"]  # which import nothing but the standard library
+    light = [
+        "shoal.cli.init",
+        "shoal.process.import_path",
+        "shoal.process.open_files",
+    ]  # which import nothing but the standard library
     assert done.stdout.strip() == str(sorted(["shoal", "shoal.cli", "shoal.cli.main", "shoal.lazy", *light]))

@@ -17,9 +17,9 @@ import pytest
 
 from shoal.cli import generate as generate_module
 from shoal.errors import RankFailed
-from shoal.frontend.model import OpenModel, open_model
-from shoal.frontend.prompts import Job
-from shoal.types import RequestOutput
+from shoal.launch.open_model import OpenModel, open_model
+from shoal.outputs import RequestOutput
+from shoal.text.prompts import Job
 
 Shoal = Callable[..., int]
 

@@ -3,7 +3,7 @@
 import io
 
 from shoal.cli.progress import PERIOD_S, Progress
-from shoal.types import CompletionOutput, RequestOutput
+from shoal.outputs import CompletionOutput, RequestOutput
 
 OUTPUT = RequestOutput("", "a", (1, 2, 3, 4), (CompletionOutput(0, "b", (1, 2), "stop"),) * 3)
 

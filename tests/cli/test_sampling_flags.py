@@ -10,8 +10,8 @@ import click
 import pytest
 
 from shoal.cli.sampling import DEFAULTS, sampling_flags, sampling_values
-from shoal.config import options
-from shoal.types import SamplingParams, StructuredOutputsParams
+from shoal.config.engine_options import options
+from shoal.params import SamplingParams, StructuredOutputsParams
 
 Shoal = Callable[..., int]
 SCHEMA = {"type": "object"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shoal import wire
 from shoal.client.readings import SPAN_S, Readings
 from shoal.errors import UserError
-from shoal.server.status import status_json
+from shoal.server.operations.status import status_json
 from support.fakes import steady
 from support.status_server import engine, fleet, ranks, replica
 

@@ -17,7 +17,7 @@ from shoal.client import top
 from shoal.client.readings import Readings
 from shoal.client.top_screen import screen
 from shoal.errors import UserError
-from shoal.server.status import status_json
+from shoal.server.operations.status import status_json
 from support.status_server import StatusServer, engine, fleet, ranks, replica
 
 CAUSE = "rank 1 (process 101, last step 9, computing) was killed by SIGKILL"

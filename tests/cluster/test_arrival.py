@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shoal import wire
-from shoal.cluster.arrival import Arrival, FleetDoor, PeersDoor
+from shoal.cluster.members.arrival import Arrival, FleetDoor, PeersDoor
 from shoal.errors import EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 

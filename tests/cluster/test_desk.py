@@ -14,7 +14,7 @@ from shoal.cluster import desk as desk_module
 from shoal.cluster.desk import Answer, Desk
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import Limits
-from shoal.cluster.router import Room
+from shoal.cluster.routing.router import Room
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from support.fake_replica import FakeReplica

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shoal import wire
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import Limits
-from shoal.cluster.router import Room
+from shoal.cluster.routing.router import Room
 from shoal.errors import CheckpointError, ConfigError, EngineError, RequestError, ShoalError
 from support.fake_replica import STATS, FakeReplica
 from support.fakes import FakeClock, Outcomes, request, steady

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from shoal.cluster.lockstep import LocalLockstep
+from shoal.cluster.lockstep.local import LocalLockstep
 from shoal.errors import EngineError
 from support.descriptors import moved_up
 

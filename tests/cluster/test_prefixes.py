@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.cluster.prefixes import WIDTH, Digester, PrefixIndex
+from shoal.cluster.routing.prefixes import WIDTH, Digester, PrefixIndex
 from shoal.engine.request import encode_tokens
 from shoal.errors import EngineError
 from support.fakes import steady

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from shoal import wire
-from shoal.cluster.rendezvous_lockstep import RendezvousLockstep
+from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import wait
 from shoal.transport.rendezvous import Rendezvous

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from shoal import wire
-from shoal.cluster.replica import EngineProcess, EngineThread, Replica
-from shoal.cluster.replicas import await_ready
+from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
+from shoal.cluster.replica_set import await_ready
 from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError, EngineError, UserError
+from shoal.launch.offline_engines import ENGINE_PROCESS
 from shoal.transport.channel import Channel, wait
 
 Checkpoint = Callable[[str], Path]
@@ -24,7 +25,7 @@ OPTIONS = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20
 
 def start(checkpoint: Checkpoint, place: wire.Place | None = None, **changes: Any) -> EngineProcess:
     setup = wire.EngineSetup(str(checkpoint("llama")), {**OPTIONS, **changes}, place or wire.Place())
-    return EngineProcess(setup, answer_timeout=60)
+    return EngineProcess(ENGINE_PROCESS, setup, answer_timeout=60)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shoal import wire
-from shoal.cluster.router import Room, Router, most_held
+from shoal.cluster.routing.router import Room, Router, most_held
 from shoal.engine.request import encode_tokens
 from support.fakes import request, steady
 

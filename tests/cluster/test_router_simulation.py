@@ -5,7 +5,7 @@ With --matrix also 1,000 replicas and 100,000 requests; `benchmarks/router.py` t
 
 import pytest
 
-from shoal.cluster.router import Router
+from shoal.cluster.routing.router import Router
 from support.simulated_replicas import Affinity, LeastLoaded, Outcome, RoundRobin, Traffic, simulate
 
 

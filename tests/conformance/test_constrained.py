@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams
-from shoal.types import CompletionOutput, StructuredOutputsParams
+from shoal.outputs import CompletionOutput
+from shoal.params import StructuredOutputsParams
 
 PROMPTS = ["37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->"]
 SAMPLES = 6  # of each prompt

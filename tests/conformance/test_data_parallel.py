@@ -11,10 +11,10 @@ import pytest
 from conformance.test_sameness import make_prompts
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ClosedError, ReplicasFailed
-from shoal.frontend.jobs.entries import Entry
-from shoal.frontend.jobs.parameters import Parameters
-from shoal.frontend.jobs.running import JobRun
-from shoal.types import BeamSearchParams
+from shoal.jobs.entries import Entry
+from shoal.jobs.parameters import Parameters
+from shoal.jobs.run_job import JobRun
+from shoal.params import BeamSearchParams
 
 Checkpoint = Callable[[str], Path]
 

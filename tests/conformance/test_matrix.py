@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conformance.test_sameness import assert_same, generate, make_prompts
-from shoal.frontend.model import open_model
+from shoal.launch.open_model import open_model
 from support.checkpoints import MAKERS
 from support.pairwise import pairwise
 

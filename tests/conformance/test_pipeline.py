@@ -12,11 +12,11 @@ import torch
 from conformance.test_sameness import FEW, MIXED, Checkpoint, assert_same, generate, make_prompts, run
 from shoal import LLM, RequestOutput, SamplingParams, wire
 from shoal.errors import ConfigError
-from shoal.models.checkpoint import open_checkpoint
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
-from shoal.models.loader import CheckpointWeights
 from shoal.models.manifest import Param, weight_bytes
-from shoal.types import StructuredOutputsParams
+from shoal.params import StructuredOutputsParams
 from shoal.worker import kv_cache
 from shoal.worker.runner import Runner
 from support import others

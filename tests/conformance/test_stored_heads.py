@@ -15,8 +15,8 @@ from torch import Tensor
 
 from conformance.test_sameness import assert_same, generate, make_prompts, reference, run
 from shoal import LLM
-from shoal.config import EngineOptions
-from shoal.frontend.model import decide
+from shoal.config.engine_options import EngineOptions
+from shoal.launch.open_model import decide
 from shoal.planner.resolve import Decision
 from support import others
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from conformance.test_sameness import LOGPROB_TOLERANCE, generate, make_prompts
 from shoal import RequestOutput
-from shoal.config import EngineOptions
-from shoal.frontend.model import decide
+from shoal.config.engine_options import EngineOptions
+from shoal.launch.open_model import decide
 from support.checkpoints import SIZES, save_model
 
 PROMPTS = make_prompts([5, 40], seed=8)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal import wire
-from shoal.config import SpeculativeConfig
+from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.ngram import NgramIndex
 from shoal.engine.request import decode_tokens

@@ -1,6 +1,6 @@
 """Who guesses what follows."""
 
-from shoal.config import SpeculativeConfig
+from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.speculation import ModelGuesser, NgramGuesser, make_guessers
 
 NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=4, prompt_lookup_max=3, prompt_lookup_min=2)

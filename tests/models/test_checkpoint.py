@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import CheckpointError
-from shoal.models.checkpoint import (
+from shoal.models.checkpoint.checkpoint import (
     INDEX,
     PICKLED_INDEX,
     PICKLED_SINGLE,

@@ -15,9 +15,9 @@ from shoal.comm.local import LocalComm
 from shoal.comm.threads import ThreadComm, ThreadGroup
 from shoal.kernels.base import PagedBatch
 from shoal.kernels.select import make_kernels
-from shoal.models.checkpoint import open_checkpoint
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.decoder import build_decoder
-from shoal.models.loader import CheckpointWeights
 from shoal.models.manifest import Shard, check, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.parallel.mesh import Axis

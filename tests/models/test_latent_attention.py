@@ -13,8 +13,8 @@ from kernels.paged import make_batch
 from shoal.comm.local import LocalComm
 from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, Scores
 from shoal.kernels.linear import Linear, make_head_linear, make_linear
-from shoal.models.latent_attention import LatentAttention, LowRankLinear
-from shoal.models.rope import rope_tables
+from shoal.models.layers.latent_attention import LatentAttention, LowRankLinear
+from shoal.models.layers.rope import rope_tables
 from shoal.models.spec import LatentSpec, NormSpec, RopeSpec
 from shoal.parallel.linear import RowParallelLinear
 from shoal.parallel.mesh import Axis

@@ -10,8 +10,8 @@ from shoal.comm.local import LocalComm
 from shoal.kernels.base import Norm
 from shoal.kernels.linear import PlainLinear
 from shoal.kernels.reference import ReferenceKernels
-from shoal.models.embedding import Embedding, LearnedPositions
-from shoal.models.layers import Layer, Norms, NormSumLayer, ParallelLayer, SerialLayer
+from shoal.models.layers.decoder_layer import Layer, Norms, NormSumLayer, ParallelLayer, SerialLayer
+from shoal.models.layers.embedding import Embedding, LearnedPositions
 from shoal.parallel.embedding import VocabParallelEmbedding
 from shoal.parallel.linear import RowParallelLinear
 from shoal.parallel.mesh import Axis

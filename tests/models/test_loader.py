@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from shoal.errors import CheckpointError
-from shoal.models.checkpoint import PICKLED_SINGLE, SINGLE, Checkpoint, open_checkpoint
-from shoal.models.loader import CheckpointWeights, DummyWeights
+from shoal.models.checkpoint.checkpoint import PICKLED_SINGLE, SINGLE, Checkpoint, open_checkpoint
+from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights
+from shoal.models.checkpoint.stored_file import parts
 from shoal.models.manifest import Cut, Param, Piece, Shard, keeps_embedding, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import (
@@ -28,7 +29,6 @@ from shoal.models.spec import (
     RoutingSpec,
     TensorNames,
 )
-from shoal.models.stored_file import parts
 from shoal.parallel.partition import split_heads
 from shoal.parallel.stages import Stage
 from support.fakes import steady

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import CheckpointError
 from shoal.models import manifest
-from shoal.models.checkpoint import open_checkpoint
+from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.manifest import Cut, Param, Piece
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import (

@@ -17,7 +17,7 @@ from shoal.errors import CheckpointError
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import make_linear
 from shoal.kernels.select import make_kernels
-from shoal.models.moe import MoE, Router, SharedExperts, route, sigmoid
+from shoal.models.layers.moe import MoE, Router, SharedExperts, route, sigmoid
 from shoal.models.spec import MoESpec, RoutingSpec
 from shoal.parallel.dispatch import TensorParallelDispatch
 from shoal.parallel.mesh import Axis

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from shoal.models.pickle_program import Refused, read_pickle
+from shoal.models.checkpoint.pickle_program import Refused, read_pickle
 
 
 def text(value: str) -> bytes:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.errors import CheckpointError
-from shoal.models import pickle_program
-from shoal.models.pickle_program import Refused, read_pickle
-from shoal.models.pickled import ITEM_BYTES, read_pickled
+from shoal.models.checkpoint import pickle_program
+from shoal.models.checkpoint.pickle_program import Refused, read_pickle
+from shoal.models.checkpoint.pickled import ITEM_BYTES, read_pickled
 from support.fakes import steady
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}

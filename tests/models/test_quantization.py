@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from shoal import LLM, SamplingParams
 from shoal.errors import CheckpointError
-from shoal.models.checkpoint import SINGLE, open_checkpoint
+from shoal.models.checkpoint.checkpoint import SINGLE, open_checkpoint
+from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.implementation import params_of, shards_of
-from shoal.models.loader import CheckpointWeights
 from shoal.models.manifest import Cut, Param, Piece, Shard, weight_bytes
 from shoal.models.quantization import weight_block
 from shoal.models.registry import read_spec

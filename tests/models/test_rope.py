@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.models.layers.rope import rope_tables
 from shoal.models.registry import read_spec
-from shoal.models.rope import rope_tables
 
 LONG = {"original_max_position_embeddings": 64}
 

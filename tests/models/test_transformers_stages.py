@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.models.fallback import FallbackSpec
 from shoal.models.spec import AttentionSpec, NormSpec
-from shoal.models.transformers_plan import place_of
-from shoal.models.transformers_stages import OneStage, Stream, Watch, stand_ins
+from shoal.models.transformers.cut_plan import place_of
+from shoal.models.transformers.fallback_spec import FallbackSpec
+from shoal.models.transformers.stages import OneStage, Stream, Watch, stand_ins
 from shoal.parallel.stages import stages
 
 LAYERS, HIDDEN, TOKENS = 3, 8, 5

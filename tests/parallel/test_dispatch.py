@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal import config
 from shoal.comm.base import Communicator
 from shoal.comm.threads import ThreadComm, ThreadGroup
 from shoal.comm.torch_dist import TorchComm, c10d
+from shoal.config import engine_options
 from shoal.parallel.all2all.backends import BACKENDS, make_dispatch
 from shoal.parallel.all2all.choose import Exchange, bytes_per_token, choose
 from shoal.parallel.dispatch import Routed
@@ -271,7 +271,7 @@ def test_a_token_on_a_rank_without_its_experts_arrives_once_for_all_of_them() ->
 
 
 def test_the_flag_names_the_backends() -> None:
-    assert set(get_args(config.All2All)) == {"auto", *BACKENDS}
+    assert set(get_args(engine_options.All2All)) == {"auto", *BACKENDS}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

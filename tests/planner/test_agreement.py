@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shoal import wire
-from shoal.config import EngineOptions
-from shoal.frontend.model import decide
+from shoal.config.engine_options import EngineOptions
+from shoal.launch.open_model import decide
 from shoal.planner.agreement import OF_RANKS, agreement
 
 Checkpoint = Callable[[str], Path]

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from shoal.comm.local import LocalComm
-from shoal.config import ExpertPlacement
+from shoal.config.engine_options import ExpertPlacement
 from shoal.kernels import reference
 from shoal.kernels.base import PagedBatch
-from shoal.models.checkpoint import open_checkpoint
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.decoder import build_decoder
 from shoal.models.implementation import Cutting, rank_shards
-from shoal.models.loader import CheckpointWeights
 from shoal.models.manifest import Shard, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import ModelSpec

@@ -13,17 +13,17 @@ import torch
 
 from shoal import LLM, wire
 from shoal.comm.local import LocalComm
-from shoal.config import EngineOptions, from_environment
+from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.devices import cuda
+from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
-from shoal.frontend.compose import rank_setups as setups_of
-from shoal.models.checkpoint import open_checkpoint
+from shoal.launch.build_engine import rank_setups as setups_of
+from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.implementation import Cutting, rank_shards
 from shoal.models.manifest import Shard
 from shoal.parallel.mesh import make_mesh
 from shoal.parallel.topology import Topology
 from shoal.planner.resolve import Decision, discover, rank_cores, resolve
-from shoal.types import Hardware
 from shoal.worker.rank_model import RankModel
 from support.checkpoints import SIZES
 from support.setups import rank_setup

@@ -20,16 +20,16 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from shoal import wire
-from shoal.config import EngineOptions
+from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.errors import ConfigError, EngineError
-from shoal.frontend import async_llm
-from shoal.frontend.async_llm import AsyncLLM
-from shoal.frontend.model import open_model
+from shoal.launch.open_model import open_model
+from shoal.llm import async_llm
+from shoal.llm.async_llm import AsyncLLM
 from shoal.server import api_process, serve
 from shoal.server.api_process import ChannelLine, open_served
 from shoal.server.api_servers import ApiServers
-from shoal.server.listening import Listening, Server, make_server
+from shoal.server.http.listening import Listening, Server, make_server
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel
 from shoal.transport.process import ChildProcess

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from shoal.server.api.bodies import Unread, read_body, read_json
+from shoal.server.api.schemas import CompletionBody
 from shoal.server.app import make_app, openai_app
-from shoal.server.bodies import Unread, read_body, read_json
-from shoal.server.errors import Refusal
-from shoal.server.json_reader import JsonReader
-from shoal.server.limits import Limits
-from shoal.server.schemas import CompletionBody
+from shoal.server.http.errors import Refusal
+from shoal.server.http.json_reader import JsonReader
+from shoal.server.http.limits import Limits
 from shoal.server.settings import ServerSettings
 from support.fake_backend import FakeBackend
 from support.fakes import steady

@@ -9,12 +9,12 @@ from openai.types import Completion
 from starlette.testclient import TestClient
 
 from shoal.errors import QueueFull
-from shoal.frontend.prompts import Job
+from shoal.params import SamplingParams
+from shoal.server.api.start_requests import check_tokens
 from shoal.server.app import openai_app
-from shoal.server.errors import Refusal
-from shoal.server.running import check_tokens
+from shoal.server.http.errors import Refusal
 from shoal.server.settings import ServerSettings
-from shoal.types import SamplingParams
+from shoal.text.prompts import Job
 from support.fake_backend import FakeBackend
 
 

@@ -9,8 +9,8 @@ from fastapi import FastAPI
 
 from shoal import __version__, wire
 from shoal.errors import ClosedError, EngineError
-from shoal.server import health
-from shoal.server.errors import add_handlers
+from shoal.server.http.errors import add_handlers
+from shoal.server.operations import health
 from support.asgi import get
 from support.status_server import fleet, replica
 

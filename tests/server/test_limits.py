@@ -16,8 +16,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from shoal.server.http_protocol import BoundedProtocol, protocol_with
-from shoal.server.limits import Limits, add_limits
+from shoal.server.http.limits import Limits, add_limits
+from shoal.server.http.protocol import BoundedProtocol, protocol_with
 from shoal.server.settings import ServerSettings
 
 WAIT_S = 60.0

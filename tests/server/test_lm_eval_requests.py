@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from shoal import LLM, SamplingParams
-from shoal.frontend.model import open_model
+from shoal.launch.open_model import open_model
 from support.servers import ShoalServer
 
 MEMORY = "32M"

@@ -22,17 +22,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from shoal import wire
 from shoal.cluster.desk import Desk
 from shoal.cluster.stats import carried, emptied
-from shoal.config import EngineOptions
+from shoal.config.engine_options import EngineOptions
 from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError
-from shoal.frontend.async_llm import AsyncLLM
-from shoal.server.errors import add_handlers
-from shoal.server.exposition import Family, Page
-from shoal.server.exposition import Histogram as Ours
-from shoal.server.metrics import RequestMetrics, doubling_bounds, histogram_families
-from shoal.server.scraping import add_metrics, families, page_of
+from shoal.llm.async_llm import AsyncLLM
+from shoal.params import SamplingParams
+from shoal.server.http.errors import add_handlers
+from shoal.server.operations.exposition import Family, Page
+from shoal.server.operations.exposition import Histogram as Ours
+from shoal.server.operations.metrics_page import add_metrics, families, page_of
+from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families
 from shoal.transport.channel import Channel, wait
-from shoal.types import SamplingParams
 from support.asgi import get
 from support.fakes import FakeClock, request, steady
 from support.status_server import engine, fleet, ranks, replica

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from shoal import wire
-from shoal.server import admin
 from shoal.server.app import openai_app
-from shoal.server.limits import add_limits
+from shoal.server.http.limits import add_limits
+from shoal.server.operations import scaling
 from shoal.server.settings import ServerSettings
 from support.fake_backend import FakeBackend
 
@@ -41,7 +41,7 @@ class Scaled:
 
 def app() -> FastAPI:
     found = openai_app(FakeBackend(), ServerSettings(tool_call_parser="hermes"))
-    found.include_router(admin.routes(Scaled()))
+    found.include_router(scaling.routes(Scaled()))
     add_limits(found, ServerSettings())
     return found
 

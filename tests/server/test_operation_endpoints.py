@@ -17,10 +17,10 @@ from starlette.testclient import TestClient
 
 from shoal import wire
 from shoal.errors import ClosedError, ConfigError, EngineError, Unavailable, UserError
-from shoal.frontend.async_llm import AsyncLLM
-from shoal.server import operations
-from shoal.server.errors import add_handlers
-from shoal.types import SamplingParams
+from shoal.llm.async_llm import AsyncLLM
+from shoal.params import SamplingParams
+from shoal.server.http.errors import add_handlers
+from shoal.server.operations import pause_and_sleep
 from support.servers import ShoalServer
 
 KEY = {"Authorization": "Bearer secret"}
@@ -48,7 +48,7 @@ class Fleet:
 def client(fleet: Fleet) -> TestClient:
     app = FastAPI()
     add_handlers(app)
-    app.include_router(operations.routes(fleet))
+    app.include_router(pause_and_sleep.routes(fleet))
     return TestClient(app)
 
 

@@ -8,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from shoal import LLM, SamplingParams
-from shoal.frontend.async_llm import AsyncLLM
+from shoal.llm.async_llm import AsyncLLM
 from shoal.server.app import openai_app
 from shoal.server.settings import ServerSettings
 

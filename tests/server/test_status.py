@@ -4,7 +4,7 @@ import json
 from urllib.request import urlopen
 
 from shoal import __version__, wire
-from shoal.server.status import status_json
+from shoal.server.operations.status import status_json
 from support.status_server import StatusServer, engine, fleet, ranks, replica
 
 

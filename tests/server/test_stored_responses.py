@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 
 from shoal import wire
 from shoal.errors import EngineError
+from shoal.server.api.response_store import ResponseStore
 from shoal.server.app import openai_app
-from shoal.server.response_store import ResponseStore
 from shoal.server.settings import ServerSettings
 from support.fake_backend import FakeBackend
 from support.servers import ShoalServer

@@ -11,13 +11,14 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 
 import shoal
-from shoal.frontend.structured import grammar_text
+from shoal.outputs import FinishReason
+from shoal.params import StructuredOutputsParams
 from shoal.server.app import openai_app
-from shoal.server.errors import Refusal
+from shoal.server.http.errors import Refusal
 from shoal.server.settings import ServerSettings
 from shoal.server.tools.choice import plan_tools
 from shoal.structured.matcher import Grammar, Vocabulary
-from shoal.types import FinishReason, StructuredOutputsParams
+from shoal.text.structured_outputs import grammar_text
 from support.fake_backend import FakeBackend
 
 NUMBER = {"properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from shoal.server.streaming import unless_gone
-from shoal.server.work_threads import WorkThreads, apart
+from shoal.server.http.event_streams import unless_gone
+from shoal.server.http.work_threads import WorkThreads, apart
 
 WAIT_S = 60.0
 

@@ -13,10 +13,10 @@ import pytest
 from llguidance import LLMatcher
 
 from shoal import wire
-from shoal.frontend.grammar_host import grammar_pool
-from shoal.frontend.hub import BUNDLED
+from shoal.launch.hub import BUNDLED
 from shoal.structured.limits import DEFAULT_LIMITS, GrammarLimits
 from shoal.structured.pool import GrammarPool
+from shoal.text.grammar_host import grammar_pool
 from support.processes import children
 
 EOS = (1,)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import RequestError
-from shoal.structured.composing import grammar_of
-from shoal.structured.json_schema import prepare
+from shoal.structured.schema.composing import grammar_of
+from shoal.structured.schema.prepare import prepare
 from support.fakes import steady
 from support.grammars import of_schema, written
 

@@ -7,25 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import shoal
-from shoal.config import EngineOptions
-from shoal.frontend.chat import ChatTemplate
-from shoal.frontend.deltas import Delta
-from shoal.frontend.prompts import Job, PromptReader
-from shoal.frontend.token_places import TokenPlaces
-from shoal.frontend.tokenizer import Tokenizer, open_tokenizer
-from shoal.server.response_store import ResponseStore
+from shoal.config.engine_options import EngineOptions
+from shoal.llm.deltas import Delta
+from shoal.outputs import CompletionOutput, FinishReason, Logprob, Logprobs, RequestOutput
+from shoal.params import Message, Prompt, SamplingParams
+from shoal.server.api.response_store import ResponseStore
 from shoal.server.settings import ServerSettings
 from shoal.structured.matcher import Grammar, Vocabulary
-from shoal.types import (
-    CompletionOutput,
-    FinishReason,
-    Logprob,
-    Logprobs,
-    Message,
-    Prompt,
-    RequestOutput,
-    SamplingParams,
-)
+from shoal.text.chat_template import ChatTemplate
+from shoal.text.prompts import Job, PromptReader
+from shoal.text.token_places import TokenPlaces
+from shoal.text.tokenizer import Tokenizer, open_tokenizer
 
 DEMO = Path(shoal.__file__).parent / "demo_model"
 VOCAB_SIZE = 4096

@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 import shoal
-from shoal.structured.composing import grammar_of
-from shoal.structured.json_schema import prepare
 from shoal.structured.matcher import Grammar, Vocabulary
+from shoal.structured.schema.composing import grammar_of
+from shoal.structured.schema.prepare import prepare
 
 DEMO = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")
 END = 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from shoal.frontend.streams import TextStream
+from shoal.text.text_stream import TextStream
 
 
 class Letters:

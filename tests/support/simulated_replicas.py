@@ -14,7 +14,7 @@ from time import perf_counter_ns
 from typing import Protocol
 
 from shoal import wire
-from shoal.cluster.router import Room, most_held
+from shoal.cluster.routing.router import Room, most_held
 
 _ALIKE = 4  # steps that are one event, where nothing but single tokens is computed
 _GREEDY = wire.Sampling(seed=0)

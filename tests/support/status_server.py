@@ -11,8 +11,8 @@ from fastapi import Body, FastAPI, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from shoal import wire
-from shoal.server import status
-from shoal.server.dashboard import routes as dashboard
+from shoal.server.operations import status
+from shoal.server.operations.dashboard import routes as dashboard
 
 
 def ranks(tp: int = 2, pp: int = 1, *, first_pid: int = 100, busy_us: int = 0) -> tuple[wire.RankStats, ...]:

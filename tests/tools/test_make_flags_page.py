@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import make_flags_page  # noqa: E402
-from shoal import config, env  # noqa: E402
-from shoal.types import SamplingParams  # noqa: E402
+from shoal import env  # noqa: E402
+from shoal.config import engine_options  # noqa: E402
+from shoal.params import SamplingParams  # noqa: E402
 
 
 def test_the_page_is_fresh() -> None:
@@ -20,7 +21,7 @@ def test_the_page_is_fresh() -> None:
 
 def test_the_page_has_everything() -> None:
     page = make_flags_page.page()
-    for option in config.options():
+    for option in engine_options.options():
         assert option.flag in page
         assert f"`{env.option_variable(option.name)}`" in page
     for f in dataclasses.fields(SamplingParams):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shoal.comm.local import LocalComm
 from shoal.kernels.base import KVCache, PagedBatch
-from shoal.models.causal import CausalModel
+from shoal.models.causal_model import CausalModel
 from shoal.parallel.mesh import Axis
 from shoal.parallel.pipeline import Pipeline
 from shoal.worker.sampler import VocabShare

@@ -11,7 +11,7 @@ import torch
 from shoal.comm.torch_dist import TorchComm
 from shoal.errors import CommError, CommTimeout, ConfigError
 from shoal.transport.rendezvous import Rendezvous
-from shoal.worker.store import RendezvousStore
+from shoal.worker.group_store import RendezvousStore
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from shoal import wire
 from shoal.engine.request import encode_tokens
 from shoal.parallel.pipeline import Pipeline
 from shoal.worker.batch import SequenceTable
-from shoal.worker.unread import Unread
+from shoal.worker.token_return import Unread
 from support.fakes import steady
 
 MAX_SEQS = 4

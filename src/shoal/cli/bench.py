@@ -11,15 +11,16 @@ from typing import Any
 
 import click
 
-from shoal import env, import_path
+from shoal import env
+from shoal.bench.engine_speed import Meter, Shape, medians
+from shoal.bench.expert_exchange import ExpertTraffic, measure_experts
 from shoal.cli.bench_serve import serve
 from shoal.cli.numbers import IntRange, Number
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
-from shoal.frontend.llm import LLM
-from shoal.frontend.measure import Meter, Shape, medians
-from shoal.frontend.measure_comm import ExpertTraffic, measure_experts
-from shoal.frontend.model import open_model
+from shoal.launch.open_model import open_model
+from shoal.llm.llm import LLM
+from shoal.process import import_path
 
 _READY = "ready: "
 
@@ -128,7 +129,7 @@ def startup(model: str | None, repeat: int, output: Path | None, probe: bool, **
 
 def _start_once() -> dict[str, float]:
     """This command again, in a process of its own."""
-    command = [*import_path.python_command("shoal.cli.main"), *sys.argv[1:], "--probe"]
+    command = [*import_path.python_command("shoal"), *sys.argv[1:], "--probe"]
     begun = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env.child_environment({})) as process:
         if process.stdout is None:

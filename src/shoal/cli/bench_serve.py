@@ -15,7 +15,7 @@ from shoal.client.load.settings import LoadSettings
 from shoal.client.load.workload import Lengths, parse_mix
 from shoal.errors import ConfigError
 from shoal.lazy import load
-from shoal.types import decimal_number
+from shoal.values import decimal_number
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _COUNT = IntRange(1)

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from shoal import __version__, config
+from shoal import __version__
 from shoal.cli.bench import bench
 from shoal.cli.completion import completion
 from shoal.cli.download import download
@@ -13,8 +13,9 @@ from shoal.cli.generate import Interrupted, generate
 from shoal.cli.scale import scale
 from shoal.cli.serve import serve
 from shoal.cli.top import top
+from shoal.config import engine_options
 from shoal.errors import ShoalError
-from shoal.observe import logging
+from shoal.log import configure_logging, get_logger
 
 
 class _Sections(click.Group):
@@ -51,9 +52,9 @@ _CONTEXT = {
 @click.version_option(__version__, prog_name="shoal")
 def cli() -> None:
     """Serves large language models across processes, devices and machines."""
-    logging.configure()
-    for warning in config.strange_variables():
-        logging.get_logger("cli").warning("%s", warning)
+    configure_logging()
+    for warning in engine_options.strange_variables():
+        get_logger("cli").warning("%s", warning)
 
 
 cli.add("Run models", generate, serve)

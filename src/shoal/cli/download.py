@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from shoal.cli.options import GroupedCommand
-from shoal.frontend import hub
+from shoal.launch import hub
 
 
 @click.command(cls=GroupedCommand)

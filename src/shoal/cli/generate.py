@@ -17,18 +17,18 @@ from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.cli.progress import Progress
 from shoal.cli.sampling import DEFAULTS, sampling_flags, sampling_values
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
-from shoal.frontend.jobs import resuming
-from shoal.frontend.jobs.entries import Entry
-from shoal.frontend.jobs.lines import line_of
-from shoal.frontend.jobs.parameters import Parameters
-from shoal.frontend.jobs.reading import PromptFile, chat_of
-from shoal.frontend.jobs.running import JobRun, Preparer, prepare
-from shoal.frontend.jobs.writing import OutputFailed, OutputFile
-from shoal.frontend.llm import LLM
-from shoal.frontend.model import OpenModel, open_model
-from shoal.frontend.prompts import Job
-from shoal.observe.logging import get_logger
-from shoal.types import CompletionOutput, RequestOutput
+from shoal.jobs import resuming
+from shoal.jobs.entries import Entry
+from shoal.jobs.output_lines import line_of
+from shoal.jobs.parameters import Parameters
+from shoal.jobs.reading import PromptFile, chat_of
+from shoal.jobs.run_job import JobRun, Preparer, prepare
+from shoal.jobs.writing import OutputFailed, OutputFile
+from shoal.launch.open_model import OpenModel, open_model
+from shoal.llm.llm import LLM
+from shoal.log import get_logger
+from shoal.outputs import CompletionOutput, RequestOutput
+from shoal.text.prompts import Job
 
 log = get_logger("generate")
 

@@ -4,9 +4,9 @@ import os
 import signal
 import sys
 
-from shoal import import_path, open_files
 from shoal.cli.init import stand_apart
 from shoal.lazy import load
+from shoal.process import import_path, open_files
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from shoal.config import read_number
-from shoal.types import decimal_number, whole_number
+from shoal.config.engine_options import read_number
+from shoal.values import decimal_number, whole_number
 
 
 class Integer(click.types.IntParamType):

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from shoal import accepted, config
 from shoal.cli.config_file import read_config_file
 from shoal.cli.numbers import AnyNumber, Integer
+from shoal.config import engine_options, vllm_options
 
 F = Callable[..., Any]
 
@@ -32,7 +32,7 @@ _KINDS: dict[type, Any] = {int: Integer(), float: AnyNumber(), str: str, bool: b
 
 
 class EngineFlag(click.Option):
-    def __init__(self, option: config.Option) -> None:
+    def __init__(self, option: engine_options.Option) -> None:
         names = [option.name, option.flag, *([option.short] if option.short else [])]
         plain = option.bytes or option.parse is not None
         kind: Any = Plain() if plain else Choice(option.choices) if option.choices else _KINDS[option.type]
@@ -55,7 +55,7 @@ class AcceptedFlag(click.Option):
 
     group = "Flags of vLLM"
 
-    def __init__(self, found: accepted.Accepted) -> None:
+    def __init__(self, found: vllm_options.Accepted) -> None:
         flag = f"{found.flag}/--no-{found.flag[2:]}" if found.is_switch else found.flag
         super().__init__(
             [found.name, flag],
@@ -69,17 +69,17 @@ class AcceptedFlag(click.Option):
 def engine_flags(command: F) -> F:
     """Adds a flag for every option of an engine. The command gets those that were given, as keywords, and the others as
     None."""
-    return _add_flags(command, [option for option in config.options() if not option.online], server=False)
+    return _add_flags(command, [option for option in engine_options.options() if not option.online], server=False)
 
 
 def serving_flags(command: F) -> F:
     """As `engine_flags`, with the options that only mean something to what serves."""
-    return _add_flags(command, list(config.options()), server=True)
+    return _add_flags(command, list(engine_options.options()), server=True)
 
 
-def _add_flags(command: F, options: list[config.Option], *, server: bool) -> F:
+def _add_flags(command: F, options: list[engine_options.Option], *, server: bool) -> F:
     flags: list[click.Option] = [EngineFlag(option) for option in options]
-    flags += [AcceptedFlag(each) for each in accepted.options(server=server)]
+    flags += [AcceptedFlag(each) for each in vllm_options.options(server=server)]
     for flag in reversed(flags):
         click.decorators._param_memo(command, flag)
     return command
@@ -87,7 +87,7 @@ def _add_flags(command: F, options: list[config.Option], *, server: bool) -> F:
 
 def engine_values(flags: dict[str, Any]) -> dict[str, Any]:
     """The engine options among a command's keywords that were given, and vLLM's that change nothing."""
-    names = {option.name for option in config.options()} | {each.name for each in accepted.TABLE}
+    names = {option.name for option in engine_options.options()} | {each.name for each in vllm_options.TABLE}
     return {name: value for name, value in flags.items() if name in names and value is not None}
 
 
@@ -164,7 +164,9 @@ class GroupedCommand(click.Command):
         if ctx.resilient_parsing:
             return
         known = {f.option.name for f in self.params if isinstance(f, EngineFlag)}
-        variables = {name: value for name, value in config.from_environment(online=True).items() if name in known}
+        variables = {
+            name: value for name, value in engine_options.from_environment(online=True).items() if name in known
+        }
         ctx.default_map = {**(read_config_file(file, self.params) if file is not None else {}), **variables}
 
 

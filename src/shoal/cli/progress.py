@@ -8,7 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from shoal.types import RequestOutput
+from shoal.outputs import RequestOutput
 
 PERIOD_S = 10.0
 _WITH_TOTAL = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} prompts{postfix} [{elapsed}, {remaining} left]"

@@ -10,7 +10,8 @@ import click
 
 from shoal.cli.numbers import AnyNumber, Integer
 from shoal.errors import ConfigError, RequestError, UserError
-from shoal.types import SamplingParams, StructuredOutputsParams, whole_number
+from shoal.params import SamplingParams, StructuredOutputsParams
+from shoal.values import whole_number
 
 GROUP = "Sampling"
 F = Callable[..., Any]

@@ -9,10 +9,10 @@ import click
 from shoal import env
 from shoal.cli.numbers import FloatRange, IntRange
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
-from shoal.config import parse_bytes
+from shoal.config.engine_options import parse_bytes
 from shoal.errors import ConfigError
-from shoal.frontend.model import open_model
-from shoal.types import shown
+from shoal.launch.open_model import open_model
+from shoal.values import shown
 
 _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -132,7 +132,7 @@ def serve(
     Replicas that end are started again, and their requests go on. SIGTERM ends the server when its requests have ended.
     """
     # The web libraries are for this command alone, and take a while to load.
-    from shoal.server.listening import Listening
+    from shoal.server.http.listening import Listening
     from shoal.server.serve import run
     from shoal.server.settings import ServerSettings
 
@@ -157,7 +157,7 @@ def serve(
     listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
     opened = open_model(model, engine_values(flags), own_process=True, online=True)
     if opened.options.hosts.headless:
-        from shoal.frontend import headless
+        from shoal.launch import headless
 
         return headless.run(opened)
     return run(opened, settings, listening, api_server_count=api_server_count, shutdown_timeout=shutdown_timeout)

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from shoal import wire
 from shoal.cluster.fleet import Fleet
 from shoal.errors import ClosedError, ConfigError, EngineError, ShoalError, UserError
-from shoal.forks import Owner
-from shoal.observe.logging import get_logger
+from shoal.log import get_logger
+from shoal.process.forks import Owner
 from shoal.transport.channel import Channel, ChannelClosed
 
 log = get_logger("desk")

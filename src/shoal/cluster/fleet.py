@@ -8,10 +8,10 @@ from typing import Any
 from shoal import wire
 from shoal.activity import State
 from shoal.cluster.limits import Limits
-from shoal.cluster.lives import Arrival, Lives
+from shoal.cluster.members.replica_supervisor import Arrival, Lives
 from shoal.cluster.operations import Done
-from shoal.cluster.replicas import Member, ReplicaSet
-from shoal.cluster.router import Room
+from shoal.cluster.replica_set import Member, ReplicaSet
+from shoal.cluster.routing.router import Room
 from shoal.cluster.timers import Timers
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, overflow
 from shoal.protocols import Recorder

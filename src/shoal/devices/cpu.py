@@ -6,8 +6,8 @@ import os
 import zlib
 from pathlib import Path
 
+from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
-from shoal.types import Hardware
 
 ROOT = Path("/")
 MEMORY, MEMBERSHIP, GROUPS = Path("proc/meminfo"), Path("proc/self/cgroup"), Path("sys/fs/cgroup")

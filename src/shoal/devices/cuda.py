@@ -8,8 +8,8 @@ from pathlib import Path
 
 from shoal import env
 from shoal.devices import cpu
+from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
-from shoal.types import Hardware
 
 _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
 

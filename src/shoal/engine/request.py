@@ -8,7 +8,7 @@ from enum import Enum
 from functools import lru_cache
 
 from shoal import wire
-from shoal.engine.constraint import Constraint
+from shoal.engine.grammar_constraint import Constraint
 from shoal.engine.speculation import Guesser
 
 

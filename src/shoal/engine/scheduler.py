@@ -26,10 +26,10 @@ from itertools import islice
 
 from shoal import wire
 from shoal.engine.blocks import BlockPool
-from shoal.engine.constraint import Constraint
+from shoal.engine.grammar_constraint import Constraint
+from shoal.engine.prompt_chunking import PromptSpread
 from shoal.engine.request import Request, State, decode_tokens, encode_tokens, token_set
 from shoal.engine.speculation import Guesser
-from shoal.engine.spread import PromptSpread
 from shoal.errors import EngineError, RequestError
 from shoal.protocols import Grammars, Policy
 from shoal.wire import Ids

@@ -8,7 +8,7 @@ a wrong guess costs its computation and nothing else.
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from shoal.config import SpeculativeConfig
+from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.ngram import NgramIndex
 from shoal.wire import Ids
 

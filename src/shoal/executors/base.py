@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 from shoal import wire
-from shoal.config import format_bytes
+from shoal.config.engine_options import format_bytes
 from shoal.errors import ClosedError, RankFailed, UserError
-from shoal.observe.logging import get_logger
+from shoal.log import get_logger
 
 log = get_logger("executor")
 

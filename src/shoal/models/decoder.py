@@ -10,13 +10,22 @@ from shoal.errors import EngineError
 from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_head_linear, make_linear
-from shoal.models.embedding import Embedding, LearnedPositions
-from shoal.models.latent_attention import LatentAttention, LowRankLinear
-from shoal.models.layers import MLP, Attention, Layer, Norms, NormSumLayer, ParallelLayer, SelfAttention, SerialLayer
-from shoal.models.loader import Weights
+from shoal.models.checkpoint.loader import Weights
+from shoal.models.layers.decoder_layer import (
+    MLP,
+    Attention,
+    Layer,
+    Norms,
+    NormSumLayer,
+    ParallelLayer,
+    SelfAttention,
+    SerialLayer,
+)
+from shoal.models.layers.embedding import Embedding, LearnedPositions
+from shoal.models.layers.latent_attention import LatentAttention, LowRankLinear
+from shoal.models.layers.moe import MoE, Router, SharedExperts
+from shoal.models.layers.rope import rope_tables
 from shoal.models.manifest import Cut, Shard
-from shoal.models.moe import MoE, Router, SharedExperts
-from shoal.models.rope import rope_tables
 from shoal.models.spec import AttentionSpec, LatentSpec, ModelSpec, MoESpec, NormSpec, RopeSpec
 from shoal.parallel.dispatch import Dispatch, TensorParallelDispatch
 from shoal.parallel.embedding import VocabParallelEmbedding

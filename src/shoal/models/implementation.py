@@ -10,13 +10,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from shoal.config import ExpertPlacement
+from shoal.config.engine_options import ExpertPlacement
 from shoal.errors import CheckpointError
-from shoal.models import fallback, manifest
-from shoal.models.fallback import FallbackSpec
+from shoal.models import manifest
 from shoal.models.manifest import Param, Shard
 from shoal.models.registry import read_config, read_spec, tensor_names
 from shoal.models.spec import ModelSpec, Unsupported
+from shoal.models.transformers import fallback_spec
+from shoal.models.transformers.fallback_spec import FallbackSpec
+from shoal.models.transformers.read_spec import read_fallback_spec
 from shoal.parallel.placement import place_experts
 from shoal.parallel.stages import stages
 
@@ -29,7 +31,7 @@ def read_model(folder: Path, wanted: str, overrides: Mapping[str, Any] = Mapping
         CheckpointError: config.json is missing or broken, or the implementation can't run the model.
     """
     if wanted == "transformers":
-        return fallback.read(read_config(folder, overrides), str(folder))
+        return read_fallback_spec(read_config(folder, overrides), str(folder))
     try:
         return read_spec(folder, overrides)
     except Unsupported as error:
@@ -37,7 +39,7 @@ def read_model(folder: Path, wanted: str, overrides: Mapping[str, Any] = Mapping
             raise
         own = error
     try:
-        return fallback.read(read_config(folder, overrides), str(folder))
+        return read_fallback_spec(read_config(folder, overrides), str(folder))
     except CheckpointError as error:
         raise CheckpointError(f"{own}; {error}") from None
 
@@ -49,7 +51,7 @@ def implementation_of(spec: ModelSpec) -> Literal["shoal", "transformers"]:
 def params_of(spec: ModelSpec, available: Collection[str] = ()) -> tuple[Param, ...]:
     """The manifest, by the names of a checkpoint that has the tensors `available`; without any, by the usual ones."""
     if isinstance(spec, FallbackSpec):
-        params = fallback.manifest(spec, available)
+        params = fallback_spec.manifest(spec, available)
     else:
         params = manifest.manifest(spec, tensor_names(spec, available))
     return _tied_the_other_way(params, head_name(spec, available), available) if spec.tie_embeddings else params
@@ -98,7 +100,7 @@ def rank_shards(spec: ModelSpec, cutting: Cutting) -> tuple[Shard, ...]:
         ConfigError: the model can't be cut so.
     """
     if isinstance(spec, FallbackSpec):
-        fallback.check_stages(spec, len(cutting.stages or (spec.num_layers,)))
+        fallback_spec.check_stages(spec, len(cutting.stages or (spec.num_layers,)))
     shares = _with_experts(spec, shards_of(spec, cutting.tp, cutting.tp_split), cutting)
     return tuple(
         dataclasses.replace(share, stage=stage)
@@ -125,5 +127,5 @@ def shards_of(spec: ModelSpec, ranks: int, weights: Sequence[int] | None = None)
     shares = manifest.shards(spec, ranks, weights)
     if not isinstance(spec, FallbackSpec):
         return shares
-    fallback.check_ranks(spec, ranks)
-    return fallback.as_cut(spec, shares)
+    fallback_spec.check_ranks(spec, ranks)
+    return fallback_spec.as_cut(spec, shares)

@@ -5,8 +5,8 @@ import json
 
 import shoal
 from shoal import wire
-from shoal.config import EngineOptions, agreed
-from shoal.models.checkpoint import open_checkpoint
+from shoal.config.engine_options import EngineOptions, agreed
+from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.registry import read_config
 from shoal.planner.layout import shares_experts
 from shoal.planner.resolve import Decision

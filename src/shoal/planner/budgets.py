@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from shoal import env
-from shoal.config import EngineOptions, format_bytes
+from shoal.config.engine_options import EngineOptions, format_bytes
+from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
 from shoal.planner.memory import RankMemory
-from shoal.types import Hardware
 
 _CPU_KV_CEILING = 4 * 2**30
 _CPU_KV_SHARE = 0.4

@@ -1,7 +1,7 @@
 """How ranks share a model: what of each layer, which layers, which experts. Decided before a checkpoint is opened."""
 
 from shoal import wire
-from shoal.config import EngineOptions
+from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
 from shoal.models.implementation import Cutting, params_of
 from shoal.models.spec import ModelSpec

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError
-from shoal.models.fallback import FallbackSpec
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.spec import LatentSpec, ModelSpec, MoESpec
+from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.parallel.stages import STREAMS_ON_WAY
 
 SCORE_BYTES = 32 * 2**20  # attention scores that are written out at a time: kernels.reference's

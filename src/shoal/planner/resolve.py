@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal import env, wire
-from shoal.config import Cores, EngineOptions
+from shoal.config.engine_options import Cores, EngineOptions
 from shoal.devices import cpu, cuda
+from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
-from shoal.models.fallback import FallbackSpec
 from shoal.models.implementation import Cutting, implementation_of, rank_shards, read_model
 from shoal.models.manifest import ITEM_BYTES, Cut, Shard
-from shoal.models.opening import OpenedModel, open_model
+from shoal.models.open_model import OpenedModel, open_model
 from shoal.models.spec import ModelSpec
+from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.planner.all2all import choose_all2all
 from shoal.planner.budgets import kv_budgets, num_blocks
 from shoal.planner.costs import cost_shares, draft_cost
 from shoal.planner.layout import plan_cutting, shares_experts, standing
 from shoal.planner.memory import RankMemory, StepSize, rank_memory, require_capacity
-from shoal.types import Hardware
 
 Backend = Literal["uni", "threads", "mp"]
 _DTYPES = {"float": "float32", "half": "float16"}  # other names that vLLM takes

@@ -14,14 +14,15 @@ from typing import Any
 
 import uvloop
 
-from shoal import garbage, wire
+from shoal import wire
 from shoal.cluster.desk import Answer, Questions
 from shoal.errors import ClosedError, ShoalError
-from shoal.frontend.async_llm import AsyncLLM
-from shoal.frontend.model import OpenModel, open_model
-from shoal.observe import logging
+from shoal.launch.open_model import OpenModel, open_model
+from shoal.llm.async_llm import AsyncLLM
+from shoal.log import configure_logging, get_logger
+from shoal.process import garbage_collector
 from shoal.server.app import make_app
-from shoal.server.listening import Listening, Server, make_server
+from shoal.server.http.listening import Listening, Server, make_server
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
@@ -31,7 +32,7 @@ _SETUP_S = 60.0
 _SLICE_S = 1.0
 _LEARN_S = 0.25
 
-log = logging.get_logger("serve")
+log = get_logger("serve")
 
 
 class ChannelLine:
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     channel = Channel.from_fd(int(options["--fd"]))
     setup = _setup(channel)
-    logging.configure(f"(API server {setup.number}) ")
+    configure_logging(f"(API server {setup.number}) ")
     try:
         model = open_served(setup)
     except ShoalError as error:
@@ -165,7 +166,7 @@ async def _learn(llm: AsyncLLM) -> None:
     with contextlib.suppress(ShoalError):  # nobody has the fleet any more
         while not (await llm.status()).max_model_len:
             await asyncio.sleep(_LEARN_S)
-        garbage.settle()
+        garbage_collector.settle()
 
 
 if __name__ == "__main__":

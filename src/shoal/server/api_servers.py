@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from shoal import wire
-from shoal.cluster.supervisor import Restarts
+from shoal.cluster.members.restarts import Restarts
 from shoal.errors import ClosedError, EngineError
-from shoal.frontend.async_llm import AsyncLLM
-from shoal.frontend.model import OpenModel
-from shoal.observe.logging import get_logger
-from shoal.server.listening import LAST_BYTES_S, Listening
+from shoal.launch.open_model import OpenModel
+from shoal.llm.async_llm import AsyncLLM
+from shoal.log import get_logger
+from shoal.server.http.listening import LAST_BYTES_S, Listening
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import ChannelClosed
 from shoal.transport.process import ChildProcess

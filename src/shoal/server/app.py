@@ -6,35 +6,25 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from shoal import __version__
-from shoal.frontend.async_llm import AsyncLLM
-from shoal.server import (
-    admin,
-    chat,
-    completions,
-    health,
-    models,
-    operations,
-    responses,
-    status,
-    stored_responses,
-    tokenization,
-)
+from shoal.llm.async_llm import AsyncLLM
+from shoal.server.api import chat, completions, models, responses, stored_responses, tokenization
+from shoal.server.api.start_requests import Service, client_gone
 from shoal.server.backend import Backend
-from shoal.server.dashboard import routes as dashboard
-from shoal.server.errors import add_handlers
-from shoal.server.http_methods import CommonMethods
-from shoal.server.limits import add_limits
-from shoal.server.request_ids import RequestIds
-from shoal.server.running import Service, client_gone
-from shoal.server.scraping import add_metrics
+from shoal.server.http.errors import add_handlers
+from shoal.server.http.event_streams import ClientGone
+from shoal.server.http.limits import add_limits
+from shoal.server.http.methods import CommonMethods
+from shoal.server.http.request_ids import RequestIds
+from shoal.server.operations import health, pause_and_sleep, scaling, status
+from shoal.server.operations.dashboard import routes as dashboard
+from shoal.server.operations.metrics_page import add_metrics
 from shoal.server.settings import ServerSettings
-from shoal.server.streaming import ClientGone
 
 
 def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
     """All endpoints of `shoal serve`, over a model that others start and close."""
     app = openai_app(llm, settings)
-    for endpoints in (health, status, admin, operations):
+    for endpoints in (health, status, scaling, pause_and_sleep):
         app.include_router(endpoints.routes(llm))
     app.include_router(dashboard.routes())
     add_limits(app, settings)

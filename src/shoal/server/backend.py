@@ -3,10 +3,11 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
-from shoal.frontend.deltas import Delta
-from shoal.frontend.prompts import Job
-from shoal.frontend.tokenizer import Tokenizer
-from shoal.types import Logprobs, Message, Prompt, RequestOutput, SamplingParams
+from shoal.llm.deltas import Delta
+from shoal.outputs import Logprobs, RequestOutput
+from shoal.params import Message, Prompt, SamplingParams
+from shoal.text.prompts import Job
+from shoal.text.tokenizer import Tokenizer
 
 
 class TokenStream(Protocol):

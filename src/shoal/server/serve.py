@@ -13,17 +13,17 @@ from typing import Any, Protocol
 
 import uvloop
 
-from shoal import garbage
 from shoal.activity import State
 from shoal.errors import ClosedError, EngineError, ShoalError
-from shoal.frontend.async_llm import AsyncLLM
-from shoal.frontend.model import OpenModel
-from shoal.observe.logging import get_logger
+from shoal.launch.open_model import OpenModel
+from shoal.llm.async_llm import AsyncLLM
+from shoal.log import get_logger
+from shoal.process import garbage_collector
+from shoal.server.api.response_store import ResponseStore
 from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
-from shoal.server.listening import LAST_BYTES_S, Listening, make_server
-from shoal.server.metrics import RequestMetrics
-from shoal.server.response_store import ResponseStore
+from shoal.server.http.listening import LAST_BYTES_S, Listening, make_server
+from shoal.server.operations.request_metrics import RequestMetrics
 from shoal.server.settings import ServerSettings
 
 log = get_logger("serve")
@@ -181,7 +181,7 @@ async def _watch(llm: AsyncLLM, url: str) -> None:
             thread that drives them has ended.
     """
     await llm.ready()
-    garbage.settle()
+    garbage_collector.settle()
     print(f"Shoal serves {llm.model_name} at {url}", flush=True)
     while True:
         await asyncio.sleep(_LOOK_S)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from shoal.errors import ConfigError
-from shoal.frontend.model import OpenModel
+from shoal.launch.open_model import OpenModel
 from shoal.server.tools.parsers import PARSERS
 
 

@@ -9,11 +9,12 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from shoal import garbage, wire
+from shoal import wire
 from shoal.errors import RequestError
-from shoal.observe.logging import get_logger
+from shoal.log import get_logger
+from shoal.process import garbage_collector
 from shoal.structured import grammar_process
-from shoal.structured.door import Door
+from shoal.structured.descriptor_passing import Door
 from shoal.structured.limits import DEFAULT_LIMITS, GrammarLimits
 from shoal.structured.matcher import Vocabulary
 from shoal.transport.channel import Channel, ChannelClosed, wait
@@ -57,7 +58,7 @@ class Host:
         """Until it is told to stop, or nobody is there any more; gives an exit code."""
         try:
             vocabulary = make_vocabulary()
-            garbage.settle()  # or the collector would write to pages that all processes share
+            garbage_collector.settle()  # or the collector would write to pages that all processes share
             self._channel.send(wire.encode(wire.GrammarHostReady()))
             while self._step(vocabulary):
                 pass

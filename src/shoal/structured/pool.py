@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal import wire
-from shoal.observe.logging import get_logger
-from shoal.structured.door import send_through_door
+from shoal.log import get_logger
+from shoal.structured.descriptor_passing import send_through_door
 from shoal.structured.limits import DEFAULT_LIMITS, MOST_CHARACTERS, GrammarLimits
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from shoal.forks import let_go_in_children
+from shoal.process.forks import let_go_in_children
 
 _LENGTH = struct.Struct("<I")
 _LONGEST = 2**32 - 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from shoal import addresses, wire
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError, ShoalError
-from shoal.observe.logging import get_logger
+from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_key, this_process, watch_host
 

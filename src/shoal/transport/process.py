@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shoal import env, import_path, open_files
-from shoal.observe.logging import get_logger
+from shoal import env
+from shoal.log import get_logger
+from shoal.process import import_path, open_files
 from shoal.transport.channel import Channel, ChannelClosed
 
 log = get_logger("process")

@@ -28,8 +28,8 @@ from typing import Any, Protocol
 from shoal import addresses, wire
 from shoal.addresses import is_loopback, joined
 from shoal.errors import AddressInUse, ConfigError
-from shoal.forks import let_go_in_children
-from shoal.observe.logging import get_logger
+from shoal.log import get_logger
+from shoal.process.forks import let_go_in_children
 from shoal.transport.channel import Channel, ChannelClosed, wait
 
 log = get_logger("rendezvous")

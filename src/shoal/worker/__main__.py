@@ -13,8 +13,9 @@ from typing import Protocol
 
 import click
 
-from shoal import garbage, wire
-from shoal.observe import logging
+from shoal import wire
+from shoal.log import configure_logging
+from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 
@@ -31,7 +32,7 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
     die_with_parent(parent)
     for each in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the engine decides what ends
         signal.signal(each, signal.SIG_IGN)
-    logging.configure(f"(rank {number}) ")
+    configure_logging(f"(rank {number}) ")
     channel = Channel.from_fd(fd)
     inbox: queue.SimpleQueue[wire.ToRank] = queue.SimpleQueue()
     status = _Status(number)
@@ -40,7 +41,7 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
     from shoal.worker.process_groups import ProcessGroups  # these load torch; the other thread is heard meanwhile
     from shoal.worker.rank import Rank
 
-    garbage.settle()
+    garbage_collector.settle()
     status.rank = rank = Rank(ProcessGroups(store, size))
     while not isinstance(message := inbox.get(), wire.Stop):
         answer = rank.answer(message)

@@ -12,7 +12,7 @@ import torch
 
 from shoal import wire
 from shoal.kernels.base import KVCache
-from shoal.models.causal import CausalModel
+from shoal.models.causal_model import CausalModel
 from shoal.parallel.mesh import Axis
 from shoal.worker.batch import SequenceTable, StepInput
 from shoal.worker.sampler import VocabShare, sample

@@ -4,12 +4,12 @@ import ctypes
 
 import torch
 
-from shoal import garbage
+from shoal.process import garbage_collector
 
 
 def give_back(device: torch.device) -> None:
     """glibc keeps what lies below something that is in use, and PyTorch all of a GPU's, unless they are told."""
-    garbage.collect()
+    garbage_collector.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it

@@ -6,7 +6,7 @@ import re
 import torch
 
 from shoal import wire
-from shoal.config import format_bytes, parse_bytes
+from shoal.config.engine_options import format_bytes, parse_bytes
 from shoal.devices import cpu
 from shoal.errors import ConfigError
 

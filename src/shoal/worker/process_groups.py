@@ -8,7 +8,7 @@ import torch
 from shoal import wire
 from shoal.comm.base import Communicator
 from shoal.comm.torch_dist import TorchComm, file_store
-from shoal.worker.store import RendezvousStore
+from shoal.worker.group_store import RendezvousStore
 
 
 class ProcessGroups:

@@ -4,7 +4,7 @@ import traceback
 
 from shoal import wire
 from shoal.errors import CommError, ShoalError, UserError
-from shoal.observe.logging import get_logger
+from shoal.log import get_logger
 from shoal.worker.memory_errors import explain
 from shoal.worker.worker import Connect, Worker
 

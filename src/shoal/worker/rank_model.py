@@ -7,21 +7,21 @@ from typing import Any, cast
 import torch
 
 from shoal import wire
-from shoal.config import ExpertPlacement
+from shoal.config.engine_options import ExpertPlacement
 from shoal.errors import EngineError
 from shoal.kernels.linear import make_linear
 from shoal.kernels.sampling import load_native as load_sampling
 from shoal.kernels.select import make_kernels
-from shoal.models.causal import CausalModel
-from shoal.models.checkpoint import open_checkpoint
+from shoal.models.causal_model import CausalModel
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights, Weights
 from shoal.models.decoder import build_decoder
-from shoal.models.fallback import FallbackSpec
 from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
-from shoal.models.loader import CheckpointWeights, DummyWeights, Weights
 from shoal.models.manifest import Cut, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.precision import PRECISION
 from shoal.models.registry import read_config
-from shoal.models.transformers_model import build_transformers_model
+from shoal.models.transformers.fallback_spec import FallbackSpec
+from shoal.models.transformers.model import build_transformers_model
 from shoal.parallel.all2all.backends import make_dispatch
 from shoal.parallel.dispatch import Dispatch
 from shoal.parallel.mesh import Mesh

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from shoal import wire
 from shoal.kernels.base import KVCache
-from shoal.models.causal import CausalModel
+from shoal.models.causal_model import CausalModel
 from shoal.parallel.mesh import Axis
 from shoal.parallel.pipeline import Pipeline
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.draft import Draft
 from shoal.worker.edits import Edits, Masks
 from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
-from shoal.worker.unread import Unread
+from shoal.worker.token_return import Unread
 
 _PROMPT_ROWS = 64  # of a prompt whose logits are there at a time: a vocabulary of 150,000 takes 38 MB for so many
 

@@ -12,7 +12,7 @@ from shoal.comm.base import Communicator
 from shoal.devices import cpu
 from shoal.errors import EngineError, UserError
 from shoal.kernels.reference import GATHER_BYTES
-from shoal.observe.logging import get_logger
+from shoal.log import get_logger
 from shoal.parallel.mesh import make_mesh
 from shoal.parallel.pipeline import Pipeline
 from shoal.parallel.topology import Topology

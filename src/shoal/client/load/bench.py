@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shoal import open_files
 from shoal.client.http import NotFound, ServerClient
 from shoal.client.load.calibrate import words_by_tokenizer, words_by_usage
 from shoal.client.load.drive import Requester, Run
@@ -25,6 +24,7 @@ from shoal.client.load.request_log import Entry, line_of, read_log, writing_log
 from shoal.client.load.settings import LoadSettings
 from shoal.client.load.workload import Planned, Workload, arrivals
 from shoal.errors import ConfigError, EngineError, UserError
+from shoal.process import open_files
 
 _PROBE_IDS = 16
 

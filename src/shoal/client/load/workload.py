@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shoal.client.load.prompts import Prompt, Prompts
 from shoal.errors import ConfigError
-from shoal.types import decimal_number, whole_number
+from shoal.values import decimal_number, whole_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.server.errors import Refusal
+from shoal.server.http.errors import Refusal
 from shoal.server.tools.parsers import PARSERS, SPECIAL, Named, ToolParser, array
 from shoal.server.tools.reading import Arguments, Brackets, Piece, Start
-from shoal.structured.node import STRICT
-from shoal.types import shown
+from shoal.structured.schema.node import STRICT
+from shoal.values import shown
 
 _NAME = re.compile(r"[\w.\-]{1,128}")
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}

@@ -1,0 +1,603 @@
+"""Several replicas of an engine, as one EngineClient. A replica that dies leaves its requests to the others."""
+
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shoal import wire
+from shoal.activity import AWAKE, KV_CACHE, Activity
+from shoal.cluster.members.replica import close_all
+from shoal.cluster.operations import Done, Message, Operations
+from shoal.cluster.routing.router import Room, Router
+from shoal.cluster.stats import merged
+from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError, ShoalError
+from shoal.log import get_logger
+from shoal.protocols import EngineClient, Recorder
+from shoal.transport.channel import Channel, wait
+
+log = get_logger("replicas")
+
+_SLICE_S = 0.5
+_SETTLE_S = 1.0
+_TOKEN_BYTES = 4
+_MOST_DEATHS = 2  # of replicas, at one place of a request: it is likely what they died of
+_MOST_DEATHS_OF_MANY = 3  # ... where replicas come back, and another death costs little
+_SAME_PLACE = 16  # tokens that it may have come on since
+
+
+class Member(EngineClient, Protocol):
+    """One of several: a Replica. `died`: its failure is not what its engine had to say."""
+
+    name: str
+    died: bool
+    snapshot: wire.EngineStats | None
+    words: int  # how often it has said something
+
+    @property
+    def channel(self) -> Channel: ...
+
+    def ready(self, timeout: float) -> wire.EngineStats | None: ...
+
+    def stats(self, timeout: float | None = None) -> wire.EngineStats: ...
+
+    def tell(self, message: Message) -> None: ...
+
+    def answers(self) -> list[wire.Told]:
+        """To what it was told; those that came with the last `updates`."""
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    def say_goodbye(self) -> None: ...
+
+    def dismiss(self) -> None: ...
+
+    def end(self, deadline: float) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+def wait_for_any(replicas: Sequence[Member], timeout: float) -> None:
+    """Until one has something to say."""
+    wait([replica.channel for replica in replicas], timeout)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A request, and what its client has been given of its output."""
+
+    request: wire.EngineRequest
+    replica: int | None = None  # None: it waits here
+    output: bytearray = field(default_factory=bytearray)  # tokens, as in the request
+    prompt_reported: int = 0  # tokens of the prompt up to which log-probabilities were given
+    cached_tokens: int | None = None  # of the prompt, at the replica that was first to report
+    aborted: bool = False
+    deaths: int = 0  # of replicas that had it, at about the same place
+    died_at: int = 0  # tokens of output that it had then
+    moved: bool = False  # has a replica had it that has it no more?
+
+    def rest(self) -> wire.EngineRequest:
+        """The request as it goes on from the tokens that it has.
+
+        What the prompt's log-probabilities came to is not computed again; a part of them is, and left out of updates.
+        """
+        request = self.request
+        prompt_len = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
+        sampling = request.sampling
+        if self.prompt_reported >= prompt_len:
+            sampling = wire.replace(sampling, prompt_logprobs=-1)
+        tokens = request.tokens + bytes(self.output)
+        return wire.replace(request, tokens=tokens, prompt_len=prompt_len, sampling=sampling)
+
+    def take(self, update: wire.SeqUpdate) -> wire.SeqUpdate:
+        """Notes what the client is given, without what it has already."""
+        self.output += struct.pack(f"<{len(update.tokens)}i", *update.tokens)
+        if self.cached_tokens is None:
+            self.cached_tokens = update.cached_tokens
+        return wire.replace(
+            update, cached_tokens=self.cached_tokens, prompt_logprobs=self._unseen(update.prompt_logprobs)
+        )
+
+    def note_death(self) -> None:
+        length = len(self.output) // _TOKEN_BYTES
+        self.deaths = self.deaths + 1 if length - self.died_at < _SAME_PLACE else 1
+        self.died_at = length
+
+    def _unseen(self, found: wire.PromptLogprobs | None) -> wire.PromptLogprobs | None:
+        if found is None:
+            return None
+        start = max(found.start, self.prompt_reported)
+        entries = found.entries[start - found.start :]
+        self.prompt_reported = start + len(entries)
+        return wire.PromptLogprobs(start, entries) if entries else None
+
+
+class ReplicaSet:
+    """What one engine is to its client. Replicas are numbered; the numbers of dead ones are not used again."""
+
+    def __init__(
+        self,
+        replicas: Mapping[int, Member],
+        rooms: Mapping[int, Room],
+        *,
+        together: bool = False,
+        on_close: Callable[[], object] = lambda: None,
+        wait_for: Callable[[Sequence[Member], float], object] = wait_for_any,
+        on_loss: Callable[[int, EngineError], object] | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Takes over replicas that are ready; `rooms` says how much each can use at a time. `together`: their ranks
+        compute together, so that none can go on when one has failed. `on_close` ends what they needed, and may be
+        called more than once. `on_loss` is told of each replica that has failed, by whoever brings it back with
+        `admit`: requests wait for that, and nothing ends but by `give_up`."""
+        self._live = dict(replicas)
+        self._router = Router(rooms)
+        self._operations = Operations(self)
+        self._together = together
+        self._on_close = on_close
+        self._on_loss = on_loss
+        self._recorder = recorder
+        self._drawn: Counter[int] = Counter()  # tokens of each replica since it was admitted
+        self._most_deaths = _MOST_DEATHS if on_loss is None else _MOST_DEATHS_OF_MANY
+        self.replays = 0  # how often a request went on after its replica's end
+        self._wait_for = wait_for
+        self._flights: dict[int, _Flight] = {}
+        self._num_waiting = 0
+        self._held: Counter[int] = Counter()
+        self._updates: list[wire.SeqUpdate] = []
+        self._causes: dict[int, str] = {}  # of the ends of dead replicas
+        self._failure: ReplicasFailed | None = None
+        self._told = False  # of the failure
+        self._closed = False
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_held(self) -> int:
+        """Requests that replicas have."""
+        return len(self._flights) - self._num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no replica has."""
+        return self._num_waiting
+
+    def held(self, number: int) -> int:
+        """Requests that a replica has."""
+        return self._held[number]
+
+    def drew(self, number: int) -> bool:
+        """Has a replica given a token since it was admitted?"""
+        return self._drawn[number] > 0
+
+    def is_new(self, seq: int) -> bool:
+        """Has no replica had this request yet?"""
+        flight = self._flights.get(seq)
+        return flight is not None and flight.replica is None and not flight.moved
+
+    def is_open(self, seq: int) -> bool:
+        """Has this request not ended yet?"""
+        return seq in self._flights
+
+    def waiting_for(self, number: int) -> list[int]:
+        """Requests that wait here for this replica, and for no other."""
+        return [
+            seq for seq, flight in self._flights.items() if flight.replica is None and flight.request.replica == number
+        ]
+
+    def expect(self, number: int) -> None:
+        """A replica is being started: what its number has drawn before, another one has."""
+        self._drawn.pop(number, None)
+
+    def admit(self, number: int, replica: Member, room: Room, activity: Activity = AWAKE) -> None:
+        """A replica that is ready joins the others, or is back. `activity` is what it is at; it becomes what they are
+        before it is given anything."""
+        self._live[number] = replica
+        self._router.admit(number, room)
+        self._causes.pop(number, None)
+        self._operations.admitted(number, activity)
+
+    def retire(self, number: int) -> Member:
+        """Takes a replica out. What it has goes on at the others, as if it had failed; it is given back, still
+        running."""
+        replica = self._live.pop(number)
+        self._router.remove(number)
+        self._operations.lost(number)
+        self._move_on(number, None)
+        return replica
+
+    # --- pauses, sleep and caches --------------------------------------------------------------------------------
+
+    @property
+    def activity(self) -> Activity:
+        """What all replicas are at. While they do not run, none is given a request."""
+        return self._operations.activity
+
+    def operate(self, wanted: wire.Operation, done: Done) -> None:
+        """Begins an operation, which goes on with `updates`; `done` is told how it ended."""
+        self._operations.begin(wanted, done)
+
+    def become(self, activity: Activity) -> None:
+        """As of an EngineClient."""
+        self._await(lambda done: self._operations.become(activity, done))
+
+    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+        """As of an EngineClient."""
+        told = self._await(lambda done: self._operations.reset(running=running, done=done))
+        return wire.cache_reset.decode(told)
+
+    def _await(self, begin: Callable[[Done], None]) -> bytes:
+        """Drives the replicas until an operation has ended; their updates are kept."""
+        self._check_open()
+        outcome: list[bytes | ShoalError] = []
+        begin(outcome.append)
+        while not outcome:
+            self._turn(_SLICE_S)
+            if self._failure is not None:
+                self._check_open()
+        if isinstance(outcome[0], ShoalError):
+            raise outcome[0]
+        return outcome[0]
+
+    def members(self) -> Collection[int]:
+        return self._live.keys()
+
+    def tell(self, number: int, message: Message) -> None:
+        """Hands a step of an operation to a replica, and forgets what was known of its prefix cache."""
+        if number not in self._live:  # it was lost with another one
+            return
+        if isinstance(message, wire.ResetCache) or KV_CACHE in message.activity.missing:
+            self._router.forget_prefixes(number)
+        try:
+            self._live[number].tell(message)
+        except EngineError as error:
+            self._lose(number, error)
+
+    def abort_all(self) -> None:
+        self.abort(list(self._flights))
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def refuse(self, seq: int, error: str, refusal: wire.Refusal) -> None:
+        """Ends a request, wherever it is."""
+        flight = self._flights.get(seq)
+        if flight is None:
+            return
+        number = flight.replica
+        if number is not None and number in self._live and not flight.aborted:
+            try:
+                self._live[number].abort((seq,))
+            except EngineError as failure:
+                self._lose(number, failure)
+        if seq in self._flights:
+            self._end_here(seq, error, refusal)
+
+    def give_up(self, why: str) -> None:
+        """No replica comes back: all requests end."""
+        for seq in list(self._flights):
+            self._end_here(seq, why, wire.Refusal.LOST)
+
+    def lose(self, number: int, error: EngineError) -> None:
+        """A replica that is there is of no use any more: it is ended, and its requests go on elsewhere."""
+        self._lose(number, error)
+
+    def bound(self, cut: Callable[[wire.EngineRequest], wire.EngineRequest]) -> None:
+        """Before any replica was there: `cut` gives each request as it is to run, or raises a RequestError, with which
+        it ends."""
+        for seq, flight in list(self._flights.items()):
+            try:
+                found = cut(flight.request)
+            except RequestError as error:
+                self._end_here(seq, str(error), wire.Refusal.INVALID)
+                continue
+            if found != flight.request:
+                self._router.ended(seq)
+                flight.request = found
+                self._router.add(found)
+
+    def reject(self, request: wire.EngineRequest, error: str, refusal: wire.Refusal) -> None:
+        """Ends a request that is not taken.
+
+        Raises:
+            RequestError: its number is in use.
+        """
+        self._check_new(request)
+        update = wire.SeqUpdate(request.seq, (), finish=wire.Finish.ABORT, error=error, refusal=refusal)
+        self._updates.append(update)
+        if self._recorder is not None:
+            self._recorder.added(request)
+            self._recorder.ended(update)
+
+    def _check_new(self, request: wire.EngineRequest) -> None:
+        if request.seq in self._flights:
+            raise RequestError(f"request {request.seq} exists already")
+
+    def add(self, request: wire.EngineRequest) -> None:
+        """
+        Raises:
+            RequestError: its number is in use.
+            EngineError: no replica is left.
+        """
+        self._check_open()
+        self._check_new(request)
+        self._flights[request.seq] = _Flight(request)
+        self._num_waiting += 1
+        if self._recorder is not None:
+            self._recorder.added(request)
+        self._router.add(request)
+        self._deal()
+
+    def abort(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
+        """`stopped`: their clients have all they wanted, up to a stop text."""
+        there: dict[int, list[int]] = {}
+        for seq in seqs:
+            flight = self._flights.get(seq)
+            if flight is None or flight.aborted:
+                continue
+            flight.aborted = True
+            if stopped and self._recorder is not None:
+                self._recorder.stopped(seq)
+            if flight.replica is None:
+                self._end_here(seq)
+            else:
+                there.setdefault(flight.replica, []).append(seq)
+        for number, some in there.items():
+            try:
+                if number in self._live:
+                    self._live[number].abort(some)
+            except EngineError as error:
+                self._lose(number, error)
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        self._turn(0.0 if self._updates else timeout)
+        if not self._updates:
+            self._check_open()
+        updates, self._updates = self._updates, []
+        return updates
+
+    def _turn(self, timeout: float) -> None:
+        self._deal()
+        if self._closed or self._failure is not None:
+            return
+        self._wait_for(list(self._live.values()), 0.0 if self._updates else timeout)
+        for number in list(self._live):
+            self._collect(number)
+        self._operations.tick()
+        self._deal()
+
+    def stats(self) -> wire.EngineStats:
+        """Of the replicas that are left, and what waits here."""
+        self._check_open()
+        found = []
+        for number in list(self._live):
+            try:
+                if number in self._live:  # it may be lost with another one
+                    found.append(self._live[number].stats())
+            except EngineError as error:
+                self._lose(number, error)
+        self._check_open()
+        total = merged(found)
+        return wire.replace(total, waiting=total.waiting + self._num_waiting)
+
+    def close(self) -> None:
+        """Ends all replicas at the same time. Idempotent, never raises."""
+        if not self._closed and self._together:
+            self._settle()
+        self._closed = True
+        close_all(list(self._live.values()))
+        self._on_close()
+
+    def _settle(self) -> None:
+        """Lets steps end for which the ranks of all replicas are needed. An engine answers when what it had launched
+        has ended; after the first answer it may still tell its ranks what to forget, after the second it rests."""
+        with suppress(EngineError):
+            self.abort(list(self._flights))
+            for replica in [*self._live.values()] * 2:
+                replica.stats(_SETTLE_S)
+
+    def _deal(self) -> None:
+        while self.activity.runs and (found := self._router.next()) is not None:
+            request, number = found
+            self._flights[request.seq].replica = number
+            self._num_waiting -= 1
+            self._held[number] += 1
+            if self._recorder is not None:
+                self._recorder.dealt(request.seq, number)
+            try:
+                self._live[number].add(request)
+            except EngineError as error:
+                self._lose(number, error)
+            except Exception as error:  # what one request brings along ends no other
+                log.exception("request %d could not be sent", request.seq)
+                why = f"the request could not be sent: {type(error).__name__}: {error}"
+                self._end_here(request.seq, why, wire.Refusal.FAILED)
+
+    def _collect(self, number: int) -> None:
+        if number not in self._live:  # it was lost with another one
+            return
+        try:
+            updates = self._live[number].updates(0)
+        except EngineError as error:
+            self._lose(number, error)
+            return
+        for told in self._live[number].answers():
+            self._operations.told(number, told)
+        for update in updates:
+            flight = self._flights.get(update.seq)
+            if flight is not None and flight.replica == number:
+                self._router.drew(update.seq, number, len(update.tokens))
+                self._drawn[number] += len(update.tokens)
+                self._updates.append(flight.take(update))
+                if self._recorder is not None:
+                    self._recorder.updated(number, self._updates[-1])
+                if update.finish is not None:
+                    del self._flights[update.seq]
+                    self._held[number] -= 1
+                    self._router.ended(update.seq, number)
+
+    def _end_here(self, seq: int, error: str = "", refusal: wire.Refusal = wire.Refusal.NONE) -> None:
+        """Ends a request that was aborted or can't go on, whatever a replica may still say of it."""
+        flight = self._flights.pop(seq)
+        if flight.replica is None:
+            self._num_waiting -= 1
+        else:
+            self._held[flight.replica] -= 1
+        self._updates.append(
+            wire.SeqUpdate(
+                seq,
+                (),
+                finish=wire.Finish.ABORT,
+                cached_tokens=flight.cached_tokens or 0,
+                error=error,
+                refusal=refusal,
+            )
+        )
+        if self._recorder is not None:
+            self._recorder.ended(self._updates[-1])
+        self._router.ended(seq, flight.replica)
+
+    def _lose(self, number: int, error: EngineError) -> None:
+        """A replica is no more. Its requests go on at the others, from the tokens that clients have."""
+        replica = self._live.pop(number, None)
+        if replica is None:
+            return
+        replica.abandon()
+        self._router.remove(number)
+        self._operations.lost(number)
+        self._causes[number] = str(error)
+        if self._on_loss is None and (self._together or not self._live):
+            self._fail(replica)
+            return
+        self._log_loss(number, error)
+        self._move_on(number, error)
+        if self._on_loss is not None:
+            self._on_loss(number, error)
+            if self._together:
+                for other in list(self._live):
+                    self._lose(other, EngineError(f"replica {number} has failed, without which it can't go on"))
+
+    def _log_loss(self, number: int, error: EngineError) -> None:
+        count, left = len(self._live), self._held[number]
+        if self._together:
+            where = "wait until all replicas are back"
+        elif count:
+            where = f"go on at the {count} replica{'s' if count > 1 else ''} left"
+        else:
+            where = "wait until one is back"
+        log.warning("%s; its %d unfinished requests %s", error, left, where)
+
+    def _move_on(self, number: int, error: EngineError | None) -> None:
+        """What a replica had goes on at others. `error`: it died; else it was asked to leave."""
+        for seq in [seq for seq, flight in self._flights.items() if flight.replica == number]:
+            flight = self._flights[seq]
+            flight.replica = None
+            flight.moved = True
+            self._held[number] -= 1
+            self._num_waiting += 1
+            if error is not None:
+                flight.note_death()
+            if flight.aborted:
+                self._end_here(seq)
+            elif flight.deaths >= self._most_deaths:
+                self._end_here(
+                    seq,
+                    f"{flight.deaths} replicas failed one after the other while they had this request, and no other "
+                    f"one is given it; the last: {error}",
+                    wire.Refusal.FAILED,
+                )
+            else:
+                self.replays += 1
+                self._router.add(flight.rest())
+
+    def audit(self) -> None:
+        """Holds the books against each other.
+
+        Raises:
+            EngineError: they differ.
+        """
+        waiting = sum(flight.replica is None for flight in self._flights.values())
+        held = Counter(flight.replica for flight in self._flights.values() if flight.replica is not None)
+        if waiting != self._num_waiting or held != +self._held or any(count < 0 for count in self._held.values()):
+            raise EngineError(f"{waiting} requests wait, not {self._num_waiting}; held are {held}, not {self._held}")
+        if self._router.waiting != waiting:
+            raise EngineError(f"{self._router.waiting} requests wait at the router, {waiting} here")
+        for number in self._live:
+            if self._router.held(number) != held[number]:
+                raise EngineError(f"replica {number} has {held[number]} requests, by the router's books others")
+        self._router.audit()
+
+    def _fail(self, last: Member) -> None:
+        """Nobody can go on."""
+        if self._together:
+            cause = self._cause_of(last)
+            message = f"{cause}; replicas that share experts end together"
+        else:
+            causes = "; ".join(self._causes[number] for number in sorted(self._causes))
+            message = f"no replica is left: {causes}"
+        close_all(list(self._live.values()))
+        for number in self._live:
+            self._router.remove(number)
+        self._live.clear()
+        self._flights.clear()
+        self._failure = ReplicasFailed(message)
+
+    def _cause_of(self, first: Member) -> str:
+        """What took them all down: one that died before one that reports, as the others lose contact to it."""
+        causes = list(self._causes.values())
+        if first.died:
+            return causes[0]
+        for replica in self._live.values():
+            try:
+                replica.updates(0)
+            except EngineError as error:
+                if replica.died:
+                    return str(error)
+        return causes[0]
+
+    def _check_open(self) -> None:
+        if self._failure is not None and not self._told:
+            self._told = True
+            raise self._failure
+        if self._failure is not None:
+            raise ClosedError(f"the engine has failed: {self._failure}")
+        if self._closed:
+            raise ClosedError("the engine was closed")
+
+
+def await_ready(replicas: Mapping[int, Member], timeout: float) -> dict[int, wire.EngineStats]:
+    """Waits until all of them can take requests; gives what each says of itself. One that fails ends the others.
+
+    Raises:
+        UserError: a replica was asked for something that can't work; it is named.
+        EngineError: one failed, or was not ready within `timeout` seconds.
+    """
+    begun = time.monotonic()
+    found: dict[int, wire.EngineStats] = {}
+    try:
+        while missing := {number: replica for number, replica in replicas.items() if number not in found}:
+            if time.monotonic() - begun > timeout:
+                names = ", ".join(replica.name for replica in missing.values())
+                raise EngineError(f"{names}: not ready within {timeout:g} s")
+            wait_for_any(list(missing.values()), _SLICE_S)
+            for number, replica in missing.items():
+                stats = replica.ready(0)
+                if stats is not None:
+                    found[number] = stats
+                    log.info(
+                        "%s is ready after %.2f s: %d KV blocks, %d of %d",
+                        *(replica.name, time.monotonic() - begun, stats.num_blocks, len(found), len(replicas)),
+                    )
+    except BaseException:
+        close_all(list(replicas.values()))
+        raise
+    return found

@@ -1,0 +1,597 @@
+"""What a user can say about an engine. Each option is written once, here: flags, `LLM(...)` and docs derive from it.
+
+None means "you decide"; `planner.resolve` decides, and says why.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from shoal import env
+from shoal.errors import ConfigError
+from shoal.values import decimal_number, shown, whole_number
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
+LoadFormat = Literal["auto", "dummy"]
+Device = Literal["auto", "cpu", "cuda"]
+Backend = Literal["auto", "uni", "threads", "mp"]
+ExpertPlacement = Literal["linear", "round_robin"]
+All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
+SchedulingPolicy = Literal["priority", "fcfs"]
+ModelImpl = Literal["auto", "shoal", "transformers"]
+GenerationConfig = Literal["auto", "vllm"]
+
+T = TypeVar("T")
+
+LARGEST = 2**63 - 1  # the largest integer that every message between processes can carry
+_LARGEST_SHARE = 10**6  # of `tensor_parallel_split`
+_MOST_LAYERS = 10**4  # of a stage
+_MOST_DRAFTS = 64
+_MOST_CORES = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """How tokens are guessed ahead: from the text so far (`ngram`), or by a smaller model (`draft_model`)."""
+
+    method: Literal["ngram", "draft_model"]
+    num_speculative_tokens: int = 5  # guessed at a time
+    prompt_lookup_max: int = 4  # ngram: the longest run of tokens that is looked for in the text so far
+    prompt_lookup_min: int = 2  # ... and the shortest
+    model: str | None = None  # draft_model: its folder or id
+    revision: str | None = None
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    short: str | None = None,
+    minimum: float | None = None,
+    maximum: int = LARGEST,
+    bytes_: bool = False,
+    parse: Callable[[Any, str], Any] | None = None,
+    metavar: str | None = None,
+    local: bool = False,
+) -> T:
+    """A config field; `short` is a second flag, `maximum` is that of an integer, `bytes_` allows 512MiB, 2GiB and the
+    like, `parse(value, flag)` reads what has a form of its own; on a `local` one processes of one job may differ."""
+    found: T = field(
+        default=default,
+        metadata={
+            "help": help,
+            "short": short,
+            "minimum": minimum,
+            "maximum": maximum,
+            "bytes": bytes_,
+            "parse": parse,
+            "metavar": metavar,
+            "local": local,
+        },
+    )
+    return found
+
+
+def parse_split(value: Any, flag: str) -> tuple[int, ...]:
+    """`2,1,1`, or the numbers: relative shares of ranks.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    return _positives(value, flag, _LARGEST_SHARE, "one a rank, such as 2,1,1")
+
+
+def parse_partition(value: Any, flag: str) -> tuple[int, ...]:
+    """`3,2,2`, or the numbers: layers of stages.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    return _positives(value, flag, _MOST_LAYERS, "the layers of each stage, such as 3,2,2")
+
+
+def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(parts, Sequence) and not isinstance(parts, bytes | bytearray | memoryview) and parts:
+        numbers: tuple[Any, ...] = tuple(
+            whole_number(part.strip(" ")) if isinstance(part, str) else part for part in parts
+        )
+        if all(type(number) is int and 0 < number <= largest for number in numbers):
+            return numbers
+    raise ConfigError(f"{flag} takes positive integers up to {largest}, {meaning}, got {shown(value)}")
+
+
+def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:
+    """JSON, or a mapping: `{"rope_scaling": {"rope_type": "linear", "factor": 2.0}}`.
+
+    Raises:
+        ConfigError: it is no object, or not all of it is JSON.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{flag} is no JSON: {error}") from None
+    try:
+        found = json.loads(json.dumps(value, allow_nan=False))  # nobody else holds it, and keys are texts
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{flag} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f'{flag} takes a JSON object such as {{"rope_theta": 500000.0}}, got {shown(value)}')
+    return found
+
+
+Cores = tuple[tuple[int, ...], ...]  # a list for each rank, or one that ranks share; (): no rank keeps to any
+
+
+def parse_cores(value: Any, flag: str) -> Cores | None:
+    """`0-3`, `0-3|4-7`, `0,2|1,3`, `nobind`, or lists of numbers; None for `auto`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if value == "auto":
+        return None
+    if value in ("nobind", "none"):
+        return ()
+    lists = str(value).split("|") if isinstance(value, str | int) and not isinstance(value, bool) else value
+    found = [_cores(each) for each in lists] if isinstance(lists, list | tuple) and lists else [None]
+    if any(each is None for each in found):
+        raise ConfigError(
+            f"{flag} takes auto, nobind, or cores such as 0-3, with | between those of ranks (0-3|4-7), "
+            f"got {shown(value)}"
+        )
+    cores = tuple(each for each in found if each is not None)
+    named = [core for each in cores for core in each]
+    if len(set(named)) < len(named):
+        raise ConfigError(f"{flag} names a core twice, got {shown(value)}")
+    return cores
+
+
+def _cores(given: Any) -> tuple[int, ...] | None:
+    """Those of one list; None: it is none."""
+    if isinstance(given, list | tuple):
+        whole = bool(given) and all(type(core) is int and 0 <= core < _MOST_CORES for core in given)
+        return tuple(given) if whole else None
+    found: list[int] = []
+    for part in str(given).split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < _MOST_CORES:
+            return None
+        found += range(first, last + 1)
+    return tuple(found)
+
+
+def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
+    """JSON, or a mapping: `{"method": "ngram", "num_speculative_tokens": 4}`, `{"model": "...", ...}`.
+
+    Raises:
+        ConfigError: it is no object, has an unknown key or a value out of range.
+    """
+    if isinstance(value, SpeculativeConfig):
+        return value
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{flag} is no JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'{flag} takes a JSON object such as {{"method": "ngram"}}, got {shown(value)}')
+    known = [f.name for f in dataclasses.fields(SpeculativeConfig)]
+    for name in value:
+        if name not in known:
+            raise ConfigError(f"{flag}: unknown key {shown(name)}{nearest(shown(name), known)}")
+    given = dict(value)
+    given.setdefault("method", "draft_model" if given.get("model") else None)
+    _check_method(given, flag)
+    for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+        number = given.get(name, 1)
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST_DRAFTS:
+            raise ConfigError(f"{flag}: {name} must be an integer in [1, {_MOST_DRAFTS}], got {shown(number)}")
+    if "prompt_lookup_max" in given or "prompt_lookup_min" in given:
+        longest = given.setdefault("prompt_lookup_max", max(4, given.get("prompt_lookup_min", 0)))
+        shortest = given.setdefault("prompt_lookup_min", min(2, longest))
+        if shortest > longest:
+            raise ConfigError(f"{flag}: prompt_lookup_min {shortest} is more than prompt_lookup_max {longest}")
+    return SpeculativeConfig(**given)
+
+
+def _check_method(given: Mapping[str, Any], flag: str) -> None:
+    """Each method has keys of its own, and those of the other one would be ignored."""
+    method = given["method"]
+    if method not in ("ngram", "draft_model"):
+        raise ConfigError(f"{flag}: method must be ngram or draft_model, got {shown(method)}")
+    others = ("model", "revision") if method == "ngram" else ("prompt_lookup_max", "prompt_lookup_min")
+    for name in others:
+        if given.get(name) is not None:
+            raise ConfigError(f"{flag}: method {method} does not use {name}: leave it out or change the method")
+    if method == "draft_model" and not (isinstance(given.get("model"), str) and given["model"]):
+        raise ConfigError(f"{flag}: method draft_model needs model, a folder or an id on the hub")
+    revision = given.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise ConfigError(f"{flag}: revision must be a text, got {shown(revision)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """How a message about an unknown name ends: with the nearest known one, or all of them."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Model"""
+
+    revision: str | None = option(None, "branch, tag or commit of a model on the hub")
+    dtype: Dtype = option(
+        "auto", "type of weights and activations; auto: the checkpoint's; float and half: float32 and float16"
+    )
+    max_model_len: int | None = option(
+        None, "longest prompt plus output, in tokens; auto: the model's, if it fits", minimum=1
+    )
+    hf_overrides: Mapping[str, Any] | None = option(
+        None,
+        'fields that stand over config.json: {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}',
+        parse=parse_overrides,
+        metavar="JSON",
+    )
+    load_format: LoadFormat = option("auto", "dummy: made-up weights, for benchmarks")
+    model_impl: ModelImpl = option(
+        "auto", "shoal: our own; transformers: its module with our attention; auto: shoal, where it knows the model"
+    )
+    generation_config: GenerationConfig = option(
+        "auto", "auto: defaults of sampling from the model's generation_config.json; vllm: none from there"
+    )
+    speculative_config: SpeculativeConfig | None = option(
+        None,
+        'guess tokens ahead: {"method": "ngram", "num_speculative_tokens": 5} or {"model": DRAFT, ...}',
+        parse=parse_speculative,
+        metavar="JSON",
+    )
+    seed: int = option(0, "seeds requests that bring no seed of their own", minimum=0)
+    enforce_eager: bool = option(False, "launch every operation by itself; steps run so in this version anyway")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelOptions:
+    """Parallelism"""
+
+    tensor_parallel_size: int = option(1, "ranks that share each layer", short="-tp", minimum=1)
+    tensor_parallel_split: tuple[int, ...] | None = option(
+        None, "relative shares of the ranks where devices are unequal", parse=parse_split, metavar="2,1,..."
+    )
+    pipeline_parallel_size: int = option(1, "stages, each with some of the layers", short="-pp", minimum=1)
+    pipeline_layer_partition: tuple[int, ...] | None = option(
+        None, "layers of each stage; auto: stages that cost about the same", parse=parse_partition, metavar="3,2,..."
+    )
+    data_parallel_size: int = option(1, "replicas of the model, each with ranks of its own", short="-dp", minimum=1)
+    enable_expert_parallel: bool = option(
+        False, "whole experts on each rank of a stage, over all replicas; otherwise every expert is cut"
+    )
+    expert_placement_strategy: ExpertPlacement = option(
+        "linear", "linear: neighbouring experts on a rank; round_robin: dealt out one by one"
+    )
+    all2all_backend: All2All = option(
+        "auto", "how tokens reach their experts' ranks; auto: all_to_all where it sends a quarter fewer bytes"
+    )
+    distributed_executor_backend: Backend = option(
+        "auto",
+        "uni: in this process (one rank); threads: ranks as threads; mp: a process a rank; auto: uni or mp",
+        local=True,
+    )
+    device: Device = option("auto", "where ranks compute")
+    num_devices: int | None = option(None, "count this host as that many devices", minimum=1, local=True)
+    cpu_cores: Cores | None = option(
+        None,
+        "cores of this host that ranks use: 0-3, shared out, or 0-3|4-7, a list for each; auto: all; nobind: all, and "
+        "threads are bound to none",
+        parse=parse_cores,
+        metavar="CORES",
+        local=True,
+    )
+    engine_process: bool = option(False, "run the engine in a process of its own", local=True)
+    start_timeout: float = option(600.0, "seconds a start phase may take", minimum=1, local=True)
+    step_timeout: float = option(300.0, "seconds a step may take", minimum=1, local=True)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """KV cache"""
+
+    block_size: int = option(16, "tokens in a KV block", minimum=1)
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory that a rank may use, in (0, 1]", local=True)
+    device_memory: int | None = option(
+        None,
+        "memory budget of each rank, weights and KV cache and all: 512MiB, 2GiB, ...",
+        minimum=1,
+        bytes_=True,
+        local=True,
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None, "size of each rank's KV cache; overrides the other memory options", minimum=1, bytes_=True, local=True
+    )
+    enable_prefix_caching: bool = option(True, "keep KV blocks of past prompts for requests that begin alike")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """Scheduling"""
+
+    max_num_seqs: int = option(256, "requests that run at the same time", minimum=1)
+    max_num_batched_tokens: int = option(2048, "tokens computed in one step", minimum=1)
+    scheduling_policy: SchedulingPolicy = option(
+        "priority",
+        "priority: a request may say how soon it goes (lower goes first); fcfs: all wait in line, and one that does is "
+        "refused",
+        local=True,
+    )
+    max_in_flight: int | None = option(
+        None, "steps handed to the ranks before the first one's tokens are known; auto: one more than stages", minimum=1
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """Several hosts"""
+
+    data_parallel_size_local: int | None = option(
+        None, "replicas that this host runs; auto: all, or as many as are left", short="-dpl", minimum=0, local=True
+    )
+    data_parallel_start_rank: int | None = option(
+        None, "number of this host's first replica", short="-dpr", minimum=0, local=True
+    )
+    data_parallel_rank: int | None = option(
+        None, "serve this one replica at an address of its own", short="-dpn", minimum=0, local=True
+    )
+    data_parallel_address: str | None = option(
+        None, "where the replicas of all hosts meet: an address of the first host", short="-dpa", local=True
+    )
+    data_parallel_rpc_port: int | None = option(
+        None, "... and the port", short="-dpp", minimum=1, maximum=65535, local=True
+    )
+    data_parallel_hybrid_lb: bool = option(
+        False, "serve this host's replicas at an address of its own", short="-dph", local=True
+    )
+    headless: bool = option(False, "run replicas for a front end elsewhere, and serve nothing here", local=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ServingOptions:
+    """Requests and restarts"""
+
+    max_queued_requests: int = option(
+        4096, "requests that may wait for a replica; what comes on top is answered with 429", minimum=0, local=True
+    )
+    max_queue_wait: float | None = option(
+        None, "seconds a request may wait for a replica before it is answered with 503", minimum=0, local=True
+    )
+    request_timeout: float | None = option(
+        None, "seconds a request may take in all; one that takes longer ends with 503", minimum=0, local=True
+    )
+    max_restarts: int = option(20, "restarts of a replica within an hour", minimum=0, local=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    model: str | None  # None: the bundled one
+    model_options: ModelOptions = field(default_factory=ModelOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    hosts: HostOptions = field(default_factory=HostOptions)
+    serving: ServingOptions = field(default_factory=ServingOptions)
+
+    @classmethod
+    def from_flat(cls, model: str | None, values: Mapping[str, Any]) -> "EngineOptions":
+        """Sorts `values` (option name -> value) into the sections.
+
+        Raises:
+            ConfigError: an unknown name (the nearest known one is named), a wrong type, a value out of range.
+        """
+        known = {known.name: known for known in options()}
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown option {name}{nearest(name, list(known))}")
+        sections: dict[str, Any] = {}
+        for section, section_type in SECTIONS.items():
+            names = {f.name for f in dataclasses.fields(section_type)}
+            checked = {name: known[name].check(value) for name, value in values.items() if name in names}
+            sections[section] = section_type(**checked)
+        utilization = sections["cache"].gpu_memory_utilization
+        if not 0 < utilization <= 1:
+            raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {utilization}")
+        return cls(model=model, **sections)
+
+
+def agreed(options: EngineOptions) -> dict[str, str]:
+    """Options on which all processes of a job must agree: flag -> value."""
+    found = {}
+    for section in SECTIONS:
+        values = getattr(options, section)
+        for each in dataclasses.fields(values):
+            if not each.metadata["local"]:
+                found["--" + each.name.replace("_", "-")] = str(getattr(values, each.name))
+    return found
+
+
+SECTIONS: dict[str, type] = {
+    "model_options": ModelOptions,
+    "parallel": ParallelOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerOptions,
+    "hosts": HostOptions,
+    "serving": ServingOptions,
+}
+ONLINE = ("hosts", "serving")  # sections that only mean something to `shoal serve` and AsyncLLM
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as flags, `LLM(...)` and the docs see it."""
+
+    name: str
+    group: str
+    type: type  # int, float, str or bool; str where `parse` is set
+    default: Any
+    choices: tuple[str, ...]
+    optional: bool
+    help: str
+    short: str | None
+    minimum: float | None
+    maximum: int  # of an integer
+    bytes: bool
+    parse: Callable[[Any, str], Any] | None
+    metavar: str | None
+    online: bool  # only for what serves
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def read(self, text: str, name: str) -> Any:
+        """The value that a text stands for, as environment variables have it.
+
+        Raises:
+            ConfigError: it stands for none; the message calls the option `name`.
+        """
+        value: Any = text
+        if self.type is bool:
+            value = _SWITCH_WORDS.get(text.lower(), text)
+        elif self.type in (int, float) and not self.bytes:
+            value = read_number(text, self.type)
+        return self.check(value, name)
+
+    def check(self, value: Any, name: str = "") -> Any:
+        """The value in the option's type.
+
+        Raises:
+            ConfigError: it has another type or is out of range; the message calls the option `name`, or by its flag.
+        """
+        name = name or self.flag
+        if value is None and self.optional:
+            return None
+        if self.parse is not None:
+            return self.parse(value, name)
+        if self.bytes and isinstance(value, str):
+            value = parse_bytes(value, name)
+        wanted = int | float if self.type is float else self.type
+        if not isinstance(value, wanted) or (isinstance(value, bool) and self.type is not bool):
+            raise ConfigError(f"{name} takes {_TYPE_NAMES[self.type]}, got {shown(value)}")
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"{name} must be one of {', '.join(self.choices)}, got {shown(value)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} takes a finite number, got {value}")
+        if self.minimum is not None and isinstance(value, int | float) and not value >= self.minimum:
+            raise ConfigError(f"{name} must be at least {self.minimum:g}, got {shown(value)}")
+        if isinstance(value, int) and abs(value) > self.maximum:  # it may be too large for a float, too
+            raise ConfigError(f"{name} must be at most {self.maximum}, got {shown(value)}")
+        return float(value) if isinstance(value, int) and self.type is float else value
+
+
+def read_number(text: str, kind: type) -> Any:
+    """The number that a text writes, NaN and infinities included, or the text: `Option.check` refuses those by name."""
+    if kind is float and text.lower() in _NOT_FINITE:
+        return float(text)
+    number = whole_number(text) if kind is int else decimal_number(text)
+    return text if number is None else number
+
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+_SWITCH_WORDS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """`1500000`, `512MiB`, `2GiB`, `1.5g`: a number of bytes.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower(), re.ASCII)
+    if not match:
+        raise ConfigError(f"{flag} takes a number of bytes such as 512MiB or 2GiB, got {text!r}")
+    unit = _UNITS[match[2] or ""]
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+
+
+def format_bytes(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def options() -> Iterator[Option]:
+    """Every option, section by section."""
+    for name, section in SECTIONS.items():
+        hints = get_type_hints(section)
+        for f in dataclasses.fields(section):
+            hint = hints[f.name]
+            alternatives = [a for a in get_args(hint) if a is not type(None)]
+            literal = get_origin(hint) is Literal
+            optional = type(None) in get_args(hint)
+            own_form = f.metadata["parse"] is not None
+            yield Option(
+                name=f.name,
+                group=section.__doc__ or "",
+                type=str if literal or own_form else alternatives[0] if optional else hint,
+                default=f.default,
+                choices=tuple(alternatives) if literal else (),
+                optional=optional,
+                help=f.metadata["help"],
+                short=f.metadata["short"],
+                minimum=f.metadata["minimum"],
+                maximum=f.metadata["maximum"],
+                bytes=f.metadata["bytes"],
+                parse=f.metadata["parse"],
+                metavar=f.metadata["metavar"],
+                online=name in ONLINE,
+            )
+
+
+def refuse_online(given: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: an option is there that only means something to what serves.
+    """
+    for option_ in options():
+        if option_.online and given.get(option_.name) not in (None, False):
+            raise ConfigError(f"{option_.flag} is for `shoal serve` and AsyncLLM: leave it out here")
+
+
+def from_environment(*, online: bool = False) -> dict[str, Any]:
+    """The options that environment variables set, by name. They come behind flags and arguments of `LLM(...)`.
+    `online`: also those that only mean something to what serves.
+
+    Raises:
+        ConfigError: a variable's value is none of its option; the variable is named.
+    """
+    found = {}
+    for option_ in options():
+        given = env.option(option_.name) if online or not option_.online else None
+        if given is not None:
+            variable, text = given
+            found[option_.name] = option_.read(text, variable)
+    return found
+
+
+def strange_variables() -> list[str]:
+    """A warning for each SHOAL_* variable that is set and that nobody reads."""
+    names = [option_.name for option_ in options()]
+    settings = [
+        variable.name.removeprefix(env.PREFIX) for variable in env.SETTINGS if variable.name.startswith(env.PREFIX)
+    ]
+    known = settings + [name.upper() for name in names]
+    warnings = []
+    for name in env.unread(names):
+        near = difflib.get_close_matches(name.removeprefix(env.PREFIX), known, 1)
+        hint = f"did you mean {env.PREFIX}{near[0]}?" if near else "docs/flags.md lists those that are"
+        warnings.append(f"the environment variable {name} is not read; {hint}")
+    return warnings

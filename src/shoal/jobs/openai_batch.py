@@ -1,0 +1,121 @@
+"""The OpenAI batch format: a request a line in, an answer a line out.
+
+Keys and shapes are those of OpenAI's API reference: "Batch", "Completions" and "Chat".
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any, cast, get_args
+
+from shoal.errors import RequestError
+from shoal.jobs.entries import Endpoint, Entry, ids_of, messages_of, prompt_of
+from shoal.openai import parameters
+from shoal.openai.answers import chat_choice, completion_choice, usage
+from shoal.openai.parameters import sampling_of
+from shoal.outputs import RequestOutput
+from shoal.params import SamplingParams
+
+ENDPOINTS = get_args(Endpoint)
+_CHAT: Endpoint = "/v1/chat/completions"
+_SHOWN = ("return_token_ids", "return_tokens_as_token_ids")
+
+
+def is_request(line: object) -> bool:
+    return isinstance(line, dict) and "body" in line and ("url" in line or "method" in line or "custom_id" in line)
+
+
+def entry_of(index: int, where: str, line: Mapping[str, Any]) -> Entry:
+    """A request as an entry.
+
+    Raises:
+        RequestError: another method or URL, no `custom_id`, or a body that asks for what can't be given.
+    """
+    url, body = line.get("url"), line["body"]
+    if line.get("method", "POST") != "POST":
+        raise RequestError(f"`method` must be POST, got {line['method']!r}")
+    if url not in ENDPOINTS:
+        raise RequestError(f"`url` must be {' or '.join(ENDPOINTS)}, got {url!r}")
+    if not isinstance(line.get("custom_id"), str):
+        raise RequestError(f"a request of a batch needs a text `custom_id`, got {line.get('custom_id')!r}")
+    if not isinstance(body, dict):
+        raise RequestError("`body` must be a JSON object")
+    chat = url == _CHAT
+    return Entry(
+        index,
+        where,
+        prompt=None if chat else _prompt(body.get("prompt")),
+        messages=messages_of(body.get("messages")) if chat else None,
+        sampling=sampling_of(body, chat=chat, read=_SHOWN, inside="body."),
+        ids=ids_of({"custom_id": line["custom_id"]}),
+        endpoint=cast(Endpoint, url),
+        model=body["model"] if isinstance(body.get("model"), str) else None,
+        cache_salt=body.get("cache_salt"),
+        token_ids=_switch(body, "return_token_ids"),
+        by_id=_switch(body, "return_tokens_as_token_ids"),
+        batch=True,
+    )
+
+
+def refused(index: int, where: str, line: Mapping[str, Any], why: str) -> Entry:
+    """The entry of a request that can't be used: its answer is in the batch format too, whatever is wrong with it."""
+    url = line.get("url")
+    endpoint = cast(Endpoint, url) if url in ENDPOINTS else None
+    return Entry(
+        index, where, error=why, ids=ids_of({"custom_id": line.get("custom_id")}), endpoint=endpoint, batch=True
+    )
+
+
+def _switch(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"`body.{name}` must be true or false, got {value!r}")
+    return bool(value)
+
+
+def defaults(endpoint: Endpoint) -> SamplingParams:
+    """What holds where neither the request nor a flag nor the model says anything."""
+    return parameters.defaults(chat=endpoint == _CHAT)
+
+
+def _prompt(prompt: object) -> Any:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt):
+        raise RequestError(f"`prompt` has {len(prompt)} prompts: give each a line of its own")
+    return prompt_of("prompt_token_ids" if isinstance(prompt, list) else "prompt", prompt)
+
+
+# --- answers -----------------------------------------------------------------------------------------------------
+
+
+def answer(entry: Entry, output: RequestOutput, model: str) -> dict[str, Any]:
+    """The line of a request that was answered."""
+    name = f"{entry.index:08d}"
+    chat = entry.endpoint == _CHAT
+    used = usage(len(output.prompt_token_ids), sum(len(each.token_ids) for each in output.outputs))
+    top = entry.sampling.get("logprobs", -1)
+    choices = [
+        chat_choice(each, top, by_id=entry.by_id) if chat else completion_choice(each, by_id=entry.by_id)
+        for each in output.outputs
+    ]
+    body: dict[str, Any] = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": entry.model or model,
+        "choices": choices,
+        "usage": used,
+    }
+    if entry.token_ids:
+        for choice, each in zip(choices, output.outputs, strict=True):
+            choice["token_ids"] = list(each.token_ids)
+        for place in [body] if chat else choices:
+            place["prompt_token_ids"] = list(output.prompt_token_ids)
+    response = {"status_code": 200, "request_id": f"req-{name}", "body": body}
+    return {"id": f"batch_req-{name}", **entry.ids, "response": response, "error": None}
+
+
+def failure(entry: Entry, why: str) -> dict[str, Any]:
+    """The line of a request that has no answer."""
+    error = {"code": "invalid_request", "message": why}
+    return {"id": f"batch_req-{entry.index:08d}", **entry.ids, "response": None, "error": error}

@@ -1,0 +1,48 @@
+"""The lines of an output file."""
+
+from typing import Any
+
+from shoal.jobs import openai_batch
+from shoal.jobs.entries import Entry
+from shoal.openai.answers import positions
+from shoal.outputs import CompletionOutput, RequestOutput
+
+
+def line_of(entry: Entry, digest: str, output: RequestOutput, model: str) -> dict[str, Any]:
+    """`index` says which prompt it was, `digest` what it was asked (see `entries.digest`); a request of a batch gets
+    an answer in that format, with these two beside."""
+    if output.error is not None:
+        return failure(entry, output.error)
+    if entry.endpoint is not None:
+        return {**openai_batch.answer(entry, output, model), "index": entry.index, "digest": digest}
+    line: dict[str, Any] = {
+        "index": entry.index,
+        **entry.ids,
+        "prompt": output.prompt,
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "outputs": [_completion(each) for each in output.outputs],
+    }
+    if output.prompt_logprobs is not None:
+        line["prompt_logprobs"] = positions(output.prompt_logprobs, [])
+    return {**line, "digest": digest}
+
+
+def failure(entry: Entry, why: str) -> dict[str, Any]:
+    """The line of a prompt that has no output."""
+    if entry.batch:
+        return {**openai_batch.failure(entry, why), "index": entry.index}
+    echo = {"prompt": entry.text, "prompt_token_ids": entry.tokens}
+    return {"index": entry.index, **entry.ids, **echo, "outputs": [], "error": why}
+
+
+def _completion(output: CompletionOutput) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    if output.logprobs is not None:
+        line["cumulative_logprob"] = output.cumulative_logprob
+        line["logprobs"] = positions(output.logprobs, [])
+    return line

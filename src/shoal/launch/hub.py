@@ -1,0 +1,192 @@
+"""From what a user calls a model to a folder on this host."""
+
+import errno
+from collections.abc import Mapping
+from fnmatch import fnmatchcase as fnmatch
+from pathlib import Path
+from shutil import disk_usage
+from tempfile import NamedTemporaryFile
+
+from shoal import env
+from shoal.config.engine_options import format_bytes
+from shoal.errors import CheckpointError, ConfigError, UserError
+from shoal.lazy import load
+
+_PACKAGE = Path(__file__).parent.parent
+BUNDLED = _PACKAGE / "demo_model"
+BUNDLED_MOE = _PACKAGE / "demo_moe_model"
+_BUNDLED = {"dense": BUNDLED, "moe": BUNDLED_MOE}
+_SHAPES = _PACKAGE / "shapes"
+_CONFIGURATION = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+_WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]  # the first kind that a model has
+# A pattern's * takes / too: what lies in folders (original/, onnx/), and the same weights in another format.
+_NEVER = ["*/*.json", "*/*.model", "*/*.safetensors", "*/*.tiktoken", "consolidated*", "pytorch_model*/*"]
+
+
+def locate(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The absolute path of a model's folder. None: the bundled dense model. `bundled:NAME`: that bundled model.
+    `shape:NAME`: a configuration without weights. A folder. Else an id on the hub.
+
+    Raises:
+        CheckpointError: there is no such model, or it can't be fetched.
+        ConfigError: no model of that name is bundled, the disk is full, or the hub's cache can't be written.
+    """
+    if model is None:
+        return BUNDLED
+    if model.startswith("bundled:"):
+        return _bundled(model.removeprefix("bundled:"))
+    if model.startswith("shape:"):
+        return _shape(model.removeprefix("shape:"), weights=weights)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(
+            f"{model} is not a folder; a model is a folder in Hugging Face's format or an id on the hub"
+        )
+    return _fetch(model, revision, weights=weights).absolute()
+
+
+def is_shape(model: str | None) -> bool:
+    return model is not None and model.startswith("shape:")
+
+
+def _bundled(name: str) -> Path:
+    if name not in _BUNDLED:
+        known = ", ".join(f"bundled:{each}" for each in _BUNDLED)
+        raise ConfigError(f"no model {name!r} is bundled; known are {known}")
+    return _BUNDLED[name]
+
+
+def _shape(name: str, *, weights: bool) -> Path:
+    known = sorted(path.name for path in _SHAPES.iterdir() if path.is_dir())
+    if name not in known:
+        raise CheckpointError(f"there is no shape {name!r}; known are {', '.join(known)}")
+    if weights:
+        raise CheckpointError(f"shape:{name} has no weights; add --load-format dummy")
+    return _SHAPES / name
+
+
+def download(model: str, revision: str | None = None, directory: Path | None = None) -> Path:
+    """Brings a model of the hub to this host: into the hub's cache, or as plain files into `directory`.
+
+    What is there already is not fetched again, and an interrupted download is taken up where it was.
+
+    Raises:
+        CheckpointError: there is no such model, or it has no weights that can be loaded.
+        ConfigError: there is no room for it, or `directory` can't be written.
+    """
+    if model.startswith(("shape:", "bundled:", ".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"{model} is no id on the hub; one looks like Qwen/Qwen3-0.6B")
+    if directory is not None:
+        directory = directory.expanduser().absolute()
+        _make_ready(directory)
+    sizes = _list_files(model, revision)
+    if not any(_is_weight(name) for name in sizes):
+        raise CheckpointError(
+            f"{model} has no weights that can be loaded: neither *.safetensors nor pytorch_model*.bin"
+        )
+    _check_room(model, revision, sizes, directory)
+    return _fetch(model, revision, weights=True, directory=directory)
+
+
+def _fetch(model: str, revision: str | None, *, weights: bool, directory: Path | None = None) -> Path:
+    """Weights come last: so a folder that has them all has everything, wherever a download was interrupted."""
+    folder = _snapshot(model, revision, _CONFIGURATION, directory)
+    for pattern in _WEIGHTS if weights else ():
+        folder = _snapshot(model, revision, [pattern], directory)
+        if any(_is_weight(file.name) for file in folder.glob(pattern)):
+            break
+    return folder
+
+
+def _snapshot(model: str, revision: str | None, patterns: list[str], directory: Path | None) -> Path:
+    fetch = load("huggingface_hub:snapshot_download")
+    try:
+        found = fetch(model, revision=revision, allow_patterns=patterns, ignore_patterns=_NEVER, local_dir=directory)
+    except Exception as error:  # noqa: BLE001 - what a failing connection raises differs by the hub library's version
+        raise _explained(error, model, revision) from None
+    return Path(found)
+
+
+def _list_files(model: str, revision: str | None) -> dict[str, int]:
+    """Name -> bytes, of what would be fetched."""
+    try:
+        info = load("huggingface_hub:HfApi")().model_info(model, revision=revision, files_metadata=True)
+    except Exception as error:  # noqa: BLE001 - as above
+        raise _explained(error, model, revision) from None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    kind = next((pattern for pattern in _WEIGHTS if any(_matches(name, [pattern]) for name in sizes)), _WEIGHTS[0])
+    return {name: size for name, size in sizes.items() if _matches(name, [*_CONFIGURATION, kind])}
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, each) for each in patterns) and not any(fnmatch(name, each) for each in _NEVER)
+
+
+def _is_weight(name: str) -> bool:
+    return _matches(name, _WEIGHTS)
+
+
+def _make_ready(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()) and not (directory / ".cache" / "huggingface").is_dir():
+            raise ConfigError(f"--dir {directory} has files that are of no download; give an empty folder or a new one")
+        with NamedTemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--dir {directory} can't be written: {error.strerror}; give another folder") from None
+
+
+def _check_room(model: str, revision: str | None, sizes: Mapping[str, int], directory: Path | None) -> None:
+    if directory is None:
+        cached = load("huggingface_hub:try_to_load_from_cache")
+        missing = [name for name in sizes if not isinstance(cached(model, name, revision=revision), str)]
+        root = Path(load("huggingface_hub.constants:HF_HUB_CACHE"))
+    else:
+        missing = [name for name in sizes if not (directory / name).exists()]
+        root = directory
+    needed = sum(sizes[name] for name in missing)
+    while not root.exists():
+        root = root.parent
+    free = disk_usage(root).free
+    if needed > free:
+        raise ConfigError(
+            f"{model} needs {format_bytes(needed)}; {root} has {format_bytes(free)} left: "
+            "make room, or give --dir on another disk"
+        )
+
+
+def _explained(error: Exception, model: str, revision: str | None) -> UserError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ConfigError(f"{model}: the disk is full; make room and run it again, it goes on where it was")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConfigError(f"{model}: {error.filename} can't be written: {error.strerror}; set HF_HOME or give --dir")
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: some are not in every version of the library
+    for kind, why in _REFUSALS.items():
+        if kind in kinds:
+            return CheckpointError(why.format(model=model, revision=revision, error=_first_line(error)))
+    if "IncompleteSnapshotError" in kinds:
+        how = "its download was interrupted, and the hub can't be reached"
+    elif env.hub_offline():
+        how = "HF_HUB_OFFLINE is set and it is not in the cache"
+    else:
+        how = "no folder, and the hub can't be reached"
+    return CheckpointError(
+        f"{model}: {how} ({_first_line(error)}). Give a local folder, or run `shoal download {model}` "
+        "where there is a network"
+    )
+
+
+_REFUSALS = {
+    "GatedRepoError": "{model} is gated: accept its terms on the hub, and set HF_TOKEN",
+    "RepositoryNotFoundError": "the hub has no model {model}, or it is private: check the name, and set HF_TOKEN",
+    "RevisionNotFoundError": "{model} has no revision {revision}",
+    "HFValidationError": "{model} is neither a folder nor an id on the hub: {error}",
+    "HfHubHTTPError": "{model}: the hub refused: {error}",
+}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

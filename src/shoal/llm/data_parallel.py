@@ -1,0 +1,134 @@
+"""Data parallelism by hand: one process a replica, each started by the user, on one host or on several."""
+
+import json
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from shoal import env
+from shoal.addresses import Address, refuse_hidden_loopback
+from shoal.errors import ConfigError, EngineError
+from shoal.log import get_logger
+from shoal.process.forks import Owner
+from shoal.transport.member import Member
+from shoal.transport.rendezvous import Rendezvous
+
+log = get_logger("data parallel")
+
+T = TypeVar("T")
+_ROOM = "job"
+_DONE = "all results are there"
+_RESULTS_S = 24 * 3600.0
+_MOST_NAMED = 5
+
+
+class DataParallelRank:
+    """One of the processes, and its way to the others. An `LLM` made in this process takes its place among them too.
+
+    with DataParallelRank.from_environment() as job, LLM(model) as llm:
+        mine = job.share(prompts)
+        outputs = llm.generate(list(mine.values()))
+        texts = job.gather(dict(zip(mine, [output.outputs[0].text for output in outputs])))
+    """
+
+    def __init__(
+        self, place: env.DataParallel, *, key: str = "", timeout: float = 600.0, results_timeout: float = _RESULTS_S
+    ) -> None:
+        """Rank 0 listens at the master's address; all wait for each other, and `gather` for the slowest one's results
+        up to `results_timeout` seconds. Who fails is noticed sooner.
+
+        Raises:
+            ConfigError: the address can't be used, others reach it and there is no key, somebody did not come within
+                `timeout` seconds, or two have one number.
+        """
+        self.rank = place.rank
+        self.size = place.size
+        self._owner = Owner("DataParallelRank")
+        self._results_timeout = results_timeout
+        self._gathered = 0
+        address = Address(place.master_ip, place.master_port)
+        if place.size_local < place.size:
+            refuse_hidden_loopback(place.master_ip, "SHOAL_DP_MASTER_IP")
+        self._rendezvous = Rendezvous(address.host, address.port, key=key) if self.rank == 0 else None
+        self._total = 0
+        try:
+            self._member = Member(address, key, room=_ROOM, rank=self.rank, size=self.size, timeout=timeout)
+        except BaseException:
+            self._close_rendezvous()
+            raise
+        log.info("rank %d of %d: all are there: %s", self.rank, self.size, ", ".join(self._member.members))
+
+    @classmethod
+    def from_environment(cls, *, timeout: float = 600.0, results_timeout: float = _RESULTS_S) -> "DataParallelRank":
+        """From SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and SHOAL_DP_MASTER_PORT (or VLLM_DP_*), with the key
+        in SHOAL_CLUSTER_KEY.
+
+        Raises:
+            ConfigError: one of them is missing or wrong, or as above.
+        """
+        place = env.data_parallel()
+        if place is None:
+            raise ConfigError("SHOAL_DP_RANK and SHOAL_DP_SIZE are not set: start one process a rank, with its number")
+        return cls(place, key=env.cluster_key(), timeout=timeout, results_timeout=results_timeout)
+
+    def share(self, prompts: Sequence[T]) -> dict[int, T]:
+        """This rank's part of what all have, by index. Shares differ by one at most, and are dealt out one by one, so
+        that long prompts that stand together do not fall to one rank."""
+        self._total = len(prompts)
+        return {index: prompts[index] for index in _indices(self.rank, self.size, len(prompts))}
+
+    def gather(self, results: Mapping[int, Any]) -> list[Any] | None:
+        """What all ranks made of their shares, in order, at rank 0; None at the others. Values are plain data, as JSON
+        has it. Nobody goes on before all is there, so that no replica ends while others still need its ranks. It may be
+        called again, by all of them.
+
+        Raises:
+            EngineError: a rank has failed, or not all came within the deadline; it says which, and with which prompts;
+                or this process was forked from the rank.
+        """
+        self._owner.check()
+        payload = json.dumps([[index, value] for index, value in results.items()]).encode()
+        self._gathered += 1  # what was posted before stays there
+        topic, done = f"results {self._gathered}", f"{_DONE} {self._gathered}"
+        parts = self._member.collect(topic, payload, timeout=self._results_timeout, describe=self._describe)
+        if parts is None:
+            self._member.await_post(done, 0, timeout=self._results_timeout)
+            return None
+        found = dict(pair for part in parts for pair in json.loads(part))
+        missing = [index for index in range(self._total) if index not in found]
+        if missing:
+            raise EngineError(f"{len(missing)} of {self._total} prompts have no result: {_some(missing)}")
+        self._member.post(done, b"")
+        return [found[index] for index in sorted(found)]
+
+    def _describe(self, rank: int) -> str:
+        indices = list(_indices(rank, self.size, self._total))
+        return f"rank {rank} with {len(indices)} of {self._total} prompts, {_some(indices)}"
+
+    def close(self, why: str = "") -> None:
+        """`why`: the failure that the others are told of. In a forked child it does nothing."""
+        if not self._owner.is_here:
+            return
+        self._member.close(why)
+        self._close_rendezvous()
+
+    def _close_rendezvous(self) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+
+    def __enter__(self) -> "DataParallelRank":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("" if kind is None else f"failed: {error or kind.__name__}")
+
+
+def _indices(rank: int, size: int, total: int) -> range:
+    return range(rank, total, size)
+
+
+def _some(indices: Sequence[int]) -> str:
+    first = ", ".join(map(str, indices[:_MOST_NAMED]))
+    return f"numbers {first}" + (", ..." if len(indices) > _MOST_NAMED else "") if indices else "none of them"

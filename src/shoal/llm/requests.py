@@ -1,0 +1,92 @@
+"""From a prompt that is ready to what an engine takes: one request for each of its outputs."""
+
+import hashlib
+from collections.abc import Sequence
+
+from shoal import wire
+from shoal.engine.request import encode_numbers, encode_tokens
+from shoal.params import SamplingParams
+from shoal.text.prompts import Job
+
+_MOST = 2**31 - 1  # as many as any vocabulary has
+_SEED_BITS = 0xFFFFFFFFFFFFFFFF
+
+
+class Requests:
+    """Makes them. `seed` is that of requests that bring none of their own: each gets another one, by its number."""
+
+    def __init__(self, eos: Sequence[int], *, max_model_len: int, seed: int) -> None:
+        self.max_model_len = max_model_len
+        self.eos = tuple(eos)
+        self._seed = seed
+
+    def of(self, job: Job, first: int) -> list[wire.EngineRequest]:
+        """They are numbered from `first` on, and have one seed, one prompt and its blocks in common.
+
+        What they have in common is made once, and is the same object in all of them.
+        """
+        params = job.params
+        stop_ids = encode_tokens((*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos)))
+        sampling = self._sampling(job, first, stop_ids)
+        request = wire.EngineRequest(
+            seq=first,
+            tokens=encode_tokens(job.tokens),
+            sampling=sampling,
+            max_tokens=min(params.max_tokens or _MOST, self.max_model_len - len(job.tokens)),
+            stop_ids=stop_ids,
+            group=first if params.n > 1 else -1,
+            grammar=job.grammar,
+            cache_salt=_digest(job.cache_salt),
+            outputs=max(job.outputs, params.n),
+        )
+        others = [
+            wire.replace(
+                request,
+                seq=first + index,
+                sampling=wire.replace(sampling, sample_index=index, prompt_logprobs=-1),
+            )
+            for index in range(1, params.n)
+        ]
+        return [request, *others]
+
+    def _sampling(self, job: Job, first: int, stop_ids: bytes) -> wire.Sampling:
+        """Of the first output."""
+        params = job.params
+        bias = params.logit_bias or {}
+        return wire.Sampling(
+            seed=self._seed_of(first) if params.seed is None else params.seed & _SEED_BITS,
+            temperature=params.temperature,
+            top_k=min(max(params.top_k, 0), _MOST),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            penalties=_penalties(params),
+            min_tokens=min(params.min_tokens, _MOST),
+            ends=stop_ids if params.min_tokens else b"",
+            bias_ids=encode_tokens(bias),
+            bias_values=encode_numbers(bias.values()),
+            allowed=None if params.allowed_token_ids is None else encode_tokens(params.allowed_token_ids),
+            banned=job.banned,
+            logprobs=_count(params.logprobs),
+            prompt_logprobs=_count(params.prompt_logprobs),
+        )
+
+    def _seed_of(self, seq: int) -> int:
+        digest = hashlib.blake2b(f"{self._seed}:{seq}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+
+def _digest(salt: str) -> str:
+    """A salt of any length and any characters, as messages carry it."""
+    return hashlib.sha256(salt.encode("utf-8", "surrogatepass")).hexdigest() if salt else ""
+
+
+def _penalties(params: SamplingParams) -> wire.Penalties | None:
+    found = wire.Penalties(params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    return None if found == wire.Penalties() else found
+
+
+def _count(wanted: int | None) -> int:
+    """How many of the likeliest tokens: -1 for none, and -1 of the user's for all."""
+    if wanted is None:
+        return -1
+    return _MOST if wanted == -1 else min(wanted, _MOST)

@@ -1,0 +1,308 @@
+"""The weights of a model folder: where each tensor lies in which file, read and checked without torch.
+
+They are safetensors files, or where there are none, files of `torch.save` (`pickled`). A safetensors file is eight
+bytes of header length (little endian), a JSON header of `{name: {dtype, shape, data_offsets}}`, then the data.
+(https://github.com/huggingface/safetensors)
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from shoal.errors import CheckpointError
+from shoal.git_lfs import refuse_pointer
+from shoal.models.checkpoint.pickled import read_pickled
+from shoal.models.checkpoint.stored_file import FileState
+from shoal.models.quantization import weight_block
+from shoal.models.registry import read_config
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
+QUANTIZED = "F8_E4M3"
+_PLAIN = ("F32", "F16", "BF16", "F64")
+LOADABLE = (*_PLAIN, QUANTIZED)
+_SCALES = "_scale_inv"  # behind the name of a quantized tensor
+# How files call the types that weights have.
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+_LONGEST_HEADER = 100 * 2**20
+_DIGITS = 16
+# What lies beside the weights and changes the answers too.
+_BESIDE = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+_COMPARED = 2**20  # bytes of two tensors that are held against each other at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What the numbers of a quantized tensor are multiplied by: one number for each `block` of rows and columns of its
+    matrices, [.., ceil(rows / block[0]), ceil(columns / block[1])]."""
+
+    entry: "TensorEntry"
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies: `offset` bytes into `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...] | None = None  # in elements; None: row by row
+    scales: Scales | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def row_major(self) -> bool:
+        """Do its rows lie one after the other?"""
+        if self.strides is None or 0 in self.shape:
+            return True
+        expected = 1
+        for stride, size in reversed(list(zip(self.strides, self.shape, strict=True))):
+            if size > 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
+    def overlaps(self) -> bool:
+        """Do several elements share a place in the file, as in an expanded tensor?"""
+        if self.strides is None or 0 in self.shape:
+            return False
+        reach = 0  # of the dimensions with smaller strides
+        for stride, size in sorted((t, n) for t, n in zip(self.strides, self.shape, strict=True) if n > 1):
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`files`: those that the tensors lie in, and whatever else says how the model answers, as they were when the
+    headers were read."""
+
+    folder: Path
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[Path, FileState] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """Another one where any of the files is another one or was written to."""
+        told = sorted(f"{file.name} {state}" for file, state in self.files.items())
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:_DIGITS]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+    def check_state(self, expected: str) -> None:
+        """`expected`: the state that was found before; "" says nothing.
+
+        Raises:
+            CheckpointError: the files are not the ones that they were.
+        """
+        if expected and self.state != expected:
+            raise CheckpointError(
+                f"{self.folder} has changed since Shoal read it first: a file of the model was replaced or written to. "
+                "Start Shoal again, so that all of it runs the model that is there now"
+            )
+
+    def check_loadable(self, names: Iterable[str]) -> None:
+        """Raises:
+        CheckpointError: a tensor is stored in a way that can't be loaded.
+        """
+        for name in names:
+            entry = self.tensors[name]
+            if entry.dtype not in LOADABLE:
+                raise CheckpointError(
+                    f"{entry.file}: {name} is stored as {entry.dtype}; supported are {', '.join(LOADABLE)}"
+                )
+            if entry.dtype == QUANTIZED:
+                _check_scales(name, entry)
+            if entry.overlaps:
+                raise CheckpointError(
+                    f"{entry.file}: {name} of shape {list(entry.shape)} has strides {list(entry.strides or ())}, under "
+                    "which elements share memory: save a contiguous copy of it"
+                )
+
+
+def dtype_of(entry: TensorEntry) -> str | None:
+    """Its type as config.json calls it; None: none that weights are computed in."""
+    return next((name for name, stored in _STORED.items() if stored == entry.dtype), None)
+
+
+def same_numbers(one: TensorEntry, other: TensorEntry) -> bool:
+    """Do two tensors hold the same numbers, in the same type? Both are read, as far as they are alike. What does not
+    lie row by row counts as different, but where both are one place in a file.
+
+    Raises:
+        CheckpointError: a file can't be read.
+    """
+    if one == other:
+        return True
+    plain = all(entry.dtype in _PLAIN and entry.row_major for entry in (one, other))
+    if not plain or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.file.open("rb") as first, other.file.open("rb") as second:
+            first.seek(one.offset)
+            second.seek(other.offset)
+            left = one.size
+            while left:
+                wanted = min(left, _COMPARED)
+                if first.read(wanted) != second.read(wanted):
+                    return False
+                left -= wanted
+    except OSError as error:
+        raise CheckpointError(f"{one.file} or {other.file} can't be read: {error.strerror}") from None
+    return True
+
+
+def open_checkpoint(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
+    """Reads the headers of all shards. Safetensors go before pickled files, and a single file before an index, as in
+    transformers: an index may be left over from an older copy of the model. `overrides` stand over config.json.
+
+    Raises:
+        CheckpointError: there are no weights, a shard is missing, or a file is truncated or malformed.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    for index, single, read in (
+        (folder / INDEX, folder / SINGLE, _read_safetensors),
+        (folder / PICKLED_INDEX, folder / PICKLED_SINGLE, _read_pickled),
+    ):
+        files = [single] if single.exists() else _shards(index) if index.exists() else []
+        if not files:
+            continue
+        states = _states([*files, *(folder / name for name in _BESIDE if (folder / name).exists())])
+        for file in files:
+            refuse_pointer(file)
+            tensors.update(read(file))
+        for file, state in states.items():
+            state.check(file, _states([file])[file])
+        return Checkpoint(folder, _with_scales(folder, overrides, tensors), states)
+    wanted = ", ".join((SINGLE, INDEX, PICKLED_SINGLE))
+    raise CheckpointError(f"{folder} has no weights: none of {wanted} and {PICKLED_INDEX} is there")
+
+
+def _states(files: Iterable[Path]) -> dict[Path, FileState]:
+    """Raises CheckpointError."""
+    found = {}
+    for file in files:
+        try:
+            found[file] = FileState.of(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} can't be read: {error.strerror}") from None
+    return found
+
+
+def _with_scales(folder: Path, overrides: Mapping[str, Any], tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """What is quantized knows its scales, where there are any."""
+    scaled = [name for name, entry in tensors.items() if entry.dtype == QUANTIZED and name + _SCALES in tensors]
+    block = weight_block(read_config(folder, overrides)) if scaled else None
+    if block is None:
+        return tensors
+    found = {name: Scales(tensors[name + _SCALES], block) for name in scaled}
+    return tensors | {name: dataclasses.replace(tensors[name], scales=scales) for name, scales in found.items()}
+
+
+def _check_scales(name: str, entry: TensorEntry) -> None:
+    """Raises CheckpointError."""
+    where = f"{entry.file}: {name} is stored as {entry.dtype}"
+    if entry.scales is None:
+        raise CheckpointError(
+            f"{where}, which needs the tensor {name}{_SCALES}, and weight_block_size in quantization_config of "
+            "config.json"
+        )
+    found, block = entry.scales.entry, entry.scales.block
+    if len(entry.shape) not in (2, 3):
+        raise CheckpointError(f"{where} with the shape {list(entry.shape)}, but only matrices can be")
+    wanted = [*entry.shape[:-2], *(-(-size // step) for size, step in zip(entry.shape[-2:], block, strict=True))]
+    if list(found.shape) != wanted or found.dtype not in _PLAIN:
+        raise CheckpointError(
+            f"{where} in blocks of {list(block)}: {name}{_SCALES} is {found.dtype} {list(found.shape)}, and should be "
+            f"F32 {wanted}"
+        )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
+    refuse_pointer(index)
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index} can't be read: {type(error).__name__} {error}") from None
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{index} can't be read: its weight_map must map names to file names")
+    folder = index.parent
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def _read_pickled(file: Path) -> dict[str, TensorEntry]:
+    return {
+        name: TensorEntry(file, found.dtype, found.shape, found.offset, found.strides)
+        for name, found in read_pickled(file).items()
+    }
+
+
+def _read_safetensors(file: Path) -> dict[str, TensorEntry]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise CheckpointError(f"{file} is truncated or no safetensors file: {size} bytes, header of {length}")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        for name, entry in entries.items():
+            _check_entry(name, entry)
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a malformed header: {type(error).__name__} {error}") from None
+
+    start = 8 + length
+    end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end > size:
+        raise CheckpointError(f"{file} is truncated: {size} bytes, its header promises {end}; download it again")
+    found = {
+        name: TensorEntry(file, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
+    for name, entry in found.items():
+        stored = entries[name]["data_offsets"]
+        if entry.dtype in ITEM_BYTES and stored[1] - stored[0] != math.prod(entry.shape) * ITEM_BYTES[entry.dtype]:
+            raise CheckpointError(
+                f"{file}: the data of {name} does not have the size of {entry.dtype} {list(entry.shape)}"
+            )
+    return found
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Raises ValueError, KeyError or TypeError."""
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    sizes = [*shape, *offsets]
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes)
+    if not isinstance(dtype, str) or not whole or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name}: dtype {dtype!r}, shape {shape!r}, data_offsets {offsets!r}")

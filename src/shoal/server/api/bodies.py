@@ -1,0 +1,137 @@
+"""Bodies of requests, read and held against their schema beside the event loop, and in small steps."""
+
+import email.message
+import json
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.responses import Response
+
+from shoal.server.api.schemas import Body
+from shoal.server.http.errors import Refusal
+from shoal.server.http.json_reader import JsonReader, may_have_halves, refuse_halves
+from shoal.server.http.limits import Limits
+from shoal.server.http.work_threads import apart
+
+B = TypeVar("B", bound=BaseModel)
+_LIMITS = Limits()
+_BOM = b"\xef\xbb\xbf"
+
+
+class Unread:
+    """Bodies that came and wait for their turn to be read, which takes more memory than they do."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """
+        Raises:
+            Refusal: others have taken all the room there is.
+        """
+        if self._held and self._held + size > self._most:
+            raise Refusal(503, "too many large requests are being read: try again", retry_after=1.0)
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
+
+
+_unread = Unread(_LIMITS.bodies_bytes)
+
+
+class BodyRoute(APIRoute):
+    """A route that reads its body itself, and hands FastAPI the finished object."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+        model = None if self.body_field is None else self.body_field.field_info.annotation
+        if model is None:
+            return handler
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel), "bodies are objects"
+
+        async def handle(request: Request) -> Response:
+            body = await request.body()
+            if body and _is_json(request.headers.get("content-type", "")):
+                with _unread.hold(len(body)):
+                    found = await apart(partial(read_body, body, model), len(body))
+                request = _ReadRequest(request.scope, request.receive, found)
+            return await handler(request)
+
+        return handle
+
+
+def router(tag: str) -> APIRouter:
+    """For endpoints under this heading. All that take a body must be of such a router."""
+    return APIRouter(tags=[tag], route_class=BodyRoute)
+
+
+class _ReadRequest(Request):
+    def __init__(self, scope: Any, receive: Any, found: BaseModel) -> None:
+        super().__init__(scope, receive)
+        self._body = b"read"
+        self._found = found
+
+    async def json(self) -> BaseModel:
+        return self._found
+
+
+def _is_json(content_type: str) -> bool:
+    message = email.message.Message()
+    message["content-type"] = content_type
+    subtype = message.get_content_subtype()
+    return message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
+def read_body(body: bytes, model: type[B], limits: Limits = _LIMITS) -> B:
+    """
+    Raises:
+        Refusal: it is no UTF-8, or has more values, or is nested deeper, than `limits` allow; or it has a number or a
+            text that JSON can write, and nothing here can hold.
+        RequestValidationError: it is no JSON, or not of the schema.
+    """
+    given = read_json(body, limits)
+    try:
+        found = model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RequestValidationError([{**first, "loc": ("body", *first["loc"])}]) from None
+    if isinstance(found, Body):
+        found.weigh(len(body))
+    return found
+
+
+def read_json(body: bytes, limits: Limits = _LIMITS) -> Any:
+    """As `read_body`, without a schema."""
+    if b"\0" in body[:4] or body[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16 and UTF-32, which JSON once could be
+        raise Refusal(400, "the body must be UTF-8", code="invalid_json")
+    try:
+        text = body.removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refusal(
+            400, f"the body must be UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
+        ) from None
+    reader = JsonReader(
+        text,
+        most_values=limits.body_values,
+        most_containers=limits.body_containers,
+        most_depth=limits.json_depth,
+    )
+    try:
+        found = reader.read()
+    except json.JSONDecodeError as error:
+        told = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}}
+        raise RequestValidationError([{**told, "ctx": {"error": error.msg}}]) from None
+    if may_have_halves(text):
+        refuse_halves(found)
+    return found

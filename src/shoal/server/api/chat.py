@@ -1,0 +1,272 @@
+"""/v1/chat/completions: the next message of a conversation."""
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from shoal.llm.deltas import Delta
+from shoal.openai.answers import chat_choice, chat_logprobs, positions, usage
+from shoal.outputs import CompletionOutput, RequestOutput
+from shoal.params import SamplingParams
+from shoal.server.api import bodies
+from shoal.server.api.schemas import ChatAnswer, ChatBody, TemplateFields
+from shoal.server.api.start_requests import (
+    Place,
+    RankHeader,
+    Service,
+    TokenForms,
+    apart_from_the_loop,
+    begin,
+    check_grammars,
+    check_outputs,
+    check_tokens,
+    finished,
+    identifier,
+    ignored_headers,
+    merged,
+    names_of,
+    params_of,
+    parted,
+    prepared,
+    respond,
+    stream_usage,
+    weight_of,
+)
+from shoal.server.backend import TokenStream
+from shoal.server.http.errors import ANSWERING, Refusal
+from shoal.server.http.event_streams import STREAMED, ChunkWriter, EventStream, answered
+from shoal.server.http.json_encoding import EncodedList, pieces, text_of
+from shoal.server.http.work_threads import apart
+from shoal.server.tools.choice import CallDeltas, ToolPlan, message_of, plan_tools
+from shoal.text.prompts import Job
+
+_READ = (
+    "tools", "tool_choice", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
+    "reasoning_effort", "add_special_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A body, understood."""
+
+    id: str
+    created: int
+    model: str
+    job: Job
+    params: SamplingParams
+    names: Mapping[str, str]  # our names of parameters as the client wrote them
+    plan: ToolPlan
+    prompt_logprobs: bool
+    forms: TokenForms
+    usage: bool  # a last chunk says it
+    usage_always: bool  # so does every other
+
+
+def routes(service: Service) -> APIRouter:
+    router = bodies.router("OpenAI")
+
+    @router.post(
+        "/v1/chat/completions", responses={200: {"model": ChatAnswer, **STREAMED}, **ANSWERING}, response_class=Response
+    )
+    async def create_chat_completion(body: ChatBody, request: Request, rank: RankHeader = None) -> Response:
+        """The next message of a conversation, `n` times."""
+        return await answered(request, _chat(service, body, Place.of(body, rank)))
+
+    return router
+
+
+async def _chat(service: Service, body: ChatBody, place: Place) -> Response:
+    asked = await apart_from_the_loop(partial(_understood, service, body), body)
+    await check_grammars(service.llm, [asked.job], asked.names)
+    streams = await begin(service, [asked.job], place)
+    if not body.stream:
+        (output,) = await finished(streams)
+        make, weight = partial(_answer, asked, output), _weight(asked, output)
+        return await respond(make, weight, ignored_headers([asked.job]))
+    events = _events(asked, streams[0])
+    return EventStream(await anext(events), events, headers=ignored_headers([asked.job]))
+
+
+def _understood(service: Service, body: ChatBody) -> _Request:
+    """
+    Raises:
+        Refusal: it can't be used.
+    """
+    model = service.model(body.model)
+    if body.stream and body.prompt_logprobs is not None:
+        raise Refusal(400, "prompt_logprobs has no place in a streamed chat: leave stream out", param="prompt_logprobs")
+    usage_wanted, usage_always = stream_usage(body)
+    plan = plan_tools(
+        body.tools, body.tool_choice, service.settings.tool_call_parser, parallel=body.parallel_tool_calls is not False
+    )
+    given = body.given()
+    params = params_of(service, given, chat=True, read=_READ, plan=plan)
+    check_outputs(1, params)
+    template = template_of(service, body) | {"tools": plan.shown, "add_special_tokens": bool(body.add_special_tokens)}
+    template |= {"cache_salt": body.cache_salt}
+    names = names_of(given, chat=True)
+    job = prepared(
+        partial(service.llm.prepare_chat, body.messages, params, **template),
+        names=names,
+        prompt="messages",
+    )
+    check_tokens([job], params)
+    return _Request(
+        id=identifier("chatcmpl", body.request_id),
+        created=int(time.time()),
+        model=model,
+        job=job,
+        params=params,
+        names=names,
+        plan=plan,
+        prompt_logprobs=body.prompt_logprobs is not None,
+        forms=TokenForms.of(service, body),
+        usage=usage_wanted,
+        usage_always=usage_always,
+    )
+
+
+def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
+    """What `ChatTemplate.render` takes.
+
+    Raises:
+        Refusal: a template of the request's own, which the server does not trust.
+    """
+    if body.chat_template is not None and not service.settings.trust_request_chat_template:
+        why = "chat_template is code that the server would run: it must be started with --trust-request-chat-template"
+        raise Refusal(400, why, param="chat_template")
+    values = body.chat_template_kwargs
+    if body.reasoning_effort is not None and (values is None or isinstance(values, Mapping)):
+        values = {"reasoning_effort": body.reasoning_effort, **(values or {})}
+    goes_on = bool(body.continue_final_message)
+    generate = body.add_generation_prompt
+    return {
+        "chat_template": body.chat_template or service.settings.chat_template,
+        "chat_template_kwargs": values,
+        "add_generation_prompt": not goes_on if generate is None else generate,
+        "continue_final_message": goes_on,
+    }
+
+
+# --- at once -------------------------------------------------------------------------------------------------------
+
+
+def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
+    body = {
+        "id": asked.id,
+        "object": "chat.completion",
+        "created": asked.created,
+        "model": asked.model,
+        "choices": [_choice(asked, each) for each in output.outputs],
+        "usage": _usage(asked, sum(len(each.token_ids) for each in output.outputs), output.num_cached_tokens),
+    }
+    if asked.prompt_logprobs:
+        body["prompt_logprobs"] = positions(output.prompt_logprobs or (), EncodedList())
+    if asked.forms.ids:
+        body["prompt_token_ids"] = output.prompt_token_ids
+    return body
+
+
+def _weight(asked: _Request, output: RequestOutput) -> int:
+    written = weight_of(sum(len(each.token_ids) for each in output.outputs), asked.params.logprobs)
+    wanted = asked.params.prompt_logprobs
+    return written + (0 if wanted is None else weight_of(len(output.prompt_token_ids), wanted))
+
+
+def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:
+    plan = asked.plan
+    choice = chat_choice(output, asked.params.logprobs, by_id=asked.forms.named_by_id, make_list=EncodedList)
+    if asked.forms.ids:
+        choice["token_ids"] = output.token_ids
+    if plan.parser is not None:
+        reader = CallDeltas(plan, whole=True)
+        choice["message"] = message_of(reader.feed(output.text, output.finish_reason or "stop"))
+        choice["finish_reason"] = reader.finish_of(output.finish_reason)
+    return choice
+
+
+def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
+    return {**usage(len(asked.job.tokens), written), "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def may_cut(params: SamplingParams) -> bool:
+    """Can the client's own stop texts or tokens end an output within a call?"""
+    return bool(params.stop or params.stop_token_ids)
+
+
+# --- streaming -----------------------------------------------------------------------------------------------------
+
+
+async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes, None]:
+    """The first one comes with the first tokens: until then, the request can be refused."""
+    writer = ChunkWriter(id=asked.id, object="chat.completion.chunk", created=asked.created, model=asked.model)
+    readers = {
+        index: CallDeltas(asked.plan, whole=may_cut(asked.params))
+        for index in range(asked.params.n)
+        if asked.plan.parser is not None
+    }
+    begun: set[int] = set()
+    written = 0
+    no_usage = "null" if asked.usage else None
+    prompt = f',"prompt_token_ids":{text_of(asked.job.tokens)}' if asked.forms.ids else ""
+    try:
+        async for _, deltas in merged([stream]):
+            for part, size in parted(deltas, partial(_chunk_weight, asked)):
+                new = sorted({delta.index for delta in part} - begun)
+                begun.update(new)
+                written += sum(len(delta.token_ids) for delta in part)
+                choices = await apart(partial(_told_choices, asked, readers, part), size)
+                told = text_of(_usage(asked, written, stream.cached_tokens)) if asked.usage_always else no_usage
+                heads = [_chunk_choice(index, {"role": "assistant", "content": ""}) for index in new]
+                chunks = [writer.chunk(text_of(head), told, prompt) for head in heads]
+                chunks += [writer.chunk(choice, told) for choice in choices]
+                if chunks:
+                    yield "".join(chunks).encode("utf-8", "replace")
+        if asked.usage:
+            yield writer.chunk("", text_of(_usage(asked, written, stream.cached_tokens))).encode()
+    finally:
+        stream.close()
+
+
+def _chunk_weight(asked: _Request, delta: Delta) -> int:
+    return weight_of(len(delta.token_ids), asked.params.logprobs)
+
+
+def _told_choices(asked: _Request, readers: Mapping[int, CallDeltas], deltas: Sequence[Delta]) -> list[str]:
+    """In JSON."""
+    return [
+        "".join(pieces(choice)) for delta in deltas for choice in _chunk_choices(asked, readers.get(delta.index), delta)
+    ]
+
+
+def _chunk_choices(asked: _Request, reader: CallDeltas | None, delta: Delta) -> Sequence[dict[str, Any]]:
+    """All that a delta says: mostly one choice, more where it holds several parts of tool calls."""
+    finish: str | None = delta.finish_reason
+    if reader is None:
+        parts = [{"content": delta.text}] if delta.text else []
+    else:
+        parts = reader.feed(delta.text, finish)
+        finish = reader.finish_of(finish)
+    logprobs = None
+    if delta.logprobs is not None:
+        top, by_id = asked.params.logprobs or 0, asked.forms.named_by_id
+        logprobs = {"content": chat_logprobs(delta.token_ids, delta.logprobs, top, EncodedList(), by_id=by_id)}
+    if not parts and (finish is not None or logprobs is not None or (asked.forms.ids and delta.token_ids)):
+        parts = [{}]
+    choices = [_chunk_choice(delta.index, part) for part in parts]
+    if choices:
+        choices[0]["logprobs"] = logprobs
+        if asked.forms.ids:
+            choices[0]["token_ids"] = delta.token_ids
+        choices[-1] |= {"finish_reason": finish, "stop_reason": delta.stop_reason}
+    return choices
+
+
+def _chunk_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

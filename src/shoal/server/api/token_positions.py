@@ -1,0 +1,27 @@
+"""Log-probabilities of a streamed output, with the places of its tokens in the text."""
+
+from collections import deque
+
+from shoal.llm.deltas import Delta
+from shoal.outputs import Logprobs
+
+
+class TokenPositions:
+    """Those of one output that wait. What a token says of its place is certain as soon as the text before it was sent:
+    text that is held back may turn out to be a stop text, and is never sent then."""
+
+    def __init__(self) -> None:
+        self._sent = 0  # characters of the output
+        self._waiting: deque[tuple[int, Logprobs, int]] = deque()
+
+    def take(self, delta: Delta) -> list[tuple[int, Logprobs, int]]:
+        """(token, log-probabilities, offset) of all that may be sent with a delta's text."""
+        begun = [self._sent] * len(delta.token_ids)  # as far as whoever doesn't say it lets us know
+        offsets = begun if delta.text_offsets is None else delta.text_offsets
+        self._waiting.extend(zip(delta.token_ids, delta.logprobs or (), offsets, strict=False))
+        self._sent += len(delta.text)
+        ready = []
+        while self._waiting and (delta.finish_reason is not None or self._waiting[0][2] <= self._sent):
+            token, known, offset = self._waiting.popleft()
+            ready.append((token, known, min(offset, self._sent)))
+        return ready

@@ -1,0 +1,180 @@
+"""What a request may be before anything is made of it: whose it is, how large, how slow.
+
+Pure ASGI, so that a stream passes through without a task or a queue of its own.
+"""
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shoal.server.http.errors import Refusal
+from shoal.server.settings import ServerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times are in seconds.
+
+    A body of 32 MiB holds four prompts of a million tokens each, be they ids of six digits or text in which every
+    character is escaped; and at 5 Mbit/s it is read in time. What three bytes say, `{},`, takes 72 when it is read,
+    and is a burden to the garbage collector: so values are bounded too, by what four million ids need, and lists and
+    objects, by what conversations of ten thousand messages need.
+    """
+
+    body_bytes: int = 32 << 20
+    bodies_bytes: int = 256 << 20  # of all that are being read
+    body_values: int = 4 << 20
+    body_containers: int = 1 << 17
+    json_depth: int = 128
+    body_s: float = 60.0
+    header_bytes: int = 64 << 10  # of a request, its first line included
+    headers: int = 128
+    header_s: float = 15.0  # from its first byte; from connecting, for a connection's first
+    write_s: float = 120.0  # in which a client takes some of what waits for it
+    discarded_bytes: int = 256 << 20  # of a body that nobody reads any more, before the connection is cut
+    linger_s: float = 2.0  # for a client to read why it is cut
+    pipelined: int = 16  # requests that may wait for the one before on their connection
+    idle_connections: int = 1024
+    connections: int = 8192
+
+
+PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})  # where no key is asked for
+
+
+def add_limits(app: FastAPI, settings: ServerSettings, limits: Limits | None = None) -> None:
+    """The key is asked for before a body is read, and whatever is refused says so to web pages as well."""
+    app.add_middleware(BodyLimit, limits=limits or Limits(body_bytes=settings.max_request_bytes))
+    if settings.api_keys:
+        app.add_middleware(KeyCheck, keys=settings.api_keys)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
+
+
+class KeyCheck:
+    """`Authorization: Bearer KEY`, as RFC 6750 has it. The time a wrong key takes says nothing about the right ones."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or route_of(scope) in PUBLIC or self._knows(_header(scope, b"authorization")):
+            await self._app(scope, receive, send)
+            return
+        refused = Refusal(401, "this server asks for an API key: send it as `Authorization: Bearer KEY`")
+        await refused.response({"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _knows(self, given: bytes | None) -> bool:
+        scheme, _, key = (given or b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        digest = _digest(key.strip())
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # all of them are compared
+
+
+class BodyLimit:
+    """Reads the body and hands it on in one piece. Whoever reads on behind it hears of the client's going."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app = app
+        self._limits = limits
+        self._held = 0  # bytes of bodies that are being read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            replay = await self._take(scope, receive)
+        except Refusal as refused:
+            await refused.response()(scope, receive, send)
+            return
+        if replay is not None:
+            await self._app(scope, replay, send)
+
+    async def _take(self, scope: Scope, receive: Receive) -> "_Replay | None":
+        """None: the client has gone.
+
+        Raises:
+            Refusal: the body can't be read, or must not be.
+        """
+        body = await self._read(scope, receive)
+        return None if body is None else _Replay(body, receive)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """None: the client has gone.
+
+        Raises:
+            Refusal: it is too large, too slow, or in a form that can't be read.
+        """
+        if (_header(scope, b"content-encoding") or b"identity").lower() != b"identity":
+            raise Refusal(415, "a body with a content-encoding can't be read: send it as it is")
+        self._check_size(int(_header(scope, b"content-length") or 0))
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    part = message.get("body", b"")
+                    parts.append(part)
+                    size += len(part)
+                    self._held += len(part)
+                    self._check_size(size)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Refusal(408, f"the body did not come within {self._limits.body_s:g} s") from None
+        finally:
+            self._held -= size
+
+    def _check_size(self, size: int) -> None:
+        most = self._limits.body_bytes
+        if size > most:
+            raise Refusal(413, f"the body may have {most} bytes, and has {size} or more: send fewer or shorter prompts")
+        if self._held > self._limits.bodies_bytes:
+            raise Refusal(503, "too many large requests are being read: try again", retry_after=1.0)
+
+
+class _Replay:
+    """Gives a body that was read, and then what comes behind it. It is kept no longer: an answer may take minutes."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+def _header(scope: Mapping[str, object], name: bytes) -> bytes | None:
+    headers = scope["headers"]
+    assert isinstance(headers, list)
+    return next((value for key, value in headers if key == name), None)
+
+
+def route_of(scope: Scope) -> str:
+    """The path behind the one where a proxy has put the server."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

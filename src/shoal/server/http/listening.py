@@ -1,0 +1,154 @@
+"""Running uvicorn where somebody else says when to end, with the log on stderr."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import math
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from shoal import addresses
+from shoal.errors import AddressInUse, ConfigError
+from shoal.process.malloc import give_back_what_is_large
+from shoal.server.http.limits import Limits
+from shoal.server.http.protocol import protocol_with
+from shoal.server.settings import ServerSettings
+
+_BACKLOG = 2048
+_SWITCH_S = 0.001  # for which a thread that works may keep the event loop waiting; Python's own is five times that
+_GOODBYE_S = 1.0
+_LOOK_S = 0.1
+LAST_BYTES_S = 5.0  # at least, for clients to read what is left when nothing runs any more
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where and how to listen. `log_level` is uvicorn's."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    log_level: str = "warning"
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: the certificate can't be used.
+        """
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+        if self.ssl_certfile:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+            except (OSError, ssl.SSLError) as error:
+                names = " and ".join(filter(None, (self.ssl_certfile, self.ssl_keyfile)))
+                raise ConfigError(f"{names} can't be used for TLS: {error}") from None
+
+    def bind(self) -> list[socket.socket]:
+        """One for each address of the host, all at one port.
+
+        Raises:
+            AddressInUse, ConfigError: nobody can listen there.
+        """
+        host = addresses.host_of(self.host, "--host") if self.host else ""
+        try:
+            found = addresses.listen(host, self.port, _BACKLOG)
+        except socket.gaierror as error:
+            raise ConfigError(f"--host {self.host} is no address of this host: {error.strerror}") from None
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            hint = "choose another --port, or 0 for a free one" if taken else "choose another --host or --port"
+            kind_of_error = AddressInUse if taken else ConfigError
+            raise kind_of_error(
+                f"can't listen on {addresses.joined(host, self.port)} ({error.strerror}): {hint}"
+            ) from None
+        for sock in found:
+            sock.setblocking(False)
+        return found
+
+    def url(self, sockets: Sequence[socket.socket]) -> str:
+        """As a client on this host reaches it."""
+        host, port = sockets[0].getsockname()[:2]
+        reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"{'https' if self.ssl_certfile else 'http'}://{addresses.joined(reached, port)}"
+
+
+class Server(uvicorn.Server):
+    """Leaves signals to others: `stop` ends it."""
+
+    complete = True  # after the end: were all answers given, and read?
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self, patience: float | None) -> None:
+        """Clients have so many seconds to read what is left; None: as long as they need. 0: it ends at once, also when
+        it was told before."""
+        self.config.timeout_graceful_shutdown = None if patience is None else math.ceil(patience)
+        self.force_exit = patience == 0
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        watching = asyncio.create_task(self._leave_when_read())
+        await super().shutdown(sockets)
+        watching.cancel()
+        self.complete = not self._unread
+
+    async def _leave_when_read(self) -> None:
+        """Nobody waits for what is only to be closed: a client that sleeps does not answer TLS' goodbye."""
+        since = time.monotonic()
+        while time.monotonic() - since < _GOODBYE_S:
+            await asyncio.sleep(_LOOK_S)
+            if self._unread:
+                since = time.monotonic()
+        self.force_exit = True
+
+    @property
+    def _unread(self) -> bool:
+        """Is an answer not given, or not read, to its end?"""
+        return any(_owes(cast(HttpToolsProtocol, each)) for each in self.server_state.connections)
+
+
+def _owes(connection: HttpToolsProtocol) -> bool:
+    cycle = connection.cycle
+    answering = cycle is not None and not cycle.response_complete
+    return answering or bool(connection.pipeline) or connection.transport.get_write_buffer_size() > 0
+
+
+def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) -> Server:
+    _log_like_ours(listening.log_level)
+    sys.setswitchinterval(_SWITCH_S)
+    give_back_what_is_large()
+    return Server(
+        uvicorn.Config(
+            app,
+            http=protocol_with(Limits()),
+            loop="uvloop",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=listening.log_level in ("trace", "debug", "info"),
+            root_path=settings.root_path,
+            ssl_keyfile=listening.ssl_keyfile,
+            ssl_certfile=listening.ssl_certfile,
+        )
+    )
+
+
+def _log_like_ours(level: str) -> None:
+    found = logging.getLogger("uvicorn")
+    found.handlers[:] = logging.getLogger("shoal").handlers
+    found.setLevel("DEBUG" if level == "trace" else level.upper())
+    found.propagate = False

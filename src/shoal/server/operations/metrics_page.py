@@ -1,0 +1,346 @@
+"""GET /metrics: what RequestMetrics has counted, and the fleet's status, as one text.
+
+Any API server answers for all of them. The process that has the fleet gives numbers; the text is made here.
+"""
+
+import asyncio
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.responses import PlainTextResponse
+
+from shoal import wire
+from shoal.activity import State
+from shoal.config.engine_options import EngineOptions
+from shoal.errors import ShoalError
+from shoal.server.http.errors import Refusal, documented
+from shoal.server.operations import cache_config
+from shoal.server.operations.exposition import CONTENT_TYPE, Family, Histogram, Page
+from shoal.server.operations.http_counts import DURATION, FINE_DURATION, REQUESTS, CountRequests, HandOver, HttpCounts
+from shoal.server.operations.request_metrics import (
+    COUNTERS,
+    GAP,
+    LABELS,
+    REASONS,
+    REFUSALS,
+    REFUSED,
+    SUCCESS,
+    histogram_families,
+)
+
+_ANSWER_S = 10.0
+STATES = ("starting", "ready", "restarting", "awaited", "leaving", "failed")
+
+
+class HasMetrics(Protocol):
+    async def status(self) -> wire.FleetStatus: ...
+
+    async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
+
+
+# --- what the fleet's status says ------------------------------------------------------------------------------------
+
+RUNNING = Family("vllm:num_requests_running", "gauge", "Requests that a replica has in its steps.", LABELS)
+WAITING = Family(
+    "vllm:num_requests_waiting",
+    "gauge",
+    "Requests that wait in a replica, and its share of those that no replica has yet.",
+    LABELS,
+)
+KV_USAGE = Family("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks that requests hold; 1 is all.", LABELS)
+CACHE_CONFIG = Family(
+    "vllm:cache_config_info", "gauge", "KV blocks, their size and options, as labels.", (*LABELS, *cache_config.NAMES)
+)
+WAITING_BY_REASON = Family(
+    "vllm:num_requests_waiting_by_reason",
+    "gauge",
+    "The same by why: for room (capacity), or for the server to run again, or a replica to be ready (deferred).",
+    (*LABELS, "reason"),
+)
+SLEEP_STATE = Family(
+    "vllm:engine_sleep_state",
+    "gauge",
+    "1 for what an engine is at: awake, or asleep at level 1 (weights_offloaded) or 2 (discard_all).",
+    (*LABELS, "sleep_state"),
+)
+_SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
+ACCEPTED_BY_POSITION = Family(
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+    "counter",
+    "Guesses that were right, by their place in a round, from 0 on.",
+    (*LABELS, "position"),
+)
+ITERATION_TOKENS = Family(
+    "vllm:iteration_tokens_total", "histogram", "Tokens of a step.", LABELS, (1.0, *(2.0**i for i in range(3, 15)))
+)
+_ENGINE_COUNTERS: list[tuple[Family, Callable[[wire.EngineStats], int]]] = [
+    (Family(name, "counter", about, LABELS), value)
+    for name, about, value in (
+        ("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
+        ("vllm:prefix_cache_hits_total", "... and found.", lambda s: s.prefix_hits),
+        ("vllm:num_preemptions_total", "Requests that gave their blocks back for others.", lambda s: s.preemptions),
+        ("vllm:spec_decode_num_drafts_total", "Rounds of guessing, of a sequence each.", lambda s: s.drafts),
+        ("vllm:spec_decode_num_draft_tokens_total", "Tokens guessed.", lambda s: s.draft_tokens),
+        ("vllm:spec_decode_num_accepted_tokens_total", "... rightly.", lambda s: s.accepted_tokens),
+        ("shoal:steps_total", "Steps.", lambda s: s.steps),
+    )
+]
+
+STATE = Family("shoal:replica_state", "gauge", "1 for the state that a replica is in.", (*LABELS, "state"))
+RESTARTS = Family("shoal:replica_restarts_total", "counter", "How often a replica was started again.", LABELS)
+MEMORY = Family(
+    "shoal:rank_memory_bytes",
+    "gauge",
+    "Memory of a rank: weights, written KV cache, and all that no file backs (anonymous).",
+    (*LABELS, "rank", "kind"),
+)
+BUSY = Family("shoal:rank_busy_seconds_total", "counter", "What a rank has spent in steps.", (*LABELS, "rank"))
+QUEUED = Family("shoal:requests_queued", "gauge", "Requests that no replica has.", ("model_name",))
+REPLAYS = Family(
+    "shoal:request_replays_total", "counter", "How often a request went on after its replica's end.", ("model_name",)
+)
+API_RESTARTS = Family(
+    "shoal:api_server_restarts_total", "counter", "How often an API server was started again.", ("model_name",)
+)
+ACCEPTING = Family("shoal:accepting_requests", "gauge", "0: it drains, or has failed.", ("model_name",))
+
+# Older dashboards read it; the values are those of GAP.
+OLD_GAP = Family(
+    "vllm:time_per_output_token_seconds", "histogram", f"The same as {GAP}.", LABELS, histogram_families(1)[GAP].bounds
+)
+
+
+def families(max_model_len: int) -> list[Family]:
+    """All that /metrics has."""
+    return [
+        *(RUNNING, WAITING, WAITING_BY_REASON, KV_USAGE, CACHE_CONFIG, SLEEP_STATE),
+        *(family for family, _ in _ENGINE_COUNTERS),
+        ACCEPTED_BY_POSITION,
+        ITERATION_TOKENS,
+        *(STATE, RESTARTS, MEMORY, BUSY, QUEUED, REPLAYS, API_RESTARTS, ACCEPTING),
+        *COUNTERS.values(),
+        *(SUCCESS, REFUSED),
+        *histogram_families(max_model_len).values(),
+        *(OLD_GAP, REQUESTS, DURATION, FINE_DURATION),
+    ]
+
+
+def page_of(told: bytes, status: wire.FleetStatus, model_name: str, options: EngineOptions | None = None) -> str:
+    """`told` is what RequestMetrics answers to "metrics"; `options` are those of the replicas."""
+    found = json.loads(told)
+    page = Page()
+    _put_status(page, status, model_name)
+    _put_settings(page, status, model_name, EngineOptions(None) if options is None else options)
+    _put_ranks(page, status, model_name)
+    _put_requests(page, found, status, model_name)
+    _put_http(page, found["http"])
+    return page.text()
+
+
+def _put_status(page: Page, status: wire.FleetStatus, model_name: str) -> None:
+    replicas = [(replica, (model_name, str(replica.number))) for replica in status.replicas]
+    known = [(stats, labels) for replica, labels in replicas if (stats := replica.stats) is not None]
+    waiting = [_waiting(replica) for replica in status.replicas]
+    page.put(
+        RUNNING,
+        ((labels, replica.held - waits) for (replica, labels), waits in zip(replicas, waiting, strict=True)),
+    )
+    waiting = [waits + share for waits, share in zip(waiting, _shares(status), strict=True)]
+    page.put(WAITING, ((labels, waits) for (_, labels), waits in zip(replicas, waiting, strict=True)))
+    deferred = _defers(status)
+    page.put(
+        WAITING_BY_REASON,
+        (
+            ((*labels, reason), waits if is_it else 0)
+            for (_, labels), waits in zip(replicas, waiting, strict=True)
+            for reason, is_it in (("capacity", not deferred), ("deferred", deferred))
+        ),
+    )
+    page.put(KV_USAGE, ((labels, _used(replica.stats)) for replica, labels in replicas))
+    page.put(
+        SLEEP_STATE,
+        (
+            ((*labels, name), int(level == status.sleep_level))
+            for _, labels in replicas
+            for level, name in enumerate(_SLEEP_STATES)
+        ),
+    )
+    for family, value in _ENGINE_COUNTERS:
+        page.put(family, ((labels, value(stats)) for stats, labels in known))
+    page.put_histograms(ITERATION_TOKENS, ((labels, _iterations(stats)) for stats, labels in known))
+    page.put(
+        STATE,
+        (((*labels, state), int(replica.state == state)) for replica, labels in replicas for state in STATES),
+    )
+    page.put(RESTARTS, ((labels, replica.restarts) for replica, labels in replicas))
+    page.put(QUEUED, [((model_name,), status.queued)])
+    page.put(REPLAYS, [((model_name,), status.replays)])
+    page.put(ACCEPTING, [((model_name,), int(status.accepting))])
+
+
+def _put_settings(page: Page, status: wire.FleetStatus, model_name: str, options: EngineOptions) -> None:
+    """What depends on options as well."""
+    known = [
+        (replica.stats, (model_name, str(replica.number))) for replica in status.replicas if replica.stats is not None
+    ]
+    page.put(
+        CACHE_CONFIG,
+        (((*labels, *cache_config.values(options, stats)), 1) for stats, labels in known if stats.num_blocks),
+    )
+    speculative = options.model_options.speculative_config
+    most = speculative.num_speculative_tokens if speculative is not None else 0
+    page.put(
+        ACCEPTED_BY_POSITION,
+        (
+            ((*labels, str(position)), count)
+            for stats, labels in known
+            for position, count in enumerate(_filled(stats.accepted_by_position, most))
+        ),
+    )
+
+
+def _filled(counts: Sequence[int], most: int) -> list[int]:
+    """A place where no guess was right yet counts 0."""
+    return [*counts, *[0] * (most - len(counts))]
+
+
+def _defers(status: wire.FleetStatus) -> bool:
+    """Do requests wait for something else than room?"""
+    return status.activity != State.AWAKE or not any(replica.state == "ready" for replica in status.replicas)
+
+
+def _waiting(replica: wire.ReplicaState) -> int:
+    """How many requests it has is known at once; how many of them wait, from its last word."""
+    return 0 if replica.stats is None else min(replica.stats.waiting, replica.held)
+
+
+def _shares(status: wire.FleetStatus) -> list[int]:
+    """Of the router's queue, by replica; the ready ones will take it, if there are any. Whoever scales by the sum, or
+    by one replica's number, sees the queue."""
+    takers = [replica.state == "ready" for replica in status.replicas]
+    if not any(takers):
+        takers = [True] * len(takers)
+    shares, left, takers_left = [], status.queued, sum(takers)
+    for takes in takers:
+        share = -(-left // takers_left) if takes else 0
+        shares.append(share)
+        left -= share
+        takers_left -= takes
+    return shares
+
+
+def _used(stats: wire.EngineStats | None) -> float:
+    if stats is None or not stats.num_blocks:
+        return 0.0
+    return 1.0 - stats.free_blocks / stats.num_blocks
+
+
+def _iterations(stats: wire.EngineStats) -> Histogram:
+    found = Histogram(ITERATION_TOKENS.bounds)
+    for doublings, count in enumerate(stats.iteration_tokens):
+        found.counts[bisect_left(found.bounds, 2.0**doublings)] += count
+    found.total = stats.step_tokens
+    return found
+
+
+def _put_ranks(page: Page, status: wire.FleetStatus, model_name: str) -> None:
+    memory: list[tuple[Sequence[str], float]] = []
+    busy: list[tuple[Sequence[str], float]] = []
+    for replica in status.replicas:
+        if replica.stats is None:
+            continue
+        engine = (model_name, str(replica.number))
+        for rank in replica.stats.ranks:
+            kinds = {"anonymous": rank.anonymous, "kv": rank.kv_bytes, "weights": rank.weight_bytes}
+            memory += [((*engine, str(rank.rank), kind), held) for kind, held in kinds.items()]
+        busy += [((*engine, str(rank)), us / 1e6) for rank, us in _busy(replica.stats)]
+    page.put(MEMORY, memory)
+    page.put(BUSY, busy)
+
+
+def _busy(stats: wire.EngineStats) -> Iterator[tuple[int, int]]:
+    """Microseconds by rank, former lives included."""
+    found = dict(enumerate(stats.busy_before))
+    for rank in stats.ranks:
+        found[rank.rank] = found.get(rank.rank, 0) + rank.busy_us
+    yield from sorted(found.items())
+
+
+# --- what was told of requests ---------------------------------------------------------------------------------------
+
+
+def _put_requests(page: Page, told: dict[str, Any], status: wire.FleetStatus, model_name: str) -> None:
+    """Engines that have done nothing yet are there with zeros, so that a rate has a beginning."""
+    engines: dict[str, Any] = {str(replica.number): None for replica in status.replicas} | told["engines"]
+    for name, family in COUNTERS.items():
+        page.put(
+            family,
+            (((model_name, number), engine["counters"][name] if engine else 0) for number, engine in engines.items()),
+        )
+    ends: dict[tuple[str, str], int] = {(number, reason): 0 for number in engines for reason in REASONS.values()}
+    ends |= {("" if number < 0 else str(number), reason): count for number, reason, count in told["ends"]}
+    page.put(SUCCESS, (((model_name, *key), count) for key, count in ends.items()))
+    refused = dict.fromkeys(REFUSALS.values(), 0) | told["refused"]
+    page.put(REFUSED, (((model_name, reason), count) for reason, count in refused.items()))
+    page.put(API_RESTARTS, [((model_name,), told["api_server_restarts"])])
+    for name, family in histogram_families(told["max_model_len"]).items():
+        found = [
+            ((model_name, number), Histogram(family.bounds, *(engine["histograms"][name] if engine else ())))
+            for number, engine in engines.items()
+        ]
+        page.put_histograms(family, found)
+        if name == GAP:
+            page.put_histograms(OLD_GAP, found)
+
+
+def _put_http(page: Page, told: list[Any]) -> None:
+    http = HttpCounts()
+    http.take(told)
+    page.put(REQUESTS, http.requests())
+    page.put_histograms(DURATION, http.durations())
+    page.put_histograms(FINE_DURATION, [((), http.all_durations())])
+
+
+# --- the route -------------------------------------------------------------------------------------------------------
+
+
+def add_metrics(app: FastAPI, llm: HasMetrics, model_name: str, options: EngineOptions | None = None) -> None:
+    """GET /metrics, and the count of all HTTP requests to `app`. `model_name` is the label; `options` are those of the
+    replicas."""
+    counts = HandOver(lambda payload: llm.ask("http", payload))
+    app.add_middleware(CountRequests, counts=counts)
+    app.include_router(_routes(llm, model_name, counts, options))
+
+
+def _routes(llm: HasMetrics, model_name: str, counts: HandOver, options: EngineOptions | None) -> APIRouter:
+    router = APIRouter(tags=["admin"])
+
+    @router.get(
+        "/metrics",
+        summary="Counts and durations, for Prometheus",
+        response_class=PlainTextResponse,
+        responses=documented(503),
+    )
+    async def metrics() -> Response:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                told = await _numbers(llm, counts)
+                status = await llm.status()
+        except (ShoalError, TimeoutError) as error:
+            raise Refusal(503, f"no numbers from the engine: {error or 'it does not answer'}") from None
+        text = await asyncio.to_thread(page_of, told, status, model_name, options)
+        return Response(text, media_type=CONTENT_TYPE)
+
+    return router
+
+
+async def _numbers(llm: HasMetrics, counts: HandOver) -> bytes:
+    payload = counts.give()
+    try:
+        return await llm.ask("metrics", payload)
+    except ShoalError:
+        counts.take_back(payload)
+        raise

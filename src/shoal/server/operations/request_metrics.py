@@ -1,0 +1,311 @@
+"""What becomes of requests, counted where the fleet is: in one process, however many answer HTTP.
+
+Names, labels and buckets are those that dashboards and autoscalers for vLLM read; docs/metrics.md has the list.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from shoal import wire
+from shoal.server.operations.exposition import Family, Histogram
+from shoal.server.operations.http_counts import HttpCounts
+
+LABELS = ("model_name", "engine")
+REASONS: dict[wire.Finish, str] = {wire.Finish.STOP: "stop", wire.Finish.LENGTH: "length", wire.Finish.ABORT: "abort"}
+REFUSALS: dict[wire.Refusal, str] = {
+    refusal: refusal.name.lower() for refusal in wire.Refusal if refusal is not wire.Refusal.NONE
+}
+
+_TOKEN_BYTES = 4
+_FIRST_TOKEN_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+    *(160.0, 640.0, 2560.0),
+)
+_TOKEN_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0),
+    *(1920.0, 7680.0),
+)
+_OUTPUTS = (1.0, 2.0, 5.0, 10.0, 20.0)
+_FEW = (1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0)
+
+FIRST_TOKEN = "vllm:time_to_first_token_seconds"
+GAP = "vllm:inter_token_latency_seconds"
+_MEAN_GAP = "vllm:request_time_per_output_token_seconds"
+_E2E = "vllm:e2e_request_latency_seconds"
+_QUEUE = "vllm:request_queue_time_seconds"
+_INFERENCE = "vllm:request_inference_time_seconds"
+_PREFILL = "vllm:request_prefill_time_seconds"
+_DECODE = "vllm:request_decode_time_seconds"
+_PROMPT = "vllm:request_prompt_tokens"
+_COMPUTED = "vllm:request_prefill_kv_computed_tokens"
+_GENERATED = "vllm:request_generation_tokens"
+_LONGEST = "vllm:request_max_num_generation_tokens"
+_MAX_TOKENS = "vllm:request_params_max_tokens"
+_N = "vllm:request_params_n"
+_PREEMPTIONS = "vllm:request_num_preemptions"
+
+PROMPT_TOKENS = "vllm:prompt_tokens_total"
+CACHED_TOKENS = "vllm:prompt_tokens_cached_total"
+GENERATED_TOKENS = "vllm:generation_tokens_total"
+
+SUCCESS = Family(
+    "vllm:request_success_total",
+    "counter",
+    "Requests that ended without an error, by why; without an engine where no replica had them.",
+    (*LABELS, "finished_reason"),
+)
+REFUSED = Family(
+    "shoal:requests_refused_total",
+    "counter",
+    "Requests that ended with an error, by its kind.",
+    ("model_name", "reason"),
+)
+
+
+def doubling_bounds(most: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50, ... up to `most`."""
+    found: list[float] = []
+    scale = 1
+    while scale <= most:
+        found += [float(step * scale) for step in (1, 2, 5) if step * scale <= most]
+        scale *= 10
+    return tuple(found)
+
+
+def histogram_families(max_model_len: int) -> dict[str, Family]:
+    lengths = doubling_bounds(max_model_len)
+    table: list[tuple[str, tuple[float, ...], str]] = [
+        (FIRST_TOKEN, _FIRST_TOKEN_S, "From a request's arrival to its first token."),
+        (GAP, _TOKEN_S, "Between a request's tokens: of those that come together, each has its share of the time."),
+        (_MEAN_GAP, _TOKEN_S, "Mean time between tokens of a finished request that has two or more."),
+        (_E2E, _REQUEST_S, "From a request's arrival to its end."),
+        (_QUEUE, _REQUEST_S, "From a request's arrival to its first step, at the router and in the engine."),
+        (_INFERENCE, _REQUEST_S, "From a request's first step to its last token."),
+        (_PREFILL, _REQUEST_S, "From a request's first step to its first token."),
+        (_DECODE, _REQUEST_S, "From a request's first token to its last one."),
+        (_PROMPT, lengths, "Tokens of a finished request's prompt."),
+        (_COMPUTED, lengths, "... of which were not in the prefix cache."),
+        (_GENERATED, lengths, "Tokens of a finished request's output."),
+        (_LONGEST, lengths, "Tokens of the longest output of a prompt."),
+        (_MAX_TOKENS, lengths, "Tokens that a finished request might have had."),
+        (_N, _OUTPUTS, "Outputs of a prompt."),
+        (_PREEMPTIONS, _FEW, "How often a finished request gave its KV blocks back, at the replica that ended it."),
+    ]
+    return {name: Family(name, "histogram", about, LABELS, bounds) for name, bounds, about in table}
+
+
+COUNTERS = {
+    name: Family(name, "counter", about, LABELS)
+    for name, about in (
+        (PROMPT_TOKENS, "Tokens of prompts that have got their first token, cached ones included."),
+        (CACHED_TOKENS, "... of which were in the prefix cache."),
+        (GENERATED_TOKENS, "Tokens that clients were given."),
+    )
+}
+
+
+@dataclass(slots=True)
+class _Life:
+    """A request on its way."""
+
+    arrival: float
+    prompt: int
+    max_tokens: int
+    group: int
+    replica: int = -1  # that had it last
+    dealt: float = 0.0
+    waited: float = 0.0  # in the engine
+    first: float = 0.0  # when its first token came; 0: it has none
+    last: float = 0.0
+    tokens: int = 0
+    cached: int = 0
+    stopped: bool = False  # by a stop text
+
+
+@dataclass(slots=True)
+class _Group:
+    """Outputs of one prompt."""
+
+    outputs: int = 0
+    open: int = 0
+    longest: int = -1  # of those that have finished
+
+
+class _Engine:
+    def __init__(self, families: dict[str, Family]) -> None:
+        self.histograms = {name: Histogram(family.bounds) for name, family in families.items()}
+        self.first_token = self.histograms[FIRST_TOKEN]
+        self.gap = self.histograms[GAP]
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "histograms": {name: [each.counts, each.total] for name, each in self.histograms.items()},
+            "counters": {
+                PROMPT_TOKENS: self.prompt_tokens,
+                CACHED_TOKENS: self.cached_tokens,
+                GENERATED_TOKENS: self.generated_tokens,
+            },
+        }
+
+
+class RequestMetrics:
+    """A `protocols.Recorder`. A request that goes on at another replica is one request: its first token is the first
+    that its client got. What it cost is counted where it happened, its end where it ended.
+
+    All calls come from the desk's thread; other processes and threads ask the verbs.
+    """
+
+    def __init__(self, max_model_len: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_model_len = max_model_len
+        self._families = histogram_families(max_model_len)
+        self._clock = clock
+        self._lives: dict[int, _Life] = {}
+        self._groups: dict[int, _Group] = {}
+        self._engines: dict[int, _Engine] = {}
+        self._ends: Counter[tuple[int, wire.Finish]] = Counter()
+        self._refused: Counter[wire.Refusal] = Counter()
+        self._http = HttpCounts()
+        self._api_restarts = 0
+
+    @property
+    def verbs(self) -> dict[str, Callable[[bytes], bytes]]:
+        """For a desk. Both take what an API server has counted since it asked last."""
+        return {"metrics": self._tell, "http": self._take_http}
+
+    def _tell(self, payload: bytes) -> bytes:
+        """All numbers so far; `scraping.page_of` makes the text of them, which takes longer."""
+        self._http.take_over(payload)
+        told = {
+            "max_model_len": self._max_model_len,
+            "engines": {number: engine.told() for number, engine in self._engines.items()},
+            "ends": [[number, REASONS[finish], count] for (number, finish), count in self._ends.items()],
+            "refused": {REFUSALS[refusal]: count for refusal, count in self._refused.items()},
+            "http": self._http.told(),
+            "api_server_restarts": self._api_restarts,
+        }
+        return json.dumps(told, separators=(",", ":")).encode()
+
+    def note_api_restart(self) -> None:
+        """A process that answers HTTP requests was started again."""
+        self._api_restarts += 1
+
+    def _take_http(self, payload: bytes) -> bytes:
+        self._http.take_over(payload)
+        return b""
+
+    # --- the recorder ------------------------------------------------------------------------------------------------
+
+    def added(self, request: wire.EngineRequest) -> None:
+        prompt = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
+        arrival = request.arrival or self._clock()
+        self._lives[request.seq] = _Life(arrival, prompt, request.max_tokens, request.group)
+        if request.group >= 0:
+            group = self._groups.setdefault(request.group, _Group())
+            group.outputs += 1
+            group.open += 1
+
+    def dealt(self, seq: int, replica: int) -> None:
+        life = self._lives.get(seq)
+        if life is None:
+            return
+        life.replica = replica
+        if not life.tokens:
+            life.dealt = self._clock()
+
+    def updated(self, replica: int, update: wire.SeqUpdate) -> None:
+        life = self._lives.get(update.seq)
+        if life is None:
+            return
+        count = len(update.tokens)
+        if count:
+            now = self._clock()
+            engine = self._engines.get(replica) or self._add_engine(replica)
+            engine.generated_tokens += count
+            if life.tokens:
+                engine.gap.observe((now - life.last) / count, count)
+            else:
+                self._begin(engine, life, update, now)
+            life.tokens += count
+            life.last = now
+        if update.finish is not None:
+            self._end(life, update)
+
+    def stopped(self, seq: int) -> None:
+        life = self._lives.get(seq)
+        if life is not None:
+            life.stopped = True
+
+    def ended(self, update: wire.SeqUpdate) -> None:
+        life = self._lives.get(update.seq)
+        if life is not None:
+            self._end(life, update)
+
+    def _add_engine(self, number: int) -> _Engine:
+        self._engines[number] = _Engine(self._families)
+        return self._engines[number]
+
+    def _begin(self, engine: _Engine, life: _Life, update: wire.SeqUpdate, now: float) -> None:
+        life.first = now
+        life.waited = update.waited_us / 1e6
+        life.cached = update.cached_tokens
+        engine.first_token.observe(max(0.0, now - life.arrival))
+        engine.prompt_tokens += life.prompt
+        engine.cached_tokens += life.cached
+
+    def _end(self, life: _Life, update: wire.SeqUpdate) -> None:
+        del self._lives[update.seq]
+        finish = wire.Finish.ABORT if update.finish is None else update.finish
+        if life.stopped and finish is wire.Finish.ABORT:
+            finish = wire.Finish.STOP
+        finished = not update.error
+        if finished:
+            self._ends[life.replica, finish] += 1
+        else:
+            self._refused[update.refusal or wire.Refusal.FAILED] += 1
+        if finished and life.replica >= 0:
+            engine = self._engines.get(life.replica) or self._add_engine(life.replica)
+            engine.histograms[_PREEMPTIONS].observe(update.preemptions)
+            self._note_finished(engine, life)
+        self._leave_group(life, finished=finished)
+
+    def _note_finished(self, engine: _Engine, life: _Life) -> None:
+        found = engine.histograms
+        found[_E2E].observe(max(0.0, self._clock() - life.arrival))
+        found[_PROMPT].observe(life.prompt)
+        found[_GENERATED].observe(life.tokens)
+        found[_MAX_TOKENS].observe(life.max_tokens)
+        if not life.tokens:
+            return
+        # Clocks of a server's loop are coarser than ours: no time is below 0, and the parts sum up to the whole.
+        begun = min(max(life.dealt + life.waited, life.arrival), life.first)
+        found[_QUEUE].observe(max(0.0, begun - life.arrival))
+        found[_PREFILL].observe(life.first - begun)
+        found[_DECODE].observe(life.last - life.first)
+        found[_INFERENCE].observe(life.last - begun)
+        found[_COMPUTED].observe(max(0, life.prompt - life.cached))
+        if life.tokens > 1:
+            found[_MEAN_GAP].observe((life.last - life.first) / (life.tokens - 1))
+
+    def _leave_group(self, life: _Life, *, finished: bool) -> None:
+        """With its last output a prompt is done."""
+        group = self._groups.get(life.group) or _Group(outputs=1, open=1)
+        group.open -= 1
+        if finished:
+            group.longest = max(group.longest, life.tokens)
+        if group.open:
+            return
+        self._groups.pop(life.group, None)
+        if group.longest >= 0 and life.replica >= 0:
+            engine = self._engines.get(life.replica) or self._add_engine(life.replica)
+            engine.histograms[_N].observe(group.outputs)
+            engine.histograms[_LONGEST].observe(group.longest)

@@ -1,0 +1,259 @@
+"""A conversation as the text that a model was trained on, by the template that comes with it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import CheckpointError, RequestError
+from shoal.git_lfs import refuse_pointer
+from shoal.params import Message
+from shoal.text import jinja_sandbox
+from shoal.text.tokenizer import read_json
+from shoal.values import shown
+
+_DEFAULT = "default"
+_TOOL_USE = "tool_use"
+# What `ChatTemplate.render` takes itself.
+_OWN_NAMES = {
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tools",
+    "chat_template",
+    "chat_template_kwargs",
+}
+# Stands behind a message that is to be continued, in characters that no text has; the space shows whether the template
+# trims what it is given.
+_END = "\ue000end of the message\ue001"
+_MARK = _END + " "
+
+
+class ChatTemplate:
+    """The template of a model, or its templates by name. `special_tokens`: bos_token, eos_token and so on, as texts."""
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        self._templates = dict(templates)
+        self._special_tokens = dict(special_tokens or {})
+
+    @classmethod
+    def open(cls, folder: Path) -> "ChatTemplate | None":
+        """chat_template.jinja, or else `chat_template` of tokenizer_config.json; None where there is neither.
+
+        Raises:
+            CheckpointError: what is there can't be read.
+        """
+        config = read_json(folder / "tokenizer_config.json")
+        templates = _from_files(folder) or _from_config(config.get("chat_template"), folder)
+        if not templates:
+            return None
+        if "added_tokens_decoder" not in config:
+            config = config | read_json(folder / "special_tokens_map.json")
+        return cls(templates, _special_tokens(config))
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as one text, special tokens included: encode it without adding them again.
+
+        `chat_template`: another template, or the name of one of the model's. `chat_template_kwargs`
+        are for the template to read.
+
+        Raises:
+            RequestError: the messages or an option are malformed, or the template refuses them.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise RequestError("continue_final_message goes with add_generation_prompt=False: the turn has begun")
+        if tools is not None and (isinstance(tools, str | Mapping) or not isinstance(tools, Sequence)):
+            raise RequestError(f"tools must be a list of objects, got {type(tools).__name__}")
+        if chat_template is not None and not isinstance(chat_template, str):
+            raise RequestError(f"chat_template must be a text, got {type(chat_template).__name__}")
+        own = _check_kwargs(chat_template_kwargs)
+        source = self._choose(chat_template, tools)
+        template = jinja_sandbox.compile(source)
+        checked = check_messages(messages)
+        conversation = [_fit_content(_fit_role(message, source), template) for message in checked]
+        if continue_final_message:
+            _mark(conversation[-1])
+        values = {
+            **self._special_tokens,
+            "messages": conversation,
+            "tools": _plain(tools, "tools"),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **own,
+        }
+        text = template.render(values)
+        return _cut(text) if continue_final_message else text
+
+    def _choose(self, asked: str | None, tools: object) -> str:
+        if asked is not None:
+            return self._templates.get(asked, asked)
+        if tools is not None and _TOOL_USE in self._templates:
+            return self._templates[_TOOL_USE]
+        if _DEFAULT in self._templates:
+            return self._templates[_DEFAULT]
+        names = ", ".join(sorted(self._templates)) or "none"
+        raise RequestError(f"the model has no chat template named default; give chat_template; it has {names}")
+
+
+def check_messages(messages: object) -> list[dict[str, Any]]:
+    """A copy in plain JSON values, without those that are null.
+
+    Raises:
+        RequestError: it is not a list of messages with a role and a content of text; the message is named.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages must be a list of objects with role and content, got {type(messages).__name__}")
+    if not messages:
+        raise RequestError("messages is empty: give at least one message")
+    return [_check_message(message, f"message {i}") for i, message in enumerate(messages)]
+
+
+def _check_kwargs(given: object) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise RequestError(f"chat_template_kwargs must be an object of names and values, got {shown(given)}")
+    for name in given:
+        if name in _OWN_NAMES:
+            raise RequestError(f"chat_template_kwargs can't set {name}: it is an argument of its own")
+    return {str(name): _plain(value, f"chat_template_kwargs: {name}") for name, value in given.items()}
+
+
+def _check_message(message: object, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} must be an object with role and content, got {type(message).__name__}")
+    found = {name: value for name, value in _plain(message, where).items() if value is not None}
+    if found.get("tool_calls") == []:  # templates take it for a turn with calls
+        del found["tool_calls"]
+        found.setdefault("content", "")
+    role = found.get("role")
+    if not isinstance(role, str) or not role:
+        raise RequestError(f"{where}: role must be a text such as user, got {role!r}")
+    content = found.get("content")
+    if isinstance(content, list):
+        for i, part in enumerate(content):
+            _check_part(part, f"{where}, part {i}")
+    elif content is None:
+        if not found.get("tool_calls"):
+            raise RequestError(f"{where} has no content: give a text, or a list of parts of type text")
+        found["content"] = ""  # templates that ask whether it is null fail where it is not there
+    elif not isinstance(content, str):
+        raise RequestError(f"{where}: content must be a text or a list of parts, got {type(content).__name__}")
+    if "tool_calls" in found:
+        found["tool_calls"] = _check_calls(found["tool_calls"], where)
+    return found
+
+
+def _check_part(part: object, where: str) -> None:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise RequestError(f'{where}: a part of content must be an object such as {{"type": "text", "text": ...}}')
+    if part["type"] != "text":
+        raise RequestError(f"{where}: parts of type {part['type']} can't be read; this engine takes text")
+    if not isinstance(part.get("text"), str):
+        raise RequestError(f"{where}: text of a part must be a text, got {type(part.get('text')).__name__}")
+
+
+def _check_calls(calls: Any, where: str) -> list[Any]:
+    """Arguments as objects: that is how templates want them, and APIs send them as JSON in a text."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RequestError(f"{where}: tool_calls must be a list of objects")
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments") or "", str):
+            try:
+                function["arguments"] = json.loads(function.get("arguments") or "{}", strict=False)
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{where}: the arguments of a tool call are no JSON: {error}") from None
+    return calls
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy made of JSON's types, on which a template can call nothing."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for kind in (str, bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {str(key): _plain(item, where) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item, where) for item in value]
+    raise RequestError(f"{where}: a value of type {type(value).__name__} is none that JSON has")
+
+
+def _fit_role(message: dict[str, Any], source: str) -> dict[str, Any]:
+    """A developer's word is the system's, for templates that do not know of developers."""
+    if message["role"] == "developer" and "developer" not in source:
+        return {**message, "role": "system"}
+    return message
+
+
+def _fit_content(message: dict[str, Any], template: jinja_sandbox.Template) -> dict[str, Any]:
+    """Content in the form that the template reads."""
+    content = message.get("content")
+    if isinstance(content, list) and not template.reads_parts:
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+    if isinstance(content, str) and template.reads_parts and not template.reads_texts:
+        return {**message, "content": [{"type": "text", "text": content}]}
+    return message
+
+
+def _mark(message: dict[str, Any]) -> None:
+    content = message.get("content")
+    if not content:
+        raise RequestError("continue_final_message: the last message has no content that could be continued")
+    if isinstance(content, list):
+        content[-1] = {**content[-1], "text": content[-1]["text"] + _MARK}
+    else:
+        message["content"] = content + _MARK
+
+
+def _cut(text: str) -> str:
+    at = text.rfind(_END)
+    if at < 0:
+        raise RequestError("continue_final_message: the chat template leaves out the end of the last message")
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
+
+
+def _from_files(folder: Path) -> dict[str, str]:
+    files = {_DEFAULT: folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    for file in files.values():
+        refuse_pointer(file)
+    try:
+        return {name: file.read_text("utf-8") for name, file in files.items() if file.exists()}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the chat template can't be read: {error}") from None
+
+
+def _from_config(value: Any, folder: Path) -> dict[str, str]:
+    """One template, or a list of `{"name": ..., "template": ...}`."""
+    if value is None or value == "":
+        return {}
+    entries = [{"name": _DEFAULT, "template": value}] if isinstance(value, str) else value
+    try:
+        found = {entry["name"]: entry["template"] for entry in entries}
+    except (TypeError, KeyError):
+        found = {"": None}
+    if not all(isinstance(text, str) for pair in found.items() for text in pair):
+        file = folder / "tokenizer_config.json"
+        raise CheckpointError(f"{file}: chat_template must be a text or a list of objects with name and template")
+    return found
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
+    return found

@@ -1,0 +1,300 @@
+"""Prompts as people give them, checked and cut into tokens. Needs no engine."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from shoal.errors import RequestError, overflow
+from shoal.log import get_logger
+from shoal.params import Message, Prompt, PromptDict, SamplingParams
+from shoal.structured.schema.prepare import listed
+from shoal.text.chat_template import ChatTemplate
+from shoal.text.stop_texts import StopTexts
+from shoal.text.structured_outputs import GrammarText, grammar_text
+from shoal.text.tokenizer import Tokenizer
+from shoal.values import shown
+
+_MARGIN = 64  # tokens before those that are kept, so that where a text is cut does not matter to these
+
+log = get_logger("prompts")
+
+_TOLD = 256  # lists of ignored keywords, so that those of a file of prompts are logged once
+_LINE = 2000  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt that has been checked and cut into tokens, and what its parameters say in tokens."""
+
+    index: int
+    prompt: str | None
+    tokens: tuple[int, ...]
+    params: SamplingParams
+    banned: tuple[tuple[int, ...], ...] = ()  # of `bad_words`
+    grammar: str = ""  # of `structured_outputs`
+    cache_salt: str = ""  # only prompts with the same one share cached prefixes
+    ignored_keywords: tuple[str, ...] = ()  # of its schema, that the grammar goes without, each with its place
+    outputs: int = 0  # of all jobs of one request together, where they are more than this one's
+    stop_ids: frozenset[int] = field(init=False, repr=False, compare=False)  # of `stop_token_ids`
+    stop_texts: StopTexts | None = field(init=False, repr=False, compare=False)  # of `stop`
+
+    def __post_init__(self) -> None:
+        """What all outputs look at is made once, and on the thread that prepares them."""
+        object.__setattr__(self, "stop_ids", _id_set(tuple(self.params.stop_token_ids or ())))
+        object.__setattr__(self, "stop_texts", _stop_texts(tuple(self.params.stop)) if self.params.stop else None)
+
+
+@lru_cache(maxsize=2)  # for the prompts of a request, which come one after the other
+def _id_set(ids: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(ids)
+
+
+@lru_cache(maxsize=2)
+def _stop_texts(texts: tuple[str, ...]) -> StopTexts:
+    return StopTexts(texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A prompt that can't be used; among jobs it ends alone."""
+
+    index: int
+    prompt: str | None
+    tokens: tuple[int, ...]
+    error: str
+
+
+def salted(prompt: Prompt, salt: str | None) -> Prompt:
+    """The prompt with a `cache_salt`, if there is one."""
+    if salt is None:
+        return prompt
+    bare: PromptDict = {"prompt": prompt} if isinstance(prompt, str) else prompt
+    return {**bare, "cache_salt": salt}
+
+
+_MOST_CHARACTERS = 1 << 23  # that are cut into tokens where it is not known how many the model takes
+_Terms = tuple[tuple[tuple[int, ...], ...], GrammarText]  # what parameters say in tokens: `banned`, and the grammar
+
+
+class PromptReader:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        eos: Sequence[int] = (),
+        chat_template: Callable[[], ChatTemplate | None] = lambda: None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._eos = frozenset(eos)
+        self._chat_template = chat_template
+        self._told: OrderedDict[tuple[str, ...], None] = OrderedDict()
+        self._known: tuple[SamplingParams, _Terms] | None = None  # of the parameters that were read last
+
+    def prepare(self, index: int, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
+        """A prompt made ready to run. `add_special_tokens`: those that the tokenizer puts around a text. Whether a
+        grammar can be obeyed takes a `GrammarChecker` to find out.
+
+        Raises:
+            RequestError: it is empty, too long, or no prompt at all, or a parameter does not fit the model.
+        """
+        keep = self._kept(params)
+        text, tokens = self._read(prompt, keep, add_special_tokens=add_special_tokens)
+        salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+        return self._job(index, text, tokens, params, salt)
+
+    def prepare_chat(
+        self,
+        index: int,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        *,
+        add_special_tokens: bool = False,
+        cache_salt: str | None = None,
+        **template: Any,
+    ) -> Job:
+        """A conversation made ready to run, by the model's chat template; `template` goes to `ChatTemplate.render`.
+        Only prompts with the same `cache_salt` share cached prefixes.
+
+        Raises:
+            RequestError: there is no template, the messages do not fit it, or as `prepare`.
+        """
+        keep = self._kept(params)
+        text = self._render(messages, template)
+        tokens = self._cut_into_tokens(text, keep, add_special_tokens=add_special_tokens)
+        return self._job(index, text, tokens, params, cache_salt)
+
+    def chat_tokens(
+        self, messages: Sequence[Message], *, add_special_tokens: bool = False, **template: Any
+    ) -> tuple[int, ...]:
+        """The tokens of a conversation, of any length.
+
+        Raises:
+            RequestError: there is no template, or the messages do not fit it.
+        """
+        text = self._render(messages, template)
+        if len(text) > _MOST_CHARACTERS:
+            raise RequestError(f"messages may have {_MOST_CHARACTERS} characters here, got {len(text)}: send fewer")
+        return self._encode(self._require_tokenizer(), text, add_special_tokens=add_special_tokens)
+
+    def _render(self, messages: Sequence[Message], template: Mapping[str, Any]) -> str:
+        chat = self._chat_template()
+        if chat is None and template.get("chat_template") is None:
+            raise RequestError("this model has no chat template: give chat_template, or plain prompts")
+        return (chat or ChatTemplate({})).render(messages, **template)
+
+    def _job(self, index: int, text: str | None, tokens: tuple[int, ...], params: SamplingParams, salt: object) -> Job:
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise RequestError(f"cache_salt must be a text that is not empty, got {shown(salt)}")
+        if not tokens:
+            raise RequestError("the prompt is empty: give some text or at least one token id")
+        if len(tokens) >= self._max_model_len:
+            raise RequestError(
+                f"{overflow(self._max_model_len)}; the prompt has {len(tokens)} tokens, and an output needs one: "
+                "shorten it or raise --max-model-len"
+            )
+        banned, grammar = self._terms(params)
+        return Job(index, text, tokens, params, banned, grammar.text, salt or "", grammar.ignored)
+
+    def _terms(self, params: SamplingParams) -> _Terms:
+        """What parameters say in tokens. The prompts of a request share it, as they do the parameters themselves."""
+        known = self._known
+        if known is None or known[0] is not params:
+            known = self._known = (params, self._terms_of(params))
+        return known[1]
+
+    def _terms_of(self, params: SamplingParams) -> _Terms:
+        self._check_ids("logit_bias", params.logit_bias or ())
+        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_ids("stop_token_ids", params.stop_token_ids or ())
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop takes texts, and this model has no tokenizer: use stop_token_ids")
+        banned = self._banned(params)
+        self._check_allowed(params, banned)
+        return banned, self._grammar(params)
+
+    def _kept(self, params: SamplingParams) -> int | None:
+        """How many of a prompt's last tokens are kept; None: it is not cut."""
+        asked = params.truncate_prompt_tokens
+        if asked is None:
+            return None
+        if asked > self._max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens must be at most --max-model-len, {self._max_model_len}, got {shown(asked)}"
+            )
+        return self._max_model_len - 1 if asked == -1 else asked  # an output needs one
+
+    def _check_ids(self, name: str, ids: Mapping[int, float] | Sequence[int]) -> None:
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:
+            raise RequestError(
+                f"{name} must hold ids of the model's vocabulary, in [0, {self._vocab_size}), got {largest}"
+            )
+
+    def _check_allowed(self, params: SamplingParams, banned: Sequence[Sequence[int]]) -> None:
+        """Where nothing may be drawn, the sampler would take a token that is not allowed."""
+        if params.allowed_token_ids is None:
+            return
+        allowed = frozenset(params.allowed_token_ids)
+        ends = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos)
+        forbidden = {
+            "min_tokens": ends if params.min_tokens else frozenset(),
+            "bad_words": frozenset(run[0] for run in banned if len(run) == 1),
+        }
+        if allowed <= frozenset().union(*forbidden.values()):
+            names = " and ".join(name for name, ids in forbidden.items() if allowed & ids)
+            raise RequestError(
+                f"{names} with allowed_token_ids {shown(list(params.allowed_token_ids))} leave no token to draw: "
+                "allow one that is neither an end (stop_token_ids, or end-of-text without ignore_eos) nor a bad word"
+            )
+
+    def _banned(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each bad word at the start of a text and behind a space, which are different tokens."""
+        if not params.bad_words:
+            return ()
+        tokenizer = self._require_tokenizer()
+        found = [
+            self._encode(tokenizer, spelled, add_special_tokens=False, what="a text of bad_words")
+            for word in params.bad_words
+            for spelled in (word, " " + word.lstrip())
+        ]
+        return tuple(dict.fromkeys(ids for ids in found if ids))
+
+    def _grammar(self, params: SamplingParams) -> GrammarText:
+        if params.structured_outputs is None:
+            return GrammarText("")
+        if self._tokenizer is None:
+            raise RequestError("structured_outputs need a tokenizer, which this model does not have")
+        grammar = grammar_text(params.structured_outputs)
+        if grammar.ignored and grammar.ignored not in self._told:
+            self._told[grammar.ignored] = None
+            if len(self._told) > _TOLD:
+                self._told.popitem(last=False)
+            log.warning("a schema goes without keywords that can't be obeyed: %s", listed(grammar.ignored, _LINE))
+        return grammar
+
+    def _read(
+        self, prompt: Prompt, keep: int | None, *, add_special_tokens: bool
+    ) -> tuple[str | None, tuple[int, ...]]:
+        if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+            return None, self._check_tokens(prompt["prompt_token_ids"])[-(keep or 0) :]
+        text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+        if not isinstance(text, str):
+            raise RequestError(f"a prompt is a text or has prompt_token_ids, got {type(prompt).__name__}")
+        return text, self._cut_into_tokens(text, keep, add_special_tokens=add_special_tokens) if text else ()
+
+    def _cut_into_tokens(self, text: str, keep: int | None, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Its tokens, or the last `keep` of them, for which a text that is far too long need not be read whole."""
+        tokenizer = self._require_tokenizer()
+        if keep is None:
+            self._check_length(text)
+            return self._encode(tokenizer, text, add_special_tokens=add_special_tokens)
+        longest = None if len(text) <= keep else tokenizer.longest_token()
+        if longest is not None:
+            text = text[-(keep + _MARGIN) * longest :]
+        return self._encode(tokenizer, text, add_special_tokens=add_special_tokens)[-keep:]
+
+    def _check_length(self, text: str) -> None:
+        """Says of a text that is far too long that it is, without the seconds that cutting it into tokens takes."""
+        longest = None if len(text) <= self._max_model_len else self._require_tokenizer().longest_token()
+        if longest is not None and len(text) > longest * self._max_model_len:
+            raise RequestError(
+                f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters, more than they can hold: "
+                "shorten it or raise --max-model-len"
+            )
+        most = max(_MOST_CHARACTERS, 16 * self._max_model_len)
+        if longest is None and len(text) > most:
+            raise RequestError(f"{overflow(self._max_model_len)}; the prompt has {len(text)} characters: shorten it")
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RequestError("this model has no tokenizer: give prompt_token_ids")
+        return self._tokenizer
+
+    def _encode(
+        self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, what: str = "the prompt"
+    ) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{what} is not valid Unicode: {error.reason} at character {error.start}") from None
+        tokens = tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        if tokens and max(tokens) >= self._vocab_size:
+            raise RequestError(
+                f"the tokenizer gives the id {max(tokens)}, the model's vocabulary has {self._vocab_size}: "
+                "they do not belong together; give prompt_token_ids or the right tokenizer.json"
+            )
+        return tokens
+
+    def _check_tokens(self, tokens: object) -> tuple[int, ...]:
+        if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence):
+            raise RequestError("prompt_token_ids must be a list of integers")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self._vocab_size:
+                raise RequestError(f"prompt_token_ids: {shown(token)} is no id of a vocabulary of {self._vocab_size}")
+        return tuple(tokens)

@@ -1,0 +1,66 @@
+"""What an output must look like, from the user's words to a grammar that the engine obeys."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import LLMatcher
+
+from shoal.errors import RequestError
+from shoal.params import StructuredOutputsParams
+from shoal.structured.schema.composing import grammar_of
+from shoal.structured.schema.prepare import prepare
+
+# JSON allows any amount of whitespace between two symbols, and a model may never come to an end of it. So much is
+# enough for a line break and eight levels of four spaces.
+_WHITESPACE = r"[ \t\n\r]{1,33}"
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarText:
+    """What an output must look like, in llguidance's form."""
+
+    text: str
+    ignored: tuple[str, ...] = ()  # keywords of a schema that it goes without, each with its place
+
+
+def grammar_text(params: StructuredOutputsParams) -> GrammarText:
+    """The same text for the same parameters. Whether it is a grammar that can be obeyed is found out by
+    `GrammarChecker`.
+
+    Raises:
+        RequestError: a schema can't be obeyed (see `structured.schema.prepare`), there is nothing to choose from, or a
+            text has no UTF-8 form.
+    """
+    if params.json is not None:
+        return _of_schema(params.json, strict=params.strict)
+    if params.json_object:
+        return _of_schema({"type": "object"}, strict=False)
+    if params.regex is not None:
+        text = _guard(LLMatcher.grammar_from_regex, "regex", params.regex)
+    elif params.choice is not None:
+        if not params.choice:
+            raise RequestError("structured_outputs.choice needs at least one text, got none")
+        text = _guard(LLMatcher.grammar_from_regex, "choice", "|".join(map(_literal, params.choice)))
+    else:
+        text = _guard(LLMatcher.grammar_from_lark, "grammar", params.grammar or "")
+    return GrammarText(text)
+
+
+def _guard(make: Callable[[str], str], name: str, value: str) -> str:
+    try:
+        return make(value)
+    except ValueError as error:
+        # Half of a surrogate pair; or, of a schema, more levels than the library reads.
+        what = "is nested too deep" if "recursion limit" in str(error) else "has no UTF-8 form"
+        raise RequestError(f"structured_outputs.{name} {what}: {error}") from error
+
+
+def _literal(text: str) -> str:
+    """A regular expression of this text alone."""
+    return "".join(char if char.isalnum() or char == " " else f"\\u{{{ord(char):x}}}" for char in text)
+
+
+def _of_schema(schema: str | Mapping[str, Any], *, strict: bool) -> GrammarText:
+    prepared = prepare(schema, strict=strict)
+    return GrammarText(grammar_of(prepared.schema, _WHITESPACE), prepared.dropped)

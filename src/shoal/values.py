@@ -1,0 +1,53 @@
+"""Showing values in messages, and reading the numbers that people write. Free of torch."""
+
+import math
+import re
+import reprlib
+
+_SHOWN = 200  # characters of a wrong value
+
+
+def shown(value: object) -> str:
+    """A wrong value in an error, however long it is."""
+    try:
+        text = repr(value) if _is_short(value) else _shortened.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number that is too long to be shown"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _is_short(value: object) -> bool:
+    """Spelling it out takes no time to speak of."""
+    pending, left = [value], 10_000
+    while pending and left > 0:
+        each = pending.pop()
+        if isinstance(each, str | bytes):
+            left -= len(each)
+        elif isinstance(each, list | tuple | dict):
+            left -= 1 + len(each)
+            pending.extend((each if not isinstance(each, dict) else [*each, *each.values()]) if left > 0 else ())
+    return left > 0
+
+
+_DIGITS = re.compile(r"[+-]?[0-9]{1,1000}")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def whole_number(text: str, *, canonical: bool = False) -> int | None:
+    """The integer that a text writes in digits; None if it writes none. Python's own `int` would also take "1_0", " 5"
+    and the digits of any script. `canonical`: as JSON writes integers, which leaves "+5" and "05" out too."""
+    if not _DIGITS.fullmatch(text):
+        return None
+    number = int(text)
+    return None if canonical and str(number) != text else number
+
+
+def decimal_number(text: str) -> float | None:
+    """As `whole_number`, for a number with or without a point: never infinite, and never no number."""
+    number = float(text) if _DECIMAL.fullmatch(text) else math.inf
+    return number if math.isfinite(number) else None
+
+
+_shortened = reprlib.Repr()
+_shortened.maxlist = _shortened.maxdict = _shortened.maxtuple = _SHOWN
+_shortened.maxstring = 2 * _SHOWN + 10  # what is left out is in the middle, behind what is shown

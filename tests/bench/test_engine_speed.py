@@ -1,0 +1,86 @@
+"""What is told of a batch that was measured, over an engine of a few lines."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from shoal import wire
+from shoal.bench.engine_speed import Meter, Run, Shape, medians, stage_idle
+from shoal.cluster.stats import merged
+
+ENGINE: dict[str, Any] = dict.fromkeys(
+    wire.EngineStats.__struct_fields__[: -len(wire.EngineStats.__struct_defaults__)], 0
+)
+
+
+def engine(pid: int, *busy_s: float, steps: int = 0) -> wire.EngineStats:
+    """A replica with a rank a stage, whose processes are `pid` and the next."""
+    ranks = tuple(
+        wire.RankStats(stage, pid + stage, 0, 0, 0, 0, stage=stage, busy_us=int(busy * 1e6))
+        for stage, busy in enumerate(busy_s)
+    )
+    return wire.EngineStats(**{**ENGINE, "steps": steps, "step_forward_us": 100 * steps}, ranks=ranks)
+
+
+def test_a_stages_idle_share_is_the_mean_of_its_ranks() -> None:
+    before = merged([engine(10, 1, 1), engine(20, 2, 0)])
+    after = merged([engine(10, 9, 5), engine(20, 6, 2)])
+    assert stage_idle(before, after, 10) == pytest.approx((0.4, 0.7))
+
+
+def test_tensor_parallel_ranks_of_one_process() -> None:
+    ranks = [wire.RankStats(rank, 7, 0, 0, 0, 0, busy_us=1_000_000 * rank) for rank in range(2)]
+    after = wire.EngineStats(**ENGINE, ranks=tuple(ranks))
+    before = wire.replace(after, ranks=tuple(wire.replace(rank, busy_us=0) for rank in ranks))
+    assert stage_idle(before, after, 2) == pytest.approx((0.75,))
+
+
+def test_a_replica_that_has_died_does_not_count() -> None:
+    """Though the ranks of the others get its numbers."""
+    before = merged([engine(10, 900, 800), engine(20, 2, 0)])
+    after = merged([engine(20, 6, 2)])
+    assert stage_idle(before, after, 10) == pytest.approx((0.6, 0.8))
+
+
+def test_nobody_is_busier_than_all_the_time() -> None:
+    assert stage_idle(engine(10, 0, 0), engine(10, 11, 5), 10) == pytest.approx((0.0, 0.5))
+
+
+class Instant:
+    """Answers at once; every look at its figures finds them `steps` further."""
+
+    def __init__(self, stages: int) -> None:
+        self._stages = stages
+        self._looks = 0
+        self._added: list[int] = []
+
+    def add(self, request: wire.EngineRequest) -> None:
+        self._added.append(request.seq)
+
+    def abort(self, seqs: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        added, self._added = self._added, []
+        return [wire.SeqUpdate(seq, (5,), finish=wire.Finish.LENGTH) for seq in added]
+
+    def stats(self) -> wire.EngineStats:
+        self._looks += 1
+        return engine(10, *[0.0] * self._stages, steps=4 * self._looks)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_step_costs_beside_its_forward_pass_is_told_of_one_stage_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    one, two = (Meter(Instant(stages), 100).run(Shape(2, 3, 1)) for stages in (1, 2))
+    assert one.control_us_per_step == pytest.approx(one.seconds * 1e6 / 4 - 100)
+    assert (two.control_us_per_step, two.forward_us_per_step) == (None, 100)
+    runs: list[Run] = [two, two]
+    assert medians(runs)["control_us_per_step"] is None
+    assert medians(runs)["stage_idle"] == [1, 1]
+    assert medians([one])["control_us_per_step"] == one.control_us_per_step

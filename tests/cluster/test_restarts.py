@@ -1,0 +1,46 @@
+"""When a replica is started again, and when requests' time is up."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.cluster.members.restarts import Restarts
+from shoal.cluster.timers import Timers
+from support.fakes import steady
+
+
+def test_pauses_double_behind_useless_lives_and_are_forgotten_behind_a_useful_one() -> None:
+    restarts = Restarts(100)
+    assert [restarts.pause(float(at), useful=False) for at in range(4)] == [0.5, 1.0, 2.0, 4.0]
+    assert restarts.pause(5.0, useful=True) == 0.0
+    assert restarts.pause(6.0, useful=False) == 0.5
+    assert restarts.count == 6
+
+
+def test_useless_lives_in_a_row_are_bounded() -> None:
+    restarts = Restarts(100)
+    assert [restarts.pause(0.0, useful=False) is None for _ in range(5)] == [False] * 4 + [True]
+    assert restarts.why_not == "it ended 5 times in a row without a token"
+
+
+def test_restarts_within_an_hour_are_bounded_and_then_there_are_more() -> None:
+    restarts = Restarts(2)
+    assert [restarts.pause(at, useful=True) for at in (0.0, 10.0, 20.0)] == [0.0, 0.0, None]
+    assert restarts.why_not == "it was started again 2 times within an hour (--max-restarts 2)"
+    assert restarts.pause(3605.0, useful=True) == 0.0
+    assert restarts.count == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=300), st.integers(0, 25))
+@steady
+def test_timers_are_as_a_list_of_those_that_are_open(entries: list[tuple[int, bool]], now: int) -> None:
+    still_open = {seq for seq, (_, stays) in enumerate(entries) if stays}
+    timers = Timers(still_open.__contains__)
+    for seq, (when, _) in enumerate(entries):
+        timers.add(float(when), seq)
+    times = [when for when, stays in entries if stays]
+    assert timers.next == min(times, default=None)
+    due = timers.due(float(now))
+    assert sorted(due) == [seq for seq, (when, stays) in enumerate(entries) if stays and when <= now]
+    assert [entries[seq][0] for seq in due] == sorted(entries[seq][0] for seq in due)
+    timers.clean()
+    assert len(timers) == sum(when > now for when in times)

@@ -1,0 +1,101 @@
+"""How prompts are spread over the steps in flight, and what a pipeline makes of it."""
+
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal import wire
+from shoal.engine.core import EngineCore
+from shoal.engine.prompt_chunking import PromptSpread
+from shoal.engine.scheduler import Limits
+from support.fakes import FakePipeline, Outcomes, request, steady
+
+
+def test_one_stage_takes_all_that_there_is_room_for() -> None:
+    spread = PromptSpread(1, 100)
+    assert spread.share(lambda: 5000) == 100
+    spread.took(100)
+    assert spread.share(lambda: 3) == 100
+    assert spread.cut(70, 30) >= 30, "the budget cuts it, and nothing else"
+    assert spread.cut(30, 70) == 30
+
+
+@steady
+@given(st.integers(2, 5), st.integers(1, 4096), st.integers(1, 20000))
+def test_a_prompt_alone_is_cut_into_even_chunks(stages: int, budget: int, left: int) -> None:
+    spread = PromptSpread(stages, budget)
+    chunks: list[int] = []
+    while left:
+        share = spread.share(partial(int, left))
+        assert 0 < share <= budget
+        count = min(spread.cut(left, share), budget)
+        spread.took(count)
+        chunks.append(count)
+        left -= count
+    least = -(-64 // (stages - 1))
+    assert all(count >= min(least, budget) for count in chunks[:-1]), "crumbs"
+    assert chunks[-1] >= min(least, budget) or len(chunks) == 1 or budget < 2 * least
+    if budget >= 2 * least:
+        assert max(chunks) - min(chunks) <= 64, "by more than a step costs without any"
+
+
+def test_what_is_left_at_the_end_is_dealt_out() -> None:
+    spread = PromptSpread(2, 2048)
+    assert spread.share(lambda: 256) == 128
+    spread.took(128)
+    assert spread.share(lambda: 128) == 128
+
+
+def test_a_share_is_overdrawn_rather_than_a_prompt_cut_into_crumbs() -> None:
+    spread = PromptSpread(2, 2048)
+    assert spread.cut(500, 3) == 64
+    assert spread.cut(100, 80) == 100
+    assert spread.cut(500, 0) == 0
+
+
+def compute(stages: int, step_cost: float, specs: list[wire.EngineRequest]) -> FakePipeline:
+    pipeline = FakePipeline(1024, 16, stages=stages, step_cost=step_cost)
+    core = EngineCore(
+        pipeline,
+        Limits(64, 2048, 8192, stages=stages),
+        block_size=16,
+        prefix_caching=False,
+        max_in_flight=stages + 1,
+    )
+    outcomes = Outcomes()
+    for spec in specs:
+        core.add(spec)
+        outcomes.added(spec)
+    while core.busy:
+        outcomes.take(core.updates(0))
+    assert not outcomes.open
+    return pipeline
+
+
+def dearest(pipeline: FakePipeline, step_cost: float) -> float:
+    return step_cost + max(sum(work.count for work in plan.work) for plan in pipeline.plans)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("step_cost", [10, 256])
+def test_the_stages_of_a_pipeline_wait_little(stages: int, step_cost: float) -> None:
+    """A stage waits for the pipeline to fill, S - 1 steps at the worst, and for it to run empty, as long again. Between
+    them all steps in flight are alike, and nobody waits."""
+    pipeline = compute(stages, step_cost, [request(seq, [seq] * 128, 64) for seq in range(64)])
+    assert pipeline.idle_share <= 2 * (stages - 1) * dearest(pipeline, step_cost) / pipeline.now
+    assert pipeline.idle_share < 0.08
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("step_cost", [10, 64, 256])
+def test_a_long_prompt_alone_keeps_all_stages_busy(stages: int, step_cost: float) -> None:
+    """It fills the pipeline with a chunk and empties it with another. In chunks of the step's budget, 2,000 tokens,
+    a stage would wait for a third of the time at two stages, and for half of it at three."""
+    pipeline = compute(stages, step_cost, [request(1, [1] * 4000, 1)])
+    chunks = [sum(work.count for work in plan.work) for plan in pipeline.plans if plan.work]
+    assert max(chunks) - min(chunks) <= 1
+    everything = sum(chunks) + len(chunks) * step_cost
+    assert pipeline.now == everything + (stages - 1) * dearest(pipeline, step_cost)
+    assert pipeline.idle_share < 0.15

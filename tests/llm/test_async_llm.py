@@ -1,0 +1,718 @@
+"""`AsyncLLM`: over a line that says what it is told to, and over real engines of which one is killed."""
+
+import asyncio
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+
+from shoal import wire
+from shoal.cluster.desk import Answer
+from shoal.errors import (
+    ClosedError,
+    EngineError,
+    Overdue,
+    QueueFull,
+    RequestError,
+    ShoalError,
+    Unavailable,
+    UserError,
+)
+from shoal.launch.hub import BUNDLED
+from shoal.launch.open_model import OpenModel, open_model
+from shoal.llm import outputs
+from shoal.llm.async_llm import AsyncLLM, Stream
+from shoal.llm.deltas import Delta
+from shoal.outputs import RequestOutput
+from shoal.params import SamplingParams
+from shoal.server.http.errors import of_request
+
+DEADLINE_S = 120.0
+STOP, LENGTH, ABORT = wire.Finish.STOP, wire.Finish.LENGTH, wire.Finish.ABORT
+GREEDY = SamplingParams(max_tokens=100, temperature=0.0)
+
+
+class FakeLine:
+    def __init__(self, deliver: Callable[[Answer], object]) -> None:
+        self.deliver = deliver
+        self.sent: list[wire.EngineRequest | wire.Abort] = []
+        self.closed = False
+        self.status: wire.FleetStatus | None = None
+
+    def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+        if self.closed:
+            raise ClosedError("the engine was closed")
+        self.sent += messages
+
+    def ask(self, verb: str, payload: bytes = b"") -> "Future[bytes]":
+        found: Future[bytes] = Future()
+        if verb == "started":
+            found.set_result(b"")
+        elif verb == "status" and self.status is not None:
+            found.set_result(wire.encode(self.status))
+        else:
+            found.set_exception(UserError(f"{verb}?"))
+        return found
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def aborted(self) -> list[int]:
+        return [seq for message in self.sent if isinstance(message, wire.Abort) for seq in message.seqs]
+
+    def say(self, *updates: wire.SeqUpdate) -> None:
+        """From another thread, as a desk does."""
+        thread = threading.Thread(target=self.deliver, args=(wire.Updates(updates),))
+        thread.start()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def model() -> OpenModel:
+    return open_model(None, {"seed": 0}, online=True)
+
+
+class Setting:
+    def __init__(self, model: OpenModel) -> None:
+        self.lines: list[FakeLine] = []
+        self.llm = AsyncLLM(model, line=self._open)
+
+    def _open(self, deliver: Callable[[Answer], object]) -> FakeLine:
+        self.lines.append(FakeLine(deliver))
+        return self.lines[0]
+
+    @property
+    def line(self) -> FakeLine:
+        return self.lines[0]
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        assert self.llm.tokenizer is not None
+        return tuple(self.llm.tokenizer.encode(text, add_special_tokens=False))
+
+    def stream(self, params: SamplingParams = GREEDY, **options: Any) -> Stream:
+        return self.llm.stream(self.llm.prepare("Once upon a time", params), **options)
+
+
+@pytest.fixture
+def setting(model: OpenModel) -> Setting:
+    return Setting(model)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await work
+
+    asyncio.run(bounded())
+
+
+async def started(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+    """It has come to its first wait."""
+    task = asyncio.create_task(work)
+    await settled()
+    return task
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not what():
+            await asyncio.sleep(0.01)
+
+
+async def read(stream: Stream, into: list[Delta] | None = None) -> list[Delta]:
+    found = [] if into is None else into
+    async for deltas in stream:
+        found += deltas
+    return found
+
+
+# --- streams ----------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_can_not_be_made_is_the_end_of_its_request_alone(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it in the same delivery are tokens and the end of another one, which nobody says twice."""
+    take = outputs.Answer.take
+
+    def broken(answer: outputs.Answer, index: int, update: wire.SeqUpdate) -> bool:
+        if answer.job.params.n == 1:
+            return take(answer, index, update)
+        raise IndexError("piece id is out of range.")
+
+    async def work() -> None:
+        bad, good = setting.stream(SamplingParams(n=2)), setting.stream()
+        monkeypatch.setattr(outputs.Answer, "take", broken)
+        updates = [wire.SeqUpdate(seq, setting.tokens(" there"), finish=LENGTH) for seq in (0, 2)]
+        setting.line.say(*updates)
+        (delta,) = await read(good)
+        assert (delta.text, delta.finish_reason) == (" there", "length")
+        with pytest.raises(EngineError, match="the text of an output can't be made"):
+            await read(bad)
+        assert sorted(setting.line.aborted) == [0, 1]
+
+    run(work())
+
+
+def test_deltas_that_came_while_nobody_read_are_one(setting: Setting) -> None:
+    async def work() -> None:
+        stream = setting.stream()
+        first, second, third = setting.tokens(" there"), setting.tokens(" was a"), setting.tokens(" wolf.")
+        setting.line.say(wire.SeqUpdate(0, first, cached_tokens=3))
+        setting.line.say(wire.SeqUpdate(0, second, cached_tokens=3))
+        await settled()
+        found = []
+        async for (delta,) in stream:
+            found.append(delta)
+            if len(found) == 1:
+                assert stream.cached_tokens == 3
+                assert stream.output().outputs[0].finish_reason is None
+                setting.line.say(wire.SeqUpdate(0, third, finish=LENGTH, cached_tokens=3))
+        assert [delta.text for delta in found] == [" there was a", " wolf."]
+        assert [delta.finish_reason for delta in found] == [None, "length"]
+        output = stream.output()
+        assert output.finished
+        assert output.outputs[0].text == " there was a wolf."
+        assert output.outputs[0].token_ids == first + second + third
+        assert not setting.line.aborted
+        assert not setting.llm._streams
+
+    run(work())
+
+
+def test_outputs_of_one_prompt_come_side_by_side(setting: Setting) -> None:
+    async def work() -> None:
+        stream = setting.stream(SamplingParams(n=3, max_tokens=9))
+        requests = [message for message in setting.line.sent if isinstance(message, wire.EngineRequest)]
+        assert [(each.seq, each.group, each.sampling.sample_index) for each in requests] == [
+            (0, 0, 0),
+            (1, 0, 1),
+            (2, 0, 2),
+        ]
+        token = setting.tokens(" wolf")
+        setting.line.say(*(wire.SeqUpdate(seq, token, finish=LENGTH if seq == 1 else None) for seq in (2, 1, 0)))
+        await settled()
+        reading = stream.__aiter__()
+        assert [(delta.index, delta.finish_reason) for delta in await anext(reading)] == [
+            (0, None),
+            (1, "length"),
+            (2, None),
+        ]
+        assert [each.finish_reason for each in stream.output().outputs] == [None, "length", None]
+        assert not stream.output().finished
+        setting.line.say(*(wire.SeqUpdate(seq, token, finish=STOP) for seq in (0, 2)))
+        assert [delta.index for delta in await anext(reading)] == [0, 2]
+        assert stream.output().finished
+
+    run(work())
+
+
+def test_a_stop_text_ends_the_request_where_it_runs(setting: Setting) -> None:
+    async def work() -> None:
+        stream = setting.stream(SamplingParams(max_tokens=50, stop="a wolf"))
+        setting.line.say(wire.SeqUpdate(0, setting.tokens(" There was a wolf in the")))
+        setting.line.say(wire.SeqUpdate(0, setting.tokens(" wood")))
+        output = await stream.wait()
+        assert (output.outputs[0].text, output.outputs[0].stop_reason) == (" There was ", "a wolf")
+        assert setting.line.aborted == [0]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("refusal", "error", "retry"),
+    [
+        (wire.Refusal.INVALID, RequestError, None),
+        (wire.Refusal.FULL, QueueFull, 1.0),
+        (wire.Refusal.LATE, Overdue, 5.0),
+        (wire.Refusal.CLOSING, Unavailable, 10.0),
+        (wire.Refusal.LOST, Unavailable, 10.0),
+        (wire.Refusal.FAILED, EngineError, None),
+    ],
+)
+def test_errors_by_their_kind_behind_what_came_before(
+    setting: Setting, refusal: wire.Refusal, error: type[ShoalError], retry: float | None
+) -> None:
+    async def work() -> None:
+        stream = setting.stream(SamplingParams(n=2, max_tokens=9))
+        setting.line.say(wire.SeqUpdate(1, setting.tokens(" wolf")))
+        setting.line.say(wire.SeqUpdate(0, (), finish=ABORT, error="no more", refusal=refusal))
+        await settled()
+        found: list[Delta] = []
+        with pytest.raises(error, match="no more") as caught:
+            await read(stream, found)
+        assert [delta.text for delta in found] == [" wolf"]
+        assert type(caught.value) is error
+        assert getattr(caught.value, "retry_after", None) == retry
+        assert setting.line.aborted == [1], "the other output is of no use"
+        assert not stream.output().finished
+        with pytest.raises(error):
+            await stream.wait()
+
+    run(work())
+
+
+async def leave(stream: Stream) -> None:
+    async for _ in stream:
+        break
+
+
+async def fail(stream: Stream) -> None:
+    with suppress(ZeroDivisionError):
+        async for _ in stream:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("how", [leave, fail])
+def test_leaving_the_loop_early_ends_the_request(setting: Setting, how: Callable[[Stream], Awaitable[None]]) -> None:
+    async def work() -> None:
+        stream = setting.stream()
+        setting.line.say(wire.SeqUpdate(0, setting.tokens(" a")))
+        await how(stream)
+        gc.collect()
+        await settled()
+        assert setting.line.aborted == [0]
+        assert not setting.llm._streams
+        setting.line.say(wire.SeqUpdate(0, setting.tokens(" b"), finish=ABORT))  # what was on its way
+        await settled()
+
+    run(work())
+
+
+@pytest.mark.parametrize("how", [read, Stream.wait])
+def test_a_task_that_is_cancelled_ends_its_request(
+    setting: Setting, how: Callable[[Stream], Coroutine[Any, Any, Any]]
+) -> None:
+    async def work() -> None:
+        task = await started(how(setting.stream()))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert setting.line.aborted == [0]
+        assert not setting.llm._streams
+
+    run(work())
+
+
+def test_a_stream_that_is_closed_while_somebody_waits(setting: Setting) -> None:
+    async def work() -> None:
+        stream = setting.stream()
+        task = await started(read(stream))
+        stream.close()
+        stream.close()
+        assert await task == []
+        assert setting.line.aborted == [0]
+
+    run(work())
+
+
+def test_a_deadline_and_a_place(setting: Setting) -> None:
+    async def work() -> None:
+        setting.stream(priority=3, replica=1, timeout=5.0, arrival=100.0)
+        setting.stream()
+        first, second = setting.line.sent
+        assert isinstance(first, wire.EngineRequest)
+        assert isinstance(second, wire.EngineRequest)
+        assert (first.priority, first.replica, first.deadline, first.arrival) == (3, 1, 105.0, 100.0)
+        assert (second.priority, second.replica, second.deadline) == (0, -1, None)
+        assert 0 <= time.monotonic() - second.arrival < DEADLINE_S
+        assert first.sampling.seed != second.sampling.seed
+
+    run(work())
+
+
+def test_a_line_in_which_nobody_goes_first() -> None:
+    async def work() -> None:
+        setting = Setting(open_model(None, {"scheduling_policy": "fcfs"}, online=True))
+        setting.stream(priority=0)
+        for priority in (1, -1):
+            with pytest.raises(RequestError, match="priority must be 0 with --scheduling-policy fcfs") as caught:
+                setting.stream(priority=priority)
+        assert (of_request(caught.value).status, of_request(caught.value).param) == (400, "priority")
+        assert len(setting.line.sent) == 1
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ({"priority": 2**70}, "priority must be an integer from"),
+        ({"priority": -(2**70)}, "priority must be an integer from"),
+        ({"replica": 2**70}, "there is no replica 1180591620717411303424"),
+        ({"replica": -3}, "there is no replica -3"),
+    ],
+)
+def test_a_place_that_is_none(setting: Setting, place: dict[str, Any], error: str) -> None:
+    async def work() -> None:
+        with pytest.raises(RequestError, match=error):
+            setting.stream(**place)
+        assert not setting.line.sent
+
+    run(work())
+
+
+def test_the_length_is_what_the_fleet_says(setting: Setting) -> None:
+    async def work() -> None:
+        long = SamplingParams(max_tokens=10**6)
+        planned = setting.llm.max_model_len
+        setting.stream(long)
+        for known, expected in [(0, planned), (40, 40), (10**9, 40)]:
+            setting.line.status = wire.FleetStatus("demo", 1, 1, (), 0, 0, True, 1.0, max_model_len=known)
+            await setting.llm.status()
+            assert setting.llm.max_model_len == expected
+        job = setting.llm.prepare("Once", long)
+        setting.llm.stream(job)
+        last = setting.line.sent[-1]
+        assert isinstance(last, wire.EngineRequest)
+        assert last.max_tokens == 40 - len(job.tokens)
+        with pytest.raises(RequestError, match="maximum context length is 40 tokens"):
+            setting.llm.prepare("Once upon a time " * 40, long)
+
+    run(work())
+
+
+def test_much_that_comes_at_once_leaves_others_the_loop(setting: Setting) -> None:
+    """Another task has its turn before all is handed out, and nothing is lost or out of order."""
+
+    async def work() -> None:
+        stream = setting.stream(SamplingParams(max_tokens=2000, detokenize=False, ignore_eos=True))
+        setting.line.say(*(wire.SeqUpdate(0, (token,)) for token in range(1000)))
+        seen: list[int] = []
+        while sum(seen) < 1000:
+            await asyncio.sleep(0)
+            seen.append(len(stream.output().outputs[0].token_ids) - sum(seen))
+        assert max(seen) < 1000
+        assert stream.output().outputs[0].token_ids == tuple(range(1000))
+        stream.close()
+
+    run(work())
+
+
+def test_log_probabilities_of_the_prompt(setting: Setting) -> None:
+    async def work() -> None:
+        stream = setting.stream(SamplingParams(max_tokens=5, prompt_logprobs=0))
+        size = len(stream.job.tokens)
+        entries = tuple(wire.TokenLogprobs(-float(at), 1, (), ()) for at in range(1, size))
+        token = setting.tokens(" a")
+        setting.line.say(wire.SeqUpdate(0, token, prompt_logprobs=wire.PromptLogprobs(1, entries)))
+        async for _ in stream:
+            found = stream.prompt_logprobs
+            assert found is not None
+            assert found[0] is None
+            values = [each[token].logprob for each, token in zip(found, stream.job.tokens, strict=True) if each]
+            assert values == [-float(at) for at in range(1, size)]
+            break
+
+    run(work())
+
+
+# --- generate ---------------------------------------------------------------------------------------------------
+
+
+def test_outputs_grow_until_they_are_finished(setting: Setting) -> None:
+    async def work() -> None:
+        params = SamplingParams(max_tokens=9, logprobs=0)
+        outputs = setting.llm.generate("Once", params, "mine", priority=2, data_parallel_rank=1)
+        found: list[RequestOutput] = []
+        texts = [" there", " was", " a wolf"]
+
+        async def collect() -> None:
+            async for output in outputs:
+                found.append(output)  # noqa: PERF401 (one by one)
+
+        task = asyncio.create_task(collect())
+        await until(lambda: bool(setting.line.sent))
+        for at, text in enumerate(texts):
+            tokens = setting.tokens(text)
+            entries = tuple(wire.TokenLogprobs(-0.5, 1, (), ()) for _ in tokens)
+            setting.line.say(wire.SeqUpdate(0, tokens, entries, LENGTH if at == 2 else None))
+            await until(lambda at=at: len(found) == at + 1)  # type: ignore[misc]
+        await task
+        assert [output.outputs[0].text for output in found] == [" there", " there was", " there was a wolf"]
+        assert [output.finished for output in found] == [False, False, True]
+        assert [output.outputs[0].finish_reason for output in found] == [None, None, "length"]
+        assert {output.request_id for output in found} == {"mine"}
+        last = found[-1].outputs[0]
+        assert last.cumulative_logprob == -0.5 * len(last.token_ids)
+        assert last.logprobs is not None
+        assert len(last.logprobs) == len(last.token_ids)
+        assert not setting.llm._named
+
+    run(work())
+
+
+def test_a_request_id_is_used_once_at_a_time(setting: Setting) -> None:
+    async def work() -> None:
+        async def begin() -> RequestOutput:
+            return await anext(setting.llm.generate("Once", GREEDY, "mine"))
+
+        first = await started(begin())
+        await until(lambda: "mine" in setting.llm._named)
+        with pytest.raises(RequestError, match="'mine' exists already"):
+            await anext(setting.llm.generate("Once", GREEDY, "mine"))
+        assert setting.line.aborted == [1]
+        await setting.llm.abort("nobody")
+        await setting.llm.abort("mine")
+        assert setting.line.aborted == [1, 0]
+        setting.line.say(wire.SeqUpdate(0, (), finish=ABORT))
+        output = await first
+        assert (output.finished, output.outputs[0].finish_reason) == (True, "abort")
+
+    run(work())
+
+
+def test_a_generator_that_is_left_early_ends_its_request(setting: Setting) -> None:
+    async def work() -> None:
+        async def use() -> None:
+            async for _ in setting.llm.generate("Once", GREEDY, "mine"):
+                break
+
+        task = asyncio.create_task(use())
+        await until(lambda: bool(setting.line.sent))
+        setting.line.say(wire.SeqUpdate(0, setting.tokens(" a")))
+        await task
+        gc.collect()
+        await until(lambda: setting.line.aborted == [0])
+        assert not setting.llm._named
+
+    run(work())
+
+
+def test_what_can_not_be_used_is_refused_before_it_is_sent(setting: Setting) -> None:
+    async def work() -> None:
+        with pytest.raises(RequestError, match="the prompt is empty"):
+            await anext(setting.llm.generate(""))
+        assert not setting.line.sent
+
+    run(work())
+
+
+# --- the end ----------------------------------------------------------------------------------------------------
+
+
+def test_whoever_waits_hears_that_it_was_closed(setting: Setting) -> None:
+    async def work() -> None:
+        tasks = [await started(read(setting.stream())), await started(setting.stream().wait())]
+        await asyncio.to_thread(setting.llm.close)
+        for task in tasks:
+            with pytest.raises(Unavailable, match="the engine was closed"):
+                await task
+        with pytest.raises(ClosedError):
+            setting.stream()
+        assert not setting.llm._streams
+        setting.llm.close()
+
+    run(work())
+
+
+def test_a_loop_that_was_closed_frees_what_it_had(setting: Setting) -> None:
+    async def work() -> None:
+        setting.stream()
+
+    asyncio.run(work())
+    setting.line.say(wire.SeqUpdate(0, setting.tokens(" a")))
+    assert setting.line.closed
+    setting.line.say(wire.SeqUpdate(0, setting.tokens(" a")))
+    assert not setting.llm._arrived
+    setting.llm.close()
+
+
+def test_it_belongs_to_one_loop(setting: Setting) -> None:
+    async def work() -> None:
+        setting.stream().close()
+
+    asyncio.run(work())
+    with pytest.raises(EngineError, match="belongs to the event loop that used it first"):
+        asyncio.run(work())
+    with pytest.raises(EngineError, match="this thread runs none: send the call to the loop's thread"):
+        setting.stream()
+
+
+def test_nobody_is_ready(setting: Setting) -> None:
+    async def work() -> None:
+        with pytest.raises(EngineError, match=r"no replica is ready after 0.2 s"):
+            await setting.llm.ready(0.2)
+        with pytest.raises(UserError, match=r"status\?"):
+            await setting.llm.status()
+
+    run(work())
+
+
+# --- real engines ----------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def real(**options: Any) -> AsyncIterator[AsyncLLM]:
+    async with AsyncLLM(kv_cache_memory_bytes=2**24, max_model_len=512, seed=0, **options) as llm:
+        await llm.ready(DEADLINE_S)
+        yield llm
+
+
+PROMPTS = ["Once upon a time", "The little dog", "A girl", "There was a"] * 4
+
+
+def params_of(number: int) -> SamplingParams:
+    temperature = 0.0 if number % 2 else 1.0
+    return SamplingParams(max_tokens=120, temperature=temperature, seed=number, ignore_eos=True, logprobs=0)
+
+
+async def texts(llm: AsyncLLM, during: Callable[[], Awaitable[None]] | None = None) -> list[RequestOutput]:
+    streams = [llm.stream(llm.prepare(prompt, params_of(number))) for number, prompt in enumerate(PROMPTS)]
+
+    async def follow(stream: Stream) -> RequestOutput:
+        deltas = await read(stream)
+        output = stream.output()
+        assert "".join(delta.text for delta in deltas) == output.outputs[0].text
+        assert tuple(token for delta in deltas for token in delta.token_ids) == output.outputs[0].token_ids
+        return output
+
+    tasks = [asyncio.create_task(follow(stream)) for stream in streams]
+    if during is not None:
+        await until(lambda: all(len(stream.output().outputs[0].token_ids) > 20 for stream in streams[:4]))
+        await during()
+    return list(await asyncio.gather(*tasks))
+
+
+def shown(outputs: Sequence[RequestOutput]) -> list[tuple[str, tuple[int, ...], str | None, int]]:
+    """What a failover must not change."""
+    found = [(output.outputs[0], output.num_cached_tokens) for output in outputs]
+    return [(each.text, each.token_ids, each.finish_reason, len(each.logprobs or ())) for each, _ in found]
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_dies_under_streams_and_nobody_sees_it(signal_: signal.Signals) -> None:
+    async def work() -> None:
+        async with real(data_parallel_size=2, distributed_executor_backend="mp") as llm:
+            twins = await texts(llm)
+            status = await llm.status()
+            assert [(each.state, each.restarts) for each in status.replicas] == [("ready", 0)] * 2
+
+            async def kill() -> None:
+                os.kill(status.replicas[0].pid, signal_)
+
+            found = await texts(llm, kill)
+            assert shown(found) == shown(twins)
+            await llm.ready(DEADLINE_S)
+            after = await llm.status()
+            assert sorted(each.restarts for each in after.replicas) == [0, 1]
+            assert str(status.replicas[0].pid) in after.replicas[0].cause
+            assert after.replays > 0
+            assert all(each.held == 0 for each in after.replicas)
+            assert shown(await texts(llm)) == shown(twins)
+
+    run(work())
+
+
+def test_replicas_that_share_experts_start_again_together() -> None:
+    async def work() -> None:
+        options = {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "mp"}
+        async with real(model=BUNDLED.parent / "demo_moe_model", **options) as llm:
+            twins = await texts(llm)
+            status = await llm.status()
+
+            async def kill() -> None:
+                os.kill(status.replicas[1].pid, signal.SIGKILL)
+
+            assert shown(await texts(llm, kill)) == shown(twins)
+            assert [each.restarts for each in (await llm.status()).replicas] == [1, 1]
+
+    run(work())
+
+
+def test_a_replica_alone_comes_back_and_goes_on_with_what_it_had() -> None:
+    async def work() -> None:
+        async with real() as llm:
+            twins = await texts(llm)
+            (replica,) = (await llm.status()).replicas
+
+            async def kill() -> None:
+                os.kill(replica.pid, signal.SIGKILL)
+
+            assert shown(await texts(llm, kill)) == shown(twins)
+
+    run(work())
+
+
+def test_threads_scale_and_count() -> None:
+    async def work() -> None:
+        async with real(data_parallel_size=2, distributed_executor_backend="threads") as llm:
+            twins = await texts(llm)
+
+            async def scale() -> None:
+                await llm.scale(3)
+                await llm.scale(1)
+
+            assert shown(await texts(llm, scale)) == shown(twins)
+
+            async def numbers() -> wire.EngineStats | None:
+                (replica,) = [each for each in (await llm.status()).replicas if each.state == "ready"]
+                return replica.stats
+
+            while (stats := await numbers()) is None or stats.running:
+                await asyncio.sleep(0.05)
+            assert stats.free_blocks == stats.num_blocks
+
+    run(work())
+
+
+@pytest.mark.parametrize("backend", ["threads", "mp"])
+def test_an_added_replica_holds_what_the_first_one_does(backend: str) -> None:
+    async def work() -> None:
+        async with AsyncLLM(seed=0, distributed_executor_backend=backend) as llm:
+            await llm.ready(DEADLINE_S)
+            await llm.scale(2)
+            while len(states := [each for each in (await llm.status()).replicas if each.state == "ready"]) < 2:
+                assert "failed" not in [each.state for each in (await llm.status()).replicas]
+                await asyncio.sleep(0.05)
+            first, second = (each.stats for each in states)
+            assert first is not None
+            assert second is not None
+            assert (first.num_blocks, first.max_model_len) == (second.num_blocks, second.max_model_len)
+
+    run(work())
+
+
+def test_a_client_that_goes_frees_its_blocks() -> None:
+    async def work() -> None:
+        async with real() as llm:
+            params = SamplingParams(n=64, max_tokens=500, ignore_eos=True)  # several times what the cache holds
+            stream = llm.stream(llm.prepare("Once", params))
+            async for _ in stream:
+                break
+            gc.collect()
+
+            async def free() -> bool:
+                (replica,) = (await llm.status()).replicas
+                return replica.stats is not None and bool(replica.stats.steps) and not replica.stats.running
+
+            while not await free():
+                await asyncio.sleep(0.05)
+            (replica,) = (await llm.status()).replicas
+            assert replica.stats is not None
+            assert replica.stats.generated_tokens < 64 * 500 / 2
+            assert replica.stats.free_blocks == replica.stats.num_blocks
+
+    run(work())
+
+
+def test_what_the_user_must_mend_is_told_at_the_start() -> None:
+    async def work() -> None:
+        with pytest.raises(UserError, match="--max-model-len"):
+            async with AsyncLLM(kv_cache_memory_bytes=100_000, max_model_len=1024) as llm:
+                await llm.ready(DEADLINE_S)
+
+    run(work())

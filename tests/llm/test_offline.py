@@ -1,0 +1,539 @@
+"""Offline runs over an engine of a few lines."""
+
+import itertools
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from shoal import wire
+from shoal.engine.request import decode_tokens, encode_numbers, encode_tokens, token_set
+from shoal.errors import ClosedError, ReplicasFailed
+from shoal.llm.offline import OfflineRunner
+from shoal.llm.requests import Requests
+from shoal.llm.shared_engine import SharedEngine
+from shoal.outputs import RequestOutput
+from shoal.params import SamplingParams
+from shoal.text.prompts import Job, Refused
+from support.fakes import on_threads
+from support.letters import Letters
+
+EOS = 2
+MAX_MODEL_LEN = 50
+WINDOW = 1024
+MOST = 2**31 - 1
+
+
+class FakeEngine:
+    """Gives every request a letter at a time: those that follow the last one of its prompt.
+
+    Requests whose prompt begins with `slow` get nothing while others run. With `late`, what is aborted gets a letter
+    more, as from an engine in another process.
+    """
+
+    def __init__(self, *, slow: int | None = None, late: bool = False) -> None:
+        self.requests: dict[int, wire.EngineRequest] = {}
+        self.running: dict[int, int] = {}  # how many letters it has
+        self.aborted: list[int] = []
+        self.most = 0
+        self._slow = slow
+        self._late: list[wire.SeqUpdate] = []
+        self._with_late = late
+
+    def add(self, request: wire.EngineRequest) -> None:
+        assert request.seq not in self.requests
+        self.requests[request.seq] = request
+        self.running[request.seq] = 0
+        self.most = max(self.most, len(self.running))
+
+    def abort(self, seqs: Sequence[int]) -> None:
+        for seq in seqs:
+            if self.running.pop(seq, None) is not None:
+                self.aborted.append(seq)
+                if self._with_late:
+                    self._late += [wire.SeqUpdate(seq, (ord("?"),)), wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT)]
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        quick = [seq for seq in self.running if decode_tokens(self.requests[seq].tokens)[0] != self._slow]
+        late, self._late = self._late, []
+        return [*late, *(self._step(seq) for seq in quick or list(self.running))]
+
+    def _step(self, seq: int) -> wire.SeqUpdate:
+        request = self.requests[seq]
+        self.running[seq] += 1
+        count = self.running[seq]
+        token = decode_tokens(request.tokens)[-1] + count
+        finish = wire.Finish.LENGTH if count == request.max_tokens else None
+        finish = wire.Finish.STOP if token in token_set(request.stop_ids) else finish
+        if finish is not None:
+            del self.running[seq]
+        return wire.SeqUpdate(seq, (token,), finish=finish)
+
+    def stats(self) -> wire.EngineStats:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+def runner(engine: FakeEngine, *, seed: int = 0, letters: bool = True) -> OfflineRunner:
+    return OfflineRunner(
+        SharedEngine(engine), Letters() if letters else None, eos=[EOS], max_model_len=MAX_MODEL_LEN, seed=seed
+    )
+
+
+def job(index: int, max_tokens: int | None = 3, prompt: str = "a", **params: Any) -> Job:
+    return Job(index, prompt, tuple(map(ord, prompt)), SamplingParams(max_tokens=max_tokens, **params))
+
+
+def texts(outputs: Iterable[tuple[int, RequestOutput]]) -> dict[int, str]:
+    found = {}
+    for index, output in outputs:
+        assert output.request_id == str(index)
+        assert output.finished
+        found[index] = output.outputs[0].text
+    return found
+
+
+def request_of(params: SamplingParams, *, prompt: str = "a", **job_fields: Any) -> wire.EngineRequest:
+    engine = FakeEngine()
+    list(runner(engine).run([Job(0, None, tuple(map(ord, prompt)), params, **job_fields)]))
+    return engine.requests[0]
+
+
+# --- what comes out ----------------------------------------------------------------------------------------------
+
+
+def test_outputs_come_as_they_finish_or_in_order() -> None:
+    jobs = [job(0, 4), job(1, 1), job(2, 3), job(3, 2)]
+    assert [index for index, _ in runner(FakeEngine()).run(jobs)] == [1, 3, 2, 0]
+    ordered = list(runner(FakeEngine()).run(jobs, ordered=True))
+    assert [index for index, _ in ordered] == [0, 1, 2, 3]
+    assert texts(ordered) == {0: "bcde", 1: "b", 2: "bcd", 3: "bc"}
+
+
+def test_an_output_comes_before_the_others_have_finished() -> None:
+    engine = FakeEngine()
+    run = runner(engine).run([job(0, 40), job(1, 1)])
+    assert next(run)[0] == 1
+    assert list(engine.running) == [0]
+
+
+def test_indices_are_the_jobs_own() -> None:
+    assert texts(runner(FakeEngine()).run([job(7, 1), job(3, 2)], ordered=True)) == {7: "b", 3: "bc"}
+
+
+def test_no_jobs() -> None:
+    engine = FakeEngine()
+    assert list(runner(engine).run([])) == []
+    assert engine.requests == {}
+
+
+def test_a_refused_prompt_has_its_place_and_costs_the_engine_nothing() -> None:
+    refused = Refused(1, "x", (5,), "too long")
+    jobs: list[Job | Refused] = [job(0), refused, job(2, 1)]
+    engine = FakeEngine()
+    outputs = dict(found := list(runner(engine).run(jobs, ordered=True)))
+    assert [index for index, _ in found] == [0, 1, 2]
+    assert outputs[1] == RequestOutput("1", "x", (5,), (), error="too long")
+    assert len(engine.requests) == 2
+    assert [index for index, _ in runner(FakeEngine()).run(jobs)] == [1, 2, 0]
+
+
+def test_only_refused_prompts() -> None:
+    jobs = [Refused(i, None, (), "no") for i in range(2500)]
+    for ordered in (False, True):
+        assert [index for index, _ in runner(FakeEngine()).run(iter(jobs), ordered=ordered)] == list(range(2500))
+
+
+def test_outputs_of_one_prompt_come_together() -> None:
+    engine = FakeEngine()
+    jobs = [job(0, n=3, prompt_logprobs=1), job(1, 1), job(2, n=2)]
+    outputs = dict(runner(engine).run(jobs, ordered=True))
+    assert [[each.index for each in outputs[i].outputs] for i in range(3)] == [[0, 1, 2], [0], [0, 1]]
+    requests = engine.requests
+    assert [requests[seq].group for seq in range(6)] == [0, 0, 0, -1, 4, 4]
+    assert [requests[seq].sampling.sample_index for seq in range(6)] == [0, 1, 2, 0, 0, 1]
+    assert len({requests[seq].sampling.seed for seq in (0, 1, 2)}) == 1
+    assert [requests[seq].sampling.prompt_logprobs for seq in range(3)] == [1, -1, -1], "the prompt is one"
+
+
+def test_an_error_of_the_engine_is_the_requests() -> None:
+    class Failing(FakeEngine):
+        def _step(self, seq: int) -> wire.SeqUpdate:
+            del self.running[seq]
+            return wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, error="no way")
+
+    ((_, output),) = runner(Failing()).run([job(0)])
+    assert output.error == "no way"
+    assert output.outputs[0].finish_reason == "abort"
+
+
+# --- stop texts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stop_text_ends_its_sequence_in_the_engine(late: bool) -> None:
+    """What the engine says afterwards is passed over."""
+    engine = FakeEngine(late=late)
+    outputs = dict(runner(engine).run([job(0, 9, stop=["cd"]), job(1, 9)]))
+    assert outputs[0].outputs[0].text == "b"
+    assert outputs[0].outputs[0].token_ids == tuple(map(ord, "bcd"))
+    assert (outputs[0].outputs[0].finish_reason, outputs[0].outputs[0].stop_reason) == ("stop", "cd")
+    assert engine.aborted == [0]
+    assert outputs[1].outputs[0].text == "bcdefghij"
+
+
+def test_a_stop_text_at_the_end_needs_no_abort() -> None:
+    engine = FakeEngine()
+    ((_, output),) = runner(engine).run([job(0, 3, stop=["cd"])])
+    assert output.outputs[0].finish_reason == "stop"
+    assert engine.aborted == []
+
+
+def test_each_output_stops_on_its_own() -> None:
+    """The prompt's others go on."""
+
+    class Apart(FakeEngine):
+        def _step(self, seq: int) -> wire.SeqUpdate:
+            update = super()._step(seq)
+            return wire.SeqUpdate(seq, (update.tokens[0] + seq,), finish=update.finish)
+
+    engine = Apart()
+    ((_, output),) = runner(engine).run([job(0, 4, n=3, stop="d")])
+    assert [each.text for each in output.outputs] == ["bc", "c", ""]
+    assert [each.stop_reason for each in output.outputs] == ["d", "d", "d"]
+    assert engine.aborted == [2, 1, 0]
+
+
+# --- the window --------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """Counts what is taken of endless jobs."""
+
+    def __init__(self, jobs: Iterable[Job | Refused]) -> None:
+        self.taken = 0
+        self._jobs = iter(jobs)
+
+    def __iter__(self) -> Iterator[Job | Refused]:
+        for each in self._jobs:
+            self.taken += 1
+            yield each
+
+
+def test_answers_come_while_there_are_jobs_to_take() -> None:
+    """The first ones do not wait until there is no more room."""
+    source = Source(job(i, 1) for i in itertools.count())
+    next(iter(runner(FakeEngine()).run(source)))
+    assert source.taken < WINDOW / 4
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_no_more_jobs_are_taken_than_the_engine_is_to_have(ordered: bool) -> None:
+    engine, source = FakeEngine(), Source(job(i, 1 + i % 3) for i in itertools.count())
+    run = runner(engine).run(source, ordered=ordered)
+    for given, _ in enumerate(itertools.islice(run, 3000), 1):
+        assert source.taken <= given + WINDOW
+    assert engine.most <= WINDOW
+
+
+def test_in_order_a_slow_first_job_holds_the_others_back() -> None:
+    engine = FakeEngine(slow=ord("z"))
+    source = Source(job(i, 1, "a" if i else "z") for i in range(3000))
+    run = runner(engine).run(source, ordered=True)
+    assert next(run)[0] == 0
+    assert source.taken == WINDOW, "what waits for its turn takes a place"
+    assert [index for index, _ in run] == list(range(1, 3000))
+
+
+def test_out_of_order_a_slow_job_holds_nobody_back() -> None:
+    engine = FakeEngine(slow=ord("z"))
+    source = (job(i, 1, "a" if i else "z") for i in range(3000))
+    assert [index for index, _ in runner(engine).run(source)] == [*range(1, 3000), 0]
+
+
+def test_outputs_of_one_prompt_count_each() -> None:
+    """A job is begun as a whole, so the last one may go over."""
+    engine = FakeEngine()
+    count = sum(1 for _ in runner(engine).run(job(i, 1 + i % 2, n=100) for i in range(50)))
+    assert count == 50
+    assert WINDOW <= engine.most < WINDOW + 100
+
+
+def test_more_outputs_than_the_window_are_run() -> None:
+    engine = FakeEngine()
+    ((_, output),) = runner(engine).run([job(0, 1, n=1500)])
+    assert len(output.outputs) == 1500
+
+
+# --- runs that end early, and several ----------------------------------------------------------------------------
+
+
+def test_a_run_that_is_given_up_is_aborted_and_others_are_not() -> None:
+    engine = FakeEngine()
+    offline = runner(engine)
+    first = offline.run([job(0, 1), *(job(i, 30, n=2) for i in range(1, 5))])
+    second = offline.run([job(0, 2), job(1, 20)])
+    next(first)
+    next(second)
+    first.close()  # type: ignore[attr-defined]
+    assert sorted(engine.aborted) == list(range(1, 9))
+    assert list(engine.running) == [10]
+    assert len(list(second)) == 1
+    assert texts(offline.run([job(5)])) == {5: "bcd"}
+
+
+def test_jobs_that_raise_end_the_run() -> None:
+    def jobs() -> Iterator[Job]:
+        yield job(0)
+        raise KeyError("mine")
+
+    engine = FakeEngine()
+    with pytest.raises(KeyError, match="mine"):
+        list(runner(engine).run(jobs()))
+    assert engine.running == {}
+
+
+def test_runs_that_take_turns_lose_nothing() -> None:
+    """Whoever asks the engine first gets the others' updates too."""
+    offline = runner(FakeEngine())
+    runs = [
+        offline.run([job(i, 1 + (i * k) % 5, prompt=chr(96 + k)) for i in range(6)], ordered=k == 2) for k in (1, 2, 3)
+    ]
+    found: list[list[tuple[int, RequestOutput]]] = [[], [], []]
+    for turn in range(6):
+        for which in ([0, 1, 2], [2, 0, 1])[turn % 2]:
+            found[which].append(next(runs[which]))
+    for k, outputs in enumerate(found, 1):
+        expected = {i: "".join(chr(97 + k + j) for j in range(1 + (i * k) % 5)) for i in range(6)}
+        assert texts(outputs) == expected
+    assert [index for index, _ in found[1]] == list(range(6))
+    assert all(next(run, None) is None for run in runs)
+
+
+# --- what the engine is asked for --------------------------------------------------------------------------------
+
+
+def test_plain_parameters_ask_for_nothing_special() -> None:
+    request = request_of(SamplingParams(temperature=0, max_tokens=5))
+    assert decode_tokens(request.tokens) == [ord("a")]
+    assert (request.max_tokens, request.stop_ids, request.group, request.grammar) == (5, encode_tokens([EOS]), -1, "")
+    assert request.sampling == wire.Sampling(seed=request.sampling.seed)
+
+
+def test_every_parameter_reaches_the_engine() -> None:
+    params = SamplingParams(
+        temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=0.5, frequency_penalty=-0.5,
+        repetition_penalty=1.5, seed=-2, max_tokens=9, min_tokens=4, stop_token_ids=[60], logprobs=3, prompt_logprobs=2,
+        logit_bias={5: 1.5}, allowed_token_ids=[98, 99],
+    )  # fmt: skip
+    request = request_of(params, banned=((7,), (8, 9)), grammar="g")
+    assert request.grammar == "g"
+    assert request.stop_ids == encode_tokens([60, EOS])
+    assert request.sampling == wire.Sampling(
+        seed=2**64 - 2, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, penalties=wire.Penalties(0.5, -0.5, 1.5),
+        min_tokens=4, ends=encode_tokens([60, EOS]), bias_ids=encode_tokens([5]), bias_values=encode_numbers([1.5]),
+        allowed=encode_tokens([98, 99]), banned=((7,), (8, 9)), logprobs=3,
+        prompt_logprobs=2,
+    )  # fmt: skip
+    assert wire.to_engine.decode(wire.encode(request)) == request
+
+
+def test_numbers_of_any_size_fit_the_wire() -> None:
+    huge = 10**30
+    params = SamplingParams(
+        top_k=huge, seed=huge, max_tokens=huge, min_tokens=huge, logprobs=huge, prompt_logprobs=huge
+    )
+    request = request_of(params)
+    assert wire.to_engine.decode(wire.encode(request)) == request
+    assert request.max_tokens == MAX_MODEL_LEN - 1
+    found = request.sampling
+    assert (found.top_k, found.min_tokens, found.logprobs, found.prompt_logprobs) == (MOST, MOST, MOST, MOST)
+    assert found.seed == huge % 2**64
+
+
+@pytest.mark.parametrize(("given", "top_k", "count"), [(-1, 0, MOST), (0, 0, 0), (5, 5, 5)])
+def test_all_tokens(given: int, top_k: int, count: int) -> None:
+    sampling = request_of(SamplingParams(top_k=given, logprobs=given)).sampling
+    assert (sampling.top_k, sampling.logprobs, sampling.prompt_logprobs) == (top_k, count, -1)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1000])
+def test_an_output_ends_with_the_models_length(max_tokens: int | None) -> None:
+    request = request_of(SamplingParams(max_tokens=max_tokens), prompt="a" * 40)
+    assert request.max_tokens == 10
+
+
+def test_an_end_of_text_that_is_ignored_ends_nothing() -> None:
+    request = request_of(SamplingParams(ignore_eos=True, stop_token_ids=[60], min_tokens=2))
+    assert request.stop_ids == request.sampling.ends == encode_tokens([60])
+
+
+def test_without_a_seed_each_job_has_one_that_a_new_run_gets_again() -> None:
+    def seeds(seed: int) -> list[int]:
+        engine = FakeEngine()
+        list(runner(engine, seed=seed).run([job(i, n=2) for i in range(4)]))
+        return [engine.requests[2 * i].sampling.seed for i in range(4)]
+
+    assert len(set(seeds(0))) == 4
+    assert seeds(0) == seeds(0)
+    assert not set(seeds(0)) & set(seeds(1))
+
+
+def test_without_a_tokenizer_outputs_are_tokens() -> None:
+    ((_, output),) = runner(FakeEngine(), letters=False).run([job(0)])
+    assert (output.outputs[0].text, output.outputs[0].token_ids) == ("", (98, 99, 100))
+
+
+# --- several threads ---------------------------------------------------------------------------------------------
+
+
+class Watched(FakeEngine):
+    """Notices when two threads are in it at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside = threading.Lock()
+        self.at_once = 0
+
+    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        free = self._inside.acquire(blocking=False)
+        self.at_once += not free
+        try:
+            threading.Event().wait(0.001)  # lets others run
+            return super().updates(timeout)
+        finally:
+            if free:
+                self._inside.release()
+
+
+def test_threads_take_turns_and_get_their_own_outputs() -> None:
+    engine = Watched()
+    shared = runner(engine)
+
+    def run(thread: int) -> dict[int, str]:
+        letter = chr(ord("a") + thread)
+        return texts(shared.run([job(i, 3, letter) for i in range(20)]))
+
+    found = on_threads(4, run)
+    for thread, outputs in enumerate(found):
+        assert outputs == dict.fromkeys(range(20), "".join(chr(ord("a") + thread + i) for i in (1, 2, 3)))
+    assert engine.at_once == 0
+    assert engine.most > 20  # their requests share the engine
+
+
+def test_a_suspended_run_keeps_no_other_thread_out() -> None:
+    shared = runner(FakeEngine())
+    run = shared.run([job(0, 1), job(1, 9)])
+    assert next(run)[0] == 0
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: texts(shared.run([job(5, 2)]))).result(timeout=30)
+        assert other == {5: "bc"}
+    assert texts(run) == {1: "bcdefghij"}
+
+
+def test_every_run_hears_why_the_engine_has_failed() -> None:
+    class Failing(FakeEngine):
+        failure: list[Exception] | None = None
+
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            if self.failure is not None:
+                raise self.failure.pop() if self.failure else ClosedError("the engine has failed")
+            return super().updates(timeout)
+
+    engine = Failing()
+    shared = runner(engine)
+    runs = [shared.run([job(0, 1), job(1, 40)]) for _ in range(2)]
+    assert [next(run)[0] for run in runs] == [0, 0]
+    engine.failure = [ReplicasFailed("no replica is left: mine")]
+    for run in runs:
+        with pytest.raises(ReplicasFailed, match="no replica is left: mine"):
+            next(run)
+
+
+def test_an_interrupt_leaves_nothing_running() -> None:
+    class Interrupted(FakeEngine):
+        interrupts = 1
+
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            for _ in range(2 * self.interrupts):  # a second one, quickly behind the first
+                signal.raise_signal(signal.SIGINT)
+            self.interrupts = 0
+            return super().updates(timeout)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        engine = Interrupted()
+        shared = runner(engine)
+        with pytest.raises(KeyboardInterrupt):
+            list(shared.run([job(0, 9), job(1, 9)]))
+        assert engine.aborted == [0, 1]
+        assert texts(shared.run([job(7, 3)])) == {7: "bcd"}
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_closing_from_another_thread_ends_a_run() -> None:
+    class Endless(FakeEngine):
+        begun = threading.Event()
+        closed = False
+
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            self.begun.set()
+            threading.Event().wait(0.001)  # lets others run
+            return []
+
+        def close(self) -> None:
+            self.closed = True
+
+    engine = Endless()
+    shared = SharedEngine(engine)
+    offline = OfflineRunner(shared, Letters(), eos=[EOS], max_model_len=MAX_MODEL_LEN, seed=0)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(lambda: list(offline.run([job(0)])))
+        assert engine.begun.wait(30)
+        shared.close()
+        assert engine.closed
+        with pytest.raises(ClosedError, match="was closed"):
+            run.result(timeout=30)
+
+
+def test_a_run_that_is_collected_in_the_middle_of_another_is_given_up() -> None:
+    """Garbage is collected anywhere, in the middle of another run's step too."""
+
+    class Collecting(FakeEngine):
+        forgotten: list[Any]
+
+        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+            self.forgotten.clear()
+            return super().updates(timeout)
+
+    engine = Collecting()
+    engine.forgotten = []
+    shared = runner(engine)
+    run = shared.run([job(0, 1), job(1, 40)])
+    assert next(run)[0] == 0
+    engine.forgotten = [run]
+    del run
+    assert texts(shared.run([job(7, 3)])) == {7: "bcd"}
+    assert engine.aborted == [1]
+    assert not engine.running
+
+
+def test_outputs_have_their_lists_in_common() -> None:
+    """One object, however many they are: nothing is made anew for each."""
+    params = SamplingParams(
+        n=50, stop_token_ids=[60, 61], min_tokens=2, allowed_token_ids=range(60, 99), logit_bias={60: 1.0, 61: 2.0}
+    )
+    job = Job(0, None, (97,), params)
+    first, *others = Requests((EOS,), max_model_len=MAX_MODEL_LEN, seed=0).of(job, 0)
+    assert [each.sampling.sample_index for each in (first, *others)] == list(range(50))
+    for each in others:
+        assert each.tokens is first.tokens
+        assert each.stop_ids is each.sampling.ends is first.stop_ids
+        for name in ("bias_ids", "bias_values", "allowed"):
+            assert getattr(each.sampling, name) is getattr(first.sampling, name)

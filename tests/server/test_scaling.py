@@ -1,0 +1,39 @@
+"""POST /v1/admin/replicas: what is said against a number of replicas."""
+
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from shoal import wire
+from shoal.errors import ClosedError, ConfigError, EngineError, Unavailable
+from shoal.server.http.errors import add_handlers
+from shoal.server.operations import scaling
+
+
+class Fleet:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    async def scale(self, replicas: int) -> wire.FleetStatus:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "param", "after"),
+    [
+        (ConfigError("9 replicas need 18 devices, there are 8"), 400, "replicas", None),
+        (Unavailable("the server ends", 4.0), 503, None, "4"),
+        (ClosedError("the engine was closed"), 503, None, "10"),
+        (EngineError("nobody answers"), 500, None, None),
+    ],
+)
+def test_errors_have_their_status(error: Exception, status: int, param: str | None, after: str | None) -> None:
+    app = FastAPI()
+    add_handlers(app)
+    app.include_router(scaling.routes(Fleet(error)))
+    answer: Any = TestClient(app).post("/v1/admin/replicas", json={"replicas": 9})
+    found = answer.json()["error"]
+    assert (answer.status_code, found["message"], found["param"]) == (status, str(error), param)
+    assert answer.headers.get("retry-after") == after

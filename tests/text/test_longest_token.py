@@ -1,0 +1,113 @@
+"""How much text a token can stand for at most, by which a text that is far too long is refused at once."""
+
+import threading
+import time
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Library
+
+from shoal.errors import RequestError
+from shoal.launch.hub import BUNDLED
+from shoal.params import SamplingParams
+from shoal.text.prompts import PromptReader
+from shoal.text.tokenizer import FastTokenizer, open_tokenizer
+from support import tokenizers as made
+from support.fakes import steady
+
+BUNDLED_TOKENIZER = open_tokenizer(BUNDLED)
+KNOWN = [BUNDLED_TOKENIZER, FastTokenizer(made.byte_level()), FastTokenizer(made.byte_fallback())]
+texts = st.text(max_size=80) | st.text(alphabet=" \nthe<|eos>é日🦊", max_size=200)
+
+
+@steady
+@given(texts)
+@example("The quick brown fox jumps over the lazy dog. " * 20)
+@example("<|assistant|>" * 50)
+@example("\n" * 200)
+@example(" " * 200)
+def test_tokens_hold_no_more(text: str) -> None:
+    for tokenizer in KNOWN:
+        assert tokenizer is not None
+        longest = tokenizer.longest_token()
+        assert longest is not None
+        assert len(text.encode()) <= longest * len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def with_(**parts: object) -> Library:
+    library = made.byte_level()
+    for name, part in parts.items():
+        setattr(library, name, part)
+    return library
+
+
+def eats_spaces() -> Library:
+    library = made.byte_level()
+    library.add_tokens([AddedToken("<mask>", lstrip=True)])
+    return library
+
+
+def cut(*steps: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel()])
+
+
+@pytest.mark.parametrize(
+    "library",
+    [
+        eats_spaces(),
+        made.word_pieces(),
+        made.metaspace(),
+        with_(normalizer=normalizers.NFC()),
+        with_(normalizer=normalizers.Sequence([normalizers.Prepend("a"), normalizers.Strip()])),
+        with_(normalizer=normalizers.Replace("  ", " ")),
+        with_(normalizer=normalizers.Replace(Regex(" +"), " ")),
+        with_(pre_tokenizer=cut(pre_tokenizers.Split(" ", "removed"))),
+        with_(pre_tokenizer=cut(pre_tokenizers.Whitespace())),
+        with_(pre_tokenizer=cut(pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()]))),
+        with_(pre_tokenizer=pre_tokenizers.Digits()),
+    ],
+)
+def test_it_is_not_known_where_text_is_lost_or_merged(library: Library) -> None:
+    assert FastTokenizer(library).longest_token() is None
+
+
+def test_it_is_known_behind_steps_that_only_cut_or_lengthen() -> None:
+    steps = cut(pre_tokenizers.Split(Regex("a+"), "isolated"), pre_tokenizers.Digits(individual_digits=True))
+    library = with_(normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
+    library.pre_tokenizer = steps
+    assert FastTokenizer(library).longest_token() == FastTokenizer(made.byte_level()).longest_token()
+
+
+def test_a_prompt_that_can_not_fit_is_refused_without_being_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BUNDLED_TOKENIZER is not None
+    reader = PromptReader(BUNDLED_TOKENIZER, vocab_size=640, max_model_len=1024)
+    monkeypatch.setattr(type(BUNDLED_TOKENIZER), "encode", None)
+    with pytest.raises(
+        RequestError, match=r"length is 1024 tokens; the prompt has 1000000 characters, more than they can"
+    ):
+        reader.prepare(0, "a" * 1_000_000, SamplingParams())
+
+
+def test_cutting_a_long_text_holds_up_no_other_thread() -> None:
+    """The event loop's, for one."""
+    assert BUNDLED_TOKENIZER is not None
+    lasted = 0.0
+    done = threading.Event()
+
+    def cut_text() -> None:
+        nonlocal lasted
+        begun = time.monotonic()
+        BUNDLED_TOKENIZER.encode("hello world " * 40_000)
+        lasted = time.monotonic() - begun
+        done.set()
+
+    turns = 0
+    thread = threading.Thread(target=cut_text)
+    thread.start()
+    while not done.is_set():
+        turns += 1
+        done.wait(0.001)
+    thread.join()
+    assert turns > 10, f"{turns} turns in {lasted:.3f} s"
