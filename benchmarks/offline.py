@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from checkpoint import make
-from shoal import LLM, SamplingParams, wire
+from shoal import LLM, SamplingParams
 from shoal.launch.open_model import open_model
+from shoal.wire.engine import SeqUpdate
 
 _SHAPE = "shape:qwen3-0.6b"
 _TEXT = 48  # tokens after which a copied text begins anew
@@ -47,13 +48,13 @@ def _prompts(count: int, length: int, seed: int) -> list[Any]:
 
 
 @contextmanager
-def _watched(llm: LLM, look: Callable[[list[wire.SeqUpdate]], None]) -> Iterator[None]:
+def _watched(llm: LLM, look: Callable[[list[SeqUpdate]], None]) -> Iterator[None]:
     """Shows whatever comes from the engine to `look`."""
     engine: Any = llm.engine
     updates = engine.updates
 
-    def watched(timeout: float) -> list[wire.SeqUpdate]:
-        found: list[wire.SeqUpdate] = updates(timeout)
+    def watched(timeout: float) -> list[SeqUpdate]:
+        found: list[SeqUpdate] = updates(timeout)
         look(found)
         return found
 
@@ -69,7 +70,7 @@ def _decode_rate(llm: LLM, prompts: Sequence[Any], params: SamplingParams) -> fl
     firsts: set[int] = set()
     begun, ended, counted = 0.0, 0.0, 0
 
-    def look(found: list[wire.SeqUpdate]) -> None:
+    def look(found: list[SeqUpdate]) -> None:
         nonlocal begun, ended, counted
         ended = time.perf_counter()
         counted += sum(len(update.tokens) for update in found) if begun else 0
@@ -118,7 +119,7 @@ def _peak_blocks(llm: LLM, params: SamplingParams, prompt: Any) -> int:
     """KV blocks that are held at the fullest moment of a request."""
     free, peak = llm.stats().free_blocks, 0
 
-    def look(_: list[wire.SeqUpdate]) -> None:
+    def look(_: list[SeqUpdate]) -> None:
         nonlocal peak
         peak = max(peak, free - llm.stats().free_blocks)
 

@@ -13,7 +13,7 @@ import pytest
 from conformance.test_sameness import make_prompts
 from shoal import LLM, SamplingParams
 from shoal.errors import CheckpointError, ConfigError, RequestError
-from shoal.wire import RankStats
+from shoal.wire.ranks import RankStats
 
 Checkpoint = Callable[[str], Path]
 

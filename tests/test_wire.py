@@ -9,9 +9,70 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.activity import PARTS, Activity, State
 from shoal.engine.request import decode_tokens, encode_tokens
+from shoal.wire.base import Stop, Wire, encode
+from shoal.wire.engine import (
+    CacheReset,
+    FromEngine,
+    SeqUpdate,
+    StatsQuery,
+    ToEngine,
+    cache_reset_decoder,
+    from_engine,
+    to_engine,
+)
+from shoal.wire.fleet import (
+    FleetStatus,
+    KeepResponse,
+    Operation,
+    ReplicaStatus,
+    ResponseNames,
+    StoredTurn,
+    StoredTurns,
+    ToApi,
+    fleet_status_decoder,
+    keep_response_decoder,
+    operation_decoder,
+    response_names_decoder,
+    stored_turns_decoder,
+    to_api,
+)
+from shoal.wire.grammars import (
+    FromGrammar,
+    FromGrammarHost,
+    ToGrammar,
+    ToGrammarHost,
+    from_grammar,
+    from_grammar_host,
+    to_grammar,
+    to_grammar_host,
+)
+from shoal.wire.plan import ModelFiles, ReplicaPlace
+from shoal.wire.ranks import (
+    Capacity,
+    FromRank,
+    LoadInfo,
+    NewSeq,
+    PromptLogprobs,
+    RankStats,
+    Sampling,
+    SamplingPenalties,
+    SeqOut,
+    StepMask,
+    StepPlan,
+    StepTimes,
+    TokenLogprobs,
+    ToRank,
+    Traffic,
+    Work,
+    decode_capacity,
+    decode_load_info,
+    decode_rank_stats,
+    from_rank,
+    to_rank,
+)
+from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rendezvous, hello_decoder, to_rendezvous
 from support.fakes import steady
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)
@@ -37,7 +98,7 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
             return st.tuples(*map(within, items))
         case builtins.dict, (key, value):
             return st.dictionaries(within(key), within(value), max_size=3)
-        case None, _ if issubclass(hint, wire.Wire):
+        case None, _ if issubclass(hint, Wire):
             fields = {} if hint in inside else get_type_hints(hint)
             whole = st.builds(hint, **{name: values(kind, (*inside, hint)) for name, kind in fields.items()})
             return st.nothing() if hint in inside else whole
@@ -47,39 +108,52 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
 
 
 UNIONS = {
-    "to_rank": wire.ToRank,
-    "from_rank": wire.FromRank,
-    "to_engine": wire.ToEngine,
-    "from_engine": wire.FromEngine,
-    "to_api": wire.ToApi,
-    "to_rendezvous": wire.ToRendezvous,
-    "from_rendezvous": wire.FromRendezvous,
-    "to_grammar": wire.ToGrammar,
-    "from_grammar": wire.FromGrammar,
-    "to_grammar_host": wire.ToGrammarHost,
-    "from_grammar_host": wire.FromGrammarHost,
+    "to_rank": ToRank,
+    "from_rank": FromRank,
+    "to_engine": ToEngine,
+    "from_engine": FromEngine,
+    "to_api": ToApi,
+    "to_rendezvous": ToRendezvous,
+    "from_rendezvous": FromRendezvous,
+    "to_grammar": ToGrammar,
+    "from_grammar": FromGrammar,
+    "to_grammar_host": ToGrammarHost,
+    "from_grammar_host": FromGrammarHost,
+}
+DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
+    "to_rank": to_rank,
+    "from_rank": from_rank,
+    "to_engine": to_engine,
+    "from_engine": from_engine,
+    "to_api": to_api,
+    "to_rendezvous": to_rendezvous,
+    "from_rendezvous": from_rendezvous,
+    "to_grammar": to_grammar,
+    "from_grammar": from_grammar,
+    "to_grammar_host": to_grammar_host,
+    "from_grammar_host": from_grammar_host,
 }
 MESSAGES = [(name, message) for name, union in UNIONS.items() for message in get_args(union)]
 PAYLOADS = {
-    wire.LoadInfo: wire.decode_load_info,
-    wire.Capacity: wire.decode_capacity,
-    wire.RankStats: wire.decode_stats,
-    wire.Hello: wire.hello.decode,
-    wire.FleetStatus: wire.fleet_status.decode,
-    wire.KeepResponse: wire.keep_response.decode,
-    wire.Turns: wire.turns.decode,
-    wire.Names: wire.names.decode,
-    wire.Operation: wire.operation.decode,
-    wire.CacheReset: wire.cache_reset.decode,
+    LoadInfo: decode_load_info,
+    Capacity: decode_capacity,
+    RankStats: decode_rank_stats,
+    Hello: hello_decoder.decode,
+    FleetStatus: fleet_status_decoder.decode,
+    KeepResponse: keep_response_decoder.decode,
+    StoredTurns: stored_turns_decoder.decode,
+    ResponseNames: response_names_decoder.decode,
+    Operation: operation_decoder.decode,
+    CacheReset: cache_reset_decoder.decode,
 }
 
 
 @pytest.mark.parametrize(("name", "message"), MESSAGES, ids=[f"{n}-{m.__name__}" for n, m in MESSAGES])
 @settings(steady, max_examples=25)
 @given(data=st.data())
-def test_every_message_survives(name: str, message: type[wire.Wire], data: st.DataObject) -> None:
+def test_every_message_survives(name: str, message: type[Wire], data: st.DataObject) -> None:
     sent = data.draw(values(message))
-    received = getattr(wire, name).decode(wire.encode(sent))
+    received = DECODERS[name].decode(encode(sent))
     assert type(received) is message
     assert received == sent
 
@@ -87,65 +161,65 @@ def test_every_message_survives(name: str, message: type[wire.Wire], data: st.Da
 @pytest.mark.parametrize("message", PAYLOADS, ids=lambda message: message.__name__)
 @settings(steady, max_examples=25)
 @given(data=st.data())
-def test_every_payload_survives(message: type[wire.Wire], data: st.DataObject) -> None:
+def test_every_payload_survives(message: type[Wire], data: st.DataObject) -> None:
     sent = data.draw(values(message))
-    assert PAYLOADS[message](wire.encode(sent)) == sent
+    assert PAYLOADS[message](encode(sent)) == sent
 
 
 def test_every_message_is_covered() -> None:
     parts = {
-        *(wire.Sampling, wire.Penalties, wire.NewSeq, wire.Work, wire.TokenLogprobs, wire.PromptLogprobs),
-        *(wire.SeqOut, wire.StepTimes, wire.SeqUpdate, wire.Traffic, wire.Place),
-        *(wire.ReplicaState, wire.Turn, wire.ModelFiles),
+        *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
+        *(SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
+        *(ReplicaStatus, StoredTurn, ModelFiles),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
-    assert set(wire.Wire.__subclasses__()) == covered
+    assert set(Wire.__subclasses__()) == covered
 
 
 def test_a_message_for_somebody_else_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
-        wire.to_rank.decode(wire.encode(wire.StatsQuery()))
+        to_rank.decode(encode(StatsQuery()))
     with pytest.raises(msgspec.ValidationError):
-        wire.from_rank.decode(wire.encode(wire.StepPlan(0, 0, ())))
+        from_rank.decode(encode(StepPlan(0, 0, ())))
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"\x92\xa8StepPlan\x01", wire.encode(wire.Stop())[:-1]])
+@pytest.mark.parametrize("data", [b"", b"\x00", b"\x92\xa8StepPlan\x01", encode(Stop())[:-1]])
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
-        wire.to_rank.decode(data)
+        to_rank.decode(data)
 
 
 def test_a_plan_of_many_decodes_is_small() -> None:
     """Deltas: a sequence that goes on costs a few bytes, not its table, tokens or parameters."""
-    works = tuple(wire.Work(10_000 + i, 1500 + i, 1, True, (5000 + i,) if i % 16 == 0 else ()) for i in range(32))
-    plan = wire.StepPlan(0, 100_000, works)
-    assert len(wire.encode(plan)) < 32 * 20
-    assert wire.to_rank.decode(wire.encode(plan)) == plan
+    works = tuple(Work(10_000 + i, 1500 + i, 1, True, (5000 + i,) if i % 16 == 0 else ()) for i in range(32))
+    plan = StepPlan(0, 100_000, works)
+    assert len(encode(plan)) < 32 * 20
+    assert to_rank.decode(encode(plan)) == plan
 
 
 def test_a_prompt_costs_four_bytes_a_token() -> None:
-    new = wire.NewSeq(1, 0, encode_tokens(list(range(100_000, 101_000))), 1000, (), wire.Sampling(seed=2**64 - 1))
-    assert len(wire.encode(new)) < 4000 + 80
+    new = NewSeq(1, 0, encode_tokens(list(range(100_000, 101_000))), 1000, (), Sampling(seed=2**64 - 1))
+    assert len(encode(new)) < 4000 + 80
 
 
 def test_guesses_cost_a_few_bytes_each() -> None:
     drafts = tuple(range(100_000, 100_005))
-    with_guesses, without = (wire.encode(wire.Work(7, 1500, 6, True, (), given)) for given in (drafts, ()))
+    with_guesses, without = (encode(Work(7, 1500, 6, True, (), given)) for given in (drafts, ()))
     assert len(with_guesses) - len(without) <= 5 * len(drafts)
 
 
 def test_a_mask_costs_a_bit_a_token() -> None:
     words = -(-150_000 // 32)
-    mask = wire.StepMask(2**62, 100_000, bytes(32 * words * 4), words)
-    assert len(wire.encode(mask)) < 32 * 150_016 / 8 + 60
-    assert wire.to_rank.decode(wire.encode(mask)) == mask
+    mask = StepMask(2**62, 100_000, bytes(32 * words * 4), words)
+    assert len(encode(mask)) < 32 * 150_016 / 8 + 60
+    assert to_rank.decode(encode(mask)) == mask
 
 
 def test_a_plan_is_masked_if_any_work_is() -> None:
-    plain, masked = wire.Work(1, 0, 1, True), wire.Work(2, 0, 1, True, masked=True)
-    assert not wire.StepPlan(0, 0, (plain, plain)).masked
-    assert wire.StepPlan(0, 0, (plain, masked)).masked
-    assert not wire.StepPlan(0, 0, ()).masked
+    plain, masked = Work(1, 0, 1, True), Work(2, 0, 1, True, masked=True)
+    assert not StepPlan(0, 0, (plain, plain)).masked
+    assert StepPlan(0, 0, (plain, masked)).masked
+    assert not StepPlan(0, 0, ()).masked
 
 
 @steady

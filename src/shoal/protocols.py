@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from shoal import wire
 from shoal.activity import Activity
+from shoal.wire.base import Ids
+from shoal.wire.engine import CacheReset, EngineRequest, EngineStats, SeqUpdate
+from shoal.wire.grammars import GrammarAsk, Verdict
+from shoal.wire.ranks import StepMask, StepPlan, StepResult
 
 
 class Executor(Protocol):
@@ -13,21 +16,21 @@ class Executor(Protocol):
     num_blocks: int  # KV blocks that every rank holds, agreed on at start
     start_times: dict[str, float]  # seconds a start phase took
 
-    def launch(self, plan: wire.StepPlan) -> None:
+    def launch(self, plan: StepPlan) -> None:
         """Hands a plan to every rank, in the order of the calls. Never blocks.
 
         Raises:
             EngineError: a rank has failed.
         """
 
-    def mask(self, mask: wire.StepMask) -> None:
+    def mask(self, mask: StepMask) -> None:
         """Hands out the mask of the plan that was launched last. Never blocks.
 
         Raises:
             EngineError: a rank has failed.
         """
 
-    def poll(self, timeout: float) -> list[wire.StepResult]:
+    def poll(self, timeout: float) -> list[StepResult]:
         """Results that have arrived, waiting up to `timeout` seconds for the first; [] when there was none.
 
         Raises:
@@ -46,10 +49,10 @@ class Grammars(Protocol):
 
     words: int  # 32-bit words in a row of a mask
 
-    def follow(self, seq: int, grammar: str, output: wire.Ids = ()) -> None:
+    def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
         """Begins to follow an output, whose tokens so far are given. A Verdict comes in any case."""
 
-    def ask(self, asks: Sequence[wire.GrammarAsk]) -> None:
+    def ask(self, asks: Sequence[GrammarAsk]) -> None:
         """Tells of new tokens. A Verdict comes for each output that is followed."""
 
     def forget(self, seqs: Sequence[int]) -> None:
@@ -59,7 +62,7 @@ class Grammars(Protocol):
     def pending(self) -> bool:
         """Is a Verdict on its way?"""
 
-    def poll(self, timeout: float) -> list[wire.Verdict]:
+    def poll(self, timeout: float) -> list[Verdict]:
         """The verdicts that have come, waiting up to `timeout` seconds for the first."""
 
     def close(self) -> None: ...
@@ -68,20 +71,20 @@ class Grammars(Protocol):
 class EngineClient(Protocol):
     """One engine, in this process or in another."""
 
-    def add(self, request: wire.EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         """Takes a request over. Every request ends in an update with `finish` set, or the engine fails."""
 
     def abort(self, seqs: Sequence[int]) -> None:
         """Idempotent in every state, unknown sequences included."""
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         """What has happened, waiting up to `timeout` seconds.
 
         Raises:
             EngineError: the engine failed; nothing more will come.
         """
 
-    def stats(self) -> wire.EngineStats: ...
+    def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
 
@@ -97,26 +100,26 @@ class Engine(EngineClient, Protocol):
             EngineError: the engine failed.
         """
 
-    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
         """No block is found by its prefix any more. `running`: requests that run compute theirs again, too."""
 
 
 class Recorder(Protocol):
     """Is told of every request's way, for metrics. Calls come from one thread."""
 
-    def added(self, request: wire.EngineRequest) -> None:
+    def added(self, request: EngineRequest) -> None:
         """`request.arrival` is when it came."""
 
     def dealt(self, seq: int, replica: int) -> None:
         """A replica has it now; after a failure another one, or the same again."""
 
-    def updated(self, replica: int, update: wire.SeqUpdate) -> None:
+    def updated(self, replica: int, update: SeqUpdate) -> None:
         """What its client is given; with `finish` it is the last."""
 
     def stopped(self, seq: int) -> None:
         """Its output has reached a stop text. What still comes is its end, as that of an aborted one."""
 
-    def ended(self, update: wire.SeqUpdate) -> None:
+    def ended(self, update: SeqUpdate) -> None:
         """It has ended without a replica's doing: refused, aborted, given up."""
 
 
@@ -141,4 +144,4 @@ class Lockstep(Protocol):
 class Policy(Protocol):
     """Who goes first. A request's rank is compared with others'; the lowest is served first, the highest preempted."""
 
-    def rank(self, request: wire.EngineRequest, arrival: int) -> tuple[int, ...]: ...
+    def rank(self, request: EngineRequest, arrival: int) -> tuple[int, ...]: ...

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.bench.engine_speed import Meter, Run, Shape, medians, stage_idle
 from shoal.cluster.stats import merged
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import EngineRequest, EngineStats, Finish, SeqUpdate
+from shoal.wire.ranks import RankStats
 
-ENGINE: dict[str, Any] = dict.fromkeys(
-    wire.EngineStats.__struct_fields__[: -len(wire.EngineStats.__struct_defaults__)], 0
-)
+ENGINE: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__[: -len(EngineStats.__struct_defaults__)], 0)
 
 
-def engine(pid: int, *busy_s: float, steps: int = 0) -> wire.EngineStats:
+def engine(pid: int, *busy_s: float, steps: int = 0) -> EngineStats:
     """A replica with a rank a stage, whose processes are `pid` and the next."""
     ranks = tuple(
-        wire.RankStats(stage, pid + stage, 0, 0, 0, 0, stage=stage, busy_us=int(busy * 1e6))
+        RankStats(stage, pid + stage, 0, 0, 0, 0, stage=stage, busy_us=int(busy * 1e6))
         for stage, busy in enumerate(busy_s)
     )
-    return wire.EngineStats(**{**ENGINE, "steps": steps, "step_forward_us": 100 * steps}, ranks=ranks)
+    return EngineStats(**{**ENGINE, "steps": steps, "step_forward_us": 100 * steps}, ranks=ranks)
 
 
 def test_a_stages_idle_share_is_the_mean_of_its_ranks() -> None:
@@ -31,9 +31,9 @@ def test_a_stages_idle_share_is_the_mean_of_its_ranks() -> None:
 
 
 def test_tensor_parallel_ranks_of_one_process() -> None:
-    ranks = [wire.RankStats(rank, 7, 0, 0, 0, 0, busy_us=1_000_000 * rank) for rank in range(2)]
-    after = wire.EngineStats(**ENGINE, ranks=tuple(ranks))
-    before = wire.replace(after, ranks=tuple(wire.replace(rank, busy_us=0) for rank in ranks))
+    ranks = [RankStats(rank, 7, 0, 0, 0, 0, busy_us=1_000_000 * rank) for rank in range(2)]
+    after = EngineStats(**ENGINE, ranks=tuple(ranks))
+    before = replace_fields(after, ranks=tuple(replace_fields(rank, busy_us=0) for rank in ranks))
     assert stage_idle(before, after, 2) == pytest.approx((0.75,))
 
 
@@ -56,17 +56,17 @@ class Instant:
         self._looks = 0
         self._added: list[int] = []
 
-    def add(self, request: wire.EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         self._added.append(request.seq)
 
     def abort(self, seqs: Sequence[int]) -> None:
         raise NotImplementedError
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         added, self._added = self._added, []
-        return [wire.SeqUpdate(seq, (5,), finish=wire.Finish.LENGTH) for seq in added]
+        return [SeqUpdate(seq, (5,), finish=Finish.LENGTH) for seq in added]
 
-    def stats(self) -> wire.EngineStats:
+    def stats(self) -> EngineStats:
         self._looks += 1
         return engine(10, *[0.0] * self._stages, steps=4 * self._looks)
 

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.client.readings import SPAN_S, Readings
 from shoal.errors import UserError
 from shoal.server.operations.status import status_json
+from shoal.wire.fleet import FleetStatus
 from support.fakes import steady
 from support.status_server import engine, fleet, ranks, replica
 
 
-def plain(status: wire.FleetStatus) -> Any:
+def plain(status: FleetStatus) -> Any:
     return json.loads(json.dumps(status_json(status)))
 
 

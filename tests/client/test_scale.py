@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from shoal import wire
 from shoal.cli import commands
 from shoal.client import scale as program
 from shoal.errors import EngineError, UserError
+from shoal.wire.fleet import FleetStatus
 from support.status_server import StatusServer, fleet, replica
 
 
@@ -26,7 +26,7 @@ class Fleet:
         self.states |= dict.fromkeys(range(len(self.states), count), self._lives[0])
         self.states |= dict.fromkeys(range(count, len(self.states)), "leaving")
 
-    def __call__(self) -> wire.FleetStatus:
+    def __call__(self) -> FleetStatus:
         seen = dict(self.states)
         for number, state in seen.items():
             if state == "leaving":

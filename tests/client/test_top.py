@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from shoal import wire
 from shoal.client import top
 from shoal.client.readings import Readings
 from shoal.client.top_screen import screen
 from shoal.errors import UserError
 from shoal.server.operations.status import status_json
+from shoal.wire.base import replace_fields
+from shoal.wire.fleet import FleetStatus
 from support.status_server import StatusServer, engine, fleet, ranks, replica
 
 CAUSE = "rank 1 (process 101, last step 9, computing) was killed by SIGKILL"
@@ -30,7 +31,7 @@ def shown(readings: Readings, *, width: int = 160, lines: int | None = None, tro
     return console.file.getvalue()
 
 
-def read(*statuses: wire.FleetStatus) -> Readings:
+def read(*statuses: FleetStatus) -> Readings:
     readings = Readings()
     for status in statuses:
         readings.add(status_json(status))
@@ -42,7 +43,7 @@ def row(text: str, begin: str) -> str:
 
 
 def test_the_figures_are_there() -> None:
-    def at(uptime: float, tokens: int) -> wire.FleetStatus:
+    def at(uptime: float, tokens: int) -> FleetStatus:
         of_ranks = ranks(2, 1, busy_us=int(0.4e6 * uptime))
         stats = engine(
             running=12, waiting=3, free=58, prompt=tokens, generated=2 * tokens, queries=200, hits=50, of_ranks=of_ranks
@@ -75,7 +76,7 @@ def test_a_replica_that_is_down_says_why() -> None:
 def test_states_of_the_whole() -> None:
     assert "draining" in shown(read(fleet(replica(0), accepting=False)))
     assert "no replica is ready" in shown(read(fleet(replica(0, "starting"))))
-    failed = wire.replace(fleet(replica(0, "failed"), accepting=False), failure="no replica is left")
+    failed = replace_fields(fleet(replica(0, "failed"), accepting=False), failure="no replica is left")
     assert "failed: no replica is left" in shown(read(failed))
 
 
@@ -106,7 +107,7 @@ def test_trouble_comes_first() -> None:
 def server() -> Iterator[StatusServer]:
     begun = time.monotonic()
 
-    def now() -> wire.FleetStatus:
+    def now() -> FleetStatus:
         up = time.monotonic() - begun
         return fleet(replica(0, stats=engine(generated=int(300 * up), of_ranks=ranks())), uptime=up)
 

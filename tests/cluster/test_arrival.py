@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.cluster.members.arrival import Arrival, FleetDoor, PeersDoor
 from shoal.errors import EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.wire.base import Stop, Wire, encode, replace_fields
+from shoal.wire.engine import EngineFailure, EngineStats, SeqUpdate, ToEngine, Updates, to_engine
+from shoal.wire.rendezvous import Hello
 
 AGREED = {"version of Shoal": "1", "config.json": "abc"}
 
 
-def hello(rank: int = 2, **changes: Any) -> wire.Hello:
-    return wire.replace(wire.Hello("front end", rank, 4, "there", 77, b"", AGREED), **changes)
+def hello(rank: int = 2, **changes: Any) -> Hello:
+    return replace_fields(Hello("front end", rank, 4, "there", 77, b"", AGREED), **changes)
 
 
 @dataclass(slots=True)
@@ -28,14 +30,14 @@ class Line:
     replica: Arrival
     engine: Channel
 
-    def says(self, message: wire.Wire | bytes) -> None:
-        self.engine.send(message if isinstance(message, bytes) else wire.encode(message))
+    def says(self, message: Wire | bytes) -> None:
+        self.engine.send(message if isinstance(message, bytes) else encode(message))
 
-    def hears(self) -> list[wire.ToEngine]:
+    def hears(self) -> list[ToEngine]:
         """[]: the connection has ended."""
         assert wait([self.engine], 60)
         try:
-            return [wire.to_engine.decode(frame) for frame in self.engine.receive()]
+            return [to_engine.decode(frame) for frame in self.engine.receive()]
         except ChannelClosed:
             return []
 
@@ -49,13 +51,13 @@ def line() -> Iterator[Line]:
     found.engine.close()
 
 
-def stats() -> wire.EngineStats:
+def stats() -> EngineStats:
     zeros: Any = [0] * 17
-    return wire.EngineStats(*zeros)
+    return EngineStats(*zeros)
 
 
-def updates(*tokens: int) -> wire.Updates:
-    return wire.Updates((wire.SeqUpdate(1, tokens),))
+def updates(*tokens: int) -> Updates:
+    return Updates((SeqUpdate(1, tokens),))
 
 
 def test_it_is_ready_when_it_says_so(line: Line) -> None:
@@ -95,17 +97,17 @@ def test_a_frame_without_end_is_not_waited_for(line: Line) -> None:
 
 
 def test_what_the_engine_reports_is_told_with_its_name(line: Line) -> None:
-    line.says(wire.EngineFailure("no memory", user_error=True))
+    line.says(EngineFailure("no memory", user_error=True))
     with pytest.raises(UserError, match=r"replica 2 \(there, process 77\): no memory"):
         line.replica.ready(60)
 
 
 @pytest.mark.parametrize("first", [updates(5), stats()])
-def test_a_failure_right_behind_other_words_is_told_next(line: Line, first: wire.Wire) -> None:
+def test_a_failure_right_behind_other_words_is_told_next(line: Line, first: Wire) -> None:
     """By then the connection has been ended."""
-    frames = [wire.encode(first), wire.encode(wire.EngineFailure("no memory"))]
+    frames = [encode(first), encode(EngineFailure("no memory"))]
     line.engine._socket.sendall(b"".join(struct.pack("<I", len(frame)) + frame for frame in frames))
-    if isinstance(first, wire.Updates):
+    if isinstance(first, Updates):
         assert [update.tokens for update in line.replica.updates(60)] == [(5,)]
     else:
         assert line.replica.ready(60) == first
@@ -113,7 +115,7 @@ def test_a_failure_right_behind_other_words_is_told_next(line: Line, first: wire
     assert line.replica.channel.fileno() < 0
     assert wait([line.replica.channel], 60) == [line.replica.channel]
     with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\): no memory"):
-        line.replica.updates(0) if isinstance(first, wire.Updates) else line.replica.ready(0)
+        line.replica.updates(0) if isinstance(first, Updates) else line.replica.ready(0)
 
 
 def test_when_a_front_end_closes_the_engine_goes_on(line: Line) -> None:
@@ -127,7 +129,7 @@ def test_when_a_front_end_closes_the_engine_goes_on(line: Line) -> None:
 
 def test_one_that_is_dismissed_is_told_to_stop(line: Line) -> None:
     line.replica.dismiss()
-    assert line.hears() == [wire.Stop()]
+    assert line.hears() == [Stop()]
     assert not line.replica.has_ended
     line.says(updates(3))  # what it was at; nobody wants it any more
     line.engine.hang_up()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.cluster import desk as desk_module
 from shoal.cluster.desk import Answer, Desk
 from shoal.cluster.fleet import About, Fleet
@@ -17,6 +16,9 @@ from shoal.cluster.limits import Limits
 from shoal.cluster.routing.router import Room
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.wire.base import Stop, Wire, encode
+from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, from_engine
+from shoal.wire.fleet import fleet_status_decoder
 from support.fake_replica import FakeReplica
 from support.fakes import Outcomes, alone, request
 
@@ -99,14 +101,14 @@ class LocalClient:
         self.line = desk.open(self.got.put)
         self.outcomes = Outcomes()
 
-    def add(self, *specs: wire.EngineRequest) -> None:
+    def add(self, *specs: EngineRequest) -> None:
         for spec in specs:
             self.outcomes.added(spec)
         self.line.send(specs)
 
-    def next(self) -> list[wire.SeqUpdate]:
+    def next(self) -> list[SeqUpdate]:
         found = self.got.get(timeout=DEADLINE_S)
-        assert isinstance(found, wire.Updates)
+        assert isinstance(found, Updates)
         return list(found.updates)
 
     def finish(self) -> None:
@@ -119,27 +121,27 @@ class RemoteClient(LocalClient):
         theirs, ours = Channel.pair()
         self.channel = Channel(ours)
         self.outcomes = Outcomes()
-        self.told: dict[int, wire.Told] = {}
+        self.told: dict[int, Told] = {}
         desk.connect(theirs)
 
-    def send(self, *messages: wire.Wire) -> None:
+    def send(self, *messages: Wire) -> None:
         for message in messages:
-            self.channel.send(wire.encode(message))
+            self.channel.send(encode(message))
 
-    def add(self, *specs: wire.EngineRequest) -> None:
+    def add(self, *specs: EngineRequest) -> None:
         for spec in specs:
             self.outcomes.added(spec)
         self.send(*specs)
 
-    def next(self) -> list[wire.SeqUpdate]:
+    def next(self) -> list[SeqUpdate]:
         assert wait([self.channel], DEADLINE_S)
-        found: list[wire.SeqUpdate] = []
+        found: list[SeqUpdate] = []
         for frame in self.channel.receive():
-            message = wire.from_engine.decode(frame)
-            if isinstance(message, wire.Told):
+            message = from_engine.decode(frame)
+            if isinstance(message, Told):
                 self.told[message.id] = message
             else:
-                assert isinstance(message, wire.Updates)
+                assert isinstance(message, Updates)
                 found += message.updates
         return found
 
@@ -151,8 +153,8 @@ class RemoteClient(LocalClient):
         while True:
             self.next()
 
-    def ask(self, number: int, verb: str, payload: bytes = b"") -> wire.Told:
-        self.send(wire.Ask(number, verb, payload))
+    def ask(self, number: int, verb: str, payload: bytes = b"") -> Told:
+        self.send(Ask(number, verb, payload))
         while number not in self.told:
             assert not self.next()
         return self.told[number]
@@ -176,13 +178,13 @@ def test_an_abort_is_the_clients_own(setting: Setting) -> None:
     local.add(request(0, [1], 200))
     remote.outcomes.may_abort.add(0)
     remote.add(request(0, [2], 250))
-    remote.send(wire.Abort((0, 7)))
+    remote.send(Abort((0, 7)))
     remote.finish()
     local.finish()
-    assert local.outcomes.finished[0].finish is wire.Finish.LENGTH
+    assert local.outcomes.finished[0].finish is Finish.LENGTH
 
 
-@pytest.mark.parametrize("garbage", [None, b"\xff\xff", wire.encode(wire.Stop()), wire.encode(wire.Abort((-1,)))])
+@pytest.mark.parametrize("garbage", [None, b"\xff\xff", encode(Stop()), encode(Abort((-1,)))])
 def test_a_client_that_goes_or_talks_nonsense_frees_what_it_had(setting: Setting, garbage: bytes | None) -> None:
     gone, stays = setting.remote(), setting.remote()
     gone.send(*(request(seq, [seq], 10**7) for seq in range(5)))
@@ -213,8 +215,8 @@ def test_a_line_that_is_closed_frees_what_it_had(setting: Setting) -> None:
 def test_questions(setting: Setting) -> None:
     local, remote = setting.local(), setting.remote()
     assert local.line.ask("shout", b"abc").result(DEADLINE_S) == b"ABC"
-    assert remote.ask(7, "shout", b"x") == wire.Told(7, b"X")
-    status = wire.fleet_status.decode(local.line.ask("status").result(DEADLINE_S))
+    assert remote.ask(7, "shout", b"x") == Told(7, b"X")
+    status = fleet_status_decoder.decode(local.line.ask("status").result(DEADLINE_S))
     assert status.model == "model"
     with pytest.raises(UserError, match="not like that"):
         local.line.ask("fail").result(DEADLINE_S)
@@ -229,7 +231,7 @@ def test_questions(setting: Setting) -> None:
     assert not remote.ask(9, "break").user_error
     assert local.line.ask("drain").result(DEADLINE_S) == b"0"
     local.line.send([request(0, [1])])
-    assert local.next()[0].refusal is wire.Refusal.CLOSING
+    assert local.next()[0].refusal is RefusalKind.CLOSING
 
 
 def test_a_number_that_is_used_twice_ends_the_second_and_not_the_first(setting: Setting) -> None:
@@ -237,7 +239,7 @@ def test_a_number_that_is_used_twice_ends_the_second_and_not_the_first(setting: 
     client.line.send([request(0, [1], 10**7), request(0, [2])])
     while not (refused := [update for update in client.next() if update.error]):
         pass
-    assert refused[0].refusal is wire.Refusal.INVALID
+    assert refused[0].refusal is RefusalKind.INVALID
     client.line.close()
     setting.until(lambda: not setting.replica.held)
 
@@ -246,7 +248,7 @@ def test_a_request_with_which_nothing_can_be_done_ends_alone(setting: Setting, m
     client = setting.local()
     add = setting.fleet.add
 
-    def choosy(spec: wire.EngineRequest) -> None:
+    def choosy(spec: EngineRequest) -> None:
         if len(spec.tokens) > 4:
             raise OverflowError("too large a number")
         add(spec)
@@ -254,9 +256,9 @@ def test_a_request_with_which_nothing_can_be_done_ends_alone(setting: Setting, m
     monkeypatch.setattr(setting.fleet, "add", choosy)
     client.line.send([request(0, [1, 2]), request(1, [1])])
     (refused,) = client.next()
-    assert (refused.seq, refused.refusal) == (0, wire.Refusal.FAILED)
+    assert (refused.seq, refused.refusal) == (0, RefusalKind.FAILED)
     assert "could not be taken: OverflowError" in refused.error
-    while not any(update.finish is wire.Finish.LENGTH for update in client.next()):
+    while not any(update.finish is Finish.LENGTH for update in client.next()):
         pass
     setting.now(setting.fleet.audit)
 
@@ -299,13 +301,13 @@ def test_when_the_thread_fails_everyone_is_told(setting: Setting, caplog: pytest
     held.set()
     with pytest.raises(EngineError, match="the engine's thread has failed: KeyError"):
         late.result(DEADLINE_S)
-    ends: dict[int, wire.SeqUpdate] = {}
+    ends: dict[int, SeqUpdate] = {}
     while len(ends) < 2:
         ends |= {update.seq: update for update in local.next() if update.finish is not None}
     while not (theirs := [update for update in remote.next() if update.finish is not None]):
         pass
     for update in (*ends.values(), *theirs):
-        assert update.refusal is wire.Refusal.LOST
+        assert update.refusal is RefusalKind.LOST
         assert "the engine's thread has failed: KeyError: 'a bug'" in update.error
     with pytest.raises(ClosedError, match="has failed: KeyError"):
         local.line.send([request(2, [1])])
@@ -328,7 +330,7 @@ def test_when_it_is_closed_everyone_is_told(setting: Setting) -> None:
         while not (ends := [update for update in client.next() if update.finish is not None]):
             pass
         assert [(update.seq, update.refusal, update.error) for update in ends] == [
-            (0, wire.Refusal.CLOSING, "the engine was closed")
+            (0, RefusalKind.CLOSING, "the engine was closed")
         ]
     with pytest.raises(ClosedError, match="was closed"):
         local.line.send([])
@@ -338,7 +340,7 @@ def test_when_it_is_closed_everyone_is_told(setting: Setting) -> None:
 def fill(channel: Channel) -> None:
     """Nothing more goes out until somebody reads."""
     while not channel.backlog:
-        channel.send(wire.encode(wire.Told(10**6, bytes(1 << 16))))
+        channel.send(encode(Told(10**6, bytes(1 << 16))))
 
 
 def test_one_that_does_not_read_for_a_while_misses_nothing_and_keeps_nobody_waiting(setting: Setting) -> None:
@@ -383,7 +385,7 @@ def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: 
     ended = threading.Event()
 
     def deliver(answer: Answer) -> None:
-        assert isinstance(answer, wire.Updates)
+        assert isinstance(answer, Updates)
         waiting.append(setting.fleet.num_unfinished)
         if any(update.finish is not None for update in answer.updates):
             ended.set()
@@ -404,7 +406,7 @@ def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: 
         line.send(specs[:1])
         remote = setting.remote()
         for spec in specs:
-            remote.channel.send(wire.encode(spec))
+            remote.channel.send(encode(spec))
     go.set()
     assert ended.wait(DEADLINE_S)
     assert waiting[0] < 200, "all were taken before anything was handed out"

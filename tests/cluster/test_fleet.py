@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import Limits
 from shoal.cluster.routing.router import Room
 from shoal.errors import CheckpointError, ConfigError, EngineError, RequestError, ShoalError
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import EngineRequest, EngineStats, Finish, RefusalKind, SeqUpdate
+from shoal.wire.fleet import Operation
 from support.fake_replica import STATS, FakeReplica
 from support.fakes import FakeClock, Outcomes, request, steady
 
@@ -56,13 +58,13 @@ class FakeMember(FakeReplica):
         assert not self.closed, "nobody listens to one that was ended"
         return QUIET
 
-    def ready(self, timeout: float) -> wire.EngineStats | None:
+    def ready(self, timeout: float) -> EngineStats | None:
         assert timeout == 0, "whoever drives a fleet waits for all of it"
         self._check_alive()
         if self.error is not None:
             raise self.error
         self.polls -= 1
-        return wire.replace(STATS, max_model_len=self.holds) if self.polls < 0 else None
+        return replace_fields(STATS, max_model_len=self.holds) if self.polls < 0 else None
 
     @property
     def has_ended(self) -> bool:
@@ -84,7 +86,7 @@ class Recorded:
         self.begun: set[int] = set()
         self.ends: set[int] = set()
 
-    def added(self, request: wire.EngineRequest) -> None:
+    def added(self, request: EngineRequest) -> None:
         assert request.arrival
         assert request.seq not in self.begun
         self.begun.add(request.seq)
@@ -92,7 +94,7 @@ class Recorded:
     def dealt(self, seq: int, replica: int) -> None:
         assert seq in self.begun - self.ends
 
-    def updated(self, replica: int, update: wire.SeqUpdate) -> None:
+    def updated(self, replica: int, update: SeqUpdate) -> None:
         assert update.seq in self.begun - self.ends
         if update.finish is not None:
             self.ends.add(update.seq)
@@ -100,7 +102,7 @@ class Recorded:
     def stopped(self, seq: int) -> None:
         assert seq in self.begun - self.ends
 
-    def ended(self, update: wire.SeqUpdate) -> None:
+    def ended(self, update: SeqUpdate) -> None:
         assert update.seq in self.begun - self.ends
         self.ends.add(update.seq)
 
@@ -177,17 +179,17 @@ class World:
     def state(self, number: int) -> str:
         return next((each.state for each in self.fleet.status().replicas if each.number == number), "")
 
-    def add(self, spec: wire.EngineRequest) -> None:
+    def add(self, spec: EngineRequest) -> None:
         self.outcomes.added(spec)
         self.fleet.add(spec)
 
-    def step(self, seconds: float = 0.0) -> list[wire.SeqUpdate]:
+    def step(self, seconds: float = 0.0) -> list[SeqUpdate]:
         self.clock.now += seconds
         updates = self.fleet.updates(0)
         for update in updates:
-            assert bool(update.error) == (update.refusal is not wire.Refusal.NONE), update
+            assert bool(update.error) == (update.refusal is not RefusalKind.NONE), update
             if update.error:
-                assert update.finish is wire.Finish.ABORT
+                assert update.finish is Finish.ABORT
                 self.outcomes.may_abort.add(update.seq)
         self.outcomes.take(updates)
         return updates
@@ -196,7 +198,7 @@ class World:
         for _ in range(rounds):
             self.step(seconds)
 
-    def refusals(self) -> dict[int, wire.Refusal]:
+    def refusals(self) -> dict[int, RefusalKind]:
         return {seq: update.refusal for seq, update in self.outcomes.finished.items()}
 
     def error(self, seq: int) -> str:
@@ -228,23 +230,23 @@ def world(local: int = 2, **options: Any) -> Iterator[World]:
         found.close()
 
 
-def pinned(seq: int, replica: int, max_tokens: int = 4) -> wire.EngineRequest:
-    return wire.replace(request(seq, [seq, 1], max_tokens), replica=replica)
+def pinned(seq: int, replica: int, max_tokens: int = 4) -> EngineRequest:
+    return replace_fields(request(seq, [seq, 1], max_tokens), replica=replica)
 
 
 # --- whatever happens --------------------------------------------------------------------------------------------
 
 
 OPERATIONS = [
-    wire.Operation("pause", mode="keep"),
-    wire.Operation("pause", mode="wait"),
-    wire.Operation("pause", mode="abort"),
-    wire.Operation("resume"),
-    wire.Operation("sleep", mode="keep"),
-    wire.Operation("sleep", mode="abort", level=2),
-    wire.Operation("wake_up"),
-    wire.Operation("wake_up", tags=("weights",)),
-    wire.Operation("reset_prefix_cache"),
+    Operation("pause", mode="keep"),
+    Operation("pause", mode="wait"),
+    Operation("pause", mode="abort"),
+    Operation("resume"),
+    Operation("sleep", mode="keep"),
+    Operation("sleep", mode="abort", level=2),
+    Operation("wake_up"),
+    Operation("wake_up", tags=("weights",)),
+    Operation("reset_prefix_cache"),
 ]
 
 
@@ -306,7 +308,7 @@ class Chaos:
             deadline=draw(st.sampled_from([None, None, now + 5, now - 1]), "deadline"),
         )
         self.seqs += 1
-        self.world.add(wire.replace(spec, replica=draw(st.sampled_from([-1, -1, -1, 0, 1, 2, 7]), "replica")))
+        self.world.add(replace_fields(spec, replica=draw(st.sampled_from([-1, -1, -1, 0, 1, 2, 7]), "replica")))
 
     def kill(self) -> None:
         if self.world.alive:
@@ -340,30 +342,30 @@ class Chaos:
         running = [m for m in self.world.alive if self.world.state(m.number) == "ready" and not m.leaving]
         assert not self.together or len({member.generation for member in running}) <= 1
 
-    def check_end(self, update: wire.SeqUpdate) -> None:
+    def check_end(self, update: SeqUpdate) -> None:
         spec = self.world.outcomes.specs[update.seq]
         pin = spec.replica >= 0
         match update.refusal:
-            case wire.Refusal.INVALID:
+            case RefusalKind.INVALID:
                 assert pin
-            case wire.Refusal.FULL:
+            case RefusalKind.FULL:
                 assert self.limits["max_queued"] < 1000
-            case wire.Refusal.LATE:
+            case RefusalKind.LATE:
                 assert spec.deadline or self.limits["max_wait"] or self.limits["timeout"]
-            case wire.Refusal.FAILED:
+            case RefusalKind.FAILED:
                 assert self.world.deaths[update.seq] >= 3
-            case wire.Refusal.LOST:
+            case RefusalKind.LOST:
                 assert self.world.fleet.fatal or pin
-            case wire.Refusal.CLOSING:
+            case RefusalKind.CLOSING:
                 assert self.drained
-            case wire.Refusal.ASLEEP:
+            case RefusalKind.ASLEEP:
                 assert self.slept
 
     def end(self) -> None:
         """Nothing dies any more: all that can end, ends; who waits for another host is told when it comes."""
         self.sick = False
         self.asked += 1
-        self.world.fleet.operate(wire.Operation("wake_up"), self.told.append)
+        self.world.fleet.operate(Operation("wake_up"), self.told.append)
         for number in self.awaited:
             if self.world.state(number) == "awaited":
                 self.world.members.append(FakeMember(number))
@@ -440,7 +442,7 @@ def test_one_that_is_of_no_use_waits_longer_each_time_and_is_given_up() -> None:
         assert "was killed by SIGKILL" in str(found.fleet.fatal)
         found.add(request(0, [1]))
         found.step()
-        assert found.refusals() == {0: wire.Refusal.LOST}
+        assert found.refusals() == {0: RefusalKind.LOST}
         with pytest.raises(EngineError, match="SIGKILL"):
             _ = found.fleet.started
 
@@ -483,7 +485,7 @@ def test_one_that_was_never_ready_is_not_started_again() -> None:
         found.kill(found.members[0])
         found.settle(5, 100.0)
         assert len(found.members) == 1
-        assert found.refusals() == {0: wire.Refusal.LOST}
+        assert found.refusals() == {0: RefusalKind.LOST}
 
 
 def test_what_the_user_must_mend_is_told_as_such() -> None:
@@ -501,7 +503,7 @@ def test_one_that_can_not_be_started_leaves_the_others_alone() -> None:
             _ = found.fleet.started
         found.add(request(0, [1]))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.NONE}
+        assert found.refusals() == {0: RefusalKind.NONE}
 
 
 def test_one_that_takes_too_long_to_start_is_ended() -> None:
@@ -531,11 +533,11 @@ def test_counters_go_on_over_lives() -> None:
     with world(1) as found:
         found.add(request(0, [1], 60))
         found.settle(30)
-        found.members[0].snapshot = wire.replace(STATS, generated_tokens=30, running=1, iteration_tokens=(1, 2))
+        found.members[0].snapshot = replace_fields(STATS, generated_tokens=30, running=1, iteration_tokens=(1, 2))
         assert found.fleet.status().replicas[0].stats == found.members[0].snapshot
         found.kill(found.members[0])
         found.settle(5)
-        found.members[1].snapshot = wire.replace(STATS, generated_tokens=4, iteration_tokens=(0, 1, 1))
+        found.members[1].snapshot = replace_fields(STATS, generated_tokens=4, iteration_tokens=(0, 1, 1))
         (state,) = found.fleet.status().replicas
         assert state.stats is not None
         assert (state.stats.generated_tokens, state.stats.running) == (34, 0)
@@ -582,16 +584,16 @@ def test_what_can_never_be_taken_is_told_so(replicas: int, replica: int, most: i
     with world(replicas, most=1, max_queued=2) as found:
         found.settle(replicas + 1)
         for seq, outputs in enumerate((most + 1, most)):
-            found.add(wire.replace(request(seq, [seq]), outputs=outputs, replica=replica))
+            found.add(replace_fields(request(seq, [seq]), outputs=outputs, replica=replica))
         found.step()
-        assert found.refusals() == {0: wire.Refusal.INVALID}
+        assert found.refusals() == {0: RefusalKind.INVALID}
         assert f"makes {most + 1} outputs, and {most} can be taken at a time" in found.error(0)
         found.finish()
 
 
 def test_before_a_replica_was_ready_nobody_knows_what_is_too_many() -> None:
     with world(1, most=1, max_queued=2) as found:
-        found.add(wire.replace(request(0, [0]), outputs=9))
+        found.add(replace_fields(request(0, [0]), outputs=9))
         assert not found.refusals()
         found.finish()
 
@@ -602,7 +604,7 @@ def test_beyond_the_queue_nobody_is_taken_and_nobody_is_disturbed() -> None:
         for seq in range(6):
             found.add(request(seq, [seq]))
         found.step()
-        refused = {seq for seq, refusal in found.refusals().items() if refusal is wire.Refusal.FULL}
+        refused = {seq for seq, refusal in found.refusals().items() if refusal is RefusalKind.FULL}
         assert refused == {3, 4, 5}
         assert "2 requests wait already (--max-queued-requests)" in found.error(3)
         found.finish()
@@ -615,7 +617,7 @@ def test_those_that_are_refused_do_not_keep_the_others_waiting() -> None:
         for seq in range(1, 60):
             found.add(request(seq, [seq]))
             found.step()
-        assert found.outcomes.finished[0].finish is wire.Finish.LENGTH
+        assert found.outcomes.finished[0].finish is Finish.LENGTH
 
 
 def test_a_request_waits_so_long_for_a_replica_and_no_longer() -> None:
@@ -626,7 +628,7 @@ def test_a_request_waits_so_long_for_a_replica_and_no_longer() -> None:
         found.settle(2, 1.0)
         found.add(request(2, [2]))
         found.settle(2, 0.5)
-        assert found.refusals() == {1: wire.Refusal.LATE}
+        assert found.refusals() == {1: RefusalKind.LATE}
         assert "waited 3 s for a replica (--max-queue-wait)" in found.error(1)
 
 
@@ -637,7 +639,7 @@ def test_one_that_a_replica_has_had_is_not_late_for_it() -> None:
         found.polls = lambda: 10
         found.kill(found.member(0))
         found.finish(1.0)
-        assert found.refusals() == {0: wire.Refusal.NONE}
+        assert found.refusals() == {0: RefusalKind.NONE}
 
 
 @pytest.mark.parametrize("options", [{"timeout": 5.0}, {}])
@@ -650,7 +652,7 @@ def test_a_request_ends_at_its_deadline_wherever_it_is(options: dict[str, float]
         found.settle(4, 1.0)
         assert not found.refusals()
         found.settle(2, 0.5)
-        assert found.refusals() == {0: wire.Refusal.LATE, 1: wire.Refusal.LATE}
+        assert found.refusals() == {0: RefusalKind.LATE, 1: RefusalKind.LATE}
         found.settle(2)
         assert not found.members[0].held, "it was told"
         assert all(spec.deadline is None for spec in found.members[0].added)
@@ -672,7 +674,7 @@ def test_one_that_drains_takes_nothing_new() -> None:
         found.fleet.drain()
         found.add(request(1, [1]))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.NONE, 1: wire.Refusal.CLOSING}
+        assert found.refusals() == {0: RefusalKind.NONE, 1: RefusalKind.CLOSING}
         assert not found.fleet.status().accepting
         assert [spec.seq for spec in found.members[0].added] == [0]
 
@@ -689,7 +691,7 @@ def test_a_number_that_is_in_use() -> None:
 
 
 class Deadly(FakeMember):
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         if 0 in self.held:
             self.dead = "was killed by SIGSEGV"
         return super().updates(timeout)
@@ -711,7 +713,7 @@ def test_a_request_that_kills_ends_alone_after_three_deaths() -> None:
             found.add(request(seq, [seq], 9))
         found.finish()
         assert {seq for seq, refusal in found.refusals().items() if refusal} == {0}
-        assert found.refusals()[0] is wire.Refusal.FAILED
+        assert found.refusals()[0] is RefusalKind.FAILED
         assert "3 replicas failed one after the other while they had this request" in found.error(0)
         assert found.fleet.fatal is None
 
@@ -739,7 +741,7 @@ def test_one_that_names_a_replica_that_never_was() -> None:
     with world(2) as found:
         found.add(pinned(0, 5))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.INVALID}
+        assert found.refusals() == {0: RefusalKind.INVALID}
         assert found.error(0) == "there is no replica 5; known are 0, 1"
 
 
@@ -752,7 +754,7 @@ def test_one_that_names_a_replica_that_does_not_come_back() -> None:
         found.settle(5)
         found.add(pinned(1, 1))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.LOST, 1: wire.Refusal.LOST}
+        assert found.refusals() == {0: RefusalKind.LOST, 1: RefusalKind.LOST}
         assert "is not started again" in found.error(0)
         assert "was killed by SIGKILL" in found.error(1)
 
@@ -765,7 +767,7 @@ def test_one_that_names_a_replica_that_is_taken_out() -> None:
         found.fleet.scale(1)
         found.add(pinned(1, 1))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.LOST, 1: wire.Refusal.INVALID}
+        assert found.refusals() == {0: RefusalKind.LOST, 1: RefusalKind.INVALID}
 
 
 # --- more and fewer ------------------------------------------------------------------------------------------------
@@ -857,7 +859,7 @@ def test_those_of_other_hosts_are_awaited_again_and_again() -> None:
                 found.settle(3)
                 assert found.state(1) == "awaited"
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.NONE}
+        assert found.refusals() == {0: RefusalKind.NONE}
 
 
 def test_what_another_hosts_replica_drew_in_an_earlier_life_is_no_use_later() -> None:
@@ -901,7 +903,7 @@ def test_one_that_was_cut_off_and_is_back_is_counted_once() -> None:
             found.members.append(member)
             found.fleet.arrive(0, member)
             found.settle(3)
-            member.snapshot = wire.replace(STATS, generated_tokens=generated)
+            member.snapshot = replace_fields(STATS, generated_tokens=generated)
             stats = found.fleet.status().replicas[0].stats
             assert stats is not None
             assert stats.generated_tokens == (generated if pid == 1 else 30 + generated)
@@ -935,8 +937,8 @@ def test_requests_are_cut_to_what_all_replicas_hold() -> None:
         assert lengths == {0: 15, 2: 15, 3: 6}
         ends = {update.seq: update for update in updates if update.finish is not None}
         assert {seq: end.refusal for seq, end in ends.items() if end.error} == {
-            1: wire.Refusal.INVALID,
-            4: wire.Refusal.INVALID,
+            1: RefusalKind.INVALID,
+            4: RefusalKind.INVALID,
         }
         assert (
             "this model's maximum context length is 20 tokens; the prompt has 20, and an output needs one"
@@ -973,7 +975,7 @@ def test_an_added_replica_that_holds_less_is_not_taken_in() -> None:
         found.fleet.scale(2)
         found.add(request(0, [1] * 50, 50))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.NONE}
+        assert found.refusals() == {0: RefusalKind.NONE}
         (first, second) = found.fleet.status().replicas
         assert (first.state, second.state) == ("ready", "failed")
         assert (
@@ -1002,7 +1004,7 @@ def test_an_arrival_that_holds_less_is_sent_away() -> None:
 class Hanging(FakeMember):
     """Takes requests, and says nothing."""
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_alive()
         return []
 
@@ -1020,7 +1022,7 @@ def test_one_that_has_requests_and_says_nothing_is_lost() -> None:
         assert len(found.members) == 2
         assert found.members[0].closed
         assert "replica 0 has 1 requests and has said nothing for" in found.fleet.status().replicas[0].cause
-        assert found.refusals() == {0: wire.Refusal.NONE}
+        assert found.refusals() == {0: RefusalKind.NONE}
 
 
 def test_time_in_which_the_head_was_stopped_is_held_against_nobody() -> None:
@@ -1053,7 +1055,7 @@ def test_counters_go_on_when_a_number_is_used_again() -> None:
     with world(2) as found:
         found.settle(2)
         for count, generated in enumerate([7, 11, 13]):
-            found.member(1).snapshot = wire.replace(STATS, generated_tokens=generated)
+            found.member(1).snapshot = replace_fields(STATS, generated_tokens=generated)
             stats = found.fleet.status().replicas[1].stats
             assert stats is not None
             assert stats.generated_tokens == [7, 18, 31][count]
@@ -1065,7 +1067,7 @@ def test_counters_go_on_when_a_number_is_used_again() -> None:
 
 
 class Choosy(FakeMember):
-    def add(self, spec: wire.EngineRequest) -> None:
+    def add(self, spec: EngineRequest) -> None:
         if spec.seq == 1:
             raise OverflowError("too large a number")
         super().add(spec)
@@ -1078,5 +1080,5 @@ def test_a_request_that_can_not_be_sent_ends_alone() -> None:
         for seq in range(3):
             found.add(request(seq, [seq]))
         found.finish()
-        assert found.refusals() == {0: wire.Refusal.NONE, 1: wire.Refusal.FAILED, 2: wire.Refusal.NONE}
+        assert found.refusals() == {0: RefusalKind.NONE, 1: RefusalKind.FAILED, 2: RefusalKind.NONE}
         assert "could not be sent: OverflowError: too large a number" in found.error(1)

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 from cluster.test_fleet import FakeMember, Hanging, World, world
-from shoal import wire
 from shoal.activity import AWAKE, PARTS, PAUSED, Activity, State
 from shoal.errors import ConfigError, UserError
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import Become, CacheReset, EngineRequest, RefusalKind, ResetCache, cache_reset_decoder
+from shoal.wire.fleet import Operation
 from support.fake_replica import STATS
 from support.fakes import alone, request
 
@@ -17,15 +19,15 @@ ASLEEP = Activity(State.ASLEEP, 1, PARTS)
 def operate(found: World, verb: str, **options: Any) -> list[Any]:
     """What is told when it has ended."""
     told: list[Any] = []
-    found.fleet.operate(wire.Operation(verb, **options), told.append)
+    found.fleet.operate(Operation(verb, **options), told.append)
     return told
 
 
 def activities(member: FakeMember) -> list[Activity]:
-    return [message.activity for message in member.told if isinstance(message, wire.Become)]
+    return [message.activity for message in member.told if isinstance(message, Become)]
 
 
-def running(found: World, count: int = 4, length: int = 12) -> list[wire.EngineRequest]:
+def running(found: World, count: int = 4, length: int = 12) -> list[EngineRequest]:
     """Requests that replicas have begun with."""
     specs = [request(seq, [seq, 1], length) for seq in range(count)]
     found.settle(2)
@@ -62,11 +64,11 @@ def test_limits_of_the_queue_and_deadlines_go_on_during_a_pause() -> None:
         found.add(request(5, [5]))
         found.add(request(6, [6]))
         found.step()
-        assert found.refusals() == {6: wire.Refusal.FULL}
+        assert found.refusals() == {6: RefusalKind.FULL}
         found.settle(12, 1.0)
-        assert found.refusals()[5] is wire.Refusal.LATE
+        assert found.refusals()[5] is RefusalKind.LATE
         found.settle(20, 1.0)
-        assert found.refusals()[0] is wire.Refusal.LATE
+        assert found.refusals()[0] is RefusalKind.LATE
         operate(found, "resume")
         found.finish()
 
@@ -79,8 +81,8 @@ def test_a_pause_may_abort_what_runs_and_what_waits() -> None:
         found.settle(3)
         assert len(told) == 1
         assert not found.outcomes.open
-        assert set(found.refusals().values()) == {wire.Refusal.NONE}
-        assert [type(message) for message in found.members[0].told] == [wire.Become, wire.ResetCache]
+        assert set(found.refusals().values()) == {RefusalKind.NONE}
+        assert [type(message) for message in found.members[0].told] == [Become, ResetCache]
 
 
 def test_a_pause_may_wait_for_what_replicas_have() -> None:
@@ -121,7 +123,7 @@ def test_who_is_asleep_takes_no_requests_and_is_awake_with_the_last_part() -> No
         assert (status.activity, status.sleep_level, status.missing) == ("asleep", 2, PARTS)
         found.add(request(7, [7]))
         found.step()
-        assert found.refusals() == {7: wire.Refusal.ASLEEP}
+        assert found.refusals() == {7: RefusalKind.ASLEEP}
         assert "POST /wake_up" in found.error(7)
         operate(found, "wake_up", tags=("weights",))
         found.settle(2)
@@ -197,7 +199,7 @@ def test_one_that_arrives_asleep_is_woken_up_before_it_is_given_anything() -> No
     with world(0, awaited=[0]) as found:
         member = FakeMember(0)
         member.activity = ASLEEP
-        member.ready = lambda timeout: wire.replace(STATS, activity=ASLEEP)  # type: ignore[method-assign]
+        member.ready = lambda timeout: replace_fields(STATS, activity=ASLEEP)  # type: ignore[method-assign]
         found.members.append(member)
         found.fleet.arrive(0, member)
         found.add(request(1, [1], 3))
@@ -224,7 +226,7 @@ def test_a_reset_says_what_all_replicas_have_forgotten() -> None:
         found.settle(2)
         told = operate(found, "reset_prefix_cache", running=True)
         found.settle(2)
-        assert wire.cache_reset.decode(told[0]) == wire.CacheReset(forgotten=6, held=0)
+        assert cache_reset_decoder.decode(told[0]) == CacheReset(forgotten=6, held=0)
         assert [member.told[0].running for member in found.members] == [True, True]  # type: ignore[union-attr]
         assert found.fleet.status().activity == "awake"
 

@@ -7,17 +7,18 @@ from contextlib import ExitStack
 
 import pytest
 
-from shoal import wire
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import wait
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.base import replace_fields
+from shoal.wire.plan import ReplicaPlace
 
 SIZE = 3
 
 
-def place(meeting: Rendezvous, rank: int) -> wire.Place:
-    return wire.Place(rank, SIZE, rendezvous=meeting.address, key="key")
+def place(meeting: Rendezvous, rank: int) -> ReplicaPlace:
+    return ReplicaPlace(rank, SIZE, rendezvous=meeting.address, key="key")
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def refusals(meeting: Rendezvous, at: list[str]) -> set[str]:
     """What each of two replicas says that comes to the rendezvous by an address of its own."""
 
     def join(rank: int) -> str:
-        there = wire.Place(rank, 2, rendezvous=at[rank], key="key")
+        there = ReplicaPlace(rank, 2, rendezvous=at[rank], key="key")
         with pytest.raises(ConfigError) as found:
             RendezvousLockstep(there, {}, timeout=60)
         return str(found.value)
@@ -123,7 +124,7 @@ def test_whoever_leaves_is_missed_by_those_that_have_work(replicas: list[Rendezv
 def test_engines_that_follow_each_other_have_rooms_of_their_own() -> None:
     with Rendezvous(key="key") as meeting, ThreadPoolExecutor(SIZE) as pool, ExitStack() as stack:
         for number in range(2):  # the first ones are still there
-            places = [wire.replace(place(meeting, rank), meeting=number) for rank in range(SIZE)]
+            places = [replace_fields(place(meeting, rank), meeting=number) for rank in range(SIZE)]
             found = list(pool.map(lambda each: RendezvousLockstep(each, {}, timeout=60), places))
             for each in found:
                 stack.callback(each.close)
@@ -146,4 +147,4 @@ def test_replicas_that_differ_are_refused() -> None:
 
 def test_who_was_there_before_has_set_nothing_wrong() -> None:
     with Rendezvous(key="key") as meeting, pytest.raises(EngineError, match="ranks 0, 2 missing"):
-        RendezvousLockstep(wire.replace(place(meeting, 1), returning=True), {}, timeout=1)
+        RendezvousLockstep(replace_fields(place(meeting, 1), returning=True), {}, timeout=1)

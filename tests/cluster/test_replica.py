@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.replica_set import await_ready
 from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError, EngineError, UserError
 from shoal.launch.offline_engines import ENGINE_PROCESS
 from shoal.transport.channel import Channel, wait
+from shoal.wire.base import encode
+from shoal.wire.engine import EngineFailure, EngineRequest, EngineStats, Finish, SeqUpdate, to_engine
+from shoal.wire.plan import EngineSetup, ReplicaPlace
+from shoal.wire.ranks import Sampling
 
 Checkpoint = Callable[[str], Path]
 
 OPTIONS = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20}
 
 
-def start(checkpoint: Checkpoint, place: wire.Place | None = None, **changes: Any) -> EngineProcess:
-    setup = wire.EngineSetup(str(checkpoint("llama")), {**OPTIONS, **changes}, place or wire.Place())
+def start(checkpoint: Checkpoint, place: ReplicaPlace | None = None, **changes: Any) -> EngineProcess:
+    setup = EngineSetup(str(checkpoint("llama")), {**OPTIONS, **changes}, place or ReplicaPlace())
     return EngineProcess(ENGINE_PROCESS, setup, answer_timeout=60)
 
 
@@ -36,12 +39,12 @@ def engine(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
     process.close()
 
 
-def request(seq: int, max_tokens: int) -> wire.EngineRequest:
-    return wire.EngineRequest(seq, encode_tokens([5, 6, 7]), wire.Sampling(seed=seq), max_tokens)
+def request(seq: int, max_tokens: int) -> EngineRequest:
+    return EngineRequest(seq, encode_tokens([5, 6, 7]), Sampling(seed=seq), max_tokens)
 
 
-def finished(engine: Replica, count: int) -> dict[int, wire.SeqUpdate]:
-    found: dict[int, wire.SeqUpdate] = {}
+def finished(engine: Replica, count: int) -> dict[int, SeqUpdate]:
+    found: dict[int, SeqUpdate] = {}
     while len(found) < count:
         for update in engine.updates(1.0):
             if update.finish is not None:
@@ -67,10 +70,10 @@ def test_requests_aborts_and_stats(engine: EngineProcess) -> None:
     engine.abort([2, 2, 99])
     found = finished(engine, 4)
     assert [found[seq].finish for seq in range(4)] == [
-        wire.Finish.LENGTH,
-        wire.Finish.LENGTH,
-        wire.Finish.ABORT,
-        wire.Finish.LENGTH,
+        Finish.LENGTH,
+        Finish.LENGTH,
+        Finish.ABORT,
+        Finish.LENGTH,
     ]
     engine.abort([0])
     stats = engine.stats()
@@ -83,8 +86,8 @@ def test_a_request_that_can_never_run_ends_alone(engine: EngineProcess) -> None:
     engine.add(request(0, max_tokens=5))
     engine.add(request(1, max_tokens=10_000))
     found = finished(engine, 2)
-    assert found[0].finish is wire.Finish.LENGTH
-    assert found[1].finish is wire.Finish.ABORT
+    assert found[0].finish is Finish.LENGTH
+    assert found[1].finish is Finish.ABORT
     assert "10000" in found[1].error
 
 
@@ -172,10 +175,10 @@ class Slow:
         end.close()
 
 
-@pytest.mark.parametrize("frame", [None, wire.encode(wire.EngineFailure("it failed")), b"\xff\xff"])
+@pytest.mark.parametrize("frame", [None, encode(EngineFailure("it failed")), b"\xff\xff"])
 def test_nobody_waits_for_the_end_of_one_that_failed_but_who_closes_it(frame: bytes | None) -> None:
     host = Slow()
-    replica = Replica(host, wire.EngineSetup("model", {}), name="replica 0", answer_timeout=60)
+    replica = Replica(host, EngineSetup("model", {}), name="replica 0", answer_timeout=60)
     host.answer(frame)
     with pytest.raises(EngineError, match=r"replica 0 was killed|it failed|nobody understands"):
         replica.updates(60)
@@ -191,7 +194,7 @@ def test_with_no_thread_left_to_wait_for_its_end_one_that_failed_is_ended_all_th
 ) -> None:
     host = Slow()
     host.may_go.set()
-    replica = Replica(host, wire.EngineSetup("model", {}), name="replica 0", answer_timeout=60)
+    replica = Replica(host, EngineSetup("model", {}), name="replica 0", answer_timeout=60)
     host.answer(None)
 
     def start(thread: threading.Thread) -> None:
@@ -228,7 +231,8 @@ def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> Non
 def test_one_that_fails_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
     options: list[dict[str, Any]] = [{}, {"kv_cache_memory_bytes": 100_000, "max_model_len": 256}]
     replicas = {
-        number: start(checkpoint, wire.Place(number, 2, number, 2), **changes) for number, changes in enumerate(options)
+        number: start(checkpoint, ReplicaPlace(number, 2, number, 2), **changes)
+        for number, changes in enumerate(options)
     }
     with pytest.raises(
         UserError, match=rf"^replica 1 \(process {replicas[1].pid}\): .* one request of --max-model-len 256"
@@ -238,7 +242,7 @@ def test_one_that_fails_at_start_ends_the_others_and_is_named(checkpoint: Checkp
 
 
 def test_one_that_is_killed_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
-    replicas = {number: start(checkpoint, wire.Place(number, 2, number, 2)) for number in range(2)}
+    replicas = {number: start(checkpoint, ReplicaPlace(number, 2, number, 2)) for number in range(2)}
     os.kill(replicas[0].pid, signal.SIGKILL)
     with pytest.raises(EngineError, match=rf"^replica 0 \(process {replicas[0].pid}\) was killed by SIGKILL"):
         await_ready(replicas, timeout=120)
@@ -246,7 +250,7 @@ def test_one_that_is_killed_at_start_ends_the_others_and_is_named(checkpoint: Ch
 
 
 def test_those_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> None:
-    replicas = {number: start(checkpoint, wire.Place(number, 2, number, 2)) for number in range(2)}
+    replicas = {number: start(checkpoint, ReplicaPlace(number, 2, number, 2)) for number in range(2)}
     for replica in replicas.values():
         os.kill(replica.pid, signal.SIGSTOP)
     with pytest.raises(
@@ -257,36 +261,36 @@ def test_those_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> N
 
 
 def test_an_engine_on_a_thread_speaks_as_one_in_a_process() -> None:
-    def listen(channel: Channel) -> wire.EngineSetup:
+    def listen(channel: Channel) -> EngineSetup:
         while not wait([channel], 60) or not (frames := channel.receive()):
             pass
-        setup = wire.to_engine.decode(frames[0])
-        assert isinstance(setup, wire.EngineSetup)
+        setup = to_engine.decode(frames[0])
+        assert isinstance(setup, EngineSetup)
         return setup
 
     def refuse(channel: Channel) -> None:
         setup = listen(channel)
-        channel.send(wire.encode(wire.EngineFailure(f"no {setup.model}", user_error=True)))
+        channel.send(encode(EngineFailure(f"no {setup.model}", user_error=True)))
 
     def end(channel: Channel) -> None:
         listen(channel)
 
     def refuse_later(channel: Channel) -> None:
         listen(channel)
-        channel.send(wire.encode(wire.EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
+        channel.send(encode(EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
         refuse_now(channel)
 
     def refuse_now(channel: Channel) -> None:
-        channel.send(wire.encode(wire.EngineFailure("no tokenizer", user_error=True)))
+        channel.send(encode(EngineFailure("no tokenizer", user_error=True)))
 
-    later = EngineThread(refuse_later, wire.EngineSetup("model", {}, wire.Place(3, 4)), answer_timeout=60)
+    later = EngineThread(refuse_later, EngineSetup("model", {}, ReplicaPlace(3, 4)), answer_timeout=60)
     later.await_ready(60)
     with pytest.raises(EngineError, match=r"^replica 3 \(thread\): no tokenizer$"):  # as any other end of it
         finished(later, 1)
-    replica = EngineThread(refuse, wire.EngineSetup("model", {}, wire.Place(3, 4)), answer_timeout=60)
+    replica = EngineThread(refuse, EngineSetup("model", {}, ReplicaPlace(3, 4)), answer_timeout=60)
     with pytest.raises(UserError, match=r"^replica 3 \(thread\): no model$"):
         replica.await_ready(60)
-    ended = EngineThread(end, wire.EngineSetup("model", {}, wire.Place(3, 4)), answer_timeout=60)
+    ended = EngineThread(end, EngineSetup("model", {}, ReplicaPlace(3, 4)), answer_timeout=60)
     with pytest.raises(EngineError, match=r"^replica 3 \(thread\) has ended$"):
         ended.await_ready(60)
     with pytest.raises(ClosedError):

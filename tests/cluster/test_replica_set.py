@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.cluster.replica_set import ReplicaSet
 from shoal.cluster.routing.router import Room
 from shoal.cluster.stats import merged
 from shoal.engine.request import decode_tokens
 from shoal.errors import ClosedError, ReplicasFailed, RequestError
+from shoal.wire.base import encode, replace_fields
+from shoal.wire.engine import Finish, SeqUpdate, from_engine
+from shoal.wire.ranks import PromptLogprobs, RankStats, TokenLogprobs
 from support.fake_replica import STATS, FakeReplica
 from support.fakes import Outcomes, alone, request, steady
 
@@ -68,7 +70,7 @@ def test_every_request_gets_the_tokens_of_its_undisturbed_twin(data: st.DataObje
     assert all(replica.closed for replica in replicas)
 
 
-def poll(found: ReplicaSet, take: Callable[[list[wire.SeqUpdate]], object] = lambda _: None) -> None:
+def poll(found: ReplicaSet, take: Callable[[list[SeqUpdate]], object] = lambda _: None) -> None:
     """Until everything that has happened must have been seen."""
     for _ in range(20):
         take(found.updates(0))
@@ -132,9 +134,9 @@ class Scripted(FakeReplica):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.script: list[list[wire.SeqUpdate]] = []
+        self.script: list[list[SeqUpdate]] = []
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_alive()
         return self.script.pop(0) if self.script else []
 
@@ -143,7 +145,7 @@ def test_what_came_before_the_last_one_died_is_handed_out_before_the_error() -> 
     """It gives the end of a request, and can't be given the next one any more."""
 
     class Dying(Scripted):
-        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        def updates(self, timeout: float) -> list[SeqUpdate]:
             found = super().updates(timeout)
             self.dead = "was killed by SIGKILL" if found else ""
             return found
@@ -152,7 +154,7 @@ def test_what_came_before_the_last_one_died_is_handed_out_before_the_error() -> 
     found = replica_set([replica], most=1)
     for seq in range(2):
         found.add(request(seq, [seq]))
-    replica.script = [[wire.SeqUpdate(0, (5,), finish=wire.Finish.STOP)]]
+    replica.script = [[SeqUpdate(0, (5,), finish=Finish.STOP)]]
     assert [update.seq for update in found.updates(0)] == [0]
     with pytest.raises(ReplicasFailed, match="no replica is left: replica 0 was killed by SIGKILL"):
         found.updates(0)
@@ -187,7 +189,7 @@ class Poisoned(FakeReplica):
 
     deadly = 0
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         if len(self.drawn.get(0, ())) >= self.deadly and 0 in self.held:
             self.dead = "was killed by SIGSEGV"
         return super().updates(timeout)
@@ -205,10 +207,10 @@ def test_a_request_that_kills_ends_alone(deadly: int, monkeypatch: pytest.Monkey
     outcomes.may_abort.add(0)
     finish_all(found, outcomes)
     assert found.num_live == 1
-    assert outcomes.finished[0].finish is wire.Finish.ABORT
+    assert outcomes.finished[0].finish is Finish.ABORT
     assert "2 replicas failed one after the other while they had this request" in outcomes.finished[0].error
     assert "was killed by SIGSEGV" in outcomes.finished[0].error
-    assert all(outcomes.finished[seq].finish is wire.Finish.LENGTH for seq in range(1, 6))
+    assert all(outcomes.finished[seq].finish is Finish.LENGTH for seq in range(1, 6))
 
 
 def test_a_request_that_comes_on_between_deaths_is_not_blamed() -> None:
@@ -222,11 +224,11 @@ def test_a_request_that_comes_on_between_deaths_is_not_blamed() -> None:
             outcomes.take(found.updates(0))
         next(replica for replica in replicas if 0 in replica.held and not replica.dead).dead = "was killed"
     finish_all(found, outcomes)
-    assert outcomes.finished[0].finish is wire.Finish.LENGTH
+    assert outcomes.finished[0].finish is Finish.LENGTH
 
 
-def prompt_logprobs(start: int, count: int) -> wire.PromptLogprobs:
-    return wire.PromptLogprobs(start, tuple(wire.TokenLogprobs(float(start + i), 1, (), ()) for i in range(count)))
+def prompt_logprobs(start: int, count: int) -> PromptLogprobs:
+    return PromptLogprobs(start, tuple(TokenLogprobs(float(start + i), 1, (), ()) for i in range(count)))
 
 
 @pytest.mark.parametrize("reported", [0, 2, 4])
@@ -234,16 +236,16 @@ def test_log_probabilities_of_a_prompt_are_given_once(reported: int) -> None:
     replicas = [Scripted(number) for number in range(2)]
     found = replica_set(replicas)
     spec = request(0, [1, 2, 3, 4, 5])
-    found.add(wire.replace(spec, sampling=wire.replace(spec.sampling, prompt_logprobs=1)))
+    found.add(replace_fields(spec, sampling=replace_fields(spec.sampling, prompt_logprobs=1)))
     first, second = sorted(replicas, key=lambda replica: 0 not in replica.held)
     if reported:
-        first.script = [[wire.SeqUpdate(0, (), prompt_logprobs=prompt_logprobs(1, reported), cached_tokens=3)]]
+        first.script = [[SeqUpdate(0, (), prompt_logprobs=prompt_logprobs(1, reported), cached_tokens=3)]]
     got = found.updates(0)
     first.dead = "died"
     found.updates(0)
     (again,) = second.added
     assert again.sampling.prompt_logprobs == (-1 if reported == 4 else 1)
-    second.script = [[wire.SeqUpdate(0, (9,), prompt_logprobs=None if reported == 4 else prompt_logprobs(1, 4))]]
+    second.script = [[SeqUpdate(0, (9,), prompt_logprobs=None if reported == 4 else prompt_logprobs(1, 4))]]
     got += found.updates(0)
     entries = [each for update in got if update.prompt_logprobs for each in update.prompt_logprobs.entries]
     assert [entry.chosen for entry in entries] == [1.0, 2.0, 3.0, 4.0]
@@ -255,7 +257,7 @@ def test_what_a_replica_says_of_a_request_that_is_elsewhere_is_dropped() -> None
     found = replica_set(replicas)
     found.add(request(0, [1]))
     other = next(replica for replica in replicas if 0 not in replica.held)
-    other.script = [[wire.SeqUpdate(0, (5,)), wire.SeqUpdate(77, (5,), finish=wire.Finish.STOP)]]
+    other.script = [[SeqUpdate(0, (5,)), SeqUpdate(77, (5,), finish=Finish.STOP)]]
     assert found.updates(0) == []
 
 
@@ -265,7 +267,7 @@ def test_a_request_that_waits_is_aborted_here() -> None:
     for seq in range(3):
         found.add(request(seq, [seq], max_tokens=50))
     found.abort([2])
-    assert found.updates(0) == [wire.SeqUpdate(2, (), finish=wire.Finish.ABORT)]
+    assert found.updates(0) == [SeqUpdate(2, (), finish=Finish.ABORT)]
     assert found.stats().waiting == 1
     with pytest.raises(RequestError, match="request 1 exists already"):
         found.add(request(1, [1]))
@@ -282,14 +284,14 @@ def test_closed() -> None:
 
 
 def test_stats_are_sums_with_all_ranks_numbered_through() -> None:
-    rank = wire.RankStats(0, 1, 2, 3, 4, 5)
-    one = wire.replace(
+    rank = RankStats(0, 1, 2, 3, 4, 5)
+    one = replace_fields(
         STATS, num_blocks=10, block_size=16, max_model_len=64, steps=3, start_s=(("load", 1.0),), ranks=(rank, rank)
     )
-    two = wire.replace(one, num_blocks=12, max_model_len=32, steps=4, start_s=(("load", 2.0),), ranks=(rank,))
+    two = replace_fields(one, num_blocks=12, max_model_len=32, steps=4, start_s=(("load", 2.0),), ranks=(rank,))
     both = merged([one, two])
     assert (both.num_blocks, both.block_size, both.max_model_len, both.steps) == (22, 16, 32, 7)
     assert both.start_s == (("load", 2.0),)
     assert [each.rank for each in both.ranks] == [0, 1, 2]
     assert both.replicas == (one, two)
-    assert wire.from_engine.decode(wire.encode(both)) == both
+    assert from_engine.decode(encode(both)) == both

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from shoal import wire
 from shoal.cluster.routing.router import Room, Router, most_held
 from shoal.engine.request import encode_tokens
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import EngineRequest
+from shoal.wire.ranks import Sampling
 from support.fakes import request, steady
 
 BLOCK = 4
@@ -32,7 +34,7 @@ def dealt(found: Router) -> list[tuple[int, int]]:
     return pairs
 
 
-def spread(found: Router, requests: Sequence[wire.EngineRequest]) -> dict[int, int]:
+def spread(found: Router, requests: Sequence[EngineRequest]) -> dict[int, int]:
     """request -> replica, each dealt out as it comes."""
     where: dict[int, int] = {}
     for each in requests:
@@ -51,7 +53,7 @@ def test_nothing_is_lost_nothing_goes_twice_and_nobody_holds_too_much(
 ) -> None:
     found = router(replicas, room(most, tokens))
     held: dict[int, set[int]] = {number: set() for number in range(replicas)}
-    waiting: dict[int, wire.EngineRequest] = {}
+    waiting: dict[int, EngineRequest] = {}
     ended = 0
 
     def deal() -> None:
@@ -64,7 +66,7 @@ def test_nothing_is_lost_nothing_goes_twice_and_nobody_holds_too_much(
         if waiting:
             assert all(held.values()), "a replica is idle while a request waits"
 
-    specs: dict[int, wire.EngineRequest] = {}
+    specs: dict[int, EngineRequest] = {}
     count = data.draw(st.integers(1, 25))
     for seq in range(count):
         prompt: list[int] = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=12))
@@ -246,7 +248,7 @@ def test_ties_go_round() -> None:
 # --- prefixes ----------------------------------------------------------------------------------------------------
 
 
-def prompts_of(topic: int, count: int, first: int) -> list[wire.EngineRequest]:
+def prompts_of(topic: int, count: int, first: int) -> list[EngineRequest]:
     """They share three blocks, and end differently."""
     return [request(first + i, [topic] * 3 * BLOCK + [first + i], max_tokens=4) for i in range(count)]
 
@@ -296,12 +298,12 @@ def test_a_hot_prefix_gets_copies_where_replicas_are_idle_and_one_conversation_d
     found.drew(0, 0, 1)
     found.ended(0, 0)
     # Somebody else's request keeps its replica busy for a short time: less than the conversation's past would take.
-    found.add(wire.replace(request(1, [9], max_tokens=3), replica=0))
+    found.add(replace_fields(request(1, [9], max_tokens=3), replica=0))
     assert dealt(found) == [(1, 0)]
     assert spread(found, [request(2, [7] * 44, max_tokens=3)]) == {2: 0}
 
 
-def computed(found: Router, spec: wire.EngineRequest) -> int:
+def computed(found: Router, spec: EngineRequest) -> int:
     """Prompt tokens that replica 0 has to compute for it."""
     before = found.work(0)
     assert spread(found, [spec]) == {spec.seq: 0}
@@ -329,9 +331,9 @@ def test_the_oldest_prefixes_are_forgotten() -> None:
 def test_a_prompt_whose_log_probabilities_are_wanted_is_computed() -> None:
     found = router(1)
     spread(found, prompts_of(50, 1, 0))
-    wanted = wire.EngineRequest(5, encode_tokens([50] * 13), wire.Sampling(seed=0, prompt_logprobs=1), 1, group=3)
+    wanted = EngineRequest(5, encode_tokens([50] * 13), Sampling(seed=0, prompt_logprobs=1), 1, group=3)
     assert computed(found, wanted) == 13
-    assert computed(found, wire.replace(wanted, seq=6)) == 13
+    assert computed(found, replace_fields(wanted, seq=6)) == 13
 
 
 # --- replicas that come and go -----------------------------------------------------------------------------------
@@ -379,8 +381,8 @@ def test_a_replica_that_joins_is_not_flooded() -> None:
 # --- requests that may run at one replica only -------------------------------------------------------------------
 
 
-def pinned(seq: int, number: int, priority: int = 0) -> wire.EngineRequest:
-    return wire.replace(request(seq, [seq], priority=priority), replica=number)
+def pinned(seq: int, number: int, priority: int = 0) -> EngineRequest:
+    return replace_fields(request(seq, [seq], priority=priority), replica=number)
 
 
 def test_one_that_waits_for_its_replica_holds_up_nobody() -> None:
@@ -442,8 +444,8 @@ class Machine(RuleBasedStateMachine):
     def begin(self, numbers: set[int]) -> None:
         self.found = Router({number: room(2, 30, 6) for number in numbers})
         self.held: dict[int, dict[int, int]] = {number: {} for number in numbers}  # replica -> request -> drawn there
-        self.waiting: dict[int, wire.EngineRequest] = {}
-        self.specs: dict[int, wire.EngineRequest] = {}
+        self.waiting: dict[int, EngineRequest] = {}
+        self.specs: dict[int, EngineRequest] = {}
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
@@ -456,7 +458,7 @@ class Machine(RuleBasedStateMachine):
     def come(self, prompt: list[int], max_tokens: int, priority: int, group: int, number: int, salt: str) -> None:
         seq = len(self.specs)
         spec = request(seq, prompt, max_tokens, priority=priority, group=group, salt=salt)
-        self.specs[seq] = self.waiting[seq] = wire.replace(spec, replica=max(number, -1))
+        self.specs[seq] = self.waiting[seq] = replace_fields(spec, replica=max(number, -1))
         self.found.add(self.waiting[seq])
 
     @rule(most=st.integers(1, 5))
@@ -497,11 +499,11 @@ class Machine(RuleBasedStateMachine):
         for seq, drawn in self.held.pop(number).items():
             spec = self.specs[seq]
             prompt_len = spec.prompt_len or len(spec.tokens) // 4
-            spec = wire.replace(spec, tokens=spec.tokens + encode_tokens([9] * drawn), prompt_len=prompt_len)
+            spec = replace_fields(spec, tokens=spec.tokens + encode_tokens([9] * drawn), prompt_len=prompt_len)
             self.specs[seq] = self.waiting[seq] = spec
             self.found.add(spec)
 
-    def take(self, spec: wire.EngineRequest, number: int) -> None:
+    def take(self, spec: EngineRequest, number: int) -> None:
         """In its turn, to where it may go."""
 
         def place(seq: int) -> tuple[int, int]:
@@ -519,7 +521,7 @@ class Machine(RuleBasedStateMachine):
         return held is not None and len(held) < 2
 
     @staticmethod
-    def brought(spec: wire.EngineRequest) -> int:
+    def brought(spec: EngineRequest) -> int:
         return len(spec.tokens) // 4 - spec.prompt_len if spec.prompt_len else 0
 
     @invariant()

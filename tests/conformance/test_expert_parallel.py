@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from conformance.test_sameness import FEW, assert_same, generate
-from shoal import wire
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
 from shoal.engine.request import encode_tokens
@@ -22,6 +21,8 @@ from shoal.executors.multiprocess import ProcessLinks
 from shoal.executors.threads import ThreadLinks
 from shoal.models.registry import read_spec
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.engine import EngineRequest
+from shoal.wire.ranks import Sampling, StepPlan
 from support.checkpoints import MAKERS, Reference
 from support.fakes import on_threads
 from support.setups import rank_setup
@@ -64,8 +65,8 @@ class Replicas:
 
     def add(self, replica: int, seq: int, prompt: Sequence[int], max_tokens: int = STEPS) -> None:
         self.tokens[seq] = []
-        sampling = wire.Sampling(seed=seq)
-        self.engines[replica].add(wire.EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens))
+        sampling = Sampling(seed=seq)
+        self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens))
 
     def run(self) -> None:
         while any(engine.busy for engine in self.engines):
@@ -218,7 +219,7 @@ def test_collectives_of_a_step(checkpoint: Callable[[str], Path]) -> None:
 def test_a_replica_that_fails_releases_the_others(checkpoint: Callable[[str], Path]) -> None:
     with replicas(checkpoint("qwen2_moe"), Layout()) as running:
         running.add(1, 0, make_prompts([5])[0])
-        running.executors[0].launch(wire.StepPlan(7, 0, (), released=(99,)))  # nobody knows that sequence
+        running.executors[0].launch(StepPlan(7, 0, (), released=(99,)))  # nobody knows that sequence
         with pytest.raises(EngineError, match="KeyError"):
             running.executors[0].poll(TIMEOUT_S)
         with pytest.raises(EngineError, match="was aborted"):

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from conformance.test_sameness import FEW, MIXED, Checkpoint, assert_same, generate, make_prompts, run
-from shoal import LLM, RequestOutput, SamplingParams, wire
+from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ConfigError
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
 from shoal.models.manifest import Param, weight_bytes
 from shoal.params import StructuredOutputsParams
+from shoal.wire.engine import EngineStats
+from shoal.wire.ranks import RankStats
 from shoal.worker import kv_cache
 from shoal.worker.runner import Runner
 from support import others
@@ -212,10 +214,10 @@ def test_structured_outputs() -> None:
 # --- who holds and says what -------------------------------------------------------------------------------------
 
 
-def said(before: wire.EngineStats, after: wire.EngineStats) -> list[dict[tuple[str, str], int]]:
+def said(before: EngineStats, after: EngineStats) -> list[dict[tuple[str, str], int]]:
     """By rank: (axis, operation) -> how often."""
 
-    def counts(stats: wire.RankStats) -> dict[tuple[str, str], int]:
+    def counts(stats: RankStats) -> dict[tuple[str, str], int]:
         return {(each.axis, each.operation): each.count for each in stats.traffic}
 
     return [

@@ -9,7 +9,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shoal import wire
 from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.ngram import NgramIndex
@@ -17,7 +16,10 @@ from shoal.engine.request import decode_tokens
 from shoal.engine.scheduler import Limits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
-from shoal.wire import Ids
+from shoal.wire.base import Ids, replace_fields
+from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
+from shoal.wire.grammars import GrammarAsk, Verdict
+from shoal.wire.ranks import RankStats, SeqOut, StepPlan, StepResult, StepTimes
 from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, begun, request, steady
 
 MAX_MODEL_LEN = 20
@@ -62,7 +64,7 @@ class Engine:
             make_guesser=make_guessers(speculative),
         )
 
-    def add(self, spec: wire.EngineRequest) -> None:
+    def add(self, spec: EngineRequest) -> None:
         self.core.add(spec)
         self.outcomes.added(spec)
 
@@ -126,7 +128,7 @@ def test_aborting_what_is_unknown_or_has_ended_is_nothing() -> None:
     engine.drain()
     engine.abort(1, 1)
     assert engine.core.updates(0) == []
-    assert engine.outcomes.finished[1].finish is wire.Finish.LENGTH
+    assert engine.outcomes.finished[1].finish is Finish.LENGTH
 
 
 def test_an_abort_is_answered_while_the_ranks_are_busy() -> None:
@@ -135,7 +137,7 @@ def test_an_abort_is_answered_while_the_ranks_are_busy() -> None:
     engine.step()
     engine.abort(1)
     engine.step()
-    assert engine.outcomes.finished[1].finish is wire.Finish.ABORT
+    assert engine.outcomes.finished[1].finish is Finish.ABORT
     engine.drain()
 
 
@@ -167,7 +169,7 @@ def test_stats_add_up() -> None:
     assert stats.steps == len(engine.ranks.plans)
     assert (stats.step_total_us, stats.step_forward_us) == (20 * stats.steps, 10 * stats.steps)
     assert stats.start_s == (("load", 0.25),)
-    assert stats.ranks == (wire.RankStats(0, 1, 2, 3, 4, 5),)
+    assert stats.ranks == (RankStats(0, 1, 2, 3, 4, 5),)
 
 
 def test_a_dead_rank_fails_the_engine_once_and_for_all() -> None:
@@ -190,7 +192,7 @@ def test_an_error_that_nobody_foresaw_fails_the_engine_too() -> None:
     engine = Engine()
     engine.add(request(1, [1], 9))
 
-    def launch(plan: wire.StepPlan) -> None:
+    def launch(plan: StepPlan) -> None:
         raise OverflowError("can't be encoded")
 
     engine.core._executor.launch = launch  # type: ignore[method-assign]
@@ -267,7 +269,7 @@ def test_a_request_ends_alike_wherever_it_was_cut(stop: int | None, speculative:
     plain = request(0, [1, 2, 3], 12)
     whole = request(0, [1, 2, 3], 12, stop_ids=() if stop is None else [alone(plain)[stop]])
     output = alone(whole)
-    finish = wire.Finish.LENGTH if stop is None else wire.Finish.STOP
+    finish = Finish.LENGTH if stop is None else Finish.STOP
     for count in range(len(output) + 1):
         engine = Engine(speculative=speculative)
         engine.add(begun(whole, count))
@@ -311,16 +313,16 @@ class FakeOutput:
     refused_at: int
     length: int = 0
 
-    def verdict(self, seq: int, drafts: Ids, *, masked: bool) -> wire.Verdict:
+    def verdict(self, seq: int, drafts: Ids, *, masked: bool) -> Verdict:
         """A row says behind how many tokens it is, and allows every token unless none may follow: see `WORDS`."""
         if self.length > self.refused_at:
-            return wire.Verdict(seq, refused=f"token {self.refused_at} is not allowed there")
+            return Verdict(seq, refused=f"token {self.refused_at} is not allowed there")
         drafts = drafts[: self.refused_at - self.length] if masked else ()
         places = range(self.length, self.length + 1 + len(drafts))
         problem = "a dead end" if self.length >= self.problem_at and masked else ""
         rows = [self.row(place) for place in places] if masked else []
         ended = tuple(place == self.end for place in places)
-        return wire.Verdict(seq, self.length, problem=problem, ended=ended, drafts=drafts, masks=b"".join(rows))
+        return Verdict(seq, self.length, problem=problem, ended=ended, drafts=drafts, masks=b"".join(rows))
 
     def row(self, place: int) -> bytes:
         return (0 if place >= self.refused_at else (1 << 32) - 1).to_bytes(4, "little") + place.to_bytes(4, "little")
@@ -339,28 +341,28 @@ class FakeGrammars:
         self._cost_us = cost_us
         self._lose_at = lose_at
         self._outputs: dict[int, FakeOutput] = {}
-        self._verdicts: list[tuple[int, wire.Verdict]] = []  # polls before it comes
+        self._verdicts: list[tuple[int, Verdict]] = []  # polls before it comes
         self._asked = 0
         self.closed = False
 
     def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
         assert seq not in self._outputs
         self._outputs[seq] = FakeOutput(*map(int, grammar.split()))
-        self.ask([wire.GrammarAsk(seq, output)])
+        self.ask([GrammarAsk(seq, output)])
 
-    def ask(self, asks: Sequence[wire.GrammarAsk]) -> None:
+    def ask(self, asks: Sequence[GrammarAsk]) -> None:
         for ask in asks:
             self._asked += 1
             if self._asked in self._lose_at:
                 del self._outputs[ask.seq]
-                self._verdicts.append((0, wire.Verdict(ask.seq, lost="its process was killed")))
+                self._verdicts.append((0, Verdict(ask.seq, lost="its process was killed")))
                 continue
             output = self._outputs[ask.seq]
             output.length += len(ask.tokens)
             found = output.verdict(ask.seq, ask.drafts, masked=ask.masked)
             if found.refused:
                 del self._outputs[ask.seq]
-            self._verdicts.append((self._delays(self._asked), wire.replace(found, cost_us=self._cost_us)))
+            self._verdicts.append((self._delays(self._asked), replace_fields(found, cost_us=self._cost_us)))
 
     def forget(self, seqs: Sequence[int]) -> None:
         for seq in seqs:
@@ -374,7 +376,7 @@ class FakeGrammars:
     def followed(self) -> set[int]:
         return set(self._outputs)
 
-    def poll(self, timeout: float) -> list[wire.Verdict]:
+    def poll(self, timeout: float) -> list[Verdict]:
         found = [verdict for left, verdict in self._verdicts if left == 0]
         self._verdicts = [(left - 1, verdict) for left, verdict in self._verdicts if left > 0]
         return found
@@ -391,15 +393,15 @@ class Watched(FaultyExecutor):
 
     def __init__(self, ranks: FakeExecutor, delays: Callable[[int], int]) -> None:
         super().__init__(ranks, delays=delays)
-        self._open: dict[int, wire.StepPlan] = {}
+        self._open: dict[int, StepPlan] = {}
 
-    def launch(self, plan: wire.StepPlan) -> None:
+    def launch(self, plan: StepPlan) -> None:
         waiting = {work.seq for launched in self._open.values() for work in launched.work if work.masked}
         assert not waiting & {work.seq for work in plan.work}
         self._open[plan.step] = plan
         super().launch(plan)
 
-    def poll(self, timeout: float) -> list[wire.StepResult]:
+    def poll(self, timeout: float) -> list[StepResult]:
         results = super().poll(timeout)
         for result in results:
             del self._open[result.step]
@@ -431,9 +433,9 @@ class Masked:
             make_guesser=make_guessers(NGRAM if guessing else None),
         )
         self.tokens: dict[int, list[int]] = {}
-        self.ends: dict[int, wire.SeqUpdate] = {}
+        self.ends: dict[int, SeqUpdate] = {}
 
-    def add(self, spec: wire.EngineRequest, grammar: str = "") -> wire.EngineRequest:
+    def add(self, spec: EngineRequest, grammar: str = "") -> EngineRequest:
         self.core.add(msgspec.structs.replace(spec, grammar=grammar))
         self.tokens[spec.seq] = []
         return spec
@@ -477,7 +479,7 @@ def test_each_masked_plan_has_its_mask(depth: int, num_blocks: int, budget: int,
     engine.drain()
     for spec in specs:
         assert engine.tokens[spec.seq] == alone(spec)
-        assert engine.ends[spec.seq].finish is wire.Finish.LENGTH
+        assert engine.ends[spec.seq].finish is Finish.LENGTH
     engine.check_masks()
     stats = engine.core.stats()
     assert (stats.preemptions > 0) == (num_blocks == 7)
@@ -492,7 +494,7 @@ def test_a_grammar_that_ends_stops_its_request() -> None:
     other = engine.add(request(2, [1, 2, 3], 8))
     engine.drain()
     assert engine.tokens[1] == alone(spec)[:5]
-    assert (engine.ends[1].finish, engine.ends[1].error) == (wire.Finish.STOP, "")
+    assert (engine.ends[1].finish, engine.ends[1].error) == (Finish.STOP, "")
     assert engine.tokens[2] == alone(other)
 
 
@@ -513,10 +515,10 @@ def test_a_grammar_that_can_not_be_obeyed_ends_its_request_alone(grammar: str, r
     found = engine.tokens[1]
     assert found == alone(spec)[: len(found)]
     assert len(found) == 3 or (guessing and 3 < len(found) < 8)  # guesses may take it past the place
-    assert engine.ends[1].finish is wire.Finish.ABORT
+    assert engine.ends[1].finish is Finish.ABORT
     assert engine.ends[1].error == f"structured_outputs can't be obeyed: {reason}"
     assert engine.tokens[2] == alone(other)
-    assert engine.ends[2].finish is wire.Finish.LENGTH
+    assert engine.ends[2].finish is Finish.LENGTH
 
 
 @pytest.mark.parametrize("guessing", [False, True])
@@ -529,7 +531,7 @@ def test_a_grammar_goes_on_behind_an_output_that_was_begun(end: int, guessing: b
         engine.add(begun(spec, count), f"{end} 99 99")
         engine.drain()
         assert [*output[:count], *engine.tokens[1]] == output
-        assert engine.ends[1].finish is (wire.Finish.STOP if end == 5 else wire.Finish.LENGTH)
+        assert engine.ends[1].finish is (Finish.STOP if end == 5 else Finish.LENGTH)
         engine.check_masks()
 
 
@@ -537,7 +539,7 @@ def test_an_output_that_its_grammar_does_not_allow_is_refused() -> None:
     engine = Masked()
     engine.add(begun(request(1, [1, 2, 3], 8), 5), "99 99 3")
     engine.drain()
-    assert (engine.ends[1].finish, engine.ends[1].refusal) == (wire.Finish.ABORT, wire.Refusal.INVALID)
+    assert (engine.ends[1].finish, engine.ends[1].refusal) == (Finish.ABORT, RefusalKind.INVALID)
     assert engine.ends[1].error == "token 3 is not allowed there"
     assert engine.ranks.plans == []
 
@@ -554,7 +556,7 @@ def test_verdicts_may_come_late(polls: int, cost_us: int, guessing: bool) -> Non
     engine.drain()
     for i, spec in enumerate(specs):
         assert engine.tokens[spec.seq] == alone(spec)[: 6 if i % 2 else 8]
-        assert engine.ends[spec.seq].finish is (wire.Finish.STOP if i % 2 else wire.Finish.LENGTH)
+        assert engine.ends[spec.seq].finish is (Finish.STOP if i % 2 else Finish.LENGTH)
     assert [mask.step for mask in engine.ranks.masks] == [plan.step for plan in engine.ranks.plans if plan.masked]
 
 
@@ -577,7 +579,7 @@ def test_an_output_that_is_lost_is_followed_anew(at: int, guessing: bool) -> Non
     spec = engine.add(request(1, [1, 2, 3], 8), "6 99 99")
     engine.drain()
     assert engine.tokens[1] == alone(spec)[:6]
-    assert engine.ends[1].finish is wire.Finish.STOP
+    assert engine.ends[1].finish is Finish.STOP
 
 
 def test_an_output_that_is_lost_again_and_again_is_given_up() -> None:
@@ -585,7 +587,7 @@ def test_an_output_that_is_lost_again_and_again_is_given_up() -> None:
     engine.add(request(1, [1, 2, 3], 8), FREE)
     other = engine.add(request(2, [1, 2, 3], 8))
     engine.drain()
-    assert engine.ends[1].finish is wire.Finish.ABORT
+    assert engine.ends[1].finish is Finish.ABORT
     assert engine.ends[1].error == "structured_outputs: its process was killed, again and again"
     assert engine.tokens[2] == alone(other)
 
@@ -605,7 +607,7 @@ def test_a_masked_request_may_be_aborted_at_any_time() -> None:
                 engine.tokens[1] += update.tokens
         engine.core.abort([1])
         engine.drain()
-        assert engine.ends[1].finish is wire.Finish.ABORT
+        assert engine.ends[1].finish is Finish.ABORT
         engine.check_masks()
 
 
@@ -617,7 +619,7 @@ def test_an_engine_without_a_tokenizer_refuses_grammars() -> None:
 
 
 class LastComesFirst:
-    def rank(self, request: wire.EngineRequest, arrival: int) -> tuple[int, ...]:
+    def rank(self, request: EngineRequest, arrival: int) -> tuple[int, ...]:
         return (-arrival,)
 
 
@@ -718,8 +720,8 @@ def test_what_answers_another_incarnation_is_dropped() -> None:
     class Restarted(FakeExecutor):
         """Brings a result that its predecessor's engine had asked for."""
 
-        def poll(self, timeout: float) -> list[wire.StepResult]:
-            stale = wire.StepResult(6, 0, (wire.SeqOut(1, 0, (99,)),), wire.StepTimes(1, 1))
+        def poll(self, timeout: float) -> list[StepResult]:
+            stale = StepResult(6, 0, (SeqOut(1, 0, (99,)),), StepTimes(1, 1))
             return [stale, *super().poll(timeout)]
 
     engine = EngineCore(
@@ -727,5 +729,5 @@ def test_what_answers_another_incarnation_is_dropped() -> None:
     )
     engine.add(request(1, [1, 2, 3], max_tokens=1))
     (update,) = engine.updates(1.0)
-    assert update.finish is wire.Finish.LENGTH
+    assert update.finish is Finish.LENGTH
     assert update.tokens != (99,)

@@ -7,10 +7,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shoal import wire
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler import Limits
 from shoal.errors import ClosedError, EngineError
+from shoal.wire.engine import EngineRequest
+from shoal.wire.ranks import StepResult
 from support.fakes import FakeExecutor, FakeLockstep, FaultyExecutor, Outcomes, alone, request, steady
 
 MAX_MODEL_LEN = 20
@@ -24,7 +25,7 @@ class TogetherExecutor(FaultyExecutor):
         self._group = group
         self._ended = 0
 
-    def poll(self, timeout: float) -> list[wire.StepResult]:
+    def poll(self, timeout: float) -> list[StepResult]:
         if min(self._group.counts) <= self._ended:
             return []
         results = super().poll(timeout)
@@ -53,7 +54,7 @@ class Replicas:
         ]
         self.placed: dict[int, int] = {}
 
-    def add(self, replica: int, spec: wire.EngineRequest) -> None:
+    def add(self, replica: int, spec: EngineRequest) -> None:
         self.cores[replica].add(spec)
         self.placed[spec.seq] = replica
         self.outcomes.added(spec)
@@ -141,7 +142,7 @@ def test_what_follows_from_the_failure_of_another_replica_goes_by_its_name() -> 
     group = FakeLockstep(2)
 
     class Deserted(FakeExecutor):
-        def poll(self, timeout: float) -> list[wire.StepResult]:
+        def poll(self, timeout: float) -> list[StepResult]:
             group.failure = "another replica has failed: replica 1"
             raise EngineError("rank 0: all_to_all: connection closed")
 

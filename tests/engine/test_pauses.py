@@ -7,9 +7,9 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from engine.test_core import NGRAM, Engine
 from engine.test_lockstep import Replicas
-from shoal import wire
 from shoal.activity import AWAKE, PARTS, PAUSED, Activity, State
 from shoal.errors import CheckpointError
+from shoal.wire.engine import CacheReset, Finish
 from support.fakes import alone, request, steady
 
 ASLEEP = Activity(State.ASLEEP, 1, PARTS)
@@ -43,7 +43,7 @@ def test_requests_can_be_aborted_during_a_pause() -> None:
     engine.abort(1)
     assert engine.core.busy, "there is something to say"
     engine.step()
-    assert engine.outcomes.finished[1].finish is wire.Finish.ABORT
+    assert engine.outcomes.finished[1].finish is Finish.ABORT
     assert not engine.core.busy
     engine.core.become(AWAKE)
     engine.drain()
@@ -91,7 +91,7 @@ def test_a_prefix_that_was_forgotten_is_computed_again() -> None:
     prompt = list(range(8))
     engine.add(request(1, prompt, 2))
     engine.drain()
-    assert engine.core.reset_prefix_cache() == wire.CacheReset(forgotten=2, held=0)
+    assert engine.core.reset_prefix_cache() == CacheReset(forgotten=2, held=0)
     for seq, cached in ((2, 0), (3, 7)):
         engine.add(request(seq, prompt, 2))
         engine.drain()

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.engine.core import EngineCore
 from shoal.engine.prompt_chunking import PromptSpread
 from shoal.engine.scheduler import Limits
+from shoal.wire.engine import EngineRequest
 from support.fakes import FakePipeline, Outcomes, request, steady
 
 
@@ -55,7 +55,7 @@ def test_a_share_is_overdrawn_rather_than_a_prompt_cut_into_crumbs() -> None:
     assert spread.cut(500, 0) == 0
 
 
-def compute(stages: int, step_cost: float, specs: list[wire.EngineRequest]) -> FakePipeline:
+def compute(stages: int, step_cost: float, specs: list[EngineRequest]) -> FakePipeline:
     pipeline = FakePipeline(1024, 16, stages=stages, step_cost=step_cost)
     core = EngineCore(
         pipeline,

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shoal import wire
 from shoal.engine.blocks import BlockPool
 from shoal.engine.request import State, encode_tokens, token_set
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
 from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
+from shoal.wire.engine import EngineRequest, Finish
+from shoal.wire.ranks import SeqOut, StepPlan, StepResult, StepTimes
 from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, begun, next_token, request, steady
 
 MAX_MODEL_LEN = 20
@@ -78,7 +79,7 @@ class Bench:
         )
         self.outcomes = Outcomes()
 
-    def add(self, spec: wire.EngineRequest) -> None:
+    def add(self, spec: EngineRequest) -> None:
         self.scheduler.add(spec)
         self.outcomes.added(spec)
 
@@ -87,14 +88,14 @@ class Bench:
         self.scheduler.abort(seqs)
         self.take()
 
-    def plan(self) -> wire.StepPlan | None:
+    def plan(self) -> StepPlan | None:
         plan = self.scheduler.schedule()
         if plan is not None:
             self.executor.launch(plan)
         self.take()
         return plan
 
-    def must_plan(self) -> wire.StepPlan:
+    def must_plan(self) -> StepPlan:
         plan = self.plan()
         assert plan is not None
         return plan
@@ -104,7 +105,7 @@ class Bench:
             self.scheduler.apply(result)
         self.take()
 
-    def step(self) -> wire.StepPlan:
+    def step(self) -> StepPlan:
         plan = self.must_plan()
         self.land()
         return plan
@@ -124,7 +125,7 @@ class Bench:
         assert self.outcomes.open == []
 
 
-def spans(plan: wire.StepPlan) -> dict[int, tuple[int, int]]:
+def spans(plan: StepPlan) -> dict[int, tuple[int, int]]:
     """seq -> (start, count)."""
     return {work.seq: (work.start, work.count) for work in plan.work}
 
@@ -170,7 +171,7 @@ def test_the_speculative_token_after_a_stop_token_is_dropped() -> None:
         bench.must_plan()
     bench.land()
     bench.land()
-    assert bench.outcomes.finished[1].finish is wire.Finish.STOP
+    assert bench.outcomes.finished[1].finish is Finish.STOP
     assert bench.pool.num_free == 16
     bench.land()
     assert bench.outcomes.tokens[1] == alone(spec)
@@ -376,7 +377,7 @@ def test_prompts_whose_logprobs_are_wanted_are_told_in_parts() -> None:
     bench.drain()
 
 
-def telling(spec: wire.EngineRequest) -> wire.EngineRequest:
+def telling(spec: EngineRequest) -> EngineRequest:
     """With the log-probabilities of its prompt."""
     return msgspec.structs.replace(spec, sampling=msgspec.structs.replace(spec.sampling, prompt_logprobs=0))
 
@@ -406,13 +407,13 @@ def test_an_aborted_request_frees_its_blocks_at_once() -> None:
     bench.must_plan()
     bench.abort(1, 1, 77)
     assert bench.pool.num_free == 15
-    assert bench.outcomes.finished[1].finish is wire.Finish.ABORT
+    assert bench.outcomes.finished[1].finish is Finish.ABORT
     bench.abort(1)
     bench.land()
     assert bench.must_plan().released == (1,)
     bench.land()
     bench.drain()
-    assert bench.outcomes.finished[2].finish is wire.Finish.LENGTH
+    assert bench.outcomes.finished[2].finish is Finish.LENGTH
 
 
 def test_ranks_are_told_to_forget_the_last_request_too() -> None:
@@ -437,13 +438,13 @@ def test_a_deadline_ends_a_request_in_any_state() -> None:
     bench.clock.now += 5
     assert spans(bench.must_plan()) == {3: (0, 1)}
     for seq in (1, 2):
-        assert bench.outcomes.finished[seq].finish is wire.Finish.ABORT
+        assert bench.outcomes.finished[seq].finish is Finish.ABORT
         assert "deadline" in bench.outcomes.finished[seq].error
     bench.land()
     bench.drain()
     bench.clock.now += 5
     assert bench.plan() is None
-    assert bench.outcomes.finished[3].finish is wire.Finish.LENGTH
+    assert bench.outcomes.finished[3].finish is Finish.LENGTH
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [([], 1), ([1], 0), ([1] * 60, 5)])
@@ -471,14 +472,14 @@ def test_an_answer_out_of_order_is_an_error_and_never_a_wrong_token(answered: in
     if answered == 0:  # twice
         bench.land()
     with pytest.raises(EngineError, match=f"step {answered}"):
-        bench.scheduler.apply(wire.StepResult(0, answered, (), wire.StepTimes(0, 0)))
+        bench.scheduler.apply(StepResult(0, answered, (), StepTimes(0, 0)))
 
 
 def test_a_token_of_another_epoch_is_dropped() -> None:
     bench = Bench()
     bench.add(request(1, [1], 5))
     bench.must_plan()
-    bench.scheduler.apply(wire.StepResult(0, 0, (wire.SeqOut(1, 3, (5,)),), wire.StepTimes(0, 0)))
+    bench.scheduler.apply(StepResult(0, 0, (SeqOut(1, 3, (5,)),), StepTimes(0, 0)))
     assert bench.scheduler.take_updates() == []
 
 

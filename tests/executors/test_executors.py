@@ -9,10 +9,23 @@ from typing import Any
 
 import pytest
 
-from shoal import LLM, SamplingParams, wire
+from shoal import LLM, SamplingParams
 from shoal.errors import ClosedError, ConfigError, EngineError, RankFailed, UserError
 from shoal.executors.base import RankExecutor
 from shoal.models.decoder import Decoder
+from shoal.wire.base import encode
+from shoal.wire.ranks import (
+    Capacity,
+    FromRank,
+    LoadInfo,
+    RankCall,
+    RankReply,
+    RankReport,
+    StepPlan,
+    StepResult,
+    StepTimes,
+    ToRank,
+)
 from shoal.worker.runner import Runner
 from support.fakes import FakeClock
 from support.setups import rank_setup
@@ -148,18 +161,18 @@ def test_step_that_takes_too_long(folder: str, monkeypatch: pytest.MonkeyPatch) 
 class FakeLinks:
     """Ranks that answer as they are told: `answers` gives what comes back for a message."""
 
-    def __init__(self, answers: Callable[[wire.ToRank], Sequence[wire.FromRank]]) -> None:
+    def __init__(self, answers: Callable[[ToRank], Sequence[FromRank]]) -> None:
         self.world_size = 2
         self.closed: list[bool] = []
-        self.sent: list[wire.ToRank] = []
+        self.sent: list[ToRank] = []
         self._answers = answers
-        self._inbox: list[wire.FromRank] = []
+        self._inbox: list[FromRank] = []
 
-    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+    def send(self, message: ToRank, rank: int | None = None) -> None:
         self.sent.append(message)
         self._inbox += self._answers(message)
 
-    def receive(self, timeout: float) -> list[wire.FromRank]:
+    def receive(self, timeout: float) -> list[FromRank]:
         if not self._inbox:
             time.sleep(min(timeout, 0.01))
         found, self._inbox = self._inbox, []
@@ -175,23 +188,23 @@ class FakeLinks:
 SETUPS = [rank_setup(rank=rank, world_size=2, tp=2, cost_share=0.5) for rank in range(2)]
 
 
-def dutiful(message: wire.ToRank) -> Sequence[wire.FromRank]:
-    if not isinstance(message, wire.Call):
+def dutiful(message: ToRank) -> Sequence[FromRank]:
+    if not isinstance(message, RankCall):
         return []
     payloads = [b"", b""]
     if message.verb == "load":
-        infos = (wire.LoadInfo(rank, "cpu", 0, 1, 1, 1, 0, 1, 1, "", "", "") for rank in range(2))
-        payloads = [wire.encode(info) for info in infos]
+        infos = (LoadInfo(rank, "cpu", 0, 1, 1, 1, 0, 1, 1, "", "", "") for rank in range(2))
+        payloads = [encode(info) for info in infos]
     if message.verb == "profile":
-        payloads = [wire.encode(wire.Capacity(rank, 10 + rank, 1)) for rank in range(2)]
-    return [wire.Reply(message.id, rank, payloads[rank]) for rank in (1, 0)]
+        payloads = [encode(Capacity(rank, 10 + rank, 1)) for rank in range(2)]
+    return [RankReply(message.id, rank, payloads[rank]) for rank in (1, 0)]
 
 
-def silent_for(verb: str, *ranks: int) -> Callable[[wire.ToRank], Sequence[wire.FromRank]]:
-    def answers(message: wire.ToRank) -> Sequence[wire.FromRank]:
+def silent_for(verb: str, *ranks: int) -> Callable[[ToRank], Sequence[FromRank]]:
+    def answers(message: ToRank) -> Sequence[FromRank]:
         found = dutiful(message)
-        if isinstance(message, wire.Call) and message.verb == verb:
-            return [answer for answer in found if isinstance(answer, wire.Reply) and answer.rank not in ranks]
+        if isinstance(message, RankCall) and message.verb == verb:
+            return [answer for answer in found if isinstance(answer, RankReply) and answer.rank not in ranks]
         return found
 
     return answers
@@ -203,15 +216,15 @@ def executor(links: FakeLinks, **changes: Any) -> RankExecutor:
 
 
 @pytest.fixture
-def plan() -> wire.StepPlan:
-    return wire.StepPlan(0, 7, ())
+def plan() -> StepPlan:
+    return StepPlan(0, 7, ())
 
 
 def test_the_rank_with_the_least_room_decides() -> None:
     links = FakeLinks(dutiful)
     found = executor(links)
     assert found.num_blocks == 10
-    told = [m.payload for m in links.sent if isinstance(m, wire.Call) and m.verb == "allocate"]
+    told = [m.payload for m in links.sent if isinstance(m, RankCall) and m.verb == "allocate"]
     assert told == [(10).to_bytes(8, "little")]
     assert list(found.start_times) == ["connect", "load", "profile", "allocate", "warm_up"]
     assert links.closed == []
@@ -240,10 +253,10 @@ def test_capacity_that_is_refused() -> None:
     with pytest.raises(ConfigError, match="10 are too few"):
         RankExecutor(links, SETUPS, check_capacity=refuse, start_timeout=5, step_timeout=5)
     assert links.closed == [True]
-    assert not any(isinstance(m, wire.Call) and m.verb == "allocate" for m in links.sent)
+    assert not any(isinstance(m, RankCall) and m.verb == "allocate" for m in links.sent)
 
 
-def test_step_deadline_names_all_ranks(plan: wire.StepPlan) -> None:
+def test_step_deadline_names_all_ranks(plan: StepPlan) -> None:
     links = FakeLinks(dutiful)
     found = executor(links)
     found.launch(plan)
@@ -252,7 +265,7 @@ def test_step_deadline_names_all_ranks(plan: wire.StepPlan) -> None:
     assert links.closed == [True]
 
 
-def test_nothing_goes_on_after_a_failure(plan: wire.StepPlan) -> None:
+def test_nothing_goes_on_after_a_failure(plan: StepPlan) -> None:
     """Whatever was the call that failed: the links are closed, and every later call says why."""
     links = FakeLinks(silent_for("stats", 0))
     found = executor(links)
@@ -265,28 +278,28 @@ def test_nothing_goes_on_after_a_failure(plan: wire.StepPlan) -> None:
     assert len(links.sent) == count
 
 
-def reporting(*reports: wire.RankReport) -> Callable[[wire.ToRank], Sequence[wire.FromRank]]:
-    return lambda message: reports if isinstance(message, wire.StepPlan) else dutiful(message)
+def reporting(*reports: RankReport) -> Callable[[ToRank], Sequence[FromRank]]:
+    return lambda message: reports if isinstance(message, StepPlan) else dutiful(message)
 
 
-def test_the_rank_at_fault_is_blamed(plan: wire.StepPlan) -> None:
+def test_the_rank_at_fault_is_blamed(plan: StepPlan) -> None:
     """Not the one that noticed first that it had lost the other."""
-    lost = wire.RankReport(0, 6, "all_reduce was aborted", communication=True)
-    found = executor(FakeLinks(reporting(lost, wire.RankReport(1, 6, "out of memory"))))
+    lost = RankReport(0, 6, "all_reduce was aborted", communication=True)
+    found = executor(FakeLinks(reporting(lost, RankReport(1, 6, "out of memory"))))
     found.launch(plan)
     with pytest.raises(RankFailed, match=r"^rank 1 \(process 1001\): out of memory$"):
         found.poll(5)
 
 
-def test_lost_contact_without_a_better_cause(plan: wire.StepPlan) -> None:
-    found = executor(FakeLinks(reporting(wire.RankReport(0, 6, "all_reduce waited 5 s", communication=True))))
+def test_lost_contact_without_a_better_cause(plan: StepPlan) -> None:
+    found = executor(FakeLinks(reporting(RankReport(0, 6, "all_reduce waited 5 s", communication=True))))
     found.launch(plan)
     with pytest.raises(EngineError, match=r"^rank 0 \(process 1000\): all_reduce waited 5 s$"):
         found.poll(5)
 
 
-def test_errors_of_the_user_stay_so(plan: wire.StepPlan) -> None:
-    links = FakeLinks(reporting(wire.RankReport(0, 6, "lower it", user_error=True)))
+def test_errors_of_the_user_stay_so(plan: StepPlan) -> None:
+    links = FakeLinks(reporting(RankReport(0, 6, "lower it", user_error=True)))
     found = executor(links)
     found.launch(plan)
     with pytest.raises(UserError, match=r"^lower it$"):
@@ -302,13 +315,13 @@ class Scripted(FakeLinks):
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(dutiful)
         self.clock = clock
-        self.script: list[Sequence[wire.FromRank]] | None = None
+        self.script: list[Sequence[FromRank]] | None = None
 
-    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+    def send(self, message: ToRank, rank: int | None = None) -> None:
         if self.script is None:
             super().send(message, rank)
 
-    def receive(self, timeout: float) -> list[wire.FromRank]:
+    def receive(self, timeout: float) -> list[FromRank]:
         if self.script is None:
             return super().receive(timeout)
         self.clock.now += timeout
@@ -325,10 +338,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> tuple[Scripted, RankExecutor]:
     return links, found
 
 
-def test_a_call_waits_for_the_steps_before_it(scripted: tuple[Scripted, RankExecutor], plan: wire.StepPlan) -> None:
+def test_a_call_waits_for_the_steps_before_it(scripted: tuple[Scripted, RankExecutor], plan: StepPlan) -> None:
     links, found = scripted
-    result = wire.StepResult(0, 7, (), wire.StepTimes(1, 1))
-    replies = [wire.Reply(6, rank, b"fine") for rank in range(2)]  # five calls were made at start
+    result = StepResult(0, 7, (), StepTimes(1, 1))
+    replies = [RankReply(6, rank, b"fine") for rank in range(2)]  # five calls were made at start
     links.script = [*[[]] * 10, [result], replies]
     found.launch(plan)
     assert found.call("stats", timeout=2.0) == [b"fine", b"fine"]  # five seconds later
@@ -336,7 +349,7 @@ def test_a_call_waits_for_the_steps_before_it(scripted: tuple[Scripted, RankExec
 
 
 def test_time_in_which_nobody_watched_is_not_held_against_a_step(
-    scripted: tuple[Scripted, RankExecutor], plan: wire.StepPlan
+    scripted: tuple[Scripted, RankExecutor], plan: StepPlan
 ) -> None:
     """A process that was stopped and goes on, or a caller who took his time between two outputs."""
     links, found = scripted

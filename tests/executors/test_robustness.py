@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from shoal import LLM, SamplingParams, wire
+from shoal import LLM, SamplingParams
 from shoal.devices import cpu
 from shoal.errors import ClosedError, EngineError, RankFailed
 from shoal.executors.multiprocess import ProcessLinks
+from shoal.wire.ranks import RankCall, StepPlan, Work
 from support.setups import rank_setup
 
 SMALL: dict[str, Any] = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": "2MiB", "max_model_len": 256}
@@ -158,7 +159,7 @@ def break_rank(llm: LLM, rank: int) -> str:
     """Tells it alone of a step with a sequence that nobody knows."""
     executor: Any = llm._client._executor  # type: ignore[attr-defined]
     incarnation = llm._client._incarnation  # type: ignore[attr-defined]
-    executor._links.send(wire.StepPlan(incarnation, 10**6, (wire.Work(12345, 0, 1, False),)), rank)
+    executor._links.send(StepPlan(incarnation, 10**6, (Work(12345, 0, 1, False),)), rank)
     return "KeyError: 12345$"
 
 
@@ -227,10 +228,10 @@ def test_rank_that_dies_with_much_to_read() -> None:
         (pid,) = (int(found) for found in re.findall(r"process (\d+)", links.describe(0)))
         os.kill(pid, signal.SIGSTOP)
         assert wait_for(lambda: state(pid) == "T", 5)
-        links.send(wire.Call(1, "load", bytes(8 << 20)))
+        links.send(RankCall(1, "load", bytes(8 << 20)))
         os.kill(pid, signal.SIGKILL)
         assert wait_for(lambda: gone(pid), 5)
-        links.send(wire.Call(2, "load"))
+        links.send(RankCall(2, "load"))
         with pytest.raises(RankFailed, match=rf"rank 0 \(process {pid}, .*was killed by SIGKILL"):
             links.receive(5.0)
     finally:

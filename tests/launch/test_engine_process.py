@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from shoal import wire
 from shoal.cluster.members.arrival import PEERS, PeersDoor
 from shoal.errors import ConfigError
 from shoal.launch import engine_process
@@ -13,6 +12,8 @@ from shoal.launch.engine_process import join
 from shoal.launch.open_model import open_model
 from shoal.planner.agreement import agreement
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.base import replace_fields
+from shoal.wire.plan import EngineSetup, ReplicaPlace
 
 OPTIONS = {"data_parallel_size": 2, "max_model_len": 256, "start_timeout": 60.0}
 
@@ -30,8 +31,8 @@ def rendezvous() -> Iterator[Rendezvous]:
         yield found
 
 
-def setup(rendezvous: Rendezvous, **changes: object) -> wire.EngineSetup:
-    return wire.EngineSetup(None, {**OPTIONS, **changes}, wire.Place(1, 2, rendezvous=rendezvous.address, key="key"))
+def setup(rendezvous: Rendezvous, **changes: object) -> EngineSetup:
+    return EngineSetup(None, {**OPTIONS, **changes}, ReplicaPlace(1, 2, rendezvous=rendezvous.address, key="key"))
 
 
 def test_replicas_that_share_nothing_compare_and_part(rendezvous: Rendezvous) -> None:
@@ -47,8 +48,8 @@ def test_one_that_differs_is_refused(rendezvous: Rendezvous) -> None:
 def test_replicas_that_share_experts_stay_together() -> None:
     options = {**OPTIONS, "enable_expert_parallel": True}
     with Rendezvous(key="key", renewing=True) as meeting:
-        place = wire.Place(0, 2, rendezvous=meeting.address, key="key")
-        setups = [wire.EngineSetup("bundled:moe", options, wire.replace(place, rank=rank)) for rank in range(2)]
+        place = ReplicaPlace(0, 2, rendezvous=meeting.address, key="key")
+        setups = [EngineSetup("bundled:moe", options, replace_fields(place, rank=rank)) for rank in range(2)]
         found: list[object] = []
         other = threading.Thread(target=lambda: found.append(join(setups[1])))
         other.start()

@@ -6,13 +6,16 @@ from typing import TypeVar
 
 import pytest
 
-from shoal import wire
 from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler import Limits
 from shoal.errors import ConfigError, EngineError
 from shoal.launch.engine_server import answer, serve
 from shoal.transport.channel import Channel, wait
+from shoal.wire.base import Stop, encode
+from shoal.wire.engine import Abort, EngineFailure, EngineStats, Finish, StatsQuery, Updates, from_engine
+from shoal.wire.plan import EngineSetup, ReplicaPlace
+from shoal.wire.ranks import StepResult
 from support.fakes import FakeExecutor, request
 
 T = TypeVar("T")
@@ -45,19 +48,19 @@ class Peers:
         self.told.append(why)
 
 
-def ended(peers: Peers, error: Exception) -> tuple[int, wire.EngineFailure]:
+def ended(peers: Peers, error: Exception) -> tuple[int, EngineFailure]:
     """The exit code, and what the client is told."""
     client, theirs = Channel.pair()
     engine = Channel(theirs)
-    client.send(wire.encode(wire.EngineSetup("model", {}, wire.Place(1, 2))))
+    client.send(encode(EngineSetup("model", {}, ReplicaPlace(1, 2))))
 
-    def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
+    def start(setup: EngineSetup, lockstep: Joined | None) -> EngineCore:
         raise error
 
     code = serve(engine, lambda setup: peers, start)
     (frame,) = client.receive()
-    failure = wire.from_engine.decode(frame)
-    assert isinstance(failure, wire.EngineFailure)
+    failure = from_engine.decode(frame)
+    assert isinstance(failure, EngineFailure)
     engine.close()
     client.close()
     return code, failure
@@ -73,13 +76,13 @@ def ended(peers: Peers, error: Exception) -> tuple[int, wire.EngineFailure]:
 )
 def test_what_fails_at_start_is_told_to_all(error: Exception, code: int, told: str) -> None:
     peers = Peers()
-    assert ended(peers, error) == (code, wire.EngineFailure(told, code == 2))
+    assert ended(peers, error) == (code, EngineFailure(told, code == 2))
     assert peers.told[0] == f"replica 1: {told}"
 
 
 def test_another_ones_failure_is_the_cause() -> None:
     peers = Peers("replica 0 (host, process 7) is out of memory")
-    assert ended(peers, EngineError("no connection")) == (1, wire.EngineFailure(peers.failure, user_error=False))
+    assert ended(peers, EngineError("no connection")) == (1, EngineFailure(peers.failure, user_error=False))
 
 
 def test_the_others_hear_of_it_before_the_client_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +107,7 @@ class Held(FakeExecutor):
         super().__init__()
         self.let_go = threading.Semaphore(0)
 
-    def poll(self, timeout: float) -> list[wire.StepResult]:
+    def poll(self, timeout: float) -> list[StepResult]:
         return super().poll(timeout) if self.let_go.acquire(timeout=timeout) else []
 
 
@@ -120,31 +123,31 @@ def test_an_abort_frees_its_blocks_before_the_step_that_runs_has_ended() -> None
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             wait([client], deadline - time.monotonic())
-            for message in map(wire.from_engine.decode, client.receive()):
+            for message in map(from_engine.decode, client.receive()):
                 if isinstance(message, kind):
                     return message
         raise AssertionError(f"no {kind.__name__}")
 
     try:
-        client.send(wire.encode(request(1, range(9), 40)))
+        client.send(encode(request(1, range(9), 40)))
         for token in range(3):
             ranks.let_go.release()
-            (update,) = heard(wire.Updates).updates
+            (update,) = heard(Updates).updates
             assert len(update.tokens) == 1, token
-        client.send(wire.encode(wire.Abort((1,))))
-        (update,) = heard(wire.Updates).updates
-        assert update.finish is wire.Finish.ABORT
+        client.send(encode(Abort((1,))))
+        (update,) = heard(Updates).updates
+        assert update.finish is Finish.ABORT
         launched = len(ranks.plans)
-        client.send(wire.encode(wire.StatsQuery()))
-        stats = heard(wire.EngineStats)
+        client.send(encode(StatsQuery()))
+        stats = heard(EngineStats)
         assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
         assert launched <= 3 + 2, "what was in flight when it came, and nothing after"
         ranks.let_go.release(10)
-        client.send(wire.encode(request(2, range(9), 1)))
-        assert heard(wire.Updates).updates[0].seq == 2
+        client.send(encode(request(2, range(9), 1)))
+        assert heard(Updates).updates[0].seq == 2
         assert [work.seq for plan in ranks.plans[launched:] for work in plan.work] == [2]
     finally:
-        client.send(wire.encode(wire.Stop()))
+        client.send(encode(Stop()))
         serving.join(60)
         server.close()
         client.close()

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.errors import EngineError, UserError
 from shoal.launch import headless
 from shoal.launch.deployment import Deployment
 from shoal.launch.headless import _Host, _supervise, _Supervised
 from shoal.launch.open_model import OpenModel, open_model
+from shoal.wire.engine import EngineFailure
+from shoal.wire.plan import EngineSetup
 
 
 class FakeChild:
@@ -32,13 +33,13 @@ class FakeLife:
     made: list["FakeLife"]
     no_room = False  # can none be started?
 
-    def __init__(self, setup: wire.EngineSetup) -> None:
+    def __init__(self, setup: EngineSetup) -> None:
         if FakeLife.no_room:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         self.place = setup.place
         self.child = FakeChild()
         self.ready_at: float | None = None
-        self.failure: wire.EngineFailure | None = None
+        self.failure: EngineFailure | None = None
         self.useful = False
         self.is_unread = False  # has it said that it is ready, and nobody has read that yet?
         self._ended = False
@@ -54,7 +55,7 @@ class FakeLife:
 
     def ends(self, why: str = "", *, user_error: bool = False) -> None:
         self._ended = True
-        self.failure = wire.EngineFailure(why, user_error) if why else None
+        self.failure = EngineFailure(why, user_error) if why else None
 
 
 class World:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoal import LLM, SamplingParams, wire
+from shoal import LLM, SamplingParams
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import CheckpointError, UserError
 from shoal.launch.build_engine import build_engine
@@ -17,6 +17,7 @@ from shoal.launch.hub import BUNDLED
 from shoal.launch.open_model import decide, open_model
 from shoal.server.api_process import open_served
 from shoal.text.chat_template import ChatTemplate
+from shoal.wire.plan import ApiSetup, EngineSetup, ModelFiles
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -72,15 +73,15 @@ def test_what_starts_later_does_not_run_another_model(folder: Path, change: Call
     """A rank, an engine that takes the place of one that has ended, and an API server likewise."""
     options = EngineOptions.from_flat(str(folder), SMALL)
     decision = decide(options)
-    files = wire.ModelFiles(str(folder), state=decision.file_states[0])
-    open_served(wire.ApiSetup(str(folder), {}, {}, {}, files=files))
+    files = ModelFiles(str(folder), state=decision.file_states[0])
+    open_served(ApiSetup(str(folder), {}, {}, {}, files=files))
     change(folder)
     with pytest.raises(UserError, match="has changed since Shoal read it first"):
         build_engine(options, decision)
     with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
-        start(wire.EngineSetup(str(folder), dict(SMALL), files=files), None)
+        start(EngineSetup(str(folder), dict(SMALL), files=files), None)
     with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
-        open_served(wire.ApiSetup(str(folder), {}, {}, {}, files=files))
+        open_served(ApiSetup(str(folder), {}, {}, {}, files=files))
 
 
 def test_a_draft_model_that_has_changed(folder: Path, tmp_path: Path) -> None:

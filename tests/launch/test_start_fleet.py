@@ -4,19 +4,19 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.launch import start_fleet as fleet_module
 from shoal.launch.deployment import Deployment
 from shoal.launch.open_model import open_model
+from shoal.wire.plan import ReplicaPlace
 
 MEETING = "127.0.0.1:29550"
 
 
 def launches(
     monkeypatch: pytest.MonkeyPatch, model: str | None, numbers: list[int], **options: Any
-) -> list[wire.Place]:
+) -> list[ReplicaPlace]:
     """The places of replicas that are started one after the other, at a host of replicas 1 and 2 of 4."""
-    places: list[wire.Place] = []
+    places: list[ReplicaPlace] = []
     monkeypatch.setattr(fleet_module, "EngineProcess", lambda setup, **_: places.append(setup.place))
     hosts = {"data_parallel_address": "127.0.0.1", "data_parallel_size": 4, "data_parallel_hybrid_lb": True}
     local = {"data_parallel_start_rank": 1, "data_parallel_size_local": 2, "max_model_len": 64}

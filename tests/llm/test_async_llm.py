@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.cluster.desk import Answer
 from shoal.errors import (
     ClosedError,
@@ -33,20 +32,24 @@ from shoal.llm.deltas import Delta
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
 from shoal.server.http.errors import of_request
+from shoal.wire.base import encode
+from shoal.wire.engine import Abort, EngineRequest, EngineStats, Finish, RefusalKind, SeqUpdate, Updates
+from shoal.wire.fleet import FleetStatus
+from shoal.wire.ranks import PromptLogprobs, TokenLogprobs
 
 DEADLINE_S = 120.0
-STOP, LENGTH, ABORT = wire.Finish.STOP, wire.Finish.LENGTH, wire.Finish.ABORT
+STOP, LENGTH, ABORT = Finish.STOP, Finish.LENGTH, Finish.ABORT
 GREEDY = SamplingParams(max_tokens=100, temperature=0.0)
 
 
 class FakeLine:
     def __init__(self, deliver: Callable[[Answer], object]) -> None:
         self.deliver = deliver
-        self.sent: list[wire.EngineRequest | wire.Abort] = []
+        self.sent: list[EngineRequest | Abort] = []
         self.closed = False
-        self.status: wire.FleetStatus | None = None
+        self.status: FleetStatus | None = None
 
-    def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+    def send(self, messages: Sequence[EngineRequest | Abort]) -> None:
         if self.closed:
             raise ClosedError("the engine was closed")
         self.sent += messages
@@ -56,7 +59,7 @@ class FakeLine:
         if verb == "started":
             found.set_result(b"")
         elif verb == "status" and self.status is not None:
-            found.set_result(wire.encode(self.status))
+            found.set_result(encode(self.status))
         else:
             found.set_exception(UserError(f"{verb}?"))
         return found
@@ -66,11 +69,11 @@ class FakeLine:
 
     @property
     def aborted(self) -> list[int]:
-        return [seq for message in self.sent if isinstance(message, wire.Abort) for seq in message.seqs]
+        return [seq for message in self.sent if isinstance(message, Abort) for seq in message.seqs]
 
-    def say(self, *updates: wire.SeqUpdate) -> None:
+    def say(self, *updates: SeqUpdate) -> None:
         """From another thread, as a desk does."""
-        thread = threading.Thread(target=self.deliver, args=(wire.Updates(updates),))
+        thread = threading.Thread(target=self.deliver, args=(Updates(updates),))
         thread.start()
         thread.join()
 
@@ -148,7 +151,7 @@ def test_a_text_that_can_not_be_made_is_the_end_of_its_request_alone(
     """Behind it in the same delivery are tokens and the end of another one, which nobody says twice."""
     take = outputs.Answer.take
 
-    def broken(answer: outputs.Answer, index: int, update: wire.SeqUpdate) -> bool:
+    def broken(answer: outputs.Answer, index: int, update: SeqUpdate) -> bool:
         if answer.job.params.n == 1:
             return take(answer, index, update)
         raise IndexError("piece id is out of range.")
@@ -156,7 +159,7 @@ def test_a_text_that_can_not_be_made_is_the_end_of_its_request_alone(
     async def work() -> None:
         bad, good = setting.stream(SamplingParams(n=2)), setting.stream()
         monkeypatch.setattr(outputs.Answer, "take", broken)
-        updates = [wire.SeqUpdate(seq, setting.tokens(" there"), finish=LENGTH) for seq in (0, 2)]
+        updates = [SeqUpdate(seq, setting.tokens(" there"), finish=LENGTH) for seq in (0, 2)]
         setting.line.say(*updates)
         (delta,) = await read(good)
         assert (delta.text, delta.finish_reason) == (" there", "length")
@@ -171,8 +174,8 @@ def test_deltas_that_came_while_nobody_read_are_one(setting: Setting) -> None:
     async def work() -> None:
         stream = setting.stream()
         first, second, third = setting.tokens(" there"), setting.tokens(" was a"), setting.tokens(" wolf.")
-        setting.line.say(wire.SeqUpdate(0, first, cached_tokens=3))
-        setting.line.say(wire.SeqUpdate(0, second, cached_tokens=3))
+        setting.line.say(SeqUpdate(0, first, cached_tokens=3))
+        setting.line.say(SeqUpdate(0, second, cached_tokens=3))
         await settled()
         found = []
         async for (delta,) in stream:
@@ -180,7 +183,7 @@ def test_deltas_that_came_while_nobody_read_are_one(setting: Setting) -> None:
             if len(found) == 1:
                 assert stream.cached_tokens == 3
                 assert stream.output().outputs[0].finish_reason is None
-                setting.line.say(wire.SeqUpdate(0, third, finish=LENGTH, cached_tokens=3))
+                setting.line.say(SeqUpdate(0, third, finish=LENGTH, cached_tokens=3))
         assert [delta.text for delta in found] == [" there was a", " wolf."]
         assert [delta.finish_reason for delta in found] == [None, "length"]
         output = stream.output()
@@ -196,14 +199,14 @@ def test_deltas_that_came_while_nobody_read_are_one(setting: Setting) -> None:
 def test_outputs_of_one_prompt_come_side_by_side(setting: Setting) -> None:
     async def work() -> None:
         stream = setting.stream(SamplingParams(n=3, max_tokens=9))
-        requests = [message for message in setting.line.sent if isinstance(message, wire.EngineRequest)]
+        requests = [message for message in setting.line.sent if isinstance(message, EngineRequest)]
         assert [(each.seq, each.group, each.sampling.sample_index) for each in requests] == [
             (0, 0, 0),
             (1, 0, 1),
             (2, 0, 2),
         ]
         token = setting.tokens(" wolf")
-        setting.line.say(*(wire.SeqUpdate(seq, token, finish=LENGTH if seq == 1 else None) for seq in (2, 1, 0)))
+        setting.line.say(*(SeqUpdate(seq, token, finish=LENGTH if seq == 1 else None) for seq in (2, 1, 0)))
         await settled()
         reading = stream.__aiter__()
         assert [(delta.index, delta.finish_reason) for delta in await anext(reading)] == [
@@ -213,7 +216,7 @@ def test_outputs_of_one_prompt_come_side_by_side(setting: Setting) -> None:
         ]
         assert [each.finish_reason for each in stream.output().outputs] == [None, "length", None]
         assert not stream.output().finished
-        setting.line.say(*(wire.SeqUpdate(seq, token, finish=STOP) for seq in (0, 2)))
+        setting.line.say(*(SeqUpdate(seq, token, finish=STOP) for seq in (0, 2)))
         assert [delta.index for delta in await anext(reading)] == [0, 2]
         assert stream.output().finished
 
@@ -223,8 +226,8 @@ def test_outputs_of_one_prompt_come_side_by_side(setting: Setting) -> None:
 def test_a_stop_text_ends_the_request_where_it_runs(setting: Setting) -> None:
     async def work() -> None:
         stream = setting.stream(SamplingParams(max_tokens=50, stop="a wolf"))
-        setting.line.say(wire.SeqUpdate(0, setting.tokens(" There was a wolf in the")))
-        setting.line.say(wire.SeqUpdate(0, setting.tokens(" wood")))
+        setting.line.say(SeqUpdate(0, setting.tokens(" There was a wolf in the")))
+        setting.line.say(SeqUpdate(0, setting.tokens(" wood")))
         output = await stream.wait()
         assert (output.outputs[0].text, output.outputs[0].stop_reason) == (" There was ", "a wolf")
         assert setting.line.aborted == [0]
@@ -235,21 +238,21 @@ def test_a_stop_text_ends_the_request_where_it_runs(setting: Setting) -> None:
 @pytest.mark.parametrize(
     ("refusal", "error", "retry"),
     [
-        (wire.Refusal.INVALID, RequestError, None),
-        (wire.Refusal.FULL, QueueFull, 1.0),
-        (wire.Refusal.LATE, Overdue, 5.0),
-        (wire.Refusal.CLOSING, Unavailable, 10.0),
-        (wire.Refusal.LOST, Unavailable, 10.0),
-        (wire.Refusal.FAILED, EngineError, None),
+        (RefusalKind.INVALID, RequestError, None),
+        (RefusalKind.FULL, QueueFull, 1.0),
+        (RefusalKind.LATE, Overdue, 5.0),
+        (RefusalKind.CLOSING, Unavailable, 10.0),
+        (RefusalKind.LOST, Unavailable, 10.0),
+        (RefusalKind.FAILED, EngineError, None),
     ],
 )
 def test_errors_by_their_kind_behind_what_came_before(
-    setting: Setting, refusal: wire.Refusal, error: type[ShoalError], retry: float | None
+    setting: Setting, refusal: RefusalKind, error: type[ShoalError], retry: float | None
 ) -> None:
     async def work() -> None:
         stream = setting.stream(SamplingParams(n=2, max_tokens=9))
-        setting.line.say(wire.SeqUpdate(1, setting.tokens(" wolf")))
-        setting.line.say(wire.SeqUpdate(0, (), finish=ABORT, error="no more", refusal=refusal))
+        setting.line.say(SeqUpdate(1, setting.tokens(" wolf")))
+        setting.line.say(SeqUpdate(0, (), finish=ABORT, error="no more", refusal=refusal))
         await settled()
         found: list[Delta] = []
         with pytest.raises(error, match="no more") as caught:
@@ -280,13 +283,13 @@ async def fail(stream: Stream) -> None:
 def test_leaving_the_loop_early_ends_the_request(setting: Setting, how: Callable[[Stream], Awaitable[None]]) -> None:
     async def work() -> None:
         stream = setting.stream()
-        setting.line.say(wire.SeqUpdate(0, setting.tokens(" a")))
+        setting.line.say(SeqUpdate(0, setting.tokens(" a")))
         await how(stream)
         gc.collect()
         await settled()
         assert setting.line.aborted == [0]
         assert not setting.llm._streams
-        setting.line.say(wire.SeqUpdate(0, setting.tokens(" b"), finish=ABORT))  # what was on its way
+        setting.line.say(SeqUpdate(0, setting.tokens(" b"), finish=ABORT))  # what was on its way
         await settled()
 
     run(work())
@@ -324,8 +327,8 @@ def test_a_deadline_and_a_place(setting: Setting) -> None:
         setting.stream(priority=3, replica=1, timeout=5.0, arrival=100.0)
         setting.stream()
         first, second = setting.line.sent
-        assert isinstance(first, wire.EngineRequest)
-        assert isinstance(second, wire.EngineRequest)
+        assert isinstance(first, EngineRequest)
+        assert isinstance(second, EngineRequest)
         assert (first.priority, first.replica, first.deadline, first.arrival) == (3, 1, 105.0, 100.0)
         assert (second.priority, second.replica, second.deadline) == (0, -1, None)
         assert 0 <= time.monotonic() - second.arrival < DEADLINE_S
@@ -371,13 +374,13 @@ def test_the_length_is_what_the_fleet_says(setting: Setting) -> None:
         planned = setting.llm.max_model_len
         setting.stream(long)
         for known, expected in [(0, planned), (40, 40), (10**9, 40)]:
-            setting.line.status = wire.FleetStatus("demo", 1, 1, (), 0, 0, True, 1.0, max_model_len=known)
+            setting.line.status = FleetStatus("demo", 1, 1, (), 0, 0, True, 1.0, max_model_len=known)
             await setting.llm.status()
             assert setting.llm.max_model_len == expected
         job = setting.llm.prepare("Once", long)
         setting.llm.stream(job)
         last = setting.line.sent[-1]
-        assert isinstance(last, wire.EngineRequest)
+        assert isinstance(last, EngineRequest)
         assert last.max_tokens == 40 - len(job.tokens)
         with pytest.raises(RequestError, match="maximum context length is 40 tokens"):
             setting.llm.prepare("Once upon a time " * 40, long)
@@ -390,7 +393,7 @@ def test_much_that_comes_at_once_leaves_others_the_loop(setting: Setting) -> Non
 
     async def work() -> None:
         stream = setting.stream(SamplingParams(max_tokens=2000, detokenize=False, ignore_eos=True))
-        setting.line.say(*(wire.SeqUpdate(0, (token,)) for token in range(1000)))
+        setting.line.say(*(SeqUpdate(0, (token,)) for token in range(1000)))
         seen: list[int] = []
         while sum(seen) < 1000:
             await asyncio.sleep(0)
@@ -406,9 +409,9 @@ def test_log_probabilities_of_the_prompt(setting: Setting) -> None:
     async def work() -> None:
         stream = setting.stream(SamplingParams(max_tokens=5, prompt_logprobs=0))
         size = len(stream.job.tokens)
-        entries = tuple(wire.TokenLogprobs(-float(at), 1, (), ()) for at in range(1, size))
+        entries = tuple(TokenLogprobs(-float(at), 1, (), ()) for at in range(1, size))
         token = setting.tokens(" a")
-        setting.line.say(wire.SeqUpdate(0, token, prompt_logprobs=wire.PromptLogprobs(1, entries)))
+        setting.line.say(SeqUpdate(0, token, prompt_logprobs=PromptLogprobs(1, entries)))
         async for _ in stream:
             found = stream.prompt_logprobs
             assert found is not None
@@ -438,8 +441,8 @@ def test_outputs_grow_until_they_are_finished(setting: Setting) -> None:
         await until(lambda: bool(setting.line.sent))
         for at, text in enumerate(texts):
             tokens = setting.tokens(text)
-            entries = tuple(wire.TokenLogprobs(-0.5, 1, (), ()) for _ in tokens)
-            setting.line.say(wire.SeqUpdate(0, tokens, entries, LENGTH if at == 2 else None))
+            entries = tuple(TokenLogprobs(-0.5, 1, (), ()) for _ in tokens)
+            setting.line.say(SeqUpdate(0, tokens, entries, LENGTH if at == 2 else None))
             await until(lambda at=at: len(found) == at + 1)  # type: ignore[misc]
         await task
         assert [output.outputs[0].text for output in found] == [" there", " there was", " there was a wolf"]
@@ -468,7 +471,7 @@ def test_a_request_id_is_used_once_at_a_time(setting: Setting) -> None:
         await setting.llm.abort("nobody")
         await setting.llm.abort("mine")
         assert setting.line.aborted == [1, 0]
-        setting.line.say(wire.SeqUpdate(0, (), finish=ABORT))
+        setting.line.say(SeqUpdate(0, (), finish=ABORT))
         output = await first
         assert (output.finished, output.outputs[0].finish_reason) == (True, "abort")
 
@@ -483,7 +486,7 @@ def test_a_generator_that_is_left_early_ends_its_request(setting: Setting) -> No
 
         task = asyncio.create_task(use())
         await until(lambda: bool(setting.line.sent))
-        setting.line.say(wire.SeqUpdate(0, setting.tokens(" a")))
+        setting.line.say(SeqUpdate(0, setting.tokens(" a")))
         await task
         gc.collect()
         await until(lambda: setting.line.aborted == [0])
@@ -524,9 +527,9 @@ def test_a_loop_that_was_closed_frees_what_it_had(setting: Setting) -> None:
         setting.stream()
 
     asyncio.run(work())
-    setting.line.say(wire.SeqUpdate(0, setting.tokens(" a")))
+    setting.line.say(SeqUpdate(0, setting.tokens(" a")))
     assert setting.line.closed
-    setting.line.say(wire.SeqUpdate(0, setting.tokens(" a")))
+    setting.line.say(SeqUpdate(0, setting.tokens(" a")))
     assert not setting.llm._arrived
     setting.llm.close()
 
@@ -658,7 +661,7 @@ def test_threads_scale_and_count() -> None:
 
             assert shown(await texts(llm, scale)) == shown(twins)
 
-            async def numbers() -> wire.EngineStats | None:
+            async def numbers() -> EngineStats | None:
                 (replica,) = [each for each in (await llm.status()).replicas if each.state == "ready"]
                 return replica.stats
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.launch.hub import BUNDLED
 from shoal.llm.deltas import Delta
 from shoal.llm.outputs import Answer
@@ -16,6 +15,8 @@ from shoal.outputs import CompletionOutput
 from shoal.params import SamplingParams
 from shoal.text.prompts import Job
 from shoal.text.tokenizer import FastTokenizer, Tokenizer, open_tokenizer
+from shoal.wire.engine import Finish, SeqUpdate
+from shoal.wire.ranks import TokenLogprobs
 from support import tokenizers as made
 from support.fakes import steady
 
@@ -76,8 +77,8 @@ def parameters(draw: st.DrawFn, text: str) -> SamplingParams:
     )
 
 
-def entry(position: int, token: int) -> wire.TokenLogprobs:
-    return wire.TokenLogprobs(-float(position), 1, (token,), (-float(position),))
+def entry(position: int, token: int) -> TokenLogprobs:
+    return TokenLogprobs(-float(position), 1, (token,), (-float(position),))
 
 
 def begin(kind: str, params: SamplingParams, prompt: Sequence[int]) -> Answer:
@@ -85,10 +86,10 @@ def begin(kind: str, params: SamplingParams, prompt: Sequence[int]) -> Answer:
     return Answer.begun(job, tokenizer(kind), (END,))
 
 
-def updates(tokens: Sequence[int], cuts: Sequence[int], finish: wire.Finish, logprobs: bool) -> list[wire.SeqUpdate]:
+def updates(tokens: Sequence[int], cuts: Sequence[int], finish: Finish, logprobs: bool) -> list[SeqUpdate]:
     borders = [0, *sorted({cut for cut in cuts if 0 < cut < len(tokens)}), len(tokens)]
     return [
-        wire.SeqUpdate(
+        SeqUpdate(
             0,
             tuple(tokens[start:stop]),
             tuple(entry(position, tokens[position]) for position in range(start, stop)) if logprobs else (),
@@ -98,7 +99,7 @@ def updates(tokens: Sequence[int], cuts: Sequence[int], finish: wire.Finish, log
     ]
 
 
-def streamed(answer: Answer, sent: Sequence[wire.SeqUpdate], reads: Sequence[bool]) -> CompletionOutput:
+def streamed(answer: Answer, sent: Sequence[SeqUpdate], reads: Sequence[bool]) -> CompletionOutput:
     """What deltas add up to."""
     (completion,) = answer.completions
     deltas: list[Delta] = []
@@ -135,7 +136,7 @@ def test_deltas_add_up(kind: str, data: st.DataObject) -> None:
     stop_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else (END,))}
     ends = [at for at, token in enumerate(tokens) if token in stop_ids]
     tokens = tokens[: ends[0] + 1] if ends else tokens
-    finish = wire.Finish.STOP if ends else data.draw(st.sampled_from([wire.Finish.LENGTH, wire.Finish.ABORT]))
+    finish = Finish.STOP if ends else data.draw(st.sampled_from([Finish.LENGTH, Finish.ABORT]))
 
     whole = begin(kind, params, prompt)
     (at_once,) = updates(tokens, [], finish, params.logprobs is not None)
@@ -171,10 +172,10 @@ def test_what_may_be_the_beginning_of_a_stop_text_is_not_shown_before_it_is_cert
     answer = begin("bundled", params, found.encode("Once"))
     (completion,) = answer.completions
     for token in found.encode(" a wolf", add_special_tokens=False):
-        assert not answer.take(0, wire.SeqUpdate(0, (token,)))
+        assert not answer.take(0, SeqUpdate(0, (token,)))
     assert completion.delta(last=False).text == " a "
     for token in found.encode(" hid", add_special_tokens=False):
-        answer.take(0, wire.SeqUpdate(0, (token,)))
+        answer.take(0, SeqUpdate(0, (token,)))
     assert completion.output(ended=False).text == " a "
-    answer.take(0, wire.SeqUpdate(0, (), finish=wire.Finish.ABORT))
+    answer.take(0, SeqUpdate(0, (), finish=Finish.ABORT))
     assert completion.delta(last=True).text == "wolf hid"

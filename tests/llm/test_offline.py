@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.engine.request import decode_tokens, encode_numbers, encode_tokens, token_set
 from shoal.errors import ClosedError, ReplicasFailed
 from shoal.llm.offline import OfflineRunner
@@ -18,6 +17,9 @@ from shoal.llm.shared_engine import SharedEngine
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
 from shoal.text.prompts import Job, Refused
+from shoal.wire.base import encode
+from shoal.wire.engine import EngineRequest, EngineStats, Finish, SeqUpdate, to_engine
+from shoal.wire.ranks import Sampling, SamplingPenalties
 from support.fakes import on_threads
 from support.letters import Letters
 
@@ -35,15 +37,15 @@ class FakeEngine:
     """
 
     def __init__(self, *, slow: int | None = None, late: bool = False) -> None:
-        self.requests: dict[int, wire.EngineRequest] = {}
+        self.requests: dict[int, EngineRequest] = {}
         self.running: dict[int, int] = {}  # how many letters it has
         self.aborted: list[int] = []
         self.most = 0
         self._slow = slow
-        self._late: list[wire.SeqUpdate] = []
+        self._late: list[SeqUpdate] = []
         self._with_late = late
 
-    def add(self, request: wire.EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         assert request.seq not in self.requests
         self.requests[request.seq] = request
         self.running[request.seq] = 0
@@ -54,25 +56,25 @@ class FakeEngine:
             if self.running.pop(seq, None) is not None:
                 self.aborted.append(seq)
                 if self._with_late:
-                    self._late += [wire.SeqUpdate(seq, (ord("?"),)), wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT)]
+                    self._late += [SeqUpdate(seq, (ord("?"),)), SeqUpdate(seq, (), finish=Finish.ABORT)]
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         quick = [seq for seq in self.running if decode_tokens(self.requests[seq].tokens)[0] != self._slow]
         late, self._late = self._late, []
         return [*late, *(self._step(seq) for seq in quick or list(self.running))]
 
-    def _step(self, seq: int) -> wire.SeqUpdate:
+    def _step(self, seq: int) -> SeqUpdate:
         request = self.requests[seq]
         self.running[seq] += 1
         count = self.running[seq]
         token = decode_tokens(request.tokens)[-1] + count
-        finish = wire.Finish.LENGTH if count == request.max_tokens else None
-        finish = wire.Finish.STOP if token in token_set(request.stop_ids) else finish
+        finish = Finish.LENGTH if count == request.max_tokens else None
+        finish = Finish.STOP if token in token_set(request.stop_ids) else finish
         if finish is not None:
             del self.running[seq]
-        return wire.SeqUpdate(seq, (token,), finish=finish)
+        return SeqUpdate(seq, (token,), finish=finish)
 
-    def stats(self) -> wire.EngineStats:
+    def stats(self) -> EngineStats:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -98,7 +100,7 @@ def texts(outputs: Iterable[tuple[int, RequestOutput]]) -> dict[int, str]:
     return found
 
 
-def request_of(params: SamplingParams, *, prompt: str = "a", **job_fields: Any) -> wire.EngineRequest:
+def request_of(params: SamplingParams, *, prompt: str = "a", **job_fields: Any) -> EngineRequest:
     engine = FakeEngine()
     list(runner(engine).run([Job(0, None, tuple(map(ord, prompt)), params, **job_fields)]))
     return engine.requests[0]
@@ -163,9 +165,9 @@ def test_outputs_of_one_prompt_come_together() -> None:
 
 def test_an_error_of_the_engine_is_the_requests() -> None:
     class Failing(FakeEngine):
-        def _step(self, seq: int) -> wire.SeqUpdate:
+        def _step(self, seq: int) -> SeqUpdate:
             del self.running[seq]
-            return wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, error="no way")
+            return SeqUpdate(seq, (), finish=Finish.ABORT, error="no way")
 
     ((_, output),) = runner(Failing()).run([job(0)])
     assert output.error == "no way"
@@ -198,9 +200,9 @@ def test_each_output_stops_on_its_own() -> None:
     """The prompt's others go on."""
 
     class Apart(FakeEngine):
-        def _step(self, seq: int) -> wire.SeqUpdate:
+        def _step(self, seq: int) -> SeqUpdate:
             update = super()._step(seq)
-            return wire.SeqUpdate(seq, (update.tokens[0] + seq,), finish=update.finish)
+            return SeqUpdate(seq, (update.tokens[0] + seq,), finish=update.finish)
 
     engine = Apart()
     ((_, output),) = runner(engine).run([job(0, 4, n=3, stop="d")])
@@ -322,7 +324,7 @@ def test_plain_parameters_ask_for_nothing_special() -> None:
     request = request_of(SamplingParams(temperature=0, max_tokens=5))
     assert decode_tokens(request.tokens) == [ord("a")]
     assert (request.max_tokens, request.stop_ids, request.group, request.grammar) == (5, encode_tokens([EOS]), -1, "")
-    assert request.sampling == wire.Sampling(seed=request.sampling.seed)
+    assert request.sampling == Sampling(seed=request.sampling.seed)
 
 
 def test_every_parameter_reaches_the_engine() -> None:
@@ -334,13 +336,13 @@ def test_every_parameter_reaches_the_engine() -> None:
     request = request_of(params, banned=((7,), (8, 9)), grammar="g")
     assert request.grammar == "g"
     assert request.stop_ids == encode_tokens([60, EOS])
-    assert request.sampling == wire.Sampling(
-        seed=2**64 - 2, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, penalties=wire.Penalties(0.5, -0.5, 1.5),
+    assert request.sampling == Sampling(
+        seed=2**64 - 2, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, penalties=SamplingPenalties(0.5, -0.5, 1.5),
         min_tokens=4, ends=encode_tokens([60, EOS]), bias_ids=encode_tokens([5]), bias_values=encode_numbers([1.5]),
         allowed=encode_tokens([98, 99]), banned=((7,), (8, 9)), logprobs=3,
         prompt_logprobs=2,
     )  # fmt: skip
-    assert wire.to_engine.decode(wire.encode(request)) == request
+    assert to_engine.decode(encode(request)) == request
 
 
 def test_numbers_of_any_size_fit_the_wire() -> None:
@@ -349,7 +351,7 @@ def test_numbers_of_any_size_fit_the_wire() -> None:
         top_k=huge, seed=huge, max_tokens=huge, min_tokens=huge, logprobs=huge, prompt_logprobs=huge
     )
     request = request_of(params)
-    assert wire.to_engine.decode(wire.encode(request)) == request
+    assert to_engine.decode(encode(request)) == request
     assert request.max_tokens == MAX_MODEL_LEN - 1
     found = request.sampling
     assert (found.top_k, found.min_tokens, found.logprobs, found.prompt_logprobs) == (MOST, MOST, MOST, MOST)
@@ -400,7 +402,7 @@ class Watched(FakeEngine):
         self._inside = threading.Lock()
         self.at_once = 0
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         free = self._inside.acquire(blocking=False)
         self.at_once += not free
         try:
@@ -440,7 +442,7 @@ def test_every_run_hears_why_the_engine_has_failed() -> None:
     class Failing(FakeEngine):
         failure: list[Exception] | None = None
 
-        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        def updates(self, timeout: float) -> list[SeqUpdate]:
             if self.failure is not None:
                 raise self.failure.pop() if self.failure else ClosedError("the engine has failed")
             return super().updates(timeout)
@@ -459,7 +461,7 @@ def test_an_interrupt_leaves_nothing_running() -> None:
     class Interrupted(FakeEngine):
         interrupts = 1
 
-        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        def updates(self, timeout: float) -> list[SeqUpdate]:
             for _ in range(2 * self.interrupts):  # a second one, quickly behind the first
                 signal.raise_signal(signal.SIGINT)
             self.interrupts = 0
@@ -482,7 +484,7 @@ def test_closing_from_another_thread_ends_a_run() -> None:
         begun = threading.Event()
         closed = False
 
-        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        def updates(self, timeout: float) -> list[SeqUpdate]:
             self.begun.set()
             threading.Event().wait(0.001)  # lets others run
             return []
@@ -508,7 +510,7 @@ def test_a_run_that_is_collected_in_the_middle_of_another_is_given_up() -> None:
     class Collecting(FakeEngine):
         forgotten: list[Any]
 
-        def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+        def updates(self, timeout: float) -> list[SeqUpdate]:
             self.forgotten.clear()
             return super().updates(timeout)
 

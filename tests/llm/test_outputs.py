@@ -5,23 +5,24 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.llm.outputs import Answer, Completion, described
 from shoal.outputs import CompletionOutput, Logprob
 from shoal.params import SamplingParams
 from shoal.text.prompts import Job
+from shoal.wire.engine import Finish, SeqUpdate
+from shoal.wire.ranks import PromptLogprobs, TokenLogprobs
 from support.letters import Letters
 
 EOS = 2
-STOP, LENGTH, ABORT = wire.Finish.STOP, wire.Finish.LENGTH, wire.Finish.ABORT
+STOP, LENGTH, ABORT = Finish.STOP, Finish.LENGTH, Finish.ABORT
 
 
 def ids(text: str) -> tuple[int, ...]:
     return tuple(map(ord, text))
 
 
-def update(tokens: Sequence[int], finish: wire.Finish | None = None, **other: Any) -> wire.SeqUpdate:
-    return wire.SeqUpdate(1, tuple(tokens), finish=finish, **other)
+def update(tokens: Sequence[int], finish: Finish | None = None, **other: Any) -> SeqUpdate:
+    return SeqUpdate(1, tuple(tokens), finish=finish, **other)
 
 
 def job(params: SamplingParams, prompt: str = "p") -> Job:
@@ -34,16 +35,14 @@ def completion(*, letters: bool = True, **params: Any) -> Completion:
     return Completion(job(given), 0, Letters() if letters else None, stop_ids)
 
 
-def result(of: Completion, *updates: wire.SeqUpdate) -> CompletionOutput:
+def result(of: Completion, *updates: SeqUpdate) -> CompletionOutput:
     for each in updates:
         assert not of.take(each), "ended early"
     return of.output()
 
 
-def entry(
-    chosen: float, rank: int = 1, ids: tuple[int, ...] = (), values: tuple[float, ...] = ()
-) -> wire.TokenLogprobs:
-    return wire.TokenLogprobs(chosen, rank, ids, values)
+def entry(chosen: float, rank: int = 1, ids: tuple[int, ...] = (), values: tuple[float, ...] = ()) -> TokenLogprobs:
+    return TokenLogprobs(chosen, rank, ids, values)
 
 
 def test_text_is_that_of_the_tokens() -> None:
@@ -98,7 +97,7 @@ def test_a_stop_text_cuts_tokens_and_logprobs(include: bool) -> None:
 
 
 @pytest.mark.parametrize("finish", [STOP, LENGTH, ABORT])
-def test_a_stop_text_in_the_last_update_is_the_reason(finish: wire.Finish) -> None:
+def test_a_stop_text_in_the_last_update_is_the_reason(finish: Finish) -> None:
     of = completion(stop="b")
     assert of.take(update((*ids("abc"), EOS), finish))
     found = of.output()
@@ -179,9 +178,9 @@ def test_prompt_logprobs_of_chunks_are_put_together() -> None:
     """A chunk may come twice: a request that made room for another begins again."""
     of = answer(prompt_logprobs=1)
     entries = [entry(-1.0, 2, ids("x"), (-0.1,)), entry(-2.0, 3, ids("y"), (-0.2,))]
-    of.take(0, update((), prompt_logprobs=wire.PromptLogprobs(1, tuple(entries[:1]))))
-    of.take(0, update((), prompt_logprobs=wire.PromptLogprobs(1, tuple(entries[:1]))))
-    of.take(0, update(ids("a"), LENGTH, prompt_logprobs=wire.PromptLogprobs(2, tuple(entries[1:]))))
+    of.take(0, update((), prompt_logprobs=PromptLogprobs(1, tuple(entries[:1]))))
+    of.take(0, update((), prompt_logprobs=PromptLogprobs(1, tuple(entries[:1]))))
+    of.take(0, update(ids("a"), LENGTH, prompt_logprobs=PromptLogprobs(2, tuple(entries[1:]))))
     found = of.output()
     assert found.prompt_logprobs == (
         None,

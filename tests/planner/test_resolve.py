@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal import LLM, wire
+from shoal import LLM
 from shoal.comm.local import LocalComm
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.devices import cuda
@@ -24,6 +24,7 @@ from shoal.models.manifest import Shard
 from shoal.parallel.mesh import make_mesh
 from shoal.parallel.topology import Topology
 from shoal.planner.resolve import Decision, discover, rank_cores, resolve
+from shoal.wire.plan import ReplicaPlace
 from shoal.worker.rank_model import RankModel
 from support.checkpoints import SIZES
 from support.setups import rank_setup
@@ -278,15 +279,15 @@ def test_replicas_share_the_hosts_memory_and_cores(checkpoint: Checkpoint) -> No
     options: Any = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
     hardware = host(cores=tuple(range(10, 21)), num_devices=11)
     for_all = decide(checkpoint("llama"), hardware, data_parallel_size=2, **options)
-    assert for_all.place == wire.Place(size=2, local_size=2)
+    assert for_all.place == ReplicaPlace(size=2, local_size=2)
     alone = decide(checkpoint("llama"), hardware, **options)
-    assert alone.place == wire.Place()
+    assert alone.place == ReplicaPlace()
     assert for_all.kv_budgets == tuple((budget or 0) // 2 for budget in alone.kv_budgets)
     assert "2 x 2 x 2 = 8 ranks on 11 CPU cores" in for_all.reasons
 
     cores: list[int] = []
     for number in range(2):
-        place = wire.Place(rank=number, size=2, local_rank=number, local_size=2, memory_available=5 * GIB)
+        place = ReplicaPlace(rank=number, size=2, local_rank=number, local_size=2, memory_available=5 * GIB)
         given = EngineOptions.from_flat(None, options)
         decision = resolve(given, checkpoint("llama"), hardware, place=place)
         assert decision.hardware.host_memory_available == 5 * GIB
@@ -304,7 +305,7 @@ def test_names_of_types(checkpoint: Checkpoint, given: str, dtype: str) -> None:
 def test_cores_that_ranks_are_given(checkpoint: Checkpoint) -> None:
     def cores(given: Any, *, local_rank: int = 0, **options: Any) -> tuple[tuple[int, ...], ...]:
         options |= {"tensor_parallel_size": 2, "cpu_cores": given}
-        place = wire.Place(rank=local_rank, size=2, local_rank=local_rank, local_size=2)
+        place = ReplicaPlace(rank=local_rank, size=2, local_rank=local_rank, local_size=2)
         eight = host(cores=tuple(range(8)), num_devices=8)
         parsed = EngineOptions.from_flat(None, options)
         return rank_cores(resolve(parsed, checkpoint("llama"), eight, place=place))
@@ -355,8 +356,8 @@ def test_a_host_without_replicas_needs_no_room_for_them(checkpoint: Checkpoint, 
     options = {"tensor_parallel_size": 2, "data_parallel_size": 2}
     given = EngineOptions.from_flat(None, options)
     with pytest.raises(ConfigError):
-        resolve(given, checkpoint("llama"), small, place=wire.Place(size=2))
-    place = wire.Place(size=2, local_size=0)
+        resolve(given, checkpoint("llama"), small, place=ReplicaPlace(size=2))
+    place = ReplicaPlace(size=2, local_size=0)
     decision = resolve(given, checkpoint("llama"), small, place=place)
     assert decision.max_model_len == decision.spec.max_positions
     assert set(decision.kv_budgets) == {None}
@@ -388,7 +389,7 @@ def test_ranks_of_all_replicas_are_counted(checkpoint: Checkpoint) -> None:
 def test_a_replica_on_gpus_has_its_own(checkpoint: Checkpoint) -> None:
     visible = ("7", "6", "5", "4")
     gpus = host(device="cuda", num_devices=4, device_memory=80 * GIB, devices_shareable=False, visible=visible)
-    place = wire.Place(rank=1, size=2, local_rank=1, local_size=2)
+    place = ReplicaPlace(rank=1, size=2, local_rank=1, local_size=2)
     options = EngineOptions.from_flat(None, {"pipeline_parallel_size": 2})
     decision = resolve(options, checkpoint("llama"), gpus, place=place)
     assert [reason for reason in decision.reasons if "cuda:" in reason] == [
@@ -482,7 +483,7 @@ def rank_shards_of(decision: Decision) -> tuple[Shard, ...]:
 
 
 def replica(folder: Path, rank: int, size: int, **options: Any) -> Decision:
-    place = wire.Place(rank=rank, size=size, local_rank=rank, local_size=size)
+    place = ReplicaPlace(rank=rank, size=size, local_rank=rank, local_size=size)
     return resolve(EngineOptions.from_flat(None, options), folder, host(), place=place)
 
 

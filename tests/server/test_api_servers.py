@@ -19,7 +19,6 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from shoal import wire
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.errors import ConfigError, EngineError
@@ -33,6 +32,8 @@ from shoal.server.http.listening import Listening, Server, make_server
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel
 from shoal.transport.process import ChildProcess
+from shoal.wire.fleet import FleetStatus
+from shoal.wire.plan import ApiSetup
 from support.servers import ShoalServer
 
 WAIT_S = 90.0
@@ -221,7 +222,7 @@ def test_an_api_server_plans_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="more than this host has"):
         open_model(None, {}, online=True)
     for options in ({}, {"data_parallel_size": 2}, {"tensor_parallel_size": 2}):
-        model = open_served(wire.ApiSetup(None, options, {}, {}, max_model_len=321))
+        model = open_served(ApiSetup(None, options, {}, {}, max_model_len=321))
         assert model.decision.max_model_len == 321
 
 
@@ -357,8 +358,8 @@ class Head:
 
     async def ready(self) -> None: ...
 
-    async def status(self) -> wire.FleetStatus:
-        return wire.FleetStatus("nobody", 1, 1, (), 0, 0, not self.failure, 0.0, self.failure)
+    async def status(self) -> FleetStatus:
+        return FleetStatus("nobody", 1, 1, (), 0, 0, not self.failure, 0.0, self.failure)
 
     async def drain(self, timeout: float) -> bool:
         return True

@@ -18,9 +18,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from shoal import wire
 from shoal.client.http import ServerClient
 from shoal.client.scale import scale
+from shoal.wire.fleet import FleetStatus
 from support.servers import ShoalServer
 from support.status_server import StatusServer, engine, fleet, ranks, replica
 
@@ -114,7 +114,7 @@ class Clock:
     def enter(self, state: str, cause: str = "", restarts: int = 0) -> None:
         self.second, self.changed = (state, cause, restarts), time.monotonic()
 
-    def __call__(self) -> wire.FleetStatus:
+    def __call__(self) -> FleetStatus:
         up = time.monotonic() - self.begun
         state, cause, restarts = self.second
         first = engine(

@@ -7,20 +7,22 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from shoal import __version__, wire
+from shoal import __version__
 from shoal.errors import ClosedError, EngineError
 from shoal.server.http.errors import add_handlers
 from shoal.server.operations import health
+from shoal.wire.base import replace_fields
+from shoal.wire.fleet import FleetStatus
 from support.asgi import get
 from support.status_server import fleet, replica
 
 
 class FakeEngine:
-    def __init__(self, status: wire.FleetStatus | Exception, started: bool | Exception = True) -> None:
+    def __init__(self, status: FleetStatus | Exception, started: bool | Exception = True) -> None:
         self._status = status
         self._started = started
 
-    async def status(self) -> wire.FleetStatus:
+    async def status(self) -> FleetStatus:
         if isinstance(self._status, Exception):
             raise self._status
         return self._status
@@ -73,7 +75,7 @@ def test_replicas_of_other_hosts_are_not_waited_for() -> None:
         (FakeEngine(fleet(replica(0), accepting=False)), "about to end"),
         (
             FakeEngine(
-                wire.replace(fleet(replica(0, "failed"), accepting=False), failure="no replica is left: it died")
+                replace_fields(fleet(replica(0, "failed"), accepting=False), failure="no replica is left: it died")
             ),
             "no replica is left: it died",
         ),
@@ -100,7 +102,7 @@ def test_a_replica_that_can_never_start_is_named() -> None:
 
 def test_an_engine_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(FakeEngine):
-        async def status(self) -> wire.FleetStatus:
+        async def status(self) -> FleetStatus:
             await asyncio.Event().wait()
             raise AssertionError
 

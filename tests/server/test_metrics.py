@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal import wire
 from shoal.cluster.desk import Desk
 from shoal.cluster.stats import carried, emptied
 from shoal.config.engine_options import EngineOptions
@@ -33,6 +32,10 @@ from shoal.server.operations.exposition import Histogram as Ours
 from shoal.server.operations.metrics_page import add_metrics, families, page_of
 from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families
 from shoal.transport.channel import Channel, wait
+from shoal.wire.base import encode, replace_fields
+from shoal.wire.engine import Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, from_engine
+from shoal.wire.fleet import FleetStatus
+from shoal.wire.ranks import Sampling
 from support.asgi import get
 from support.fakes import FakeClock, request, steady
 from support.status_server import engine, fleet, ranks, replica
@@ -78,12 +81,12 @@ class Scraped:
         return sum(value for (found, _), value in self.samples.items() if found == name)
 
 
-def page(metrics: RequestMetrics, status: wire.FleetStatus | None = None) -> Scraped:
+def page(metrics: RequestMetrics, status: FleetStatus | None = None) -> Scraped:
     return Scraped(page_of(metrics.verbs["metrics"](b""), status or fleet(replica(0), replica(1), replica(2)), "tiny"))
 
 
-def ending(seq: int, finish: wire.Finish = wire.Finish.LENGTH, tokens: int = 0, **more: Any) -> wire.SeqUpdate:
-    return wire.SeqUpdate(seq, (7,) * tokens, finish=finish, **more)
+def ending(seq: int, finish: Finish = Finish.LENGTH, tokens: int = 0, **more: Any) -> SeqUpdate:
+    return SeqUpdate(seq, (7,) * tokens, finish=finish, **more)
 
 
 # --- the recorder ------------------------------------------------------------------------------------------------
@@ -92,13 +95,13 @@ def ending(seq: int, finish: wire.Finish = wire.Finish.LENGTH, tokens: int = 0, 
 def test_a_request_is_taken_apart_into_its_times() -> None:
     clock = FakeClock()
     metrics = RequestMetrics(LENGTH, clock=clock)
-    metrics.added(wire.replace(request(0, range(12), max_tokens=40), arrival=1000.0))
+    metrics.added(replace_fields(request(0, range(12), max_tokens=40), arrival=1000.0))
     clock.now = 1001.0
     metrics.dealt(0, 1)
     clock.now = 1002.0
-    metrics.updated(1, wire.SeqUpdate(0, (5,), cached_tokens=8, waited_us=500_000))
+    metrics.updated(1, SeqUpdate(0, (5,), cached_tokens=8, waited_us=500_000))
     clock.now = 1002.375
-    metrics.updated(1, wire.SeqUpdate(0, (5, 6, 7)))
+    metrics.updated(1, SeqUpdate(0, (5, 6, 7)))
     clock.now = 1003.0
     metrics.updated(1, ending(0, tokens=1))
 
@@ -136,18 +139,18 @@ def test_a_request_is_taken_apart_into_its_times() -> None:
 def test_a_request_that_goes_on_elsewhere_is_one_request() -> None:
     clock = FakeClock()
     metrics = RequestMetrics(LENGTH, clock=clock)
-    metrics.added(wire.replace(request(0, range(10)), arrival=1000.0))
+    metrics.added(replace_fields(request(0, range(10)), arrival=1000.0))
     clock.now = 1001.0
     metrics.dealt(0, 0)  # which ends before the first token
     clock.now = 1004.0
     metrics.dealt(0, 1)
     clock.now = 1005.0
-    metrics.updated(1, wire.SeqUpdate(0, (1, 2)))
+    metrics.updated(1, SeqUpdate(0, (1, 2)))
     clock.now = 1007.0
     metrics.dealt(0, 2)
     clock.now = 1009.0
-    metrics.updated(2, wire.SeqUpdate(0, (3, 4), waited_us=1_000_000))
-    metrics.updated(2, ending(0, wire.Finish.STOP))
+    metrics.updated(2, SeqUpdate(0, (3, 4), waited_us=1_000_000))
+    metrics.updated(2, ending(0, Finish.STOP))
 
     found = page(metrics)
     assert found.total(f"{TTFT}_count") == found(f"{TTFT}_count", engine=1) == 1
@@ -181,20 +184,20 @@ def test_outputs_of_one_prompt_are_one_prompt() -> None:
 
 def test_why_requests_ended() -> None:
     metrics = RequestMetrics(LENGTH)
-    refusals = [each for each in wire.Refusal if each is not wire.Refusal.NONE]
+    refusals = [each for each in RefusalKind if each is not RefusalKind.NONE]
     for seq in range(4 + len(refusals)):
         metrics.added(request(seq, [1]))
     metrics.dealt(1, 0)
-    metrics.updated(0, wire.SeqUpdate(1, (3, 4)))
+    metrics.updated(0, SeqUpdate(1, (3, 4)))
     metrics.stopped(1)  # its client has found a stop text
-    metrics.updated(0, ending(1, wire.Finish.ABORT))
+    metrics.updated(0, ending(1, Finish.ABORT))
     metrics.dealt(2, 0)
-    metrics.updated(0, ending(2, wire.Finish.ABORT, tokens=1))
+    metrics.updated(0, ending(2, Finish.ABORT, tokens=1))
     metrics.dealt(3, 0)
-    metrics.updated(0, ending(3, wire.Finish.ABORT, error="the grammar has gone wrong"))
-    metrics.ended(ending(0, wire.Finish.ABORT))
+    metrics.updated(0, ending(3, Finish.ABORT, error="the grammar has gone wrong"))
+    metrics.ended(ending(0, Finish.ABORT))
     for seq, refusal in enumerate(refusals, 4):
-        metrics.ended(ending(seq, wire.Finish.ABORT, error="no", refusal=refusal))
+        metrics.ended(ending(seq, Finish.ABORT, error="no", refusal=refusal))
     metrics.ended(ending(999))  # nobody knows it
 
     found = page(metrics)
@@ -232,7 +235,7 @@ class Twin:
     def add(self, prompt: int, early: float) -> None:
         seq = len(self.requests)
         arrival = self.clock.now - early
-        self.metrics.added(wire.replace(request(seq, range(prompt), max_tokens=9), arrival=arrival))
+        self.metrics.added(replace_fields(request(seq, range(prompt), max_tokens=9), arrival=arrival))
         self.requests.append({"prompt": prompt, "arrival": arrival, "tokens": 0, "replica": None})
         self.open.append(seq)
 
@@ -242,7 +245,7 @@ class Twin:
             self.requests[seq]["replica"] = to
             self.metrics.dealt(seq, to)
 
-    def update(self, which: int, tokens: int, waited_us: int, finish: wire.Finish | None) -> None:
+    def update(self, which: int, tokens: int, waited_us: int, finish: Finish | None) -> None:
         dealt = [seq for seq in self.open if self.requests[seq]["replica"] is not None]
         if not dealt or (not tokens and finish is None):
             return
@@ -257,16 +260,16 @@ class Twin:
             one["tokens"] += tokens
             one["last"] = now
             self.counts["generated", one["replica"]] += tokens
-        self.metrics.updated(one["replica"], wire.SeqUpdate(seq, (1,) * tokens, finish=finish, waited_us=waited_us))
+        self.metrics.updated(one["replica"], SeqUpdate(seq, (1,) * tokens, finish=finish, waited_us=waited_us))
         if finish is not None:
             self._finish(seq)
 
-    def end(self, which: int, refusal: wire.Refusal) -> None:
+    def end(self, which: int, refusal: RefusalKind) -> None:
         if not self.open:
             return
         seq = self.open[which % len(self.open)]
-        error = "no" if refusal is not wire.Refusal.NONE else ""
-        self.metrics.ended(ending(seq, wire.Finish.ABORT, error=error, refusal=refusal))
+        error = "no" if refusal is not RefusalKind.NONE else ""
+        self.metrics.ended(ending(seq, Finish.ABORT, error=error, refusal=refusal))
         if not error and self.requests[seq]["replica"] is not None:
             self._finish(seq)
         else:
@@ -296,9 +299,9 @@ STEPS = st.lists(
                 st.integers(0, 9),
                 st.integers(0, 3),
                 st.integers(0, 2_000_000),
-                st.sampled_from([None, None, *wire.Finish]),
+                st.sampled_from([None, None, *Finish]),
             ),
-            st.tuples(st.just("end"), st.integers(0, 9), st.sampled_from(wire.Refusal)),
+            st.tuples(st.just("end"), st.integers(0, 9), st.sampled_from(RefusalKind)),
         ),
     ),
     max_size=60,
@@ -336,7 +339,7 @@ def test_nothing_is_kept_of_what_has_ended() -> None:
     for seq in range(100):
         metrics.added(request(seq, [1], group=seq - seq % 2))
         metrics.dealt(seq, 0)
-        metrics.updated(0, wire.SeqUpdate(seq, (1,)))
+        metrics.updated(0, SeqUpdate(seq, (1,)))
     for seq in range(100):
         metrics.updated(0, ending(seq))
     assert not metrics._lives
@@ -387,7 +390,7 @@ def test_the_names_that_others_read_are_there() -> None:
 
 
 def test_all_that_is_described_is_there_and_nothing_else() -> None:
-    stats = wire.replace(engine(of_ranks=ranks()), accepted_by_position=(2, 1))
+    stats = replace_fields(engine(of_ranks=ranks()), accepted_by_position=(2, 1))
     status = fleet(replica(0, stats=stats))
     metrics = RequestMetrics(LENGTH)
     metrics.verbs["http"](json.dumps([["/x", "GET", "2xx", [1, *[0] * 21], 0.001]]).encode())
@@ -462,7 +465,7 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
 )
 def test_no_request_is_counted_twice_or_not_at_all(replicas: list[tuple[str, int, int]], queued: int) -> None:
     states = [
-        wire.replace(replica(number, state, stats=engine(running=9, waiting=waiting)), held=held)
+        replace_fields(replica(number, state, stats=engine(running=9, waiting=waiting)), held=held)
         for number, (state, waiting, held) in enumerate(replicas)
     ]
     found = page(RequestMetrics(LENGTH), fleet(*states, queued=queued))
@@ -486,8 +489,8 @@ def test_no_request_is_counted_twice_or_not_at_all(replicas: list[tuple[str, int
     ],
 )
 def test_why_requests_wait_and_how_an_engine_sleeps(activity: str, level: int, state: str, sleeps: str) -> None:
-    one = wire.replace(replica(0, state, stats=engine(waiting=2)), held=3)
-    status = wire.replace(fleet(one, queued=4), activity=activity, sleep_level=level)
+    one = replace_fields(replica(0, state, stats=engine(waiting=2)), held=3)
+    status = replace_fields(fleet(one, queued=4), activity=activity, sleep_level=level)
     found = page(RequestMetrics(LENGTH), status)
     deferred = (activity, state) != ("awake", "ready")
     name = "vllm:num_requests_waiting_by_reason"
@@ -500,7 +503,7 @@ def test_why_requests_wait_and_how_an_engine_sleeps(activity: str, level: int, s
 
 def test_all_places_of_a_guess_are_there_from_the_beginning() -> None:
     options = EngineOptions.from_flat(None, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}})
-    stats = wire.replace(engine(), accepted_by_position=(5, 2))
+    stats = replace_fields(engine(), accepted_by_position=(5, 2))
     status = fleet(replica(0, stats=stats), replica(1, stats=carried(emptied(stats), stats)))
     found = Scraped(page_of(RequestMetrics(LENGTH).verbs["metrics"](b""), status, "tiny", options))
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
@@ -521,7 +524,7 @@ def test_how_often_requests_gave_their_blocks_back() -> None:
 
 
 def test_what_the_status_says() -> None:
-    stats = wire.replace(
+    stats = replace_fields(
         engine(free=25, queries=40, hits=30, of_ranks=ranks(busy_us=1_500_000)),
         iteration_tokens=(2, 1, 0, 4, 5),
         step_tokens=100,
@@ -561,7 +564,7 @@ def test_what_the_status_says() -> None:
 
 
 def test_counters_go_on_over_the_lives_of_a_replica() -> None:
-    life = wire.replace(
+    life = replace_fields(
         engine(queries=40, hits=30, prompt=9, of_ranks=ranks(busy_us=2_000_000)),
         iteration_tokens=(1, 2),
         step_tokens=9,
@@ -601,7 +604,7 @@ class Head:
             self.handed_over.set()
         return answer
 
-    async def status(self) -> wire.FleetStatus:
+    async def status(self) -> FleetStatus:
         return fleet(replica(0))
 
 
@@ -706,13 +709,13 @@ class RemoteClient:
         """Gives the tokens that came."""
         now = time.monotonic()
         for seq, prompt in enumerate(prompts):
-            sampling = wire.Sampling(seed=seq, temperature=1.0)
-            spec = wire.EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens, arrival=now)
-            self._channel.send(wire.encode(spec))
+            sampling = Sampling(seed=seq, temperature=1.0)
+            spec = EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens, arrival=now)
+            self._channel.send(encode(spec))
         count, left = 0, len(prompts)
         while left:
             for message in self._hear():
-                assert isinstance(message, wire.Updates)
+                assert isinstance(message, Updates)
                 for update in message.updates:
                     assert not update.error
                     count += len(update.tokens)
@@ -720,16 +723,16 @@ class RemoteClient:
         return count
 
     def ask(self, verb: str) -> bytes:
-        self._channel.send(wire.encode(wire.Ask(0, verb)))
+        self._channel.send(encode(Ask(0, verb)))
         while True:
             for message in self._hear():
-                if isinstance(message, wire.Told):
+                if isinstance(message, Told):
                     assert not message.error
                     return message.payload
 
     def _hear(self) -> list[Any]:
         assert wait([self._channel], WAIT_S), "nobody answers"
-        return [wire.from_engine.decode(frame) for frame in self._channel.receive()]
+        return [from_engine.decode(frame) for frame in self._channel.receive()]
 
     def close(self) -> None:
         self._channel.close()

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from shoal import wire
 from shoal.server.app import openai_app
 from shoal.server.http.limits import add_limits
 from shoal.server.operations import scaling
 from shoal.server.settings import ServerSettings
+from shoal.wire.fleet import FleetStatus
 from support.fake_backend import FakeBackend
 
 NO_NUMBERS = ["1e999", "-1e999", "NaN", "Infinity", "-Infinity", "1E+400", "9" * 400 + ".0"]
@@ -35,7 +35,7 @@ INSIDE = ["%s", '[{"a":%s}]', '{"type":"function","name":"f","function":{"name":
 
 
 class Scaled:
-    async def scale(self, replicas: int) -> wire.FleetStatus:
+    async def scale(self, replicas: int) -> FleetStatus:
         raise AssertionError(f"{replicas} replicas were taken")
 
 

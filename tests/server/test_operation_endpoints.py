@@ -15,12 +15,14 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from shoal import wire
 from shoal.errors import ClosedError, ConfigError, EngineError, Unavailable, UserError
 from shoal.llm.async_llm import AsyncLLM
 from shoal.params import SamplingParams
 from shoal.server.http.errors import add_handlers
 from shoal.server.operations import pause_and_sleep
+from shoal.wire.base import encode
+from shoal.wire.engine import CacheReset
+from shoal.wire.fleet import FleetStatus, Operation
 from support.servers import ShoalServer
 
 KEY = {"Authorization": "Bearer secret"}
@@ -31,18 +33,18 @@ class Fleet:
     """Notes what is asked for."""
 
     def __init__(self, error: Exception | None = None, **status: Any) -> None:
-        self.asked: list[wire.Operation] = []
+        self.asked: list[Operation] = []
         self._error = error
         self._status = status
 
-    async def operate(self, wanted: wire.Operation) -> bytes:
+    async def operate(self, wanted: Operation) -> bytes:
         self.asked.append(wanted)
         if self._error is not None:
             raise self._error
-        return wire.encode(wire.CacheReset(7, 2)) if wanted.verb == "reset_prefix_cache" else b""
+        return encode(CacheReset(7, 2)) if wanted.verb == "reset_prefix_cache" else b""
 
-    async def status(self) -> wire.FleetStatus:
-        return wire.FleetStatus("m", 1, 1, (), 0, 0, True, 1.0, **self._status)
+    async def status(self) -> FleetStatus:
+        return FleetStatus("m", 1, 1, (), 0, 0, True, 1.0, **self._status)
 
 
 def client(fleet: Fleet) -> TestClient:
@@ -55,30 +57,30 @@ def client(fleet: Fleet) -> TestClient:
 @pytest.mark.parametrize(
     ("path", "asked", "answer"),
     [
-        ("/pause", wire.Operation("pause"), {"status": "paused"}),
-        ("/pause?mode=keep", wire.Operation("pause", mode="keep"), {"status": "paused"}),
+        ("/pause", Operation("pause"), {"status": "paused"}),
+        ("/pause?mode=keep", Operation("pause", mode="keep"), {"status": "paused"}),
         (
             "/pause?wait_for_inflight_requests=true&clear_cache=false",
-            wire.Operation("pause", mode="wait", clear_cache=False),
+            Operation("pause", mode="wait", clear_cache=False),
             {"status": "paused"},
         ),
-        ("/resume", wire.Operation("resume"), {"status": "resumed"}),
-        ("/sleep", wire.Operation("sleep"), {"status": "awake", "missing": []}),
-        ("/sleep?level=2&mode=wait", wire.Operation("sleep", "wait", 2), {"status": "awake", "missing": []}),
-        ("/wake_up", wire.Operation("wake_up"), {"status": "awake", "missing": []}),
+        ("/resume", Operation("resume"), {"status": "resumed"}),
+        ("/sleep", Operation("sleep"), {"status": "awake", "missing": []}),
+        ("/sleep?level=2&mode=wait", Operation("sleep", "wait", 2), {"status": "awake", "missing": []}),
+        ("/wake_up", Operation("wake_up"), {"status": "awake", "missing": []}),
         (
             "/wake_up?tags=weights&tags=kv_cache",
-            wire.Operation("wake_up", tags=("weights", "kv_cache")),
+            Operation("wake_up", tags=("weights", "kv_cache")),
             {"status": "awake", "missing": []},
         ),
         (
             "/reset_prefix_cache?reset_running_requests=true",
-            wire.Operation("reset_prefix_cache", running=True),
+            Operation("reset_prefix_cache", running=True),
             {"status": "reset", "forgotten_blocks": 7, "held_blocks": 2},
         ),
     ],
 )
-def test_what_vllm_s_clients_send_is_understood(path: str, asked: wire.Operation, answer: dict[str, Any]) -> None:
+def test_what_vllm_s_clients_send_is_understood(path: str, asked: Operation, answer: dict[str, Any]) -> None:
     fleet = Fleet()
     found: Any = client(fleet).post(path)
     assert (found.status_code, found.json()) == (200, answer)

@@ -6,17 +6,17 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from shoal import wire
 from shoal.errors import ClosedError, ConfigError, EngineError, Unavailable
 from shoal.server.http.errors import add_handlers
 from shoal.server.operations import scaling
+from shoal.wire.fleet import FleetStatus
 
 
 class Fleet:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    async def scale(self, replicas: int) -> wire.FleetStatus:
+    async def scale(self, replicas: int) -> FleetStatus:
         raise self._error
 
 

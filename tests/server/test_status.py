@@ -3,15 +3,19 @@
 import json
 from urllib.request import urlopen
 
-from shoal import __version__, wire
+from shoal import __version__
 from shoal.server.operations.status import status_json
+from shoal.wire.base import replace_fields
+from shoal.wire.ranks import Traffic
 from support.status_server import StatusServer, engine, fleet, ranks, replica
 
 
 def test_every_field_is_there_under_its_name() -> None:
-    traffic = (wire.Traffic("tp", "all_reduce", 3, 4096),)
-    rank = wire.replace(ranks()[0], traffic=traffic)
-    stats = wire.replace(engine(running=3, free=40, of_ranks=[rank]), start_s=(("load", 0.5),), iteration_tokens=(1, 2))
+    traffic = (Traffic("tp", "all_reduce", 3, 4096),)
+    rank = replace_fields(ranks()[0], traffic=traffic)
+    stats = replace_fields(
+        engine(running=3, free=40, of_ranks=[rank]), start_s=(("load", 0.5),), iteration_tokens=(1, 2)
+    )
     status = fleet(replica(0, host="alpha", stats=stats), replica(1, "restarting", host="beta", cause="rank 1 died"))
 
     shown = json.loads(json.dumps(status_json(status)))

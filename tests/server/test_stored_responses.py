@@ -11,11 +11,12 @@ from openai.types.responses import Response, ResponseItem
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
-from shoal import wire
 from shoal.errors import EngineError
 from shoal.server.api.response_store import ResponseStore
 from shoal.server.app import openai_app
 from shoal.server.settings import ServerSettings
+from shoal.wire.base import encode
+from shoal.wire.fleet import KeepResponse, ResponseNames, StoredTurn, stored_turns_decoder
 from support.fake_backend import FakeBackend
 from support.servers import ShoalServer
 
@@ -239,9 +240,9 @@ def store(**limits: Any) -> ResponseStore:
 
 
 def keep(found: ResponseStore, name: str, previous: str | None = None, size: int = 10) -> bytes:
-    turn = wire.Turn(b"[%s]" % (b"1" * size), (f"item of {name}",))
-    asked = wire.KeepResponse(name, b"{}", turn, wire.Turn(b"[2]", ()), previous)
-    return found.verbs["responses.keep"](wire.encode(asked))
+    turn = StoredTurn(b"[%s]" % (b"1" * size), (f"item of {name}",))
+    asked = KeepResponse(name, b"{}", turn, StoredTurn(b"[2]", ()), previous)
+    return found.verbs["responses.keep"](encode(asked))
 
 
 def has(found: ResponseStore, name: str) -> bool:
@@ -285,7 +286,9 @@ def test_bytes_are_bounded_and_what_is_shared_counts_once() -> None:
     for name in ["large", *map(str, range(30))]:
         found.verbs["responses.drop"](name.encode())
     assert found.size == 0
-    assert wire.turns.decode(found.verbs["responses.items"](wire.encode(wire.Names(("item of 0",))))).turns == ()
+    assert (
+        stored_turns_decoder.decode(found.verbs["responses.items"](encode(ResponseNames(("item of 0",))))).turns == ()
+    )
 
 
 def test_a_conversation_outlives_what_it_came_from() -> None:
@@ -293,9 +296,9 @@ def test_a_conversation_outlives_what_it_came_from() -> None:
     keep(found, "a")
     keep(found, "b", "a")
     found.verbs["responses.drop"](b"a")
-    assert len(wire.turns.decode(found.verbs["responses.turns"](b"b")).turns) == 4
-    items = found.verbs["responses.items"](wire.encode(wire.Names(("item of a", "item of a", "?"))))
-    assert len(wire.turns.decode(items).turns) == 1
+    assert len(stored_turns_decoder.decode(found.verbs["responses.turns"](b"b")).turns) == 4
+    items = found.verbs["responses.items"](encode(ResponseNames(("item of a", "item of a", "?"))))
+    assert len(stored_turns_decoder.decode(items).turns) == 1
     assert keep(found, "c", "a") == b"lost"
 
 
@@ -303,7 +306,7 @@ def test_a_name_that_comes_again_is_the_newer_one() -> None:
     found = store()
     keep(found, "a", size=10)
     keep(found, "a", size=20)
-    assert wire.turns.decode(found.verbs["responses.turns"](b"a")).turns[0] == b"[%s]" % (b"1" * 20)
+    assert stored_turns_decoder.decode(found.verbs["responses.turns"](b"a")).turns[0] == b"[%s]" % (b"1" * 20)
 
 
 # --- OpenAI's client, whichever process answers --------------------------------------------------------------------

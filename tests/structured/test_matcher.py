@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 import shoal
 from shoal.errors import EngineError, RequestError
 from shoal.structured.matcher import LIMITS, Grammar, Vocabulary, words_of
-from shoal.wire import Ids
+from shoal.wire.base import Ids
 from support.fakes import steady
 
 TOKENIZER = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher
 
-from shoal import wire
 from shoal.launch.hub import BUNDLED
 from shoal.structured.limits import DEFAULT_LIMITS, GrammarLimits
 from shoal.structured.pool import GrammarPool
 from shoal.text.grammar_host import grammar_pool
+from shoal.wire.grammars import GrammarAsk, Verdict
 from support.processes import children
 
 EOS = (1,)
@@ -33,16 +33,16 @@ class Asked:
 
     def __init__(self, limits: GrammarLimits = DEFAULT_LIMITS, folder: Path = BUNDLED) -> None:
         self.pool: GrammarPool = grammar_pool(folder, EOS, SIZE, limits=limits)
-        self.came: dict[int, wire.Verdict] = {}
+        self.came: dict[int, Verdict] = {}
 
-    def wait_for(self, *seqs: int) -> list[wire.Verdict]:
+    def wait_for(self, *seqs: int) -> list[Verdict]:
         deadline = time.monotonic() + DEADLINE_S
         while not set(seqs) <= set(self.came):
             assert time.monotonic() < deadline, "no verdict came"
             self.came |= {verdict.seq: verdict for verdict in self.pool.poll(0.1)}
         return [self.came.pop(seq) for seq in seqs]
 
-    def verdict(self, seq: int, grammar: str) -> wire.Verdict:
+    def verdict(self, seq: int, grammar: str) -> Verdict:
         self.pool.follow(seq, grammar)
         [found] = self.wait_for(seq)
         return found
@@ -110,13 +110,13 @@ def test_a_hostile_grammar_ends_alone() -> None:
         asked.verdict(1, PLAIN)
         for seq, grammar in enumerate(HOSTILE.values(), 100):
             asked.pool.follow(seq, grammar)
-        asked.pool.ask([wire.GrammarAsk(1, (A,))])
+        asked.pool.ask([GrammarAsk(1, (A,))])
         [found] = asked.wait_for(1)
         assert (found.refused, found.problem, found.behind) == ("", "", 1)
         for verdict in asked.wait_for(*range(100, 100 + len(HOSTILE))):
             assert verdict.refused.startswith("structured_outputs ")
             assert "\n" not in verdict.refused
-        asked.pool.ask([wire.GrammarAsk(1, (B, EOS[0]), masked=False)])
+        asked.pool.ask([GrammarAsk(1, (B, EOS[0]), masked=False)])
         [found] = asked.wait_for(1)
         assert (found.refused, found.ended, found.behind) == ("", (True,), 3)
     finally:
@@ -222,7 +222,7 @@ def test_an_output_that_its_grammar_does_not_allow_is_refused(asked: Asked) -> N
 
 def test_drafts_have_verdicts_of_their_own(asked: Asked) -> None:
     asked.verdict(1, LLMatcher.grammar_from_regex("ab"))
-    asked.pool.ask([wire.GrammarAsk(1, (), drafts=(A, B, A))])
+    asked.pool.ask([GrammarAsk(1, (), drafts=(A, B, A))])
     [found] = asked.wait_for(1)
     assert found.drafts == (A, B)
     assert found.ended == (False, False, True)

@@ -4,14 +4,16 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from shoal import wire
 from shoal.activity import AWAKE, Activity
 from shoal.cluster.operations import Message
 from shoal.engine.request import decode_tokens, token_set
 from shoal.errors import EngineError
+from shoal.wire.base import encode, replace_fields
+from shoal.wire.engine import CacheReset, EngineRequest, EngineStats, Finish, ResetCache, SeqUpdate, Told
+from shoal.wire.ranks import TokenLogprobs
 from support.fakes import next_token
 
-STATS = wire.EngineStats(0, 0, 0, 0, 0, 1 << 30, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+STATS = EngineStats(0, 0, 0, 0, 0, 1 << 30, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class FakeReplica:
@@ -20,18 +22,18 @@ class FakeReplica:
     def __init__(self, number: int, seed: int = 0) -> None:
         self.name = f"replica {number}"
         self.died = True
-        self.snapshot: wire.EngineStats | None = None
+        self.snapshot: EngineStats | None = None
         self.words = 0
-        self.held: dict[int, wire.EngineRequest] = {}
+        self.held: dict[int, EngineRequest] = {}
         self.drawn: dict[int, list[int]] = {}
         self.aborted: list[int] = []
-        self.added: list[wire.EngineRequest] = []
+        self.added: list[EngineRequest] = []
         self.dead = ""
         self.activity = AWAKE
         self.told: list[Message] = []
         self.silent = False  # it answers nothing that it is told
         self.refuses = ""  # why it does not wake up
-        self._answers: list[wire.Told] = []
+        self._answers: list[Told] = []
         self.closed = False
         self._random = random.Random(seed)
 
@@ -43,10 +45,10 @@ class FakeReplica:
     def has_ended(self) -> bool:
         return self.closed
 
-    def ready(self, timeout: float) -> wire.EngineStats | None:
+    def ready(self, timeout: float) -> EngineStats | None:
         return STATS
 
-    def add(self, spec: wire.EngineRequest) -> None:
+    def add(self, spec: EngineRequest) -> None:
         self._check_alive()
         assert spec.seq not in self.held
         self.added.append(spec)
@@ -58,10 +60,10 @@ class FakeReplica:
         self._check_alive()
         self.aborted += [seq for seq in seqs if seq in self.held]
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_alive()
         self.words += 1
-        found = [wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT) for seq in self.aborted if seq in self.held]
+        found = [SeqUpdate(seq, (), finish=Finish.ABORT) for seq in self.aborted if seq in self.held]
         for update in found:
             del self.held[update.seq]
         self.aborted = []
@@ -69,45 +71,45 @@ class FakeReplica:
             return found
         return found + [self._step(seq) for seq in list(self.held) if self._random.random() < 0.7]
 
-    def _step(self, seq: int) -> wire.SeqUpdate:
+    def _step(self, seq: int) -> SeqUpdate:
         spec, drawn = self.held[seq], self.drawn[seq]
         prompt_len = spec.prompt_len or len(spec.tokens) // 4
         prompt = decode_tokens(spec.tokens)[:prompt_len]
         token = next_token(prompt + drawn)
         drawn.append(token)
-        finish = wire.Finish.LENGTH if len(drawn) == spec.max_tokens else None
-        finish = wire.Finish.STOP if token in token_set(spec.stop_ids) else finish
+        finish = Finish.LENGTH if len(drawn) == spec.max_tokens else None
+        finish = Finish.STOP if token in token_set(spec.stop_ids) else finish
         if finish is not None:
             del self.held[seq]
         position = prompt_len + len(drawn)
-        return wire.SeqUpdate(seq, (token,), (wire.TokenLogprobs(float(position), 1, (), ()),), finish)
+        return SeqUpdate(seq, (token,), (TokenLogprobs(float(position), 1, (), ()),), finish)
 
-    def stats(self, timeout: float | None = None) -> wire.EngineStats:
+    def stats(self, timeout: float | None = None) -> EngineStats:
         self._check_alive()
-        return wire.replace(STATS, running=len(self.held), num_blocks=10)
+        return replace_fields(STATS, running=len(self.held), num_blocks=10)
 
     def tell(self, message: Message) -> None:
         self._check_alive()
         self.told.append(message)
         if self.silent:
             return
-        if isinstance(message, wire.ResetCache):
-            self._answers.append(wire.Told(message.id, wire.encode(wire.CacheReset(3, len(self.held)))))
+        if isinstance(message, ResetCache):
+            self._answers.append(Told(message.id, encode(CacheReset(3, len(self.held)))))
         elif self.refuses and self.activity.missing and not message.activity.missing:
-            self._answers.append(wire.Told(message.id, error=self.refuses, user_error=True))
+            self._answers.append(Told(message.id, error=self.refuses, user_error=True))
         else:
             self.activity = message.activity
-            self._answers.append(wire.Told(message.id))
+            self._answers.append(Told(message.id))
 
-    def answers(self) -> list[wire.Told]:
+    def answers(self) -> list[Told]:
         answers, self._answers = self._answers, []
         return answers
 
     def become(self, activity: Activity) -> None:
         self.activity = activity
 
-    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
-        return wire.CacheReset(3, len(self.held))
+    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
+        return CacheReset(3, len(self.held))
 
     def say_goodbye(self) -> None:
         pass

@@ -11,10 +11,12 @@ from typing import TypeVar
 import msgspec
 from hypothesis import HealthCheck, settings
 
-from shoal import wire
 from shoal.engine.request import decode_tokens, encode_tokens, token_set
 from shoal.errors import EngineError, RankFailed
 from shoal.protocols import Executor
+from shoal.wire.base import encode
+from shoal.wire.engine import EngineRequest, Finish, SeqUpdate
+from shoal.wire.ranks import NewSeq, RankStats, Sampling, SeqOut, StepMask, StepPlan, StepResult, StepTimes, Work
 
 T = TypeVar("T")
 VOCABULARY = 7
@@ -38,12 +40,12 @@ def request(
     deadline: float | None = None,
     salt: str = "",
     group: int = -1,
-) -> wire.EngineRequest:
+) -> EngineRequest:
     """The salt is put into the seed too, which reaches the ranks: see `FakeExecutor.origin`."""
-    return wire.EngineRequest(
+    return EngineRequest(
         seq,
         encode_tokens(list(prompt)),
-        wire.Sampling(seed=zlib.crc32(salt.encode())),
+        Sampling(seed=zlib.crc32(salt.encode())),
         max_tokens,
         encode_tokens(stop_ids),
         priority,
@@ -53,21 +55,21 @@ def request(
     )
 
 
-def begun(spec: wire.EngineRequest, count: int) -> wire.EngineRequest:
+def begun(spec: EngineRequest, count: int) -> EngineRequest:
     """The request as it goes on elsewhere, behind the first `count` tokens of its output."""
     prompt = decode_tokens(spec.tokens)
     tokens = encode_tokens([*prompt, *alone(spec)[:count]])
     return msgspec.structs.replace(spec, tokens=tokens, prompt_len=len(prompt))
 
 
-def prompt_and_output(spec: wire.EngineRequest) -> tuple[list[int], list[int]]:
+def prompt_and_output(spec: EngineRequest) -> tuple[list[int], list[int]]:
     """What a request comes with; the output is empty, unless it was begun elsewhere."""
     tokens = decode_tokens(spec.tokens)
     prompt_len = spec.prompt_len or len(tokens)
     return tokens[:prompt_len], tokens[prompt_len:]
 
 
-def alone(spec: wire.EngineRequest) -> list[int]:
+def alone(spec: EngineRequest) -> list[int]:
     """The output of a request when nobody aborts it, what it comes with included."""
     prompt, out = prompt_and_output(spec)
     while len(out) < spec.max_tokens and not (out and out[-1] in token_set(spec.stop_ids)):
@@ -79,12 +81,12 @@ class Outcomes:
     """What clients were told, checked as it comes: right tokens, one end each, nothing after it."""
 
     def __init__(self) -> None:
-        self.specs: dict[int, wire.EngineRequest] = {}
+        self.specs: dict[int, EngineRequest] = {}
         self.tokens: dict[int, list[int]] = {}
-        self.finished: dict[int, wire.SeqUpdate] = {}
+        self.finished: dict[int, SeqUpdate] = {}
         self.may_abort: set[int] = set()
 
-    def added(self, spec: wire.EngineRequest) -> None:
+    def added(self, spec: EngineRequest) -> None:
         self.specs[spec.seq] = spec
         self.tokens[spec.seq] = prompt_and_output(spec)[1]
 
@@ -92,7 +94,7 @@ class Outcomes:
     def open(self) -> list[int]:
         return [seq for seq in self.specs if seq not in self.finished]
 
-    def take(self, updates: Sequence[wire.SeqUpdate]) -> None:
+    def take(self, updates: Sequence[SeqUpdate]) -> None:
         for update in updates:
             seq = update.seq
             assert seq not in self.finished, f"an update of sequence {seq} after its end"
@@ -104,12 +106,12 @@ class Outcomes:
                 assert len(self.tokens[seq]) < len(expected), f"sequence {seq} should have ended"
                 continue
             self.finished[seq] = update
-            if update.finish is wire.Finish.ABORT:
+            if update.finish is Finish.ABORT:
                 assert seq in self.may_abort, f"nobody aborted sequence {seq}"
             else:
                 stopped = expected[-1] in token_set(self.specs[seq].stop_ids)
                 assert self.tokens[seq] == expected
-                assert update.finish is (wire.Finish.STOP if stopped else wire.Finish.LENGTH)
+                assert update.finish is (Finish.STOP if stopped else Finish.LENGTH)
 
 
 class FakeClock:
@@ -153,15 +155,15 @@ class FakeExecutor:
         *,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 64,
-        origin: Callable[[wire.NewSeq], int] = lambda new: new.sampling.seed,
+        origin: Callable[[NewSeq], int] = lambda new: new.sampling.seed,
         lookahead: int = 0,
         window: int | None = None,
         stages: int = 1,
     ) -> None:
         self.num_blocks = num_blocks
         self.start_times = {"load": 0.25}
-        self.plans: list[wire.StepPlan] = []
-        self.masks: list[wire.StepMask] = []
+        self.plans: list[StepPlan] = []
+        self.masks: list[StepMask] = []
         self.most_in_flight = 0
         self.closed = 0
         self.missing: set[str] = set()  # parts of its memory that were given back
@@ -178,14 +180,14 @@ class FakeExecutor:
         self._cache: list[_Content | None] = [None] * (num_blocks * block_size)
         self._origins: dict[int, int] = {}
         self._sequences: dict[int, _Sequence] = {}
-        self._results: deque[wire.StepResult] = deque()
+        self._results: deque[StepResult] = deque()
 
     @property
     def known(self) -> set[int]:
         """The sequences that a rank remembers."""
         return set(self._sequences)
 
-    def launch(self, plan: wire.StepPlan) -> None:
+    def launch(self, plan: StepPlan) -> None:
         assert plan.step == len(self.plans)
         assert not self.missing, "a step for ranks that are asleep"
         self._check_turns(plan)
@@ -193,11 +195,11 @@ class FakeExecutor:
         self._results.append(self._execute(plan))
         self.most_in_flight = max(self.most_in_flight, len(self._results))
 
-    def mask(self, mask: wire.StepMask) -> None:
+    def mask(self, mask: StepMask) -> None:
         assert mask.step == self.plans[-1].step
         self.masks.append(mask)
 
-    def poll(self, timeout: float) -> list[wire.StepResult]:
+    def poll(self, timeout: float) -> list[StepResult]:
         if not self._results:
             return []
         self._answered += 1
@@ -207,7 +209,7 @@ class FakeExecutor:
         parts = set(payload.decode().split(","))
         match verb:
             case "stats":
-                return [wire.encode(wire.RankStats(0, 1, 2, 3, 4, 5))]
+                return [encode(RankStats(0, 1, 2, 3, 4, 5))]
             case "sleep":
                 assert not self._results, "steps are in flight"
                 self.missing |= parts
@@ -226,7 +228,7 @@ class FakeExecutor:
     def close(self) -> None:
         self.closed += 1
 
-    def _check_turns(self, plan: wire.StepPlan) -> None:
+    def _check_turns(self, plan: StepPlan) -> None:
         """A token that is not known holds nobody up but those who need one."""
         early = [
             work.seq
@@ -237,7 +239,7 @@ class FakeExecutor:
         assert len(early) in (0, len(plan.work)), f"sequences {early} make the others of step {plan.step} wait"
         self._drawn.update({work.seq: plan.step for work in plan.work if work.sample})
 
-    def _execute(self, plan: wire.StepPlan) -> wire.StepResult:
+    def _execute(self, plan: StepPlan) -> StepResult:
         for seq in plan.released:
             del self._sequences[seq]
         for new in plan.new:
@@ -254,9 +256,9 @@ class FakeExecutor:
         for work in plan.work:
             self._read(work)
         out = tuple(self._sample(work) for work in plan.work if work.sample)
-        return wire.StepResult(plan.incarnation, plan.step, out, wire.StepTimes(20, 10))
+        return StepResult(plan.incarnation, plan.step, out, StepTimes(20, 10))
 
-    def _admit(self, new: wire.NewSeq) -> None:
+    def _admit(self, new: NewSeq) -> None:
         assert new.seq not in self._sequences
         tokens, cached = decode_tokens(new.tokens), len(new.blocks) * self._block_size
         assert cached <= len(tokens)
@@ -266,7 +268,7 @@ class FakeExecutor:
         self._sequences[new.seq].asked_for = len(new.blocks)
         self._origins[new.seq] = self._origin(new)
 
-    def _check_writes(self, plan: wire.StepPlan) -> None:
+    def _check_writes(self, plan: StepPlan) -> None:
         holders = Counter(block for sequence in self._sequences.values() for block in self._needed(sequence))
         # Who is admitted may read what this very step writes.
         holders.subtract(block for new in plan.new for block in self._found(new))
@@ -293,12 +295,12 @@ class FakeExecutor:
         first_seen = 0 if self._window is None else max(sequence.computed - self._window + 1, 0)
         return sequence.blocks[first_seen // self._block_size :]
 
-    def _found(self, new: wire.NewSeq) -> list[int]:
+    def _found(self, new: NewSeq) -> list[int]:
         """Blocks of its prefix that it needs."""
         sequence = self._sequences[new.seq]
         return sequence.blocks[len(sequence.blocks) - len(self._needed(sequence)) : len(new.blocks)]
 
-    def _contents(self, work: wire.Work) -> list[_Content]:
+    def _contents(self, work: Work) -> list[_Content]:
         """By position, guesses included."""
         sequence = self._sequences[work.seq]
         known = work.start + work.count - len(work.drafts)
@@ -314,21 +316,21 @@ class FakeExecutor:
         block, offset = divmod(position, self._block_size)
         return sequence.blocks[block] * self._block_size + offset
 
-    def _write(self, work: wire.Work) -> None:
+    def _write(self, work: Work) -> None:
         sequence = self._sequences[work.seq]
         contents = self._contents(work)
         for position in range(max(work.start, sequence.shared), work.start + work.count):
             self._cache[self._slot(sequence, position)] = contents[position]
         sequence.computed += work.count
 
-    def _read(self, work: wire.Work) -> None:
+    def _read(self, work: Work) -> None:
         sequence = self._sequences[work.seq]
         first_seen = 0 if self._window is None else max(work.start - self._window + 1, 0)
         for position, content in list(enumerate(self._contents(work)))[first_seen:]:
             found = self._cache[self._slot(sequence, position)]
             assert found == content, f"sequence {work.seq} reads {found} at position {position}, should be {content}"
 
-    def _sample(self, work: wire.Work) -> wire.SeqOut:
+    def _sample(self, work: Work) -> SeqOut:
         sequence = self._sequences[work.seq]
         drawn: list[int] = []
         for guess in (*work.drafts, None):
@@ -337,7 +339,7 @@ class FakeExecutor:
                 break
         sequence.tokens += drawn
         sequence.computed = len(sequence.tokens) - 1
-        return wire.SeqOut(work.seq, sequence.epoch, tuple(drawn))
+        return SeqOut(work.seq, sequence.epoch, tuple(drawn))
 
 
 class FakePipeline(FakeExecutor):
@@ -376,7 +378,7 @@ class FakePipeline(FakeExecutor):
         """Of all stages' time, up to now."""
         return 1 - sum(self.busy) / (len(self.busy) * self.now)
 
-    def launch(self, plan: wire.StepPlan) -> None:
+    def launch(self, plan: StepPlan) -> None:
         super().launch(plan)
         tokens = sum(work.count for work in plan.work)
         cost = self._step_cost + self._token_cost * tokens if tokens else 0.0
@@ -387,7 +389,7 @@ class FakePipeline(FakeExecutor):
         self._token_at.update({work.seq: ready for work in plan.work if work.sample})
         self._answers.append(ready)
 
-    def poll(self, timeout: float) -> list[wire.StepResult]:
+    def poll(self, timeout: float) -> list[StepResult]:
         if self._answers:
             self.now = max(self.now, self._answers.popleft())
         return super().poll(timeout)
@@ -434,19 +436,19 @@ class FaultyExecutor:
         self._delay = delays if callable(delays) else lambda step: delays.get(step, 0)
         self._drop = drop
         self._dies_at = dies_at
-        self._late: deque[wire.StepResult] = deque()
+        self._late: deque[StepResult] = deque()
         self._polls_left = 0
         self._dead = False
 
-    def launch(self, plan: wire.StepPlan) -> None:
+    def launch(self, plan: StepPlan) -> None:
         self._check_alive()
         self._inner.launch(plan)
 
-    def mask(self, mask: wire.StepMask) -> None:
+    def mask(self, mask: StepMask) -> None:
         self._check_alive()
         self._inner.mask(mask)
 
-    def poll(self, timeout: float) -> list[wire.StepResult]:
+    def poll(self, timeout: float) -> list[StepResult]:
         self._check_alive()
         for result in self._inner.poll(timeout):
             if not self._late:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from shoal import wire
+from shoal.wire.base import WIRE_VERSION
+from shoal.wire.ranks import RankSetup
 
 
-def rank_setup(**changes: Any) -> wire.RankSetup:
+def rank_setup(**changes: Any) -> RankSetup:
     """One rank on a CPU, small in every respect."""
     plain: dict[str, Any] = {
-        "wire_version": wire.WIRE_VERSION,
+        "wire_version": WIRE_VERSION,
         "rank": 0,
         "world_size": 1,
         "incarnation": 1,
@@ -32,4 +33,4 @@ def rank_setup(**changes: Any) -> wire.RankSetup:
         "memory_utilization": 0.9,
         "comm_timeout_s": 5.0,
     }
-    return wire.RankSetup(**{**plain, **changes})
+    return RankSetup(**{**plain, **changes})

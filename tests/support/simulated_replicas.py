@@ -13,19 +13,20 @@ from itertools import accumulate, count
 from time import perf_counter_ns
 from typing import Protocol
 
-from shoal import wire
 from shoal.cluster.routing.router import Room, most_held
+from shoal.wire.engine import EngineRequest
+from shoal.wire.ranks import Sampling
 
 _ALIKE = 4  # steps that are one event, where nothing but single tokens is computed
-_GREEDY = wire.Sampling(seed=0)
+_GREEDY = Sampling(seed=0)
 
 
 class Policy(Protocol):
     """A way of routing. A Router is one."""
 
-    def add(self, request: wire.EngineRequest) -> None: ...
+    def add(self, request: EngineRequest) -> None: ...
 
-    def next(self) -> tuple[wire.EngineRequest, int] | None: ...
+    def next(self) -> tuple[EngineRequest, int] | None: ...
 
     def drew(self, seq: int, number: int, count: int) -> None: ...
 
@@ -85,14 +86,14 @@ class Traffic:
             prefix = bisect(cumulative, rng.random() * cumulative[-1])
             own = rng.randbytes(4 * max(round(rng.expovariate(1 / self.mean_own)), 1))
             length = min(max(round(rng.expovariate(1 / self.mean_output)), 1), self.max_tokens)
-            request = wire.EngineRequest(seq, shared[prefix] + own, _GREEDY, self.max_tokens)
+            request = EngineRequest(seq, shared[prefix] + own, _GREEDY, self.max_tokens)
             yield Arrival(now, request, prefix, len(shared[prefix]) // 4, length)
 
 
 @dataclass(slots=True, eq=False)
 class Arrival:
     at: float
-    request: wire.EngineRequest
+    request: EngineRequest
     prefix: int
     shared: int
     length: int  # of its output; nobody knows
@@ -201,7 +202,7 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
         if not replica.stepping and (replica.waiting or replica.prompts or replica.drawing):
             heapq.heappush(events, (outcome.seconds + replica.begin(), number))
 
-    def hand_over(found: tuple[wire.EngineRequest, int] | None) -> None:
+    def hand_over(found: tuple[EngineRequest, int] | None) -> None:
         if found is not None:
             replicas[found[1]].waiting.append(known[found[0].seq])
             go_on(found[1])
@@ -247,18 +248,18 @@ class _AtOnce:
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
-        self.come: deque[wire.EngineRequest] = deque()
+        self.come: deque[EngineRequest] = deque()
 
-    def add(self, request: wire.EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         self.come.append(request)
 
-    def next(self) -> tuple[wire.EngineRequest, int] | None:
+    def next(self) -> tuple[EngineRequest, int] | None:
         if not self.come:
             return None
         request = self.come.popleft()
         return request, self.choose(request)
 
-    def choose(self, request: wire.EngineRequest) -> int:
+    def choose(self, request: EngineRequest) -> int:
         raise NotImplementedError
 
     def drew(self, seq: int, number: int, count: int) -> None:
@@ -273,7 +274,7 @@ class RoundRobin(_AtOnce):
         super().__init__(replicas)
         self._next = count()
 
-    def choose(self, request: wire.EngineRequest) -> int:
+    def choose(self, request: EngineRequest) -> int:
         return next(self._next) % self.replicas
 
 
@@ -285,7 +286,7 @@ class LeastLoaded(_AtOnce):
         self._held = [0] * replicas
         self._last = -1
 
-    def choose(self, request: wire.EngineRequest) -> int:
+    def choose(self, request: EngineRequest) -> int:
         least = min(self._held)
         try:
             self._last = self._held.index(least, self._last + 1)
@@ -308,6 +309,6 @@ class Affinity(_AtOnce):
         self._ring = sorted((rng.random(), number) for number in range(replicas) for _ in range(points))
         self._first = 4 * block_size
 
-    def choose(self, request: wire.EngineRequest) -> int:
+    def choose(self, request: EngineRequest) -> int:
         point = random.Random(request.tokens[: self._first]).random()
         return self._ring[bisect(self._ring, (point, -1)) % len(self._ring)][1]

@@ -10,14 +10,16 @@ import uvicorn
 from fastapi import Body, FastAPI, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from shoal import wire
 from shoal.server.operations import status
 from shoal.server.operations.dashboard import routes as dashboard
+from shoal.wire.engine import EngineStats
+from shoal.wire.fleet import FleetStatus, ReplicaStatus
+from shoal.wire.ranks import RankStats
 
 
-def ranks(tp: int = 2, pp: int = 1, *, first_pid: int = 100, busy_us: int = 0) -> tuple[wire.RankStats, ...]:
+def ranks(tp: int = 2, pp: int = 1, *, first_pid: int = 100, busy_us: int = 0) -> tuple[RankStats, ...]:
     return tuple(
-        wire.RankStats(
+        RankStats(
             number,
             first_pid + number,
             anonymous=(number + 1) << 20,
@@ -40,9 +42,9 @@ def engine(
     generated: int = 0,
     queries: int = 0,
     hits: int = 0,
-    of_ranks: Sequence[wire.RankStats] = (),
-) -> wire.EngineStats:
-    return wire.EngineStats(
+    of_ranks: Sequence[RankStats] = (),
+) -> EngineStats:
+    return EngineStats(
         waiting=waiting,
         running=running,
         num_blocks=100,
@@ -72,21 +74,21 @@ def replica(
     since: float = 1.0,
     restarts: int = 0,
     cause: str = "",
-    stats: wire.EngineStats | None = None,
-) -> wire.ReplicaState:
-    return wire.ReplicaState(number, state, host, 50 + number, since, restarts, cause, 0, stats)
+    stats: EngineStats | None = None,
+) -> ReplicaStatus:
+    return ReplicaStatus(number, state, host, 50 + number, since, restarts, cause, 0, stats)
 
 
 def fleet(
-    *replicas: wire.ReplicaState,
+    *replicas: ReplicaStatus,
     uptime: float = 10.0,
     tp: int = 2,
     pp: int = 1,
     queued: int = 0,
     replays: int = 0,
     accepting: bool = True,
-) -> wire.FleetStatus:
-    return wire.FleetStatus("tiny", tp, pp, replicas, queued, replays, accepting, uptime)
+) -> FleetStatus:
+    return FleetStatus("tiny", tp, pp, replicas, queued, replays, accepting, uptime)
 
 
 class StatusServer:
@@ -96,7 +98,7 @@ class StatusServer:
     done when replicas are asked for, and `broken` refuses to.
     """
 
-    def __init__(self, now: Callable[[], wire.FleetStatus]) -> None:
+    def __init__(self, now: Callable[[], FleetStatus]) -> None:
         self.now = now
         self.key = ""
         self.metrics: Callable[[], str] = lambda: ""
@@ -111,7 +113,7 @@ class StatusServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    async def status(self) -> wire.FleetStatus:
+    async def status(self) -> FleetStatus:
         return self.now()
 
     def open(self) -> None:

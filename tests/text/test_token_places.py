@@ -10,7 +10,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.launch.hub import BUNDLED
 from shoal.llm.outputs import Completion, text_context
 from shoal.openai.answers import chat_choice, completion_choice
@@ -20,10 +19,12 @@ from shoal.server.api.token_positions import TokenPositions
 from shoal.text.prompts import Job
 from shoal.text.token_places import prompt_starts, prompt_text
 from shoal.text.tokenizer import FastTokenizer, SlowTokenizer, Tokenizer, open_tokenizer
+from shoal.wire.engine import Finish, SeqUpdate
+from shoal.wire.ranks import TokenLogprobs
 from support import tokenizers as made
 from support.fakes import steady
 
-STOP = wire.Finish.STOP
+STOP = Finish.STOP
 
 
 class Bytes:
@@ -74,13 +75,13 @@ def completed(
     of = Completion(job, 0, tokenizer(kind), frozenset(end), text_context(tokenizer(kind), job))
     for token in tokens:
         finish = STOP if token in end else None
-        if of.take(wire.SeqUpdate(0, (token,), finish=finish, logprobs=(known(token),))):
+        if of.take(SeqUpdate(0, (token,), finish=finish, logprobs=(known(token),))):
             break
     return of.output()
 
 
-def known(token: int) -> wire.TokenLogprobs:
-    return wire.TokenLogprobs(-1.0, 1, (token, 0), (-1.0, -2.0))
+def known(token: int) -> TokenLogprobs:
+    return TokenLogprobs(-1.0, 1, (token, 0), (-1.0, -2.0))
 
 
 def bytes_of(output: CompletionOutput) -> list[bytes]:
@@ -178,7 +179,7 @@ def test_a_stream_tells_the_places_that_the_answer_tells(text: str, sizes: list[
     of = Completion(job, 0, tokenizer("slow"), frozenset(), text_context(tokenizer("slow"), job))
     waiting, told, sent = TokenPositions(), [], ""
     for part, last in in_parts(tokens, sizes):
-        stopped = of.take(wire.SeqUpdate(0, tuple(part), logprobs=tuple(map(known, part))))
+        stopped = of.take(SeqUpdate(0, tuple(part), logprobs=tuple(map(known, part))))
         delta = of.delta(last=last or stopped)
         sent += delta.text
         told += [(token, offset) for token, _, offset in waiting.take(delta)]

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from shoal import wire
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
 from shoal.transport import member as members_module
@@ -27,6 +26,21 @@ from shoal.transport import rendezvous as rendezvous_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import Member, connect
 from shoal.transport.rendezvous import Rendezvous, proof, require_key
+from shoal.wire.base import encode
+from shoal.wire.rendezvous import (
+    Alive,
+    Challenge,
+    Hello,
+    JoinRefused,
+    Posted,
+    RoomComplete,
+    Signed,
+    StoreSet,
+    Welcome,
+    from_rendezvous,
+    hello_decoder,
+    to_rendezvous,
+)
 from support.descriptors import moved_up
 
 KEY = "a key"
@@ -125,8 +139,8 @@ def test_a_rendezvous_that_ends_half_way_is_awaited_anew() -> None:
         address = Address("127.0.0.1", listener.getsockname()[1])
         coming = pool.submit(connect, address, KEY, room="room", rank=0, size=2, timeout=60.0)
         first = Channel(listener.accept()[0])
-        first.send(wire.encode(wire.Challenge(bytes(32))))
-        next_of(first, wire.Signed)
+        first.send(encode(Challenge(bytes(32))))
+        next_of(first, Signed)
         first.close()
         host(listener).close()
         coming.result().close()
@@ -216,12 +230,10 @@ def test_posts_reach_one_or_all_others(meeting: Rendezvous) -> None:
 def host(listener: socket.socket) -> Channel:
     """A rendezvous of one connection, by hand, at which rank 0 of 2 joins."""
     channel = Channel(listener.accept()[0])
-    channel.send(wire.encode(wire.Challenge(bytes(32))))
-    signed = next_of(channel, wire.Signed)
-    channel.send(
-        wire.encode(wire.Welcome(proof(KEY, "rendezvous", wire.hello.decode(signed.hello).nonce, signed.hello)))
-    )
-    channel.send(wire.encode(wire.Started(("rank 0", "rank 1"))))
+    channel.send(encode(Challenge(bytes(32))))
+    signed = next_of(channel, Signed)
+    channel.send(encode(Welcome(proof(KEY, "rendezvous", hello_decoder.decode(signed.hello).nonce, signed.hello))))
+    channel.send(encode(RoomComplete(("rank 0", "rank 1"))))
     return channel
 
 
@@ -229,7 +241,7 @@ def next_of(channel: Channel, kind: type) -> Any:
     while True:
         assert channel.has_frame or wait([channel], 60), f"no {kind.__name__} comes"
         for frame in channel.receive(1):
-            message = wire.to_rendezvous.decode(frame)
+            message = to_rendezvous.decode(frame)
             if isinstance(message, kind):
                 return message
 
@@ -253,7 +265,7 @@ def quick_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members_module, "QUIET_S", 2.0)
 
 
-POSTED = wire.encode(wire.Posted("step", 1, -1, b"5"))
+POSTED = encode(Posted("step", 1, -1, b"5"))
 
 
 @pytest.mark.usefixtures("quick_signs")
@@ -273,7 +285,7 @@ def test_a_frame_that_is_half_there_is_waited_for(
     whole = struct.pack("<I", len(POSTED)) + POSTED
     os.write(channel.fileno(), whole[:7])
     for _ in range(5):
-        next_of(channel, wire.Alive)
+        next_of(channel, Alive)
     assert read < 10
     os.write(channel.fileno(), whole[7:])
     until(member, lambda: member.latest("step") == {1: b"5"})
@@ -282,10 +294,10 @@ def test_a_frame_that_is_half_there_is_waited_for(
 @pytest.mark.usefixtures("quick_signs")
 def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[Member, Channel]) -> None:
     member, channel = by_hand
-    post = wire.encode(wire.Posted("step", 1, -1, bytes(100)))
+    post = encode(Posted("step", 1, -1, bytes(100)))
     whole = struct.pack("<I", len(post)) + post
     for i in range(30):
-        next_of(channel, wire.Alive)
+        next_of(channel, Alive)
         os.write(channel.fileno(), whole[i : i + 1])
     os.write(channel.fileno(), whole[30:])
     until(member, lambda: bool(member.failures() or member.latest("step")))
@@ -294,7 +306,7 @@ def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[Member, Channel]) 
 
 def test_why_one_is_shown_out_is_not_forgotten_when_the_connection_ends(by_hand: tuple[Member, Channel]) -> None:
     member, channel = by_hand
-    channel.send(wire.encode(wire.Refused("it can't be done")))
+    channel.send(encode(JoinRefused("it can't be done")))
     channel.hang_up()
     member._thread.join(60)
     (why,) = member.failures().values()
@@ -423,7 +435,7 @@ def test_strangers_change_nothing(meeting: Rendezvous) -> None:
                 pass
     with socket.create_connection((address.host, address.port)) as stranger:
         channel = Channel(stranger.dup())
-        channel.send(wire.encode(wire.StoreSet("a", b"b")))
+        channel.send(encode(StoreSet("a", b"b")))
         channel.flush(10)
         stranger.settimeout(30)
         while stranger.recv(4096):
@@ -454,10 +466,10 @@ def test_one_that_was_refused_is_not_listened_to_any_more(meeting: Rendezvous) -
     address = Address.parse(meeting.address)
     with closing(Channel(socket.create_connection((address.host, address.port)))) as channel:
         assert wait([channel], 60)
-        (challenge,) = (wire.from_rendezvous.decode(frame) for frame in channel.receive())
-        assert isinstance(challenge, wire.Challenge)
-        hello = wire.encode(wire.Hello("room", 0, 1, "host", 1, bytes(32), {}))
-        signed = [wire.encode(wire.Signed(hello, proof(key, "member", challenge.nonce, hello))) for key in ("no", KEY)]
+        (challenge,) = (from_rendezvous.decode(frame) for frame in channel.receive())
+        assert isinstance(challenge, Challenge)
+        hello = encode(Hello("room", 0, 1, "host", 1, bytes(32), {}))
+        signed = [encode(Signed(hello, proof(key, "member", challenge.nonce, hello))) for key in ("no", KEY)]
         os.write(channel.fileno(), b"".join(struct.pack("<I", len(each)) + each for each in signed))
         with suppress(ChannelClosed):
             while wait([channel], 60):

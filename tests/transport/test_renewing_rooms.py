@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.addresses import Address
 from shoal.errors import ConfigError
 from shoal.transport import member as members_module
 from shoal.transport.channel import Channel, wait
 from shoal.transport.member import Member, connect
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.rendezvous import Hello, JoinRefused
 from support.fakes import steady
 
 KEY = "a key"
@@ -28,13 +28,13 @@ class Door:
     def __init__(self, refusals: int = 0, again: bool = True) -> None:
         self.refusals = refusals
         self.again = again
-        self.entered: SimpleQueue[tuple[wire.Hello, Channel]] = SimpleQueue()
+        self.entered: SimpleQueue[tuple[Hello, Channel]] = SimpleQueue()
 
-    def objection(self, hello: wire.Hello) -> wire.Refused | None:
+    def objection(self, hello: Hello) -> JoinRefused | None:
         self.refusals -= 1
-        return wire.Refused("not now", again=self.again) if self.refusals >= 0 else None
+        return JoinRefused("not now", again=self.again) if self.refusals >= 0 else None
 
-    def enter(self, hello: wire.Hello, channel: Channel) -> None:
+    def enter(self, hello: Hello, channel: Channel) -> None:
         self.entered.put((hello, channel))
 
 

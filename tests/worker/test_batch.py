@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal import wire
 from shoal.engine.request import encode_numbers, encode_tokens
+from shoal.wire.base import Ids
+from shoal.wire.ranks import NewSeq, Sampling, SamplingPenalties, StepPlan, Work
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.edits import Edits
 from shoal.worker.random import row_keys, split_keys
@@ -32,33 +33,33 @@ def table(max_num_seqs: int = 8) -> SequenceTable:
 def admit(
     seq: int,
     tokens: list[int],
-    sampling: wire.Sampling | None = None,
+    sampling: Sampling | None = None,
     epoch: int = 0,
     prompt_len: int | None = None,
-    blocks: wire.Ids = (),
-) -> wire.NewSeq:
+    blocks: Ids = (),
+) -> NewSeq:
     length = len(tokens) if prompt_len is None else prompt_len
-    return wire.NewSeq(seq, epoch, encode_tokens(tokens), length, blocks, sampling or wire.Sampling(seed=0))
+    return NewSeq(seq, epoch, encode_tokens(tokens), length, blocks, sampling or Sampling(seed=0))
 
 
-def plan(*work: wire.Work, new: tuple[wire.NewSeq, ...] = (), released: tuple[int, ...] = ()) -> wire.StepPlan:
-    return wire.StepPlan(0, 0, work, new, released)
+def plan(*work: Work, new: tuple[NewSeq, ...] = (), released: tuple[int, ...] = ()) -> StepPlan:
+    return StepPlan(0, 0, work, new, released)
 
 
-def step_of(under_test: SequenceTable, *work: wire.Work, new: Sequence[wire.NewSeq] = ()) -> StepInput:
+def step_of(under_test: SequenceTable, *work: Work, new: Sequence[NewSeq] = ()) -> StepInput:
     under_test.apply(plan(*work, new=tuple(new)))
     return under_test.build(work)
 
 
 SAMPLINGS = st.builds(
-    wire.Sampling,
+    Sampling,
     seed=st.integers(0, 2**64 - 1),
     sample_index=st.integers(0, 3),
     temperature=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     top_k=st.sampled_from([0, 7]),
     top_p=st.sampled_from([1.0, 0.5]),
     min_p=st.sampled_from([0.0, 0.25]),
-    penalties=st.sampled_from([None, None, wire.Penalties(0.5, 0.25, 2.0)]),
+    penalties=st.sampled_from([None, None, SamplingPenalties(0.5, 0.25, 2.0)]),
     min_tokens=st.sampled_from([0, 0, 3]),
     ends=st.just(encode_tokens([5])),
     bias_ids=st.just(encode_tokens([3])),
@@ -79,7 +80,7 @@ class Known:
     blocks: list[int]
     shared: int  # positions that are in blocks of others
     done: int
-    sampling: wire.Sampling
+    sampling: Sampling
     masked: bool
     drafts: list[int] = field(default_factory=list)  # of the step in the making
 
@@ -90,16 +91,16 @@ class Known:
         return SCRATCH if position < self.shared else self.blocks[position // SIZE] * SIZE + position % SIZE
 
 
-def in_step_order(works: Sequence[wire.Work]) -> list[wire.Work]:
+def in_step_order(works: Sequence[Work]) -> list[Work]:
     """Single tokens first, with their drafts, then the others, each in the plan's order."""
     return [w for w in works if is_single(w)] + [w for w in works if not is_single(w)]
 
 
-def is_single(work: wire.Work) -> bool:
+def is_single(work: Work) -> bool:
     return work.count == 1 + len(work.drafts)
 
 
-def as_computed(works: Sequence[wire.Work]) -> list[tuple[int, int, int]]:
+def as_computed(works: Sequence[Work]) -> list[tuple[int, int, int]]:
     """(seq, start, count) of what the kernels see: a token and its drafts as sequences of one token each."""
     found = []
     for work in in_step_order(works):
@@ -110,7 +111,7 @@ def as_computed(works: Sequence[wire.Work]) -> list[tuple[int, int, int]]:
     return found
 
 
-def check_batch(step: StepInput, planned: Sequence[wire.Work], known: dict[int, Known]) -> None:
+def check_batch(step: StepInput, planned: Sequence[Work], known: dict[int, Known]) -> None:
     works, batch = as_computed(planned), step.batch
     tokens, positions, slots, starts = list[int](), list[int](), list[int](), [0]
     for seq, start, count in works:
@@ -134,7 +135,7 @@ def check_batch(step: StepInput, planned: Sequence[wire.Work], known: dict[int, 
     assert {t.dtype for t in (batch.query_starts, batch.context_lens, batch.block_tables)} == {torch.int32}
 
 
-def check_rows(step: StepInput, planned: Sequence[wire.Work], known: dict[int, Known]) -> None:
+def check_rows(step: StepInput, planned: Sequence[Work], known: dict[int, Known]) -> None:
     """Which tokens' outcomes are wanted, and what for."""
     works = in_step_order(planned)
     sampled, told, prompts = list[int](), list[int](), list[PromptRows]()
@@ -228,7 +229,7 @@ class Steps:
             for work in step.sampled:
                 self.record(work)
 
-    def admit(self) -> wire.NewSeq:
+    def admit(self) -> NewSeq:
         """What is resumed has output already; all of its tokens may be found in cached blocks."""
         seq, self.next_seq = self.next_seq, self.next_seq + 1
         tokens = self.data.draw(st.lists(TOKENS | st.integers(0, 9), min_size=1, max_size=12))
@@ -240,7 +241,7 @@ class Steps:
         self.known[seq] = Known(tokens, prompt_len, blocks, shared, done, sampling, masked)
         return admit(seq, tokens, sampling, prompt_len=prompt_len, blocks=tuple(blocks))
 
-    def work(self, seq: int) -> wire.Work | None:
+    def work(self, seq: int) -> Work | None:
         sequence = self.known[seq]
         known = len(sequence.tokens)
         rest = known - sequence.done
@@ -257,9 +258,9 @@ class Steps:
         sequence.blocks += added
         start, sequence.done = sequence.done, sequence.done + count
         masked = sample and sequence.masked
-        return wire.Work(seq, start, stop - start, sample, tuple(added), tuple(sequence.drafts), masked)
+        return Work(seq, start, stop - start, sample, tuple(added), tuple(sequence.drafts), masked)
 
-    def record(self, work: wire.Work) -> None:
+    def record(self, work: Work) -> None:
         sequence = self.known[work.seq]
         right = self.data.draw(st.integers(0, len(work.drafts)))
         tokens = [*work.drafts[:right], self.data.draw(TOKENS)]
@@ -279,10 +280,10 @@ def test_mixed_steps(data: st.DataObject) -> None:
 
 def test_a_decode_takes_the_token_that_was_sampled_before_the_engine_saw_it() -> None:
     under_test = table()
-    first = wire.Work(7, 0, 2, True, (4,))
+    first = Work(7, 0, 2, True, (4,))
     step_of(under_test, first, new=[admit(7, [10, 11])])
     under_test.record(first, [99])
-    step = step_of(under_test, wire.Work(7, 2, 1, True))
+    step = step_of(under_test, Work(7, 2, 1, True))
     assert step.tokens.tolist() == [99]
     assert step.batch.slots.tolist() == [4 * SIZE + 2]
     assert step.logit_rows is None
@@ -290,10 +291,10 @@ def test_a_decode_takes_the_token_that_was_sampled_before_the_engine_saw_it() ->
 
 def test_guesses_follow_the_last_known_token() -> None:
     under_test = table()
-    first = wire.Work(7, 0, 2, True, (4,))
+    first = Work(7, 0, 2, True, (4,))
     step_of(under_test, first, new=[admit(7, [10, 11])])
     under_test.record(first, [99])
-    second = wire.Work(7, 2, 3, True, (5,), drafts=(50, 51))
+    second = Work(7, 2, 3, True, (5,), drafts=(50, 51))
     step = step_of(under_test, second)
     assert step.tokens.tolist() == [99, 50, 51]
     assert step.batch.num_single == 3, "attention computes them as it would without guesses"
@@ -301,16 +302,16 @@ def test_guesses_follow_the_last_known_token() -> None:
     assert step.logit_rows is not None
     assert step.logit_rows.tolist() == [0, 1, 2]
     under_test.record(second, [50, 77])  # the first guess was right, the second was not
-    assert step_of(under_test, wire.Work(7, 4, 1, True)).tokens.tolist() == [77]
+    assert step_of(under_test, Work(7, 4, 1, True)).tokens.tolist() == [77]
 
 
 def test_all_tokens_that_were_kept_are_part_of_the_text_that_rules_look_at() -> None:
     under_test = table()
-    sampling = wire.Sampling(seed=0, penalties=wire.Penalties(1.0))
-    first = wire.Work(7, 0, 2, True, (4,), drafts=(5,))
+    sampling = Sampling(seed=0, penalties=SamplingPenalties(1.0))
+    first = Work(7, 0, 2, True, (4,), drafts=(5,))
     step_of(under_test, first, new=[admit(7, [6], sampling)])
     under_test.record(first, [5, 9])
-    step = step_of(under_test, wire.Work(7, 2, 1, True))
+    step = step_of(under_test, Work(7, 2, 1, True))
     assert step.sampling is not None
     assert step.sampling.edits is not None
     penalties = step.sampling.edits.penalties
@@ -322,16 +323,16 @@ def test_all_tokens_that_were_kept_are_part_of_the_text_that_rules_look_at() -> 
 def test_what_is_computed_again_for_what_follows_it_is_not_written_to_a_shared_block() -> None:
     under_test = table()
     tokens = [1, 2, 3, 4, 5, 6]
-    step = step_of(under_test, wire.Work(7, 5, 1, True), new=[admit(7, tokens, blocks=(8, 9))])
+    step = step_of(under_test, Work(7, 5, 1, True), new=[admit(7, tokens, blocks=(8, 9))])
     assert step.batch.slots.tolist() == [SCRATCH]
     assert step.batch.block_tables.tolist() == [[8, 9]]
-    under_test.record(wire.Work(7, 5, 1, True), [7])
-    assert step_of(under_test, wire.Work(7, 6, 1, True, (3,))).batch.slots.tolist() == [3 * SIZE]
+    under_test.record(Work(7, 5, 1, True), [7])
+    assert step_of(under_test, Work(7, 6, 1, True, (3,))).batch.slots.tolist() == [3 * SIZE]
 
 
 def test_only_those_that_share_are_not_written() -> None:
     under_test = table()
-    works = [wire.Work(1, 2, 2, True, (5,)), wire.Work(2, 0, 2, True, (6,))]
+    works = [Work(1, 2, 2, True, (5,)), Work(2, 0, 2, True, (6,))]
     step = step_of(under_test, *works, new=[admit(1, [1, 2, 3, 4], blocks=(8,)), admit(2, [1, 2])])
     assert step.batch.slots.tolist() == [SCRATCH, 5 * SIZE, 6 * SIZE, 6 * SIZE + 1]
 
@@ -340,10 +341,10 @@ def test_mask_rows_are_in_the_order_of_the_plan() -> None:
     """The step has sequences of a single token first."""
     under_test = table()
     works = [
-        wire.Work(1, 0, 3, True, (1,), drafts=(5,), masked=True),  # rows 2 and 3
-        wire.Work(2, 0, 1, True, (2,), masked=True),  # row 0
-        wire.Work(3, 0, 1, True, (3,)),  # row 1
-        wire.Work(4, 0, 2, True, (4,), masked=True),  # row 4
+        Work(1, 0, 3, True, (1,), drafts=(5,), masked=True),  # rows 2 and 3
+        Work(2, 0, 1, True, (2,), masked=True),  # row 0
+        Work(3, 0, 1, True, (3,)),  # row 1
+        Work(4, 0, 2, True, (4,), masked=True),  # row 4
     ]
     step = step_of(under_test, *works, new=[admit(1, [1, 2]), admit(2, [1]), admit(3, [1]), admit(4, [1, 2])])
     assert [work.seq for work in step.sampled] == [2, 3, 1, 4]
@@ -352,13 +353,13 @@ def test_mask_rows_are_in_the_order_of_the_plan() -> None:
 
 def test_prompt_rows_of_chunks_meet() -> None:
     under_test = table()
-    sampling = wire.Sampling(seed=0, prompt_logprobs=1)
-    first = step_of(under_test, wire.Work(7, 0, 2, False, (4,)), new=[admit(7, [10, 11, 12, 13], sampling)])
+    sampling = Sampling(seed=0, prompt_logprobs=1)
+    first = step_of(under_test, Work(7, 0, 2, False, (4,)), new=[admit(7, [10, 11, 12, 13], sampling)])
     assert first.prompts == (PromptRows(7, 1, (11, 12), 1),)
     assert first.sampling is None
     assert first.logit_rows is not None
     assert first.logit_rows.tolist() == [0, 1]
-    second = step_of(under_test, wire.Work(7, 2, 2, True, (5,)))
+    second = step_of(under_test, Work(7, 2, 2, True, (5,)))
     assert second.prompts == (PromptRows(7, 3, (13,), 1),)
     assert second.logit_rows is not None
     assert second.logit_rows.tolist() == [1, 0]
@@ -367,7 +368,7 @@ def test_prompt_rows_of_chunks_meet() -> None:
 def test_a_resumed_sequence_starts_from_its_tokens_so_far() -> None:
     under_test = table(1)
     under_test.apply(plan(new=(admit(7, [1, 2]),)))
-    work = wire.Work(7, 0, 3, True, (2,))
+    work = Work(7, 0, 3, True, (2,))
     under_test.apply(plan(work, new=(admit(7, [1, 2, 3], epoch=1, prompt_len=2),), released=(7,)))
     assert under_test.build([work]).tokens.tolist() == [1, 2, 3]
     assert under_test.epoch(7) == 1
@@ -375,8 +376,8 @@ def test_a_resumed_sequence_starts_from_its_tokens_so_far() -> None:
 
 def test_rows_are_padded_with_zeros_whoever_had_them_before() -> None:
     under_test = table(1)
-    under_test.apply(plan(wire.Work(1, 0, 9, True, (5, 6, 7)), new=(admit(1, [1] * 9),)))
-    work = wire.Work(2, 0, 7, True, (3, 4))
+    under_test.apply(plan(Work(1, 0, 9, True, (5, 6, 7)), new=(admit(1, [1] * 9),)))
+    work = Work(2, 0, 7, True, (3, 4))
     under_test.apply(plan(work, new=(admit(2, [1] * 7),), released=(1,)))
     assert under_test.build([work]).batch.block_tables.tolist() == [[3, 4, 0]]
 
@@ -389,20 +390,20 @@ def test_more_sequences_than_rows_are_an_error() -> None:
 
 def test_logprobs_are_remembered_by_sequence() -> None:
     under_test = table()
-    under_test.apply(plan(new=(admit(1, [1], wire.Sampling(0, logprobs=3)), admit(2, [1]))))
+    under_test.apply(plan(new=(admit(1, [1], Sampling(0, logprobs=3)), admit(2, [1]))))
     assert (under_test.logprobs(1), under_test.logprobs(2)) == (3, -1)
 
 
 @pytest.mark.parametrize(
     ("sampling", "temperature", "top_p"),
     [
-        (wire.Sampling(0, temperature=1e-9), 0.0, 1.0),  # logits over it are beyond float32
-        (wire.Sampling(0, temperature=1e300), float(np.float32(1e30)), 1.0),
-        (wire.Sampling(0, temperature=1.0, top_p=1e-300), 1.0, float(np.float32(1e-30))),
+        (Sampling(0, temperature=1e-9), 0.0, 1.0),  # logits over it are beyond float32
+        (Sampling(0, temperature=1e300), float(np.float32(1e30)), 1.0),
+        (Sampling(0, temperature=1.0, top_p=1e-300), 1.0, float(np.float32(1e-30))),
     ],
 )
-def test_numbers_that_float32_does_not_have(sampling: wire.Sampling, temperature: float, top_p: float) -> None:
-    step = step_of(table(), wire.Work(1, 0, 1, True, (1,)), new=[admit(1, [1], sampling)])
+def test_numbers_that_float32_does_not_have(sampling: Sampling, temperature: float, top_p: float) -> None:
+    step = step_of(table(), Work(1, 0, 1, True, (1,)), new=[admit(1, [1], sampling)])
     assert step.sampling is not None
     assert (step.sampling.temperature.item(), step.sampling.top_p.item()) == (temperature, top_p)
 
@@ -411,10 +412,10 @@ def test_a_look_ahead_is_a_plain_draw_with_the_keys_of_what_comes_next() -> None
     """A draft model's steps: one token for each of some sequences, at any position."""
     under_test = table()
     samplings = [
-        wire.Sampling(seed=i, temperature=1.0, top_k=3, logprobs=2, penalties=wire.Penalties(1.0)) for i in range(3)
+        Sampling(seed=i, temperature=1.0, top_k=3, logprobs=2, penalties=SamplingPenalties(1.0)) for i in range(3)
     ]
     new = [admit(i, [1, 2, 3, 4], samplings[i]) for i in range(3)]
-    step_of(under_test, *(wire.Work(i, 0, 4, True, (2 * i + 1, 2 * i + 2)) for i in range(3)), new=new)
+    step_of(under_test, *(Work(i, 0, 4, True, (2 * i + 1, 2 * i + 2)) for i in range(3)), new=new)
     batch, rows = under_test.ahead([2, 0], np.array([5, 6]))
     assert batch.positions.tolist() == [5, 6]
     assert batch.slots.tolist() == [6 * SIZE + 2, SCRATCH]  # two blocks have room for six tokens

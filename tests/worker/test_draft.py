@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from shoal import wire
 from shoal.engine.request import encode_tokens
+from shoal.wire.ranks import NewSeq, Sampling, SeqOut, StepPlan, Work
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft import Draft
 from shoal.worker.runner import Runner
@@ -15,7 +15,7 @@ from worker.made_up import ALONE, ONE_STAGE, SHARE, VOCABULARY, TableModel, no_c
 SIZE = 4
 SCRATCH = 1000
 COUNT = 3
-GREEDY = wire.Sampling(seed=0)
+GREEDY = Sampling(seed=0)
 
 
 class Rank:
@@ -27,11 +27,11 @@ class Rank:
         self.runner = Runner(*(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE), draft=draft)
         self.step = -1
 
-    def run(self, *works: wire.Work, new: Sequence[wire.NewSeq] = ()) -> dict[int, wire.SeqOut]:
+    def run(self, *works: Work, new: Sequence[NewSeq] = ()) -> dict[int, SeqOut]:
         self.step += 1
         self.draft.steps.clear()
         self.model.steps.clear()
-        result = self.runner.execute(wire.StepPlan(0, self.step, works, tuple(new)))
+        result = self.runner.execute(StepPlan(0, self.step, works, tuple(new)))
         assert result is not None
         return {out.seq: out for out in result.out}
 
@@ -40,20 +40,20 @@ class Rank:
         return [(tokens, batch.positions.tolist(), batch.slots.tolist()) for tokens, batch in self.draft.steps]
 
 
-def new(seq: int, tokens: Sequence[int], sampling: wire.Sampling = GREEDY) -> wire.NewSeq:
-    return wire.NewSeq(seq, 0, encode_tokens(list(tokens)), len(tokens), (), sampling)
+def new(seq: int, tokens: Sequence[int], sampling: Sampling = GREEDY) -> NewSeq:
+    return NewSeq(seq, 0, encode_tokens(list(tokens)), len(tokens), (), sampling)
 
 
 def test_guesses_are_what_the_draft_model_says_behind_what_was_drawn() -> None:
     rank = Rank(same=False)
-    out = rank.run(wire.Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
+    out = rank.run(Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
     assert out.tokens == (rank.model.next(9),)
     assert out.drafts == tuple(rank.draft.chain(out.tokens[0], COUNT))
 
 
 def test_it_computes_what_the_large_model_does_and_then_goes_ahead() -> None:
     rank = Rank(same=False)
-    out = rank.run(wire.Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
+    out = rank.run(Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
     drafts = list(out.drafts)
     assert rank.places() == [
         ([7, 8, 9], [0, 1, 2], [20, 21, 22]),
@@ -66,17 +66,17 @@ def test_it_computes_what_the_large_model_does_and_then_goes_ahead() -> None:
 
 def test_a_chunk_is_followed_and_nothing_is_guessed() -> None:
     rank = Rank()
-    assert rank.run(wire.Work(1, 0, 2, False, (5,)), new=[new(1, [7, 8, 9])]) == {}
+    assert rank.run(Work(1, 0, 2, False, (5,)), new=[new(1, [7, 8, 9])]) == {}
     assert rank.places() == [([7, 8], [0, 1], [20, 21])]
 
 
 def test_after_wrong_guesses_it_goes_on_from_the_last_token_known() -> None:
     """What it wrote for the wrong ones is written again."""
     rank = Rank()
-    (first,) = rank.run(wire.Work(1, 0, 1, True, (5, 6, 7)), new=[new(1, [7])])[1].tokens
+    (first,) = rank.run(Work(1, 0, 1, True, (5, 6, 7)), new=[new(1, [7])])[1].tokens
     true = rank.model.chain(first, 2)
     drafts = (true[0], (true[1] + 1) % VOCABULARY, 0)
-    out = rank.run(wire.Work(1, 1, 4, True, drafts=drafts))[1]
+    out = rank.run(Work(1, 1, 4, True, drafts=drafts))[1]
     assert out.tokens == tuple(true)
     assert out.drafts == tuple(rank.draft.chain(true[1], COUNT))
     assert rank.places()[0] == ([first, *drafts], [1, 2, 3, 4], [21, 22, 23, 24])
@@ -85,7 +85,7 @@ def test_after_wrong_guesses_it_goes_on_from_the_last_token_known() -> None:
 
 def test_sequences_go_ahead_together_each_from_its_own_place() -> None:
     rank = Rank(same=False)
-    works = [wire.Work(1, 0, 2, True, (5, 6)), wire.Work(2, 0, 1, True, (7, 8)), wire.Work(3, 0, 2, False, (9,))]
+    works = [Work(1, 0, 2, True, (5, 6)), Work(2, 0, 1, True, (7, 8)), Work(3, 0, 2, False, (9,))]
     out = rank.run(*works, new=[new(1, [7, 8]), new(2, [9]), new(3, [1, 2, 3])])
     assert set(out) == {1, 2}
     for each in out.values():
@@ -97,11 +97,11 @@ def test_sequences_go_ahead_together_each_from_its_own_place() -> None:
 def test_the_same_model_draws_what_will_be_drawn(temperature: float) -> None:
     """With the keys of the tokens to come, so all of its guesses are right."""
     rank = Rank()
-    sampling = wire.Sampling(seed=3, sample_index=2, temperature=temperature)
-    out = rank.run(wire.Work(1, 0, 1, True, tuple(range(5, 15))), new=[new(1, [7], sampling)])[1]
+    sampling = Sampling(seed=3, sample_index=2, temperature=temperature)
+    out = rank.run(Work(1, 0, 1, True, tuple(range(5, 15))), new=[new(1, [7], sampling)])[1]
     known = 1
     for _ in range(8):
-        work = wire.Work(1, known, 1 + COUNT, True, drafts=out.drafts)
+        work = Work(1, known, 1 + COUNT, True, drafts=out.drafts)
         known += 1 + COUNT
         before, out = out, rank.run(work)[1]
         assert out.tokens[:COUNT] == before.drafts
@@ -112,11 +112,11 @@ def test_another_model_agrees_more_often_than_by_chance() -> None:
     rank = Rank(same=False)
     rank.draft.table = rank.model.table + 0.5 * rank.draft.table
     by_chance = float((rank.model.table.softmax(1) * rank.draft.table.softmax(1)).sum(1).mean())
-    sampling = wire.Sampling(seed=3, temperature=1.0)
-    out = rank.run(wire.Work(1, 0, 1, True, tuple(range(5, 20))), new=[new(1, [7], sampling)])[1]
+    sampling = Sampling(seed=3, temperature=1.0)
+    out = rank.run(Work(1, 0, 1, True, tuple(range(5, 20))), new=[new(1, [7], sampling)])[1]
     known, right, checked = 1, 0, 0
     for _ in range(15):
-        out = rank.run(wire.Work(1, known, 1 + COUNT, True, drafts=out.drafts))[1]
+        out = rank.run(Work(1, known, 1 + COUNT, True, drafts=out.drafts))[1]
         known += len(out.tokens)
         right += len(out.tokens) - 1
         checked += min(len(out.tokens), COUNT)
@@ -126,7 +126,7 @@ def test_another_model_agrees_more_often_than_by_chance() -> None:
 
 def test_what_has_no_block_yet_is_not_written() -> None:
     rank = Rank(same=False)
-    out = rank.run(wire.Work(1, 0, 3, True, (5,)), new=[new(1, [7, 8, 9])])[1]
+    out = rank.run(Work(1, 0, 3, True, (5,)), new=[new(1, [7, 8, 9])])[1]
     assert [slots for _, _, slots in rank.places()] == [[20, 21, 22], [23], [SCRATCH], [SCRATCH]]
     assert len(out.drafts) == COUNT
 
@@ -135,7 +135,7 @@ def test_nothing_is_written_beyond_the_models_length() -> None:
     """One that is at its end keeps nobody from guessing; what is guessed there goes nowhere. Of 8 positions the last
     one is 7."""
     rank = Rank(max_model_len=8)
-    works = [wire.Work(1, 0, 6, True, (5, 6)), wire.Work(2, 0, 2, True, (7, 8))]
+    works = [Work(1, 0, 6, True, (5, 6)), Work(2, 0, 2, True, (7, 8))]
     news = [new(1, [1, 2, 3, 4, 5, 6]), new(2, [7, 8])]
     outs = rank.run(*works, new=news)
     ended, other = outs[1], outs[2]

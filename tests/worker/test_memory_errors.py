@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal import LLM, SamplingParams, wire
+from shoal import LLM, SamplingParams
 from shoal.devices import cpu
 from shoal.errors import RankFailed
+from shoal.wire.ranks import RankSetup
 from shoal.worker.memory_errors import explain
 from shoal.worker.runner import Runner
 from support.setups import rank_setup
@@ -22,7 +23,7 @@ FLAGS = (
 )
 
 
-def setup(device: str = "cpu") -> wire.RankSetup:
+def setup(device: str = "cpu") -> RankSetup:
     sizes = {"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
     return rank_setup(rank=3, world_size=4, device=device, device_index=1, **sizes)
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from shoal import wire
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.ranks import RankSetup
 from shoal.worker.process_groups import ProcessGroups
 
 
-def setup_of(rank: int, address: str, meeting: int) -> wire.RankSetup:
-    given: dict[str, Any] = dict.fromkeys(wire.RankSetup.__struct_fields__, 0)
+def setup_of(rank: int, address: str, meeting: int) -> RankSetup:
+    given: dict[str, Any] = dict.fromkeys(RankSetup.__struct_fields__, 0)
     changed = {"world_size": 1, "dp_rank": rank, "dp_size": 2, "device": "cpu", "comm_timeout_s": 20.0}
     changed |= {"group_store": address, "group_key": "key", "address": "127.0.0.1", "meeting": meeting}
-    return wire.RankSetup(**{**given, **changed})
+    return RankSetup(**{**given, **changed})
 
 
 def test_one_engine_after_the_other_at_one_rendezvous() -> None:

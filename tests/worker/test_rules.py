@@ -9,16 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.engine.request import decode_tokens, encode_numbers, encode_tokens
+from shoal.wire.base import Ids
+from shoal.wire.ranks import Sampling, SamplingPenalties
 from shoal.worker.rules import EditsBuilder, History, Rules
 from support.fakes import steady
 
 CPU = torch.device("cpu")
 FEW = st.integers(0, 6)  # so that tokens come again
 TEXT = st.lists(FEW, max_size=12)
-PLAIN = wire.Sampling(seed=0)
-PENALTIES = wire.Penalties(0.5, 0.25, 2.0)
+PLAIN = Sampling(seed=0)
+PENALTIES = SamplingPenalties(0.5, 0.25, 2.0)
 
 
 def recount(prompt: Sequence[int], output: Sequence[int]) -> dict[int, int]:
@@ -63,7 +64,7 @@ def test_guesses_leave_no_trace() -> None:
     assert counted(history) == {1: 0, 2: 2}
 
 
-def forbidden(sampling: wire.Sampling, output: Sequence[int]) -> set[int]:
+def forbidden(sampling: Sampling, output: Sequence[int]) -> set[int]:
     """What must not come next."""
     found = set(decode_tokens(sampling.ends)) if len(output) < sampling.min_tokens else set()
     for run in sampling.banned:
@@ -74,7 +75,7 @@ def forbidden(sampling: wire.Sampling, output: Sequence[int]) -> set[int]:
 
 
 RULES = st.builds(
-    wire.Sampling,
+    Sampling,
     seed=st.just(0),
     min_tokens=st.integers(0, 6),
     ends=st.just(encode_tokens([20, 21])),
@@ -86,7 +87,7 @@ RULES = st.builds(
 @steady
 @given(sampling=RULES, prompt=TEXT, before=TEXT, after=TEXT, guesses=TEXT)
 def test_what_is_never_drawn(
-    sampling: wire.Sampling, prompt: list[int], before: list[int], after: list[int], guesses: list[int]
+    sampling: Sampling, prompt: list[int], before: list[int], after: list[int], guesses: list[int]
 ) -> None:
     """Runs are looked for in the output, which begins with the prompt's last token for nobody."""
     rules = Rules(sampling, prompt, before)
@@ -98,7 +99,7 @@ def test_what_is_never_drawn(
 
 
 def test_ends_are_forbidden_until_there_are_enough_tokens_guesses_included() -> None:
-    rules = Rules(wire.Sampling(seed=0, min_tokens=3, ends=encode_tokens([8, 9])), [1, 1, 1, 1], [5])
+    rules = Rules(Sampling(seed=0, min_tokens=3, ends=encode_tokens([8, 9])), [1, 1, 1, 1], [5])
     assert [rules.never([5] * count).tolist() for count in range(4)] == [[8, 9], [8, 9], [], []]
 
 
@@ -115,16 +116,16 @@ def test_ends_are_forbidden_until_there_are_enough_tokens_guesses_included() -> 
     ],
 )
 def test_a_run_is_broken_at_its_last_token(output: list[int], guesses: list[int], expected: list[int]) -> None:
-    rules = Rules(wire.Sampling(seed=0, banned=((1, 2, 3), (4,))), [1, 2], output)
+    rules = Rules(Sampling(seed=0, banned=((1, 2, 3), (4,))), [1, 2], output)
     assert sorted(rules.never(guesses)) == expected
 
 
-class Counted(tuple[wire.Ids, ...]):
+class Counted(tuple[Ids, ...]):
     """Counts how often somebody looks through it."""
 
     walks = 0
 
-    def __iter__(self) -> Iterator[wire.Ids]:
+    def __iter__(self) -> Iterator[Ids]:
         self.walks += 1
         return super().__iter__()
 
@@ -132,7 +133,7 @@ class Counted(tuple[wire.Ids, ...]):
 def test_a_step_does_not_look_through_all_bad_words() -> None:
     """Nor does it put together anew what is banned at every step."""
     banned = Counted([*((token,) for token in range(100)), *((token, 0, 7) for token in range(100, 600))])
-    rules = Rules(wire.Sampling(seed=0, banned=banned), [1], [5])
+    rules = Rules(Sampling(seed=0, banned=banned), [1], [5])
     walks = banned.walks
     found = [rules.never([5] * count) for count in range(50)]
     assert banned.walks == walks
@@ -142,7 +143,7 @@ def test_a_step_does_not_look_through_all_bad_words() -> None:
 
 
 def test_runs_that_end_alike_are_told_apart() -> None:
-    rules = Rules(wire.Sampling(seed=0, banned=((2, 3), (1, 2, 4), (0, 1, 2, 5), (1, 6), (2, 2, 7))), [1, 2], [])
+    rules = Rules(Sampling(seed=0, banned=((2, 3), (1, 2, 4), (0, 1, 2, 5), (1, 6), (2, 2, 7))), [1, 2], [])
     texts = [[], [2], [1, 2], [0, 1, 2], [1, 1, 2], [2, 2]]
     assert [rules.never(text).tolist() for text in texts] == [[], [3], [3, 4], [3, 4, 5], [3, 4], [3, 7]]
 
@@ -151,21 +152,21 @@ def test_runs_that_end_alike_are_told_apart() -> None:
     ("sampling", "some"),
     [
         (PLAIN, False),
-        (wire.Sampling(seed=1, temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, logprobs=3), False),
-        (wire.Sampling(seed=0, ends=encode_tokens([3])), False),
-        (wire.Sampling(seed=0, min_tokens=1), True),
-        (wire.Sampling(seed=0, bias_ids=encode_tokens([1]), bias_values=encode_numbers([2.0])), True),
-        (wire.Sampling(seed=0, allowed=encode_tokens([1])), True),
-        (wire.Sampling(seed=0, banned=((1,),)), True),
-        (wire.Sampling(seed=0, penalties=PENALTIES), True),
+        (Sampling(seed=1, temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, logprobs=3), False),
+        (Sampling(seed=0, ends=encode_tokens([3])), False),
+        (Sampling(seed=0, min_tokens=1), True),
+        (Sampling(seed=0, bias_ids=encode_tokens([1]), bias_values=encode_numbers([2.0])), True),
+        (Sampling(seed=0, allowed=encode_tokens([1])), True),
+        (Sampling(seed=0, banned=((1,),)), True),
+        (Sampling(seed=0, penalties=PENALTIES), True),
     ],
 )
-def test_only_what_changes_logits_has_rules(sampling: wire.Sampling, some: bool) -> None:
+def test_only_what_changes_logits_has_rules(sampling: Sampling, some: bool) -> None:
     assert (Rules.of(sampling, [1], []) is not None) == some
 
 
 def test_edits_of_many_rows_are_flat_pairs() -> None:
-    everything = wire.Sampling(
+    everything = Sampling(
         seed=0,
         min_tokens=9,
         ends=encode_tokens([20, 21]),
@@ -180,7 +181,7 @@ def test_edits_of_many_rows_are_flat_pairs() -> None:
         "bias_values": encode_numbers([0.5]),
         "allowed": encode_tokens([31]),
     }
-    b = Rules(wire.Sampling(seed=0, penalties=wire.Penalties(1.0, 0.0, 1.0), **half), [4], [])
+    b = Rules(Sampling(seed=0, penalties=SamplingPenalties(1.0, 0.0, 1.0), **half), [4], [])
     builder = EditsBuilder()
     builder.add(1, a, [])
     builder.add(2, a, [2])
@@ -211,7 +212,7 @@ def pairs(part: object) -> list[tuple[int, int]]:
 
 
 def test_what_was_built_does_not_change_with_the_history() -> None:
-    rules = Rules(wire.Sampling(seed=0, penalties=PENALTIES), [1], [2])
+    rules = Rules(Sampling(seed=0, penalties=PENALTIES), [1], [2])
     builder = EditsBuilder()
     builder.add(0, rules, [])
     edits = builder.build(1, CPU)
@@ -224,14 +225,14 @@ def test_what_was_built_does_not_change_with_the_history() -> None:
 def test_rows_without_changes_make_no_edits() -> None:
     builder = EditsBuilder()
     assert builder.build(3, CPU) is None
-    builder.add(0, Rules(wire.Sampling(seed=0, banned=((1, 2),), min_tokens=1), [], [5]), [])
+    builder.add(0, Rules(Sampling(seed=0, banned=((1, 2),), min_tokens=1), [], [5]), [])
     assert builder.build(3, CPU) is None
 
 
 @pytest.mark.parametrize("repetition", [1e-300, 1e300])
 def test_repetition_penalties_stay_numbers_in_float32(repetition: float) -> None:
     builder = EditsBuilder()
-    builder.add(0, Rules(wire.Sampling(seed=0, penalties=wire.Penalties(repetition=repetition)), [1], []), [])
+    builder.add(0, Rules(Sampling(seed=0, penalties=SamplingPenalties(repetition=repetition)), [1], []), [])
     edits = builder.build(1, CPU)
     assert edits is not None
     assert edits.penalties is not None

@@ -7,15 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal import wire
 from shoal.engine.request import encode_numbers, encode_tokens
+from shoal.wire.base import Ids
+from shoal.wire.ranks import NewSeq, Sampling, SamplingPenalties, SeqOut, StepMask, StepPlan, TokenLogprobs, Work
 from shoal.worker.batch import SequenceTable
 from shoal.worker.runner import Runner
 from support.fakes import steady
 from worker.made_up import ALONE, ONE_STAGE, SHARE, VOCABULARY, TableModel, no_cache
 
 MAX_MODEL_LEN = 400
-GREEDY = wire.Sampling(seed=0)
+GREEDY = Sampling(seed=0)
 BLOCKS = tuple(range(100))
 
 
@@ -28,11 +29,11 @@ class Rank:
         self.runner = Runner(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE)
         self.step = -1
 
-    def plan(self, *works: wire.Work, new: Sequence[wire.NewSeq] = (), released: wire.Ids = ()) -> wire.StepPlan:
+    def plan(self, *works: Work, new: Sequence[NewSeq] = (), released: Ids = ()) -> StepPlan:
         self.step += 1
-        return wire.StepPlan(9, self.step, works, tuple(new), released)
+        return StepPlan(9, self.step, works, tuple(new), released)
 
-    def run(self, *works: wire.Work, new: Sequence[wire.NewSeq] = ()) -> tuple[wire.SeqOut, ...]:
+    def run(self, *works: Work, new: Sequence[NewSeq] = ()) -> tuple[SeqOut, ...]:
         plan = self.plan(*works, new=new)
         result = self.runner.execute(plan)
         assert result is not None
@@ -40,21 +41,21 @@ class Rank:
         assert 0 <= result.times.forward_us <= result.times.total_us
         return result.out
 
-    def start(self, seq: int, prompt: Sequence[int], sampling: wire.Sampling = GREEDY) -> wire.SeqOut:
+    def start(self, seq: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> SeqOut:
         """The outcome of a prompt in one piece, with blocks for all that may follow."""
-        (out,) = self.run(wire.Work(seq, 0, len(prompt), True, BLOCKS), new=[new(seq, prompt, sampling)])
+        (out,) = self.run(Work(seq, 0, len(prompt), True, BLOCKS), new=[new(seq, prompt, sampling)])
         return out
 
 
-def new(seq: int, tokens: Sequence[int], sampling: wire.Sampling = GREEDY, epoch: int = 0) -> wire.NewSeq:
-    return wire.NewSeq(seq, epoch, encode_tokens(list(tokens)), len(tokens), (), sampling)
+def new(seq: int, tokens: Sequence[int], sampling: Sampling = GREEDY, epoch: int = 0) -> NewSeq:
+    return NewSeq(seq, epoch, encode_tokens(list(tokens)), len(tokens), (), sampling)
 
 
 def test_a_step_gives_each_sequence_its_token() -> None:
     rank = Rank()
-    works = [wire.Work(1, 0, 3, True, (1,)), wire.Work(2, 0, 1, True, (2,)), wire.Work(3, 0, 2, False, (3,))]
+    works = [Work(1, 0, 3, True, (1,)), Work(2, 0, 1, True, (2,)), Work(3, 0, 2, False, (3,))]
     out = rank.run(*works, new=[new(1, [7, 8, 9]), new(2, [4], epoch=5), new(3, [1, 2, 3])])
-    assert out == (wire.SeqOut(2, 5, (rank.model.next(4),)), wire.SeqOut(1, 0, (rank.model.next(9),)))
+    assert out == (SeqOut(2, 5, (rank.model.next(4),)), SeqOut(1, 0, (rank.model.next(9),)))
 
 
 def test_a_plan_without_work_has_an_empty_result() -> None:
@@ -76,21 +77,21 @@ def test_guesses_are_kept_up_to_the_first_that_is_wrong(right: int) -> None:
     (first,) = rank.start(1, [3]).tokens
     true = rank.model.chain(first, 4)
     drafts = true[:right] + [(token + 1) % VOCABULARY for token in true[right : right + 1]] + true[right + 1 :]
-    (out,) = rank.run(wire.Work(1, 1, 4, True, drafts=tuple(drafts[:3])))
+    (out,) = rank.run(Work(1, 1, 4, True, drafts=tuple(drafts[:3])))
     assert out.tokens == tuple(true[: right + 1])
     start = 1 + len(out.tokens)
-    (after,) = rank.run(wire.Work(1, start, 1, True))
+    (after,) = rank.run(Work(1, start, 1, True))
     assert rank.model.steps[-1][0] == [out.tokens[-1]]
     assert after.tokens == (rank.model.next(out.tokens[-1]),)
 
 
 PARAMETERS = st.builds(
-    wire.Sampling,
+    Sampling,
     seed=st.integers(0, 1000),
     temperature=st.sampled_from([0.0, 0.4, 1.0]),
     top_k=st.sampled_from([0, 3]),
     top_p=st.sampled_from([1.0, 0.9]),
-    penalties=st.sampled_from([None, wire.Penalties(0.5, 0.5, 1.5)]),
+    penalties=st.sampled_from([None, SamplingPenalties(0.5, 0.5, 1.5)]),
     min_tokens=st.sampled_from([0, 4]),
     ends=st.just(encode_tokens(range(0, VOCABULARY, 3))),
     banned=st.sampled_from([(), tuple((token,) for token in range(1, 9)) + ((10, 11),)]),
@@ -99,12 +100,12 @@ PARAMETERS = st.builds(
 
 @settings(steady, max_examples=25)
 @given(sampling=PARAMETERS, prompt=st.integers(0, VOCABULARY - 1), data=st.data())
-def test_guesses_change_no_token(sampling: wire.Sampling, prompt: int, data: st.DataObject) -> None:
+def test_guesses_change_no_token(sampling: Sampling, prompt: int, data: st.DataObject) -> None:
     """Greedy or drawn, with whatever looks at the text so far."""
     plain, count = Rank(), 12
     expected = list(plain.start(1, [prompt], sampling).tokens)
     for position in range(1, count):
-        expected += plain.run(wire.Work(1, position, 1, True))[0].tokens
+        expected += plain.run(Work(1, position, 1, True))[0].tokens
     rank = Rank()
     found = list(rank.start(1, [prompt], sampling).tokens)
     while len(found) < count:
@@ -113,7 +114,7 @@ def test_guesses_change_no_token(sampling: wire.Sampling, prompt: int, data: st.
         drafts = expected[len(found) : len(found) + right]
         if right < most:
             drafts += data.draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=2))
-        (out,) = rank.run(wire.Work(1, len(found), 1 + len(drafts), True, drafts=tuple(drafts)))
+        (out,) = rank.run(Work(1, len(found), 1 + len(drafts), True, drafts=tuple(drafts)))
         assert len(out.tokens) > right
         found += out.tokens
     assert found[:count] == expected
@@ -130,31 +131,31 @@ def bits(*rows: Sequence[int]) -> bytes:
 def test_a_masked_step_has_its_result_when_its_mask_has_come() -> None:
     rank = Rank()
     rank.start(1, [5])
-    assert rank.runner.execute(rank.plan(wire.Work(1, 1, 1, True, masked=True))) is None
+    assert rank.runner.execute(rank.plan(Work(1, 1, 1, True, masked=True))) is None
     for wrong in (rank.step - 1, rank.step + 1):
-        assert rank.runner.unmask(wire.StepMask(9, wrong, bits([11]), 2)) is None
-    result = rank.runner.unmask(wire.StepMask(9, rank.step, bits([11]), 2))
+        assert rank.runner.unmask(StepMask(9, wrong, bits([11]), 2)) is None
+    result = rank.runner.unmask(StepMask(9, rank.step, bits([11]), 2))
     assert result is not None
     assert result.step == rank.step
-    assert result.out == (wire.SeqOut(1, 0, (11,)),)
-    assert rank.runner.unmask(wire.StepMask(9, rank.step, bits([11]), 2)) is None, "it was answered already"
-    (after,) = rank.run(wire.Work(1, 2, 1, True))
+    assert result.out == (SeqOut(1, 0, (11,)),)
+    assert rank.runner.unmask(StepMask(9, rank.step, bits([11]), 2)) is None, "it was answered already"
+    (after,) = rank.run(Work(1, 2, 1, True))
     assert after.tokens == (rank.model.next(11),)
 
 
 def test_no_mask_is_waited_for_before_there_was_a_plan() -> None:
-    assert Rank().runner.unmask(wire.StepMask(9, 0, bits([1]), 2)) is None
+    assert Rank().runner.unmask(StepMask(9, 0, bits([1]), 2)) is None
 
 
 def test_the_best_of_what_a_mask_allows_is_taken_and_others_are_free() -> None:
     rank = Rank()
     rank.start(1, [5])
     rank.start(2, [6])
-    works = [wire.Work(2, 1, 1, True), wire.Work(1, 1, 1, True, masked=True)]
+    works = [Work(2, 1, 1, True), Work(1, 1, 1, True, masked=True)]
     last = [rank.model.next(6), rank.model.next(5)]
     assert rank.runner.execute(rank.plan(*works)) is None
     allowed = [2, 9, 33, 39]
-    result = rank.runner.unmask(wire.StepMask(9, rank.step, bits(allowed), 2))
+    result = rank.runner.unmask(StepMask(9, rank.step, bits(allowed), 2))
     assert result is not None
     best = max(allowed, key=lambda token: float(rank.model.table[last[1], token]))
     assert [out.tokens for out in result.out] == [(rank.model.next(last[0]),), (best,)]
@@ -164,17 +165,17 @@ def test_each_guess_has_a_row_of_the_mask() -> None:
     """The first guess is what its row allows; the second one is not."""
     rank = Rank()
     rank.start(1, [5])
-    assert rank.runner.execute(rank.plan(wire.Work(1, 1, 3, True, drafts=(7, 8), masked=True))) is None
-    result = rank.runner.unmask(wire.StepMask(9, rank.step, bits([7], [30], [31]), 2))
+    assert rank.runner.execute(rank.plan(Work(1, 1, 3, True, drafts=(7, 8), masked=True))) is None
+    result = rank.runner.unmask(StepMask(9, rank.step, bits([7], [30], [31]), 2))
     assert result is not None
     assert result.out[0].tokens == (7, 30)
 
 
 def test_a_mask_goes_with_what_else_is_forbidden() -> None:
     rank = Rank()
-    rank.start(1, [5], wire.Sampling(seed=0, banned=((7,), (8,))))
-    assert rank.runner.execute(rank.plan(wire.Work(1, 1, 1, True, masked=True))) is None
-    result = rank.runner.unmask(wire.StepMask(9, rank.step, bits([7, 8, 9]), 2))
+    rank.start(1, [5], Sampling(seed=0, banned=((7,), (8,))))
+    assert rank.runner.execute(rank.plan(Work(1, 1, 1, True, masked=True))) is None
+    result = rank.runner.unmask(StepMask(9, rank.step, bits([7, 8, 9]), 2))
     assert result is not None
     assert result.out[0].tokens == (9,)
 
@@ -182,7 +183,7 @@ def test_a_mask_goes_with_what_else_is_forbidden() -> None:
 # --- log-probabilities -------------------------------------------------------------------------------------------
 
 
-def check_entry(entry: wire.TokenLogprobs, model: TableModel, before: int, token: int, count: int) -> None:
+def check_entry(entry: TokenLogprobs, model: TableModel, before: int, token: int, count: int) -> None:
     """Of `token` behind `before`."""
     row = model.table[before].double().log_softmax(0)
     best = row.topk(count)
@@ -196,8 +197,8 @@ def check_entry(entry: wire.TokenLogprobs, model: TableModel, before: int, token
 def test_only_those_who_asked_are_told_and_as_much_as_they_asked_for() -> None:
     rank = Rank()
     counts = {1: 3, 2: -1, 3: 0, 4: 2**31 - 1}
-    news = [new(seq, [seq], wire.Sampling(seed=seq, temperature=2.0, logprobs=count)) for seq, count in counts.items()]
-    works = [wire.Work(seq, 0, 1, True, (seq,)) for seq in counts]
+    news = [new(seq, [seq], Sampling(seed=seq, temperature=2.0, logprobs=count)) for seq, count in counts.items()]
+    works = [Work(seq, 0, 1, True, (seq,)) for seq in counts]
     for out in rank.run(*works, new=news):
         if counts[out.seq] < 0:
             assert out.logprobs == ()
@@ -208,12 +209,12 @@ def test_only_those_who_asked_are_told_and_as_much_as_they_asked_for() -> None:
 
 def test_each_token_that_was_kept_is_told_of() -> None:
     rank = Rank()
-    sampling = wire.Sampling(seed=0, logprobs=2)
+    sampling = Sampling(seed=0, logprobs=2)
     (first,) = rank.start(1, [3], sampling).tokens
     rank.start(2, [4])
     true = rank.model.chain(first, 3)
-    guessing = wire.Work(1, 1, 4, True, drafts=(true[0], true[1], (true[2] + 1) % VOCABULARY))
-    told, plain = sorted(rank.run(guessing, wire.Work(2, 1, 1, True)), key=lambda out: out.seq)
+    guessing = Work(1, 1, 4, True, drafts=(true[0], true[1], (true[2] + 1) % VOCABULARY))
+    told, plain = sorted(rank.run(guessing, Work(2, 1, 1, True)), key=lambda out: out.seq)
     assert told.tokens == tuple(true)
     assert len(told.logprobs) == 3
     for before, token, entry in zip([first, *true], true, told.logprobs, strict=False):
@@ -223,7 +224,7 @@ def test_each_token_that_was_kept_is_told_of() -> None:
 
 def test_logprobs_are_those_of_the_model_before_any_change() -> None:
     rank = Rank()
-    sampling = wire.Sampling(
+    sampling = Sampling(
         seed=0, logprobs=2, allowed=encode_tokens([6]), bias_ids=encode_tokens([6]), bias_values=encode_numbers([50.0])
     )
     out = rank.start(1, [3], sampling)
@@ -235,7 +236,7 @@ def prompt_of(length: int) -> list[int]:
     return [(7 * i * i + i) % VOCABULARY for i in range(length)]
 
 
-def check_prompt(found: Sequence[wire.TokenLogprobs], model: TableModel, prompt: Sequence[int], count: int) -> None:
+def check_prompt(found: Sequence[TokenLogprobs], model: TableModel, prompt: Sequence[int], count: int) -> None:
     assert len(found) == len(prompt) - 1
     for before, token, entry in zip(prompt, prompt[1:], found, strict=False):
         check_entry(entry, model, before, token, count)
@@ -243,7 +244,7 @@ def check_prompt(found: Sequence[wire.TokenLogprobs], model: TableModel, prompt:
 
 def test_a_prompts_logits_are_there_for_some_rows_at_a_time() -> None:
     rank, prompt = Rank(), prompt_of(150)
-    out = rank.start(1, prompt, wire.Sampling(seed=0, prompt_logprobs=2))
+    out = rank.start(1, prompt, Sampling(seed=0, prompt_logprobs=2))
     assert rank.model.rows == [1, 64, 64, 21]
     assert out.tokens == (rank.model.next(prompt[-1]),)
     assert out.logprobs == ()
@@ -251,7 +252,7 @@ def test_a_prompts_logits_are_there_for_some_rows_at_a_time() -> None:
     assert out.prompt_logprobs.start == 1
     check_prompt(out.prompt_logprobs.entries, rank.model, prompt, 2)
     rank.model.rows.clear()
-    (after,) = rank.run(wire.Work(1, len(prompt), 1, True))
+    (after,) = rank.run(Work(1, len(prompt), 1, True))
     assert after.prompt_logprobs is None
     assert rank.model.rows == [1]
 
@@ -260,16 +261,16 @@ def test_a_prompts_logits_are_there_for_some_rows_at_a_time() -> None:
 def test_a_prompt_in_chunks_is_told_of_once(chunks: list[int]) -> None:
     """Beside a sequence that asked for nothing."""
     rank, prompt, start = Rank(), prompt_of(10), 0
-    found: dict[int, wire.TokenLogprobs] = {}
+    found: dict[int, TokenLogprobs] = {}
     rank.start(2, [6])
-    news = [new(1, prompt, wire.Sampling(seed=0, prompt_logprobs=1))]
+    news = [new(1, prompt, Sampling(seed=0, prompt_logprobs=1))]
     for i, count in enumerate(chunks):
         last = start + count == len(prompt)
         blocks = BLOCKS[20:23] if i == 0 else ()
         out = {
             each.seq: each
             for each in rank.run(
-                wire.Work(1, start, count, last, blocks), wire.Work(2, 1 + i, 1, True), new=news if i == 0 else ()
+                Work(1, start, count, last, blocks), Work(2, 1 + i, 1, True), new=news if i == 0 else ()
             )
         }
         assert len(out[2].tokens) == 1
@@ -288,9 +289,9 @@ def test_a_prompt_in_chunks_is_told_of_once(chunks: list[int]) -> None:
 
 def test_a_masked_prompt_is_told_of_too() -> None:
     rank, prompt = Rank(), prompt_of(5)
-    work = wire.Work(1, 0, 5, True, BLOCKS, masked=True)
-    assert rank.runner.execute(rank.plan(work, new=[new(1, prompt, wire.Sampling(seed=0, prompt_logprobs=1))])) is None
-    result = rank.runner.unmask(wire.StepMask(9, rank.step, bits([12]), 2))
+    work = Work(1, 0, 5, True, BLOCKS, masked=True)
+    assert rank.runner.execute(rank.plan(work, new=[new(1, prompt, Sampling(seed=0, prompt_logprobs=1))])) is None
+    result = rank.runner.unmask(StepMask(9, rank.step, bits([12]), 2))
     assert result is not None
     (out,) = result.out
     assert out.tokens == (12,)
@@ -300,8 +301,8 @@ def test_a_masked_prompt_is_told_of_too() -> None:
 
 def test_each_prompt_is_told_of_its_own_tokens() -> None:
     rank, prompts = Rank(), {1: prompt_of(9), 2: prompt_of(90)[80:], 3: [5]}
-    news = [new(seq, prompt, wire.Sampling(seed=0, prompt_logprobs=seq)) for seq, prompt in prompts.items()]
-    works = [wire.Work(seq, 0, len(prompt), True, BLOCKS[4 * seq :]) for seq, prompt in prompts.items()]
+    news = [new(seq, prompt, Sampling(seed=0, prompt_logprobs=seq)) for seq, prompt in prompts.items()]
+    works = [Work(seq, 0, len(prompt), True, BLOCKS[4 * seq :]) for seq, prompt in prompts.items()]
     out = {each.seq: each.prompt_logprobs for each in rank.run(*works, new=news)}
     assert out[3] is None, "there is nothing before its only token"
     for seq in (1, 2):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal import wire
 from shoal.engine.request import encode_tokens
 from shoal.parallel.pipeline import Pipeline
+from shoal.wire.ranks import NewSeq, Sampling, StepPlan, Work
 from shoal.worker.batch import SequenceTable
 from shoal.worker.token_return import Unread
 from support.fakes import steady
@@ -52,16 +52,16 @@ class First:
         self.step = -1
         self.drawn = 0
 
-    def run(self, seqs: list[int], new: list[wire.NewSeq], released: list[int]) -> Tensor:
+    def run(self, seqs: list[int], new: list[NewSeq], released: list[int]) -> Tensor:
         """The tokens of a step in which these sequences draw."""
         self.step += 1
         works = []
         for seq in seqs:
             known = self.known[seq]
             count = max(known.given - known.computed, 1)
-            works.append(wire.Work(seq, known.computed, count, True, ()))
+            works.append(Work(seq, known.computed, count, True, ()))
             known.computed += count
-        plan = wire.StepPlan(0, self.step, tuple(works), tuple(new), tuple(released))
+        plan = StepPlan(0, self.step, tuple(works), tuple(new), tuple(released))
         self.table.apply(plan)
         if not works:
             return torch.zeros(0)
@@ -80,8 +80,8 @@ class First:
         self.mail.sent.append(tokens)
 
 
-def admission(seq: int, epoch: int, length: int) -> wire.NewSeq:
-    return wire.NewSeq(seq, epoch, encode_tokens([900] * length), length, (), wire.Sampling(seed=0))
+def admission(seq: int, epoch: int, length: int) -> NewSeq:
+    return NewSeq(seq, epoch, encode_tokens([900] * length), length, (), Sampling(seed=0))
 
 
 @settings(steady, max_examples=60)

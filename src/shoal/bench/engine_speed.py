@@ -6,9 +6,10 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
-from shoal import wire
 from shoal.engine.request import encode_tokens
 from shoal.protocols import EngineClient
+from shoal.wire.engine import EngineRequest, EngineStats
+from shoal.wire.ranks import Sampling
 
 _POLL_S = 1.0
 
@@ -95,12 +96,12 @@ class Meter:
         seq = self._next_seq
         self._next_seq += 1
         tokens = [self._random.randrange(self._vocab_size) for _ in range(shape.input_len)]
-        sampling = wire.Sampling(seed=seq, temperature=self._temperature)
-        self._engine.add(wire.EngineRequest(seq, encode_tokens(tokens), sampling, max_tokens=shape.output_len))
+        sampling = Sampling(seed=seq, temperature=self._temperature)
+        self._engine.add(EngineRequest(seq, encode_tokens(tokens), sampling, max_tokens=shape.output_len))
         return seq
 
 
-def stage_idle(before: wire.EngineStats, after: wire.EngineStats, seconds: float) -> tuple[float, ...]:
+def stage_idle(before: EngineStats, after: EngineStats, seconds: float) -> tuple[float, ...]:
     """By stage: the share of these seconds in which its ranks computed nothing, the mean of those of all replicas.
 
     Ranks that were not there before, or are not any more, do not count.
@@ -114,7 +115,7 @@ def stage_idle(before: wire.EngineStats, after: wire.EngineStats, seconds: float
     return tuple(statistics.mean(idle[stage]) for stage in sorted(idle))
 
 
-def _busy_us(stats: wire.EngineStats) -> dict[tuple[int, int], tuple[int, int]]:
+def _busy_us(stats: EngineStats) -> dict[tuple[int, int], tuple[int, int]]:
     """Stage and time of each rank, by its process and its number in its replica: a set numbers the ranks of those that
     are left anew."""
     engines = stats.replicas or (stats,)

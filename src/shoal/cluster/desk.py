@@ -14,12 +14,14 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
 
-from shoal import wire
 from shoal.cluster.fleet import Fleet
 from shoal.errors import ClosedError, ConfigError, EngineError, ShoalError, UserError
 from shoal.log import get_logger
 from shoal.process.forks import Owner
 from shoal.transport.channel import Channel, ChannelClosed
+from shoal.wire.base import WireError, encode, replace_fields
+from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, to_engine
+from shoal.wire.fleet import operation_decoder
 
 log = get_logger("desk")
 
@@ -33,14 +35,14 @@ _LAST_WORDS_S = 1.0
 _CLOSED = "the engine was closed"
 
 Verb = Callable[[bytes], bytes]
-Message = wire.EngineRequest | wire.Abort | wire.Ask
-Answer = wire.Updates | wire.Told
+Message = EngineRequest | Abort | Ask
+Answer = Updates | Told
 
 
 class Line(Protocol):
     """A client's way to a fleet. `send` and `ask` may be called from any thread."""
 
-    def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+    def send(self, messages: Sequence[EngineRequest | Abort]) -> None:
         """Hands them over together. Never blocks.
 
         Raises:
@@ -61,13 +63,13 @@ class Questions:
         self._numbers = itertools.count()
         self._open: dict[int, Future[bytes]] = {}
 
-    def add(self, verb: str, payload: bytes) -> tuple[wire.Ask, "Future[bytes]"]:
+    def add(self, verb: str, payload: bytes) -> tuple[Ask, "Future[bytes]"]:
         number = next(self._numbers)
         future: Future[bytes] = Future()
         self._open[number] = future
-        return wire.Ask(number, verb, payload), future
+        return Ask(number, verb, payload), future
 
-    def answer(self, told: wire.Told) -> None:
+    def answer(self, told: Told) -> None:
         future = self._open.pop(told.id, None)
         if future is None or not future.set_running_or_notify_cancel():
             return
@@ -102,7 +104,7 @@ class Desk:
         self._fleet = fleet
         self._owner = Owner("AsyncLLM")
         self._verbs: dict[str, Verb] = {
-            "status": lambda _: wire.encode(fleet.status()),
+            "status": lambda _: encode(fleet.status()),
             "started": lambda _: b"yes" if fleet.started else b"",
             "scale": self._scale,
             "drain": self._drain,
@@ -199,13 +201,13 @@ class Desk:
         for client in list(self._clients.values()):
             lost = [self._lost(seq) for seq in client.requests]
             with contextlib.suppress(Exception):  # its thread or loop may have ended as well
-                client.say(wire.Updates(tuple(lost)))
+                client.say(Updates(tuple(lost)))
             with contextlib.suppress(Exception):
                 client.end()
         self._fleet.close()
 
-    def _lost(self, seq: int) -> wire.SeqUpdate:
-        refusal = wire.Refusal.LOST if self._failure else wire.Refusal.CLOSING
+    def _lost(self, seq: int) -> SeqUpdate:
+        refusal = RefusalKind.LOST if self._failure else RefusalKind.CLOSING
         return _refused(_own(seq), self._failure or _CLOSED, refusal)
 
     def _enter(self, client: _Client) -> None:
@@ -221,60 +223,60 @@ class Desk:
             WireError: nobody sends such a thing.
         """
         match message:
-            case wire.EngineRequest():
+            case EngineRequest():
                 self._take_request(client, message)
-            case wire.Abort():
+            case Abort():
                 seqs = [_shared(client.number, seq) for seq in message.seqs]
                 self._fleet.abort(seqs, stopped=message.stopped)
-            case wire.Ask() if message.verb == "operate" and not self._ended:
+            case Ask() if message.verb == "operate" and not self._ended:
                 self._operate(client, message)
-            case wire.Ask():
+            case Ask():
                 client.say(self._answer(message))
             case _:
-                raise wire.WireError(f"a client sent a {type(message).__name__}")
+                raise WireError(f"a client sent a {type(message).__name__}")
 
-    def _take_request(self, client: _Client, request: wire.EngineRequest) -> None:
+    def _take_request(self, client: _Client, request: EngineRequest) -> None:
         seq = _shared(client.number, request.seq)
         if self._ended:
-            client.say(wire.Updates((self._lost(seq),)))
+            client.say(Updates((self._lost(seq),)))
             return
         group = _shared(client.number, request.group) if request.group >= 0 else -1
         try:
-            self._fleet.add(wire.replace(request, seq=seq, group=group))
+            self._fleet.add(replace_fields(request, seq=seq, group=group))
         except ShoalError as error:
-            client.say(wire.Updates((_refused(request.seq, str(error), wire.Refusal.INVALID),)))
+            client.say(Updates((_refused(request.seq, str(error), RefusalKind.INVALID),)))
         except Exception as error:
             log.exception("request %d could not be taken", seq)
             client.requests.add(seq)
             why = f"the request could not be taken: {type(error).__name__}: {error}"
             if not self._fleet.refuse(seq, why):
                 client.requests.discard(seq)
-                client.say(wire.Updates((_refused(request.seq, why, wire.Refusal.FAILED),)))
+                client.say(Updates((_refused(request.seq, why, RefusalKind.FAILED),)))
         else:
             client.requests.add(seq)
 
-    def _answer(self, ask: wire.Ask) -> wire.Told:
+    def _answer(self, ask: Ask) -> Told:
         verb = self._verbs.get(ask.verb)
         if verb is None:
-            return wire.Told(ask.id, error=f"nobody knows {ask.verb!r} here")
+            return Told(ask.id, error=f"nobody knows {ask.verb!r} here")
         if self._ended:
-            return wire.Told(ask.id, error=self._failure or _CLOSED)
+            return Told(ask.id, error=self._failure or _CLOSED)
         try:
-            return wire.Told(ask.id, verb(ask.payload))
+            return Told(ask.id, verb(ask.payload))
         except ShoalError as error:
-            return wire.Told(ask.id, error=str(error), user_error=isinstance(error, UserError))
+            return Told(ask.id, error=str(error), user_error=isinstance(error, UserError))
         except Exception as error:
             log.exception("%s could not be answered", ask.verb)
-            return wire.Told(ask.id, error=f"{ask.verb} could not be answered: {type(error).__name__}: {error}")
+            return Told(ask.id, error=f"{ask.verb} could not be answered: {type(error).__name__}: {error}")
 
-    def _operate(self, client: _Client, ask: wire.Ask) -> None:
+    def _operate(self, client: _Client, ask: Ask) -> None:
         def done(outcome: bytes | ShoalError) -> None:
             if isinstance(outcome, ShoalError):
-                client.say(wire.Told(ask.id, error=str(outcome), user_error=isinstance(outcome, UserError)))
+                client.say(Told(ask.id, error=str(outcome), user_error=isinstance(outcome, UserError)))
             else:
-                client.say(wire.Told(ask.id, outcome))
+                client.say(Told(ask.id, outcome))
 
-        wanted = wire.operation.decode(ask.payload)
+        wanted = operation_decoder.decode(ask.payload)
         log.info("%s is asked for (%s)", wanted.verb, wanted)
         try:
             self._fleet.operate(wanted, done)
@@ -285,14 +287,14 @@ class Desk:
         if not payload.isdigit():
             raise ConfigError(f"a number of replicas is wanted, not {payload[:40]!r}")
         self._fleet.scale(int(payload))
-        return wire.encode(self._fleet.status())
+        return encode(self._fleet.status())
 
     def _drain(self, _: bytes) -> bytes:
         self._fleet.drain()
         return str(self._fleet.num_unfinished).encode()
 
-    def _hand_out(self, updates: Sequence[wire.SeqUpdate]) -> None:
-        sorted_: dict[int, list[wire.SeqUpdate]] = {}
+    def _hand_out(self, updates: Sequence[SeqUpdate]) -> None:
+        sorted_: dict[int, list[SeqUpdate]] = {}
         for update in updates:
             number = update.seq >> _LINE_BITS
             client = self._clients.get(number)
@@ -300,20 +302,20 @@ class Desk:
                 continue
             if update.finish is not None:
                 client.requests.discard(update.seq)
-            sorted_.setdefault(number, []).append(wire.replace(update, seq=_own(update.seq)))
+            sorted_.setdefault(number, []).append(replace_fields(update, seq=_own(update.seq)))
         for number, some in sorted_.items():
-            self._clients[number].say(wire.Updates(tuple(some)))
+            self._clients[number].say(Updates(tuple(some)))
 
     def _attend_to(self, client: "_RemoteClient") -> None:
         try:
             client.hear()
             for _ in range(min(len(client.heard), _AT_A_TIME)):
-                self.take(client, wire.to_engine.decode(client.heard.popleft()))
+                self.take(client, to_engine.decode(client.heard.popleft()))
             if client.heard:
                 self._fleet.wake()
             client.flush()
-        except (ChannelClosed, wire.WireError) as error:
-            say = log.warning if client.requests or isinstance(error, wire.WireError) else log.info
+        except (ChannelClosed, WireError) as error:
+            say = log.warning if client.requests or isinstance(error, WireError) else log.info
             say("an API server has gone (%s); its %d requests are given up", error, len(client.requests))
             self._fleet.unwatch(client.channel)
             self.leave(client)
@@ -328,16 +330,16 @@ class _LocalLine:
         self.client = _Client(desk.new_number(), self._say, lambda: self._questions.fail(desk.failure or _CLOSED))
 
     def _say(self, answer: Answer) -> None:
-        if isinstance(answer, wire.Told):
+        if isinstance(answer, Told):
             self._questions.answer(answer)
         else:
             self._deliver(answer)
 
-    def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+    def send(self, messages: Sequence[EngineRequest | Abort]) -> None:
         for start in range(0, len(messages) or 1, _TOGETHER):
             self._desk.do(partial(self._take, messages[start : start + _TOGETHER]))
 
-    def _take(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+    def _take(self, messages: Sequence[EngineRequest | Abort]) -> None:
         for message in messages:
             self._desk.take(self.client, message)
 
@@ -361,15 +363,15 @@ class _RemoteClient(_Client):
         super().__init__(number, self._send, self._hang_up)
         self.channel = channel
         self.heard: deque[bytes] = deque()  # frames that are not dealt with yet
-        self._unsent: list[wire.SeqUpdate] = []
+        self._unsent: list[SeqUpdate] = []
         self._unread_since: float | None = None
 
     def _send(self, answer: Answer) -> None:
-        if isinstance(answer, wire.Updates):
+        if isinstance(answer, Updates):
             self._unsent += answer.updates
         with contextlib.suppress(ChannelClosed):  # its end is read, and dealt with, in turn
-            if isinstance(answer, wire.Told):
-                self.channel.send(wire.encode(answer))
+            if isinstance(answer, Told):
+                self.channel.send(encode(answer))
             self.flush()
 
     def flush(self) -> None:
@@ -381,7 +383,7 @@ class _RemoteClient(_Client):
             self._unread_since = None
             if self._unsent:
                 updates, self._unsent = self._unsent, []
-                self.channel.send(wire.encode(wire.Updates(tuple(updates))))
+                self.channel.send(encode(Updates(tuple(updates))))
         elif self._unread_since is None:
             self._unread_since = time.monotonic()
         elif time.monotonic() - self._unread_since > _UNREAD_S:
@@ -404,8 +406,8 @@ class _RemoteClient(_Client):
         self.channel.close()
 
 
-def _refused(seq: int, error: str, refusal: wire.Refusal) -> wire.SeqUpdate:
-    return wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, error=error, refusal=refusal)
+def _refused(seq: int, error: str, refusal: RefusalKind) -> SeqUpdate:
+    return SeqUpdate(seq, (), finish=Finish.ABORT, error=error, refusal=refusal)
 
 
 def _shared(line: int, seq: int) -> int:
@@ -414,7 +416,7 @@ def _shared(line: int, seq: int) -> int:
         WireError: it is none of a client's numbers.
     """
     if not 0 <= seq < 1 << _LINE_BITS:
-        raise wire.WireError(f"a client numbered a request {seq}")
+        raise WireError(f"a client numbered a request {seq}")
     return (line << _LINE_BITS) | seq
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal import wire
 from shoal.activity import State
 from shoal.cluster.limits import Limits
 from shoal.cluster.members.replica_supervisor import Arrival, Lives
@@ -17,6 +16,9 @@ from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, ove
 from shoal.protocols import Recorder
 from shoal.transport.channel import wait
 from shoal.transport.waker import Waker
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import EngineRequest, EngineStats, RefusalKind, SeqUpdate
+from shoal.wire.fleet import FleetStatus, Operation
 
 _FOREVER_S = 3600.0
 _TOKEN_BYTES = 4
@@ -39,7 +41,7 @@ class Fleet:
     def __init__(
         self,
         launch: Callable[[int, int], Member],
-        room: Callable[[wire.EngineStats], Room],
+        room: Callable[[EngineStats], Room],
         *,
         about: About,
         limits: Limits,
@@ -93,14 +95,14 @@ class Fleet:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def add(self, request: wire.EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         """Takes a request over. One that can't be taken ends at once, with the reason in its update.
 
         Raises:
             RequestError: its number is in use.
         """
         now = self._clock()
-        request = wire.replace(request, arrival=request.arrival or now)
+        request = replace_fields(request, arrival=request.arrival or now)
         objection = self._objection(request)
         if objection is not None:
             self._set.reject(request, *objection)
@@ -108,33 +110,35 @@ class Fleet:
         try:
             request = self._cut(request)
         except RequestError as error:
-            self._set.reject(request, str(error), wire.Refusal.INVALID)
+            self._set.reject(request, str(error), RefusalKind.INVALID)
             return
         deadline = float("inf") if request.deadline is None else request.deadline
         if self._limits.timeout is not None:
             deadline = min(deadline, request.arrival + self._limits.timeout)
-        self._set.add(wire.replace(request, deadline=None))  # it is kept here: another host's clock shows another time
+        self._set.add(
+            replace_fields(request, deadline=None)
+        )  # it is kept here: another host's clock shows another time
         if self._set.is_new(request.seq) and self._set.num_waiting > self._limits.max_queued:
             most = f"{self._limits.max_queued} requests wait already (--max-queued-requests): come again later"
-            self._set.refuse(request.seq, most, wire.Refusal.FULL)
+            self._set.refuse(request.seq, most, RefusalKind.FULL)
             return
         if deadline < float("inf"):
             self._deadlines.add(deadline, request.seq)
         if self._limits.max_wait is not None:
             self._patience.add(now + self._limits.max_wait, request.seq)
 
-    def _objection(self, request: wire.EngineRequest) -> tuple[str, wire.Refusal] | None:
+    def _objection(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
         """Why a request is not taken, whatever else waits."""
         if self._lives.failure:
-            return self._lives.failure, wire.Refusal.LOST
+            return self._lives.failure, RefusalKind.LOST
         if not self._accepting:
-            return "the server is about to end and takes no new requests", wire.Refusal.CLOSING
+            return "the server is about to end and takes no new requests", RefusalKind.CLOSING
         if self._set.activity.state is State.ASLEEP:
-            return "the model is asleep, and takes requests when it was woken up (POST /wake_up)", wire.Refusal.ASLEEP
+            return "the model is asleep, and takes requests when it was woken up (POST /wake_up)", RefusalKind.ASLEEP
         objection = self._lives.objection(request.replica) if request.replica >= 0 else None
         return objection or self._too_many(request)
 
-    def _too_many(self, request: wire.EngineRequest) -> tuple[str, wire.Refusal] | None:
+    def _too_many(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
         """Why a request can't be taken even if there is no other: one whose outputs don't fit in all."""
         held, queued = self._lives.most_held(request.replica), self._limits.max_queued
         if held is None or request.outputs <= held + queued:
@@ -144,13 +148,13 @@ class Fleet:
             f"replicas hold (--max-num-seqs) and {queued} that wait (--max-queued-requests); ask for fewer, or raise "
             "one of the two"
         )
-        return why, wire.Refusal.INVALID
+        return why, RefusalKind.INVALID
 
     def _bound(self, length: int) -> None:
         self._length = length
         self._set.bound(self._cut)
 
-    def _cut(self, request: wire.EngineRequest) -> wire.EngineRequest:
+    def _cut(self, request: EngineRequest) -> EngineRequest:
         """
         Raises:
             RequestError: no replica holds its prompt and a token.
@@ -163,18 +167,18 @@ class Fleet:
                 f"{overflow(self._length)}; the prompt has {prompt_len}, and an output needs one: shorten it, or give "
                 "the replicas more memory for their KV caches"
             )
-        return wire.replace(request, max_tokens=min(request.max_tokens, self._length - prompt_len))
+        return replace_fields(request, max_tokens=min(request.max_tokens, self._length - prompt_len))
 
     def refuse(self, seq: int, why: str) -> bool:
         """Ends a request that can't be served; False if there is none of that number."""
         found = self._set.is_open(seq)
-        self._set.refuse(seq, why, wire.Refusal.FAILED)
+        self._set.refuse(seq, why, RefusalKind.FAILED)
         return found
 
     def abort(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
         self._set.abort(seqs, stopped=stopped)
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         """Drives everything: waits for replicas, starts those that are due, ends requests whose time is up."""
         self._tick()
         updates = self._set.updates(min(timeout, self._pause()))
@@ -185,10 +189,10 @@ class Fleet:
         now = self._clock()
         self._lives.tick(now)
         for seq in self._deadlines.due(now):
-            self._set.refuse(seq, "the request was not finished by its deadline", wire.Refusal.LATE)
+            self._set.refuse(seq, "the request was not finished by its deadline", RefusalKind.LATE)
         for seq in self._patience.due(now):
             waited = f"the request waited {self._limits.max_wait:g} s for a replica (--max-queue-wait)"
-            self._set.refuse(seq, waited, wire.Refusal.LATE)
+            self._set.refuse(seq, waited, RefusalKind.LATE)
 
     def close(self) -> None:
         """Ends all replicas. Idempotent, never raises."""
@@ -234,8 +238,8 @@ class Fleet:
         """
         return self._lives.started
 
-    def status(self) -> wire.FleetStatus:
-        return wire.FleetStatus(
+    def status(self) -> FleetStatus:
+        return FleetStatus(
             model=self._about.model,
             tp=self._about.tp,
             pp=self._about.pp,
@@ -251,7 +255,7 @@ class Fleet:
             missing=self._set.activity.missing,
         )
 
-    def operate(self, wanted: wire.Operation, done: Done) -> None:
+    def operate(self, wanted: Operation, done: Done) -> None:
         """Pauses all replicas, lets them go on, sends them to sleep, wakes them up, or empties their prefix caches.
         `done` is told how it ended, from `updates`; replicas that come up meanwhile do the same.
 

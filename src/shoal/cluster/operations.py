@@ -11,13 +11,15 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from shoal import wire
 from shoal.activity import AWAKE, Activity
 from shoal.errors import ConfigError, EngineError, ShoalError, UserError
+from shoal.wire.base import encode
+from shoal.wire.engine import Become, CacheReset, ResetCache, Told, cache_reset_decoder
+from shoal.wire.fleet import Operation
 
 MODES = ("abort", "wait", "keep")
 
-Message = wire.Become | wire.ResetCache
+Message = Become | ResetCache
 Done = Callable[[bytes | ShoalError], object]  # is told how it ended, once
 
 
@@ -57,7 +59,7 @@ class _Operation:
 
     @property
     def found(self) -> bytes:
-        return wire.encode(wire.CacheReset(self.forgotten, self.held)) if self.reset else b""
+        return encode(CacheReset(self.forgotten, self.held)) if self.reset else b""
 
 
 class Operations:
@@ -72,7 +74,7 @@ class Operations:
         self._queue: deque[_Operation] = deque()
         self._now: _Operation | None = None
 
-    def begin(self, wanted: wire.Operation, done: Done) -> None:
+    def begin(self, wanted: Operation, done: Done) -> None:
         """`done` is given the CacheReset of a reset, or the error: a UserError where the operation can't be."""
         try:
             self._enter(_operation_of(wanted, done))
@@ -109,7 +111,7 @@ class Operations:
             if operation is not None:
                 operation.awaited.discard(question)
 
-    def told(self, number: int, told: wire.Told) -> None:
+    def told(self, number: int, told: Told) -> None:
         _, operation = self._asked.pop(told.id, (number, None))
         if operation is None:
             if told.error:
@@ -119,7 +121,7 @@ class Operations:
         if told.error:
             operation.problem = UserError(told.error) if told.user_error else EngineError(told.error)
         elif told.payload:
-            found = wire.cache_reset.decode(told.payload)
+            found = cache_reset_decoder.decode(told.payload)
             operation.forgotten += found.forgotten
             operation.held += found.held
 
@@ -177,14 +179,14 @@ class Operations:
         if operation is not None:
             operation.awaited.add(question)
         running = operation is not None and operation.running
-        self._group.tell(number, wire.ResetCache(question, running) if step is None else wire.Become(question, step))
+        self._group.tell(number, ResetCache(question, running) if step is None else Become(question, step))
 
     def _end(self, operation: _Operation, outcome: bytes | ShoalError) -> None:
         self._now = None
         operation.done(outcome)
 
 
-def _operation_of(wanted: wire.Operation, done: Done) -> _Operation:
+def _operation_of(wanted: Operation, done: Done) -> _Operation:
     """
     Raises:
         ConfigError: there is no such operation, or none with such a mode, level or tag.

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from shoal import wire
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.cluster.members.replica import close_all
 from shoal.cluster.operations import Done, Message, Operations
@@ -18,6 +17,20 @@ from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError,
 from shoal.log import get_logger
 from shoal.protocols import EngineClient, Recorder
 from shoal.transport.channel import Channel, wait
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import (
+    CacheReset,
+    EngineRequest,
+    EngineStats,
+    Finish,
+    RefusalKind,
+    ResetCache,
+    SeqUpdate,
+    Told,
+    cache_reset_decoder,
+)
+from shoal.wire.fleet import Operation
+from shoal.wire.ranks import PromptLogprobs
 
 log = get_logger("replicas")
 
@@ -34,19 +47,19 @@ class Member(EngineClient, Protocol):
 
     name: str
     died: bool
-    snapshot: wire.EngineStats | None
+    snapshot: EngineStats | None
     words: int  # how often it has said something
 
     @property
     def channel(self) -> Channel: ...
 
-    def ready(self, timeout: float) -> wire.EngineStats | None: ...
+    def ready(self, timeout: float) -> EngineStats | None: ...
 
-    def stats(self, timeout: float | None = None) -> wire.EngineStats: ...
+    def stats(self, timeout: float | None = None) -> EngineStats: ...
 
     def tell(self, message: Message) -> None: ...
 
-    def answers(self) -> list[wire.Told]:
+    def answers(self) -> list[Told]:
         """To what it was told; those that came with the last `updates`."""
 
     @property
@@ -70,7 +83,7 @@ def wait_for_any(replicas: Sequence[Member], timeout: float) -> None:
 class _Flight:
     """A request, and what its client has been given of its output."""
 
-    request: wire.EngineRequest
+    request: EngineRequest
     replica: int | None = None  # None: it waits here
     output: bytearray = field(default_factory=bytearray)  # tokens, as in the request
     prompt_reported: int = 0  # tokens of the prompt up to which log-probabilities were given
@@ -80,7 +93,7 @@ class _Flight:
     died_at: int = 0  # tokens of output that it had then
     moved: bool = False  # has a replica had it that has it no more?
 
-    def rest(self) -> wire.EngineRequest:
+    def rest(self) -> EngineRequest:
         """The request as it goes on from the tokens that it has.
 
         What the prompt's log-probabilities came to is not computed again; a part of them is, and left out of updates.
@@ -89,16 +102,16 @@ class _Flight:
         prompt_len = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
         sampling = request.sampling
         if self.prompt_reported >= prompt_len:
-            sampling = wire.replace(sampling, prompt_logprobs=-1)
+            sampling = replace_fields(sampling, prompt_logprobs=-1)
         tokens = request.tokens + bytes(self.output)
-        return wire.replace(request, tokens=tokens, prompt_len=prompt_len, sampling=sampling)
+        return replace_fields(request, tokens=tokens, prompt_len=prompt_len, sampling=sampling)
 
-    def take(self, update: wire.SeqUpdate) -> wire.SeqUpdate:
+    def take(self, update: SeqUpdate) -> SeqUpdate:
         """Notes what the client is given, without what it has already."""
         self.output += struct.pack(f"<{len(update.tokens)}i", *update.tokens)
         if self.cached_tokens is None:
             self.cached_tokens = update.cached_tokens
-        return wire.replace(
+        return replace_fields(
             update, cached_tokens=self.cached_tokens, prompt_logprobs=self._unseen(update.prompt_logprobs)
         )
 
@@ -107,13 +120,13 @@ class _Flight:
         self.deaths = self.deaths + 1 if length - self.died_at < _SAME_PLACE else 1
         self.died_at = length
 
-    def _unseen(self, found: wire.PromptLogprobs | None) -> wire.PromptLogprobs | None:
+    def _unseen(self, found: PromptLogprobs | None) -> PromptLogprobs | None:
         if found is None:
             return None
         start = max(found.start, self.prompt_reported)
         entries = found.entries[start - found.start :]
         self.prompt_reported = start + len(entries)
-        return wire.PromptLogprobs(start, entries) if entries else None
+        return PromptLogprobs(start, entries) if entries else None
 
 
 class ReplicaSet:
@@ -148,7 +161,7 @@ class ReplicaSet:
         self._flights: dict[int, _Flight] = {}
         self._num_waiting = 0
         self._held: Counter[int] = Counter()
-        self._updates: list[wire.SeqUpdate] = []
+        self._updates: list[SeqUpdate] = []
         self._causes: dict[int, str] = {}  # of the ends of dead replicas
         self._failure: ReplicasFailed | None = None
         self._told = False  # of the failure
@@ -223,7 +236,7 @@ class ReplicaSet:
         """What all replicas are at. While they do not run, none is given a request."""
         return self._operations.activity
 
-    def operate(self, wanted: wire.Operation, done: Done) -> None:
+    def operate(self, wanted: Operation, done: Done) -> None:
         """Begins an operation, which goes on with `updates`; `done` is told how it ended."""
         self._operations.begin(wanted, done)
 
@@ -231,10 +244,10 @@ class ReplicaSet:
         """As of an EngineClient."""
         self._await(lambda done: self._operations.become(activity, done))
 
-    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
         """As of an EngineClient."""
         told = self._await(lambda done: self._operations.reset(running=running, done=done))
-        return wire.cache_reset.decode(told)
+        return cache_reset_decoder.decode(told)
 
     def _await(self, begin: Callable[[Done], None]) -> bytes:
         """Drives the replicas until an operation has ended; their updates are kept."""
@@ -256,7 +269,7 @@ class ReplicaSet:
         """Hands a step of an operation to a replica, and forgets what was known of its prefix cache."""
         if number not in self._live:  # it was lost with another one
             return
-        if isinstance(message, wire.ResetCache) or KV_CACHE in message.activity.missing:
+        if isinstance(message, ResetCache) or KV_CACHE in message.activity.missing:
             self._router.forget_prefixes(number)
         try:
             self._live[number].tell(message)
@@ -268,7 +281,7 @@ class ReplicaSet:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def refuse(self, seq: int, error: str, refusal: wire.Refusal) -> None:
+    def refuse(self, seq: int, error: str, refusal: RefusalKind) -> None:
         """Ends a request, wherever it is."""
         flight = self._flights.get(seq)
         if flight is None:
@@ -285,44 +298,44 @@ class ReplicaSet:
     def give_up(self, why: str) -> None:
         """No replica comes back: all requests end."""
         for seq in list(self._flights):
-            self._end_here(seq, why, wire.Refusal.LOST)
+            self._end_here(seq, why, RefusalKind.LOST)
 
     def lose(self, number: int, error: EngineError) -> None:
         """A replica that is there is of no use any more: it is ended, and its requests go on elsewhere."""
         self._lose(number, error)
 
-    def bound(self, cut: Callable[[wire.EngineRequest], wire.EngineRequest]) -> None:
+    def bound(self, cut: Callable[[EngineRequest], EngineRequest]) -> None:
         """Before any replica was there: `cut` gives each request as it is to run, or raises a RequestError, with which
         it ends."""
         for seq, flight in list(self._flights.items()):
             try:
                 found = cut(flight.request)
             except RequestError as error:
-                self._end_here(seq, str(error), wire.Refusal.INVALID)
+                self._end_here(seq, str(error), RefusalKind.INVALID)
                 continue
             if found != flight.request:
                 self._router.ended(seq)
                 flight.request = found
                 self._router.add(found)
 
-    def reject(self, request: wire.EngineRequest, error: str, refusal: wire.Refusal) -> None:
+    def reject(self, request: EngineRequest, error: str, refusal: RefusalKind) -> None:
         """Ends a request that is not taken.
 
         Raises:
             RequestError: its number is in use.
         """
         self._check_new(request)
-        update = wire.SeqUpdate(request.seq, (), finish=wire.Finish.ABORT, error=error, refusal=refusal)
+        update = SeqUpdate(request.seq, (), finish=Finish.ABORT, error=error, refusal=refusal)
         self._updates.append(update)
         if self._recorder is not None:
             self._recorder.added(request)
             self._recorder.ended(update)
 
-    def _check_new(self, request: wire.EngineRequest) -> None:
+    def _check_new(self, request: EngineRequest) -> None:
         if request.seq in self._flights:
             raise RequestError(f"request {request.seq} exists already")
 
-    def add(self, request: wire.EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         """
         Raises:
             RequestError: its number is in use.
@@ -358,7 +371,7 @@ class ReplicaSet:
             except EngineError as error:
                 self._lose(number, error)
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         self._turn(0.0 if self._updates else timeout)
         if not self._updates:
             self._check_open()
@@ -375,7 +388,7 @@ class ReplicaSet:
         self._operations.tick()
         self._deal()
 
-    def stats(self) -> wire.EngineStats:
+    def stats(self) -> EngineStats:
         """Of the replicas that are left, and what waits here."""
         self._check_open()
         found = []
@@ -387,7 +400,7 @@ class ReplicaSet:
                 self._lose(number, error)
         self._check_open()
         total = merged(found)
-        return wire.replace(total, waiting=total.waiting + self._num_waiting)
+        return replace_fields(total, waiting=total.waiting + self._num_waiting)
 
     def close(self) -> None:
         """Ends all replicas at the same time. Idempotent, never raises."""
@@ -420,7 +433,7 @@ class ReplicaSet:
             except Exception as error:  # what one request brings along ends no other
                 log.exception("request %d could not be sent", request.seq)
                 why = f"the request could not be sent: {type(error).__name__}: {error}"
-                self._end_here(request.seq, why, wire.Refusal.FAILED)
+                self._end_here(request.seq, why, RefusalKind.FAILED)
 
     def _collect(self, number: int) -> None:
         if number not in self._live:  # it was lost with another one
@@ -445,7 +458,7 @@ class ReplicaSet:
                     self._held[number] -= 1
                     self._router.ended(update.seq, number)
 
-    def _end_here(self, seq: int, error: str = "", refusal: wire.Refusal = wire.Refusal.NONE) -> None:
+    def _end_here(self, seq: int, error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
         """Ends a request that was aborted or can't go on, whatever a replica may still say of it."""
         flight = self._flights.pop(seq)
         if flight.replica is None:
@@ -453,10 +466,10 @@ class ReplicaSet:
         else:
             self._held[flight.replica] -= 1
         self._updates.append(
-            wire.SeqUpdate(
+            SeqUpdate(
                 seq,
                 (),
-                finish=wire.Finish.ABORT,
+                finish=Finish.ABORT,
                 cached_tokens=flight.cached_tokens or 0,
                 error=error,
                 refusal=refusal,
@@ -513,7 +526,7 @@ class ReplicaSet:
                     seq,
                     f"{flight.deaths} replicas failed one after the other while they had this request, and no other "
                     f"one is given it; the last: {error}",
-                    wire.Refusal.FAILED,
+                    RefusalKind.FAILED,
                 )
             else:
                 self.replays += 1
@@ -574,7 +587,7 @@ class ReplicaSet:
             raise ClosedError("the engine was closed")
 
 
-def await_ready(replicas: Mapping[int, Member], timeout: float) -> dict[int, wire.EngineStats]:
+def await_ready(replicas: Mapping[int, Member], timeout: float) -> dict[int, EngineStats]:
     """Waits until all of them can take requests; gives what each says of itself. One that fails ends the others.
 
     Raises:
@@ -582,7 +595,7 @@ def await_ready(replicas: Mapping[int, Member], timeout: float) -> dict[int, wir
         EngineError: one failed, or was not ready within `timeout` seconds.
     """
     begun = time.monotonic()
-    found: dict[int, wire.EngineStats] = {}
+    found: dict[int, EngineStats] = {}
     try:
         while missing := {number: replica for number, replica in replicas.items() if number not in found}:
             if time.monotonic() - begun > timeout:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from shoal import wire
+from shoal.wire.base import Ids, replace_fields
+from shoal.wire.engine import EngineStats
 
 _THE_SAME = {"block_size"}
 _SMALLEST = {"max_model_len"}  # what fits into each of them
@@ -13,7 +14,7 @@ _COUNTERS = (
 )
 
 
-def merged(replicas: Sequence[wire.EngineStats]) -> wire.EngineStats:
+def merged(replicas: Sequence[EngineStats]) -> EngineStats:
     """Sums, with the ranks of all numbered through. Of start times the longest count: they ran side by side."""
     first = replicas[0]
     sums = {
@@ -27,20 +28,20 @@ def merged(replicas: Sequence[wire.EngineStats]) -> wire.EngineStats:
     for name, seconds in (phase for replica in replicas for phase in replica.start_s):
         phases[name] = max(seconds, phases.get(name, 0.0))
     ranks = [rank for replica in replicas for rank in replica.ranks]
-    return wire.replace(
+    return replace_fields(
         first,
         **sums,
         start_s=tuple(phases.items()),
-        ranks=tuple(wire.replace(rank, rank=number) for number, rank in enumerate(ranks)),
+        ranks=tuple(replace_fields(rank, rank=number) for number, rank in enumerate(ranks)),
         replicas=tuple(replicas),
         iteration_tokens=_added([replica.iteration_tokens for replica in replicas]),
         accepted_by_position=_added([replica.accepted_by_position for replica in replicas]),
     )
 
 
-def carried(past: wire.EngineStats, now: wire.EngineStats) -> wire.EngineStats:
+def carried(past: EngineStats, now: EngineStats) -> EngineStats:
     """What holds now, with counters that go on from a former life."""
-    return wire.replace(
+    return replace_fields(
         now,
         **{name: getattr(past, name) + getattr(now, name) for name in _COUNTERS},
         iteration_tokens=_added([past.iteration_tokens, now.iteration_tokens]),
@@ -49,11 +50,11 @@ def carried(past: wire.EngineStats, now: wire.EngineStats) -> wire.EngineStats:
     )
 
 
-def emptied(stats: wire.EngineStats) -> wire.EngineStats:
+def emptied(stats: EngineStats) -> EngineStats:
     """What is left of a replica that has ended: its counters."""
     busy = _added([stats.busy_before, tuple(rank.busy_us for rank in stats.ranks)])
-    return wire.replace(stats, waiting=0, running=0, num_blocks=0, free_blocks=0, ranks=(), busy_before=busy)
+    return replace_fields(stats, waiting=0, running=0, num_blocks=0, free_blocks=0, ranks=(), busy_before=busy)
 
 
-def _added(counts: Sequence[wire.Ids]) -> wire.Ids:
+def _added(counts: Sequence[Ids]) -> Ids:
     return tuple(sum(each) for each in zip_longest(*counts, fillvalue=0))

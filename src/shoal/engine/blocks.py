@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from shoal.errors import EngineError
-from shoal.wire import Ids
+from shoal.wire.base import Ids
 
 Key = tuple[int | str, Ids]
 

@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from shoal import wire
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
 from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
 from shoal.engine.speculation import Guesser
 from shoal.errors import CheckpointError, ClosedError, EngineError
 from shoal.protocols import Executor, Grammars, Lockstep, Policy
+from shoal.wire.engine import CacheReset, EngineRequest, EngineStats, SeqUpdate
+from shoal.wire.ranks import RankStats, StepMask, StepPlan, StepResult, decode_rank_stats
 
 _STATS_TIMEOUT_S = 30.0
 _AUDIT_EVERY_S = 5.0
@@ -79,11 +80,11 @@ class EngineCore:
         self._schedule_ns = 0
         self._step_total_us = 0
         self._step_forward_us = 0
-        self._ranks: tuple[wire.RankStats, ...] = ()  # what they said last
+        self._ranks: tuple[RankStats, ...] = ()  # what they said last
         self._iteration_tokens = [0] * _MOST_DOUBLINGS
         self._step_tokens = 0
 
-    def add(self, request: wire.EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         self._check_open()
         self._scheduler.add(request)
 
@@ -100,7 +101,7 @@ class EngineCore:
         while self.busy:
             self.updates(_DROP_SLICE_S)
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_open()
         self._turn(timeout)
         self._audit_when_idle()
@@ -175,7 +176,7 @@ class EngineCore:
                 return
             behind = self._behind
 
-    def _count(self, plan: wire.StepPlan) -> None:
+    def _count(self, plan: StepPlan) -> None:
         tokens = sum(work.count for work in plan.work)
         if tokens:
             self._iteration_tokens[min((tokens - 1).bit_length(), _MOST_DOUBLINGS - 1)] += 1
@@ -187,7 +188,7 @@ class EngineCore:
             for verdict in self._grammars.poll(timeout):
                 self._scheduler.judge(verdict)
 
-    def _mask(self, plan: wire.StepPlan) -> None:
+    def _mask(self, plan: StepPlan) -> None:
         """Sends the mask of a plan that is masked, while the ranks compute it."""
         if not plan.masked or self._grammars is None:
             return
@@ -196,9 +197,9 @@ class EngineCore:
             self._judge(left)
         words = self._grammars.words
         bits = self._scheduler.masks(plan, words * _WORD)
-        self._executor.mask(wire.StepMask(plan.incarnation, plan.step, bits, words))
+        self._executor.mask(StepMask(plan.incarnation, plan.step, bits, words))
 
-    def _apply(self, result: wire.StepResult) -> None:
+    def _apply(self, result: StepResult) -> None:
         begun = time.perf_counter_ns()
         self._scheduler.apply(result)
         self._schedule_ns += time.perf_counter_ns() - begun
@@ -253,16 +254,16 @@ class EngineCore:
             raise
         return [answer.decode() for answer in answers]
 
-    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
         """No block is found by its prefix any more. `running`: requests that run compute theirs again, too."""
         self._check_open()
         return self._scheduler.reset_cache(running=running)
 
-    def stats(self) -> wire.EngineStats:
+    def stats(self) -> EngineStats:
         """Asks the ranks too, once the steps launched so far have ended."""
         self._check_open()
         ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
-        self._ranks = tuple(wire.decode_stats(answer) for answer in ranks)
+        self._ranks = tuple(decode_rank_stats(answer) for answer in ranks)
         return self.snapshot()
 
     def check(self) -> None:
@@ -280,10 +281,10 @@ class EngineCore:
                 raise
             raise self._failure from error
 
-    def snapshot(self) -> wire.EngineStats:
+    def snapshot(self) -> EngineStats:
         """The engine's own numbers, and what its ranks said last. Asks nobody."""
         counters = self._scheduler.counters
-        return wire.EngineStats(
+        return EngineStats(
             waiting=self._scheduler.num_waiting,
             running=self._scheduler.num_running,
             num_blocks=self._pool.num_blocks,

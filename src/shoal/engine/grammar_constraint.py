@@ -6,8 +6,8 @@ place behind the last known token; with it the request can be planned, and what 
 
 from dataclasses import dataclass
 
-from shoal import wire
-from shoal.wire import Ids
+from shoal.wire.base import Ids
+from shoal.wire.grammars import Verdict
 
 _MOST_LOSSES = 3  # of whoever follows the output, before it is given up
 _ELSE = "the request's other parameters forbid every token that may follow"
@@ -15,7 +15,7 @@ _ELSE = "the request's other parameters forbid every token that may follow"
 
 @dataclass(slots=True)
 class Constraint:
-    verdict: wire.Verdict | None = None  # behind the last known token; None: it is on its way
+    verdict: Verdict | None = None  # behind the last known token; None: it is on its way
     cost_us: int = 0  # processor time of the last verdict
     foreseen: bool = False  # the verdict on its way will be there before the ranks need it
     losses: int = 0

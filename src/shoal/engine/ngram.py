@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from shoal.wire import Ids
+from shoal.wire.base import Ids
 
 
 class NgramIndex:

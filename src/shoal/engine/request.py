@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 
-from shoal import wire
 from shoal.engine.grammar_constraint import Constraint
 from shoal.engine.speculation import Guesser
+from shoal.wire.engine import EngineRequest
 
 
 class State(Enum):
@@ -26,7 +26,7 @@ class Request:
     keys and values are in the cache once all plans made so far have run, guessed tokens included until they are known
     to be right."""
 
-    spec: wire.EngineRequest
+    spec: EngineRequest
     arrival: int
     rank: tuple[int, ...]  # the policy's: lowest first
     tokens: list[int]

@@ -24,7 +24,6 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from shoal import wire
 from shoal.engine.blocks import BlockPool
 from shoal.engine.grammar_constraint import Constraint
 from shoal.engine.prompt_chunking import PromptSpread
@@ -32,7 +31,10 @@ from shoal.engine.request import Request, State, decode_tokens, encode_tokens, t
 from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
 from shoal.protocols import Grammars, Policy
-from shoal.wire import Ids
+from shoal.wire.base import Ids
+from shoal.wire.engine import CacheReset, EngineRequest, Finish, RefusalKind, SeqUpdate
+from shoal.wire.grammars import GrammarAsk, Verdict
+from shoal.wire.ranks import NewSeq, PromptLogprobs, SeqOut, StepPlan, StepResult, TokenLogprobs, Work
 
 _FEW_DEADLINES = 64
 _LEAST_FORESIGHT_US = 1000
@@ -45,7 +47,7 @@ _LOOKED_AT = 1 << 18
 class PriorityPolicy:
     """The lower priority number first; among equals, who came first."""
 
-    def rank(self, request: wire.EngineRequest, arrival: int) -> tuple[int, ...]:
+    def rank(self, request: EngineRequest, arrival: int) -> tuple[int, ...]:
         return (request.priority, arrival)
 
 
@@ -79,15 +81,15 @@ class _Draft:
     budget: int
     share: int  # tokens that prompts shall have of it
     told: float  # prompt tokens whose log-probabilities the step may still give
-    work: dict[Request, wire.Work] = field(default_factory=dict)
-    new: list[wire.NewSeq] = field(default_factory=list)
+    work: dict[Request, Work] = field(default_factory=dict)
+    new: list[NewSeq] = field(default_factory=list)
     draws: int = 0
 
-    def add(self, request: Request, work: wire.Work) -> None:
+    def add(self, request: Request, work: Work) -> None:
         self.work[request] = work
         self._count(request, work, 1)
 
-    def take_back(self, request: Request) -> wire.Work | None:
+    def take_back(self, request: Request) -> Work | None:
         work = self.work.pop(request, None)
         if work is not None:
             self._count(request, work, -1)
@@ -102,7 +104,7 @@ class _Draft:
         count = min(count, self.budget)
         return int(max(self.told, 1)) if request.told(start, count) > max(self.told, 1) else count
 
-    def _count(self, request: Request, work: wire.Work, times: int) -> None:
+    def _count(self, request: Request, work: Work, times: int) -> None:
         self.told -= times * request.told(work.start, work.count)
         self.budget -= times * work.count
         self.share -= times * _prompt_tokens(work)
@@ -146,11 +148,11 @@ class Scheduler:
         self._flights: dict[int, tuple[Request, ...]] = {}
         self._next_step = 0
         self._arrivals = 0
-        self._updates: list[wire.SeqUpdate] = []
+        self._updates: list[SeqUpdate] = []
 
     # --- what clients ask for ------------------------------------------------------------------------------------
 
-    def add(self, spec: wire.EngineRequest) -> None:
+    def add(self, spec: EngineRequest) -> None:
         """Takes a request over. One with a grammar may wait for its turn when that is compiled.
 
         A request that was begun elsewhere goes on behind the output it has; one that has all of it ends at once.
@@ -183,7 +185,7 @@ class Scheduler:
         request.added = self._clock()
         finish = _finish_at(request) if request.generated else None
         if finish is not None:
-            self._updates.append(wire.SeqUpdate(spec.seq, (), finish=finish))
+            self._updates.append(SeqUpdate(spec.seq, (), finish=finish))
             return
         self._requests[spec.seq] = request
         if constraint is None:
@@ -194,7 +196,7 @@ class Scheduler:
         if spec.deadline is not None:
             heapq.heappush(self._deadlines, (spec.deadline, spec.seq))
 
-    def _salt(self, spec: wire.EngineRequest) -> str | None:
+    def _salt(self, spec: EngineRequest) -> str | None:
         """Who shares blocks with a request: everybody with its salt; without a prefix cache the others of its group."""
         if self._prefix_caching:
             return spec.cache_salt
@@ -210,11 +212,11 @@ class Scheduler:
         for seq in seqs:
             request = self._requests.get(seq)
             if request is not None:
-                self._finish(request, wire.Finish.ABORT, error=error)
+                self._finish(request, Finish.ABORT, error=error)
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def schedule(self, *, must: bool = False, rest: bool = False) -> wire.StepPlan | None:
+    def schedule(self, *, must: bool = False, rest: bool = False) -> StepPlan | None:
         """The next plan, None if there is nothing to do before more results are in; a plan without work then, if
         there `must` be one. `rest`: there is to be no work."""
         self._expire()
@@ -232,7 +234,7 @@ class Scheduler:
             self._fill(draft)
             if not draft.work and not must and (self._flights or not self._released):
                 return None
-        plan = wire.StepPlan(
+        plan = StepPlan(
             incarnation=self._incarnation,
             step=self._next_step,
             work=tuple(draft.work.values()),
@@ -378,7 +380,7 @@ class Scheduler:
         self._running.append(request)
         self._running.sort(key=lambda running: running.rank)
         draft.new.append(
-            wire.NewSeq(
+            NewSeq(
                 seq=request.spec.seq,
                 epoch=request.epoch,
                 tokens=encode_tokens(request.tokens),
@@ -402,7 +404,7 @@ class Scheduler:
         if sample:
             request.turn = self._next_step + self._limits.stages
         masked = sample and request.constraint is not None
-        draft.add(request, wire.Work(request.spec.seq, start, count, sample, tuple(blocks), guesses, masked))
+        draft.add(request, Work(request.spec.seq, start, count, sample, tuple(blocks), guesses, masked))
 
     def _blocks_wanted(self, request: Request, sample: bool) -> int:
         """Blocks for what is computed, and for a draft model's guesses if there are free ones."""
@@ -439,12 +441,12 @@ class Scheduler:
         request.state = State.DRAINING
         self._resume_if_drained(request)
 
-    def reset_cache(self, *, running: bool) -> wire.CacheReset:
+    def reset_cache(self, *, running: bool) -> CacheReset:
         """Forgets what the prefix cache could find. `running`: requests that run give their blocks back, and compute
         their tokens again."""
         if running:
             self._preempt_all()
-        return wire.CacheReset(self._pool.forget_all(), self._pool.num_blocks - self._pool.num_free)
+        return CacheReset(self._pool.forget_all(), self._pool.num_blocks - self._pool.num_free)
 
     def forget_cache(self) -> None:
         """The KV cache is gone, and with it all that ranks know of sequences. No step may be in flight.
@@ -469,7 +471,7 @@ class Scheduler:
 
     # --- grammars ------------------------------------------------------------------------------------------------
 
-    def judge(self, verdict: wire.Verdict) -> None:
+    def judge(self, verdict: Verdict) -> None:
         """Takes in what a grammar says of an output."""
         request = self._requests.get(verdict.seq)
         if request is None or request.constraint is None:
@@ -490,11 +492,11 @@ class Scheduler:
         else:
             self._resume_if_drained(request)
 
-    def awaits_verdicts(self, plan: wire.StepPlan) -> bool:
+    def awaits_verdicts(self, plan: StepPlan) -> bool:
         """Are masks of the plan still unknown?"""
         return any(work.masked and self._unjudged(work.seq) is not None for work in plan.work)
 
-    def masks(self, plan: wire.StepPlan, row_bytes: int) -> bytes:
+    def masks(self, plan: StepPlan, row_bytes: int) -> bytes:
         """What may be drawn in the masked works of a plan, in their order.
 
         A request whose verdict has not come yet is set back: what is drawn for it counts for nothing.
@@ -541,7 +543,7 @@ class Scheduler:
         guesses = request.guesser.guess(most) if request.guesser is not None and most > 0 else ()
         request.constraint.verdict, request.constraint.foreseen = None, False
         self._judged_later.add(request)
-        self._grammars.ask([wire.GrammarAsk(request.spec.seq, tuple(taken), guesses, masked=not request.complete)])
+        self._grammars.ask([GrammarAsk(request.spec.seq, tuple(taken), guesses, masked=not request.complete)])
 
     def _set_back(self, request: Request) -> None:
         """Has a request draw again what it draws in the plan that was made last."""
@@ -555,7 +557,7 @@ class Scheduler:
 
     # --- results -------------------------------------------------------------------------------------------------
 
-    def apply(self, result: wire.StepResult) -> None:
+    def apply(self, result: StepResult) -> None:
         """Takes in what a step has brought. Steps come back in the order in which they were planned."""
         expected = next(iter(self._flights), None)
         if result.step != expected:  # going on would give tokens to the wrong places
@@ -571,7 +573,7 @@ class Scheduler:
         for request in requests:
             self._resume_if_drained(request)
 
-    def _accept(self, request: Request, out: wire.SeqOut) -> None:
+    def _accept(self, request: Request, out: SeqOut) -> None:
         if out.tokens:
             self._settle_guesses(request, len(out.tokens) - 1)
         if out.prompt_logprobs is not None:
@@ -583,14 +585,14 @@ class Scheduler:
         for place, token in enumerate(out.tokens):
             error = constraint.objection(place, token) if constraint is not None else ""
             if error:
-                finish = wire.Finish.ABORT
+                finish = Finish.ABORT
                 break
             taken.append(token)
             request.tokens.append(token)
             finish = _finish_at(request)
             guessed = place + 1 < len(out.tokens)  # only behind a right guess was anything else drawn
             if finish is None and guessed and constraint is not None and constraint.ends_behind(place + 1):
-                finish = wire.Finish.STOP
+                finish = Finish.STOP
             if finish is not None:
                 break
         if request.guesser is not None:
@@ -604,7 +606,7 @@ class Scheduler:
             if constraint is not None and taken:
                 self._ask(request, taken)
             self._updates.append(
-                wire.SeqUpdate(
+                SeqUpdate(
                     seq=request.spec.seq,
                     tokens=tuple(taken),
                     logprobs=logprobs,
@@ -628,7 +630,7 @@ class Scheduler:
             request.computed -= request.guessed - right
         request.guessed = 0
 
-    def take_updates(self) -> list[wire.SeqUpdate]:
+    def take_updates(self) -> list[SeqUpdate]:
         updates, self._updates = self._updates, []
         return updates
 
@@ -689,11 +691,11 @@ class Scheduler:
     def _finish(
         self,
         request: Request,
-        finish: wire.Finish,
+        finish: Finish,
         tokens: Sequence[int] = (),
-        logprobs: tuple[wire.TokenLogprobs, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
         error: str = "",
-        prompt_logprobs: wire.PromptLogprobs | None = None,
+        prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
         self._drop(request)
         if request.constraint is not None and self._grammars is not None:
@@ -702,7 +704,7 @@ class Scheduler:
         request.state = State.FINISHED
         del self._requests[request.spec.seq]
         self._updates.append(
-            wire.SeqUpdate(
+            SeqUpdate(
                 request.spec.seq,
                 tuple(tokens),
                 logprobs,
@@ -710,7 +712,7 @@ class Scheduler:
                 request.cached_tokens,
                 error,
                 prompt_logprobs,
-                wire.Refusal.INVALID if error else wire.Refusal.NONE,
+                RefusalKind.INVALID if error else RefusalKind.NONE,
                 self._waited(request),
                 request.preemptions,
             )
@@ -747,27 +749,27 @@ class Scheduler:
             request.blocks_cached = full
 
 
-def _prompt_tokens(work: wire.Work) -> int:
+def _prompt_tokens(work: Work) -> int:
     """What a work takes of its step's share for prompts: nothing, if it is a single token and guesses."""
     return work.count if work.count - len(work.drafts) > 1 else 0
 
 
-def _finish_at(request: Request) -> wire.Finish | None:
+def _finish_at(request: Request) -> Finish | None:
     """Why an output ends with its last token, as far as that is known without its grammar."""
     if request.tokens[-1] in request.stop_ids:
-        return wire.Finish.STOP
+        return Finish.STOP
     if request.constraint is not None:  # it may be complete with this token, which is no end for want of room
         return None
-    return wire.Finish.LENGTH if request.generated >= request.spec.max_tokens else None
+    return Finish.LENGTH if request.generated >= request.spec.max_tokens else None
 
 
-def _finish_by(verdict: wire.Verdict, request: Request) -> tuple[wire.Finish | None, str]:
+def _finish_by(verdict: Verdict, request: Request) -> tuple[Finish | None, str]:
     """Why an output ends by its grammar, and the error if it is one."""
     if verdict.refused or verdict.lost:
         lost = f"structured_outputs: {verdict.lost}, again and again" if verdict.lost else ""
-        return wire.Finish.ABORT, verdict.refused or lost
+        return Finish.ABORT, verdict.refused or lost
     if verdict.problem and request.generated < request.spec.max_tokens:
-        return wire.Finish.ABORT, f"structured_outputs can't be obeyed: {verdict.problem}"
+        return Finish.ABORT, f"structured_outputs can't be obeyed: {verdict.problem}"
     if request.generated and verdict.ended[0]:
-        return wire.Finish.STOP, ""
-    return (wire.Finish.LENGTH if request.generated >= request.spec.max_tokens else None), ""
+        return Finish.STOP, ""
+    return (Finish.LENGTH if request.generated >= request.spec.max_tokens else None), ""

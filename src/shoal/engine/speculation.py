@@ -10,7 +10,7 @@ from typing import Protocol
 
 from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.ngram import NgramIndex
-from shoal.wire import Ids
+from shoal.wire.base import Ids
 
 
 class Guesser(Protocol):

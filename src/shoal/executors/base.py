@@ -5,10 +5,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
-from shoal import wire
 from shoal.config.engine_options import format_bytes
 from shoal.errors import ClosedError, RankFailed, UserError
 from shoal.log import get_logger
+from shoal.wire.ranks import (
+    FromRank,
+    LoadInfo,
+    RankCall,
+    RankReply,
+    RankReport,
+    RankSetup,
+    StepMask,
+    StepPlan,
+    StepResult,
+    ToRank,
+    decode_capacity,
+    decode_load_info,
+)
 
 log = get_logger("executor")
 
@@ -22,10 +35,10 @@ class Links(Protocol):
 
     world_size: int
 
-    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+    def send(self, message: ToRank, rank: int | None = None) -> None:
         """To one rank, or to all. Never blocks, keeps the order."""
 
-    def receive(self, timeout: float) -> list[wire.FromRank]:
+    def receive(self, timeout: float) -> list[FromRank]:
         """What has arrived, waiting up to `timeout` seconds.
 
         Raises:
@@ -45,7 +58,7 @@ class RankExecutor:
     def __init__(
         self,
         links: Links,
-        setups: Sequence[wire.RankSetup],
+        setups: Sequence[RankSetup],
         *,
         check_capacity: Callable[[int], None],
         start_timeout: float,
@@ -63,7 +76,7 @@ class RankExecutor:
         self._step_timeout = step_timeout
         self._launched: deque[int] = deque()
         self._waiting_since = 0.0
-        self._results: list[wire.StepResult] = []
+        self._results: list[StepResult] = []
         self._replies: dict[int, bytes] = {}
         self._call_id = 0
         self._watched = time.monotonic()
@@ -76,11 +89,11 @@ class RankExecutor:
             links.close(failed=True)
             raise
 
-    def _start(self, setups: Sequence[wire.RankSetup], check_capacity: Callable[[int], None], timeout: float) -> None:
+    def _start(self, setups: Sequence[RankSetup], check_capacity: Callable[[int], None], timeout: float) -> None:
         self._phase("connect", timeout)
-        for setup, info in zip(setups, map(wire.decode_load_info, self._phase("load", timeout)), strict=True):
+        for setup, info in zip(setups, map(decode_load_info, self._phase("load", timeout)), strict=True):
             log.info("%s", _loaded(setup, info))
-        capacities = [wire.decode_capacity(payload) for payload in self._phase("profile", timeout)]
+        capacities = [decode_capacity(payload) for payload in self._phase("profile", timeout)]
         smallest = min(capacities, key=lambda capacity: capacity.num_blocks)
         self.num_blocks = smallest.num_blocks
         if len({capacity.num_blocks for capacity in capacities}) > 1:
@@ -95,18 +108,18 @@ class RankExecutor:
         self.start_times[verb] = time.monotonic() - begun
         return answers
 
-    def launch(self, plan: wire.StepPlan) -> None:
+    def launch(self, plan: StepPlan) -> None:
         self._check_open()
         if not self._launched:
             self._waiting_since = time.monotonic()
         self._launched.append(plan.step)
         self._links.send(plan)
 
-    def mask(self, mask: wire.StepMask) -> None:
+    def mask(self, mask: StepMask) -> None:
         self._check_open()
         self._links.send(mask)
 
-    def poll(self, timeout: float) -> list[wire.StepResult]:
+    def poll(self, timeout: float) -> list[StepResult]:
         self._check_open()
         deadline = time.monotonic() + timeout
         while not self._results:
@@ -122,7 +135,7 @@ class RankExecutor:
         self._check_open()
         self._call_id += 1
         self._replies.clear()
-        self._links.send(wire.Call(self._call_id, verb, payload))
+        self._links.send(RankCall(self._call_id, verb, payload))
         deadline = time.monotonic() + timeout
         while len(self._replies) < self._links.world_size:
             if self._launched:  # steps go before the call, and have a deadline of their own
@@ -144,31 +157,31 @@ class RankExecutor:
             self._waiting_since = now
         messages = self._guarded_receive(timeout)
         self._watched = time.monotonic()
-        reports = [message for message in messages if isinstance(message, wire.RankReport)]
+        reports = [message for message in messages if isinstance(message, RankReport)]
         if reports:
             self._blame(reports)
         for message in messages:
             match message:
-                case wire.StepResult():
+                case StepResult():
                     self._launched.popleft()
                     self._waiting_since = time.monotonic()
                     self._results.append(message)
-                case wire.Reply() if message.id == self._call_id:
+                case RankReply() if message.id == self._call_id:
                     self._replies[message.rank] = message.payload
 
-    def _guarded_receive(self, timeout: float) -> list[wire.FromRank]:
+    def _guarded_receive(self, timeout: float) -> list[FromRank]:
         try:
             return self._links.receive(timeout)
         except RankFailed as error:
             self._give_up(str(error))
             raise
 
-    def _blame(self, reports: list[wire.RankReport]) -> NoReturn:
+    def _blame(self, reports: list[RankReport]) -> NoReturn:
         """Raises the error of the best report: a rank that lost contact is seldom the one at fault."""
         deadline = time.monotonic() + _CAUSE_S
         while all(report.communication for report in reports) and (remaining := deadline - time.monotonic()) > 0:
             found = self._guarded_receive(remaining)  # raises if a rank has died
-            reports += [message for message in found if isinstance(message, wire.RankReport)]
+            reports += [message for message in found if isinstance(message, RankReport)]
         report = min(reports, key=lambda report: report.communication)
         if report.user_error:
             self._give_up(report.error)
@@ -199,7 +212,7 @@ class RankExecutor:
         raise RankFailed(message)
 
 
-def _loaded(setup: wire.RankSetup, info: wire.LoadInfo) -> str:
+def _loaded(setup: RankSetup, info: LoadInfo) -> str:
     """One rank's line in the log."""
     stage, coordinate = divmod(setup.rank, setup.tp)
     last = info.first_layer + info.layers - 1

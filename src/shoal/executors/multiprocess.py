@@ -5,11 +5,12 @@ import os
 import time
 from collections.abc import Sequence
 
-from shoal import wire
 from shoal.devices import cpu
 from shoal.errors import RankFailed
 from shoal.transport.channel import ChannelClosed, wait
 from shoal.transport.process import ChildProcess, end_all
+from shoal.wire.base import Stop, encode
+from shoal.wire.ranks import FromRank, Pulse, RankReport, RankSetup, StepResult, ToRank, from_rank
 
 _QUIET_S = 3.0  # without a pulse (two come a second) for so long, a process is looked at: was it stopped?
 _LOST_S = 60.0  # ... and for so long, it is given up, whatever it is doing
@@ -17,7 +18,7 @@ _END_S = 1.0
 
 
 class ProcessLinks:
-    def __init__(self, setups: Sequence[wire.RankSetup]) -> None:
+    def __init__(self, setups: Sequence[RankSetup]) -> None:
         self.world_size = len(setups)
         self._store = os.memfd_create("shoal-store")  # where ranks find each other; has no name, dies with us
         self._closed = False
@@ -25,7 +26,7 @@ class ProcessLinks:
         now = time.monotonic()
         self._watched = now
         self._heard = [now] * self.world_size
-        self._pulses = [wire.Pulse(rank, -1, "starting") for rank in range(self.world_size)]
+        self._pulses = [Pulse(rank, -1, "starting") for rank in range(self.world_size)]
         self._children: list[ChildProcess] = []
         try:
             self._start(setups)
@@ -33,45 +34,45 @@ class ProcessLinks:
             self.close(failed=True)
             raise
 
-    def _start(self, setups: Sequence[wire.RankSetup]) -> None:
+    def _start(self, setups: Sequence[RankSetup]) -> None:
         for setup in setups:
             arguments = ["--rank", str(setup.rank), "--size", str(self.world_size), "--store", str(self._store)]
             environment = cpu.pinning(setup.cores) if setup.cores else {}
             self._children.append(ChildProcess("shoal.worker", arguments, environment, [self._store]))
 
-    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
-        frame = wire.encode(message)
+    def send(self, message: ToRank, rank: int | None = None) -> None:
+        frame = encode(message)
         for number in range(self.world_size) if rank is None else [rank]:
             with contextlib.suppress(ChannelClosed):  # the next `receive` says who has died and, if it told, why
                 self._children[number].channel.send(frame)
 
-    def receive(self, timeout: float) -> list[wire.FromRank]:
+    def receive(self, timeout: float) -> list[FromRank]:
         now = time.monotonic()
         if now - self._watched > _QUIET_S:  # nobody listened for a while, or this process was stopped
             self._heard = [now] * self.world_size
         readable = wait([child.channel for child in self._children], timeout)
         self._watched = time.monotonic()
-        messages: list[wire.FromRank] = []
+        messages: list[FromRank] = []
         dead = []
         for rank, child in enumerate(self._children):
             if child.channel in readable:
                 self._heard[rank] = time.monotonic()
                 try:
-                    messages += [wire.from_rank.decode(frame) for frame in child.channel.receive()]
+                    messages += [from_rank.decode(frame) for frame in child.channel.receive()]
                 except ChannelClosed:
                     dead.append(rank)
         for message in messages:
-            if isinstance(message, wire.Pulse):
+            if isinstance(message, Pulse):
                 self._pulses[message.rank] = message
-            elif isinstance(message, wire.StepResult):
+            elif isinstance(message, StepResult):
                 self._last_result = message.step
-        reports: list[wire.FromRank] = [message for message in messages if isinstance(message, wire.RankReport)]
+        reports: list[FromRank] = [message for message in messages if isinstance(message, RankReport)]
         if reports:
             return reports  # why a rank ends is worth more than that it has ended
         if dead:
             self._died(dead[0])
         self._check_heartbeats()
-        return [message for message in messages if not isinstance(message, wire.Pulse)]
+        return [message for message in messages if not isinstance(message, Pulse)]
 
     def _check_heartbeats(self) -> None:
         now = time.monotonic()
@@ -94,5 +95,5 @@ class ProcessLinks:
         if self._closed:
             return
         self._closed = True
-        end_all(self._children, None if failed else wire.encode(wire.Stop()), _END_S)
+        end_all(self._children, None if failed else encode(Stop()), _END_S)
         os.close(self._store)

@@ -5,9 +5,10 @@ import threading
 import time
 from collections.abc import Sequence
 
-from shoal import wire
 from shoal.comm.base import Communicator
 from shoal.comm.threads import ThreadComm, ThreadGroup, ThreadGroups
+from shoal.wire.base import Stop
+from shoal.wire.ranks import FromRank, RankSetup, ToRank
 from shoal.worker.rank import Rank
 
 _END_S = 5.0
@@ -22,8 +23,8 @@ class ThreadLinks:
         self._groups = groups or ThreadGroups(comm_timeout_s)
         self._joined: set[ThreadGroup] = set()
         self._ranks = [Rank(self._join_group) for _ in range(world_size)]
-        self._inboxes: list[queue.SimpleQueue[wire.ToRank]] = [queue.SimpleQueue() for _ in range(world_size)]
-        self._outbox: queue.SimpleQueue[wire.FromRank] = queue.SimpleQueue()
+        self._inboxes: list[queue.SimpleQueue[ToRank]] = [queue.SimpleQueue() for _ in range(world_size)]
+        self._outbox: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, args=(rank,), name=f"shoal-rank-{rank}", daemon=True)
             for rank in range(world_size)
@@ -33,22 +34,22 @@ class ThreadLinks:
 
     def _run(self, rank: int) -> None:
         mine = self._ranks[rank]
-        while not isinstance(message := self._inboxes[rank].get(), wire.Stop):
+        while not isinstance(message := self._inboxes[rank].get(), Stop):
             answer = mine.answer(message)
             if answer is not None:
                 self._outbox.put(answer)
 
-    def _join_group(self, setup: wire.RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
+    def _join_group(self, setup: RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
         group = self._groups.group(f"{axis}:{ranks[0]}", len(ranks))
         self._joined.add(group)
         return ThreadComm(group, ranks.index(setup.global_rank))
 
-    def send(self, message: wire.ToRank, rank: int | None = None) -> None:
+    def send(self, message: ToRank, rank: int | None = None) -> None:
         for inbox in self._inboxes if rank is None else [self._inboxes[rank]]:
             inbox.put(message)
 
-    def receive(self, timeout: float) -> list[wire.FromRank]:
-        messages: list[wire.FromRank] = []
+    def receive(self, timeout: float) -> list[FromRank]:
+        messages: list[FromRank] = []
         try:
             messages.append(self._outbox.get(timeout=timeout))
             while True:
@@ -66,7 +67,7 @@ class ThreadLinks:
         if failed or self._shared:  # a step in flight may wait for a replica that has ended before this one
             for group in tuple(self._joined):
                 group.abort()
-        self.send(wire.Stop())
+        self.send(Stop())
         deadline = time.monotonic() + _END_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from shoal import env, wire
+from shoal import env
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
@@ -22,6 +22,8 @@ from shoal.process.forks import Owner
 from shoal.protocols import Lockstep
 from shoal.text.generation_config import GenerationDefaults
 from shoal.text.grammar_host import grammar_pool
+from shoal.wire.base import WIRE_VERSION
+from shoal.wire.ranks import RankSetup
 
 log = get_logger("engine")
 
@@ -126,14 +128,14 @@ def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seco
     log.info("engine ready in %.2f s (%s)", seconds, phases)
 
 
-def rank_setups(options: EngineOptions, decision: Decision) -> list[wire.RankSetup]:
+def rank_setups(options: EngineOptions, decision: Decision) -> list[RankSetup]:
     """What each rank of the replica is told."""
     size, cutting, place = len(decision.ranks), decision.cutting, decision.place
     speculative = options.model_options.speculative_config
     incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
     return [
-        wire.RankSetup(
-            wire_version=wire.WIRE_VERSION,
+        RankSetup(
+            wire_version=WIRE_VERSION,
             rank=rank,
             world_size=size,
             incarnation=incarnation,
@@ -186,22 +188,22 @@ def _comm_timeout(options: EngineOptions) -> float:
     return max(options.parallel.step_timeout, options.parallel.start_timeout) + _COMM_GRACE_S
 
 
-def _uni(setups: list[wire.RankSetup], groups: Any) -> Links:
+def _uni(setups: list[RankSetup], groups: Any) -> Links:
     links: Links = load("shoal.executors.inprocess:InProcessLinks")()
     return links
 
 
-def _threads(setups: list[wire.RankSetup], groups: Any) -> Links:
+def _threads(setups: list[RankSetup], groups: Any) -> Links:
     links: Links = load("shoal.executors.threads:ThreadLinks")(len(setups), setups[0].comm_timeout_s, groups)
     return links
 
 
-def _mp(setups: list[wire.RankSetup], groups: Any) -> Links:
+def _mp(setups: list[RankSetup], groups: Any) -> Links:
     links: Links = load("shoal.executors.multiprocess:ProcessLinks")(setups)
     return links
 
 
-_LINKS: Mapping[str, Callable[[list[wire.RankSetup], Any], Links]] = {
+_LINKS: Mapping[str, Callable[[list[RankSetup], Any], Links]] = {
     "uni": _uni,
     "threads": _threads,
     "mp": _mp,

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from shoal import env, wire
+from shoal import env
 from shoal.addresses import Address, host_of, refuse_hidden_loopback
 from shoal.config.engine_options import EngineOptions, HostOptions
 from shoal.errors import ConfigError
 from shoal.transport.rendezvous import require_key
+from shoal.wire.plan import ReplicaPlace
 
 DEFAULT_PORT = 29550
 
@@ -72,12 +73,12 @@ class Deployment:
         return self.mode is Mode.HEAD or (self.mode is Mode.PEERS and 0 in self.local)
 
     @property
-    def place(self) -> wire.Place:
+    def place(self) -> ReplicaPlace:
         """Of the first replica here. Without any (`local_size` 0) it is that of one elsewhere, by which prompts are
         checked."""
         if self.mode is Mode.ALONE:
-            return wire.Place()
-        return wire.Place(self.local[0] if self.local else 0, self.size, local_size=len(self.local))
+            return ReplicaPlace()
+        return ReplicaPlace(self.local[0] if self.local else 0, self.size, local_size=len(self.local))
 
 
 def _mode(hosts: HostOptions, size: int) -> Mode:

@@ -5,7 +5,6 @@ import signal
 
 import click
 
-from shoal import wire
 from shoal.addresses import Address
 from shoal.cluster.lockstep.local import Joined
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
@@ -22,6 +21,8 @@ from shoal.process import garbage_collector
 from shoal.transport.channel import Channel
 from shoal.transport.member import connect
 from shoal.transport.process import die_with_parent
+from shoal.wire.base import replace_fields
+from shoal.wire.plan import EngineSetup
 
 
 @click.command()
@@ -36,7 +37,7 @@ def main(fd: int, parent: int) -> None:
     os._exit(code)  # nothing to save; torch's own teardown takes longer than the client should wait
 
 
-def join(setup: wire.EngineSetup) -> RendezvousLockstep | None:
+def join(setup: EngineSetup) -> RendezvousLockstep | None:
     """With replicas elsewhere: meets those that share experts with this one; the others only compare."""
     place = setup.place
     if place.size > 1:
@@ -63,11 +64,11 @@ def join(setup: wire.EngineSetup) -> RendezvousLockstep | None:
     return None
 
 
-def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
+def start(setup: EngineSetup, lockstep: Joined | None) -> EngineCore:
     options = EngineOptions.from_flat(setup.model, setup.options)
     place = setup.place
     if isinstance(lockstep, RendezvousLockstep):
-        place = wire.replace(place, address=lockstep.host_address, meeting=lockstep.formation)
+        place = replace_fields(place, address=lockstep.host_address, meeting=lockstep.formation)
     engine = build_engine(options, decide(options, place, setup.files), own_process=True, lockstep=lockstep)
     garbage_collector.settle()
     return engine

@@ -4,11 +4,28 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shoal import wire
 from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
 from shoal.errors import EngineError, RequestError, ShoalError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.wire.base import Stop, encode
+from shoal.wire.engine import (
+    Abort,
+    Become,
+    EngineFailure,
+    EngineRequest,
+    Finish,
+    RefusalKind,
+    ResetCache,
+    SeqUpdate,
+    Snapshot,
+    StatsQuery,
+    ToEngine,
+    Told,
+    Updates,
+    to_engine,
+)
+from shoal.wire.plan import EngineSetup, ReplicaPlace
 
 _IDLE_S = 3600.0
 _LOOK_S = 1.0  # how often ranks that have nothing to do are looked at
@@ -17,8 +34,8 @@ _RANKS_S = 5.0  # how often busy ranks are asked for their numbers, for which st
 _POLL_S = 0.5
 _LAST_WORDS_S = 1.0
 
-Join = Callable[[wire.EngineSetup], Joined | None]
-Start = Callable[[wire.EngineSetup, Joined | None], EngineCore]
+Join = Callable[[EngineSetup], Joined | None]
+Start = Callable[[EngineSetup, Joined | None], EngineCore]
 
 
 def serve(channel: Channel, join: Join, start: Start) -> int:
@@ -36,7 +53,7 @@ def serve(channel: Channel, join: Join, start: Start) -> int:
     engine: EngineCore | None = None
     try:
         engine = start(setup, lockstep)
-        channel.send(wire.encode(engine.stats()))
+        channel.send(encode(engine.stats()))
         answer(channel, engine, lockstep)
     except ChannelClosed:
         pass  # nobody is left to answer
@@ -50,11 +67,11 @@ def serve(channel: Channel, join: Join, start: Start) -> int:
     return 0
 
 
-def receive_setup(channel: Channel) -> wire.EngineSetup:
+def receive_setup(channel: Channel) -> EngineSetup:
     while not wait([channel], _IDLE_S) or not (frames := channel.receive()):
         pass
-    setup = wire.to_engine.decode(frames[0])
-    if not isinstance(setup, wire.EngineSetup):
+    setup = to_engine.decode(frames[0])
+    if not isinstance(setup, EngineSetup):
         raise ShoalError(f"the first message to an engine is its setup, not {type(setup).__name__}")
     return setup
 
@@ -79,14 +96,14 @@ def answer(channel: Channel, engine: EngineCore, lockstep: Joined | None, superv
             reporter.report(idle=True)
         if channel in readable:
             for frame in channel.receive():
-                message = wire.to_engine.decode(frame)
-                if isinstance(message, wire.Stop):
+                message = to_engine.decode(frame)
+                if isinstance(message, Stop):
                     return
                 _handle(channel, engine, message)
         if lockstep is not None:
             lockstep.quiet()
         if engine.busy and (updates := engine.updates(_POLL_S)):
-            channel.send(wire.encode(wire.Updates(tuple(updates))))
+            channel.send(encode(Updates(tuple(updates))))
 
 
 class _Reporter:
@@ -113,41 +130,39 @@ class _Reporter:
         if idle or now - self._asked >= _RANKS_S:
             self._asked = now
             self._engine.stats()
-        snapshot = wire.encode(wire.Snapshot(self._engine.snapshot()))
+        snapshot = encode(Snapshot(self._engine.snapshot()))
         for channel in self._channels:
             channel.send(snapshot)
 
 
-def _handle(channel: Channel, engine: EngineCore, message: wire.ToEngine) -> None:
+def _handle(channel: Channel, engine: EngineCore, message: ToEngine) -> None:
     match message:
-        case wire.EngineRequest():
+        case EngineRequest():
             try:
                 engine.add(message)
             except RequestError as error:  # ends alone
-                refused = wire.SeqUpdate(
-                    message.seq, (), finish=wire.Finish.ABORT, error=str(error), refusal=wire.Refusal.INVALID
-                )
-                channel.send(wire.encode(wire.Updates((refused,))))
-        case wire.Abort():
+                refused = SeqUpdate(message.seq, (), finish=Finish.ABORT, error=str(error), refusal=RefusalKind.INVALID)
+                channel.send(encode(Updates((refused,))))
+        case Abort():
             engine.abort(message.seqs)
-        case wire.StatsQuery():
-            channel.send(wire.encode(engine.stats()))
-        case wire.Become() | wire.ResetCache():
+        case StatsQuery():
+            channel.send(encode(engine.stats()))
+        case Become() | ResetCache():
             told = _obey(engine, message)
             if engine.busy and (updates := engine.updates(0)):  # tokens go before the word that there are no more
-                channel.send(wire.encode(wire.Updates(tuple(updates))))
-            channel.send(wire.encode(wire.Snapshot(engine.stats())))
-            channel.send(wire.encode(told))
+                channel.send(encode(Updates(tuple(updates))))
+            channel.send(encode(Snapshot(engine.stats())))
+            channel.send(encode(told))
 
 
-def _obey(engine: EngineCore, message: wire.Become | wire.ResetCache) -> wire.Told:
-    if isinstance(message, wire.ResetCache):
-        return wire.Told(message.id, wire.encode(engine.reset_prefix_cache(running=message.running)))
+def _obey(engine: EngineCore, message: Become | ResetCache) -> Told:
+    if isinstance(message, ResetCache):
+        return Told(message.id, encode(engine.reset_prefix_cache(running=message.running)))
     try:
         engine.become(message.activity)
     except UserError as error:
-        return wire.Told(message.id, error=str(error), user_error=True)
-    return wire.Told(message.id)
+        return Told(message.id, error=str(error), user_error=True)
+    return Told(message.id)
 
 
 def _cause(error: Exception, lockstep: Joined | None) -> Exception:
@@ -160,7 +175,7 @@ def _cause(error: Exception, lockstep: Joined | None) -> Exception:
     return error
 
 
-def leave(error: Exception, lockstep: Joined | None, place: wire.Place) -> Exception:
+def leave(error: Exception, lockstep: Joined | None, place: ReplicaPlace) -> Exception:
     """Tells the other replicas what has failed here, before a client hears of it, who may end this process. Gives the
     failure to tell of."""
     error = _cause(error, lockstep)
@@ -172,7 +187,7 @@ def leave(error: Exception, lockstep: Joined | None, place: wire.Place) -> Excep
 def report(channel: Channel, error: Exception) -> int:
     """Gives an exit code."""
     try:
-        channel.send(wire.encode(wire.EngineFailure(_told(error), isinstance(error, UserError))))
+        channel.send(encode(EngineFailure(_told(error), isinstance(error, UserError))))
         channel.flush(_LAST_WORDS_S)
     except ChannelClosed:
         pass  # nobody is left to hear it

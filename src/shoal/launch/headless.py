@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal import wire
 from shoal.cluster.members.replica import close_all
 from shoal.cluster.members.restarts import Restarts
 from shoal.errors import EngineError, ShoalError, UserError
@@ -18,6 +17,9 @@ from shoal.log import get_logger
 from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
+from shoal.wire.base import Stop, encode, replace_fields
+from shoal.wire.engine import EngineFailure, EngineStats, FromEngine, Snapshot, from_engine
+from shoal.wire.plan import EngineSetup
 
 log = get_logger("headless")
 
@@ -74,12 +76,12 @@ def _end(replicas: Sequence["_Supervised"]) -> None:
 class _Life:
     """One process of a replica, from its start to its end."""
 
-    def __init__(self, setup: wire.EngineSetup) -> None:
+    def __init__(self, setup: EngineSetup) -> None:
         self.child = ChildProcess("shoal.launch.remote_engine")
         self.ready_at: float | None = None
         self.drew = False
-        self.failure: wire.EngineFailure | None = None  # its last words
-        self.child.say(wire.encode(setup))
+        self.failure: EngineFailure | None = None  # its last words
+        self.child.say(encode(setup))
 
     @property
     def channel(self) -> Channel:
@@ -89,19 +91,19 @@ class _Life:
         """False: it has ended."""
         try:
             for frame in self.child.channel.receive():
-                self._take(wire.from_engine.decode(frame))
+                self._take(from_engine.decode(frame))
         except ChannelClosed:
             return False
         return self.failure is None
 
-    def _take(self, message: wire.FromEngine) -> None:
+    def _take(self, message: FromEngine) -> None:
         match message:
-            case wire.EngineStats():
+            case EngineStats():
                 if self.ready_at is None:
                     self.ready_at = time.monotonic()
-            case wire.Snapshot():
+            case Snapshot():
                 self.drew |= message.stats.generated_tokens > 0
-            case wire.EngineFailure():
+            case EngineFailure():
                 self.failure = message
 
     @property
@@ -109,7 +111,7 @@ class _Life:
         return self.drew or (self.ready_at is not None and time.monotonic() - self.ready_at >= _SERVED_S)
 
     def say_goodbye(self) -> None:
-        self.child.say(wire.encode(wire.Stop()))
+        self.child.say(encode(Stop()))
 
     def end(self, deadline: float) -> None:
         self.child.wait(max(0.0, deadline - time.monotonic()))
@@ -134,7 +136,7 @@ class _Supervised:
         self.failure: ShoalError | None = None  # why it is not started again
         self._was_ready = False
         self._restarts = Restarts(model.options.serving.max_restarts)
-        place = wire.replace(
+        place = replace_fields(
             place_of(model, number, deployment.local), rendezvous=str(deployment.address), key=deployment.key
         )
         self._setup = setup_of(model, place)
@@ -149,9 +151,9 @@ class _Supervised:
             EngineError: it can't be started, and none of this host has ever been ready.
         """
         self.waits = False
-        place = wire.replace(self._setup.place, returning=self._has_worked)
+        place = replace_fields(self._setup.place, returning=self._has_worked)
         try:
-            self.life = _Life(wire.replace(self._setup, place=place))
+            self.life = _Life(replace_fields(self._setup, place=place))
         except OSError as error:  # no memory for a process, no descriptors
             self._start_again(EngineError(f"replica {self.number}: can't be started: {error}"), useful=False)
 

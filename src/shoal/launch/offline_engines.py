@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from shoal import wire
 from shoal.addresses import Address
 from shoal.cluster.lockstep.local import Joined, LocalLockstep
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
@@ -23,6 +22,9 @@ from shoal.planner.layout import shares_experts
 from shoal.protocols import Engine
 from shoal.transport.channel import Channel
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import EngineStats
+from shoal.wire.plan import EngineSetup, ReplicaPlace
 
 _START_PHASES = 5  # each of which may take --start-timeout
 KEY_BYTES = 32
@@ -42,25 +44,25 @@ def start_engine(model: OpenModel) -> Engine:
         return _start_one_of_many(model, model.by_hand)
     if parallel.data_parallel_size > 1:
         return _start_replicas(model)
-    return _start_alone(model, wire.Place())
+    return _start_alone(model, ReplicaPlace())
 
 
-def _start_alone(model: OpenModel, place: wire.Place) -> Engine:
+def _start_alone(model: OpenModel, place: ReplicaPlace) -> Engine:
     if model.options.parallel.engine_process:
         return _start_process(model, place)
     return build_engine(model.options, model.decision, own_process=model.own_process)
 
 
-def _start_process(model: OpenModel, place: wire.Place) -> EngineProcess:
+def _start_process(model: OpenModel, place: ReplicaPlace) -> EngineProcess:
     engine = EngineProcess(ENGINE_PROCESS, setup_of(model, place), answer_timeout=answer_timeout(model))
     engine.await_ready(start_timeout(model))
     return engine
 
 
-def _start_one_of_many(model: OpenModel, place: wire.Place) -> Engine:
+def _start_one_of_many(model: OpenModel, place: ReplicaPlace) -> Engine:
     """The engine of a process that is one of several replicas, each started by the user. First they compare what must
     be the same for all."""
-    place = wire.replace(place, meeting=next(_meetings))
+    place = replace_fields(place, meeting=next(_meetings))
     with ExitStack() as stack:
         if place.rank == 0:
             with suppress(AddressInUse):  # it is open already, for the results
@@ -76,7 +78,7 @@ def _start_one_of_many(model: OpenModel, place: wire.Place) -> Engine:
             )
         told = agreement(model.options, model.decision)
         RendezvousLockstep(place, told, timeout=model.options.parallel.start_timeout).close()
-        return _start_alone(model, wire.replace(place, rendezvous="", key=""))  # they have met
+        return _start_alone(model, replace_fields(place, rendezvous="", key=""))  # they have met
 
 
 def _start_replicas(model: OpenModel) -> ReplicaSet:
@@ -103,7 +105,7 @@ def _as_processes(model: OpenModel, stack: ExitStack) -> Callable[[int], Replica
         rendezvous = stack.enter_context(Rendezvous(key=key)).address
 
     def launch(number: int) -> Replica:
-        place = wire.replace(place_of(model, number), rendezvous=rendezvous, key=key)
+        place = replace_fields(place_of(model, number), rendezvous=rendezvous, key=key)
         return EngineProcess(ENGINE_PROCESS, setup_of(model, place), answer_timeout=answer_timeout(model))
 
     return launch
@@ -114,7 +116,7 @@ def _on_threads(model: OpenModel) -> Callable[[int], Replica]:
     locksteps = LocalLockstep.of(size) if shares_experts(model.decision.cutting) else [None] * size
     groups = shared_groups(model.options)
 
-    def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
+    def start(setup: EngineSetup, lockstep: Joined | None) -> EngineCore:
         decision = decide(model.options, setup.place, model.files)
         return build_engine(model.options, decision, lockstep=lockstep, groups=groups)
 
@@ -128,23 +130,23 @@ def _on_threads(model: OpenModel) -> Callable[[int], Replica]:
     return launch
 
 
-def place_of(model: OpenModel, number: int, local: Sequence[int] | None = None) -> wire.Place:
+def place_of(model: OpenModel, number: int, local: Sequence[int] | None = None) -> ReplicaPlace:
     """Of one replica; `local` are those on this host, without it all. One may have a number beyond those that were
     planned: it was added later."""
     size = max(model.options.parallel.data_parallel_size, number + 1)
     available = model.decision.hardware.host_memory_available
     if local is None or len(local) == size:
-        return wire.Place(number, size, local_rank=number, local_size=size, memory_available=available)
+        return ReplicaPlace(number, size, local_rank=number, local_size=size, memory_available=available)
     position = local.index(number) if number in local else len(local)
     count = max(len(local), position + 1)
-    return wire.Place(number, size, local_rank=position, local_size=count, memory_available=available)
+    return ReplicaPlace(number, size, local_rank=position, local_size=count, memory_available=available)
 
 
-def setup_of(model: OpenModel, place: wire.Place) -> wire.EngineSetup:
+def setup_of(model: OpenModel, place: ReplicaPlace) -> EngineSetup:
     options = {name: value for name, value in model.given.items() if name != "engine_process"}
     if place.local_rank >= model.decision.place.local_size:
         options |= _kv_cache_of_added(model, place.local_rank + 1)
-    return wire.EngineSetup(model.options.model, options, place, model.files)
+    return EngineSetup(model.options.model, options, place, model.files)
 
 
 def _kv_cache_of_added(model: OpenModel, replicas: int) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def _kv_cache_of_added(model: OpenModel, replicas: int) -> dict[str, Any]:
     return {"kv_cache_memory_bytes": max(budgets)}
 
 
-def room_of(model: OpenModel, stats: wire.EngineStats) -> Room:
+def room_of(model: OpenModel, stats: EngineStats) -> Room:
     caching = model.options.cache.enable_prefix_caching
     return Room(
         requests=most_held(model.options.scheduler.max_num_seqs),

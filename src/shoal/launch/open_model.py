@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from shoal import env, wire
+from shoal import env
 from shoal.addresses import joined, refuse_hidden_loopback
 from shoal.config import vllm_options
 from shoal.config.engine_options import EngineOptions, refuse_online
@@ -27,6 +27,8 @@ from shoal.text.grammar_host import grammar_pool
 from shoal.text.prompts import PromptReader
 from shoal.text.tokenizer import Tokenizer, open_tokenizer
 from shoal.values import shown
+from shoal.wire.base import replace_fields
+from shoal.wire.plan import ModelFiles, ReplicaPlace
 
 log = get_logger("model")
 
@@ -41,7 +43,7 @@ class OpenModel:
     tokenizer: Tokenizer | None
     generation: GenerationDefaults
     own_process: bool  # this process has no other purpose, and may be bound to cores
-    by_hand: wire.Place | None = None  # of this process among replicas that the user starts, one a process
+    by_hand: ReplicaPlace | None = None  # of this process among replicas that the user starts, one a process
 
     @property
     def name(self) -> str:
@@ -49,12 +51,12 @@ class OpenModel:
         return self.options.model or _BUNDLED
 
     @property
-    def files(self) -> wire.ModelFiles:
+    def files(self) -> ModelFiles:
         """Where the model and its draft model are, and in what state: a process that is started later finds the same,
         whatever the working directory, or the hub, is by then."""
         decision = self.decision
         draft = "" if decision.draft_folder is None else str(decision.draft_folder)
-        return wire.ModelFiles(str(decision.folder), draft, *decision.file_states)
+        return ModelFiles(str(decision.folder), draft, *decision.file_states)
 
     @property
     def vocab_size(self) -> int:
@@ -101,7 +103,7 @@ def open_model(
     own_process: bool = False,
     online: bool = False,
     replicas_elsewhere: bool = False,
-    files: wire.ModelFiles | None = None,
+    files: ModelFiles | None = None,
 ) -> OpenModel:
     """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
     only mean something to what serves are refused; vLLM's that change nothing are noted in the log.
@@ -128,14 +130,14 @@ def open_model(
         )
     place = by_hand or Deployment.of(options).place
     if replicas_elsewhere:
-        place = wire.replace(place, size=options.parallel.data_parallel_size, local_size=0)
+        place = replace_fields(place, size=options.parallel.data_parallel_size, local_size=0)
     decision = decide(options, place, files)
     from_model = options.model_options.generation_config != "vllm"
     generation = GenerationDefaults.open(decision.folder, sampling=from_model, overrides=decision.overrides)
     return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
 
 
-def _place_by_hand(options: EngineOptions) -> wire.Place | None:
+def _place_by_hand(options: EngineOptions) -> ReplicaPlace | None:
     """What SHOAL_DP_* say; None where they are not set, or the process is alone."""
     found = env.data_parallel()
     asked = options.parallel.data_parallel_size
@@ -154,7 +156,7 @@ def _place_by_hand(options: EngineOptions) -> wire.Place | None:
             "ranks share it",
             found.rank,
         )
-    return wire.Place(
+    return ReplicaPlace(
         found.rank,
         found.size,
         local_rank=found.rank_local,
@@ -164,7 +166,7 @@ def _place_by_hand(options: EngineOptions) -> wire.Place | None:
     )
 
 
-def decide(options: EngineOptions, place: wire.Place | None = None, files: wire.ModelFiles | None = None) -> Decision:
+def decide(options: EngineOptions, place: ReplicaPlace | None = None, files: ModelFiles | None = None) -> Decision:
     """Everything that can be refused before a process is started, is refused here. `place`: of one replica; without it
     the decision is for all of them. `files`: those of the decision that was made first; without it the model is looked
     for.
@@ -173,13 +175,13 @@ def decide(options: EngineOptions, place: wire.Place | None = None, files: wire.
         UserError: as `open_model`.
     """
     files = files or _find(options)
-    place = place or wire.Place()
+    place = place or ReplicaPlace()
     hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
     draft = Path(files.draft_folder) if files.draft_folder else None
     return resolve(options, Path(files.folder), hardware, draft, place, (files.state, files.draft_state))
 
 
-def _find(options: EngineOptions) -> wire.ModelFiles:
+def _find(options: EngineOptions) -> ModelFiles:
     """
     Raises:
         UserError: as `hub.locate`.
@@ -188,5 +190,5 @@ def _find(options: EngineOptions) -> wire.ModelFiles:
     folder = hub.locate(options.model, options.model_options.revision, weights=weights)
     speculative = options.model_options.speculative_config
     if speculative is None or speculative.method != "draft_model":
-        return wire.ModelFiles(str(folder))
-    return wire.ModelFiles(str(folder), str(hub.locate(speculative.model, speculative.revision, weights=weights)))
+        return ModelFiles(str(folder))
+    return ModelFiles(str(folder), str(hub.locate(speculative.model, speculative.revision, weights=weights)))

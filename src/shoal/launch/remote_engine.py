@@ -11,7 +11,6 @@ import time
 
 import click
 
-from shoal import wire
 from shoal.addresses import Address
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.cluster.members.arrival import FRONT_END
@@ -28,6 +27,8 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import connect
 from shoal.transport.process import die_with_parent
 from shoal.transport.relay import Relay
+from shoal.wire.base import encode
+from shoal.wire.plan import EngineSetup
 
 log = get_logger("replica")
 
@@ -81,7 +82,7 @@ def serve(supervisor: Channel) -> int:
 class _FrontEnd:
     """The way to it. `line` is None where there is none."""
 
-    def __init__(self, setup: wire.EngineSetup) -> None:
+    def __init__(self, setup: EngineSetup) -> None:
         options = EngineOptions.from_flat(setup.model, setup.options)
         decision = decide(options, setup.place, setup.files)
         self.together = shares_experts(decision.cutting)
@@ -127,7 +128,7 @@ def _serve(
 ) -> None:
     while (relay := front_end.line or _return(front_end, supervisor, engine)) is not None:
         line = relay.channel
-        stats = wire.encode(engine.stats())
+        stats = encode(engine.stats())
         supervisor.send(stats)
         try:
             line.send(stats)

@@ -4,7 +4,6 @@ import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from shoal import wire
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import Limits
 from shoal.cluster.lockstep.local import Joined, LocalLockstep
@@ -30,6 +29,8 @@ from shoal.planner.layout import shares_experts
 from shoal.protocols import Recorder
 from shoal.transport.channel import Channel
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.base import replace_fields
+from shoal.wire.plan import EngineSetup
 
 Launch = Callable[[int, int], Replica]
 
@@ -112,7 +113,7 @@ def _as_processes(model: OpenModel, deployment: Deployment, rendezvous: str, key
         place = place_of(model, number, deployment.local)
         known = deployment.mode is Mode.PEERS and number in deployment.local
         if together or (known and number not in started):
-            place = wire.replace(place, rendezvous=rendezvous, key=key, returning=number in started)
+            place = replace_fields(place, rendezvous=rendezvous, key=key, returning=number in started)
         started.add(number)
         return EngineProcess(ENGINE_PROCESS, setup_of(model, place), answer_timeout=answer_timeout(model))
 
@@ -132,7 +133,7 @@ def _on_threads(model: OpenModel) -> Launch:
             shared[generation] = (locksteps, shared_groups(model.options))
         locksteps, groups = shared[generation]
 
-        def start(setup: wire.EngineSetup, lockstep: Joined | None) -> EngineCore:
+        def start(setup: EngineSetup, lockstep: Joined | None) -> EngineCore:
             options = EngineOptions.from_flat(setup.model, setup.options)
             return build_engine(options, decide(options, setup.place, model.files), lockstep=lockstep, groups=groups)
 

@@ -9,7 +9,6 @@ from contextlib import suppress
 from os import PathLike
 from typing import Any
 
-from shoal import wire
 from shoal.cluster.desk import Answer as Message
 from shoal.cluster.desk import Desk, Line
 from shoal.config.engine_options import EngineOptions, from_environment
@@ -29,6 +28,9 @@ from shoal.protocols import Recorder
 from shoal.text.prompts import Job
 from shoal.text.tokenizer import Tokenizer
 from shoal.values import shown
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import Abort, Finish, RefusalKind, SeqUpdate, Updates
+from shoal.wire.fleet import FleetStatus, fleet_status_decoder
 
 log = get_logger("requests")
 
@@ -37,11 +39,11 @@ _AT_ONCE = 512  # updates that are handed out in a row
 _ANSWER_S = 30.0
 _CLOSED = "the engine was closed"
 _RETRY_S = {
-    wire.Refusal.FULL: 1.0,
-    wire.Refusal.LATE: 5.0,
-    wire.Refusal.CLOSING: 10.0,
-    wire.Refusal.LOST: 10.0,
-    wire.Refusal.ASLEEP: 10.0,
+    RefusalKind.FULL: 1.0,
+    RefusalKind.LATE: 5.0,
+    RefusalKind.CLOSING: 10.0,
+    RefusalKind.LOST: 10.0,
+    RefusalKind.ASLEEP: 10.0,
 }
 _PRIORITIES = range(-(1 << 63), 1 << 63)  # what a message can carry
 _MOST_REPLICAS = 1 << 31
@@ -82,7 +84,7 @@ class AsyncLLM(Operable):
         self._streams: dict[int, Stream] = {}  # by the numbers of their requests
         self._named: dict[str, Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived: list[wire.SeqUpdate] = []
+        self._arrived: list[SeqUpdate] = []
         self._arrived_lock = threading.Lock()
         self._closed = False
         self._desk: Desk | None = None
@@ -196,7 +198,7 @@ class AsyncLLM(Operable):
         arrival = time.monotonic() if arrival is None else arrival
         deadline = None if timeout is None else arrival + timeout
         requests = [
-            wire.replace(
+            replace_fields(
                 request,
                 priority=priority,
                 replica=-1 if replica is None else replica,
@@ -285,7 +287,7 @@ class AsyncLLM(Operable):
         """Has requests ended where they run, which they say in turn."""
         if seqs:
             with suppress(ClosedError):
-                self._line.send([wire.Abort(tuple(seqs), stopped)])
+                self._line.send([Abort(tuple(seqs), stopped)])
 
     def _forget(self, stream: "Stream") -> None:
         for seq in stream.seqs:
@@ -307,25 +309,25 @@ class AsyncLLM(Operable):
             raise EngineError(f"no replica is ready after {timeout:g} s") from None
         await self.status()
 
-    async def status(self) -> wire.FleetStatus:
+    async def status(self) -> FleetStatus:
         """
         Raises:
             EngineError: nobody answers.
         """
-        found = wire.fleet_status.decode(await self.ask("status"))
+        found = fleet_status_decoder.decode(await self.ask("status"))
         if 0 < found.max_model_len < self.max_model_len:  # the fleet knows when its first replicas are ready
             self._requests.max_model_len = found.max_model_len
             self._reader = self._model.reader(found.max_model_len)
         return found
 
-    async def scale(self, replicas: int) -> wire.FleetStatus:
+    async def scale(self, replicas: int) -> FleetStatus:
         """Has so many replicas from now on. Does not wait for those that start.
 
         Raises:
             UserError: it can't have that many.
             EngineError: none is left.
         """
-        return wire.fleet_status.decode(await self.ask("scale", str(replicas).encode()))
+        return fleet_status_decoder.decode(await self.ask("scale", str(replicas).encode()))
 
     async def ask(self, verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes:
         """Whoever has the fleet answers; soon, unless this is `patient`.
@@ -366,7 +368,7 @@ class AsyncLLM(Operable):
         while self._arrived:  # what the desk had to say of it
             self._take()
         for seq in list(self._streams):
-            lost = wire.SeqUpdate(seq, (), finish=wire.Finish.ABORT, error=_CLOSED, refusal=wire.Refusal.CLOSING)
+            lost = SeqUpdate(seq, (), finish=Finish.ABORT, error=_CLOSED, refusal=RefusalKind.CLOSING)
             self._hand_out(lost)
 
     async def __aenter__(self) -> "AsyncLLM":
@@ -397,7 +399,7 @@ class AsyncLLM(Operable):
 
     def _deliver(self, message: Message) -> None:
         """On another thread. What comes before the loop has looked is handed over in one go."""
-        if not isinstance(message, wire.Updates) or self._loop is None:
+        if not isinstance(message, Updates) or self._loop is None:
             return
         with self._arrived_lock:
             first = not self._arrived
@@ -419,7 +421,7 @@ class AsyncLLM(Operable):
         if rest and self._loop is not None:
             self._loop.call_soon(self._take)
 
-    def _hand_out(self, update: wire.SeqUpdate) -> None:
+    def _hand_out(self, update: SeqUpdate) -> None:
         stream = self._streams.get(update.seq)
         if stream is None:
             return
@@ -540,7 +542,7 @@ class Stream:
         self.close()
         self._wakeup.set()
 
-    def take(self, update: wire.SeqUpdate) -> None:
+    def take(self, update: SeqUpdate) -> None:
         if update.seq not in self._running:
             return
         index = update.seq - self.number
@@ -559,15 +561,15 @@ class Stream:
         self._wakeup.set()
 
 
-def _error_of(update: wire.SeqUpdate) -> ShoalError:
+def _error_of(update: SeqUpdate) -> ShoalError:
     match update.refusal:
-        case wire.Refusal.INVALID:
+        case RefusalKind.INVALID:
             return RequestError(update.error)
-        case wire.Refusal.FULL:
+        case RefusalKind.FULL:
             return QueueFull(update.error, _RETRY_S[update.refusal])
-        case wire.Refusal.LATE:
+        case RefusalKind.LATE:
             return Overdue(update.error, _RETRY_S[update.refusal])
-        case wire.Refusal.CLOSING | wire.Refusal.LOST | wire.Refusal.ASLEEP:
+        case RefusalKind.CLOSING | RefusalKind.LOST | RefusalKind.ASLEEP:
             return Unavailable(update.error, _RETRY_S[update.refusal])
         case _:
             return EngineError(update.error)

@@ -9,7 +9,7 @@ from shoal.errors import RequestError
 from shoal.outputs import BeamSearchOutput, BeamSearchSequence, FinishReason
 from shoal.params import BeamSearchParams
 from shoal.text.tokenizer import Tokenizer
-from shoal.wire import Ids
+from shoal.wire.base import Ids
 
 # (sequences, count) -> for each the `count` likeliest next tokens with their log-probabilities at temperature 1; or
 # all tokens, if `count` is -1.

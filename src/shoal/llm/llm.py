@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from shoal import wire
 from shoal.activity import AWAKE, Activity
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ConfigError, ReplicasFailed, RequestError
@@ -24,6 +23,7 @@ from shoal.process.interrupts import interrupts
 from shoal.protocols import EngineClient
 from shoal.text.prompts import Job, Refused
 from shoal.values import shown
+from shoal.wire.engine import EngineStats
 
 
 class LLM:
@@ -272,7 +272,7 @@ class LLM:
     def vocab_size(self) -> int:
         return self._model.vocab_size
 
-    def stats(self) -> wire.EngineStats:
+    def stats(self) -> EngineStats:
         return self._shared.stats()
 
     def close(self) -> None:

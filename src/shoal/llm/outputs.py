@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
 
-from shoal import wire
 from shoal.llm.deltas import Delta
 from shoal.llm.lazy_sequence import OnDemand
 from shoal.outputs import CompletionOutput, FinishReason, Logprob, Logprobs, RequestOutput
@@ -13,11 +12,13 @@ from shoal.text.prompts import Job
 from shoal.text.text_stream import CONTEXT
 from shoal.text.token_places import TokenPlaces
 from shoal.text.tokenizer import Tokenizer
+from shoal.wire.engine import Finish, SeqUpdate
+from shoal.wire.ranks import TokenLogprobs
 
-_REASONS: dict[wire.Finish, FinishReason] = {
-    wire.Finish.STOP: "stop",
-    wire.Finish.LENGTH: "length",
-    wire.Finish.ABORT: "abort",
+_REASONS: dict[Finish, FinishReason] = {
+    Finish.STOP: "stop",
+    Finish.LENGTH: "length",
+    Finish.ABORT: "abort",
 }
 
 
@@ -38,7 +39,7 @@ class Completion:
         self.tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._tokens: list[int] = []
-        self._logprobs: list[wire.TokenLogprobs] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._finish: FinishReason = "abort"
         self._stop_text: str | None = None
         self._given = 0  # tokens in deltas so far
@@ -63,11 +64,11 @@ class Completion:
             else None
         )
 
-    def take(self, update: wire.SeqUpdate) -> bool:
+    def take(self, update: SeqUpdate) -> bool:
         """Adds what has come. True if a stop text ended the output here, where the engine does not know of it."""
         self._logprobs += update.logprobs
         self._tokens += update.tokens
-        stopped = update.finish is wire.Finish.STOP and bool(update.tokens) and update.tokens[-1] in self._stop_ids
+        stopped = update.finish is Finish.STOP and bool(update.tokens) and update.tokens[-1] in self._stop_ids
         if update.finish is not None:
             self._finish = _REASONS[update.finish]
         if self._text is None:
@@ -189,7 +190,7 @@ class Answer:
     job: Job
     completions: list[Completion]
     running: int  # outputs that have not ended
-    prompt_logprobs: dict[int, wire.TokenLogprobs] = field(default_factory=dict)  # by position
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position
     cached_tokens: int = 0
     error: str = ""
 
@@ -201,7 +202,7 @@ class Answer:
         completions = [Completion(job, index, tokenizer, stop_ids, context) for index in range(job.params.n)]
         return cls(job, completions, len(completions))
 
-    def take(self, index: int, update: wire.SeqUpdate) -> bool:
+    def take(self, index: int, update: SeqUpdate) -> bool:
         """As `Completion.take`, for one of the outputs."""
         if update.prompt_logprobs is not None:
             self.prompt_logprobs |= enumerate(update.prompt_logprobs.entries, update.prompt_logprobs.start)
@@ -256,7 +257,7 @@ def text_context(tokenizer: Tokenizer, job: Job) -> tuple[int, ...]:
 def described(
     tokenizer: Tokenizer | None,
     token: int,
-    entry: wire.TokenLogprobs,
+    entry: TokenLogprobs,
     *,
     left_out: Collection[int] = (),
     added: bytes | None = None,

@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from shoal import wire
 from shoal.activity import State
+from shoal.wire.base import encode
+from shoal.wire.fleet import FleetStatus, Operation
 
 
 class Operable(ABC):
@@ -14,16 +15,16 @@ class Operable(ABC):
     async def ask(self, verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes: ...
 
     @abstractmethod
-    async def status(self) -> wire.FleetStatus: ...
+    async def status(self) -> FleetStatus: ...
 
-    async def operate(self, wanted: wire.Operation) -> bytes:
+    async def operate(self, wanted: Operation) -> bytes:
         """Waits until it is done, however long that takes.
 
         Raises:
             UserError: it can't be done.
             EngineError: nobody is there.
         """
-        return await self.ask("operate", wire.encode(wanted), patient=True)
+        return await self.ask("operate", encode(wanted), patient=True)
 
     async def pause_generation(
         self, *, mode: str = "abort", wait_for_inflight_requests: bool = False, clear_cache: bool = True
@@ -36,14 +37,14 @@ class Operable(ABC):
             ConfigError: there is no such mode, or `resume_generation` was called before requests had ended.
         """
         mode = "wait" if wait_for_inflight_requests and mode == "abort" else mode
-        await self.operate(wire.Operation("pause", mode=mode, clear_cache=clear_cache))
+        await self.operate(Operation("pause", mode=mode, clear_cache=clear_cache))
 
     async def resume_generation(self) -> None:
         """
         Raises:
             ConfigError: it is asleep.
         """
-        await self.operate(wire.Operation("resume"))
+        await self.operate(Operation("resume"))
 
     async def is_paused(self) -> bool:
         """Is nothing computed, be it paused or asleep?"""
@@ -56,7 +57,7 @@ class Operable(ABC):
         Raises:
             ConfigError: there is no such mode or level, or replicas at other addresses compute with these.
         """
-        await self.operate(wire.Operation("sleep", mode=mode, level=level))
+        await self.operate(Operation("sleep", mode=mode, level=level))
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """As `LLM.wake_up`. With its last part it runs, be it paused before.
@@ -64,12 +65,12 @@ class Operable(ABC):
         Raises:
             UserError: the files of the weights are not what they were: it is still asleep; or there is no such part.
         """
-        await self.operate(wire.Operation("wake_up", tags=None if tags is None else tuple(tags)))
+        await self.operate(Operation("wake_up", tags=None if tags is None else tuple(tags)))
 
     async def is_sleeping(self) -> bool:
         return (await self.status()).activity == State.ASLEEP
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""
-        await self.operate(wire.Operation("reset_prefix_cache", running=reset_running_requests))
+        await self.operate(Operation("reset_prefix_cache", running=reset_running_requests))
         return True

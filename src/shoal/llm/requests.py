@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Sequence
 
-from shoal import wire
 from shoal.engine.request import encode_numbers, encode_tokens
 from shoal.params import SamplingParams
 from shoal.text.prompts import Job
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import EngineRequest
+from shoal.wire.ranks import Sampling, SamplingPenalties
 
 _MOST = 2**31 - 1  # as many as any vocabulary has
 _SEED_BITS = 0xFFFFFFFFFFFFFFFF
@@ -20,7 +22,7 @@ class Requests:
         self.eos = tuple(eos)
         self._seed = seed
 
-    def of(self, job: Job, first: int) -> list[wire.EngineRequest]:
+    def of(self, job: Job, first: int) -> list[EngineRequest]:
         """They are numbered from `first` on, and have one seed, one prompt and its blocks in common.
 
         What they have in common is made once, and is the same object in all of them.
@@ -28,7 +30,7 @@ class Requests:
         params = job.params
         stop_ids = encode_tokens((*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos)))
         sampling = self._sampling(job, first, stop_ids)
-        request = wire.EngineRequest(
+        request = EngineRequest(
             seq=first,
             tokens=encode_tokens(job.tokens),
             sampling=sampling,
@@ -40,20 +42,20 @@ class Requests:
             outputs=max(job.outputs, params.n),
         )
         others = [
-            wire.replace(
+            replace_fields(
                 request,
                 seq=first + index,
-                sampling=wire.replace(sampling, sample_index=index, prompt_logprobs=-1),
+                sampling=replace_fields(sampling, sample_index=index, prompt_logprobs=-1),
             )
             for index in range(1, params.n)
         ]
         return [request, *others]
 
-    def _sampling(self, job: Job, first: int, stop_ids: bytes) -> wire.Sampling:
+    def _sampling(self, job: Job, first: int, stop_ids: bytes) -> Sampling:
         """Of the first output."""
         params = job.params
         bias = params.logit_bias or {}
-        return wire.Sampling(
+        return Sampling(
             seed=self._seed_of(first) if params.seed is None else params.seed & _SEED_BITS,
             temperature=params.temperature,
             top_k=min(max(params.top_k, 0), _MOST),
@@ -80,9 +82,9 @@ def _digest(salt: str) -> str:
     return hashlib.sha256(salt.encode("utf-8", "surrogatepass")).hexdigest() if salt else ""
 
 
-def _penalties(params: SamplingParams) -> wire.Penalties | None:
-    found = wire.Penalties(params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-    return None if found == wire.Penalties() else found
+def _penalties(params: SamplingParams) -> SamplingPenalties | None:
+    found = SamplingPenalties(params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    return None if found == SamplingPenalties() else found
 
 
 def _count(wanted: int | None) -> int:

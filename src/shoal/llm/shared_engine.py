@@ -5,11 +5,11 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from shoal import wire
 from shoal.errors import ClosedError
 from shoal.process.forks import Owner
 from shoal.process.interrupts import interrupts
 from shoal.protocols import EngineClient
+from shoal.wire.engine import EngineStats
 
 _CLOSE_S = 5.0  # how long `close` waits for whoever has its turn; then it ends what that one waits for
 
@@ -89,7 +89,7 @@ class SharedEngine:
         """
         self._owner.check()
 
-    def stats(self) -> wire.EngineStats:
+    def stats(self) -> EngineStats:
         with self.turn() as client:
             return client.stats()
 

@@ -4,12 +4,12 @@ import hashlib
 import json
 
 import shoal
-from shoal import wire
 from shoal.config.engine_options import EngineOptions, agreed
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.registry import read_config
 from shoal.planner.layout import shares_experts
 from shoal.planner.resolve import Decision
+from shoal.wire.base import WIRE_VERSION
 
 _DIGITS = 16
 _CACHE, _LONGEST = "size of the KV cache", "longest sequence"
@@ -21,7 +21,7 @@ def agreement(options: EngineOptions, decision: Decision) -> dict[str, str]:
     headers and the files' sizes are read, not the numbers."""
     found = {
         "version of Shoal": shoal.__version__,
-        "wire version": str(wire.WIRE_VERSION),
+        "wire version": str(WIRE_VERSION),
         **agreed(options),
         "dtype": decision.dtype,
         "config.json": _digest(json.dumps(read_config(decision.folder, decision.overrides), sort_keys=True).encode()),

@@ -1,27 +1,27 @@
 """How ranks share a model: what of each layer, which layers, which experts. Decided before a checkpoint is opened."""
 
-from shoal import wire
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
 from shoal.models.implementation import Cutting, params_of
 from shoal.models.spec import ModelSpec
 from shoal.parallel.stages import cut_evenly
 from shoal.planner.costs import draft_cost, token_cost
+from shoal.wire.plan import ReplicaPlace
 
 
-def standing(options: EngineOptions, place: wire.Place) -> wire.Place:
+def standing(options: EngineOptions, place: ReplicaPlace) -> ReplicaPlace:
     """Where a replica stands. Who plans for all of them, before there are any, stands for the first."""
     count = options.parallel.data_parallel_size
     if place.size > 1 or count == 1:
         return place
-    return wire.Place(size=count, local_size=count, memory_available=place.memory_available)
+    return ReplicaPlace(size=count, local_size=count, memory_available=place.memory_available)
 
 
 def plan_cutting(
     options: EngineOptions,
     spec: ModelSpec,
     draft: ModelSpec | None,
-    place: wire.Place,
+    place: ReplicaPlace,
     reasons: list[str],
     warnings: list[str],
 ) -> Cutting:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from shoal import env, wire
+from shoal import env
 from shoal.config.engine_options import Cores, EngineOptions
 from shoal.devices import cpu, cuda
 from shoal.devices.hardware import Hardware
@@ -22,6 +22,7 @@ from shoal.planner.budgets import kv_budgets, num_blocks
 from shoal.planner.costs import cost_shares, draft_cost
 from shoal.planner.layout import plan_cutting, shares_experts, standing
 from shoal.planner.memory import RankMemory, StepSize, rank_memory, require_capacity
+from shoal.wire.plan import ReplicaPlace
 
 Backend = Literal["uni", "threads", "mp"]
 _DTYPES = {"float": "float32", "half": "float16"}  # other names that vLLM takes
@@ -38,7 +39,7 @@ class Decision:
     max_model_len: int
     backend: Backend
     cutting: Cutting
-    place: wire.Place
+    place: ReplicaPlace
     ranks: tuple[RankMemory, ...]  # by rank of the replica
     cost_shares: tuple[float, ...]  # of what a token costs in all of them, an estimate
     kv_budgets: tuple[int | None, ...]  # bytes by rank; None: measured by the rank
@@ -79,7 +80,7 @@ def resolve(
     folder: Path,
     hardware: Hardware,
     draft_folder: Path | None = None,
-    place: wire.Place = wire.Place(),  # noqa: B008 - it is frozen
+    place: ReplicaPlace = ReplicaPlace(),  # noqa: B008 - it is frozen
     file_states: tuple[str, str] = ("", ""),
 ) -> Decision:
     """Decides what was left open, and refuses what can't work. `draft_folder`: of the model that guesses ahead.
@@ -257,7 +258,7 @@ def _held(shards: Sequence[Shard]) -> str:
     return "; ".join(f"{', '.join(map(str, each))} {what}" for what, each in counts.items())
 
 
-def _within(options: EngineOptions, place: wire.Place, hardware: Hardware, reasons: list[str]) -> Hardware:
+def _within(options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str]) -> Hardware:
     """The host with no more cores than --cpu-cores names.
 
     Raises:
@@ -284,7 +285,7 @@ def _within(options: EngineOptions, place: wire.Place, hardware: Hardware, reaso
 
 
 def _check_devices(
-    options: EngineOptions, place: wire.Place, hardware: Hardware, reasons: list[str], warnings: list[str]
+    options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str], warnings: list[str]
 ) -> None:
     sizes = {
         "--tensor-parallel-size": options.parallel.tensor_parallel_size,

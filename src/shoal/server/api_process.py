@@ -14,7 +14,6 @@ from typing import Any
 
 import uvloop
 
-from shoal import wire
 from shoal.cluster.desk import Answer, Questions
 from shoal.errors import ClosedError, ShoalError
 from shoal.launch.open_model import OpenModel, open_model
@@ -27,6 +26,10 @@ from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.transport.waker import Waker
+from shoal.wire.base import Stop, encode
+from shoal.wire.engine import Abort, Ask, EngineRequest, Told, Updates
+from shoal.wire.fleet import to_api
+from shoal.wire.plan import ApiSetup
 
 _SETUP_S = 60.0
 _SLICE_S = 1.0
@@ -49,7 +52,7 @@ class ChannelLine:
         self._thread = threading.Thread(target=self._read, name="shoal-line", daemon=True)
         self._thread.start()
 
-    def send(self, messages: Sequence[wire.EngineRequest | wire.Abort]) -> None:
+    def send(self, messages: Sequence[EngineRequest | Abort]) -> None:
         try:
             for message in messages:
                 self._send(message)
@@ -68,8 +71,8 @@ class ChannelLine:
         self._closed = True
         self._waker.wake()
 
-    def _send(self, message: wire.EngineRequest | wire.Abort | wire.Ask) -> None:
-        self._channel.send(wire.encode(message))
+    def _send(self, message: EngineRequest | Abort | Ask) -> None:
+        self._channel.send(encode(message))
         if self._channel.backlog:  # the thread writes the rest, and does not know of it while it waits
             self._waker.wake()
 
@@ -82,12 +85,12 @@ class ChannelLine:
                 if self._channel not in readable:
                     continue
                 for frame in self._channel.receive():
-                    match wire.to_api.decode(frame):
-                        case wire.Told() as told:
+                    match to_api.decode(frame):
+                        case Told() as told:
                             self._questions.answer(told)
-                        case wire.Updates() as updates:
+                        case Updates() as updates:
                             self._deliver(updates)
-                        case wire.Stop():
+                        case Stop():
                             self._ended()
         except ChannelClosed:
             pass
@@ -114,15 +117,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if uvloop.run(_serve(channel, setup, model, settings)) else 1
 
 
-def _setup(channel: Channel) -> wire.ApiSetup:
+def _setup(channel: Channel) -> ApiSetup:
     if not wait([channel], _SETUP_S) or not (frames := channel.receive(1)):
         sys.exit("nobody says what to serve")
-    setup = wire.to_api.decode(frames[0])
-    assert isinstance(setup, wire.ApiSetup)
+    setup = to_api.decode(frames[0])
+    assert isinstance(setup, ApiSetup)
     return setup
 
 
-def open_served(setup: wire.ApiSetup) -> OpenModel:
+def open_served(setup: ApiSetup) -> OpenModel:
     """The model that another process has decided on, for the replicas that it has. This one takes its word: by now they
     may hold the memory that they were planned for.
 
@@ -138,7 +141,7 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-async def _serve(channel: Channel, setup: wire.ApiSetup, model: OpenModel, settings: ServerSettings) -> bool:
+async def _serve(channel: Channel, setup: ApiSetup, model: OpenModel, settings: ServerSettings) -> bool:
     """True: every client has read its answer to the end."""
     servers: list[Server] = []
     stopped = threading.Event()

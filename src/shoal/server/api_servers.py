@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from shoal import wire
 from shoal.cluster.members.restarts import Restarts
 from shoal.errors import ClosedError, EngineError
 from shoal.launch.open_model import OpenModel
@@ -18,6 +17,8 @@ from shoal.server.http.listening import LAST_BYTES_S, Listening
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import ChannelClosed
 from shoal.transport.process import ChildProcess
+from shoal.wire.base import Stop, encode, replace_fields
+from shoal.wire.plan import ApiSetup
 
 log = get_logger("serve")
 
@@ -61,9 +62,7 @@ class ApiServers:
         self._llm = llm
         self._desk = llm.desk
         self._given = dict(model.given)
-        self._setup = wire.ApiSetup(
-            model.options.model, self._given, asdict(settings), asdict(listening), files=model.files
-        )
+        self._setup = ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening), files=model.files)
         self._sockets = sockets
         self._slots = [_Slot(number, Restarts(_MOST_RESTARTS)) for number in range(count)]
         self._on_restart = on_restart
@@ -126,7 +125,7 @@ class ApiServers:
         slot.since = time.monotonic()
         slot.stuck_since = None
         with contextlib.suppress(ChannelClosed):  # it has ended already, which is seen in turn
-            child.channel.send(wire.encode(setup))
+            child.channel.send(encode(setup))
         try:
             self._desk.connect(child.channel)
             if slot.lives:
@@ -136,11 +135,11 @@ class ApiServers:
             raise
         slot.lives += 1
 
-    def _setup_of(self, slot: _Slot) -> wire.ApiSetup:
+    def _setup_of(self, slot: _Slot) -> ApiSetup:
         options = self._given
         if "seed" in options:  # requests are numbered from 0 in each of them, and drawn by seed and number
             options = {**options, "seed": _seed_of(int(options["seed"]), slot.number, slot.lives)}
-        return wire.replace(
+        return replace_fields(
             self._setup,
             options=options,
             max_model_len=self._llm.max_model_len,
@@ -162,7 +161,7 @@ class ApiServers:
 
 def _say_stop(children: Sequence[ChildProcess]) -> None:
     for child in children:
-        child.say(wire.encode(wire.Stop()))
+        child.say(encode(Stop()))
 
 
 def _seed_of(seed: int, number: int, life: int) -> int:

@@ -14,12 +14,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from shoal import wire
 from shoal.errors import RequestError, ShoalError
 from shoal.structured.limits import MIB, GrammarLimits
 from shoal.structured.matcher import Grammar, Vocabulary
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.wire import Ids
+from shoal.wire.base import Ids, Wire, encode, replace_fields
+from shoal.wire.grammars import (
+    GrammarAsk,
+    GrammarCompiled,
+    GrammarFollow,
+    GrammarForget,
+    GrammarSource,
+    ToGrammar,
+    Verdict,
+    to_grammar,
+)
 
 _NICE = 10  # of work that takes long: others need the processors more
 _QUICK_S = 1e-3  # a verdict that takes longer is made behind those of other outputs
@@ -71,7 +80,7 @@ class GrammarProcess:
         """
         threading.Thread(target=self._work, daemon=True, name="long").start()
         first, *rest = self._receive()
-        assert isinstance(first, wire.GrammarText)
+        assert isinstance(first, GrammarSource)
         compiled = self._compile(first.text)
         if compiled is None:
             return
@@ -86,10 +95,10 @@ class GrammarProcess:
         while True:
             self._long.get()()
 
-    def _receive(self) -> list[wire.ToGrammar]:
+    def _receive(self) -> list[ToGrammar]:
         while not wait([self._channel], _IDLE_S) or not (frames := self._channel.receive()):
             pass
-        return [wire.to_grammar.decode(frame) for frame in frames]
+        return [to_grammar.decode(frame) for frame in frames]
 
     def _compile(self, text: str) -> Grammar | None:
         """The compiled grammar, or None when the other end was told why there is none."""
@@ -106,21 +115,21 @@ class GrammarProcess:
         self._long.put(compile_it)
         found = outcome.get()
         if isinstance(found, str):
-            self._send(wire.GrammarCompiled(found))
+            self._send(GrammarCompiled(found))
             return None
-        self._send(wire.GrammarCompiled())
+        self._send(GrammarCompiled())
         return found
 
-    def _handle(self, message: wire.ToGrammar, compiled: Grammar) -> None:
+    def _handle(self, message: ToGrammar, compiled: Grammar) -> None:
         match message:
-            case wire.GrammarFollow():
+            case GrammarFollow():
                 self._followed[message.seq] = followed = _Followed(compiled.fresh(), quick=not message.output)
                 self._answer(followed, message.seq, message.output, (), masked=True)
-            case wire.GrammarAsk():
+            case GrammarAsk():
                 self._answer(
                     self._followed[message.seq], message.seq, message.tokens, message.drafts, masked=message.masked
                 )
-            case wire.GrammarForget():
+            case GrammarForget():
                 self._followed.pop(message.seq, None)
 
     def _answer(self, followed: _Followed, seq: int, tokens: Ids, drafts: Ids, *, masked: bool) -> None:
@@ -130,30 +139,30 @@ class GrammarProcess:
             took = time.thread_time() - begun
             followed.quick = took < _QUICK_S
             followed.length += len(tokens)
-            self._send(wire.replace(found, behind=followed.length, cost_us=int(took * 1e6)))
+            self._send(replace_fields(found, behind=followed.length, cost_us=int(took * 1e6)))
 
         if followed.quick:
             work()
         else:
             self._long.put(work)
 
-    def _send(self, message: wire.Wire) -> None:
-        self._channel.send(wire.encode(message))
+    def _send(self, message: Wire) -> None:
+        self._channel.send(encode(message))
         while not self._channel.flush(_FLUSH_S):  # whoever asked may be busy, and reads it all in the end
             pass
 
 
-def verdict(grammar: Grammar, seq: int, tokens: Ids, drafts: Ids, *, masked: bool) -> wire.Verdict:
+def verdict(grammar: Grammar, seq: int, tokens: Ids, drafts: Ids, *, masked: bool) -> Verdict:
     """Takes `tokens` in, and says what may follow them and the drafts."""
     try:
         grammar.accept(tokens)
     except ShoalError as error:
-        return wire.Verdict(seq, refused=str(error))
+        return Verdict(seq, refused=str(error))
     if not masked:
-        return wire.Verdict(seq, ended=(grammar.ended,))
+        return Verdict(seq, ended=(grammar.ended,))
     drafts = drafts[: grammar.valid(drafts)]
     places = grammar.places(drafts)
-    return wire.Verdict(
+    return Verdict(
         seq,
         problem=grammar.problem,
         ended=tuple(place.ended for place in places),

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from shoal import wire
 from shoal.errors import RequestError
 from shoal.log import get_logger
 from shoal.process import garbage_collector
@@ -19,6 +18,8 @@ from shoal.structured.limits import DEFAULT_LIMITS, GrammarLimits
 from shoal.structured.matcher import Vocabulary
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
+from shoal.wire.base import Stop, encode
+from shoal.wire.grammars import GrammarEnded, GrammarHostFailed, GrammarHostReady, to_grammar_host
 
 log = get_logger("grammars")
 
@@ -59,11 +60,11 @@ class Host:
         try:
             vocabulary = make_vocabulary()
             garbage_collector.settle()  # or the collector would write to pages that all processes share
-            self._channel.send(wire.encode(wire.GrammarHostReady()))
+            self._channel.send(encode(GrammarHostReady()))
             while self._step(vocabulary):
                 pass
         except RequestError as error:
-            self._channel.send(wire.encode(wire.GrammarHostFailed(str(error))))
+            self._channel.send(encode(GrammarHostFailed(str(error))))
             self._channel.flush(1.0)
             return error.exit_code
         except ChannelClosed:
@@ -79,8 +80,8 @@ class Host:
             self._reap()
         if self._channel in readable:
             for frame in self._channel.receive():
-                message = wire.to_grammar_host.decode(frame)
-                if isinstance(message, wire.Stop):
+                message = to_grammar_host.decode(frame)
+                if isinstance(message, Stop):
                     return False
                 self._kill(message.number)
         if self._door in readable:
@@ -120,8 +121,8 @@ class Host:
             if pid == 0:
                 return
             code = os.waitstatus_to_exitcode(status)
-            found = wire.GrammarEnded(self._numbers.pop(pid), ended(code, self._limits), -code in _KILLS)
-            self._channel.send(wire.encode(found))
+            found = GrammarEnded(self._numbers.pop(pid), ended(code, self._limits), -code in _KILLS)
+            self._channel.send(encode(found))
 
 
 def ended(code: int, limits: GrammarLimits) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from shoal.errors import EngineError, RequestError
-from shoal.wire import Ids
+from shoal.wire.base import Ids
 
 _WORD = 4  # bytes
 _END = "<|shoal:end|>"

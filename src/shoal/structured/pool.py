@@ -13,13 +13,26 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal import wire
 from shoal.log import get_logger
 from shoal.structured.descriptor_passing import send_through_door
 from shoal.structured.limits import DEFAULT_LIMITS, MOST_CHARACTERS, GrammarLimits
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
-from shoal.wire import Ids
+from shoal.wire.base import Ids, encode
+from shoal.wire.grammars import (
+    GrammarAsk,
+    GrammarEnded,
+    GrammarFollow,
+    GrammarForget,
+    GrammarHostFailed,
+    GrammarHostReady,
+    GrammarKill,
+    GrammarSource,
+    ToGrammar,
+    Verdict,
+    from_grammar,
+    from_grammar_host,
+)
 
 log = get_logger("grammars")
 
@@ -40,7 +53,7 @@ class _Process:
     channel: Channel | None = None  # None: it waits for its start, or has ended
     begun: float = 0.0
     compiled: bool = False
-    unsent: list[wire.ToGrammar] = field(default_factory=list)  # until it starts
+    unsent: list[ToGrammar] = field(default_factory=list)  # until it starts
     following: set[int] = field(default_factory=set)
     asked: dict[int, float] = field(default_factory=dict)  # sequences whose verdict is on its way, and since when
 
@@ -65,7 +78,7 @@ class GrammarPool:
         self._by_number: dict[int, _Process] = {}
         self._of_seq: dict[int, _Process] = {}
         self._refusals: OrderedDict[bytes, str] = OrderedDict()  # digest of a grammar -> why it can't be used
-        self._verdicts: list[wire.Verdict] = []
+        self._verdicts: list[Verdict] = []
         self._next_number = 0
 
     # --- what is asked -------------------------------------------------------------------------------------------
@@ -74,20 +87,20 @@ class GrammarPool:
         """Begins to follow a new output, whose tokens so far are given. A Verdict comes in any case."""
         refusal = self._known_refusal(grammar)
         if refusal:
-            self._verdicts.append(wire.Verdict(seq, refused=refusal))
+            self._verdicts.append(Verdict(seq, refused=refusal))
             return
         process = self._processes.get(grammar)
         if process is None:
             self._next_number += 1
             process = self._processes[grammar] = _Process(self._next_number, grammar)
-            process.unsent.append(wire.GrammarText(grammar))
+            process.unsent.append(GrammarSource(grammar))
         self._processes.move_to_end(grammar)
         process.following.add(seq)
         self._of_seq[seq] = process
-        self._send(process, wire.GrammarFollow(seq, output))
+        self._send(process, GrammarFollow(seq, output))
         self._start_waiting()
 
-    def ask(self, asks: Iterable[wire.GrammarAsk]) -> None:
+    def ask(self, asks: Iterable[GrammarAsk]) -> None:
         """Tells of tokens, and has a Verdict made for each output. Those of outputs that are not followed any more
         are passed over."""
         for each in asks:
@@ -104,7 +117,7 @@ class GrammarPool:
             process.following.discard(seq)
             process.asked.pop(seq, None)
             if process.following or process.compiled:
-                self._send(process, wire.GrammarForget(seq))
+                self._send(process, GrammarForget(seq))
             else:
                 self._drop(process)  # nobody waits for what it compiles
         self._start_waiting()
@@ -116,7 +129,7 @@ class GrammarPool:
         """Is a Verdict on its way?"""
         return bool(self._verdicts) or any(process.asked for process in self._processes.values())
 
-    def poll(self, timeout: float, besides: Sequence[Any] = ()) -> list[wire.Verdict]:
+    def poll(self, timeout: float, besides: Sequence[Any] = ()) -> list[Verdict]:
         """The verdicts that have come, waiting up to `timeout` seconds for the first of them; no longer than until one
         of `besides` has something to read."""
         deadline = time.monotonic() + timeout
@@ -149,8 +162,8 @@ class GrammarPool:
             process.channel = None
             return
         for frame in frames:
-            message = wire.from_grammar.decode(frame)
-            if isinstance(message, wire.Verdict):
+            message = from_grammar.decode(frame)
+            if isinstance(message, Verdict):
                 if process.asked.pop(message.seq, None) is not None:
                     self._verdicts.append(message)
             elif message.error:
@@ -167,13 +180,13 @@ class GrammarPool:
             self._lose_host(f"the process that compiles grammars {host.death()}")
             return
         for frame in frames:
-            match wire.from_grammar_host.decode(frame):
-                case wire.GrammarHostReady():
+            match from_grammar_host.decode(frame):
+                case GrammarHostReady():
                     self._host_ready = time.monotonic()
-                case wire.GrammarHostFailed() as failed:
+                case GrammarHostFailed() as failed:
                     self._fail_host(failed.error)
                     return
-                case wire.GrammarEnded() as ended if ended.number in self._by_number:
+                case GrammarEnded() as ended if ended.number in self._by_number:
                     process = self._by_number[ended.number]
                     if ended.killed:
                         self._lose(process, ended.how)
@@ -182,14 +195,14 @@ class GrammarPool:
 
     # --- processes -----------------------------------------------------------------------------------------------
 
-    def _send(self, process: _Process, message: wire.GrammarFollow | wire.GrammarAsk | wire.GrammarForget) -> None:
-        if not isinstance(message, wire.GrammarForget):
+    def _send(self, process: _Process, message: GrammarFollow | GrammarAsk | GrammarForget) -> None:
+        if not isinstance(message, GrammarForget):
             process.asked[message.seq] = time.monotonic()
         if process.number not in self._by_number:
             process.unsent.append(message)
         elif process.channel is not None:
             with suppress(ChannelClosed):  # the host says how it has ended
-                process.channel.send(wire.encode(message))
+                process.channel.send(encode(message))
 
     def _start_waiting(self) -> None:
         """Starts processes for grammars that wait, as far as there may be more."""
@@ -218,7 +231,7 @@ class GrammarPool:
         process.begun = time.monotonic()
         self._by_number[process.number] = process
         for message in process.unsent:
-            channel.send(wire.encode(message))
+            channel.send(encode(message))
         process.unsent.clear()
 
     def _open_door(self) -> socket.socket:
@@ -234,15 +247,15 @@ class GrammarPool:
         self._refusals[_digest(process.grammar)] = why
         while len(self._refusals) > _KNOWN_REFUSALS:
             self._refusals.popitem(last=False)
-        self._leave(process, lambda seq: wire.Verdict(seq, refused=why))
+        self._leave(process, lambda seq: Verdict(seq, refused=why))
 
     def _lose(self, process: _Process, why: str) -> None:
         """Ends a process that has ended through no fault of its grammar."""
         if process.following:
             log.warning("%d outputs are followed no more: %s", len(process.following), why)
-        self._leave(process, lambda seq: wire.Verdict(seq, lost=why))
+        self._leave(process, lambda seq: Verdict(seq, lost=why))
 
-    def _leave(self, process: _Process, last_word: Callable[[int], wire.Verdict]) -> None:
+    def _leave(self, process: _Process, last_word: Callable[[int], Verdict]) -> None:
         for seq in process.following:
             self._of_seq.pop(seq, None)
             self._verdicts.append(last_word(seq))
@@ -258,7 +271,7 @@ class GrammarPool:
             process.channel = None
         if self._host is not None:
             with suppress(ChannelClosed):  # its processes end with it
-                self._host.channel.send(wire.encode(wire.GrammarKill(process.number)))
+                self._host.channel.send(encode(GrammarKill(process.number)))
 
     def _lose_host(self, why: str) -> None:
         was_ready = self._host_ready < _FOREVER
@@ -272,7 +285,7 @@ class GrammarPool:
     def _fail_host(self, why: str) -> None:
         self._end_host()
         for process in list(self._processes.values()):
-            self._leave(process, lambda seq: wire.Verdict(seq, refused=why))
+            self._leave(process, lambda seq: Verdict(seq, refused=why))
 
     def _end_host(self) -> None:
         if self._host is not None:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
-from shoal import wire
 from shoal.errors import ClosedError, EngineError, QueueFull, RequestError
 from shoal.process.forks import Owner
 from shoal.structured.pool import GrammarPool
 from shoal.text.prompts import Job
 from shoal.transport.waker import Waker
+from shoal.wire.grammars import Verdict
 
 _IDLE_S = 3600.0
 _MOST_WAITING = 256
@@ -141,7 +141,7 @@ class GrammarChecker:
             for seq in gone:
                 del self._waiting[seq]
 
-    def _settle(self, verdict: wire.Verdict, pool: GrammarPool) -> None:
+    def _settle(self, verdict: Verdict, pool: GrammarPool) -> None:
         if verdict.seq not in self._waiting:
             return
         with self._lock:

@@ -17,7 +17,7 @@ from shoal.structured.pool import GrammarPool
 from shoal.text.tokenizer import open_tokenizer
 from shoal.transport.channel import Channel
 from shoal.transport.process import ChildProcess, die_with_parent
-from shoal.wire import Ids
+from shoal.wire.base import Ids
 
 
 def grammar_pool(

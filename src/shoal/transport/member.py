@@ -10,12 +10,28 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from shoal import addresses, wire
+from shoal import addresses
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError, ShoalError
 from shoal.log import get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import ALIVE_S, QUIET_S, SAY_S, proof, require_key, this_process, watch_host
+from shoal.wire.base import WireError, encode
+from shoal.wire.rendezvous import (
+    Alive,
+    Challenge,
+    FromRendezvous,
+    Hello,
+    JoinRefused,
+    Leave,
+    MemberGone,
+    Posted,
+    RoomComplete,
+    RoomWaiting,
+    Signed,
+    Welcome,
+    from_rendezvous,
+)
 
 log = get_logger("rendezvous")
 
@@ -60,7 +76,7 @@ def connect(
     """
     require_key(key, address.host)
     host, pid = this_process()
-    hello = wire.Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
+    hello = Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
     begun = time.monotonic()
     said = begun
     refused_since: float | None = None
@@ -98,7 +114,7 @@ def connect(
         time.sleep(_RETRY_S)
 
 
-def _introduced(sock: socket.socket, hello: wire.Hello, address: Address, key: str, timeout: float) -> Channel:
+def _introduced(sock: socket.socket, hello: Hello, address: Address, key: str, timeout: float) -> Channel:
     """Closes the socket if that fails."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     watch_host(sock)
@@ -111,34 +127,34 @@ def _introduced(sock: socket.socket, hello: wire.Hello, address: Address, key: s
     return channel
 
 
-def _introduce(channel: Channel, hello: wire.Hello, address: Address, key: str, timeout: float) -> None:
+def _introduce(channel: Channel, hello: Hello, address: Address, key: str, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    said = wire.encode(hello)
+    said = encode(hello)
     while True:
         for message in _receive(channel, deadline, address):
             match message:
-                case wire.Challenge():
+                case Challenge():
                     with contextlib.suppress(ChannelClosed):  # its end is read, and said, in turn
-                        channel.send(wire.encode(wire.Signed(said, proof(key, "member", message.nonce, said))))
-                case wire.Welcome():
+                        channel.send(encode(Signed(said, proof(key, "member", message.nonce, said))))
+                case Welcome():
                     if not hmac.compare_digest(message.proof, proof(key, "rendezvous", hello.nonce, said)):
                         raise ConfigError(f"{address} does not know the shared key: is another program there?")
                     return
-                case wire.Refused():
+                case JoinRefused():
                     why = f"rank {hello.rank} may not join at {address}: {message.why}"
                     raise _RefusedForNow(why) if message.again else ConfigError(why)
 
 
-def _receive(channel: Channel, deadline: float, address: Address) -> list[wire.FromRendezvous]:
+def _receive(channel: Channel, deadline: float, address: Address) -> list[FromRendezvous]:
     """One frame, so that what follows a welcome is left for whoever reads next."""
     left = deadline - time.monotonic()
     if left <= 0 or (not channel.has_frame and not wait([channel], left)):
         raise _Silent
     try:
-        return [wire.from_rendezvous.decode(frame) for frame in channel.receive(1)]
+        return [from_rendezvous.decode(frame) for frame in channel.receive(1)]
     except ChannelClosed:
         raise _HungUp from None
-    except wire.WireError:
+    except WireError:
         raise ConfigError(f"{address} speaks another language: is another program there?") from None
 
 
@@ -149,8 +165,8 @@ class _Inbox:
     changed: threading.Condition = field(default_factory=threading.Condition)
     posted: dict[str, dict[int, bytes]] = field(default_factory=dict)  # topic -> sender -> the latest
     gone: dict[int, str] = field(default_factory=dict)
-    waiting: wire.Waiting | None = None
-    started: wire.Started | None = None
+    waiting: RoomWaiting | None = None
+    started: RoomComplete | None = None
     lost: str = ""  # why there is no connection any more, as the user reads it
 
 
@@ -255,7 +271,7 @@ class Member:
             EngineError: the rendezvous has gone.
         """
         try:
-            self._channel.send(wire.encode(wire.Posted(topic, self.rank, to, payload)))
+            self._channel.send(encode(Posted(topic, self.rank, to, payload)))
         except ChannelClosed:
             raise EngineError(f"the rendezvous at {self._address} has gone") from None
 
@@ -339,7 +355,7 @@ class Member:
             return
         self._leaving = True
         try:
-            self._channel.send(wire.encode(wire.Leave(why)))
+            self._channel.send(encode(Leave(why)))
             self._channel.flush(_ATTEMPT_S)
         except ChannelClosed:
             pass
@@ -358,14 +374,14 @@ class Member:
                     heard = now
                 if now >= next_sign:
                     next_sign = now + ALIVE_S
-                    self._channel.send(wire.encode(wire.Alive()))
+                    self._channel.send(encode(Alive()))
                 if self._channel.has_frame or wait([self._channel], next_sign - now):
                     heard = time.monotonic()  # a frame may take longer than QUIET_S to come
                     for frame in self._channel.receive():
-                        self._take(wire.from_rendezvous.decode(frame))
+                        self._take(from_rendezvous.decode(frame))
                 if time.monotonic() - heard > QUIET_S:
                     raise ChannelClosed(f"not heard from for {QUIET_S:.0f} s")
-            except (ChannelClosed, wire.WireError, OSError) as error:
+            except (ChannelClosed, WireError, OSError) as error:
                 why = str(error) or "its connection has ended"
                 with self._inbox.changed:
                     if not self._inbox.lost:
@@ -375,18 +391,18 @@ class Member:
                     os.eventfd_write(self._wakeup, 1)
                 return
 
-    def _take(self, message: wire.FromRendezvous) -> None:
+    def _take(self, message: FromRendezvous) -> None:
         with self._inbox.changed:
             match message:
-                case wire.Posted():
+                case Posted():
                     self._inbox.posted.setdefault(message.topic, {})[message.sender] = message.payload
-                case wire.Gone():
+                case MemberGone():
                     self._inbox.gone[message.rank] = message.why
-                case wire.Waiting():
+                case RoomWaiting():
                     self._inbox.waiting = message
-                case wire.Started():
+                case RoomComplete():
                     self._inbox.started = message
-                case wire.Refused():
+                case JoinRefused():
                     self._inbox.lost = f"the rendezvous at {self._address} showed rank {self.rank} out: {message.why}"
             self._inbox.changed.notify_all()
         if not self._leaving:

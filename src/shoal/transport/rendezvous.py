@@ -25,12 +25,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shoal import addresses, wire
+from shoal import addresses
 from shoal.addresses import is_loopback, joined
 from shoal.errors import AddressInUse, ConfigError
 from shoal.log import get_logger
 from shoal.process.forks import let_go_in_children
 from shoal.transport.channel import Channel, ChannelClosed, wait
+from shoal.wire.base import WireError, encode
+from shoal.wire.rendezvous import (
+    Alive,
+    Challenge,
+    FromRendezvous,
+    Hello,
+    JoinRefused,
+    Leave,
+    MemberGone,
+    Posted,
+    RoomComplete,
+    RoomWaiting,
+    Signed,
+    StoreAdd,
+    StoreDelete,
+    StoreGet,
+    StoreSet,
+    StoreValue,
+    ToRendezvous,
+    Welcome,
+    hello_decoder,
+    to_rendezvous,
+)
 
 log = get_logger("rendezvous")
 
@@ -77,10 +100,10 @@ def watch_host(sock: socket.socket) -> None:
 class Door(Protocol):
     """Both are called on the rendezvous' thread, and must not block."""
 
-    def objection(self, hello: wire.Hello) -> wire.Refused | None:
+    def objection(self, hello: Hello) -> JoinRefused | None:
         """Why somebody who knows the key may not come in."""
 
-    def enter(self, hello: wire.Hello, channel: Channel) -> None:
+    def enter(self, hello: Hello, channel: Channel) -> None:
         """Takes over the connection of somebody who has been welcomed."""
 
 
@@ -93,8 +116,8 @@ class _Guest:
     since: float
     heard: float
     said: float = 0.0
-    hello: wire.Hello | None = None
-    waits_for: wire.StoreGet | None = None
+    hello: Hello | None = None
+    waits_for: StoreGet | None = None
     room: "_Room | None" = None
 
     @property
@@ -211,7 +234,7 @@ class Rendezvous:
         now = time.monotonic()
         guest = _Guest(Channel(sock, _LONGEST_HELLO), secrets.token_bytes(32), now, now)
         self._guests[guest.channel.fileno()] = guest
-        self._send(guest, wire.Challenge(guest.nonce))
+        self._send(guest, Challenge(guest.nonce))
 
     def _listen_to(self, guest: _Guest) -> None:
         guest.heard = time.monotonic()
@@ -219,47 +242,47 @@ class Rendezvous:
             for frame in guest.channel.receive():
                 if self._guests.get(guest.channel.fileno()) is not guest:
                     return
-                self._answer(guest, wire.to_rendezvous.decode(frame))
+                self._answer(guest, to_rendezvous.decode(frame))
         except ChannelClosed:
             self._part(guest, "ended, or lost its connection")
-        except wire.WireError as error:
+        except WireError as error:
             self._part(guest, f"sent what nobody understands: {error}")
         except Exception as error:  # the others are still to be served
             who = "a stranger" if guest.hello is None else guest.name
             log.exception("what %s asks for at %s can't be done", who, self.address)
-            self._send(guest, wire.Refused(f"it can't be done: {error}"))
+            self._send(guest, JoinRefused(f"it can't be done: {error}"))
             self._part(guest, f"was shown out: {error}")
 
-    def _answer(self, guest: _Guest, message: wire.ToRendezvous) -> None:
+    def _answer(self, guest: _Guest, message: ToRendezvous) -> None:
         if guest.hello is None:
-            if not isinstance(message, wire.Signed):
+            if not isinstance(message, Signed):
                 self._part(guest, "")
                 return
             self._welcome(guest, message)
             return
         match message:
-            case wire.Posted():
+            case Posted():
                 self._forward(guest, message)
-            case wire.Leave():
+            case Leave():
                 self._part(guest, message.why)
-            case wire.StoreSet():
+            case StoreSet():
                 old = self._store.get(message.key)
                 if old is None or message.expected is None or message.expected == old:
                     self._store[message.key] = message.value
-                self._send(guest, wire.StoreValue(self._store[message.key]))
+                self._send(guest, StoreValue(self._store[message.key]))
                 self._serve_waiting()
-            case wire.StoreAdd():
+            case StoreAdd():
                 old = self._store.get(message.key, b"0")
                 try:
                     total = int(old) + message.amount
                 except ValueError:
                     raise ValueError(f"{message.key} is {old[:40]!r}, to which no number can be added") from None
                 self._store[message.key] = str(total).encode()
-                self._send(guest, wire.StoreValue(self._store[message.key]))
+                self._send(guest, StoreValue(self._store[message.key]))
                 self._serve_waiting()
-            case wire.StoreDelete():
-                self._send(guest, wire.StoreValue(self._store.pop(message.key, None)))
-            case wire.StoreGet():
+            case StoreDelete():
+                self._send(guest, StoreValue(self._store.pop(message.key, None)))
+            case StoreGet():
                 guest.waits_for = message
                 self._serve_waiting()
 
@@ -271,13 +294,13 @@ class Rendezvous:
             there = all(key in self._store for key in asked.keys)
             if there or not asked.wait:
                 guest.waits_for = None
-                self._send(guest, wire.StoreValue(self._store[asked.keys[-1]] if there else None))
+                self._send(guest, StoreValue(self._store[asked.keys[-1]] if there else None))
 
-    def _welcome(self, guest: _Guest, signed: wire.Signed) -> None:
+    def _welcome(self, guest: _Guest, signed: Signed) -> None:
         if not hmac.compare_digest(signed.proof, proof(self._key, "member", guest.nonce, signed.hello)):
-            self._refuse(guest, wire.Refused(f"the shared key is another one: {_SET_KEY}"))
+            self._refuse(guest, JoinRefused(f"the shared key is another one: {_SET_KEY}"))
             return
-        hello = wire.hello.decode(signed.hello)
+        hello = hello_decoder.decode(signed.hello)
         door = self._doors.get(hello.room) if hello.size else None
         refused = self._objection(hello) if door is None else door.objection(hello)
         if refused is not None:
@@ -285,38 +308,38 @@ class Rendezvous:
             return
         guest.hello = hello
         guest.channel.longest = _LONGEST
-        self._send(guest, wire.Welcome(proof(self._key, "rendezvous", hello.nonce, signed.hello)))
+        self._send(guest, Welcome(proof(self._key, "rendezvous", hello.nonce, signed.hello)))
         if door is not None:
             del self._guests[guest.channel.fileno()]
             door.enter(hello, guest.channel)
         elif hello.size:
             self._enter(guest, hello)
 
-    def _objection(self, hello: wire.Hello) -> wire.Refused | None:
+    def _objection(self, hello: Hello) -> JoinRefused | None:
         """Why somebody may not join a room."""
         room = self._room_of(hello)
         if not hello.size or room is None:
             there = 0 <= hello.rank < max(hello.size, 1)
-            return None if there else wire.Refused(f"rank {hello.rank} of {hello.size} does not exist")
+            return None if there else JoinRefused(f"rank {hello.rank} of {hello.size} does not exist")
         if hello.size != room.size:
-            return wire.Refused(f"it counts {hello.size} ranks, {room.set_by} counts {room.size}")
+            return JoinRefused(f"it counts {hello.size} ranks, {room.set_by} counts {room.size}")
         if not 0 <= hello.rank < room.size:
-            return wire.Refused(f"rank {hello.rank} of {room.size} does not exist")
+            return JoinRefused(f"rank {hello.rank} of {room.size} does not exist")
         if hello.rank in room.members:
             why = f"{room.members[hello.rank].name} is there already: give every process a rank of its own"
             # It may have ended, or been cut off, and its end not be known here yet.
-            return wire.Refused(why, again=self._renewing)
+            return JoinRefused(why, again=self._renewing)
         if room.complete:  # one that was there before has gone, and this one is new to the others
-            return wire.Refused(f"the others have gone on without rank {hello.rank}: start all of them anew")
+            return JoinRefused(f"the others have gone on without rank {hello.rank}: start all of them anew")
         why = difference(hello.agreement, room.agreement, room.set_by)
-        return wire.Refused(why) if why else None
+        return JoinRefused(why) if why else None
 
-    def _room_of(self, hello: wire.Hello) -> _Room | None:
+    def _room_of(self, hello: Hello) -> _Room | None:
         """The one that a newcomer enters, if it is there already."""
         room = self._rooms.get(hello.room)
         return None if room is None or (room.broken and self._renewing) else room
 
-    def _enter(self, guest: _Guest, hello: wire.Hello) -> None:
+    def _enter(self, guest: _Guest, hello: Hello) -> None:
         room = self._room_of(hello)
         if room is None:
             room = self._rooms[hello.room] = _Room(hello.size, hello.agreement, guest.name)
@@ -326,25 +349,25 @@ class Rendezvous:
             room.complete = True
             names = tuple(room.members[rank].name for rank in range(room.size))
             for member in list(room.members.values()):
-                self._send(member, wire.Started(names, self._formations))
+                self._send(member, RoomComplete(names, self._formations))
             self._formations += 1
         else:
             self._say_who_is_missing(room)
 
-    def _forward(self, sender: _Guest, message: wire.Posted) -> None:
+    def _forward(self, sender: _Guest, message: Posted) -> None:
         if sender.hello is None or sender.room is None:
             return
         own = sender.hello.rank
         for rank, member in list(sender.room.members.items()):
             if rank != own and message.to in (-1, rank):
-                self._send(member, wire.Posted(message.topic, own, message.to, message.payload))
+                self._send(member, Posted(message.topic, own, message.to, message.payload))
 
     def _say_who_is_missing(self, room: _Room) -> None:
         room.said = time.monotonic()
         arrived = tuple(room.members[rank].name for rank in sorted(room.members))
         missing = tuple(rank for rank in range(room.size) if rank not in room.members)
         for member in list(room.members.values()):
-            self._send(member, wire.Waiting(arrived, missing))
+            self._send(member, RoomWaiting(arrived, missing))
 
     def _look_around(self, now: float) -> None:
         for room in list(self._rooms.values()):
@@ -352,13 +375,13 @@ class Rendezvous:
                 self._say_who_is_missing(room)
         for guest in list(self._guests.values()):
             if guest.hello is not None and guest.hello.size and now - guest.said > ALIVE_S:
-                self._send(guest, wire.Alive())
+                self._send(guest, Alive())
             if guest.hello is None and now - guest.since > _HELLO_S:
                 self._part(guest, "")
             elif guest.hello is not None and guest.hello.size and now - guest.heard > QUIET_S:
                 self._part(guest, f"was not heard from for {now - guest.heard:.0f} s")
 
-    def _refuse(self, guest: _Guest, refused: wire.Refused) -> None:
+    def _refuse(self, guest: _Guest, refused: JoinRefused) -> None:
         self._send(guest, refused)
         guest.channel.flush(0)
         guest.hello = None
@@ -378,12 +401,12 @@ class Rendezvous:
             del self._rooms[hello.room]
         if room.complete:
             for member in list(room.members.values()):
-                self._send(member, wire.Gone(hello.rank, f"{guest.name} {why}" if why else ""))
+                self._send(member, MemberGone(hello.rank, f"{guest.name} {why}" if why else ""))
 
-    def _send(self, guest: _Guest, message: wire.FromRendezvous) -> None:
+    def _send(self, guest: _Guest, message: FromRendezvous) -> None:
         guest.said = time.monotonic()
         with contextlib.suppress(ChannelClosed):  # its end is read, and said, in turn
-            guest.channel.send(wire.encode(message))
+            guest.channel.send(encode(message))
 
 
 class _Listener:

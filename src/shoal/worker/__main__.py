@@ -13,11 +13,12 @@ from typing import Protocol
 
 import click
 
-from shoal import wire
 from shoal.log import configure_logging
 from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
+from shoal.wire.base import Stop, encode
+from shoal.wire.ranks import Pulse, ToRank, to_rank
 
 _PULSE_S = 0.5
 
@@ -34,7 +35,7 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     configure_logging(f"(rank {number}) ")
     channel = Channel.from_fd(fd)
-    inbox: queue.SimpleQueue[wire.ToRank] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
     status = _Status(number)
     threading.Thread(target=_listen, args=(channel, inbox, status), daemon=True, name="listen").start()
 
@@ -43,10 +44,10 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
 
     garbage_collector.settle()
     status.rank = rank = Rank(ProcessGroups(store, size))
-    while not isinstance(message := inbox.get(), wire.Stop):
+    while not isinstance(message := inbox.get(), Stop):
         answer = rank.answer(message)
         if answer is not None:
-            channel.send(wire.encode(answer))
+            channel.send(encode(answer))
     channel.flush(timeout=1.0)
     os._exit(0)  # nothing to save; torch's own teardown takes longer than the engine should wait
 
@@ -64,22 +65,22 @@ class _Status:
         self.number = number
         self.rank: _Describable | None = None
 
-    def pulse(self) -> wire.Pulse:
+    def pulse(self) -> Pulse:
         if self.rank is None:
-            return wire.Pulse(self.number, -1, "loading torch")
-        return wire.Pulse(self.number, self.rank.last_step, self.rank.doing)
+            return Pulse(self.number, -1, "loading torch")
+        return Pulse(self.number, self.rank.last_step, self.rank.doing)
 
 
-def _listen(channel: Channel, inbox: "queue.SimpleQueue[wire.ToRank]", status: _Status) -> None:
+def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
     next_pulse = time.monotonic()
     try:
         while True:
             if wait([channel], next_pulse - time.monotonic()):
                 for frame in channel.receive():
-                    inbox.put(wire.to_rank.decode(frame))
+                    inbox.put(to_rank.decode(frame))
             if time.monotonic() >= next_pulse:
                 if not channel.backlog:  # an engine at rest reads nothing
-                    channel.send(wire.encode(status.pulse()))
+                    channel.send(encode(status.pulse()))
                 next_pulse = time.monotonic() + _PULSE_S
     except ChannelClosed:
         os._exit(1)

@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shoal import wire
 from shoal.kernels.base import PagedBatch
+from shoal.wire.base import Ids
+from shoal.wire.ranks import NewSeq, StepPlan, Work
 from shoal.worker.random import row_keys, split_keys
 from shoal.worker.rules import EditsBuilder, Rules
 from shoal.worker.sampler import SamplingRows
@@ -55,7 +56,7 @@ class StepInput:
     tokens: Tensor  # int64 [n]
     batch: PagedBatch
     logit_rows: Tensor | None  # int64 [m + p]: m tokens that are sampled behind, then those of `prompts`; None: all
-    sampled: tuple[wire.Work, ...]  # the works of the first m rows, in their order: a row, and one for each draft
+    sampled: tuple[Work, ...]  # the works of the first m rows, in their order: a row, and one for each draft
     sampling: SamplingRows | None  # None: nothing is sampled here
     masked_rows: tuple[int, ...]  # of the m rows, those that the step's mask has a row for, in the mask's order
     prompts: tuple[PromptRows, ...]
@@ -94,7 +95,7 @@ class SequenceTable:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def apply(self, plan: wire.StepPlan) -> None:
+    def apply(self, plan: StepPlan) -> None:
         """Forgets, admits and appends blocks, as the plan says."""
         for seq in plan.released:
             self._free_rows.append(self._sequences.pop(seq).row)
@@ -104,7 +105,7 @@ class SequenceTable:
             if work.blocks:
                 self._append_blocks(self._sequences[work.seq], work.blocks)
 
-    def _admit(self, new: wire.NewSeq) -> None:
+    def _admit(self, new: NewSeq) -> None:
         row = self._free_rows.pop()
         sampling = new.sampling
         tokens = np.frombuffer(new.tokens, "<i4")
@@ -132,12 +133,12 @@ class SequenceTable:
         self._seed[row] = sampling.seed
         self._sample_index[row] = sampling.sample_index
 
-    def _append_blocks(self, sequence: _Sequence, blocks: wire.Ids) -> None:
+    def _append_blocks(self, sequence: _Sequence, blocks: Ids) -> None:
         end = sequence.num_blocks + len(blocks)
         self._blocks[sequence.row, sequence.num_blocks : end] = blocks
         sequence.num_blocks = end
 
-    def build(self, works: Sequence[wire.Work]) -> StepInput:
+    def build(self, works: Sequence[Work]) -> StepInput:
         """The tensors of a step. Sequences with one token come first: the kernels take those together.
 
         A token with drafts behind it poses as so many sequences of one token, which share their blocks. All keys of a
@@ -189,7 +190,7 @@ class SequenceTable:
             host_context_lens=tuple(contexts.tolist()),
         )
 
-    def _tokens(self, ordered: Sequence[wire.Work], rows: Int64, counts: Int64, ends: Int64) -> Tensor:
+    def _tokens(self, ordered: Sequence[Work], rows: Int64, counts: Int64, ends: Int64) -> Tensor:
         """Given ones, the last one that was sampled, guesses."""
         tokens = np.repeat(self._last_token[rows], counts)
         for work, end in zip(ordered, ends.tolist(), strict=True):
@@ -201,7 +202,7 @@ class SequenceTable:
                 tokens[end - len(work.drafts) : end] = work.drafts
         return self._tensor(tokens)
 
-    def _prompt_rows(self, ordered: Sequence[wire.Work]) -> Iterator[PromptRows]:
+    def _prompt_rows(self, ordered: Sequence[Work]) -> Iterator[PromptRows]:
         for work in ordered:
             sequence = self._sequences[work.seq]
             stop = min(work.start + work.count + 1, sequence.prompt_len)
@@ -210,7 +211,7 @@ class SequenceTable:
                 yield PromptRows(work.seq, work.start + 1, tuple(targets), sequence.prompt_logprobs)
 
     def _logit_rows(
-        self, ordered: Sequence[wire.Work], ends: Int64, wanted: Sequence[int], prompts: Sequence[PromptRows]
+        self, ordered: Sequence[Work], ends: Int64, wanted: Sequence[int], prompts: Sequence[PromptRows]
     ) -> Tensor | None:
         if len(wanted) == ends[-1] and not prompts:  # every token is sampled behind
             return None
@@ -219,7 +220,7 @@ class SequenceTable:
         told = [np.arange(begins[each.seq], begins[each.seq] + len(each.targets)) for each in prompts]
         return self._tensor(np.concatenate([*sampled, *told]).astype(np.int64) if sampled or told else ends[:0])
 
-    def _sampling(self, works: Sequence[wire.Work], table_rows: Int64) -> SamplingRows:
+    def _sampling(self, works: Sequence[Work], table_rows: Int64) -> SamplingRows:
         """A row behind the last known token of each work, and one behind each of its drafts."""
         rows_each = np.array([1 + len(work.drafts) for work in works], np.int64)
         rows = np.repeat(table_rows, rows_each)
@@ -276,7 +277,7 @@ class SequenceTable:
         sampling = self._sampling_rows(rows, positions + 1, logprobs=-1, edits=EditsBuilder())
         return batch, dataclasses.replace(sampling, truncated=())
 
-    def record(self, work: wire.Work, tokens: Sequence[int]) -> None:
+    def record(self, work: Work, tokens: Sequence[int]) -> None:
         """Remembers what was sampled: the next plan may ask for it before the engine has seen it."""
         sequence = self._sequences[work.seq]
         self._last_token[sequence.row] = tokens[-1]
@@ -284,7 +285,7 @@ class SequenceTable:
             for token in tokens:
                 sequence.rules.append(token)
 
-    def goes_on_from_drawn(self, work: wire.Work) -> bool:
+    def goes_on_from_drawn(self, work: Work) -> bool:
         """Does it take a token that was drawn since the sequence came?"""
         return work.start + work.count - len(work.drafts) > len(self._sequences[work.seq].tokens)
 
@@ -304,7 +305,7 @@ class SequenceTable:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
-def _apart(works: Sequence[wire.Work], rows: Int64, starts: Int64, counts: Int64) -> tuple[Int64, Int64, Int64]:
+def _apart(works: Sequence[Work], rows: Int64, starts: Int64, counts: Int64) -> tuple[Int64, Int64, Int64]:
     """Works of one token and drafts, token by token."""
     if not any(work.drafts for work in works):
         return rows, starts, counts
@@ -313,7 +314,7 @@ def _apart(works: Sequence[wire.Work], rows: Int64, starts: Int64, counts: Int64
     return np.repeat(rows, times), np.repeat(starts, times) + behind, np.repeat(counts - times + 1, times)
 
 
-def _masked_rows(planned: Sequence[wire.Work], sampled: Sequence[wire.Work]) -> tuple[int, ...]:
+def _masked_rows(planned: Sequence[Work], sampled: Sequence[Work]) -> tuple[int, ...]:
     """The mask has its rows in the order of the plan, the step in its own."""
     if not any(work.masked for work in planned):
         return ()

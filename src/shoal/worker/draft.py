@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from shoal import wire
 from shoal.kernels.base import KVCache
 from shoal.models.causal_model import CausalModel
 from shoal.parallel.mesh import Axis
+from shoal.wire.base import Ids
+from shoal.wire.ranks import Work
 from shoal.worker.batch import SequenceTable, StepInput
 from shoal.worker.sampler import VocabShare, sample
 
@@ -41,7 +42,7 @@ class Draft:
         nothing = torch.zeros(0, dtype=torch.int64, device=step.tokens.device)
         self._model.hidden(step.tokens, step.batch, self._caches, nothing)
 
-    def guess(self, works: Sequence[wire.Work], sampled: Sequence[Sequence[int]]) -> list[wire.Ids]:
+    def guess(self, works: Sequence[Work], sampled: Sequence[Sequence[int]]) -> list[Ids]:
         """What may follow the tokens that were sampled just now."""
         seqs = [work.seq for work in works]
         # Of the last token known: behind the work's own tokens, less the drafts among them that were wrong.

@@ -7,11 +7,21 @@ from collections.abc import Sequence
 
 import torch.distributed
 
-from shoal import wire
 from shoal.addresses import Address
 from shoal.errors import CommError, CommTimeout
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import connect
+from shoal.wire.base import encode
+from shoal.wire.rendezvous import (
+    JoinRefused,
+    StoreAdd,
+    StoreDelete,
+    StoreGet,
+    StoreSet,
+    StoreValue,
+    ToRendezvous,
+    from_rendezvous,
+)
 
 
 class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,misc]  # it has no usable types
@@ -36,27 +46,27 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
         self._channel.close()
 
     def set(self, key: str, value: str | bytes) -> None:
-        self._ask(wire.StoreSet(key, _bytes(value)))
+        self._ask(StoreSet(key, _bytes(value)))
 
     def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
-        found = self._ask(wire.StoreSet(key, _bytes(desired_value), expected=_bytes(expected_value)))
+        found = self._ask(StoreSet(key, _bytes(desired_value), expected=_bytes(expected_value)))
         return found or b""
 
     def get(self, key: str) -> bytes:
-        return self._ask(wire.StoreGet((key,), wait=True)) or b""
+        return self._ask(StoreGet((key,), wait=True)) or b""
 
     def add(self, key: str, amount: int) -> int:
-        return int(self._ask(wire.StoreAdd(key, amount)) or b"0")
+        return int(self._ask(StoreAdd(key, amount)) or b"0")
 
     def check(self, keys: Sequence[str]) -> bool:
-        return self._ask(wire.StoreGet(tuple(keys), wait=False)) is not None
+        return self._ask(StoreGet(tuple(keys), wait=False)) is not None
 
     def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
         seconds = self._timeout_s if timeout is None else timeout.total_seconds()
-        self._ask(wire.StoreGet(tuple(keys), wait=True), seconds)
+        self._ask(StoreGet(tuple(keys), wait=True), seconds)
 
     def delete_key(self, key: str) -> bool:
-        return self._ask(wire.StoreDelete(key)) is not None
+        return self._ask(StoreDelete(key)) is not None
 
     def set_timeout(self, timeout: datetime.timedelta) -> None:
         self._timeout_s = timeout.total_seconds()
@@ -64,7 +74,7 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
     def has_extended_api(self) -> bool:
         return False
 
-    def _ask(self, question: wire.ToRendezvous, timeout_s: float | None = None) -> bytes | None:
+    def _ask(self, question: ToRendezvous, timeout_s: float | None = None) -> bytes | None:
         """Raises:
         CommTimeout: no answer in time: a key that is waited for is not there, or the rendezvous has gone.
         CommError: it can't be done; the connection has ended.
@@ -72,7 +82,7 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
         seconds = self._timeout_s if timeout_s is None else timeout_s
         with self._lock:
             try:
-                self._channel.send(wire.encode(question))
+                self._channel.send(encode(question))
                 return self._answer(time.monotonic() + seconds)
             except ChannelClosed as error:
                 raise CommTimeout(f"the rendezvous at {self._address} has gone: {error}") from None
@@ -87,10 +97,10 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
             if left <= 0 or (not self._channel.has_frame and not wait([self._channel], left)):
                 raise TimeoutError
             for frame in self._channel.receive(1):
-                message = wire.from_rendezvous.decode(frame)
-                if isinstance(message, wire.StoreValue):
+                message = from_rendezvous.decode(frame)
+                if isinstance(message, StoreValue):
                     return message.value
-                if isinstance(message, wire.Refused):
+                if isinstance(message, JoinRefused):
                     raise CommError(f"the store at {self._address}: {message.why}")
 
 

@@ -5,10 +5,10 @@ import re
 
 import torch
 
-from shoal import wire
 from shoal.config.engine_options import format_bytes, parse_bytes
 from shoal.devices import cpu
 from shoal.errors import ConfigError
+from shoal.wire.ranks import RankSetup
 
 # "Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 9.50 MiB is free."
 _SIZE = r"(\d{1,12}(?:\.\d{1,3})? (?:bytes|[KMGT]iB))"
@@ -19,7 +19,7 @@ _CPU_ASKED = re.compile(r"you tried to allocate (\d+) bytes")
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
-def explain(error: BaseException, setup: wire.RankSetup) -> str | None:
+def explain(error: BaseException, setup: RankSetup) -> str | None:
     """One line, where `error` says that memory ran out, on a GPU, in PyTorch's allocator for CPUs, in Python or in the
     kernel; else None."""
     text = str(error)
@@ -37,7 +37,7 @@ def explain(error: BaseException, setup: wire.RankSetup) -> str | None:
     return None
 
 
-def _host_line(setup: wire.RankSetup, asked: int | None) -> str:
+def _host_line(setup: RankSetup, asked: int | None) -> str:
     try:
         total, available = cpu.memory()
     except (OSError, MemoryError, ConfigError):
@@ -45,7 +45,7 @@ def _host_line(setup: wire.RankSetup, asked: int | None) -> str:
     return _line(setup, asked, available=available, total=total)
 
 
-def _line(setup: wire.RankSetup, asked: int | None, available: int | None = None, total: int | None = None) -> str:
+def _line(setup: RankSetup, asked: int | None, available: int | None = None, total: int | None = None) -> str:
     on_gpu = setup.device == "cuda"
     facts = [] if asked is None else [f"it asked for {format_bytes(asked)}"]
     if available is not None and total is not None:

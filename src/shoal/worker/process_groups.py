@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from shoal import wire
 from shoal.comm.base import Communicator
 from shoal.comm.torch_dist import TorchComm, file_store
+from shoal.wire.ranks import RankSetup
 from shoal.worker.group_store import RendezvousStore
 
 
@@ -22,7 +22,7 @@ class ProcessGroups:
         self._own: Any = None
         self._shared: RendezvousStore | None = None
 
-    def __call__(self, setup: wire.RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
+    def __call__(self, setup: RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
         cuda = setup.device == "cuda" and axis != "back"  # drawn tokens are on the host
         store = self._store(setup, ranks)
         name = f"{axis}:{ranks[0]}"
@@ -42,7 +42,7 @@ class ProcessGroups:
         if self._shared is not None:
             self._shared.close()
 
-    def _store(self, setup: wire.RankSetup, ranks: Sequence[int]) -> Any:
+    def _store(self, setup: RankSetup, ranks: Sequence[int]) -> Any:
         replica = range(setup.dp_rank * setup.world_size, (setup.dp_rank + 1) * setup.world_size)
         if not set(ranks) <= set(replica):
             if self._shared is None:

@@ -2,9 +2,9 @@
 
 import traceback
 
-from shoal import wire
 from shoal.errors import CommError, ShoalError, UserError
 from shoal.log import get_logger
+from shoal.wire.ranks import FromRank, RankCall, RankReport, RankSetup, StepMask, StepPlan
 from shoal.worker.memory_errors import explain
 from shoal.worker.worker import Connect, Worker
 
@@ -18,7 +18,7 @@ class Rank:
         self._connect = connect
         self._worker: Worker | None = None
         self._rank = -1
-        self._setup: wire.RankSetup | None = None
+        self._setup: RankSetup | None = None
         self._failed = False
 
     @property
@@ -29,12 +29,12 @@ class Rank:
     def doing(self) -> str:
         return self._worker.doing if self._worker else "starting"
 
-    def answer(self, message: wire.RankSetup | wire.StepPlan | wire.StepMask | wire.Call) -> wire.FromRank | None:
+    def answer(self, message: RankSetup | StepPlan | StepMask | RankCall) -> FromRank | None:
         """Never raises."""
         if self._failed:
             return None
         try:
-            if isinstance(message, wire.RankSetup):
+            if isinstance(message, RankSetup):
                 self._rank, self._setup = message.rank, message
                 self._worker = Worker(message, self._connect)
                 return None
@@ -47,7 +47,7 @@ class Rank:
                 log.error("rank %d failed:\n%s", self._rank, traceback.format_exc())
             if self._worker is not None:
                 self._worker.abort()
-            return wire.RankReport(
+            return RankReport(
                 rank=self._rank,
                 step=self.last_step,
                 error=(self._setup and explain(error, self._setup)) or _in_one_line(error),

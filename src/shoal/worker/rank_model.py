@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 
-from shoal import wire
 from shoal.config.engine_options import ExpertPlacement
 from shoal.errors import EngineError
 from shoal.kernels.linear import make_linear
@@ -26,6 +25,7 @@ from shoal.parallel.all2all.backends import make_dispatch
 from shoal.parallel.dispatch import Dispatch
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.placement import place_experts
+from shoal.wire.ranks import RankSetup
 from shoal.worker import kv_cache
 from shoal.worker.sampler import VocabShare
 
@@ -33,7 +33,7 @@ from shoal.worker.sampler import VocabShare
 class RankModel:
     """Of a rank's one or two models; the second one is a draft model, which the last stage's ranks hold whole."""
 
-    def __init__(self, folder: Path, setup: wire.RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
+    def __init__(self, folder: Path, setup: RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
         """Reads config.json; weights come with `load`."""
         self._overrides: dict[str, Any] = json.loads(setup.draft_overrides if draft else setup.overrides)
         self.spec = read_model(folder, "auto" if draft else setup.model_impl, self._overrides)
@@ -138,7 +138,7 @@ class RankModel:
         return kv_cache.allocate(self.spec, self.shard, num_blocks, self._setup.block_size, self._precision.kv, device)
 
 
-def _cutting(setup: wire.RankSetup) -> Cutting:
+def _cutting(setup: RankSetup) -> Cutting:
     return Cutting(
         tp=setup.tp,
         tp_split=setup.tp_split or None,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shoal import wire
+from shoal.wire.ranks import Sampling, SamplingPenalties
 from shoal.worker.edits import Bias, Edits, Masks, Pairs, Penalties
 
 _LARGEST_REPETITION = 1e30  # beyond, and below its inverse, products leave float32's range
@@ -60,7 +60,7 @@ class History:
 class Rules:
     """Of one sequence."""
 
-    def __init__(self, sampling: wire.Sampling, prompt: Sequence[int], output: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], output: Sequence[int]) -> None:
         self.sampling = sampling
         self.bias_ids = _ids(sampling.bias_ids)
         self.bias_values = np.frombuffer(sampling.bias_values, "<f4")
@@ -79,7 +79,7 @@ class Rules:
         self._tail = deque(output, max((len(banned) for banned in sampling.banned), default=1) - 1)
 
     @classmethod
-    def of(cls, sampling: wire.Sampling, prompt: Sequence[int], output: Sequence[int]) -> "Rules | None":
+    def of(cls, sampling: Sampling, prompt: Sequence[int], output: Sequence[int]) -> "Rules | None":
         """None where the parameters change no logits."""
         plain = not (sampling.bias_ids or sampling.banned or sampling.min_tokens or sampling.penalties)
         return None if plain and sampling.allowed is None else cls(sampling, prompt, output)
@@ -119,7 +119,7 @@ class EditsBuilder:
         self._bias_values: list[npt.NDArray[np.float32]] = []
         self._seen: list[tuple[int, Int64]] = []
         self._seen_counts: list[Int32] = []
-        self._penalties: list[tuple[int, wire.Penalties]] = []
+        self._penalties: list[tuple[int, SamplingPenalties]] = []
 
     def add(self, row: int, rules: Rules, guesses: Sequence[int]) -> None:
         """One row: what is drawn there follows the sequence's tokens and these guesses."""

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal import wire
 from shoal.kernels.base import KVCache
 from shoal.models.causal_model import CausalModel
 from shoal.parallel.mesh import Axis
 from shoal.parallel.pipeline import Pipeline
+from shoal.wire.base import Ids
+from shoal.wire.ranks import PromptLogprobs, SeqOut, StepMask, StepPlan, StepResult, StepTimes, TokenLogprobs
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.draft import Draft
 from shoal.worker.edits import Edits, Masks
@@ -27,7 +28,7 @@ _PROMPT_ROWS = 64  # of a prompt whose logits are there at a time: a vocabulary 
 class _Pending:
     """A step that was computed, and waits for its mask."""
 
-    plan: wire.StepPlan
+    plan: StepPlan
     step: StepInput
     hidden: Tensor
     spent_ns: int
@@ -60,7 +61,7 @@ class Runner:
         self._pending: _Pending | None = None
         self.busy_ns = 0  # in steps so far, but for waits for other stages
 
-    def execute(self, plan: wire.StepPlan) -> wire.StepResult | None:
+    def execute(self, plan: StepPlan) -> StepResult | None:
         """Every rank of the last stage gives the same result, because every one samples the same tokens. A plan that
         is masked has none there before its mask."""
         begun = self._now()
@@ -82,7 +83,7 @@ class Runner:
             return None
         return self._finish(pending, step.sampling)
 
-    def unmask(self, mask: wire.StepMask) -> wire.StepResult | None:
+    def unmask(self, mask: StepMask) -> StepResult | None:
         """The result of the plan that waits for this mask; None if it waits for another."""
         pending = self._pending
         if pending is None or pending.plan.step != mask.step or pending.step.sampling is None:
@@ -111,18 +112,18 @@ class Runner:
             torch.cuda.current_stream().synchronize()
         return hidden
 
-    def _pass_on(self, pending: _Pending) -> wire.StepResult:
+    def _pass_on(self, pending: _Pending) -> StepResult:
         begun = self._now()
         self._pipeline.send(pending.hidden)
         if self._pipeline.first:
             self._unread.note(pending.plan.step, pending.step.sampled)
         return self._result(pending.plan, (), pending.spent_ns + self._now() - begun, pending.forward_ns)
 
-    def _finish(self, pending: _Pending, sampling: SamplingRows | None) -> wire.StepResult:
+    def _finish(self, pending: _Pending, sampling: SamplingRows | None) -> StepResult:
         begun = self._now()
         step, hidden = pending.step, pending.hidden
         forward_ns = pending.forward_ns
-        sampled: Sequence[wire.SeqOut] = ()
+        sampled: Sequence[SeqOut] = ()
         if sampling is not None:
             logits = self._model.logits(hidden[: len(sampling.temperature)])
             forward_ns += self._now() - begun
@@ -131,7 +132,7 @@ class Runner:
         out = tuple(self._with_prompts(sampled, told)) if told else tuple(sampled)
         return self._result(pending.plan, out, pending.spent_ns + self._now() - begun, forward_ns)
 
-    def _sample(self, step: StepInput, sampling: SamplingRows, logits: Tensor) -> Iterator[wire.SeqOut]:
+    def _sample(self, step: StepInput, sampling: SamplingRows, logits: Tensor) -> Iterator[SeqOut]:
         chosen = sample(logits, self._share, self._tp, sampling)
         found = None
         if sampling.logprobs >= 0:
@@ -147,45 +148,41 @@ class Runner:
         first = 0
         for work, tokens, drafts in zip(step.sampled, taken, guesses, strict=True):
             told = () if found is None else _rows(found, first, len(tokens), self._table.logprobs(work.seq))
-            yield wire.SeqOut(work.seq, self._table.epoch(work.seq), tuple(tokens), told, drafts=drafts)
+            yield SeqOut(work.seq, self._table.epoch(work.seq), tuple(tokens), told, drafts=drafts)
             first += 1 + len(work.drafts)
 
     def _tell_first_stage(self, taken: Sequence[Sequence[int]]) -> None:
         if not self._pipeline.first:
             self._pipeline.send_tokens(torch.tensor([tokens[-1] for tokens in taken]))
 
-    def _tell_prompts(self, prompts: Sequence[PromptRows], hidden: Tensor) -> dict[int, wire.PromptLogprobs]:
+    def _tell_prompts(self, prompts: Sequence[PromptRows], hidden: Tensor) -> dict[int, PromptLogprobs]:
         """Log-probabilities of prompt tokens, some rows at a time. Their hidden states are the last ones."""
-        found: dict[int, wire.PromptLogprobs] = {}
+        found: dict[int, PromptLogprobs] = {}
         first = len(hidden) - sum(len(each.targets) for each in prompts)
         for each in prompts:
-            entries: list[wire.TokenLogprobs] = []
+            entries: list[TokenLogprobs] = []
             for start in range(0, len(each.targets), _PROMPT_ROWS):
                 targets = torch.tensor(each.targets[start : start + _PROMPT_ROWS], device=hidden.device)
                 logits = self._model.logits(hidden[first + start : first + start + len(targets)])
                 rows = logprobs(logits, self._share, self._tp, targets, each.logprobs)
                 entries += _rows(rows, 0, len(targets), each.logprobs)
-            found[each.seq] = wire.PromptLogprobs(each.start, tuple(entries))
+            found[each.seq] = PromptLogprobs(each.start, tuple(entries))
             first += len(each.targets)
         return found
 
-    def _with_prompts(
-        self, sampled: Sequence[wire.SeqOut], told: dict[int, wire.PromptLogprobs]
-    ) -> Iterator[wire.SeqOut]:
+    def _with_prompts(self, sampled: Sequence[SeqOut], told: dict[int, PromptLogprobs]) -> Iterator[SeqOut]:
         for out in sampled:
             entries = told.pop(out.seq, None)
-            yield wire.SeqOut(out.seq, out.epoch, out.tokens, out.logprobs, entries, out.drafts)
+            yield SeqOut(out.seq, out.epoch, out.tokens, out.logprobs, entries, out.drafts)
         for seq, rest in told.items():
-            yield wire.SeqOut(seq, self._table.epoch(seq), (), prompt_logprobs=rest)
+            yield SeqOut(seq, self._table.epoch(seq), (), prompt_logprobs=rest)
 
-    def _result(
-        self, plan: wire.StepPlan, out: tuple[wire.SeqOut, ...], total_ns: int, forward_ns: int
-    ) -> wire.StepResult:
+    def _result(self, plan: StepPlan, out: tuple[SeqOut, ...], total_ns: int, forward_ns: int) -> StepResult:
         self.busy_ns += total_ns
-        return wire.StepResult(plan.incarnation, plan.step, out, wire.StepTimes(total_ns // 1000, forward_ns // 1000))
+        return StepResult(plan.incarnation, plan.step, out, StepTimes(total_ns // 1000, forward_ns // 1000))
 
 
-def _accepted(drafts: wire.Ids, drawn: Sequence[int]) -> Sequence[int]:
+def _accepted(drafts: Ids, drawn: Sequence[int]) -> Sequence[int]:
     """The draws up to and with the first that is no guess: behind a wrong guess, draws mean nothing."""
     right = next(
         (i for i, (guess, token) in enumerate(zip(drafts, drawn, strict=False)) if guess != token), len(drafts)
@@ -193,13 +190,13 @@ def _accepted(drafts: wire.Ids, drawn: Sequence[int]) -> Sequence[int]:
     return drawn[: right + 1]
 
 
-def _rows(found: Logprobs, first: int, rows: int, count: int) -> tuple[wire.TokenLogprobs, ...]:
+def _rows(found: Logprobs, first: int, rows: int, count: int) -> tuple[TokenLogprobs, ...]:
     """Of consecutive rows, `count` tokens each; -1: none."""
     if count < 0:
         return ()
     taken = slice(first, first + rows)
     return tuple(
-        wire.TokenLogprobs(chosen, rank, tuple(ids), tuple(values))
+        TokenLogprobs(chosen, rank, tuple(ids), tuple(values))
         for chosen, rank, ids, values in zip(
             found.chosen[taken].tolist(),
             found.ranks[taken].tolist(),

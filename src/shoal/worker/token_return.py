@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal import wire
 from shoal.parallel.pipeline import Pipeline
+from shoal.wire.ranks import StepPlan, Work
 from shoal.worker.batch import SequenceTable
 
 
@@ -33,12 +33,12 @@ class Unread:
         self._table = table
         self._steps: deque[_Step] = deque()
 
-    def note(self, number: int, works: Sequence[wire.Work]) -> None:
+    def note(self, number: int, works: Sequence[Work]) -> None:
         """The tokens of these works will be drawn in a step, in this order."""
         if works:
             self._steps.append(_Step(number, {work.seq: self._table.epoch(work.seq) for work in works}))
 
-    def read_for(self, plan: wire.StepPlan) -> None:
+    def read_for(self, plan: StepPlan) -> None:
         """What a plan needs, and what must have been sent because the plan shows that its step was answered."""
         if not self._steps:
             return

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from shoal import wire
 from shoal.activity import KV_CACHE, WEIGHTS
 from shoal.comm.base import Communicator
 from shoal.devices import cpu
@@ -16,6 +15,23 @@ from shoal.log import get_logger
 from shoal.parallel.mesh import make_mesh
 from shoal.parallel.pipeline import Pipeline
 from shoal.parallel.topology import Topology
+from shoal.wire.base import WIRE_VERSION, encode
+from shoal.wire.ranks import (
+    Capacity,
+    LoadInfo,
+    NewSeq,
+    RankCall,
+    RankReply,
+    RankSetup,
+    RankStats,
+    Sampling,
+    SamplingPenalties,
+    StepMask,
+    StepPlan,
+    StepResult,
+    Traffic,
+    Work,
+)
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft import Draft
 from shoal.worker.free_memory import give_back
@@ -26,16 +42,16 @@ from shoal.worker.runner import Runner
 
 log = get_logger("worker")
 
-Connect = Callable[[wire.RankSetup, str, Sequence[int]], Communicator]  # opens the group of an axis; by global ranks
+Connect = Callable[[RankSetup, str, Sequence[int]], Communicator]  # opens the group of an axis; by global ranks
 
 
 class Worker:
     """Answers one message at a time, on the thread that made it."""
 
-    def __init__(self, setup: wire.RankSetup, connect: Connect) -> None:
-        if setup.wire_version != wire.WIRE_VERSION:
+    def __init__(self, setup: RankSetup, connect: Connect) -> None:
+        if setup.wire_version != WIRE_VERSION:
             raise EngineError(
-                f"rank {setup.rank} speaks wire version {wire.WIRE_VERSION}, the engine {setup.wire_version}: "
+                f"rank {setup.rank} speaks wire version {WIRE_VERSION}, the engine {setup.wire_version}: "
                 "install the same version of Shoal for both"
             )
         self.setup = setup
@@ -94,7 +110,7 @@ class Worker:
                 log.warning("rank %d could not call %s off: %s", self.setup.rank, axis.name, error)
 
     @torch.inference_mode()
-    def handle(self, message: wire.StepPlan | wire.StepMask | wire.Call) -> wire.StepResult | wire.Reply | None:
+    def handle(self, message: StepPlan | StepMask | RankCall) -> StepResult | RankReply | None:
         """The answer; plans are answered by the first rank of the last stage alone, since every result there is the
         same, and a plan that is masked when its mask has come."""
         self._handling = True
@@ -102,14 +118,14 @@ class Worker:
         self._handling = False  # after an error it stays: `doing` says where the rank stopped
         return answer
 
-    def _answer(self, message: wire.StepPlan | wire.StepMask | wire.Call) -> wire.StepResult | wire.Reply | None:
-        if isinstance(message, wire.Call):
-            return wire.Reply(message.id, self.setup.rank, self._verbs[message.verb](message.payload))
+    def _answer(self, message: StepPlan | StepMask | RankCall) -> StepResult | RankReply | None:
+        if isinstance(message, RankCall):
+            return RankReply(message.id, self.setup.rank, self._verbs[message.verb](message.payload))
         if message.incarnation != self.setup.incarnation:  # of an engine that is no more
             return None
         if self._runner is None:
             raise EngineError(f"rank {self.setup.rank} got step {message.step}, and has no weights or no KV cache")
-        if isinstance(message, wire.StepMask):
+        if isinstance(message, StepMask):
             result = self._runner.unmask(message)
         else:
             result = self._runner.execute(message)
@@ -121,7 +137,7 @@ class Worker:
         for each in self._models:
             each.load(self.device)
         model = self._model
-        info = wire.LoadInfo(
+        info = LoadInfo(
             rank=self.setup.rank,
             device=str(self.device),
             first_layer=model.shard.stage.layers.start,
@@ -135,7 +151,7 @@ class Worker:
             linear=model.linear,
             comm=type(next(iter(self.mesh.axes), self.mesh.tp).comm).__name__,
         )
-        return wire.encode(info)
+        return encode(info)
 
     @property
     def _weight_bytes(self) -> int:
@@ -149,7 +165,7 @@ class Worker:
             budget = self._free_device_memory()
         # A rank without KV heads needs no memory for them, and must not be the one that decides.
         num_blocks = budget // block_bytes if block_bytes else 2**31 - 1
-        return wire.encode(wire.Capacity(self.setup.rank, max(num_blocks, 0), block_bytes))
+        return encode(Capacity(self.setup.rank, max(num_blocks, 0), block_bytes))
 
     def _free_device_memory(self) -> int:
         """Bytes of a GPU that are left after weights and the largest step, which is run and measured.
@@ -251,25 +267,25 @@ class Worker:
         if self._runner is None:
             return
         size = self.setup.block_size
-        sampling = wire.Sampling(seed=0, temperature=1.0, top_p=0.9, penalties=wire.Penalties(1.0), logprobs=1)
+        sampling = Sampling(seed=0, temperature=1.0, top_p=0.9, penalties=SamplingPenalties(1.0), logprobs=1)
         new, work, first = [], [], 0
         for i, length in enumerate(lengths):
             count = -(-(length + num_drafts + decode) // size)
             seq, blocks = -1 - i, tuple(range(first, first + count))
             first += count
-            new.append(wire.NewSeq(seq, 0, bytes(4 * length), length, (), sampling))
-            work.append(wire.Work(seq, 0, length + num_drafts, True, blocks, (0,) * num_drafts))
-        plans = [wire.StepPlan(0, -1, tuple(work), new=tuple(new))]
+            new.append(NewSeq(seq, 0, bytes(4 * length), length, (), sampling))
+            work.append(Work(seq, 0, length + num_drafts, True, blocks, (0,) * num_drafts))
+        plans = [StepPlan(0, -1, tuple(work), new=tuple(new))]
         if decode:
-            again = tuple(wire.Work(each.seq, each.count, 1, True) for each in work)
-            plans.append(wire.StepPlan(0, -1, again))
-        plans.append(wire.StepPlan(0, -1, (), released=tuple(each.seq for each in work)))
+            again = tuple(Work(each.seq, each.count, 1, True) for each in work)
+            plans.append(StepPlan(0, -1, again))
+        plans.append(StepPlan(0, -1, (), released=tuple(each.seq for each in work)))
         for plan in plans:
             self._runner.execute(plan)
         self._runner.settle()
 
     def _stats(self, _: bytes) -> bytes:
-        stats = wire.RankStats(
+        stats = RankStats(
             rank=self.setup.rank,
             pid=os.getpid(),
             anonymous=cpu.anonymous_memory(),
@@ -279,9 +295,9 @@ class Worker:
             stage=self.mesh.pp.rank,
             busy_us=(self._busy_ns + (self._runner.busy_ns if self._runner is not None else 0)) // 1000,
             traffic=tuple(
-                wire.Traffic(axis.name, operation, total.count, total.sent_bytes)
+                Traffic(axis.name, operation, total.count, total.sent_bytes)
                 for axis in self.mesh.axes
                 for operation, total in axis.comm.progress.totals.items()
             ),
         )
-        return wire.encode(stats)
+        return encode(stats)

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from shoal import addresses, wire
+from shoal import addresses
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.member import Member
+from shoal.wire.plan import ReplicaPlace
 
 _ROOM = "replicas"
 _LAUNCHED = "launched"
@@ -17,7 +18,7 @@ class RendezvousLockstep:
 
     backlog = False
 
-    def __init__(self, place: wire.Place, agreement: Mapping[str, str], *, timeout: float) -> None:
+    def __init__(self, place: ReplicaPlace, agreement: Mapping[str, str], *, timeout: float) -> None:
         """Waits for the other replicas.
 
         Raises:
@@ -42,7 +43,7 @@ class RendezvousLockstep:
             self._member.close()
             raise
 
-    def _compare_addresses(self, place: wire.Place, timeout: float) -> None:
+    def _compare_addresses(self, place: ReplicaPlace, timeout: float) -> None:
         """Ranks will tell each other the address by which their host came here."""
         self._member.post(_ADDRESS, self.host_address.encode())
         told = {rank: self._member.await_post(_ADDRESS, rank, timeout=timeout).decode() for rank in self._others}

@@ -5,10 +5,11 @@ import socket
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from shoal import wire
 from shoal.cluster.members.replica import Replica
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.rendezvous import difference
+from shoal.wire.engine import SeqUpdate
+from shoal.wire.rendezvous import Hello, JoinRefused
 
 FRONT_END = "front end"  # what the doors are called in a Hello
 PEERS = "peers"
@@ -59,7 +60,7 @@ class Arrival(Replica):
     """`host` and `pid` are where it runs. It is ready when it says so, and goes on after `close`: only `dismiss` ends
     it."""
 
-    def __init__(self, hello: wire.Hello, channel: Channel, *, answer_timeout: float) -> None:
+    def __init__(self, hello: Hello, channel: Channel, *, answer_timeout: float) -> None:
         self.host = hello.host
         self.pid = hello.pid
         self._other = _OtherHost(channel)
@@ -77,7 +78,7 @@ class Arrival(Replica):
         """Has it end for good; nobody starts it again."""
         super().say_goodbye()
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         found = super().updates(timeout)
         for update in found:
             for token in update.tokens:
@@ -112,31 +113,31 @@ class FleetDoor:
         """`arrive` is told of each, on the thread of the rendezvous."""
         self._arrive = arrive
 
-    def objection(self, hello: wire.Hello) -> wire.Refused | None:
+    def objection(self, hello: Hello) -> JoinRefused | None:
         if self._arrive is None:
-            return wire.Refused(f"{self._whose} has only begun to start", again=True)
+            return JoinRefused(f"{self._whose} has only begun to start", again=True)
         if hello.size != self._size:
-            return wire.Refused(
+            return JoinRefused(
                 f"it counts {hello.size} replicas, {self._whose} counts {self._size}: give all the same "
                 "--data-parallel-size"
             )
         if hello.rank not in self._awaited:
             awaited = ", ".join(map(str, sorted(self._awaited)[:8])) + (", ..." if len(self._awaited) > 8 else "")
-            return wire.Refused(
+            return JoinRefused(
                 f"{self._whose} does not await replica {hello.rank}, but {awaited}: see --data-parallel-start-rank and "
                 "--data-parallel-size-local"
             )
         told = {name: value for name, value in hello.agreement.items() if name not in self._uncompared}
         why = difference(told, self._agreement, self._whose)
         if why:
-            return wire.Refused(why)
+            return JoinRefused(why)
         there = self._present.get(hello.rank)
         if there is not None and there.connected:
             # It may have been cut off, and that not be known here yet.
-            return wire.Refused(f"{there.name} is there already: give every replica a number of its own", again=True)
+            return JoinRefused(f"{there.name} is there already: give every replica a number of its own", again=True)
         return None
 
-    def enter(self, hello: wire.Hello, channel: Channel) -> None:
+    def enter(self, hello: Hello, channel: Channel) -> None:
         assert self._arrive is not None
         arrival = self._present[hello.rank] = Arrival(hello, channel, answer_timeout=self._answer_timeout)
         self._arrive(hello.rank, arrival)
@@ -151,11 +152,11 @@ class PeersDoor:
         self._agreement = agreement
         self._whose = f"replica 0 ({socket.gethostname()})"
 
-    def objection(self, hello: wire.Hello) -> wire.Refused | None:
+    def objection(self, hello: Hello) -> JoinRefused | None:
         if hello.size != self._size:
-            return wire.Refused(f"it counts {hello.size} replicas, {self._whose} counts {self._size}")
+            return JoinRefused(f"it counts {hello.size} replicas, {self._whose} counts {self._size}")
         why = difference(hello.agreement, self._agreement, self._whose)
-        return wire.Refused(why) if why else None
+        return JoinRefused(why) if why else None
 
-    def enter(self, hello: wire.Hello, channel: Channel) -> None:
+    def enter(self, hello: Hello, channel: Channel) -> None:
         channel.close()

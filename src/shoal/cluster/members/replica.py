@@ -6,12 +6,29 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
-from shoal import wire
 from shoal.activity import Activity
 from shoal.cluster.members.engine_thread import ThreadHost
 from shoal.errors import ClosedError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
+from shoal.wire.base import Stop, WireError, encode
+from shoal.wire.engine import (
+    Abort,
+    Become,
+    CacheReset,
+    EngineFailure,
+    EngineRequest,
+    EngineStats,
+    ResetCache,
+    SeqUpdate,
+    Snapshot,
+    StatsQuery,
+    Told,
+    Updates,
+    cache_reset_decoder,
+    from_engine,
+)
+from shoal.wire.plan import EngineSetup
 
 _SLICE_S = 0.5
 _QUIET_S = 3.0  # without a word for so long while one is awaited, the process is looked at: was it stopped?
@@ -43,7 +60,7 @@ class Replica:
     def __init__(
         self,
         host: Host,
-        setup: wire.EngineSetup | None,
+        setup: EngineSetup | None,
         *,
         name: str,
         answer_timeout: float,
@@ -57,11 +74,11 @@ class Replica:
         self._signature = f"{name}: " if one_of_many else ""
         self._patience = _PATIENCE_OF_MANY_S if one_of_many else _PATIENCE_S
         self._answer_timeout = answer_timeout
-        self._updates: list[wire.SeqUpdate] = []
-        self._stats: list[wire.EngineStats] = []
-        self._answers: list[wire.Told] = []
+        self._updates: list[SeqUpdate] = []
+        self._stats: list[EngineStats] = []
+        self._answers: list[Told] = []
         self._questions = itertools.count()
-        self.snapshot: wire.EngineStats | None = None  # what it said of itself last, unasked
+        self.snapshot: EngineStats | None = None  # what it said of itself last, unasked
         self._failure: EngineError | None = None
         self._told = True  # has somebody been told of the failure?
         self._started = False
@@ -71,7 +88,7 @@ class Replica:
         self.words = 0  # how often it has said something
         try:
             if setup is not None:
-                self._send(wire.encode(setup))
+                self._send(encode(setup))
         except BaseException:
             self.close()
             raise
@@ -81,7 +98,7 @@ class Replica:
         """Readable when it has something to say."""
         return self._host.channel
 
-    def ready(self, timeout: float) -> wire.EngineStats | None:
+    def ready(self, timeout: float) -> EngineStats | None:
         """What it starts with, once it can take requests; None if that is not within `timeout` seconds.
 
         Raises:
@@ -103,14 +120,14 @@ class Replica:
             self.close()
             raise
 
-    def add(self, request: wire.EngineRequest) -> None:
-        self._send(wire.encode(request))
+    def add(self, request: EngineRequest) -> None:
+        self._send(encode(request))
 
     def abort(self, seqs: Sequence[int]) -> None:
         if seqs and not self._closed and self._failure is None:
-            self._send(wire.encode(wire.Abort(tuple(seqs))))
+            self._send(encode(Abort(tuple(seqs))))
 
-    def updates(self, timeout: float) -> list[wire.SeqUpdate]:
+    def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_open()
         if not self._updates:
             try:
@@ -122,39 +139,39 @@ class Replica:
         updates, self._updates = self._updates, []
         return updates
 
-    def stats(self, timeout: float | None = None) -> wire.EngineStats:
+    def stats(self, timeout: float | None = None) -> EngineStats:
         """
         Raises:
             EngineError: it has failed, or does not answer within `timeout` seconds, for which it is ended.
         """
-        self._send(wire.encode(wire.StatsQuery()))
+        self._send(encode(StatsQuery()))
         return self._await_stats("stats", self._answer_timeout if timeout is None else timeout)
 
-    def tell(self, message: wire.Become | wire.ResetCache) -> None:
+    def tell(self, message: Become | ResetCache) -> None:
         """`answers` has what it says to that, in its time."""
-        self._send(wire.encode(message))
+        self._send(encode(message))
 
-    def answers(self) -> list[wire.Told]:
+    def answers(self) -> list[Told]:
         """Those that came with the last `updates`."""
         answers, self._answers = self._answers, []
         return answers
 
     def become(self, activity: Activity) -> None:
         """As of an EngineClient."""
-        self._ask(wire.Become(next(self._questions), activity))
+        self._ask(Become(next(self._questions), activity))
 
-    def reset_prefix_cache(self, *, running: bool = False) -> wire.CacheReset:
+    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
         """As of an EngineClient."""
-        return wire.cache_reset.decode(self._ask(wire.ResetCache(next(self._questions), running)))
+        return cache_reset_decoder.decode(self._ask(ResetCache(next(self._questions), running)))
 
-    def _ask(self, message: wire.Become | wire.ResetCache) -> bytes:
+    def _ask(self, message: Become | ResetCache) -> bytes:
         """Waits as long as it takes: the engine has a deadline for its ranks.
 
         Raises:
             UserError: it can't do that.
             EngineError: it has failed.
         """
-        self._send(wire.encode(message))
+        self._send(encode(message))
         while not self._answers:
             self._check_open()
             self._receive(_SLICE_S)
@@ -189,7 +206,7 @@ class Replica:
     def say_goodbye(self) -> None:
         """What ends it, without waiting for the end."""
         if not self._closed and self._failure is None:
-            self._host.say(wire.encode(wire.Stop()))
+            self._host.say(encode(Stop()))
 
     def dismiss(self) -> None:
         """Has it end for good, and does not wait: it is not needed any more."""
@@ -205,7 +222,7 @@ class Replica:
         if self._killing is not None:
             self._killing.join()
 
-    def _await_stats(self, what: str, timeout: float) -> wire.EngineStats:
+    def _await_stats(self, what: str, timeout: float) -> EngineStats:
         begun = time.monotonic()
         while not self._stats:
             self._receive_stats(_SLICE_S)
@@ -233,23 +250,23 @@ class Replica:
         self.words += 1
         try:
             frames = self._host.channel.receive()
-            messages = [wire.from_engine.decode(frame) for frame in frames]
+            messages = [from_engine.decode(frame) for frame in frames]
         except ChannelClosed:
             self._fail(f"{self.name} {self._host.death(self._patience)}")
-        except wire.WireError as error:
+        except WireError as error:
             self._fail(f"{self.name} says what nobody understands: {error}")
         for message in messages:
             match message:
-                case wire.Updates():
+                case Updates():
                     self._updates += message.updates
-                case wire.EngineStats():
+                case EngineStats():
                     self._started = True
                     self._stats.append(message)
-                case wire.Snapshot():
+                case Snapshot():
                     self.snapshot = message.stats
-                case wire.Told():
+                case Told():
                     self._answers.append(message)
-                case wire.EngineFailure():
+                case EngineFailure():
                     self._fail(self._signature + message.error, reported=True, user_error=message.user_error)
 
     def _send(self, frame: bytes) -> None:
@@ -281,7 +298,7 @@ class Replica:
 class EngineProcess(Replica):
     """An engine in a child process, which ends when this process does."""
 
-    def __init__(self, module: str, setup: wire.EngineSetup, *, answer_timeout: float) -> None:
+    def __init__(self, module: str, setup: EngineSetup, *, answer_timeout: float) -> None:
         """Starts the child: `python -m` with this module, which serves an engine at its channel."""
         child = ChildProcess(module)
         alone = setup.place.size == 1
@@ -293,7 +310,7 @@ class EngineProcess(Replica):
 class EngineThread(Replica):
     """Starts `serve` with the other end of the channel on a thread of this process; it ends when the channel does."""
 
-    def __init__(self, serve: Callable[[Channel], None], setup: wire.EngineSetup, *, answer_timeout: float) -> None:
+    def __init__(self, serve: Callable[[Channel], None], setup: EngineSetup, *, answer_timeout: float) -> None:
         name = f"replica {setup.place.rank} (thread)"
         host = ThreadHost(serve, f"shoal-replica-{setup.place.rank}")
         super().__init__(host, setup, name=name, answer_timeout=answer_timeout, one_of_many=True)

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
-from shoal import wire
 from shoal.cluster.limits import Limits
 from shoal.cluster.members.replica import close_all
 from shoal.cluster.members.restarts import Restarts
@@ -18,6 +17,8 @@ from shoal.cluster.routing.router import Room
 from shoal.cluster.stats import emptied
 from shoal.errors import ConfigError, EngineError, ShoalError, UserError
 from shoal.log import get_logger
+from shoal.wire.engine import EngineStats, RefusalKind
+from shoal.wire.fleet import ReplicaStatus
 
 log = get_logger("fleet")
 
@@ -48,7 +49,7 @@ class Lives:
     def __init__(
         self,
         launch: Callable[[int, int], Member],
-        room: Callable[[wire.EngineStats], Room],
+        room: Callable[[EngineStats], Room],
         members: ReplicaSet,
         *,
         limits: Limits,
@@ -70,7 +71,7 @@ class Lives:
         self._clock = clock
         self._generation = 0
         self._slots: dict[int, Slot] = {}
-        self._pasts: dict[int, wire.EngineStats] = {}  # counters of those that were taken out
+        self._pasts: dict[int, EngineStats] = {}  # counters of those that were taken out
         self._length: int | None = None  # tokens of a prompt and its output
         self._has_started = False
         self._listened = clock()
@@ -142,17 +143,17 @@ class Lives:
     def _staying_here(self) -> list[Slot]:
         return [slot for slot in self._slots.values() if slot.local and slot.state is not State.LEAVING]
 
-    def states(self) -> tuple[wire.ReplicaState, ...]:
+    def states(self) -> tuple[ReplicaStatus, ...]:
         now = self._clock()
         return tuple(self._slots[number].shown(now, self._set.held(number)) for number in sorted(self._slots))
 
-    def objection(self, number: int) -> tuple[str, wire.Refusal] | None:
+    def objection(self, number: int) -> tuple[str, RefusalKind] | None:
         """Why a request that names this replica can't be served."""
         slot = self._slots.get(number)
         if slot is None or slot.state is State.LEAVING:
-            return f"there is no replica {number}; known are {self._known()}", wire.Refusal.INVALID
+            return f"there is no replica {number}; known are {self._known()}", RefusalKind.INVALID
         if slot.state is State.FAILED:
-            return f"replica {number} is not started again: {slot.error}", wire.Refusal.LOST
+            return f"replica {number} is not started again: {slot.error}", RefusalKind.LOST
         return None
 
     def most_held(self, number: int) -> int | None:
@@ -288,7 +289,7 @@ class Lives:
             )
         self._on_length(self._length)
 
-    def _admit(self, slot: Slot, member: Member, stats: wire.EngineStats, length: int) -> None:
+    def _admit(self, slot: Slot, member: Member, stats: EngineStats, length: int) -> None:
         if stats.max_model_len < length:
             if slot.local:
                 member.abandon()
@@ -397,7 +398,7 @@ class Lives:
 
     def _refuse_pinned(self, slot: Slot, why: str) -> None:
         for seq in self._set.waiting_for(slot.number):
-            self._set.refuse(seq, why, wire.Refusal.LOST)
+            self._set.refuse(seq, why, RefusalKind.LOST)
 
     # --- more and fewer --------------------------------------------------------------------------------------------
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from shoal import wire
 from shoal.cluster.members.restarts import Restarts
 from shoal.cluster.replica_set import Member
 from shoal.cluster.stats import carried, emptied
 from shoal.errors import ShoalError
+from shoal.wire.engine import EngineStats
+from shoal.wire.fleet import ReplicaStatus
 
 
 class State(StrEnum):
@@ -28,22 +29,22 @@ class Slot:
     restarts: Restarts
     state: State
     since: float
-    past: wire.EngineStats | None = None  # counters of its former lives
+    past: EngineStats | None = None  # counters of its former lives
     member: Member | None = None
     host: str = ""
     pid: int = 0
     error: ShoalError | None = None  # its last end
     next_start: float = 0.0
     was_ready: bool = False
-    first: wire.EngineStats | None = None  # what it said when it was ready
-    _before: wire.EngineStats | None = None  # counters of its former lives but for the last one
+    first: EngineStats | None = None  # what it said when it was ready
+    _before: EngineStats | None = None  # counters of its former lives but for the last one
     _returning: bool = False  # the engine of the last life is back, with its own counters
-    _latest: wire.EngineStats | None = None  # of this life
+    _latest: EngineStats | None = None  # of this life
     _words: int = 0  # that it had said when it was listened to last
     _quiet: float = 0.0  # seconds since then, with requests
 
     @property
-    def stats(self) -> wire.EngineStats | None:
+    def stats(self) -> EngineStats | None:
         """The newest of this life and, in its counters, of all lives."""
         if self.first is not None and self.member is not None and self.member.snapshot is not None:
             self._latest = self.member.snapshot
@@ -51,8 +52,8 @@ class Slot:
             return self.past
         return self._latest if self.past is None else carried(self.past, self._latest)
 
-    def shown(self, now: float, held: int) -> wire.ReplicaState:
-        return wire.ReplicaState(
+    def shown(self, now: float, held: int) -> ReplicaStatus:
+        return ReplicaStatus(
             number=self.number,
             state=self.state.value,
             host=self.host,
@@ -74,7 +75,7 @@ class Slot:
         self._returning = self.was_ready and (self.host, self.pid) == (host, pid)
         self.member, self.host, self.pid = member, host, pid
 
-    def say_ready(self, stats: wire.EngineStats) -> None:
+    def say_ready(self, stats: EngineStats) -> None:
         self.first = self._latest = stats
 
     def admit(self, member: Member) -> None:

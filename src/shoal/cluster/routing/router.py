@@ -31,10 +31,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from shoal import wire
 from shoal.cluster.routing.output_lengths import OutputLengths
 from shoal.cluster.routing.prefixes import Digester, Node, PrefixIndex, slots
 from shoal.errors import EngineError
+from shoal.wire.engine import EngineRequest
 
 _TOKEN_BYTES = 4
 _MEMORY = 1 << 18  # tokens that a replica has done: beyond that the past counts half
@@ -97,7 +97,7 @@ class _Replica:
 
 @dataclass(slots=True)
 class _Waiting:
-    request: wire.EngineRequest
+    request: EngineRequest
     place: _Place
 
 
@@ -222,7 +222,7 @@ class Router:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def add(self, request: wire.EngineRequest) -> None:
+    def add(self, request: EngineRequest) -> None:
         """A new one; or one that goes on elsewhere, with the tokens that it has, at the place it had in the line."""
         if request.seq not in self._orders:
             self._arrivals += 1
@@ -236,7 +236,7 @@ class Router:
         if request.replica in self._replicas:
             self._note(request.replica)
 
-    def next(self) -> tuple[wire.EngineRequest, int] | None:
+    def next(self) -> tuple[EngineRequest, int] | None:
         """The next request and its replica; None while nothing that waits can go anywhere."""
         called = min(((self._lines[number].first, number) for number in self._called), default=None)
         anywhere = called is None or bool(self._line and self._line.first < called[0])
@@ -288,21 +288,21 @@ class Router:
 
     # --- the decision --------------------------------------------------------------------------------------------
 
-    def _digest(self, request: wire.EngineRequest) -> bytes:
+    def _digest(self, request: EngineRequest) -> bytes:
         return self._digester.digest(request.tokens, request.cache_salt) if self._digester else b""
 
-    def _path(self, request: wire.EngineRequest, digest: bytes) -> list[tuple[Node, int]]:
+    def _path(self, request: EngineRequest, digest: bytes) -> list[tuple[Node, int]]:
         """What of its prompt is known. Nothing where that is of no use: log-probabilities of a prompt come from
         computing it."""
         return [] if request.sampling.prompt_logprobs >= 0 else self._prefixes.find(digest)
 
-    def _shared(self, request: wire.EngineRequest) -> tuple[int, dict[int, int]]:
+    def _shared(self, request: EngineRequest) -> tuple[int, dict[int, int]]:
         """Tokens that those of its group have in common, and the slots where there are some."""
         if request.sampling.prompt_logprobs >= 0:
             return 0, {}
         return (request.prompt_len or _length(request)) - 1, self._groups.get(request.group, {})
 
-    def _choose(self, request: wire.EngineRequest, rest: int, path: list[tuple[Node, int]]) -> int:
+    def _choose(self, request: EngineRequest, rest: int, path: list[tuple[Node, int]]) -> int:
         own = _length(request) + rest
         most = min(own // 2, self._all_work // len(self._replicas))
         ahead = self._done - self._all_done // len(self._replicas)
@@ -336,7 +336,7 @@ class Router:
         return False
 
     def _hand_over(
-        self, request: wire.EngineRequest, number: int, rest: int, digest: bytes, path: list[tuple[Node, int]]
+        self, request: EngineRequest, number: int, rest: int, digest: bytes, path: list[tuple[Node, int]]
     ) -> None:
         replica = self._replicas[number]
         slot = self._last = replica.slot
@@ -420,7 +420,7 @@ class Router:
             self._done //= 2
             self._all_done = int(sum(self._done[replica.slot] for replica in self._replicas.values()))
 
-    def _take(self, place: _Place) -> wire.EngineRequest:
+    def _take(self, place: _Place) -> EngineRequest:
         """Out of the line that it is in."""
         request = self._waiting.pop(place[2]).request
         number = request.replica
@@ -456,10 +456,10 @@ class Router:
             node = node.parent
 
 
-def _length(request: wire.EngineRequest) -> int:
+def _length(request: EngineRequest) -> int:
     return len(request.tokens) // _TOKEN_BYTES
 
 
-def _before(request: wire.EngineRequest) -> int:
+def _before(request: EngineRequest) -> int:
     """Output tokens that it brings along."""
     return _length(request) - request.prompt_len if request.prompt_len else 0

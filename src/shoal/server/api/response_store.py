@@ -10,13 +10,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shoal import wire
 from shoal.errors import ShoalError
 from shoal.log import get_logger
 from shoal.server.http.errors import Refusal
 from shoal.server.http.json_encoding import bytes_of, size_of
 from shoal.server.settings import ServerSettings
 from shoal.values import shown
+from shoal.wire.base import encode, replace_fields
+from shoal.wire.fleet import (
+    KeepResponse,
+    ResponseNames,
+    StoredTurn,
+    StoredTurns,
+    keep_response_decoder,
+    response_names_decoder,
+    stored_turns_decoder,
+)
 
 log = get_logger("responses")
 
@@ -30,7 +39,7 @@ _KEEP, _READ, _TURNS, _ITEMS, _DROP = (f"responses.{name}" for name in ("keep", 
 class _Shared:
     """A turn, which all responses behind it hold."""
 
-    turn: wire.Turn
+    turn: StoredTurn
     holders: int = 0
 
     @property
@@ -72,7 +81,7 @@ class ResponseStore:
 
     def _keep(self, payload: bytes) -> bytes:
         """b"kept"; b"lost": what came before is not there, and wasn't sent along; b"": it is too large."""
-        asked = wire.keep_response.decode(payload)
+        asked = keep_response_decoder.decode(payload)
         before = self._used(asked.previous) if asked.previous is not None else None
         if before is None and asked.previous is not None and not asked.before:
             return b"lost"
@@ -103,7 +112,9 @@ class ResponseStore:
     def _find(self, payload: bytes) -> bytes:
         """Turns that have the items of these ids, as far as there are any."""
         self._expire()
-        found = {id(each): each for name in wire.names.decode(payload).names if (each := self._items.get(name))}
+        found = {
+            id(each): each for name in response_names_decoder.decode(payload).names if (each := self._items.get(name))
+        }
         return _told(found.values())
 
     def _drop(self, payload: bytes) -> bytes:
@@ -148,11 +159,11 @@ class ResponseStore:
 
 
 def _told(turns: Iterable[_Shared]) -> bytes:
-    return wire.encode(wire.Turns(tuple(shared.turn.items for shared in turns)))
+    return encode(StoredTurns(tuple(shared.turn.items for shared in turns)))
 
 
-def _turn(items: Sequence[Any]) -> wire.Turn:
-    return wire.Turn(bytes_of(items), tuple(_sendable(item.get("id") for item in items)))
+def _turn(items: Sequence[Any]) -> StoredTurn:
+    return StoredTurn(bytes_of(items), tuple(_sendable(item.get("id") for item in items)))
 
 
 def _sendable(names: Iterable[object]) -> list[str]:
@@ -194,11 +205,11 @@ class Shelf:
         """Was it taken? One that is too large is not. `before`: all items of the conversation up to `previous`."""
         if size_of(said) + size_of(answer) > _MOST_BYTES:  # without the time that writing it down would take
             return False
-        asked = wire.KeepResponse(name, bytes_of(response), _turn(said), _turn(answer), previous)
+        asked = KeepResponse(name, bytes_of(response), _turn(said), _turn(answer), previous)
         try:
-            told = await self._llm.ask(_KEEP, wire.encode(asked))
+            told = await self._llm.ask(_KEEP, encode(asked))
             if told == b"lost":  # it has gone while this one was made
-                told = await self._llm.ask(_KEEP, wire.encode(wire.replace(asked, before=(_turn(before),))))
+                told = await self._llm.ask(_KEEP, encode(replace_fields(asked, before=(_turn(before),))))
         except ShoalError as error:
             log.warning("the response %s could not be stored: %s", name, error)
             return False
@@ -211,15 +222,15 @@ class Shelf:
     async def conversation(self, name: str) -> list[list[Any]] | None:
         """The turns up to a response, its answer included."""
         found = await self._ask(_TURNS, name)
-        return [json.loads(turn) for turn in wire.turns.decode(found).turns] if found else None
+        return [json.loads(turn) for turn in stored_turns_decoder.decode(found).turns] if found else None
 
     async def items(self, names: Sequence[str]) -> dict[str, Any]:
         """Items of stored conversations by their ids, as far as there are any."""
         known = _sendable(names)
         if not known or not self.open:
             return {}
-        found = await self._llm.ask(_ITEMS, wire.encode(wire.Names(tuple(known))))
-        turns = [json.loads(turn) for turn in wire.turns.decode(found).turns]
+        found = await self._llm.ask(_ITEMS, encode(ResponseNames(tuple(known))))
+        turns = [json.loads(turn) for turn in stored_turns_decoder.decode(found).turns]
         return {item["id"]: item for turn in turns for item in turn if "id" in item}
 
     async def drop(self, name: str) -> bool:

@@ -1,7 +1,7 @@
 """The labels of `vllm:cache_config_info`: vLLM's, with what it says where Shoal has nothing of the kind."""
 
-from shoal import wire
 from shoal.config.engine_options import CacheOptions, EngineOptions
+from shoal.wire.engine import EngineStats
 
 _ABSENT = {
     "cache_dtype": "auto",  # that of the model
@@ -32,7 +32,7 @@ NAMES = (
 )
 
 
-def values(options: EngineOptions, stats: wire.EngineStats) -> tuple[str, ...]:
+def values(options: EngineOptions, stats: EngineStats) -> tuple[str, ...]:
     """Of each of `NAMES`, for one replica."""
     cache = options.cache
     tokens = stats.num_blocks * stats.block_size

@@ -5,11 +5,12 @@ from typing import Protocol
 
 from fastapi import APIRouter, Response
 
-from shoal import __version__, wire
+from shoal import __version__
 from shoal.activity import State
 from shoal.errors import ShoalError
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.http.json_encoding import bytes_of
+from shoal.wire.fleet import FleetStatus
 
 _ANSWER_S = 5.0
 _RETRY_S = 5.0
@@ -17,7 +18,7 @@ _MOST_NAMED = 8  # replicas in an answer
 
 
 class HasHealth(Protocol):
-    async def status(self) -> wire.FleetStatus: ...
+    async def status(self) -> FleetStatus: ...
 
     async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
 
@@ -59,7 +60,7 @@ def routes(llm: HasHealth) -> APIRouter:
     return router
 
 
-async def _status(llm: HasHealth) -> wire.FleetStatus:
+async def _status(llm: HasHealth) -> FleetStatus:
     try:
         async with asyncio.timeout(_ANSWER_S):
             return await llm.status()
@@ -80,17 +81,17 @@ def _unanswered(error: Exception) -> Refusal:
     return _unavailable(str(error) or f"the engine has not answered within {_ANSWER_S:g} s")
 
 
-def _why_not_accepting(status: wire.FleetStatus) -> str:
+def _why_not_accepting(status: FleetStatus) -> str:
     return status.failure or "the server is about to end and takes no new requests"
 
 
-def _why_not_awake(status: wire.FleetStatus) -> str:
+def _why_not_awake(status: FleetStatus) -> str:
     if status.activity == State.PAUSED:
         return "the server is paused: POST /resume lets it go on"
     return f"the server is asleep, without {' and '.join(status.missing)}: POST /wake_up wakes it up"
 
 
-def _states(status: wire.FleetStatus, *, local_only: bool) -> str:
+def _states(status: FleetStatus, *, local_only: bool) -> str:
     """Those that are not ready, and what ended them."""
     missing = [
         replica

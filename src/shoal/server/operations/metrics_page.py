@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import PlainTextResponse
 
-from shoal import wire
 from shoal.activity import State
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
@@ -30,13 +29,15 @@ from shoal.server.operations.request_metrics import (
     SUCCESS,
     histogram_families,
 )
+from shoal.wire.engine import EngineStats
+from shoal.wire.fleet import FleetStatus, ReplicaStatus
 
 _ANSWER_S = 10.0
 STATES = ("starting", "ready", "restarting", "awaited", "leaving", "failed")
 
 
 class HasMetrics(Protocol):
-    async def status(self) -> wire.FleetStatus: ...
+    async def status(self) -> FleetStatus: ...
 
     async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
 
@@ -76,7 +77,7 @@ ACCEPTED_BY_POSITION = Family(
 ITERATION_TOKENS = Family(
     "vllm:iteration_tokens_total", "histogram", "Tokens of a step.", LABELS, (1.0, *(2.0**i for i in range(3, 15)))
 )
-_ENGINE_COUNTERS: list[tuple[Family, Callable[[wire.EngineStats], int]]] = [
+_ENGINE_COUNTERS: list[tuple[Family, Callable[[EngineStats], int]]] = [
     (Family(name, "counter", about, LABELS), value)
     for name, about, value in (
         ("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
@@ -128,7 +129,7 @@ def families(max_model_len: int) -> list[Family]:
     ]
 
 
-def page_of(told: bytes, status: wire.FleetStatus, model_name: str, options: EngineOptions | None = None) -> str:
+def page_of(told: bytes, status: FleetStatus, model_name: str, options: EngineOptions | None = None) -> str:
     """`told` is what RequestMetrics answers to "metrics"; `options` are those of the replicas."""
     found = json.loads(told)
     page = Page()
@@ -140,7 +141,7 @@ def page_of(told: bytes, status: wire.FleetStatus, model_name: str, options: Eng
     return page.text()
 
 
-def _put_status(page: Page, status: wire.FleetStatus, model_name: str) -> None:
+def _put_status(page: Page, status: FleetStatus, model_name: str) -> None:
     replicas = [(replica, (model_name, str(replica.number))) for replica in status.replicas]
     known = [(stats, labels) for replica, labels in replicas if (stats := replica.stats) is not None]
     waiting = [_waiting(replica) for replica in status.replicas]
@@ -181,7 +182,7 @@ def _put_status(page: Page, status: wire.FleetStatus, model_name: str) -> None:
     page.put(ACCEPTING, [((model_name,), int(status.accepting))])
 
 
-def _put_settings(page: Page, status: wire.FleetStatus, model_name: str, options: EngineOptions) -> None:
+def _put_settings(page: Page, status: FleetStatus, model_name: str, options: EngineOptions) -> None:
     """What depends on options as well."""
     known = [
         (replica.stats, (model_name, str(replica.number))) for replica in status.replicas if replica.stats is not None
@@ -207,17 +208,17 @@ def _filled(counts: Sequence[int], most: int) -> list[int]:
     return [*counts, *[0] * (most - len(counts))]
 
 
-def _defers(status: wire.FleetStatus) -> bool:
+def _defers(status: FleetStatus) -> bool:
     """Do requests wait for something else than room?"""
     return status.activity != State.AWAKE or not any(replica.state == "ready" for replica in status.replicas)
 
 
-def _waiting(replica: wire.ReplicaState) -> int:
+def _waiting(replica: ReplicaStatus) -> int:
     """How many requests it has is known at once; how many of them wait, from its last word."""
     return 0 if replica.stats is None else min(replica.stats.waiting, replica.held)
 
 
-def _shares(status: wire.FleetStatus) -> list[int]:
+def _shares(status: FleetStatus) -> list[int]:
     """Of the router's queue, by replica; the ready ones will take it, if there are any. Whoever scales by the sum, or
     by one replica's number, sees the queue."""
     takers = [replica.state == "ready" for replica in status.replicas]
@@ -232,13 +233,13 @@ def _shares(status: wire.FleetStatus) -> list[int]:
     return shares
 
 
-def _used(stats: wire.EngineStats | None) -> float:
+def _used(stats: EngineStats | None) -> float:
     if stats is None or not stats.num_blocks:
         return 0.0
     return 1.0 - stats.free_blocks / stats.num_blocks
 
 
-def _iterations(stats: wire.EngineStats) -> Histogram:
+def _iterations(stats: EngineStats) -> Histogram:
     found = Histogram(ITERATION_TOKENS.bounds)
     for doublings, count in enumerate(stats.iteration_tokens):
         found.counts[bisect_left(found.bounds, 2.0**doublings)] += count
@@ -246,7 +247,7 @@ def _iterations(stats: wire.EngineStats) -> Histogram:
     return found
 
 
-def _put_ranks(page: Page, status: wire.FleetStatus, model_name: str) -> None:
+def _put_ranks(page: Page, status: FleetStatus, model_name: str) -> None:
     memory: list[tuple[Sequence[str], float]] = []
     busy: list[tuple[Sequence[str], float]] = []
     for replica in status.replicas:
@@ -261,7 +262,7 @@ def _put_ranks(page: Page, status: wire.FleetStatus, model_name: str) -> None:
     page.put(BUSY, busy)
 
 
-def _busy(stats: wire.EngineStats) -> Iterator[tuple[int, int]]:
+def _busy(stats: EngineStats) -> Iterator[tuple[int, int]]:
     """Microseconds by rank, former lives included."""
     found = dict(enumerate(stats.busy_before))
     for rank in stats.ranks:
@@ -272,7 +273,7 @@ def _busy(stats: wire.EngineStats) -> Iterator[tuple[int, int]]:
 # --- what was told of requests ---------------------------------------------------------------------------------------
 
 
-def _put_requests(page: Page, told: dict[str, Any], status: wire.FleetStatus, model_name: str) -> None:
+def _put_requests(page: Page, told: dict[str, Any], status: FleetStatus, model_name: str) -> None:
     """Engines that have done nothing yet are there with zeros, so that a rate has a beginning."""
     engines: dict[str, Any] = {str(replica.number): None for replica in status.replicas} | told["engines"]
     for name, family in COUNTERS.items():

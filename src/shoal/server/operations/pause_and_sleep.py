@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
-from shoal import wire
 from shoal.activity import State
 from shoal.errors import UserError
 from shoal.server.http.errors import Refusal, documented
+from shoal.wire.engine import cache_reset_decoder
+from shoal.wire.fleet import FleetStatus, Operation
 
 Mode = Literal["abort", "wait", "keep"]
 _MODES = (
@@ -21,9 +22,9 @@ _MODES = (
 
 
 class CanOperate(Protocol):
-    async def operate(self, wanted: wire.Operation) -> bytes: ...
+    async def operate(self, wanted: Operation) -> bytes: ...
 
-    async def status(self) -> wire.FleetStatus: ...
+    async def status(self) -> FleetStatus: ...
 
 
 def routes(llm: CanOperate) -> APIRouter:
@@ -44,8 +45,8 @@ def routes(llm: CanOperate) -> APIRouter:
         ] = False,
         reset_external: Annotated[bool, Query(description="there is no other cache: it says nothing")] = False,
     ) -> Response:
-        told = await _operate(llm, wire.Operation("reset_prefix_cache", running=reset_running_requests))
-        found = wire.cache_reset.decode(told)
+        told = await _operate(llm, Operation("reset_prefix_cache", running=reset_running_requests))
+        found = cache_reset_decoder.decode(told)
         return _answer({"status": "reset", "forgotten_blocks": found.forgotten, "held_blocks": found.held})
 
     return router
@@ -64,12 +65,12 @@ def _add_pauses(router: APIRouter, llm: CanOperate) -> None:
         clear_cache: Annotated[bool, Query(description="forget prefixes, unless requests are kept")] = True,
     ) -> Response:
         mode = "wait" if wait_for_inflight_requests and mode == "abort" else mode
-        await _operate(llm, wire.Operation("pause", mode=mode, clear_cache=clear_cache))
+        await _operate(llm, Operation("pause", mode=mode, clear_cache=clear_cache))
         return _answer({"status": "paused"})
 
     @router.post("/resume", summary="End a pause", response_class=JSONResponse, responses=documented(409, 503))
     async def resume() -> Response:
-        await _operate(llm, wire.Operation("resume"))
+        await _operate(llm, Operation("resume"))
         return _answer({"status": "resumed"})
 
     @router.get(
@@ -93,7 +94,7 @@ def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
         level: Annotated[Literal["0", "1", "2"], Query(description="0 is a pause; 1 and 2 give back the same")] = "1",
         mode: Annotated[Mode, Query(description=_MODES)] = "abort",
     ) -> Response:
-        await _operate(llm, wire.Operation("sleep", mode=mode, level=int(level)))
+        await _operate(llm, Operation("sleep", mode=mode, level=int(level)))
         return await _state(llm)
 
     @router.post(
@@ -108,7 +109,7 @@ def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
             Query(description="parts to take; all if none is given"),
         ] = None,
     ) -> Response:
-        await _operate(llm, wire.Operation("wake_up", tags=tuple(tags) if tags else None))
+        await _operate(llm, Operation("wake_up", tags=tuple(tags) if tags else None))
         return await _state(llm)
 
     @router.get(
@@ -126,7 +127,7 @@ async def _state(llm: CanOperate) -> Response:
     return _answer({"status": status.activity, "missing": list(status.missing)})
 
 
-async def _operate(llm: CanOperate, wanted: wire.Operation) -> bytes:
+async def _operate(llm: CanOperate, wanted: Operation) -> bytes:
     """
     Raises:
         Refusal: it does not go with what the replicas are at, or with the files that are there.

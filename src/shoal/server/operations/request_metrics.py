@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shoal import wire
 from shoal.server.operations.exposition import Family, Histogram
 from shoal.server.operations.http_counts import HttpCounts
+from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
 
 LABELS = ("model_name", "engine")
-REASONS: dict[wire.Finish, str] = {wire.Finish.STOP: "stop", wire.Finish.LENGTH: "length", wire.Finish.ABORT: "abort"}
-REFUSALS: dict[wire.Refusal, str] = {
-    refusal: refusal.name.lower() for refusal in wire.Refusal if refusal is not wire.Refusal.NONE
+REASONS: dict[Finish, str] = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.ABORT: "abort"}
+REFUSALS: dict[RefusalKind, str] = {
+    refusal: refusal.name.lower() for refusal in RefusalKind if refusal is not RefusalKind.NONE
 }
 
 _TOKEN_BYTES = 4
@@ -172,8 +172,8 @@ class RequestMetrics:
         self._lives: dict[int, _Life] = {}
         self._groups: dict[int, _Group] = {}
         self._engines: dict[int, _Engine] = {}
-        self._ends: Counter[tuple[int, wire.Finish]] = Counter()
-        self._refused: Counter[wire.Refusal] = Counter()
+        self._ends: Counter[tuple[int, Finish]] = Counter()
+        self._refused: Counter[RefusalKind] = Counter()
         self._http = HttpCounts()
         self._api_restarts = 0
 
@@ -205,7 +205,7 @@ class RequestMetrics:
 
     # --- the recorder ------------------------------------------------------------------------------------------------
 
-    def added(self, request: wire.EngineRequest) -> None:
+    def added(self, request: EngineRequest) -> None:
         prompt = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
         arrival = request.arrival or self._clock()
         self._lives[request.seq] = _Life(arrival, prompt, request.max_tokens, request.group)
@@ -222,7 +222,7 @@ class RequestMetrics:
         if not life.tokens:
             life.dealt = self._clock()
 
-    def updated(self, replica: int, update: wire.SeqUpdate) -> None:
+    def updated(self, replica: int, update: SeqUpdate) -> None:
         life = self._lives.get(update.seq)
         if life is None:
             return
@@ -245,7 +245,7 @@ class RequestMetrics:
         if life is not None:
             life.stopped = True
 
-    def ended(self, update: wire.SeqUpdate) -> None:
+    def ended(self, update: SeqUpdate) -> None:
         life = self._lives.get(update.seq)
         if life is not None:
             self._end(life, update)
@@ -254,7 +254,7 @@ class RequestMetrics:
         self._engines[number] = _Engine(self._families)
         return self._engines[number]
 
-    def _begin(self, engine: _Engine, life: _Life, update: wire.SeqUpdate, now: float) -> None:
+    def _begin(self, engine: _Engine, life: _Life, update: SeqUpdate, now: float) -> None:
         life.first = now
         life.waited = update.waited_us / 1e6
         life.cached = update.cached_tokens
@@ -262,16 +262,16 @@ class RequestMetrics:
         engine.prompt_tokens += life.prompt
         engine.cached_tokens += life.cached
 
-    def _end(self, life: _Life, update: wire.SeqUpdate) -> None:
+    def _end(self, life: _Life, update: SeqUpdate) -> None:
         del self._lives[update.seq]
-        finish = wire.Finish.ABORT if update.finish is None else update.finish
-        if life.stopped and finish is wire.Finish.ABORT:
-            finish = wire.Finish.STOP
+        finish = Finish.ABORT if update.finish is None else update.finish
+        if life.stopped and finish is Finish.ABORT:
+            finish = Finish.STOP
         finished = not update.error
         if finished:
             self._ends[life.replica, finish] += 1
         else:
-            self._refused[update.refusal or wire.Refusal.FAILED] += 1
+            self._refused[update.refusal or RefusalKind.FAILED] += 1
         if finished and life.replica >= 0:
             engine = self._engines.get(life.replica) or self._add_engine(life.replica)
             engine.histograms[_PREEMPTIONS].observe(update.preemptions)

@@ -6,17 +6,17 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from shoal import wire
 from shoal.errors import UserError
 from shoal.server.api import bodies
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.operations.status import status_json
+from shoal.wire.fleet import FleetStatus
 
 _MOST = 4096
 
 
 class CanScale(Protocol):
-    async def scale(self, replicas: int) -> wire.FleetStatus: ...
+    async def scale(self, replicas: int) -> FleetStatus: ...
 
 
 class ReplicasWanted(BaseModel):

@@ -1,4 +1,4 @@
-"""GET /v1/admin/status: all replicas and ranks, as JSON whose keys are the fields of wire.FleetStatus and its parts.
+"""GET /v1/admin/status: all replicas and ranks, as JSON whose keys are the fields of FleetStatus and its parts.
 
 It has counters and gauges only. A rate comes from two readings, with `uptime_s` as their clock.
 """
@@ -10,12 +10,14 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 
-from shoal import __version__, wire
+from shoal import __version__
 from shoal.activity import Activity
+from shoal.wire.base import Wire
+from shoal.wire.fleet import FleetStatus
 
 
 class HasStatus(Protocol):
-    async def status(self) -> wire.FleetStatus: ...
+    async def status(self) -> FleetStatus: ...
 
 
 def routes(llm: HasStatus) -> APIRouter:
@@ -31,11 +33,11 @@ def routes(llm: HasStatus) -> APIRouter:
     return router
 
 
-def _body(status: wire.FleetStatus) -> bytes:
+def _body(status: FleetStatus) -> bytes:
     return to_json(status_json(status))
 
 
-def status_json(status: wire.FleetStatus) -> dict[str, Any]:
+def status_json(status: FleetStatus) -> dict[str, Any]:
     """Besides the fields, each rank has its `host`, and the whole the server's `version`."""
     found: dict[str, Any] = {"version": __version__, **_fields(status)}
     for replica in found["replicas"]:
@@ -44,7 +46,7 @@ def status_json(status: wire.FleetStatus) -> dict[str, Any]:
     return found
 
 
-def _fields(message: wire.Wire) -> dict[str, Any]:
+def _fields(message: Wire) -> dict[str, Any]:
     return {name: _plain(getattr(message, name)) for name in message.__struct_fields__}
 
 
@@ -52,7 +54,7 @@ def _plain(value: Any) -> Any:
     kind = type(value)
     if kind is int or kind is str or kind is float:  # nearly all of them
         return value
-    if isinstance(value, wire.Wire):
+    if isinstance(value, Wire):
         return _fields(value)
     if isinstance(value, tuple):
         return [_plain(each) for each in value]

@@ -1,0 +1,167 @@
+"""Messages between an engine and its client, which is a front end or a fleet."""
+
+from enum import IntEnum
+
+import msgspec
+
+from shoal.activity import Activity
+from shoal.wire.base import Ids, Stop, Wire
+from shoal.wire.plan import EngineSetup
+from shoal.wire.ranks import PromptLogprobs, RankStats, Sampling, TokenLogprobs
+
+
+class Finish(IntEnum):
+    STOP = 0
+    LENGTH = 1
+    ABORT = 2
+
+
+class RefusalKind(IntEnum):
+    """What kind of `error` ended a request."""
+
+    NONE = 0
+    INVALID = 1  # it can't be run; whoever sent it can mend it
+    FULL = 2  # too many wait already
+    LATE = 3  # it waited too long, or its deadline has passed
+    FAILED = 4  # what it needs has failed, or it takes down whoever runs it
+    CLOSING = 5  # nothing new is taken any more
+    LOST = 6  # no replica is left that could run it
+    ASLEEP = 7  # weights and KV cache were given back
+
+
+class EngineRequest(Wire, frozen=True):
+    seq: int  # chosen by the client, never used twice
+    tokens: bytes  # int32, little endian
+    sampling: Sampling
+    max_tokens: int
+    stop_ids: bytes = b""  # int32, little endian
+    priority: int = 0  # lower runs first
+    deadline: float | None = None  # time.monotonic() of the host; a request beyond it is aborted
+    cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    prompt_len: int = 0  # tokens behind it are of the output: the request goes on from there; 0: all are the prompt's
+    group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: alone
+    grammar: str = ""  # what the output must look like, in llguidance's form
+    arrival: float = 0.0  # time.monotonic() of the client's host when it came; 0: when it is added
+    replica: int = -1  # the only one that may run it; -1: any
+    outputs: int = 1  # that its client has asked for at once, this one included: all of them are taken, or none
+
+
+class Abort(Wire, frozen=True):
+    """`stopped`: their clients have all they wanted, up to a stop text."""
+
+    seqs: Ids
+    stopped: bool = False
+
+
+class SeqUpdate(Wire, frozen=True):
+    seq: int
+    tokens: Ids
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: Finish | None = None
+    cached_tokens: int = 0
+    error: str = ""
+    prompt_logprobs: PromptLogprobs | None = None
+    refusal: RefusalKind = RefusalKind.NONE
+    waited_us: int = 0  # with the first tokens: how long the engine had it before it was in a step
+    preemptions: int = 0  # with the end: how often it gave its blocks back
+
+
+class Updates(Wire, frozen=True):
+    updates: tuple[SeqUpdate, ...]
+
+
+class EngineFailure(Wire, frozen=True):
+    error: str
+    user_error: bool = False
+
+
+class StatsQuery(Wire, frozen=True):
+    pass
+
+
+class EngineStats(Wire, frozen=True):
+    """A snapshot. Durations in microseconds, counters since the start."""
+
+    waiting: int
+    running: int
+    num_blocks: int
+    free_blocks: int
+    block_size: int
+    max_model_len: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_queries: int  # tokens looked up in the prefix cache
+    prefix_hits: int  # ... and found
+    preemptions: int
+    draft_tokens: int  # guessed by speculative decoding
+    accepted_tokens: int  # ... rightly
+    schedule_us: int
+    step_total_us: int
+    step_forward_us: int
+    start_s: tuple[tuple[str, float], ...] = ()
+    ranks: tuple[RankStats, ...] = ()
+    replicas: tuple["EngineStats", ...] = ()  # of a set of replicas, whose sums the other fields are
+    iteration_tokens: Ids = ()  # steps by their tokens: number i had up to 2**i, and more than half as many
+    step_tokens: int = 0  # in all steps
+    drafts: int = 0  # rounds of guessing, of a sequence each
+    busy_before: Ids = ()  # microseconds that each rank was busy in former lives
+    accepted_by_position: Ids = ()  # guesses that were right, by their place in a round
+    activity: Activity = Activity()
+
+
+class Snapshot(Wire, frozen=True):
+    """Unasked, now and then: an engine's own numbers, with what its ranks said last."""
+
+    stats: EngineStats
+
+
+class Become(Wire, frozen=True):
+    """What an engine is to be at from now on. Answered by a Told, with an error if it can't be, and then it is what it
+    was; nothing is computed any more when a pause is answered."""
+
+    id: int
+    activity: Activity
+
+
+class ResetCache(Wire, frozen=True):
+    """No block shall be found by its prefix any more. `running`: requests that run compute theirs again, too. Answered
+    by a Told with a CacheReset."""
+
+    id: int
+    running: bool = False
+
+
+class CacheReset(Wire, frozen=True):
+    """`forgotten` blocks could have been found; `held` are those that requests go on with."""
+
+    forgotten: int = 0
+    held: int = 0
+
+
+class Ask(Wire, frozen=True):
+    """Something that a client wants to know or to be done, beside requests: `status`, `metrics`, `scale`, ..."""
+
+    id: int
+    verb: str
+    payload: bytes = b""
+
+
+class Told(Wire, frozen=True):
+    """The answer to an Ask, a Become or a ResetCache. `user_error`: whoever asked can mend it."""
+
+    id: int
+    payload: bytes = b""
+    error: str = ""
+    user_error: bool = False
+
+
+ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop | Ask | Become | ResetCache
+
+FromEngine = Updates | EngineStats | EngineFailure | Snapshot | Told
+
+to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+
+from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+cache_reset_decoder: msgspec.msgpack.Decoder[CacheReset] = msgspec.msgpack.Decoder(CacheReset)
