@@ -13,6 +13,7 @@ from typing import Any
 from shoal import wire
 from shoal.server.exposition import Family, Histogram
 from shoal.server.http_counts import HttpCounts
+from shoal.server.process_metrics import told_of_this_process
 
 LABELS = ("model_name", "engine")
 REASONS: dict[wire.Finish, str] = {wire.Finish.STOP: "stop", wire.Finish.LENGTH: "length", wire.Finish.ABORT: "abort"}
@@ -192,6 +193,7 @@ class RequestMetrics:
             "refused": {REFUSALS[refusal]: count for refusal, count in self._refused.items()},
             "http": self._http.told(),
             "api_server_restarts": self._api_restarts,
+            "process": told_of_this_process(),
         }
         return json.dumps(told, separators=(",", ":")).encode()
 
