@@ -111,7 +111,7 @@ CONFINED = {
     "uvicorn": {"server"},
     "uvloop": {"server"},
     "httptools": {"server"},
-    "prometheus_client": set[str](),
+    "prometheus_client": {"server"},
     "aiohttp": {"client"},
     "rich": {"client"},
     "matplotlib": {"client"},

@@ -133,7 +133,7 @@ def numbers(server: ShoalServer) -> tuple[int, dict[str, float]]:
     owner, text = owner_of(server, connection), answer.read().decode()
     connection.close()
     found: dict[str, float] = {}
-    for name, labels, value in re.findall(r"^([a-z_:]+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+    for name, labels, value in re.findall(r"^([a-z_:]+)(?:\{(.*)\})? (\S+)$", text, re.MULTILINE):
         reason = re.search(r'finished_reason="(\w+)"', labels)
         key = f"{name} {reason[1]}" if reason else name
         found[key] = found.get(key, 0.0) + float(value)
@@ -190,6 +190,7 @@ def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
             assert each["vllm:request_success_total abort"] >= 2  # those of the processes that went
         kept = ("vllm:generation_tokens_total", "vllm:request_success_total length", "vllm:request_success_total abort")
         first, second = told.values()
+        assert first["process_start_time_seconds"] == second["process_start_time_seconds"]  # of neither of the two
         assert [first[name] for name in kept] == [second[name] for name in kept]
 
         last = Streaming(server, 0)

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,7 +18,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.cluster.desk import Desk
@@ -27,9 +29,10 @@ from shoal.errors import ClosedError
 from shoal.llm.async_llm import AsyncLLM
 from shoal.params import SamplingParams
 from shoal.server.http.errors import add_handlers
-from shoal.server.operations.exposition import Family, Page
+from shoal.server.operations.exposition import Family, as_histogram, as_metric
 from shoal.server.operations.exposition import Histogram as Ours
 from shoal.server.operations.metrics_page import add_metrics, families, page_of
+from shoal.server.operations.process_metrics import process_collectors, told_of_this_process
 from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import encode, replace_fields
@@ -82,7 +85,8 @@ class Scraped:
 
 
 def page(metrics: RequestMetrics, status: FleetStatus | None = None) -> Scraped:
-    return Scraped(page_of(metrics.verbs["metrics"](b""), status or fleet(replica(0), replica(1), replica(2)), "tiny"))
+    found = page_of(metrics.verbs["metrics"](b""), status or fleet(replica(0), replica(1), replica(2)), "tiny")
+    return Scraped(found.decode())
 
 
 def ending(seq: int, finish: Finish = Finish.LENGTH, tokens: int = 0, **more: Any) -> SeqUpdate:
@@ -349,15 +353,51 @@ def test_nothing_is_kept_of_what_has_ended() -> None:
 # --- the text ------------------------------------------------------------------------------------------------------
 
 
+def text_of(*metrics: Metric) -> str:
+    class Given:
+        def collect(self) -> Sequence[Metric]:
+            return metrics
+
+    return generate_latest(Given()).decode()
+
+
+def test_the_text() -> None:
+    bounds = (0.5, 1.0, 1e6)
+    histogram = Ours(bounds, (1, 0, 2, 1), 7.25)
+    text = text_of(
+        as_metric(Family("shoal:c_total", "counter", "Counts.", ("b", "a")), [(("1", "2"), 3)]),
+        as_metric(Family("g", "gauge", "Says."), [((), 0.5)]),
+        as_metric(Family("empty", "gauge", "Is there.", ("a",)), []),
+        as_histogram(Family("h_total", "histogram", "Sums.", ("z",), bounds), [(("9",), histogram)]),
+    )
+    assert text.splitlines() == [
+        "# HELP shoal:c_total Counts.",
+        "# TYPE shoal:c_total counter",
+        'shoal:c_total{a="2",b="1"} 3.0',
+        "# HELP g Says.",
+        "# TYPE g gauge",
+        "g 0.5",
+        "# HELP empty Is there.",
+        "# TYPE empty gauge",
+        "# HELP h_total Sums.",
+        "# TYPE h_total histogram",
+        'h_total_bucket{le="0.5",z="9"} 1.0',
+        'h_total_bucket{le="1.0",z="9"} 1.0',
+        'h_total_bucket{le="1000000.0",z="9"} 3.0',
+        'h_total_bucket{le="+Inf",z="9"} 4.0',
+        'h_total_count{z="9"} 4.0',
+        'h_total_sum{z="9"} 7.25',
+    ]
+
+
 def test_labels_are_escaped() -> None:
     name = 'a "model"\\ of\ntwo lines'
-    text = Page()
-    text.put(Family("x", "gauge", "x", ("model_name", "y")), [((name, "1"), 2.5)])
-    text.put_histograms(Family("h", "histogram", "x", ("model_name",), (1.0,)), [((name,), Ours((1.0,)))])
+    text = text_of(
+        as_metric(Family("x", "gauge", "x", ("model_name", "y")), [((name, "1"), 2.5)]),
+        as_histogram(Family("h", "histogram", "x", ("model_name",), (1.0,)), [((name,), Ours((1.0,)))]),
+    )
     found = {
-        sample.labels["model_name"]
-        for family in text_string_to_metric_families(text.text())
-        for sample in family.samples
+        sample.labels["model_name"] for family in text_string_to_metric_families(text) for sample in family.samples
     }
     assert found == {name}
 
@@ -394,12 +434,13 @@ def test_all_that_is_described_is_there_and_nothing_else() -> None:
     status = fleet(replica(0, stats=stats))
     metrics = RequestMetrics(LENGTH)
     metrics.verbs["http"](json.dumps([["/x", "GET", "2xx", [1, *[0] * 21], 0.001]]).encode())
-    text = page_of(metrics.verbs["metrics"](b""), status, "tiny")
+    text = page_of(metrics.verbs["metrics"](b""), status, "tiny").decode()
+    assert "_created" not in text
     found = {family.name: family for family in text_string_to_metric_families(text)}
     described = {
         family.name.removesuffix("_total") if family.kind == "counter" else family.name: family for family in FAMILIES
     }
-    assert set(found) == set(described)
+    assert set(found) == set(described) | OF_A_PROCESS
     for name, family in described.items():
         labels = {label for sample in found[name].samples for label in sample.labels}
         assert labels - {"le"} == set(family.labels), name
@@ -408,6 +449,11 @@ def test_all_that_is_described_is_there_and_nothing_else() -> None:
 
 
 FAMILIES = families(LENGTH)
+OF_A_PROCESS = {
+    *("process_cpu_seconds", "process_resident_memory_bytes", "process_virtual_memory_bytes"),
+    *("process_start_time_seconds", "process_open_fds", "process_max_fds", "python_info"),
+    *("python_gc_objects_collected", "python_gc_objects_uncollectable", "python_gc_collections"),
+}
 
 
 def test_the_document_has_them_all() -> None:
@@ -415,6 +461,12 @@ def test_the_document_has_them_all() -> None:
     assert table == [
         (each.name, each.kind, ", ".join(f"`{label}`" for label in each.labels), each.about) for each in FAMILIES
     ]
+
+
+def test_the_document_has_those_of_a_process() -> None:
+    listed = re.findall(r"^\| `(\S+)` \| (\w+) \| ([^|]+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
+    text = text_of(*(each for one in process_collectors(told_of_this_process()) for each in one.collect()))
+    assert {(name, kind) for name, kind, _ in listed} == set(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.M))
 
 
 def expressions(panel: dict[str, Any]) -> list[str]:
@@ -505,7 +557,7 @@ def test_all_places_of_a_guess_are_there_from_the_beginning() -> None:
     options = EngineOptions.from_flat(None, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}})
     stats = replace_fields(engine(), accepted_by_position=(5, 2))
     status = fleet(replica(0, stats=stats), replica(1, stats=carried(emptied(stats), stats)))
-    found = Scraped(page_of(RequestMetrics(LENGTH).verbs["metrics"](b""), status, "tiny", options))
+    found = Scraped(page_of(RequestMetrics(LENGTH).verbs["metrics"](b""), status, "tiny", options).decode())
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert [found(name, engine=0, position=place) for place in range(3)] == [5, 2, 0]
     assert [found(name, engine=1, position=place) for place in range(3)] == [10, 4, 0]
@@ -694,6 +746,40 @@ def test_without_an_engine_there_is_a_cause_and_no_count_is_lost() -> None:
     running(scenario)
 
 
+def test_clients_that_would_rather_have_openmetrics_get_the_same_names() -> None:
+    """prometheus_client's OpenMetrics has no colons in names, and some headers are more than its choice can take."""
+
+    async def scenario() -> None:
+        app = api_server(Head())
+        for accepts in (b"application/openmetrics-text;version=1.0.0;q=0.5", b"text/plain;version=x", b"\xff"):
+            status, text = await get(app, "/metrics", headers=[(b"accept", accepts)])
+            assert status == 200
+            assert re.search(r"^vllm:num_requests_running\{", text, re.MULTILINE)
+
+    running(scenario)
+
+
+def test_a_process_is_always_the_one_that_has_the_fleet() -> None:
+    """Whoever makes the text. Here it is a child, with a limit of files that nobody else has."""
+    script = (
+        "import resource, sys\n"
+        "from shoal.server.operations.request_metrics import RequestMetrics\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (77, 77))\n"
+        "sys.stdout.buffer.write(RequestMetrics(9).verbs['metrics'](b'') + b'\\n')\n"
+        "sys.stdout.flush()\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as head:
+        assert head.stdout is not None
+        told = head.stdout.readline()
+        found = Scraped(page_of(told, fleet(replica(0)), "tiny").decode())
+        head.communicate()
+    assert found("process_max_fds") == 77
+    name = "python_gc_collections_total"
+    theirs = {labels["generation"]: value for labels, value in json.loads(told)["process"]["garbage"][2][2]}
+    assert {each: found(name, generation=each) for each in theirs} == theirs
+
+
 # --- a real engine -------------------------------------------------------------------------------------------------
 
 
@@ -739,7 +825,7 @@ class RemoteClient:
 
 
 async def scraped(llm: AsyncLLM) -> Scraped:
-    return Scraped(page_of(await llm.ask("metrics"), await llm.status(), "tiny"))
+    return Scraped(page_of(await llm.ask("metrics"), await llm.status(), "tiny").decode())
 
 
 async def until(llm: AsyncLLM, holds: Callable[[Scraped], bool]) -> Scraped:
@@ -783,7 +869,7 @@ def test_a_real_engine_its_clients_and_its_end() -> None:
             assert found(f"{E2E}_count", engine=0) > 0 < found(f"{E2E}_count", engine=1)
             for remote in remotes:
                 text = page_of(await asyncio.to_thread(remote.ask, "metrics"), await llm.status(), "tiny")
-                assert Scraped(text).total("vllm:request_success_total") == 13
+                assert Scraped(text.decode()).total("vllm:request_success_total") == 13
                 remote.close()
 
             await kill_one_under(llm, found)

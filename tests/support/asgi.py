@@ -1,11 +1,14 @@
 """Requests to an ASGI app in this process, without a server."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
 
 
-async def get(app: ASGIApp, path: str, method: str = "GET", root_path: str = "") -> tuple[int, str]:
+async def get(
+    app: ASGIApp, path: str, method: str = "GET", root_path: str = "", headers: Iterable[tuple[bytes, bytes]] = ()
+) -> tuple[int, str]:
     """Status and body of the answer."""
     scope: Scope = {
         "type": "http",
@@ -17,7 +20,7 @@ async def get(app: ASGIApp, path: str, method: str = "GET", root_path: str = "")
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
-        "headers": [],
+        "headers": list(headers),
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 2),
     }

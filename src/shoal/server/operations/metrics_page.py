@@ -1,6 +1,8 @@
 """GET /metrics: what RequestMetrics has counted, and the fleet's status, as one text.
 
-Any API server answers for all of them. The process that has the fleet gives numbers; the text is made here.
+Any API server answers for all of them. The process that has the fleet gives numbers; prometheus_client makes the text
+of them here, always in Prometheus' own format: as OpenMetrics it would write `vllm_` and `shoal_` for our names'
+`vllm:` and `shoal:`.
 """
 
 import asyncio
@@ -11,14 +13,17 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from shoal.activity import State
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.operations import cache_config
-from shoal.server.operations.exposition import CONTENT_TYPE, Family, Histogram, Page
+from shoal.server.operations.exposition import Family, Histogram, as_histogram, as_metric
 from shoal.server.operations.http_counts import DURATION, FINE_DURATION, REQUESTS, CountRequests, HandOver, HttpCounts
+from shoal.server.operations.process_metrics import process_collectors
 from shoal.server.operations.request_metrics import (
     COUNTERS,
     GAP,
@@ -115,7 +120,7 @@ OLD_GAP = Family(
 
 
 def families(max_model_len: int) -> list[Family]:
-    """All that /metrics has."""
+    """Return all families at /metrics that are ours; `process_metrics` has the others."""
     return [
         *(RUNNING, WAITING, WAITING_BY_REASON, KV_USAGE, CACHE_CONFIG, SLEEP_STATE),
         *(family for family, _ in _ENGINE_COUNTERS),
@@ -129,30 +134,46 @@ def families(max_model_len: int) -> list[Family]:
     ]
 
 
-def page_of(told: bytes, status: FleetStatus, model_name: str, options: EngineOptions | None = None) -> str:
-    """`told` is what RequestMetrics answers to "metrics"; `options` are those of the replicas."""
+def page_of(told: bytes, status: FleetStatus, model_name: str, options: EngineOptions | None = None) -> bytes:
+    """Return the text that Prometheus reads. `told` is what RequestMetrics answers to "metrics"; `options` are those of
+    the replicas."""
     found = json.loads(told)
-    page = Page()
-    _put_status(page, status, model_name)
-    _put_settings(page, status, model_name, EngineOptions(None) if options is None else options)
-    _put_ranks(page, status, model_name)
-    _put_requests(page, found, status, model_name)
-    _put_http(page, found["http"])
-    return page.text()
+    registry = CollectorRegistry()
+    registry.register(FleetCollector(found, status, model_name, EngineOptions(None) if options is None else options))
+    for collector in process_collectors(found["process"]):
+        registry.register(collector)
+    return generate_latest(registry)
 
 
-def _put_status(page: Page, status: FleetStatus, model_name: str) -> None:
+class FleetCollector(Collector):
+    """The metrics of a fleet at one moment: what was counted of its requests, and its status."""
+
+    def __init__(self, told: dict[str, Any], status: FleetStatus, model_name: str, options: EngineOptions) -> None:
+        self._told = told
+        self._status = status
+        self._model_name = model_name
+        self._options = options
+
+    def collect(self) -> Iterator[Metric]:
+        yield from _status_metrics(self._status, self._model_name)
+        yield from _settings_metrics(self._status, self._model_name, self._options)
+        yield from _rank_metrics(self._status, self._model_name)
+        yield from _request_metrics(self._told, self._status, self._model_name)
+        yield from _http_metrics(self._told["http"])
+
+
+def _status_metrics(status: FleetStatus, model_name: str) -> Iterator[Metric]:
     replicas = [(replica, (model_name, str(replica.number))) for replica in status.replicas]
     known = [(stats, labels) for replica, labels in replicas if (stats := replica.stats) is not None]
     waiting = [_waiting(replica) for replica in status.replicas]
-    page.put(
+    yield as_metric(
         RUNNING,
         ((labels, replica.held - waits) for (replica, labels), waits in zip(replicas, waiting, strict=True)),
     )
     waiting = [waits + share for waits, share in zip(waiting, _shares(status), strict=True)]
-    page.put(WAITING, ((labels, waits) for (_, labels), waits in zip(replicas, waiting, strict=True)))
+    yield as_metric(WAITING, ((labels, waits) for (_, labels), waits in zip(replicas, waiting, strict=True)))
     deferred = _defers(status)
-    page.put(
+    yield as_metric(
         WAITING_BY_REASON,
         (
             ((*labels, reason), waits if is_it else 0)
@@ -160,8 +181,8 @@ def _put_status(page: Page, status: FleetStatus, model_name: str) -> None:
             for reason, is_it in (("capacity", not deferred), ("deferred", deferred))
         ),
     )
-    page.put(KV_USAGE, ((labels, _used(replica.stats)) for replica, labels in replicas))
-    page.put(
+    yield as_metric(KV_USAGE, ((labels, _used(replica.stats)) for replica, labels in replicas))
+    yield as_metric(
         SLEEP_STATE,
         (
             ((*labels, name), int(level == status.sleep_level))
@@ -170,30 +191,30 @@ def _put_status(page: Page, status: FleetStatus, model_name: str) -> None:
         ),
     )
     for family, value in _ENGINE_COUNTERS:
-        page.put(family, ((labels, value(stats)) for stats, labels in known))
-    page.put_histograms(ITERATION_TOKENS, ((labels, _iterations(stats)) for stats, labels in known))
-    page.put(
+        yield as_metric(family, ((labels, value(stats)) for stats, labels in known))
+    yield as_histogram(ITERATION_TOKENS, ((labels, _iterations(stats)) for stats, labels in known))
+    yield as_metric(
         STATE,
         (((*labels, state), int(replica.state == state)) for replica, labels in replicas for state in STATES),
     )
-    page.put(RESTARTS, ((labels, replica.restarts) for replica, labels in replicas))
-    page.put(QUEUED, [((model_name,), status.queued)])
-    page.put(REPLAYS, [((model_name,), status.replays)])
-    page.put(ACCEPTING, [((model_name,), int(status.accepting))])
+    yield as_metric(RESTARTS, ((labels, replica.restarts) for replica, labels in replicas))
+    yield as_metric(QUEUED, [((model_name,), status.queued)])
+    yield as_metric(REPLAYS, [((model_name,), status.replays)])
+    yield as_metric(ACCEPTING, [((model_name,), int(status.accepting))])
 
 
-def _put_settings(page: Page, status: FleetStatus, model_name: str, options: EngineOptions) -> None:
-    """What depends on options as well."""
+def _settings_metrics(status: FleetStatus, model_name: str, options: EngineOptions) -> Iterator[Metric]:
+    """Give the metrics that depend on the options of the replicas as well."""
     known = [
         (replica.stats, (model_name, str(replica.number))) for replica in status.replicas if replica.stats is not None
     ]
-    page.put(
+    yield as_metric(
         CACHE_CONFIG,
         (((*labels, *cache_config.values(options, stats)), 1) for stats, labels in known if stats.num_blocks),
     )
     speculative = options.model_options.speculative_config
     most = speculative.num_speculative_tokens if speculative is not None else 0
-    page.put(
+    yield as_metric(
         ACCEPTED_BY_POSITION,
         (
             ((*labels, str(position)), count)
@@ -247,7 +268,7 @@ def _iterations(stats: EngineStats) -> Histogram:
     return found
 
 
-def _put_ranks(page: Page, status: FleetStatus, model_name: str) -> None:
+def _rank_metrics(status: FleetStatus, model_name: str) -> Iterator[Metric]:
     memory: list[tuple[Sequence[str], float]] = []
     busy: list[tuple[Sequence[str], float]] = []
     for replica in status.replicas:
@@ -258,8 +279,8 @@ def _put_ranks(page: Page, status: FleetStatus, model_name: str) -> None:
             kinds = {"anonymous": rank.anonymous, "kv": rank.kv_bytes, "weights": rank.weight_bytes}
             memory += [((*engine, str(rank.rank), kind), held) for kind, held in kinds.items()]
         busy += [((*engine, str(rank)), us / 1e6) for rank, us in _busy(replica.stats)]
-    page.put(MEMORY, memory)
-    page.put(BUSY, busy)
+    yield as_metric(MEMORY, memory)
+    yield as_metric(BUSY, busy)
 
 
 def _busy(stats: EngineStats) -> Iterator[tuple[int, int]]:
@@ -273,36 +294,37 @@ def _busy(stats: EngineStats) -> Iterator[tuple[int, int]]:
 # --- what was told of requests ---------------------------------------------------------------------------------------
 
 
-def _put_requests(page: Page, told: dict[str, Any], status: FleetStatus, model_name: str) -> None:
-    """Engines that have done nothing yet are there with zeros, so that a rate has a beginning."""
+def _request_metrics(told: dict[str, Any], status: FleetStatus, model_name: str) -> Iterator[Metric]:
+    """Give what was counted of requests. Engines that have done nothing yet are there with zeros, so that a rate has a
+    beginning."""
     engines: dict[str, Any] = {str(replica.number): None for replica in status.replicas} | told["engines"]
     for name, family in COUNTERS.items():
-        page.put(
+        yield as_metric(
             family,
             (((model_name, number), engine["counters"][name] if engine else 0) for number, engine in engines.items()),
         )
     ends: dict[tuple[str, str], int] = {(number, reason): 0 for number in engines for reason in REASONS.values()}
     ends |= {("" if number < 0 else str(number), reason): count for number, reason, count in told["ends"]}
-    page.put(SUCCESS, (((model_name, *key), count) for key, count in ends.items()))
+    yield as_metric(SUCCESS, (((model_name, *key), count) for key, count in ends.items()))
     refused = dict.fromkeys(REFUSALS.values(), 0) | told["refused"]
-    page.put(REFUSED, (((model_name, reason), count) for reason, count in refused.items()))
-    page.put(API_RESTARTS, [((model_name,), told["api_server_restarts"])])
+    yield as_metric(REFUSED, (((model_name, reason), count) for reason, count in refused.items()))
+    yield as_metric(API_RESTARTS, [((model_name,), told["api_server_restarts"])])
     for name, family in histogram_families(told["max_model_len"]).items():
         found = [
             ((model_name, number), Histogram(family.bounds, *(engine["histograms"][name] if engine else ())))
             for number, engine in engines.items()
         ]
-        page.put_histograms(family, found)
+        yield as_histogram(family, found)
         if name == GAP:
-            page.put_histograms(OLD_GAP, found)
+            yield as_histogram(OLD_GAP, found)
 
 
-def _put_http(page: Page, told: list[Any]) -> None:
+def _http_metrics(told: list[Any]) -> Iterator[Metric]:
     http = HttpCounts()
     http.take(told)
-    page.put(REQUESTS, http.requests())
-    page.put_histograms(DURATION, http.durations())
-    page.put_histograms(FINE_DURATION, [((), http.all_durations())])
+    yield as_metric(REQUESTS, http.requests())
+    yield as_histogram(DURATION, http.durations())
+    yield as_histogram(FINE_DURATION, [((), http.all_durations())])
 
 
 # --- the route -------------------------------------------------------------------------------------------------------
@@ -333,7 +355,7 @@ def _routes(llm: HasMetrics, model_name: str, counts: HandOver, options: EngineO
         except (ShoalError, TimeoutError) as error:
             raise Refusal(503, f"no numbers from the engine: {error or 'it does not answer'}") from None
         text = await asyncio.to_thread(page_of, told, status, model_name, options)
-        return Response(text, media_type=CONTENT_TYPE)
+        return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return router
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from shoal.server.operations.exposition import Family, Histogram
 from shoal.server.operations.http_counts import HttpCounts
+from shoal.server.operations.process_metrics import told_of_this_process
 from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
 
 LABELS = ("model_name", "engine")
@@ -192,6 +193,7 @@ class RequestMetrics:
             "refused": {REFUSALS[refusal]: count for refusal, count in self._refused.items()},
             "http": self._http.told(),
             "api_server_restarts": self._api_restarts,
+            "process": told_of_this_process(),
         }
         return json.dumps(told, separators=(",", ":")).encode()
 
