@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from shoal.cluster.routing.router import Router
+from shoal.cluster.routing.router import RequestRouter
 from support.simulated_replicas import Affinity, LeastLoaded, Outcome, Policy, RoundRobin, Traffic, simulate
 
 
@@ -42,7 +42,7 @@ def main(replicas: int, requests: int, prefixes: int, load: float, seed: int) ->
     room, block_size = traffic.machine.room, traffic.machine.block_size
     policies: dict[str, Callable[[], Policy]] = {
         "affinity": lambda: Affinity(replicas, block_size),
-        "router": lambda: Router(dict.fromkeys(range(replicas), room)),
+        "router": lambda: RequestRouter(dict.fromkeys(range(replicas), room)),
         "least_loaded": lambda: LeastLoaded(replicas),
         "round_robin": lambda: RoundRobin(replicas),
     }

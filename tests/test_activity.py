@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.activity import AWAKE, PARTS, PAUSED, Activity, State
+from shoal.activity import AWAKE, PARTS, PAUSED, Activity, ActivityState
 from shoal.errors import ConfigError
 
-ASLEEP = Activity(State.ASLEEP, 1, PARTS)
-DEEPER = Activity(State.ASLEEP, 2, PARTS)
-NO_CACHE = Activity(State.ASLEEP, 1, ("kv_cache",))
-NO_WEIGHTS = Activity(State.ASLEEP, 2, ("weights",))
+ASLEEP = Activity(ActivityState.ASLEEP, 1, PARTS)
+DEEPER = Activity(ActivityState.ASLEEP, 2, PARTS)
+NO_CACHE = Activity(ActivityState.ASLEEP, 1, ("kv_cache",))
+NO_WEIGHTS = Activity(ActivityState.ASLEEP, 2, ("weights",))
 ALL = (AWAKE, PAUSED, ASLEEP, DEEPER, NO_CACHE, NO_WEIGHTS)
 
 Change = Callable[[Activity], Activity]
@@ -75,8 +75,8 @@ def test_whatever_happens_it_is_asleep_exactly_while_something_is_missing(names:
             now = CHANGES[name](now)
         except ConfigError:
             assert name == "resume"
-        assert (now.state is State.ASLEEP) == bool(now.missing) == (now.level > 0)
-        assert now.runs == (now.state is State.AWAKE)
+        assert (now.state is ActivityState.ASLEEP) == bool(now.missing) == (now.level > 0)
+        assert now.runs == (now.state is ActivityState.AWAKE)
         if name != "resume":
             assert CHANGES[name](now) == now, "the same again changes nothing"
 

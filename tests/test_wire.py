@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.activity import PARTS, Activity, State
+from shoal.activity import PARTS, Activity, ActivityState
 from shoal.engine.request import decode_tokens, encode_tokens
 from shoal.wire.base import Stop, Wire, encode
 from shoal.wire.engine import (
@@ -83,7 +83,7 @@ PLAIN = {
     str: st.text(max_size=8),
     bytes: st.binary(max_size=8),
     type(None): st.none(),
-    Activity: st.builds(Activity, st.sampled_from(State), st.integers(0, 2), st.just(PARTS) | st.just(())),
+    Activity: st.builds(Activity, st.sampled_from(ActivityState), st.integers(0, 2), st.just(PARTS) | st.just(())),
     Any: st.none() | st.booleans() | INTEGERS | st.text(max_size=5) | st.floats(allow_nan=False),
 }
 

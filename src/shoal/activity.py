@@ -20,7 +20,7 @@ _SCHEDULING = "scheduling"  # vLLM's name for what is neither: steps
 LEVELS = (0, 1, 2)
 
 
-class State(StrEnum):
+class ActivityState(StrEnum):
     AWAKE = "awake"
     PAUSED = "paused"
     ASLEEP = "asleep"
@@ -30,25 +30,25 @@ class State(StrEnum):
 class Activity:
     """`level` is that of the sleep; `missing` are the parts of the memory that were given back."""
 
-    state: State = State.AWAKE
+    state: ActivityState = ActivityState.AWAKE
     level: int = 0
     missing: tuple[str, ...] = ()
 
     @property
     def runs(self) -> bool:
         """Are steps computed?"""
-        return self.state is State.AWAKE
+        return self.state is ActivityState.AWAKE
 
     def pause(self) -> "Activity":
         """Whoever is asleep computes nothing anyway, and stays asleep."""
-        return PAUSED if self.state is State.AWAKE else self
+        return PAUSED if self.state is ActivityState.AWAKE else self
 
     def resume(self) -> "Activity":
         """
         Raises:
             ConfigError: it is asleep.
         """
-        if self.state is State.ASLEEP:
+        if self.state is ActivityState.ASLEEP:
             raise ConfigError(
                 f"the engine is asleep and has no {' and no '.join(self.missing)}: wake it up (POST /wake_up)"
             )
@@ -64,7 +64,7 @@ class Activity:
             raise ConfigError(f"the level of a sleep must be 0, 1 or 2, got {level}")
         if level == 0:
             return self.pause()
-        return Activity(State.ASLEEP, max(level, self.level), PARTS)
+        return Activity(ActivityState.ASLEEP, max(level, self.level), PARTS)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> "Activity":
         """`tags`: the parts to take again; None: all. With the last one it is awake, be it paused before.
@@ -90,4 +90,4 @@ class Activity:
 
 
 AWAKE = Activity()
-PAUSED = Activity(State.PAUSED)
+PAUSED = Activity(ActivityState.PAUSED)

@@ -32,7 +32,7 @@ _DEFAULT_TIMEOUT_S = 600.0
 
 
 @dataclass(slots=True)
-class _Process:
+class _ProcessGroups:
     """What this process is part of; None before the start."""
 
     tp: Communicator | None = None
@@ -40,7 +40,7 @@ class _Process:
     times: int = 0  # it was started, which keeps what it leaves in a store apart from what comes later
 
 
-_process = _Process()
+_process = _ProcessGroups()
 
 
 def init_distributed_environment(

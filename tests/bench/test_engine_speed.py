@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shoal.bench.engine_speed import Meter, Run, Shape, medians, stage_idle
+from shoal.bench.engine_speed import MeasuredRun, Meter, Shape, medians, stage_idle
 from shoal.cluster.stats import merged
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, Finish, SeqUpdate
@@ -80,7 +80,7 @@ def test_what_a_step_costs_beside_its_forward_pass_is_told_of_one_stage_only(mon
     one, two = (Meter(Instant(stages), 100).run(Shape(2, 3, 1)) for stages in (1, 2))
     assert one.control_us_per_step == pytest.approx(one.seconds * 1e6 / 4 - 100)
     assert (two.control_us_per_step, two.forward_us_per_step) == (None, 100)
-    runs: list[Run] = [two, two]
+    runs: list[MeasuredRun] = [two, two]
     assert medians(runs)["control_us_per_step"] is None
     assert medians(runs)["stage_idle"] == [1, 1]
     assert medians([one])["control_us_per_step"] == one.control_us_per_step

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from shoal.cli import main as program
-from shoal.cli.interrupts import Interrupts
+from shoal.cli.interrupts import SignalHolder
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -17,7 +17,7 @@ def test_an_interrupt_waits_for_what_is_held(number: signal.Signals) -> None:
     done = []
 
     def work() -> None:
-        with Interrupts() as interrupts:
+        with SignalHolder() as interrupts:
             with interrupts.held():
                 done.append("first")
             with interrupts.held():
@@ -40,7 +40,7 @@ def test_outside_of_what_is_held_it_comes_at_once() -> None:
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(KeyboardInterrupt):  # noqa: SIM117 - what is inside is what is tested
-            with Interrupts():
+            with SignalHolder():
                 signal.raise_signal(signal.SIGTERM)
     finally:
         for each, handler in before.items():
@@ -49,7 +49,7 @@ def test_outside_of_what_is_held_it_comes_at_once() -> None:
 
 def test_without_interrupts_all_is_as_before() -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ValueError, match="other"), Interrupts():
+    with pytest.raises(ValueError, match="other"), SignalHolder():
         raise ValueError("other")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 

@@ -2,7 +2,7 @@
 
 import io
 
-from shoal.cli.progress import PERIOD_S, Progress
+from shoal.cli.progress import PERIOD_S, JobProgress
 from shoal.outputs import CompletionOutput, RequestOutput
 
 OUTPUT = RequestOutput("", "a", (1, 2, 3, 4), (CompletionOutput(0, "b", (1, 2), "stop"),) * 3)
@@ -22,7 +22,7 @@ class Clock:
 
 def test_plain_lines_come_now_and_then() -> None:
     clock, stream = Clock(), io.StringIO()
-    progress = Progress(100, done=40, stream=stream, clock=clock)
+    progress = JobProgress(100, done=40, stream=stream, clock=clock)
     for _ in range(10):
         clock.now += PERIOD_S / 5
         progress.add(OUTPUT)
@@ -40,7 +40,7 @@ def test_plain_lines_come_now_and_then() -> None:
 
 def test_short_jobs_are_silent() -> None:
     stream = io.StringIO()
-    progress = Progress(1, stream=stream, clock=Clock())
+    progress = JobProgress(1, stream=stream, clock=Clock())
     progress.add(OUTPUT)
     progress.tell("error: something")
     progress.close()
@@ -49,7 +49,7 @@ def test_short_jobs_are_silent() -> None:
 
 def test_without_a_total() -> None:
     clock, stream = Clock(), io.StringIO()
-    progress = Progress(None, stream=stream, clock=clock)
+    progress = JobProgress(None, stream=stream, clock=clock)
     clock.now += PERIOD_S
     progress.add(OUTPUT)
     assert stream.getvalue() == "1 prompts, 0 tokens/s in, 1 out\n"
@@ -57,7 +57,7 @@ def test_without_a_total() -> None:
 
 def test_a_bar_on_a_terminal() -> None:
     clock, stream = Clock(), Terminal()
-    progress = Progress(4, done=1, stream=stream, clock=clock)
+    progress = JobProgress(4, done=1, stream=stream, clock=clock)
     clock.now += 1
     progress.add(OUTPUT)
     progress.tell("error: prompt 2: bad")
@@ -71,7 +71,7 @@ def test_a_bar_on_a_terminal() -> None:
 
 def test_a_bar_without_a_total() -> None:
     stream = Terminal()
-    progress = Progress(None, stream=stream, clock=Clock())
+    progress = JobProgress(None, stream=stream, clock=Clock())
     progress.add(OUTPUT)
     progress.close()
     assert "1 prompts, 4,000 tokens/s in" in stream.getvalue()
@@ -79,7 +79,7 @@ def test_a_bar_without_a_total() -> None:
 
 def test_switched_off() -> None:
     clock, stream = Clock(), Terminal()
-    progress = Progress(4, enabled=False, stream=stream, clock=clock)
+    progress = JobProgress(4, enabled=False, stream=stream, clock=clock)
     clock.now += 2 * PERIOD_S
     progress.add(OUTPUT)
     progress.close()

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.client.http import ServerClient
-from shoal.client.load.drive import Requester, Run
-from shoal.client.load.outcome import Outcome
+from shoal.client.load.drive import LoadRun, Requester
+from shoal.client.load.outcome import LoadOutcome
 from shoal.client.load.workload import Planned
 from support.fakes import steady
 from support.virtual_time import run_virtually
@@ -23,7 +23,7 @@ class SlowRequester(Requester):
         self._seconds = seconds
         self.running = self.peak = 0
 
-    async def send(self, request: Planned) -> Outcome:
+    async def send(self, request: Planned) -> LoadOutcome:
         sent = self.now()
         self.running += 1
         self.peak = max(self.peak, self.running)
@@ -32,7 +32,7 @@ class SlowRequester(Requester):
         finally:
             self.running -= 1
         arrival = sent if request.arrival is None else request.arrival
-        return Outcome(request, arrival, sent, self.now())
+        return LoadOutcome(request, arrival, sent, self.now())
 
 
 def drive(
@@ -40,17 +40,19 @@ def drive(
     seconds: list[float],
     *,
     stop_at: float | None = None,
-    done: Callable[[Outcome], None] | None = None,
+    done: Callable[[LoadOutcome], None] | None = None,
     max_concurrency: int | None = None,
     duration: float | None = None,
-) -> tuple[list[Outcome], Run, SlowRequester, bool]:
-    outcomes: list[Outcome] = []
+) -> tuple[list[LoadOutcome], LoadRun, SlowRequester, bool]:
+    outcomes: list[LoadOutcome] = []
 
-    async def main() -> tuple[Run, SlowRequester, bool]:
+    async def main() -> tuple[LoadRun, SlowRequester, bool]:
         async with ServerClient("http://nowhere") as client:
             requester = SlowRequester(client, seconds)
             planned = (Planned(index, at, "", 0, 1) for index, at in enumerate(arrivals))
-            run = Run(requester, planned, done or outcomes.append, max_concurrency=max_concurrency, duration=duration)
+            run = LoadRun(
+                requester, planned, done or outcomes.append, max_concurrency=max_concurrency, duration=duration
+            )
             stop = asyncio.Event()
             if stop_at is not None:
                 asyncio.get_running_loop().call_later(stop_at, stop.set)
@@ -125,7 +127,7 @@ def test_what_was_overdue_is_broken_off_too() -> None:
 
 
 def test_what_done_raises_ends_the_run() -> None:
-    def full(outcome: Outcome) -> None:
+    def full(outcome: LoadOutcome) -> None:
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.load.outcome import Failure, Outcome
+from shoal.client.load.outcome import Failure, LoadOutcome
 from shoal.client.load.plot import check_plot, plot
 from shoal.client.load.report import figures, is_good, quantile, spread, table
 from shoal.client.load.workload import Planned
@@ -19,10 +19,10 @@ from support.fakes import steady
 PLANNED = Planned(0, 0.0, "a", 1, 5)
 
 
-def outcome(arrival: float = 1.0, *, failure: Failure | None = None, tokens: int = 5) -> Outcome:
+def outcome(arrival: float = 1.0, *, failure: Failure | None = None, tokens: int = 5) -> LoadOutcome:
     """First token after 0.5 s, further ones at 0.1 s, the end 0.1 s after the last."""
     last = arrival + 0.5 + 0.1 * (tokens - 1)
-    return Outcome(
+    return LoadOutcome(
         PLANNED,
         arrival,
         sent=arrival + 0.2,
@@ -40,9 +40,11 @@ def outcome(arrival: float = 1.0, *, failure: Failure | None = None, tokens: int
 def test_tokens_without_text_take_their_time_too() -> None:
     """Of 65 tokens the first 11 had text; the end was told when the last had come."""
     seen = {"first": 1.0, "last": 2.0, "prompt_tokens": 9, "output_tokens": 65}
-    found = Outcome(PLANNED, 0.0, sent=0.0, ended=7.5, stopped=7.4, **seen)  # type: ignore[arg-type]
+    found = LoadOutcome(PLANNED, 0.0, sent=0.0, ended=7.5, stopped=7.4, **seen)  # type: ignore[arg-type]
     assert found.tpot == pytest.approx(0.1)
-    assert Outcome(PLANNED, 0.0, sent=0.0, ended=1.0, first=1.0, last=1.0, stopped=1.0, output_tokens=65).tpot is None
+    assert (
+        LoadOutcome(PLANNED, 0.0, sent=0.0, ended=1.0, first=1.0, last=1.0, stopped=1.0, output_tokens=65).tpot is None
+    )
 
 
 def test_figures() -> None:
@@ -91,7 +93,7 @@ def test_quantiles(values: list[float]) -> None:
 
 @pytest.mark.parametrize("ending", ["svg", "png", "PDF"])
 @pytest.mark.parametrize("outcomes", [[], [outcome(), outcome(2.0, failure=Failure("timeout", ""))]])
-def test_a_picture(tmp_path: Path, ending: str, outcomes: list[Outcome]) -> None:
+def test_a_picture(tmp_path: Path, ending: str, outcomes: list[LoadOutcome]) -> None:
     path = tmp_path / f"picture.{ending}"
     check_plot(path)
     plot(path, outcomes, {0: 3, 1: 2}, duration=2.5, slo={"ttft": 100.0}, title="m at http://a")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.load.outcome import Failure, Outcome
+from shoal.client.load.outcome import Failure, LoadOutcome
 from shoal.client.load.request_log import line_of, read_log
 from shoal.client.load.workload import Planned
 from shoal.errors import UserError
@@ -26,7 +26,7 @@ planned = st.builds(
     max_tokens=st.integers(1, 99),
 )
 outcomes = st.builds(
-    Outcome,
+    LoadOutcome,
     request=planned,
     arrival=seconds,
     sent=seconds,
@@ -40,7 +40,7 @@ outcomes = st.builds(
 
 @steady
 @given(st.lists(outcomes, min_size=1, max_size=6))
-def test_round_trip(logged: list[Outcome]) -> None:
+def test_round_trip(logged: list[LoadOutcome]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "log.jsonl"
         path.write_text("".join(map(line_of, logged)), "utf-8")

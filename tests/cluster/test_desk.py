@@ -12,8 +12,8 @@ import pytest
 from shoal.cluster import desk as desk_module
 from shoal.cluster.desk import Answer, Desk
 from shoal.cluster.fleet import About, Fleet
-from shoal.cluster.limits import Limits
-from shoal.cluster.routing.router import Room
+from shoal.cluster.limits import FleetLimits
+from shoal.cluster.routing.router import ReplicaCapacity
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, Wire, encode
@@ -51,9 +51,9 @@ class Setting:
         self.replica = Member(0)
         self.fleet = Fleet(
             lambda number, generation: self.replica,
-            lambda stats: Room(100, 10**6, 4, 100),
+            lambda stats: ReplicaCapacity(100, 10**6, 4, 100),
             about=About("model", 1, 1),
-            limits=Limits(1000, None, None, 5, 60.0),
+            limits=FleetLimits(1000, None, None, 5, 60.0),
             local=[0],
         )
         self.desk = Desk(self.fleet, {"shout": bytes.upper, "fail": self._fail, "break": self._break})

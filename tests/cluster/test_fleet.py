@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.cluster.fleet import About, Fleet
-from shoal.cluster.limits import Limits
-from shoal.cluster.routing.router import Room
+from shoal.cluster.limits import FleetLimits
+from shoal.cluster.routing.router import ReplicaCapacity
 from shoal.errors import CheckpointError, ConfigError, EngineError, RequestError, ShoalError
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, Finish, RefusalKind, SeqUpdate
@@ -140,9 +140,9 @@ class World:
         }
         self.fleet = Fleet(
             self._launch,
-            lambda stats: Room(most, 10**6, 4, 100),
+            lambda stats: ReplicaCapacity(most, 10**6, 4, 100),
             about=About("model", 1, 1),
-            limits=Limits(**bounds),
+            limits=FleetLimits(**bounds),
             local=range(local),
             awaited=awaited,
             elsewhere=elsewhere,

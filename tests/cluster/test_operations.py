@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cluster.test_fleet import FakeMember, Hanging, World, world
-from shoal.activity import AWAKE, PARTS, PAUSED, Activity, State
+from shoal.activity import AWAKE, PARTS, PAUSED, Activity, ActivityState
 from shoal.errors import ConfigError, UserError
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import Become, CacheReset, EngineRequest, RefusalKind, ResetCache, cache_reset_decoder
@@ -13,7 +13,7 @@ from shoal.wire.fleet import Operation
 from support.fake_replica import STATS
 from support.fakes import alone, request
 
-ASLEEP = Activity(State.ASLEEP, 1, PARTS)
+ASLEEP = Activity(ActivityState.ASLEEP, 1, PARTS)
 
 
 def operate(found: World, verb: str, **options: Any) -> list[Any]:
@@ -118,7 +118,7 @@ def test_who_is_asleep_takes_no_requests_and_is_awake_with_the_last_part() -> No
         slept = operate(found, "sleep", mode="keep", level=2)
         found.settle(3)
         assert slept == [b""]
-        assert activities(found.members[0]) == [PAUSED, Activity(State.ASLEEP, 2, PARTS)]
+        assert activities(found.members[0]) == [PAUSED, Activity(ActivityState.ASLEEP, 2, PARTS)]
         status = found.fleet.status()
         assert (status.activity, status.sleep_level, status.missing) == ("asleep", 2, PARTS)
         found.add(request(7, [7]))

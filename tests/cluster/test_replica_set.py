@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cluster.replica_set import ReplicaSet
-from shoal.cluster.routing.router import Room
+from shoal.cluster.routing.router import ReplicaCapacity
 from shoal.cluster.stats import merged
 from shoal.engine.request import decode_tokens
 from shoal.errors import ClosedError, ReplicasFailed, RequestError
@@ -21,7 +21,7 @@ from support.fakes import Outcomes, alone, request, steady
 
 
 def replica_set(replicas: Sequence[FakeReplica], most: int = 3, **options: Any) -> ReplicaSet:
-    room = Room(most, 10**6, 4, 100)
+    room = ReplicaCapacity(most, 10**6, 4, 100)
     return ReplicaSet(
         dict(enumerate(replicas)), dict.fromkeys(range(len(replicas)), room), wait_for=lambda *_: None, **options
     )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from shoal.cluster.routing.router import Room, Router, most_held
+from shoal.cluster.routing.router import ReplicaCapacity, RequestRouter, most_held
 from shoal.engine.request import encode_tokens
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest
@@ -18,15 +18,15 @@ from support.fakes import request, steady
 BLOCK = 4
 
 
-def room(requests: int = 1000, tokens: int = 10**6, prefixes: int = 100) -> Room:
-    return Room(requests, tokens, BLOCK, prefixes)
+def room(requests: int = 1000, tokens: int = 10**6, prefixes: int = 100) -> ReplicaCapacity:
+    return ReplicaCapacity(requests, tokens, BLOCK, prefixes)
 
 
-def router(replicas: int, each: Room | None = None) -> Router:
-    return Router(dict.fromkeys(range(replicas), each or room()))
+def router(replicas: int, each: ReplicaCapacity | None = None) -> RequestRouter:
+    return RequestRouter(dict.fromkeys(range(replicas), each or room()))
 
 
-def dealt(found: Router) -> list[tuple[int, int]]:
+def dealt(found: RequestRouter) -> list[tuple[int, int]]:
     """(request, replica) of all that can go now."""
     pairs = []
     while (pair := found.next()) is not None:
@@ -34,7 +34,7 @@ def dealt(found: Router) -> list[tuple[int, int]]:
     return pairs
 
 
-def spread(found: Router, requests: Sequence[EngineRequest]) -> dict[int, int]:
+def spread(found: RequestRouter, requests: Sequence[EngineRequest]) -> dict[int, int]:
     """request -> replica, each dealt out as it comes."""
     where: dict[int, int] = {}
     for each in requests:
@@ -303,7 +303,7 @@ def test_a_hot_prefix_gets_copies_where_replicas_are_idle_and_one_conversation_d
     assert spread(found, [request(2, [7] * 44, max_tokens=3)]) == {2: 0}
 
 
-def computed(found: Router, spec: EngineRequest) -> int:
+def computed(found: RequestRouter, spec: EngineRequest) -> int:
     """Prompt tokens that replica 0 has to compute for it."""
     before = found.work(0)
     assert spread(found, [spec]) == {spec.seq: 0}
@@ -340,7 +340,7 @@ def test_a_prompt_whose_log_probabilities_are_wanted_is_computed() -> None:
 
 
 def test_a_router_may_start_without_replicas() -> None:
-    found = Router()
+    found = RequestRouter()
     for seq in range(3):
         found.add(request(seq, [seq]))
     assert found.next() is None
@@ -363,7 +363,7 @@ def test_a_replica_that_is_back_has_nothing_in_its_cache() -> None:
     with pytest.raises(ValueError, match="replica 0 is there already"):
         found.admit(0, room())
     with pytest.raises(ValueError, match="replica 1 has blocks of 8 tokens, the others of 4"):
-        found.admit(1, Room(1, 1, 8, 1))
+        found.admit(1, ReplicaCapacity(1, 1, 8, 1))
 
 
 def test_a_replica_that_joins_is_not_flooded() -> None:
@@ -442,7 +442,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(numbers=st.sets(st.integers(0, 4)))
     def begin(self, numbers: set[int]) -> None:
-        self.found = Router({number: room(2, 30, 6) for number in numbers})
+        self.found = RequestRouter({number: room(2, 30, 6) for number in numbers})
         self.held: dict[int, dict[int, int]] = {number: {} for number in numbers}  # replica -> request -> drawn there
         self.waiting: dict[int, EngineRequest] = {}
         self.specs: dict[int, EngineRequest] = {}

@@ -5,12 +5,12 @@ With --matrix also 1,000 replicas and 100,000 requests; `benchmarks/router.py` t
 
 import pytest
 
-from shoal.cluster.routing.router import Router
+from shoal.cluster.routing.router import RequestRouter
 from support.simulated_replicas import Affinity, LeastLoaded, Outcome, RoundRobin, Traffic, simulate
 
 
-def routed(traffic: Traffic) -> tuple[Outcome, Router]:
-    found = Router(dict.fromkeys(range(traffic.replicas), traffic.machine.room))
+def routed(traffic: Traffic) -> tuple[Outcome, RequestRouter]:
+    found = RequestRouter(dict.fromkeys(range(traffic.replicas), traffic.machine.room))
     return simulate(traffic, found), found
 
 

@@ -11,7 +11,7 @@ import pytest
 from conformance.test_sameness import make_prompts
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ClosedError, ReplicasFailed
-from shoal.jobs.entries import Entry
+from shoal.jobs.entries import JobEntry
 from shoal.jobs.parameters import Parameters
 from shoal.jobs.run_job import JobRun
 from shoal.params import BeamSearchParams
@@ -105,7 +105,7 @@ def test_a_run_that_is_given_up_leaves_all_replicas_usable(replicas: LLM) -> Non
 def test_jobs_over_a_window(folder: Path) -> None:
     """More than one replica would take at a time."""
     params = SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True)
-    entries = [Entry(i, f"line {i}", prompt={"prompt_token_ids": [5 + i % 200, 7, i % 11]}) for i in range(2500)]
+    entries = [JobEntry(i, f"line {i}", prompt={"prompt_token_ids": [5 + i % 200, 7, i % 11]}) for i in range(2500)]
 
     def run(llm: LLM) -> dict[int, tuple[int, ...]]:
         parameters = Parameters(params, {}, llm.default_sampling_params)

@@ -14,7 +14,7 @@ from conformance.test_sameness import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
 from shoal.engine.request import encode_tokens
-from shoal.engine.scheduler import Limits
+from shoal.engine.scheduler import SchedulerLimits
 from shoal.errors import EngineError
 from shoal.executors.base import RankExecutor
 from shoal.executors.multiprocess import ProcessLinks
@@ -118,7 +118,7 @@ def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) ->
         )
         engine = EngineCore(
             executor,
-            Limits(8, layout.budget, 128, stages=len(stages)),
+            SchedulerLimits(8, layout.budget, 128, stages=len(stages)),
             block_size=16,
             prefix_caching=True,
             max_in_flight=2,

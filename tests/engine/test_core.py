@@ -13,7 +13,7 @@ from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.ngram import NgramIndex
 from shoal.engine.request import decode_tokens
-from shoal.engine.scheduler import Limits
+from shoal.engine.scheduler import SchedulerLimits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
 from shoal.wire.base import Ids, replace_fields
@@ -56,7 +56,7 @@ class Engine:
         self.outcomes = Outcomes()
         self.core = EngineCore(
             FaultyExecutor(self.ranks, delays=delays, drop=drop, dies_at=dies_at),
-            Limits(max_num_seqs, budget, MAX_MODEL_LEN, stages=stages),
+            SchedulerLimits(max_num_seqs, budget, MAX_MODEL_LEN, stages=stages),
             block_size=block_size,
             prefix_caching=prefix_caching,
             max_in_flight=depth,
@@ -424,7 +424,7 @@ class Masked:
         self.grammars = grammars or FakeGrammars()
         self.core = EngineCore(
             Watched(self.ranks, lambda step: step % 3),
-            Limits(8, budget, MAX_MODEL_LEN),
+            SchedulerLimits(8, budget, MAX_MODEL_LEN),
             block_size=4,
             prefix_caching=True,
             max_in_flight=depth,
@@ -626,7 +626,7 @@ class LastComesFirst:
 def test_another_policy_decides_who_goes_first() -> None:
     ranks = FakeExecutor(max_num_seqs=1)
     core = EngineCore(
-        ranks, Limits(1, 64, 64), block_size=4, prefix_caching=True, max_in_flight=1, policy=LastComesFirst()
+        ranks, SchedulerLimits(1, 64, 64), block_size=4, prefix_caching=True, max_in_flight=1, policy=LastComesFirst()
     )
     for seq in range(3):
         core.add(request(seq, [seq], 1))
@@ -725,7 +725,7 @@ def test_what_answers_another_incarnation_is_dropped() -> None:
             return [stale, *super().poll(timeout)]
 
     engine = EngineCore(
-        Restarted(), Limits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=1, incarnation=7
+        Restarted(), SchedulerLimits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=1, incarnation=7
     )
     engine.add(request(1, [1, 2, 3], max_tokens=1))
     (update,) = engine.updates(1.0)

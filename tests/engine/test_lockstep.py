@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.engine.core import EngineCore
-from shoal.engine.scheduler import Limits
+from shoal.engine.scheduler import SchedulerLimits
 from shoal.errors import ClosedError, EngineError
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import StepResult
@@ -44,7 +44,7 @@ class Replicas:
         self.cores = [
             EngineCore(
                 TogetherExecutor(ranks, self.group, lambda step, i=i: delays[(step + i) % len(delays)]),  # type: ignore[misc]
-                Limits(8, 64, MAX_MODEL_LEN, stages=stages),
+                SchedulerLimits(8, 64, MAX_MODEL_LEN, stages=stages),
                 block_size=4,
                 prefix_caching=True,
                 max_in_flight=depth,
@@ -115,7 +115,7 @@ def test_replicas_without_work_rest() -> None:
 
 def test_without_lockstep_no_plan_says_so_and_none_is_empty_but_for_the_last() -> None:
     ranks = FakeExecutor()
-    core = EngineCore(ranks, Limits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2)
+    core = EngineCore(ranks, SchedulerLimits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2)
     core.add(request(1, [1, 2, 3], 5))
     while core.busy:
         core.updates(0)
@@ -147,7 +147,12 @@ def test_what_follows_from_the_failure_of_another_replica_goes_by_its_name() -> 
             raise EngineError("rank 0: all_to_all: connection closed")
 
     core = EngineCore(
-        Deserted(), Limits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2, lockstep=group.peers[0]
+        Deserted(),
+        SchedulerLimits(8, 64, 64),
+        block_size=4,
+        prefix_caching=True,
+        max_in_flight=2,
+        lockstep=group.peers[0],
     )
     core.add(request(1, [1]))
     with pytest.raises(EngineError, match="replica 1") as found:

@@ -7,13 +7,13 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from engine.test_core import NGRAM, Engine
 from engine.test_lockstep import Replicas
-from shoal.activity import AWAKE, PARTS, PAUSED, Activity, State
+from shoal.activity import AWAKE, PARTS, PAUSED, Activity, ActivityState
 from shoal.errors import CheckpointError
 from shoal.wire.engine import CacheReset, Finish
 from support.fakes import alone, request, steady
 
-ASLEEP = Activity(State.ASLEEP, 1, PARTS)
-NO_CACHE = Activity(State.ASLEEP, 1, ("kv_cache",))
+ASLEEP = Activity(ActivityState.ASLEEP, 1, PARTS)
+NO_CACHE = Activity(ActivityState.ASLEEP, 1, ("kv_cache",))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

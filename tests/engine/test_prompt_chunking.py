@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shoal.engine.core import EngineCore
 from shoal.engine.prompt_chunking import PromptSpread
-from shoal.engine.scheduler import Limits
+from shoal.engine.scheduler import SchedulerLimits
 from shoal.wire.engine import EngineRequest
 from support.fakes import FakePipeline, Outcomes, request, steady
 
@@ -59,7 +59,7 @@ def compute(stages: int, step_cost: float, specs: list[EngineRequest]) -> FakePi
     pipeline = FakePipeline(1024, 16, stages=stages, step_cost=step_cost)
     core = EngineCore(
         pipeline,
-        Limits(64, 2048, 8192, stages=stages),
+        SchedulerLimits(64, 2048, 8192, stages=stages),
         block_size=16,
         prefix_caching=False,
         max_in_flight=stages + 1,

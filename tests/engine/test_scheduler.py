@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.engine.blocks import BlockPool
-from shoal.engine.request import State, encode_tokens, token_set
-from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
+from shoal.engine.request import RequestState, encode_tokens, token_set
+from shoal.engine.scheduler import PriorityPolicy, Scheduler, SchedulerLimits
 from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
 from shoal.wire.engine import EngineRequest, Finish
@@ -57,7 +57,7 @@ class Bench:
         stages: int = 1,
         prompt_logprobs: int | None = None,
     ) -> None:
-        self.limits = Limits(max_num_seqs, budget, max_model_len, window, stages, prompt_logprobs)
+        self.limits = SchedulerLimits(max_num_seqs, budget, max_model_len, window, stages, prompt_logprobs)
         self.pool = BlockPool(num_blocks, block_size)
         self.clock = FakeClock()
         self.scheduler = Scheduler(
@@ -803,7 +803,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 seen = max(r.computed - r.guessed - self.bench.limits.window + 1, 0)
                 assert r.retired * self.bench.pool.block_size <= seen
         states = [r.state for r in scheduler._requests.values()]
-        assert scheduler.num_waiting == len(states) - states.count(State.RUNNING)
+        assert scheduler.num_waiting == len(states) - states.count(RequestState.RUNNING)
         assert sorted(scheduler._requests) == self.bench.outcomes.open
 
     def teardown(self) -> None:

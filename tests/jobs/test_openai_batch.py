@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal.errors import RequestError
-from shoal.jobs.entries import Entry
+from shoal.jobs.entries import JobEntry
 from shoal.jobs.output_lines import failure, line_of
 from shoal.jobs.parameters import Parameters
 from shoal.jobs.reading import PromptFile
@@ -19,7 +19,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 PARAMETERS = Parameters(SamplingParams(temperature=0, max_tokens=64), {})
 
 
-def entry(tmp_path: Path, body: Any, *, chat: bool = False, **changes: Any) -> Entry:
+def entry(tmp_path: Path, body: Any, *, chat: bool = False, **changes: Any) -> JobEntry:
     url = "/v1/chat/completions" if chat else "/v1/completions"
     prompt = {"messages": TALK} if chat else {"prompt": "hi"}
     body = {**prompt, **body} if isinstance(body, dict) else body
@@ -117,7 +117,7 @@ def test_the_order_of_defaults(tmp_path: Path) -> None:
         return SamplingParams.from_dict({"top_k": 7, "top_p": 0.5}, base)
 
     parameters = Parameters(SamplingParams(temperature=0, max_tokens=64), {"top_p": 0.6, "n": 1}, with_model)
-    plain = Entry(0, "", prompt="a", sampling={"min_p": 0.2})
+    plain = JobEntry(0, "", prompt="a", sampling={"min_p": 0.2})
     assert parameters.of(plain) == SamplingParams(temperature=0, max_tokens=64, top_k=7, top_p=0.6, min_p=0.2)
     request = parameters.of(entry(tmp_path, {"top_p": 0.7}))
     assert request == SamplingParams(temperature=1, max_tokens=16, top_k=7, top_p=0.7)
@@ -175,7 +175,7 @@ def test_failures(tmp_path: Path) -> None:
 
 
 def test_lines_of_our_own_format() -> None:
-    mine = Entry(3, "", prompt="hi", ids={"custom_id": "x"})
+    mine = JobEntry(3, "", prompt="hi", ids={"custom_id": "x"})
     line = json.loads(json.dumps(line_of(mine, "d" * 16, OUTPUT, "m"), allow_nan=False))
     assert list(line) == ["index", "custom_id", "prompt", "prompt_token_ids", "outputs", "digest"]
     (output,) = line["outputs"]

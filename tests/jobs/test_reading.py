@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import UserError
-from shoal.jobs.entries import Entry
+from shoal.jobs.entries import JobEntry
 from shoal.jobs.output_lines import failure
 from shoal.jobs.reading import PromptFile
 from support.fakes import steady
@@ -29,7 +29,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-def read(path: Path, **options: Any) -> list[Entry]:
+def read(path: Path, **options: Any) -> list[JobEntry]:
     file = PromptFile(path, **options)
     found = list(file)
     assert [entry.index for entry in found] == list(
@@ -95,7 +95,7 @@ def test_no_bytes_upset_a_reader(tmp_path_factory: pytest.TempPathFactory, conte
 def test_a_line_keeps_what_belongs_to_it(tmp_path: Path) -> None:
     line = {"prompt": "a", "custom_id": "x", "id": 7, "sampling_params": {"n": 2}, "label": 3}
     (entry,) = read(write(tmp_path, "p.jsonl", json.dumps(line)))
-    assert entry == Entry(0, f"{tmp_path}/p.jsonl, line 1", "a", sampling={"n": 2}, ids={"custom_id": "x", "id": 7})
+    assert entry == JobEntry(0, f"{tmp_path}/p.jsonl, line 1", "a", sampling={"n": 2}, ids={"custom_id": "x", "id": 7})
 
 
 def test_messages_and_chat(tmp_path: Path) -> None:

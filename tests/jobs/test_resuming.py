@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from shoal.errors import RequestError, UserError
 from shoal.jobs import resuming
-from shoal.jobs.entries import Entry, digest, same_prompt
+from shoal.jobs.entries import JobEntry, digest, same_prompt
 from shoal.jobs.output_lines import line_of
 from shoal.jobs.parameters import Parameters
 from shoal.jobs.run_job import JobRun
 from shoal.jobs.writing import OutputFailed, OutputFile
 from shoal.outputs import CompletionOutput, RequestOutput
 from shoal.params import Message, Prompt, SamplingParams
-from shoal.text.prompts import Job, Refused
+from shoal.text.prompts import Job, RefusedPrompt
 from support.fakes import steady
 
 
@@ -38,8 +38,8 @@ class FakeEngine:
     def prepare_chat(self, index: int, messages: Any, params: SamplingParams, **template: Any) -> Job:
         return self.prepare(index, messages[0]["content"], params)
 
-    def run(self, jobs: Iterable[Job | Refused], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
-        waiting: list[Job | Refused] = []
+    def run(self, jobs: Iterable[Job | RefusedPrompt], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
+        waiting: list[Job | RefusedPrompt] = []
         for job in jobs:
             waiting.append(job)
             if len(waiting) == self.window:
@@ -47,8 +47,8 @@ class FakeEngine:
         for job in waiting:
             yield self._answer(job)
 
-    def _answer(self, job: Job | Refused) -> tuple[int, RequestOutput]:
-        if isinstance(job, Refused):
+    def _answer(self, job: Job | RefusedPrompt) -> tuple[int, RequestOutput]:
+        if isinstance(job, RefusedPrompt):
             return job.index, RequestOutput("", job.prompt, job.tokens, (), error=job.error)
         self.jobs.append(job)
         text = str(job.prompt)[::-1]
@@ -58,12 +58,12 @@ class FakeEngine:
 PARAMETERS = Parameters(SamplingParams(temperature=0), {})
 
 
-def entries_of(prompts: Iterable[str]) -> list[Entry]:
-    return [Entry(index, f"line {index + 1}", prompt=prompt) for index, prompt in enumerate(prompts)]
+def entries_of(prompts: Iterable[str]) -> list[JobEntry]:
+    return [JobEntry(index, f"line {index + 1}", prompt=prompt) for index, prompt in enumerate(prompts)]
 
 
 def go_on(
-    path: Path, entries: list[Entry], parameters: Parameters = PARAMETERS, *, ordered: bool = False, seed: int = 0
+    path: Path, entries: list[JobEntry], parameters: Parameters = PARAMETERS, *, ordered: bool = False, seed: int = 0
 ) -> list[str]:
     """What `shoal generate --resume` does. Gives the prompts that were run."""
     engine = FakeEngine()
@@ -158,7 +158,7 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
 def test_another_seed_is_refused_where_it_is_drawn_by(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     warm = Parameters(SamplingParams(temperature=1), {})
-    mine = [Entry(0, "line 1", prompt="a", sampling={"seed": 7}), Entry(1, "line 2", prompt="b")]
+    mine = [JobEntry(0, "line 1", prompt="a", sampling={"seed": 7}), JobEntry(1, "line 2", prompt="b")]
     for entries, parameters in [(mine[:1], warm), (entries_of("a"), PARAMETERS)]:  # own seed; greedy
         path.unlink(missing_ok=True)
         go_on(path, entries, parameters, seed=1)
@@ -226,13 +226,13 @@ TALK: list[Message] = [{"role": "user", "content": "a"}]
 
 def test_digests() -> None:
     params = SamplingParams(temperature=0, stop="x", logit_bias={3: 1.0})
-    same = [Entry(0, "here", prompt="a"), Entry(5, "there", prompt="a", sampling={"n": 1})]
+    same = [JobEntry(0, "here", prompt="a"), JobEntry(5, "there", prompt="a", sampling={"n": 1})]
     alike = SamplingParams(temperature=0, stop=["x"], logit_bias={"3": 1})  # type: ignore[dict-item]
     assert digest(same[0], params, 0) == digest(same[1], alike, 0)
     others = [
-        Entry(0, "", prompt="b"), Entry(0, "", messages=TALK), Entry(0, "", prompt={"prompt_token_ids": [1]}),
-        Entry(0, "", prompt="a", ids={"custom_id": "1"}), Entry(0, "", prompt="a", endpoint="/v1/completions"),
-        Entry(0, "", prompt="\ud800"), Entry(0, "", prompt={"prompt_token_ids": ["1", 1.5]}),  # type: ignore[arg-type]
+        JobEntry(0, "", prompt="b"), JobEntry(0, "", messages=TALK), JobEntry(0, "", prompt={"prompt_token_ids": [1]}),
+        JobEntry(0, "", prompt="a", ids={"custom_id": "1"}), JobEntry(0, "", prompt="a", endpoint="/v1/completions"),
+        JobEntry(0, "", prompt="\ud800"), JobEntry(0, "", prompt={"prompt_token_ids": ["1", 1.5]}),  # type: ignore[arg-type]
     ]  # fmt: skip
     assert len({digest(entry, params, 0)[:10] for entry in [same[0], *others]}) == len(others) + 1
     assert not any(same_prompt(digest(entry, params, 0), digest(same[0], params, 0)) for entry in others)
@@ -244,12 +244,12 @@ def test_digests() -> None:
 def test_draws_hang_on_the_index(tmp_path: Path) -> None:
     """So a resumed job draws what it would have drawn, and another engine seed draws something else."""
 
-    def seeds(entries: list[Entry], seed: int) -> dict[int, int | None]:
+    def seeds(entries: list[JobEntry], seed: int) -> dict[int, int | None]:
         engine = FakeEngine()
         list(JobRun(engine, Parameters(SamplingParams(temperature=1), {}), seed=seed)(entries))
         return {job.index: job.params.seed for job in engine.jobs}
 
-    entries = [*entries_of("abc"), Entry(3, "", prompt="d", sampling={"seed": 7})]
+    entries = [*entries_of("abc"), JobEntry(3, "", prompt="d", sampling={"seed": 7})]
     whole = seeds(entries, 0)
     assert len(set(whole.values())) == 4
     assert whole[3] == 7
@@ -264,7 +264,7 @@ def test_what_is_pending_is_no_more_than_the_window() -> None:
     engine = FakeEngine(window=4)
     run = JobRun(engine, PARAMETERS, seed=0)
     most = 0
-    for _ in run(Entry(index, "", prompt="a") for index in range(100)):
+    for _ in run(JobEntry(index, "", prompt="a") for index in range(100)):
         most = max(most, len(run._pending))
     assert most <= 4
     assert not run._pending

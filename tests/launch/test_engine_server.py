@@ -8,7 +8,7 @@ import pytest
 
 from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
-from shoal.engine.scheduler import Limits
+from shoal.engine.scheduler import SchedulerLimits
 from shoal.errors import ConfigError, EngineError
 from shoal.launch.engine_server import answer, serve
 from shoal.transport.channel import Channel, wait
@@ -113,7 +113,7 @@ class Held(FakeExecutor):
 
 def test_an_abort_frees_its_blocks_before_the_step_that_runs_has_ended() -> None:
     ranks = Held()
-    engine = EngineCore(ranks, Limits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2)
+    engine = EngineCore(ranks, SchedulerLimits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2)
     client, theirs = Channel.pair()
     server = Channel(theirs)
     serving = threading.Thread(target=answer, args=(server, engine, None))

@@ -141,7 +141,7 @@ def test_none_that_is_left_is_an_error_of_the_kind_that_ended_them(model: OpenMo
         _supervise(world.replicas, _Nothing())
 
 
-class _Nothing(headless._Signals):
+class _Nothing(headless._SignalEvent):
     def __enter__(self) -> Any:
         raise AssertionError
 

@@ -27,7 +27,7 @@ from shoal.errors import (
 from shoal.launch.hub import BUNDLED
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.llm import outputs
-from shoal.llm.async_llm import AsyncLLM, Stream
+from shoal.llm.async_llm import AsyncLLM, RequestStream
 from shoal.llm.deltas import Delta
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
@@ -100,7 +100,7 @@ class Setting:
         assert self.llm.tokenizer is not None
         return tuple(self.llm.tokenizer.encode(text, add_special_tokens=False))
 
-    def stream(self, params: SamplingParams = GREEDY, **options: Any) -> Stream:
+    def stream(self, params: SamplingParams = GREEDY, **options: Any) -> RequestStream:
         return self.llm.stream(self.llm.prepare("Once upon a time", params), **options)
 
 
@@ -135,7 +135,7 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def read(stream: Stream, into: list[Delta] | None = None) -> list[Delta]:
+async def read(stream: RequestStream, into: list[Delta] | None = None) -> list[Delta]:
     found = [] if into is None else into
     async for deltas in stream:
         found += deltas
@@ -268,19 +268,21 @@ def test_errors_by_their_kind_behind_what_came_before(
     run(work())
 
 
-async def leave(stream: Stream) -> None:
+async def leave(stream: RequestStream) -> None:
     async for _ in stream:
         break
 
 
-async def fail(stream: Stream) -> None:
+async def fail(stream: RequestStream) -> None:
     with suppress(ZeroDivisionError):
         async for _ in stream:
             raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("how", [leave, fail])
-def test_leaving_the_loop_early_ends_the_request(setting: Setting, how: Callable[[Stream], Awaitable[None]]) -> None:
+def test_leaving_the_loop_early_ends_the_request(
+    setting: Setting, how: Callable[[RequestStream], Awaitable[None]]
+) -> None:
     async def work() -> None:
         stream = setting.stream()
         setting.line.say(SeqUpdate(0, setting.tokens(" a")))
@@ -295,9 +297,9 @@ def test_leaving_the_loop_early_ends_the_request(setting: Setting, how: Callable
     run(work())
 
 
-@pytest.mark.parametrize("how", [read, Stream.wait])
+@pytest.mark.parametrize("how", [read, RequestStream.wait])
 def test_a_task_that_is_cancelled_ends_its_request(
-    setting: Setting, how: Callable[[Stream], Coroutine[Any, Any, Any]]
+    setting: Setting, how: Callable[[RequestStream], Coroutine[Any, Any, Any]]
 ) -> None:
     async def work() -> None:
         task = await started(how(setting.stream()))
@@ -576,7 +578,7 @@ def params_of(number: int) -> SamplingParams:
 async def texts(llm: AsyncLLM, during: Callable[[], Awaitable[None]] | None = None) -> list[RequestOutput]:
     streams = [llm.stream(llm.prepare(prompt, params_of(number))) for number, prompt in enumerate(PROMPTS)]
 
-    async def follow(stream: Stream) -> RequestOutput:
+    async def follow(stream: RequestStream) -> RequestOutput:
         deltas = await read(stream)
         output = stream.output()
         assert "".join(delta.text for delta in deltas) == output.outputs[0].text

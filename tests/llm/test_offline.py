@@ -16,7 +16,7 @@ from shoal.llm.requests import Requests
 from shoal.llm.shared_engine import SharedEngine
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
-from shoal.text.prompts import Job, Refused
+from shoal.text.prompts import Job, RefusedPrompt
 from shoal.wire.base import encode
 from shoal.wire.engine import EngineRequest, EngineStats, Finish, SeqUpdate, to_engine
 from shoal.wire.ranks import Sampling, SamplingPenalties
@@ -135,8 +135,8 @@ def test_no_jobs() -> None:
 
 
 def test_a_refused_prompt_has_its_place_and_costs_the_engine_nothing() -> None:
-    refused = Refused(1, "x", (5,), "too long")
-    jobs: list[Job | Refused] = [job(0), refused, job(2, 1)]
+    refused = RefusedPrompt(1, "x", (5,), "too long")
+    jobs: list[Job | RefusedPrompt] = [job(0), refused, job(2, 1)]
     engine = FakeEngine()
     outputs = dict(found := list(runner(engine).run(jobs, ordered=True)))
     assert [index for index, _ in found] == [0, 1, 2]
@@ -146,7 +146,7 @@ def test_a_refused_prompt_has_its_place_and_costs_the_engine_nothing() -> None:
 
 
 def test_only_refused_prompts() -> None:
-    jobs = [Refused(i, None, (), "no") for i in range(2500)]
+    jobs = [RefusedPrompt(i, None, (), "no") for i in range(2500)]
     for ordered in (False, True):
         assert [index for index, _ in runner(FakeEngine()).run(iter(jobs), ordered=ordered)] == list(range(2500))
 
@@ -217,11 +217,11 @@ def test_each_output_stops_on_its_own() -> None:
 class Source:
     """Counts what is taken of endless jobs."""
 
-    def __init__(self, jobs: Iterable[Job | Refused]) -> None:
+    def __init__(self, jobs: Iterable[Job | RefusedPrompt]) -> None:
         self.taken = 0
         self._jobs = iter(jobs)
 
-    def __iter__(self) -> Iterator[Job | Refused]:
+    def __iter__(self) -> Iterator[Job | RefusedPrompt]:
         for each in self._jobs:
             self.taken += 1
             yield each

@@ -17,7 +17,7 @@ from shoal.errors import CheckpointError
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import make_linear
 from shoal.kernels.select import make_kernels
-from shoal.models.layers.moe import MoE, Router, SharedExperts, route, sigmoid
+from shoal.models.layers.moe import ExpertRouter, MoE, SharedExperts, route, sigmoid
 from shoal.models.spec import MoESpec, RoutingSpec
 from shoal.parallel.dispatch import TensorParallelDispatch
 from shoal.parallel.mesh import Axis
@@ -84,7 +84,7 @@ def test_transformers_routers(model: str, name: str, fields: dict[str, Any], spe
         gate.e_score_correction_bias.normal_(generator=torch.Generator().manual_seed(2))
         bias = gate.e_score_correction_bias
     first, second = gate(X)[1:]  # in granitemoe as in the others: weights, then experts
-    experts, weights = Router(make_linear(gate.weight, None), bias, spec)(X)
+    experts, weights = ExpertRouter(make_linear(gate.weight, None), bias, spec)(X)
     assert (experts.dtype, weights.dtype) == (torch.int64, torch.float32)
     assert torch.allclose(dense(experts, weights), dense(second, first), atol=1e-6)
     assert (weights.sum(-1) - 1).abs().max() > 0.1 or spec.normalize
@@ -183,7 +183,7 @@ def mixture(tp: Axis, experts: Sequence[int] | None, dtype: torch.dtype = torch.
         return make_linear(whole[:, cut.start : cut.stop].to(dtype).contiguous(), None)
 
     return MoE(
-        Router(make_linear(ROUTER.to(dtype), None), None, SPEC),
+        ExpertRouter(make_linear(ROUTER.to(dtype), None), None, SPEC),
         GroupedExperts(
             [rows(UP[e], columns) for e in held], activate, [some_columns(DOWN[e], columns) for e in held], kernels
         ),

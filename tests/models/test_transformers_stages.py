@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from shoal.models.spec import AttentionSpec, NormSpec
 from shoal.models.transformers.cut_plan import place_of
 from shoal.models.transformers.fallback_spec import FallbackSpec
-from shoal.models.transformers.stages import OneStage, Stream, Watch, stand_ins
+from shoal.models.transformers.stages import OneStage, ResidualStream, Watch, stand_ins
 from shoal.parallel.stages import stages
 
 LAYERS, HIDDEN, TOKENS = 3, 8, 5
@@ -117,7 +117,7 @@ def test_stages_give_together_what_the_module_gives(cut: tuple[int, ...], *, in_
     expected = model_of(in_tuple=in_tuple).get_submodule("model")(tokens, positions)
     found = None
     for stage in stages(cut):
-        model, stream = model_of(in_tuple=in_tuple), Stream(found)
+        model, stream = model_of(in_tuple=in_tuple), ResidualStream(found)
         for path, module in stand_ins(spec, model, stage, stream).items():
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, module)

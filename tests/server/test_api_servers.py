@@ -396,7 +396,7 @@ def end_of(head: Callable[[], Head], front: Callable[[], Front], *, signals: int
     """The exit code and what the front was told."""
 
     async def run() -> tuple[int, list[float]]:
-        told, there, heard = head(), front(), serve._Signals()
+        told, there, heard = head(), front(), serve._EndSignals()
         for _ in range(signals):
             heard._heard()
         code = await asyncio.wait_for(

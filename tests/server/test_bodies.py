@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from shoal.server.api.bodies import Unread, read_body, read_json
+from shoal.server.api.bodies import UnreadBodies, read_body, read_json
 from shoal.server.api.schemas import CompletionBody
 from shoal.server.app import make_app, openai_app
 from shoal.server.http.errors import Refusal
 from shoal.server.http.json_reader import JsonReader
-from shoal.server.http.limits import Limits
+from shoal.server.http.limits import RequestLimits
 from shoal.server.settings import ServerSettings
 from support.fake_backend import FakeBackend
 from support.fakes import steady
@@ -23,7 +23,7 @@ from support.fakes import steady
 
 def refused(body: bytes, **limits: int) -> int:
     with pytest.raises(Refusal) as caught:
-        read_json(body, Limits(**limits))
+        read_json(body, RequestLimits(**limits))
     return caught.value.status
 
 
@@ -40,10 +40,10 @@ def test_too_many_values_are_refused() -> None:
     assert refused(b"[" + b"[]," * 100 + b"[]]", body_values=100) == 413
     assert refused(b"[" + b"1," * 100 + b"1]", body_values=100) == 413
     assert refused(b"{" + b",".join(b'"%d":1' % i for i in range(101)) + b"}", body_values=100) == 413
-    read_json(b"[" + b"[]," * 49 + b"[]]", Limits(body_values=100))
-    read_json(b'{"a":"' + b"," * 1000 + b'","b":1}', Limits(body_values=100))
+    read_json(b"[" + b"[]," * 49 + b"[]]", RequestLimits(body_values=100))
+    read_json(b'{"a":"' + b"," * 1000 + b'","b":1}', RequestLimits(body_values=100))
     assert refused(b"[" + b"[]," * 100 + b"[]]", body_containers=100) == 413
-    read_json(b"[" + b'"[{",' * 100 + b"[]]", Limits(body_containers=100))
+    read_json(b"[" + b'"[{",' * 100 + b"[]]", RequestLimits(body_containers=100))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
@@ -170,7 +170,7 @@ def test_every_body_is_read_so() -> None:
 
 
 def test_bodies_that_wait_to_be_read_are_bounded_together() -> None:
-    unread = Unread(100)
+    unread = UnreadBodies(100)
     with unread.hold(500), pytest.raises(Refusal) as caught, unread.hold(1):
         pass
     assert (caught.value.status, caught.value.retry_after) == (503, 1.0)

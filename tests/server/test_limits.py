@@ -16,19 +16,21 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from shoal.server.http.limits import Limits, add_limits
+from shoal.server.http.limits import RequestLimits, add_limits
 from shoal.server.http.protocol import BoundedProtocol, protocol_with
 from shoal.server.settings import ServerSettings
 
 WAIT_S = 60.0
-SOON = Limits(header_s=0.3, body_s=0.3, write_s=0.3, linger_s=0.5, body_bytes=1000, header_bytes=2000, headers=20)
+SOON = RequestLimits(
+    header_s=0.3, body_s=0.3, write_s=0.3, linger_s=0.5, body_bytes=1000, header_bytes=2000, headers=20
+)
 CHUNK = b"x" * 10_000
 
 
 class Server:
     """`limits` before an application that tells what it got, streams without an end, and counts its streams."""
 
-    def __init__(self, limits: Limits, **settings: Any) -> None:
+    def __init__(self, limits: RequestLimits, **settings: Any) -> None:
         self.streaming = 0
         self.sent = 0
         self.ended = threading.Event()
@@ -181,7 +183,7 @@ def test_a_body_that_nobody_waits_for_does_not_hold_its_connection(server: Serve
 
 
 def test_bodies_that_are_read_at_once_are_bounded_together() -> None:
-    with Server(Limits(bodies_bytes=1000)) as server, server.connect() as first:
+    with Server(RequestLimits(bodies_bytes=1000)) as server, server.connect() as first:
         first.sendall(post(b"x" * 2000)[:-1000])
         with server.connect() as second:
             second.sendall(post(b"x" * 2000)[:-900])
@@ -215,7 +217,7 @@ def test_a_flood_of_headers_is_refused(server: Server) -> None:
 
 def test_a_header_that_never_ends_is_not_kept() -> None:
     """The parser would keep it."""
-    with Server(Limits(header_bytes=50_000)) as server, server.connect() as client:
+    with Server(RequestLimits(header_bytes=50_000)) as server, server.connect() as client:
         client.sendall(b"GET /health HTTP/1.1\r\nX: ")
         with contextlib.suppress(ConnectionError):
             for _ in range(10_000):
@@ -292,7 +294,7 @@ def test_a_flood_of_requests_on_one_connection_ends_it(server: Server) -> None:
 
 
 def test_connections_at_rest_are_bounded() -> None:
-    with Server(Limits(idle_connections=2)) as server, contextlib.ExitStack() as stack:
+    with Server(RequestLimits(idle_connections=2)) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(2)]
         for turn in (0, 1, 0):  # the second has rested longest then
             clients[turn].sendall(get("/health"))
@@ -306,7 +308,7 @@ def test_connections_at_rest_are_bounded() -> None:
 
 
 def test_new_connections_push_out_those_at_rest_and_no_others() -> None:
-    with Server(Limits(connections=2)) as server, server.connect() as busy, server.connect() as resting:
+    with Server(RequestLimits(connections=2)) as server, server.connect() as busy, server.connect() as resting:
         busy.sendall(get("/stream"))
         wait_until(lambda: server.streaming == 1)
         resting.sendall(get("/health"))
@@ -339,7 +341,7 @@ def test_a_client_that_goes_ends_the_stream_before_the_request_that_waits(server
 
 
 def test_a_client_that_does_not_read_stops_its_stream_and_then_loses_it() -> None:
-    with Server(Limits(write_s=1.0)) as server, server.connect() as client:
+    with Server(RequestLimits(write_s=1.0)) as server, server.connect() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(get("/stream"))
         wait_until(lambda: server.streaming == 1)

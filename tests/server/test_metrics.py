@@ -29,8 +29,8 @@ from shoal.errors import ClosedError
 from shoal.llm.async_llm import AsyncLLM
 from shoal.params import SamplingParams
 from shoal.server.http.errors import add_handlers
-from shoal.server.operations.exposition import Family, as_histogram, as_metric
 from shoal.server.operations.exposition import Histogram as Ours
+from shoal.server.operations.exposition import MetricFamily, as_histogram, as_metric
 from shoal.server.operations.metrics_page import add_metrics, families, page_of
 from shoal.server.operations.process_metrics import process_collectors, told_of_this_process
 from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families
@@ -365,10 +365,10 @@ def test_the_text() -> None:
     bounds = (0.5, 1.0, 1e6)
     histogram = Ours(bounds, (1, 0, 2, 1), 7.25)
     text = text_of(
-        as_metric(Family("shoal:c_total", "counter", "Counts.", ("b", "a")), [(("1", "2"), 3)]),
-        as_metric(Family("g", "gauge", "Says."), [((), 0.5)]),
-        as_metric(Family("empty", "gauge", "Is there.", ("a",)), []),
-        as_histogram(Family("h_total", "histogram", "Sums.", ("z",), bounds), [(("9",), histogram)]),
+        as_metric(MetricFamily("shoal:c_total", "counter", "Counts.", ("b", "a")), [(("1", "2"), 3)]),
+        as_metric(MetricFamily("g", "gauge", "Says."), [((), 0.5)]),
+        as_metric(MetricFamily("empty", "gauge", "Is there.", ("a",)), []),
+        as_histogram(MetricFamily("h_total", "histogram", "Sums.", ("z",), bounds), [(("9",), histogram)]),
     )
     assert text.splitlines() == [
         "# HELP shoal:c_total Counts.",
@@ -393,8 +393,8 @@ def test_the_text() -> None:
 def test_labels_are_escaped() -> None:
     name = 'a "model"\\ of\ntwo lines'
     text = text_of(
-        as_metric(Family("x", "gauge", "x", ("model_name", "y")), [((name, "1"), 2.5)]),
-        as_histogram(Family("h", "histogram", "x", ("model_name",), (1.0,)), [((name,), Ours((1.0,)))]),
+        as_metric(MetricFamily("x", "gauge", "x", ("model_name", "y")), [((name, "1"), 2.5)]),
+        as_histogram(MetricFamily("h", "histogram", "x", ("model_name",), (1.0,)), [((name,), Ours((1.0,)))]),
     )
     found = {
         sample.labels["model_name"] for family in text_string_to_metric_families(text) for sample in family.samples

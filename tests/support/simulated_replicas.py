@@ -13,7 +13,7 @@ from itertools import accumulate, count
 from time import perf_counter_ns
 from typing import Protocol
 
-from shoal.cluster.routing.router import Room, most_held
+from shoal.cluster.routing.router import ReplicaCapacity, most_held
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
 
@@ -46,8 +46,10 @@ class Machine:
     block_size: int = 16
 
     @property
-    def room(self) -> Room:
-        return Room(most_held(self.max_num_seqs), self.blocks * self.block_size, self.block_size, self.blocks)
+    def room(self) -> ReplicaCapacity:
+        return ReplicaCapacity(
+            most_held(self.max_num_seqs), self.blocks * self.block_size, self.block_size, self.blocks
+        )
 
     def seconds(self, prompt: float, output: float) -> float:
         """Of a replica, for a request among as many as can run."""

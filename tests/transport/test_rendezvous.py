@@ -24,7 +24,7 @@ from shoal.errors import ConfigError, EngineError
 from shoal.transport import member as members_module
 from shoal.transport import rendezvous as rendezvous_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.member import Member, connect
+from shoal.transport.member import RoomMember, connect
 from shoal.transport.rendezvous import Rendezvous, proof, require_key
 from shoal.wire.base import encode
 from shoal.wire.rendezvous import (
@@ -52,17 +52,17 @@ def meeting() -> Iterator[Rendezvous]:
         yield found
 
 
-def join(meeting: Rendezvous, rank: int, size: int = 2, key: str = KEY, **options: Any) -> Member:
+def join(meeting: Rendezvous, rank: int, size: int = 2, key: str = KEY, **options: Any) -> RoomMember:
     settings = {"room": "room", "agreement": {}, "timeout": 60.0, **options}
-    return Member(Address.parse(meeting.address), key, rank=rank, size=size, **settings)
+    return RoomMember(Address.parse(meeting.address), key, rank=rank, size=size, **settings)
 
 
-def together(joins: list[Callable[[], Member]]) -> list[Member]:
+def together(joins: list[Callable[[], RoomMember]]) -> list[RoomMember]:
     with ThreadPoolExecutor(len(joins)) as pool:
         return [future.result() for future in [pool.submit(one) for one in joins]]
 
 
-def both(meeting: Rendezvous) -> list[Member]:
+def both(meeting: Rendezvous) -> list[RoomMember]:
     return together([lambda rank=rank: join(meeting, rank) for rank in range(2)])  # type: ignore[misc]
 
 
@@ -101,7 +101,7 @@ def test_for_whoever_was_there_before_nobody_there_is_a_failure_and_no_mistake()
         connect(address, KEY, timeout=0.5, returning=True)
     with Rendezvous(key=KEY) as meeting:
         with pytest.raises(EngineError, match=r"within 1 s: rank 0 missing"):
-            Member(Address.parse(meeting.address), KEY, room="room", rank=1, size=2, timeout=1.0, returning=True)
+            RoomMember(Address.parse(meeting.address), KEY, room="room", rank=1, size=2, timeout=1.0, returning=True)
         with pytest.raises(ConfigError, match="the shared key is another one"):
             connect(Address.parse(meeting.address), "another key", timeout=60.0, returning=True)
 
@@ -247,11 +247,11 @@ def next_of(channel: Channel, kind: type) -> Any:
 
 
 @pytest.fixture
-def by_hand() -> Iterator[tuple[Member, Channel]]:
+def by_hand() -> Iterator[tuple[RoomMember, Channel]]:
     """A member, and the other end of its connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         address = Address("127.0.0.1", listener.getsockname()[1])
-        joined = pool.submit(Member, address, KEY, room="room", rank=0, size=2, timeout=60.0)
+        joined = pool.submit(RoomMember, address, KEY, room="room", rank=0, size=2, timeout=60.0)
         with closing(host(listener)) as channel:
             member = joined.result()
             yield member, channel
@@ -270,7 +270,7 @@ POSTED = encode(Posted("step", 1, -1, b"5"))
 
 @pytest.mark.usefixtures("quick_signs")
 def test_a_frame_that_is_half_there_is_waited_for(
-    by_hand: tuple[Member, Channel], monkeypatch: pytest.MonkeyPatch
+    by_hand: tuple[RoomMember, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member, channel = by_hand
     read = 0
@@ -292,7 +292,7 @@ def test_a_frame_that_is_half_there_is_waited_for(
 
 
 @pytest.mark.usefixtures("quick_signs")
-def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[Member, Channel]) -> None:
+def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[RoomMember, Channel]) -> None:
     member, channel = by_hand
     post = encode(Posted("step", 1, -1, bytes(100)))
     whole = struct.pack("<I", len(post)) + post
@@ -304,7 +304,7 @@ def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[Member, Channel]) 
     assert member.failures() == {}
 
 
-def test_why_one_is_shown_out_is_not_forgotten_when_the_connection_ends(by_hand: tuple[Member, Channel]) -> None:
+def test_why_one_is_shown_out_is_not_forgotten_when_the_connection_ends(by_hand: tuple[RoomMember, Channel]) -> None:
     member, channel = by_hand
     channel.send(encode(JoinRefused("it can't be done")))
     channel.hang_up()
@@ -314,7 +314,7 @@ def test_why_one_is_shown_out_is_not_forgotten_when_the_connection_ends(by_hand:
 
 
 def test_leaving_a_rendezvous_that_does_not_listen(
-    by_hand: tuple[Member, Channel], monkeypatch: pytest.MonkeyPatch
+    by_hand: tuple[RoomMember, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No thread is left that uses what is closed."""
     monkeypatch.setattr(members_module, "_ATTEMPT_S", 0.1)
@@ -334,7 +334,7 @@ def test_a_member_that_can_not_join_leaves_nothing_open(meeting: Rendezvous) -> 
     assert eventfds() == before
 
 
-def test_a_process_may_have_many_files_open(by_hand: tuple[Member, Channel]) -> None:
+def test_a_process_may_have_many_files_open(by_hand: tuple[RoomMember, Channel]) -> None:
     member, channel = by_hand
     before = member.fileno()
     member._wakeup = moved_up(os.dup(before))  # its thread may be about to use the old number
@@ -355,7 +355,7 @@ def arrive(meeting: Rendezvous) -> None:
     raise AssertionError("nobody has arrived")
 
 
-def until(member: Member, true: Callable[[], bool]) -> None:
+def until(member: RoomMember, true: Callable[[], bool]) -> None:
     deadline = threading.Event()
     for _ in range(600):
         if true():

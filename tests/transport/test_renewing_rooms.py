@@ -14,7 +14,7 @@ from shoal.addresses import Address
 from shoal.errors import ConfigError
 from shoal.transport import member as members_module
 from shoal.transport.channel import Channel, wait
-from shoal.transport.member import Member, connect
+from shoal.transport.member import RoomMember, connect
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.rendezvous import Hello, JoinRefused
 from support.fakes import steady
@@ -44,12 +44,14 @@ def meeting() -> Iterator[Rendezvous]:
         yield found
 
 
-def join(meeting: Rendezvous, rank: int, size: int = 2) -> Member:
-    return Member(Address.parse(meeting.address), KEY, room="room", rank=rank, size=size, agreement={}, timeout=60.0)
+def join(meeting: Rendezvous, rank: int, size: int = 2) -> RoomMember:
+    return RoomMember(
+        Address.parse(meeting.address), KEY, room="room", rank=rank, size=size, agreement={}, timeout=60.0
+    )
 
 
-def all_of(meeting: Rendezvous, ranks: list[int]) -> list[Member]:
-    joins: list[Callable[[], Member]] = [lambda rank=rank: join(meeting, rank, len(ranks)) for rank in ranks]  # type: ignore[misc]
+def all_of(meeting: Rendezvous, ranks: list[int]) -> list[RoomMember]:
+    joins: list[Callable[[], RoomMember]] = [lambda rank=rank: join(meeting, rank, len(ranks)) for rank in ranks]  # type: ignore[misc]
     with ThreadPoolExecutor(len(joins)) as pool:
         return [future.result() for future in [pool.submit(one) for one in joins]]
 

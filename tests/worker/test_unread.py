@@ -13,7 +13,7 @@ from shoal.engine.request import encode_tokens
 from shoal.parallel.pipeline import Pipeline
 from shoal.wire.ranks import NewSeq, Sampling, StepPlan, Work
 from shoal.worker.batch import SequenceTable
-from shoal.worker.token_return import Unread
+from shoal.worker.token_return import TokenReturn
 from support.fakes import steady
 
 MAX_SEQS = 4
@@ -47,7 +47,7 @@ class First:
     def __init__(self, max_in_flight: int) -> None:
         self.table = SequenceTable(MAX_SEQS, 1000, 4, torch.device("cpu"), samples=False)
         self.mail = Mail(max_in_flight)
-        self.unread = Unread(cast(Pipeline, self.mail), self.table)
+        self.unread = TokenReturn(cast(Pipeline, self.mail), self.table)
         self.known: dict[int, Known] = {}
         self.step = -1
         self.drawn = 0

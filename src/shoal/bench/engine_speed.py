@@ -24,7 +24,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MeasuredRun:
     """One batch, measured. Rates in tokens a second, times in seconds unless the name says otherwise.
 
     The forward pass is that of the rank that answers, on a pipeline's last stage. What else a step takes there is
@@ -54,7 +54,7 @@ class Meter:
         self._temperature = temperature
         self._next_seq = 1 << 40  # out of the way of other users of the engine
 
-    def run(self, shape: Shape) -> Run:
+    def run(self, shape: Shape) -> MeasuredRun:
         before = self._engine.stats()
         begun = time.perf_counter()
         firsts: dict[int, float] = {}
@@ -78,7 +78,7 @@ class Meter:
         idle = stage_idle(before, after, seconds)
         control_us = seconds * 1e6 * replicas / steps - forward_us
         per_token = [(lasts[seq] - firsts[seq]) / max(shape.output_len - 1, 1) for seq in seqs]
-        return Run(
+        return MeasuredRun(
             seconds=seconds,
             input_tokens_per_s=shape.batch_size * shape.input_len / all_first,
             decode_tokens_per_s=decoded / (seconds - all_first) if decoded else 0.0,
@@ -122,10 +122,10 @@ def _busy_us(stats: EngineStats) -> dict[tuple[int, int], tuple[int, int]]:
     return {(rank.pid, rank.rank): (rank.stage, rank.busy_us) for engine in engines for rank in engine.ranks}
 
 
-def medians(runs: list[Run]) -> dict[str, float | list[float] | None]:
+def medians(runs: list[MeasuredRun]) -> dict[str, float | list[float] | None]:
     """Field by field, and stage by stage."""
     found: dict[str, float | list[float] | None] = {}
-    for name in Run.__slots__:
+    for name in MeasuredRun.__slots__:
         values = [getattr(run, name) for run in runs]
         if isinstance(values[0], tuple):
             found[name] = [statistics.median(each) for each in zip(*values, strict=True)]

@@ -12,13 +12,13 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from shoal.cli.interrupts import Interrupts
+from shoal.cli.interrupts import SignalHolder
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
-from shoal.cli.progress import Progress
+from shoal.cli.progress import JobProgress
 from shoal.cli.sampling import DEFAULTS, sampling_flags, sampling_values
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
 from shoal.jobs import resuming
-from shoal.jobs.entries import Entry
+from shoal.jobs.entries import JobEntry
 from shoal.jobs.output_lines import line_of
 from shoal.jobs.parameters import Parameters
 from shoal.jobs.reading import PromptFile, chat_of
@@ -129,7 +129,7 @@ def _not_empty(output: str) -> UserError:
 class _Prompts:
     """Those of -p come first, then those of the file."""
 
-    typed: Sequence[Entry]
+    typed: Sequence[JobEntry]
     file: PromptFile | None
 
     @classmethod
@@ -143,10 +143,10 @@ class _Prompts:
             if model is not None or file is not None:
                 raise UserError("no prompts: give -p TEXT or --prompts-file FILE, a file with a prompt a line")
             typed = _BUNDLED_PROMPTS
-        entries = [Entry(index, "-p", prompt=text) for index, text in enumerate(typed)]
+        entries = [JobEntry(index, "-p", prompt=text) for index, text in enumerate(typed)]
         return cls([chat_of(entry) for entry in entries] if chat else entries, file)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[JobEntry]:
         return itertools.chain(self.typed, self.file or ())
 
     @property
@@ -199,7 +199,7 @@ def _log_guesses(llm: LLM) -> None:
     )
 
 
-def _shown(entry: Entry, output: RequestOutput, each: CompletionOutput) -> str:
+def _shown(entry: JobEntry, output: RequestOutput, each: CompletionOutput) -> str:
     """The prompt and how it goes on; of a chat the answer alone; tokens where the prompt has no text."""
     if entry.messages is not None:
         return each.text
@@ -208,7 +208,7 @@ def _shown(entry: Entry, output: RequestOutput, each: CompletionOutput) -> str:
     return f"{len(output.prompt_token_ids)} tokens {' '.join(map(str, each.token_ids))}"
 
 
-def _failure(entry: Entry, why: str) -> str:
+def _failure(entry: JobEntry, why: str) -> str:
     where = "" if entry.where == "-p" else f" ({entry.where})"
     return f"error: prompt {entry.index}{where}: {why}"
 
@@ -277,12 +277,12 @@ class _FileJob:
     def _generate(self, check: resuming.Check, keep: int) -> None:
         with ExitStack() as stack:
             llm = stack.enter_context(LLM(self._opened))
-            interrupts = stack.enter_context(Interrupts())
+            interrupts = stack.enter_context(SignalHolder())
             self._given.check_typed(llm, self._parameters)
             with interrupts.held():
                 self._output.start(keep)
                 self._begun = True
-            progress = Progress(self._total, done=self._written)
+            progress = JobProgress(self._total, done=self._written)
             stack.callback(progress.close)
             run = JobRun(llm, self._parameters, seed=self._seed)
             results = run(self._given, ordered=self._ordered, skip=check.answered, finish=check.finish)
@@ -293,7 +293,7 @@ class _FileJob:
             if self._failed > _TOLD_FAILURES:
                 progress.tell(f"error: {self._failed} prompts have failed; their lines have an `error`")
 
-    def _write(self, entry: Entry, digest: str, output: RequestOutput, progress: Progress) -> None:
+    def _write(self, entry: JobEntry, digest: str, output: RequestOutput, progress: JobProgress) -> None:
         model = self._opened.options.model or "bundled"
         self._output.write(line_of(entry, digest, output, model))
         progress.add(output)

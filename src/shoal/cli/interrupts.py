@@ -9,7 +9,7 @@ from typing import Any
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupts:
+class SignalHolder:
     """Inside, either signal raises KeyboardInterrupt, but not while `held`: then it waits until that is over.
 
     After an interrupt further ones are ignored, since what is open must be closed, which takes a moment. For the main
@@ -21,7 +21,7 @@ class Interrupts:
         self._holding = False
         self._pending = False
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> "SignalHolder":
         self._before = {number: signal.signal(number, self._handle) for number in _NUMBERS}
         return self
 

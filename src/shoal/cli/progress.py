@@ -15,7 +15,7 @@ _WITH_TOTAL = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} prompts{postfix} [{
 _WITHOUT_TOTAL = "{n_fmt} prompts{postfix} [{elapsed}]"
 
 
-class Progress:
+class JobProgress:
     """`total` is None where nobody knows it; `done` of them were done before."""
 
     def __init__(

@@ -39,7 +39,7 @@ Message = EngineRequest | Abort | Ask
 Answer = Updates | Told
 
 
-class Line(Protocol):
+class FleetConnection(Protocol):
     """A client's way to a fleet. `send` and `ask` may be called from any thread."""
 
     def send(self, messages: Sequence[EngineRequest | Abort]) -> None:
@@ -57,7 +57,7 @@ class Line(Protocol):
 
 
 class Questions:
-    """Asked, and not answered yet. For implementations of `Line`."""
+    """Asked, and not answered yet. For implementations of `FleetConnection`."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
@@ -120,7 +120,7 @@ class Desk:
         self._thread = threading.Thread(target=self._run, name="shoal-desk", daemon=True)
         self._thread.start()
 
-    def open(self, deliver: Callable[[Answer], object]) -> Line:
+    def open(self, deliver: Callable[[Answer], object]) -> FleetConnection:
         """A line for a client in this process. `deliver` is called on the desk's thread and must not block."""
         line = _LocalLine(self, deliver)
         self.do(lambda: self._enter(line.client))

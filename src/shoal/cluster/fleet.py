@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.activity import State
-from shoal.cluster.limits import Limits
-from shoal.cluster.members.replica_supervisor import Arrival, Lives
+from shoal.activity import ActivityState
+from shoal.cluster.limits import FleetLimits
+from shoal.cluster.members.replica_supervisor import Lives, RemoteReplica
 from shoal.cluster.operations import Done
-from shoal.cluster.replica_set import Member, ReplicaSet
-from shoal.cluster.routing.router import Room
+from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
+from shoal.cluster.routing.router import ReplicaCapacity
 from shoal.cluster.timers import Timers
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, overflow
 from shoal.protocols import Recorder
@@ -40,11 +40,11 @@ class Fleet:
 
     def __init__(
         self,
-        launch: Callable[[int, int], Member],
-        room: Callable[[EngineStats], Room],
+        launch: Callable[[int, int], ReplicaClient],
+        room: Callable[[EngineStats], ReplicaCapacity],
         *,
         about: About,
-        limits: Limits,
+        limits: FleetLimits,
         local: Sequence[int],
         awaited: Sequence[int] = (),
         elsewhere: Sequence[int] = (),
@@ -133,7 +133,7 @@ class Fleet:
             return self._lives.failure, RefusalKind.LOST
         if not self._accepting:
             return "the server is about to end and takes no new requests", RefusalKind.CLOSING
-        if self._set.activity.state is State.ASLEEP:
+        if self._set.activity.state is ActivityState.ASLEEP:
             return "the model is asleep, and takes requests when it was woken up (POST /wake_up)", RefusalKind.ASLEEP
         objection = self._lives.objection(request.replica) if request.replica >= 0 else None
         return objection or self._too_many(request)
@@ -283,7 +283,7 @@ class Fleet:
         """
         self._lives.scale(count)
 
-    def arrive(self, number: int, member: Arrival) -> None:
+    def arrive(self, number: int, member: RemoteReplica) -> None:
         """A replica that another host has started, and that says by itself when it is ready. From any thread."""
         self._lives.arrive(number, member)
         self.wake()
@@ -308,7 +308,7 @@ class Fleet:
         times = (self._deadlines.next, self._patience.next, self._lives.next_due)
         return max(0.0, min((time for time in times if time is not None), default=now + _FOREVER_S) - now)
 
-    def _wait_for_any(self, replicas: Sequence[Member], timeout: float) -> None:
+    def _wait_for_any(self, replicas: Sequence[ReplicaClient], timeout: float) -> None:
         channels: list[Any] = [member.channel for member in (*replicas, *self._lives.starting())]
         channels += [self._waker, *(source for source in self._sources if source.fileno() >= 0)]
         wait(channels, timeout)

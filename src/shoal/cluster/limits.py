@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class FleetLimits:
     """`max_queued` requests may wait for a replica, each for `max_wait` seconds; a request may take `timeout` seconds
     in all. A replica may be started again `max_restarts` times within an hour, and has `start_timeout` for it; one that
     has requests and says nothing for `answer_timeout` is lost. Replicas were planned for `max_model_len` tokens of a

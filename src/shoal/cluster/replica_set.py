@@ -11,7 +11,7 @@ from typing import Protocol
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.cluster.members.replica import close_all
 from shoal.cluster.operations import Done, Message, Operations
-from shoal.cluster.routing.router import Room, Router
+from shoal.cluster.routing.router import ReplicaCapacity, RequestRouter
 from shoal.cluster.stats import merged
 from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError, ShoalError
 from shoal.log import get_logger
@@ -42,7 +42,7 @@ _MOST_DEATHS_OF_MANY = 3  # ... where replicas come back, and another death cost
 _SAME_PLACE = 16  # tokens that it may have come on since
 
 
-class Member(EngineClient, Protocol):
+class ReplicaClient(EngineClient, Protocol):
     """One of several: a Replica. `died`: its failure is not what its engine had to say."""
 
     name: str
@@ -74,7 +74,7 @@ class Member(EngineClient, Protocol):
     def abandon(self) -> None: ...
 
 
-def wait_for_any(replicas: Sequence[Member], timeout: float) -> None:
+def wait_for_any(replicas: Sequence[ReplicaClient], timeout: float) -> None:
     """Until one has something to say."""
     wait([replica.channel for replica in replicas], timeout)
 
@@ -134,12 +134,12 @@ class ReplicaSet:
 
     def __init__(
         self,
-        replicas: Mapping[int, Member],
-        rooms: Mapping[int, Room],
+        replicas: Mapping[int, ReplicaClient],
+        rooms: Mapping[int, ReplicaCapacity],
         *,
         together: bool = False,
         on_close: Callable[[], object] = lambda: None,
-        wait_for: Callable[[Sequence[Member], float], object] = wait_for_any,
+        wait_for: Callable[[Sequence[ReplicaClient], float], object] = wait_for_any,
         on_loss: Callable[[int, EngineError], object] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -148,7 +148,7 @@ class ReplicaSet:
         called more than once. `on_loss` is told of each replica that has failed, by whoever brings it back with
         `admit`: requests wait for that, and nothing ends but by `give_up`."""
         self._live = dict(replicas)
-        self._router = Router(rooms)
+        self._router = RequestRouter(rooms)
         self._operations = Operations(self)
         self._together = together
         self._on_close = on_close
@@ -212,7 +212,7 @@ class ReplicaSet:
         """A replica is being started: what its number has drawn before, another one has."""
         self._drawn.pop(number, None)
 
-    def admit(self, number: int, replica: Member, room: Room, activity: Activity = AWAKE) -> None:
+    def admit(self, number: int, replica: ReplicaClient, room: ReplicaCapacity, activity: Activity = AWAKE) -> None:
         """A replica that is ready joins the others, or is back. `activity` is what it is at; it becomes what they are
         before it is given anything."""
         self._live[number] = replica
@@ -220,7 +220,7 @@ class ReplicaSet:
         self._causes.pop(number, None)
         self._operations.admitted(number, activity)
 
-    def retire(self, number: int) -> Member:
+    def retire(self, number: int) -> ReplicaClient:
         """Takes a replica out. What it has goes on at the others, as if it had failed; it is given back, still
         running."""
         replica = self._live.pop(number)
@@ -549,7 +549,7 @@ class ReplicaSet:
                 raise EngineError(f"replica {number} has {held[number]} requests, by the router's books others")
         self._router.audit()
 
-    def _fail(self, last: Member) -> None:
+    def _fail(self, last: ReplicaClient) -> None:
         """Nobody can go on."""
         if self._together:
             cause = self._cause_of(last)
@@ -564,7 +564,7 @@ class ReplicaSet:
         self._flights.clear()
         self._failure = ReplicasFailed(message)
 
-    def _cause_of(self, first: Member) -> str:
+    def _cause_of(self, first: ReplicaClient) -> str:
         """What took them all down: one that died before one that reports, as the others lose contact to it."""
         causes = list(self._causes.values())
         if first.died:
@@ -587,7 +587,7 @@ class ReplicaSet:
             raise ClosedError("the engine was closed")
 
 
-def await_ready(replicas: Mapping[int, Member], timeout: float) -> dict[int, EngineStats]:
+def await_ready(replicas: Mapping[int, ReplicaClient], timeout: float) -> dict[int, EngineStats]:
     """Waits until all of them can take requests; gives what each says of itself. One that fails ends the others.
 
     Raises:

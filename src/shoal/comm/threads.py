@@ -137,7 +137,7 @@ class ThreadComm:
     def send(self, x: Tensor, to: int) -> Sending:
         with self.progress.during("send", x.nbytes):
             sent = self._group.post(self.rank, to, x)
-        return _Sending(self._group, self.progress, self.rank, to, sent)
+        return _ThreadSend(self._group, self.progress, self.rank, to, sent)
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         with self.progress.during("recv"):
@@ -151,7 +151,7 @@ class ThreadComm:
         self._group.abort()
 
 
-class _Sending:
+class _ThreadSend:
     def __init__(self, group: ThreadGroup, progress: Progress, rank: int, to: int, sent: int) -> None:
         self._group = group
         self._progress = progress

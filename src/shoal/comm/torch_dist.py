@@ -155,7 +155,7 @@ class TorchComm:
     def send(self, x: Tensor, to: int) -> Sending:
         x = x.contiguous()
         with self._named("send", x.nbytes):
-            return _Sending(self, self._group.send([x], to, 0), x)
+            return _PendingSend(self, self._group.send([x], to, 0), x)
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         with self._named("recv"):
@@ -184,7 +184,7 @@ def _begin(work: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-class _Sending:
+class _PendingSend:
     """Keeps the tensor until it has been taken over."""
 
     def __init__(self, comm: TorchComm, work: Any, x: Tensor) -> None:

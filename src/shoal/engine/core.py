@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
-from shoal.engine.scheduler import Limits, PriorityPolicy, Scheduler
+from shoal.engine.scheduler import PriorityPolicy, Scheduler, SchedulerLimits
 from shoal.engine.speculation import Guesser
 from shoal.errors import CheckpointError, ClosedError, EngineError
 from shoal.protocols import Executor, Grammars, Lockstep, Policy
@@ -36,7 +36,7 @@ class EngineCore:
     def __init__(
         self,
         executor: Executor,
-        limits: Limits,
+        limits: SchedulerLimits,
         *,
         block_size: int,
         prefix_caching: bool,

@@ -12,7 +12,7 @@ from shoal.engine.speculation import Guesser
 from shoal.wire.engine import EngineRequest
 
 
-class State(Enum):
+class RequestState(Enum):
     CHECKED = "checked"  # new; its grammar is compiled before it may wait
     WAITING = "waiting"
     RUNNING = "running"
@@ -35,7 +35,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
     guesser: Guesser | None = None
-    state: State = State.WAITING
+    state: RequestState = RequestState.WAITING
     epoch: int = 0
     pending: int = 0
     computed: int = 0

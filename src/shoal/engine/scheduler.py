@@ -27,7 +27,7 @@ from itertools import islice
 from shoal.engine.blocks import BlockPool
 from shoal.engine.grammar_constraint import Constraint
 from shoal.engine.prompt_chunking import PromptSpread
-from shoal.engine.request import Request, State, decode_tokens, encode_tokens, token_set
+from shoal.engine.request import Request, RequestState, decode_tokens, encode_tokens, token_set
 from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
 from shoal.protocols import Grammars, Policy
@@ -52,7 +52,7 @@ class PriorityPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
@@ -115,7 +115,7 @@ class Scheduler:
     def __init__(
         self,
         pool: BlockPool,
-        limits: Limits,
+        limits: SchedulerLimits,
         policy: Policy,
         clock: Callable[[], float],
         *,
@@ -191,7 +191,7 @@ class Scheduler:
         if constraint is None:
             self._wait(request)
         else:
-            request.state = State.CHECKED
+            request.state = RequestState.CHECKED
             self._follow(request)
         if spec.deadline is not None:
             heapq.heappush(self._deadlines, (spec.deadline, spec.seq))
@@ -260,7 +260,7 @@ class Scheduler:
         places and blocks for them. An estimate: part of them may be in the prefix cache."""
         running = sum(request.uncomputed for request in self._running if not request.decodes)
         places = self._limits.max_num_seqs - len(self._running)
-        waiting = (request for *_, request in self._waiting if request.state is State.WAITING)
+        waiting = (request for *_, request in self._waiting if request.state is RequestState.WAITING)
         prompts = sum(len(request.tokens) for request in islice(waiting, places))  # the first are about the least
         return running + min(prompts, self._pool.num_free * self._pool.block_size)
 
@@ -293,12 +293,12 @@ class Scheduler:
         for request in sorted(self._running, key=lambda running: running.uncomputed > 1):
             self._retire_blocks(request)
             wanted = self._wanted(request, draft, turn)
-            if wanted == 0 or request.state is not State.RUNNING:  # waits for results, or made room for another
+            if wanted == 0 or request.state is not RequestState.RUNNING:  # waits for results, or made room for another
                 continue
-            while request.state is State.RUNNING and self._room(request) == 0:
+            while request.state is RequestState.RUNNING and self._room(request) == 0:
                 self._preempt(self._running[-1], draft)
                 preempted = True
-            if request.state is State.RUNNING:
+            if request.state is RequestState.RUNNING:
                 count = min(wanted, self._room(request))
                 self._give_work(request, count, draft, self._guesses(request, count, draft))
         # Only now: had the prefix cache been told before, a request taken back would have left promises in it.
@@ -366,7 +366,7 @@ class Scheduler:
 
     def _start(self, request: Request, prefix: list[int], computed: int, draft: _Draft) -> None:
         self._pool.take(prefix)
-        request.state = State.RUNNING
+        request.state = RequestState.RUNNING
         request.blocks = prefix
         request.computed = computed
         request.blocks_cached = len(prefix)
@@ -418,7 +418,7 @@ class Scheduler:
     def _retire_blocks(self, request: Request) -> None:
         """Gives blocks back that no layer will look at again. The last block that the prefix cache was told of stays:
         the next one is found through it."""
-        if self._limits.window is None or request.state is not State.RUNNING:
+        if self._limits.window is None or request.state is not RequestState.RUNNING:
             return
         computed = request.computed - request.guessed  # guesses that prove wrong are computed again
         first_seen = max(computed - self._limits.window + 1, 0)
@@ -438,7 +438,7 @@ class Scheduler:
         request.preemptions += 1
         self._drop(request)
         request.computed = 0
-        request.state = State.DRAINING
+        request.state = RequestState.DRAINING
         self._resume_if_drained(request)
 
     def reset_cache(self, *, running: bool) -> CacheReset:
@@ -465,7 +465,7 @@ class Scheduler:
 
     def _resume_if_drained(self, request: Request) -> None:
         judged = request.constraint is None or request.constraint.verdict is not None
-        if request.state is State.DRAINING and request.in_flight == 0 and judged:
+        if request.state is RequestState.DRAINING and request.in_flight == 0 and judged:
             request.epoch += 1
             self._wait(request)
 
@@ -487,7 +487,7 @@ class Scheduler:
         finish, error = _finish_by(verdict, request)
         if finish is not None:
             self._finish(request, finish, error=error)
-        elif request.state is State.CHECKED:
+        elif request.state is RequestState.CHECKED:
             self._wait(request)
         else:
             self._resume_if_drained(request)
@@ -552,7 +552,7 @@ class Scheduler:
         self._drop(request)
         request.computed = request.pending = request.guessed = 0
         request.epoch += 1  # results in flight are of no use
-        request.state = State.DRAINING
+        request.state = RequestState.DRAINING
         self._resume_if_drained(request)
 
     # --- results -------------------------------------------------------------------------------------------------
@@ -626,7 +626,7 @@ class Scheduler:
         by_position += [0] * (right - len(by_position))
         for position in range(right):
             by_position[position] += 1
-        if request.state is State.RUNNING:
+        if request.state is RequestState.RUNNING:
             request.computed -= request.guessed - right
         request.guessed = 0
 
@@ -669,7 +669,7 @@ class Scheduler:
             EngineError: a block, a request or a step was lost.
         """
         self._pool.audit(request.held for request in self._running)
-        states = {State.RUNNING: len(self._running), State.FINISHED: 0}
+        states = {RequestState.RUNNING: len(self._running), RequestState.FINISHED: 0}
         for state, count in states.items():
             found = sum(request.state is state for request in self._requests.values())
             if found != count:
@@ -680,11 +680,11 @@ class Scheduler:
             )
 
     def _wait(self, request: Request) -> None:
-        request.state = State.WAITING
+        request.state = RequestState.WAITING
         heapq.heappush(self._waiting, (request.rank, request.spec.seq, request))
 
     def _next_waiting(self) -> Request | None:
-        while self._waiting and self._waiting[0][2].state is not State.WAITING:
+        while self._waiting and self._waiting[0][2].state is not RequestState.WAITING:
             heapq.heappop(self._waiting)
         return self._waiting[0][2] if self._waiting else None
 
@@ -701,7 +701,7 @@ class Scheduler:
         if request.constraint is not None and self._grammars is not None:
             self._judged_later.discard(request)
             self._grammars.forget((request.spec.seq,))
-        request.state = State.FINISHED
+        request.state = RequestState.FINISHED
         del self._requests[request.spec.seq]
         self._updates.append(
             SeqUpdate(
@@ -725,7 +725,7 @@ class Scheduler:
 
     def _drop(self, request: Request) -> None:
         """Takes a request from the running ones, and has the ranks forget it."""
-        if request.state is State.RUNNING:
+        if request.state is RequestState.RUNNING:
             self._running.remove(request)
             self._released.append(request.spec.seq)
             self._pool.release(request.held)

@@ -18,7 +18,7 @@ _PARAMS_DIGITS = 6  # ... and as many the parameters'
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JobEntry:
     """Exactly one of `prompt`, `messages` and `error` is set."""
 
     index: int
@@ -44,7 +44,7 @@ class Entry:
         return list(self.prompt["prompt_token_ids"]) if isinstance(self.prompt, dict) else []
 
 
-def digest(entry: Entry, params: SamplingParams, seed: int) -> str:
+def digest(entry: JobEntry, params: SamplingParams, seed: int) -> str:
     """What tells a prompt and its parameters from others: 16 hexadecimal digits, the first 10 of them the prompt's.
 
     Parameters that are as the class has them do not count, so that new ones change no digest. `seed`, the job's, is one
@@ -82,7 +82,7 @@ def _plain(value: object) -> object:
     return dict(value) if isinstance(value, Mapping) else str(value)
 
 
-def entry_of(index: int, where: str, line: object) -> Entry:
+def entry_of(index: int, where: str, line: object) -> JobEntry:
     """A line of our own format: `prompt`, `prompt_token_ids` or `messages`, and perhaps `sampling_params` and
     `cache_salt`.
 
@@ -101,7 +101,7 @@ def entry_of(index: int, where: str, line: object) -> Entry:
     sampling = line.get("sampling_params")
     if sampling is not None and not isinstance(sampling, dict):
         raise RequestError("`sampling_params` must be a JSON object")
-    return Entry(
+    return JobEntry(
         index,
         where,
         prompt=None if "messages" in given else prompt_of(given[0], line[given[0]]),
@@ -112,9 +112,9 @@ def entry_of(index: int, where: str, line: object) -> Entry:
     )
 
 
-def refused(index: int, where: str, line: object, why: str) -> Entry:
+def refused(index: int, where: str, line: object, why: str) -> JobEntry:
     """The entry of a line that is JSON but can't be used: its answer has its ids all the same."""
-    return Entry(index, where, error=why, ids=ids_of(line) if isinstance(line, dict) else {})
+    return JobEntry(index, where, error=why, ids=ids_of(line) if isinstance(line, dict) else {})
 
 
 def prompt_of(kind: str, value: object) -> Prompt:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 from shoal.errors import RequestError
-from shoal.jobs.entries import Endpoint, Entry, ids_of, messages_of, prompt_of
+from shoal.jobs.entries import Endpoint, JobEntry, ids_of, messages_of, prompt_of
 from shoal.openai import parameters
 from shoal.openai.answers import chat_choice, completion_choice, usage
 from shoal.openai.parameters import sampling_of
@@ -24,7 +24,7 @@ def is_request(line: object) -> bool:
     return isinstance(line, dict) and "body" in line and ("url" in line or "method" in line or "custom_id" in line)
 
 
-def entry_of(index: int, where: str, line: Mapping[str, Any]) -> Entry:
+def entry_of(index: int, where: str, line: Mapping[str, Any]) -> JobEntry:
     """A request as an entry.
 
     Raises:
@@ -40,7 +40,7 @@ def entry_of(index: int, where: str, line: Mapping[str, Any]) -> Entry:
     if not isinstance(body, dict):
         raise RequestError("`body` must be a JSON object")
     chat = url == _CHAT
-    return Entry(
+    return JobEntry(
         index,
         where,
         prompt=None if chat else _prompt(body.get("prompt")),
@@ -56,11 +56,11 @@ def entry_of(index: int, where: str, line: Mapping[str, Any]) -> Entry:
     )
 
 
-def refused(index: int, where: str, line: Mapping[str, Any], why: str) -> Entry:
+def refused(index: int, where: str, line: Mapping[str, Any], why: str) -> JobEntry:
     """The entry of a request that can't be used: its answer is in the batch format too, whatever is wrong with it."""
     url = line.get("url")
     endpoint = cast(Endpoint, url) if url in ENDPOINTS else None
-    return Entry(
+    return JobEntry(
         index, where, error=why, ids=ids_of({"custom_id": line.get("custom_id")}), endpoint=endpoint, batch=True
     )
 
@@ -88,7 +88,7 @@ def _prompt(prompt: object) -> Any:
 # --- answers -----------------------------------------------------------------------------------------------------
 
 
-def answer(entry: Entry, output: RequestOutput, model: str) -> dict[str, Any]:
+def answer(entry: JobEntry, output: RequestOutput, model: str) -> dict[str, Any]:
     """The line of a request that was answered."""
     name = f"{entry.index:08d}"
     chat = entry.endpoint == _CHAT
@@ -115,7 +115,7 @@ def answer(entry: Entry, output: RequestOutput, model: str) -> dict[str, Any]:
     return {"id": f"batch_req-{name}", **entry.ids, "response": response, "error": None}
 
 
-def failure(entry: Entry, why: str) -> dict[str, Any]:
+def failure(entry: JobEntry, why: str) -> dict[str, Any]:
     """The line of a request that has no answer."""
     error = {"code": "invalid_request", "message": why}
     return {"id": f"batch_req-{entry.index:08d}", **entry.ids, "response": None, "error": error}

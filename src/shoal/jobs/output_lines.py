@@ -3,12 +3,12 @@
 from typing import Any
 
 from shoal.jobs import openai_batch
-from shoal.jobs.entries import Entry
+from shoal.jobs.entries import JobEntry
 from shoal.openai.answers import positions
 from shoal.outputs import CompletionOutput, RequestOutput
 
 
-def line_of(entry: Entry, digest: str, output: RequestOutput, model: str) -> dict[str, Any]:
+def line_of(entry: JobEntry, digest: str, output: RequestOutput, model: str) -> dict[str, Any]:
     """`index` says which prompt it was, `digest` what it was asked (see `entries.digest`); a request of a batch gets
     an answer in that format, with these two beside."""
     if output.error is not None:
@@ -27,7 +27,7 @@ def line_of(entry: Entry, digest: str, output: RequestOutput, model: str) -> dic
     return {**line, "digest": digest}
 
 
-def failure(entry: Entry, why: str) -> dict[str, Any]:
+def failure(entry: JobEntry, why: str) -> dict[str, Any]:
     """The line of a prompt that has no output."""
     if entry.batch:
         return {**openai_batch.failure(entry, why), "index": entry.index}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shoal.jobs import openai_batch
-from shoal.jobs.entries import Entry
+from shoal.jobs.entries import JobEntry
 from shoal.params import SamplingParams
 
 
@@ -28,7 +28,7 @@ class Parameters:
             for endpoint in openai_batch.ENDPOINTS
         }
 
-    def of(self, entry: Entry) -> SamplingParams:
+    def of(self, entry: JobEntry) -> SamplingParams:
         """
         Raises:
             RequestError: one of the prompt's own parameters is unknown or out of its range.

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 from shoal.config.engine_options import nearest
 from shoal.errors import RequestError, UserError
 from shoal.jobs import entries, openai_batch
-from shoal.jobs.entries import Entry
+from shoal.jobs.entries import JobEntry
 
 Format = Literal["text", "jsonl", "csv", "tsv"]
 _SUFFIXES: dict[str, Format] = {
@@ -43,10 +43,10 @@ class PromptFile:
         self._chat = chat
         self._first_index = first_index
         self.rereadable = not self._stdin and os.path.isfile(self._path)
-        self._once: Iterator[Entry] = iter(()) if self.rereadable else self._read()
+        self._once: Iterator[JobEntry] = iter(()) if self.rereadable else self._read()
         self.empty = self._check_start()
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[JobEntry]:
         """From the start. Where the file can't be read twice, as stdin, there is one iterator for all calls."""
         return self._read() if self.rereadable else self._once
 
@@ -75,7 +75,7 @@ class PromptFile:
         except OSError as error:
             raise UserError(f"--prompts-file {self.name} can't be read: {error.strerror}") from None
 
-    def _read(self) -> Iterator[Entry]:
+    def _read(self) -> Iterator[JobEntry]:
         with self._open() as file:
             lines = _Lines(file, self.name)
             kind = self._format(lines.peek())
@@ -88,13 +88,13 @@ class PromptFile:
         """By the file's name; where that says nothing, by its first line."""
         return _SUFFIXES.get(self._path.suffix.lower()) or ("jsonl" if first.lstrip()[:1] == b"{" else "text")
 
-    def _lines(self, lines: "_Lines", parse: Callable[[int, str, bytes], Entry]) -> Iterator[Entry]:
+    def _lines(self, lines: "_Lines", parse: Callable[[int, str, bytes], JobEntry]) -> Iterator[JobEntry]:
         index = itertools.count(self._first_index)
         for number, line in lines:
             if line.strip():
                 yield _guarded(parse, next(index), f"{self.name}, line {number}", line)
 
-    def _json(self, index: int, where: str, raw: bytes) -> Entry:
+    def _json(self, index: int, where: str, raw: bytes) -> JobEntry:
         _check_unicode(raw)
         try:
             line = json.loads(raw)
@@ -109,14 +109,14 @@ class PromptFile:
             refused = openai_batch.refused if request else entries.refused
             return refused(index, where, line, str(error))
 
-    def _text(self, index: int, where: str, raw: bytes) -> Entry:
+    def _text(self, index: int, where: str, raw: bytes) -> JobEntry:
         _check_unicode(raw)
-        return self._as_chat(Entry(index, where, prompt=raw.decode().rstrip("\r\n")))
+        return self._as_chat(JobEntry(index, where, prompt=raw.decode().rstrip("\r\n")))
 
-    def _as_chat(self, entry: Entry) -> Entry:
+    def _as_chat(self, entry: JobEntry) -> JobEntry:
         return chat_of(entry) if self._chat else entry
 
-    def _rows(self, lines: "_Lines", delimiter: str) -> Iterator[Entry]:
+    def _rows(self, lines: "_Lines", delimiter: str) -> Iterator[JobEntry]:
         csv.field_size_limit(_LONGEST_FIELD)
         texts = (line.decode("utf-8", "surrogateescape") for _, line in lines)
         rows = csv.reader(texts, delimiter=delimiter, strict=True)
@@ -129,7 +129,7 @@ class PromptFile:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Entry(next(index), where, error=f"it is no row of CSV: {error}")
+                yield JobEntry(next(index), where, error=f"it is no row of CSV: {error}")
                 continue
             if row:
                 yield _guarded(self._row, next(index), where, header, row)
@@ -145,7 +145,7 @@ class PromptFile:
             raise UserError(f"{self.name} has no column {self._column!r}{hint}")
         return header
 
-    def _row(self, index: int, where: str, header: list[str], row: list[str]) -> Entry:
+    def _row(self, index: int, where: str, header: list[str], row: list[str]) -> JobEntry:
         if len(row) != len(header):
             raise RequestError(f"it has {len(row)} columns, the header {len(header)}")
         values = dict(zip(header, row, strict=True))
@@ -154,15 +154,15 @@ class PromptFile:
             _check_unicode(text.encode("utf-8", "surrogateescape"))
         except RequestError as error:
             return entries.refused(index, where, values, str(error))
-        return self._as_chat(Entry(index, where, prompt=text, ids=entries.ids_of(values)))
+        return self._as_chat(JobEntry(index, where, prompt=text, ids=entries.ids_of(values)))
 
 
-def chat_of(entry: Entry) -> Entry:
+def chat_of(entry: JobEntry) -> JobEntry:
     """The entry with its text as what a user says."""
     if entry.text is None:
         return entry
     messages = [{"role": "user", "content": entry.text}]
-    return Entry(entry.index, entry.where, messages=messages, sampling=entry.sampling, ids=entry.ids)
+    return JobEntry(entry.index, entry.where, messages=messages, sampling=entry.sampling, ids=entry.ids)
 
 
 def _other_delimiter(column: str, header: list[str], delimiter: str) -> str:
@@ -202,12 +202,12 @@ class _Lines(Iterator[tuple[int, bytes]]):
             raise UserError(f"--prompts-file {self._name} can't be read: {error.strerror}") from None
 
 
-def _guarded(parse: Callable[..., Entry], index: int, where: str, *raw: Any) -> Entry:
+def _guarded(parse: Callable[..., JobEntry], index: int, where: str, *raw: Any) -> JobEntry:
     """The entry, with the error of a line that can't be used."""
     try:
         return parse(index, where, *raw)
     except RequestError as error:
-        return Entry(index, where, error=str(error))
+        return JobEntry(index, where, error=str(error))
 
 
 def _check_unicode(line: bytes) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from shoal.errors import RequestError, UserError
-from shoal.jobs.entries import Entry, digest, same_prompt
+from shoal.jobs.entries import JobEntry, digest, same_prompt
 from shoal.jobs.parameters import Parameters
 from shoal.jobs.writing import OutputFile
 
@@ -121,7 +121,7 @@ class Check:
         self._seed = seed
         self._known = 0
 
-    def answered(self, entry: Entry) -> bool:
+    def answered(self, entry: JobEntry) -> bool:
         """
         Raises:
             UserError: there is an answer, to another prompt or to one with other parameters.
@@ -147,7 +147,7 @@ class Check:
                 f"with index {self._answered.last}; give the prompts it was made from, or another --output"
             )
 
-    def _digest(self, entry: Entry) -> str | None:
+    def _digest(self, entry: JobEntry) -> str | None:
         if entry.error is not None:
             return None
         try:
@@ -155,7 +155,7 @@ class Check:
         except RequestError:
             return None
 
-    def _refusal(self, entry: Entry, wanted: str | None) -> UserError:
+    def _refusal(self, entry: JobEntry, wanted: str | None) -> UserError:
         number, line = self._line(entry.index)
         if wanted is not None and same_prompt(str(line["digest"]), wanted):
             what = f"was made with other sampling parameters, or another --seed, than {entry.where} asks for now"
@@ -175,7 +175,7 @@ class Check:
         return 0, {"digest": ""}
 
 
-def verify(entries: Iterable[Entry], check: Check) -> int:
+def verify(entries: Iterable[JobEntry], check: Check) -> int:
     """Reads all prompts, and gives how many have no answer yet.
 
     Raises:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from shoal.errors import RequestError
-from shoal.jobs.entries import Entry, digest, draws_by_job
+from shoal.jobs.entries import JobEntry, digest, draws_by_job
 from shoal.jobs.parameters import Parameters
 from shoal.outputs import RequestOutput
 from shoal.params import Message, Prompt, SamplingParams
-from shoal.text.prompts import Job, Refused, salted
+from shoal.text.prompts import Job, RefusedPrompt, salted
 
 
 class Preparer(Protocol):
@@ -21,13 +21,15 @@ class Preparer(Protocol):
     def prepare_chat(self, index: int, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job: ...
 
 
-class Engine(Preparer, Protocol):
+class JobRunner(Preparer, Protocol):
     """As an `LLM`: it pulls jobs through a bounded window."""
 
-    def run(self, jobs: Iterable[Job | Refused], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]: ...
+    def run(
+        self, jobs: Iterable[Job | RefusedPrompt], *, ordered: bool = False
+    ) -> Iterator[tuple[int, RequestOutput]]: ...
 
 
-def prepare(preparer: Preparer, entry: Entry, params: SamplingParams) -> Job:
+def prepare(preparer: Preparer, entry: JobEntry, params: SamplingParams) -> Job:
     """
     Raises:
         RequestError: the entry can't be used.
@@ -44,20 +46,20 @@ def prepare(preparer: Preparer, entry: Entry, params: SamplingParams) -> Job:
 class JobRun:
     """`seed` draws for those that bring no seed: by their index, so that a resumed job draws what it would have."""
 
-    def __init__(self, engine: Engine, parameters: Parameters, *, seed: int) -> None:
+    def __init__(self, engine: JobRunner, parameters: Parameters, *, seed: int) -> None:
         self._engine = engine
         self._parameters = parameters
         self._seed = seed
-        self._pending: dict[int, tuple[Entry, str]] = {}  # what the engine has, no more than its window
+        self._pending: dict[int, tuple[JobEntry, str]] = {}  # what the engine has, no more than its window
 
     def __call__(
         self,
-        entries: Iterable[Entry],
+        entries: Iterable[JobEntry],
         *,
         ordered: bool = False,
-        skip: Callable[[Entry], bool] = lambda _: False,
+        skip: Callable[[JobEntry], bool] = lambda _: False,
         finish: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[Entry, str, RequestOutput]]:
+    ) -> Iterator[tuple[JobEntry, str, RequestOutput]]:
         """(entry, digest, output) as they finish, or in the entries' order. What can't be used fails alone.
 
         `skip` says which to leave out; `finish` is called when all entries were read.
@@ -67,8 +69,8 @@ class JobRun:
             yield entry, found, output
 
     def _jobs(
-        self, entries: Iterable[Entry], skip: Callable[[Entry], bool], finish: Callable[[], None]
-    ) -> Iterator[Job | Refused]:
+        self, entries: Iterable[JobEntry], skip: Callable[[JobEntry], bool], finish: Callable[[], None]
+    ) -> Iterator[Job | RefusedPrompt]:
         for entry in entries:
             if not skip(entry):
                 job, found = self._job(entry)
@@ -76,12 +78,12 @@ class JobRun:
                 yield job
         finish()
 
-    def _job(self, entry: Entry) -> tuple[Job | Refused, str]:
+    def _job(self, entry: JobEntry) -> tuple[Job | RefusedPrompt, str]:
         try:
             params = self._parameters.of(entry)
             return prepare(self._engine, entry, self._seeded(entry.index, params)), digest(entry, params, self._seed)
         except RequestError as error:
-            return Refused(entry.index, entry.text, (), str(error)), ""
+            return RefusedPrompt(entry.index, entry.text, (), str(error)), ""
 
     def _seeded(self, index: int, params: SamplingParams) -> SamplingParams:
         if not draws_by_job(params):

@@ -10,7 +10,7 @@ from shoal import env
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
-from shoal.engine.scheduler import Limits
+from shoal.engine.scheduler import SchedulerLimits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ConfigError
 from shoal.executors.base import Links, RankExecutor
@@ -69,7 +69,7 @@ def build_engine(
         step_timeout=options.parallel.step_timeout,
     )
     executor.start_times = {"launch": launched, **executor.start_times}
-    limits = Limits(
+    limits = SchedulerLimits(
         max_num_seqs=options.scheduler.max_num_seqs,
         max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
         max_model_len=min(decision.max_model_len, executor.num_blocks * size),

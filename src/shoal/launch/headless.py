@@ -38,7 +38,7 @@ def run(model: OpenModel) -> int:
     deployment = Deployment.of(model.options)
     numbers = _listed(deployment.local)
     log.info("replicas %s of %d for the front end at %s", numbers, deployment.size, deployment.address)
-    with _Signals() as signals:
+    with _SignalEvent() as signals:
         host = _Host(together=shares_experts(model.decision.cutting))
         replicas = [_Supervised(model, deployment, number, host) for number in deployment.local]
         try:
@@ -50,7 +50,7 @@ def run(model: OpenModel) -> int:
     return 0
 
 
-def _supervise(replicas: Sequence["_Supervised"], signals: "_Signals") -> None:
+def _supervise(replicas: Sequence["_Supervised"], signals: "_SignalEvent") -> None:
     while not signals.came:
         waiting = [replica for replica in replicas if replica.waits]
         if not any(replica.life is not None for replica in replicas) and not waiting:
@@ -73,7 +73,7 @@ def _end(replicas: Sequence["_Supervised"]) -> None:
     log.info("the front end has taken out all replicas of this host")
 
 
-class _Life:
+class _ReplicaProcess:
     """One process of a replica, from its start to its end."""
 
     def __init__(self, setup: EngineSetup) -> None:
@@ -130,7 +130,7 @@ class _Supervised:
     def __init__(self, model: OpenModel, deployment: Deployment, number: int, host: _Host) -> None:
         self.number = number
         self._host = host
-        self.life: _Life | None = None
+        self.life: _ReplicaProcess | None = None
         self.next_start = 0.0
         self.waits = False  # for its next start
         self.failure: ShoalError | None = None  # why it is not started again
@@ -153,7 +153,7 @@ class _Supervised:
         self.waits = False
         place = replace_fields(self._setup.place, returning=self._has_worked)
         try:
-            self.life = _Life(replace_fields(self._setup, place=place))
+            self.life = _ReplicaProcess(replace_fields(self._setup, place=place))
         except OSError as error:  # no memory for a process, no descriptors
             self._start_again(EngineError(f"replica {self.number}: can't be started: {error}"), useful=False)
 
@@ -204,7 +204,7 @@ class _Supervised:
         log.error("%s; it is not started again: %s", error, why)
 
 
-class _Signals:
+class _SignalEvent:
     """Something to `wait` for, while it is entered: readable when one has come that asks for the end."""
 
     backlog = False
@@ -213,7 +213,7 @@ class _Signals:
         self.came = False
         self._former: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Signals":
+    def __enter__(self) -> "_SignalEvent":
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for number in _SIGNALS:
             self._former[number] = signal.signal(number, self._hear)

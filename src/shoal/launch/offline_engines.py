@@ -11,7 +11,7 @@ from shoal.cluster.lockstep.local import Joined, LocalLockstep
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica, close_all
 from shoal.cluster.replica_set import ReplicaSet, await_ready
-from shoal.cluster.routing.router import Room, most_held
+from shoal.cluster.routing.router import ReplicaCapacity, most_held
 from shoal.engine.core import EngineCore
 from shoal.errors import AddressInUse
 from shoal.launch.build_engine import build_engine, shared_groups
@@ -164,9 +164,9 @@ def _kv_cache_of_added(model: OpenModel, replicas: int) -> dict[str, Any]:
     return {"kv_cache_memory_bytes": max(budgets)}
 
 
-def room_of(model: OpenModel, stats: EngineStats) -> Room:
+def room_of(model: OpenModel, stats: EngineStats) -> ReplicaCapacity:
     caching = model.options.cache.enable_prefix_caching
-    return Room(
+    return ReplicaCapacity(
         requests=most_held(model.options.scheduler.max_num_seqs),
         tokens=stats.num_blocks * stats.block_size,
         block_size=stats.block_size,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from shoal.cluster.fleet import About, Fleet
-from shoal.cluster.limits import Limits
+from shoal.cluster.limits import FleetLimits
 from shoal.cluster.lockstep.local import Joined, LocalLockstep
 from shoal.cluster.members.arrival import FRONT_END, PEERS, FleetDoor, PeersDoor
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
@@ -52,7 +52,7 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
             launch,
             lambda stats: room_of(model, stats),
             about=About(model.name, parallel.tensor_parallel_size, parallel.pipeline_parallel_size),
-            limits=Limits(
+            limits=FleetLimits(
                 max_queued=serving.max_queued_requests,
                 max_wait=serving.max_queue_wait,
                 timeout=serving.request_timeout,

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 from shoal.cluster.desk import Answer as Message
-from shoal.cluster.desk import Desk, Line
+from shoal.cluster.desk import Desk, FleetConnection
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ClosedError, EngineError, Overdue, QueueFull, RequestError, ShoalError, Unavailable
 from shoal.launch.open_model import OpenModel, name_of, open_model
@@ -67,7 +67,7 @@ class AsyncLLM(Operable):
         *,
         recorder: Recorder | None = None,
         verbs: Mapping[str, Callable[[bytes], bytes]] | None = None,
-        line: Callable[[Callable[[Message], object]], Line] | None = None,
+        line: Callable[[Callable[[Message], object]], FleetConnection] | None = None,
         **options: Any,
     ) -> None:
         """`recorder` is told of every request, `verbs` are what `ask` can ask for besides. `line` opens a way to a
@@ -81,8 +81,8 @@ class AsyncLLM(Operable):
         self._requests = Requests(model.generation.eos, max_model_len=model.decision.max_model_len, seed=seed)
         self._grammars = model.grammar_checker()
         self._next_seq = 0
-        self._streams: dict[int, Stream] = {}  # by the numbers of their requests
-        self._named: dict[str, Stream] = {}
+        self._streams: dict[int, RequestStream] = {}  # by the numbers of their requests
+        self._named: dict[str, RequestStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._arrived: list[SeqUpdate] = []
         self._arrived_lock = threading.Lock()
@@ -176,7 +176,7 @@ class AsyncLLM(Operable):
         replica: int | None = None,
         timeout: float | None = None,
         arrival: float | None = None,
-    ) -> "Stream":
+    ) -> "RequestStream":
         """Begins a request. `replica`: the only one that may run it. It ends with an `Overdue` if it is not finished
         `timeout` seconds after its `arrival` (time.monotonic(); without it, now).
 
@@ -208,7 +208,7 @@ class AsyncLLM(Operable):
             for request in self._requests.of(job, first)
         ]
         answer = Answer.begun(job, self.tokenizer, self._requests.eos)
-        found = Stream(self, answer, [request.seq for request in requests])
+        found = RequestStream(self, answer, [request.seq for request in requests])
         self._streams.update((request.seq, found) for request in requests)
         try:
             self._line.send(requests)
@@ -258,7 +258,7 @@ class AsyncLLM(Operable):
         async for output in self._outputs(stream, request_id):
             yield output
 
-    async def _outputs(self, stream: "Stream", request_id: str | None) -> AsyncIterator[RequestOutput]:
+    async def _outputs(self, stream: "RequestStream", request_id: str | None) -> AsyncIterator[RequestOutput]:
         name = f"request-{stream.number}" if request_id is None else request_id
         try:
             if name in self._named:
@@ -289,7 +289,7 @@ class AsyncLLM(Operable):
             with suppress(ClosedError):
                 self._line.send([Abort(tuple(seqs), stopped)])
 
-    def _forget(self, stream: "Stream") -> None:
+    def _forget(self, stream: "RequestStream") -> None:
         for seq in stream.seqs:
             self._streams.pop(seq, None)
 
@@ -434,7 +434,7 @@ class AsyncLLM(Operable):
             self._streams.pop(update.seq, None)
 
 
-class Stream:
+class RequestStream:
     """What comes of one request. Iterating gives deltas; those that come while nobody reads are merged.
 
     Leaving the loop before the end, or the end of the task that waits, ends the request where it runs. Whoever does

@@ -39,7 +39,7 @@ def beam_search(
     Raises:
         RequestError: a prompt is empty, or fills the model's length.
     """
-    searches = [_Search(tuple(prompt), params, frozenset(eos), max_model_len) for prompt in prompts]
+    searches = [_BeamSearch(tuple(prompt), params, frozenset(eos), max_model_len) for prompt in prompts]
     scale = params.temperature or 1.0
     # The probabilities at another temperature are a matter of all tokens.
     count = 2 * params.beam_width if scale == 1 else _ALL
@@ -62,7 +62,7 @@ class _Beam:
         return _score(self.logprob, self.length, penalty)
 
 
-class _Search:
+class _BeamSearch:
     """Of one prompt."""
 
     def __init__(self, prompt: Ids, params: BeamSearchParams, eos: frozenset[int], max_model_len: int) -> None:

@@ -10,7 +10,7 @@ from shoal.addresses import Address, refuse_hidden_loopback
 from shoal.errors import ConfigError, EngineError
 from shoal.log import get_logger
 from shoal.process.forks import Owner
-from shoal.transport.member import Member
+from shoal.transport.member import RoomMember
 from shoal.transport.rendezvous import Rendezvous
 
 log = get_logger("data parallel")
@@ -52,7 +52,7 @@ class DataParallelRank:
         self._rendezvous = Rendezvous(address.host, address.port, key=key) if self.rank == 0 else None
         self._total = 0
         try:
-            self._member = Member(address, key, room=_ROOM, rank=self.rank, size=self.size, timeout=timeout)
+            self._member = RoomMember(address, key, room=_ROOM, rank=self.rank, size=self.size, timeout=timeout)
         except BaseException:
             self._close_rendezvous()
             raise

@@ -21,7 +21,7 @@ from shoal.params import BeamSearchParams, Message, Prompt, SamplingParams
 from shoal.planner.layout import shares_experts
 from shoal.process.interrupts import interrupts
 from shoal.protocols import EngineClient
-from shoal.text.prompts import Job, Refused
+from shoal.text.prompts import Job, RefusedPrompt
 from shoal.values import shown
 from shoal.wire.engine import EngineStats
 
@@ -197,7 +197,7 @@ class LLM:
         """
         return self._reader.prepare_chat(index, messages, params, **template)
 
-    def run(self, jobs: Iterable[Job | Refused], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
+    def run(self, jobs: Iterable[Job | RefusedPrompt], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
         """(index, output) as requests finish, or in the order of the jobs; jobs are taken as there is room for them.
 
         Between two outputs nothing is locked: other calls may go on, of this thread or of others.

@@ -13,7 +13,7 @@ from shoal.llm.shared_engine import SharedEngine
 from shoal.outputs import RequestOutput
 from shoal.process.interrupts import interrupts
 from shoal.protocols import EngineClient
-from shoal.text.prompts import Job, Refused
+from shoal.text.prompts import Job, RefusedPrompt
 from shoal.text.tokenizer import Tokenizer
 
 _POLL_S = 0.1  # how long Ctrl-C, and other threads, wait for an engine that says nothing
@@ -22,7 +22,7 @@ _WINDOW = 1024  # sequences a replica that are out at a time: enough to keep it 
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class _OfflineRun:
     """One call of `run`: which of its sequences the engine has, and which of its jobs have ended."""
 
     window: int
@@ -57,10 +57,10 @@ class OfflineRunner:
         self._window = _WINDOW * replicas
         self._next_seq = 0
         # Of all runs: whoever asks the engine gets everybody's updates. The number is that of the output.
-        self._running: dict[int, tuple[_Run, Answer, int]] = {}
-        self._given_up: deque[_Run] = deque()  # runs whose sequences are still to be aborted
+        self._running: dict[int, tuple[_OfflineRun, Answer, int]] = {}
+        self._given_up: deque[_OfflineRun] = deque()  # runs whose sequences are still to be aborted
 
-    def run(self, jobs: Iterable[Job | Refused], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
+    def run(self, jobs: Iterable[Job | RefusedPrompt], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
         """(index, output) of each job as it finishes, or in the order of the jobs if `ordered`.
 
         Jobs are taken as there is room for them. If the caller stops early, what still runs is aborted. A
@@ -70,7 +70,7 @@ class OfflineRunner:
             EngineError: the engine failed, or was closed, perhaps by another thread.
         """
         self._engine.check()
-        run = _Run(self._window)
+        run = _OfflineRun(self._window)
         source = iter(jobs)
         ready: dict[int, RequestOutput] = {}
         exhausted = False
@@ -92,7 +92,7 @@ class OfflineRunner:
                 with suppress(ClosedError), self._engine.turn() as client:
                     self._abort_what_was_given_up(client)
 
-    def _take(self, run: _Run, source: Iterator[Job | Refused]) -> bool:
+    def _take(self, run: _OfflineRun, source: Iterator[Job | RefusedPrompt]) -> bool:
         """Takes some jobs, as many as there is room for; not all at once, so that the engine computes meanwhile, and
         a slow source keeps nobody waiting. True: there are no more."""
         until = time.monotonic() + _TAKE_S
@@ -108,8 +108,8 @@ class OfflineRunner:
                 return False
         return False
 
-    def _start(self, run: _Run, job: Job | Refused) -> None:
-        if isinstance(job, Refused):
+    def _start(self, run: _OfflineRun, job: Job | RefusedPrompt) -> None:
+        if isinstance(job, RefusedPrompt):
             run.ended.append((job.index, _refusal(job)))
             return
         with self._engine.turn() as client:
@@ -121,7 +121,7 @@ class OfflineRunner:
                 run.sequences.add(request.seq)
                 self._running[request.seq] = (run, answer, i)
 
-    def _receive(self, run: _Run, timeout: float) -> None:
+    def _receive(self, run: _OfflineRun, timeout: float) -> None:
         with self._engine.turn() as client:
             self._abort_what_was_given_up(client)
             if run.sequences and not run.ended:  # else another run has received what this one waits for
@@ -131,7 +131,7 @@ class OfflineRunner:
                 self._abort_what_was_given_up(client)
             interrupts.check()
 
-    def _hand_out(self, client: EngineClient, run: _Run, timeout: float) -> None:
+    def _hand_out(self, client: EngineClient, run: _OfflineRun, timeout: float) -> None:
         """What the engine has to say, to whom it concerns."""
         if run.failure is not None:
             raise run.failure
@@ -166,7 +166,7 @@ class OfflineRunner:
             run.sequences.clear()
 
 
-def _refusal(job: Refused) -> RequestOutput:
+def _refusal(job: RefusedPrompt) -> RequestOutput:
     return RequestOutput(
         request_id=str(job.index), prompt=job.prompt, prompt_token_ids=job.tokens, outputs=(), error=job.error
     )

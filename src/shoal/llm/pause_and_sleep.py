@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from shoal.activity import State
+from shoal.activity import ActivityState
 from shoal.wire.base import encode
 from shoal.wire.fleet import FleetStatus, Operation
 
@@ -48,7 +48,7 @@ class Operable(ABC):
 
     async def is_paused(self) -> bool:
         """Is nothing computed, be it paused or asleep?"""
-        return (await self.status()).activity != State.AWAKE
+        return (await self.status()).activity != ActivityState.AWAKE
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """As `LLM.sleep`, after a pause with this `mode`; requests that are kept compute what was in the KV cache
@@ -68,7 +68,7 @@ class Operable(ABC):
         await self.operate(Operation("wake_up", tags=None if tags is None else tuple(tags)))
 
     async def is_sleeping(self) -> bool:
-        return (await self.status()).activity == State.ASLEEP
+        return (await self.status()).activity == ActivityState.ASLEEP
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""

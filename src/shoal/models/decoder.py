@@ -23,7 +23,7 @@ from shoal.models.layers.decoder_layer import (
 )
 from shoal.models.layers.embedding import Embedding, LearnedPositions
 from shoal.models.layers.latent_attention import LatentAttention, LowRankLinear
-from shoal.models.layers.moe import MoE, Router, SharedExperts
+from shoal.models.layers.moe import ExpertRouter, MoE, SharedExperts
 from shoal.models.layers.rope import rope_tables
 from shoal.models.manifest import Cut, Shard
 from shoal.models.spec import AttentionSpec, LatentSpec, ModelSpec, MoESpec, NormSpec, RopeSpec
@@ -237,7 +237,7 @@ class _Builder:
         return "up", partial(kernels.activate, activation=activation)
 
     def mixture(self, moe: MoESpec, at: str) -> MoE:
-        router = Router(self.column(f"{at}router"), self.optional(f"{at}correction_bias"), moe.routing)
+        router = ExpertRouter(self.column(f"{at}router"), self.optional(f"{at}correction_bias"), moe.routing)
         up, activate = self.expansion()
         held = range(moe.num_experts) if self.shard.experts is None else self.shard.experts
         matrices = [(self.column(f"{at}experts.{e}.{up}"), self.column(f"{at}experts.{e}.down")) for e in held]

@@ -31,10 +31,10 @@ from shoal.models.families import (
 )
 from shoal.models.overrides import apply
 from shoal.models.quantization import weight_block
-from shoal.models.spec import Config, Family, ModelSpec, TensorNames, Unsupported
+from shoal.models.spec import Config, ModelFamily, ModelSpec, TensorNames, Unsupported
 from shoal.models.text_part import text_part, whole_of
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ModelFamily] = {
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
     "gemma": gemma.FAMILY,
@@ -112,7 +112,7 @@ def read_spec(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({}))
     return _with_lengths(_checked(spec, folder), config)
 
 
-def _family(architectures: Sequence[str], model_type: Any) -> Family | None:
+def _family(architectures: Sequence[str], model_type: Any) -> ModelFamily | None:
     """Where no architecture is named, as in what `config.save_pretrained` writes, model_type decides."""
     for family in FAMILIES.values():
         if set(family.architectures) & set(architectures) or (not architectures and family.model_type == model_type):

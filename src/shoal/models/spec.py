@@ -290,7 +290,7 @@ class TensorNames:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ModelFamily:
     """One file in `families/`: which architectures it reads, and how.
 
     `model_type` is config.json's, which decides where no architecture is named.

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import uvloop
 
-from shoal.activity import State
+from shoal.activity import ActivityState
 from shoal.errors import ClosedError, EngineError, ShoalError
 from shoal.launch.open_model import OpenModel
 from shoal.llm.async_llm import AsyncLLM
@@ -35,7 +35,7 @@ _AT_ONCE_S = 3.0  # from the second signal on
 
 
 @dataclass(slots=True)
-class _Signals:
+class _EndSignals:
     """The first one asks for an end, the second for one at once."""
 
     first: asyncio.Event = field(default_factory=asyncio.Event)
@@ -113,7 +113,7 @@ async def _serve(
     count: int,
     shutdown_timeout: float,
 ) -> int:
-    signals = _Signals(at_once=lambda: _leave_soon(1))
+    signals = _EndSignals(at_once=lambda: _leave_soon(1))
     signals.listen()
     metrics = RequestMetrics(model.decision.max_model_len)
     verbs = metrics.verbs | ResponseStore.of(settings).verbs
@@ -158,7 +158,7 @@ class _Here:
         self._server.stop(patience)
 
 
-async def _until_end(llm: AsyncLLM, front: _Front, signals: _Signals, url: str, shutdown_timeout: float) -> int:
+async def _until_end(llm: AsyncLLM, front: _Front, signals: _EndSignals, url: str, shutdown_timeout: float) -> int:
     log.info("%s listens; requests wait until replicas are ready", url)
     server = asyncio.create_task(front.serve())
     watch = asyncio.create_task(_watch(llm, url))
@@ -197,7 +197,7 @@ async def _watch(llm: AsyncLLM, url: str) -> None:
 
 
 async def _drain(
-    llm: AsyncLLM, front: _Front, server: "asyncio.Task[bool]", signals: _Signals, shutdown_timeout: float
+    llm: AsyncLLM, front: _Front, server: "asyncio.Task[bool]", signals: _EndSignals, shutdown_timeout: float
 ) -> int:
     log.info(
         "nothing new is taken; what runs has %g s (--shutdown-timeout), a second signal ends at once", shutdown_timeout
@@ -219,14 +219,14 @@ async def _say_what_holds(llm: AsyncLLM) -> None:
     except EngineError:  # it may be busy, or have failed; the drain says so
         return
     unfinished = status.queued + sum(replica.held for replica in status.replicas)
-    if unfinished and status.activity != State.AWAKE:
-        way_out = "/resume" if status.activity == State.PAUSED else "/wake_up"
+    if unfinished and status.activity != ActivityState.AWAKE:
+        way_out = "/resume" if status.activity == ActivityState.PAUSED else "/wake_up"
         log.warning(
             "it is %s: %d requests stand still until POST %s, or are cut off", status.activity, unfinished, way_out
         )
 
 
-async def _requests_end(llm: AsyncLLM, signals: _Signals, timeout: float) -> bool:
+async def _requests_end(llm: AsyncLLM, signals: _EndSignals, timeout: float) -> bool:
     """True: all of them have ended."""
     drained = asyncio.create_task(llm.drain(timeout))
     second = asyncio.create_task(signals.second.wait())
@@ -239,7 +239,7 @@ async def _requests_end(llm: AsyncLLM, signals: _Signals, timeout: float) -> boo
     return drained.done() and not drained.cancelled() and error is None and drained.result()
 
 
-async def _end(front: _Front, server: "asyncio.Task[bool]", signals: _Signals, patience: float) -> bool:
+async def _end(front: _Front, server: "asyncio.Task[bool]", signals: _EndSignals, patience: float) -> bool:
     """True: every client has read its answer to the end."""
     front.stop(0.0 if signals.second.is_set() else patience)
     second = asyncio.create_task(signals.second.wait())

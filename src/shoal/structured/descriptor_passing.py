@@ -7,7 +7,7 @@ from shoal.transport.channel import ChannelClosed
 _NUMBER = 8  # bytes of a process's number, which come with the descriptor
 
 
-class Door:
+class DescriptorReceiver:
     """The host's end; one of the things that `channel.wait` waits for."""
 
     backlog = False

@@ -13,7 +13,7 @@ from shoal.errors import RequestError
 from shoal.log import get_logger
 from shoal.process import garbage_collector
 from shoal.structured import grammar_process
-from shoal.structured.descriptor_passing import Door
+from shoal.structured.descriptor_passing import DescriptorReceiver
 from shoal.structured.limits import DEFAULT_LIMITS, GrammarLimits
 from shoal.structured.matcher import Vocabulary
 from shoal.transport.channel import Channel, ChannelClosed, wait
@@ -45,12 +45,12 @@ class _Death:
         os.read(self._fd, 4096)
 
 
-class Host:
+class GrammarHost:
     def __init__(self, channel: Channel, door: socket.socket, limits: GrammarLimits = DEFAULT_LIMITS) -> None:
         """`channel`: to whoever started this process. Through the `door` come numbers and channels of processes to be
         forked."""
         self._channel = channel
-        self._door = Door(door)
+        self._door = DescriptorReceiver(door)
         self._limits = limits
         self._death = _Death()
         self._numbers: dict[int, int] = {}  # pid -> number

@@ -67,7 +67,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AllowedTokens:
     """What may be drawn behind some token of an output. `ended`: nothing but end-of-text tokens."""
 
     row: bytes
@@ -145,7 +145,7 @@ class Grammar:
         self._matcher.rollback(len(text))
         return right + may_end
 
-    def places(self, drafts: Sequence[int]) -> list[Place]:
+    def places(self, drafts: Sequence[int]) -> list[AllowedTokens]:
         """What may be drawn behind the text so far, then behind each draft.
 
         A row is so many little-endian 32-bit words as `words_of` says, the lowest bit first. Behind the end of the
@@ -153,16 +153,16 @@ class Grammar:
         then), it allows the end-of-text tokens, or any token if there are none: a row is never empty.
         """
         vocabulary = self._vocabulary
-        places = [Place(vocabulary.row(0 if self._over else self._following()), self.ended)]
+        places = [AllowedTokens(vocabulary.row(0 if self._over else self._following()), self.ended)]
         text = self._text(drafts[: self.valid(drafts)])
         for token in text:
             self._matcher.consume_token(token)
             bits = self._compute()
             ended = self._matcher.is_stopped() or (self._matcher.is_accepting() and bits == vocabulary.end)
-            places.append(Place(vocabulary.row(bits), ended))
+            places.append(AllowedTokens(vocabulary.row(bits), ended))
         if text:
             self._matcher.rollback(len(text))
-        places += [Place(vocabulary.row(0), True)] * (1 + len(drafts) - len(places))
+        places += [AllowedTokens(vocabulary.row(0), True)] * (1 + len(drafts) - len(places))
         return places
 
     def _following(self) -> int:

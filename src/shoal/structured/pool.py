@@ -45,7 +45,7 @@ StartHost = Callable[[int], ChildProcess]
 
 
 @dataclass(slots=True, eq=False)
-class _Process:
+class _GrammarProcess:
     """The process of one grammar."""
 
     number: int
@@ -74,9 +74,9 @@ class GrammarPool:
         self._door: socket.socket | None = None
         self._host_begun = 0.0
         self._host_ready = _FOREVER
-        self._processes: OrderedDict[str, _Process] = OrderedDict()  # by grammar, the one used last at the end
-        self._by_number: dict[int, _Process] = {}
-        self._of_seq: dict[int, _Process] = {}
+        self._processes: OrderedDict[str, _GrammarProcess] = OrderedDict()  # by grammar, the one used last at the end
+        self._by_number: dict[int, _GrammarProcess] = {}
+        self._of_seq: dict[int, _GrammarProcess] = {}
         self._refusals: OrderedDict[bytes, str] = OrderedDict()  # digest of a grammar -> why it can't be used
         self._verdicts: list[Verdict] = []
         self._next_number = 0
@@ -92,7 +92,7 @@ class GrammarPool:
         process = self._processes.get(grammar)
         if process is None:
             self._next_number += 1
-            process = self._processes[grammar] = _Process(self._next_number, grammar)
+            process = self._processes[grammar] = _GrammarProcess(self._next_number, grammar)
             process.unsent.append(GrammarSource(grammar))
         self._processes.move_to_end(grammar)
         process.following.add(seq)
@@ -153,7 +153,7 @@ class GrammarPool:
             self._receive_from_host(self._host)
         return readable
 
-    def _receive(self, process: _Process) -> None:
+    def _receive(self, process: _GrammarProcess) -> None:
         assert process.channel is not None
         try:
             frames = process.channel.receive()
@@ -195,7 +195,7 @@ class GrammarPool:
 
     # --- processes -----------------------------------------------------------------------------------------------
 
-    def _send(self, process: _Process, message: GrammarFollow | GrammarAsk | GrammarForget) -> None:
+    def _send(self, process: _GrammarProcess, message: GrammarFollow | GrammarAsk | GrammarForget) -> None:
         if not isinstance(message, GrammarForget):
             process.asked[message.seq] = time.monotonic()
         if process.number not in self._by_number:
@@ -222,7 +222,7 @@ class GrammarPool:
         for process in idle[: max(0, surplus)]:
             self._drop(process)
 
-    def _start(self, process: _Process) -> None:
+    def _start(self, process: _GrammarProcess) -> None:
         door = self._open_door()
         channel, theirs = Channel.pair()
         with theirs:
@@ -242,26 +242,26 @@ class GrammarPool:
             self._host_begun, self._host_ready = time.monotonic(), _FOREVER
         return self._door
 
-    def _refuse(self, process: _Process, why: str) -> None:
+    def _refuse(self, process: _GrammarProcess, why: str) -> None:
         """Ends a grammar and all its outputs, and remembers it."""
         self._refusals[_digest(process.grammar)] = why
         while len(self._refusals) > _KNOWN_REFUSALS:
             self._refusals.popitem(last=False)
         self._leave(process, lambda seq: Verdict(seq, refused=why))
 
-    def _lose(self, process: _Process, why: str) -> None:
+    def _lose(self, process: _GrammarProcess, why: str) -> None:
         """Ends a process that has ended through no fault of its grammar."""
         if process.following:
             log.warning("%d outputs are followed no more: %s", len(process.following), why)
         self._leave(process, lambda seq: Verdict(seq, lost=why))
 
-    def _leave(self, process: _Process, last_word: Callable[[int], Verdict]) -> None:
+    def _leave(self, process: _GrammarProcess, last_word: Callable[[int], Verdict]) -> None:
         for seq in process.following:
             self._of_seq.pop(seq, None)
             self._verdicts.append(last_word(seq))
         self._drop(process)
 
-    def _drop(self, process: _Process) -> None:
+    def _drop(self, process: _GrammarProcess) -> None:
         if self._processes.get(process.grammar) is process:
             del self._processes[process.grammar]
         if self._by_number.pop(process.number, None) is None:
@@ -325,7 +325,7 @@ class GrammarPool:
                 process, f"structured_outputs can't be used: it takes more than {seconds:g} s {what}; simplify it"
             )
 
-    def _deadline(self, process: _Process) -> float:
+    def _deadline(self, process: _GrammarProcess) -> float:
         if not process.compiled:
             return self._limits.compile_s + (
                 _FOREVER if self._host_ready == _FOREVER else max(process.begun, self._host_ready)

@@ -69,7 +69,7 @@ def main(
         signal.signal(number, signal.SIG_IGN)
     configure_logging()
     limits = GrammarLimits(compile_cpu_s=compile_cpu_s, memory_mib=memory_mib)
-    host = load("shoal.structured.host:Host")(Channel.from_fd(fd), socket.socket(fileno=door), limits)
+    host = load("shoal.structured.host:GrammarHost")(Channel.from_fd(fd), socket.socket(fileno=door), limits)
     os._exit(host.run(_vocabulary(folder, eos, vocab_size)))
 
 

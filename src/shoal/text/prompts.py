@@ -12,7 +12,7 @@ from shoal.params import Message, Prompt, PromptDict, SamplingParams
 from shoal.structured.schema.prepare import listed
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.stop_texts import StopTexts
-from shoal.text.structured_outputs import GrammarText, grammar_text
+from shoal.text.structured_outputs import PreparedGrammar, grammar_text
 from shoal.text.tokenizer import Tokenizer
 from shoal.values import shown
 
@@ -57,7 +57,7 @@ def _stop_texts(texts: tuple[str, ...]) -> StopTexts:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedPrompt:
     """A prompt that can't be used; among jobs it ends alone."""
 
     index: int
@@ -75,7 +75,7 @@ def salted(prompt: Prompt, salt: str | None) -> Prompt:
 
 
 _MOST_CHARACTERS = 1 << 23  # that are cut into tokens where it is not known how many the model takes
-_Terms = tuple[tuple[tuple[int, ...], ...], GrammarText]  # what parameters say in tokens: `banned`, and the grammar
+_Terms = tuple[tuple[tuple[int, ...], ...], PreparedGrammar]  # what parameters say in tokens: `banned`, and the grammar
 
 
 class PromptReader:
@@ -225,9 +225,9 @@ class PromptReader:
         ]
         return tuple(dict.fromkeys(ids for ids in found if ids))
 
-    def _grammar(self, params: SamplingParams) -> GrammarText:
+    def _grammar(self, params: SamplingParams) -> PreparedGrammar:
         if params.structured_outputs is None:
-            return GrammarText("")
+            return PreparedGrammar("")
         if self._tokenizer is None:
             raise RequestError("structured_outputs need a tokenizer, which this model does not have")
         grammar = grammar_text(params.structured_outputs)

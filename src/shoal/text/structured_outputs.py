@@ -17,14 +17,14 @@ _WHITESPACE = r"[ \t\n\r]{1,33}"
 
 
 @dataclass(frozen=True, slots=True)
-class GrammarText:
+class PreparedGrammar:
     """What an output must look like, in llguidance's form."""
 
     text: str
     ignored: tuple[str, ...] = ()  # keywords of a schema that it goes without, each with its place
 
 
-def grammar_text(params: StructuredOutputsParams) -> GrammarText:
+def grammar_text(params: StructuredOutputsParams) -> PreparedGrammar:
     """The same text for the same parameters. Whether it is a grammar that can be obeyed is found out by
     `GrammarChecker`.
 
@@ -44,7 +44,7 @@ def grammar_text(params: StructuredOutputsParams) -> GrammarText:
         text = _guard(LLMatcher.grammar_from_regex, "choice", "|".join(map(_literal, params.choice)))
     else:
         text = _guard(LLMatcher.grammar_from_lark, "grammar", params.grammar or "")
-    return GrammarText(text)
+    return PreparedGrammar(text)
 
 
 def _guard(make: Callable[[str], str], name: str, value: str) -> str:
@@ -61,6 +61,6 @@ def _literal(text: str) -> str:
     return "".join(char if char.isalnum() or char == " " else f"\\u{{{ord(char):x}}}" for char in text)
 
 
-def _of_schema(schema: str | Mapping[str, Any], *, strict: bool) -> GrammarText:
+def _of_schema(schema: str | Mapping[str, Any], *, strict: bool) -> PreparedGrammar:
     prepared = prepare(schema, strict=strict)
-    return GrammarText(grammar_of(prepared.schema, _WHITESPACE), prepared.dropped)
+    return PreparedGrammar(grammar_of(prepared.schema, _WHITESPACE), prepared.dropped)

@@ -170,7 +170,7 @@ class _Inbox:
     lost: str = ""  # why there is no connection any more, as the user reads it
 
 
-class Member:
+class RoomMember:
     """One in a room. A thread keeps the connection alive and reads what comes; all else is called by the owner."""
 
     def __init__(

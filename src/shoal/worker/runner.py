@@ -19,13 +19,13 @@ from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.draft import Draft
 from shoal.worker.edits import Edits, Masks
 from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
-from shoal.worker.token_return import Unread
+from shoal.worker.token_return import TokenReturn
 
 _PROMPT_ROWS = 64  # of a prompt whose logits are there at a time: a vocabulary of 150,000 takes 38 MB for so many
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
+class _MaskedStep:
     """A step that was computed, and waits for its mask."""
 
     plan: StepPlan
@@ -56,9 +56,9 @@ class Runner:
         self._share = share
         self._tp = tp
         self._pipeline = pipeline
-        self._unread = Unread(pipeline, table)
+        self._unread = TokenReturn(pipeline, table)
         self._draft = draft
-        self._pending: _Pending | None = None
+        self._pending: _MaskedStep | None = None
         self.busy_ns = 0  # in steps so far, but for waits for other stages
 
     def execute(self, plan: StepPlan) -> StepResult | None:
@@ -75,7 +75,7 @@ class Runner:
         forward_begun = self._now()
         hidden = self._forward(step)
         now = self._now()
-        pending = _Pending(plan, step, hidden, now - begun, now - forward_begun)
+        pending = _MaskedStep(plan, step, hidden, now - begun, now - forward_begun)
         if not self._pipeline.last:
             return self._pass_on(pending)
         if step.masked_rows:
@@ -112,14 +112,14 @@ class Runner:
             torch.cuda.current_stream().synchronize()
         return hidden
 
-    def _pass_on(self, pending: _Pending) -> StepResult:
+    def _pass_on(self, pending: _MaskedStep) -> StepResult:
         begun = self._now()
         self._pipeline.send(pending.hidden)
         if self._pipeline.first:
             self._unread.note(pending.plan.step, pending.step.sampled)
         return self._result(pending.plan, (), pending.spent_ns + self._now() - begun, pending.forward_ns)
 
-    def _finish(self, pending: _Pending, sampling: SamplingRows | None) -> StepResult:
+    def _finish(self, pending: _MaskedStep, sampling: SamplingRows | None) -> StepResult:
         begun = self._now()
         step, hidden = pending.step, pending.hidden
         forward_ns = pending.forward_ns

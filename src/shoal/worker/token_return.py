@@ -21,7 +21,7 @@ class _Step:
     epochs: dict[int, int]  # of the sequences that drew one, in the order in which they are told
 
 
-class Unread:
+class TokenReturn:
     """The last token of each sequence is all that is told: how many guesses were right the plan shows.
 
     No more than `pipeline.depth` plans are out at a time, so a plan shows that the one so many steps before it was

@@ -14,13 +14,13 @@ from typing import Any
 
 from shoal.client.http import NotFound, ServerClient
 from shoal.client.load.calibrate import words_by_tokenizer, words_by_usage
-from shoal.client.load.drive import Requester, Run
-from shoal.client.load.outcome import Failure, Outcome
+from shoal.client.load.drive import LoadRun, Requester
+from shoal.client.load.outcome import Failure, LoadOutcome
 from shoal.client.load.plot import check_plot, plot
 from shoal.client.load.progress import RunProgress
 from shoal.client.load.prompts import WORDS, IdPrompts, Prompts
 from shoal.client.load.report import figures
-from shoal.client.load.request_log import Entry, line_of, read_log, writing_log
+from shoal.client.load.request_log import LoggedRequest, line_of, read_log, writing_log
 from shoal.client.load.settings import LoadSettings
 from shoal.client.load.workload import Planned, Workload, arrivals
 from shoal.errors import ConfigError, EngineError, UserError
@@ -46,7 +46,7 @@ def measure(settings: LoadSettings) -> dict[str, Any]:
     return asyncio.run(_measure(settings, entries))
 
 
-async def _measure(settings: LoadSettings, entries: Sequence[Entry]) -> dict[str, Any]:
+async def _measure(settings: LoadSettings, entries: Sequence[LoggedRequest]) -> dict[str, Any]:
     async with ServerClient(settings.url, api_key=settings.api_key, timeout=settings.timeout) as client:
         model, max_model_len = await _find_model(client, settings.model)
         _check_lengths(settings, entries, max_model_len)
@@ -85,7 +85,7 @@ async def _measure(settings: LoadSettings, entries: Sequence[Entry]) -> dict[str
     return report
 
 
-def plan(settings: LoadSettings, prompts: Prompts, entries: Sequence[Entry]) -> Iterator[Planned]:
+def plan(settings: LoadSettings, prompts: Prompts, entries: Sequence[LoggedRequest]) -> Iterator[Planned]:
     """The requests in the order in which they come; the same ones for the same settings. Without end where neither a
     count nor a log nor times of arrival give one."""
     times: Iterator[float | None]
@@ -102,7 +102,9 @@ def plan(settings: LoadSettings, prompts: Prompts, entries: Sequence[Entry]) -> 
     return _replay(entries, times, prompts, settings.seed) if entries else _workload(settings).requests(prompts, times)
 
 
-def _replay(entries: Sequence[Entry], times: Iterator[float | None], prompts: Prompts, seed: int) -> Iterator[Planned]:
+def _replay(
+    entries: Sequence[LoggedRequest], times: Iterator[float | None], prompts: Prompts, seed: int
+) -> Iterator[Planned]:
     draw = random.Random(f"{seed} texts")
     for index, (entry, arrival) in enumerate(zip(entries, times, strict=False)):
         prompt = prompts.make(entry.prompt_tokens, draw) if entry.prompt is None else entry.prompt
@@ -138,7 +140,7 @@ async def _find_model(client: ServerClient, wanted: str | None) -> tuple[str, in
     return name, longest if isinstance(longest, int) else None
 
 
-def _check_lengths(settings: LoadSettings, entries: Sequence[Entry], max_model_len: int | None) -> None:
+def _check_lengths(settings: LoadSettings, entries: Sequence[LoggedRequest], max_model_len: int | None) -> None:
     if entries:
         longest = max(entry.prompt_tokens + entry.max_tokens for entry in entries)
     else:
@@ -166,7 +168,7 @@ async def _prompts(settings: LoadSettings, client: ServerClient, requester: Requ
     return words_by_usage(answer.prompt_tokens, second.prompt_tokens)
 
 
-async def _first_request(client: ServerClient, requester: Requester, request: Planned) -> Outcome:
+async def _first_request(client: ServerClient, requester: Requester, request: Planned) -> LoadOutcome:
     outcome = await requester.send(request)
     if outcome.failure is not None:
         raise _refusal(f"{client.url} fails a first request", outcome.failure)
@@ -188,9 +190,9 @@ async def _warm_up(settings: LoadSettings, requester: Requester, requests: Itera
         Planned(each.index, None, prompts.make(each.prompt_tokens or _PROBE_IDS, draw), 0, each.max_tokens)
         for each in itertools.islice(requests, settings.warmup)
     )
-    outcomes: list[Outcome] = []
+    outcomes: list[LoadOutcome] = []
     concurrency = settings.max_concurrency or settings.warmup
-    await Run(requester, others, outcomes.append, max_concurrency=concurrency).to_the_end()
+    await LoadRun(requester, others, outcomes.append, max_concurrency=concurrency).to_the_end()
     failures = [each.failure for each in outcomes if each.failure is not None]
     if failures:
         raise _refusal(f"{len(failures)} of {len(outcomes)} requests of the warm-up failed", failures[0])
@@ -198,20 +200,20 @@ async def _warm_up(settings: LoadSettings, requester: Requester, requests: Itera
 
 async def _drive(
     settings: LoadSettings, requester: Requester, requests: Iterator[Planned], total: int | None
-) -> tuple[list[Outcome], Run, float, bool]:
+) -> tuple[list[LoadOutcome], LoadRun, float, bool]:
     """The outcomes, the run, its seconds, and whether it came to its end."""
-    outcomes: list[Outcome] = []
+    outcomes: list[LoadOutcome] = []
     progress = RunProgress(total)
     with ExitStack() as stack:
         log = None if settings.request_log_out is None else stack.enter_context(writing_log(settings.request_log_out))
 
-        def done(outcome: Outcome) -> None:
+        def done(outcome: LoadOutcome) -> None:
             outcomes.append(outcome)
             progress.add(outcome)
             if log is not None:
                 log.write(line_of(outcome))
 
-        run = Run(requester, requests, done, max_concurrency=settings.max_concurrency, duration=settings.duration)
+        run = LoadRun(requester, requests, done, max_concurrency=settings.max_concurrency, duration=settings.duration)
         stop = asyncio.Event()
         stack.enter_context(_stopping_by_signal(stop))
         stack.callback(progress.close)
@@ -224,7 +226,7 @@ async def _drive(
     return outcomes, run, seconds, complete
 
 
-async def _tick(progress: RunProgress, requester: Requester, run: Run) -> None:
+async def _tick(progress: RunProgress, requester: Requester, run: LoadRun) -> None:
     while True:
         await asyncio.sleep(progress.period)
         progress.show(requester.now(), run.running)

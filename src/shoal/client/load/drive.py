@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from shoal.client.http import ServerClient, reason, said
-from shoal.client.load.outcome import Failure, Outcome
+from shoal.client.load.outcome import Failure, LoadOutcome
 from shoal.client.load.stream import BadStream, Tally
 from shoal.client.load.workload import Planned
 
@@ -43,7 +43,7 @@ class Requester:
     def now(self) -> float:
         return self._clock() - self._start
 
-    async def send(self, request: Planned) -> Outcome:
+    async def send(self, request: Planned) -> LoadOutcome:
         """Never raises for what the server does."""
         sent = self.now()
         tally = Tally()
@@ -58,7 +58,7 @@ class Requester:
             failure = Failure("no connection", reason(error))
         except (aiohttp.ClientError, OSError) as error:
             failure = Failure("connection lost", f"{reason(error)}, after {tally.chunks} chunks")
-        return Outcome(
+        return LoadOutcome(
             request,
             arrival=sent if request.arrival is None else request.arrival,
             sent=sent,
@@ -96,7 +96,7 @@ class Requester:
         return json.dumps(fields).encode()
 
 
-class Run:
+class LoadRun:
     """One run through a workload. `done` gets each outcome as it comes.
 
     A request with a time of arrival is sent then, whatever the answers before it do (an open loop), unless
@@ -108,7 +108,7 @@ class Run:
         self,
         requester: Requester,
         requests: Iterator[Planned],
-        done: Callable[[Outcome], None],
+        done: Callable[[LoadOutcome], None],
         *,
         max_concurrency: int | None = None,
         duration: float | None = None,
@@ -168,7 +168,7 @@ class Run:
             raise
         self._done(outcome)
 
-    async def _send(self, request: Planned) -> Outcome:
+    async def _send(self, request: Planned) -> LoadOutcome:
         self.running += 1
         self.peak = max(self.peak, self.running)
         try:

@@ -13,7 +13,7 @@ class Failure:
 
 
 @dataclass(slots=True)
-class Outcome:
+class LoadOutcome:
     """Times in seconds from the start of the run.
 
     Latencies count from `arrival`, the time for which the request was planned, so that a request that could not be

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.client.load.outcome import Outcome
+from shoal.client.load.outcome import LoadOutcome
 from shoal.errors import ConfigError, UserError
 from shoal.lazy import load
 
@@ -29,7 +29,7 @@ def _figure() -> Any:
 
 def plot(
     path: Path,
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[LoadOutcome],
     chunks_by_second: Mapping[int, int],
     *,
     duration: float,
@@ -54,7 +54,7 @@ def plot(
         raise UserError(f"--plot {path} can't be written: {error.strerror}") from None
 
 
-def _draw_latencies(axes: Any, outcomes: Sequence[Outcome]) -> None:
+def _draw_latencies(axes: Any, outcomes: Sequence[LoadOutcome]) -> None:
     for name in ("e2e", "ttft"):
         points = [(each.arrival, getattr(each, name)) for each in outcomes if each.ok]
         points = [(at, value) for at, value in points if value is not None]
@@ -66,7 +66,7 @@ def _draw_latencies(axes: Any, outcomes: Sequence[Outcome]) -> None:
     axes.legend()
 
 
-def _draw_distributions(axes: Any, outcomes: Sequence[Outcome], slo: Mapping[str, float]) -> None:
+def _draw_distributions(axes: Any, outcomes: Sequence[LoadOutcome], slo: Mapping[str, float]) -> None:
     for name in ("ttft", "tpot", "e2e"):
         values = sorted(value * 1e3 for each in outcomes if each.ok and (value := getattr(each, name)) is not None)
         shares = [(number + 1) / len(values) for number in range(len(values))]
@@ -77,7 +77,9 @@ def _draw_distributions(axes: Any, outcomes: Sequence[Outcome], slo: Mapping[str
     axes.legend()
 
 
-def _draw_rate(axes: Any, outcomes: Sequence[Outcome], chunks_by_second: Mapping[int, int], duration: float) -> None:
+def _draw_rate(
+    axes: Any, outcomes: Sequence[LoadOutcome], chunks_by_second: Mapping[int, int], duration: float
+) -> None:
     """A chunk stands for as many tokens as chunks held in the mean."""
     chunks = sum(len(each.gaps) + 1 for each in outcomes if each.ok and each.first is not None)
     tokens = sum(each.output_tokens for each in outcomes if each.ok)
@@ -91,7 +93,7 @@ def _draw_rate(axes: Any, outcomes: Sequence[Outcome], chunks_by_second: Mapping
     axes.set(xlabel="s", ylabel="output tokens/s")
 
 
-def _draw_concurrency(axes: Any, outcomes: Sequence[Outcome]) -> None:
+def _draw_concurrency(axes: Any, outcomes: Sequence[LoadOutcome]) -> None:
     changes = sorted([(each.sent, 1) for each in outcomes] + [(each.ended, -1) for each in outcomes])
     counts, running = [], 0
     for _, change in changes:

@@ -3,7 +3,7 @@
 import sys
 from typing import TextIO
 
-from shoal.client.load.outcome import Outcome
+from shoal.client.load.outcome import LoadOutcome
 
 _PERIOD_S = {True: 0.5, False: 10.0}
 
@@ -19,7 +19,7 @@ class RunProgress:
         self._width = 0
         self.period = _PERIOD_S[self._terminal]
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: LoadOutcome) -> None:
         self._done += 1
         self._failed += not outcome.ok
         self._tokens += outcome.output_tokens

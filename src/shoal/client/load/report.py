@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from shoal.client.load.outcome import Outcome
+from shoal.client.load.outcome import LoadOutcome
 
 _ROWS = {
     "ttft_ms": "time to first token, ms",
@@ -18,7 +18,7 @@ LIMITS = ("ttft", "tpot", "e2e")
 
 
 def figures(
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[LoadOutcome],
     duration: float,
     *,
     percentiles: Sequence[float],
@@ -57,7 +57,7 @@ def figures(
     return report
 
 
-def is_good(outcome: Outcome, slo: Mapping[str, float]) -> bool:
+def is_good(outcome: LoadOutcome, slo: Mapping[str, float]) -> bool:
     """A latency that a request does not have, such as a time a token with one token, is within any limit."""
     if not outcome.ok:
         return False
@@ -85,7 +85,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def _errors(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
+def _errors(outcomes: Iterable[LoadOutcome]) -> dict[str, dict[str, Any]]:
     """By kind, how many and the first one's message."""
     failures = [each.failure for each in outcomes if each.failure is not None]
     counts = Counter(failure.kind for failure in failures)

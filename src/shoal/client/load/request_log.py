@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from shoal.client.load.outcome import Outcome
+from shoal.client.load.outcome import LoadOutcome
 from shoal.client.load.prompts import Prompt
 from shoal.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LoggedRequest:
     """A logged request. `prompt` is None where only its length is known."""
 
     arrival: float
@@ -30,7 +30,7 @@ class Entry:
     place: int = 0  # among those that arrive at the same time
 
 
-def line_of(outcome: Outcome) -> str:
+def line_of(outcome: LoadOutcome) -> str:
     planned = outcome.request
     record: dict[str, Any] = {
         "index": planned.index,
@@ -63,7 +63,7 @@ def writing_log(path: Path) -> Iterator[TextIO]:
         raise UserError(f"--request-log-out {path} can't be written: {error.strerror}") from None
 
 
-def read_log(path: Path) -> list[Entry]:
+def read_log(path: Path) -> list[LoggedRequest]:
     """By time of arrival, which counts from the first, and by `index`: lines are written as requests end.
 
     Raises:
@@ -83,7 +83,7 @@ def read_log(path: Path) -> list[Entry]:
     return sorted(moved, key=lambda entry: (entry.arrival, entry.place))
 
 
-def _entries(lines: Iterator[str], path: Path) -> Iterator[Entry]:
+def _entries(lines: Iterator[str], path: Path) -> Iterator[LoggedRequest]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -94,7 +94,7 @@ def _entries(lines: Iterator[str], path: Path) -> Iterator[Entry]:
             raise UserError(f"--request-log-in {path}, line {number}: {what}") from None
 
 
-def _entry(record: dict[str, Any], number: int) -> Entry:
+def _entry(record: dict[str, Any], number: int) -> LoggedRequest:
     prompt = record.get("prompt")
     if prompt is None:
         length = _count(record, "prompt_tokens")
@@ -109,7 +109,7 @@ def _entry(record: dict[str, Any], number: int) -> Entry:
         raise ValueError(f"arrival_s is {arrival}")
     name = "max_tokens" if record.get("max_tokens") is not None else "output_tokens"
     index = record.get("index")
-    return Entry(arrival, prompt, length, _count(record, name), index if type(index) is int else number)
+    return LoggedRequest(arrival, prompt, length, _count(record, name), index if type(index) is int else number)
 
 
 def _count(record: dict[str, Any], name: str) -> int:

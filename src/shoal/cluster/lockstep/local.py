@@ -23,7 +23,7 @@ class Joined(Lockstep, Protocol):
         """Leaves. `why` is empty when all is done, else what the others are told. Idempotent."""
 
 
-class _Shared:
+class _SharedCounts:
     def __init__(self, size: int) -> None:
         self.lock = threading.Lock()
         self.furthest = 0
@@ -41,14 +41,14 @@ class LocalLockstep:
 
     backlog = False
 
-    def __init__(self, shared: _Shared, number: int) -> None:
+    def __init__(self, shared: _SharedCounts, number: int) -> None:
         self._shared = shared
         self._number = number
 
     @classmethod
     def of(cls, size: int) -> "list[LocalLockstep]":
         """A place for each of `size` replicas."""
-        shared = _Shared(size)
+        shared = _SharedCounts(size)
         return [cls(shared, number) for number in range(size)]
 
     def fileno(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from shoal import addresses
 from shoal.addresses import Address
 from shoal.errors import ConfigError, EngineError
-from shoal.transport.member import Member
+from shoal.transport.member import RoomMember
 from shoal.wire.plan import ReplicaPlace
 
 _ROOM = "replicas"
@@ -26,7 +26,7 @@ class RendezvousLockstep:
             EngineError: where they meet has gone; or this replica was there before, and not all are back in time.
             ConfigError: their ranks could not reach each other at the addresses that they have here.
         """
-        self._member = Member(
+        self._member = RoomMember(
             Address.parse(place.rendezvous),
             place.key,
             room=f"{_ROOM} {place.meeting}",

@@ -37,7 +37,7 @@ _PATIENCE_S = 1.0  # to learn how a process ended
 _PATIENCE_OF_MANY_S = 0.25  # ... while others have tokens to hand out
 
 
-class Host(Protocol):
+class EngineHost(Protocol):
     """Where an engine runs, and the way to it: a ChildProcess, or a thread."""
 
     channel: Channel
@@ -59,7 +59,7 @@ class Replica:
 
     def __init__(
         self,
-        host: Host,
+        host: EngineHost,
         setup: EngineSetup | None,
         *,
         name: str,

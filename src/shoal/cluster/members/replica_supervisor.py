@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
-from shoal.cluster.limits import Limits
+from shoal.cluster.limits import FleetLimits
 from shoal.cluster.members.replica import close_all
 from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.members.slot import Slot, State
-from shoal.cluster.replica_set import Member, ReplicaSet
-from shoal.cluster.routing.router import Room
+from shoal.cluster.members.slot import Slot, SlotState
+from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
+from shoal.cluster.routing.router import ReplicaCapacity
 from shoal.cluster.stats import emptied
 from shoal.errors import ConfigError, EngineError, ShoalError, UserError
 from shoal.log import get_logger
@@ -30,7 +30,7 @@ _USEFUL_S = 60.0  # a life in which it was ready for so long was of use
 _NAMED = 8  # replicas, in an error
 
 
-class Arrival(Member, Protocol):
+class RemoteReplica(ReplicaClient, Protocol):
     """A replica that another host has started. `host` and `pid` are where it runs."""
 
     host: str
@@ -48,11 +48,11 @@ class Lives:
 
     def __init__(
         self,
-        launch: Callable[[int, int], Member],
-        room: Callable[[EngineStats], Room],
+        launch: Callable[[int, int], ReplicaClient],
+        room: Callable[[EngineStats], ReplicaCapacity],
         members: ReplicaSet,
         *,
-        limits: Limits,
+        limits: FleetLimits,
         local: Sequence[int],
         awaited: Sequence[int],
         elsewhere: Container[int],
@@ -75,8 +75,8 @@ class Lives:
         self._length: int | None = None  # tokens of a prompt and its output
         self._has_started = False
         self._listened = clock()
-        self._ending: list[tuple[float, Member]] = []  # with the time to which each may end by itself
-        self._arrivals: deque[tuple[int, Arrival]] = deque()
+        self._ending: list[tuple[float, ReplicaClient]] = []  # with the time to which each may end by itself
+        self._arrivals: deque[tuple[int, RemoteReplica]] = deque()
         self._arrivals_lock = threading.Lock()
         self._failure = ""
         self._fatal: ShoalError | None = None
@@ -118,7 +118,7 @@ class Lives:
 
     @property
     def any_ready(self) -> bool:
-        return any(slot.state is State.READY for slot in self._slots.values())
+        return any(slot.state is SlotState.READY for slot in self._slots.values())
 
     @property
     def started(self) -> bool:
@@ -132,16 +132,16 @@ class Lives:
             raise self._fatal
         local = self._staying_here()
         for slot in [] if self._has_started else local:
-            if slot.state is State.FAILED and not slot.was_ready and slot.error is not None:
+            if slot.state is SlotState.FAILED and not slot.was_ready and slot.error is not None:
                 raise slot.error
         return self.any_ready and all(
-            slot.state in (State.READY, State.FAILED)
-            or (self._has_started and slot.state is State.STARTING and not slot.was_ready)
+            slot.state in (SlotState.READY, SlotState.FAILED)
+            or (self._has_started and slot.state is SlotState.STARTING and not slot.was_ready)
             for slot in local
         )
 
     def _staying_here(self) -> list[Slot]:
-        return [slot for slot in self._slots.values() if slot.local and slot.state is not State.LEAVING]
+        return [slot for slot in self._slots.values() if slot.local and slot.state is not SlotState.LEAVING]
 
     def states(self) -> tuple[ReplicaStatus, ...]:
         now = self._clock()
@@ -150,9 +150,9 @@ class Lives:
     def objection(self, number: int) -> tuple[str, RefusalKind] | None:
         """Why a request that names this replica can't be served."""
         slot = self._slots.get(number)
-        if slot is None or slot.state is State.LEAVING:
+        if slot is None or slot.state is SlotState.LEAVING:
             return f"there is no replica {number}; known are {self._known()}", RefusalKind.INVALID
-        if slot.state is State.FAILED:
+        if slot.state is SlotState.FAILED:
             return f"replica {number} is not started again: {slot.error}", RefusalKind.LOST
         return None
 
@@ -161,16 +161,16 @@ class Lives:
         replica has been ready that could say it."""
         slots = [self._slots[number]] if number >= 0 else list(self._slots.values())
         known = [self._room(each.first).requests for each in self._slots.values() if each.first is not None]
-        gone = (State.FAILED, State.LEAVING)
+        gone = (SlotState.FAILED, SlotState.LEAVING)
         return max(known) * sum(each.state not in gone for each in slots) if known else None
 
     def _known(self) -> str:
-        numbers = sorted(slot.number for slot in self._slots.values() if slot.state is not State.LEAVING)
+        numbers = sorted(slot.number for slot in self._slots.values() if slot.state is not SlotState.LEAVING)
         return ", ".join([*map(str, numbers[:_NAMED]), *(["..."] if len(numbers) > _NAMED else [])])
 
-    def starting(self) -> list[Member]:
+    def starting(self) -> list[ReplicaClient]:
         """Replicas that say themselves when they are ready."""
-        found = [slot.member for slot in self._slots.values() if slot.state is State.STARTING]
+        found = [slot.member for slot in self._slots.values() if slot.state is SlotState.STARTING]
         return [member for member in found if member is not None]
 
     @property
@@ -178,7 +178,7 @@ class Lives:
         """When `tick` has something to do, if nobody says anything before."""
         times = [self._clock() + _LOOK_S] if self._ending else []
         if self._fatal is None:
-            times += [slot.next_start for slot in self._slots.values() if slot.state is State.RESTARTING]
+            times += [slot.next_start for slot in self._slots.values() if slot.state is SlotState.RESTARTING]
         return min(times, default=None)
 
     # --- as time passes --------------------------------------------------------------------------------------------
@@ -195,36 +195,36 @@ class Lives:
             arrivals, self._arrivals = list(self._arrivals), deque()
         for number, member in arrivals:
             slot = self._slots.get(number)
-            if slot is None or slot.state is not State.AWAITED:
+            if slot is None or slot.state is not SlotState.AWAITED:
                 log.warning("replica %d of %s is not awaited, and sent away", number, member.host)
                 self._dismiss(member)
                 continue
             self._set.expect(number)
             slot.take_over(member, member.host, member.pid)
-            slot.enter(State.STARTING, self._clock())
+            slot.enter(SlotState.STARTING, self._clock())
 
     def _start_due(self, now: float) -> None:
         for slot in list(self._slots.values()):
             late = now - slot.since > self._limits.start_timeout
-            if slot.state is State.STARTING and slot.first is None and late:
+            if slot.state is SlotState.STARTING and slot.first is None and late:
                 self._kill(slot, EngineError(f"replica {slot.number}: not ready within its time to start"))
         if self._together:
             self._start_together(now)
             return
         for slot in list(self._slots.values()):
-            if slot.state is State.RESTARTING and slot.next_start <= now:
+            if slot.state is SlotState.RESTARTING and slot.next_start <= now:
                 self._start(slot)
 
     def _start_together(self, now: float) -> None:
         """One that has ended takes the others along; when all are down, and time is up for each, all start."""
         local = [slot for slot in self._slots.values() if slot.local]
-        down = [slot for slot in local if slot.state is State.RESTARTING]
+        down = [slot for slot in local if slot.state is SlotState.RESTARTING]
         if not down:
             return
         for slot in local:
-            if slot.state is State.STARTING:
+            if slot.state is SlotState.STARTING:
                 self._kill(slot, EngineError(f"replica {down[0].number} has ended, without which it can't start"))
-        if all(slot.state is State.RESTARTING and slot.next_start <= now for slot in local):
+        if all(slot.state is SlotState.RESTARTING and slot.next_start <= now for slot in local):
             self._generation += 1
             for slot in local:
                 self._start(slot)
@@ -236,7 +236,7 @@ class Lives:
             return
         passed, self._listened = min(now - self._listened, _MOST_PASSED_S), now
         for slot in list(self._slots.values()):
-            if slot.state is not State.READY or slot.member is None:
+            if slot.state is not SlotState.READY or slot.member is None:
                 continue
             held = self._set.held(slot.number) if self._set.activity.runs else 0  # else it has nothing to say
             quiet = slot.listen(slot.member, held=held, passed=passed)
@@ -254,7 +254,7 @@ class Lives:
     def welcome(self) -> None:
         """Replicas that have become ready are admitted."""
         for slot in list(self._slots.values()):
-            if slot.state is not State.STARTING or slot.member is None:
+            if slot.state is not SlotState.STARTING or slot.member is None:
                 continue
             try:
                 stats = slot.member.ready(0)
@@ -268,7 +268,7 @@ class Lives:
             self._decide_length()
         if self._length is not None:
             for slot in list(self._slots.values()):
-                if slot.state is State.STARTING and slot.member is not None and slot.first is not None:
+                if slot.state is SlotState.STARTING and slot.member is not None and slot.first is not None:
                     self._admit(slot, slot.member, slot.first, self._length)
         if not self._has_started:
             self._has_started = self.any_ready and all(slot.was_ready for slot in self._staying_here())
@@ -276,7 +276,7 @@ class Lives:
     def _decide_length(self) -> None:
         """If a KV cache holds less than was planned, those that start with it may hold still less: they are waited
         for."""
-        starting = [slot for slot in self._slots.values() if slot.state in (State.STARTING, State.AWAITED)]
+        starting = [slot for slot in self._slots.values() if slot.state in (SlotState.STARTING, SlotState.AWAITED)]
         lengths = [slot.first.max_model_len for slot in starting if slot.first is not None]
         awaited = [slot for slot in starting if slot.first is None and (slot.local or self._together)]
         if not lengths or (awaited and min(lengths) < self._limits.max_model_len):
@@ -289,7 +289,7 @@ class Lives:
             )
         self._on_length(self._length)
 
-    def _admit(self, slot: Slot, member: Member, stats: EngineStats, length: int) -> None:
+    def _admit(self, slot: Slot, member: ReplicaClient, stats: EngineStats, length: int) -> None:
         if stats.max_model_len < length:
             if slot.local:
                 member.abandon()
@@ -303,13 +303,13 @@ class Lives:
         now = self._clock()
         log.info("replica %d is ready after %.2f s: %d KV blocks", slot.number, now - slot.since, stats.num_blocks)
         slot.admit(member)
-        slot.enter(State.READY, now)
+        slot.enter(SlotState.READY, now)
         self._set.admit(slot.number, member, self._room(stats), stats.activity)
 
     # --- a life begins and ends ------------------------------------------------------------------------------------
 
     def _add_slot(self, number: int, *, local: bool) -> Slot:
-        state = State.STARTING if local else State.AWAITED
+        state = SlotState.STARTING if local else SlotState.AWAITED
         restarts = Restarts(self._limits.max_restarts)
         slot = Slot(number, local, restarts, state, self._clock(), past=self._pasts.pop(number, None))
         self._slots[number] = slot
@@ -324,7 +324,7 @@ class Lives:
 
     def _start(self, slot: Slot) -> None:
         self._set.expect(slot.number)
-        slot.enter(State.STARTING, self._clock())
+        slot.enter(SlotState.STARTING, self._clock())
         slot.host = socket.gethostname()
         try:
             slot.member = self._launch(slot.number, self._generation)
@@ -350,7 +350,7 @@ class Lives:
             return
         now = self._clock()
         if not slot.local:
-            slot.enter(State.AWAITED, now)
+            slot.enter(SlotState.AWAITED, now)
             return
         pause = self._pause_before_next(slot, error, now)
         if pause is None:
@@ -358,7 +358,7 @@ class Lives:
             return
         log.warning("replica %d is started again %s", slot.number, f"in {pause:g} s" if pause else "at once")
         slot.next_start = now + pause
-        slot.enter(State.RESTARTING, now)
+        slot.enter(SlotState.RESTARTING, now)
 
     def _pause_before_next(self, slot: Slot, error: ShoalError, now: float) -> float | None:
         """Before its next start; None: there is none. What the user must mend, or has never worked, will not mend
@@ -366,7 +366,7 @@ class Lives:
         if isinstance(error, UserError) or not self._has_worked(slot):
             return None
         useful = any(
-            self._set.drew(each.number) or (each.state is State.READY and now - each.since >= _USEFUL_S)
+            self._set.drew(each.number) or (each.state is SlotState.READY and now - each.since >= _USEFUL_S)
             for each in self._companions(slot)
         )
         return slot.restarts.pause(now, useful=useful)
@@ -384,10 +384,10 @@ class Lives:
         if isinstance(error, UserError):
             why = "that does not mend itself"
         log.error("%s; replica %d is not started again: %s", error, slot.number, why)
-        slot.enter(State.FAILED, self._clock())
+        slot.enter(SlotState.FAILED, self._clock())
         self._refuse_pinned(slot, f"replica {slot.number}, the only one that may run it, is not started again: {error}")
-        slots = [each for each in self._slots.values() if each.state is not State.LEAVING]
-        failed = [each for each in slots if each.state is State.FAILED]
+        slots = [each for each in self._slots.values() if each.state is not SlotState.LEAVING]
+        failed = [each for each in slots if each.state is SlotState.FAILED]
         if self._fatal is not None or (len(failed) < len(slots) and not self._together):
             return
         causes = "; ".join(f"replica {each.number}: {each.error}" for each in failed)
@@ -402,7 +402,7 @@ class Lives:
 
     # --- more and fewer --------------------------------------------------------------------------------------------
 
-    def arrive(self, number: int, member: Arrival) -> None:
+    def arrive(self, number: int, member: RemoteReplica) -> None:
         """From any thread; it is taken in at the next `tick`."""
         with self._arrivals_lock:
             self._arrivals.append((number, member))
@@ -414,13 +414,13 @@ class Lives:
         if count < 1:
             raise ConfigError(f"there must be at least one replica, got {count}")
         slots = [self._slots[number] for number in sorted(self._slots)]
-        staying = [slot for slot in slots if slot.state not in (State.LEAVING, State.FAILED)]
+        staying = [slot for slot in slots if slot.state not in (SlotState.LEAVING, SlotState.FAILED)]
         if self._together and count != len(staying):
             raise ConfigError("replicas that share experts all start and end together: their number stays as it is")
         for slot in staying[count:]:
             self._take_out(slot)
         for slot in slots:
-            if slot.state is State.FAILED:
+            if slot.state is SlotState.FAILED:
                 self._forget(slot)
         unused = (each for each in itertools.count() if each not in self._slots and each not in self._elsewhere)
         for number in itertools.islice(unused, max(0, count - len(staying))):
@@ -429,15 +429,15 @@ class Lives:
 
     def _take_out(self, slot: Slot) -> None:
         log.info("replica %d is taken out; its %d requests go on elsewhere", slot.number, self._set.held(slot.number))
-        if slot.state is State.READY:
+        if slot.state is SlotState.READY:
             self._set.retire(slot.number)
         self._refuse_pinned(slot, f"replica {slot.number}, the only one that may run it, was taken out")
         if slot.member is None:
             self._forget(slot)
             return
-        slot.enter(State.LEAVING, self._clock())
+        slot.enter(SlotState.LEAVING, self._clock())
         self._dismiss(slot.member)
 
-    def _dismiss(self, member: Member) -> None:
+    def _dismiss(self, member: ReplicaClient) -> None:
         member.dismiss()
         self._ending.append((self._clock() + _LEAVE_S, member))

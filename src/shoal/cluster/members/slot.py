@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from shoal.cluster.members.restarts import Restarts
-from shoal.cluster.replica_set import Member
+from shoal.cluster.replica_set import ReplicaClient
 from shoal.cluster.stats import carried, emptied
 from shoal.errors import ShoalError
 from shoal.wire.engine import EngineStats
 from shoal.wire.fleet import ReplicaStatus
 
 
-class State(StrEnum):
+class SlotState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"  # it has ended, and waits for its next start
@@ -27,10 +27,10 @@ class Slot:
     number: int
     local: bool
     restarts: Restarts
-    state: State
+    state: SlotState
     since: float
     past: EngineStats | None = None  # counters of its former lives
-    member: Member | None = None
+    member: ReplicaClient | None = None
     host: str = ""
     pid: int = 0
     error: ShoalError | None = None  # its last end
@@ -65,11 +65,11 @@ class Slot:
             stats=self.stats,
         )
 
-    def enter(self, state: State, now: float) -> None:
+    def enter(self, state: SlotState, now: float) -> None:
         self.state = state
         self.since = now
 
-    def take_over(self, member: Member, host: str, pid: int) -> None:
+    def take_over(self, member: ReplicaClient, host: str, pid: int) -> None:
         """A replica of another host has arrived: a new one, or the last one again, which was cut off for a while."""
         self.restarts.count += self.was_ready
         self._returning = self.was_ready and (self.host, self.pid) == (host, pid)
@@ -78,14 +78,14 @@ class Slot:
     def say_ready(self, stats: EngineStats) -> None:
         self.first = self._latest = stats
 
-    def admit(self, member: Member) -> None:
+    def admit(self, member: ReplicaClient) -> None:
         """Requests go to it from now on."""
         if self._returning:
             self.past, self._returning = self._before, False
         self.was_ready = True
         self._words, self._quiet = member.words, 0.0
 
-    def listen(self, member: Member, *, held: int, passed: float) -> float:
+    def listen(self, member: ReplicaClient, *, held: int, passed: float) -> float:
         """Seconds for which it has held requests and said nothing; `passed` since it was listened to last."""
         if not held or member.words != self._words:
             self._words, self._quiet = member.words, 0.0

@@ -49,7 +49,7 @@ def most_held(max_num_seqs: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class ReplicaCapacity:
     """What a replica can use at a time: more than so many requests, or tokens of requests, would wait there."""
 
     requests: int
@@ -77,7 +77,7 @@ class _Replica:
     of its output does."""
 
     slot: int
-    room: Room
+    room: ReplicaCapacity
     held: dict[int, _Held] = field(default_factory=dict)
     prompt: int = 0
     rest: int = 0
@@ -129,14 +129,14 @@ class _Line:
             self._gone.remove(heapq.heappop(self._heap))
 
 
-class Router:
+class RequestRouter:
     """Takes requests in, and says which goes where next. Replicas are numbers, which may come and go.
 
     A decision costs a few operations on arrays with an element for each replica, and as many steps in the index of
     prefixes as there are places where prompts with this beginning part.
     """
 
-    def __init__(self, rooms: Mapping[int, Room] | None = None) -> None:
+    def __init__(self, rooms: Mapping[int, ReplicaCapacity] | None = None) -> None:
         self._replicas: dict[int, _Replica] = {}
         self._numbers: list[int] = []  # by slot
         self._free: list[int] = []  # slots, a heap
@@ -161,7 +161,7 @@ class Router:
 
     # --- replicas ------------------------------------------------------------------------------------------------
 
-    def admit(self, number: int, room: Room) -> None:
+    def admit(self, number: int, room: ReplicaCapacity) -> None:
         """A replica is there, with nothing in its prefix cache.
 
         Raises:

@@ -9,8 +9,8 @@ from shoal.models.spec import (
     AttentionSpec,
     Config,
     ExpertNames,
-    Family,
     LatentSpec,
+    ModelFamily,
     ModelSpec,
     MoESpec,
     NormSpec,
@@ -124,7 +124,7 @@ NAMES = TensorNames(
         shared_down="mlp.shared_experts.down_proj",
     )
 )
-FAMILY = Family(
+FAMILY = ModelFamily(
     architectures=("DeepseekV2ForCausalLM",),
     model_type="deepseek_v2",
     read=read,

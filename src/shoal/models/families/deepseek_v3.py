@@ -7,7 +7,7 @@ import dataclasses
 
 from shoal.models.families import deepseek_v2
 from shoal.models.fields import flag, number, positive, whole
-from shoal.models.spec import Config, Family, ModelSpec, MoESpec, RoutingSpec, Unsupported
+from shoal.models.spec import Config, ModelFamily, ModelSpec, MoESpec, RoutingSpec, Unsupported
 
 
 def read(config: Config) -> ModelSpec:
@@ -43,7 +43,7 @@ def _routing(config: Config) -> RoutingSpec:
     )
 
 
-FAMILY = Family(
+FAMILY = ModelFamily(
     architectures=("DeepseekV3ForCausalLM",),
     model_type="deepseek_v3",
     read=read,

@@ -4,7 +4,7 @@ import dataclasses
 
 from shoal.models.families import llama
 from shoal.models.fields import activation, flag, number, positive
-from shoal.models.spec import Config, Family, ModelSpec, NormSpec, Unsupported
+from shoal.models.spec import Config, ModelFamily, ModelSpec, NormSpec, Unsupported
 
 
 def read(config: Config) -> ModelSpec:
@@ -30,4 +30,4 @@ def read(config: Config) -> ModelSpec:
     )
 
 
-FAMILY = Family(architectures=("GemmaForCausalLM",), model_type="gemma", read=read)
+FAMILY = ModelFamily(architectures=("GemmaForCausalLM",), model_type="gemma", read=read)

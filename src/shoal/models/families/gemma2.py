@@ -4,7 +4,7 @@ import dataclasses
 
 from shoal.models.families import gemma
 from shoal.models.fields import activation, layer_types, number, optional, window
-from shoal.models.spec import Config, Family, ModelSpec, TensorNames
+from shoal.models.spec import Config, ModelFamily, ModelSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
@@ -28,4 +28,4 @@ def read(config: Config) -> ModelSpec:
 
 
 NAMES = TensorNames(mlp_norm="pre_feedforward_layernorm")
-FAMILY = Family(architectures=("Gemma2ForCausalLM",), model_type="gemma2", read=read, names=NAMES)
+FAMILY = ModelFamily(architectures=("Gemma2ForCausalLM",), model_type="gemma2", read=read, names=NAMES)

@@ -5,7 +5,7 @@ import dataclasses
 from shoal.models.families import gemma2
 from shoal.models.fields import layer_types, positive, window
 from shoal.models.rope_fields import kind_of, rope, stretched
-from shoal.models.spec import Config, Family, ModelSpec, RopeSpec
+from shoal.models.spec import Config, ModelFamily, ModelSpec, RopeSpec
 
 _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
@@ -52,4 +52,4 @@ def _local_rope(config: Config, head_dim: int) -> RopeSpec:
     return rope({**config, **local}, head_dim, layer_type="sliding_attention")
 
 
-FAMILY = Family(architectures=("Gemma3ForCausalLM",), model_type="gemma3_text", read=read, names=gemma2.NAMES)
+FAMILY = ModelFamily(architectures=("Gemma3ForCausalLM",), model_type="gemma3_text", read=read, names=gemma2.NAMES)

@@ -1,7 +1,7 @@
 """GPT-2: learned positions, LayerNorm, a plain MLP, and matrices that lie as [in, out]."""
 
 from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive
-from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames, Unsupported
+from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames, Unsupported
 
 _OTHER_NAMES = {
     "n_embd": "hidden_size",
@@ -61,7 +61,7 @@ NAMES = TensorNames(
     down="mlp.c_proj",
     transposed=True,
 )
-FAMILY = Family(
+FAMILY = ModelFamily(
     architectures=("GPT2LMHeadModel",),
     model_type="gpt2",
     read=read,

@@ -3,7 +3,7 @@
 from shoal.errors import CheckpointError
 from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive
 from shoal.models.rope_fields import max_positions, rope
-from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames
+from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
@@ -47,7 +47,7 @@ NAMES = TensorNames(
     up=("mlp.dense_h_to_4h",),
     down="mlp.dense_4h_to_h",
 )
-FAMILY = Family(
+FAMILY = ModelFamily(
     architectures=("GPTNeoXForCausalLM",),
     model_type="gpt_neox",
     read=read,

@@ -4,7 +4,7 @@ import dataclasses
 
 from shoal.models.families import llama
 from shoal.models.fields import number, positive
-from shoal.models.spec import Config, ExpertNames, Family, ModelSpec, MoESpec, RoutingSpec, TensorNames
+from shoal.models.spec import Config, ExpertNames, ModelFamily, ModelSpec, MoESpec, RoutingSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
@@ -38,7 +38,7 @@ _IN_MEMORY = ExpertNames(
     up=("block_sparse_moe.experts.gate_up_proj",),
     down="block_sparse_moe.experts.down_proj",
 )
-FAMILY = Family(
+FAMILY = ModelFamily(
     architectures=("GraniteMoeForCausalLM",),
     model_type="granitemoe",
     read=read,

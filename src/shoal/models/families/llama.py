@@ -2,7 +2,7 @@
 
 from shoal.models.fields import activation, dtype_name, flag, number, positive
 from shoal.models.rope_fields import max_positions, rope
-from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec
+from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec
 
 
 def read(config: Config) -> ModelSpec:
@@ -33,4 +33,4 @@ def read(config: Config) -> ModelSpec:
     )
 
 
-FAMILY = Family(architectures=("LlamaForCausalLM",), model_type="llama", read=read)
+FAMILY = ModelFamily(architectures=("LlamaForCausalLM",), model_type="llama", read=read)

@@ -4,7 +4,7 @@ import dataclasses
 
 from shoal.models.families import llama
 from shoal.models.fields import layer_types, positive, window
-from shoal.models.spec import Config, Family, ModelSpec
+from shoal.models.spec import Config, ModelFamily, ModelSpec
 
 
 def read(config: Config) -> ModelSpec:
@@ -18,4 +18,4 @@ def read(config: Config) -> ModelSpec:
     return dataclasses.replace(spec, family="mistral", attention=attention)
 
 
-FAMILY = Family(architectures=("MistralForCausalLM",), model_type="mistral", read=read)
+FAMILY = ModelFamily(architectures=("MistralForCausalLM",), model_type="mistral", read=read)

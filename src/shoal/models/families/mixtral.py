@@ -4,7 +4,7 @@ import dataclasses
 
 from shoal.models.families import llama
 from shoal.models.fields import number, positive, window
-from shoal.models.spec import Config, ExpertNames, Family, ModelSpec, MoESpec, NormSpec, RoutingSpec, TensorNames
+from shoal.models.spec import Config, ExpertNames, ModelFamily, ModelSpec, MoESpec, NormSpec, RoutingSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
@@ -37,7 +37,7 @@ _PUBLISHED = ExpertNames(
     up=("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
     down="block_sparse_moe.experts.{e}.w2.weight",
 )
-FAMILY = Family(
+FAMILY = ModelFamily(
     architectures=("MixtralForCausalLM",),
     model_type="mixtral",
     read=read,

@@ -1,7 +1,7 @@
 """OPT: learned positions from row 2 on; the 350m model norms after adding, and projects in and out."""
 
 from shoal.models.fields import activation, dtype_name, flag, head_dim_of, positive
-from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames
+from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
@@ -44,7 +44,7 @@ NAMES = TensorNames(
     up=("fc1",),
     down="fc2",
 )
-FAMILY = Family(
+FAMILY = ModelFamily(
     architectures=("OPTForCausalLM",),
     model_type="opt",
     read=read,

@@ -2,7 +2,7 @@
 
 from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive
 from shoal.models.rope_fields import max_positions, rope
-from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, NormSpec, TensorNames
+from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
@@ -45,4 +45,4 @@ NAMES = TensorNames(
     up=("mlp.fc1",),
     down="mlp.fc2",
 )
-FAMILY = Family(architectures=("PhiForCausalLM",), model_type="phi", read=read, names=NAMES)
+FAMILY = ModelFamily(architectures=("PhiForCausalLM",), model_type="phi", read=read, names=NAMES)

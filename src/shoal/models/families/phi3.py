@@ -5,7 +5,7 @@ import dataclasses
 from shoal.models.families import llama
 from shoal.models.fields import number, positive, window
 from shoal.models.rope_fields import kind_of, parameters_of, rope
-from shoal.models.spec import Config, Family, ModelSpec, NormSpec, RopeSpec, TensorNames, Unsupported
+from shoal.models.spec import Config, ModelFamily, ModelSpec, NormSpec, RopeSpec, TensorNames, Unsupported
 
 
 def read(config: Config) -> ModelSpec:
@@ -34,4 +34,4 @@ def _rope(config: Config, head_dim: int) -> RopeSpec:
 
 
 NAMES = TensorNames(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",))
-FAMILY = Family(architectures=("Phi3ForCausalLM",), model_type="phi3", read=read, names=NAMES)
+FAMILY = ModelFamily(architectures=("Phi3ForCausalLM",), model_type="phi3", read=read, names=NAMES)

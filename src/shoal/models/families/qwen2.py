@@ -4,7 +4,7 @@ import dataclasses
 
 from shoal.models.families import llama
 from shoal.models.fields import flag, layer_types, positive, whole, window
-from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec
+from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec
 
 
 def read(config: Config) -> ModelSpec:
@@ -22,4 +22,4 @@ def _attention(config: Config, spec: ModelSpec) -> tuple[AttentionSpec, ...]:
     return tuple(dataclasses.replace(full, window=length) if slides else full for slides in sliding)
 
 
-FAMILY = Family(architectures=("Qwen2ForCausalLM",), model_type="qwen2", read=read)
+FAMILY = ModelFamily(architectures=("Qwen2ForCausalLM",), model_type="qwen2", read=read)

@@ -5,7 +5,7 @@ import dataclasses
 from shoal.errors import CheckpointError
 from shoal.models.families import llama
 from shoal.models.fields import flag, layer_types, positive, whole, window
-from shoal.models.spec import AttentionSpec, Config, Family, ModelSpec, MoESpec, RoutingSpec
+from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, MoESpec, RoutingSpec
 
 
 def read(config: Config) -> ModelSpec:
@@ -54,4 +54,4 @@ def _attention(config: Config, spec: ModelSpec) -> tuple[AttentionSpec, ...]:
     return tuple(dataclasses.replace(full, window=length) if slides else full for slides in sliding)
 
 
-FAMILY = Family(architectures=("Qwen2MoeForCausalLM",), model_type="qwen2_moe", read=read)
+FAMILY = ModelFamily(architectures=("Qwen2MoeForCausalLM",), model_type="qwen2_moe", read=read)

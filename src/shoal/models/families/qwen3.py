@@ -4,7 +4,7 @@ import dataclasses
 
 from shoal.models.families import qwen2
 from shoal.models.fields import flag
-from shoal.models.spec import Config, Family, ModelSpec
+from shoal.models.spec import Config, ModelFamily, ModelSpec
 
 
 def read(config: Config) -> ModelSpec:
@@ -13,4 +13,4 @@ def read(config: Config) -> ModelSpec:
     return dataclasses.replace(spec, family="qwen3", qk_norm=spec.norm, qkv_bias=bias, out_bias=bias)
 
 
-FAMILY = Family(architectures=("Qwen3ForCausalLM",), model_type="qwen3", read=read)
+FAMILY = ModelFamily(architectures=("Qwen3ForCausalLM",), model_type="qwen3", read=read)

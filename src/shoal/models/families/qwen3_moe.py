@@ -4,7 +4,7 @@ import dataclasses
 
 from shoal.models.families import llama, qwen2_moe
 from shoal.models.fields import flag, positive, window
-from shoal.models.spec import Config, Family, ModelSpec
+from shoal.models.spec import Config, ModelFamily, ModelSpec
 
 
 def read(config: Config) -> ModelSpec:
@@ -21,4 +21,4 @@ def read(config: Config) -> ModelSpec:
     )
 
 
-FAMILY = Family(architectures=("Qwen3MoeForCausalLM",), model_type="qwen3_moe", read=read)
+FAMILY = ModelFamily(architectures=("Qwen3MoeForCausalLM",), model_type="qwen3_moe", read=read)

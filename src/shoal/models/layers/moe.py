@@ -47,7 +47,7 @@ def sigmoid(x: Tensor) -> Tensor:
     return x.double().sigmoid().float()
 
 
-class Router:
+class ExpertRouter:
     def __init__(self, linear: Linear, bias: Tensor | None, spec: RoutingSpec) -> None:
         """linear: to a logit for each expert, of float32 weights where the spec is `wide`."""
         self.linear = linear
@@ -79,7 +79,7 @@ class MoE:
 
     def __init__(
         self,
-        router: Router,
+        router: ExpertRouter,
         experts: GroupedExperts,
         shared: SharedExperts | None,
         dispatch: Dispatch,

@@ -44,11 +44,11 @@ class Given(nn.Module):
 class GivenBackbone(nn.Module):
     """Takes the backbone's place: its last hidden states are the embeddings that it is handed."""
 
-    def forward(self, *_args: Any, inputs_embeds: Tensor, **_options: Any) -> "Outcome":
-        return Outcome(inputs_embeds)
+    def forward(self, *_args: Any, inputs_embeds: Tensor, **_options: Any) -> "BackboneOutput":
+        return BackboneOutput(inputs_embeds)
 
 
-class Outcome:
+class BackboneOutput:
     """What a backbone gives, of which only the last hidden states are there."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:

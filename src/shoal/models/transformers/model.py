@@ -16,7 +16,7 @@ from shoal.models.checkpoint.loader import Weights
 from shoal.models.manifest import Cut, Piece, Shard
 from shoal.models.transformers.cut_plan import GivenBackbone, LinearModule, context_of, cut_layers, put, set_context
 from shoal.models.transformers.fallback_spec import FallbackSpec
-from shoal.models.transformers.stages import Stream, stand_ins
+from shoal.models.transformers.stages import ResidualStream, stand_ins
 from shoal.models.transformers.trial import build, materialize_buffers
 from shoal.parallel.embedding import VocabParallelEmbedding
 from shoal.parallel.linear import RowParallelLinear
@@ -64,7 +64,9 @@ class TransformersModel:
     backbone. So whatever a class does to its logits is done.
     """
 
-    def __init__(self, backbone: nn.Module, causal: nn.Module, stage: Stage, stream: Stream, context: Context) -> None:
+    def __init__(
+        self, backbone: nn.Module, causal: nn.Module, stage: Stage, stream: ResidualStream, context: Context
+    ) -> None:
         set_context(backbone, context)
         self._backbone = backbone
         self._causal = causal
@@ -115,7 +117,7 @@ def build_transformers_model(
     _register()
     model = build(config, spec.architecture, RUN)
     materialize_buffers(model, device)
-    stream = Stream()
+    stream = ResidualStream()
     for path, absent in stand_ins(spec, model, shard.stage, stream).items():
         put(model, path, absent)
     _put_layers(model, spec, shard, tp, weights, device)

@@ -28,7 +28,7 @@ class OneStage(Exception):
 
 
 @dataclass(slots=True)
-class Stream:
+class ResidualStream:
     """The residual stream [1, n, hidden] at the ends of a stage, in a step."""
 
     received: Tensor | None = None
@@ -65,7 +65,7 @@ class Blank(nn.Module):
     """In the place of a module ahead of the first layer, on stages that have the stream from elsewhere: zeros of the
     same shape."""
 
-    def __init__(self, width: int, stream: Stream) -> None:
+    def __init__(self, width: int, stream: ResidualStream) -> None:
         super().__init__()
         self.width = width
         self.stream = stream
@@ -81,7 +81,7 @@ class Skipped(nn.Module):
         return x
 
 
-def stand_ins(spec: FallbackSpec, model: nn.Module, stage: Stage, stream: Stream) -> dict[str, nn.Module]:
+def stand_ins(spec: FallbackSpec, model: nn.Module, stage: Stage, stream: ResidualStream) -> dict[str, nn.Module]:
     """Path of each module that this stage does not have -> what stands in its place."""
 
     def enter(_x: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def check_stages(spec: FallbackSpec, model: nn.Module, tokens: int, run: Callabl
     inner = (1, spec.num_layers - 2, 1) if spec.num_layers > 2 else (1,) * spec.num_layers
     for stage in stages(inner):
         given = torch.empty(1, tokens, spec.hidden_size, dtype=torch.bfloat16, device="meta")
-        stream = Stream(None if stage.first else given)
+        stream = ResidualStream(None if stage.first else given)
         with swapped(model, stand_ins(spec, model, stage, stream)):
             ran = run()
         if list(ran) != list(stage.layers):

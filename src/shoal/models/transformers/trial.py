@@ -41,7 +41,7 @@ class Unfit(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class AttentionCall:
     """How a layer called attention."""
 
     layer: int | None
@@ -210,7 +210,7 @@ def _stand_in(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     spec = AttentionSpec(scale, None, mask.window, None if softcap is None else float(softcap))
     context_of(module).append(
-        Call(getattr(module, "layer_idx", None), query.shape[1], key.shape[1], query.shape[-1], spec)
+        AttentionCall(getattr(module, "layer_idx", None), query.shape[1], key.shape[1], query.shape[-1], spec)
     )
     return query.transpose(1, 2).contiguous(), None
 
@@ -259,18 +259,18 @@ class _Reads(TorchFunctionMode):
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _TrialRun:
     """Of a backbone."""
 
-    calls: list[Call]  # of attention
+    calls: list[AttentionCall]  # of attention
     hidden: Tensor  # what it gives
     reads_positions: bool
 
 
 @torch.inference_mode()
-def _run(backbone: nn.Module, watch: Callable[[Tensor], AbstractContextManager[None]] | None = None) -> _Run:
+def _run(backbone: nn.Module, watch: Callable[[Tensor], AbstractContextManager[None]] | None = None) -> _TrialRun:
     """A forward pass, while `watch`, if there is one, looks at what becomes of the tokens."""
-    calls: list[Call] = []
+    calls: list[AttentionCall] = []
     shape = (1, _TOKENS)
     with torch.device("meta"):
         tokens, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
@@ -278,12 +278,12 @@ def _run(backbone: nn.Module, watch: Callable[[Tensor], AbstractContextManager[N
         with _Reads(positions) as reads, watch(tokens) if watch else nullcontext():
             set_context(backbone, calls)
             out = backbone(input_ids=tokens, position_ids=positions, attention_mask=all_there, use_cache=False)
-    return _Run(calls, out[0], reads.seen)
+    return _TrialRun(calls, out[0], reads.seen)
 
 
 def _try(
     backbone: nn.Module, watch: Callable[[Tensor], AbstractContextManager[None]] | None = None
-) -> tuple[list[Call], int]:
+) -> tuple[list[AttentionCall], int]:
     """The calls of attention in a forward pass, and the hidden size."""
     run = _run(backbone, watch)
     if not run.calls:
@@ -324,7 +324,7 @@ def _try_head(model: Any, backbone: nn.Module, hidden: int) -> None:
         raise Unfit(f"its logits have the shape {list(logits.shape)}")
 
 
-def _layers(calls: Sequence[Call], config: Any) -> list[Call]:
+def _layers(calls: Sequence[AttentionCall], config: Any) -> list[AttentionCall]:
     """The calls, one a layer.
 
     Raises:

@@ -16,15 +16,15 @@ from starlette.responses import Response
 from shoal.server.api.schemas import Body
 from shoal.server.http.errors import Refusal
 from shoal.server.http.json_reader import JsonReader, may_have_halves, refuse_halves
-from shoal.server.http.limits import Limits
+from shoal.server.http.limits import RequestLimits
 from shoal.server.http.work_threads import apart
 
 B = TypeVar("B", bound=BaseModel)
-_LIMITS = Limits()
+_LIMITS = RequestLimits()
 _BOM = b"\xef\xbb\xbf"
 
 
-class Unread:
+class UnreadBodies:
     """Bodies that came and wait for their turn to be read, which takes more memory than they do."""
 
     def __init__(self, most: int) -> None:
@@ -46,7 +46,7 @@ class Unread:
             self._held -= size
 
 
-_unread = Unread(_LIMITS.bodies_bytes)
+_unread = UnreadBodies(_LIMITS.bodies_bytes)
 
 
 class BodyRoute(APIRoute):
@@ -93,7 +93,7 @@ def _is_json(content_type: str) -> bool:
     return message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
-def read_body(body: bytes, model: type[B], limits: Limits = _LIMITS) -> B:
+def read_body(body: bytes, model: type[B], limits: RequestLimits = _LIMITS) -> B:
     """
     Raises:
         Refusal: it is no UTF-8, or has more values, or is nested deeper, than `limits` allow; or it has a number or a
@@ -111,7 +111,7 @@ def read_body(body: bytes, model: type[B], limits: Limits = _LIMITS) -> B:
     return found
 
 
-def read_json(body: bytes, limits: Limits = _LIMITS) -> Any:
+def read_json(body: bytes, limits: RequestLimits = _LIMITS) -> Any:
     """As `read_body`, without a schema."""
     if b"\0" in body[:4] or body[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16 and UTF-32, which JSON once could be
         raise Refusal(400, "the body must be UTF-8", code="invalid_json")

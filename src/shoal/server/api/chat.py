@@ -16,8 +16,8 @@ from shoal.params import SamplingParams
 from shoal.server.api import bodies
 from shoal.server.api.schemas import ChatAnswer, ChatBody, TemplateFields
 from shoal.server.api.start_requests import (
-    Place,
     RankHeader,
+    RequestPlacement,
     Service,
     TokenForms,
     apart_from_the_loop,
@@ -52,7 +52,7 @@ _READ = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _ChatRequest:
     """A body, understood."""
 
     id: str
@@ -76,12 +76,12 @@ def routes(service: Service) -> APIRouter:
     )
     async def create_chat_completion(body: ChatBody, request: Request, rank: RankHeader = None) -> Response:
         """The next message of a conversation, `n` times."""
-        return await answered(request, _chat(service, body, Place.of(body, rank)))
+        return await answered(request, _chat(service, body, RequestPlacement.of(body, rank)))
 
     return router
 
 
-async def _chat(service: Service, body: ChatBody, place: Place) -> Response:
+async def _chat(service: Service, body: ChatBody, place: RequestPlacement) -> Response:
     asked = await apart_from_the_loop(partial(_understood, service, body), body)
     await check_grammars(service.llm, [asked.job], asked.names)
     streams = await begin(service, [asked.job], place)
@@ -93,7 +93,7 @@ async def _chat(service: Service, body: ChatBody, place: Place) -> Response:
     return EventStream(await anext(events), events, headers=ignored_headers([asked.job]))
 
 
-def _understood(service: Service, body: ChatBody) -> _Request:
+def _understood(service: Service, body: ChatBody) -> _ChatRequest:
     """
     Raises:
         Refusal: it can't be used.
@@ -117,7 +117,7 @@ def _understood(service: Service, body: ChatBody) -> _Request:
         prompt="messages",
     )
     check_tokens([job], params)
-    return _Request(
+    return _ChatRequest(
         id=identifier("chatcmpl", body.request_id),
         created=int(time.time()),
         model=model,
@@ -157,7 +157,7 @@ def template_of(service: Service, body: TemplateFields) -> dict[str, Any]:
 # --- at once -------------------------------------------------------------------------------------------------------
 
 
-def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
+def _answer(asked: _ChatRequest, output: RequestOutput) -> dict[str, Any]:
     body = {
         "id": asked.id,
         "object": "chat.completion",
@@ -173,13 +173,13 @@ def _answer(asked: _Request, output: RequestOutput) -> dict[str, Any]:
     return body
 
 
-def _weight(asked: _Request, output: RequestOutput) -> int:
+def _weight(asked: _ChatRequest, output: RequestOutput) -> int:
     written = weight_of(sum(len(each.token_ids) for each in output.outputs), asked.params.logprobs)
     wanted = asked.params.prompt_logprobs
     return written + (0 if wanted is None else weight_of(len(output.prompt_token_ids), wanted))
 
 
-def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:
+def _choice(asked: _ChatRequest, output: CompletionOutput) -> dict[str, Any]:
     plan = asked.plan
     choice = chat_choice(output, asked.params.logprobs, by_id=asked.forms.named_by_id, make_list=EncodedList)
     if asked.forms.ids:
@@ -191,7 +191,7 @@ def _choice(asked: _Request, output: CompletionOutput) -> dict[str, Any]:
     return choice
 
 
-def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
+def _usage(asked: _ChatRequest, written: int, cached: int) -> dict[str, Any]:
     return {**usage(len(asked.job.tokens), written), "prompt_tokens_details": {"cached_tokens": cached}}
 
 
@@ -203,7 +203,7 @@ def may_cut(params: SamplingParams) -> bool:
 # --- streaming -----------------------------------------------------------------------------------------------------
 
 
-async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes, None]:
+async def _events(asked: _ChatRequest, stream: TokenStream) -> AsyncGenerator[bytes, None]:
     """The first one comes with the first tokens: until then, the request can be refused."""
     writer = ChunkWriter(id=asked.id, object="chat.completion.chunk", created=asked.created, model=asked.model)
     readers = {
@@ -234,18 +234,18 @@ async def _events(asked: _Request, stream: TokenStream) -> AsyncGenerator[bytes,
         stream.close()
 
 
-def _chunk_weight(asked: _Request, delta: Delta) -> int:
+def _chunk_weight(asked: _ChatRequest, delta: Delta) -> int:
     return weight_of(len(delta.token_ids), asked.params.logprobs)
 
 
-def _told_choices(asked: _Request, readers: Mapping[int, CallDeltas], deltas: Sequence[Delta]) -> list[str]:
+def _told_choices(asked: _ChatRequest, readers: Mapping[int, CallDeltas], deltas: Sequence[Delta]) -> list[str]:
     """In JSON."""
     return [
         "".join(pieces(choice)) for delta in deltas for choice in _chunk_choices(asked, readers.get(delta.index), delta)
     ]
 
 
-def _chunk_choices(asked: _Request, reader: CallDeltas | None, delta: Delta) -> Sequence[dict[str, Any]]:
+def _chunk_choices(asked: _ChatRequest, reader: CallDeltas | None, delta: Delta) -> Sequence[dict[str, Any]]:
     """All that a delta says: mostly one choice, more where it holds several parts of tool calls."""
     finish: str | None = delta.finish_reason
     if reader is None:

@@ -17,8 +17,8 @@ from shoal.params import Prompt, SamplingParams
 from shoal.server.api import bodies
 from shoal.server.api.schemas import MOST_OUTPUTS, CompletionAnswer, CompletionBody
 from shoal.server.api.start_requests import (
-    Place,
     RankHeader,
+    RequestPlacement,
     Service,
     TokenForms,
     apart_from_the_loop,
@@ -51,7 +51,7 @@ from shoal.values import shown
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _CompletionRequest:
     """A body, understood. `jobs`: one a prompt."""
 
     id: str
@@ -89,12 +89,12 @@ def routes(service: Service) -> APIRouter:
     )
     async def create_completion(body: CompletionBody, request: Request, rank: RankHeader = None) -> Response:
         """Text behind each prompt: `n` choices for each, numbered prompt by prompt."""
-        return await answered(request, _complete(service, body, Place.of(body, rank)))
+        return await answered(request, _complete(service, body, RequestPlacement.of(body, rank)))
 
     return router
 
 
-async def _complete(service: Service, body: CompletionBody, place: Place) -> Response:
+async def _complete(service: Service, body: CompletionBody, place: RequestPlacement) -> Response:
     asked = await apart_from_the_loop(partial(_understood, service, body), body)
     await check_grammars(service.llm, asked.jobs, asked.names)
     streams = await begin(service, asked.jobs, place)
@@ -106,7 +106,7 @@ async def _complete(service: Service, body: CompletionBody, place: Place) -> Res
     return EventStream(await anext(events), events, headers=ignored_headers(asked.jobs))
 
 
-def _understood(service: Service, body: CompletionBody) -> _Request:
+def _understood(service: Service, body: CompletionBody) -> _CompletionRequest:
     """
     Raises:
         Refusal: it can't be used.
@@ -140,7 +140,7 @@ def _understood(service: Service, body: CompletionBody) -> _Request:
         for i, prompt in enumerate(prompts)
     ]
     check_tokens(jobs, params)
-    return _Request(
+    return _CompletionRequest(
         id=identifier("cmpl", body.request_id),
         created=int(time.time()),
         model=model,
@@ -203,7 +203,7 @@ def _echo(service: Service, job: Job, *, wanted: bool, alone: bool) -> _Echo:
 # --- at once -------------------------------------------------------------------------------------------------------
 
 
-def _answer(asked: _Request, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def _answer(asked: _CompletionRequest, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     n = asked.params.n
     choices = [
         _choice(asked, output, each, asked.echoes[i]) | {"index": i * n + each.index}
@@ -222,14 +222,14 @@ def _answer(asked: _Request, outputs: Sequence[RequestOutput]) -> dict[str, Any]
     }
 
 
-def _weight(asked: _Request, outputs: Sequence[RequestOutput]) -> int:
+def _weight(asked: _CompletionRequest, outputs: Sequence[RequestOutput]) -> int:
     written = sum(len(each.token_ids) for output in outputs for each in output.outputs)
     read = sum(len(output.prompt_token_ids) * len(output.outputs) for output in outputs)
     prompt = weight_of(read, asked.params.prompt_logprobs) if asked.params.prompt_logprobs is not None else 0
     return weight_of(written, asked.params.logprobs) + prompt
 
 
-def _choice(asked: _Request, output: RequestOutput, each: CompletionOutput, echo: _Echo) -> dict[str, Any]:
+def _choice(asked: _CompletionRequest, output: RequestOutput, each: CompletionOutput, echo: _Echo) -> dict[str, Any]:
     if asked.empty:
         each = replace(each, text="", token_ids=(), finish_reason="length", stop_reason=None)
         each = replace(each, logprobs=None if each.logprobs is None else ())
@@ -269,7 +269,7 @@ def _joined(
     )
 
 
-def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
+def _usage(asked: _CompletionRequest, written: int, cached: int) -> dict[str, Any]:
     found = usage(sum(len(job.tokens) for job in asked.jobs), written)
     return {**found, "prompt_tokens_details": {"cached_tokens": cached}}
 
@@ -277,7 +277,7 @@ def _usage(asked: _Request, written: int, cached: int) -> dict[str, Any]:
 # --- streaming -----------------------------------------------------------------------------------------------------
 
 
-async def _events(asked: _Request, streams: Sequence[TokenStream]) -> AsyncGenerator[bytes, None]:
+async def _events(asked: _CompletionRequest, streams: Sequence[TokenStream]) -> AsyncGenerator[bytes, None]:
     """The first one comes with the first tokens: until then, the request can be refused."""
     writer = ChunkWriter(id=asked.id, object="text_completion", created=asked.created, model=asked.model)
     n = asked.params.n
@@ -329,7 +329,7 @@ def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
     return stream.prompt_told or any(delta.index == 0 and delta.finish_reason is not None for delta in held)
 
 
-def _chunk_weight(asked: _Request, job: Job, delta: Delta, *, first: bool) -> int:
+def _chunk_weight(asked: _CompletionRequest, job: Job, delta: Delta, *, first: bool) -> int:
     """`first`: of its output, so that the prompt stands before it."""
     wanted = asked.params.prompt_logprobs
     prompt = weight_of(len(job.tokens), wanted) if first and wanted is not None else 0
@@ -351,7 +351,7 @@ def _cached(streams: Sequence[TokenStream]) -> int:
 
 
 def _chunk_choice(
-    asked: _Request, stream: TokenStream, delta: Delta, echo: _Echo, waiting: TokenPositions, *, first: bool
+    asked: _CompletionRequest, stream: TokenStream, delta: Delta, echo: _Echo, waiting: TokenPositions, *, first: bool
 ) -> dict[str, Any]:
     """`first`: of its output, so that the prompt stands before it."""
     if asked.empty:

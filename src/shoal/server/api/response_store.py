@@ -36,7 +36,7 @@ _KEEP, _READ, _TURNS, _ITEMS, _DROP = (f"responses.{name}" for name in ("keep", 
 
 
 @dataclass(eq=False, slots=True)
-class _Shared:
+class _StoredTurnRecord:
     """A turn, which all responses behind it hold."""
 
     turn: StoredTurn
@@ -50,7 +50,7 @@ class _Shared:
 @dataclass(slots=True)
 class _Entry:
     response: bytes
-    turns: tuple[_Shared, ...]  # the last one is the answer
+    turns: tuple[_StoredTurnRecord, ...]  # the last one is the answer
     until: float = 0.0
 
 
@@ -68,7 +68,7 @@ class ResponseStore:
     clock: Callable[[], float] = time.monotonic
     size: int = 0  # bytes that are held, about
     _entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)  # the longest unused first
-    _items: dict[str, _Shared] = field(default_factory=dict)  # by the ids of items
+    _items: dict[str, _StoredTurnRecord] = field(default_factory=dict)  # by the ids of items
 
     @classmethod
     def of(cls, settings: ServerSettings) -> "ResponseStore":
@@ -85,8 +85,8 @@ class ResponseStore:
         before = self._used(asked.previous) if asked.previous is not None else None
         if before is None and asked.previous is not None and not asked.before:
             return b"lost"
-        known = before.turns if before is not None else tuple(_Shared(turn) for turn in asked.before)
-        turns = (*known, _Shared(asked.said), _Shared(asked.answer))
+        known = before.turns if before is not None else tuple(_StoredTurnRecord(turn) for turn in asked.before)
+        turns = (*known, _StoredTurnRecord(asked.said), _StoredTurnRecord(asked.answer))
         whole = len(asked.response) + sum(each.size for each in turns)
         if whole > min(_MOST_BYTES, self.most_bytes) or not self.most:
             return b""
@@ -138,7 +138,7 @@ class ResponseStore:
                 return
             self._forget(name)
 
-    def _hold(self, shared: _Shared) -> None:
+    def _hold(self, shared: _StoredTurnRecord) -> None:
         if not shared.holders:
             self.size += shared.size
             self._items |= dict.fromkeys(shared.turn.ids, shared)
@@ -158,7 +158,7 @@ class ResponseStore:
                         del self._items[each]
 
 
-def _told(turns: Iterable[_Shared]) -> bytes:
+def _told(turns: Iterable[_StoredTurnRecord]) -> bytes:
     return encode(StoredTurns(tuple(shared.turn.items for shared in turns)))
 
 

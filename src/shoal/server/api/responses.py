@@ -23,8 +23,8 @@ from shoal.server.api.response_output import OutputItems
 from shoal.server.api.response_store import Shelf
 from shoal.server.api.schemas import ResponsesAnswer, ResponsesBody
 from shoal.server.api.start_requests import (
-    Place,
     RankHeader,
+    RequestPlacement,
     Service,
     apart_from_the_loop,
     begin,
@@ -61,7 +61,7 @@ _INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # of the second there 
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class _ResponseRequest:
     """A body, understood."""
 
     body: ResponsesBody
@@ -86,12 +86,12 @@ def routes(service: Service) -> APIRouter:
     )
     async def create_response(body: ResponsesBody, request: Request, rank: RankHeader = None) -> Response:
         """An answer to a text or a conversation, or to what goes on from a stored response."""
-        return await answered(request, _respond(service, shelf, body, Place.of(body, rank)))
+        return await answered(request, _respond(service, shelf, body, RequestPlacement.of(body, rank)))
 
     return router
 
 
-async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: Place) -> Response:
+async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: RequestPlacement) -> Response:
     before, said = await _conversation(shelf, body)
     keep = shelf.open and body.store is not False
     asked = await apart_from_the_loop(partial(_understood, service, body, before, said, keep=keep), body)
@@ -107,7 +107,7 @@ async def _respond(service: Service, shelf: Shelf, body: ResponsesBody, place: P
     return await respond(lambda: answer, weight, ignored_headers([asked.job]))
 
 
-def _whole(asked: _Request, output: RequestOutput) -> dict[str, Any]:
+def _whole(asked: _ResponseRequest, output: RequestOutput) -> dict[str, Any]:
     items = OutputItems(asked.plan, asked.params.logprobs, whole=True)
     (completion,) = output.outputs
     items.feed(completion.text, completion.token_ids, completion.logprobs, completion.finish_reason or "stop")
@@ -115,7 +115,9 @@ def _whole(asked: _Request, output: RequestOutput) -> dict[str, Any]:
     return _answer(asked, items, completion.finish_reason, output.num_cached_tokens)
 
 
-def _understood(service: Service, body: ResponsesBody, before: list[Any], said: list[Any], *, keep: bool) -> _Request:
+def _understood(
+    service: Service, body: ResponsesBody, before: list[Any], said: list[Any], *, keep: bool
+) -> _ResponseRequest:
     """
     Raises:
         Refusal: it can't be used.
@@ -151,7 +153,7 @@ def _understood(service: Service, body: ResponsesBody, before: list[Any], said: 
         prompt="input",
     )
     name = body.request_id or identifier("resp")
-    return _Request(
+    return _ResponseRequest(
         body, name, time.time(), model, job, params, names, plan, before, listed(said) if keep else [], keep
     )
 
@@ -234,7 +236,7 @@ def _choice(choice: Any) -> Any:
 # --- the answer ----------------------------------------------------------------------------------------------------
 
 
-async def _kept(asked: _Request, shelf: Shelf, answer: dict[str, Any]) -> dict[str, Any]:
+async def _kept(asked: _ResponseRequest, shelf: Shelf, answer: dict[str, Any]) -> dict[str, Any]:
     """The answer, which says whether it was stored."""
     if not asked.keep:
         return answer
@@ -243,7 +245,7 @@ async def _kept(asked: _Request, shelf: Shelf, answer: dict[str, Any]) -> dict[s
     return answer | {"store": kept}
 
 
-def _answer(asked: _Request, items: OutputItems, reason: str | None, cached: int) -> dict[str, Any]:
+def _answer(asked: _ResponseRequest, items: OutputItems, reason: str | None, cached: int) -> dict[str, Any]:
     used = {
         "input_tokens": len(asked.job.tokens),
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
@@ -259,7 +261,7 @@ def _answer(asked: _Request, items: OutputItems, reason: str | None, cached: int
     }
 
 
-def _envelope(asked: _Request, status: str) -> dict[str, Any]:
+def _envelope(asked: _ResponseRequest, status: str) -> dict[str, Any]:
     """A response without its output."""
     body = asked.body
     return {
@@ -290,7 +292,7 @@ def _envelope(asked: _Request, status: str) -> dict[str, Any]:
     }
 
 
-async def _events(asked: _Request, shelf: Shelf, stream: TokenStream) -> AsyncGenerator[bytes, None]:
+async def _events(asked: _ResponseRequest, shelf: Shelf, stream: TokenStream) -> AsyncGenerator[bytes, None]:
     """The first ones come with the first tokens: until then, the request can be refused."""
     items = OutputItems(asked.plan, asked.params.logprobs, whole=may_cut(asked.params))
     sequence = 0

@@ -94,14 +94,14 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RequestPlacement:
     """Where and when a request runs."""
 
     priority: int
     replica: int | None
 
     @classmethod
-    def of(cls, body: SamplingFields, header: int | None) -> "Place":
+    def of(cls, body: SamplingFields, header: int | None) -> "RequestPlacement":
         """The body's field goes over the header."""
         return cls(body.priority or 0, header if body.data_parallel_rank is None else body.data_parallel_rank)
 
@@ -263,7 +263,7 @@ async def check_grammars(llm: Backend, jobs: Sequence[Job], names: Mapping[str, 
         raise of_request(error, names, prepared=True) from None
 
 
-async def begin(service: Service, jobs: Sequence[Job], place: Place) -> list[TokenStream]:
+async def begin(service: Service, jobs: Sequence[Job], place: RequestPlacement) -> list[TokenStream]:
     """Begin the streams of all jobs, or of none. While many begin, other requests are served in between; requests that
     also have many outputs begin one after the other."""
     outputs = sum(job.params.n for job in jobs)

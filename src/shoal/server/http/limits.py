@@ -18,7 +18,7 @@ from shoal.server.settings import ServerSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """Times are in seconds.
 
     A body of 32 MiB holds four prompts of a million tokens each, be they ids of six digits or text in which every
@@ -47,9 +47,9 @@ class Limits:
 PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})  # where no key is asked for
 
 
-def add_limits(app: FastAPI, settings: ServerSettings, limits: Limits | None = None) -> None:
+def add_limits(app: FastAPI, settings: ServerSettings, limits: RequestLimits | None = None) -> None:
     """The key is asked for before a body is read, and whatever is refused says so to web pages as well."""
-    app.add_middleware(BodyLimit, limits=limits or Limits(body_bytes=settings.max_request_bytes))
+    app.add_middleware(BodyLimit, limits=limits or RequestLimits(body_bytes=settings.max_request_bytes))
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=settings.api_keys)
     if settings.allowed_origins:
@@ -87,7 +87,7 @@ class KeyCheck:
 class BodyLimit:
     """Reads the body and hands it on in one piece. Whoever reads on behind it hears of the client's going."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app = app
         self._limits = limits
         self._held = 0  # bytes of bodies that are being read

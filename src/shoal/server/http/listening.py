@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from shoal import addresses
 from shoal.errors import AddressInUse, ConfigError
 from shoal.process.malloc import give_back_what_is_large
-from shoal.server.http.limits import Limits
+from shoal.server.http.limits import RequestLimits
 from shoal.server.http.protocol import protocol_with
 from shoal.server.settings import ServerSettings
 
@@ -134,7 +134,7 @@ def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) ->
     return Server(
         uvicorn.Config(
             app,
-            http=protocol_with(Limits()),
+            http=protocol_with(RequestLimits()),
             loop="uvloop",
             ws="none",
             lifespan="off",

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from shoal.process import open_files
 from shoal.server.http import http10
 from shoal.server.http.errors import Refusal
-from shoal.server.http.limits import Limits
+from shoal.server.http.limits import RequestLimits
 from shoal.server.http.upgrades import RequestParser
 
 _LOOK_S = 5.0  # between two looks at the clock, of a connection that something is expected of
@@ -27,7 +27,7 @@ _OTHER_FILES = 512  # that the process needs beside its connections
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. Those of a class share its `limits`: see `protocol_with`."""
 
-    limits: ClassVar[Limits]
+    limits: ClassVar[RequestLimits]
     idle: ClassVar["dict[BoundedProtocol, None]"]  # connections between two requests, the one that was last used last
     fresh: ClassVar["dict[BoundedProtocol, None]"]  # connections that have sent nothing, the newest last
 
@@ -245,7 +245,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.loop.call_later(self.limits.linger_s, self.transport.close)
 
 
-def protocol_with(limits: Limits) -> type[BoundedProtocol]:
+def protocol_with(limits: RequestLimits) -> type[BoundedProtocol]:
     """For `uvicorn.Config(http=...)`. No more connections are taken than the process may have files."""
     files = open_files.allow()
     room = max(files - _OTHER_FILES, files // 2)

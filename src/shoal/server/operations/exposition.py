@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class MetricFamily:
     """Metrics of one name. A counter's name ends with `_total`; a histogram has the upper `bounds` of its buckets, to
     which one without a bound is added."""
 
@@ -42,7 +42,7 @@ class Histogram:
 
 
 def as_metric(
-    family: Family, samples: Iterable[tuple[Sequence[str], float]]
+    family: MetricFamily, samples: Iterable[tuple[Sequence[str], float]]
 ) -> CounterMetricFamily | GaugeMetricFamily:
     """Return a counter or gauge with its samples, each the values of its labels and its own."""
     kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
@@ -52,7 +52,7 @@ def as_metric(
     return found
 
 
-def as_histogram(family: Family, samples: Iterable[tuple[Sequence[str], Histogram]]) -> HistogramMetricFamily:
+def as_histogram(family: MetricFamily, samples: Iterable[tuple[Sequence[str], Histogram]]) -> HistogramMetricFamily:
     """Return a histogram with its samples, each the values of its labels and its counts."""
     found = HistogramMetricFamily(family.name, family.about, labels=family.labels)
     bounds = [*map(repr, family.bounds), "+Inf"]

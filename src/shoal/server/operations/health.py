@@ -6,7 +6,7 @@ from typing import Protocol
 from fastapi import APIRouter, Response
 
 from shoal import __version__
-from shoal.activity import State
+from shoal.activity import ActivityState
 from shoal.errors import ShoalError
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.http.json_encoding import bytes_of
@@ -36,7 +36,7 @@ def routes(llm: HasHealth) -> APIRouter:
         if not any(replica.state == "ready" for replica in status.replicas):
             raise _unavailable(f"no replica is ready: {_states(status, local_only=False)}")
         # Whoever is paused or asleep is well: nobody should start it anew for that.
-        return _answer({"status": "ok" if status.activity == State.AWAKE else status.activity})
+        return _answer({"status": "ok" if status.activity == ActivityState.AWAKE else status.activity})
 
     @router.get(
         "/ready",
@@ -47,7 +47,7 @@ def routes(llm: HasHealth) -> APIRouter:
         status = await _status(llm)
         if not status.accepting:
             raise _unavailable(_why_not_accepting(status))
-        if status.activity != State.AWAKE:
+        if status.activity != ActivityState.AWAKE:
             raise _unavailable(_why_not_awake(status))
         if not await _asked(llm):
             raise _unavailable(f"not all replicas are ready: {_states(status, local_only=True)}")
@@ -86,7 +86,7 @@ def _why_not_accepting(status: FleetStatus) -> str:
 
 
 def _why_not_awake(status: FleetStatus) -> str:
-    if status.activity == State.PAUSED:
+    if status.activity == ActivityState.PAUSED:
         return "the server is paused: POST /resume lets it go on"
     return f"the server is asleep, without {' and '.join(status.missing)}: POST /wake_up wakes it up"
 

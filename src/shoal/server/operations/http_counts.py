@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.errors import ClosedError, ShoalError
 from shoal.log import get_logger
 from shoal.server.http.limits import route_of
-from shoal.server.operations.exposition import Family, Histogram
+from shoal.server.operations.exposition import Histogram, MetricFamily
 
 log = get_logger("server")
 
@@ -27,17 +27,17 @@ _METHODS = {"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"}
 _UNCOUNTED = {"/metrics", "/health", "/ready", "/version"}  # asked again and again, by machines
 _PAUSE_S = 1.0
 
-REQUESTS = Family(
+REQUESTS = MetricFamily(
     "http_requests_total", "counter", "HTTP requests, by path and status.", ("handler", "method", "status")
 )
-DURATION = Family(
+DURATION = MetricFamily(
     "http_request_duration_seconds",
     "histogram",
     "From the head of an HTTP request to the end of its answer, by path.",
     ("handler", "method"),
     _COARSE_S,
 )
-FINE_DURATION = Family(
+FINE_DURATION = MetricFamily(
     "http_request_duration_highr_seconds",
     "histogram",
     "From the head of an HTTP request to the end of its answer.",

@@ -16,12 +16,12 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Metric, generate_latest
 from prometheus_client.registry import Collector
 
-from shoal.activity import State
+from shoal.activity import ActivityState
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.operations import cache_config
-from shoal.server.operations.exposition import Family, Histogram, as_histogram, as_metric
+from shoal.server.operations.exposition import Histogram, MetricFamily, as_histogram, as_metric
 from shoal.server.operations.http_counts import DURATION, FINE_DURATION, REQUESTS, CountRequests, HandOver, HttpCounts
 from shoal.server.operations.process_metrics import process_collectors
 from shoal.server.operations.request_metrics import (
@@ -49,41 +49,41 @@ class HasMetrics(Protocol):
 
 # --- what the fleet's status says ------------------------------------------------------------------------------------
 
-RUNNING = Family("vllm:num_requests_running", "gauge", "Requests that a replica has in its steps.", LABELS)
-WAITING = Family(
+RUNNING = MetricFamily("vllm:num_requests_running", "gauge", "Requests that a replica has in its steps.", LABELS)
+WAITING = MetricFamily(
     "vllm:num_requests_waiting",
     "gauge",
     "Requests that wait in a replica, and its share of those that no replica has yet.",
     LABELS,
 )
-KV_USAGE = Family("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks that requests hold; 1 is all.", LABELS)
-CACHE_CONFIG = Family(
+KV_USAGE = MetricFamily("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks that requests hold; 1 is all.", LABELS)
+CACHE_CONFIG = MetricFamily(
     "vllm:cache_config_info", "gauge", "KV blocks, their size and options, as labels.", (*LABELS, *cache_config.NAMES)
 )
-WAITING_BY_REASON = Family(
+WAITING_BY_REASON = MetricFamily(
     "vllm:num_requests_waiting_by_reason",
     "gauge",
     "The same by why: for room (capacity), or for the server to run again, or a replica to be ready (deferred).",
     (*LABELS, "reason"),
 )
-SLEEP_STATE = Family(
+SLEEP_STATE = MetricFamily(
     "vllm:engine_sleep_state",
     "gauge",
     "1 for what an engine is at: awake, or asleep at level 1 (weights_offloaded) or 2 (discard_all).",
     (*LABELS, "sleep_state"),
 )
 _SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
-ACCEPTED_BY_POSITION = Family(
+ACCEPTED_BY_POSITION = MetricFamily(
     "vllm:spec_decode_num_accepted_tokens_per_pos_total",
     "counter",
     "Guesses that were right, by their place in a round, from 0 on.",
     (*LABELS, "position"),
 )
-ITERATION_TOKENS = Family(
+ITERATION_TOKENS = MetricFamily(
     "vllm:iteration_tokens_total", "histogram", "Tokens of a step.", LABELS, (1.0, *(2.0**i for i in range(3, 15)))
 )
-_ENGINE_COUNTERS: list[tuple[Family, Callable[[EngineStats], int]]] = [
-    (Family(name, "counter", about, LABELS), value)
+_ENGINE_COUNTERS: list[tuple[MetricFamily, Callable[[EngineStats], int]]] = [
+    (MetricFamily(name, "counter", about, LABELS), value)
     for name, about, value in (
         ("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
         ("vllm:prefix_cache_hits_total", "... and found.", lambda s: s.prefix_hits),
@@ -95,31 +95,31 @@ _ENGINE_COUNTERS: list[tuple[Family, Callable[[EngineStats], int]]] = [
     )
 ]
 
-STATE = Family("shoal:replica_state", "gauge", "1 for the state that a replica is in.", (*LABELS, "state"))
-RESTARTS = Family("shoal:replica_restarts_total", "counter", "How often a replica was started again.", LABELS)
-MEMORY = Family(
+STATE = MetricFamily("shoal:replica_state", "gauge", "1 for the state that a replica is in.", (*LABELS, "state"))
+RESTARTS = MetricFamily("shoal:replica_restarts_total", "counter", "How often a replica was started again.", LABELS)
+MEMORY = MetricFamily(
     "shoal:rank_memory_bytes",
     "gauge",
     "Memory of a rank: weights, written KV cache, and all that no file backs (anonymous).",
     (*LABELS, "rank", "kind"),
 )
-BUSY = Family("shoal:rank_busy_seconds_total", "counter", "What a rank has spent in steps.", (*LABELS, "rank"))
-QUEUED = Family("shoal:requests_queued", "gauge", "Requests that no replica has.", ("model_name",))
-REPLAYS = Family(
+BUSY = MetricFamily("shoal:rank_busy_seconds_total", "counter", "What a rank has spent in steps.", (*LABELS, "rank"))
+QUEUED = MetricFamily("shoal:requests_queued", "gauge", "Requests that no replica has.", ("model_name",))
+REPLAYS = MetricFamily(
     "shoal:request_replays_total", "counter", "How often a request went on after its replica's end.", ("model_name",)
 )
-API_RESTARTS = Family(
+API_RESTARTS = MetricFamily(
     "shoal:api_server_restarts_total", "counter", "How often an API server was started again.", ("model_name",)
 )
-ACCEPTING = Family("shoal:accepting_requests", "gauge", "0: it drains, or has failed.", ("model_name",))
+ACCEPTING = MetricFamily("shoal:accepting_requests", "gauge", "0: it drains, or has failed.", ("model_name",))
 
 # Older dashboards read it; the values are those of GAP.
-OLD_GAP = Family(
+OLD_GAP = MetricFamily(
     "vllm:time_per_output_token_seconds", "histogram", f"The same as {GAP}.", LABELS, histogram_families(1)[GAP].bounds
 )
 
 
-def families(max_model_len: int) -> list[Family]:
+def families(max_model_len: int) -> list[MetricFamily]:
     """Return all families at /metrics that are ours; `process_metrics` has the others."""
     return [
         *(RUNNING, WAITING, WAITING_BY_REASON, KV_USAGE, CACHE_CONFIG, SLEEP_STATE),
@@ -231,7 +231,7 @@ def _filled(counts: Sequence[int], most: int) -> list[int]:
 
 def _defers(status: FleetStatus) -> bool:
     """Do requests wait for something else than room?"""
-    return status.activity != State.AWAKE or not any(replica.state == "ready" for replica in status.replicas)
+    return status.activity != ActivityState.AWAKE or not any(replica.state == "ready" for replica in status.replicas)
 
 
 def _waiting(replica: ReplicaStatus) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
-from shoal.activity import State
+from shoal.activity import ActivityState
 from shoal.errors import UserError
 from shoal.server.http.errors import Refusal, documented
 from shoal.wire.engine import cache_reset_decoder
@@ -80,7 +80,7 @@ def _add_pauses(router: APIRouter, llm: CanOperate) -> None:
         responses=documented(503),
     )
     async def is_paused() -> Response:
-        return _answer({"is_paused": (await llm.status()).activity != State.AWAKE})
+        return _answer({"is_paused": (await llm.status()).activity != ActivityState.AWAKE})
 
 
 def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
@@ -119,7 +119,7 @@ def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
         responses=documented(503),
     )
     async def is_sleeping() -> Response:
-        return _answer({"is_sleeping": (await llm.status()).activity == State.ASLEEP})
+        return _answer({"is_sleeping": (await llm.status()).activity == ActivityState.ASLEEP})
 
 
 async def _state(llm: CanOperate) -> Response:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.server.operations.exposition import Family, Histogram
+from shoal.server.operations.exposition import Histogram, MetricFamily
 from shoal.server.operations.http_counts import HttpCounts
 from shoal.server.operations.process_metrics import told_of_this_process
 from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
@@ -56,13 +56,13 @@ PROMPT_TOKENS = "vllm:prompt_tokens_total"
 CACHED_TOKENS = "vllm:prompt_tokens_cached_total"
 GENERATED_TOKENS = "vllm:generation_tokens_total"
 
-SUCCESS = Family(
+SUCCESS = MetricFamily(
     "vllm:request_success_total",
     "counter",
     "Requests that ended without an error, by why; without an engine where no replica had them.",
     (*LABELS, "finished_reason"),
 )
-REFUSED = Family(
+REFUSED = MetricFamily(
     "shoal:requests_refused_total",
     "counter",
     "Requests that ended with an error, by its kind.",
@@ -80,7 +80,7 @@ def doubling_bounds(most: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-def histogram_families(max_model_len: int) -> dict[str, Family]:
+def histogram_families(max_model_len: int) -> dict[str, MetricFamily]:
     lengths = doubling_bounds(max_model_len)
     table: list[tuple[str, tuple[float, ...], str]] = [
         (FIRST_TOKEN, _FIRST_TOKEN_S, "From a request's arrival to its first token."),
@@ -99,11 +99,11 @@ def histogram_families(max_model_len: int) -> dict[str, Family]:
         (_N, _OUTPUTS, "Outputs of a prompt."),
         (_PREEMPTIONS, _FEW, "How often a finished request gave its KV blocks back, at the replica that ended it."),
     ]
-    return {name: Family(name, "histogram", about, LABELS, bounds) for name, bounds, about in table}
+    return {name: MetricFamily(name, "histogram", about, LABELS, bounds) for name, bounds, about in table}
 
 
 COUNTERS = {
-    name: Family(name, "counter", about, LABELS)
+    name: MetricFamily(name, "counter", about, LABELS)
     for name, about in (
         (PROMPT_TOKENS, "Tokens of prompts that have got their first token, cached ones included."),
         (CACHED_TOKENS, "... of which were in the prefix cache."),
@@ -113,7 +113,7 @@ COUNTERS = {
 
 
 @dataclass(slots=True)
-class _Life:
+class _RequestRecord:
     """A request on its way."""
 
     arrival: float
@@ -140,7 +140,7 @@ class _Group:
 
 
 class _Engine:
-    def __init__(self, families: dict[str, Family]) -> None:
+    def __init__(self, families: dict[str, MetricFamily]) -> None:
         self.histograms = {name: Histogram(family.bounds) for name, family in families.items()}
         self.first_token = self.histograms[FIRST_TOKEN]
         self.gap = self.histograms[GAP]
@@ -170,7 +170,7 @@ class RequestMetrics:
         self._max_model_len = max_model_len
         self._families = histogram_families(max_model_len)
         self._clock = clock
-        self._lives: dict[int, _Life] = {}
+        self._lives: dict[int, _RequestRecord] = {}
         self._groups: dict[int, _Group] = {}
         self._engines: dict[int, _Engine] = {}
         self._ends: Counter[tuple[int, Finish]] = Counter()
@@ -210,7 +210,7 @@ class RequestMetrics:
     def added(self, request: EngineRequest) -> None:
         prompt = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
         arrival = request.arrival or self._clock()
-        self._lives[request.seq] = _Life(arrival, prompt, request.max_tokens, request.group)
+        self._lives[request.seq] = _RequestRecord(arrival, prompt, request.max_tokens, request.group)
         if request.group >= 0:
             group = self._groups.setdefault(request.group, _Group())
             group.outputs += 1
@@ -256,7 +256,7 @@ class RequestMetrics:
         self._engines[number] = _Engine(self._families)
         return self._engines[number]
 
-    def _begin(self, engine: _Engine, life: _Life, update: SeqUpdate, now: float) -> None:
+    def _begin(self, engine: _Engine, life: _RequestRecord, update: SeqUpdate, now: float) -> None:
         life.first = now
         life.waited = update.waited_us / 1e6
         life.cached = update.cached_tokens
@@ -264,7 +264,7 @@ class RequestMetrics:
         engine.prompt_tokens += life.prompt
         engine.cached_tokens += life.cached
 
-    def _end(self, life: _Life, update: SeqUpdate) -> None:
+    def _end(self, life: _RequestRecord, update: SeqUpdate) -> None:
         del self._lives[update.seq]
         finish = Finish.ABORT if update.finish is None else update.finish
         if life.stopped and finish is Finish.ABORT:
@@ -280,7 +280,7 @@ class RequestMetrics:
             self._note_finished(engine, life)
         self._leave_group(life, finished=finished)
 
-    def _note_finished(self, engine: _Engine, life: _Life) -> None:
+    def _note_finished(self, engine: _Engine, life: _RequestRecord) -> None:
         found = engine.histograms
         found[_E2E].observe(max(0.0, self._clock() - life.arrival))
         found[_PROMPT].observe(life.prompt)
@@ -298,7 +298,7 @@ class RequestMetrics:
         if life.tokens > 1:
             found[_MEAN_GAP].observe((life.last - life.first) / (life.tokens - 1))
 
-    def _leave_group(self, life: _Life, *, finished: bool) -> None:
+    def _leave_group(self, life: _RequestRecord, *, finished: bool) -> None:
         """With its last output a prompt is done."""
         group = self._groups.get(life.group) or _Group(outputs=1, open=1)
         group.open -= 1

@@ -20,7 +20,7 @@ def disjoint(rewriter: Rewrites, nodes: list[Any], here: Here, tag: str = "") ->
     found = [rewriter.followed(node, here.under("oneOf", i)) for i, node in enumerate(nodes)]
     if tag:
         found = [(_with(node, tag), at) for node, at in found]
-    search = _Search(rewriter)
+    search = _DisjointSearch(rewriter)
     return all(search.apart(*one, *other, _DEPTH) for one, other in combinations(found, 2))
 
 
@@ -44,7 +44,7 @@ def exclusive_keys(nodes: list[Any]) -> list[tuple[str, list[str]]] | None:
     return [(name, [other for other in names if other != name]) for name in names]
 
 
-class _Search:
+class _DisjointSearch:
     """Looks for what tells schemas apart, and gives up where that would take long."""
 
     def __init__(self, rewriter: Rewrites) -> None:

@@ -37,7 +37,7 @@ _KNOWN = {"type", "nullable", "const", "enum", *_APPLICATORS, *(name for names i
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
+class _PendingSchema:
     name: str
     target: Target
     here: Here
@@ -56,7 +56,7 @@ class Rewriter:
         self._strict = strict
         self._found: dict[tuple[str, str, int], Target] = {}
         self._names: dict[tuple[int, bool], str] = {}
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[_PendingSchema] = deque()
 
     def run(self) -> tuple[Schema, dict[str, Schema]]:
         """The schema, and what its references lead to."""
@@ -131,7 +131,7 @@ class Rewriter:
         key = (id(target.node), here.joined)
         if key not in self._names:
             self._names[key] = str(len(self._names))
-            self._pending.append(_Pending(self._names[key], target, here.at(target)))
+            self._pending.append(_PendingSchema(self._names[key], target, here.at(target)))
         return {"$ref": f"#/$defs/{self._names[key]}"}
 
     def words(self, node: dict[str, Any]) -> dict[str, Any]:
