@@ -17,7 +17,7 @@ def launches(
 ) -> list[ReplicaPlace]:
     """The places of replicas that are started one after the other, at a host of replicas 1 and 2 of 4."""
     places: list[ReplicaPlace] = []
-    monkeypatch.setattr(fleet_module, "EngineProcess", lambda setup, **_: places.append(setup.place))
+    monkeypatch.setattr(fleet_module, "EngineProcess", lambda module, setup, **_: places.append(setup.place))
     hosts = {"data_parallel_address": "127.0.0.1", "data_parallel_size": 4, "data_parallel_hybrid_lb": True}
     local = {"data_parallel_start_rank": 1, "data_parallel_size_local": 2, "max_model_len": 64}
     opened = open_model(model, {**hosts, **local, **options}, online=True)
