@@ -13,7 +13,7 @@ from shoal.cluster import desk as desk_module
 from shoal.cluster.desk import Answer, Desk
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.routing.router import ReplicaCapacity
+from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, Wire, encode, replace_fields

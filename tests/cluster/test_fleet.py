@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.routing.router import ReplicaCapacity
+from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import CheckpointError, ConfigError, EngineError, RequestError, ShoalError
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, Finish, RefusalKind, SeqUpdate

@@ -10,7 +10,7 @@ from shoal.cluster.limits import FleetLimits
 from shoal.cluster.members.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
-from shoal.cluster.routing.router import ReplicaCapacity
+from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.timers import Timers
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, overflow
 from shoal.protocols import Recorder

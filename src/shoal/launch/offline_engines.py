@@ -11,7 +11,7 @@ from shoal.cluster.lockstep.local import Joined, LocalLockstep
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica, close_all
 from shoal.cluster.replica_set import ReplicaSet, await_ready
-from shoal.cluster.routing.router import ReplicaCapacity, most_held
+from shoal.cluster.routing.capacity import ReplicaCapacity, most_held
 from shoal.engine.core import EngineCore
 from shoal.errors import AddressInUse
 from shoal.launch.build_engine import build_engine, shared_groups
