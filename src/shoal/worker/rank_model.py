@@ -21,6 +21,7 @@ from shoal.models.loader import CheckpointWeights, DummyWeights, Weights
 from shoal.models.manifest import Cut, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.precision import PRECISION
 from shoal.models.registry import read_config
+from shoal.models.torch_files import list_here
 from shoal.models.transformers_model import build_transformers_model
 from shoal.parallel.all2all.backends import make_dispatch
 from shoal.parallel.dispatch import Dispatch
@@ -81,8 +82,8 @@ class RankModel:
             params = params_of(self.spec)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.seed)
         else:
-            checkpoint = open_checkpoint(self._folder, self._overrides)
-            checkpoint.check_state(self._setup.draft_file_state if self._draft else self._setup.file_state)
+            state = self._setup.draft_file_state if self._draft else self._setup.file_state
+            checkpoint = open_checkpoint(self._folder, self._overrides, state, list_here)
             params = params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
         kernels, why = make_kernels(self._setup.device, self._precision.activations)
