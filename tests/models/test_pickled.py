@@ -424,7 +424,7 @@ def test_a_tensor_lies_within_its_storage(file: Path, save: Save, change: dict[s
             refusal(file)
 
 
-def test_a_file_that_may_be_read_by_nobody(file: Path) -> None:
+def test_a_folder_in_place_of_a_file(file: Path) -> None:
     file.mkdir()
     assert "can't be read: Is a directory" in refusal(file)
     assert "can't be read: Is a directory" in refusal(file, in_child)
