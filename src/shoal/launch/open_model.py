@@ -19,7 +19,7 @@ from shoal.errors import ConfigError
 from shoal.launch import hub
 from shoal.launch.deployment import Deployment
 from shoal.log import get_logger
-from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
 from shoal.planner.agreement import agreement
 from shoal.planner.host_devices import discover
@@ -175,7 +175,7 @@ def open_served_model(model: str | None, given: Mapping[str, Any], served: Serve
     """
     options, given = _read_options(model, given, online=True)
     if served.file_state:
-        open_checkpoint(Path(served.folder), json.loads(served.overrides)).check_state(served.file_state)
+        check_files(Path(served.folder), served.file_state)
     return _open_served(options, given, served)
 
 

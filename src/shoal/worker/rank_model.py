@@ -13,6 +13,7 @@ from shoal.kernels.select import make_kernels
 from shoal.models.causal_model import CausalModel
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights, Weights
+from shoal.models.checkpoint.torch_files import list_here
 from shoal.models.decoder import build_decoder
 from shoal.models.implementation import params_of, read_model
 from shoal.models.manifest import Cut, Shard, keeps_embedding, kv_block_bytes, weight_bytes
@@ -83,8 +84,7 @@ class RankModel:
             params = params_of(self.spec)
             weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.plan.seed)
         else:
-            checkpoint = open_checkpoint(self._folder, self._overrides)
-            checkpoint.check_state(self._plan.file_state)
+            checkpoint = open_checkpoint(self._folder, self._overrides, self._plan.file_state, list_here)
             params = params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
         kernels, why = make_kernels(self._device, self._precision.activations)
