@@ -46,7 +46,7 @@ ALLOWED = {
     "structured": {"transport", "wire"},
     "planner": {"models", "parallel", "devices", "wire"},
     "cluster": {"transport", "protocols", "wire"},
-    "engine": {"protocols", "wire"},
+    "engine": {"cluster", "executors", "planner", "devices", "text", "transport", "protocols", "wire"},
     "executors": {"transport", "protocols", "wire", "devices"},
     "executors.inprocess": {"transport", "protocols", "wire", "devices", "worker", "comm"},
     "executors.threads": {"transport", "protocols", "wire", "devices", "worker", "comm"},
@@ -111,7 +111,7 @@ METRICS = {"vllm", "shoal"}
 
 # Libraries that stay where they are needed.
 CONFINED = {
-    "click": {"cli", "worker", "launch", "text"},
+    "click": {"cli", "worker", "engine", "text"},
     "tqdm": {"cli", "launch", "llm"},
     "tokenizers": {"text"},
     "jinja2": {"text"},

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams
+from shoal.engine.build import build_engine
+from shoal.engine.process import start
 from shoal.errors import CheckpointError, UserError
-from shoal.launch.build_engine import build_engine
-from shoal.launch.engine_process import start
 from shoal.launch.hub import BUNDLED
 from shoal.launch.open_model import open_model, open_served_model
 from shoal.text.chat_template import ChatTemplate

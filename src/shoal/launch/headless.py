@@ -77,7 +77,7 @@ class _ReplicaProcess:
     """One process of a replica, from its start to its end."""
 
     def __init__(self, plan: EnginePlan) -> None:
-        self.child = ChildProcess("shoal.launch.remote_engine")
+        self.child = ChildProcess("shoal.engine.remote_process")
         self.ready_at: float | None = None
         self.drew = False
         self.failure: EngineFailure | None = None  # its last words

@@ -9,8 +9,8 @@ import pytest
 from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.server import answer, serve
 from shoal.errors import ConfigError, EngineError
-from shoal.launch.engine_server import answer, serve
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import Stop, encode
 from shoal.wire.engine import Abort, EngineFailure, EngineStats, Finish, StatsQuery, Updates, from_engine

@@ -1,4 +1,4 @@
-"""An engine for a front end on another host: `python -m shoal.launch.remote_engine --fd N --parent PID`.
+"""An engine for a front end on another host: `python -m shoal.engine.remote_process --fd N --parent PID`.
 
 It goes to the front end, loads, and takes requests over that connection; the channel to the process that has started it
 is for its end. When the front end goes away it drops what it was at, keeps its weights, and looks for the next one, for
@@ -15,9 +15,9 @@ from shoal.addresses import Address
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.cluster.members.arrival import FRONT_END
 from shoal.engine.core import EngineCore
+from shoal.engine.process import join, start
+from shoal.engine.server import answer, leave, receive_plan, report
 from shoal.errors import EngineError
-from shoal.launch.engine_process import join, start
-from shoal.launch.engine_server import answer, leave, receive_plan, report
 from shoal.log import configure_logging, get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import connect

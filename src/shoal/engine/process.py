@@ -1,4 +1,4 @@
-"""An engine in a process of its own: `python -m shoal.launch.engine_process --fd N --parent PID`."""
+"""An engine in a process of its own: `python -m shoal.engine.process --fd N --parent PID`."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ from shoal.addresses import Address
 from shoal.cluster.lockstep.local import Joined
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.cluster.members.arrival import PEERS
+from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
-from shoal.launch.build_engine import build_engine
-from shoal.launch.engine_server import serve
+from shoal.engine.server import serve
 from shoal.log import configure_logging
 from shoal.process import garbage_collector
 from shoal.transport.channel import Channel

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from shoal.cluster.members.arrival import PEERS, PeersDoor
+from shoal.engine import process
+from shoal.engine.process import join
 from shoal.errors import ConfigError
-from shoal.launch import engine_process
-from shoal.launch.engine_process import join
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.plan import EnginePlan, ReplicaPlace
@@ -18,7 +18,7 @@ OPTIONS = {"data_parallel_size": 2, "max_model_len": 256, "start_timeout": 60.0}
 
 @pytest.fixture(autouse=True)
 def log_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_process, "configure_logging", lambda prefix="": None)
+    monkeypatch.setattr(process, "configure_logging", lambda prefix="": None)
 
 
 @pytest.fixture
