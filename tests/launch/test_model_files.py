@@ -76,11 +76,11 @@ def test_what_starts_later_does_not_run_another_model(folder: Path, change: Call
     files = ModelFiles(str(folder), state=decision.file_states[0])
     open_served(ApiSetup(str(folder), {}, {}, {}, files=files))
     change(folder)
-    with pytest.raises(UserError, match="has changed since Shoal read it first"):
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
         build_engine(options, decision)
-    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
+    with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
         start(EngineSetup(str(folder), dict(SMALL), files=files), None)
-    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
+    with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
         open_served(ApiSetup(str(folder), {}, {}, {}, files=files))
 
 
@@ -90,7 +90,7 @@ def test_a_draft_model_that_has_changed(folder: Path, tmp_path: Path) -> None:
     options = EngineOptions.from_flat(str(folder), {**SMALL, "speculative_config": speculation})
     decision = decide(options)
     copy_over(other)
-    with pytest.raises(UserError, match=r"draft has changed since Shoal read it first"):
+    with pytest.raises(UserError, match=r"draft has changed since Shoal first read it"):
         build_engine(options, decision)
 
 
