@@ -48,8 +48,7 @@ def open_model(
     notes = [] if multimodal is None else [f"only the text part of {multimodal} is served; it reads no images"]
     if not weights:
         return OpenedModel(spec, params_of(spec), "", overrides, tuple(notes))
-    checkpoint = open_checkpoint(folder, overrides)
-    checkpoint.check_state(state)
+    checkpoint = open_checkpoint(folder, overrides, state)
     named = named_dtype(read_config(folder, overrides)) is not None
     changes, found = _corrections(spec, checkpoint, dtype_named=named)
     if changes:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from typing import Any
 from shoal.errors import CheckpointError
 from shoal.git_lfs import refuse_pointer
 from shoal.models.checkpoint.pickled import read_pickled
-from shoal.models.checkpoint.stored_file import FileState
+from shoal.models.checkpoint.stored_file import FileState, StoredTensor
 from shoal.models.config_json.quantization import weight_block
 from shoal.models.registry import read_config
 
@@ -45,6 +45,9 @@ _OTHER_FILES = (
 _COMPARED_BYTES = 2**20  # bytes of two tensors that are read and compared at a time
 
 
+ReadPickled = Callable[[Mapping[Path, FileState]], dict[Path, dict[str, StoredTensor]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Scales:
     """The scales of a quantized tensor, by which its numbers are multiplied.
@@ -59,7 +62,11 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """The place of a tensor in a file, and its form."""
+    """The place of a tensor in a file, and its form.
+
+    `loaded_as` is set if only PyTorch can read the file, as a whole: the name of the tensor in the result. `offset` is
+    then no place in the file, but equal offsets mean the same numbers.
+    """
 
     file: Path
     dtype: str  # as safetensors files name it
@@ -67,6 +74,7 @@ class TensorEntry:
     offset: int  # of the first byte in the file
     strides: tuple[int, ...] | None = None  # in elements; None: row-major
     scales: Scales | None = None  # if the tensor is quantized
+    loaded_as: str | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -160,15 +168,15 @@ def dtype_of(entry: TensorEntry) -> str | None:
 def same_numbers(one: TensorEntry, other: TensorEntry) -> bool:
     """Return whether two tensors hold the same numbers in the same dtype.
 
-    Both are read up to the first difference. Tensors that are not row-major count as different, unless they are the
-    same place in a file.
+    Both are read up to the first difference. Tensors that are not row-major, or that only PyTorch can read, count as
+    different, unless they are the same place in a file.
 
     Raises:
         CheckpointError: a file can't be read.
     """
     if one == other:
         return True
-    plain = all(entry.dtype in _PLAIN and entry.row_major for entry in (one, other))
+    plain = all(entry.dtype in _PLAIN and entry.row_major and entry.loaded_as is None for entry in (one, other))
     if not plain or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     try:
@@ -186,32 +194,70 @@ def same_numbers(one: TensorEntry, other: TensorEntry) -> bool:
     return True
 
 
-def open_checkpoint(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
+def open_checkpoint(
+    folder: Path,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    state: str = "",
+    read_pickled: ReadPickled = read_pickled,
+) -> Checkpoint:
     """Read the headers of all files with weights in a folder.
 
     As in transformers, safetensors files are preferred to pickled files, and a single file to an index: an index may be
-    left over from an older copy of the model. `overrides` are applied to config.json.
+    left over from an older copy of the model.
+
+    Args:
+        overrides: are applied to config.json.
+        state: the state in which the files were before; "": they were not read before.
+        read_pickled: the reader of pickled files. This one needs no PyTorch in this process, but takes seconds at its
+            first call.
 
     Raises:
-        CheckpointError: there are no weights, a shard is missing, or a file is truncated or malformed.
+        CheckpointError: there are no weights, a shard is missing, a file is truncated or malformed, or the files are
+            not in this state.
     """
+    files, pickled = _weight_files(folder)
+    states = _model_states(folder, files)
+    Checkpoint(folder, {}, states).check_state(state)
+    for file in files:
+        refuse_pointer(file)
     tensors: dict[str, TensorEntry] = {}
-    for index, single, read in (
-        (folder / INDEX, folder / SINGLE, _read_safetensors),
-        (folder / PICKLED_INDEX, folder / PICKLED_SINGLE, _read_pickled),
-    ):
-        files = [single] if single.exists() else _shards(index) if index.exists() else []
-        if not files:
-            continue
-        states = _states([*files, *(folder / name for name in _OTHER_FILES if (folder / name).exists())])
+    if pickled:
+        for file, stored in read_pickled({file: states[file] for file in files}).items():
+            tensors.update(_entries(file, stored))
+    else:
         for file in files:
-            refuse_pointer(file)
-            tensors.update(read(file))
-        for file, state in states.items():
-            state.check(file, _states([file])[file])
-        return Checkpoint(folder, _with_scales(folder, overrides, tensors), states)
+            tensors.update(_read_safetensors(file))
+    for file, found in states.items():
+        found.check(file, _states([file])[file])
+    return Checkpoint(folder, _with_scales(folder, overrides, tensors), states)
+
+
+def check_files(folder: Path, state: str) -> None:
+    """Check that the files of a model are still those that were read before, without reading them.
+
+    Raises:
+        CheckpointError: a file is missing, or the files are not in this state.
+    """
+    Checkpoint(folder, {}, _model_states(folder, _weight_files(folder)[0])).check_state(state)
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], bool]:
+    """Return the files with the weights, and whether they are pickled.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
+    for index, single in ((folder / INDEX, folder / SINGLE), (folder / PICKLED_INDEX, folder / PICKLED_SINGLE)):
+        files = [single] if single.exists() else _shards(index) if index.exists() else []
+        if files:
+            return files, single.name == PICKLED_SINGLE
     wanted = ", ".join((SINGLE, INDEX, PICKLED_SINGLE))
     raise CheckpointError(f"{folder} has no weights: it has none of {wanted} and {PICKLED_INDEX}")
+
+
+def _model_states(folder: Path, files: Iterable[Path]) -> dict[Path, FileState]:
+    """Return the states of the files with weights, and of the other files that change the answers of the model."""
+    return _states([*files, *(folder / name for name in _OTHER_FILES if (folder / name).exists())])
 
 
 def _states(files: Iterable[Path]) -> dict[Path, FileState]:
@@ -278,10 +324,12 @@ def _shards(index: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_pickled(file: Path) -> dict[str, TensorEntry]:
+def _entries(file: Path, stored: Mapping[str, StoredTensor]) -> dict[str, TensorEntry]:
     return {
-        name: TensorEntry(file, found.dtype, found.shape, found.offset, found.strides)
-        for name, found in read_pickled(file).items()
+        name: TensorEntry(
+            file, found.dtype, found.shape, found.offset, found.strides, loaded_as=name if found.whole else None
+        )
+        for name, found in stored.items()
     }
 
 

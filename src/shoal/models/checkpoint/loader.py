@@ -12,6 +12,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint.checkpoint import Checkpoint, TensorEntry
 from shoal.models.checkpoint.stored_file import StoredFile, split_into_reads
+from shoal.models.checkpoint.torch_files import load_tensors
 from shoal.models.manifest import Cut, Param, Piece, Shard
 
 _TORCH_TYPES = {
@@ -54,6 +55,7 @@ class CheckpointWeights:
         self._shard = shard
         self.dtype = dtype
         self._buffer = bytearray(_READ_BYTES)
+        self._loaded: tuple[Path, dict[str, Tensor]] | None = None  # the file that was last loaded as a whole
 
     def tensor(self, name: str) -> Tensor:
         param = self._params[name]
@@ -80,7 +82,7 @@ class CheckpointWeights:
     def _blocks(self, piece: Piece, file: StoredFile) -> Iterator["_Block"]:
         """Yield the rank's rows of a piece, in order."""
         entry = self._checkpoint.tensors[piece.source]
-        stored = _stored(piece.source, entry)
+        stored = self._stored(piece.source, entry)
         if not piece.shape:
             yield _Block(file, entry.offset, stored)
             return
@@ -101,8 +103,22 @@ class CheckpointWeights:
         for numbers, row, column in zip(*views, strict=True):
             yield _Block(file, entry.offset, numbers, scales, row, column)
 
+    def _stored(self, name: str, entry: TensorEntry) -> Tensor:
+        """Return a tensor as it is stored: without numbers, or with them if only PyTorch can read its file.
+
+        Raises:
+            CheckpointError: tensors of its type can't be loaded.
+        """
+        stored = _stored(name, entry)
+        if entry.loaded_as is None:
+            return stored
+        if self._loaded is None or self._loaded[0] != entry.file:
+            self._loaded = None  # frees the memory before the next file is loaded
+            self._loaded = entry.file, load_tensors(entry.file)
+        return self._loaded[1][entry.loaded_as]
+
     def _scales(self, piece: Piece, entry: TensorEntry) -> Tensor:
-        stored = _stored(f"the scales of {piece.source}", entry)
+        stored = self._stored(f"the scales of {piece.source}", entry)
         with self._open(entry.file) as file:
             read = _Block(file, entry.offset, stored).write(torch.empty(stored.shape))
         matrix = _as_matrix(read, piece)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from shoal.engine.remote_process import _return
 from shoal.errors import ConfigError, EngineError
-from shoal.launch.remote_engine import _return
 from shoal.transport.channel import Channel
 
 
