@@ -64,8 +64,8 @@ def test_modules_of_transformers_cut_both_ways(tmp_path: Path, name: str) -> Non
 def test_a_module_that_can_not_be_cut_is_refused_by_name(checkpoint: Checkpoint) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"--pipeline-parallel-size 2: OPTForCausalLM runs through transformers as one stage only, since its "
-        r"residual stream has not the width .*; use --tensor-parallel-size or --data-parallel-size$",
+        match=r"--pipeline-parallel-size 2: OPTForCausalLM can run through transformers as one stage only, because its "
+        r"residual stream does not have the width .*; use --tensor-parallel-size or --data-parallel-size$",
     ):
         open_llm(checkpoint("opt_350m"), 2, model_impl="transformers")
 

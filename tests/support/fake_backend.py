@@ -13,7 +13,7 @@ from shoal.outputs import CompletionOutput, FinishReason, Logprob, Logprobs, Req
 from shoal.params import Message, Prompt, SamplingParams
 from shoal.server.api.response_store import ResponseStore
 from shoal.server.settings import ServerSettings
-from shoal.structured.matcher import Grammar, Vocabulary
+from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.prompts import Job, PromptReader
 from shoal.text.token_places import TokenPlaces
@@ -145,7 +145,7 @@ class FakeBackend:
     async def check_grammar(self, job: Job) -> None:
         """In this process: nothing here is hostile."""
         if job.grammar:
-            Grammar.compile(job.grammar, vocabulary())
+            GrammarState.compile(job.grammar, vocabulary())
 
     def chat_tokens(self, messages: Sequence[Message], **template: Any) -> tuple[int, ...]:
         return self._reader.chat_tokens(messages, **template)
