@@ -781,6 +781,15 @@ def test_a_path_is_a_model(folder: Path) -> None:
         assert llm.options.model == str(folder)
 
 
+@pytest.mark.parametrize(("model", "name"), [(None, "bundled"), ("bundled", "bundled"), ("bundled:moe", "bundled:moe")])
+def test_the_bundled_models_go_by_the_names_that_clients_use(model: str | None, name: str) -> None:
+    """As the model, and as the draft model."""
+    opened = open_model(model, {**SMALL, "speculative_config": {"model": "bundled"}})
+    assert opened.name == name
+    assert opened.files.folder == str(DEMO_MODEL.parent / ("demo_moe_model" if name == "bundled:moe" else "demo_model"))
+    assert opened.files.draft_folder == str(DEMO_MODEL)
+
+
 def test_a_relative_path_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is read later, by this process or by one that is started later, is found from any working directory."""
     shutil.copytree(DEMO_MODEL, tmp_path / "model")

@@ -21,9 +21,18 @@ def test_texts_come_in_the_prompts_order(shoal: Shoal, capsys: pytest.CaptureFix
     ]
 
 
-def test_the_bundled_model_has_prompts_of_its_own(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
-    assert shoal("generate", *QUIET) == 0
-    assert "37 + 45 = 82" in capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize("model", [None, "bundled", "bundled:dense", "bundled:moe"])
+def test_the_bundled_models_have_prompts_of_their_own(
+    shoal: Shoal, capsys: pytest.CaptureFixture[str], model: str | None
+) -> None:
+    assert shoal("generate", *([] if model is None else [model]), *QUIET) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "37 + 45 = 82",
+        "Count from 3 to 9: 3 4 5 6 7 8 9",
+        "Reverse: apple -> elppa",
+        "Sort: pear apple fig -> apple fig pear",
+        "8 + 64 = 72",
+    ]
 
 
 def test_a_file_in_and_a_file_out(shoal: Shoal, tmp_path: Path) -> None:

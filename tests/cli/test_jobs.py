@@ -43,7 +43,7 @@ def command(prompts: Path, output: Path, *more: str) -> list[str]:
 def started(arguments: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[str]"]:
     environment = {**os.environ, "SHOAL_LOG_LEVEL": "warning"}
     with subprocess.Popen(
-        [sys.executable, "-m", "shoal.cli.main", *arguments],
+        [sys.executable, "-m", "shoal", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
     ) as process:  # fmt: skip
         try:

@@ -93,7 +93,7 @@ def test_code_beside_a_checkpoint_is_not_run(checkpoint: Callable[[str], Path], 
     ],
 )
 def test_flags(arguments: list[str], says: str) -> None:
-    program = [sys.executable, "-m", "shoal.cli.main", "serve", "--port", "0", *arguments]
+    program = [sys.executable, "-m", "shoal", "serve", "--port", "0", *arguments]
     found = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
     assert found.returncode == 2, found.stderr
     assert says in found.stderr.splitlines()[-1]
@@ -115,7 +115,7 @@ def test_flags_with_underscores_and_lists_of_origins() -> None:
         ([], "--max-num-seqs must be at least 1"),
         (["--allowed-origins", "[5]"], "a JSON list of them"),
     ):
-        program = [sys.executable, "-m", "shoal.cli.main", "serve", *arguments, *more]
+        program = [sys.executable, "-m", "shoal", "serve", *arguments, *more]
         found = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
         assert (found.returncode, says in found.stderr) == (2, True), found.stderr
 
@@ -123,7 +123,7 @@ def test_flags_with_underscores_and_lists_of_origins() -> None:
 def test_a_config_file_and_a_run(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("enable-chunked-prefill: true\nswap-space: 4\nkv_cache_dtype: auto\nmax-tokens: 2\n")
-    program = [sys.executable, "-m", "shoal.cli.main", "generate", "-p", "Hi", "--config", str(file)]
+    program = [sys.executable, "-m", "shoal", "generate", "-p", "Hi", "--config", str(file)]
     found = subprocess.run([*program, "--trust-remote-code"], capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
     for flag in ("--enable-chunked-prefill", "--swap-space", "--kv-cache-dtype", "--trust-remote-code"):

@@ -18,6 +18,7 @@ from shoal.cli.bench_serve import serve
 from shoal.cli.numbers import IntRange, Number
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
+from shoal.launch import hub
 from shoal.launch.open_model import open_model
 from shoal.llm.llm import LLM
 from shoal.process import import_path
@@ -93,7 +94,7 @@ def _batches(
         stats = llm.stats()
     report = {
         "benchmark": name,
-        "model": model or "bundled",
+        "model": model or hub.BUNDLED_NAME,
         "input_len": input_len,
         "output_len": output_len,
         "repeat": repeat,
@@ -124,7 +125,7 @@ def startup(model: str | None, repeat: int, output: Path | None, probe: bool, **
         return
     runs = [_start_once() for _ in range(repeat)]
     phases = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    _write({"benchmark": "startup", "model": model or "bundled", "repeat": repeat, "seconds": phases}, output)
+    _write({"benchmark": "startup", "model": model or hub.BUNDLED_NAME, "repeat": repeat, "seconds": phases}, output)
 
 
 def _start_once() -> dict[str, float]:

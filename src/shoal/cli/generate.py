@@ -24,6 +24,7 @@ from shoal.jobs.parameters import Parameters
 from shoal.jobs.reading import PromptFile, chat_of
 from shoal.jobs.run_job import JobRun, Preparer, prepare
 from shoal.jobs.writing import OutputFailed, OutputFile
+from shoal.launch import hub
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.llm.llm import LLM
 from shoal.log import get_logger
@@ -32,6 +33,7 @@ from shoal.text.prompts import Job
 
 log = get_logger("generate")
 
+# What both bundled models were trained on: the dense one and the mixture of experts.
 _BUNDLED_PROMPTS = ("37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->", "8 + 64 =")
 _TOLD_FAILURES = 20  # on stderr; with --output the others are in the file
 
@@ -140,7 +142,7 @@ class _Prompts:
         """
         file = PromptFile(path, column=column, chat=chat, first_index=len(typed)) if path is not None else None
         if not typed and (file is None or file.empty):
-            if model is not None or file is not None:
+            if not hub.is_bundled(model) or file is not None:
                 raise UserError("no prompts: give -p TEXT or --prompts-file FILE, a file with a prompt a line")
             typed = _BUNDLED_PROMPTS
         entries = [JobEntry(index, "-p", prompt=text) for index, text in enumerate(typed)]
@@ -294,8 +296,7 @@ class _FileJob:
                 progress.tell(f"error: {self._failed} prompts have failed; their lines have an `error`")
 
     def _write(self, entry: JobEntry, digest: str, output: RequestOutput, progress: JobProgress) -> None:
-        model = self._opened.options.model or "bundled"
-        self._output.write(line_of(entry, digest, output, model))
+        self._output.write(line_of(entry, digest, output, self._opened.name))
         progress.add(output)
         if output.error is None:
             self._written += 1

@@ -32,8 +32,6 @@ from shoal.wire.plan import ModelFiles, ReplicaPlace
 
 log = get_logger("model")
 
-_BUNDLED = "bundled"
-
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
@@ -48,7 +46,7 @@ class OpenModel:
     @property
     def name(self) -> str:
         """As it was given, or the name of the bundled model."""
-        return self.options.model or _BUNDLED
+        return self.options.model or hub.BUNDLED_NAME
 
     @property
     def files(self) -> ModelFiles:
