@@ -29,6 +29,7 @@ from shoal.launch.open_model import OpenModel, open_model
 from shoal.llm.llm import LLM
 from shoal.log import get_logger
 from shoal.outputs import CompletionOutput, RequestOutput
+from shoal.params import SamplingParams
 from shoal.text.prompts import Job
 
 log = get_logger("generate")
@@ -185,6 +186,8 @@ def _print(llm: LLM, given: _Prompts, parameters: Parameters) -> int:
             continue
         for each in output.outputs:
             print(_shown(entry, output, each), flush=True)
+        if told := _incomplete(entry, output, parameters.of(entry)):
+            print(told, file=sys.stderr)
     _log_guesses(llm)
     return 1 if failed else 0
 
@@ -210,9 +213,23 @@ def _shown(entry: JobEntry, output: RequestOutput, each: CompletionOutput) -> st
     return f"{len(output.prompt_token_ids)} tokens {' '.join(map(str, each.token_ids))}"
 
 
+def _incomplete(entry: JobEntry, output: RequestOutput, params: SamplingParams) -> str | None:
+    """Return a warning if a structured output was cut at a limit of length: it may be half a JSON object."""
+    cut = [len(each.token_ids) for each in output.outputs if each.finish_reason == "length"]
+    if params.structured_outputs is None or not cut:
+        return None
+    flag = "--max-model-len" if params.max_tokens is None or min(cut) < params.max_tokens else "--max-tokens"
+    own = " or the prompt's own max_tokens" if flag == "--max-tokens" and entry.where != "-p" else ""
+    return f"warning: {_named(entry)}: the output was cut at {min(cut)} tokens and may be incomplete; raise {flag}{own}"
+
+
 def _failure(entry: JobEntry, why: str) -> str:
+    return f"error: {_named(entry)}: {why}"
+
+
+def _named(entry: JobEntry) -> str:
     where = "" if entry.where == "-p" else f" ({entry.where})"
-    return f"error: prompt {entry.index}{where}: {why}"
+    return f"prompt {entry.index}{where}"
 
 
 class _FileJob:
