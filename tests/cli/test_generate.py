@@ -100,7 +100,7 @@ SCHEMA = '{"type": "object", "properties": {"a": {"type": "string", "minLength":
 @pytest.mark.parametrize(
     ("flags", "cut", "way_out"),
     [
-        (["--json-schema", SCHEMA], 256, "--max-tokens"),
+        (["--json-schema", SCHEMA, "--max-tokens", "8"], 8, "--max-tokens"),
         (["--regex", "[a-z]{50}", "--max-tokens", "3"], 3, "--max-tokens"),
         (["--regex", "[a-z]{100}", "--max-tokens", "200", "--max-model-len", "32"], None, "--max-model-len"),
         (["--regex", "[0-9]{2}"], None, None),
