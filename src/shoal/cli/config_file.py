@@ -70,7 +70,8 @@ def _loader() -> Any:
 
 
 def _mapping(loader: Any, node: Any) -> Iterator[Any]:
-    """
+    """Construct a mapping whose keys differ.
+
     Raises:
         _Twice: a key comes again. (Keys that `<<` merges in may: those of the mapping itself override them.)
     """

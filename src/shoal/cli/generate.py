@@ -114,7 +114,8 @@ def _typed(name: str) -> bool:
 
 
 def _check_output(output: str | None, prompts: str | None, *, resume: bool, overwrite: bool) -> None:
-    """
+    """Check the flags for the output against each other and the file.
+
     Raises:
         ConfigError: flags or files do not go together.
         UserError: the file is not empty, and neither --resume nor --overwrite is given.
@@ -145,7 +146,8 @@ class _Prompts:
 
     @classmethod
     def of(cls, model: str | None, typed: Sequence[str], path: str | None, *, column: str, chat: bool) -> "_Prompts":
-        """
+        """Collect the prompts that a command was given; without any, a bundled model has its own.
+
         Raises:
             UserError: there are no prompts, or the file can't be used.
         """

@@ -211,9 +211,10 @@ def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
 
 
 def _check_method(given: Mapping[str, Any], flag: str) -> None:
-    """
+    """Check that the method is known, and that its keys are given and not those of the other method.
+
     Raises:
-        ConfigError: the method is unknown, or a key of the other method is given, which would be ignored.
+        ConfigError: as it says.
     """
     method = given["method"]
     if method not in ("ngram", "draft_model"):
@@ -591,9 +592,10 @@ def options() -> Iterator[Option]:
 
 
 def refuse_online(given: Mapping[str, Any]) -> None:
-    """
+    """Refuse options that are for `shoal serve` and AsyncLLM only.
+
     Raises:
-        ConfigError: an option is given that is for `shoal serve` and AsyncLLM only.
+        ConfigError: one of them is given.
     """
     for option_ in options():
         if option_.online and given.get(option_.name) not in (None, False):
