@@ -1,6 +1,7 @@
 """Messages survive the wire, and stay small."""
 
 import builtins
+import typing
 from functools import partial
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.activity import PARTS, Activity, ActivityState
+from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.request import decode_tokens, encode_tokens
 from shoal.wire.base import Stop, Wire, encode
 from shoal.wire.engine import (
@@ -48,7 +50,16 @@ from shoal.wire.grammars import (
     to_grammar,
     to_grammar_host,
 )
-from shoal.wire.plan import ModelFiles, ReplicaPlace
+from shoal.wire.plan import (
+    Layout,
+    ModelFiles,
+    ModelPlan,
+    RankPlan,
+    ReplicaPlace,
+    ServedModel,
+    ShardPlan,
+    Timeouts,
+)
 from shoal.wire.ranks import (
     Capacity,
     FromRank,
@@ -84,6 +95,7 @@ PLAIN = {
     bytes: st.binary(max_size=8),
     type(None): st.none(),
     Activity: st.builds(Activity, st.sampled_from(ActivityState), st.integers(0, 2), st.just(PARTS) | st.just(())),
+    SpeculativeConfig: st.builds(SpeculativeConfig, st.sampled_from(["ngram", "draft_model"]), st.integers(1, 64)),
     Any: st.none() | st.booleans() | INTEGERS | st.text(max_size=5) | st.floats(allow_nan=False),
 }
 
@@ -102,8 +114,8 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
             fields = {} if hint in inside else get_type_hints(hint)
             whole = st.builds(hint, **{name: values(kind, (*inside, hint)) for name, kind in fields.items()})
             return st.nothing() if hint in inside else whole
-        case None, _:
-            return PLAIN[hint] if hint in PLAIN else st.sampled_from(hint)
+    if get_origin(hint) in (None, typing.Literal):
+        return PLAIN[hint] if hint in PLAIN else st.sampled_from(get_args(hint) or hint)
     return st.one_of(*map(within, get_args(hint)))
 
 
@@ -171,6 +183,7 @@ def test_every_message_is_covered() -> None:
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
         *(SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
         *(ReplicaStatus, StoredTurn, ModelFiles),
+        *(Layout, ShardPlan, ModelPlan, RankPlan, Timeouts, ServedModel),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
     assert set(Wire.__subclasses__()) == covered

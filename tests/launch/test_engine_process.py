@@ -10,10 +10,8 @@ from shoal.errors import ConfigError
 from shoal.launch import engine_process
 from shoal.launch.engine_process import join
 from shoal.launch.open_model import open_model
-from shoal.planner.agreement import agreement
 from shoal.transport.rendezvous import Rendezvous
-from shoal.wire.base import replace_fields
-from shoal.wire.plan import EngineSetup, ReplicaPlace
+from shoal.wire.plan import EnginePlan, ReplicaPlace
 
 OPTIONS = {"data_parallel_size": 2, "max_model_len": 256, "start_timeout": 60.0}
 
@@ -26,34 +24,33 @@ def log_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def rendezvous() -> Iterator[Rendezvous]:
     opened = open_model(None, OPTIONS)
-    door = PeersDoor(size=2, agreement=agreement(opened.options, opened.decision))
+    door = PeersDoor(size=2, agreement=opened.agreement)
     with Rendezvous(key="key", doors={PEERS: door}) as found:
         yield found
 
 
-def setup(rendezvous: Rendezvous, **changes: object) -> EngineSetup:
-    return EngineSetup(None, {**OPTIONS, **changes}, ReplicaPlace(1, 2, rendezvous=rendezvous.address, key="key"))
+def plan(rendezvous: Rendezvous, number: int = 1, model: str | None = None, **changes: object) -> EnginePlan:
+    place = ReplicaPlace(number, 2, number, 2, rendezvous=rendezvous.address, key="key")
+    return open_model(model, {**OPTIONS, **changes}).plan_at(place)
 
 
 def test_replicas_that_share_nothing_compare_and_part(rendezvous: Rendezvous) -> None:
-    assert join(setup(rendezvous)) is None
-    assert join(setup(rendezvous)) is None, "one that is started again meets nobody who minds"
+    assert join(plan(rendezvous)) is None
+    assert join(plan(rendezvous)) is None, "one that is started again meets nobody who minds"
 
 
 def test_one_that_differs_is_refused(rendezvous: Rendezvous) -> None:
     with pytest.raises(ConfigError, match=r"its --block-size is 32, that of replica 0 \(.*\) is 16"):
-        join(setup(rendezvous, block_size=32))
+        join(plan(rendezvous, block_size=32))
 
 
 def test_replicas_that_share_experts_stay_together() -> None:
-    options = {**OPTIONS, "enable_expert_parallel": True}
     with Rendezvous(key="key", renewing=True) as meeting:
-        place = ReplicaPlace(0, 2, rendezvous=meeting.address, key="key")
-        setups = [EngineSetup("bundled:moe", options, replace_fields(place, rank=rank)) for rank in range(2)]
+        plans = [plan(meeting, number, "bundled:moe", enable_expert_parallel=True) for number in range(2)]
         found: list[object] = []
-        other = threading.Thread(target=lambda: found.append(join(setups[1])))
+        other = threading.Thread(target=lambda: found.append(join(plans[1])))
         other.start()
-        lockstep = join(setups[0])
+        lockstep = join(plans[0])
         other.join(60)
         assert lockstep is not None
         assert lockstep.formation == 0

@@ -14,9 +14,10 @@ from shoal.launch.engine_server import answer, serve
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import Stop, encode
 from shoal.wire.engine import Abort, EngineFailure, EngineStats, Finish, StatsQuery, Updates, from_engine
-from shoal.wire.plan import EngineSetup, ReplicaPlace
+from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.ranks import StepResult
 from support.fakes import FakeExecutor, request
+from support.plans import bare_plan
 
 T = TypeVar("T")
 
@@ -52,9 +53,9 @@ def ended(peers: Peers, error: Exception) -> tuple[int, EngineFailure]:
     """The exit code, and what the client is told."""
     client, theirs = Channel.pair()
     engine = Channel(theirs)
-    client.send(encode(EngineSetup("model", {}, ReplicaPlace(1, 2))))
+    client.send(encode(bare_plan(place=ReplicaPlace(1, 2))))
 
-    def start(setup: EngineSetup, lockstep: Joined | None) -> EngineCore:
+    def start(plan: EnginePlan, lockstep: Joined | None) -> EngineCore:
         raise error
 
     code = serve(engine, lambda setup: peers, start)

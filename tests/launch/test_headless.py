@@ -10,7 +10,7 @@ from shoal.launch.deployment import Deployment
 from shoal.launch.headless import _Host, _supervise, _Supervised
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.wire.engine import EngineFailure
-from shoal.wire.plan import EngineSetup
+from shoal.wire.plan import EnginePlan
 
 
 class FakeChild:
@@ -33,10 +33,10 @@ class FakeLife:
     made: list["FakeLife"]
     no_room = False  # can none be started?
 
-    def __init__(self, setup: EngineSetup) -> None:
+    def __init__(self, plan: EnginePlan) -> None:
         if FakeLife.no_room:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        self.place = setup.place
+        self.place = plan.place
         self.child = FakeChild()
         self.ready_at: float | None = None
         self.failure: EngineFailure | None = None

@@ -20,6 +20,7 @@ from shoal.models.checkpoint.checkpoint import (
     Checkpoint,
     TensorEntry,
     open_checkpoint,
+    same_numbers,
 )
 
 _SETTINGS = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -146,6 +147,27 @@ def test_pickled_shards(tmp_path: Path) -> None:
     assert f"lacks 1 of 2 shards: {files[1]}" in refusal(tmp_path)
     index.write_text('{"weight_map": {}}')
     assert "its weight_map must map names to file names" in refusal(tmp_path)
+
+
+def test_tensors_of_an_old_file_are_the_same_where_they_share_their_numbers(tmp_path: Path) -> None:
+    """Only PyTorch reads a file from before version 1.6: its numbers can't be compared without loading them."""
+    one = torch.ones(2, 3)
+    tensors = {"a": one, "b": one.view(2, 3), "row": one[1], "copy": one.clone()}
+    torch.save(tensors, tmp_path / PICKLED_SINGLE, _use_new_zipfile_serialization=False)
+    found = open_checkpoint(tmp_path).tensors
+    assert {name for name, tensor in found.items() if same_numbers(found["a"], tensor)} == {"a", "b"}
+    torch.save(tensors, tmp_path / PICKLED_SINGLE)
+    found = open_checkpoint(tmp_path).tensors
+    assert {name for name, tensor in found.items() if same_numbers(found["a"], tensor)} == {"a", "b", "copy"}
+
+
+def test_files_in_another_state_are_not_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / PICKLED_SINGLE)
+    state = open_checkpoint(tmp_path).state
+    assert open_checkpoint(tmp_path, state=state).state == state
+    (tmp_path / PICKLED_SINGLE).write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
+        open_checkpoint(tmp_path, state=state)
 
 
 @pytest.mark.parametrize(

@@ -22,18 +22,18 @@ from fastapi.responses import StreamingResponse
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.errors import ConfigError, EngineError
-from shoal.launch.open_model import open_model
+from shoal.launch.open_model import open_model, open_served_model
 from shoal.llm import async_llm
 from shoal.llm.async_llm import AsyncLLM
 from shoal.server import api_process, serve
-from shoal.server.api_process import ChannelLine, open_served
+from shoal.server.api_process import ChannelLine
 from shoal.server.api_servers import ApiServers
 from shoal.server.http.listening import Listening, Server, make_server
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel
 from shoal.transport.process import ChildProcess
+from shoal.wire.base import replace_fields
 from shoal.wire.fleet import FleetStatus
-from shoal.wire.plan import ApiSetup
 from support.servers import ShoalServer
 
 WAIT_S = 90.0
@@ -218,13 +218,14 @@ def test_a_server_that_can_serve_nothing_any_more_ends_with_the_cause(count: int
 
 def test_an_api_server_plans_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas may hold by now what they were planned for."""
+    planned = open_model(None, {}, online=True)
     discover = cpu.discover
     monkeypatch.setattr(cpu, "discover", lambda *some: dataclasses.replace(discover(*some), host_memory_available=1))
     with pytest.raises(ConfigError, match="more than this host has"):
         open_model(None, {}, online=True)
     for options in ({}, {"data_parallel_size": 2}, {"tensor_parallel_size": 2}):
-        model = open_served(ApiSetup(None, options, {}, {}, max_model_len=321))
-        assert model.decision.max_model_len == 321
+        served = replace_fields(planned.served, max_model_len=321)
+        assert open_served_model(None, options, served).served.max_model_len == 321
 
 
 class _Nobody:
@@ -268,7 +269,7 @@ def test_given_seeds_differ_between_api_servers_and_their_lives() -> None:
                 setups.append(servers._setup_of(slot))
     assert len({setup.options["seed"] for setup in setups}) == len(setups)
     for setup in setups:
-        assert setup.max_model_len == 99
+        assert setup.served.max_model_len == 99
         EngineOptions.from_flat(None, setup.options)
 
 

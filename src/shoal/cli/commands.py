@@ -11,6 +11,7 @@ from shoal.cli.completion import completion
 from shoal.cli.download import download
 from shoal.cli.generate import Interrupted, generate
 from shoal.cli.options import unknown_flag
+from shoal.cli.plan import plan
 from shoal.cli.scale import scale
 from shoal.cli.serve import serve
 from shoal.cli.top import top
@@ -59,6 +60,7 @@ def cli() -> None:
 
 
 cli.add("Run models", generate, serve)
+cli.add("Decide", plan)
 cli.add("Measure", bench)
 cli.add("Operate", top, scale)
 cli.add("Set up", download, completion)

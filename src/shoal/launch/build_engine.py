@@ -1,99 +1,90 @@
-"""Where the parts come together: from options to a running engine."""
+"""Starts the engine of a plan: its ranks, its scheduler and its grammars."""
 
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from shoal import env
-from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler import SchedulerLimits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ConfigError
-from shoal.executors.base import Links, RankExecutor
-from shoal.lazy import load
+from shoal.executors.base import RankExecutor
+from shoal.executors.table import EXECUTORS, start_ranks
 from shoal.log import get_logger
-from shoal.planner.memory import require_capacity
-from shoal.planner.resolve import Decision, rank_cores
+from shoal.planner.context_length import require_capacity, tokens_that_fit
 from shoal.process.forks import Owner
 from shoal.protocols import Lockstep
-from shoal.text.generation_config import GenerationDefaults
 from shoal.text.grammar_host import grammar_pool
 from shoal.wire.base import WIRE_VERSION
+from shoal.wire.plan import EnginePlan
 from shoal.wire.ranks import RankSetup
 
 log = get_logger("engine")
 
-# Logits of prompt tokens in a step, where all are looked at: others wait for them, a tenth of a second or so.
-_PROMPT_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 30}
-_COMM_GRACE_S = 10.0  # a rank waits longer for others than the executor for a step: the one who knows more speaks
-
 
 def build_engine(
-    options: EngineOptions,
-    decision: Decision,
+    plan: EnginePlan,
     *,
     own_process: bool = False,
     lockstep: Lockstep | None = None,
     groups: Any = None,
 ) -> EngineCore:
-    """Starts ranks and engine. `own_process`: this process is ours, and may be bound to cores. `lockstep`: with the
-    replicas whose experts these ranks use. `groups`: where ranks meet that are threads, of other replicas too.
+    """Start the ranks and the engine of a plan.
+
+    Args:
+        own_process: this process has no other purpose, and may be bound to cores.
+        lockstep: with the replicas whose experts these ranks use.
+        groups: where ranks that are threads meet, those of other replicas too.
 
     Raises:
         UserError, EngineError: as the executor says.
     """
     begun = time.monotonic()
-    if decision.backend in _IN_PROCESS:
+    in_this_process = EXECUTORS[plan.executor].in_this_process
+    if in_this_process:
         _check_threads_of_torch()
-    for reason in decision.reasons:
-        log.info("%s", reason)
-    for warning in decision.warnings:
-        log.warning("%s", warning)
-    setups = rank_setups(options, decision)
-    may_bind = own_process and "torch" not in sys.modules and bool(setups[0].cores)
-    if decision.backend == "uni" and decision.hardware.device == "cpu" and may_bind:
-        env.prefer(cpu.pinning(setups[0].cores))
-    size = options.cache.block_size
-    asked = options.model_options.max_model_len
-    links = _LINKS[decision.backend](setups, groups)
+    setups = rank_setups(plan)
+    first = plan.ranks[0]
+    alone = in_this_process and len(plan.ranks) == 1 and first.device == "cpu"
+    if alone and own_process and plan.bind_cores and "torch" not in sys.modules:
+        env.prefer(cpu.pinning(first.cores))
+    links = start_ranks(plan.executor, setups, groups)
     launched = time.monotonic() - begun
+    shortest = plan.asked_model_len or plan.block_size
     executor = RankExecutor(
         links,
         setups,
-        check_capacity=lambda blocks: require_capacity(blocks, size, asked or size),
-        start_timeout=options.parallel.start_timeout,
-        step_timeout=options.parallel.step_timeout,
+        check_capacity=lambda blocks: require_capacity(blocks, plan.block_size, shortest),
+        start_timeout=plan.timeouts.start_s,
+        step_timeout=plan.timeouts.step_s,
     )
     executor.start_times = {"launch": launched, **executor.start_times}
     limits = SchedulerLimits(
-        max_num_seqs=options.scheduler.max_num_seqs,
-        max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
-        max_model_len=min(decision.max_model_len, executor.num_blocks * size),
-        window=_window(decision),
-        stages=len(setups[0].stages),
-        prompt_logprobs=max(_PROMPT_LOGITS[decision.hardware.device] // decision.spec.vocab_size, 1),
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_model_len=tokens_that_fit(plan.max_model_len, executor.num_blocks, plan.block_size),
+        window=plan.window,
+        stages=plan.layout.num_stages,
+        prompt_logprobs=plan.prompt_logprobs,
     )
-    _log_ready(executor, size, limits.max_model_len, time.monotonic() - begun)
-    eos = GenerationDefaults.open(decision.folder, sampling=False, overrides=decision.overrides).eos
+    _log_ready(executor, plan.block_size, limits.max_model_len, time.monotonic() - begun)
     return EngineCore(
         executor,
         limits,
-        block_size=size,
-        prefix_caching=options.cache.enable_prefix_caching,
-        max_in_flight=decision.max_in_flight,
+        block_size=plan.block_size,
+        prefix_caching=plan.prefix_caching,
+        max_in_flight=plan.max_in_flight,
         incarnation=setups[0].incarnation,
-        grammars=grammar_pool(decision.folder, eos, decision.spec.vocab_size, decision.hardware.cores),
-        make_guesser=make_guessers(options.model_options.speculative_config),
+        grammars=grammar_pool(Path(plan.model.folder), plan.eos, plan.vocab_size, plan.grammar_cores),
+        make_guesser=make_guessers(plan.speculative),
         lockstep=lockstep,
-        memory_timeout=options.parallel.start_timeout,
+        memory_timeout=plan.timeouts.start_s,
     )
 
 
-_IN_PROCESS = ("uni", "threads")
 _first_in_process: list[Owner] = []  # the process in which ranks ran first
 
 
@@ -111,13 +102,6 @@ def _check_threads_of_torch() -> None:
         )
 
 
-def _window(decision: Decision) -> int | None:
-    """How far any layer looks back, the draft model's included; None where one sees everything."""
-    specs = [decision.spec] if decision.draft is None else [decision.spec, decision.draft]
-    windows = [attention.window for spec in specs for attention in spec.attention]
-    return None if None in windows else max(window for window in windows if window is not None)
-
-
 def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seconds: float) -> None:
     tokens = executor.num_blocks * block_size
     log.info(
@@ -128,83 +112,7 @@ def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seco
     log.info("engine ready in %.2f s (%s)", seconds, phases)
 
 
-def rank_setups(options: EngineOptions, decision: Decision) -> list[RankSetup]:
-    """What each rank of the replica is told."""
-    size, cutting, place = len(decision.ranks), decision.cutting, decision.place
-    speculative = options.model_options.speculative_config
+def rank_setups(plan: EnginePlan) -> list[RankSetup]:
+    """Return the first message to each rank, with a new incarnation."""
     incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
-    return [
-        RankSetup(
-            wire_version=WIRE_VERSION,
-            rank=rank,
-            world_size=size,
-            incarnation=incarnation,
-            model_path=str(decision.folder),
-            model_impl=decision.model_impl,
-            tp=cutting.tp,
-            tp_split=cutting.tp_split or (),
-            stages=cutting.stages,
-            load_format=options.model_options.load_format,
-            dtype=decision.dtype,
-            device=decision.hardware.device,
-            device_index=place.local_rank * size + rank,
-            seed=options.model_options.seed,
-            block_size=options.cache.block_size,
-            max_model_len=decision.max_model_len,
-            max_num_seqs=options.scheduler.max_num_seqs,
-            max_num_batched_tokens=options.scheduler.max_num_batched_tokens,
-            cores=() if decision.cores == () else cores,
-            threads=len(cores),
-            kv_budget=decision.kv_budgets[rank],
-            memory_utilization=options.cache.gpu_memory_utilization,
-            comm_timeout_s=_comm_timeout(options),
-            cost_share=decision.cost_shares[rank],
-            max_in_flight=decision.max_in_flight,
-            dp_rank=place.rank,
-            dp_size=place.size,
-            experts=cutting.experts or "",
-            all2all=decision.all2all,
-            group_store=place.rendezvous,
-            group_key=place.key,
-            address=place.address,
-            meeting=place.meeting,
-            draft_model_path=str(decision.draft_folder) if decision.draft_folder is not None else "",
-            overrides=json.dumps(dict(decision.overrides)),
-            draft_overrides=json.dumps(dict(decision.draft_overrides)),
-            num_drafts=speculative.num_speculative_tokens if speculative is not None else 0,
-            file_state=decision.file_states[0],
-            draft_file_state=decision.file_states[1],
-        )
-        for rank, cores in enumerate(rank_cores(decision))
-    ]
-
-
-def shared_groups(options: EngineOptions) -> Any:
-    """Where ranks meet that are threads, for several replicas."""
-    return load("shoal.executors.threads:ThreadGroups")(_comm_timeout(options))
-
-
-def _comm_timeout(options: EngineOptions) -> float:
-    return max(options.parallel.step_timeout, options.parallel.start_timeout) + _COMM_GRACE_S
-
-
-def _uni(setups: list[RankSetup], groups: Any) -> Links:
-    links: Links = load("shoal.executors.inprocess:InProcessLinks")()
-    return links
-
-
-def _threads(setups: list[RankSetup], groups: Any) -> Links:
-    links: Links = load("shoal.executors.threads:ThreadLinks")(len(setups), setups[0].comm_timeout_s, groups)
-    return links
-
-
-def _mp(setups: list[RankSetup], groups: Any) -> Links:
-    links: Links = load("shoal.executors.multiprocess:ProcessLinks")(setups)
-    return links
-
-
-_LINKS: Mapping[str, Callable[[list[RankSetup], Any], Links]] = {
-    "uni": _uni,
-    "threads": _threads,
-    "mp": _mp,
-}
+    return [RankSetup(WIRE_VERSION, incarnation, rank.rank, plan) for rank in plan.ranks]

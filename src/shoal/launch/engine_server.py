@@ -25,7 +25,7 @@ from shoal.wire.engine import (
     Updates,
     to_engine,
 )
-from shoal.wire.plan import EngineSetup, ReplicaPlace
+from shoal.wire.plan import EnginePlan, ReplicaPlace
 
 _IDLE_S = 3600.0
 _LOOK_S = 1.0  # how often ranks that have nothing to do are looked at
@@ -34,8 +34,8 @@ _RANKS_S = 5.0  # how often busy ranks are asked for their numbers, for which st
 _POLL_S = 0.5
 _LAST_WORDS_S = 1.0
 
-Join = Callable[[EngineSetup], Joined | None]
-Start = Callable[[EngineSetup, Joined | None], EngineCore]
+Join = Callable[[EnginePlan], Joined | None]
+Start = Callable[[EnginePlan, Joined | None], EngineCore]
 
 
 def serve(channel: Channel, join: Join, start: Start) -> int:
@@ -44,21 +44,21 @@ def serve(channel: Channel, join: Join, start: Start) -> int:
     `join` gives the place in a lockstep of an engine whose ranks compute together with those of other replicas.
     """
     try:
-        setup = receive_setup(channel)
-        lockstep = join(setup)
+        plan = receive_plan(channel)
+        lockstep = join(plan)
     except ChannelClosed:
         return 0
     except Exception as error:  # noqa: BLE001 - whoever waits for the engine is to hear of any
         return report(channel, error)
     engine: EngineCore | None = None
     try:
-        engine = start(setup, lockstep)
+        engine = start(plan, lockstep)
         channel.send(encode(engine.stats()))
         answer(channel, engine, lockstep)
     except ChannelClosed:
         pass  # nobody is left to answer
     except Exception as error:  # noqa: BLE001 - as above
-        return report(channel, leave(error, lockstep, setup.place))
+        return report(channel, leave(error, lockstep, plan.place))
     finally:
         if lockstep is not None:
             lockstep.close()
@@ -67,13 +67,13 @@ def serve(channel: Channel, join: Join, start: Start) -> int:
     return 0
 
 
-def receive_setup(channel: Channel) -> EngineSetup:
+def receive_plan(channel: Channel) -> EnginePlan:
     while not wait([channel], _IDLE_S) or not (frames := channel.receive()):
         pass
-    setup = to_engine.decode(frames[0])
-    if not isinstance(setup, EngineSetup):
-        raise ShoalError(f"the first message to an engine is its setup, not {type(setup).__name__}")
-    return setup
+    plan = to_engine.decode(frames[0])
+    if not isinstance(plan, EnginePlan):
+        raise ShoalError(f"the first message to an engine must be its plan, got {type(plan).__name__}")
+    return plan
 
 
 def answer(channel: Channel, engine: EngineCore, lockstep: Joined | None, supervisor: Channel | None = None) -> None:

@@ -11,15 +11,14 @@ from shoal.cluster.members.replica import close_all
 from shoal.cluster.members.restarts import Restarts
 from shoal.errors import EngineError, ShoalError, UserError
 from shoal.launch.deployment import Deployment
-from shoal.launch.offline_engines import place_of, setup_of
+from shoal.launch.launchers import place_of
 from shoal.launch.open_model import OpenModel
 from shoal.log import get_logger
-from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import Stop, encode, replace_fields
 from shoal.wire.engine import EngineFailure, EngineStats, FromEngine, Snapshot, from_engine
-from shoal.wire.plan import EngineSetup
+from shoal.wire.plan import EnginePlan
 
 log = get_logger("headless")
 
@@ -35,11 +34,12 @@ def run(model: OpenModel) -> int:
         UserError: before any was ready, the front end refuses one, or one can't work; or none is left for that.
         EngineError: before any was ready, one could not start; or none is left that could be started again.
     """
+    model.log_plan()
     deployment = Deployment.of(model.options)
     numbers = _listed(deployment.local)
     log.info("replicas %s of %d for the front end at %s", numbers, deployment.size, deployment.address)
     with _SignalEvent() as signals:
-        host = _Host(together=shares_experts(model.decision.cutting))
+        host = _Host(together=model.plan.layout.shares_experts)
         replicas = [_Supervised(model, deployment, number, host) for number in deployment.local]
         try:
             for replica in replicas:
@@ -76,12 +76,12 @@ def _end(replicas: Sequence["_Supervised"]) -> None:
 class _ReplicaProcess:
     """One process of a replica, from its start to its end."""
 
-    def __init__(self, setup: EngineSetup) -> None:
+    def __init__(self, plan: EnginePlan) -> None:
         self.child = ChildProcess("shoal.launch.remote_engine")
         self.ready_at: float | None = None
         self.drew = False
         self.failure: EngineFailure | None = None  # its last words
-        self.child.say(encode(setup))
+        self.child.say(encode(plan))
 
     @property
     def channel(self) -> Channel:
@@ -139,7 +139,7 @@ class _Supervised:
         place = replace_fields(
             place_of(model, number, deployment.local), rendezvous=str(deployment.address), key=deployment.key
         )
-        self._setup = setup_of(model, place)
+        self._plan = model.plan_at(place)
 
     @property
     def _has_worked(self) -> bool:
@@ -151,9 +151,9 @@ class _Supervised:
             EngineError: it can't be started, and none of this host has ever been ready.
         """
         self.waits = False
-        place = replace_fields(self._setup.place, returning=self._has_worked)
+        place = replace_fields(self._plan.place, returning=self._has_worked)
         try:
-            self.life = _ReplicaProcess(replace_fields(self._setup, place=place))
+            self.life = _ReplicaProcess(replace_fields(self._plan, place=place))
         except OSError as error:  # no memory for a process, no descriptors
             self._start_again(EngineError(f"replica {self.number}: can't be started: {error}"), useful=False)
 

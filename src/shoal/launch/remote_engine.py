@@ -14,21 +14,17 @@ import click
 from shoal.addresses import Address
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.cluster.members.arrival import FRONT_END
-from shoal.config.engine_options import EngineOptions
 from shoal.engine.core import EngineCore
 from shoal.errors import EngineError
 from shoal.launch.engine_process import join, start
-from shoal.launch.engine_server import answer, leave, receive_setup, report
-from shoal.launch.open_model import decide
+from shoal.launch.engine_server import answer, leave, receive_plan, report
 from shoal.log import configure_logging, get_logger
-from shoal.planner.agreement import agreement
-from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import connect
 from shoal.transport.process import die_with_parent
 from shoal.transport.relay import Relay
 from shoal.wire.base import encode
-from shoal.wire.plan import EngineSetup
+from shoal.wire.plan import EnginePlan
 
 log = get_logger("replica")
 
@@ -50,9 +46,9 @@ def main(fd: int, parent: int) -> None:
 def serve(supervisor: Channel) -> int:
     """Gives an exit code: 0 if it was told to stop, by the front end or the supervisor."""
     try:
-        setup = receive_setup(supervisor)
-        configure_logging(f"(replica {setup.place.rank}) ")
-        front_end = _FrontEnd(setup)
+        plan = receive_plan(supervisor)
+        configure_logging(f"(replica {plan.place.rank}) ")
+        front_end = _FrontEnd(plan)
     except ChannelClosed:
         return 0
     except Exception as error:  # noqa: BLE001 - the supervisor is to hear of any
@@ -60,13 +56,13 @@ def serve(supervisor: Channel) -> int:
     lockstep: RendezvousLockstep | None = None
     engine: EngineCore | None = None
     try:
-        if (_return(front_end, supervisor) if setup.place.returning else front_end.connect()) is None:
+        if (_return(front_end, supervisor) if plan.place.returning else front_end.connect()) is None:
             return 0
-        lockstep = join(setup) if front_end.together else None
-        engine = start(setup, lockstep)
+        lockstep = join(plan) if front_end.together else None
+        engine = start(plan, lockstep)
         _serve(engine, lockstep, front_end, supervisor)
     except Exception as error:  # noqa: BLE001 - as above
-        cause = leave(error, lockstep, setup.place)
+        cause = leave(error, lockstep, plan.place)
         if front_end.line is not None:
             report(front_end.line.channel, cause)
         return report(supervisor, cause)
@@ -82,14 +78,12 @@ def serve(supervisor: Channel) -> int:
 class _FrontEnd:
     """The way to it. `line` is None where there is none."""
 
-    def __init__(self, setup: EngineSetup) -> None:
-        options = EngineOptions.from_flat(setup.model, setup.options)
-        decision = decide(options, setup.place, setup.files)
-        self.together = shares_experts(decision.cutting)
-        self._agreement = agreement(options, decision)
-        self._place = setup.place
-        self.address = Address.parse(setup.place.rendezvous)
-        self._timeout = options.parallel.start_timeout
+    def __init__(self, plan: EnginePlan) -> None:
+        self.together = plan.layout.shares_experts
+        self._agreement = plan.agreement
+        self._place = plan.place
+        self.address = Address.parse(plan.place.rendezvous)
+        self._timeout = plan.timeouts.start_s
         self.line: Relay | None = None
 
     def connect(self, *, returning: bool = False) -> Relay:

@@ -78,7 +78,7 @@ class AsyncLLM(Operable):
         self._model = model
         self._reader = model.reader()
         seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
-        self._requests = Requests(model.generation.eos, max_model_len=model.decision.max_model_len, seed=seed)
+        self._requests = Requests(model.generation.eos, max_model_len=model.served.max_model_len, seed=seed)
         self._grammars = model.grammar_checker()
         self._next_seq = 0
         self._streams: dict[int, RequestStream] = {}  # by the numbers of their requests

@@ -42,8 +42,7 @@ def open_model(
     notes = [] if whole is None else [f"of {whole} the text part is served: it is shown no images"]
     if not weights:
         return OpenedModel(spec, params_of(spec), "", overrides, tuple(notes))
-    checkpoint = open_checkpoint(folder, overrides)
-    checkpoint.check_state(state)
+    checkpoint = open_checkpoint(folder, overrides, state)
     named = said_dtype(read_config(folder, overrides)) is not None
     changes, found = _corrections(spec, checkpoint, dtype_named=named)
     if changes:

@@ -31,4 +31,19 @@ def encode(message: Wire) -> bytes:
     return _encoder.encode(message)
 
 
+def as_json(message: Wire) -> dict[str, Any]:
+    """Return a message as objects of JSON, whose keys are the names of the fields."""
+    return {name: _plain(getattr(message, name)) for name in message.__struct_fields__}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Wire):
+        return as_json(value)
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return msgspec.to_builtins(value)
+
+
 WireError = msgspec.MsgspecError  # what decoding raises

@@ -6,7 +6,7 @@ import msgspec
 
 from shoal.activity import Activity
 from shoal.wire.base import Ids, Stop, Wire
-from shoal.wire.plan import EngineSetup
+from shoal.wire.plan import EnginePlan
 from shoal.wire.ranks import PromptLogprobs, RankStats, Sampling, TokenLogprobs
 
 
@@ -156,7 +156,7 @@ class Told(Wire, frozen=True):
     user_error: bool = False
 
 
-ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop | Ask | Become | ResetCache
+ToEngine = EnginePlan | EngineRequest | Abort | StatsQuery | Stop | Ask | Become | ResetCache
 
 FromEngine = Updates | EngineStats | EngineFailure | Snapshot | Told
 

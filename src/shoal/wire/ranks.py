@@ -6,6 +6,7 @@ ordered queue, and every rank sees the same order."""
 import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
+from shoal.wire.plan import EnginePlan, RankPlan
 
 
 class SamplingPenalties(Wire, frozen=True):
@@ -127,52 +128,26 @@ class StepResult(Wire, frozen=True):
 
 
 class RankSetup(Wire, frozen=True):
-    """All that one rank is told before it loads anything."""
+    """The first message to a rank: the plan of its replica, and which of the plan's ranks it is."""
 
     wire_version: int
-    rank: int
-    world_size: int
     incarnation: int
-    model_path: str
-    model_impl: str  # "shoal" or "transformers"
-    tp: int  # ranks that share each layer; neighbours, and the stages follow each other
-    tp_split: Ids  # relative shares of the tensor-parallel ranks, empty: equal ones
-    stages: Ids  # layers of each pipeline stage
-    load_format: str
-    dtype: str
-    device: str
-    device_index: int
-    seed: int
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    cores: Ids  # cores this rank may use, empty: all
-    threads: int
-    kv_budget: int | None  # bytes for the KV cache, None: what the device has left
-    memory_utilization: float  # of the device's memory, where the rank measures what is left
-    comm_timeout_s: float
-    cost_share: float = 1.0  # of what a token costs in all ranks of the replica, an estimate
-    max_in_flight: int = 2  # plans that are out at a time, at most
-    dp_rank: int = 0  # the replica's number
-    dp_size: int = 1
-    experts: str = ""  # how whole experts are placed: "linear" or "round_robin"; "": all of them are cut
-    all2all: str = ""  # how tokens reach them
-    group_store: str = ""  # host:port of the rendezvous where ranks of all replicas find each other, "": never
-    group_key: str = ""  # the shared secret that is asked for there
-    address: str = "127.0.0.1"  # of this host, as other ranks reach it
-    meeting: int = 0  # which of those that these replicas have at the rendezvous
-    draft_model_path: str = ""  # of speculative decoding
-    num_drafts: int = 0  # tokens it guesses at a time
-    file_state: str = ""  # of the model's files, as the engine has read them; "": whatever is there
-    draft_file_state: str = ""
-    overrides: str = "{}"  # JSON that stands over the model's config.json
-    draft_overrides: str = "{}"  # ... and over the draft model's
+    rank: int
+    plan: EnginePlan
+
+    @property
+    def mine(self) -> RankPlan:
+        return self.plan.ranks[self.rank]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the replica."""
+        return len(self.plan.ranks)
 
     @property
     def global_rank(self) -> int:
-        """Among the ranks of all replicas."""
-        return self.dp_rank * self.world_size + self.rank
+        """The number among the ranks of all replicas."""
+        return self.plan.layout.replica * self.world_size + self.rank
 
 
 class RankCall(Wire, frozen=True):

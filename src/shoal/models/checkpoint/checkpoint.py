@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from typing import Any
 from shoal.errors import CheckpointError
 from shoal.git_lfs import refuse_pointer
 from shoal.models.checkpoint.pickled import read_pickled
-from shoal.models.checkpoint.stored_file import FileState
+from shoal.models.checkpoint.stored_file import FileState, StoredTensor
 from shoal.models.quantization import weight_block
 from shoal.models.registry import read_config
 
@@ -45,6 +45,9 @@ _BESIDE = (
 _COMPARED = 2**20  # bytes of two tensors that are held against each other at a time
 
 
+ReadPickled = Callable[[Mapping[Path, FileState]], dict[Path, dict[str, StoredTensor]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Scales:
     """What the numbers of a quantized tensor are multiplied by: one number for each `block` of rows and columns of its
@@ -56,7 +59,11 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies: `offset` bytes into `file`."""
+    """Where a tensor lies: `offset` bytes into `file`.
+
+    `loaded_as` is the name of a tensor in a file that only PyTorch can read, as a whole. Its offset is no place there;
+    it only says which of these tensors are the same numbers.
+    """
 
     file: Path
     dtype: str
@@ -64,6 +71,7 @@ class TensorEntry:
     offset: int
     strides: tuple[int, ...] | None = None  # in elements; None: row by row
     scales: Scales | None = None
+    loaded_as: str | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -152,14 +160,14 @@ def dtype_of(entry: TensorEntry) -> str | None:
 
 def same_numbers(one: TensorEntry, other: TensorEntry) -> bool:
     """Do two tensors hold the same numbers, in the same type? Both are read, as far as they are alike. What does not
-    lie row by row counts as different, but where both are one place in a file.
+    lie row by row, or only PyTorch can read, counts as different, but where both are one place in a file.
 
     Raises:
         CheckpointError: a file can't be read.
     """
     if one == other:
         return True
-    plain = all(entry.dtype in _PLAIN and entry.row_major for entry in (one, other))
+    plain = all(entry.dtype in _PLAIN and entry.row_major and entry.loaded_as is None for entry in (one, other))
     if not plain or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     try:
@@ -177,30 +185,64 @@ def same_numbers(one: TensorEntry, other: TensorEntry) -> bool:
     return True
 
 
-def open_checkpoint(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
+def open_checkpoint(
+    folder: Path,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    state: str = "",
+    read_pickled: ReadPickled = read_pickled,
+) -> Checkpoint:
     """Reads the headers of all shards. Safetensors go before pickled files, and a single file before an index, as in
     transformers: an index may be left over from an older copy of the model. `overrides` stand over config.json.
+    `state` is the one in which the files were found before, "" where nobody has looked. `read_pickled` may be another
+    reader of pickled files; this one takes seconds at its first call, and needs no PyTorch in this process.
 
     Raises:
-        CheckpointError: there are no weights, a shard is missing, or a file is truncated or malformed.
+        CheckpointError: there are no weights, a shard is missing, a file is truncated or malformed, or the files are
+            not in this state.
     """
+    files, pickled = _weight_files(folder)
+    states = _model_states(folder, files)
+    Checkpoint(folder, {}, states).check_state(state)
+    for file in files:
+        refuse_pointer(file)
     tensors: dict[str, TensorEntry] = {}
-    for index, single, read in (
-        (folder / INDEX, folder / SINGLE, _read_safetensors),
-        (folder / PICKLED_INDEX, folder / PICKLED_SINGLE, _read_pickled),
-    ):
-        files = [single] if single.exists() else _shards(index) if index.exists() else []
-        if not files:
-            continue
-        states = _states([*files, *(folder / name for name in _BESIDE if (folder / name).exists())])
+    if pickled:
+        for file, stored in read_pickled({file: states[file] for file in files}).items():
+            tensors.update(_entries(file, stored))
+    else:
         for file in files:
-            refuse_pointer(file)
-            tensors.update(read(file))
-        for file, state in states.items():
-            state.check(file, _states([file])[file])
-        return Checkpoint(folder, _with_scales(folder, overrides, tensors), states)
+            tensors.update(_read_safetensors(file))
+    for file, found in states.items():
+        found.check(file, _states([file])[file])
+    return Checkpoint(folder, _with_scales(folder, overrides, tensors), states)
+
+
+def check_files(folder: Path, state: str) -> None:
+    """Check that the files of a model are still those that were read before; nothing of them is read.
+
+    Raises:
+        CheckpointError: a file is missing, or the files are not in this state.
+    """
+    Checkpoint(folder, {}, _model_states(folder, _weight_files(folder)[0])).check_state(state)
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], bool]:
+    """Return the files that the weights lie in, and whether they are pickled.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
+    for index, single in ((folder / INDEX, folder / SINGLE), (folder / PICKLED_INDEX, folder / PICKLED_SINGLE)):
+        files = [single] if single.exists() else _shards(index) if index.exists() else []
+        if files:
+            return files, single.name == PICKLED_SINGLE
     wanted = ", ".join((SINGLE, INDEX, PICKLED_SINGLE))
     raise CheckpointError(f"{folder} has no weights: none of {wanted} and {PICKLED_INDEX} is there")
+
+
+def _model_states(folder: Path, files: Iterable[Path]) -> dict[Path, FileState]:
+    """Return the states of the files of weights, and of whatever else says how the model answers."""
+    return _states([*files, *(folder / name for name in _BESIDE if (folder / name).exists())])
 
 
 def _states(files: Iterable[Path]) -> dict[Path, FileState]:
@@ -259,10 +301,12 @@ def _shards(index: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_pickled(file: Path) -> dict[str, TensorEntry]:
+def _entries(file: Path, stored: Mapping[str, StoredTensor]) -> dict[str, TensorEntry]:
     return {
-        name: TensorEntry(file, found.dtype, found.shape, found.offset, found.strides)
-        for name, found in read_pickled(file).items()
+        name: TensorEntry(
+            file, found.dtype, found.shape, found.offset, found.strides, loaded_as=name if found.whole else None
+        )
+        for name, found in stored.items()
     }
 
 

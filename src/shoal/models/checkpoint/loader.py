@@ -12,6 +12,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint.checkpoint import Checkpoint, TensorEntry
 from shoal.models.checkpoint.stored_file import StoredFile, parts
+from shoal.models.checkpoint.torch_files import load_tensors
 from shoal.models.manifest import Cut, Param, Piece, Shard
 
 _TORCH_TYPES = {
@@ -57,6 +58,7 @@ class CheckpointWeights:
         self._shard = shard
         self.dtype = dtype
         self._buffer = bytearray(_PART)
+        self._loaded: tuple[Path, dict[str, Tensor]] | None = None  # the file that was last loaded as a whole
 
     def tensor(self, name: str) -> Tensor:
         param = self._params[name]
@@ -83,7 +85,7 @@ class CheckpointWeights:
     def _blocks(self, piece: Piece, file: StoredFile) -> Iterator["_Block"]:
         """The rank's rows of a piece, in order."""
         entry = self._checkpoint.tensors[piece.source]
-        stored = _stored(piece.source, entry)
+        stored = self._stored(piece.source, entry)
         if not piece.shape:
             yield _Block(file, entry.offset, stored)
             return
@@ -104,8 +106,22 @@ class CheckpointWeights:
         for numbers, row, column in zip(*views, strict=True):
             yield _Block(file, entry.offset, numbers, scales, row, column)
 
+    def _stored(self, name: str, entry: TensorEntry) -> Tensor:
+        """A tensor as it lies in its file, or in memory if only PyTorch can read the file.
+
+        Raises:
+            CheckpointError: it has a type that can't be loaded.
+        """
+        stored = _stored(name, entry)
+        if entry.loaded_as is None:
+            return stored
+        if self._loaded is None or self._loaded[0] != entry.file:
+            self._loaded = None  # before the next one is loaded: they may be large
+            self._loaded = entry.file, load_tensors(entry.file)
+        return self._loaded[1][entry.loaded_as]
+
     def _scales(self, piece: Piece, entry: TensorEntry) -> Tensor:
-        stored = _stored(f"the scales of {piece.source}", entry)
+        stored = self._stored(f"the scales of {piece.source}", entry)
         with self._open(entry.file) as file:
             read = _Block(file, entry.offset, stored).write(torch.empty(stored.shape))
         turned = _turned(read, piece)

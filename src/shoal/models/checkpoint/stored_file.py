@@ -47,6 +47,21 @@ class FileState:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in a file of `torch.save`: `offset` in bytes, `strides` in elements.
+
+    With `whole`, only PyTorch can read the file, and only all of it at once; `offset` is then no place in the file. It
+    is equal for tensors that begin at the same number of the same storage, and for no others.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    whole: bool = False
+
+
 class StoredFile:
     """A file to read from; entered and left it looks whether it is still the one whose headers were read.
 
