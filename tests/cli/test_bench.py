@@ -71,7 +71,7 @@ def test_comm(tmp_path: Path) -> None:
         check=True,
     )
     report = json.loads(file.read_text())
-    assert done.stdout.splitlines()[-1] == f"auto takes {report['auto']}: {report['why']}"
+    assert done.stdout.splitlines()[-1] == f"auto chooses {report['auto']}: {report['why']}"
     assert report["auto"] == "all_to_all"
     assert report["tokens"] == [0, 300]
     sent = {(result["tokens"], result["backend"]): result["sent_bytes"] for result in report["results"]}

@@ -351,5 +351,5 @@ def test_ctrl_c_gives_what_was_measured(tmp_path: Path) -> None:
             out, err = process.communicate(timeout=100)
     assert process.returncode == 130
     assert out.startswith("2 requests ok, 0 failed, 1 broken off in ")
-    assert err == "interrupted: the figures are those of the requests that had ended\n"
+    assert err == "interrupted: the report covers the requests that had ended\n"
     assert json.loads(output.read_text())["interrupted"] is True

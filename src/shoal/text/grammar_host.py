@@ -1,4 +1,4 @@
-"""The host of grammars' processes for a model: `python -m shoal.text.grammar_host --fd N --parent PID ...`."""
+"""The process that starts those that follow grammars: `python -m shoal.text.grammar_host --fd N --parent PID ...`."""
 
 import os
 import signal
@@ -23,11 +23,13 @@ from shoal.wire.base import Ids
 def grammar_pool(
     folder: Path, eos: Ids, vocab_size: int, cores: Sequence[int] = (), limits: GrammarLimits = DEFAULT_LIMITS
 ) -> GrammarPool:
-    """Grammars for the model in `folder`, whose tokenizer is read by a process of its own when the first one comes.
+    """Return a pool of grammars for a model. A process of its own reads the tokenizer when the first grammar comes.
 
     Args:
-        cores: that this program may use. The thread that starts the process may be bound to one of them, which a rank
-            has for itself. Empty: the process stays where it is started.
+        folder: where the tokenizer is.
+        vocab_size: of the model.
+        cores: that this program may use; the thread that starts the process may be bound to one of them, which belongs
+            to a rank. Empty: the process stays where it is started.
     """
 
     def start(door: int) -> ChildProcess:
@@ -63,9 +65,12 @@ def main(
 ) -> None:
     die_with_parent(parent)
     if cores:
-        with suppress(OSError):  # they may have been taken away meanwhile
+        with suppress(OSError):  # these cores may no longer be allowed
             os.sched_setaffinity(0, map(int, cores.split(",")))
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; whoever asked decides what ends
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # they may reach the whole process group; the parent decides when this ends
         signal.signal(number, signal.SIG_IGN)
     configure_logging()
     limits = GrammarLimits(compile_cpu_s=compile_cpu_s, memory_mib=memory_mib)
