@@ -242,6 +242,10 @@ class ModelOptions:
     """Model"""
 
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
+    tokenizer: str | None = option(
+        None, "folder or id on the hub whose tokenizer and chat template are used instead of the model's"
+    )
+    tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer on the hub")
     dtype: Dtype = option(
         "auto", "type of weights and activations; auto: that of the checkpoint; float and half are float32 and float16"
     )

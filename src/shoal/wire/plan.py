@@ -144,6 +144,7 @@ class EnginePlan(Wire, frozen=True):
     draft: ModelPlan | None = None
     speculative: SpeculativeConfig | None = None
     eos: Ids = ()  # tokens that end a text
+    tokenizer_folder: str = ""  # of the tokenizer that grammars are compiled for; "": the model's folder
     grammar_cores: Ids = ()  # cores of the host, for the processes that follow grammars
     agreement: dict[str, str] = msgspec.field(
         default_factory=dict
@@ -167,6 +168,7 @@ class ServedModel(Wire, frozen=True):
     """What a front end must know of a model whose replicas are somebody else's affair."""
 
     folder: str
+    tokenizer_folder: str  # of the tokenizer and its chat template; most often the model's folder
     file_state: str
     overrides: str  # JSON whose fields replace those of config.json
     vocab_size: int
