@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -22,6 +23,7 @@ from fastapi.responses import StreamingResponse
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.errors import ConfigError, EngineError
+from shoal.launch.hub import BUNDLED
 from shoal.launch.open_model import open_model, open_served_model
 from shoal.llm import async_llm
 from shoal.llm.async_llm import AsyncLLM
@@ -201,6 +203,32 @@ def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
+def test_every_process_has_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
+    """Both API servers, for prompts and chats, and the engine, for structured outputs."""
+    shutil.copytree(BUNDLED, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(BUNDLED, tmp_path / "other", ignore=shutil.ignore_patterns("model*"))
+    flags = ("--tokenizer", "other", "--served-model-name", "bundled", "--api-server-count", "2")
+    asked = {"messages": [{"role": "user", "content": "37 + 45 ="}], "temperature": 0, "max_tokens": 8}
+    asked["structured_outputs"] = {"regex": "[0-9]{3}"}
+    with ShoalServer("model", *flags, folder=tmp_path) as server:
+        pids = until(lambda: len(found := api_pids(server)) == 2 and found, "two API servers")
+        host, port = server.url.removeprefix("http://").split(":")
+        owners: set[int] = set()
+
+        def ask() -> bool:
+            connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+            connection.request("POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"})
+            with connection.getresponse() as response:
+                owners.add(owner_of(server, connection))
+                answer = json.loads(response.read())
+            connection.close()
+            assert re.fullmatch("[0-9]{3}", answer["choices"][0]["message"]["content"]), answer
+            return owners == pids
+
+        until(ask, "both have answered")
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_server_that_can_serve_nothing_any_more_ends_with_the_cause(count: int) -> None:
     with ShoalServer("--api-server-count", str(count), "--max-restarts", "0") as server:

@@ -78,7 +78,9 @@ def build_engine(
         prefix_caching=plan.prefix_caching,
         max_in_flight=plan.max_in_flight,
         incarnation=setups[0].incarnation,
-        grammars=grammar_pool(Path(plan.model.folder), plan.eos, plan.vocab_size, plan.grammar_cores),
+        grammars=grammar_pool(
+            Path(plan.tokenizer_folder or plan.model.folder), plan.eos, plan.vocab_size, plan.grammar_cores
+        ),
         make_guesser=make_guessers(plan.speculative),
         lockstep=lockstep,
         memory_timeout=plan.timeouts.start_s,

@@ -30,14 +30,14 @@ from shoal.text.generation_config import GenerationDefaults
 from shoal.text.grammar_checker import GrammarChecker
 from shoal.text.grammar_host import grammar_pool
 from shoal.text.prompts import PromptReader
-from shoal.text.tokenizer import Tokenizer, open_tokenizer
+from shoal.text.tokenizer import Tokenizer, open_other_tokenizer, open_tokenizer
 from shoal.values import shown
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import EnginePlan, ModelFiles, ReplicaPlace, ServedModel
 
 log = get_logger("model")
 
-BUNDLED = "bundled"
+_LEAST_SHARE = 0.9  # of the model's vocabulary, that a tokenizer from elsewhere should have
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,12 @@ class OpenModel:
     @property
     def name(self) -> str:
         """The name as it was given, or that of the bundled model."""
-        return self.options.model or BUNDLED
+        return self.options.model or hub.BUNDLED_NAME
 
     @property
     def plan(self) -> EnginePlan:
         """The plan of the first replica."""
-        return replace_fields(self._leader.first, name=self.name, eos=self.generation.eos)
+        return self._completed(self._leader.first)
 
     def plan_at(self, place: ReplicaPlace) -> EnginePlan:
         """Return the plan of the replica at a place of this host; one that is to meet others says what it has in
@@ -72,7 +72,12 @@ class OpenModel:
         """
         plan = self._leader.plan(place)
         told = self.agreement if place.rendezvous else {}
-        return replace_fields(plan, name=self.name, eos=self.generation.eos, agreement=told)
+        return replace_fields(self._completed(plan), agreement=told)
+
+    def _completed(self, plan: EnginePlan) -> EnginePlan:
+        """Return the plan with what the planner does not read: names and texts."""
+        folder = self.served.tokenizer_folder
+        return replace_fields(plan, name=self.name, eos=self.generation.eos, tokenizer_folder=folder)
 
     @property
     def agreement(self) -> dict[str, str]:
@@ -97,7 +102,7 @@ class OpenModel:
 
     def reader(self, max_model_len: int | None = None) -> PromptReader:
         """Return what checks prompts: before the start by the length that was planned, later by the engine's own."""
-        folder = Path(self.served.folder)
+        folder = Path(self.served.tokenizer_folder)
         return PromptReader(
             self.tokenizer,
             vocab_size=self.vocab_size,
@@ -109,7 +114,8 @@ class OpenModel:
     def grammar_checker(self) -> GrammarChecker:
         """Return what finds out whether structured outputs can be obeyed; it starts nothing before the first one."""
         served, eos = self.served, self.generation.eos
-        return GrammarChecker(lambda: grammar_pool(Path(served.folder), eos, served.vocab_size, served.cores))
+        folder = Path(served.tokenizer_folder)
+        return GrammarChecker(lambda: grammar_pool(folder, eos, served.vocab_size, served.cores))
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
@@ -157,6 +163,7 @@ def open_model(
     plan = planner.first
     served = ServedModel(
         folder=plan.model.folder,
+        tokenizer_folder=str(_find_tokenizer(options, Path(plan.model.folder))),
         file_state=plan.model.file_state,
         overrides=plan.model.overrides,
         vocab_size=plan.vocab_size,
@@ -164,6 +171,7 @@ def open_model(
         cores=plan.grammar_cores,
     )
     found = _open_served(options, given, served)
+    _warn_of_small_tokenizer(found)
     return dataclasses.replace(found, planner=planner, own_process=own_process, by_hand=by_hand)
 
 
@@ -185,6 +193,7 @@ def _read_options(
     open_files.occupy_standard()  # before anything opens a socket
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
+    given = {name: os.fspath(each) if isinstance(each, PathLike) else each for name, each in given.items()}
     given, notes = vllm_options.take(given, server=online)
     options = EngineOptions.from_flat(model, given)
     for note in notes:
@@ -201,7 +210,11 @@ def _open_served(options: EngineOptions, given: Mapping[str, Any], served: Serve
         sampling=options.model_options.generation_config != "vllm",
         overrides=json.loads(served.overrides),
     )
-    return OpenModel(options, given, served, open_tokenizer(folder), generation, planner=None)
+    if served.tokenizer_folder == served.folder:
+        tokenizer = open_tokenizer(folder)
+    else:
+        tokenizer = open_other_tokenizer(Path(served.tokenizer_folder), served.vocab_size)
+    return OpenModel(options, given, served, tokenizer, generation, planner=None)
 
 
 def _place_by_hand(options: EngineOptions) -> ReplicaPlace | None:
@@ -258,3 +271,27 @@ def _find(options: EngineOptions) -> ModelFiles:
     if speculative is None or speculative.method != "draft_model":
         return ModelFiles(str(folder))
     return ModelFiles(str(folder), str(hub.locate(speculative.model, speculative.revision, weights=weights)))
+
+
+def _warn_of_small_tokenizer(model: OpenModel) -> None:
+    """Warn if a tokenizer from elsewhere has far fewer tokens than the model, more than padding accounts for."""
+    served, tokenizer = model.served, model.tokenizer
+    if served.tokenizer_folder == served.folder or tokenizer is None:
+        return
+    if tokenizer.size < _LEAST_SHARE * served.vocab_size:
+        log.warning(
+            "--tokenizer: %s has %d tokens, the model has %d: is it the tokenizer that the model was trained with?",
+            *(served.tokenizer_folder, tokenizer.size, served.vocab_size),
+        )
+
+
+def _find_tokenizer(options: EngineOptions, folder: Path) -> Path:
+    """Return the folder of the tokenizer: the model's `folder`, unless the options name another one.
+
+    Raises:
+        UserError: as `hub.locate`.
+    """
+    said = options.model_options
+    if said.tokenizer is None and said.tokenizer_revision is None:
+        return folder
+    return hub.locate(said.tokenizer or options.model, said.tokenizer_revision, weights=False)
