@@ -29,7 +29,7 @@ from shoal.llm import async_llm
 from shoal.llm.async_llm import AsyncLLM
 from shoal.server import api_process, serve
 from shoal.server.api_process import ChannelLine
-from shoal.server.api_servers import ApiServers
+from shoal.server.api_servers import ApiServers, seed_of
 from shoal.server.http.listening import Listening, Server, make_server
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel
@@ -202,7 +202,6 @@ def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
         assert server.pids() == set()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.timeout(600)
 def test_every_process_has_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
     """Both API servers, for prompts and chats, and the engine, for structured outputs."""
@@ -224,7 +223,7 @@ def test_every_process_has_the_tokenizer_of_another_folder(tmp_path: Path) -> No
                 answer = json.loads(response.read())
             connection.close()
             assert re.fullmatch("[0-9]{3}", answer["choices"][0]["message"]["content"]), answer
-            return owners == pids
+            return bool(owners == pids)
 
         until(ask, "both have answered")
 
@@ -282,23 +281,11 @@ def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPat
     asyncio.run(ask())
 
 
-def test_given_seeds_differ_between_api_servers_and_their_lives() -> None:
-    model = open_model(None, {"seed": 7}, online=True)
-
-    class Head:
-        desk = object()
-        max_model_len = 99
-
-    with socket.socket() as sock:
-        servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 3)  # type: ignore[arg-type]
-        setups = []
-        for slot in servers._slots:
-            for slot.lives in range(3):
-                setups.append(servers._setup_of(slot))
-    assert len({setup.options["seed"] for setup in setups}) == len(setups)
-    for setup in setups:
-        assert setup.served.max_model_len == 99
-        EngineOptions.from_flat(None, setup.options)
+def test_given_seeds_differ_between_api_servers_and_their_starts() -> None:
+    seeds = [seed_of(7, number, start) for number in range(3) for start in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    for seed in seeds:
+        EngineOptions.from_flat(None, {"seed": seed})
 
 
 def test_a_large_request_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,8 +484,8 @@ def test_api_servers_end_at_once_when_told_so_later() -> None:
     async def run(sock: socket.socket) -> bool:
         model = open_model(None, {}, online=True)
         servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 2)  # type: ignore[arg-type]
-        for slot in servers._slots:
-            slot.child = Sleeper()  # type: ignore[assignment]
+        for server in servers._servers:
+            server.child = Sleeper()  # type: ignore[assignment]
         serving = asyncio.create_task(servers.serve())
         servers.stop(WAIT_S * 10)
         assert not (await asyncio.wait([serving], timeout=0.5))[0]

@@ -73,7 +73,10 @@ class SeqUpdate(Wire, frozen=True):
 
 
 class Updates(Wire, frozen=True):
+    """An envelope of updates for one client, whose own numbers of its requests are lower by `base`."""
+
     updates: tuple[SeqUpdate, ...]
+    base: int = 0
 
 
 class EngineFailure(Wire, frozen=True):
