@@ -14,7 +14,7 @@ from conformance.test_sameness import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
 from shoal.engine.request import encode_tokens
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.errors import EngineError
 from shoal.executors.base import RankExecutor
 from shoal.executors.multiprocess import ProcessLinks

@@ -13,7 +13,7 @@ from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.ngram import NgramIndex
 from shoal.engine.request import decode_tokens
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
 from shoal.wire.base import Ids, replace_fields

@@ -10,7 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shoal.engine.blocks import BlockPool
 from shoal.engine.request import RequestState, encode_tokens, token_set
-from shoal.engine.scheduler import PriorityPolicy, Scheduler, SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.scheduler import Scheduler
+from shoal.engine.scheduler.waiting_queue import PriorityPolicy
 from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
 from shoal.wire.engine import EngineRequest, Finish
@@ -487,7 +489,7 @@ def test_the_audit_tells_when_a_request_was_lost() -> None:
     bench = Bench()
     bench.add(request(1, [1], 5))
     bench.step()
-    bench.scheduler._running.clear()
+    bench.scheduler.running[0].state = RequestState.DRAINING
     with pytest.raises(EngineError, match="out of balance"):
         bench.scheduler.audit()
 
@@ -754,17 +756,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         expired = {s for s in self.bench.outcomes.open if self.deadline(s) <= self.bench.clock.now}
         self.bench.outcomes.may_abort |= expired
         stages = self.bench.limits.stages
-        ready = [r for r in scheduler._running if r.uncomputed and r.spec.seq not in expired]
+        ready = [r for r in scheduler.running if r.uncomputed and r.message.seq not in expired]
         if stages > 1:  # nobody is more than a step behind a token that is not known, but in turn
             ready = [r for r in ready if r.pending <= 1 or r.turn <= scheduler.num_steps]
-        turns = {r.spec.seq: r.turn if r.pending else 0 for r in ready if r.decodes}
+        turns = {r.message.seq: r.turn if r.pending else 0 for r in ready if r.decodes}
         plan = self.bench.plan()
         assert expired.isdisjoint(self.bench.outcomes.open)
         if ready:
             assert plan is not None, "somebody could have been computed"
             assert plan.work
             # With room in the budget for everybody's next token, the highest ranked is never left out.
-            first = ready[0].spec.seq
+            first = ready[0].message.seq
             if self.bench.limits.max_num_batched_tokens < self.bench.limits.max_num_seqs or first in spans(plan):
                 return
             # With more stages one, unless it is not its turn or others have waited longer.
@@ -795,16 +797,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def balanced(self) -> None:
         scheduler = self.bench.scheduler
         scheduler.audit()
-        assert len(scheduler._running) <= self.bench.limits.max_num_seqs
-        held = {block for r in scheduler._running for block in r.held}
+        assert len(scheduler.running) <= self.bench.limits.max_num_seqs
+        held = {block for r in scheduler.running for block in r.held_blocks}
         assert self.bench.pool.num_free == self.bench.pool.num_blocks - len(held)
         if self.bench.limits.window is not None:  # what wrong guesses lead back to is still there
-            for r in scheduler._running:
+            for r in scheduler.running:
                 seen = max(r.computed - r.guessed - self.bench.limits.window + 1, 0)
-                assert r.retired * self.bench.pool.block_size <= seen
-        states = [r.state for r in scheduler._requests.values()]
-        assert scheduler.num_waiting == len(states) - states.count(RequestState.RUNNING)
-        assert sorted(scheduler._requests) == self.bench.outcomes.open
+                assert r.blocks_retired * self.bench.pool.block_size <= seen
+        assert sorted(scheduler.unfinished) == self.bench.outcomes.open
+        assert scheduler.num_waiting + scheduler.num_running == len(self.bench.outcomes.open)
 
     def teardown(self) -> None:
         if hasattr(self, "bench"):

@@ -10,7 +10,7 @@ from shoal import env
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ConfigError
 from shoal.executors.base import Links, RankExecutor
