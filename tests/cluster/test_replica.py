@@ -12,7 +12,6 @@ import pytest
 
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.replica_set import await_ready
-from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError, EngineError, UserError
 from shoal.launch.offline_engines import ENGINE_PROCESS
 from shoal.transport.channel import Channel, wait
@@ -20,6 +19,7 @@ from shoal.wire.base import encode
 from shoal.wire.engine import EngineFailure, EngineRequest, EngineStats, Finish, SeqUpdate, to_engine
 from shoal.wire.plan import EngineSetup, ReplicaPlace
 from shoal.wire.ranks import Sampling
+from shoal.wire.tokens import encode_tokens
 
 Checkpoint = Callable[[str], Path]
 
@@ -40,7 +40,7 @@ def engine(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
 
 
 def request(seq: int, max_tokens: int) -> EngineRequest:
-    return EngineRequest(seq, encode_tokens([5, 6, 7]), Sampling(seed=seq), max_tokens)
+    return EngineRequest(seq, encode_tokens([5, 6, 7]), 3, Sampling(seed=seq), max_tokens)
 
 
 def finished(engine: Replica, count: int) -> dict[int, SeqUpdate]:

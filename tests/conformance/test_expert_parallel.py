@@ -13,7 +13,6 @@ import pytest
 from conformance.test_sameness import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
-from shoal.engine.request import encode_tokens
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.errors import EngineError
 from shoal.executors.base import RankExecutor
@@ -23,6 +22,7 @@ from shoal.models.registry import read_spec
 from shoal.transport.rendezvous import Rendezvous
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling, StepPlan
+from shoal.wire.tokens import encode_tokens
 from support.checkpoints import MAKERS, Reference
 from support.fakes import on_threads
 from support.setups import rank_setup
@@ -66,7 +66,7 @@ class Replicas:
     def add(self, replica: int, seq: int, prompt: Sequence[int], max_tokens: int = STEPS) -> None:
         self.tokens[seq] = []
         sampling = Sampling(seed=seq)
-        self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens))
+        self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), len(prompt), sampling, max_tokens))
 
     def run(self) -> None:
         while any(engine.busy for engine in self.engines):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.engine.blocks import BlockPool
-from shoal.engine.request import RequestState, encode_tokens, token_set
+from shoal.engine.request import RequestState
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.scheduler.scheduler import Scheduler
 from shoal.engine.scheduler.waiting_queue import PriorityPolicy
@@ -17,6 +17,7 @@ from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
 from shoal.wire.engine import EngineRequest, Finish
 from shoal.wire.ranks import SeqOut, StepPlan, StepResult, StepTimes
+from shoal.wire.tokens import encode_tokens, token_set
 from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, begun, next_token, request, steady
 
 MAX_MODEL_LEN = 20
@@ -625,7 +626,7 @@ def test_a_request_that_was_begun_elsewhere_tells_ranks_where_its_prompt_ends() 
     plan = bench.step()
     assert spans(plan) == {1: (0, 8)}
     (new,) = plan.new
-    assert (new.prompt_len, len(new.tokens), new.epoch) == (5, 8 * 4, 0)
+    assert (new.num_prompt_tokens, len(new.tokens), new.epoch) == (5, 8 * 4, 0)
     bench.drain()
     assert len(bench.outcomes.tokens[1]) == 9
     counters = bench.scheduler.counters
@@ -654,11 +655,11 @@ def test_the_logprobs_of_a_prompt_are_computed_again() -> None:
     bench.drain()
 
 
-@pytest.mark.parametrize("prompt_len", [-1, 4])
-def test_a_prompt_that_is_longer_than_the_tokens_is_refused(prompt_len: int) -> None:
+@pytest.mark.parametrize("count", [-1, 0, 4])
+def test_a_prompt_that_is_longer_than_the_tokens_is_refused(count: int) -> None:
     bench = Bench()
-    with pytest.raises(RequestError, match=f"request 1: {prompt_len} of its 3 tokens"):
-        bench.scheduler.add(msgspec.structs.replace(request(1, [1, 2, 3]), prompt_len=prompt_len))
+    with pytest.raises(RequestError, match=f"request 1: {count} of its 3 tokens"):
+        bench.scheduler.add(msgspec.structs.replace(request(1, [1, 2, 3]), num_prompt_tokens=count))
     assert bench.scheduler.idle
 
 

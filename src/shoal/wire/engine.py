@@ -8,6 +8,7 @@ from shoal.activity import Activity
 from shoal.wire.base import Ids, Stop, Wire
 from shoal.wire.plan import EngineSetup
 from shoal.wire.ranks import PromptLogprobs, RankStats, Sampling, TokenLogprobs
+from shoal.wire.tokens import num_tokens
 
 
 class Finish(IntEnum):
@@ -31,19 +32,29 @@ class RefusalKind(IntEnum):
 
 class EngineRequest(Wire, frozen=True):
     seq: int  # chosen by the client, never used twice
-    tokens: bytes  # int32, little endian
+    tokens: bytes  # of the prompt, and of the output so far if the request goes on from there; see wire.tokens
+    num_prompt_tokens: int  # those behind are of the output
     sampling: Sampling
     max_tokens: int
-    stop_ids: bytes = b""  # int32, little endian
+    stop_ids: bytes = b""  # as `tokens`
     priority: int = 0  # lower runs first
     deadline: float | None = None  # time.monotonic() of the host; a request beyond it is aborted
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
-    prompt_len: int = 0  # tokens behind it are of the output: the request goes on from there; 0: all are the prompt's
     group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: alone
     grammar: str = ""  # what the output must look like, in llguidance's form
     arrival: float = 0.0  # time.monotonic() of the client's host when it came; 0: when it is added
     replica: int = -1  # the only one that may run it; -1: any
     outputs: int = 1  # that its client has asked for at once, this one included: all of them are taken, or none
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, and of the output so far."""
+        return num_tokens(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the output that another engine has drawn."""
+        return self.num_tokens - self.num_prompt_tokens
 
 
 class Abort(Wire, frozen=True):

@@ -16,7 +16,7 @@ class SamplingPenalties(Wire, frozen=True):
 
 class Sampling(Wire, frozen=True):
     """Resolved sampling parameters: the seed is set, so that any rank, replica or replay draws the same; texts have
-    become token ids. Lists that may be as long as a vocabulary are bytes, as tokens are: int32, little endian."""
+    become token ids. Lists that may be as long as a vocabulary are bytes (wire.tokens)."""
 
     seed: int  # 64 bits
     sample_index: int = 0
@@ -28,7 +28,7 @@ class Sampling(Wire, frozen=True):
     min_tokens: int = 0  # before so many are there, `ends` are never drawn
     ends: bytes = b""  # end-of-text and stop tokens
     bias_ids: bytes = b""
-    bias_values: bytes = b""  # float32, little endian: one for each of them
+    bias_values: bytes = b""  # one for each of them
     allowed: bytes | None = None  # None: all
     banned: tuple[Ids, ...] = ()  # never complete one of these
     logprobs: int = -1  # -1: none
@@ -40,8 +40,8 @@ class NewSeq(Wire, frozen=True):
 
     seq: int
     epoch: int
-    tokens: bytes  # int32, little endian
-    prompt_len: int
+    tokens: bytes  # see wire.tokens
+    num_prompt_tokens: int
     blocks: Ids  # KV blocks that hold computed tokens already (prefix cache)
     sampling: Sampling
 

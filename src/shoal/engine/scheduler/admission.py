@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from shoal.engine.prompt_chunking import PromptSpread
-from shoal.engine.request import Request, encode_tokens
+from shoal.engine.request import Request
 from shoal.engine.scheduler.block_tables import BlockTables
 from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
@@ -94,16 +94,16 @@ class Admission:
             counters.prefix_hits += request.computed
         if request.epoch == 0:
             request.waited_s = self._clock() - request.added
-            request.cached_tokens = min(request.computed, request.prompt_len)
-            counters.prompt_tokens += request.prompt_len
+            request.cached_tokens = min(request.computed, request.num_prompt_tokens)
+            counters.prompt_tokens += request.num_prompt_tokens
 
 
 def _introduction(request: Request, prefix: list[int]) -> NewSeq:
     return NewSeq(
         seq=request.message.seq,
         epoch=request.epoch,
-        tokens=encode_tokens(request.tokens),
-        prompt_len=request.prompt_len,
+        tokens=request.encoded_tokens(),
+        num_prompt_tokens=request.num_prompt_tokens,
         blocks=tuple(prefix),
         sampling=request.message.sampling,
     )

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 from shoal.engine.grammar_constraint import Constraint
-from shoal.engine.request import Request, decode_tokens, token_set
+from shoal.engine.request import Request
 from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import Guesser
 from shoal.errors import RequestError
 from shoal.protocols import Policy
 from shoal.wire.engine import EngineRequest
+from shoal.wire.tokens import decode_tokens, token_set
 
 
 class Intake:
@@ -42,12 +43,12 @@ class Intake:
             RequestError: it can never run. The front end checks prompts before; this is the engine's own guard.
         """
         tokens = decode_tokens(message.tokens)
-        prompt_len = message.prompt_len or len(tokens)
-        if not 0 < prompt_len <= len(tokens):
-            raise RequestError(f"request {message.seq}: {prompt_len} of its {len(tokens)} tokens can't be the prompt")
-        if prompt_len + message.max_tokens > self._limits.max_model_len or message.max_tokens < 1:
+        prompt = message.num_prompt_tokens
+        if not 0 < prompt <= len(tokens):
+            raise RequestError(f"request {message.seq}: {prompt} of its {len(tokens)} tokens can't be the prompt")
+        if prompt + message.max_tokens > self._limits.max_model_len or message.max_tokens < 1:
             raise RequestError(
-                f"request {message.seq}: {prompt_len} prompt tokens and {message.max_tokens} to generate "
+                f"request {message.seq}: {prompt} prompt tokens and {message.max_tokens} to generate "
                 f"do not fit into {self._limits.max_model_len}"
             )
         if self._books.find(message.seq) is not None:
@@ -62,7 +63,7 @@ class Intake:
             message,
             rank=self._policy.rank(message, self._arrivals),
             tokens=tokens,
-            prompt_len=prompt_len,
+            num_prompt_tokens=prompt,
             salt=self._salt(message),
             stop_ids=token_set(message.stop_ids),
             constraint=Constraint() if message.grammar else None,

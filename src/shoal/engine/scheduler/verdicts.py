@@ -31,7 +31,7 @@ class Verdicts:
     def follow(self, request: Request) -> None:
         """Have a grammar follow an output from its tokens so far on. A first verdict comes without asking."""
         assert self._grammars is not None
-        output = request.tokens[request.prompt_len :]
+        output = request.tokens[request.num_prompt_tokens :]
         self._grammars.follow(request.message.seq, request.message.grammar, tuple(output))
 
     def ask(self, request: Request, taken: Sequence[int]) -> None:
