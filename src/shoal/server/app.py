@@ -6,7 +6,6 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from shoal import __version__
-from shoal.llm.async_llm import AsyncLLM
 from shoal.server.api import chat, completions, models, responses, stored_responses, tokenization
 from shoal.server.api.start_requests import Service, client_gone
 from shoal.server.backend import Backend
@@ -21,14 +20,14 @@ from shoal.server.operations.metrics_page import add_metrics
 from shoal.server.settings import ServerSettings
 
 
-def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
+def make_app(llm: Backend, settings: ServerSettings) -> FastAPI:
     """All endpoints of `shoal serve`, over a model that others start and close."""
     app = openai_app(llm, settings)
     for endpoints in (health, status, scaling, pause_and_sleep):
         app.include_router(endpoints.routes(llm))
     app.include_router(dashboard.routes())
     add_limits(app, settings)
-    add_metrics(app, llm, Service(llm, settings).names[0], llm.options)
+    add_metrics(app, llm, Service(llm, settings).names[0])
     _make_ready(app)
     return app
 

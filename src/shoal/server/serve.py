@@ -22,6 +22,7 @@ from shoal.process import garbage_collector
 from shoal.server.api.response_store import ResponseStore
 from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
+from shoal.server.backend import Backend
 from shoal.server.http.listening import LAST_BYTES_S, Listening, make_server
 from shoal.server.operations.request_metrics import RequestMetrics
 from shoal.server.settings import ServerSettings
@@ -35,7 +36,7 @@ _AT_ONCE_S = 3.0  # from the second signal on
 
 
 @dataclass(slots=True)
-class _EndSignals:
+class EndSignals:
     """The first one asks for an end, the second for one at once."""
 
     first: asyncio.Event = field(default_factory=asyncio.Event)
@@ -45,9 +46,9 @@ class _EndSignals:
     def listen(self) -> None:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
-            loop.add_signal_handler(number, self._heard)
+            loop.add_signal_handler(number, self.hear)
 
-    def _heard(self) -> None:
+    def hear(self) -> None:
         if not self.first.is_set():
             self.first.set()
         elif not self.second.is_set():
@@ -113,25 +114,25 @@ async def _serve(
     count: int,
     shutdown_timeout: float,
 ) -> int:
-    signals = _EndSignals(at_once=lambda: _leave_soon(1))
+    signals = EndSignals(at_once=lambda: _leave_soon(1))
     signals.listen()
     metrics = RequestMetrics(model.decision.max_model_len)
     verbs = metrics.verbs | ResponseStore.of(settings).verbs
     llm = AsyncLLM(model, recorder=metrics, verbs=verbs)
     try:
-        front: _Front = (
+        front: Front = (
             _Here(llm, settings, listening, sockets)
             if count == 1
             else ApiServers(llm, model, settings, listening, sockets, count, metrics.note_api_restart)
         )
-        code = await _until_end(llm, front, signals, listening.url(sockets), shutdown_timeout)
+        code = await serve_until_end(llm, front, signals, listening.url(sockets), shutdown_timeout)
     finally:
         await _apart(llm.close)
     _leave_soon(code)
     return code
 
 
-class _Front(Protocol):
+class Front(Protocol):
     """What clients talk to."""
 
     async def serve(self) -> bool:
@@ -145,7 +146,7 @@ class _Here:
     """In this process."""
 
     def __init__(
-        self, llm: AsyncLLM, settings: ServerSettings, listening: Listening, sockets: Sequence[socket.socket]
+        self, llm: Backend, settings: ServerSettings, listening: Listening, sockets: Sequence[socket.socket]
     ) -> None:
         self._server = make_server(make_app(llm, settings), settings, listening)
         self._sockets = list(sockets)
@@ -158,10 +159,25 @@ class _Here:
         self._server.stop(patience)
 
 
-async def _until_end(llm: AsyncLLM, front: _Front, signals: _EndSignals, url: str, shutdown_timeout: float) -> int:
+async def serve_until_end(
+    llm: Backend,
+    front: Front,
+    signals: EndSignals,
+    url: str,
+    shutdown_timeout: float,
+    *,
+    look_s: float = _LOOK_S,
+) -> int:
+    """Serve until a signal comes, drain, and return the exit code: 0 if every client got its whole answer, else 1.
+
+    `look_s`: seconds between looks at whether any replica is left.
+
+    Raises:
+        UserError, EngineError: as `run`.
+    """
     log.info("%s listens; requests wait until replicas are ready", url)
     server = asyncio.create_task(front.serve())
-    watch = asyncio.create_task(_watch(llm, url))
+    watch = asyncio.create_task(_watch(llm, url, look_s))
     asked = asyncio.create_task(signals.first.wait())
     done, _ = await asyncio.wait([server, watch, asked], return_when=asyncio.FIRST_COMPLETED)
     if asked in done:
@@ -174,7 +190,7 @@ async def _until_end(llm: AsyncLLM, front: _Front, signals: _EndSignals, url: st
     raise cause if isinstance(cause, ShoalError) else EngineError(f"the server has ended by itself: {cause!r}")
 
 
-async def _watch(llm: AsyncLLM, url: str) -> None:
+async def _watch(llm: Backend, url: str, look_s: float) -> None:
     """
     Raises:
         UserError, EngineError: nothing can be served: a replica can't start, none is left that could come back, or the
@@ -184,7 +200,7 @@ async def _watch(llm: AsyncLLM, url: str) -> None:
     garbage_collector.settle()
     print(f"Shoal serves {llm.model_name} at {url}", flush=True)
     while True:
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(look_s)
         try:
             status = await llm.status()
         except ClosedError:
@@ -197,7 +213,7 @@ async def _watch(llm: AsyncLLM, url: str) -> None:
 
 
 async def _drain(
-    llm: AsyncLLM, front: _Front, server: "asyncio.Task[bool]", signals: _EndSignals, shutdown_timeout: float
+    llm: Backend, front: Front, server: "asyncio.Task[bool]", signals: EndSignals, shutdown_timeout: float
 ) -> int:
     log.info(
         "nothing new is taken; what runs has %g s (--shutdown-timeout), a second signal ends at once", shutdown_timeout
@@ -212,7 +228,7 @@ async def _drain(
     return 0 if complete and read else 1
 
 
-async def _say_what_holds(llm: AsyncLLM) -> None:
+async def _say_what_holds(llm: Backend) -> None:
     """Requests of a server that is paused end no sooner than it goes on, which it may be asked for while it drains."""
     try:
         status = await llm.status()
@@ -226,7 +242,7 @@ async def _say_what_holds(llm: AsyncLLM) -> None:
         )
 
 
-async def _requests_end(llm: AsyncLLM, signals: _EndSignals, timeout: float) -> bool:
+async def _requests_end(llm: Backend, signals: EndSignals, timeout: float) -> bool:
     """True: all of them have ended."""
     drained = asyncio.create_task(llm.drain(timeout))
     second = asyncio.create_task(signals.second.wait())
@@ -239,7 +255,7 @@ async def _requests_end(llm: AsyncLLM, signals: _EndSignals, timeout: float) -> 
     return drained.done() and not drained.cancelled() and error is None and drained.result()
 
 
-async def _end(front: _Front, server: "asyncio.Task[bool]", signals: _EndSignals, patience: float) -> bool:
+async def _end(front: Front, server: "asyncio.Task[bool]", signals: EndSignals, patience: float) -> bool:
     """True: every client has read its answer to the end."""
     front.stop(0.0 if signals.second.is_set() else patience)
     second = asyncio.create_task(signals.second.wait())

@@ -1,36 +1,34 @@
 """GET /health, /ready and /version, for load balancers and whoever starts servers."""
 
 import asyncio
-from typing import Protocol
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from fastapi import APIRouter, Response
 
 from shoal import __version__
 from shoal.activity import ActivityState
 from shoal.errors import ShoalError
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.http.json_encoding import bytes_of
 from shoal.wire.fleet import FleetStatus
 
-_ANSWER_S = 5.0
+T = TypeVar("T")
+
 _RETRY_S = 5.0
 _MOST_NAMED = 8  # replicas in an answer
 
 
-class HasHealth(Protocol):
-    async def status(self) -> FleetStatus: ...
-
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
-
-
-def routes(llm: HasHealth) -> APIRouter:
+def routes(llm: Backend, *, answer_s: float = 5.0) -> APIRouter:
+    """Endpoints over `llm`, which has `answer_s` seconds to answer them."""
     router = APIRouter(tags=["health"])
 
     @router.get(
         "/health", summary="200 while requests can be served, else 503 with the cause", responses=documented(503)
     )
     async def health() -> Response:
-        status = await _status(llm)
+        status = await _answered(llm.status(), answer_s)
         if not status.accepting:
             raise _unavailable(_why_not_accepting(status))
         if not any(replica.state == "ready" for replica in status.replicas):
@@ -44,12 +42,12 @@ def routes(llm: HasHealth) -> APIRouter:
         responses=documented(503),
     )
     async def ready() -> Response:
-        status = await _status(llm)
+        status = await _answered(llm.status(), answer_s)
         if not status.accepting:
             raise _unavailable(_why_not_accepting(status))
         if status.activity != ActivityState.AWAKE:
             raise _unavailable(_why_not_awake(status))
-        if not await _asked(llm):
+        if not await _answered(llm.ask("started"), answer_s):
             raise _unavailable(f"not all replicas are ready: {_states(status, local_only=True)}")
         return _answer({"status": "ready"})
 
@@ -60,25 +58,12 @@ def routes(llm: HasHealth) -> APIRouter:
     return router
 
 
-async def _status(llm: HasHealth) -> FleetStatus:
+async def _answered(question: Awaitable[T], answer_s: float) -> T:
     try:
-        async with asyncio.timeout(_ANSWER_S):
-            return await llm.status()
+        async with asyncio.timeout(answer_s):
+            return await question
     except (ShoalError, TimeoutError) as error:
-        raise _unanswered(error) from None
-
-
-async def _asked(llm: HasHealth) -> bool:
-    """Are all replicas of this host up?"""
-    try:
-        async with asyncio.timeout(_ANSWER_S):
-            return bool(await llm.ask("started"))
-    except (ShoalError, TimeoutError) as error:
-        raise _unanswered(error) from None
-
-
-def _unanswered(error: Exception) -> Refusal:
-    return _unavailable(str(error) or f"the engine has not answered within {_ANSWER_S:g} s")
+        raise _unavailable(str(error) or f"the engine has not answered within {answer_s:g} s") from None
 
 
 def _why_not_accepting(status: FleetStatus) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import PlainTextResponse
@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from shoal.activity import ActivityState
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.operations import cache_config
 from shoal.server.operations.exposition import Histogram, MetricFamily, as_histogram, as_metric
@@ -39,12 +40,6 @@ from shoal.wire.fleet import FleetStatus, ReplicaStatus
 
 _ANSWER_S = 10.0
 STATES = ("starting", "ready", "restarting", "awaited", "leaving", "failed")
-
-
-class HasMetrics(Protocol):
-    async def status(self) -> FleetStatus: ...
-
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
 
 
 # --- what the fleet's status says ------------------------------------------------------------------------------------
@@ -330,15 +325,14 @@ def _http_metrics(told: list[Any]) -> Iterator[Metric]:
 # --- the route -------------------------------------------------------------------------------------------------------
 
 
-def add_metrics(app: FastAPI, llm: HasMetrics, model_name: str, options: EngineOptions | None = None) -> None:
-    """GET /metrics, and the count of all HTTP requests to `app`. `model_name` is the label; `options` are those of the
-    replicas."""
+def add_metrics(app: FastAPI, llm: Backend, model_name: str) -> None:
+    """Add GET /metrics, and count all HTTP requests to `app`. `model_name` is the value of that label."""
     counts = HandOver(lambda payload: llm.ask("http", payload))
     app.add_middleware(CountRequests, counts=counts)
-    app.include_router(_routes(llm, model_name, counts, options))
+    app.include_router(_routes(llm, model_name, counts))
 
 
-def _routes(llm: HasMetrics, model_name: str, counts: HandOver, options: EngineOptions | None) -> APIRouter:
+def _routes(llm: Backend, model_name: str, counts: HandOver) -> APIRouter:
     router = APIRouter(tags=["admin"])
 
     @router.get(
@@ -354,13 +348,13 @@ def _routes(llm: HasMetrics, model_name: str, counts: HandOver, options: EngineO
                 status = await llm.status()
         except (ShoalError, TimeoutError) as error:
             raise Refusal(503, f"no numbers from the engine: {error or 'it does not answer'}") from None
-        text = await asyncio.to_thread(page_of, told, status, model_name, options)
+        text = await asyncio.to_thread(page_of, told, status, model_name, llm.options)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return router
 
 
-async def _numbers(llm: HasMetrics, counts: HandOver) -> bytes:
+async def _numbers(llm: Backend, counts: HandOver) -> bytes:
     payload = counts.give()
     try:
         return await llm.ask("metrics", payload)

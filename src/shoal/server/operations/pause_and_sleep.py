@@ -3,16 +3,17 @@
 Each is for all replicas, and is answered when all of them are done.
 """
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from shoal.activity import ActivityState
 from shoal.errors import UserError
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
 from shoal.wire.engine import cache_reset_decoder
-from shoal.wire.fleet import FleetStatus, Operation
+from shoal.wire.fleet import Operation
 
 Mode = Literal["abort", "wait", "keep"]
 _MODES = (
@@ -21,13 +22,7 @@ _MODES = (
 )
 
 
-class CanOperate(Protocol):
-    async def operate(self, wanted: Operation) -> bytes: ...
-
-    async def status(self) -> FleetStatus: ...
-
-
-def routes(llm: CanOperate) -> APIRouter:
+def routes(llm: Backend) -> APIRouter:
     router = APIRouter(tags=["admin"])
     _add_pauses(router, llm)
     _add_sleep(router, llm)
@@ -52,7 +47,7 @@ def routes(llm: CanOperate) -> APIRouter:
     return router
 
 
-def _add_pauses(router: APIRouter, llm: CanOperate) -> None:
+def _add_pauses(router: APIRouter, llm: Backend) -> None:
     @router.post(
         "/pause",
         summary="Compute nothing until /resume; new requests wait",
@@ -83,7 +78,7 @@ def _add_pauses(router: APIRouter, llm: CanOperate) -> None:
         return _answer({"is_paused": (await llm.status()).activity != ActivityState.AWAKE})
 
 
-def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
+def _add_sleep(router: APIRouter, llm: Backend) -> None:
     @router.post(
         "/sleep",
         summary="Give the memory of weights and KV caches back; requests are refused until /wake_up",
@@ -122,12 +117,12 @@ def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
         return _answer({"is_sleeping": (await llm.status()).activity == ActivityState.ASLEEP})
 
 
-async def _state(llm: CanOperate) -> Response:
+async def _state(llm: Backend) -> Response:
     status = await llm.status()
     return _answer({"status": status.activity, "missing": list(status.missing)})
 
 
-async def _operate(llm: CanOperate, wanted: Operation) -> bytes:
+async def _operate(llm: Backend, wanted: Operation) -> bytes:
     """
     Raises:
         Refusal: it does not go with what the replicas are at, or with the files that are there.

@@ -1,29 +1,23 @@
 """POST /v1/admin/replicas: more or fewer replicas, while requests go on."""
 
-from typing import Protocol
-
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from shoal.errors import UserError
 from shoal.server.api import bodies
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.operations.status import status_json
-from shoal.wire.fleet import FleetStatus
 
 _MOST = 4096
-
-
-class CanScale(Protocol):
-    async def scale(self, replicas: int) -> FleetStatus: ...
 
 
 class ReplicasWanted(BaseModel):
     replicas: int = Field(ge=1, le=_MOST, strict=True, description="how many there shall be")
 
 
-def routes(llm: CanScale) -> APIRouter:
+def routes(llm: Backend) -> APIRouter:
     router = bodies.router("admin")
 
     @router.post(

@@ -4,7 +4,7 @@ It has counters and gauges only. A rate comes from two readings, with `uptime_s`
 """
 
 import asyncio
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -12,15 +12,12 @@ from pydantic_core import to_json
 
 from shoal import __version__
 from shoal.activity import Activity
+from shoal.server.backend import Backend
 from shoal.wire.base import Wire
 from shoal.wire.fleet import FleetStatus
 
 
-class HasStatus(Protocol):
-    async def status(self) -> FleetStatus: ...
-
-
-def routes(llm: HasStatus) -> APIRouter:
+def routes(llm: Backend) -> APIRouter:
     router = APIRouter(tags=["admin"])
 
     @router.get(
