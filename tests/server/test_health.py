@@ -69,7 +69,7 @@ def test_replicas_of_other_hosts_are_not_waited_for() -> None:
 @pytest.mark.parametrize(
     ("engine", "why"),
     [
-        (backend(fleet(replica(0), accepting=False)), "about to end"),
+        (backend(fleet(replica(0), accepting=False)), "shutting down"),
         (
             backend(
                 replace_fields(fleet(replica(0, "failed"), accepting=False), failure="no replica is left: it died")
@@ -77,7 +77,7 @@ def test_replicas_of_other_hosts_are_not_waited_for() -> None:
             "no replica is left: it died",
         ),
         (backend(fleet(replica(0, "starting")), started=b""), "replica 0 is starting for 1 s"),
-        (backend(fleet(), started=b""), "there is none"),
+        (backend(fleet(), started=b""), "there are no replicas"),
         (backend(fleet(*(replica(number, "failed") for number in range(50))), started=b""), "; 42 more"),
         (backend(ClosedError("the engine was closed")), "the engine was closed"),
     ],

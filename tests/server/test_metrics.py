@@ -347,8 +347,7 @@ def test_nothing_is_kept_of_what_has_ended() -> None:
         metrics.updated(0, SeqUpdate(seq, (1,)))
     for seq in range(100):
         metrics.updated(0, ending(seq))
-    assert not metrics._lives
-    assert not metrics._groups
+    assert metrics.followed == 0
 
 
 # --- the text ------------------------------------------------------------------------------------------------------

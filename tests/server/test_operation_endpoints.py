@@ -223,7 +223,10 @@ def test_a_drain_during_a_pause_ends_in_time_and_says_what_holds() -> None:
             assert post(found, "/pause?mode=keep").status_code == 200
             assert found.stop() == 1
             stream.exception(WAIT_S)
-        assert "it is paused: 1 requests stand still until POST /resume, or are cut off" in found.log()
+        assert (
+            "the server is paused: 1 requests can't finish, and are cut off unless POST /resume continues it"
+            in found.log()
+        )
 
 
 # --- AsyncLLM ----------------------------------------------------------------------------------------------------

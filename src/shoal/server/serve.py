@@ -1,4 +1,4 @@
-"""`shoal serve`: a fleet of replicas, and the servers before it; signals, draining, and the end."""
+"""`shoal serve`: starts the fleet and the HTTP servers, handles signals, drains, and ends everything."""
 
 import asyncio
 import os
@@ -30,25 +30,27 @@ from shoal.server.settings import ServerSettings
 log = get_logger("serve")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_END_S = 2.0
-_LOOK_S = 1.0
-_AT_ONCE_S = 3.0  # from the second signal on
+_END_S = 2.0  # on top of a deadline, for whoever keeps it to say so
+_LOOK_S = 1.0  # how often the fleet is checked
+_AT_ONCE_S = 3.0  # from the second signal to the end of the process, at most
 
 
 @dataclass(slots=True)
 class EndSignals:
-    """The first one asks for an end, the second for one at once."""
+    """SIGTERM and SIGINT as events. The first signal asks to drain, the second to exit at once."""
 
     first: asyncio.Event = field(default_factory=asyncio.Event)
     second: asyncio.Event = field(default_factory=asyncio.Event)
-    at_once: Callable[[], object] = lambda: None  # called with the second one
+    at_once: Callable[[], object] = lambda: None  # called at the second signal
 
     def listen(self) -> None:
+        """Handle the signals of this process from now on."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.hear)
 
     def hear(self) -> None:
+        """Note a signal."""
         if not self.first.is_set():
             self.first.set()
         elif not self.second.is_set():
@@ -57,19 +59,19 @@ class EndSignals:
 
 
 def _leave_soon(code: int) -> None:
-    """Ends this process in a few seconds, whatever is left: work on other threads that can't be called off would
-    otherwise be waited for. Replicas and API servers end with it."""
+    """End this process in a few seconds, even if other threads are busy with work that can't be cancelled. Replicas and
+    API servers end with it."""
 
     def leave() -> None:
         time.sleep(_AT_ONCE_S)
-        log.warning("the server ends with work that can't be called off")
+        log.warning("exiting although a thread is still busy")
         os._exit(code)
 
     threading.Thread(target=leave, daemon=True, name="shoal-leave").start()
 
 
 async def _apart(work: Callable[[], None]) -> None:
-    """Runs `work` on a thread of its own: those of the pool may all be at something that takes long."""
+    """Run `work` on a new thread: all threads of the pool may be busy for long."""
     loop, done = asyncio.get_running_loop(), asyncio.Event()
 
     def run() -> None:
@@ -91,13 +93,13 @@ def run(
     api_server_count: int = 1,
     shutdown_timeout: float = 60.0,
 ) -> int:
-    """Serves until a signal comes. Gives the exit code: 0 if every request had its end and every client read it, 1 if
-    some were cut off.
+    """Serve until a signal arrives. Return the exit code: 0 if every client got its whole answer, 1 if some were cut
+    off.
 
     Raises:
-        ConfigError: nobody can listen there.
-        UserError, EngineError: the replicas could not start, none is left that could come back, or the server itself
-            has failed.
+        ConfigError: this host can't listen at that address.
+        UserError, EngineError: the replicas could not start, none is left that could restart, or the HTTP server has
+            failed.
     """
     listening.check()
     with ExitStack() as stack:
@@ -121,7 +123,7 @@ async def _serve(
     llm = AsyncLLM(model, recorder=metrics, verbs=verbs)
     try:
         front: Front = (
-            _Here(llm, settings, listening, sockets)
+            _OwnServer(llm, settings, listening, sockets)
             if count == 1
             else ApiServers(llm, model, settings, listening, sockets, count, metrics.note_api_restart)
         )
@@ -133,17 +135,17 @@ async def _serve(
 
 
 class Front(Protocol):
-    """What clients talk to."""
+    """The HTTP server, in this process or in processes of its own."""
 
     async def serve(self) -> bool:
-        """Until `stop`. True: all clients have read their answers to the end."""
+        """Serve until `stop`. Return True if all clients have read their answers to the end."""
 
     def stop(self, patience: float) -> None:
-        """Clients have so many seconds to read what is left; 0: it ends at once."""
+        """End `serve`. Clients have `patience` seconds to read what is left; 0 ends it at once."""
 
 
-class _Here:
-    """In this process."""
+class _OwnServer:
+    """The HTTP server in this process."""
 
     def __init__(
         self, llm: Backend, settings: ServerSettings, listening: Listening, sockets: Sequence[socket.socket]
@@ -175,7 +177,7 @@ async def serve_until_end(
     Raises:
         UserError, EngineError: as `run`.
     """
-    log.info("%s listens; requests wait until replicas are ready", url)
+    log.info("listening at %s; requests wait until replicas are ready", url)
     server = asyncio.create_task(front.serve())
     watch = asyncio.create_task(_watch(llm, url, look_s))
     asked = asyncio.create_task(signals.first.wait())
@@ -185,15 +187,16 @@ async def serve_until_end(
         return await _drain(llm, front, server, signals, shutdown_timeout)
     cause = _exception_of(watch) or _exception_of(server)
     watch.cancel()
-    await _apart(llm.close)  # whoever still waits is told
+    await _apart(llm.close)  # clients that still wait are told
     await _end(front, server, signals, LAST_BYTES_S)
-    raise cause if isinstance(cause, ShoalError) else EngineError(f"the server has ended by itself: {cause!r}")
+    raise cause if isinstance(cause, ShoalError) else EngineError(f"the HTTP server ended unexpectedly: {cause!r}")
 
 
 async def _watch(llm: Backend, url: str, look_s: float) -> None:
-    """
+    """Print the URL once the replicas are ready, then check the fleet again and again, without an end.
+
     Raises:
-        UserError, EngineError: nothing can be served: a replica can't start, none is left that could come back, or the
+        UserError, EngineError: nothing can be served: a replica can't start, none is left that could restart, or the
             thread that drives them has ended.
     """
     await llm.ready()
@@ -205,7 +208,7 @@ async def _watch(llm: Backend, url: str, look_s: float) -> None:
             status = await llm.status()
         except ClosedError:
             raise
-        except EngineError as error:  # it may be busy
+        except EngineError as error:  # it may be busy: ask again
             log.warning("%s", error)
             continue
         if status.failure:
@@ -216,34 +219,37 @@ async def _drain(
     llm: Backend, front: Front, server: "asyncio.Task[bool]", signals: EndSignals, shutdown_timeout: float
 ) -> int:
     log.info(
-        "nothing new is taken; what runs has %g s (--shutdown-timeout), a second signal ends at once", shutdown_timeout
+        "draining for up to %g s (--shutdown-timeout): no new requests; signal again to exit at once", shutdown_timeout
     )
     deadline = time.monotonic() + shutdown_timeout
     await _say_what_holds(llm)
     complete = await _requests_end(llm, signals, shutdown_timeout)
     if not complete:
-        log.warning("requests that still run are cut off")
-        await _apart(llm.close)  # whoever still waits is told
+        log.warning("unfinished requests are cut off")
+        await _apart(llm.close)  # clients that still wait are told
     read = await _end(front, server, signals, max(LAST_BYTES_S, deadline - time.monotonic()))
     return 0 if complete and read else 1
 
 
 async def _say_what_holds(llm: Backend) -> None:
-    """Requests of a server that is paused end no sooner than it goes on, which it may be asked for while it drains."""
+    """Warn if the server is paused: its requests can't end before it continues. It may be resumed while it drains."""
     try:
         status = await llm.status()
-    except EngineError:  # it may be busy, or have failed; the drain says so
+    except EngineError:  # it may be busy or have failed: the drain tells
         return
     unfinished = status.queued + sum(replica.held for replica in status.replicas)
     if unfinished and status.activity != ActivityState.AWAKE:
         way_out = "/resume" if status.activity == ActivityState.PAUSED else "/wake_up"
         log.warning(
-            "it is %s: %d requests stand still until POST %s, or are cut off", status.activity, unfinished, way_out
+            "the server is %s: %d requests can't finish, and are cut off unless POST %s continues it",
+            status.activity,
+            unfinished,
+            way_out,
         )
 
 
 async def _requests_end(llm: Backend, signals: EndSignals, timeout: float) -> bool:
-    """True: all of them have ended."""
+    """Wait until all requests have ended, `timeout` is over or a second signal comes. Return True if all have ended."""
     drained = asyncio.create_task(llm.drain(timeout))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait([drained, second], timeout=timeout + _END_S, return_when=asyncio.FIRST_COMPLETED)
@@ -251,12 +257,12 @@ async def _requests_end(llm: Backend, signals: EndSignals, timeout: float) -> bo
     second.cancel()
     error = _exception_of(drained)
     if error is not None:
-        log.error("requests could not end: %s", error)
+        log.error("draining failed: %s", error)
     return drained.done() and not drained.cancelled() and error is None and drained.result()
 
 
 async def _end(front: Front, server: "asyncio.Task[bool]", signals: EndSignals, patience: float) -> bool:
-    """True: every client has read its answer to the end."""
+    """End the HTTP server. Return True if every client has read its answer to the end."""
     front.stop(0.0 if signals.second.is_set() else patience)
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait([server, second], timeout=patience + _END_S, return_when=asyncio.FIRST_COMPLETED)
@@ -266,11 +272,11 @@ async def _end(front: Front, server: "asyncio.Task[bool]", signals: EndSignals, 
         await asyncio.wait([server], timeout=_END_S)
     error = _exception_of(server)
     if error is not None:
-        log.error("the server has ended by itself: %s", error)
+        log.error("the HTTP server ended unexpectedly: %s", error)
         return False
     complete = server.done() and not server.cancelled() and server.result()
     if not complete:
-        log.warning("clients that still read are cut off")
+        log.warning("clients that have not read their whole answer are cut off")
     return complete
 
 

@@ -1,4 +1,4 @@
-"""GET /health, /ready and /version, for load balancers and whoever starts servers."""
+"""GET /health, /ready and /version, for load balancers and for programs that start servers."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -17,7 +17,7 @@ from shoal.wire.fleet import FleetStatus
 T = TypeVar("T")
 
 _RETRY_S = 5.0
-_MOST_NAMED = 8  # replicas in an answer
+_MOST_NAMED = 8  # replicas that an error names
 
 
 def routes(llm: Backend, *, answer_s: float = 5.0) -> APIRouter:
@@ -33,12 +33,12 @@ def routes(llm: Backend, *, answer_s: float = 5.0) -> APIRouter:
             raise _unavailable(_why_not_accepting(status))
         if not any(replica.state == "ready" for replica in status.replicas):
             raise _unavailable(f"no replica is ready: {_states(status, local_only=False)}")
-        # Whoever is paused or asleep is well: nobody should start it anew for that.
+        # A paused or sleeping server is healthy: it must not be restarted for that.
         return _answer({"status": "ok" if status.activity == ActivityState.AWAKE else status.activity})
 
     @router.get(
         "/ready",
-        summary="200 once all replicas of this host are up, and none drains, is paused or asleep",
+        summary="200 once all replicas of this host are ready and the server is neither draining, paused nor asleep",
         responses=documented(503),
     )
     async def ready() -> Response:
@@ -67,17 +67,17 @@ async def _answered(question: Awaitable[T], answer_s: float) -> T:
 
 
 def _why_not_accepting(status: FleetStatus) -> str:
-    return status.failure or "the server is about to end and takes no new requests"
+    return status.failure or "the server is shutting down and takes no new requests"
 
 
 def _why_not_awake(status: FleetStatus) -> str:
     if status.activity == ActivityState.PAUSED:
-        return "the server is paused: POST /resume lets it go on"
+        return "the server is paused: POST /resume continues"
     return f"the server is asleep, without {' and '.join(status.missing)}: POST /wake_up wakes it up"
 
 
 def _states(status: FleetStatus, *, local_only: bool) -> str:
-    """Those that are not ready, and what ended them."""
+    """Return the replicas that are not ready, and why, as text."""
     missing = [
         replica
         for replica in status.replicas
@@ -90,7 +90,7 @@ def _states(status: FleetStatus, *, local_only: bool) -> str:
     ]
     if len(missing) > _MOST_NAMED:
         named.append(f"{len(missing) - _MOST_NAMED} more")
-    return "; ".join(named) or "there is none"
+    return "; ".join(named) or "there are no replicas"
 
 
 def _unavailable(why: str) -> Refusal:

@@ -1,6 +1,6 @@
-"""POST /pause, /resume, /sleep, /wake_up and /reset_prefix_cache, with vLLM's names.
+"""POST /pause, /resume, /sleep, /wake_up and /reset_prefix_cache, with vLLM's names and parameters.
 
-Each is for all replicas, and is answered when all of them are done.
+Each applies to all replicas, and is answered when all of them have done it.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,8 +17,8 @@ from shoal.wire.fleet import Operation
 
 Mode = Literal["abort", "wait", "keep"]
 _MODES = (
-    "what becomes of requests: `abort` ends them, with `wait` those that a replica has end first, with `keep` they "
-    "stand still and go on later"
+    "what happens to running requests: `abort` ends them, `wait` lets them finish first, `keep` suspends them until "
+    "the server continues"
 )
 
 
@@ -29,16 +29,18 @@ def routes(llm: Backend) -> APIRouter:
 
     @router.post(
         "/reset_prefix_cache",
-        summary="Forget what the prefix caches of all replicas have",
-        description="Requests that run keep the blocks they hold, which nobody else finds any more.",
+        summary="Empty the prefix caches of all replicas",
+        description="Running requests keep the blocks that they hold; new requests no longer find these.",
         response_class=JSONResponse,
         responses=documented(503),
     )
     async def reset_prefix_cache(
         reset_running_requests: Annotated[
-            bool, Query(description="requests that run compute theirs again, too")
+            bool, Query(description="running requests compute their blocks again")
         ] = False,
-        reset_external: Annotated[bool, Query(description="there is no other cache: it says nothing")] = False,
+        reset_external: Annotated[
+            bool, Query(description="accepted for compatibility, without effect: there is no external cache")
+        ] = False,
     ) -> Response:
         told = await _operate(llm, Operation("reset_prefix_cache", running=reset_running_requests))
         found = cache_reset_decoder.decode(told)
@@ -50,14 +52,14 @@ def routes(llm: Backend) -> APIRouter:
 def _add_pauses(router: APIRouter, llm: Backend) -> None:
     @router.post(
         "/pause",
-        summary="Compute nothing until /resume; new requests wait",
+        summary="Stop computing until /resume; new requests wait",
         response_class=JSONResponse,
         responses=documented(409, 503),
     )
     async def pause(
         mode: Annotated[Mode, Query(description=_MODES)] = "abort",
         wait_for_inflight_requests: Annotated[bool, Query(description="the same as mode=wait")] = False,
-        clear_cache: Annotated[bool, Query(description="forget prefixes, unless requests are kept")] = True,
+        clear_cache: Annotated[bool, Query(description="empty the prefix caches, unless requests are kept")] = True,
     ) -> Response:
         mode = "wait" if wait_for_inflight_requests and mode == "abort" else mode
         await _operate(llm, Operation("pause", mode=mode, clear_cache=clear_cache))
@@ -70,7 +72,7 @@ def _add_pauses(router: APIRouter, llm: Backend) -> None:
 
     @router.get(
         "/is_paused",
-        summary="Is nothing computed, be it paused or asleep?",
+        summary="True while nothing is computed: paused or asleep",
         response_class=JSONResponse,
         responses=documented(503),
     )
@@ -81,12 +83,12 @@ def _add_pauses(router: APIRouter, llm: Backend) -> None:
 def _add_sleep(router: APIRouter, llm: Backend) -> None:
     @router.post(
         "/sleep",
-        summary="Give the memory of weights and KV caches back; requests are refused until /wake_up",
+        summary="Free the memory of weights and KV caches; requests are refused until /wake_up",
         response_class=JSONResponse,
         responses=documented(409, 503),
     )
     async def sleep(
-        level: Annotated[Literal["0", "1", "2"], Query(description="0 is a pause; 1 and 2 give back the same")] = "1",
+        level: Annotated[Literal["0", "1", "2"], Query(description="0 is a pause; 1 and 2 free the same memory")] = "1",
         mode: Annotated[Mode, Query(description=_MODES)] = "abort",
     ) -> Response:
         await _operate(llm, Operation("sleep", mode=mode, level=int(level)))
@@ -94,14 +96,14 @@ def _add_sleep(router: APIRouter, llm: Backend) -> None:
 
     @router.post(
         "/wake_up",
-        summary="Take the memory again, and go on once all of it is there",
+        summary="Allocate the memory and load the weights again, then continue",
         response_class=JSONResponse,
         responses=documented(409, 503),
     )
     async def wake_up(
         tags: Annotated[
             list[Literal["weights", "kv_cache", "scheduling"]] | None,
-            Query(description="parts to take; all if none is given"),
+            Query(description="the parts to restore; all if none is given"),
         ] = None,
     ) -> Response:
         await _operate(llm, Operation("wake_up", tags=tuple(tags) if tags else None))
@@ -109,7 +111,7 @@ def _add_sleep(router: APIRouter, llm: Backend) -> None:
 
     @router.get(
         "/is_sleeping",
-        summary="Were weights or KV caches given back?",
+        summary="True while weights or KV caches are freed",
         response_class=JSONResponse,
         responses=documented(503),
     )
@@ -123,9 +125,10 @@ async def _state(llm: Backend) -> Response:
 
 
 async def _operate(llm: Backend, wanted: Operation) -> bytes:
-    """
+    """Have all replicas do something, and return their answer.
+
     Raises:
-        Refusal: it does not go with what the replicas are at, or with the files that are there.
+        Refusal: the replicas are in a state in which it can't be done, or the files of the weights have changed.
     """
     try:
         return await llm.operate(wanted)

@@ -1,4 +1,4 @@
-"""POST /v1/admin/replicas: more or fewer replicas, while requests go on."""
+"""POST /v1/admin/replicas: change the number of replicas while serving."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -14,7 +14,7 @@ _MOST = 4096
 
 
 class ReplicasWanted(BaseModel):
-    replicas: int = Field(ge=1, le=_MOST, strict=True, description="how many there shall be")
+    replicas: int = Field(ge=1, le=_MOST, strict=True, description="the number of replicas to have")
 
 
 def routes(llm: Backend) -> APIRouter:
@@ -22,9 +22,9 @@ def routes(llm: Backend) -> APIRouter:
 
     @router.post(
         "/v1/admin/replicas",
-        summary="Have so many replicas from now on",
-        description="Those that are added start at once, and are ready in their time: see /v1/admin/status. Requests "
-        "of those that are taken out go on at the others.",
+        summary="Set the number of replicas",
+        description="Returns before added replicas are ready: see /v1/admin/status. Requests of replicas that are "
+        "removed continue on the others.",
         response_class=JSONResponse,
         responses=documented(503),
     )
