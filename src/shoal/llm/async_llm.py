@@ -123,6 +123,11 @@ class AsyncLLM(Operable):
         return self._requests.max_model_len
 
     @property
+    def unfinished(self) -> int:
+        """Outputs that were asked for here and have not ended yet."""
+        return len(self._streams)
+
+    @property
     def desk(self) -> Desk | None:
         """Where other processes' lines end; None where this is such a line."""
         return self._desk
