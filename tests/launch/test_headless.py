@@ -9,15 +9,15 @@ from shoal.launch.headless import HeadlessHost, HeadlessReplica
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.transport.channel import Channel
 from shoal.wire.engine import EngineFailure
-from shoal.wire.plan import EngineSetup
+from shoal.wire.plan import EnginePlan
 from support.fakes import FakeClock
 
 
 class FakeProcess:
     """Runs until `ends` is called."""
 
-    def __init__(self, setup: EngineSetup, pid: int) -> None:
-        self.place = setup.place
+    def __init__(self, plan: EnginePlan, pid: int) -> None:
+        self.place = plan.place
         self.pid = pid
         self.drew = False
         self.is_ready = False
@@ -62,10 +62,10 @@ class World:
         self.host = HeadlessHost(model, Deployment.of(model.options), self._launch, self.clock, together=together)
         self.host.start()
 
-    def _launch(self, setup: EngineSetup) -> FakeProcess:
+    def _launch(self, plan: EnginePlan) -> FakeProcess:
         if self.no_room:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        self.processes.append(FakeProcess(setup, pid=4711 + len(self.processes)))
+        self.processes.append(FakeProcess(plan, pid=4711 + len(self.processes)))
         return self.processes[-1]
 
     def replica(self, number: int) -> HeadlessReplica:

@@ -21,7 +21,6 @@ from shoal.wire.engine import EngineRequest, EngineStats, RefusalKind, SeqUpdate
 from shoal.wire.fleet import FleetStatus, Operation
 
 _FOREVER_S = 3600.0
-_TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,7 @@ class Fleet:
         """
         if self._length is None:
             return request
-        prompt_len = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
+        prompt_len = request.num_prompt_tokens
         if prompt_len >= self._length:
             raise RequestError(
                 f"{overflow(self._length)}; the prompt has {prompt_len}, and an output needs one: shorten it, or give "

@@ -12,15 +12,14 @@ from shoal.cluster.members.restarts import Restarts
 from shoal.cluster.members.supervised import RunState, Supervised
 from shoal.errors import EngineError, ShoalError, UserError
 from shoal.launch.deployment import Deployment
-from shoal.launch.offline_engines import place_of, setup_of
+from shoal.launch.launchers import place_of
 from shoal.launch.open_model import OpenModel
 from shoal.log import get_logger
-from shoal.planner.layout import shares_experts
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import Stop, encode, replace_fields
 from shoal.wire.engine import EngineFailure, EngineStats, FromEngine, Snapshot, from_engine
-from shoal.wire.plan import EngineSetup
+from shoal.wire.plan import EnginePlan
 
 log = get_logger("headless")
 
@@ -36,11 +35,12 @@ def run(model: OpenModel) -> int:
         UserError: before any was ready, the front end refuses one, or one can't work; or none is left for that.
         EngineError: before any was ready, one could not start; or none is left that could be started again.
     """
+    model.log_plan()
     deployment = Deployment.of(model.options)
     numbers = _listed(deployment.local)
     log.info("replicas %s of %d for the front end at %s", numbers, deployment.size, deployment.address)
     with _SignalEvent() as signals:
-        host = HeadlessHost(model, deployment, together=shares_experts(model.decision.cutting))
+        host = HeadlessHost(model, deployment, together=model.plan.layout.shares_experts)
         try:
             host.start()
             while not signals.came and host.any_left():
@@ -87,12 +87,12 @@ class HeadlessProcess(Protocol):
 class _ReplicaProcess:
     """A child process with a replica."""
 
-    def __init__(self, setup: EngineSetup) -> None:
+    def __init__(self, plan: EnginePlan) -> None:
         self.drew = False
         self.is_ready = False
         self.failure: EngineFailure | None = None
-        self._child = ChildProcess("shoal.launch.remote_engine")
-        self._child.say(encode(setup))
+        self._child = ChildProcess("shoal.engine.remote_process")
+        self._child.say(encode(plan))
 
     @property
     def pid(self) -> int:
@@ -142,7 +142,7 @@ class HeadlessReplica(Supervised):
     """A replica of this host, which a front end elsewhere uses."""
 
     number: int
-    setup: EngineSetup
+    plan: EnginePlan
     process: HeadlessProcess | None = None  # None: it does not run
 
 
@@ -153,7 +153,7 @@ class HeadlessHost:
         self,
         model: OpenModel,
         deployment: Deployment,
-        launch: Callable[[EngineSetup], HeadlessProcess] = _ReplicaProcess,
+        launch: Callable[[EnginePlan], HeadlessProcess] = _ReplicaProcess,
         clock: Callable[[], float] = time.monotonic,
         *,
         together: bool = False,
@@ -166,7 +166,7 @@ class HeadlessHost:
         self.replicas = [
             HeadlessReplica(
                 number=number,
-                setup=setup_of(model, replace_fields(place_of(model, number, deployment.local), **where)),
+                plan=model.plan_at(replace_fields(place_of(model, number, deployment.local), **where)),
                 restarts=Restarts(model.options.serving.max_restarts, "--max-restarts"),
                 useful_s=_USEFUL_S,
             )
@@ -233,9 +233,9 @@ class HeadlessHost:
 
     def _start(self, replica: HeadlessReplica) -> None:
         replica.started(self._clock())
-        place = replace_fields(replica.setup.place, returning=self._has_worked(replica))
+        place = replace_fields(replica.plan.place, returning=self._has_worked(replica))
         try:
-            replica.process = self._launch(replace_fields(replica.setup, place=place))
+            replica.process = self._launch(replace_fields(replica.plan, place=place))
         except OSError as error:  # no memory for a process, no descriptors
             self._end(replica, EngineError(f"replica {replica.number} can't be started: {error}"), useful=False)
 

@@ -78,7 +78,7 @@ class AsyncLLM(Operable):
         self._model = model
         self._reader = model.reader()
         seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
-        self._requests = Requests(model.generation.eos, max_model_len=model.decision.max_model_len, seed=seed)
+        self._requests = Requests(model.generation.eos, max_model_len=model.served.max_model_len, seed=seed)
         self._grammars = model.grammar_checker()
         self._next_seq = 0
         self._streams: dict[int, RequestStream] = {}  # by the numbers of their requests
@@ -121,6 +121,11 @@ class AsyncLLM(Operable):
         """Tokens that a prompt and its output may have. Where the replicas' KV caches hold less than was planned, that
         is known once `ready` or `status` was awaited; requests are cut to it in any case."""
         return self._requests.max_model_len
+
+    @property
+    def unfinished(self) -> int:
+        """Outputs that were asked for here and have not ended yet."""
+        return len(self._streams)
 
     @property
     def desk(self) -> Desk | None:

@@ -62,7 +62,7 @@ class ApiServers:
         self._llm = llm
         self._desk = llm.desk
         self._given = dict(model.given)
-        self._setup = ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening), files=model.files)
+        self._setup = ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening), model.served)
         self._sockets = sockets
         self._servers = [
             ApiServer(number=number, restarts=Restarts(_MOST_RESTARTS), useful_s=_USEFUL_S) for number in range(count)
@@ -146,7 +146,7 @@ class ApiServers:
         return replace_fields(
             self._setup,
             options=options,
-            max_model_len=self._llm.max_model_len,
+            served=replace_fields(self._setup.served, max_model_len=self._llm.max_model_len),
             number=server.number,
             sockets=tuple(sock.fileno() for sock in self._sockets),
         )

@@ -36,8 +36,6 @@ from shoal.cluster.routing.waiting_lines import WaitingLines
 from shoal.errors import EngineError
 from shoal.wire.engine import EngineRequest
 
-_TOKEN_BYTES = 4
-
 
 class RequestRouter:
     """Takes requests in, and says which goes where next. Replicas are numbers, which may come and go. `ledger` says
@@ -147,10 +145,10 @@ class RequestRouter:
         """Return the tokens that the requests of its group have in common, and the slots where there are some."""
         if request.sampling.prompt_logprobs >= 0:
             return 0, {}
-        return (request.prompt_len or _length(request)) - 1, self.ledger.sharers(request.group)
+        return request.num_prompt_tokens - 1, self.ledger.sharers(request.group)
 
     def _choose(self, request: EngineRequest, rest: int, path: list[tuple[Node, int]]) -> int:
-        own = _length(request) + rest
+        own = request.num_tokens + rest
         most = min(own // 2, self.ledger.mean_work)
         ahead = self.ledger.done - self.ledger.mean_done
         work = self.ledger.work + np.minimum(np.maximum(ahead, -most), most)
@@ -184,7 +182,7 @@ class RequestRouter:
 
     def _hand_over(self, request: EngineRequest, number: int | None) -> int:
         """Give a request to its replica; None: to the best. Return the replica."""
-        before = _before(request)
+        before = request.num_output_tokens
         rest = self._lengths.rest(before, request.max_tokens - before)
         digest = self._digest(request)
         path = self._path(request, digest)
@@ -197,7 +195,7 @@ class RequestRouter:
             cached = max(cached, shared)
         held = HeldRequest(
             seq=request.seq,
-            prompt=max(_length(request) - cached, 1),
+            prompt=max(request.num_tokens - cached, 1),
             allowed=request.max_tokens - before,
             before=before,
             rest=rest,
@@ -219,12 +217,3 @@ class RequestRouter:
             raise EngineError(f"the router's lines are wrong: {'; '.join(problems)}")
         self.ledger.audit(self._lines)
         self._prefixes.audit()
-
-
-def _length(request: EngineRequest) -> int:
-    return len(request.tokens) // _TOKEN_BYTES
-
-
-def _before(request: EngineRequest) -> int:
-    """Return the number of output tokens that it brings along."""
-    return _length(request) - request.prompt_len if request.prompt_len else 0
