@@ -224,7 +224,7 @@ def test_every_process_has_the_tokenizer_of_another_folder(tmp_path: Path) -> No
                 answer = json.loads(response.read())
             connection.close()
             assert re.fullmatch("[0-9]{3}", answer["choices"][0]["message"]["content"]), answer
-            return owners == pids
+            return bool(owners == pids)
 
         until(ask, "both have answered")
 
