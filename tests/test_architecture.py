@@ -46,7 +46,7 @@ ALLOWED = {
     "structured": {"transport", "wire"},
     "planner": {"models", "parallel", "devices", "wire"},
     "cluster": {"transport", "protocols", "wire"},
-    "engine": {"protocols", "wire"},
+    "engine": {"cluster", "executors", "planner", "devices", "text", "transport", "protocols", "wire"},
     "executors": {"transport", "protocols", "wire", "devices"},
     "executors.inprocess": {"transport", "protocols", "wire", "devices", "worker", "comm"},
     "executors.threads": {"transport", "protocols", "wire", "devices", "worker", "comm"},
@@ -71,8 +71,7 @@ TORCH_FREE = [
     "shoal.openai", "shoal.bench", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli",
     "shoal.executors.base", "shoal.executors.table", "shoal.executors.multiprocess", "shoal.worker.__main__",
     "shoal.models.spec", "shoal.models.manifest", "shoal.models.registry", "shoal.models.families",
-    "shoal.models.fields", "shoal.models.quantization", "shoal.models.implementation", "shoal.models.open_model",
-    "shoal.models.overrides", "shoal.models.rope_fields", "shoal.models.text_part",
+    "shoal.models.config_json", "shoal.models.implementation", "shoal.models.open_model",
     "shoal.models.checkpoint.checkpoint", "shoal.models.checkpoint.stored_file", "shoal.models.checkpoint.pickled",
     "shoal.models.transformers.fallback_spec",
     "shoal.models.transformers.read_spec", "shoal.parallel.topology", "shoal.parallel.partition",
@@ -111,7 +110,7 @@ METRICS = {"vllm", "shoal"}
 
 # Libraries that stay where they are needed.
 CONFINED = {
-    "click": {"cli", "worker", "launch", "text"},
+    "click": {"cli", "worker", "engine", "text"},
     "tqdm": {"cli", "launch", "llm"},
     "tokenizers": {"text"},
     "jinja2": {"text"},

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams
+from shoal.engine.build import build_engine
+from shoal.engine.process import start
 from shoal.errors import CheckpointError, UserError
-from shoal.launch.build_engine import build_engine
-from shoal.launch.engine_process import start
 from shoal.launch.hub import BUNDLED
 from shoal.launch.open_model import open_model, open_served_model
 from shoal.text.chat_template import ChatTemplate
@@ -71,11 +71,11 @@ def test_what_starts_later_does_not_run_another_model(folder: Path, change: Call
     opened = open_model(str(folder), SMALL)
     open_served_model(str(folder), SMALL, opened.served)
     change(folder)
-    with pytest.raises(UserError, match="has changed since Shoal read it first"):
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
         build_engine(opened.plan)
-    with pytest.raises(UserError, match="has changed since Shoal read it first"):
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
         start(opened.plan, None)
-    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
+    with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
         open_served_model(str(folder), SMALL, opened.served)
 
 
@@ -84,7 +84,7 @@ def test_a_draft_model_that_has_changed(folder: Path, tmp_path: Path) -> None:
     speculation = {"method": "draft_model", "model": str(other), "num_speculative_tokens": 2}
     opened = open_model(str(folder), {**SMALL, "speculative_config": speculation})
     copy_over(other)
-    with pytest.raises(UserError, match=r"draft has changed since Shoal read it first"):
+    with pytest.raises(UserError, match=r"draft has changed since Shoal first read it"):
         build_engine(opened.plan)
 
 

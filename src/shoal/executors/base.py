@@ -228,6 +228,6 @@ def _loaded(setup: RankSetup, info: LoadInfo) -> str:
 def _computed_by(setup: RankSetup, info: LoadInfo) -> str:
     """Return how a rank computes, for whoever looks closer."""
     return (
-        f"rank {setup.rank}: {setup.mine.cost_share:.1%} of the cost, {info.threads} threads, {info.linear}, "
+        f"rank {setup.rank}: {setup.rank_plan.cost_share:.1%} of the cost, {info.threads} threads, {info.linear}, "
         f"{info.kernels}, {info.comm}"
     )

@@ -38,7 +38,7 @@ class ProcessLinks:
     def _start(self, setups: Sequence[RankSetup]) -> None:
         for setup in setups:
             arguments = ["--rank", str(setup.rank), "--size", str(self.world_size), "--store", str(self._store)]
-            environment = cpu.pinning(setup.mine.cores) if setup.plan.bind_cores else {}
+            environment = cpu.pinning(setup.rank_plan.cores) if setup.plan.bind_cores else {}
             self._children.append(ChildProcess("shoal.worker", arguments, environment, [self._store]))
 
     def send(self, message: ToRank, rank: int | None = None) -> None:

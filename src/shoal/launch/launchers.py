@@ -5,17 +5,17 @@ from collections.abc import Container, Sequence
 from shoal.cluster.lockstep.local import Joined, LocalLockstep
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.routing.router import ReplicaCapacity, most_held
+from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
+from shoal.engine.server import serve
 from shoal.executors.table import thread_groups
-from shoal.launch.build_engine import build_engine
-from shoal.launch.engine_server import serve
 from shoal.launch.open_model import OpenModel
 from shoal.transport.channel import Channel
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineStats
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 
-ENGINE_PROCESS = "shoal.launch.engine_process"
+ENGINE_PROCESS = "shoal.engine.process"
 _START_PHASES = 5  # each of which may take --start-timeout
 
 

@@ -8,8 +8,8 @@ from shoal.addresses import Address
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
 from shoal.cluster.members.replica import EngineProcess, Replica, close_all
 from shoal.cluster.replica_set import ReplicaSet, await_ready
+from shoal.engine.build import build_engine
 from shoal.errors import AddressInUse
-from shoal.launch.build_engine import build_engine
 from shoal.launch.launchers import (
     ENGINE_PROCESS,
     ProcessLauncher,

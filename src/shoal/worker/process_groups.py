@@ -23,7 +23,7 @@ class ProcessGroups:
         self._shared: RendezvousStore | None = None
 
     def __call__(self, setup: RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
-        cuda = setup.mine.device == "cuda" and axis != "back"  # drawn tokens are on the host
+        cuda = setup.rank_plan.device == "cuda" and axis != "back"  # drawn tokens are on the host
         store = self._store(setup, ranks)
         name = f"{axis}:{ranks[0]}"
         return TorchComm(
@@ -33,7 +33,7 @@ class ProcessGroups:
             len(ranks),
             backend="nccl" if cuda else "gloo",
             timeout_s=setup.plan.timeouts.comm_s,
-            device=torch.device("cuda", setup.mine.device_index) if cuda else torch.device("cpu"),
+            device=torch.device("cuda", setup.rank_plan.device_index) if cuda else torch.device("cpu"),
             interface_address=setup.plan.place.address,
         )
 

@@ -35,11 +35,11 @@ class RankModel:
 
     def __init__(self, setup: RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
         """Reads config.json; weights come with `load`."""
-        plan, shard = setup.plan.model, setup.mine.shard
+        plan, shard = setup.plan.model, setup.rank_plan.shard
         if draft:
             assert setup.plan.draft is not None
-            assert setup.mine.draft_shard is not None
-            plan, shard = setup.plan.draft, setup.mine.draft_shard
+            assert setup.rank_plan.draft_shard is not None
+            plan, shard = setup.plan.draft, setup.rank_plan.draft_shard
         self._plan = plan
         self._folder = Path(plan.folder)
         self._overrides: dict[str, Any] = json.loads(plan.overrides)
@@ -50,7 +50,7 @@ class RankModel:
         self._vocab_sizes = shard.vocab_sizes
         self._experts = "" if draft else setup.plan.layout.experts
         self._setup = setup
-        self._device = setup.mine.device
+        self._device = setup.rank_plan.device
         self._mesh = mesh
         self._precision = PRECISION[setup.plan.dtype]
         self._decoder: CausalModel | None = None

@@ -58,8 +58,8 @@ class Worker:
         self._handling = False
         self._anonymous_at_import = cpu.anonymous_memory()
         torch.get_num_threads()  # a fresh thread that has not asked once loses what it sets to another thread's value
-        torch.set_num_threads(len(setup.mine.cores))
-        mine, plan = setup.mine, setup.plan
+        torch.set_num_threads(len(setup.rank_plan.cores))
+        mine, plan = setup.rank_plan, setup.plan
         self.device = torch.device("cuda", mine.device_index) if mine.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -160,7 +160,7 @@ class Worker:
     def _profile(self, _: bytes) -> bytes:
         """How many KV blocks fit into what the rank was given."""
         block_bytes = sum(each.block_bytes for each in self._models)
-        budget = self.setup.mine.kv_budget
+        budget = self.setup.rank_plan.kv_budget
         if budget is None:
             budget = self._free_device_memory()
         # A rank without KV heads needs no memory for them, and must not be the one that decides.
