@@ -11,7 +11,7 @@ from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler.limits import SchedulerLimits
-from shoal.engine.speculation import make_guessers
+from shoal.engine.speculation import make_drafters
 from shoal.errors import ConfigError
 from shoal.executors.base import Links, RankExecutor
 from shoal.lazy import load
@@ -87,7 +87,7 @@ def build_engine(
         max_in_flight=decision.max_in_flight,
         incarnation=setups[0].incarnation,
         grammars=grammar_pool(decision.folder, eos, decision.spec.vocab_size, decision.hardware.cores),
-        make_guesser=make_guessers(options.model_options.speculative_config),
+        make_drafter=make_drafters(options.model_options.speculative_config),
         lockstep=lockstep,
         memory_timeout=options.parallel.start_timeout,
     )

@@ -18,13 +18,13 @@ class Finish(IntEnum):
 
 
 class RefusalKind(IntEnum):
-    """What kind of `error` ended a request."""
+    """The kind of `error` that ended a request."""
 
     NONE = 0
-    INVALID = 1  # it can't be run; whoever sent it can mend it
+    INVALID = 1  # it can't be run as it is; whoever sent it can change it
     FULL = 2  # too many wait already
     LATE = 3  # it waited too long, or its deadline has passed
-    FAILED = 4  # what it needs has failed, or it takes down whoever runs it
+    FAILED = 4  # what it needs has failed, or replicas die of it
     CLOSING = 5  # nothing new is taken any more
     LOST = 6  # no replica is left that could run it
     ASLEEP = 7  # weights and KV cache were given back
@@ -42,9 +42,9 @@ class EngineRequest(Wire, frozen=True):
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: alone
     grammar: str = ""  # what the output must look like, in llguidance's form
-    arrival: float = 0.0  # time.monotonic() of the client's host when it came; 0: when it is added
+    arrival: float = 0.0  # time.monotonic() of the client's host when it arrived; 0: when it is added
     replica: int = -1  # the only one that may run it; -1: any
-    outputs: int = 1  # that its client has asked for at once, this one included: all of them are taken, or none
+    outputs: int = 1  # how many its client has asked for at once, this one included; all are taken, or none
 
     @property
     def num_tokens(self) -> int:
@@ -58,23 +58,25 @@ class EngineRequest(Wire, frozen=True):
 
 
 class Abort(Wire, frozen=True):
-    """`stopped`: their clients have all they wanted, up to a stop text."""
+    """Requests to end. `stopped`: their outputs have reached a stop text, so their clients have all they wanted."""
 
     seqs: Ids
     stopped: bool = False
 
 
 class SeqUpdate(Wire, frozen=True):
+    """New tokens of a request's output. `finish` is set in the last one."""
+
     seq: int
     tokens: Ids
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: Finish | None = None
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # tokens of the prompt that were in the prefix cache
     error: str = ""
     prompt_logprobs: PromptLogprobs | None = None
     refusal: RefusalKind = RefusalKind.NONE
-    waited_us: int = 0  # with the first tokens: how long the engine had it before it was in a step
-    preemptions: int = 0  # with the end: how often it gave its blocks back
+    waited_us: int = 0  # with the first tokens: how long the engine had the request before it was in a step
+    preemptions: int = 0  # with the end: how often the request gave its blocks back
 
 
 class Updates(Wire, frozen=True):
@@ -105,53 +107,53 @@ class EngineStats(Wire, frozen=True):
     prefix_queries: int  # tokens looked up in the prefix cache
     prefix_hits: int  # ... and found
     preemptions: int
-    draft_tokens: int  # guessed by speculative decoding
-    accepted_tokens: int  # ... rightly
+    draft_tokens: int  # of speculative decoding
+    accepted_tokens: int  # ... that were right
     schedule_us: int
     step_total_us: int
     step_forward_us: int
     start_s: tuple[tuple[str, float], ...] = ()
     ranks: tuple[RankStats, ...] = ()
-    replicas: tuple["EngineStats", ...] = ()  # of a set of replicas, whose sums the other fields are
+    replicas: tuple["EngineStats", ...] = ()  # of a set of replicas; the other fields are their sums
     iteration_tokens: Ids = ()  # steps by their tokens: number i had up to 2**i, and more than half as many
-    step_tokens: int = 0  # in all steps
-    drafts: int = 0  # rounds of guessing, of a sequence each
-    busy_before: Ids = ()  # microseconds that each rank was busy in former lives
-    accepted_by_position: Ids = ()  # guesses that were right, by their place in a round
+    step_tokens: int = 0  # tokens of all steps
+    drafts: int = 0  # how often a sequence had drafts in a step
+    busy_before: Ids = ()  # microseconds that each rank was busy in earlier incarnations of the engine
+    accepted_by_position: Ids = ()  # drafts that were right, by their place among those of a step
     activity: Activity = Activity()
 
 
 class Snapshot(Wire, frozen=True):
-    """Unasked, now and then: an engine's own numbers, with what its ranks said last."""
+    """An engine's own numbers and the last ones of its ranks, sent unasked now and then."""
 
     stats: EngineStats
 
 
 class Become(Wire, frozen=True):
-    """What an engine is to be at from now on. Answered by a Told, with an error if it can't be, and then it is what it
-    was; nothing is computed any more when a pause is answered."""
+    """A change of an engine's activity. The answer is a Told; with an error in it, nothing has changed. When a pause is
+    answered nothing is computed any more."""
 
     id: int
     activity: Activity
 
 
 class ResetCache(Wire, frozen=True):
-    """No block shall be found by its prefix any more. `running`: requests that run compute theirs again, too. Answered
-    by a Told with a CacheReset."""
+    """A command to forget the prefix cache. `running`: running requests give their blocks back too, and compute their
+    tokens again. The answer is a Told with a CacheReset."""
 
     id: int
     running: bool = False
 
 
 class CacheReset(Wire, frozen=True):
-    """`forgotten` blocks could have been found; `held` are those that requests go on with."""
+    """The effect of a ResetCache: `forgotten` blocks could have been found, `held` ones stay with their requests."""
 
     forgotten: int = 0
     held: int = 0
 
 
 class Ask(Wire, frozen=True):
-    """Something that a client wants to know or to be done, beside requests: `status`, `metrics`, `scale`, ..."""
+    """A question or a command of a client, beside requests: `status`, `metrics`, `scale`, ..."""
 
     id: int
     verb: str
@@ -159,7 +161,7 @@ class Ask(Wire, frozen=True):
 
 
 class Told(Wire, frozen=True):
-    """The answer to an Ask, a Become or a ResetCache. `user_error`: whoever asked can mend it."""
+    """The answer to an Ask, a Become or a ResetCache. `user_error`: the error is one that whoever asked can avoid."""
 
     id: int
     payload: bytes = b""

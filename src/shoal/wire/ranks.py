@@ -49,8 +49,8 @@ class NewSeq(Wire, frozen=True):
 class Work(Wire, frozen=True):
     """Compute `count` tokens of `seq` from position `start`; `blocks` are appended to its table first.
 
-    The last `len(drafts)` of them are guesses at what comes next. The rank draws a token behind the last known one and
-    behind every guess, and keeps as many as the guesses were right, and one more.
+    The last `len(drafts)` of them are drafts. The rank draws a token behind the last known one and behind every draft,
+    and keeps those that are equal to their drafts, up to the first that is not, and that one.
     """
 
     seq: int
@@ -63,7 +63,7 @@ class Work(Wire, frozen=True):
 
 
 class StepPlan(Wire, frozen=True):
-    """If any work is `masked`, the next message to the rank is the step's StepMask."""
+    """The work of one step. If any of it is `masked`, the next message to the rank is the step's StepMask."""
 
     incarnation: int
     step: int
@@ -78,7 +78,7 @@ class StepPlan(Wire, frozen=True):
 
 
 class StepMask(Wire, frozen=True):
-    """Which tokens may be drawn, for the masked works of a step in their order: made while the step is computed."""
+    """The tokens that may be drawn for the masked works of a step, in their order; made while the step is computed."""
 
     incarnation: int
     step: int
@@ -87,7 +87,7 @@ class StepMask(Wire, frozen=True):
 
 
 class TokenLogprobs(Wire, frozen=True, gc=False):  # a long output has a great many, and none is part of a cycle
-    """Of one token: its own log-probability and rank (1: the likeliest), and the likeliest tokens with theirs."""
+    """Log-probabilities of one position: of the drawn token, with its rank (1: the likeliest), and of the likeliest."""
 
     chosen: float
     rank: int
@@ -96,7 +96,7 @@ class TokenLogprobs(Wire, frozen=True, gc=False):  # a long output has a great m
 
 
 class PromptLogprobs(Wire, frozen=True):
-    """Of the prompt's tokens from position `start` on."""
+    """Log-probabilities of the prompt's tokens from position `start` on."""
 
     start: int
     entries: tuple[TokenLogprobs, ...]
@@ -108,7 +108,7 @@ class SeqOut(Wire, frozen=True):
     tokens: Ids
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
-    drafts: Ids = ()  # a draft model's guesses at what follows
+    drafts: Ids = ()  # of a draft model, behind `tokens`
 
 
 class StepTimes(Wire, frozen=True):
