@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams
-from shoal.config.engine_options import EngineOptions
+from shoal.engine.build import build_engine
+from shoal.engine.process import start
 from shoal.errors import CheckpointError, UserError
-from shoal.launch.build_engine import build_engine
-from shoal.launch.engine_process import start
 from shoal.launch.hub import BUNDLED
-from shoal.launch.open_model import decide, open_model
-from shoal.server.api_process import open_served
+from shoal.launch.open_model import open_model, open_served_model
 from shoal.text.chat_template import ChatTemplate
-from shoal.wire.plan import ApiSetup, EngineSetup, ModelFiles
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -71,34 +68,30 @@ CHANGES = [copy_over, replace, rewrite("config.json"), rewrite("tokenizer.json")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_starts_later_does_not_run_another_model(folder: Path, change: Callable[[Path], None]) -> None:
     """A rank, an engine that takes the place of one that has ended, and an API server likewise."""
-    options = EngineOptions.from_flat(str(folder), SMALL)
-    decision = decide(options)
-    files = ModelFiles(str(folder), state=decision.file_states[0])
-    open_served(ApiSetup(str(folder), {}, {}, {}, files=files))
+    opened = open_model(str(folder), SMALL)
+    open_served_model(str(folder), SMALL, opened.served)
     change(folder)
-    with pytest.raises(UserError, match="has changed since Shoal read it first"):
-        build_engine(options, decision)
-    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
-        start(EngineSetup(str(folder), dict(SMALL), files=files), None)
-    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
-        open_served(ApiSetup(str(folder), {}, {}, {}, files=files))
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
+        build_engine(opened.plan)
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
+        start(opened.plan, None)
+    with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
+        open_served_model(str(folder), SMALL, opened.served)
 
 
 def test_a_draft_model_that_has_changed(folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(BUNDLED, tmp_path / "draft"))
     speculation = {"method": "draft_model", "model": str(other), "num_speculative_tokens": 2}
-    options = EngineOptions.from_flat(str(folder), {**SMALL, "speculative_config": speculation})
-    decision = decide(options)
+    opened = open_model(str(folder), {**SMALL, "speculative_config": speculation})
     copy_over(other)
-    with pytest.raises(UserError, match=r"draft has changed since Shoal read it first"):
-        build_engine(options, decision)
+    with pytest.raises(UserError, match=r"draft has changed since Shoal first read it"):
+        build_engine(opened.plan)
 
 
 def test_made_up_weights_have_no_files_that_could_change(folder: Path) -> None:
-    options = EngineOptions.from_flat(str(folder), {**SMALL, "load_format": "dummy"})
-    decision = decide(options)
+    opened = open_model(str(folder), {**SMALL, "load_format": "dummy"})
     copy_over(folder)
-    build_engine(options, decision).close()
+    build_engine(opened.plan).close()
 
 
 @pytest.mark.parametrize(

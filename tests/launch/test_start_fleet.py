@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from shoal.launch import start_fleet as fleet_module
+from shoal.launch import launchers
 from shoal.launch.deployment import Deployment
 from shoal.launch.open_model import open_model
 from shoal.wire.plan import ReplicaPlace
@@ -17,11 +17,12 @@ def launches(
 ) -> list[ReplicaPlace]:
     """The places of replicas that are started one after the other, at a host of replicas 1 and 2 of 4."""
     places: list[ReplicaPlace] = []
-    monkeypatch.setattr(fleet_module, "EngineProcess", lambda setup, **_: places.append(setup.place))
+    monkeypatch.setattr(launchers, "EngineProcess", lambda module, plan, **_: places.append(plan.place))
     hosts = {"data_parallel_address": "127.0.0.1", "data_parallel_size": 4, "data_parallel_hybrid_lb": True}
     local = {"data_parallel_start_rank": 1, "data_parallel_size_local": 2, "max_model_len": 64}
     opened = open_model(model, {**hosts, **local, **options}, online=True)
-    launch = fleet_module._as_processes(opened, Deployment.of(opened.options), MEETING, "key")
+    numbers_here = Deployment.of(opened.options).local
+    launch = launchers.ProcessLauncher(opened, numbers_here, rendezvous=MEETING, key="key", compared=numbers_here)
     for number in numbers:
         launch(number, 0)
     return places

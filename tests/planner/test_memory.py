@@ -19,7 +19,7 @@ from shoal.kernels.base import PagedBatch
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.decoder import build_decoder
-from shoal.models.implementation import Cutting, rank_shards
+from shoal.models.implementation import rank_shards
 from shoal.models.manifest import Shard, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import ModelSpec
@@ -27,6 +27,7 @@ from shoal.parallel.mesh import Axis
 from shoal.parallel.stages import cut_evenly
 from shoal.planner import memory
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
+from shoal.wire.plan import Layout
 from shoal.worker import runner
 from shoal.worker.kv_cache import allocate
 from support.checkpoints import MAKERS
@@ -139,7 +140,7 @@ def test_a_step_of_a_stage_takes_no_more_than_planned(
     folder, tokens = checkpoint(name), 120
     spec = read_spec(folder)
     stream = tokens * spec.hidden_size * 4
-    for shard in rank_shards(spec, Cutting(stages=cut_evenly([1.0] * spec.num_layers, 3))):
+    for shard in rank_shards(spec, Layout(stages=cut_evenly([1.0] * spec.num_layers, 3))):
         borders = (not shard.stage.first) + (not shard.stage.last)
         found = measured(folder, shard, torch.float32, tokens, tokens, 1) + borders * stream
         plan = planned(folder, shard, torch.float32, StepSize(tokens, 1))
@@ -187,11 +188,11 @@ class Recorded(CheckpointWeights):
         return found
 
 
-def loaded(folder: Path, cutting: Cutting, rank: int, shard: Shard) -> dict[str, int]:
+def loaded(folder: Path, layout: Layout, rank: int, shard: Shard) -> dict[str, int]:
     """Bytes of every tensor that a rank reads from the file."""
     spec, checkpoint = read_spec(folder), open_checkpoint(folder)
     weights = Recorded(checkpoint, manifest(spec, tensor_names(spec)), shard, torch.float32)
-    tp = Axis("tp", rank % cutting.tp, cutting.tp, CopyingComm())
+    tp = Axis("tp", rank % layout.tp, layout.tp, CopyingComm())
     build_decoder(spec, shard, tp, weights, reference.ReferenceKernels(), torch.device("cpu"), spec.max_positions)
     return weights.bytes
 
@@ -201,12 +202,12 @@ def test_weights_are_those_that_a_rank_of_any_layout_reads(checkpoint: Checkpoin
     """What is planned for each rank, and what its stage and share of the decoder ask for."""
     folder = checkpoint(name)
     spec = read_spec(folder)
-    (whole,) = (loaded(folder, Cutting(), 0, shard) for shard in rank_shards(spec, Cutting()))
+    (whole,) = (loaded(folder, Layout(), 0, shard) for shard in rank_shards(spec, Layout()))
     for tp, pp in ((1, 2), (1, 3), (2, 2), (3, 1)):
-        cutting = Cutting(tp, stages=cut_evenly([1.0] * spec.num_layers, pp))
+        layout = Layout(tp, stages=cut_evenly([1.0] * spec.num_layers, pp))
         stages: dict[str, int] = {}
-        for rank, shard in enumerate(rank_shards(spec, cutting)):
-            read = loaded(folder, cutting, rank, shard)
+        for rank, shard in enumerate(rank_shards(spec, layout)):
+            read = loaded(folder, layout, rank, shard)
             plan = planned(folder, shard, torch.float32, StepSize(8, 8))
             assert plan.weights == sum(read.values())
             if tp == 1:
@@ -222,9 +223,9 @@ def test_whole_experts_are_read_where_they_are_placed(checkpoint: Checkpoint, st
     spec = read_spec(folder)
     read: list[str] = []
     for replica in range(2):
-        cutting = Cutting(2, stages=(2, 1), experts=strategy, replica=replica, replicas=2)
-        for rank, shard in enumerate(rank_shards(spec, cutting)):
-            found = loaded(folder, cutting, rank, shard)
+        layout = Layout(2, stages=(2, 1), experts=strategy, replica=replica, replicas=2)
+        for rank, shard in enumerate(rank_shards(spec, layout)):
+            found = loaded(folder, layout, rank, shard)
             assert planned(folder, shard, torch.float32, StepSize(8, 8)).weights == sum(found.values())
             read += [name for name in found if ".experts." in name]
     params = manifest(spec, tensor_names(spec))
@@ -239,7 +240,7 @@ def test_a_tied_embedding_on_a_gpu_is_on_both_ends(checkpoint: Checkpoint) -> No
     def weights(pp: int) -> list[int]:
         params = manifest(spec, tensor_names(spec))
         sizes: Any = {"dtype": "float32", "block_size": BLOCK_SIZE, "step": StepSize(8, 8)}
-        shards = rank_shards(spec, Cutting(stages=cut_evenly([1.0] * spec.num_layers, pp)))
+        shards = rank_shards(spec, Layout(stages=cut_evenly([1.0] * spec.num_layers, pp)))
         return [rank_memory(spec, params, shard, device="cuda", **sizes).weights for shard in shards]
 
     (one,) = weights(1)
@@ -249,7 +250,7 @@ def test_a_tied_embedding_on_a_gpu_is_on_both_ends(checkpoint: Checkpoint) -> No
 def test_stages_between_have_no_logits(checkpoint: Checkpoint) -> None:
     """So many rows that the logits are the fullest moment where there are any."""
     folder = checkpoint("llama")
-    shards = rank_shards(read_spec(folder), Cutting(stages=(1, 1, 1)))
+    shards = rank_shards(read_spec(folder), Layout(stages=(1, 1, 1)))
     first, middle, last = (planned(folder, shard, torch.float32, StepSize(512, 512)).activations for shard in shards)
     border = 512 * 64 * 4
     assert first <= middle < last

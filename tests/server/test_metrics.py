@@ -40,8 +40,9 @@ from shoal.wire.fleet import FleetStatus
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import encode_tokens
 from support.asgi import get
+from support.fake_backend import FakeBackend
 from support.fakes import FakeClock, request, steady
-from support.status_server import engine, fleet, ranks, replica
+from support.fleet_status import engine, fleet, ranks, replica
 
 ROOT = Path(__file__).parent.parent.parent
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
@@ -346,8 +347,7 @@ def test_nothing_is_kept_of_what_has_ended() -> None:
         metrics.updated(0, SeqUpdate(seq, (1,)))
     for seq in range(100):
         metrics.updated(0, ending(seq))
-    assert not metrics._lives
-    assert not metrics._groups
+    assert metrics.followed == 0
 
 
 # --- the text ------------------------------------------------------------------------------------------------------
@@ -640,24 +640,22 @@ def test_counters_go_on_over_the_lives_of_a_replica() -> None:
 # --- several API servers -------------------------------------------------------------------------------------------
 
 
-class Head:
+class Head(FakeBackend):
     """The process that has the fleet, as an API server speaks to it."""
 
     def __init__(self) -> None:
         self.metrics = RequestMetrics(LENGTH)
+        super().__init__(verbs=self.metrics.verbs)
         self.gone = False
         self.handed_over = asyncio.Event()
 
     async def ask(self, verb: str, payload: bytes = b"") -> bytes:
         if self.gone:
             raise ClosedError("the engine was closed")
-        answer = self.metrics.verbs[verb](payload)
+        answer = await super().ask(verb, payload)
         if verb == "http":
             self.handed_over.set()
         return answer
-
-    async def status(self) -> FleetStatus:
-        return fleet(replica(0))
 
 
 def api_server(head: Head) -> FastAPI:

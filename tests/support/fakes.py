@@ -476,6 +476,11 @@ class FaultyExecutor:
             raise RankFailed(f"rank 0 was killed by SIGKILL after step {self._dies_at}")
 
 
+def this_rank() -> int:
+    """The number of the rank that calls this, where ranks are threads of one process."""
+    return int(threading.current_thread().name.removeprefix("shoal-rank-"))
+
+
 def on_threads(size: int, work: Callable[[int], T]) -> list[T]:
     """`work(rank)` on a thread a rank, all at the same time."""
     together = threading.Barrier(size, timeout=30)

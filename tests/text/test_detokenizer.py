@@ -172,6 +172,7 @@ class Letters:
     """A token is up to three letters of a text."""
 
     special_ids = frozenset[int]()
+    size = 0
 
     def __init__(self, text: str, cuts: Sequence[int]) -> None:
         borders = [0, *sorted(cuts), len(text)]

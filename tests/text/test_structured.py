@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 import shoal
 from shoal.errors import RequestError
 from shoal.params import StructuredOutputsParams
-from shoal.structured.matcher import Grammar, Vocabulary
+from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.structured_outputs import grammar_text
 from support.fakes import steady
 
@@ -32,19 +32,19 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_str(TOKENIZER)
 
 
-def compiled(**kind: Any) -> Grammar:
-    return Grammar.compile(grammar_text(StructuredOutputsParams(**kind)).text, vocabulary())
+def compiled(**kind: Any) -> GrammarState:
+    return GrammarState.compile(grammar_text(StructuredOutputsParams(**kind)).text, vocabulary())
 
 
-def allows(grammar: Grammar, text: str) -> bool:
+def allows(grammar: GrammarState, text: str) -> bool:
     """Does the grammar allow this text, and its end behind it?"""
     tokens = (*tokenizer().encode(text, add_special_tokens=False).ids, EOS[0])
-    return grammar.valid(tokens) == len(tokens)
+    return grammar.count_valid(tokens) == len(tokens)
 
 
-def begins(grammar: Grammar, text: str) -> bool:
+def begins(grammar: GrammarState, text: str) -> bool:
     tokens = tokenizer().encode(text, add_special_tokens=False).ids
-    return grammar.valid(tokens) == len(tokens)
+    return grammar.count_valid(tokens) == len(tokens)
 
 
 PERSON = {
@@ -183,7 +183,7 @@ def test_a_schema_may_refer_to_itself(node: dict[str, Any]) -> None:
     ],
 )
 def test_a_schema_that_requires_itself_is_refused(schema: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"structured_outputs\.json .*no text satisfies .* without an end"):
+    with pytest.raises(RequestError, match=r"structured_outputs\.json .*no text satisfies .* without end"):
         grammar_text(StructuredOutputsParams(json=schema))
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Library
 
-from shoal.errors import CheckpointError, RequestError
+from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.launch.hub import BUNDLED
-from shoal.text.tokenizer import FastTokenizer, SlowTokenizer, Tokenizer, open_tokenizer
+from shoal.text.tokenizer import FastTokenizer, SlowTokenizer, Tokenizer, open_other_tokenizer, open_tokenizer
 from support import tokenizers as made
 
 TEXTS = [
@@ -153,6 +153,22 @@ def test_broken_files_are_named(files: dict[str, Any], expected: str, tmp_path: 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     assert open_tokenizer(made.write(tmp_path, {"config.json": {}, "generation_config.json": {}})) is None
+
+
+def test_the_tokenizer_of_another_folder_must_fit_the_model(tmp_path: Path) -> None:
+    size = opened(BUNDLED).size
+    for vocab_size in (size, size + 100):  # models pad their vocabularies
+        assert open_other_tokenizer(BUNDLED, vocab_size).size == size
+    with pytest.raises(ConfigError, match=f"has token ids up to {size - 1}, the model only up to {size - 2}: choose"):
+        open_other_tokenizer(BUNDLED, size - 1)
+    with pytest.raises(ConfigError, match=r"has no tokenizer; it needs a tokenizer\.json"):
+        open_other_tokenizer(tmp_path, size)
+
+
+@pytest.mark.parametrize("make", [made.opt, made.gpt2, made.gpt2_listed])
+def test_the_size_counts_added_tokens(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    assert opened(folder).size == max(theirs(folder).get_vocab().values()) + 1
 
 
 def test_settings_left_in_the_file_neither_cut_nor_pad(tmp_path: Path) -> None:

@@ -104,10 +104,12 @@ class _Flight:
         return replace_fields(request, tokens=request.tokens + bytes(self.output), sampling=sampling)
 
     def take(self, update: SeqUpdate) -> SeqUpdate:
-        """Notes what the client is given, without what it has already."""
+        """Note what the client is given, and return it without what the client has already."""
         self.output += encode_tokens(update.tokens)
         if self.cached_tokens is None:
             self.cached_tokens = update.cached_tokens
+        if update.prompt_logprobs is None and update.cached_tokens == self.cached_tokens:
+            return update
         return replace_fields(
             update, cached_tokens=self.cached_tokens, prompt_logprobs=self._unseen(update.prompt_logprobs)
         )

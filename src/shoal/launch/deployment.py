@@ -77,7 +77,7 @@ class Deployment:
         """Of the first replica here. Without any (`local_size` 0) it is that of one elsewhere, by which prompts are
         checked."""
         if self.mode is Mode.ALONE:
-            return ReplicaPlace()
+            return ReplicaPlace(size=self.size, local_size=self.size)
         return ReplicaPlace(self.local[0] if self.local else 0, self.size, local_size=len(self.local))
 
 

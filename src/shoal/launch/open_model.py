@@ -1,5 +1,7 @@
 """A model that was found, read and decided on; nothing has been started."""
 
+import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,67 +19,103 @@ from shoal.errors import ConfigError
 from shoal.launch import hub
 from shoal.launch.deployment import Deployment
 from shoal.log import get_logger
+from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
-from shoal.planner.resolve import Decision, discover, resolve
+from shoal.planner.agreement import agreement
+from shoal.planner.host_devices import discover
+from shoal.planner.planner import Planner
 from shoal.process import open_files
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.generation_config import GenerationDefaults
 from shoal.text.grammar_checker import GrammarChecker
 from shoal.text.grammar_host import grammar_pool
 from shoal.text.prompts import PromptReader
-from shoal.text.tokenizer import Tokenizer, open_tokenizer
+from shoal.text.tokenizer import Tokenizer, open_other_tokenizer, open_tokenizer
 from shoal.values import shown
 from shoal.wire.base import replace_fields
-from shoal.wire.plan import ModelFiles, ReplicaPlace
+from shoal.wire.plan import EnginePlan, ModelFiles, ReplicaPlace, ServedModel
 
 log = get_logger("model")
 
-_BUNDLED = "bundled"
+_LEAST_SHARE = 0.9  # of the model's vocabulary, that a tokenizer from elsewhere should have
 
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
+    """A model as a front end has it; with a `planner`, also as whoever starts its replicas has it."""
+
     options: EngineOptions
     given: Mapping[str, Any]  # the options as they were given
-    decision: Decision
+    served: ServedModel
     tokenizer: Tokenizer | None
     generation: GenerationDefaults
-    own_process: bool  # this process has no other purpose, and may be bound to cores
+    planner: Planner | None  # None: the replicas are another process's affair
+    own_process: bool = False  # this process has no other purpose, and may be bound to cores
     by_hand: ReplicaPlace | None = None  # of this process among replicas that the user starts, one a process
 
     @property
     def name(self) -> str:
-        """As it was given, or the name of the bundled model."""
-        return self.options.model or _BUNDLED
+        """The name as it was given, or that of the bundled model."""
+        return self.options.model or hub.BUNDLED_NAME
 
     @property
-    def files(self) -> ModelFiles:
-        """Where the model and its draft model are, and in what state: a process that is started later finds the same,
-        whatever the working directory, or the hub, is by then."""
-        decision = self.decision
-        draft = "" if decision.draft_folder is None else str(decision.draft_folder)
-        return ModelFiles(str(decision.folder), draft, *decision.file_states)
+    def plan(self) -> EnginePlan:
+        """The plan of the first replica."""
+        return self._completed(self._leader.first)
+
+    def plan_at(self, place: ReplicaPlace) -> EnginePlan:
+        """Return the plan of the replica at a place of this host; one that is to meet others says what it has in
+        common with them.
+
+        Raises:
+            ConfigError: this host has not enough memory or devices for it.
+        """
+        plan = self._leader.plan(place)
+        told = self.agreement if place.rendezvous else {}
+        return replace_fields(self._completed(plan), agreement=told)
+
+    def _completed(self, plan: EnginePlan) -> EnginePlan:
+        """Return the plan with what the planner does not read: names and texts."""
+        folder = self.served.tokenizer_folder
+        return replace_fields(plan, name=self.name, eos=self.generation.eos, tokenizer_folder=folder)
+
+    @property
+    def agreement(self) -> dict[str, str]:
+        """What the processes of other replicas must have in common with those of this host."""
+        return agreement(self.options, self._leader.first)
+
+    def log_plan(self) -> None:
+        """Log why the replicas are planned as they are."""
+        for reason in self._leader.first.reasons:
+            log.info("%s", reason)
+        for warning in self._leader.first.warnings:
+            log.warning("%s", warning)
+
+    @property
+    def _leader(self) -> Planner:
+        assert self.planner is not None, "this process starts no replicas"
+        return self.planner
 
     @property
     def vocab_size(self) -> int:
-        return self.decision.spec.vocab_size
+        return self.served.vocab_size
 
     def reader(self, max_model_len: int | None = None) -> PromptReader:
-        """Checks prompts; before the start by the length that was decided on, later by the engine's own."""
+        """Return what checks prompts: before the start by the length that was planned, later by the engine's own."""
+        folder = Path(self.served.tokenizer_folder)
         return PromptReader(
             self.tokenizer,
             vocab_size=self.vocab_size,
-            max_model_len=max_model_len or self.decision.max_model_len,
+            max_model_len=max_model_len or self.served.max_model_len,
             eos=self.generation.eos,
-            chat_template=cache(lambda: ChatTemplate.open(self.decision.folder)),
+            chat_template=cache(lambda: ChatTemplate.open(folder)),
         )
 
     def grammar_checker(self) -> GrammarChecker:
-        """Finds out whether structured outputs can be obeyed; starts nothing before the first one comes."""
-        decision, eos = self.decision, self.generation.eos
-        return GrammarChecker(
-            lambda: grammar_pool(decision.folder, eos, decision.spec.vocab_size, decision.hardware.cores)
-        )
+        """Return what finds out whether structured outputs can be obeyed; it starts nothing before the first one."""
+        served, eos = self.served, self.generation.eos
+        folder = Path(served.tokenizer_folder)
+        return GrammarChecker(lambda: grammar_pool(folder, eos, served.vocab_size, served.cores))
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
@@ -102,39 +140,81 @@ def open_model(
     *,
     own_process: bool = False,
     online: bool = False,
-    replicas_elsewhere: bool = False,
     files: ModelFiles | None = None,
 ) -> OpenModel:
-    """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
-    only mean something to what serves are refused; vLLM's that change nothing are noted in the log.
-    `replicas_elsewhere`: another process has them, and has decided whether this host's memory and devices do; here they
-    are not looked at. `files`: where the model was found, and in what state.
+    """Find a model, read it, and plan its replicas on this host.
+
+    Args:
+        model: a folder, an id on the hub, a shape, or None for the bundled model.
+        online: for what serves. Without it, options that only mean something there are refused.
+        files: where the model was found before, and in what state; without it, it is looked for.
 
     Raises:
         UserError: model, options and host do not go together; it says what, and the way out.
     """
-    open_files.occupy_standard()  # before anything opens a socket
-    if hub.is_shape(model):
-        given = {"load_format": "dummy", **given}
-    given, notes = vllm_options.take(given, server=online)
-    options = EngineOptions.from_flat(model, given)
-    for note in notes:
-        log.info("%s", note)
-    if not online:
-        refuse_online(given)
+    options, given = _read_options(model, given, online=online)
     by_hand = _place_by_hand(options)
     if online and by_hand is not None:
         raise ConfigError(
             f"SHOAL_DP_RANK={by_hand.rank} is for programs that are replicas by hand: to serve one replica, use "
             f"--data-parallel-size {by_hand.size} --data-parallel-rank {by_hand.rank}, and unset the variable"
         )
-    place = by_hand or Deployment.of(options).place
-    if replicas_elsewhere:
-        place = replace_fields(place, size=options.parallel.data_parallel_size, local_size=0)
-    decision = decide(options, place, files)
-    from_model = options.model_options.generation_config != "vllm"
-    generation = GenerationDefaults.open(decision.folder, sampling=from_model, overrides=decision.overrides)
-    return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
+    planner = plan_host(options, by_hand or Deployment.of(options).place, files)
+    plan = planner.first
+    served = ServedModel(
+        folder=plan.model.folder,
+        tokenizer_folder=str(_find_tokenizer(options, Path(plan.model.folder))),
+        file_state=plan.model.file_state,
+        overrides=plan.model.overrides,
+        vocab_size=plan.vocab_size,
+        max_model_len=plan.max_model_len,
+        cores=plan.grammar_cores,
+    )
+    found = _open_served(options, given, served)
+    _warn_of_small_tokenizer(found)
+    return dataclasses.replace(found, planner=planner, own_process=own_process, by_hand=by_hand)
+
+
+def open_served_model(model: str | None, given: Mapping[str, Any], served: ServedModel) -> OpenModel:
+    """Open the model of replicas that another process has planned and started, as a front end of theirs needs it.
+
+    Raises:
+        UserError: the model is not there any more, or its files have changed.
+    """
+    options, given = _read_options(model, given, online=True)
+    if served.file_state:
+        check_files(Path(served.folder), served.file_state)
+    return _open_served(options, given, served)
+
+
+def _read_options(
+    model: str | None, given: Mapping[str, Any], *, online: bool
+) -> tuple[EngineOptions, Mapping[str, Any]]:
+    open_files.occupy_standard()  # before anything opens a socket
+    if hub.is_shape(model):
+        given = {"load_format": "dummy", **given}
+    given = {name: os.fspath(each) if isinstance(each, PathLike) else each for name, each in given.items()}
+    given, notes = vllm_options.take(given, server=online)
+    options = EngineOptions.from_flat(model, given)
+    for note in notes:
+        log.info("%s", note)
+    if not online:
+        refuse_online(given)
+    return options, given
+
+
+def _open_served(options: EngineOptions, given: Mapping[str, Any], served: ServedModel) -> OpenModel:
+    folder = Path(served.folder)
+    generation = GenerationDefaults.open(
+        folder,
+        sampling=options.model_options.generation_config != "vllm",
+        overrides=json.loads(served.overrides),
+    )
+    if served.tokenizer_folder == served.folder:
+        tokenizer = open_tokenizer(folder)
+    else:
+        tokenizer = open_other_tokenizer(Path(served.tokenizer_folder), served.vocab_size)
+    return OpenModel(options, given, served, tokenizer, generation, planner=None)
 
 
 def _place_by_hand(options: EngineOptions) -> ReplicaPlace | None:
@@ -166,19 +246,18 @@ def _place_by_hand(options: EngineOptions) -> ReplicaPlace | None:
     )
 
 
-def decide(options: EngineOptions, place: ReplicaPlace | None = None, files: ModelFiles | None = None) -> Decision:
-    """Everything that can be refused before a process is started, is refused here. `place`: of one replica; without it
-    the decision is for all of them. `files`: those of the decision that was made first; without it the model is looked
-    for.
+def plan_host(options: EngineOptions, place: ReplicaPlace, files: ModelFiles | None = None) -> Planner:
+    """Plan the replicas of this host. Everything that can be refused before a process is started, is refused here.
+
+    Args:
+        place: of the first replica here.
+        files: where the models were found before, and in what state; without it they are looked for.
 
     Raises:
         UserError: as `open_model`.
     """
-    files = files or _find(options)
-    place = place or ReplicaPlace()
     hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
-    draft = Path(files.draft_folder) if files.draft_folder else None
-    return resolve(options, Path(files.folder), hardware, draft, place, (files.state, files.draft_state))
+    return Planner(options, files or _find(options), hardware, place)
 
 
 def _find(options: EngineOptions) -> ModelFiles:
@@ -192,3 +271,27 @@ def _find(options: EngineOptions) -> ModelFiles:
     if speculative is None or speculative.method != "draft_model":
         return ModelFiles(str(folder))
     return ModelFiles(str(folder), str(hub.locate(speculative.model, speculative.revision, weights=weights)))
+
+
+def _warn_of_small_tokenizer(model: OpenModel) -> None:
+    """Warn if a tokenizer from elsewhere has far fewer tokens than the model, more than padding accounts for."""
+    served, tokenizer = model.served, model.tokenizer
+    if served.tokenizer_folder == served.folder or tokenizer is None:
+        return
+    if tokenizer.size < _LEAST_SHARE * served.vocab_size:
+        log.warning(
+            "--tokenizer: %s has %d tokens, the model has %d: is it the tokenizer that the model was trained with?",
+            *(served.tokenizer_folder, tokenizer.size, served.vocab_size),
+        )
+
+
+def _find_tokenizer(options: EngineOptions, folder: Path) -> Path:
+    """Return the folder of the tokenizer: the model's `folder`, unless the options name another one.
+
+    Raises:
+        UserError: as `hub.locate`.
+    """
+    said = options.model_options
+    if said.tokenizer is None and said.tokenizer_revision is None:
+        return folder
+    return hub.locate(said.tokenizer or options.model, said.tokenizer_revision, weights=False)

@@ -21,11 +21,11 @@ def kv_budgets(
     *,
     replicas: int = 1,
 ) -> tuple[int | None, ...]:
-    """Bytes by rank; None: the rank measures what it has left.
+    """Return the bytes of each rank's KV cache; None for a rank that measures what its device has left.
 
-    All ranks hold the same number of blocks, but a block is not everywhere as large: the host's memory is shared out
-    by the size of a block, and of budgets that are the same for all, the rank with the least room decides.
-    `replicas` like this one share the host.
+    All ranks hold the same number of blocks, but a block takes more bytes on some ranks than on others. So the host's
+    memory is divided in proportion to the size of a block, and where all budgets are equal, the rank with the least
+    room decides. `replicas` like this one share the host.
 
     Raises:
         ConfigError: it does not fit; it says what is missing, and which flags help.
@@ -33,7 +33,9 @@ def kv_budgets(
     cache = options.cache
     budgets: tuple[int, ...]
     if cache.kv_cache_memory_bytes is not None:
-        reasons.append(f"KV cache of {format_bytes(cache.kv_cache_memory_bytes)} a rank: as asked")
+        reasons.append(
+            f"KV cache of {format_bytes(cache.kv_cache_memory_bytes)} per rank: as --kv-cache-memory-bytes asks"
+        )
         budgets, way_out = (cache.kv_cache_memory_bytes,) * len(ranks), "lower --kv-cache-memory-bytes"
     elif cache.device_memory is not None:
         budgets = tuple(_left_of(options, number, rank, reasons) for number, rank in enumerate(ranks))
@@ -44,7 +46,7 @@ def kv_budgets(
         reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
         return (None,) * len(ranks)
     elif (asked := env.cpu_kv_cache_bytes()) is not None:
-        reasons.append(f"KV cache of {format_bytes(asked)} a rank: as VLLM_CPU_KVCACHE_SPACE says")
+        reasons.append(f"KV cache of {format_bytes(asked)} per rank: as VLLM_CPU_KVCACHE_SPACE asks")
         budgets, way_out = (asked,) * len(ranks), "lower VLLM_CPU_KVCACHE_SPACE"
     else:
         budgets = _shares_of_host(hardware, ranks, reasons, replicas)
@@ -56,6 +58,22 @@ def kv_budgets(
             needs = [cache.device_memory] * len(ranks)
         _check_host_memory(hardware, needs * replicas, replicas * sum(rank.weights for rank in ranks), way_out)
     return budgets
+
+
+def budgets_of_added_replica(
+    options: EngineOptions, hardware: Hardware, ranks: Sequence[RankMemory], *, planned: int, replicas: int
+) -> tuple[int | None, ...] | None:
+    """Return budgets for a replica that is added to the `planned` ones of a CPU host: those that each of them has.
+
+    A share of what the host has would be smaller than theirs, and too small for requests that they hold. None if the
+    user has set a size, or if the host has no room for so many `replicas` of that size.
+    """
+    asked = options.cache.kv_cache_memory_bytes is not None or options.cache.device_memory is not None
+    if hardware.device != "cpu" or asked:
+        return None
+    budgets = kv_budgets(options, hardware, ranks, [], replicas=planned)
+    needs = sum(rank.weights + rank.activations for rank in ranks) + sum(budget or 0 for budget in budgets)
+    return budgets if replicas * needs <= hardware.host_memory_available else None
 
 
 def num_blocks(ranks: Sequence[RankMemory], budgets: Sequence[int | None]) -> int | None:
@@ -71,7 +89,7 @@ def _shares_of_host(
     row = replicas * sum(rank.block for rank in ranks)  # one block on each
     shares = tuple(total * rank.block // row for rank in ranks)
     even = len(set(shares)) == 1
-    sizes = f"{format_bytes(shares[0])} a rank" if even else ", ".join(map(format_bytes, shares)) + " by rank"
+    sizes = f"{format_bytes(shares[0])} per rank" if even else ", ".join(map(format_bytes, shares)) + " by rank"
     count = replicas * len(ranks)
     over = f", over {count} ranks" + ("" if even else " by what a block takes on each") if count > 1 else ""
     reasons.append(

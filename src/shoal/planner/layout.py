@@ -2,29 +2,21 @@
 
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
-from shoal.models.implementation import Cutting, params_of
+from shoal.models.implementation import params_of
 from shoal.models.spec import ModelSpec
 from shoal.parallel.stages import cut_evenly
 from shoal.planner.costs import draft_cost, token_cost
-from shoal.wire.plan import ReplicaPlace
+from shoal.wire.plan import Layout, ReplicaPlace
 
 
-def standing(options: EngineOptions, place: ReplicaPlace) -> ReplicaPlace:
-    """Where a replica stands. Who plans for all of them, before there are any, stands for the first."""
-    count = options.parallel.data_parallel_size
-    if place.size > 1 or count == 1:
-        return place
-    return ReplicaPlace(size=count, local_size=count, memory_available=place.memory_available)
-
-
-def plan_cutting(
+def plan_layout(
     options: EngineOptions,
     spec: ModelSpec,
     draft: ModelSpec | None,
     place: ReplicaPlace,
     reasons: list[str],
     warnings: list[str],
-) -> Cutting:
+) -> Layout:
     """`draft`: the model that guesses ahead, on the last stage.
 
     Raises:
@@ -38,22 +30,17 @@ def plan_cutting(
             f"--enable-expert-parallel: a {spec.family} model has no experts to place; leave it out, and use "
             "--tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
         )
-    cutting = Cutting(
+    layout = Layout(
         tp=parallel.tensor_parallel_size,
-        tp_split=parallel.tensor_parallel_split,
+        tp_split=parallel.tensor_parallel_split or (),
         stages=layers,
-        experts=parallel.expert_placement_strategy if parallel.enable_expert_parallel else None,
+        experts=parallel.expert_placement_strategy if parallel.enable_expert_parallel else "",
         replica=place.rank,
         replicas=place.size,
     )
-    _warn_of_idle_flags(options, cutting, warnings)
+    _warn_of_idle_flags(options, layout, warnings)
     _warn_of_idle_stages(options, len(layers), warnings)
-    return cutting
-
-
-def shares_experts(cutting: Cutting) -> bool:
-    """Do the ranks of several replicas hold the experts together?"""
-    return cutting.experts is not None and cutting.replicas > 1
+    return layout
 
 
 def _check_split(options: EngineOptions) -> None:
@@ -103,15 +90,15 @@ def _check_partition(given: tuple[int, ...], count: int, spec: ModelSpec) -> Non
         )
 
 
-def _warn_of_idle_flags(options: EngineOptions, cutting: Cutting, warnings: list[str]) -> None:
+def _warn_of_idle_flags(options: EngineOptions, layout: Layout, warnings: list[str]) -> None:
     parallel = options.parallel
-    if parallel.expert_placement_strategy != "linear" and cutting.experts is None:
+    if parallel.expert_placement_strategy != "linear" and not layout.experts:
         warnings.append(
             f"--expert-placement-strategy {parallel.expert_placement_strategy} changes nothing without "
             "--enable-expert-parallel: every expert is cut"
         )
-    if parallel.all2all_backend != "auto" and not shares_experts(cutting):
-        why = "with one replica" if cutting.experts is not None else "without --enable-expert-parallel"
+    if parallel.all2all_backend != "auto" and not layout.shares_experts:
+        why = "with one replica" if layout.experts else "without --enable-expert-parallel"
         warnings.append(f"--all2all-backend {parallel.all2all_backend} changes nothing {why}: no token travels")
 
 

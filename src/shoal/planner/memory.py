@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.errors import ConfigError
 from shoal.models.manifest import ITEM_BYTES, Cut, Param, Shard, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.spec import LatentSpec, ModelSpec, MoESpec
 from shoal.models.transformers.fallback_spec import FallbackSpec
@@ -179,17 +178,3 @@ def _context_token(spec: ModelSpec, shard: Shard, item: int, tokens: int) -> int
     capped = any(spec.attention_of(i).softcap for i in shard.stage.layers)
     wide = _FLOAT * (2 * q * spec.head_dim + 3 * q) if capped else 0
     return gathered + tokens * (1 + item) + wide
-
-
-def require_capacity(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Refuses a KV cache that can't hold one request.
-
-    Raises:
-        ConfigError: it says how many tokens are missing, and which flags help.
-    """
-    if num_blocks * block_size < max_model_len:
-        raise ConfigError(
-            f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks of {block_size}), "
-            f"{max_model_len - num_blocks * block_size} fewer than one request of --max-model-len {max_model_len}: "
-            "lower --max-model-len, or raise --device-memory or --kv-cache-memory-bytes"
-        )

@@ -8,7 +8,7 @@ from llguidance import LLMatcher
 
 from shoal.errors import RequestError
 from shoal.params import StructuredOutputsParams
-from shoal.structured.schema.composing import grammar_of
+from shoal.structured.schema.grammar_json import grammar_json
 from shoal.structured.schema.prepare import prepare
 
 # JSON allows any amount of whitespace between two symbols, and a model may never come to an end of it. So much is
@@ -63,4 +63,4 @@ def _literal(text: str) -> str:
 
 def _of_schema(schema: str | Mapping[str, Any], *, strict: bool) -> PreparedGrammar:
     prepared = prepare(schema, strict=strict)
-    return PreparedGrammar(grammar_of(prepared.schema, _WHITESPACE), prepared.dropped)
+    return PreparedGrammar(grammar_json(prepared.schema, _WHITESPACE), prepared.dropped)
