@@ -633,6 +633,20 @@ def test_a_request_that_was_begun_elsewhere_tells_ranks_where_its_prompt_ends() 
     assert (counters.prompt_tokens, counters.generated_tokens) == (5, 6)
 
 
+def test_tokens_that_came_with_a_request_are_not_encoded_again() -> None:
+    bench = Bench(num_blocks=3, block_size=2, max_model_len=6, prefix_caching=False)
+    specs = [request(1, [1], 5), begun(request(2, [2], 5), 1)]
+    for spec in specs:
+        bench.add(spec)
+    assert [new.tokens for new in bench.must_plan().new] == [spec.tokens for spec in specs]
+    assert all(new.tokens is spec.tokens for new, spec in zip(bench.executor.plans[0].new, specs, strict=True))
+    bench.land()
+    bench.drain()
+    (again,) = [new for plan in bench.executor.plans[1:] for new in plan.new]
+    assert again.tokens.startswith(specs[again.seq - 1].tokens), "what was drawn since stands behind them"
+    assert len(again.tokens) > len(specs[again.seq - 1].tokens)
+
+
 def test_what_was_found_of_an_output_is_none_of_its_prompt() -> None:
     bench = Bench()
     spec = request(1, range(5), 9)
