@@ -1,39 +1,40 @@
-"""Where the tokens of a text begin in it, and which of its bytes each of them brought."""
+"""The place of each token in a text, and the bytes that it adds, for log-probabilities and echoed prompts."""
 
 import codecs
 from collections.abc import Sequence
 
 from shoal.text.tokenizer import Tokenizer
 
-_NEARBY = 32  # characters in which a prompt's next token is looked for, where the tokenizer changed the text
+_NEARBY = 32  # characters in which the next token of a prompt is searched for if the tokenizer changed the text
 
 
 class TokenPlaces:
-    """Fills up as tokens come. `starts`: how many whole characters of the text stand before each token, so that tokens
-    inside one character share a place. `added`: their bytes in this text, none of a token that is left out of it; all
-    together are the text in UTF-8, as far as it is UTF-8."""
+    """The places of the tokens of one output, recorded as they come."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        # For each token, the number of complete characters before it; tokens inside one character have the same number.
         self.starts: list[int] = []
+        # For each token, its bytes in the text; none if it is left out. Together they are the text in UTF-8, as far as
+        # it is valid UTF-8.
         self.added: list[bytes] = []
         self._tokenizer = tokenizer
-        self.length = 0
+        self.length = 0  # number of characters of the text
         self._left_out = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._character = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int, new: str) -> None:
-        """`new`: the text that became certain with the token, as `TextStream.push` gives it."""
+        """Record a token. `new` is the text that `TextStream.push` returned for it."""
         self.starts.append(self.length)
         self.length += len(new)
         own = b"" if token in self._left_out else self._tokenizer.token_bytes(token)
         begun = self._character.getstate()[0]
         self._character.decode(own)
-        # Of whole characters the text knows best: a first space may be gone from it.
+        # A token of complete characters has the bytes that it has in the text, where a first space may be missing.
         self.added.append(new.encode("utf-8", "replace") if not begun and is_text(own) else own)
 
 
 def is_text(own: bytes) -> bool:
-    """Is it whole characters, and not a part of one?"""
+    """Return whether the bytes are complete characters in UTF-8."""
     try:
         own.decode()
     except UnicodeDecodeError:
@@ -42,14 +43,19 @@ def is_text(own: bytes) -> bool:
 
 
 def prompt_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """A prompt of ids as it is shown before its outputs, special tokens included: without the bytes at its end that
-    are no whole character yet, for they belong to the outputs' texts."""
+    """Return the text of a prompt of token ids, with special tokens, as it is shown before its outputs.
+
+    Bytes at its end that are not a complete character are left out, since they belong to the text of the outputs.
+    """
     stream = tokenizer.stream((), skip_special_tokens=False)
     return "".join([stream.push(token) for token in tokens])
 
 
 def prompt_starts(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> list[int]:
-    """Where the tokens of a prompt begin in its text. Those that the tokenizer put around it have no characters."""
+    """Return the number of characters before each token of a prompt in its text.
+
+    Tokens that the tokenizer added around the text have no characters.
+    """
     stream = tokenizer.stream((), skip_special_tokens=False)
     starts, at = [], 0
     for token in tokens:
@@ -57,7 +63,7 @@ def prompt_starts(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> lis
         if not text.startswith(piece, at):
             if token in tokenizer.special_ids:
                 piece = ""
-            elif text.startswith(piece[1:], at) and piece.startswith(" "):  # put before a first word
+            elif text.startswith(piece[1:], at) and piece.startswith(" "):  # a space added before the first word
                 piece = piece[1:]
             else:
                 found = text.find(piece, at, at + len(piece) + _NEARBY)
