@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from shoal.text.stop_texts import StopTexts
-from shoal.text.token_places import TokenPlaces
+from shoal.text.token_offsets import TokenOffsets
 from shoal.text.tokenizer import Tokenizer
 
 
@@ -24,9 +24,9 @@ class OutputText:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
-        places: TokenPlaces | None = None,
+        offsets: TokenOffsets | None = None,
     ) -> None:
-        """`include_stop`: the text includes the stop text that ended it. `places` records the place of each token."""
+        """`include_stop`: the text includes the stop text that ended it. `offsets` records the place of each token."""
         self.num_tokens = 0  # tokens so far, the one that completed the stop text included
         self.stopped: str | None = None  # the stop text that ended the output
         self._stream = tokenizer.stream(prompt_tokens, skip_special_tokens=skip_special_tokens)
@@ -34,7 +34,7 @@ class OutputText:
         self._search_state = 0  # of `StopTexts`
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._places = places
+        self._offsets = offsets
         self._parts: list[str] = []  # the text that may be shown
         self._taken = 0  # number of parts that `take` has returned
         self._held = ""  # the end of the text: it may be the beginning of a stop text, so it is not shown yet
@@ -46,8 +46,8 @@ class OutputText:
                 break
             self.num_tokens += 1
             new = self._stream.push(token)
-            if self._places is not None:
-                self._places.add(token, new)
+            if self._offsets is not None:
+                self._offsets.add(token, new)
             self._add(new, may_stop=self.num_tokens > self._min_tokens)
         return self.stopped
 

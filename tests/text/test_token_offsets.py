@@ -1,4 +1,4 @@
-"""The places and bytes of tokens: the bytes of all tokens are the text, even if characters are split over tokens."""
+"""The offsets and bytes of tokens: the bytes of all tokens are the text, even if characters are split over tokens."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,7 +17,7 @@ from shoal.outputs import CompletionOutput
 from shoal.params import SamplingParams
 from shoal.server.api.token_positions import TokenPositions
 from shoal.text.prompts import Job
-from shoal.text.token_places import prompt_starts, prompt_text
+from shoal.text.token_offsets import prompt_offsets, prompt_text
 from shoal.text.tokenizer import FastTokenizer, SlowTokenizer, Tokenizer, open_tokenizer
 from shoal.wire.engine import Finish, SeqUpdate
 from shoal.wire.ranks import TokenLogprobs
@@ -90,7 +90,7 @@ def bytes_of(output: CompletionOutput) -> list[bytes]:
     return [bytes(each["bytes"]) for each in content]
 
 
-def check_places(output: CompletionOutput) -> None:
+def check_offsets(output: CompletionOutput) -> None:
     offsets = completion_choice(output)["logprobs"]["text_offset"]
     assert all(a <= b for a, b in pairwise(offsets))
     before = b""
@@ -110,7 +110,7 @@ def test_the_bytes_of_all_tokens_are_the_text(kind: str, text: str, data: st.Dat
     assert b"".join(bytes_of(output)) == output.text.encode()
     if kind not in ("byte_fallback", "odd_fallback", "byte_fallback_2"):  # these put a space before a text
         assert output.text == text
-    check_places(output)
+    check_offsets(output)
 
 
 @pytest.mark.parametrize("kind", OF_WORDS)
@@ -120,7 +120,7 @@ def test_the_bytes_of_words_are_the_text(kind: str, data: st.DataObject, skip: b
     ids = st.lists(st.integers(0, OF_WORDS[kind] - 1), max_size=8)
     output = completed(kind, data.draw(ids), data.draw(ids), skip_special_tokens=skip)
     assert b"".join(bytes_of(output)) == output.text.encode()
-    check_places(output)
+    check_offsets(output)
 
 
 @pytest.mark.parametrize("kind", ["bundled", "byte_level", "byte_fallback", "odd_fallback", "slow"])
@@ -164,7 +164,7 @@ def test_a_token_that_is_left_out_of_the_text_adds_no_bytes() -> None:
 
 
 @pytest.mark.parametrize(("include", "text", "offsets"), [(False, "é", (0, 0, 1, 1)), (True, "éab", (0, 0, 1, 2))])
-def test_places_of_tokens_of_a_stop_text_are_not_beyond_the_text(
+def test_offsets_of_tokens_of_a_stop_text_are_not_beyond_the_text(
     include: bool, text: str, offsets: tuple[int, ...]
 ) -> None:
     output = completed("slow", [97], [*"éabc".encode()], stop=["ab"], include_stop_str_in_output=include)
@@ -173,7 +173,7 @@ def test_places_of_tokens_of_a_stop_text_are_not_beyond_the_text(
 
 @steady
 @given(st.text("aé日x", max_size=12), st.lists(st.integers(1, 4), min_size=1), st.booleans())
-def test_places_in_a_stream_are_those_in_the_whole_answer(text: str, sizes: list[int], include: bool) -> None:
+def test_offsets_in_a_stream_are_those_in_the_whole_answer(text: str, sizes: list[int], include: bool) -> None:
     params: dict[str, Any] = {"stop": ["xx", "日x"], "include_stop_str_in_output": include}
     tokens = [*text.encode()]
     expected = completed("slow", [97], tokens, **params)
@@ -208,11 +208,11 @@ def in_parts(tokens: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[Sequ
 @pytest.mark.parametrize("kind", OF_BYTES)
 @steady
 @given(TEXTS)
-def test_the_places_of_a_prompts_tokens(kind: str, text: str) -> None:
+def test_the_offsets_of_a_prompts_tokens(kind: str, text: str) -> None:
     """Tokens that the tokenizer adds around a text, and a space that it adds in front, have no characters of it."""
     assume(not text.startswith(" "))
     tokens = tokenizer(kind).encode(text)
-    starts = prompt_starts(tokenizer(kind), tokens, text)
+    starts = prompt_offsets(tokenizer(kind), tokens, text)
     assert all(a <= b for a, b in pairwise([0, *starts, len(text)]))
     plain = [(at, token) for at, token in zip(starts, tokens, strict=True) if token not in tokenizer(kind).special_ids]
     before = b""
