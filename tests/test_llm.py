@@ -787,8 +787,11 @@ def test_the_bundled_models_go_by_the_names_that_clients_use(model: str | None, 
     """As the model, and as the draft model."""
     opened = open_model(model, {**SMALL, "speculative_config": {"model": "bundled"}})
     assert opened.name == name
-    assert opened.files.folder == str(DEMO_MODEL.parent / ("demo_moe_model" if name == "bundled:moe" else "demo_model"))
-    assert opened.files.draft_folder == str(DEMO_MODEL)
+    assert opened.plan.model.folder == str(
+        DEMO_MODEL.parent / ("demo_moe_model" if name == "bundled:moe" else "demo_model")
+    )
+    assert opened.plan.draft is not None
+    assert opened.plan.draft.folder == str(DEMO_MODEL)
 
 
 @pytest.fixture

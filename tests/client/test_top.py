@@ -19,7 +19,8 @@ from shoal.errors import UserError
 from shoal.server.operations.status import status_json
 from shoal.wire.base import replace_fields
 from shoal.wire.fleet import FleetStatus
-from support.status_server import StatusServer, engine, fleet, ranks, replica
+from support.fleet_status import engine, fleet, ranks, replica
+from support.status_server import StatusServer
 
 CAUSE = "rank 1 (process 101, last step 9, computing) was killed by SIGKILL"
 

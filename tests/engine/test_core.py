@@ -12,14 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.ngram import NgramIndex
-from shoal.engine.request import decode_tokens
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
 from shoal.wire.base import Ids, replace_fields
 from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
 from shoal.wire.grammars import GrammarAsk, Verdict
 from shoal.wire.ranks import RankStats, SeqOut, StepPlan, StepResult, StepTimes
+from shoal.wire.tokens import decode_tokens
 from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, begun, request, steady
 
 MAX_MODEL_LEN = 20
@@ -455,7 +455,7 @@ class Masked:
 
     def check_masks(self) -> None:
         """Each masked plan has its mask, whose rows are in the plan's order and know all the tokens before them."""
-        prompt_lens = {new.seq: new.prompt_len for plan in self.ranks.plans for new in plan.new}
+        prompt_lens = {new.seq: new.num_prompt_tokens for plan in self.ranks.plans for new in plan.new}
         masked = [plan for plan in self.ranks.plans if plan.masked]
         assert [mask.step for mask in self.ranks.masks] == [plan.step for plan in masked]
         for plan, mask in zip(masked, self.ranks.masks, strict=True):

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.engine.blocks import BlockPool
-from shoal.engine.request import RequestState, encode_tokens, token_set
-from shoal.engine.scheduler import PriorityPolicy, Scheduler, SchedulerLimits
+from shoal.engine.request import RequestState
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.scheduler import Scheduler
+from shoal.engine.scheduler.waiting_queue import PriorityPolicy
 from shoal.engine.speculation import Guesser
 from shoal.errors import EngineError, RequestError
 from shoal.wire.engine import EngineRequest, Finish
 from shoal.wire.ranks import SeqOut, StepPlan, StepResult, StepTimes
+from shoal.wire.tokens import encode_tokens, token_set
 from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, begun, next_token, request, steady
 
 MAX_MODEL_LEN = 20
@@ -487,7 +490,7 @@ def test_the_audit_tells_when_a_request_was_lost() -> None:
     bench = Bench()
     bench.add(request(1, [1], 5))
     bench.step()
-    bench.scheduler._running.clear()
+    bench.scheduler.running[0].state = RequestState.DRAINING
     with pytest.raises(EngineError, match="out of balance"):
         bench.scheduler.audit()
 
@@ -623,7 +626,7 @@ def test_a_request_that_was_begun_elsewhere_tells_ranks_where_its_prompt_ends() 
     plan = bench.step()
     assert spans(plan) == {1: (0, 8)}
     (new,) = plan.new
-    assert (new.prompt_len, len(new.tokens), new.epoch) == (5, 8 * 4, 0)
+    assert (new.num_prompt_tokens, len(new.tokens), new.epoch) == (5, 8 * 4, 0)
     bench.drain()
     assert len(bench.outcomes.tokens[1]) == 9
     counters = bench.scheduler.counters
@@ -652,11 +655,11 @@ def test_the_logprobs_of_a_prompt_are_computed_again() -> None:
     bench.drain()
 
 
-@pytest.mark.parametrize("prompt_len", [-1, 4])
-def test_a_prompt_that_is_longer_than_the_tokens_is_refused(prompt_len: int) -> None:
+@pytest.mark.parametrize("count", [-1, 0, 4])
+def test_a_prompt_that_is_longer_than_the_tokens_is_refused(count: int) -> None:
     bench = Bench()
-    with pytest.raises(RequestError, match=f"request 1: {prompt_len} of its 3 tokens"):
-        bench.scheduler.add(msgspec.structs.replace(request(1, [1, 2, 3]), prompt_len=prompt_len))
+    with pytest.raises(RequestError, match=f"request 1: {count} of its 3 tokens"):
+        bench.scheduler.add(msgspec.structs.replace(request(1, [1, 2, 3]), num_prompt_tokens=count))
     assert bench.scheduler.idle
 
 
@@ -754,17 +757,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         expired = {s for s in self.bench.outcomes.open if self.deadline(s) <= self.bench.clock.now}
         self.bench.outcomes.may_abort |= expired
         stages = self.bench.limits.stages
-        ready = [r for r in scheduler._running if r.uncomputed and r.spec.seq not in expired]
+        ready = [r for r in scheduler.running if r.uncomputed and r.message.seq not in expired]
         if stages > 1:  # nobody is more than a step behind a token that is not known, but in turn
             ready = [r for r in ready if r.pending <= 1 or r.turn <= scheduler.num_steps]
-        turns = {r.spec.seq: r.turn if r.pending else 0 for r in ready if r.decodes}
+        turns = {r.message.seq: r.turn if r.pending else 0 for r in ready if r.decodes}
         plan = self.bench.plan()
         assert expired.isdisjoint(self.bench.outcomes.open)
         if ready:
             assert plan is not None, "somebody could have been computed"
             assert plan.work
             # With room in the budget for everybody's next token, the highest ranked is never left out.
-            first = ready[0].spec.seq
+            first = ready[0].message.seq
             if self.bench.limits.max_num_batched_tokens < self.bench.limits.max_num_seqs or first in spans(plan):
                 return
             # With more stages one, unless it is not its turn or others have waited longer.
@@ -795,16 +798,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def balanced(self) -> None:
         scheduler = self.bench.scheduler
         scheduler.audit()
-        assert len(scheduler._running) <= self.bench.limits.max_num_seqs
-        held = {block for r in scheduler._running for block in r.held}
+        assert len(scheduler.running) <= self.bench.limits.max_num_seqs
+        held = {block for r in scheduler.running for block in r.held_blocks}
         assert self.bench.pool.num_free == self.bench.pool.num_blocks - len(held)
         if self.bench.limits.window is not None:  # what wrong guesses lead back to is still there
-            for r in scheduler._running:
+            for r in scheduler.running:
                 seen = max(r.computed - r.guessed - self.bench.limits.window + 1, 0)
-                assert r.retired * self.bench.pool.block_size <= seen
-        states = [r.state for r in scheduler._requests.values()]
-        assert scheduler.num_waiting == len(states) - states.count(RequestState.RUNNING)
-        assert sorted(scheduler._requests) == self.bench.outcomes.open
+                assert r.blocks_retired * self.bench.pool.block_size <= seen
+        assert sorted(scheduler.unfinished) == self.bench.outcomes.open
+        assert scheduler.num_waiting + scheduler.num_running == len(self.bench.outcomes.open)
 
     def teardown(self) -> None:
         if hasattr(self, "bench"):

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -191,7 +192,7 @@ def test_deltas_that_came_while_nobody_read_are_one(setting: Setting) -> None:
         assert output.outputs[0].text == " there was a wolf."
         assert output.outputs[0].token_ids == first + second + third
         assert not setting.line.aborted
-        assert not setting.llm._streams
+        assert setting.llm.unfinished == 0
 
     run(work())
 
@@ -290,7 +291,7 @@ def test_leaving_the_loop_early_ends_the_request(
         gc.collect()
         await settled()
         assert setting.line.aborted == [0]
-        assert not setting.llm._streams
+        assert setting.llm.unfinished == 0
         setting.line.say(SeqUpdate(0, setting.tokens(" b"), finish=ABORT))  # what was on its way
         await settled()
 
@@ -307,7 +308,7 @@ def test_a_task_that_is_cancelled_ends_its_request(
         with pytest.raises(asyncio.CancelledError):
             await task
         assert setting.line.aborted == [0]
-        assert not setting.llm._streams
+        assert setting.llm.unfinished == 0
 
     run(work())
 
@@ -455,9 +456,24 @@ def test_outputs_grow_until_they_are_finished(setting: Setting) -> None:
         assert last.cumulative_logprob == -0.5 * len(last.token_ids)
         assert last.logprobs is not None
         assert len(last.logprobs) == len(last.token_ids)
-        assert not setting.llm._named
+        await assert_free("mine", setting)
 
     run(work())
+
+
+async def assert_free(request_id: str, setting: Setting) -> None:
+    """Nobody has this request_id: it can be used."""
+    before = len(setting.line.sent)
+    task = asyncio.create_task(read_all(setting.llm.generate("Once", GREEDY, request_id)))
+    await until(lambda: len(setting.line.sent) > before)
+    assert not task.done()
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def read_all(outputs: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
+    return [output async for output in outputs]
 
 
 def test_a_request_id_is_used_once_at_a_time(setting: Setting) -> None:
@@ -466,7 +482,7 @@ def test_a_request_id_is_used_once_at_a_time(setting: Setting) -> None:
             return await anext(setting.llm.generate("Once", GREEDY, "mine"))
 
         first = await started(begin())
-        await until(lambda: "mine" in setting.llm._named)
+        await until(lambda: bool(setting.line.sent))
         with pytest.raises(RequestError, match="'mine' exists already"):
             await anext(setting.llm.generate("Once", GREEDY, "mine"))
         assert setting.line.aborted == [1]
@@ -492,7 +508,7 @@ def test_a_generator_that_is_left_early_ends_its_request(setting: Setting) -> No
         await task
         gc.collect()
         await until(lambda: setting.line.aborted == [0])
-        assert not setting.llm._named
+        await assert_free("mine", setting)
 
     run(work())
 
@@ -518,7 +534,7 @@ def test_whoever_waits_hears_that_it_was_closed(setting: Setting) -> None:
                 await task
         with pytest.raises(ClosedError):
             setting.stream()
-        assert not setting.llm._streams
+        assert setting.llm.unfinished == 0
         setting.llm.close()
 
     run(work())
@@ -531,8 +547,10 @@ def test_a_loop_that_was_closed_frees_what_it_had(setting: Setting) -> None:
     asyncio.run(work())
     setting.line.say(SeqUpdate(0, setting.tokens(" a")))
     assert setting.line.closed
-    setting.line.say(SeqUpdate(0, setting.tokens(" a")))
-    assert not setting.llm._arrived
+    last = SeqUpdate(0, setting.tokens(" a"))
+    held = sys.getrefcount(last)
+    setting.line.say(last)
+    assert sys.getrefcount(last) == held
     setting.llm.close()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from shoal import env
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import make_guessers
 from shoal.errors import ConfigError
 from shoal.executors.base import RankExecutor

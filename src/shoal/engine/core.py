@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
-from shoal.engine.scheduler import PriorityPolicy, Scheduler, SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.scheduler import Scheduler
+from shoal.engine.scheduler.waiting_queue import PriorityPolicy
 from shoal.engine.speculation import Guesser
 from shoal.errors import CheckpointError, ClosedError, EngineError
 from shoal.protocols import Executor, Grammars, Lockstep, Policy

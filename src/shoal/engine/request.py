@@ -1,15 +1,12 @@
 """A request as the scheduler sees it."""
 
-import array
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
 
 from shoal.engine.grammar_constraint import Constraint
 from shoal.engine.speculation import Guesser
 from shoal.wire.engine import EngineRequest
+from shoal.wire.tokens import encode_tokens
 
 
 class RequestState(Enum):
@@ -26,11 +23,10 @@ class Request:
     keys and values are in the cache once all plans made so far have run, guessed tokens included until they are known
     to be right."""
 
-    spec: EngineRequest
-    arrival: int
+    message: EngineRequest  # as it came
     rank: tuple[int, ...]  # the policy's: lowest first
     tokens: list[int]
-    prompt_len: int
+    num_prompt_tokens: int
     salt: str | None  # who shares cached blocks with it; None: nobody
     stop_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
@@ -40,7 +36,7 @@ class Request:
     pending: int = 0
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # its block table
-    retired: int = 0  # leading blocks of it that were given back
+    blocks_retired: int = 0  # leading blocks of it that were given back
     blocks_cached: int = 0  # leading blocks that the prefix cache has been told of
     in_flight: int = 0  # plans made that include it and have not come back
     cached_tokens: int = 0  # of its prompt, found in the prefix cache at admission
@@ -56,13 +52,13 @@ class Request:
         return len(self.tokens) + self.pending
 
     @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def complete(self) -> bool:
         """Has the last token allowed been asked for?"""
-        return self.length - self.prompt_len >= self.spec.max_tokens
+        return self.length - self.num_prompt_tokens >= self.message.max_tokens
 
     @property
     def decodes(self) -> bool:
@@ -83,49 +79,31 @@ class Request:
             return 0
         return self.length - self.computed
 
-    def told(self, start: int, count: int) -> int:
+    def prompt_logprobs_in(self, start: int, count: int) -> int:
         """Return how many prompt tokens get their log-probabilities when `count` tokens from `start` on are computed.
 
         Each of the first so many computed tokens gives those of the prompt token behind it; 0 where none are wanted.
         """
-        if self.spec.sampling.prompt_logprobs < 0:
+        if self.message.sampling.prompt_logprobs < 0:
             return 0
-        return max(min(start + count, self.prompt_len - 1) - start, 0)
+        return max(min(start + count, self.num_prompt_tokens - 1) - start, 0)
 
     @property
-    def held(self) -> list[int]:
-        return self.blocks[self.retired :]
+    def held_blocks(self) -> list[int]:
+        return self.blocks[self.blocks_retired :]
 
     @property
     def may_reuse(self) -> bool:
         """May it start from cached blocks? Not while log-probabilities of its prompt are wanted: they come from
         computing it."""
-        wanted = self.prompt_len - 1 if self.spec.sampling.prompt_logprobs >= 0 else 0
+        wanted = self.num_prompt_tokens - 1 if self.message.sampling.prompt_logprobs >= 0 else 0
         return self.prompt_reported >= wanted
 
+    def encoded_tokens(self) -> bytes:
+        """Return the known tokens as messages carry them. Those that came with the request are not encoded again."""
+        return self.message.tokens + encode_tokens(self.tokens[self.message.num_tokens :])
 
-def decode_tokens(data: bytes) -> list[int]:
-    tokens = array.array("i", data)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return tokens.tolist()
-
-
-def encode_tokens(tokens: Iterable[int]) -> bytes:
-    return _little_endian(array.array("i", tokens))
-
-
-def encode_numbers(numbers: Iterable[float]) -> bytes:
-    """As float32."""
-    return _little_endian(array.array("f", numbers))
-
-
-def _little_endian(data: "array.array[int] | array.array[float]") -> bytes:
-    if sys.byteorder == "big":
-        data.byteswap()
-    return data.tobytes()
-
-
-@lru_cache(maxsize=16)  # for the outputs of a request, which come one after the other
-def token_set(data: bytes) -> frozenset[int]:
-    return frozenset(decode_tokens(data))
+    def take_waited_us(self) -> int:
+        """Return how long the request waited for its first step, in microseconds; 0 once that has been told."""
+        waited, self.waited_s = self.waited_s, 0.0
+        return int(waited * 1e6)
