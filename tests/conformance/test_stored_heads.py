@@ -195,7 +195,7 @@ def test_weights_say_their_type(
 ) -> None:
     """The type of most bytes: norms are often wider."""
     folder = changed(checkpoint("llama"), tmp_path / "model", in_type(dtype, "norm.weight"), **said)
-    found = planned(folder, model_impl=model_impl).first
+    found = planned(folder, model_impl=model_impl).first_plan
     assert found.dtype == str(dtype).removeprefix("torch.")
     assert planned(folder, dtype="float32").first_plan.dtype == "float32"
     with LLM(str(folder), model_impl=model_impl, **SMALL) as llm:
