@@ -96,7 +96,7 @@ def _table(flags: list[click.Option], variables: dict[str, str]) -> Iterator[str
         if record is not None:
             names, help_ = record
             variable = f" `{variables[flag.name]}` |" if variables and flag.name else ""
-            yield f"| `{_plain(names)}` | {_plain(help_)} |{variable}"
+            yield f"| `{_plain(names)}` | {_unlinked(_plain(help_))} |{variable}"
     yield ""
 
 
@@ -117,6 +117,11 @@ def _lacking() -> Iterator[str]:
 
 def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
+
+
+def _unlinked(text: str) -> str:
+    """Return a text whose brackets are no links, as those around defaults and ranges would be."""
+    return text.replace("[", "\\[")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

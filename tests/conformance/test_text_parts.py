@@ -108,7 +108,8 @@ def test_a_text_config_says_little(tmp_path: Path) -> None:
     config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     planner = planner_of(tmp_path, load_format="dummy", kv_cache_memory_bytes=2**30)
-    assert "only the text part of Gemma3ForConditionalGeneration is served; it reads no images" in planner.first.reasons
+    reasons = planner.first_plan.reasons
+    assert "only the text part of Gemma3ForConditionalGeneration is served; it reads no images" in reasons
     spec = planner.model.spec
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size) == (8, 4, 256, 262208)
     assert (spec.tie_embeddings, spec.dtype, spec.max_positions) == (True, "bfloat16", 131072)

@@ -1,4 +1,4 @@
-"""A model's files that change while somebody uses them, and files that are not what their names say."""
+"""Model files that change while they are in use, and files that are pointers of Git LFS."""
 
 import os
 import shutil
@@ -23,12 +23,12 @@ SMALL: dict[str, Any] = {"max_model_len": 64, "kv_cache_memory_bytes": "2MiB"}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the bundled model, whose embedding is its head too."""
+    """A copy of the bundled model. Its embedding is also its output head."""
     return Path(shutil.copytree(BUNDLED, tmp_path / "model"))
 
 
 def copy_over(folder: Path) -> None:
-    """As `cp` does it: the same file with other numbers."""
+    """Write other numbers into the same file, as `cp` does."""
     file = folder / "model.safetensors"
     with file.open("r+b") as stream:
         stream.seek(file.stat().st_size // 2)
@@ -53,7 +53,9 @@ def rewrite(name: str) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("change", [copy_over, truncate])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answers_stay_what_they_are(folder: Path, dtype: str, change: Callable[[Path], None]) -> None:
+def test_a_running_engine_does_not_notice_changed_files(
+    folder: Path, dtype: str, change: Callable[[Path], None]
+) -> None:
     prompts: Any = [{"prompt_token_ids": [token, token + 1]} for token in range(300, 316)]
     with LLM(str(folder), dtype=dtype, enable_prefix_caching=False, **SMALL) as llm:
         before = [each.outputs[0].token_ids for each in llm.generate(prompts, GREEDY, use_tqdm=False)]
@@ -66,8 +68,8 @@ CHANGES = [copy_over, replace, rewrite("config.json"), rewrite("tokenizer.json")
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_starts_later_does_not_run_another_model(folder: Path, change: Callable[[Path], None]) -> None:
-    """A rank, an engine that takes the place of one that has ended, and an API server likewise."""
+def test_processes_that_start_later_refuse_changed_files(folder: Path, change: Callable[[Path], None]) -> None:
+    """This holds for ranks, for an engine that is started again, and for API servers."""
     opened = open_model(str(folder), SMALL)
     open_served_model(str(folder), SMALL, opened.served)
     change(folder)
@@ -79,7 +81,7 @@ def test_what_starts_later_does_not_run_another_model(folder: Path, change: Call
         open_served_model(str(folder), SMALL, opened.served)
 
 
-def test_a_draft_model_that_has_changed(folder: Path, tmp_path: Path) -> None:
+def test_a_changed_draft_model_is_refused(folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(BUNDLED, tmp_path / "draft"))
     speculation = {"method": "draft_model", "model": str(other), "num_speculative_tokens": 2}
     opened = open_model(str(folder), {**SMALL, "speculative_config": speculation})
@@ -97,7 +99,7 @@ def test_made_up_weights_have_no_files_that_could_change(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"]
 )
-def test_a_pointer_of_git_lfs_in_place_of_a_file(folder: Path, name: str) -> None:
+def test_a_git_lfs_pointer_in_place_of_a_file_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_text(POINTER)
     with pytest.raises(CheckpointError) as caught:
         open_model(str(folder), SMALL)
@@ -114,7 +116,7 @@ def test_a_pointer_of_git_lfs_in_place_of_a_file(folder: Path, name: str) -> Non
         ("tokenizer.model", "tokenizer.json"),
     ],
 )
-def test_a_pointer_in_place_of_other_kinds_of_files(folder: Path, names: tuple[str, ...]) -> None:
+def test_a_pointer_in_place_of_other_kinds_of_files_is_refused(folder: Path, names: tuple[str, ...]) -> None:
     if names[0] != "tokenizer.model":
         (folder / "model.safetensors").unlink()
     for name in names:
@@ -123,13 +125,13 @@ def test_a_pointer_in_place_of_other_kinds_of_files(folder: Path, names: tuple[s
         open_model(str(folder), SMALL)
 
 
-def test_a_pointer_that_nobody_reads_is_nobodys_business(folder: Path) -> None:
+def test_pointers_in_place_of_unused_files_are_ignored(folder: Path) -> None:
     for name in ("pytorch_model.bin", "model.onnx", "vocab.txt"):
         (folder / name).write_text(POINTER)
     open_model(str(folder), SMALL)
 
 
-def test_a_pointer_is_no_chat_template(folder: Path) -> None:
+def test_a_pointer_in_place_of_a_chat_template_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is a pointer of Git LFS"):
         ChatTemplate.open(folder)

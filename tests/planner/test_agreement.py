@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shoal.planner.agreement import OF_RANKS, agreement
+from shoal.planner.agreement import RANK_KEYS, agreement
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import ReplicaPlace
 from support.plans import planner_of
@@ -12,19 +12,19 @@ from support.plans import planner_of
 Checkpoint = Callable[[str], Path]
 
 
-def test_what_a_host_has_room_for_is_its_own_affair(checkpoint: Checkpoint) -> None:
+def test_hosts_may_have_kv_caches_of_different_sizes(checkpoint: Checkpoint) -> None:
     planners = [
         planner_of(checkpoint("llama"), ReplicaPlace(0, 2), kv_cache_memory_bytes=size) for size in (2**16, 2**24)
     ]
-    small, large = (agreement(each.options, each.first) for each in planners)
-    assert planners[0].first.max_model_len != planners[1].first.max_model_len
+    small, large = (agreement(each.options, each.first_plan) for each in planners)
+    assert planners[0].first_plan.max_model_len != planners[1].first_plan.max_model_len
     assert small == large
 
 
-def test_those_that_share_experts_take_the_same_steps_at_start(checkpoint: Checkpoint) -> None:
+def test_replicas_that_share_experts_agree_on_the_steps_of_the_start(checkpoint: Checkpoint) -> None:
     flags: dict[str, Any] = {"enable_expert_parallel": True, "kv_cache_memory_bytes": 2**20}
     planner = planner_of(checkpoint("mixtral"), ReplicaPlace(0, 2), **flags)
-    options, plan = planner.options, planner.first
+    options, plan = planner.options, planner.first_plan
     found = agreement(options, plan)
     measured = replace_fields(plan, ranks=tuple(replace_fields(rank, kv_budget=None) for rank in plan.ranks))
     tiny = replace_fields(plan, max_model_len=1)
@@ -33,5 +33,5 @@ def test_those_that_share_experts_take_the_same_steps_at_start(checkpoint: Check
         told = agreement(options, other)
         assert {key for key in found if told[key] != found[key]} == {name}
     front_end = planner_of(checkpoint("mixtral"), ReplicaPlace(0, 2, local_size=0), **flags)
-    told = agreement(front_end.options, front_end.first)
-    assert {key: found[key] for key in found.keys() - OF_RANKS} == told
+    told = agreement(front_end.options, front_end.first_plan)
+    assert {key: found[key] for key in found.keys() - RANK_KEYS} == told

@@ -1,4 +1,4 @@
-"""What is decided, from what, and what the log says of it."""
+"""Plans: the decisions, what they depend on, and their reasons in the log."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def test_the_default_cache_lets_two_engines_fit_side_by_side(checkpoint: Checkpo
     assert cache_budgets(plan(folder, host(host_memory_available=5 * GIB))) == (2 * GIB,)
 
 
-def test_a_budget_holds_weights_activations_cache_and_the_longest_context(checkpoint: Checkpoint) -> None:
+def test_device_memory_holds_weights_activations_cache_and_the_longest_context(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     for length in (None, 64):
         found = plan(folder, tensor_parallel_size=2, device_memory="8MiB", max_model_len=length)
@@ -69,20 +69,20 @@ def test_a_budget_holds_weights_activations_cache_and_the_longest_context(checkp
                 < needed
                 <= 8 * 2**20 + 16 * rank.context_token_bytes
             )
-        assert found.ranks[0].weight_bytes > found.ranks[1].weight_bytes  # the larger share of 301 rows
+        assert found.ranks[0].weight_bytes > found.ranks[1].weight_bytes  # it has the larger share of 301 rows
 
 
 def test_a_tied_head_is_counted_beside_its_embedding(checkpoint: Checkpoint) -> None:
-    """On a CPU it is packed, and the embedding is kept as it is: nothing stays in the file."""
+    """On a CPU the head is packed, so it takes memory beside the embedding. Nothing stays mapped in the file."""
     folder = checkpoint("llama3")
     on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     table = 301 * 64 * 4
-    assert 0.95 * on_disk < plan(folder).ranks[0].weight_bytes - table < on_disk  # less the headers
+    assert 0.95 * on_disk < plan(folder).ranks[0].weight_bytes - table < on_disk  # the files have headers too
     assert plan(folder, dtype="bfloat16").ranks[0].weight_bytes == plan(folder).ranks[0].weight_bytes // 2
 
 
 def loaded_bytes(found: EnginePlan) -> int:
-    """What a rank of a plan says that its weights take."""
+    """Return the size of the weights that the first rank of a plan loads, in bytes."""
     model = RankModel(setup_of(found), make_mesh(Topology.of(), 0, lambda *_: LocalComm()))
     model.load(torch.device("cpu"))
     return model.weight_bytes
@@ -93,7 +93,7 @@ def loaded_bytes(found: EnginePlan) -> int:
     [
         ("float32", "auto", "auto"),
         ("float32", "bfloat16", "auto"),
-        ("bfloat16", "auto", "auto"),  # config.json says what the file, in float32, is not
+        ("bfloat16", "auto", "auto"),  # the file has float32, whatever config.json says
         ("bfloat16", "float32", "auto"),
         ("float32", "auto", "dummy"),
     ],
@@ -114,13 +114,13 @@ def test_a_tied_embedding_is_counted_whatever_the_file_holds(
 
 
 @pytest.mark.parametrize("options", [{"kv_cache_memory_bytes": "64GiB"}, {"device_memory": "64GiB"}])
-def test_a_host_gives_no_more_than_it_has(checkpoint: Checkpoint, options: Any) -> None:
+def test_more_memory_than_the_host_has_is_refused(checkpoint: Checkpoint, options: Any) -> None:
     flag = "--" + next(iter(options)).replace("_", "-")
     with pytest.raises(ConfigError, match=f"more than this host has available: lower {flag}"):
         plan(checkpoint("llama"), **options)
 
 
-def test_the_length_is_the_models_unless_the_cache_is_smaller(checkpoint: Checkpoint) -> None:
+def test_the_context_length_is_the_models_unless_the_cache_is_smaller(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     block = 2 * 3 * 16 * 4 * 8 * 4
     assert plan(folder).max_model_len == 256
@@ -130,25 +130,25 @@ def test_the_length_is_the_models_unless_the_cache_is_smaller(checkpoint: Checkp
         plan(folder, kv_cache_memory_bytes=5 * block, max_model_len=81)
 
 
-def test_the_size_of_the_cache_overrides_the_budget(checkpoint: Checkpoint) -> None:
+def test_a_given_cache_size_overrides_device_memory(checkpoint: Checkpoint) -> None:
     found = plan(checkpoint("llama"), kv_cache_memory_bytes="1MiB", device_memory="64GiB")
     assert cache_budgets(found) == (2**20,)
 
 
-def test_eager_steps_are_no_secret(checkpoint: Checkpoint) -> None:
+def test_the_log_says_that_enforce_eager_changes_nothing(checkpoint: Checkpoint) -> None:
     assert any(
         "--enforce-eager changes nothing" in reason for reason in plan(checkpoint("llama"), enforce_eager=True).reasons
     )
 
 
-def test_the_executor_follows_from_the_ranks(checkpoint: Checkpoint) -> None:
+def test_the_executor_depends_on_the_number_of_ranks(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     assert plan(folder).executor == "uni"
     assert plan(folder, tensor_parallel_size=2).executor == "mp"
     assert plan(folder, distributed_executor_backend="mp").executor == "mp"
 
 
-def test_more_ranks_than_cores_is_a_warning(checkpoint: Checkpoint) -> None:
+def test_more_ranks_than_cores_give_a_warning(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     assert not plan(folder, tensor_parallel_size=2).warnings
     (warning,) = plan(folder, tensor_parallel_size=3).warnings
@@ -158,7 +158,7 @@ def test_more_ranks_than_cores_is_a_warning(checkpoint: Checkpoint) -> None:
 def test_gpus_are_not_shared(checkpoint: Checkpoint) -> None:
     gpus = host(device="cuda", device_memory=80 * GIB, devices_shareable=False)
     found = plan(checkpoint("llama"), gpus, tensor_parallel_size=2)
-    assert cache_budgets(found) == (None, None)  # measured by each rank
+    assert cache_budgets(found) == (None, None)  # each rank measures
     with pytest.raises(ConfigError, match="needs 3 devices; this host has 2"):
         plan(checkpoint("llama"), gpus, tensor_parallel_size=3)
     with pytest.raises(ConfigError, match="threads can't move tensors between 2 GPUs"):
@@ -171,19 +171,21 @@ def test_gpus_are_not_shared(checkpoint: Checkpoint) -> None:
 # --- unequal ranks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("split", "tp", "message"), [("2,1,1", 2, "3 shares.*is 2"), ("2", 3, "1 share,.*is 3")])
-def test_a_split_has_a_share_for_each_rank(checkpoint: Checkpoint, split: str, tp: int, message: str) -> None:
+@pytest.mark.parametrize(("split", "tp", "message"), [("2,1,1", 2, "3 shares.*is 2"), ("2", 3, "1 share, .*is 3")])
+def test_a_split_without_a_share_for_each_rank_is_refused(
+    checkpoint: Checkpoint, split: str, tp: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"--tensor-parallel-split {split} has {message}"):
         plan(checkpoint("llama"), tensor_parallel_split=split, tensor_parallel_size=tp)
 
 
-def test_shares_of_ranks(checkpoint: Checkpoint) -> None:
+def test_a_split_decides_what_each_rank_holds(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     found = plan(folder, tensor_parallel_split="2,1,1", tensor_parallel_size=3)
     assert found.layout.tp_split == (2, 1, 1)
     first, second, third = found.ranks
     assert first.block_bytes == 2 * second.block_bytes == 2 * third.block_bytes
-    # Norms are whole on every rank, and 112 columns in units of 16 no multiple of 4 shares.
+    # Every rank holds whole norms, and the 7 units of 16 columns cannot be divided exactly as 2:1:1.
     assert first.weight_bytes > second.weight_bytes >= third.weight_bytes > first.weight_bytes / 2
     (line,) = [reason for reason in found.reasons if reason.startswith("shares 2:1:1")]
     assert "4, 2, 2 query heads; 2, 1, 1 KV heads; 48, 32, 32 MLP columns" in line
@@ -197,14 +199,15 @@ def test_every_rank_holds_the_same_blocks(checkpoint: Checkpoint, name: str, spl
     assert 4 * GIB - 3 <= sum(budgets) <= 4 * GIB
 
 
-def test_the_same_budget_for_unequal_ranks(checkpoint: Checkpoint) -> None:
-    """The fullest rank has the least room; the host must have what all need, not what all may take."""
+def test_unequal_ranks_with_the_same_budget(checkpoint: Checkpoint) -> None:
+    """The rank with the most weights has the least room. The host needs memory for the blocks that fit on every rank,
+    which is less than the sum of the budgets."""
     options: Any = {"tensor_parallel_split": "2,1,1", "tensor_parallel_size": 3}
     found = plan(checkpoint("llama"), device_memory="16MiB", **options)
     blocks = [(kv or 0) // rank.block_bytes for rank, kv in zip(found.ranks, cache_budgets(found), strict=True)]
     assert 0 < blocks[0] < min(blocks[1:])
-    rooms = plan(checkpoint("llama"), host(host_memory_available=3 * GIB), kv_cache_memory_bytes="1.4GiB", **options)
-    assert cache_budgets(rooms) == (int(1.4 * GIB),) * 3  # of which two are half used
+    large = plan(checkpoint("llama"), host(host_memory_available=3 * GIB), kv_cache_memory_bytes="1.4GiB", **options)
+    assert cache_budgets(large) == (int(1.4 * GIB),) * 3  # two of the ranks use half of it
     with pytest.raises(ConfigError, match="3 ranks need 3"):
         plan(checkpoint("llama"), host(host_memory_available=3 * GIB), kv_cache_memory_bytes="1.6GiB", **options)
 
@@ -213,7 +216,7 @@ def test_the_same_budget_for_unequal_ranks(checkpoint: Checkpoint) -> None:
 
 
 def test_stages_cost_about_the_same(checkpoint: Checkpoint) -> None:
-    """The head has 301 x 64 weights, of which a third count; a layer about 37 000."""
+    """The head has 301 x 64 weights, which count for a third; a layer has about 37,000."""
     found = plan(checkpoint("llama"), pipeline_parallel_size=2)
     assert found.layout == Layout(stages=(2, 1))
     assert (found.executor, found.max_in_flight, len(found.ranks)) == ("mp", 3, 2)
@@ -223,8 +226,8 @@ def test_stages_cost_about_the_same(checkpoint: Checkpoint) -> None:
     assert first > second > 0.36
 
 
-def test_a_dear_head_leaves_the_last_stage_fewer_layers(tmp_path: Path) -> None:
-    """Whether the embedding is tied or not: it is looked up in, not multiplied with."""
+def test_a_last_stage_with_an_expensive_head_gets_fewer_layers(tmp_path: Path) -> None:
+    """A tied embedding makes no difference, because rows of it are only looked up."""
     sizes = {**SIZES, "num_hidden_layers": 7, "vocab_size": 3 * 2 * 37000 // 64}
     for tied in (True, False):
         folder = tmp_path / str(tied)
@@ -235,11 +238,11 @@ def test_a_dear_head_leaves_the_last_stage_fewer_layers(tmp_path: Path) -> None:
         assert found.layout.stages == (3, 3, 1)
         asked = plan(folder, pipeline_parallel_size=3, load_format="dummy", pipeline_layer_partition="2,2,3")
         assert asked.layout.stages == (2, 2, 3)
-        assert "3 stages of 2,2,3 layers: as asked" in asked.reasons
+        assert "3 stages of 2,2,3 layers: as --pipeline-layer-partition asks" in asked.reasons
         assert cost_shares(asked)[2] > 0.5
 
 
-def test_the_partition_comes_from_the_environment_too(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_partition_may_be_given_by_the_environment(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
     options = {**from_environment(), "pipeline_parallel_size": 2}
     assert plan(checkpoint("llama"), **options).layout.stages == (1, 2)
@@ -248,7 +251,7 @@ def test_the_partition_comes_from_the_environment_too(checkpoint: Checkpoint, mo
     assert plan(checkpoint("llama"), **options).layout.stages == (2, 1)
 
 
-def test_shares_of_the_cost_follow_the_split(checkpoint: Checkpoint) -> None:
+def test_cost_shares_depend_on_the_split(checkpoint: Checkpoint) -> None:
     options: Any = {"tensor_parallel_size": 2, "tensor_parallel_split": "3,1", "pipeline_parallel_size": 3}
     found = plan(checkpoint("llama"), **options)
     assert len(cost_shares(found)) == 6
@@ -257,8 +260,8 @@ def test_shares_of_the_cost_follow_the_split(checkpoint: Checkpoint) -> None:
         assert 2 < more / less < 4
 
 
-def test_a_rank_of_four_holds_a_third_at_most(tmp_path: Path) -> None:
-    """Of a checkpoint whose layers dominate, weights and KV cache for as many tokens."""
+def test_each_of_four_ranks_holds_at_most_a_third(tmp_path: Path) -> None:
+    """Weights and a KV cache of the same number of blocks, for a model whose layers are most of its weights."""
     config = {**SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = plan(tmp_path, load_format="dummy").ranks[0]
@@ -293,11 +296,11 @@ def test_replicas_share_the_hosts_memory_and_cores(checkpoint: Checkpoint) -> No
     assert cores == list(range(10, 21))
 
 
-def test_a_replica_that_is_added_has_the_cache_of_the_others(checkpoint: Checkpoint) -> None:
-    """A share of the host would be smaller, and too small for what the others hold; without room, it has to do."""
+def test_an_added_replica_has_a_cache_as_large_as_the_others(checkpoint: Checkpoint) -> None:
+    """A new share of the host's memory would be smaller. It is used only if there is no room for the same size."""
     for available, same in ((20 * GIB, True), (9 * GIB, False)):
         planner = planner_of(checkpoint("llama"), hardware=host(host_memory_available=available))
-        (first,) = cache_budgets(planner.first)
+        (first,) = cache_budgets(planner.first_plan)
         (added,) = cache_budgets(planner.plan(ReplicaPlace(2, 3, local_rank=2, local_size=3)))
         assert first is not None
         assert added is not None
@@ -306,11 +309,11 @@ def test_a_replica_that_is_added_has_the_cache_of_the_others(checkpoint: Checkpo
 
 
 @pytest.mark.parametrize(("given", "dtype"), [("half", "float16"), ("float", "float32"), ("bfloat16", "bfloat16")])
-def test_names_of_types(checkpoint: Checkpoint, given: str, dtype: str) -> None:
+def test_other_names_of_types_are_understood(checkpoint: Checkpoint, given: str, dtype: str) -> None:
     assert plan(checkpoint("llama"), dtype=given).dtype == dtype
 
 
-def test_cores_that_ranks_are_given(checkpoint: Checkpoint) -> None:
+def test_cpu_cores_are_divided_among_ranks(checkpoint: Checkpoint) -> None:
     def cores(given: Any, *, local_rank: int = 0, **options: Any) -> tuple[tuple[int, ...], ...]:
         options |= {"tensor_parallel_size": 2, "cpu_cores": given}
         place = ReplicaPlace(rank=local_rank, size=2, local_rank=local_rank, local_size=2)
@@ -322,13 +325,13 @@ def test_cores_that_ranks_are_given(checkpoint: Checkpoint) -> None:
     assert cores("0|1,3|2|4-6", local_rank=0) == ((0,), (1, 3))
     assert cores("0|1,3|2|4-6", local_rank=1) == ((2,), (4, 5, 6))
     assert cores([[7], [6], [5], [4]], local_rank=1) == ((5,), (4,))
-    with pytest.raises(ConfigError, match="--cpu-cores has 2 lists, this host 4 ranks"):
+    with pytest.raises(ConfigError, match="--cpu-cores has 2 lists, but this host runs 4 ranks"):
         cores("0|1")
     with pytest.raises(ConfigError, match="names 8, 9, which this process may not use"):
         cores("6-9")
 
 
-def test_ranks_that_keep_to_no_cores(checkpoint: Checkpoint) -> None:
+def test_nobind_does_not_bind_ranks_to_cores(checkpoint: Checkpoint) -> None:
     two = {"tensor_parallel_size": 2}
     bound, free = (plan(checkpoint("llama"), host(), **options) for options in (two, {**two, "cpu_cores": "nobind"}))
     assert [rank.cores for rank in bound.ranks] == [rank.cores for rank in free.ranks] == [(0,), (1,)]
@@ -336,7 +339,7 @@ def test_ranks_that_keep_to_no_cores(checkpoint: Checkpoint) -> None:
     assert not free.bind_cores
 
 
-def test_vllms_variable_of_the_cache(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_variable_for_the_cache_size(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint("llama")
     default = cache_budgets(plan(folder))
     for text, wanted in (("0", default), ("", default), ("1", (GIB,)), ("0.5", (GIB // 2,))):
@@ -356,20 +359,20 @@ def test_vllms_variable_of_the_cache(checkpoint: Checkpoint, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_host_without_replicas_needs_no_room_for_them(checkpoint: Checkpoint, device: str) -> None:
+def test_a_host_without_replicas_needs_no_memory_for_them(checkpoint: Checkpoint, device: str) -> None:
     small = host(device=device, host_memory_available=1, device_memory=1, num_devices=1, devices_shareable=False)
     options = {"tensor_parallel_size": 2, "data_parallel_size": 2}
     with pytest.raises(ConfigError):
         engine_plan(checkpoint("llama"), ReplicaPlace(size=2), small, **options)
     place = ReplicaPlace(size=2, local_size=0)
     planner = planner_of(checkpoint("llama"), place, small, **options)
-    found = planner.first
+    found = planner.first_plan
     assert found.max_model_len == planner.model.spec.max_positions
     assert set(cache_budgets(found)) == {None}
     assert engine_plan(checkpoint("llama"), place, small, max_model_len=7, **options).max_model_len == 7
 
 
-def test_replicas_need_memory_each(checkpoint: Checkpoint) -> None:
+def test_each_replica_needs_memory(checkpoint: Checkpoint) -> None:
     options: Any = {"device_memory": "3GiB", "data_parallel_size": 2}
     assert cache_budgets(plan(checkpoint("llama"), host(host_memory_available=6 * GIB), **options))
     with pytest.raises(ConfigError, match=r"2 ranks need 6.00 GiB .* 1.00 GiB more than this host"):
@@ -404,30 +407,30 @@ def test_a_replica_on_gpus_has_its_own(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline_parallel_size": 4}, "4 is more than the model's 3 layers.*use --pipeline-parallel-size 3 or fewer"),
+        ({"pipeline_parallel_size": 4}, "4 is more than the model's 3 layers.*use --pipeline-parallel-size 3 or less"),
         (
             {"pipeline_parallel_size": 2, "pipeline_layer_partition": "2,2"},
-            "2,2 has 4 layers, the model has 3: the numbers must sum to 3",
+            "2,2 has 4 layers, but the model has 3: the numbers must sum to 3",
         ),
         (
             {"pipeline_parallel_size": 2, "pipeline_layer_partition": "1,1,1"},
-            "1,1,1 has 3 stages, --pipeline-parallel-size is 2: .* or --pipeline-parallel-size 3",
+            "1,1,1 has 3 stages, but --pipeline-parallel-size is 2: .* or use --pipeline-parallel-size 3",
         ),
-        ({"pipeline_layer_partition": "3,1"}, "3,1 has 2 stages, --pipeline-parallel-size is 1"),
+        ({"pipeline_layer_partition": "3,1"}, "3,1 has 2 stages, but --pipeline-parallel-size is 1"),
         ({"enable_expert_parallel": True}, "--enable-expert-parallel: a llama model has no experts"),
         ({"distributed_executor_backend": "uni", "pipeline_parallel_size": 2}, "uni runs one rank, not 2"),
         ({"distributed_executor_backend": "uni", "data_parallel_size": 3}, "uni runs one rank, not 3"),
     ],
 )
-def test_layouts_that_can_not_be(checkpoint: Checkpoint, tmp_path: Path, options: Any, message: str) -> None:
-    """Before the weights are looked at: there are none."""
+def test_impossible_layouts_are_refused(checkpoint: Checkpoint, tmp_path: Path, options: Any, message: str) -> None:
+    """They are refused before the weights are read; this folder has none."""
     shutil.copy(checkpoint("llama") / "config.json", tmp_path)
     with pytest.raises(ConfigError, match=message):
         plan(tmp_path, **options)
 
 
 def model_of(folder: Path, layers: int) -> Path:
-    """A Llama's configuration without weights: the head is counted as a sixth of a layer."""
+    """Write the configuration of a Llama without weights. Its head costs a sixth of a layer."""
     folder.mkdir()
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
@@ -435,8 +438,9 @@ def model_of(folder: Path, layers: int) -> Path:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_draft_model_leaves_the_last_stage_fewer_layers(tmp_path: Path, tp: int) -> None:
-    """One layer, and a sixth of one as its head: it follows, and guesses twice, which costs three and a third."""
+def test_a_last_stage_with_a_draft_model_gets_fewer_layers(tmp_path: Path, tp: int) -> None:
+    """The draft model has one layer, and a head that costs a sixth of one. It makes one pass without the head, and one
+    with it for each of two drafts: three layers and a third."""
     large, small = model_of(tmp_path / "large", 8), model_of(tmp_path / "small", 1)
     options: Any = {"pipeline_parallel_size": 2, "load_format": "dummy", "tensor_parallel_size": tp}
     assert plan(large, **options).layout.stages == (4, 4)
@@ -453,12 +457,12 @@ def test_a_draft_model_leaves_the_last_stage_fewer_layers(tmp_path: Path, tp: in
     assert sum(cost_shares(asked)[:tp]) == pytest.approx(4 / 11.5, abs=0.01)
 
 
-def test_fewer_steps_in_flight_than_stages_is_a_warning(checkpoint: Checkpoint) -> None:
+def test_fewer_steps_in_flight_than_stages_give_a_warning(checkpoint: Checkpoint) -> None:
     options: Any = {"pipeline_parallel_size": 2}
     (warning,) = plan(checkpoint("llama"), max_in_flight=1, **options).warnings
     assert warning == (
-        "--max-in-flight 1 lets 1 of 2 pipeline stages compute at a time: the others wait; use --max-in-flight 3, or "
-        "leave it out"
+        "--max-in-flight 1 lets only 1 of 2 pipeline stages compute at a time, the others wait: use --max-in-flight 3, "
+        "or leave it out"
     )
     assert not plan(checkpoint("llama"), max_in_flight=2, **options).warnings
     assert not plan(checkpoint("llama"), max_in_flight=1).warnings
@@ -483,7 +487,7 @@ def test_a_draft_model_is_on_the_last_stage(checkpoint: Checkpoint) -> None:
 
 
 def experts_of(found: EnginePlan) -> list[int | None]:
-    """How many whole experts each rank holds."""
+    """Return how many whole experts each rank holds; None for a rank with a part of every expert."""
     return [None if rank.shard.experts is None else len(rank.shard.experts) for rank in found.ranks]
 
 
@@ -511,7 +515,7 @@ def test_experts_are_placed_on_a_stages_ranks_over_all_replicas(checkpoint: Chec
     assert all(found.all2all for found in replicas)
 
 
-def test_a_replica_alone_has_all_experts(checkpoint: Checkpoint) -> None:
+def test_a_single_replica_has_all_experts(checkpoint: Checkpoint) -> None:
     folder = checkpoint("mixtral")
     cut = plan(folder, tensor_parallel_size=2)
     assert experts_of(cut) == [None, None]
@@ -522,7 +526,7 @@ def test_a_replica_alone_has_all_experts(checkpoint: Checkpoint) -> None:
     assert whole.all2all == ""
 
 
-def test_a_rank_whose_experts_others_use_is_a_process(checkpoint: Checkpoint) -> None:
+def test_replicas_that_share_experts_have_ranks_in_processes(checkpoint: Checkpoint) -> None:
     folder = checkpoint("mixtral")
     assert replica(folder, 0, 2).executor == "uni"
     assert replica(folder, 0, 2, enable_expert_parallel=True).executor == "mp"
@@ -530,8 +534,8 @@ def test_a_rank_whose_experts_others_use_is_a_process(checkpoint: Checkpoint) ->
         replica(folder, 0, 2, enable_expert_parallel=True, distributed_executor_backend="uni")
 
 
-def test_auto_sends_tokens_where_they_are_needed(checkpoint: Checkpoint) -> None:
-    """Three of five experts a token: over two ranks most tokens need both, over eight a few."""
+def test_auto_chooses_the_all2all_backend_that_sends_less(checkpoint: Checkpoint) -> None:
+    """Each token needs three of five experts: both of two ranks for most tokens, but only a few of eight."""
     few = replica(checkpoint("mixtral"), 0, 2, enable_expert_parallel=True)
     many = replica(checkpoint("mixtral"), 0, 8, enable_expert_parallel=True)
     assert (few.all2all, many.all2all) == ("allgather_reducescatter", "all_to_all")
@@ -541,7 +545,7 @@ def test_auto_sends_tokens_where_they_are_needed(checkpoint: Checkpoint) -> None
     assert asked.all2all == "allgather_reducescatter"
 
 
-def test_flags_of_experts_that_change_nothing(checkpoint: Checkpoint) -> None:
+def test_flags_of_experts_without_effect_give_a_warning(checkpoint: Checkpoint) -> None:
     dense, mixture = checkpoint("llama"), checkpoint("mixtral")
     for folder in (dense, mixture):
         (warning,) = plan(folder, expert_placement_strategy="round_robin").warnings
@@ -559,7 +563,7 @@ def test_flags_of_experts_that_change_nothing(checkpoint: Checkpoint) -> None:
 def with_draft(folder: Path, draft: Path, **options: Any) -> EnginePlan:
     options = {"speculative_config": {"model": str(draft), "num_speculative_tokens": 3}, **options}
     parsed = EngineOptions.from_flat(str(folder), options)
-    return Planner(parsed, ModelFiles(str(folder), str(draft)), host(), ReplicaPlace()).first
+    return Planner(parsed, ModelFiles(str(folder), str(draft)), host(), ReplicaPlace()).first_plan
 
 
 def test_a_draft_model_is_counted(checkpoint: Checkpoint) -> None:
@@ -573,16 +577,16 @@ def test_a_draft_model_is_counted(checkpoint: Checkpoint) -> None:
     assert rank.activation_bytes >= large.ranks[0].activation_bytes + small.ranks[0].activation_bytes
 
 
-def test_guesses_are_drawn_too(checkpoint: Checkpoint) -> None:
-    """Enough rows that the logits are the fullest moment."""
+def test_drafts_need_rows_of_logits_too(checkpoint: Checkpoint) -> None:
+    """The step has so many rows that the logits are the fullest moment."""
     options: Any = {"max_num_seqs": 512, "max_num_batched_tokens": 2048}
     ngram = {"method": "ngram", "num_speculative_tokens": 3}
     alone = plan(checkpoint("llama"), **options).ranks[0].activation_bytes
     assert plan(checkpoint("llama"), speculative_config=ngram, **options).ranks[0].activation_bytes > alone
 
 
-def test_draft_models_that_do_not_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="vocabulary of 259 tokens, the model one of 301"):
+def test_a_draft_model_must_fit_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocabulary of 259 tokens, but the model has one of 301"):
         with_draft(checkpoint("llama"), checkpoint("qwen3"))
     shorter = tmp_path / "shorter"
     shutil.copytree(checkpoint("llama"), shorter)
@@ -598,7 +602,7 @@ def test_draft_models_that_do_not_fit(checkpoint: Checkpoint, tmp_path: Path) ->
 # --- visible GPUs -------------------------------------------------------------------------------------------------
 
 
-def test_ranks_are_mapped_to_visible_gpus(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_get_visible_gpus(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab,9")
     gpus = host(device="cuda", device_memory=80 * GIB, devices_shareable=False, visible=("3", "GPU-ab"))
     found = plan(checkpoint("llama"), gpus, tensor_parallel_size=2)
@@ -608,7 +612,7 @@ def test_ranks_are_mapped_to_visible_gpus(checkpoint: Checkpoint, monkeypatch: p
         plan(checkpoint("llama"), gpus, tensor_parallel_size=3)
 
 
-def test_all_gpus_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_with_all_gpus_hidden_has_cpus_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "torch_has_cuda", lambda: True)
     pose_as_host_with("0, GPU-aa, 81559", tmp_path, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
@@ -617,10 +621,10 @@ def test_all_gpus_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         discover(EngineOptions.from_flat(None, {"device": "cuda"}))
 
 
-def test_the_log_of_a_start(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_of_a_start_says_what_each_rank_holds(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "shoal")
     folder = checkpoint("llama_6_2")
-    block = 2 * 3 * 16 * 2 * 24 * 4  # of the middle rank, which reads both KV heads and has the least room
+    block = 2 * 3 * 16 * 2 * 24 * 4  # bytes on the middle rank, which needs both KV heads and so has the least room
     options: Any = {"tensor_parallel_size": 3, "distributed_executor_backend": "threads", "max_model_len": 100}
     with LLM(str(folder), kv_cache_memory_bytes=20 * block, **options) as llm:
         assert llm.stats().num_blocks == 20

@@ -16,7 +16,7 @@ from shoal.server.settings import ServerSettings
 from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.prompts import Job, PromptReader
-from shoal.text.token_places import TokenPlaces
+from shoal.text.token_offsets import TokenOffsets
 from shoal.text.tokenizer import Tokenizer, open_tokenizer
 from shoal.wire.base import encode
 from shoal.wire.engine import CacheReset
@@ -207,7 +207,7 @@ class FakeBackend:
 
     def deltas(self, job: Job, index: int) -> list[Delta]:
         pieces = list(self.says(job))
-        places = TokenPlaces(self._tokenizer, skip_special_tokens=True)
+        offsets_of = TokenOffsets(self._tokenizer, skip_special_tokens=True)
         stream = self._tokenizer.stream(job.tokens)
         found = []
         for at, piece in enumerate(pieces):
@@ -216,8 +216,8 @@ class FakeBackend:
             logprobs = None if wanted is None else tuple(self.logprobs(token, wanted) for token in tokens)
             finish = self.finish if at == len(pieces) - 1 else None
             for token in tokens:
-                places.add(token, stream.push(token))
-            offsets = None if wanted is None else tuple(places.starts[-len(tokens) :])
+                offsets_of.add(token, stream.push(token))
+            offsets = None if wanted is None else tuple(offsets_of.offsets[-len(tokens) :])
             found.append(Delta(index, piece, tokens, logprobs, finish, text_offsets=offsets))
         return found
 

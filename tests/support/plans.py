@@ -41,7 +41,7 @@ def engine_plan(
     folder: Path | str, place: ReplicaPlace | None = None, hardware: Hardware | None = None, **options: Any
 ) -> EnginePlan:
     """The plan of one replica of the model in a folder."""
-    return planner_of(folder, place, hardware, **options).first
+    return planner_of(folder, place, hardware, **options).first_plan
 
 
 SHARD = ShardPlan(0, 0, 1, (0, 1), (0, 1), (0, 1), (0,), {}, None, (1,))

@@ -1,4 +1,4 @@
-"""Starts replicas of this host, for offline runs and for a fleet alike: as engine processes, or as threads."""
+"""The launchers of replicas on this host, as engine processes or as threads, for offline runs and for fleets."""
 
 from collections.abc import Container, Sequence
 
@@ -20,10 +20,10 @@ _START_PHASES = 5  # each of which may take --start-timeout
 
 
 class ProcessLauncher:
-    """Starts each replica as an engine process.
+    """A launcher that starts each replica as an engine process.
 
-    Replicas that share experts meet at the `rendezvous` whenever they start. Others that have one only compare there
-    what they must have in common, the first time they start, and only if their number is in `compared`.
+    Replicas that share experts meet at the rendezvous every time they start. Other replicas only compare their
+    agreement there, and only the first time they start.
     """
 
     def __init__(
@@ -35,19 +35,29 @@ class ProcessLauncher:
         key: str = "",
         compared: Container[int] = (),
     ) -> None:
-        """`local`: the numbers of the replicas that were planned for this host."""
+        """Start nothing yet.
+
+        Args:
+            local: the numbers of the replicas that were planned for this host.
+            rendezvous: host:port of the rendezvous; "" if replicas need not meet.
+            key: the shared key of the rendezvous.
+            compared: the numbers of the replicas that compare their agreement although they share no experts.
+        """
         self._model = model
         self._local = local
         self._rendezvous = rendezvous
         self._key = key
         self._compared = compared
-        self._started: set[int] = set()  # a fleet starts only those again that have been ready
+        self._started: set[int] = set()  # replicas started before; those that a fleet starts again were ready once
 
     def __call__(self, number: int, generation: int = 0) -> Replica:
-        """Start a replica. Its `generation` counts the times at which all replicas were started anew together.
+        """Start a replica.
+
+        Args:
+            generation: how many times all replicas were started again together.
 
         Raises:
-            ConfigError: this host has not enough memory or devices for it.
+            ConfigError: this host does not have enough memory or devices for it.
         """
         place, again = place_of(self._model, number, self._local), number in self._started
         if self._model.plan.layout.shares_experts or (number in self._compared and not again):
@@ -57,8 +67,10 @@ class ProcessLauncher:
 
 
 class ThreadLauncher:
-    """Starts each replica as threads of this process. Those that share experts have a lockstep and groups for each
-    generation."""
+    """A launcher that starts each replica as threads of this process.
+
+    Replicas that share experts get a new lockstep and new groups of threads whenever all are started again together.
+    """
 
     def __init__(self, model: OpenModel) -> None:
         self._model = model
@@ -68,7 +80,7 @@ class ThreadLauncher:
         self._groups = thread_groups(model.plan.timeouts.comm_s)
 
     def __call__(self, number: int, generation: int = 0) -> Replica:
-        """As `ProcessLauncher`."""
+        """Start a replica. Arguments and errors are those of `ProcessLauncher`."""
         if generation != self._generation or not self._together:
             self._generation = generation
             self._locksteps = [*LocalLockstep.of(self._model.plan.layout.replicas)] if self._together else []
@@ -86,9 +98,11 @@ class ThreadLauncher:
 
 
 def place_of(model: OpenModel, number: int, local: Sequence[int] | None = None) -> ReplicaPlace:
-    """Return the place of one replica. `local` are those on this host; without it, all are.
+    """Return the place of one replica.
 
-    A number beyond those that were planned is that of a replica that was added later.
+    Args:
+        number: the number of the replica. One that was not planned belongs to a replica that was added later.
+        local: the numbers of the replicas on this host; None: all replicas are here.
     """
     size = max(model.options.parallel.data_parallel_size, number + 1)
     if local is None or len(local) == size:
@@ -98,7 +112,7 @@ def place_of(model: OpenModel, number: int, local: Sequence[int] | None = None) 
 
 
 def capacity_of(model: OpenModel, stats: EngineStats) -> ReplicaCapacity:
-    """Return what a replica that has told its `stats` can use at a time."""
+    """Return how much a replica with these stats can have at a time."""
     return ReplicaCapacity(
         requests=most_held(model.plan.max_num_seqs),
         tokens=stats.num_blocks * stats.block_size,
@@ -108,10 +122,10 @@ def capacity_of(model: OpenModel, stats: EngineStats) -> ReplicaCapacity:
 
 
 def start_timeout(model: OpenModel) -> float:
-    """Return the seconds within which an engine must be ready."""
+    """Return how long an engine may take until it is ready, in seconds."""
     return model.plan.timeouts.start_s * _START_PHASES
 
 
 def answer_timeout(model: OpenModel) -> float:
-    """Return the seconds within which an engine must answer, which it does between steps."""
+    """Return how long an engine may take to answer a message, in seconds. It answers between two steps."""
     return model.plan.timeouts.step_s * (model.plan.max_in_flight + 1)

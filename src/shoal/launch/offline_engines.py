@@ -1,4 +1,4 @@
-"""Starts the engine, or the replicas, of an offline run."""
+"""The start of the engine, or of several replicas, for an offline run."""
 
 import itertools
 import secrets
@@ -26,18 +26,20 @@ from shoal.wire.plan import EnginePlan, ReplicaPlace
 
 KEY_BYTES = 32
 
-_meetings = itertools.count()  # of this process with other replicas; they have theirs in the same order
+# The numbers of this process's meetings with other replicas. All processes make the same models in the same order, so
+# they count alike.
+_meetings = itertools.count()
 
 
 def start_engine(model: OpenModel) -> Engine:
     """Start the engine, or the replicas, that the options ask for.
 
     Raises:
-        UserError, EngineError: it could not start; nothing is left of it.
+        UserError, EngineError: it could not start; no process is left running.
     """
     model.log_plan()
-    if model.by_hand is not None:
-        return _start_one_of_many(model, model.by_hand)
+    if model.manual_place is not None:
+        return _start_manual_replica(model, model.manual_place)
     if model.options.parallel.data_parallel_size > 1:
         return _start_replicas(model)
     return _start_alone(model, model.plan)
@@ -55,17 +57,19 @@ def _start_process(model: OpenModel, plan: EnginePlan) -> EngineProcess:
     return engine
 
 
-def _start_one_of_many(model: OpenModel, place: ReplicaPlace) -> Engine:
-    """Start the engine of a process that is one of several replicas, each started by the user. First they compare what
-    must be the same for all."""
+def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
+    """Start the engine of this process, which is one of several replicas that the user started one by one.
+
+    The replicas first meet and compare their agreement.
+    """
     place = replace_fields(place, meeting=next(_meetings))
     with ExitStack() as stack:
         if place.rank == 0:
-            with suppress(AddressInUse):  # it is open already, for the results
+            with suppress(AddressInUse):  # a DataParallelRank of this process has opened it already
                 address = Address.parse(place.rendezvous)
                 stack.enter_context(Rendezvous(address.host, address.port, key=place.key))
         plan = model.plan_at(place)
-        if plan.layout.shares_experts:  # it goes on when others have work and this process has none
+        if plan.layout.shares_experts:  # the engine must compute when others have work, whatever this process does
             engine = _start_process(model, plan)
             return ReplicaSet(
                 {place.rank: engine},
@@ -74,7 +78,7 @@ def _start_one_of_many(model: OpenModel, place: ReplicaPlace) -> Engine:
                 on_close=stack.pop_all().close,
             )
         RendezvousLockstep(place, plan.agreement, timeout=plan.timeouts.start_s).close()
-        alone = replace_fields(place, rendezvous="", key="")  # they have met
+        alone = replace_fields(place, rendezvous="", key="")  # so that the engine does not meet the others again
         return _start_alone(model, replace_fields(plan, place=alone))
 
 

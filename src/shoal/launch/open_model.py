@@ -1,4 +1,4 @@
-"""A model that was found, read and decided on; nothing has been started."""
+"""A model that was found, read and planned, before anything is started."""
 
 import dataclasses
 import json
@@ -42,37 +42,36 @@ _LEAST_SHARE = 0.9  # of the model's vocabulary, that a tokenizer from elsewhere
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """A model as a front end has it; with a `planner`, also as whoever starts its replicas has it."""
+    """The model of a front end, and the planner of its replicas if this process starts them."""
 
     options: EngineOptions
-    given: Mapping[str, Any]  # the options as they were given
+    given: Mapping[str, Any]  # the options that the user gave
     served: ServedModel
     tokenizer: Tokenizer | None
     generation: GenerationDefaults
-    planner: Planner | None  # None: the replicas are another process's affair
-    own_process: bool = False  # this process has no other purpose, and may be bound to cores
-    by_hand: ReplicaPlace | None = None  # of this process among replicas that the user starts, one a process
+    planner: Planner | None  # None: another process plans and starts the replicas
+    own_process: bool = False  # this process has no other purpose, so it may be bound to cores
+    manual_place: ReplicaPlace | None = None  # the place of this process, if the user starts each replica in a process
 
     @property
     def name(self) -> str:
-        """The name as it was given, or that of the bundled model."""
+        """The name that the user gave to the model, or the name of the bundled model."""
         return self.options.model or hub.BUNDLED_NAME
 
     @property
     def plan(self) -> EnginePlan:
         """The plan of the first replica."""
-        return self._completed(self._leader.first)
+        return self._completed(self._own_planner.first_plan)
 
     def plan_at(self, place: ReplicaPlace) -> EnginePlan:
-        """Return the plan of the replica at a place of this host; one that is to meet others says what it has in
-        common with them.
+        """Return the plan of the replica at a place of this host. If it will meet others, it has the agreement.
 
         Raises:
-            ConfigError: this host has not enough memory or devices for it.
+            ConfigError: this host does not have enough memory or devices for it.
         """
-        plan = self._leader.plan(place)
-        told = self.agreement if place.rendezvous else {}
-        return replace_fields(self._completed(plan), agreement=told)
+        plan = self._own_planner.plan(place)
+        compared = self.agreement if place.rendezvous else {}
+        return replace_fields(self._completed(plan), agreement=compared)
 
     def _completed(self, plan: EnginePlan) -> EnginePlan:
         """Return the plan with what the planner does not read: names and texts."""
@@ -81,18 +80,18 @@ class OpenModel:
 
     @property
     def agreement(self) -> dict[str, str]:
-        """What the processes of other replicas must have in common with those of this host."""
-        return agreement(self.options, self._leader.first)
+        """What the processes of all replicas must have in common (see `planner.agreement`)."""
+        return agreement(self.options, self._own_planner.first_plan)
 
     def log_plan(self) -> None:
-        """Log why the replicas are planned as they are."""
-        for reason in self._leader.first.reasons:
+        """Log the reasons and warnings of the plan."""
+        for reason in self._own_planner.first_plan.reasons:
             log.info("%s", reason)
-        for warning in self._leader.first.warnings:
+        for warning in self._own_planner.first_plan.warnings:
             log.warning("%s", warning)
 
     @property
-    def _leader(self) -> Planner:
+    def _own_planner(self) -> Planner:
         assert self.planner is not None, "this process starts no replicas"
         return self.planner
 
@@ -101,7 +100,11 @@ class OpenModel:
         return self.served.vocab_size
 
     def reader(self, max_model_len: int | None = None) -> PromptReader:
-        """Return what checks prompts: before the start by the length that was planned, later by the engine's own."""
+        """Return a reader that checks prompts and makes them into tokens.
+
+        Args:
+            max_model_len: the limit of the engine; None before it has started: the planned limit.
+        """
         folder = Path(self.served.tokenizer_folder)
         return PromptReader(
             self.tokenizer,
@@ -112,18 +115,21 @@ class OpenModel:
         )
 
     def grammar_checker(self) -> GrammarChecker:
-        """Return what finds out whether structured outputs can be obeyed; it starts nothing before the first one."""
+        """Return a checker of the grammars of structured outputs. It starts its process with the first grammar."""
         served, eos = self.served, self.generation.eos
         folder = Path(served.tokenizer_folder)
         return GrammarChecker(lambda: grammar_pool(folder, eos, served.vocab_size, served.cores))
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
-        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
+        """Return `base` with the sampling defaults of the model's generation_config.json.
+
+        With --generation-config vllm the file is ignored.
+        """
         return self.generation.defaults(base)
 
 
 def name_of(model: object) -> str | None:
-    """What a user may call a model by.
+    """Return the name of a model, from a value that a user gave for it.
 
     Raises:
         ConfigError: it is neither a text nor a path nor None.
@@ -145,22 +151,25 @@ def open_model(
     """Find a model, read it, and plan its replicas on this host.
 
     Args:
-        model: a folder, an id on the hub, a shape, or None for the bundled model.
-        online: for what serves. Without it, options that only mean something there are refused.
-        files: where the model was found before, and in what state; without it, it is looked for.
+        model: a folder, an id on the Hugging Face hub, a shape, or None for the bundled model.
+        given: the options that the user gave.
+        own_process: True if this process has no other purpose, so that it may be bound to cores.
+        online: True for servers. Otherwise, options that have a meaning only for servers are refused.
+        files: the folder of the model and the state of its files, if it was found before; None: find it.
 
     Raises:
-        UserError: model, options and host do not go together; it says what, and the way out.
+        UserError: model, options and host do not fit together; the message says why, and what to do.
     """
     options, given = _read_options(model, given, online=online)
-    by_hand = _place_by_hand(options)
-    if online and by_hand is not None:
+    manual_place = _read_manual_place(options)
+    if online and manual_place is not None:
         raise ConfigError(
-            f"SHOAL_DP_RANK={by_hand.rank} is for programs that are replicas by hand: to serve one replica, use "
-            f"--data-parallel-size {by_hand.size} --data-parallel-rank {by_hand.rank}, and unset the variable"
+            f"SHOAL_DP_RANK={manual_place.rank} is for programs of which each is one replica: to serve one replica, "
+            f"use --data-parallel-size {manual_place.size} --data-parallel-rank {manual_place.rank}, and unset the "
+            "variable"
         )
-    planner = plan_host(options, by_hand or Deployment.of(options).place, files)
-    plan = planner.first
+    planner = plan_host(options, manual_place or Deployment.of(options).place, files)
+    plan = planner.first_plan
     served = ServedModel(
         folder=plan.model.folder,
         tokenizer_folder=str(_find_tokenizer(options, Path(plan.model.folder))),
@@ -172,14 +181,14 @@ def open_model(
     )
     found = _open_served(options, given, served)
     _warn_of_small_tokenizer(found)
-    return dataclasses.replace(found, planner=planner, own_process=own_process, by_hand=by_hand)
+    return dataclasses.replace(found, planner=planner, own_process=own_process, manual_place=manual_place)
 
 
 def open_served_model(model: str | None, given: Mapping[str, Any], served: ServedModel) -> OpenModel:
-    """Open the model of replicas that another process has planned and started, as a front end of theirs needs it.
+    """Open a model for a front end whose replicas another process has planned and started.
 
     Raises:
-        UserError: the model is not there any more, or its files have changed.
+        UserError: the model is missing, or its files have changed since it was planned.
     """
     options, given = _read_options(model, given, online=True)
     if served.file_state:
@@ -190,7 +199,7 @@ def open_served_model(model: str | None, given: Mapping[str, Any], served: Serve
 def _read_options(
     model: str | None, given: Mapping[str, Any], *, online: bool
 ) -> tuple[EngineOptions, Mapping[str, Any]]:
-    open_files.occupy_standard()  # before anything opens a socket
+    open_files.occupy_standard()  # before anything opens a socket, which would get one of these descriptors
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
     given = {name: os.fspath(each) if isinstance(each, PathLike) else each for name, each in given.items()}
@@ -217,23 +226,23 @@ def _open_served(options: EngineOptions, given: Mapping[str, Any], served: Serve
     return OpenModel(options, given, served, tokenizer, generation, planner=None)
 
 
-def _place_by_hand(options: EngineOptions) -> ReplicaPlace | None:
-    """What SHOAL_DP_* say; None where they are not set, or the process is alone."""
+def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
+    """Return the place that the variables SHOAL_DP_* describe; None if they are not set or name one replica only."""
     found = env.data_parallel()
     asked = options.parallel.data_parallel_size
     if found is None or found.size == 1:
         return None
     if asked not in (1, found.size):
         raise ConfigError(
-            f"--data-parallel-size {asked}, and SHOAL_DP_SIZE is {found.size}: leave one of them out; with the "
-            "variables set, each replica is a process of its own"
+            f"--data-parallel-size is {asked}, but SHOAL_DP_SIZE is {found.size}: leave one of them out; with the "
+            "variables set, each replica is a process that you start"
         )
     if found.size_local < found.size:
         refuse_hidden_loopback(found.master_ip, "SHOAL_DP_MASTER_IP")
     if found.local_assumed:
         log.warning(
-            "rank %d counts on having this host to itself: set SHOAL_DP_RANK_LOCAL and SHOAL_DP_SIZE_LOCAL if several "
-            "ranks share it",
+            "rank %d assumes that no other rank runs on this host: set SHOAL_DP_RANK_LOCAL and SHOAL_DP_SIZE_LOCAL if "
+            "several ranks share it",
             found.rank,
         )
     return ReplicaPlace(
@@ -247,23 +256,25 @@ def _place_by_hand(options: EngineOptions) -> ReplicaPlace | None:
 
 
 def plan_host(options: EngineOptions, place: ReplicaPlace, files: ModelFiles | None = None) -> Planner:
-    """Plan the replicas of this host. Everything that can be refused before a process is started, is refused here.
+    """Plan the replicas of this host. All mistakes that can be found before a process is started are found here.
 
     Args:
-        place: of the first replica here.
-        files: where the models were found before, and in what state; without it they are looked for.
+        place: the place of the first replica on this host.
+        files: the folders of the models and the state of their files, if they were found before; None: find them.
 
     Raises:
-        UserError: as `open_model`.
+        UserError: model, options and host do not fit together.
     """
-    hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
-    return Planner(options, files or _find(options), hardware, place)
+    # A front end without replicas needs no devices, so it does not matter which are found.
+    hardware = discover(options) if place.local_size else cpu.discover()
+    return Planner(options, files or _locate_files(options), hardware, place)
 
 
-def _find(options: EngineOptions) -> ModelFiles:
-    """
+def _locate_files(options: EngineOptions) -> ModelFiles:
+    """Find the folders of the model and its draft model, and download them if necessary.
+
     Raises:
-        UserError: as `hub.locate`.
+        UserError: a model cannot be found (see `hub.locate`).
     """
     weights = options.model_options.load_format != "dummy"
     folder = hub.locate(options.model, options.model_options.revision, weights=weights)

@@ -1,4 +1,4 @@
-"""From options to a fleet of replicas: on this host, and on others."""
+"""The start of a fleet: the replicas of this host, and the door for those of other hosts."""
 
 import secrets
 from contextlib import ExitStack
@@ -10,23 +10,23 @@ from shoal.launch.deployment import Deployment, Mode
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
 from shoal.launch.offline_engines import KEY_BYTES
 from shoal.launch.open_model import OpenModel
-from shoal.planner.agreement import OF_RANKS
+from shoal.planner.agreement import RANK_KEYS
 from shoal.protocols import Recorder
 from shoal.transport.rendezvous import Rendezvous
 
 
 def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
-    """All replicas that the options ask for, each on its way up or awaited.
+    """Return a fleet whose replicas on this host are starting, and whose other replicas are awaited.
 
     Raises:
-        ConfigError: options about hosts do not go together, or nobody can listen where the others come.
+        ConfigError: options about hosts contradict each other, or the address of the rendezvous cannot be used.
     """
     model.log_plan()
     parallel, serving = model.options.parallel, model.options.serving
     deployment = Deployment.of(model.options)
     with ExitStack() as stack:
         door = _front_door(model, deployment)
-        rendezvous, key = _meeting(model, deployment, door, stack)
+        rendezvous, key = _open_rendezvous(model, deployment, door, stack)
         launch: ProcessLauncher | ThreadLauncher
         if model.plan.executor == "threads":
             launch = ThreadLauncher(model)
@@ -59,7 +59,7 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
 
 
 def _front_door(model: OpenModel, deployment: Deployment) -> FleetDoor | None:
-    """Where replicas of other hosts arrive, if any are awaited."""
+    """Return the door through which replicas of other hosts join; None if this process awaits none."""
     if deployment.mode is not Mode.HEAD:
         return None
     return FleetDoor(
@@ -67,13 +67,18 @@ def _front_door(model: OpenModel, deployment: Deployment) -> FleetDoor | None:
         awaited=deployment.awaited,
         agreement=model.agreement,
         answer_timeout=answer_timeout(model),
-        uncompared=() if deployment.local else OF_RANKS,
+        uncompared=() if deployment.local else RANK_KEYS,
     )
 
 
-def _meeting(model: OpenModel, deployment: Deployment, door: FleetDoor | None, stack: ExitStack) -> tuple[str, str]:
-    """Where the replicas of this process meet each other and those elsewhere, and the key for it; ("", "") if they need
-    not. It is opened if that is here, and closed with the `stack`."""
+def _open_rendezvous(
+    model: OpenModel, deployment: Deployment, door: FleetDoor | None, stack: ExitStack
+) -> tuple[str, str]:
+    """Return the address of the rendezvous where this host's replicas meet others, and its key.
+
+    If the rendezvous belongs to this process, it is opened here and closed with the `stack`. Both texts are empty if
+    the replicas need not meet.
+    """
     doors: dict[str, FleetDoor | PeersDoor] = {} if door is None else {FRONT_END: door}
     if deployment.address is None:
         if not model.plan.layout.shares_experts or model.plan.executor == "threads":

@@ -221,7 +221,7 @@ class LLM:
             EngineError: the engine failed.
         """
         activity = self._activity.sleep(level)
-        if level and self._model.by_hand is not None and self._model.plan.layout.shares_experts:
+        if level and self._model.manual_place is not None and self._model.plan.layout.shares_experts:
             raise ConfigError(
                 "replicas of other processes compute together with this one, and can't while it is asleep"
             )

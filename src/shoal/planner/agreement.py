@@ -1,4 +1,4 @@
-"""What must be the same in all processes that run one model together: versions, options, the model itself."""
+"""The agreement of processes that run one model together: the versions, options and model data that must be equal."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ from shoal.wire.plan import EnginePlan
 
 _DIGITS = 16
 _CACHE, _LONGEST = "size of the KV cache", "longest sequence"
-OF_RANKS = frozenset({_CACHE, _LONGEST})  # what a front end without ranks does not know
+RANK_KEYS = frozenset({_CACHE, _LONGEST})  # keys that a front end without ranks cannot know
 
 
 def agreement(options: EngineOptions, plan: EnginePlan) -> dict[str, str]:
-    """Return what processes must have in common: name -> value or digest.
+    """Return what all processes must have in common, as name -> value or digest.
 
-    `OF_RANKS` are there only for replicas that share experts with others. Of weights the headers and the files' sizes
-    are read, not the numbers.
+    `RANK_KEYS` are present only for replicas that share experts with others. The digest of the weights covers the
+    headers and sizes of their files, but not the numbers in them, which would take too long to read.
     """
     folder = Path(plan.model.folder)
     config = read_config(folder, json.loads(plan.model.overrides))
@@ -31,10 +31,12 @@ def agreement(options: EngineOptions, plan: EnginePlan) -> dict[str, str]:
         "dtype": plan.dtype,
         "config.json": _digest(json.dumps(config, sort_keys=True).encode()),
     }
-    if plan.layout.shares_experts and plan.place.local_size:  # their ranks take the same steps at start too
+    if plan.layout.shares_experts and plan.place.local_size:
+        # Their ranks exchange tokens in the start phases too, so all must run the same steps there: the largest steps
+        # if the KV cache is measured, and none for the warm-up if a sequence can only have one token.
         measured = any(rank.kv_budget is None for rank in plan.ranks)
         found[_CACHE] = "measured" if measured else "given"
-        found[_LONGEST] = "1" if plan.max_model_len == 1 else "2 and more"  # 1: nothing is warmed up
+        found[_LONGEST] = "1" if plan.max_model_len == 1 else "2 and more"
     if options.model_options.load_format != "dummy":
         tensors = open_checkpoint(folder).tensors
         told = sorted(f"{name} {entry.dtype} {entry.shape} {entry.offset}" for name, entry in tensors.items())

@@ -1,4 +1,7 @@
-"""How many tokens a prompt and its output may have: what the model, the user and the KV cache allow."""
+"""The context length: how many tokens a prompt and its output may have together.
+
+The model, the draft model, the user and the KV cache each set a limit; the smallest one counts.
+"""
 
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
@@ -12,10 +15,14 @@ def context_length(
     blocks: int | None,
     reasons: list[str],
 ) -> int:
-    """Return the tokens of a request, at most. `blocks`: of the KV cache; None while nobody knows how many there are.
+    """Return the most tokens that a prompt and its output may have together.
+
+    Args:
+        blocks: the number of blocks of the KV cache; None while it is not known.
+        reasons: lines for the log; this function appends its own.
 
     Raises:
-        ConfigError: the user asks for more than the model, the draft model or the KV cache has room for.
+        ConfigError: the user asks for more than the model, the draft model or the KV cache allows.
     """
     wanted, size = options.model_options.max_model_len, options.cache.block_size
     _check_positions(wanted, spec)
@@ -40,36 +47,36 @@ def context_length(
 
 
 def _check_positions(wanted: int | None, spec: ModelSpec) -> None:
-    """Refuse texts that the model is not made for.
+    """Check that the model can compute texts of the wanted length.
 
     Raises:
-        ConfigError: they are longer than its positions, or than those whose rope scaling is supported.
+        ConfigError: the model has fewer positions, or its rope scaling is not supported for texts of this length.
     """
     if wanted is not None and wanted > spec.max_positions:
         by = f" ({spec.stretched_by})" if spec.stretched_by else ""
         raise ConfigError(
             f"--max-model-len {wanted} is more than the model's {spec.max_positions} positions{by}: lower it, or "
-            "stretch them by a rope_scaling in --hf-overrides, if the model bears it"
+            "give the model more positions by a rope_scaling in --hf-overrides, if it was trained for that"
         )
     steady = spec.steady_positions
     if steady is not None and (wanted or spec.max_positions) > steady:
         asked = f"--max-model-len {wanted} is" if wanted else f"the model's {spec.max_positions} positions are"
         raise ConfigError(
-            f"{asked} more than its original {steady}: in longer texts its rope scaling turns all tokens by other "
-            f"angles, which is not supported; use --max-model-len {steady} or less"
+            f"{asked} more than its original {steady}: in longer texts its rope scaling changes the angles of all "
+            f"tokens, which is not supported; use --max-model-len {steady} or less"
         )
 
 
 def tokens_that_fit(longest: int, num_blocks: int, block_size: int) -> int:
-    """Return the tokens that a prompt and its output may have: `longest`, unless the KV cache holds fewer."""
+    """Return the smaller of `longest` and the number of tokens that the KV cache holds."""
     return min(longest, num_blocks * block_size)
 
 
 def require_capacity(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Refuses a KV cache that can't hold one request.
+    """Check that the KV cache can hold one request of the maximum length.
 
     Raises:
-        ConfigError: it says how many tokens are missing, and which flags help.
+        ConfigError: it cannot; the message says how many tokens are missing, and which flags help.
     """
     if num_blocks * block_size < max_model_len:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The devices and cores of a host: which there are, which may be used, and which ranks get which."""
+"""The devices and cores of a host: what there is, what may be used, and what each rank gets."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ def discover(options: EngineOptions) -> Hardware:
     wanted, count = options.parallel.device, options.parallel.num_devices
     if wanted == "cuda" and not cuda.torch_has_cuda():
         raise ConfigError(
-            "--device cuda: the installed PyTorch has no CUDA; install a build that has, or use --device cpu"
+            "--device cuda: the installed PyTorch has no CUDA; install a build with CUDA, or use --device cpu"
         )
     found = cuda.discover(count) if wanted != "cpu" and cuda.torch_has_cuda() else None
     if found is None and wanted == "cuda":
@@ -30,39 +30,44 @@ def discover(options: EngineOptions) -> Hardware:
     return found or cpu.discover(count)
 
 
-def keep_to_cores(options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str]) -> Hardware:
-    """Return the hardware with only those cores that --cpu-cores names.
+def restrict_cores(options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str]) -> Hardware:
+    """Return the hardware, restricted to the cores that --cpu-cores names.
 
     Raises:
-        ConfigError: it names cores that this process may not use, or has not one list for each rank.
+        ConfigError: --cpu-cores names cores that this process may not use, or does not have one list for each rank.
     """
     lists = options.parallel.cpu_cores
     if not lists:
         return hardware
     named = tuple(sorted(core for each in lists for core in each))
-    strange = [core for core in named if core not in hardware.cores]
-    if strange:
+    forbidden = [core for core in named if core not in hardware.cores]
+    if forbidden:
         raise ConfigError(
-            f"--cpu-cores (or VLLM_CPU_OMP_THREADS_BIND) names {', '.join(map(str, strange[:5]))}, which this process "
-            f"may not use: it may use {', '.join(map(str, hardware.cores))}"
+            f"--cpu-cores (or VLLM_CPU_OMP_THREADS_BIND) names {', '.join(map(str, forbidden[:5]))}, which this "
+            f"process may not use: it may use {', '.join(map(str, hardware.cores))}"
         )
     ranks = options.parallel.tensor_parallel_size * options.parallel.pipeline_parallel_size * place.local_size
     if len(lists) not in (1, ranks):
         raise ConfigError(
-            f"--cpu-cores has {len(lists)} lists, this host {ranks} ranks: give one for each, or one that they share"
+            f"--cpu-cores has {len(lists)} lists, but this host runs {ranks} ranks: give one list for each rank, or "
+            "one list for all of them"
         )
-    reasons.append(f"cores {'|'.join(','.join(map(str, each)) for each in lists)}: as asked")
-    counted = hardware.device == "cpu" and options.parallel.num_devices is None
-    return dataclasses.replace(hardware, cores=named, num_devices=len(named) if counted else hardware.num_devices)
+    reasons.append(f"cores {'|'.join(','.join(map(str, each)) for each in lists)}: as --cpu-cores asks")
+    cores_are_devices = hardware.device == "cpu" and options.parallel.num_devices is None
+    return dataclasses.replace(
+        hardware, cores=named, num_devices=len(named) if cores_are_devices else hardware.num_devices
+    )
 
 
 def check_devices(
     options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str], warnings: list[str]
 ) -> None:
-    """Say on which devices the ranks of a replica run, or that they share them.
+    """Check that the host has a device for each rank of its replicas, or devices that ranks can share.
+
+    Appends to the reasons which devices this replica gets, or to the warnings that ranks share devices.
 
     Raises:
-        ConfigError: there are not enough devices, and they can't be shared.
+        ConfigError: there are not enough devices, and ranks cannot share them.
     """
     sizes = {
         "--tensor-parallel-size": options.parallel.tensor_parallel_size,
@@ -95,7 +100,7 @@ def check_devices(
 
 
 def rank_cores(options: EngineOptions, hardware: Hardware, place: ReplicaPlace, ranks: int) -> tuple[Ids, ...]:
-    """Return the cores of each rank of a replica. Replicas on one host share its cores."""
+    """Return the CPU cores of each of the `ranks` ranks of a replica. The replicas of a host divide its cores."""
     first, lists = place.local_rank * ranks, options.parallel.cpu_cores
     if place.local_size and lists is not None and len(lists) > 1:
         return lists[first : first + ranks]

@@ -1,6 +1,7 @@
-"""Plans the replicas of one host: from options, model and hardware to what is done, with the reasons.
+"""The planner of the replicas of one host: it turns options, model and hardware into plans, with the reasons.
 
-Whoever leads makes the plans, once. Nothing is started here, and nobody decides anything of it again.
+The process that starts the replicas makes the plans, once. The planner starts nothing, and engines and ranks decide
+nothing that is in a plan.
 """
 
 import json
@@ -21,43 +22,50 @@ from shoal.planner.all2all import choose_all2all
 from shoal.planner.budgets import budgets_of_added_replica, kv_budgets, num_blocks
 from shoal.planner.context_length import context_length
 from shoal.planner.costs import cost_shares, draft_cost
-from shoal.planner.host_devices import check_devices, keep_to_cores, rank_cores
+from shoal.planner.host_devices import check_devices, rank_cores, restrict_cores
 from shoal.planner.layout import plan_layout
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ModelPlan, RankPlan, ReplicaPlace, ShardPlan, Timeouts
 
-_DTYPES = {"float": "float32", "half": "float16"}  # other names that vLLM takes
-_COMM_GRACE_S = 10.0  # a rank waits longer for others than the executor for a step: the one who knows more speaks
-# Rows of logits of prompt tokens that are computed in one step, where all are looked at, times the vocabulary: other
-# requests wait for them, for a tenth of a second or so.
+_DTYPES = {"float": "float32", "half": "float16"}  # names that vLLM has for types -> ours
+# A rank waits longer for other ranks than the executor waits for a step, because the executor's error says more.
+_COMM_GRACE_S = 10.0
+# The most logits of prompt tokens that one step computes for log-probabilities. Other requests wait for them, at this
+# size for about a tenth of a second.
 _PROMPT_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 30}
 
 
 @dataclass(slots=True)
-class _Shares:
-    """What the ranks of one replica hold of a model and its draft model. The draft model is on the last stage."""
+class _RankShares:
+    """The parts of a model and its draft model on the ranks of one replica, and what these parts need.
 
-    shards: tuple[Shard, ...]
-    draft_shards: tuple[Shard, ...]  # by tensor-parallel rank; () without a draft model
-    memories: tuple[RankMemory, ...]
-    costs: tuple[float, ...]
+    The draft model is on the last stage.
+    """
+
+    shards: tuple[Shard, ...]  # by rank
+    draft_shards: tuple[Shard, ...]  # by tensor-parallel rank of the last stage; () without a draft model
+    memories: tuple[RankMemory, ...]  # by rank
+    costs: tuple[float, ...]  # by rank: its share of the cost of a token
 
 
 class Planner:
-    """Plans every replica of one host, those that are added later too, from one reading of the model's files."""
+    """The planner of all replicas of one host, including those that are added later.
+
+    It reads the files of the models once. `first_plan` is the plan of the first replica.
+    """
 
     def __init__(self, options: EngineOptions, files: ModelFiles, hardware: Hardware, place: ReplicaPlace) -> None:
-        """Reads the models, and plans the first replica (`first`).
+        """Read the models, and plan the first replica.
 
         Args:
-            files: where the models are, and in what state their files must be, if somebody has read them before.
-            hardware: of this host, as it is before any replica is started.
-            place: of this host's first replica. With a `local_size` of 0 the plans are for a front end without
-                replicas of its own: they need nothing of this host, and say nothing of a KV cache.
+            files: the folders of the models, and the state in which their files must be if they were read before.
+            hardware: the hardware of this host, before any replica is started.
+            place: the place of this host's first replica. If its `local_size` is 0, the plans are for a front end
+                without replicas of its own: they need no devices and no memory, and have no size of a KV cache.
 
         Raises:
-            UserError: the models can't be read, or the options, the models and the hardware don't go together.
+            UserError: the models cannot be read, or options, models and hardware do not fit together.
         """
         self.options = options
         self.hardware = hardware
@@ -69,29 +77,29 @@ class Planner:
         self._layout = plan_layout(options, spec, draft_spec, place, self._reasons, self._warnings)
         if place.local_size:
             self._reasons += hardware.limits
-            self.hardware = keep_to_cores(options, place, hardware, self._reasons)
+            self.hardware = restrict_cores(options, place, hardware, self._reasons)
             check_devices(options, place, self.hardware, [], [])
         else:
-            self._reasons.append("no replica runs on this host: nothing is planned for its memory and devices")
+            self._reasons.append("no replica runs on this host: its memory and devices are not planned")
         self._executor = _executor(options, self._layout, self.hardware, self._reasons)
         self.model, self.draft = self._open(files, spec, draft_spec)
         self._dtype = _dtype(options, self.model.spec, self._reasons)
-        self._note_forms()
+        self._add_model_reasons()
         self._all2all = _all2all(options, self.model.spec, self._layout, self._dtype, self._reasons)
         self.files = ModelFiles(
             files.folder, files.draft_folder, self.model.state, "" if self.draft is None else self.draft.state
         )
-        self.first = self.plan(place)
+        self.first_plan = self.plan(place)
 
     def plan(self, place: ReplicaPlace) -> EnginePlan:
-        """Return the plan of the replica at a place of this host.
+        """Return the plan of the replica at this place.
 
         Raises:
-            ConfigError: this host has not enough memory or devices for it.
+            ConfigError: this host does not have enough memory or devices for it.
         """
         options, reasons, warnings = self.options, list(self._reasons), list(self._warnings)
         layout = replace_fields(self._layout, replica=place.rank, replicas=place.size)
-        shares = self._share(layout)
+        shares = self._share_models(layout)
         if place.local_size:
             check_devices(options, place, self.hardware, reasons, warnings)
             budgets = self._budgets(place, shares.memories, reasons)
@@ -142,30 +150,32 @@ class Planner:
         return None if self.draft is None else self.draft.spec
 
     def _read(self, files: ModelFiles) -> tuple[ModelSpec, ModelSpec | None]:
-        """Return what config.json says of the model, and of the draft model if there is one."""
-        said = self.options.model_options
-        spec = read_model(Path(files.folder), said.model_impl, said.hf_overrides or {})
-        if said.hf_overrides:
-            self._reasons.append(f"--hf-overrides replace fields of config.json: {', '.join(said.hf_overrides)}")
+        """Return the specs of the model and of the draft model, as config.json describes them."""
+        options = self.options.model_options
+        spec = read_model(Path(files.folder), options.model_impl, options.hf_overrides or {})
+        if options.hf_overrides:
+            self._reasons.append(f"--hf-overrides replaces fields of config.json: {', '.join(options.hf_overrides)}")
         draft = read_model(Path(files.draft_folder), "auto") if files.draft_folder else None
         if draft is not None and draft.vocab_size != spec.vocab_size:
             raise ConfigError(
-                f"the draft model {files.draft_folder} has a vocabulary of {draft.vocab_size} tokens, the model one of "
-                f"{spec.vocab_size}: they must be the same; choose a draft model of the same family"
+                f"the draft model {files.draft_folder} has a vocabulary of {draft.vocab_size} tokens, but the model "
+                f"has one of {spec.vocab_size}: choose a draft model with the same vocabulary"
             )
         return spec, draft
 
     def _open(
         self, files: ModelFiles, spec: ModelSpec, draft_spec: ModelSpec | None
     ) -> tuple[OpenedModel, OpenedModel | None]:
-        """Return both models with the headers of their weights.
+        """Return both models, with the headers of their weights.
 
         Raises:
-            CheckpointError: the weights are missing or broken, do not go with config.json, or have changed.
+            CheckpointError: the weights are missing or damaged, do not fit config.json, or have changed.
         """
-        said, weights = self.options.model_options, self.options.model_options.load_format != "dummy"
+        options, weights = self.options.model_options, self.options.model_options.load_format != "dummy"
         model = open_model(
-            *(Path(files.folder), spec, said.model_impl, said.hf_overrides or {}), weights=weights, state=files.state
+            *(Path(files.folder), spec, options.model_impl, options.hf_overrides or {}),
+            weights=weights,
+            state=files.state,
         )
         self._reasons += model.notes
         if draft_spec is None:
@@ -174,44 +184,46 @@ class Planner:
         self._reasons += [f"draft model: {note}" for note in draft.notes]
         return model, draft
 
-    def _note_forms(self) -> None:
-        """Adds to the reasons how the models are computed, and how an uneven split falls."""
+    def _add_model_reasons(self) -> None:
+        """Append to the reasons how transformers' modules are cut, and what each rank gets of an uneven split."""
         specs = [self.model.spec, self._draft_spec]
         self._reasons += [each.describe(self._layout.tp) for each in specs if isinstance(each, FallbackSpec)]
         if self._layout.tp_split:
             shares = ":".join(map(str, self._layout.tp_split))
-            held = _held(rank_shards(self.model.spec, self._layout)[: self._layout.tp])
+            held = _describe_shards(rank_shards(self.model.spec, self._layout)[: self._layout.tp])
             self._reasons.append(f"shares {shares} of {self.model.spec.family}: {held}")
         if self.options.model_options.enforce_eager:
             self._reasons.append(
-                "--enforce-eager changes nothing: steps are launched operation by operation in any case"
+                "--enforce-eager changes nothing: steps are always launched operation by operation, without graphs"
             )
 
     def _window(self) -> int | None:
-        """Return how far any layer looks back, the draft model's included; None if one sees everything."""
+        """Return the longest attention window over the layers of both models; None if some layer has no window."""
         specs = [self.model.spec] if self.draft is None else [self.model.spec, self.draft.spec]
         windows = [attention.window for spec in specs for attention in spec.attention]
         return None if None in windows else max(window for window in windows if window is not None)
 
     # --- the ranks -----------------------------------------------------------------------------------------------
 
-    def _share(self, layout: Layout) -> _Shares:
-        """Return what each rank holds, needs and computes. A draft model runs on the last stage, whose ranks know
-        what was drawn."""
+    def _share_models(self, layout: Layout) -> _RankShares:
+        """Return what each rank holds, needs and computes.
+
+        The draft model runs on the last stage, because the ranks there know the drawn tokens first.
+        """
         options, model, draft = self.options, self.model, self.draft
         shards = rank_shards(model.spec, layout)
         together = layout.replicas if layout.shares_experts else 1
         memories = self._memories(model, shards, _step_size(options), together)
         speculative = options.model_options.speculative_config
         if draft is None or speculative is None:
-            return _Shares(shards, (), memories, cost_shares(model.spec, model.params, shards, replicas=together))
+            return _RankShares(shards, (), memories, cost_shares(model.spec, model.params, shards, replicas=together))
         drafting = rank_shards(draft.spec, Layout(layout.tp, layout.tp_split))
-        guesses = StepSize(options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs)
-        drafts = self._memories(draft, drafting, guesses)
+        draft_step = StepSize(options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs)
+        drafts = self._memories(draft, drafting, draft_step)
         last = [rank.with_draft(other) for rank, other in zip(memories[-layout.tp :], drafts, strict=True)]
         costs = [draft_cost(draft.spec, draft.params, speculative.num_speculative_tokens, shard) for shard in drafting]
         shares = cost_shares(model.spec, model.params, shards, replicas=together, draft=costs)
-        return _Shares(shards, drafting, (*memories[: -layout.tp], *last), shares)
+        return _RankShares(shards, drafting, (*memories[: -layout.tp], *last), shares)
 
     def _memories(
         self, model: OpenedModel, shards: Sequence[Shard], step: StepSize, replicas: int = 1
@@ -233,7 +245,7 @@ class Planner:
     def _budgets(
         self, place: ReplicaPlace, memories: Sequence[RankMemory], reasons: list[str]
     ) -> tuple[int | None, ...]:
-        """Return the bytes of each rank's KV cache; None for a rank that measures."""
+        """Return the size of each rank's KV cache in bytes; None for ranks that measure it."""
         if place.local_rank >= self._local_size:
             found = budgets_of_added_replica(
                 self.options, self.hardware, memories, planned=self._local_size, replicas=place.local_rank + 1
@@ -243,7 +255,7 @@ class Planner:
         return kv_budgets(self.options, self.hardware, memories, reasons, replicas=place.local_size)
 
     def _rank_plans(
-        self, place: ReplicaPlace, layout: Layout, shares: _Shares, budgets: Sequence[int | None]
+        self, place: ReplicaPlace, layout: Layout, shares: _RankShares, budgets: Sequence[int | None]
     ) -> tuple[RankPlan, ...]:
         ends = layout.num_ranks - layout.tp
         plans = _shard_plans(shares.shards, layout.tp)
@@ -281,15 +293,15 @@ def _shard_plans(shards: Sequence[Shard], tp: int) -> list[ShardPlan]:
 
 
 def _step_size(options: EngineOptions) -> StepSize:
-    """Return the most that a step holds: with drafts, a token is drawn after each of them too."""
+    """Return the size of the largest step. With drafts, a token is drawn after each draft too."""
     scheduler, speculative = options.scheduler, options.model_options.speculative_config
-    behind = 1 if speculative is None else 1 + speculative.num_speculative_tokens
+    draws = 1 if speculative is None else 1 + speculative.num_speculative_tokens  # of a sequence in a step
     tokens = scheduler.max_num_batched_tokens
-    return StepSize(tokens, min(scheduler.max_num_seqs * behind, tokens))
+    return StepSize(tokens, min(scheduler.max_num_seqs * draws, tokens))
 
 
-def _held(shards: Sequence[Shard]) -> str:
-    """Return what each rank holds, as `6, 3, 3 query heads; ...`."""
+def _describe_shards(shards: Sequence[Shard]) -> str:
+    """Return what each rank holds, in the form `6, 3, 3 query heads; ...`."""
     counts = {
         "query heads": [len(shard.heads.q_range) for shard in shards],
         "KV heads": [len(shard.heads.kv_ids) for shard in shards],
@@ -304,13 +316,13 @@ def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
     dtype = spec.dtype if wanted == "auto" else _DTYPES.get(wanted, wanted)
     if dtype not in ITEM_BYTES:
         raise ConfigError(f"the checkpoint's dtype {dtype} is not supported; choose --dtype {', '.join(ITEM_BYTES)}")
-    reasons.append(f"dtype {dtype}: " + ("the checkpoint's" if wanted == "auto" else "as asked"))
+    reasons.append(f"dtype {dtype}: " + ("the checkpoint's" if wanted == "auto" else "as --dtype asks"))
     return dtype
 
 
 def _executor(options: EngineOptions, layout: Layout, hardware: Hardware, reasons: list[str]) -> Executor:
     wanted, ranks = options.parallel.distributed_executor_backend, layout.num_ranks
-    together = ranks * layout.replicas if layout.shares_experts else ranks  # who exchange tensors
+    together = ranks * layout.replicas if layout.shares_experts else ranks  # ranks that exchange tensors
     if wanted == "uni" and max(together, options.parallel.data_parallel_size) > 1:
         count = max(together, ranks * options.parallel.data_parallel_size)
         raise ConfigError(f"--distributed-executor-backend uni runs one rank, not {count}: use mp or threads")

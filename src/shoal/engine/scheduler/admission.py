@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from shoal.engine.prompt_chunking import PromptSpread
+from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.request import Request
 from shoal.engine.scheduler.block_tables import BlockTables
 from shoal.engine.scheduler.books import Books
@@ -25,7 +25,7 @@ class Admission:
         tables: BlockTables,
         queue: WaitingQueue,
         limits: SchedulerLimits,
-        chunking: PromptSpread,
+        chunking: PromptChunker,
         clock: Callable[[], float],
         *,
         prefix_caching: bool,

@@ -83,7 +83,7 @@ class BlockTables:
         """
         if self._window is None:
             return
-        computed = request.computed - request.guessed  # drafts that prove wrong are computed again
+        computed = request.computed - request.num_drafts  # drafts that prove wrong are computed again
         first_seen = max(computed - self._window + 1, 0)
         retired = min(first_seen // self._size, request.blocks_cached - 1)
         if retired > request.blocks_retired:

@@ -38,12 +38,12 @@ class Books:
         self.counters = Counters()
         self._tables = tables
         self._requests: dict[int, Request] = {}
-        self._running: list[Request] = []  # by the policy's rank
+        self._running: list[Request] = []  # in the policy's order
         self._released: list[int] = []  # ranks are to forget these
 
     @property
     def running(self) -> Sequence[Request]:
-        """The running requests, by the policy's rank: who goes first stands first."""
+        """The running requests, in the policy's order."""
         return self._running
 
     @property
@@ -80,7 +80,7 @@ class Books:
         self._tables.open(request, prefix)
         request.state = RequestState.RUNNING
         self._running.append(request)
-        self._running.sort(key=lambda running: running.rank)
+        self._running.sort(key=lambda running: running.sort_key)
 
     def stop(self, request: Request) -> None:
         """Take a request from the running ones, if it is one, and have the ranks forget it."""

@@ -6,7 +6,7 @@ from shoal.engine.grammar_constraint import Constraint
 from shoal.engine.request import Request
 from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
-from shoal.engine.speculation import Guesser
+from shoal.engine.speculation import Drafter
 from shoal.errors import RequestError
 from shoal.protocols import Policy
 from shoal.wire.engine import EngineRequest
@@ -14,7 +14,7 @@ from shoal.wire.tokens import decode_tokens, token_set
 
 
 class Intake:
-    """Checks new requests and ranks them by the policy."""
+    """Checks new requests and asks the policy for their place in the order."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Intake:
         clock: Callable[[], float],
         *,
         prefix_caching: bool,
-        make_guesser: Callable[[], Guesser | None],
+        make_drafter: Callable[[], Drafter | None],
         has_grammars: bool,
     ) -> None:
         self._books = books
@@ -32,7 +32,7 @@ class Intake:
         self._policy = policy
         self._clock = clock
         self._prefix_caching = prefix_caching
-        self._make_guesser = make_guesser
+        self._make_drafter = make_drafter
         self._has_grammars = has_grammars
         self._arrivals = 0
 
@@ -45,29 +45,29 @@ class Intake:
         tokens = decode_tokens(message.tokens)
         prompt = message.num_prompt_tokens
         if not 0 < prompt <= len(tokens):
-            raise RequestError(f"request {message.seq}: {prompt} of its {len(tokens)} tokens can't be the prompt")
+            raise RequestError(f"request {message.seq}: its prompt has {prompt} tokens, must have 1 to {len(tokens)}")
         if prompt + message.max_tokens > self._limits.max_model_len or message.max_tokens < 1:
             raise RequestError(
-                f"request {message.seq}: {prompt} prompt tokens and {message.max_tokens} to generate "
-                f"do not fit into {self._limits.max_model_len}"
+                f"request {message.seq}: {prompt} prompt tokens and {message.max_tokens} to generate must be at least "
+                f"one each, and at most {self._limits.max_model_len} together"
             )
         if self._books.find(message.seq) is not None:
             raise RequestError(f"request {message.seq} exists already")
         if message.grammar and not self._has_grammars:
             raise RequestError("structured outputs need a tokenizer, which this model does not have")
         self._arrivals += 1
-        guesser = self._make_guesser()
-        if guesser is not None:
-            guesser.accept(tokens, ())
+        drafter = self._make_drafter()
+        if drafter is not None:
+            drafter.accept(tokens, ())
         return Request(
             message,
-            rank=self._policy.rank(message, self._arrivals),
+            sort_key=self._policy.sort_key(message, self._arrivals),
             tokens=tokens,
             num_prompt_tokens=prompt,
             salt=self._salt(message),
             stop_ids=token_set(message.stop_ids),
             constraint=Constraint() if message.grammar else None,
-            guesser=guesser,
+            drafter=drafter,
             added=self._clock(),
         )
 

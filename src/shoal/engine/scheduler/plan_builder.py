@@ -56,9 +56,9 @@ class PlanBuilder:
         sample = start + count == request.length
         count += len(drafts)
         request.computed += count
-        lookahead = request.guesser.lookahead if sample and request.guesser is not None else 0
+        lookahead = request.drafter.lookahead if sample and request.drafter is not None else 0
         blocks = self._tables.extend(request, lookahead)
-        request.guessed = len(drafts)
+        request.num_drafts = len(drafts)
         request.in_flight += 1
         if sample:
             request.pending += 1
@@ -75,7 +75,7 @@ class PlanBuilder:
             return
         request.pending -= work.sample
         request.in_flight -= 1
-        request.guessed = 0
+        request.num_drafts = 0
         self._count(request, work, -1)
 
     def build(self, *, incarnation: int, released: Ids, lockstep: bool) -> StepPlan:

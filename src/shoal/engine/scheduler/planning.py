@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container
 
-from shoal.engine.prompt_chunking import PromptSpread
+from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.request import Request, RequestState
 from shoal.engine.scheduler.block_tables import BlockTables
 from shoal.engine.scheduler.books import Books
@@ -16,11 +16,11 @@ class RunningPlanner:
     """Plans the next tokens of running requests.
 
     Requests that need a single token take turns over the stages of a pipeline; a prompt gets chunks as the chunking
-    says. Where a request finds no block, the one that the policy ranks last gives its own back.
+    says. Where a request finds no block, the one that is last in the policy's order gives its own back.
     """
 
     def __init__(
-        self, books: Books, tables: BlockTables, queue: WaitingQueue, limits: SchedulerLimits, chunking: PromptSpread
+        self, books: Books, tables: BlockTables, queue: WaitingQueue, limits: SchedulerLimits, chunking: PromptChunker
     ) -> None:
         self._books = books
         self._tables = tables
@@ -101,7 +101,7 @@ class RunningPlanner:
         There are as many as budget and blocks allow, and none behind a part of a prompt or behind the last token that
         is wanted.
         """
-        if request.guesser is None or count != 1 or request.uncomputed != 1:
+        if request.drafter is None or count != 1 or request.uncomputed != 1:
             return ()
         if request.constraint is not None and not request.constraint.drafts:
             return ()
@@ -109,7 +109,7 @@ class RunningPlanner:
         most = min(plan.budget, room, request.message.max_tokens - request.num_output_tokens) - 1
         if most <= 0:
             return ()
-        return request.guesser.guess(most) if request.constraint is None else request.constraint.drafts[:most]
+        return request.drafter.propose(most) if request.constraint is None else request.constraint.drafts[:most]
 
     def _longest_waiting(self, plan: PlanBuilder, may: Callable[[Request], bool]) -> set[Request]:
         """Return those that get a single token in this step: one in `stages` of the requests that decode."""

@@ -44,8 +44,8 @@ class Results:
             reported = out.prompt_logprobs.start + len(out.prompt_logprobs.entries) - 1
             request.prompt_reported = max(request.prompt_reported, reported)
         taken, finish, error = _append(request, out.tokens)
-        if request.guesser is not None:
-            request.guesser.accept(taken, out.drafts)
+        if request.drafter is not None:
+            request.drafter.accept(taken, out.drafts)
         self._books.counters.generated_tokens += len(taken)
         self._tables.cache(request)
         logprobs = out.logprobs[: len(taken)]
@@ -108,11 +108,11 @@ class Results:
     def _settle_drafts(self, request: Request, right: int) -> None:
         """Note that what was asked for has come; behind the drafts that were right nothing is computed."""
         request.pending -= 1
-        if request.guessed:
-            self._books.counters.count_drafts(request.guessed, right)
+        if request.num_drafts:
+            self._books.counters.count_drafts(request.num_drafts, right)
             if request.state is RequestState.RUNNING:
-                request.computed -= request.guessed - right
-            request.guessed = 0
+                request.computed -= request.num_drafts - right
+            request.num_drafts = 0
 
 
 def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Finish | None, str]:
@@ -127,8 +127,8 @@ def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Fi
             return tuple(drawn[:place]), Finish.ABORT, error
         request.tokens.append(token)
         finish = end_of_output(request)
-        guessed = place + 1 < len(drawn)  # only behind a right draft was anything else drawn
-        if finish is None and guessed and constraint is not None and constraint.ends_behind(place + 1):
+        drafted = place + 1 < len(drawn)  # only behind a right draft was anything else drawn
+        if finish is None and drafted and constraint is not None and constraint.is_complete_behind(place + 1):
             finish = Finish.STOP
         if finish is not None:
             return tuple(drawn[: place + 1]), finish, ""
@@ -147,9 +147,11 @@ def end_of_output(request: Request) -> Finish | None:
 def _end_by(verdict: Verdict, request: Request) -> tuple[Finish | None, str]:
     """Return why an output ends by its grammar, and the error if that is one."""
     full = request.num_output_tokens >= request.message.max_tokens
-    if verdict.refused or verdict.lost:
-        lost = f"structured_outputs: {verdict.lost}, again and again" if verdict.lost else ""
-        return Finish.ABORT, verdict.refused or lost
+    if verdict.refused:
+        return Finish.ABORT, verdict.refused
+    if verdict.lost:
+        times = request.constraint.losses if request.constraint is not None else 1
+        return Finish.ABORT, f"structured_outputs: {verdict.lost}, {times} times"
     if verdict.problem and not full:
         return Finish.ABORT, f"structured_outputs can't be obeyed: {verdict.problem}"
     if request.num_output_tokens and verdict.ended[0]:

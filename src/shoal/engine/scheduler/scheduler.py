@@ -21,7 +21,7 @@ A pipeline of one stage needs none of these rules.
 from collections.abc import Callable, Iterable, Sequence
 
 from shoal.engine.blocks import BlockPool
-from shoal.engine.prompt_chunking import PromptSpread
+from shoal.engine.prompt_chunking import PromptChunker
 from shoal.engine.request import Request, RequestState
 from shoal.engine.scheduler.admission import Admission
 from shoal.engine.scheduler.block_tables import BlockTables
@@ -33,7 +33,7 @@ from shoal.engine.scheduler.planning import RunningPlanner
 from shoal.engine.scheduler.results import Results, end_of_output
 from shoal.engine.scheduler.verdicts import Verdicts
 from shoal.engine.scheduler.waiting_queue import Deadlines, WaitingQueue
-from shoal.engine.speculation import Guesser
+from shoal.engine.speculation import Drafter
 from shoal.errors import EngineError
 from shoal.protocols import Grammars, Policy
 from shoal.wire.engine import CacheReset, EngineRequest, Finish, SeqUpdate
@@ -52,7 +52,7 @@ class Scheduler:
         clock: Callable[[], float],
         *,
         prefix_caching: bool = True,
-        make_guesser: Callable[[], Guesser | None] = lambda: None,
+        make_drafter: Callable[[], Drafter | None] = lambda: None,
         incarnation: int = 0,
         lockstep: bool = False,
         grammars: Grammars | None = None,
@@ -66,14 +66,14 @@ class Scheduler:
         self._books = Books(self._tables)
         self._queue = WaitingQueue()
         self._deadlines = Deadlines(clock)
-        self._chunking = PromptSpread(limits.stages, limits.max_num_batched_tokens)
+        self._chunking = PromptChunker(limits.stages, limits.max_num_batched_tokens)
         self._intake = Intake(
             self._books,
             limits,
             policy,
             clock,
             prefix_caching=prefix_caching,
-            make_guesser=make_guesser,
+            make_drafter=make_drafter,
             has_grammars=grammars is not None,
         )
         self._admission = Admission(
@@ -154,7 +154,7 @@ class Scheduler:
 
     def _launch(self, plan: PlanBuilder) -> StepPlan:
         built = plan.build(incarnation=self._incarnation, released=self._books.take_released(), lockstep=self._lockstep)
-        self._chunking.took(sum(prompt_tokens(work) for work in built.work))
+        self._chunking.note_step(sum(prompt_tokens(work) for work in built.work))
         self._flights[built.step] = plan.requests
         self._next_step += 1
         return built
@@ -167,7 +167,7 @@ class Scheduler:
         """
         expected = next(iter(self._flights), None)
         if result.step != expected:  # going on would give tokens to the wrong places
-            raise EngineError(f"the ranks answered step {result.step}, expected was {expected}")
+            raise EngineError(f"the ranks answered step {result.step} instead of step {expected}")
         self._verdicts.note_step(result.times.forward_us)
         requests = self._flights.pop(result.step)
         for request in requests:
@@ -195,7 +195,7 @@ class Scheduler:
             EngineError: one is.
         """
         if self._flights:
-            raise EngineError(f"the KV cache can't be given up: {len(self._flights)} steps are in flight")
+            raise EngineError(f"the KV cache can't be given up while {len(self._flights)} steps are in flight")
         self.reset_cache(running=True)
         self._books.take_released()
 
@@ -229,7 +229,7 @@ class Scheduler:
 
     @property
     def running(self) -> Sequence[Request]:
-        """The requests that run, by the policy's rank."""
+        """The requests that run, in the policy's order."""
         return self._books.running
 
     @property

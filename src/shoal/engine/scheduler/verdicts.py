@@ -39,7 +39,7 @@ class Verdicts:
         assert self._grammars is not None
         assert request.constraint is not None
         most = request.message.max_tokens - request.num_output_tokens - 1
-        drafts = request.guesser.guess(most) if request.guesser is not None and most > 0 else ()
+        drafts = request.drafter.propose(most) if request.drafter is not None and most > 0 else ()
         request.constraint.verdict, request.constraint.foreseen = None, False
         self._awaited[request] = None
         self._grammars.ask([GrammarAsk(request.message.seq, tuple(taken), drafts, masked=not request.complete)])
@@ -56,7 +56,7 @@ class Verdicts:
         if request is None or request.constraint is None:
             return None
         constraint = request.constraint
-        if verdict.lost and constraint.lost():
+        if verdict.lost and constraint.note_loss():
             self.follow(request)
             return None
         # Of an output that was followed anew, and has got tokens since, it says nothing.
@@ -71,7 +71,7 @@ class Verdicts:
         if not self._awaited:
             return
         left = max(self._forward_us, _LEAST_FORESIGHT_US)
-        constraints = [(each.constraint, each.guesser is None) for each in self._awaited if each.constraint]
+        constraints = [(each.constraint, each.drafter is None) for each in self._awaited if each.constraint]
         for constraint, plain in sorted(constraints, key=lambda each: each[0].cost_us):
             left -= constraint.cost_us
             constraint.foreseen = plain and left >= 0
@@ -100,7 +100,7 @@ class Verdicts:
             if late is not None or request is None or request.constraint is None:  # it has ended, or draws for nothing
                 found.append(b"\xff" * row_bytes * places)
             else:
-                found.append(request.constraint.rows(places))
+                found.append(request.constraint.masks(places))
         return b"".join(found)
 
     def _unjudged(self, seq: int) -> Request | None:
@@ -113,7 +113,7 @@ class Verdicts:
         assert request.constraint is not None
         request.constraint.cost_us = max(request.constraint.cost_us, 2 * int(self._forward_us) + _LEAST_FORESIGHT_US)
         self._books.stop(request)
-        request.computed = request.pending = request.guessed = 0
+        request.computed = request.pending = request.num_drafts = 0
         request.epoch += 1  # results in flight are of no use
         request.state = RequestState.DRAINING
         self._queue.push_if_drained(request)

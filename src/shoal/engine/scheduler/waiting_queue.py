@@ -13,12 +13,12 @@ _FEW_DEADLINES = 64
 class PriorityPolicy:
     """The lower priority number first; among equals, who came first."""
 
-    def rank(self, request: EngineRequest, arrival: int) -> tuple[int, ...]:
+    def sort_key(self, request: EngineRequest, arrival: int) -> tuple[int, ...]:
         return (request.priority, arrival)
 
 
 class WaitingQueue:
-    """Requests in state WAITING, by the policy's rank.
+    """Requests in state WAITING, in the policy's order.
 
     A request that leaves that state leaves the queue without being taken out.
     """
@@ -32,7 +32,7 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         request.state = RequestState.WAITING
-        heapq.heappush(self._heap, (request.rank, request.message.seq, request))
+        heapq.heappush(self._heap, (request.sort_key, request.message.seq, request))
 
     def first(self) -> Request | None:
         while self._heap and self._heap[0][2].state is not RequestState.WAITING:
