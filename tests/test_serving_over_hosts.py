@@ -93,7 +93,7 @@ def programs() -> Iterator[Callable[..., Program]]:
     def start(*arguments: str, on: hosts.Host | None = None, environment: Mapping[str, str] | None = None) -> Program:
         inside = [] if on is None else on.inside
         process = subprocess.Popen(
-            [*inside, sys.executable, "-m", "shoal.cli.main", "serve", *arguments],
+            [*inside, sys.executable, "-m", "shoal", "serve", *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -206,7 +206,7 @@ def test_hosts_that_meet_by_ipv6(link_local: bool) -> None:
         url = head.await_line(r"(http://\[::1\]:\d+) listens")
         until(lambda: [each["state"] for each in states(head, url)] == ["ready"], "it is ready", head)
         assert stream(head, url, PROMPTS[0], tokens=4)
-        top = [*first.inside, sys.executable, "-m", "shoal.cli.main", "top", "--once", url.removeprefix("http://")]
+        top = [*first.inside, sys.executable, "-m", "shoal", "top", "--once", url.removeprefix("http://")]
         assert "ready" in subprocess.run(top, capture_output=True, text=True, check=True).stdout
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from shoal.activity import PARTS, Activity, ActivityState
 from shoal.config.engine_options import SpeculativeConfig
-from shoal.engine.request import decode_tokens, encode_tokens
 from shoal.wire.base import Stop, Wire, encode
 from shoal.wire.engine import (
     CacheReset,
+    EngineRequest,
     FromEngine,
     SeqUpdate,
     StatsQuery,
@@ -84,6 +84,7 @@ from shoal.wire.ranks import (
     to_rank,
 )
 from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rendezvous, hello_decoder, to_rendezvous
+from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
 from support.fakes import steady
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)
@@ -244,3 +245,11 @@ def test_tokens_are_encoded_as_little_endian_int32(tokens: list[int]) -> None:
     data = encode_tokens(tokens)
     assert data == b"".join(token.to_bytes(4, "little") for token in tokens)
     assert decode_tokens(data) == tokens
+    assert num_tokens(data) == len(tokens)
+
+
+def test_a_request_knows_what_is_prompt_and_what_is_output() -> None:
+    fresh = EngineRequest(1, encode_tokens([7, 8, 9]), 3, Sampling(seed=0), 5)
+    assert (fresh.num_tokens, fresh.num_output_tokens) == (3, 0)
+    begun = EngineRequest(1, encode_tokens([7, 8, 9, 1, 2]), 3, Sampling(seed=0), 5)
+    assert (begun.num_tokens, begun.num_output_tokens) == (5, 2)

@@ -39,8 +39,8 @@ def test_every_rank_of_every_replica_is_there(checkpoint: Checkpoint) -> None:
 def test_the_text_has_the_numbers_and_the_reasons(checkpoint: Checkpoint) -> None:
     told = run(str(checkpoint("llama")), *LAYOUT, *CACHE)
     first, cache, *_ = told.splitlines()
-    assert first.endswith(": tp 2 x pp 2 x dp 2 = 8 ranks, float32, executor mp, up to 256 tokens a request")
-    assert "tokens a replica, " in cache
+    assert first.endswith(": tp 2 x pp 2 x dp 2 = 8 ranks, float32, executor mp, up to 256 tokens per request")
+    assert "tokens per replica, " in cache
     assert told.count("replica ") >= 2
     assert "- 2 stages of 2,1 layers: so that they cost about the same" in told
 

@@ -12,7 +12,7 @@ from shoal.errors import UserError
 from shoal.server.operations.status import status_json
 from shoal.wire.fleet import FleetStatus
 from support.fakes import steady
-from support.status_server import engine, fleet, ranks, replica
+from support.fleet_status import engine, fleet, ranks, replica
 
 
 def plain(status: FleetStatus) -> Any:

@@ -10,7 +10,8 @@ from shoal.cli import commands
 from shoal.client import scale as program
 from shoal.errors import EngineError, UserError
 from shoal.wire.fleet import FleetStatus
-from support.status_server import StatusServer, fleet, replica
+from support.fleet_status import fleet, replica
+from support.status_server import StatusServer
 
 
 class Fleet:

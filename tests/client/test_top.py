@@ -19,7 +19,8 @@ from shoal.errors import UserError
 from shoal.server.operations.status import status_json
 from shoal.wire.base import replace_fields
 from shoal.wire.fleet import FleetStatus
-from support.status_server import StatusServer, engine, fleet, ranks, replica
+from support.fleet_status import engine, fleet, ranks, replica
+from support.status_server import StatusServer
 
 CAUSE = "rank 1 (process 101, last step 9, computing) was killed by SIGKILL"
 
@@ -141,7 +142,7 @@ class Terminal:
         self.controller, terminal = pty.openpty()
         self.text = ""
         self._more = threading.Condition()
-        command = ["setsid", "--ctty", sys.executable, "-m", "shoal.cli.main", "top", url, "--interval", "0.1"]
+        command = ["setsid", "--ctty", sys.executable, "-m", "shoal", "top", url, "--interval", "0.1"]
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
         self.process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
         os.close(terminal)

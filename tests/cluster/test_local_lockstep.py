@@ -7,7 +7,7 @@ import pytest
 
 from shoal.cluster.lockstep.local import LocalLockstep
 from shoal.errors import EngineError
-from support.descriptors import moved_up
+from support.descriptors import many_open_files
 
 
 def readable(lockstep: LocalLockstep) -> bool:
@@ -44,8 +44,8 @@ def test_who_is_behind_is_woken_until_it_has_listened() -> None:
 
 
 def test_a_process_may_have_many_files_open() -> None:
-    a, b = LocalLockstep.of(2)
-    b._shared.wakers[1] = moved_up(b.fileno())
+    with many_open_files():
+        a, b = LocalLockstep.of(2)
     poller = select.poll()
     poller.register(b.fileno(), select.POLLIN)
     a.launched(1)

@@ -12,7 +12,6 @@ import pytest
 
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.replica_set import await_ready
-from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError, EngineError, UserError
 from shoal.launch.launchers import ENGINE_PROCESS
 from shoal.transport.channel import Channel, wait
@@ -20,6 +19,7 @@ from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import EngineFailure, EngineRequest, EngineStats, Finish, SeqUpdate, to_engine
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.ranks import Sampling
+from shoal.wire.tokens import encode_tokens
 from support.plans import bare_plan, engine_plan
 
 Checkpoint = Callable[[str], Path]
@@ -42,7 +42,7 @@ def engine(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
 
 
 def request(seq: int, max_tokens: int) -> EngineRequest:
-    return EngineRequest(seq, encode_tokens([5, 6, 7]), Sampling(seed=seq), max_tokens)
+    return EngineRequest(seq, encode_tokens([5, 6, 7]), 3, Sampling(seed=seq), max_tokens)
 
 
 def finished(engine: Replica, count: int) -> dict[int, SeqUpdate]:

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -32,13 +33,13 @@ OPERATIONS: dict[str, Callable[[Communicator], object]] = {
 }
 
 
-def connect(kind: str, size: int, timeout_s: float) -> list[Communicator]:
+def connect(kind: str, size: int, timeout_s: float, store: Any = None) -> list[Communicator]:
     if kind == "local":
         return [LocalComm()]
     if kind == "threads":
         group = ThreadGroup(size, timeout_s)
         return [ThreadComm(group, rank) for rank in range(size)]
-    store, device = c10d.HashStore(), torch.device("cpu")
+    store, device = c10d.HashStore() if store is None else store, torch.device("cpu")
     return on_threads(
         size, lambda rank: TorchComm(store, "g", rank, size, backend="gloo", timeout_s=timeout_s, device=device)
     )
@@ -246,16 +247,16 @@ def test_a_timeout_of_threads_names_all_who_are_missing() -> None:
                 wait.result()
 
 
-def test_who_arrives_at_the_last_moment_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_arrives_at_the_last_moment_is_not_missing() -> None:
     """A wait that runs out looks once more: the others may have come while it took the lock back."""
-    group = ThreadGroup(2, 0.2)
 
-    def late(_timeout: float | None = None) -> bool:
-        group._arrived[1] += 1
-        return False
+    class TooLong(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            group.exchange(1, "theirs", "barrier")
+            return False
 
-    monkeypatch.setattr(group._changed, "wait", late)
-    assert group.exchange(0, "mine", "barrier") == ["mine", None]
+    group = ThreadGroup(2, 0.2, changed=TooLong())
+    assert group.exchange(0, "mine", "barrier") == ["mine", "theirs"]
 
 
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
@@ -359,28 +360,45 @@ def test_a_recv_fills_what_it_is_given(kind: str) -> None:
 
 
 class FailingStore(c10d.Store):  # type: ignore[misc]
-    """One whose connections are made already: what ranks ask and say afterwards is lost."""
+    """Once it `fails`, what ranks ask and say is lost."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.fails = False
         self.asked = threading.Event()
         self.answers: threading.Event | None = None  # which is waited for; None: it has gone
+        self._store = c10d.HashStore()
 
     def check(self, keys: Sequence[str]) -> bool:
+        self._ask()
+        found: bool = self._store.check(keys)
+        return found
+
+    def set(self, key: str, value: bytes) -> None:
+        self._ask()
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        found: bytes = self._store.get(key)
+        return found
+
+    def wait(self, keys: Sequence[str], timeout: timedelta = timedelta(seconds=60)) -> None:
+        self._store.wait(keys, timeout)
+
+    def _ask(self) -> None:
+        if not self.fails:
+            return
         self.asked.set()
         if self.answers is None:
             raise CommTimeout("the rendezvous has gone")
         self.answers.wait(60)
-        return False
-
-    def set(self, key: str, value: str) -> None:
-        self.check([key])
 
 
 def over_failing_store(timeout_s: float) -> tuple[FailingStore, list[Communicator]]:
-    store, comms = FailingStore(), connect("gloo", 2, timeout_s)
-    for comm in comms:
-        comm._store = store  # type: ignore[attr-defined]
+    """All connections are made already."""
+    store = FailingStore()
+    comms = connect("gloo", 2, timeout_s, store)
+    store.fails = True
     return store, comms
 
 

@@ -13,8 +13,7 @@ import pytest
 from conformance.test_sameness import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
-from shoal.engine.request import encode_tokens
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.errors import EngineError
 from shoal.executors.base import RankExecutor
 from shoal.executors.multiprocess import ProcessLinks
@@ -25,6 +24,7 @@ from shoal.wire.base import WIRE_VERSION
 from shoal.wire.engine import EngineRequest
 from shoal.wire.plan import ReplicaPlace
 from shoal.wire.ranks import RankSetup, Sampling, StepPlan
+from shoal.wire.tokens import encode_tokens
 from support.checkpoints import MAKERS, Reference
 from support.fakes import on_threads
 from support.plans import engine_plan
@@ -68,7 +68,7 @@ class Replicas:
     def add(self, replica: int, seq: int, prompt: Sequence[int], max_tokens: int = STEPS) -> None:
         self.tokens[seq] = []
         sampling = Sampling(seed=seq)
-        self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens))
+        self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), len(prompt), sampling, max_tokens))
 
     def run(self) -> None:
         while any(engine.busy for engine in self.engines):

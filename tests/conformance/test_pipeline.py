@@ -19,11 +19,12 @@ from shoal.models.manifest import Param, weight_bytes
 from shoal.params import StructuredOutputsParams
 from shoal.wire.engine import EngineStats
 from shoal.wire.plan import Layout
-from shoal.wire.ranks import RankStats
+from shoal.wire.ranks import RankStats, StepPlan, StepResult
 from shoal.worker import kv_cache
 from shoal.worker.runner import Runner
 from support import others
 from support.checkpoints import MAKERS
+from support.fakes import this_rank
 
 THREADS: dict[str, Any] = {"distributed_executor_backend": "threads", "kv_cache_memory_bytes": 2**21}
 
@@ -64,8 +65,8 @@ def test_modules_of_transformers_cut_both_ways(tmp_path: Path, name: str) -> Non
 def test_a_module_that_can_not_be_cut_is_refused_by_name(checkpoint: Checkpoint) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"--pipeline-parallel-size 2: OPTForCausalLM runs through transformers as one stage only, since its "
-        r"residual stream has not the width .*; use --tensor-parallel-size or --data-parallel-size$",
+        match=r"--pipeline-parallel-size 2: OPTForCausalLM can run through transformers as one stage only, because its "
+        r"residual stream does not have the width .*; use --tensor-parallel-size or --data-parallel-size$",
     ):
         open_llm(checkpoint("opt_350m"), 2, model_impl="transformers")
 
@@ -229,17 +230,18 @@ def said(before: EngineStats, after: EngineStats) -> list[dict[tuple[str, str], 
 
 def test_two_sums_a_layer_and_one_send_a_boundary(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: dict[int, int] = defaultdict(int)  # steps with work, by stage, of one of its ranks
-    forward = Runner._forward
+    execute = Runner.execute
 
-    def counting(self: Runner, step: Any) -> Any:
-        if self._tp.rank == 0:
-            computed[self._pipeline._pp.rank] += 1
-        return forward(self, step)
+    def counting(self: Runner, plan: StepPlan) -> StepResult | None:
+        stage, tp_rank = divmod(this_rank(), 2)
+        if plan.work and tp_rank == 0:
+            computed[stage] += 1
+        return execute(self, plan)
 
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in FEW]
     with open_llm(checkpoint("gemma3"), 3, 2, pipeline_layer_partition=(1, 3, 2)) as llm:
-        monkeypatch.setattr(Runner, "_forward", counting)
+        monkeypatch.setattr(Runner, "execute", counting)
         before = llm.stats()
         llm.generate(prompts, params, use_tqdm=False)
         after = llm.stats()
@@ -302,12 +304,13 @@ def test_the_cache_is_that_of_the_stages_layers(checkpoint: Checkpoint, monkeypa
     """In what is allocated; what of it is in memory depends on where the kernel puts large pages."""
     sizes: list[int] = []
 
-    def noting(count: int, device: torch.device) -> torch.Tensor:
-        sizes.append(count)
-        return zeros(count, device)
+    def noting(*arguments: Any) -> kv_cache.KVMemory:
+        found = allocate(*arguments)
+        sizes.append(found.pool.nbytes)
+        return found
 
-    zeros = kv_cache._zeros
-    monkeypatch.setattr(kv_cache, "_zeros", noting)
+    allocate = kv_cache.allocate
+    monkeypatch.setattr(kv_cache, "allocate", noting)
     with open_llm(checkpoint("gemma3"), 3, pipeline_layer_partition=(1, 3, 2)) as llm:
         run(llm, MIXED)
         assert all(rank.kv_bytes > 0 for rank in llm.stats().ranks)

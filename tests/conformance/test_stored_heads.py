@@ -139,7 +139,7 @@ def test_an_equal_head_stays_tied(checkpoint: Checkpoint, tmp_path: Path) -> Non
     source = checkpoint("llama3")
     folder = changed(source, tmp_path / "model", with_equal_head)
     assert planned(folder).model.spec.tie_embeddings
-    assert planned(folder).first.ranks == planned(source).first.ranks
+    assert planned(folder).first_plan.ranks == planned(source).first_plan.ranks
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS))
 
 
@@ -195,9 +195,9 @@ def test_weights_say_their_type(
 ) -> None:
     """The type of most bytes: norms are often wider."""
     folder = changed(checkpoint("llama"), tmp_path / "model", in_type(dtype, "norm.weight"), **said)
-    found = planned(folder, model_impl=model_impl).first
+    found = planned(folder, model_impl=model_impl).first_plan
     assert found.dtype == str(dtype).removeprefix("torch.")
-    assert planned(folder, dtype="float32").first.dtype == "float32"
+    assert planned(folder, dtype="float32").first_plan.dtype == "float32"
     with LLM(str(folder), model_impl=model_impl, **SMALL) as llm:
         run(llm, PROMPTS, 2)
 
@@ -205,4 +205,4 @@ def test_weights_say_their_type(
 def test_a_nested_type(checkpoint: Checkpoint, tmp_path: Path) -> None:
     nested = {"dtype": None, "text_config": {"torch_dtype": "float16"}}
     folder = changed(checkpoint("llama"), tmp_path / "model", in_type(torch.bfloat16), **nested)
-    assert planned(folder).first.dtype == "float16"
+    assert planned(folder).first_plan.dtype == "float16"

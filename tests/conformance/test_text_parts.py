@@ -109,7 +109,7 @@ def test_a_text_config_says_little(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     planner = planner_of(tmp_path, load_format="dummy", kv_cache_memory_bytes=2**30)
     reasons = planner.first_plan.reasons
-    assert "of Gemma3ForConditionalGeneration the text part is served: it is shown no images" in reasons
+    assert "only the text part of Gemma3ForConditionalGeneration is served; it reads no images" in reasons
     spec = planner.model.spec
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size) == (8, 4, 256, 262208)
     assert (spec.tie_embeddings, spec.dtype, spec.max_positions) == (True, "bfloat16", 131072)

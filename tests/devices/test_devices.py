@@ -8,6 +8,7 @@ import pytest
 
 from shoal.devices import cpu, cuda
 from shoal.errors import ConfigError
+from support.gpus import pose_as_host_with
 
 LISTING = "0, GPU-aaaa, 81559\n1, GPU-bbbb, 24576\n"
 MIB = 2**20
@@ -43,8 +44,8 @@ def test_a_host_without_gpus(variable: str | None) -> None:
     assert cuda.visible_gpus("", variable) == []
 
 
-def test_a_gpu_cannot_pose_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_ask", lambda: LISTING)
+def test_a_gpu_cannot_pose_as_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pose_as_host_with(LISTING, tmp_path, monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     found = cuda.discover()
     assert found is not None
@@ -54,8 +55,8 @@ def test_a_gpu_cannot_pose_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda.discover(3)
 
 
-def test_the_variable_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_ask", lambda: LISTING)
+def test_the_variable_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pose_as_host_with(LISTING, tmp_path, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb,0")
     found = cuda.discover()
     assert found is not None

@@ -8,7 +8,7 @@ import pytest
 
 from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.server import answer, serve
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import Channel, wait

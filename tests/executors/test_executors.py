@@ -21,13 +21,14 @@ from shoal.wire.ranks import (
     RankCall,
     RankReply,
     RankReport,
+    StepMask,
     StepPlan,
     StepResult,
     StepTimes,
     ToRank,
 )
 from shoal.worker.runner import Runner
-from support.fakes import FakeClock
+from support.fakes import FakeClock, this_rank
 from support.plans import bare_plan, bare_rank, setup_of
 
 SMALL: dict[str, Any] = {"kv_cache_memory_bytes": "2MiB", "max_model_len": 64}
@@ -85,17 +86,17 @@ def wait_for(done: Callable[[], bool], seconds: float) -> bool:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_rank_that_raises_in_a_step(folder: str, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     """The last rank fails; the others wait for it, and are let go."""
-    forward = Runner._forward
+    execute = Runner.execute
     with LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=ranks, **SMALL) as llm:
         bad = ranks - 1
         failing = threading.Event()
 
-        def broken(self: Runner, step: Any) -> Any:
-            if self._tp.rank == bad and failing.is_set():
+        def broken(self: Runner, plan: StepPlan) -> StepResult | None:
+            if this_rank() == bad and failing.is_set():
                 raise ArithmeticError("the sum is wrong\nand more of it")
-            return forward(self, step)
+            return execute(self, plan)
 
-        monkeypatch.setattr(Runner, "_forward", broken)
+        monkeypatch.setattr(Runner, "execute", broken)
         long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
         run = llm.run([llm.prepare(0, PROMPTS[0], GREEDY), llm.prepare(1, PROMPTS[1], long)])
         next(run)
@@ -117,30 +118,30 @@ def test_rank_that_raises_in_a_step(folder: str, monkeypatch: pytest.MonkeyPatch
 def test_rank_that_raises_at_start(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from shoal.worker.worker import Worker
 
-    load = Worker._load
+    handle = Worker.handle
 
-    def broken(self: Worker, payload: bytes) -> bytes:
-        if self.setup.rank == 1:
+    def broken(self: Worker, message: StepPlan | StepMask | RankCall) -> StepResult | RankReply | None:
+        if isinstance(message, RankCall) and message.verb == "load" and self.setup.rank == 1:
             raise RuntimeError("no room")
-        return load(self, payload)
+        return handle(self, message)
 
-    monkeypatch.setattr(Worker, "_load", broken)
+    monkeypatch.setattr(Worker, "handle", broken)
     with pytest.raises(RankFailed, match=r"rank 1 \(thread .*: RuntimeError: no room"):
         LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=2, **SMALL)
     assert wait_for(lambda: not rank_threads(), 5)
 
 
 def test_step_that_takes_too_long(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, released = Runner._forward, threading.Event()
+    execute, released = Runner.execute, threading.Event()
     llm = LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=2, step_timeout=1, **SMALL)
     try:
 
-        def slow(self: Runner, step: Any) -> Any:
-            if self._tp.rank == 1:
+        def slow(self: Runner, plan: StepPlan) -> StepResult | None:
+            if this_rank() == 1:
                 released.wait(30)
-            return forward(self, step)
+            return execute(self, plan)
 
-        monkeypatch.setattr(Runner, "_forward", slow)
+        monkeypatch.setattr(Runner, "execute", slow)
         threading.Timer(3.0, released.set).start()
         with pytest.raises(RankFailed) as caught:
             llm.generate(PROMPTS, GREEDY, use_tqdm=False)

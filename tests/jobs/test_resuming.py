@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_what_lines_hold(tmp_path: Path) -> None:
         answered.add(index, f"{index:016x}")
     assert [index in answered for index in (0, 1, 4096, 10**12, 10**12 + 1)] == [True, False, True, True, False]
     assert (answered.has(4096, f"{4096:016x}"), answered.has(4096, f"{5:016x}")) == (True, False)
-    assert (answered.count, answered.last, len(answered._pages)) == (4, 10**12, 3)
+    assert (answered.count, answered.last, answered.held_bytes) == (4, 10**12, 3 * 32 << 10)
 
 
 # --- what tells prompts apart ------------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def test_what_is_pending_is_no_more_than_the_window() -> None:
     run = JobRun(engine, PARAMETERS, seed=0)
     most = 0
     for _ in run(JobEntry(index, "", prompt="a") for index in range(100)):
-        most = max(most, len(run._pending))
+        most = max(most, run.unfinished)
     assert most <= 4
-    assert not run._pending
+    assert run.unfinished == 0
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

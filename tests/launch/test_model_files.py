@@ -73,11 +73,11 @@ def test_processes_that_start_later_refuse_changed_files(folder: Path, change: C
     opened = open_model(str(folder), SMALL)
     open_served_model(str(folder), SMALL, opened.served)
     change(folder)
-    with pytest.raises(UserError, match="has changed since Shoal read it first"):
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
         build_engine(opened.plan)
-    with pytest.raises(UserError, match="has changed since Shoal read it first"):
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
         start(opened.plan, None)
-    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
+    with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
         open_served_model(str(folder), SMALL, opened.served)
 
 
@@ -86,7 +86,7 @@ def test_a_changed_draft_model_is_refused(folder: Path, tmp_path: Path) -> None:
     speculation = {"method": "draft_model", "model": str(other), "num_speculative_tokens": 2}
     opened = open_model(str(folder), {**SMALL, "speculative_config": speculation})
     copy_over(other)
-    with pytest.raises(UserError, match=r"draft has changed since Shoal read it first"):
+    with pytest.raises(UserError, match=r"draft has changed since Shoal first read it"):
         build_engine(opened.plan)
 
 

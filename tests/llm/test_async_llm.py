@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -189,7 +190,7 @@ def test_deltas_that_nobody_reads_are_merged(harness: Harness) -> None:
         assert output.outputs[0].text == " there was a wolf."
         assert output.outputs[0].token_ids == first + second + third
         assert not harness.line.aborted
-        assert not harness.llm._streams
+        assert harness.llm.unfinished == 0
 
     run(work())
 
@@ -288,7 +289,7 @@ def test_leaving_the_iteration_early_ends_the_request(
         gc.collect()
         await settled()
         assert harness.line.aborted == [0]
-        assert not harness.llm._streams
+        assert harness.llm.unfinished == 0
         harness.line.say(SeqUpdate(0, harness.tokens(" b"), finish=ABORT))  # an update that was on its way
         await settled()
 
@@ -305,7 +306,7 @@ def test_cancelling_the_task_ends_the_request(
         with pytest.raises(asyncio.CancelledError):
             await task
         assert harness.line.aborted == [0]
-        assert not harness.llm._streams
+        assert harness.llm.unfinished == 0
 
     run(work())
 
@@ -453,9 +454,24 @@ def test_generate_yields_growing_outputs(harness: Harness) -> None:
         assert last.cumulative_logprob == -0.5 * len(last.token_ids)
         assert last.logprobs is not None
         assert len(last.logprobs) == len(last.token_ids)
-        assert not harness.llm._named
+        await assert_free("mine", harness)
 
     run(work())
+
+
+async def assert_free(request_id: str, harness: Harness) -> None:
+    """Assert that no unfinished request has this request_id, so that a new one can use it."""
+    before = len(harness.line.sent)
+    task = asyncio.create_task(read_all(harness.llm.generate("Once", GREEDY, request_id)))
+    await until(lambda: len(harness.line.sent) > before)
+    assert not task.done()
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def read_all(outputs: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
+    return [output async for output in outputs]
 
 
 def test_two_unfinished_requests_cannot_have_one_request_id(harness: Harness) -> None:
@@ -464,7 +480,7 @@ def test_two_unfinished_requests_cannot_have_one_request_id(harness: Harness) ->
             return await anext(harness.llm.generate("Once", GREEDY, "mine"))
 
         first = await started(begin())
-        await until(lambda: "mine" in harness.llm._named)
+        await until(lambda: bool(harness.line.sent))
         with pytest.raises(RequestError, match="'mine' exists already"):
             await anext(harness.llm.generate("Once", GREEDY, "mine"))
         assert harness.line.aborted == [1]
@@ -490,7 +506,7 @@ def test_leaving_generate_early_ends_the_request(harness: Harness) -> None:
         await task
         gc.collect()
         await until(lambda: harness.line.aborted == [0])
-        assert not harness.llm._named
+        await assert_free("mine", harness)
 
     run(work())
 
@@ -516,7 +532,7 @@ def test_closing_ends_streams_with_an_error(harness: Harness) -> None:
                 await task
         with pytest.raises(ClosedError):
             harness.stream()
-        assert not harness.llm._streams
+        assert harness.llm.unfinished == 0
         harness.llm.close()
 
     run(work())
@@ -529,8 +545,10 @@ def test_updates_after_the_loop_was_closed_close_the_line(harness: Harness) -> N
     asyncio.run(work())
     harness.line.say(SeqUpdate(0, harness.tokens(" a")))
     assert harness.line.closed
-    harness.line.say(SeqUpdate(0, harness.tokens(" a")))
-    assert not harness.llm._arrived
+    last = SeqUpdate(0, harness.tokens(" a"))
+    held = sys.getrefcount(last)
+    harness.line.say(last)
+    assert sys.getrefcount(last) == held
     harness.llm.close()
 
 

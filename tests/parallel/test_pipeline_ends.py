@@ -27,7 +27,11 @@ def groups(kind: str, size: int, name: str) -> list[Communicator]:
 
 
 def stages(kind: str, size: int) -> list[Pipeline]:
-    between, ends = groups(kind, size, "pp"), groups(kind, 2, "back")
+    return stages_over(groups(kind, size, "pp"), groups(kind, 2, "back"))
+
+
+def stages_over(between: list[Communicator], ends: list[Communicator]) -> list[Pipeline]:
+    size = len(between)
     found = []
     for rank in range(size):
         alone = Axis("back", 0, 1, LocalComm())
@@ -82,7 +86,8 @@ def test_streams_go_on_and_tokens_come_back(kind: str, size: int) -> None:
 @pytest.mark.parametrize("kind", ["threads", "gloo"])
 def test_who_sends_does_not_wait_for_who_receives(kind: str) -> None:
     """Some steps leave before the first one is taken; they are megabytes, which no buffer holds. One more waits."""
-    first, second = stages(kind, 2)
+    between = groups(kind, 2, "pp")
+    first, second = stages_over(between, groups(kind, 2, "back"))
     sent, ahead = threading.Event(), threading.Event()
 
     def run(rank: int) -> list[float]:
@@ -94,7 +99,7 @@ def test_who_sends_does_not_wait_for_who_receives(kind: str) -> None:
             assert ahead.is_set(), "it waited until the first was taken"
             return [float(first.receive_tokens(1)) for _ in range(STREAMS_ON_WAY + 1)]
         assert sent.wait(60)
-        while first._pp.comm.progress.operation != "send":
+        while between[0].progress.operation != "send":
             pass
         ahead.set()
         for _ in range(STREAMS_ON_WAY + 1):

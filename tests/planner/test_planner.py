@@ -26,6 +26,7 @@ from shoal.planner.planner import Planner
 from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ReplicaPlace
 from shoal.worker.rank_model import RankModel
 from support.checkpoints import SIZES
+from support.gpus import pose_as_host_with
 from support.plans import GIB, engine_plan, host, planner_of, setup_of
 
 Checkpoint = Callable[[str], Path]
@@ -611,9 +612,9 @@ def test_ranks_get_visible_gpus(checkpoint: Checkpoint, monkeypatch: pytest.Monk
         plan(checkpoint("llama"), gpus, tensor_parallel_size=3)
 
 
-def test_a_host_with_all_gpus_hidden_has_cpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_with_all_gpus_hidden_has_cpus_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "torch_has_cuda", lambda: True)
-    monkeypatch.setattr(cuda, "_ask", lambda: "0, GPU-aa, 81559\n")
+    pose_as_host_with("0, GPU-aa, 81559", tmp_path, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert discover(EngineOptions.from_flat(None, {})).device == "cpu"
     with pytest.raises(ConfigError, match="shows no CUDA device under CUDA_VISIBLE_DEVICES='-1'; use --device cpu"):

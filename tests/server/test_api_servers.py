@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -22,18 +23,20 @@ from fastapi.responses import StreamingResponse
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.errors import ConfigError, EngineError
+from shoal.launch.hub import BUNDLED
 from shoal.launch.open_model import open_model, open_served_model
 from shoal.llm import async_llm
 from shoal.llm.async_llm import AsyncLLM
 from shoal.server import api_process, serve
 from shoal.server.api_process import ChannelLine
-from shoal.server.api_servers import ApiServers
+from shoal.server.api_servers import ApiServers, seed_of
 from shoal.server.http.listening import Listening, Server, make_server
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import replace_fields
-from shoal.wire.fleet import FleetStatus
+from support.fake_backend import FakeBackend
+from support.fleet_status import fleet
 from support.servers import ShoalServer
 
 WAIT_S = 90.0
@@ -200,7 +203,32 @@ def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
         assert server.pids() == set()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
+def test_every_process_has_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
+    """Both API servers, for prompts and chats, and the engine, for structured outputs."""
+    shutil.copytree(BUNDLED, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(BUNDLED, tmp_path / "other", ignore=shutil.ignore_patterns("model*"))
+    flags = ("--tokenizer", "other", "--served-model-name", "bundled", "--api-server-count", "2")
+    asked = {"messages": [{"role": "user", "content": "37 + 45 ="}], "temperature": 0, "max_tokens": 8}
+    asked["structured_outputs"] = {"regex": "[0-9]{3}"}
+    with ShoalServer("model", *flags, folder=tmp_path) as server:
+        pids = until(lambda: len(found := api_pids(server)) == 2 and found, "two API servers")
+        host, port = server.url.removeprefix("http://").split(":")
+        owners: set[int] = set()
+
+        def ask() -> bool:
+            connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+            connection.request("POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"})
+            with connection.getresponse() as response:
+                owners.add(owner_of(server, connection))
+                answer = json.loads(response.read())
+            connection.close()
+            assert re.fullmatch("[0-9]{3}", answer["choices"][0]["message"]["content"]), answer
+            return bool(owners == pids)
+
+        until(ask, "both have answered")
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_server_that_can_serve_nothing_any_more_ends_with_the_cause(count: int) -> None:
     with ShoalServer("--api-server-count", str(count), "--max-restarts", "0") as server:
@@ -254,23 +282,11 @@ def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPat
     asyncio.run(ask())
 
 
-def test_given_seeds_differ_between_api_servers_and_their_lives() -> None:
-    model = open_model(None, {"seed": 7}, online=True)
-
-    class Head:
-        desk = object()
-        max_model_len = 99
-
-    with socket.socket() as sock:
-        servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 3)  # type: ignore[arg-type]
-        setups = []
-        for slot in servers._slots:
-            for slot.lives in range(3):
-                setups.append(servers._setup_of(slot))
-    assert len({setup.options["seed"] for setup in setups}) == len(setups)
-    for setup in setups:
-        assert setup.served.max_model_len == 99
-        EngineOptions.from_flat(None, setup.options)
+def test_given_seeds_differ_between_api_servers_and_their_starts() -> None:
+    seeds = [seed_of(7, number, start) for number in range(3) for start in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    for seed in seeds:
+        EngineOptions.from_flat(None, {"seed": seed})
 
 
 def test_a_large_request_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,28 +364,6 @@ def test_slow_readers_have_the_time_that_is_left(listener: socket.socket, reads:
     assert asyncio.run(run()).complete == reads
 
 
-class Head:
-    """An AsyncLLM for `serve`: ready at once, with a fleet that says what it is told to say."""
-
-    model_name = "nobody"
-
-    def __init__(self) -> None:
-        self.failure = ""
-        self.running = asyncio.Event()
-        self.closed = False
-
-    async def ready(self) -> None: ...
-
-    async def status(self) -> FleetStatus:
-        return FleetStatus("nobody", 1, 1, (), 0, 0, not self.failure, 0.0, self.failure)
-
-    async def drain(self, timeout: float) -> bool:
-        return True
-
-    def close(self) -> None:
-        self.closed = True
-
-
 class Front:
     """`ends`: what `serve` does when it is told to stop."""
 
@@ -393,47 +387,39 @@ class Front:
             self._stopped.set()
 
 
-def end_of(head: Callable[[], Head], front: Callable[[], Front], *, signals: int, timeout: float = 20.0) -> Any:
-    """The exit code and what the front was told."""
+def end_of(front: Front, *, backend: FakeBackend | None = None, signals: int = 0, timeout: float = 20.0) -> int:
+    """The exit code."""
 
-    async def run() -> tuple[int, list[float]]:
-        told, there, heard = head(), front(), serve._EndSignals()
+    async def run() -> int:
+        heard = serve.EndSignals()
         for _ in range(signals):
-            heard._heard()
-        code = await asyncio.wait_for(
-            serve._until_end(told, there, heard, "here", timeout),  # type: ignore[arg-type]
-            WAIT_S,
-        )
-        return code, there.stops
+            heard.hear()
+        served = backend or FakeBackend()
+        return await serve.serve_until_end(served, front, heard, "here", timeout, look_s=0.01)
 
-    return asyncio.run(run())
+    return asyncio.run(asyncio.wait_for(run(), WAIT_S))
 
 
-def failed() -> Head:
-    head = Head()
-    head.failure = "no replica is left: it was killed"
-    return head
-
-
-def test_a_fatal_fleet_ends_the_server_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "_LOOK_S", 0.01)
+def test_a_fatal_fleet_ends_the_server_with_its_cause() -> None:
+    failed = replace_fields(fleet(), accepting=False, failure="no replica is left: it was killed")
     with pytest.raises(EngineError, match="no replica is left: it was killed"):
-        end_of(failed, Front, signals=0)
+        end_of(Front(), backend=FakeBackend(status=lambda: failed))
 
 
 def test_why_a_server_has_ended_is_told() -> None:
     with pytest.raises(EngineError, match="API server 1 died"):
-        end_of(Head, lambda: Front(early=True, error=EngineError("API server 1 died")), signals=0)
+        end_of(Front(early=True, error=EngineError("API server 1 died")))
     with pytest.raises(EngineError, match="no descriptors"):
-        end_of(Head, lambda: Front(early=True, error=OSError("no descriptors")), signals=0)
+        end_of(Front(early=True, error=OSError("no descriptors")))
 
 
 def test_the_exit_code_after_a_signal() -> None:
-    code, stops = end_of(Head, Front, signals=1, timeout=20.0)
-    assert code == 0
-    assert 5.0 < stops[0] <= 20.0
-    assert end_of(Head, Front, signals=1, timeout=0.0) == (0, [5.0])
-    assert end_of(Head, lambda: Front(error=EngineError("it broke")), signals=1)[0] == 1
+    patient, hasty = Front(), Front()
+    assert end_of(patient, signals=1, timeout=20.0) == 0
+    assert 5.0 < patient.stops[0] <= 20.0
+    assert end_of(hasty, signals=1, timeout=0.0) == 0
+    assert hasty.stops == [5.0]
+    assert end_of(Front(error=EngineError("it broke")), signals=1) == 1
 
 
 class Sleeper:
@@ -469,8 +455,8 @@ def test_api_servers_end_at_once_when_told_so_later() -> None:
     async def run(sock: socket.socket) -> bool:
         model = open_model(None, {}, online=True)
         servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 2)  # type: ignore[arg-type]
-        for slot in servers._slots:
-            slot.child = Sleeper()  # type: ignore[assignment]
+        for server in servers._servers:
+            server.child = Sleeper()  # type: ignore[assignment]
         serving = asyncio.create_task(servers.serve())
         servers.stop(WAIT_S * 10)
         assert not (await asyncio.wait([serving], timeout=0.5))[0]
@@ -482,6 +468,6 @@ def test_api_servers_end_at_once_when_told_so_later() -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    code, stops = end_of(Head, lambda: Front(sleeps=True), signals=2, timeout=1000.0)
-    assert code == 1
-    assert stops[-1] == 0.0
+    front = Front(sleeps=True)
+    assert end_of(front, signals=2, timeout=1000.0) == 1
+    assert front.stops[-1] == 0.0

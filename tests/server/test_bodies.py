@@ -160,7 +160,7 @@ def test_longer_lists_than_any_vocabulary_are_refused(field: str, value: list[An
 
 def test_every_body_is_read_so() -> None:
     """Otherwise one that is nested deeply, or large, would be read by FastAPI on the event loop."""
-    app = make_app(FakeBackend(), ServerSettings())  # type: ignore[arg-type]
+    app = make_app(FakeBackend(), ServerSettings())
     paths = [path for path, each in app.openapi()["paths"].items() if "requestBody" in each.get("post", {})]
     assert len(paths) >= 6
     deep = b'{"a":' * 500 + b"1" + b"}" * 500

@@ -21,8 +21,9 @@ from selenium.webdriver.remote.webelement import WebElement
 from shoal.client.http import ServerClient
 from shoal.client.scale import scale
 from shoal.wire.fleet import FleetStatus
+from support.fleet_status import engine, fleet, ranks, replica
 from support.servers import ShoalServer
-from support.status_server import StatusServer, engine, fleet, ranks, replica
+from support.status_server import StatusServer
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = (

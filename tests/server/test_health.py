@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from fastapi import FastAPI
@@ -14,46 +14,43 @@ from shoal.server.operations import health
 from shoal.wire.base import replace_fields
 from shoal.wire.fleet import FleetStatus
 from support.asgi import get
-from support.status_server import fleet, replica
+from support.fake_backend import FakeBackend
+from support.fleet_status import fleet, replica
+
+T = TypeVar("T")
 
 
-class FakeEngine:
-    def __init__(self, status: FleetStatus | Exception, started: bool | Exception = True) -> None:
-        self._status = status
-        self._started = started
-
-    async def status(self) -> FleetStatus:
-        if isinstance(self._status, Exception):
-            raise self._status
-        return self._status
-
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
-        assert verb == "started"
-        if isinstance(self._started, Exception):
-            raise self._started
-        return b"yes" if self._started else b""
+def backend(status: FleetStatus | Exception, started: bytes | Exception = b"yes") -> FakeBackend:
+    """A fleet that answers with that, or fails with it."""
+    return FakeBackend(status=lambda: given(status), verbs={"started": lambda _: given(started)})
 
 
-def asked(engine: FakeEngine, path: str) -> tuple[int, Any]:
+def given(answer: T | Exception) -> T:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def asked(engine: FakeBackend, path: str, answer_s: float = 60.0) -> tuple[int, Any]:
     app = FastAPI()
     add_handlers(app)
-    app.include_router(health.routes(engine))
+    app.include_router(health.routes(engine, answer_s=answer_s))
     status, body = asyncio.run(get(app, path))
     return status, json.loads(body)
 
 
 def test_the_version() -> None:
-    assert asked(FakeEngine(ClosedError("gone")), "/version") == (200, {"version": __version__})
+    assert asked(backend(ClosedError("gone")), "/version") == (200, {"version": __version__})
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_all_is_well(path: str) -> None:
-    assert asked(FakeEngine(fleet(replica(0), replica(1))), path)[0] == 200
+    assert asked(backend(fleet(replica(0), replica(1))), path)[0] == 200
 
 
 def test_with_one_of_two_it_serves_but_is_not_all_there() -> None:
     status = fleet(replica(0), replica(1, "restarting", since=3.0, cause="rank 1 died"))
-    engine = FakeEngine(status, started=False)
+    engine = backend(status, started=b"")
     assert asked(engine, "/health")[0] == 200
     code, body = asked(engine, "/ready")
     assert code == 503
@@ -61,8 +58,8 @@ def test_with_one_of_two_it_serves_but_is_not_all_there() -> None:
 
 
 def test_replicas_of_other_hosts_are_not_waited_for() -> None:
-    assert asked(FakeEngine(fleet(replica(0), replica(1, "awaited"))), "/ready")[0] == 200
-    code, body = asked(FakeEngine(fleet(replica(0, "starting"), replica(1, "awaited")), started=False), "/ready")
+    assert asked(backend(fleet(replica(0), replica(1, "awaited"))), "/ready")[0] == 200
+    code, body = asked(backend(fleet(replica(0, "starting"), replica(1, "awaited")), started=b""), "/ready")
     assert code == 503
     assert "replica 0 is starting" in body["error"]["message"]
     assert "replica 1" not in body["error"]["message"]
@@ -72,20 +69,20 @@ def test_replicas_of_other_hosts_are_not_waited_for() -> None:
 @pytest.mark.parametrize(
     ("engine", "why"),
     [
-        (FakeEngine(fleet(replica(0), accepting=False)), "about to end"),
+        (backend(fleet(replica(0), accepting=False)), "shutting down"),
         (
-            FakeEngine(
+            backend(
                 replace_fields(fleet(replica(0, "failed"), accepting=False), failure="no replica is left: it died")
             ),
             "no replica is left: it died",
         ),
-        (FakeEngine(fleet(replica(0, "starting")), started=False), "replica 0 is starting for 1 s"),
-        (FakeEngine(fleet(), started=False), "there is none"),
-        (FakeEngine(fleet(*(replica(number, "failed") for number in range(50))), started=False), "; 42 more"),
-        (FakeEngine(ClosedError("the engine was closed")), "the engine was closed"),
+        (backend(fleet(replica(0, "starting")), started=b""), "replica 0 is starting for 1 s"),
+        (backend(fleet(), started=b""), "there are no replicas"),
+        (backend(fleet(*(replica(number, "failed") for number in range(50))), started=b""), "; 42 more"),
+        (backend(ClosedError("the engine was closed")), "the engine was closed"),
     ],
 )
-def test_it_says_why_not(path: str, engine: FakeEngine, why: str) -> None:
+def test_it_says_why_not(path: str, engine: FakeBackend, why: str) -> None:
     code, body = asked(engine, path)
     assert code == 503
     assert why in body["error"]["message"]
@@ -93,20 +90,19 @@ def test_it_says_why_not(path: str, engine: FakeEngine, why: str) -> None:
 
 
 def test_a_replica_that_can_never_start_is_named() -> None:
-    engine = FakeEngine(fleet(replica(0), replica(1, "failed")), EngineError("replica 1: out of memory"))
+    engine = backend(fleet(replica(0), replica(1, "failed")), EngineError("replica 1: out of memory"))
     assert asked(engine, "/health")[0] == 200
     code, body = asked(engine, "/ready")
     assert code == 503
     assert "out of memory" in body["error"]["message"]
 
 
-def test_an_engine_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Silent(FakeEngine):
+def test_an_engine_that_does_not_answer() -> None:
+    class Silent(FakeBackend):
         async def status(self) -> FleetStatus:
             await asyncio.Event().wait()
             raise AssertionError
 
-    monkeypatch.setattr(health, "_ANSWER_S", 0.01)
-    code, body = asked(Silent(fleet()), "/health")
+    code, body = asked(Silent(), "/health", answer_s=0.01)
     assert code == 503
-    assert "has not answered within" in body["error"]["message"]
+    assert body["error"]["message"] == "the engine has not answered within 0.01 s"

@@ -24,7 +24,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from shoal.cluster.desk import Desk
 from shoal.cluster.stats import carried, emptied
 from shoal.config.engine_options import EngineOptions
-from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError
 from shoal.llm.async_llm import AsyncLLM
 from shoal.params import SamplingParams
@@ -39,9 +38,11 @@ from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, from_engine
 from shoal.wire.fleet import FleetStatus
 from shoal.wire.ranks import Sampling
+from shoal.wire.tokens import encode_tokens
 from support.asgi import get
+from support.fake_backend import FakeBackend
 from support.fakes import FakeClock, request, steady
-from support.status_server import engine, fleet, ranks, replica
+from support.fleet_status import engine, fleet, ranks, replica
 
 ROOT = Path(__file__).parent.parent.parent
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
@@ -346,8 +347,7 @@ def test_nothing_is_kept_of_what_has_ended() -> None:
         metrics.updated(0, SeqUpdate(seq, (1,)))
     for seq in range(100):
         metrics.updated(0, ending(seq))
-    assert not metrics._lives
-    assert not metrics._groups
+    assert metrics.followed == 0
 
 
 # --- the text ------------------------------------------------------------------------------------------------------
@@ -640,24 +640,22 @@ def test_counters_go_on_over_the_lives_of_a_replica() -> None:
 # --- several API servers -------------------------------------------------------------------------------------------
 
 
-class Head:
+class Head(FakeBackend):
     """The process that has the fleet, as an API server speaks to it."""
 
     def __init__(self) -> None:
         self.metrics = RequestMetrics(LENGTH)
+        super().__init__(verbs=self.metrics.verbs)
         self.gone = False
         self.handed_over = asyncio.Event()
 
     async def ask(self, verb: str, payload: bytes = b"") -> bytes:
         if self.gone:
             raise ClosedError("the engine was closed")
-        answer = self.metrics.verbs[verb](payload)
+        answer = await super().ask(verb, payload)
         if verb == "http":
             self.handed_over.set()
         return answer
-
-    async def status(self) -> FleetStatus:
-        return fleet(replica(0))
 
 
 def api_server(head: Head) -> FastAPI:
@@ -796,7 +794,7 @@ class RemoteClient:
         now = time.monotonic()
         for seq, prompt in enumerate(prompts):
             sampling = Sampling(seed=seq, temperature=1.0)
-            spec = EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens, arrival=now)
+            spec = EngineRequest(seq, encode_tokens(list(prompt)), len(prompt), sampling, max_tokens, arrival=now)
             self._channel.send(encode(spec))
         count, left = 0, len(prompts)
         while left:

@@ -17,7 +17,6 @@ from shoal.server.app import openai_app
 from shoal.server.http.limits import add_limits
 from shoal.server.operations import scaling
 from shoal.server.settings import ServerSettings
-from shoal.wire.fleet import FleetStatus
 from support.fake_backend import FakeBackend
 
 NO_NUMBERS = ["1e999", "-1e999", "NaN", "Infinity", "-Infinity", "1E+400", "9" * 400 + ".0"]
@@ -34,14 +33,10 @@ NEEDED: dict[str, dict[str, Any]] = {
 INSIDE = ["%s", '[{"a":%s}]', '{"type":"function","name":"f","function":{"name":"f"},"a":[%s]}']
 
 
-class Scaled:
-    async def scale(self, replicas: int) -> FleetStatus:
-        raise AssertionError(f"{replicas} replicas were taken")
-
-
 def app() -> FastAPI:
-    found = openai_app(FakeBackend(), ServerSettings(tool_call_parser="hermes"))
-    found.include_router(scaling.routes(Scaled()))
+    backend = FakeBackend(refusal=AssertionError("no body here has a number of replicas that is right"))
+    found = openai_app(backend, ServerSettings(tool_call_parser="hermes"))
+    found.include_router(scaling.routes(backend))
     add_limits(found, ServerSettings())
     return found
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,37 +21,20 @@ from shoal.llm.async_llm import AsyncLLM
 from shoal.params import SamplingParams
 from shoal.server.http.errors import add_handlers
 from shoal.server.operations import pause_and_sleep
-from shoal.wire.base import encode
-from shoal.wire.engine import CacheReset
-from shoal.wire.fleet import FleetStatus, Operation
+from shoal.wire.base import replace_fields
+from shoal.wire.fleet import Operation
+from support.fake_backend import FakeBackend
+from support.fleet_status import fleet
 from support.servers import ShoalServer
 
 KEY = {"Authorization": "Bearer secret"}
 WAIT_S = 120.0
 
 
-class Fleet:
-    """Notes what is asked for."""
-
-    def __init__(self, error: Exception | None = None, **status: Any) -> None:
-        self.asked: list[Operation] = []
-        self._error = error
-        self._status = status
-
-    async def operate(self, wanted: Operation) -> bytes:
-        self.asked.append(wanted)
-        if self._error is not None:
-            raise self._error
-        return encode(CacheReset(7, 2)) if wanted.verb == "reset_prefix_cache" else b""
-
-    async def status(self) -> FleetStatus:
-        return FleetStatus("m", 1, 1, (), 0, 0, True, 1.0, **self._status)
-
-
-def client(fleet: Fleet) -> TestClient:
+def client(backend: FakeBackend) -> TestClient:
     app = FastAPI()
     add_handlers(app)
-    app.include_router(pause_and_sleep.routes(fleet))
+    app.include_router(pause_and_sleep.routes(backend))
     return TestClient(app)
 
 
@@ -81,15 +65,15 @@ def client(fleet: Fleet) -> TestClient:
     ],
 )
 def test_what_vllm_s_clients_send_is_understood(path: str, asked: Operation, answer: dict[str, Any]) -> None:
-    fleet = Fleet()
-    found: Any = client(fleet).post(path)
+    backend = FakeBackend()
+    found: Any = client(backend).post(path)
     assert (found.status_code, found.json()) == (200, answer)
-    assert fleet.asked == [asked]
+    assert backend.operations == [asked]
 
 
 @pytest.mark.parametrize(("activity", "paused", "sleeping"), [("awake", 0, 0), ("paused", 1, 0), ("asleep", 1, 1)])
 def test_what_it_is_at_can_be_asked(activity: str, paused: int, sleeping: int) -> None:
-    asked = client(Fleet(activity=activity))
+    asked = client(FakeBackend(status=lambda: replace_fields(fleet(), activity=activity)))
     assert asked.get("/is_paused").json() == {"is_paused": bool(paused)}
     assert asked.get("/is_sleeping").json() == {"is_sleeping": bool(sleeping)}
 
@@ -99,9 +83,9 @@ def test_what_it_is_at_can_be_asked(activity: str, paused: int, sleeping: int) -
     [("/pause?mode=later", "mode"), ("/sleep?level=3", "level"), ("/wake_up?tags=lungs", "tags[0]")],
 )
 def test_wrong_parameters_are_named(path: str, param: str) -> None:
-    fleet = Fleet()
-    found: Any = client(fleet).post(path)
-    assert (found.status_code, found.json()["error"]["param"], fleet.asked) == (400, param, [])
+    backend = FakeBackend()
+    found: Any = client(backend).post(path)
+    assert (found.status_code, found.json()["error"]["param"], backend.operations) == (400, param, [])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +99,7 @@ def test_wrong_parameters_are_named(path: str, param: str) -> None:
 )
 @pytest.mark.parametrize("path", ["/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache"])
 def test_errors_have_their_status(path: str, error: Exception, status: int) -> None:
-    found: Any = client(Fleet(error)).post(path)
+    found: Any = client(FakeBackend(refusal=error)).post(path)
     assert (found.status_code, found.json()["error"]["message"]) == (status, str(error))
 
 
@@ -218,11 +202,10 @@ def test_a_rank_that_dies_asleep_is_replaced_and_asleep_too(server: ShoalServer)
 
 
 def _await(server: ShoalServer, holds: Callable[[Any], bool]) -> None:
-    """Asks until the replicas are so; each answer takes a moment."""
-    for _ in range(int(WAIT_S) * 20):
-        if holds(get(server, "/v1/admin/status").json()["replicas"]):
-            return
-    raise AssertionError(server.log()[-2000:])
+    """Ask until the replicas are so; each answer takes a moment."""
+    deadline = time.monotonic() + WAIT_S
+    while not holds(get(server, "/v1/admin/status").json()["replicas"]):
+        assert time.monotonic() < deadline, server.log()[-2000:]
 
 
 @pytest.mark.parametrize("path", ["/pause", "/resume", "/sleep", "/wake_up", "/reset_prefix_cache"])
@@ -240,7 +223,10 @@ def test_a_drain_during_a_pause_ends_in_time_and_says_what_holds() -> None:
             assert post(found, "/pause?mode=keep").status_code == 200
             assert found.stop() == 1
             stream.exception(WAIT_S)
-        assert "it is paused: 1 requests stand still until POST /resume, or are cut off" in found.log()
+        assert (
+            "the server is paused: 1 requests can't finish, and are cut off unless POST /resume continues it"
+            in found.log()
+        )
 
 
 # --- AsyncLLM ----------------------------------------------------------------------------------------------------

@@ -9,15 +9,7 @@ from starlette.testclient import TestClient
 from shoal.errors import ClosedError, ConfigError, EngineError, Unavailable
 from shoal.server.http.errors import add_handlers
 from shoal.server.operations import scaling
-from shoal.wire.fleet import FleetStatus
-
-
-class Fleet:
-    def __init__(self, error: Exception) -> None:
-        self._error = error
-
-    async def scale(self, replicas: int) -> FleetStatus:
-        raise self._error
+from support.fake_backend import FakeBackend
 
 
 @pytest.mark.parametrize(
@@ -32,7 +24,7 @@ class Fleet:
 def test_errors_have_their_status(error: Exception, status: int, param: str | None, after: str | None) -> None:
     app = FastAPI()
     add_handlers(app)
-    app.include_router(scaling.routes(Fleet(error)))
+    app.include_router(scaling.routes(FakeBackend(refusal=error)))
     answer: Any = TestClient(app).post("/v1/admin/replicas", json={"replicas": 9})
     found = answer.json()["error"]
     assert (answer.status_code, found["message"], found["param"]) == (status, str(error), param)

@@ -7,7 +7,8 @@ from shoal import __version__
 from shoal.server.operations.status import status_json
 from shoal.wire.base import replace_fields
 from shoal.wire.ranks import Traffic
-from support.status_server import StatusServer, engine, fleet, ranks, replica
+from support.fleet_status import engine, fleet, ranks, replica
+from support.status_server import StatusServer
 
 
 def test_every_field_is_there_under_its_name() -> None:

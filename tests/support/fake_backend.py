@@ -1,10 +1,10 @@
-"""A stand-in for AsyncLLM: it says what it is told to, in pieces, at once or when it is let."""
+"""The fake of `shoal.server.backend.Backend`: it says what it is told to, in pieces, at once or when it is let."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import shoal
 from shoal.config.engine_options import EngineOptions
@@ -13,20 +13,32 @@ from shoal.outputs import CompletionOutput, FinishReason, Logprob, Logprobs, Req
 from shoal.params import Message, Prompt, SamplingParams
 from shoal.server.api.response_store import ResponseStore
 from shoal.server.settings import ServerSettings
-from shoal.structured.matcher import Grammar, Vocabulary
+from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.prompts import Job, PromptReader
-from shoal.text.token_places import TokenPlaces
+from shoal.text.token_offsets import TokenOffsets
 from shoal.text.tokenizer import Tokenizer, open_tokenizer
+from shoal.wire.base import encode
+from shoal.wire.engine import CacheReset
+from shoal.wire.fleet import FleetStatus, Operation
+from support.fleet_status import fleet, replica
 
 DEMO = Path(shoal.__file__).parent / "demo_model"
 VOCAB_SIZE = 4096
+T = TypeVar("T")
 Script = Callable[[Job], Sequence[str]]  # what is said to a job, in pieces; each is cut into tokens
 
 
 @cache
 def vocabulary() -> Vocabulary:
     return Vocabulary((DEMO / "tokenizer.json").read_text("utf-8"), (), VOCAB_SIZE)
+
+
+@cache
+def demo_tokenizer() -> Tokenizer:
+    found = open_tokenizer(DEMO)
+    assert found is not None
+    return found
 
 
 class FakeStream:
@@ -90,8 +102,13 @@ class FakeStream:
 
 
 class FakeBackend:
-    """`error` ends each stream after `fail_after` pieces. With a `gate`, each piece takes a permit of it. `last_first`:
-    a prompt's outputs come in reverse, one after the other; its log-probabilities come with output 0 in any case."""
+    """A model of the bundled tokenizer that says `says(job)`, and a fleet whose status is `status()`.
+
+    `error` ends each stream after `fail_after` pieces. With a `gate`, each piece takes a permit of it. `last_first`: a
+    prompt's outputs come in reverse, one after the other; its log-probabilities come with output 0 in any case.
+    `verbs` are answered by `ask`, beside those of a store of responses. `refusal` is raised by `scale` and `operate`;
+    what they were called with is in `scaled` and `operations`.
+    """
 
     model_name = "demo"
     max_model_len = 512
@@ -105,6 +122,9 @@ class FakeBackend:
         finish: FinishReason = "stop",
         gate: asyncio.Semaphore | None = None,
         last_first: bool = False,
+        status: Callable[[], FleetStatus] = lambda: fleet(replica(0)),
+        verbs: Mapping[str, Callable[[bytes], bytes]] | None = None,
+        refusal: Exception | None = None,
     ) -> None:
         self.says = says
         self.error = error
@@ -114,24 +134,52 @@ class FakeBackend:
         self.last_first = last_first
         self.streams: list[FakeStream] = []
         self.places: list[tuple[int, int | None]] = []
-        found = open_tokenizer(DEMO)
-        assert found is not None
-        self._tokenizer = found
+        self.refusal = refusal
+        self.scaled: list[int] = []
+        self.operations: list[Operation] = []
+        self.closed = False
+        self._status = status
+        self._tokenizer = demo_tokenizer()
         self.vocab_size = VOCAB_SIZE
         self.options = EngineOptions.from_flat(None, {})
         self._reader = PromptReader(
-            found, vocab_size=self.vocab_size, max_model_len=self.max_model_len,
+            self._tokenizer, vocab_size=self.vocab_size, max_model_len=self.max_model_len,
             chat_template=lambda: ChatTemplate.open(DEMO),
         )  # fmt: skip
-
         self.store = ResponseStore.of(ServerSettings())
+        self.verbs: dict[str, Callable[[bytes], bytes]] = {"started": lambda _: b"yes", **(verbs or {})}
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
+    async def ready(self) -> None: ...
+
+    async def status(self) -> FleetStatus:
+        return self._status()
+
+    async def scale(self, replicas: int) -> FleetStatus:
+        self.scaled.append(replicas)
+        return self._unless_refused(self._status)
+
+    async def operate(self, wanted: Operation) -> bytes:
+        self.operations.append(wanted)
+        answer = encode(CacheReset(7, 2)) if wanted.verb == "reset_prefix_cache" else b""
+        return self._unless_refused(lambda: answer)
+
+    def _unless_refused(self, answer: Callable[[], T]) -> T:
+        if self.refusal is not None:
+            raise self.refusal
+        return answer()
+
     async def ask(self, verb: str, payload: bytes = b"") -> bytes:
-        return self.store.verbs[verb](payload)
+        return (self.store.verbs | self.verbs)[verb](payload)
+
+    async def drain(self, timeout: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         return base or SamplingParams()
@@ -145,7 +193,7 @@ class FakeBackend:
     async def check_grammar(self, job: Job) -> None:
         """In this process: nothing here is hostile."""
         if job.grammar:
-            Grammar.compile(job.grammar, vocabulary())
+            GrammarState.compile(job.grammar, vocabulary())
 
     def chat_tokens(self, messages: Sequence[Message], **template: Any) -> tuple[int, ...]:
         return self._reader.chat_tokens(messages, **template)
@@ -159,7 +207,7 @@ class FakeBackend:
 
     def deltas(self, job: Job, index: int) -> list[Delta]:
         pieces = list(self.says(job))
-        places = TokenPlaces(self._tokenizer, skip_special_tokens=True)
+        offsets_of = TokenOffsets(self._tokenizer, skip_special_tokens=True)
         stream = self._tokenizer.stream(job.tokens)
         found = []
         for at, piece in enumerate(pieces):
@@ -168,8 +216,8 @@ class FakeBackend:
             logprobs = None if wanted is None else tuple(self.logprobs(token, wanted) for token in tokens)
             finish = self.finish if at == len(pieces) - 1 else None
             for token in tokens:
-                places.add(token, stream.push(token))
-            offsets = None if wanted is None else tuple(places.starts[-len(tokens) :])
+                offsets_of.add(token, stream.push(token))
+            offsets = None if wanted is None else tuple(offsets_of.offsets[-len(tokens) :])
             found.append(Delta(index, piece, tokens, logprobs, finish, text_offsets=offsets))
         return found
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from support.descriptors import moved_up
+from support.descriptors import many_open_files
 from support.fakes import steady
 
 BIG = 5_000_000
@@ -137,9 +137,9 @@ def test_only_a_whole_frame_is_there_without_waiting(ends: tuple[Channel, Channe
 
 
 def test_a_process_may_have_many_files_open() -> None:
-    ours, theirs = Channel.pair()
+    with many_open_files():
+        high, theirs = Channel.pair()
     other = Channel(theirs)
-    high = Channel.from_fd(moved_up(ours._socket.detach()))
     high.send(bytes(BIG))
     assert high.backlog
     assert not high.flush(0.01)

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -13,7 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from shoal.transport import member as members_module
 from shoal.transport import rendezvous as rendezvous_module
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.member import RoomMember, connect
-from shoal.transport.rendezvous import Rendezvous, proof, require_key
+from shoal.transport.rendezvous import Rendezvous, proof, require_key, watch_host
 from shoal.wire.base import encode
 from shoal.wire.rendezvous import (
     Alive,
@@ -35,13 +37,15 @@ from shoal.wire.rendezvous import (
     Posted,
     RoomComplete,
     Signed,
+    StoreGet,
     StoreSet,
+    StoreValue,
     Welcome,
     from_rendezvous,
     hello_decoder,
     to_rendezvous,
 )
-from support.descriptors import moved_up
+from support.descriptors import many_open_files
 
 KEY = "a key"
 
@@ -110,8 +114,7 @@ def test_a_rendezvous_that_goes_while_others_are_awaited_has_failed() -> None:
     with ThreadPoolExecutor(1) as pool:
         with Rendezvous(key=KEY) as meeting:
             waiting = pool.submit(join, meeting, 1)
-            while not meeting._rooms:
-                threading.Event().wait(0.01)
+            arrive(meeting)
         with pytest.raises(EngineError, match=r"the rendezvous at .* has gone"):
             waiting.result()
 
@@ -246,8 +249,8 @@ def next_of(channel: Channel, kind: type) -> Any:
                 return message
 
 
-@pytest.fixture
-def by_hand() -> Iterator[tuple[RoomMember, Channel]]:
+@contextmanager
+def member_by_hand() -> Iterator[tuple[RoomMember, Channel]]:
     """A member, and the other end of its connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         address = Address("127.0.0.1", listener.getsockname()[1])
@@ -257,6 +260,12 @@ def by_hand() -> Iterator[tuple[RoomMember, Channel]]:
             yield member, channel
             channel.hang_up()
             member.close()
+
+
+@pytest.fixture
+def by_hand() -> Iterator[tuple[RoomMember, Channel]]:
+    with member_by_hand() as found:
+        yield found
 
 
 @pytest.fixture
@@ -278,7 +287,7 @@ def test_a_frame_that_is_half_there_is_waited_for(
 
     def counted(self: Channel, most: int | None = None) -> list[bytes]:
         nonlocal read
-        read += self is member._channel
+        read += self is not channel
         return receive(self, most)
 
     monkeypatch.setattr(Channel, "receive", counted)
@@ -308,19 +317,22 @@ def test_why_one_is_shown_out_is_not_forgotten_when_the_connection_ends(by_hand:
     member, channel = by_hand
     channel.send(encode(JoinRefused("it can't be done")))
     channel.hang_up()
-    member._thread.join(60)
+    for thread in threads_of(member):
+        thread.join(60)
     (why,) = member.failures().values()
-    assert why == f"the rendezvous at {member._address} showed rank 0 out: it can't be done"
+    assert re.fullmatch(r"the rendezvous at 127\.0\.0\.1:\d+ showed rank 0 out: it can't be done", why)
 
 
-def test_leaving_a_rendezvous_that_does_not_listen(
-    by_hand: tuple[RoomMember, Channel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leaving_a_rendezvous_that_does_not_listen(by_hand: tuple[RoomMember, Channel]) -> None:
     """No thread is left that uses what is closed."""
-    monkeypatch.setattr(members_module, "_ATTEMPT_S", 0.1)
     member, _ = by_hand
-    member.close()
-    assert not member._thread.is_alive()
+    (thread,) = threads_of(member)
+    member.close(patience=0.1)
+    assert not thread.is_alive()
+
+
+def threads_of(member: RoomMember) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == f"shoal-member-{member.rank}"]
 
 
 def test_a_member_that_can_not_join_leaves_nothing_open(meeting: Rendezvous) -> None:
@@ -334,22 +346,19 @@ def test_a_member_that_can_not_join_leaves_nothing_open(meeting: Rendezvous) -> 
     assert eventfds() == before
 
 
-def test_a_process_may_have_many_files_open(by_hand: tuple[RoomMember, Channel]) -> None:
-    member, channel = by_hand
-    before = member.fileno()
-    member._wakeup = moved_up(os.dup(before))  # its thread may be about to use the old number
-    channel.send(POSTED)
-    channel.send(POSTED)
-    until(member, lambda: bool(member.latest("step")))
-    member.quiet()
-    member.quiet()
-    os.close(before)
+def test_a_process_may_have_many_files_open() -> None:
+    with many_open_files(), member_by_hand() as (member, channel):
+        channel.send(POSTED)
+        channel.send(POSTED)
+        until(member, lambda: bool(member.latest("step")))
+        member.quiet()
+        member.quiet()
 
 
 def arrive(meeting: Rendezvous) -> None:
     """The first one sets what the room is."""
     for _ in range(6000):
-        if meeting._rooms:
+        if meeting.rooms:
             return
         threading.Event().wait(0.01)
     raise AssertionError("nobody has arrived")
@@ -396,8 +405,8 @@ def test_whoever_ends_well_is_no_failure(meeting: Rendezvous) -> None:
 MEMBER = """
 import sys, time
 from shoal.addresses import Address
-from shoal.transport.member import Member
-Member(Address.parse(sys.argv[1]), "a key", room="room", rank=1, size=2, timeout=60.0)
+from shoal.transport.member import RoomMember
+RoomMember(Address.parse(sys.argv[1]), "a key", room="room", rank=1, size=2, timeout=60.0)
 print("in", flush=True)
 time.sleep(600)
 """
@@ -441,23 +450,26 @@ def test_strangers_change_nothing(meeting: Rendezvous) -> None:
         while stranger.recv(4096):
             pass
         channel.close()
-    assert not meeting._store
+    asking = connect(address, KEY, timeout=60.0)
+    asking.send(encode(StoreGet(("a",), wait=False)))
+    assert wait([asking], 60)
+    assert [from_rendezvous.decode(frame) for frame in asking.receive()] == [StoreValue(None)]
+    asking.close()
     for each in both(meeting):
         each.close()
 
 
-def test_silent_strangers_keep_nobody_out(meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous_module, "_MOST_STRANGERS", 4)
-    monkeypatch.setattr(rendezvous_module, "_HELLO_S", 600.0)
-    address = Address.parse(meeting.address)
-    strangers = [socket.create_connection((address.host, address.port), timeout=60) for _ in range(4)]
-    for stranger in strangers:
-        assert stranger.recv(4)  # it has been let in
-    connect(address, KEY, timeout=1.0).close()
-    while strangers[0].recv(4096):
-        pass
-    for each in both(meeting):
-        each.close()
+def test_silent_strangers_keep_nobody_out() -> None:
+    with Rendezvous(key=KEY, most_strangers=4, hello_s=600.0) as meeting:
+        address = Address.parse(meeting.address)
+        strangers = [socket.create_connection((address.host, address.port), timeout=60) for _ in range(4)]
+        for stranger in strangers:
+            assert stranger.recv(4)  # it has been let in
+        connect(address, KEY, timeout=1.0).close()
+        while strangers[0].recv(4096):
+            pass
+        for each in both(meeting):
+            each.close()
     for stranger in strangers:
         stranger.close()
 
@@ -475,47 +487,42 @@ def test_one_that_was_refused_is_not_listened_to_any_more(meeting: Rendezvous) -
             while wait([channel], 60):
                 channel.receive()
     meeting.close()
-    assert not meeting._rooms
+    assert not meeting.rooms
 
 
-class FullListener:
-    """Without file descriptors for the first calls."""
+def test_without_file_descriptors_the_next_connection_is_waited_for(
+    meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = list[float]()
+    accept = socket.socket.accept
 
-    def __init__(self, listener: socket.socket, failures: int) -> None:
-        self.called = list[float]()
-        self._listener = listener
-        self._failures = failures
-
-    def accept(self) -> Any:
-        self.called.append(time.monotonic())
-        if len(self.called) <= self._failures:
+    def accept_the_third_time(listener: socket.socket) -> Any:
+        called.append(time.monotonic())
+        if len(called) < 3:
             raise OSError(errno.EMFILE, "Too many open files")
-        return self._listener.accept()
+        return accept(listener)
 
-    def fileno(self) -> int:
-        return self._listener.fileno()
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def test_without_file_descriptors_the_next_connection_is_waited_for(meeting: Rendezvous) -> None:
-    (listener,) = meeting._listeners
-    full = FullListener(listener.socket, 2)
-    listener.socket = full  # type: ignore[assignment]
+    monkeypatch.setattr(socket.socket, "accept", accept_the_third_time)
     connect(Address.parse(meeting.address), KEY, timeout=60.0).close()
-    assert len(full.called) == 3
-    assert all(later - sooner >= 0.4 for sooner, later in zip(full.called, full.called[1:], strict=False))
+    assert len(called) == 3
+    assert all(later - sooner >= 0.4 for sooner, later in pairwise(called))
 
 
-def test_a_connection_that_says_nothing_more_is_found_out(meeting: Rendezvous) -> None:
-    """Also that of a store, which says nothing unless it is asked: by TCP itself."""
-    with closing(connect(Address.parse(meeting.address), KEY, timeout=60.0)):
-        (guest,) = meeting._guests.values()
-        sock = guest.channel._socket
+def test_a_connection_that_says_nothing_more_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By TCP itself, on both ends: that of a store says nothing unless it is asked."""
+    watched = list[socket.socket]()
+    for module in (members_module, rendezvous_module):
+        monkeypatch.setattr(module, "watch_host", watched.append)
+    with Rendezvous(key=KEY) as meeting, closing(connect(Address.parse(meeting.address), KEY, timeout=60.0)):
+        assert len({sock.fileno() for sock in watched}) == 2
+    with socket.socket() as sock:
+        watch_host(sock)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        found = [sock.getsockopt(socket.IPPROTO_TCP, option) for option, _ in rendezvous_module._KEEPALIVE]
-        assert found == [seconds for _, seconds in rendezvous_module._KEEPALIVE]
+        idle, interval, count, unanswered_ms = (
+            sock.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        )
+    assert idle + interval * count == unanswered_ms / 1000 == 8
 
 
 def test_an_address_that_others_reach_needs_a_key() -> None:

@@ -3,8 +3,9 @@
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -15,8 +16,9 @@ from shoal.errors import ConfigError
 from shoal.transport import member as members_module
 from shoal.transport.channel import Channel, wait
 from shoal.transport.member import RoomMember, connect
-from shoal.transport.rendezvous import Rendezvous
-from shoal.wire.rendezvous import Hello, JoinRefused
+from shoal.transport.rendezvous import Rendezvous, proof
+from shoal.wire.base import encode
+from shoal.wire.rendezvous import Challenge, Hello, JoinRefused, Signed, Welcome, hello_decoder, to_rendezvous
 from support.fakes import steady
 
 KEY = "a key"
@@ -91,7 +93,7 @@ def test_a_number_that_is_there_twice_is_refused_in_the_end(
     meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not at once: the first one may have been cut off, and that not be known yet."""
-    monkeypatch.setattr(members_module, "_AGAIN_S", 0.3)
+    monkeypatch.setattr(members_module, "REFUSED_S", 0.3)
     members = all_of(meeting, [0, 1])
     with pytest.raises(ConfigError, match=r"rank 1 \(.*\) is there already: give every process a rank of its own"):
         join(meeting, 1)
@@ -125,7 +127,7 @@ def test_a_door_that_is_shut_for_now_is_asked_again() -> None:
         door.entered.get(timeout=60)[1].close()
 
 
-class _Hours:
+class Hours:
     """Time that passes with each pause."""
 
     def __init__(self, pause: float) -> None:
@@ -139,32 +141,55 @@ class _Hours:
         self.now += self.pause
 
 
-def test_only_refusals_without_a_break_come_to_an_end(meeting: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> None:
+Answer = Literal["not now", "hang up", "unreachable", "come in"]
+
+
+class ScriptedRendezvous:
+    """A connection to it is answered by the next of the `answers`."""
+
+    address = Address("127.0.0.1", 1)
+
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+        self._pool = ThreadPoolExecutor(1)
+
+    def connect(self, *_: object) -> socket.socket:
+        answer = self.answers.pop(0)
+        if answer == "unreachable":
+            raise OSError("refused")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            found = socket.create_connection(listener.getsockname())
+            self._pool.submit(self._serve, Channel(listener.accept()[0]), answer)
+        return found
+
+    @staticmethod
+    def _serve(channel: Channel, answer: Answer) -> None:
+        with closing(channel):
+            if answer == "hang up":
+                return
+            channel.send(encode(Challenge(bytes(32))))
+            assert wait([channel], 60)
+            (signed,) = (to_rendezvous.decode(frame) for frame in channel.receive(1))
+            assert isinstance(signed, Signed)
+            nonce = hello_decoder.decode(signed.hello).nonce
+            welcome = Welcome(proof(KEY, "rendezvous", nonce, signed.hello))
+            channel.send(encode(welcome if answer == "come in" else JoinRefused("not now", again=True)))
+            channel.flush(60)
+
+
+def test_only_refusals_without_a_break_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refusal, a long time in which nobody is there, another refusal: the second one is the first of its kind."""
-    monkeypatch.setattr(members_module, "time", _Hours(members_module._AGAIN_S * 2))
-    answers: list[Exception | None] = [
-        members_module._RefusedForNow("not now"),
-        members_module._HungUp(),
-        members_module._RefusedForNow("not now"),
-        OSError("refused"),
-        members_module._RefusedForNow("not now"),
-        None,
-    ]
-
-    def introduced(sock: socket.socket, *_: object) -> str:
-        sock.close()
-        answer = answers.pop(0)
-        if answer is not None:
-            raise answer
-        return "in"
-
-    monkeypatch.setattr(members_module, "_introduced", introduced)
-    assert enter(meeting, timeout=1e6) == "in"  # type: ignore[comparison-overlap]
-    answers += [members_module._RefusedForNow("not now")] * 2
+    script = ScriptedRendezvous()
+    monkeypatch.setattr(members_module, "time", Hours(members_module.REFUSED_S * 2))
+    monkeypatch.setattr("shoal.transport.member.addresses.connect", script.connect)
+    script.answers = ["not now", "hang up", "not now", "unreachable", "not now", "come in"]
+    connect(script.address, KEY, timeout=1e6).close()
+    script.answers = ["not now", "not now"]
     with pytest.raises(ConfigError, match="not now"):
-        enter(meeting, timeout=1e6)
-    answers += [*[members_module._RefusedForNow("not now")] * 9, None]
-    assert enter(meeting, timeout=1e6, returning=True) == "in", "it was there before: it goes on asking"  # type: ignore[comparison-overlap]
+        connect(script.address, KEY, timeout=1e6)
+    script.answers = [*["not now"] * 9, "come in"]  # type: ignore[list-item]
+    connect(script.address, KEY, timeout=1e6, returning=True).close()  # it was there before: it goes on asking
+    assert not script.answers
 
 
 def test_a_door_that_stays_shut_says_why() -> None:

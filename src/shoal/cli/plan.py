@@ -1,4 +1,4 @@
-"""`shoal plan`: what `shoal serve` or `shoal generate` would do with the same flags, and why. Nothing is started."""
+"""`shoal plan`: the plan that `shoal serve` or `shoal generate` would make with the same flags; it starts nothing."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from shoal.launch.open_model import OpenModel, open_model
 from shoal.wire.base import as_json
 from shoal.wire.plan import EnginePlan, RankPlan
 
-_WIDTH = 140  # of a table that goes to a file or a pipe
+_WIDTH = 140  # columns of a table that goes to a file or a pipe
 _SECRETS = ("key",)  # fields of a plan that are not printed
 
 
@@ -25,10 +25,10 @@ _SECRETS = ("key",)  # fields of a plan that are not printed
 @click.option("--json", "as_objects", is_flag=True, help="print the plans as JSON")
 @serving_flags
 def plan(model: str | None, as_objects: bool, **flags: Any) -> None:
-    """Shows how MODEL would be run on this host, and starts nothing.
+    """Show how MODEL would be run on this host, and start nothing.
 
-    The plan of each replica names its ranks: their devices, layers, heads, experts and bytes. It also says how many KV
-    blocks there are, how many requests of the longest length they hold at a time, and why things were decided so.
+    The plan of each replica lists its ranks with their devices, layers, heads, experts and bytes. It also says how many
+    KV blocks there are, how many requests of the greatest length they hold at a time, and why this was decided.
     """
     opened = open_model(model, engine_values(flags), online=True)
     plans = plans_of(opened)
@@ -56,7 +56,7 @@ def _print(model: OpenModel, plans: list[EnginePlan]) -> None:
     console.print(
         f"{model.name}: tp {layout.tp} x pp {layout.num_stages} x dp {layout.replicas} = "
         f"{layout.num_ranks * layout.replicas} ranks, {first.dtype}, executor {first.executor}, "
-        f"up to {first.max_model_len} tokens a request",
+        f"up to {first.max_model_len} tokens per request",
         soft_wrap=True,
     )
     console.print(_cache(first), soft_wrap=True)
@@ -70,10 +70,10 @@ def _print(model: OpenModel, plans: list[EnginePlan]) -> None:
 
 def _cache(plan: EnginePlan) -> str:
     if plan.num_blocks is None:
-        return "KV cache: each rank measures what its device has left when it has loaded"
+        return "KV cache: each rank measures the memory that is left on its device after loading"
     tokens = plan.num_blocks * plan.block_size
     return (
-        f"KV cache: {plan.num_blocks} blocks x {plan.block_size} = {tokens} tokens a replica, "
+        f"KV cache: {plan.num_blocks} blocks x {plan.block_size} = {tokens} tokens per replica, "
         f"{tokens / plan.max_model_len:.1f} requests of {plan.max_model_len} tokens at a time"
     )
 

@@ -15,10 +15,11 @@ from shoal.errors import CommAborted, CommError, CommTimeout
 class ThreadGroup:
     """The meeting place of a group's ranks; each rank's end is a ThreadComm."""
 
-    def __init__(self, size: int, timeout_s: float) -> None:
+    def __init__(self, size: int, timeout_s: float, *, changed: threading.Condition | None = None) -> None:
+        """`changed` is what ranks wait with: one of `threading` unless given."""
         self.size = size
         self.timeout_s = timeout_s
-        self._changed = threading.Condition()
+        self._changed = threading.Condition() if changed is None else changed
         self._arrived = [0] * size  # exchanges that each rank has entered
         # Two sets of places in turn: a rank can be one exchange ahead of a slower one that still reads, never two.
         self._places: list[list[Any]] = [[None] * size, [None] * size]

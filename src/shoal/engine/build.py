@@ -8,8 +8,8 @@ from typing import Any
 from shoal import env
 from shoal.devices import cpu
 from shoal.engine.core import EngineCore
-from shoal.engine.scheduler import SchedulerLimits
-from shoal.engine.speculation import make_guessers
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.speculation import make_drafters
 from shoal.errors import ConfigError
 from shoal.executors.base import RankExecutor
 from shoal.executors.table import EXECUTORS, start_ranks
@@ -78,8 +78,10 @@ def build_engine(
         prefix_caching=plan.prefix_caching,
         max_in_flight=plan.max_in_flight,
         incarnation=setups[0].incarnation,
-        grammars=grammar_pool(Path(plan.model.folder), plan.eos, plan.vocab_size, plan.grammar_cores),
-        make_guesser=make_guessers(plan.speculative),
+        grammars=grammar_pool(
+            Path(plan.tokenizer_folder or plan.model.folder), plan.eos, plan.vocab_size, plan.grammar_cores
+        ),
+        make_drafter=make_drafters(plan.speculative),
         lockstep=lockstep,
         memory_timeout=plan.timeouts.start_s,
     )
@@ -89,7 +91,8 @@ _first_in_process: list[Owner] = []  # the process in which ranks ran first
 
 
 def _check_threads_of_torch() -> None:
-    """
+    """Check that this process was not forked from one in which ranks have run.
+
     Raises:
         ConfigError: ranks have run in the process from which this one was forked.
     """

@@ -77,7 +77,7 @@ def receive_plan(channel: Channel) -> EnginePlan:
 
 
 def answer(channel: Channel, engine: EngineCore, lockstep: Joined | None, supervisor: Channel | None = None) -> None:
-    """Until it is told to stop, by its client or by the `supervisor` on its own host, who hears how it does too.
+    """Serve a client until that or the `supervisor` on its own host says stop. The supervisor hears stats too.
 
     Raises:
         ChannelClosed: the client has gone.

@@ -38,6 +38,11 @@ class Answered:
         self.count += 1
         self.last = max(self.last, index)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the indices take in memory."""
+        return sum(len(page) * page.itemsize for page in self._pages.values())
+
     def __contains__(self, index: int) -> bool:
         page = self._pages.get(index // _PAGE)
         return page is not None and page[index % _PAGE] != 0

@@ -50,7 +50,12 @@ class JobRun:
         self._engine = engine
         self._parameters = parameters
         self._seed = seed
-        self._pending: dict[int, tuple[JobEntry, str]] = {}  # what the engine has, no more than its window
+        self._pending: dict[int, tuple[JobEntry, str]] = {}  # what the engine has
+
+    @property
+    def unfinished(self) -> int:
+        """Entries that the engine has and has not finished; never more than its window."""
+        return len(self._pending)
 
     def __call__(
         self,

@@ -30,14 +30,14 @@ from shoal.text.generation_config import GenerationDefaults
 from shoal.text.grammar_checker import GrammarChecker
 from shoal.text.grammar_host import grammar_pool
 from shoal.text.prompts import PromptReader
-from shoal.text.tokenizer import Tokenizer, open_tokenizer
+from shoal.text.tokenizer import Tokenizer, open_other_tokenizer, open_tokenizer
 from shoal.values import shown
 from shoal.wire.base import replace_fields
 from shoal.wire.plan import EnginePlan, ModelFiles, ReplicaPlace, ServedModel
 
 log = get_logger("model")
 
-BUNDLED = "bundled"
+_LEAST_SHARE = 0.9  # of the model's vocabulary, that a tokenizer from elsewhere should have
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,12 @@ class OpenModel:
     @property
     def name(self) -> str:
         """The name that the user gave to the model, or the name of the bundled model."""
-        return self.options.model or BUNDLED
+        return self.options.model or hub.BUNDLED_NAME
 
     @property
     def plan(self) -> EnginePlan:
         """The plan of the first replica."""
-        return replace_fields(self._own_planner.first_plan, name=self.name, eos=self.generation.eos)
+        return self._completed(self._own_planner.first_plan)
 
     def plan_at(self, place: ReplicaPlace) -> EnginePlan:
         """Return the plan of the replica at a place of this host. If it will meet others, it has the agreement.
@@ -71,7 +71,12 @@ class OpenModel:
         """
         plan = self._own_planner.plan(place)
         compared = self.agreement if place.rendezvous else {}
-        return replace_fields(plan, name=self.name, eos=self.generation.eos, agreement=compared)
+        return replace_fields(self._completed(plan), agreement=compared)
+
+    def _completed(self, plan: EnginePlan) -> EnginePlan:
+        """Return the plan with what the planner does not read: names and texts."""
+        folder = self.served.tokenizer_folder
+        return replace_fields(plan, name=self.name, eos=self.generation.eos, tokenizer_folder=folder)
 
     @property
     def agreement(self) -> dict[str, str]:
@@ -100,7 +105,7 @@ class OpenModel:
         Args:
             max_model_len: the limit of the engine; None before it has started: the planned limit.
         """
-        folder = Path(self.served.folder)
+        folder = Path(self.served.tokenizer_folder)
         return PromptReader(
             self.tokenizer,
             vocab_size=self.vocab_size,
@@ -112,7 +117,8 @@ class OpenModel:
     def grammar_checker(self) -> GrammarChecker:
         """Return a checker of the grammars of structured outputs. It starts its process with the first grammar."""
         served, eos = self.served, self.generation.eos
-        return GrammarChecker(lambda: grammar_pool(Path(served.folder), eos, served.vocab_size, served.cores))
+        folder = Path(served.tokenizer_folder)
+        return GrammarChecker(lambda: grammar_pool(folder, eos, served.vocab_size, served.cores))
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         """Return `base` with the sampling defaults of the model's generation_config.json.
@@ -166,6 +172,7 @@ def open_model(
     plan = planner.first_plan
     served = ServedModel(
         folder=plan.model.folder,
+        tokenizer_folder=str(_find_tokenizer(options, Path(plan.model.folder))),
         file_state=plan.model.file_state,
         overrides=plan.model.overrides,
         vocab_size=plan.vocab_size,
@@ -173,6 +180,7 @@ def open_model(
         cores=plan.grammar_cores,
     )
     found = _open_served(options, given, served)
+    _warn_of_small_tokenizer(found)
     return dataclasses.replace(found, planner=planner, own_process=own_process, manual_place=manual_place)
 
 
@@ -194,6 +202,7 @@ def _read_options(
     open_files.occupy_standard()  # before anything opens a socket, which would get one of these descriptors
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
+    given = {name: os.fspath(each) if isinstance(each, PathLike) else each for name, each in given.items()}
     given, notes = vllm_options.take(given, server=online)
     options = EngineOptions.from_flat(model, given)
     for note in notes:
@@ -210,7 +219,11 @@ def _open_served(options: EngineOptions, given: Mapping[str, Any], served: Serve
         sampling=options.model_options.generation_config != "vllm",
         overrides=json.loads(served.overrides),
     )
-    return OpenModel(options, given, served, open_tokenizer(folder), generation, planner=None)
+    if served.tokenizer_folder == served.folder:
+        tokenizer = open_tokenizer(folder)
+    else:
+        tokenizer = open_other_tokenizer(Path(served.tokenizer_folder), served.vocab_size)
+    return OpenModel(options, given, served, tokenizer, generation, planner=None)
 
 
 def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
@@ -269,3 +282,27 @@ def _locate_files(options: EngineOptions) -> ModelFiles:
     if speculative is None or speculative.method != "draft_model":
         return ModelFiles(str(folder))
     return ModelFiles(str(folder), str(hub.locate(speculative.model, speculative.revision, weights=weights)))
+
+
+def _warn_of_small_tokenizer(model: OpenModel) -> None:
+    """Warn if a tokenizer from elsewhere has far fewer tokens than the model, more than padding accounts for."""
+    served, tokenizer = model.served, model.tokenizer
+    if served.tokenizer_folder == served.folder or tokenizer is None:
+        return
+    if tokenizer.size < _LEAST_SHARE * served.vocab_size:
+        log.warning(
+            "--tokenizer: %s has %d tokens, the model has %d: is it the tokenizer that the model was trained with?",
+            *(served.tokenizer_folder, tokenizer.size, served.vocab_size),
+        )
+
+
+def _find_tokenizer(options: EngineOptions, folder: Path) -> Path:
+    """Return the folder of the tokenizer: the model's `folder`, unless the options name another one.
+
+    Raises:
+        UserError: as `hub.locate`.
+    """
+    said = options.model_options
+    if said.tokenizer is None and said.tokenizer_revision is None:
+        return folder
+    return hub.locate(said.tokenizer or options.model, said.tokenizer_revision, weights=False)

@@ -97,7 +97,7 @@ class AsyncLLM(PauseAndSleep):
         self._streams: dict[int, RequestStream] = {}  # by the number of each of their requests
         self._named: dict[str, RequestStream] = {}  # by request_id
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived: list[SeqUpdate] = []
+        self._arrived: list[tuple[int, SeqUpdate]] = []  # updates, with the numbers that their requests have here
         self._arrived_lock = threading.Lock()
         self._closed = False
         self._desk: Desk | None = None
@@ -137,6 +137,11 @@ class AsyncLLM(PauseAndSleep):
         are cut to the lower one in any case.
         """
         return self._requests.max_model_len
+
+    @property
+    def unfinished(self) -> int:
+        """The number of outputs that were requested here and have not ended yet."""
+        return len(self._streams)
 
     @property
     def desk(self) -> Desk | None:
@@ -420,7 +425,7 @@ class AsyncLLM(PauseAndSleep):
             self._take()
         for seq in list(self._streams):
             lost = SeqUpdate(seq, (), finish=Finish.ABORT, error=_CLOSED, refusal=RefusalKind.CLOSING)
-            self._hand_out(lost)
+            self._hand_out(seq, lost)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
@@ -457,7 +462,7 @@ class AsyncLLM(PauseAndSleep):
             return
         with self._arrived_lock:
             first = not self._arrived
-            self._arrived += message.updates
+            self._arrived += [(update.seq - message.base, update) for update in message.updates]
         if first:
             try:
                 self._loop.call_soon_threadsafe(self._take)
@@ -473,22 +478,22 @@ class AsyncLLM(PauseAndSleep):
         with self._arrived_lock:
             updates, self._arrived = self._arrived[:_AT_ONCE], self._arrived[_AT_ONCE:]
             rest = bool(self._arrived)
-        for update in updates:
-            self._hand_out(update)
+        for seq, update in updates:
+            self._hand_out(seq, update)
         if rest and self._loop is not None:
             self._loop.call_soon(self._take)
 
-    def _hand_out(self, update: SeqUpdate) -> None:
-        stream = self._streams.get(update.seq)
+    def _hand_out(self, seq: int, update: SeqUpdate) -> None:
+        stream = self._streams.get(seq)
         if stream is None:
             return
         try:
-            stream.take(update)
+            stream.take(seq, update)
         except Exception:  # most likely from a tokenizer; it must end this request only
-            log.exception("failed to make the text of request %d", update.seq)
+            log.exception("failed to make the text of request %d", seq)
             stream.fail(EngineError("failed to make the text of an output; see the log of the server for the reason"))
         if update.finish is not None:
-            self._streams.pop(update.seq, None)
+            self._streams.pop(seq, None)
 
 
 class RequestStream:
@@ -606,17 +611,17 @@ class RequestStream:
         self.close()
         self._wakeup.set()
 
-    def take(self, update: SeqUpdate) -> None:
-        """Add an update, and wake the reader."""
-        if update.seq not in self._running:
+    def take(self, seq: int, update: SeqUpdate) -> None:
+        """Add an update of the request that has the number `seq` here, and wake the reader."""
+        if seq not in self._running:
             return
-        index = update.seq - self.number
+        index = seq - self.number
         stopped = self._outputs.take(index, update)
         if stopped and update.finish is None:
-            self._llm.release((update.seq,), stopped=True)
+            self._llm.release((seq,), stopped=True)
         ended = stopped or update.finish is not None
         if ended:
-            self._running.discard(update.seq)
+            self._running.discard(seq)
             self._outputs.running -= 1
         if update.error:
             self._error = _error_of(update)

@@ -115,4 +115,4 @@ def shards_of(spec: ModelSpec, ranks: int, weights: Sequence[int] | None = None)
     if not isinstance(spec, FallbackSpec):
         return shares
     fallback_spec.check_ranks(spec, ranks)
-    return fallback_spec.as_cut(spec, shares)
+    return fallback_spec.shards_as_cut(spec, shares)

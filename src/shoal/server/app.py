@@ -1,4 +1,4 @@
-"""The server's endpoints, put together."""
+"""The FastAPI application: all endpoints and their middleware."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from shoal import __version__
-from shoal.llm.async_llm import AsyncLLM
 from shoal.server.api import chat, completions, models, responses, stored_responses, tokenization
 from shoal.server.api.start_requests import Service, client_gone
 from shoal.server.backend import Backend
@@ -21,20 +20,20 @@ from shoal.server.operations.metrics_page import add_metrics
 from shoal.server.settings import ServerSettings
 
 
-def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
-    """All endpoints of `shoal serve`, over a model that others start and close."""
+def make_app(llm: Backend, settings: ServerSettings) -> FastAPI:
+    """Return an application with all endpoints of `shoal serve`. It neither starts nor closes the model."""
     app = openai_app(llm, settings)
     for endpoints in (health, status, scaling, pause_and_sleep):
         app.include_router(endpoints.routes(llm))
     app.include_router(dashboard.routes())
     add_limits(app, settings)
-    add_metrics(app, llm, Service(llm, settings).names[0], llm.options)
+    add_metrics(app, llm, Service(llm, settings).names[0])
     _make_ready(app)
     return app
 
 
 def _make_ready(app: FastAPI) -> None:
-    """FastAPI would do it when the first requests come, and hold up the others meanwhile."""
+    """Prepare routes and description now: FastAPI would do that during the first requests, and delay others."""
     nowhere = {"type": "http", "path": "", "root_path": "", "method": "GET", "headers": [], "query_string": b""}
     for route in app.routes:
         route.matches(nowhere)
@@ -43,9 +42,9 @@ def _make_ready(app: FastAPI) -> None:
 
 
 class _App(FastAPI):
-    """Describes no error that is never answered: bodies and parameters that are wrong get a 400.
+    """A FastAPI whose description leaves out status 422, since wrong bodies and parameters are answered with 400.
 
-    Request ids are put around all else, so that answers to what nobody foresaw have them as well.
+    Request ids are the outermost middleware, so that answers to unexpected errors have them too.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -63,7 +62,7 @@ class _App(FastAPI):
 
 
 def openai_app(llm: Backend, settings: ServerSettings) -> FastAPI:
-    """The endpoints that clients of OpenAI's API call, alone."""
+    """Return an application with the endpoints of OpenAI's API alone."""
     documented: dict[str, Any] = {"docs_url": None, "redoc_url": None} if settings.disable_docs else {}
     app = _App(
         title="Shoal",

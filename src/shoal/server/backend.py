@@ -1,16 +1,20 @@
-"""What the endpoints need of an `AsyncLLM`, as seams."""
+"""The seam between the HTTP server and the model it serves. `AsyncLLM` is the implementation."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
+from shoal.config.engine_options import EngineOptions
 from shoal.llm.deltas import Delta
 from shoal.outputs import Logprobs, RequestOutput
 from shoal.params import Message, Prompt, SamplingParams
 from shoal.text.prompts import Job
 from shoal.text.tokenizer import Tokenizer
+from shoal.wire.fleet import FleetStatus, Operation
 
 
 class TokenStream(Protocol):
+    """The growing outputs of one prompt. Iterating gives what is new; leaving the loop early ends the request."""
+
     @property
     def cached_tokens(self) -> int: ...
 
@@ -18,7 +22,8 @@ class TokenStream(Protocol):
     def prompt_logprobs(self) -> Sequence[Logprobs | None] | None: ...
 
     @property
-    def prompt_complete(self) -> bool: ...
+    def prompt_complete(self) -> bool:
+        """True once everything that was asked about the prompt is known."""
 
     def __aiter__(self) -> AsyncIterator[Sequence[Delta]]: ...
 
@@ -28,6 +33,20 @@ class TokenStream(Protocol):
 
 
 class Backend(Protocol):
+    """A model and its fleet, as the HTTP server uses them: all endpoints, and `serve`, which starts and ends it.
+
+    Methods raise a `UserError` for what the caller can mend, an `Unavailable` for what may succeed later, and another
+    `EngineError` otherwise. All calls come from one event loop.
+    """
+
+    # --- the model -----------------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> EngineOptions: ...
+
+    @property
+    def model_name(self) -> str: ...
+
     @property
     def tokenizer(self) -> Tokenizer | None: ...
 
@@ -35,23 +54,43 @@ class Backend(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def max_model_len(self) -> int: ...
-
-    @property
-    def model_name(self) -> str: ...
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its output may have together; smaller once the replicas know what fits."""
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams: ...
 
-    def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job: ...
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
+        """Make a prompt ready for `stream`. Called from other threads too, for it may take long."""
 
     def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job: ...
 
-    async def check_grammar(self, job: Job) -> None: ...
-
     def chat_tokens(self, messages: Sequence[Message], **template: Any) -> tuple[int, ...]: ...
 
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
+    async def check_grammar(self, job: Job) -> None: ...
 
     def stream(
         self, job: Job, *, priority: int = 0, replica: int | None = None, timeout: float | None = None
-    ) -> TokenStream: ...
+    ) -> TokenStream:
+        """Begin a request. Whoever does not iterate to the end, or `wait`, must `close` it."""
+
+    # --- the fleet -----------------------------------------------------------------------------------------------
+
+    async def ready(self) -> None:
+        """Wait until every replica of this host can serve requests."""
+
+    async def status(self) -> FleetStatus: ...
+
+    async def scale(self, replicas: int) -> FleetStatus: ...
+
+    async def operate(self, wanted: Operation) -> bytes: ...
+
+    async def ask(self, verb: str, payload: bytes = b"") -> bytes:
+        """Ask the process that has the fleet; it has a handler for each verb."""
+
+    async def drain(self, timeout: float) -> bool:
+        """Take nothing new, and wait up to `timeout` seconds. True if all requests have ended."""
+
+    def close(self) -> None:
+        """End all replicas and requests. Idempotent."""

@@ -1,4 +1,4 @@
-"""`shoal serve`: a fleet of replicas, and the servers before it; signals, draining, and the end."""
+"""`shoal serve`: starts the fleet and the HTTP servers, handles signals, drains, and ends everything."""
 
 import asyncio
 import os
@@ -22,6 +22,7 @@ from shoal.process import garbage_collector
 from shoal.server.api.response_store import ResponseStore
 from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
+from shoal.server.backend import Backend
 from shoal.server.http.listening import LAST_BYTES_S, Listening, make_server
 from shoal.server.operations.request_metrics import RequestMetrics
 from shoal.server.settings import ServerSettings
@@ -29,25 +30,27 @@ from shoal.server.settings import ServerSettings
 log = get_logger("serve")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_END_S = 2.0
-_LOOK_S = 1.0
-_AT_ONCE_S = 3.0  # from the second signal on
+_END_S = 2.0  # on top of a deadline, for whoever keeps it to say so
+_LOOK_S = 1.0  # how often the fleet is checked
+_AT_ONCE_S = 3.0  # from the second signal to the end of the process, at most
 
 
 @dataclass(slots=True)
-class _EndSignals:
-    """The first one asks for an end, the second for one at once."""
+class EndSignals:
+    """SIGTERM and SIGINT as events. The first signal asks to drain, the second to exit at once."""
 
     first: asyncio.Event = field(default_factory=asyncio.Event)
     second: asyncio.Event = field(default_factory=asyncio.Event)
-    at_once: Callable[[], object] = lambda: None  # called with the second one
+    at_once: Callable[[], object] = lambda: None  # called at the second signal
 
     def listen(self) -> None:
+        """Handle the signals of this process from now on."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
-            loop.add_signal_handler(number, self._heard)
+            loop.add_signal_handler(number, self.hear)
 
-    def _heard(self) -> None:
+    def hear(self) -> None:
+        """Note a signal."""
         if not self.first.is_set():
             self.first.set()
         elif not self.second.is_set():
@@ -56,19 +59,19 @@ class _EndSignals:
 
 
 def _leave_soon(code: int) -> None:
-    """Ends this process in a few seconds, whatever is left: work on other threads that can't be called off would
-    otherwise be waited for. Replicas and API servers end with it."""
+    """End this process in a few seconds, even if other threads are busy with work that can't be cancelled. Replicas and
+    API servers end with it."""
 
     def leave() -> None:
         time.sleep(_AT_ONCE_S)
-        log.warning("the server ends with work that can't be called off")
+        log.warning("exiting although a thread is still busy")
         os._exit(code)
 
     threading.Thread(target=leave, daemon=True, name="shoal-leave").start()
 
 
 async def _apart(work: Callable[[], None]) -> None:
-    """Runs `work` on a thread of its own: those of the pool may all be at something that takes long."""
+    """Run `work` on a new thread: all threads of the pool may be busy for long."""
     loop, done = asyncio.get_running_loop(), asyncio.Event()
 
     def run() -> None:
@@ -90,13 +93,13 @@ def run(
     api_server_count: int = 1,
     shutdown_timeout: float = 60.0,
 ) -> int:
-    """Serves until a signal comes. Gives the exit code: 0 if every request had its end and every client read it, 1 if
-    some were cut off.
+    """Serve until a signal arrives. Return the exit code: 0 if every client got its whole answer, 1 if some were cut
+    off.
 
     Raises:
-        ConfigError: nobody can listen there.
-        UserError, EngineError: the replicas could not start, none is left that could come back, or the server itself
-            has failed.
+        ConfigError: this host can't listen at that address.
+        UserError, EngineError: the replicas could not start, none is left that could restart, or the HTTP server has
+            failed.
     """
     listening.check()
     with ExitStack() as stack:
@@ -113,39 +116,39 @@ async def _serve(
     count: int,
     shutdown_timeout: float,
 ) -> int:
-    signals = _EndSignals(at_once=lambda: _leave_soon(1))
+    signals = EndSignals(at_once=lambda: _leave_soon(1))
     signals.listen()
     metrics = RequestMetrics(model.served.max_model_len)
     verbs = metrics.verbs | ResponseStore.of(settings).verbs
     llm = AsyncLLM(model, recorder=metrics, verbs=verbs)
     try:
-        front: _Front = (
-            _Here(llm, settings, listening, sockets)
+        front: Front = (
+            _OwnServer(llm, settings, listening, sockets)
             if count == 1
             else ApiServers(llm, model, settings, listening, sockets, count, metrics.note_api_restart)
         )
-        code = await _until_end(llm, front, signals, listening.url(sockets), shutdown_timeout)
+        code = await serve_until_end(llm, front, signals, listening.url(sockets), shutdown_timeout)
     finally:
         await _apart(llm.close)
     _leave_soon(code)
     return code
 
 
-class _Front(Protocol):
-    """What clients talk to."""
+class Front(Protocol):
+    """The HTTP server, in this process or in processes of its own."""
 
     async def serve(self) -> bool:
-        """Until `stop`. True: all clients have read their answers to the end."""
+        """Serve until `stop`. Return True if all clients have read their answers to the end."""
 
     def stop(self, patience: float) -> None:
-        """Clients have so many seconds to read what is left; 0: it ends at once."""
+        """End `serve`. Clients have `patience` seconds to read what is left; 0 ends it at once."""
 
 
-class _Here:
-    """In this process."""
+class _OwnServer:
+    """The HTTP server in this process."""
 
     def __init__(
-        self, llm: AsyncLLM, settings: ServerSettings, listening: Listening, sockets: Sequence[socket.socket]
+        self, llm: Backend, settings: ServerSettings, listening: Listening, sockets: Sequence[socket.socket]
     ) -> None:
         self._server = make_server(make_app(llm, settings), settings, listening)
         self._sockets = list(sockets)
@@ -158,10 +161,25 @@ class _Here:
         self._server.stop(patience)
 
 
-async def _until_end(llm: AsyncLLM, front: _Front, signals: _EndSignals, url: str, shutdown_timeout: float) -> int:
-    log.info("%s listens; requests wait until replicas are ready", url)
+async def serve_until_end(
+    llm: Backend,
+    front: Front,
+    signals: EndSignals,
+    url: str,
+    shutdown_timeout: float,
+    *,
+    look_s: float = _LOOK_S,
+) -> int:
+    """Serve until a signal comes, drain, and return the exit code: 0 if every client got its whole answer, else 1.
+
+    `look_s`: seconds between looks at whether any replica is left.
+
+    Raises:
+        UserError, EngineError: as `run`.
+    """
+    log.info("listening at %s; requests wait until replicas are ready", url)
     server = asyncio.create_task(front.serve())
-    watch = asyncio.create_task(_watch(llm, url))
+    watch = asyncio.create_task(_watch(llm, url, look_s))
     asked = asyncio.create_task(signals.first.wait())
     done, _ = await asyncio.wait([server, watch, asked], return_when=asyncio.FIRST_COMPLETED)
     if asked in done:
@@ -169,27 +187,28 @@ async def _until_end(llm: AsyncLLM, front: _Front, signals: _EndSignals, url: st
         return await _drain(llm, front, server, signals, shutdown_timeout)
     cause = _exception_of(watch) or _exception_of(server)
     watch.cancel()
-    await _apart(llm.close)  # whoever still waits is told
+    await _apart(llm.close)  # clients that still wait are told
     await _end(front, server, signals, LAST_BYTES_S)
-    raise cause if isinstance(cause, ShoalError) else EngineError(f"the server has ended by itself: {cause!r}")
+    raise cause if isinstance(cause, ShoalError) else EngineError(f"the HTTP server ended unexpectedly: {cause!r}")
 
 
-async def _watch(llm: AsyncLLM, url: str) -> None:
-    """
+async def _watch(llm: Backend, url: str, look_s: float) -> None:
+    """Print the URL once the replicas are ready, then check the fleet again and again, without an end.
+
     Raises:
-        UserError, EngineError: nothing can be served: a replica can't start, none is left that could come back, or the
+        UserError, EngineError: nothing can be served: a replica can't start, none is left that could restart, or the
             thread that drives them has ended.
     """
     await llm.ready()
     garbage_collector.settle()
     print(f"Shoal serves {llm.model_name} at {url}", flush=True)
     while True:
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(look_s)
         try:
             status = await llm.status()
         except ClosedError:
             raise
-        except EngineError as error:  # it may be busy
+        except EngineError as error:  # it may be busy: ask again
             log.warning("%s", error)
             continue
         if status.failure:
@@ -197,37 +216,40 @@ async def _watch(llm: AsyncLLM, url: str) -> None:
 
 
 async def _drain(
-    llm: AsyncLLM, front: _Front, server: "asyncio.Task[bool]", signals: _EndSignals, shutdown_timeout: float
+    llm: Backend, front: Front, server: "asyncio.Task[bool]", signals: EndSignals, shutdown_timeout: float
 ) -> int:
     log.info(
-        "nothing new is taken; what runs has %g s (--shutdown-timeout), a second signal ends at once", shutdown_timeout
+        "draining for up to %g s (--shutdown-timeout): no new requests; signal again to exit at once", shutdown_timeout
     )
     deadline = time.monotonic() + shutdown_timeout
     await _say_what_holds(llm)
     complete = await _requests_end(llm, signals, shutdown_timeout)
     if not complete:
-        log.warning("requests that still run are cut off")
-        await _apart(llm.close)  # whoever still waits is told
+        log.warning("unfinished requests are cut off")
+        await _apart(llm.close)  # clients that still wait are told
     read = await _end(front, server, signals, max(LAST_BYTES_S, deadline - time.monotonic()))
     return 0 if complete and read else 1
 
 
-async def _say_what_holds(llm: AsyncLLM) -> None:
-    """Requests of a server that is paused end no sooner than it goes on, which it may be asked for while it drains."""
+async def _say_what_holds(llm: Backend) -> None:
+    """Warn if the server is paused: its requests can't end before it continues. It may be resumed while it drains."""
     try:
         status = await llm.status()
-    except EngineError:  # it may be busy, or have failed; the drain says so
+    except EngineError:  # it may be busy or have failed: the drain tells
         return
     unfinished = status.queued + sum(replica.held for replica in status.replicas)
     if unfinished and status.activity != ActivityState.AWAKE:
         way_out = "/resume" if status.activity == ActivityState.PAUSED else "/wake_up"
         log.warning(
-            "it is %s: %d requests stand still until POST %s, or are cut off", status.activity, unfinished, way_out
+            "the server is %s: %d requests can't finish, and are cut off unless POST %s continues it",
+            status.activity,
+            unfinished,
+            way_out,
         )
 
 
-async def _requests_end(llm: AsyncLLM, signals: _EndSignals, timeout: float) -> bool:
-    """True: all of them have ended."""
+async def _requests_end(llm: Backend, signals: EndSignals, timeout: float) -> bool:
+    """Wait until all requests have ended, `timeout` is over or a second signal comes. Return True if all have ended."""
     drained = asyncio.create_task(llm.drain(timeout))
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait([drained, second], timeout=timeout + _END_S, return_when=asyncio.FIRST_COMPLETED)
@@ -235,12 +257,12 @@ async def _requests_end(llm: AsyncLLM, signals: _EndSignals, timeout: float) -> 
     second.cancel()
     error = _exception_of(drained)
     if error is not None:
-        log.error("requests could not end: %s", error)
+        log.error("draining failed: %s", error)
     return drained.done() and not drained.cancelled() and error is None and drained.result()
 
 
-async def _end(front: _Front, server: "asyncio.Task[bool]", signals: _EndSignals, patience: float) -> bool:
-    """True: every client has read its answer to the end."""
+async def _end(front: Front, server: "asyncio.Task[bool]", signals: EndSignals, patience: float) -> bool:
+    """End the HTTP server. Return True if every client has read its answer to the end."""
     front.stop(0.0 if signals.second.is_set() else patience)
     second = asyncio.create_task(signals.second.wait())
     await asyncio.wait([server, second], timeout=patience + _END_S, return_when=asyncio.FIRST_COMPLETED)
@@ -250,11 +272,11 @@ async def _end(front: _Front, server: "asyncio.Task[bool]", signals: _EndSignals
         await asyncio.wait([server], timeout=_END_S)
     error = _exception_of(server)
     if error is not None:
-        log.error("the server has ended by itself: %s", error)
+        log.error("the HTTP server ended unexpectedly: %s", error)
         return False
     complete = server.done() and not server.cancelled() and server.result()
     if not complete:
-        log.warning("clients that still read are cut off")
+        log.warning("clients that have not read their whole answer are cut off")
     return complete
 
 

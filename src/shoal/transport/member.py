@@ -38,7 +38,7 @@ log = get_logger("rendezvous")
 _RETRY_S = 0.2
 _SAY_RETURNING_S = 60.0  # how often it is said for whom one waits that has been there before
 _ATTEMPT_S = 2.0
-_AGAIN_S = 15.0  # for somebody with our number, who may have been cut off, to be given up
+REFUSED_S = 15.0  # for somebody with our number, who may have been cut off, to be given up
 
 
 class _HungUp(Exception):
@@ -104,7 +104,7 @@ def connect(
         except _RefusedForNow as error:
             refused_since = time.monotonic() if refused_since is None else refused_since
             why = final = str(error)
-            if time.monotonic() - refused_since > _AGAIN_S and not returning:
+            if time.monotonic() - refused_since > REFUSED_S and not returning:
                 raise ConfigError(final) from None
         if time.monotonic() - begun + _RETRY_S >= timeout:
             raise missed(final)
@@ -349,17 +349,18 @@ class RoomMember:
         except ChannelClosed:
             raise EngineError(f"the rendezvous at {self._address} has gone") from None
 
-    def close(self, why: str = "") -> None:
-        """Leaves: `why` is empty when all is done, else what the others will say of us. Idempotent."""
+    def close(self, why: str = "", *, patience: float = _ATTEMPT_S) -> None:
+        """Leaves: `why` is empty when all is done, else what the others will say of us. A rendezvous that does not
+        listen is given up after `patience` seconds. Idempotent."""
         if self._leaving:
             return
         self._leaving = True
         try:
             self._channel.send(encode(Leave(why)))
-            self._channel.flush(_ATTEMPT_S)
+            self._channel.flush(patience)
         except ChannelClosed:
             pass
-        self._thread.join(_ATTEMPT_S)  # the rendezvous hangs up on whoever leaves
+        self._thread.join(patience)  # the rendezvous hangs up on whoever leaves
         self._channel.hang_up()
         self._thread.join()  # it uses what is closed next
         self._channel.close()

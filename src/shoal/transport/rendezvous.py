@@ -60,12 +60,10 @@ log = get_logger("rendezvous")
 SAY_S = 10.0  # how often those who wait are told for whom
 ALIVE_S = 3.0  # how often each side says something
 QUIET_S = 20.0  # whoever says nothing for so long has gone
-_HELLO_S = 10.0  # for whoever connects to say who it is
 _LONGEST_HELLO = 1 << 20
 _LONGEST = 2**32 - 1
 _SLICE_S = 0.5
 _FLUSH_S = 1.0
-_MOST_STRANGERS = 256  # connections that have not said who they are
 _PAUSE_S = 0.5  # without file descriptors, before the next connection is accepted
 _SET_KEY = "set SHOAL_CLUSTER_KEY, or what the file of SHOAL_CLUSTER_KEY_FILE holds, to the same secret on all hosts"
 _CUT_OFF_S = 8  # without a sign of the other host: its connections have ended
@@ -146,9 +144,14 @@ class Rendezvous:
         key: str = "",
         doors: Mapping[str, Door] | None = None,
         renewing: bool = False,
+        most_strangers: int = 256,
+        hello_s: float = 10.0,
     ) -> None:
         """Listens at once. Port 0 takes a free one. `doors`: by the names that a Hello has for its room. `renewing`:
         when somebody has gone from a room, the next who comes begins a new one of that name; else it is refused.
+
+        Whoever connects has `hello_s` seconds to say who it is. Of connections that have not said it yet, there are no
+        more than `most_strangers`: the oldest is closed for the next one.
 
         Raises:
             ConfigError: the address can't be listened on, or others reach it and there is no key.
@@ -159,6 +162,8 @@ class Rendezvous:
         self._rooms: dict[str, _Room] = {}  # of each name the latest
         self._doors = dict(doors or {})
         self._renewing = renewing
+        self._most_strangers = most_strangers
+        self._hello_s = hello_s
         self._formations = 0
         self._store: dict[str, bytes] = {}
         self._closing = threading.Event()
@@ -175,6 +180,11 @@ class Rendezvous:
         self.address = joined(address, found[0].getsockname()[1])
         self._thread = threading.Thread(target=self._serve, daemon=True, name="shoal-rendezvous")
         self._thread.start()
+
+    @property
+    def rooms(self) -> tuple[str, ...]:
+        """The names of the rooms in which somebody is."""
+        return tuple(self._rooms)
 
     def let_go(self) -> None:
         """In a forked child, which would keep the port taken."""
@@ -227,7 +237,7 @@ class Rendezvous:
                 self._accepts_from = time.monotonic() + _PAUSE_S
             return
         strangers = [guest for guest in self._guests.values() if guest.hello is None]
-        if len(strangers) >= _MOST_STRANGERS:
+        if len(strangers) >= self._most_strangers:
             self._part(min(strangers, key=lambda guest: guest.since), "")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         watch_host(sock)
@@ -376,7 +386,7 @@ class Rendezvous:
         for guest in list(self._guests.values()):
             if guest.hello is not None and guest.hello.size and now - guest.said > ALIVE_S:
                 self._send(guest, Alive())
-            if guest.hello is None and now - guest.since > _HELLO_S:
+            if guest.hello is None and now - guest.since > self._hello_s:
                 self._part(guest, "")
             elif guest.hello is not None and guest.hello.size and now - guest.heard > QUIET_S:
                 self._part(guest, f"was not heard from for {now - guest.heard:.0f} s")

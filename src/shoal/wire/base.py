@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-WIRE_VERSION = 7
+WIRE_VERSION = 8
 
 Ids = tuple[int, ...]
 

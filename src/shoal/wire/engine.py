@@ -8,6 +8,7 @@ from shoal.activity import Activity
 from shoal.wire.base import Ids, Stop, Wire
 from shoal.wire.plan import EnginePlan
 from shoal.wire.ranks import PromptLogprobs, RankStats, Sampling, TokenLogprobs
+from shoal.wire.tokens import num_tokens
 
 
 class Finish(IntEnum):
@@ -35,19 +36,29 @@ class EngineRequest(Wire, frozen=True):
     """A request for one output. A prompt with n outputs is n requests of one group."""
 
     seq: int  # the number of the request; the client chooses it and never uses it twice
-    tokens: bytes  # int32, little endian
+    tokens: bytes  # of the prompt, and of the output so far if the request goes on from there (`wire.tokens`)
+    num_prompt_tokens: int  # `tokens` after them belong to the output
     sampling: Sampling
     max_tokens: int  # the most tokens that the output may have
-    stop_ids: bytes = b""  # tokens that end the output; int32, little endian
+    stop_ids: bytes = b""  # tokens that end the output (`wire.tokens`)
     priority: int = 0  # a request with a lower number runs first
     deadline: float | None = None  # time.monotonic() of the host that runs the fleet; the request is aborted then
     cache_salt: str = ""  # requests share cached prefixes only with requests of the same salt
-    prompt_len: int = 0  # `tokens` after it belong to an output that is continued; 0: all of them are the prompt
     group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: no group
     grammar: str = ""  # the grammar that the output must obey, in llguidance's form; "": none
     arrival: float = 0.0  # time.monotonic() of the client's host when the request arrived; 0: the time when it is added
     replica: int = -1  # the only replica that may run it; -1: any
     outputs: int = 1  # outputs that the client asked for at once, this one included: all are accepted, or none
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, and of the output so far."""
+        return num_tokens(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the output that another engine has drawn."""
+        return self.num_tokens - self.num_prompt_tokens
 
 
 class Abort(Wire, frozen=True):
@@ -73,7 +84,10 @@ class SeqUpdate(Wire, frozen=True):
 
 
 class Updates(Wire, frozen=True):
+    """An envelope of updates for one client, whose own numbers of its requests are lower by `base`."""
+
     updates: tuple[SeqUpdate, ...]
+    base: int = 0
 
 
 class EngineFailure(Wire, frozen=True):

@@ -144,6 +144,7 @@ class EnginePlan(Wire, frozen=True):
     draft: ModelPlan | None = None
     speculative: SpeculativeConfig | None = None
     eos: Ids = ()  # tokens that end a text
+    tokenizer_folder: str = ""  # of the tokenizer that grammars are compiled for; "": the model's folder
     grammar_cores: Ids = ()  # the CPU cores for the processes that follow grammars
     # Name -> value or digest of what must be the same in all processes of the job (`planner.agreement`).
     agreement: dict[str, str] = msgspec.field(default_factory=dict)
@@ -169,6 +170,7 @@ class ServedModel(Wire, frozen=True):
     """The facts about a model that a front end needs when another process runs its replicas."""
 
     folder: str
+    tokenizer_folder: str  # of the tokenizer and its chat template; most often the model's folder
     file_state: str  # state of the model's files when the plan was made
     overrides: str  # a JSON object; its fields replace those of config.json
     vocab_size: int

@@ -48,8 +48,8 @@ class NewSeq(Wire, frozen=True):
 
     seq: int
     epoch: int
-    tokens: bytes  # int32, little endian
-    prompt_len: int  # how many of `tokens` are the prompt
+    tokens: bytes  # `wire.tokens`
+    num_prompt_tokens: int  # how many of `tokens` are the prompt
     blocks: Ids  # KV blocks whose tokens are computed already, from the prefix cache
     sampling: Sampling
 

@@ -8,10 +8,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from shoal.errors import ShoalError
 from shoal.log import get_logger
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal
 from shoal.server.http.json_encoding import bytes_of, size_of
 from shoal.server.settings import ServerSettings
@@ -171,14 +172,10 @@ def _sendable(names: Iterable[object]) -> list[str]:
     return [name for name in names if isinstance(name, str) and name.encode("utf-8", "replace").decode() == name]
 
 
-class CanAsk(Protocol):
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
-
-
 class Shelf:
     """The store, as endpoints see it, in whichever process it is."""
 
-    def __init__(self, llm: CanAsk, settings: ServerSettings) -> None:
+    def __init__(self, llm: Backend, settings: ServerSettings) -> None:
         self._llm = llm
         self.open = settings.stored_responses > 0
         self.seconds = settings.stored_response_seconds

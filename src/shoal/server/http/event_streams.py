@@ -1,6 +1,6 @@
-"""Answers that are sent while they are made, as server-sent events.
+"""Answers that are sent as server-sent events while they are generated.
 
-The format is that of https://html.spec.whatwg.org/multipage/server-sent-events.html.
+The format: https://html.spec.whatwg.org/multipage/server-sent-events.html.
 """
 
 import asyncio
@@ -21,32 +21,31 @@ _EVENT = {
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["data"],
 }
-# Of an endpoint that answers so where it is asked to, for its description, which shows one event.
+# The description (OpenAPI) of an endpoint that can answer with events; it shows one event.
 STREAMED: dict[str, Any] = {"content": {"text/event-stream": {"schema": _EVENT}}}
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected: nobody waits for the answer."""
 
 
 class ChunkWriter:
-    """Chunks of one answer, which have all but their choices in common."""
+    """Writes the chunks of one answer. They have all fields in common but `choices` and `usage`."""
 
     def __init__(self, **common: Any) -> None:
         self._head = "data: " + text_of(common)[:-1] + ',"choices":['
 
     def chunk(self, choices: str, usage: str | None = None, more: str = "") -> str:
-        """`choices`: in JSON, with commas between; `usage` likewise, "null" included; `more`: other fields, a comma
-        before each."""
+        """Return one event. All arguments are JSON: `choices` is joined by commas, `usage` may be "null", `more` are
+        other fields, each with a comma before it."""
         end = f"{more}}}" if usage is None else f'{more},"usage":{usage}}}'
         return f"{self._head}{choices}]{end}\n\n"
 
 
 class EventStream(Response):
-    """`head`, then `events` until they end; closes them in any case. A client that goes away ends them at once.
-
-    An error is sent as an event, which is the last one but for `last`.
+    """A response of `head`, then `events`, then `last`. The generator of `events` is closed in any case, and at once
+    when the client disconnects. An error becomes an event of its own before `last`.
     """
 
     media_type = "text/event-stream"
@@ -83,23 +82,23 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except OSError:
             raise
-        except Exception as error:  # noqa: BLE001 - the status was sent: this is the only way to tell the client
+        except Exception as error:  # noqa: BLE001 - the status was sent already: only an event is left
             event = b"data: " + bytes_of(refusal_of(error).body()) + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 
 async def answered(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What the work gives, which is called off when the client goes away.
+    """Return the outcome of `work`, which is cancelled when the client disconnects.
 
     Raises:
-        ClientGone: it has.
+        ClientGone: it has disconnected.
     """
     return await unless_gone(request.receive, asyncio.create_task(work))
 
 
 async def unless_gone(receive: Receive, work: asyncio.Task[T]) -> T:
-    """The outcome of `work`; as `answered`."""
+    """Return the outcome of `work`, as `answered` does."""
     gone = asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)

@@ -1,6 +1,6 @@
-"""Answers to clients of HTTP/1.0, which know no chunks: one of unknown length ends with its connection.
+"""Answers to HTTP/1.0 clients. They know no chunks: an answer of unknown length ends with its connection.
 
-uvicorn answers every request as one of HTTP/1.1. See RFC 9112, 6.3 and 9.3, and its appendix C.2.2 for `keep-alive`.
+uvicorn answers every request as HTTP/1.1. See RFC 9112, 6.3 and 9.3, and its appendix C.2.2 for `keep-alive`.
 """
 
 from collections.abc import Iterable
@@ -13,16 +13,16 @@ _WITHOUT_BODY = (204, 304)
 
 
 class OneZero:
-    """An application as a client of HTTP/1.0 sees it, for the one request of `cycle`.
+    """Wraps an application so that it answers the one request of `cycle` in HTTP/1.0.
 
-    A connection stays open if the client asked for it and the answer says where it ends.
+    The connection stays open if the client asked for that and the answer has a known length.
     """
 
     def __init__(self, app: ASGIApp, cycle: RequestResponseCycle) -> None:
         self._app = app
         self._cycle = cycle
         self._delimited = True
-        cycle.waiting_for_100_continue = False  # such a client knows no 100
+        cycle.waiting_for_100_continue = False  # an HTTP/1.0 client does not know status 100
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def spoken(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""JSON as the server writes it, and how much of it there is."""
+"""Writing JSON: compact, in small steps, and without characters that break event streams."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-# Readers of event streams that split at whatever Unicode calls the end of a line would find half an event.
+# Some readers of event streams split at every line end that Unicode knows, and would find half an event.
 _LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"})
 
 
@@ -18,12 +18,12 @@ def text_of(value: Any) -> str:
 
 
 def bytes_of(value: Any) -> bytes:
-    """Half a surrogate pair, which JSON can carry and UTF-8 can't, becomes a question mark."""
+    """Return a value as JSON in UTF-8. Half a surrogate pair, which UTF-8 can't hold, becomes a question mark."""
     return b"".join(piece.encode("utf-8", "replace") for piece in pieces(value))
 
 
 class EncodedList:
-    """A list whose items are encoded as they come. `pieces` and `bytes_of` take it for a value of JSON."""
+    """A JSON list whose items are encoded when they are appended. `pieces` and `bytes_of` accept it as a value."""
 
     def __init__(self) -> None:
         self._items: list[str] = []
@@ -40,11 +40,11 @@ class EncodedList:
 
     @property
     def size(self) -> int:
-        """Characters."""
+        """The number of characters of all items."""
         return sum(map(len, self._items))
 
     def pieces(self) -> Iterator[str]:
-        """Its text in parts."""
+        """Give the text of the list in parts."""
         rest = iter(self._items)
         before = "["
         while part := list(islice(rest, _ITEMS)):
@@ -53,12 +53,12 @@ class EncodedList:
         yield "]" if self._items else "[]"
 
 
-_ITEMS = 64  # that are joined at a time
-_PIECE = 2000  # values, or characters in tens
+_ITEMS = 64  # items of an EncodedList that are joined at a time
+_PIECE = 2000  # cost of a piece: a value counts 1, ten characters of text count 1
 
 
 def pieces(value: Any) -> Iterator[str]:
-    """What `text_of` gives, in parts: each takes a millisecond, in which no other thread runs."""
+    """Give the text of `text_of` in parts. Each takes about a millisecond, in which no other thread of Python runs."""
     if _is_small(value):
         yield text_of(value)
     elif isinstance(value, dict):
@@ -82,7 +82,7 @@ def pieces(value: Any) -> Iterator[str]:
 
 
 def _inside(part: list[Any]) -> Iterator[str]:
-    """Without its brackets."""
+    """Give the text of a list without its brackets."""
     if _is_small(part) or len(part) > 1:
         yield text_of(part)[1:-1]
     else:
@@ -108,7 +108,7 @@ def _is_small(value: Any) -> bool:
 
 
 def size_of(value: Any) -> int:
-    """About how many characters a value of JSON has."""
+    """Return about how many characters the JSON of a value has."""
     pending, size = [value], 0
     while pending:
         each = pending.pop()

@@ -1,9 +1,9 @@
-"""JSON as clients send it, read in small steps.
+"""Reading the JSON of request bodies in small steps, with limits on what it may hold.
 
-`json.loads` reads a body of 30 MB in one call, in which no other thread of Python runs. Here that is a call for each
-list or object, for each run of numbers and texts in them, and for each part of a long text: the interpreter goes from
-thread to thread in between.
-What a body may hold is counted as it is read, so that nothing is made of one that holds too much.
+`json.loads` reads a body of 30 MB in one call, during which no other thread of Python runs. Here there is one call for
+each list or object, for each run of numbers and strings in them, and for each part of a long string; between calls
+other threads get their turn. Values are counted while they are read, so that a body with too many is refused before it
+takes much memory.
 """
 
 import json
@@ -16,26 +16,27 @@ from shoal.server.http.errors import Refusal
 from shoal.values import shown
 
 _SPACE = r"[ \t\n\r]*+"
-_PART = 1 << 16  # characters of a text that are looked at in one call
-_TEXT = rf'"[^"\\\x00-\x1f]{{0,{_PART}}}+"'  # without escapes
+_PART = 1 << 16  # characters of a string that are looked at in one call
+_TEXT = rf'"[^"\\\x00-\x1f]{{0,{_PART}}}+"'  # a string without escapes
 _WORD = r"[-+.0-9A-Za-z]++"
-_RUN = 4096  # values that are read in one call ...
-_SPAN = 1 << 18  # ... of so many characters in all
-# A beginning of a list, or of an object, that holds neither lists nor objects: up to and with the last comma.
+_RUN = 4096  # values that are read in one call, at most
+_SPAN = 1 << 18  # characters that are read in one call, at most
+# A run of values in a list, or of pairs in an object, without lists and objects among them; it ends with a comma.
 _VALUES = re.compile(rf"(?:{_SPACE}(?:{_TEXT}|{_WORD}){_SPACE},){{1,{_RUN}}}+", re.DOTALL)
 _PAIRS = re.compile(rf"(?:{_SPACE}{_TEXT}{_SPACE}:{_SPACE}(?:{_TEXT}|{_WORD}){_SPACE},){{1,{_RUN}}}+", re.DOTALL)
 _BLANK = re.compile(_SPACE)
 _NOT_PLAIN = re.compile(r"[\\\x00-\x1f]")
-_SHOWN = 40  # characters of a wrong number
+_SHOWN = 40  # characters of a wrong number that an error shows
 
 
 def _no_number(text: str) -> Any:
-    why = f"the body has the number {shown(text[:_SHOWN])}, which JSON or a 64-bit float does not have"
+    why = f"the body has the number {shown(text[:_SHOWN])}, which is not valid JSON or does not fit a 64-bit float"
     raise Refusal(400, why, code="invalid_json")
 
 
 def _finite(text: str) -> float:
-    """Python reads 1e999 as infinity, which no answer could repeat and no comparison finds out of a range."""
+    """Return a number. Python would read 1e999 as infinity, which JSON can't express in an answer and range checks may
+    miss."""
     number = float(text)
     return number if math.isfinite(number) else _no_number(text)
 
@@ -44,7 +45,8 @@ _decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)
 
 
 class JsonReader:
-    """Reads one text. `most_values`, `most_containers` and `most_depth` bound what it may hold."""
+    """Reads one JSON text. `most_values`, `most_containers` (lists and objects) and `most_depth` limit what it may
+    hold."""
 
     def __init__(self, text: str, *, most_values: int, most_containers: int, most_depth: int) -> None:
         self._text = text
@@ -56,10 +58,11 @@ class JsonReader:
         self._depth = 0
 
     def read(self) -> Any:
-        """
+        """Return the value.
+
         Raises:
-            json.JSONDecodeError: it is no JSON.
-            Refusal: it holds more than it may, or a number that is none of JSON's, or beyond a 64-bit float.
+            json.JSONDecodeError: the text is not JSON.
+            Refusal: it holds more than it may, or a number that is not valid JSON or does not fit a 64-bit float.
         """
         value, at = self._value(self._skip(0))
         at = self._skip(at)
@@ -83,7 +86,7 @@ class JsonReader:
         return _decode(self._text, at)
 
     def _end_of_plain(self, at: int) -> int | None:
-        """Where a long text ends, if it has no escapes."""
+        """Return where a long string ends; None if it is short or has escapes."""
         end = self._text.find('"', at + 1)
         if end - at <= _PART:
             return None
@@ -149,14 +152,16 @@ class JsonReader:
                 return found, at
 
     def _run(self, text: str, at: int) -> Any:
-        """`text`: what stands at `at`, behind a bracket of its own."""
+        """Decode `text`, which is the part of the whole text from `at` on, put in brackets. Errors name the place in
+        the whole text."""
         try:
             return _decode(text, 0)[0]
         except json.JSONDecodeError as error:
             raise json.JSONDecodeError(error.msg, self._text, at + error.pos - 1) from None
 
     def _next(self, at: int, end: str) -> tuple[int, bool]:
-        """Behind a value: where the next one begins, or where the container has ended."""
+        """Look at what follows a value: return where the next value begins and True, or where the container ends and
+        False."""
         at = self._skip(at)
         if self._text.startswith(end, at):
             return at + 1, False
@@ -166,7 +171,7 @@ class JsonReader:
 
 
 def _decode(text: str, at: int) -> tuple[Any, int]:
-    """One value, which begins there, and where it ends."""
+    """Return the value that begins at `at`, and where it ends."""
     try:
         return _decoder.raw_decode(text, at)
     except json.JSONDecodeError:
@@ -176,22 +181,24 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
 
 
 def may_have_halves(text: str) -> bool:
-    """Does it have an escape that may stand for half of a character beyond U+FFFF?"""
+    """True if an escape in the text may be half of a surrogate pair."""
     return "\\ud" in text or "\\uD" in text
 
 
 def refuse_halves(value: Any) -> None:
-    """Says which text of a value has half of a character.
+    """Check that no string in a value has half of a surrogate pair.
 
     Raises:
-        Refusal: there is one.
+        Refusal: one has; it names the place.
     """
     pending: list[tuple[str, Any]] = [("", value)]
     while pending:
         where, each = pending.pop()
         if isinstance(each, str) and (at := _half(each)) is not None:
             half = f"\\u{ord(each[at]):04x} at character {at}"
-            why = f"{where or 'the body'} is not valid Unicode: {half} is half of a surrogate pair, without the other"
+            why = (
+                f"{where or 'the body'} is not valid Unicode: {half} is half of a surrogate pair without the other half"
+            )
             raise Refusal(400, why, param=where or None)
         if isinstance(each, dict):
             if any(_half(key) is not None for key in each):
@@ -202,7 +209,7 @@ def refuse_halves(value: Any) -> None:
 
 
 def _half(text: str) -> int | None:
-    """Where half of a character stands alone."""
+    """Return the position of a lone surrogate; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""What a request may be before anything is made of it: whose it is, how large, how slow.
+"""Middleware in front of all endpoints: API keys, and limits on the size and the time of a request.
 
-Pure ASGI, so that a stream passes through without a task or a queue of its own.
+It is pure ASGI, so that a stream passes through without a task or a queue of its own.
 """
 
 import asyncio
@@ -19,36 +19,37 @@ from shoal.server.settings import ServerSettings
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """Times are in seconds.
+    """Limits on requests and connections. Times are in seconds.
 
-    A body of 32 MiB holds four prompts of a million tokens each, be they ids of six digits or text in which every
-    character is escaped; and at 5 Mbit/s it is read in time. What three bytes say, `{},`, takes 72 when it is read,
-    and is a burden to the garbage collector: so values are bounded too, by what four million ids need, and lists and
-    objects, by what conversations of ten thousand messages need.
+    A body of 32 MiB holds four prompts of a million tokens each, as ids of six digits or as text with every character
+    escaped; and a client with 5 Mbit/s sends it in time. Three bytes of JSON, `{},`, become an object of 72 bytes that
+    the garbage collector must follow: so the number of values is limited too (to what four million ids need), and that
+    of lists and objects (to what conversations of ten thousand messages need).
     """
 
     body_bytes: int = 32 << 20
-    bodies_bytes: int = 256 << 20  # of all that are being read
+    bodies_bytes: int = 256 << 20  # of all bodies that are being read at the same time
     body_values: int = 4 << 20
     body_containers: int = 1 << 17
     json_depth: int = 128
     body_s: float = 60.0
-    header_bytes: int = 64 << 10  # of a request, its first line included
+    header_bytes: int = 64 << 10  # of one request, its first line included
     headers: int = 128
-    header_s: float = 15.0  # from its first byte; from connecting, for a connection's first
-    write_s: float = 120.0  # in which a client takes some of what waits for it
-    discarded_bytes: int = 256 << 20  # of a body that nobody reads any more, before the connection is cut
-    linger_s: float = 2.0  # for a client to read why it is cut
-    pipelined: int = 16  # requests that may wait for the one before on their connection
+    header_s: float = 15.0  # since a request's first byte, or since connecting
+    write_s: float = 120.0  # in which a client must read some of what waits for it
+    discarded_bytes: int = 256 << 20  # of a body that is no longer read, before the connection is closed
+    linger_s: float = 2.0  # for a client to read why its connection ends
+    pipelined: int = 16  # requests that may wait on one connection for the answer to an earlier one
     idle_connections: int = 1024
     connections: int = 8192
 
 
-PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})  # where no key is asked for
+PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})  # paths that need no key
 
 
 def add_limits(app: FastAPI, settings: ServerSettings, limits: RequestLimits | None = None) -> None:
-    """The key is asked for before a body is read, and whatever is refused says so to web pages as well."""
+    """Add the middleware. Keys are checked before a body is read; web pages of `allowed_origins` can read
+    refusals too."""
     app.add_middleware(BodyLimit, limits=limits or RequestLimits(body_bytes=settings.max_request_bytes))
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=settings.api_keys)
@@ -63,7 +64,8 @@ def add_limits(app: FastAPI, settings: ServerSettings, limits: RequestLimits | N
 
 
 class KeyCheck:
-    """`Authorization: Bearer KEY`, as RFC 6750 has it. The time a wrong key takes says nothing about the right ones."""
+    """ASGI middleware that checks `Authorization: Bearer KEY` (RFC 6750). A wrong key takes the same time whether it is
+    nearly right or not."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -73,7 +75,7 @@ class KeyCheck:
         if scope["type"] != "http" or route_of(scope) in PUBLIC or self._knows(_header(scope, b"authorization")):
             await self._app(scope, receive, send)
             return
-        refused = Refusal(401, "this server asks for an API key: send it as `Authorization: Bearer KEY`")
+        refused = Refusal(401, "this server needs an API key: send it as `Authorization: Bearer KEY`")
         await refused.response({"www-authenticate": "Bearer"})(scope, receive, send)
 
     def _knows(self, given: bytes | None) -> bool:
@@ -81,11 +83,12 @@ class KeyCheck:
         if scheme.lower() != b"bearer":
             return False
         digest = _digest(key.strip())
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # all of them are compared
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # always compares all keys
 
 
 class BodyLimit:
-    """Reads the body and hands it on in one piece. Whoever reads on behind it hears of the client's going."""
+    """ASGI middleware that reads the whole body and hands it on in one piece. Reading on after it waits for the client
+    to disconnect."""
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app = app
@@ -105,22 +108,22 @@ class BodyLimit:
             await self._app(scope, replay, send)
 
     async def _take(self, scope: Scope, receive: Receive) -> "_Replay | None":
-        """None: the client has gone.
+        """Return a `receive` that gives the body again; None if the client has gone.
 
         Raises:
-            Refusal: the body can't be read, or must not be.
+            Refusal: the body is too large, too slow, or in a form that can't be read.
         """
         body = await self._read(scope, receive)
         return None if body is None else _Replay(body, receive)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """None: the client has gone.
+        """Return the body; None if the client has gone.
 
         Raises:
-            Refusal: it is too large, too slow, or in a form that can't be read.
+            Refusal: as `_take`.
         """
         if (_header(scope, b"content-encoding") or b"identity").lower() != b"identity":
-            raise Refusal(415, "a body with a content-encoding can't be read: send it as it is")
+            raise Refusal(415, "a body with a content-encoding can't be read: send it without compression")
         self._check_size(int(_header(scope, b"content-length") or 0))
         parts: list[bytes] = []
         size = 0
@@ -138,20 +141,23 @@ class BodyLimit:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise Refusal(408, f"the body did not come within {self._limits.body_s:g} s") from None
+            raise Refusal(408, f"the body did not arrive within {self._limits.body_s:g} s") from None
         finally:
             self._held -= size
 
     def _check_size(self, size: int) -> None:
         most = self._limits.body_bytes
         if size > most:
-            raise Refusal(413, f"the body may have {most} bytes, and has {size} or more: send fewer or shorter prompts")
+            raise Refusal(
+                413, f"a body may have at most {most} bytes, this one has {size} or more: send fewer or shorter prompts"
+            )
         if self._held > self._limits.bodies_bytes:
             raise Refusal(503, "too many large requests are being read: try again", retry_after=1.0)
 
 
 class _Replay:
-    """Gives a body that was read, and then what comes behind it. It is kept no longer: an answer may take minutes."""
+    """A `receive` that gives a body that was read already, then what follows. It keeps the body no longer than that: an
+    answer may take minutes."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
@@ -171,7 +177,7 @@ def _header(scope: Mapping[str, object], name: bytes) -> bytes | None:
 
 
 def route_of(scope: Scope) -> str:
-    """The path behind the one where a proxy has put the server."""
+    """Return the path of a request without the prefix under which a proxy serves us (`--root-path`)."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 

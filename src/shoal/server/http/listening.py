@@ -1,4 +1,4 @@
-"""Running uvicorn where somebody else says when to end, with the log on stderr."""
+"""Listening sockets, and uvicorn run as a part of a larger program: with our log, and without its signal handlers."""
 
 import asyncio
 import contextlib
@@ -25,15 +25,15 @@ from shoal.server.http.protocol import protocol_with
 from shoal.server.settings import ServerSettings
 
 _BACKLOG = 2048
-_SWITCH_S = 0.001  # for which a thread that works may keep the event loop waiting; Python's own is five times that
-_GOODBYE_S = 1.0
-_LOOK_S = 0.1
-LAST_BYTES_S = 5.0  # at least, for clients to read what is left when nothing runs any more
+_SWITCH_S = 0.001  # a busy thread keeps the event loop waiting no longer; Python's default is 0.005
+_GOODBYE_S = 1.0  # for clients to answer the end of a connection
+_LOOK_S = 0.1  # how often it is checked whether clients have read everything
+LAST_BYTES_S = 5.0  # clients have at least so long to read the rest of answers that are complete
 
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """Where and how to listen. `log_level` is uvicorn's."""
+    """Address, TLS and log level of the HTTP server. `log_level` is the one of uvicorn."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -42,9 +42,10 @@ class Listening:
     ssl_certfile: str | None = None
 
     def check(self) -> None:
-        """
+        """Check that the certificate can be used.
+
         Raises:
-            ConfigError: the certificate can't be used.
+            ConfigError: it can't.
         """
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile")
@@ -56,10 +57,11 @@ class Listening:
                 raise ConfigError(f"{names} can't be used for TLS: {error}") from None
 
     def bind(self) -> list[socket.socket]:
-        """One for each address of the host, all at one port.
+        """Return listening sockets, one for each address of the host, all with the same port.
 
         Raises:
-            AddressInUse, ConfigError: nobody can listen there.
+            AddressInUse: another process listens there.
+            ConfigError: this host can't listen there.
         """
         host = addresses.host_of(self.host, "--host") if self.host else ""
         try:
@@ -78,24 +80,24 @@ class Listening:
         return found
 
     def url(self, sockets: Sequence[socket.socket]) -> str:
-        """As a client on this host reaches it."""
+        """Return the URL by which a client on this host reaches the server."""
         host, port = sockets[0].getsockname()[:2]
         reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"{'https' if self.ssl_certfile else 'http'}://{addresses.joined(reached, port)}"
 
 
 class Server(uvicorn.Server):
-    """Leaves signals to others: `stop` ends it."""
+    """A uvicorn server that handles no signals: `stop` ends it."""
 
-    complete = True  # after the end: were all answers given, and read?
+    complete = True  # after the end: True if all answers were given and read
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     def stop(self, patience: float | None) -> None:
-        """Clients have so many seconds to read what is left; None: as long as they need. 0: it ends at once, also when
-        it was told before."""
+        """End the server. Clients have `patience` seconds to read what is left, with None as long as they need; 0 ends
+        it at once, even if `stop` was called before."""
         self.config.timeout_graceful_shutdown = None if patience is None else math.ceil(patience)
         self.force_exit = patience == 0
         self.should_exit = True
@@ -107,7 +109,8 @@ class Server(uvicorn.Server):
         self.complete = not self._unread
 
     async def _leave_when_read(self) -> None:
-        """Nobody waits for what is only to be closed: a client that sleeps does not answer TLS' goodbye."""
+        """Stop waiting for connections on which nothing is left to read: a sleeping client never answers the end of
+        TLS."""
         since = time.monotonic()
         while time.monotonic() - since < _GOODBYE_S:
             await asyncio.sleep(_LOOK_S)
@@ -117,7 +120,7 @@ class Server(uvicorn.Server):
 
     @property
     def _unread(self) -> bool:
-        """Is an answer not given, or not read, to its end?"""
+        """True if some answer was not given or read to its end."""
         return any(_owes(cast(HttpToolsProtocol, each)) for each in self.server_state.connections)
 
 

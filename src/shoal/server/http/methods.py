@@ -1,4 +1,4 @@
-"""HEAD and OPTIONS, for every path alike, and what a path takes."""
+"""HEAD and OPTIONS for every path, and which methods a path takes."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ _ASKED = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 class CommonMethods:
-    """ASGI middleware. HEAD is GET without a body; OPTIONS says what a path takes."""
+    """ASGI middleware: HEAD is GET without a body, and OPTIONS lists the methods of a path."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -31,11 +31,11 @@ class CommonMethods:
         try:
             await self._app(asked, receive, bare)
         finally:
-            scope["route"] = asked.get("route")  # for whoever counts requests by it
+            scope["route"] = asked.get("route")  # the counts of requests go by it
 
 
 def allowed(scope: Scope) -> list[str]:
-    """The methods that a request's path takes beside OPTIONS; empty if there is nothing at it."""
+    """Return the methods that a request's path takes beside OPTIONS; an empty list if there is no such path."""
     routes: Iterable[BaseRoute] = scope["app"].routes
     return [method for method in _ASKED if _takes(routes, {**scope, "method": "GET" if method == "HEAD" else method})]
 

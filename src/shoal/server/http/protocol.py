@@ -1,9 +1,9 @@
-"""HTTP/1.1 as uvicorn speaks it, with bounds on what a connection may send, wait for, and leave lying.
+"""uvicorn's HTTP/1.1, with limits on what a connection may send, how long it may take, and what it may leave unread.
 
-uvicorn bounds neither a request's headers nor the time that they take, and never gives up on a client that stops
-reading; it takes offers of other protocols as accepted, and answers HTTP/1.0 as 1.1. The parser is httptools' (llhttp):
-of the server's time a request takes 35 us and a streamed chunk 4, with h11 150 and 8; what is added here takes some 10
-of a request, and nothing of a chunk.
+uvicorn limits neither the size of a request's headers nor the time until they have arrived, and never gives up on a
+client that stops reading. It treats an offer of another protocol as accepted, and answers HTTP/1.0 as if it were 1.1.
+The parser is httptools (llhttp): a request costs the server 35 us and a streamed chunk 4 us; with h11 it would be 150
+and 8. The code here adds some 10 us to a request, and nothing to a chunk.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ from shoal.server.http.errors import Refusal
 from shoal.server.http.limits import RequestLimits
 from shoal.server.http.upgrades import RequestParser
 
-_LOOK_S = 5.0  # between two looks at the clock, of a connection that something is expected of
-_GRACE_S = 5.0  # for the application to say itself that a body is late
-_OTHER_FILES = 512  # that the process needs beside its connections
+_LOOK_S = 5.0  # how often a connection that must send something compares its deadline with the clock
+_GRACE_S = 5.0  # in which the application may answer a late body itself
+_OTHER_FILES = 512  # file descriptors that the process needs beside its connections
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. Those of a class share its `limits`: see `protocol_with`."""
+    """A connection of a client. All connections of one class share its `limits`: see `protocol_with`."""
 
     limits: ClassVar[RequestLimits]
-    idle: ClassVar["dict[BoundedProtocol, None]"]  # connections between two requests, the one that was last used last
+    idle: ClassVar["dict[BoundedProtocol, None]"]  # connections between two requests, the most recently used one last
     fresh: ClassVar["dict[BoundedProtocol, None]"]  # connections that have sent nothing, the newest last
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -36,14 +36,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self.parser = RequestParser(self)
         self._in_head = False
         self._in_body = False
-        self._head_bytes = 0  # of the names and values so far
-        self._head_fed = 0  # ... or of what the parser holds of one that has not ended
+        self._head_bytes = 0  # of the first line, names and values so far
+        self._head_fed = 0  # bytes given to the parser since the head began; it may hold them without a callback
         self._messages = 0
         self._discarded = 0
-        self._why = Refusal(400, "this is not HTTP/1.1")  # for the client, if the parser can't go on
-        self._refused = False  # it was told, and nothing is read any more
+        self._why = Refusal(400, "this is not HTTP/1.1")  # what the client is told if the parser can't go on
+        self._refused = False  # the client was refused; nothing is read any more
         self._running: RequestResponseCycle | None = None
-        self._deadline: float | None = None  # for what the client is to send
+        self._deadline: float | None = None  # until which the client must send what is expected
         self._timer: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
 
@@ -66,7 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
         waiting = [cycle for cycle, _ in self.pipeline]
         self.pipeline.clear()
         super().connection_lost(exc)
-        for cycle in filter(None, (self._running, *waiting)):  # uvicorn tells the last one only
+        for cycle in filter(None, (self._running, *waiting)):  # uvicorn tells only the last one
             cycle.disconnected = True
             cycle.message_event.set()
 
@@ -103,7 +103,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Of a chunked body's trailer too."""
+        """Note a header, or a field of a chunked body's trailer."""
         super().on_header(name, value)
         self._count(len(name) + len(value) + len(": \r\n"))
 
@@ -113,22 +113,30 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stop(self._too_much())
 
     def _stop(self, why: Refusal) -> NoReturn:
-        """From within the parser, which then gives up on the connection."""
+        """Refuse the request from within a callback of the parser, which then gives up on the connection."""
         self._why = why
         raise why
 
     def _too_much(self) -> Refusal:
         most = self.limits
-        return Refusal(431, f"a request may have {most.headers} headers, of {most.header_bytes} bytes in all")
+        return Refusal(
+            431,
+            f"a request may have at most {most.headers} headers, of {most.header_bytes} bytes together: send fewer",
+        )
 
     def on_headers_complete(self) -> None:
         if self.parser.get_method() == b"CONNECT":
-            self._stop(Refusal(405, "CONNECT asks for a proxy, and this server is none"))
+            self._stop(Refusal(405, "this server is no proxy: CONNECT is not allowed"))
         if self.parser.should_upgrade():
             return
         self._in_head = False
         if len(self.pipeline) >= self.limits.pipelined:
-            self._stop(Refusal(429, f"more than {self.limits.pipelined} requests wait on one connection"))
+            self._stop(
+                Refusal(
+                    429,
+                    f"more than {self.limits.pipelined} requests wait on one connection: open more connections",
+                )
+            )
         super().on_headers_complete()
         self.cycle.keep_alive = self.parser.should_keep_alive()  # of HTTP/1.0 too
         self._in_body = True
@@ -164,13 +172,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _answered(self) -> bool:
-        """Nothing that came is without its answer."""
+        """True if every request that came has its whole answer."""
         return not self.pipeline and (self.cycle is None or self.cycle.response_complete)
 
     # --- the clock -----------------------------------------------------------------------------------------------
 
     def _rest(self, seconds: float | None = None) -> None:
-        """The connection has no request any more. uvicorn ends it after a while, or it has `seconds`."""
+        """Note that the connection has no request now. It is closed after `seconds`, or by uvicorn's own timer if
+        None."""
         self.idle[self] = None
         if len(self.idle) > self.limits.idle_connections:
             self._close_oldest()
@@ -182,7 +191,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.fresh.pop(self, None)
 
     def _close_oldest(self) -> bool:
-        """Of those between two requests, or else of those that have not sent one yet."""
+        """Close the connection that has rested longest, else the oldest that never sent anything; False if there is
+        none."""
         oldest = next((each for each in chain(self.idle, self.fresh) if each is not self), None)
         if oldest is None:
             return False
@@ -191,7 +201,8 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def _expect(self, seconds: float) -> None:
-        """One timer for many requests: it looks at the deadline when it comes around."""
+        """Set the deadline for what the client must send. One timer serves many requests: it checks the deadline when
+        it fires."""
         self._deadline = self.loop.time() + seconds
         if self._timer is None:
             self._timer = self.loop.call_later(min(seconds, _LOOK_S), self._look)
@@ -204,7 +215,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if left > 0:
             self._timer = self.loop.call_later(min(left, _LOOK_S), self._look)
         elif self._in_head:
-            self._refuse(Refusal(408, f"the headers did not come within {self.limits.header_s:g} s"))
+            self._refuse(Refusal(408, f"the headers did not arrive within {self.limits.header_s:g} s"))
         else:
             self.transport.close()
 
@@ -222,12 +233,12 @@ class BoundedProtocol(HttpToolsProtocol):
     # --- refusals ------------------------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
-        """The parser can't go on."""
+        """Answer a request that the parser can't read."""
         self._refuse(self._why)
 
     def _refuse(self, refused: Refusal) -> None:
-        """Nothing more is read. The rest is thrown away for a while: with unread bytes the connection would be reset,
-        and the client would not see why."""
+        """Answer with an error and read nothing more. What still comes is thrown away for a while: closed with unread
+        bytes, the connection would be reset, and the client would not see the answer."""
         self._refused = True
         self._deadline = None
         self._leave_rest()
@@ -236,7 +247,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if cycle is not None:
             cycle.disconnected = True
             cycle.message_event.set()
-        if begun:  # in the midst of another answer nothing can be said
+        if begun:  # in the middle of another answer there is no place for an error
             self.transport.close()
             return
         self.transport.write(_answer(refused))
@@ -246,7 +257,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def protocol_with(limits: RequestLimits) -> type[BoundedProtocol]:
-    """For `uvicorn.Config(http=...)`. No more connections are taken than the process may have files."""
+    """Return a class for `uvicorn.Config(http=...)`. It takes no more connections than the process may have open
+    files."""
     files = open_files.allow()
     room = max(files - _OTHER_FILES, files // 2)
     limits = dataclasses.replace(limits, connections=min(limits.connections, room))

@@ -1,4 +1,4 @@
-"""A name for each request, in its answer's `x-request-id` and in the log of what failed."""
+"""An id for each HTTP request: in the `x-request-id` header of its answer, and in the log when it fails."""
 
 import re
 import uuid
@@ -7,13 +7,13 @@ from contextvars import ContextVar
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = b"x-request-id"
-_NAME = re.compile(rb"[\w.:/+=@-]{1,128}")  # of a client's own that is taken over
+_NAME = re.compile(rb"[\w.:/+=@-]{1,128}")  # of ids that clients choose
 
 current: ContextVar[str] = ContextVar("current", default="")
 
 
 class RequestIds:
-    """ASGI middleware. A client's own name is kept, if it is short and plain."""
+    """ASGI middleware that gives each request an id. A client's own is kept if it is short and plain."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,7 +1,7 @@
-"""Offers to speak another protocol (`Upgrade: h2c`, `websocket`, TLS), which a server may ignore: RFC 9110, 7.8.
+"""Ignoring offers to switch the protocol (`Upgrade: h2c`, `websocket`, TLS), as RFC 9110, 7.8 allows.
 
-llhttp takes every offer as accepted: for it the request ends with its head, and what follows, the request's own body
-first of all, is of the other protocol.
+llhttp treats every offer as accepted: for it the request ends with its head, and everything that follows, the
+request's own body included, belongs to the other protocol.
 """
 
 from array import array
@@ -11,22 +11,22 @@ import httptools
 
 
 class HeadReader(Protocol):
-    """Whom a parser tells what it finds."""
+    """The object whose callbacks a parser calls."""
 
     def read_again(self) -> "RequestParser":
-        """A new parser, which has read the last head without its offer."""
+        """Return a new parser that has read the last head without its offer."""
 
 
 class RequestParser(httptools.HttpRequestParser):
-    """Has a head with an offer read a second time, without it: only then is the request taken, with its body.
+    """A parser that reads a head with an offer a second time, without it; the second time the request counts.
 
-    The first time, `should_upgrade` is true in `on_headers_complete` and `on_message_complete`, which must do nothing.
+    The first time `should_upgrade` is true in `on_headers_complete` and `on_message_complete`, which must do nothing.
     """
 
     def __init__(self, protocol: HeadReader) -> None:
         super().__init__(protocol)
         self._protocol = protocol
-        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
 
     def feed_data(self, data: "bytes | bytearray | memoryview | array[int]") -> None:
         parser, left = self, memoryview(data)
@@ -35,7 +35,7 @@ class RequestParser(httptools.HttpRequestParser):
             parser = self._protocol.read_again()
 
     def _feed(self, data: memoryview) -> int | None:
-        """Where an offer ends, if there is one."""
+        """Return where a head with an offer ends in `data`; None if there is no offer."""
         try:
             super().feed_data(data)
         except httptools.HttpParserUpgrade as offer:

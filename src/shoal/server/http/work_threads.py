@@ -1,7 +1,7 @@
-"""Threads for work that would keep the event loop.
+"""Threads for work that would block the event loop.
 
-Python runs one of its threads at a time, so more of them make nothing quicker: they are few, so that the event loop
-soon has its turn. What is large waits for the large, and never before what is small.
+Python runs one thread at a time, so more threads would not be faster: there are few, so that the event loop gets its
+turn soon. Large work has a thread of its own, so that small work never waits behind it.
 """
 
 import asyncio
@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _Task = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Any]", Callable[[], Any]]
 
-_AT_ONCE = 8 << 10  # bytes of what is done in less time than another thread takes to begin
-_LARGE = 512 << 10
+_AT_ONCE = 8 << 10  # bytes: up to here the work takes less time than handing it to a thread
+_LARGE = 512 << 10  # bytes: from here on work counts as large
 
 
 class WorkThreads:
-    """`count` threads, which do what they are given in turn. They end with the process, whatever they are at."""
+    """A queue of work and up to `count` threads that do it. They end with the process, even in the middle of work."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -29,7 +29,8 @@ class WorkThreads:
         self._threads: list[threading.Thread] = []
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` gives, or raises. If nobody waits for it any more before it has begun, it is left undone."""
+        """Run `work` on a thread, and return or raise its outcome. If the caller is cancelled before the work begins,
+        it is not done."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         context = contextvars.copy_context()
@@ -46,16 +47,16 @@ class WorkThreads:
         while True:
             loop, future, work = self._tasks.get()
             if not future.cancelled():
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to tell
+                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                     loop.call_soon_threadsafe(_outcome(work), future)
-            del future, work  # an error's traceback leads here, and would keep all that the work was about
+            del future, work  # the traceback of an error refers to this frame, which would keep the work alive
 
 
 def _outcome(work: Callable[[], Any]) -> Callable[["asyncio.Future[Any]"], None]:
-    """Does the work, and gives what settles its future."""
+    """Run the work, and return a function that settles its future."""
     try:
         return partial(_set_result, work())
-    except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
+    except BaseException as error:  # noqa: BLE001 - the caller gets it
         return partial(_set_error, error)
 
 
@@ -74,8 +75,8 @@ _large = WorkThreads(1)
 
 
 async def apart(work: Callable[[], T], size: int, *, quick: bool = True) -> T:
-    """What `work` gives. `size`: about how many bytes it looks at; where they are few, and it is `quick` with them, it
-    is done at once."""
+    """Run `work` off the event loop, and return or raise its outcome. `size` is about how many bytes it looks at; if
+    they are few and the work is `quick`, it is done at once, in this thread."""
     if quick and size <= _AT_ONCE:
         return work()
     return await (_large if size > _LARGE else _small).run(work)

@@ -1,10 +1,10 @@
-"""The labels of `vllm:cache_config_info`: vLLM's, with what it says where Shoal has nothing of the kind."""
+"""The labels of `vllm:cache_config_info`. Where Shoal lacks a feature, the value is vLLM's for "unused"."""
 
 from shoal.config.engine_options import CacheOptions, EngineOptions
 from shoal.wire.engine import EngineStats
 
 _ABSENT = {
-    "cache_dtype": "auto",  # that of the model
+    "cache_dtype": "auto",  # the type of the model
     "calculate_kv_scales": "False",
     "cpu_kvcache_space_bytes": "None",
     "cpu_offload_gb": "0",
@@ -20,7 +20,7 @@ _ABSENT = {
     "mamba_ssm_cache_dtype": "auto",
     "num_cpu_blocks": "None",
     "num_gpu_blocks_override": "None",
-    "prefix_caching_hash_algo": "None",  # tokens themselves are compared
+    "prefix_caching_hash_algo": "None",  # tokens are compared, not hashes
     "sliding_window": "None",
     "swap_space": "0",
     "swap_space_bytes": "0",
@@ -33,7 +33,7 @@ NAMES = (
 
 
 def values(options: EngineOptions, stats: EngineStats) -> tuple[str, ...]:
-    """Of each of `NAMES`, for one replica."""
+    """Return the values of the labels `NAMES` for one replica."""
     cache = options.cache
     tokens = stats.num_blocks * stats.block_size
     found: tuple[object, ...] = (

@@ -1,4 +1,4 @@
-"""Metrics of ours as prometheus_client's, which makes the text that Prometheus reads."""
+"""Our metrics and histograms, and their conversion to prometheus_client's, which writes the text."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 @dataclass(frozen=True, slots=True)
 class MetricFamily:
-    """Metrics of one name. A counter's name ends with `_total`; a histogram has the upper `bounds` of its buckets, to
-    which one without a bound is added."""
+    """The definition of a metric. A counter's name ends with `_total`. `bounds` are the upper bounds of a histogram's
+    buckets; one bucket without a bound is added."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -22,7 +22,7 @@ class MetricFamily:
 
 
 class Histogram:
-    """`counts[i]` values were up to `bounds[i]` and above the bound before; the last count is of those above all."""
+    """Counts of values by bucket: bucket i holds values up to `bounds[i]`, the last bucket those above all bounds."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -36,7 +36,7 @@ class Histogram:
         self.total += value * times
 
     def add(self, counts: Sequence[int], total: float) -> None:
-        """Add what another one with the same bounds has."""
+        """Add the counts and the total of a histogram with the same bounds."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, counts, strict=True)]
         self.total += total
 
@@ -44,7 +44,7 @@ class Histogram:
 def as_metric(
     family: MetricFamily, samples: Iterable[tuple[Sequence[str], float]]
 ) -> CounterMetricFamily | GaugeMetricFamily:
-    """Return a counter or gauge with its samples, each the values of its labels and its own."""
+    """Return a counter or gauge. A sample is the values of its labels, and its value."""
     kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
     found = kind(family.name, family.about, labels=family.labels)
     for values, value in samples:
@@ -53,7 +53,7 @@ def as_metric(
 
 
 def as_histogram(family: MetricFamily, samples: Iterable[tuple[Sequence[str], Histogram]]) -> HistogramMetricFamily:
-    """Return a histogram with its samples, each the values of its labels and its counts."""
+    """Return a histogram metric. A sample is the values of its labels, and its counts."""
     found = HistogramMetricFamily(family.name, family.about, labels=family.labels)
     bounds = [*map(repr, family.bounds), "+Inf"]
     for values, histogram in samples:

@@ -1,55 +1,53 @@
-"""GET /health, /ready and /version, for load balancers and whoever starts servers."""
+"""GET /health, /ready and /version, for load balancers and for programs that start servers."""
 
 import asyncio
-from typing import Protocol
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from fastapi import APIRouter, Response
 
 from shoal import __version__
 from shoal.activity import ActivityState
 from shoal.errors import ShoalError
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.http.json_encoding import bytes_of
 from shoal.wire.fleet import FleetStatus
 
-_ANSWER_S = 5.0
+T = TypeVar("T")
+
 _RETRY_S = 5.0
-_MOST_NAMED = 8  # replicas in an answer
+_MOST_NAMED = 8  # replicas that an error names
 
 
-class HasHealth(Protocol):
-    async def status(self) -> FleetStatus: ...
-
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
-
-
-def routes(llm: HasHealth) -> APIRouter:
+def routes(llm: Backend, *, answer_s: float = 5.0) -> APIRouter:
+    """Endpoints over `llm`, which has `answer_s` seconds to answer them."""
     router = APIRouter(tags=["health"])
 
     @router.get(
         "/health", summary="200 while requests can be served, else 503 with the cause", responses=documented(503)
     )
     async def health() -> Response:
-        status = await _status(llm)
+        status = await _answered(llm.status(), answer_s)
         if not status.accepting:
             raise _unavailable(_why_not_accepting(status))
         if not any(replica.state == "ready" for replica in status.replicas):
             raise _unavailable(f"no replica is ready: {_states(status, local_only=False)}")
-        # Whoever is paused or asleep is well: nobody should start it anew for that.
+        # A paused or sleeping server is healthy: it must not be restarted for that.
         return _answer({"status": "ok" if status.activity == ActivityState.AWAKE else status.activity})
 
     @router.get(
         "/ready",
-        summary="200 once all replicas of this host are up, and none drains, is paused or asleep",
+        summary="200 once all replicas of this host are ready and the server is neither draining, paused nor asleep",
         responses=documented(503),
     )
     async def ready() -> Response:
-        status = await _status(llm)
+        status = await _answered(llm.status(), answer_s)
         if not status.accepting:
             raise _unavailable(_why_not_accepting(status))
         if status.activity != ActivityState.AWAKE:
             raise _unavailable(_why_not_awake(status))
-        if not await _asked(llm):
+        if not await _answered(llm.ask("started"), answer_s):
             raise _unavailable(f"not all replicas are ready: {_states(status, local_only=True)}")
         return _answer({"status": "ready"})
 
@@ -60,39 +58,26 @@ def routes(llm: HasHealth) -> APIRouter:
     return router
 
 
-async def _status(llm: HasHealth) -> FleetStatus:
+async def _answered(question: Awaitable[T], answer_s: float) -> T:
     try:
-        async with asyncio.timeout(_ANSWER_S):
-            return await llm.status()
+        async with asyncio.timeout(answer_s):
+            return await question
     except (ShoalError, TimeoutError) as error:
-        raise _unanswered(error) from None
-
-
-async def _asked(llm: HasHealth) -> bool:
-    """Are all replicas of this host up?"""
-    try:
-        async with asyncio.timeout(_ANSWER_S):
-            return bool(await llm.ask("started"))
-    except (ShoalError, TimeoutError) as error:
-        raise _unanswered(error) from None
-
-
-def _unanswered(error: Exception) -> Refusal:
-    return _unavailable(str(error) or f"the engine has not answered within {_ANSWER_S:g} s")
+        raise _unavailable(str(error) or f"the engine has not answered within {answer_s:g} s") from None
 
 
 def _why_not_accepting(status: FleetStatus) -> str:
-    return status.failure or "the server is about to end and takes no new requests"
+    return status.failure or "the server is shutting down and takes no new requests"
 
 
 def _why_not_awake(status: FleetStatus) -> str:
     if status.activity == ActivityState.PAUSED:
-        return "the server is paused: POST /resume lets it go on"
+        return "the server is paused: POST /resume continues"
     return f"the server is asleep, without {' and '.join(status.missing)}: POST /wake_up wakes it up"
 
 
 def _states(status: FleetStatus, *, local_only: bool) -> str:
-    """Those that are not ready, and what ended them."""
+    """Return the replicas that are not ready, and why, as text."""
     missing = [
         replica
         for replica in status.replicas
@@ -105,7 +90,7 @@ def _states(status: FleetStatus, *, local_only: bool) -> str:
     ]
     if len(missing) > _MOST_NAMED:
         named.append(f"{len(missing) - _MOST_NAMED} more")
-    return "; ".join(named) or "there is none"
+    return "; ".join(named) or "there are no replicas"
 
 
 def _unavailable(why: str) -> Refusal:

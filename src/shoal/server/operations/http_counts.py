@@ -1,6 +1,6 @@
-"""HTTP requests by path, method and status, with their durations.
+"""Counts and durations of HTTP requests by path, method and status.
 
-Each API server counts its own, and hands what is new over to the process that has the fleet, where they are summed up.
+Each API server counts its own requests, and hands new counts to the process that has the fleet, which adds them up.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ _BOUNDS_S = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0, 30.0),
     60.0,
 )
-_COARSE_S = (0.1, 0.5, 1.0)  # some of them
+_COARSE_S = (0.1, 0.5, 1.0)  # a subset of _BOUNDS_S
 _METHODS = {"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"}
-_UNCOUNTED = {"/metrics", "/health", "/ready", "/version"}  # asked again and again, by machines
-_PAUSE_S = 1.0
+_UNCOUNTED = {"/metrics", "/health", "/ready", "/version"}  # polled by machines
+_PAUSE_S = 1.0  # between a request and handing its count over, at most
 
 REQUESTS = MetricFamily(
     "http_requests_total", "counter", "HTTP requests, by path and status.", ("handler", "method", "status")
@@ -33,43 +33,45 @@ REQUESTS = MetricFamily(
 DURATION = MetricFamily(
     "http_request_duration_seconds",
     "histogram",
-    "From the head of an HTTP request to the end of its answer, by path.",
+    "Time from the head of an HTTP request to the end of its answer, by path.",
     ("handler", "method"),
     _COARSE_S,
 )
 FINE_DURATION = MetricFamily(
     "http_request_duration_highr_seconds",
     "histogram",
-    "From the head of an HTTP request to the end of its answer.",
+    "Time from the head of an HTTP request to the end of its answer.",
     (),
     _BOUNDS_S,
 )
 
-Key = tuple[str, str, str]  # the route's path, method, class of the status
+Key = tuple[str, str, str]  # path of the route, method, class of the status ("2xx")
 
 
 class HttpCounts:
+    """Durations of HTTP requests, by path, method and status."""
+
     def __init__(self) -> None:
         self._durations: dict[Key, Histogram] = {}
 
     def add(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """Methods that nobody knows share a name: there must not be ever more."""
+        """Count a request. Unknown methods share one name, so that clients can't add ever more of them."""
         self._of((handler, method if method in _METHODS else "other", f"{status // 100}xx")).observe(seconds)
 
     def told(self) -> list[Any]:
         return [[*key, each.counts, each.total] for key, each in self._durations.items()]
 
     def take(self, told: Sequence[Any]) -> None:
-        """Adds what another one has."""
+        """Add the counts that `told` of another object has returned."""
         for handler, method, status, counts, total in told:
             self._of((handler, method, status)).add(counts, total)
 
     def take_over(self, payload: bytes) -> None:
-        """Adds what another one gave."""
+        """Add the counts that `give` of another object has returned."""
         self.take(json.loads(payload) if payload else ())
 
     def give(self) -> bytes:
-        """All of it, which is forgotten here."""
+        """Return all counts, and forget them here."""
         payload = json.dumps(self.told()).encode() if self._durations else b""
         self._durations.clear()
         return payload
@@ -85,14 +87,14 @@ class HttpCounts:
             yield key, sum(each.counts)
 
     def durations(self) -> Iterator[tuple[tuple[str, str], Histogram]]:
-        """Of `DURATION`."""
+        """Give the samples of `DURATION`."""
         found: dict[tuple[str, str], Histogram] = {}
         for (handler, method, _), each in sorted(self._durations.items()):
             found.setdefault((handler, method), Histogram(_COARSE_S)).add(_coarse(each.counts), each.total)
         yield from found.items()
 
     def all_durations(self) -> Histogram:
-        """Of `FINE_DURATION`."""
+        """Return the histogram of `FINE_DURATION`."""
         found = Histogram(_BOUNDS_S)
         for each in self._durations.values():
             found.add(each.counts, each.total)
@@ -107,7 +109,7 @@ def _coarse(counts: list[int]) -> list[int]:
 
 
 class HandOver:
-    """One API server's counts, on their way to the process that has the fleet: within a second after a request."""
+    """The counts of one API server that the process with the fleet does not have yet; it gets them within a second."""
 
     def __init__(self, tell: Callable[[bytes], Awaitable[bytes]]) -> None:
         self._tell = tell
@@ -124,7 +126,7 @@ class HandOver:
         return self._counts.give()
 
     def take_back(self, payload: bytes) -> None:
-        """Nobody has taken it."""
+        """Keep counts for later that `give` returned and that could not be handed over."""
         self._counts.take_over(payload)
 
     def _start(self) -> None:
@@ -138,12 +140,12 @@ class HandOver:
                 await self._tell(payload)
         except ClosedError:
             self.take_back(payload)
-        except ShoalError:  # nobody has answered in time: they may be taken yet, and must not be counted twice
-            log.warning("counts of HTTP requests may be lost: nobody answers")
+        except ShoalError:  # no answer in time: they may have arrived, and must not be counted twice
+            log.warning("counts of HTTP requests may be lost: the engine has not answered")
 
 
 class CountRequests:
-    """ASGI middleware."""
+    """ASGI middleware that counts requests and measures their durations."""
 
     def __init__(self, app: ASGIApp, counts: HandOver) -> None:
         self._app = app

@@ -1,15 +1,14 @@
-"""GET /metrics: what RequestMetrics has counted, and the fleet's status, as one text.
+"""GET /metrics: the counts of RequestMetrics and the status of the fleet, as text for Prometheus.
 
-Any API server answers for all of them. The process that has the fleet gives numbers; prometheus_client makes the text
-of them here, always in Prometheus' own format: as OpenMetrics it would write `vllm_` and `shoal_` for our names'
-`vllm:` and `shoal:`.
+Any API server answers for all of them. The process that has the fleet gives the numbers; prometheus_client writes the
+text here. It is always Prometheus' own format: OpenMetrics would turn the colon in names like `vllm:` into `vllm_`.
 """
 
 import asyncio
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import PlainTextResponse
@@ -19,6 +18,7 @@ from prometheus_client.registry import Collector
 from shoal.activity import ActivityState
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.operations import cache_config
 from shoal.server.operations.exposition import Histogram, MetricFamily, as_histogram, as_metric
@@ -41,86 +41,111 @@ _ANSWER_S = 10.0
 STATES = ("starting", "ready", "restarting", "awaited", "leaving", "failed")
 
 
-class HasMetrics(Protocol):
-    async def status(self) -> FleetStatus: ...
+# --- metrics from the status of the fleet ----------------------------------------------------------------------------
 
-    async def ask(self, verb: str, payload: bytes = b"") -> bytes: ...
-
-
-# --- what the fleet's status says ------------------------------------------------------------------------------------
-
-RUNNING = MetricFamily("vllm:num_requests_running", "gauge", "Requests that a replica has in its steps.", LABELS)
+RUNNING = MetricFamily("vllm:num_requests_running", "gauge", "Requests that a replica is computing.", LABELS)
 WAITING = MetricFamily(
     "vllm:num_requests_waiting",
     "gauge",
-    "Requests that wait in a replica, and its share of those that no replica has yet.",
+    "Requests that wait in a replica, and its share of those that wait at the router.",
     LABELS,
 )
-KV_USAGE = MetricFamily("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks that requests hold; 1 is all.", LABELS)
+KV_USAGE = MetricFamily(
+    "vllm:kv_cache_usage_perc", "gauge", "Share of the KV blocks that requests hold, from 0 to 1.", LABELS
+)
 CACHE_CONFIG = MetricFamily(
-    "vllm:cache_config_info", "gauge", "KV blocks, their size and options, as labels.", (*LABELS, *cache_config.NAMES)
+    "vllm:cache_config_info",
+    "gauge",
+    "Number and size of the KV blocks, and options of the cache, as labels.",
+    (*LABELS, *cache_config.NAMES),
 )
 WAITING_BY_REASON = MetricFamily(
     "vllm:num_requests_waiting_by_reason",
     "gauge",
-    "The same by why: for room (capacity), or for the server to run again, or a replica to be ready (deferred).",
+    "Waiting requests by reason: for room (capacity), or until a replica is ready and not paused (deferred).",
     (*LABELS, "reason"),
 )
 SLEEP_STATE = MetricFamily(
     "vllm:engine_sleep_state",
     "gauge",
-    "1 for what an engine is at: awake, or asleep at level 1 (weights_offloaded) or 2 (discard_all).",
+    "1 for the current state: awake, or asleep at level 1 (weights_offloaded) or 2 (discard_all).",
     (*LABELS, "sleep_state"),
 )
 _SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
 ACCEPTED_BY_POSITION = MetricFamily(
     "vllm:spec_decode_num_accepted_tokens_per_pos_total",
     "counter",
-    "Guesses that were right, by their place in a round, from 0 on.",
+    "Accepted drafts by their position in a round, from 0 on.",
     (*LABELS, "position"),
 )
 ITERATION_TOKENS = MetricFamily(
-    "vllm:iteration_tokens_total", "histogram", "Tokens of a step.", LABELS, (1.0, *(2.0**i for i in range(3, 15)))
+    "vllm:iteration_tokens_total",
+    "histogram",
+    "Tokens computed in a step.",
+    LABELS,
+    (1.0, *(2.0**i for i in range(3, 15))),
 )
 _ENGINE_COUNTERS: list[tuple[MetricFamily, Callable[[EngineStats], int]]] = [
     (MetricFamily(name, "counter", about, LABELS), value)
     for name, about, value in (
         ("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
-        ("vllm:prefix_cache_hits_total", "... and found.", lambda s: s.prefix_hits),
-        ("vllm:num_preemptions_total", "Requests that gave their blocks back for others.", lambda s: s.preemptions),
-        ("vllm:spec_decode_num_drafts_total", "Rounds of guessing, of a sequence each.", lambda s: s.drafts),
-        ("vllm:spec_decode_num_draft_tokens_total", "Tokens guessed.", lambda s: s.draft_tokens),
-        ("vllm:spec_decode_num_accepted_tokens_total", "... rightly.", lambda s: s.accepted_tokens),
-        ("shoal:steps_total", "Steps.", lambda s: s.steps),
+        ("vllm:prefix_cache_hits_total", "Tokens found in the prefix cache.", lambda s: s.prefix_hits),
+        (
+            "vllm:num_preemptions_total",
+            "Preemptions: requests that gave their blocks back to make room for others.",
+            lambda s: s.preemptions,
+        ),
+        (
+            "vllm:spec_decode_num_drafts_total",
+            "Rounds of speculative decoding, counted for each sequence.",
+            lambda s: s.drafts,
+        ),
+        ("vllm:spec_decode_num_draft_tokens_total", "Draft tokens of speculative decoding.", lambda s: s.draft_tokens),
+        (
+            "vllm:spec_decode_num_accepted_tokens_total",
+            "Draft tokens that the model accepted.",
+            lambda s: s.accepted_tokens,
+        ),
+        ("shoal:steps_total", "Steps of the engine.", lambda s: s.steps),
     )
 ]
 
-STATE = MetricFamily("shoal:replica_state", "gauge", "1 for the state that a replica is in.", (*LABELS, "state"))
-RESTARTS = MetricFamily("shoal:replica_restarts_total", "counter", "How often a replica was started again.", LABELS)
+STATE = MetricFamily(
+    "shoal:replica_state", "gauge", "1 for the current state of a replica, 0 for all other states.", (*LABELS, "state")
+)
+RESTARTS = MetricFamily("shoal:replica_restarts_total", "counter", "Restarts of a replica.", LABELS)
 MEMORY = MetricFamily(
     "shoal:rank_memory_bytes",
     "gauge",
-    "Memory of a rank: weights, written KV cache, and all that no file backs (anonymous).",
+    "Memory of a rank: weights, KV cache in use, and all that is not mapped from files (anonymous).",
     (*LABELS, "rank", "kind"),
 )
-BUSY = MetricFamily("shoal:rank_busy_seconds_total", "counter", "What a rank has spent in steps.", (*LABELS, "rank"))
-QUEUED = MetricFamily("shoal:requests_queued", "gauge", "Requests that no replica has.", ("model_name",))
+BUSY = MetricFamily("shoal:rank_busy_seconds_total", "counter", "Seconds that a rank has computed.", (*LABELS, "rank"))
+QUEUED = MetricFamily(
+    "shoal:requests_queued", "gauge", "Requests that wait at the router, given to no replica yet.", ("model_name",)
+)
 REPLAYS = MetricFamily(
-    "shoal:request_replays_total", "counter", "How often a request went on after its replica's end.", ("model_name",)
+    "shoal:request_replays_total",
+    "counter",
+    "Requests that were continued on another replica after theirs had ended.",
+    ("model_name",),
 )
-API_RESTARTS = MetricFamily(
-    "shoal:api_server_restarts_total", "counter", "How often an API server was started again.", ("model_name",)
+API_RESTARTS = MetricFamily("shoal:api_server_restarts_total", "counter", "Restarts of API servers.", ("model_name",))
+ACCEPTING = MetricFamily(
+    "shoal:accepting_requests",
+    "gauge",
+    "1 while new requests are accepted, 0 while draining or after a failure.",
+    ("model_name",),
 )
-ACCEPTING = MetricFamily("shoal:accepting_requests", "gauge", "0: it drains, or has failed.", ("model_name",))
 
-# Older dashboards read it; the values are those of GAP.
+# For older dashboards; the values are those of GAP.
 OLD_GAP = MetricFamily(
     "vllm:time_per_output_token_seconds", "histogram", f"The same as {GAP}.", LABELS, histogram_families(1)[GAP].bounds
 )
 
 
 def families(max_model_len: int) -> list[MetricFamily]:
-    """Return all families at /metrics that are ours; `process_metrics` has the others."""
+    """Return the definitions of all our metrics at /metrics; those of the process are in `process_metrics`."""
     return [
         *(RUNNING, WAITING, WAITING_BY_REASON, KV_USAGE, CACHE_CONFIG, SLEEP_STATE),
         *(family for family, _ in _ENGINE_COUNTERS),
@@ -135,8 +160,8 @@ def families(max_model_len: int) -> list[MetricFamily]:
 
 
 def page_of(told: bytes, status: FleetStatus, model_name: str, options: EngineOptions | None = None) -> bytes:
-    """Return the text that Prometheus reads. `told` is what RequestMetrics answers to "metrics"; `options` are those of
-    the replicas."""
+    """Return the text for Prometheus. `told` is the answer of RequestMetrics to "metrics"; `options` are those of the
+    replicas."""
     found = json.loads(told)
     registry = CollectorRegistry()
     registry.register(FleetCollector(found, status, model_name, EngineOptions(None) if options is None else options))
@@ -146,7 +171,7 @@ def page_of(told: bytes, status: FleetStatus, model_name: str, options: EngineOp
 
 
 class FleetCollector(Collector):
-    """The metrics of a fleet at one moment: what was counted of its requests, and its status."""
+    """The metrics of a fleet at one moment, from the counts of its requests and its status."""
 
     def __init__(self, told: dict[str, Any], status: FleetStatus, model_name: str, options: EngineOptions) -> None:
         self._told = told
@@ -204,7 +229,7 @@ def _status_metrics(status: FleetStatus, model_name: str) -> Iterator[Metric]:
 
 
 def _settings_metrics(status: FleetStatus, model_name: str, options: EngineOptions) -> Iterator[Metric]:
-    """Give the metrics that depend on the options of the replicas as well."""
+    """Give the metrics that also depend on the options of the replicas."""
     known = [
         (replica.stats, (model_name, str(replica.number))) for replica in status.replicas if replica.stats is not None
     ]
@@ -225,23 +250,23 @@ def _settings_metrics(status: FleetStatus, model_name: str, options: EngineOptio
 
 
 def _filled(counts: Sequence[int], most: int) -> list[int]:
-    """A place where no guess was right yet counts 0."""
+    """Return the counts by position, with 0 for positions at which no draft was accepted yet."""
     return [*counts, *[0] * (most - len(counts))]
 
 
 def _defers(status: FleetStatus) -> bool:
-    """Do requests wait for something else than room?"""
+    """True if requests wait for a replica to be ready and not paused, rather than for room."""
     return status.activity != ActivityState.AWAKE or not any(replica.state == "ready" for replica in status.replicas)
 
 
 def _waiting(replica: ReplicaStatus) -> int:
-    """How many requests it has is known at once; how many of them wait, from its last word."""
+    """Return how many requests of a replica wait. `stats` may be older than `held`, which is always current."""
     return 0 if replica.stats is None else min(replica.stats.waiting, replica.held)
 
 
 def _shares(status: FleetStatus) -> list[int]:
-    """Of the router's queue, by replica; the ready ones will take it, if there are any. Whoever scales by the sum, or
-    by one replica's number, sees the queue."""
+    """Return each replica's share of the router's queue. Ready replicas share it, or all if none is ready; so an
+    autoscaler that reads the sum or one replica sees the queue."""
     takers = [replica.state == "ready" for replica in status.replicas]
     if not any(takers):
         takers = [True] * len(takers)
@@ -284,19 +309,18 @@ def _rank_metrics(status: FleetStatus, model_name: str) -> Iterator[Metric]:
 
 
 def _busy(stats: EngineStats) -> Iterator[tuple[int, int]]:
-    """Microseconds by rank, former lives included."""
+    """Give the microseconds that each rank has computed, over all restarts."""
     found = dict(enumerate(stats.busy_before))
     for rank in stats.ranks:
         found[rank.rank] = found.get(rank.rank, 0) + rank.busy_us
     yield from sorted(found.items())
 
 
-# --- what was told of requests ---------------------------------------------------------------------------------------
+# --- metrics from the counts of requests -----------------------------------------------------------------------------
 
 
 def _request_metrics(told: dict[str, Any], status: FleetStatus, model_name: str) -> Iterator[Metric]:
-    """Give what was counted of requests. Engines that have done nothing yet are there with zeros, so that a rate has a
-    beginning."""
+    """Give the counts of requests. Engines that have done nothing yet have zeros, so that a rate has a beginning."""
     engines: dict[str, Any] = {str(replica.number): None for replica in status.replicas} | told["engines"]
     for name, family in COUNTERS.items():
         yield as_metric(
@@ -330,15 +354,14 @@ def _http_metrics(told: list[Any]) -> Iterator[Metric]:
 # --- the route -------------------------------------------------------------------------------------------------------
 
 
-def add_metrics(app: FastAPI, llm: HasMetrics, model_name: str, options: EngineOptions | None = None) -> None:
-    """GET /metrics, and the count of all HTTP requests to `app`. `model_name` is the label; `options` are those of the
-    replicas."""
+def add_metrics(app: FastAPI, llm: Backend, model_name: str) -> None:
+    """Add GET /metrics, and count all HTTP requests to `app`. `model_name` is the value of that label."""
     counts = HandOver(lambda payload: llm.ask("http", payload))
     app.add_middleware(CountRequests, counts=counts)
-    app.include_router(_routes(llm, model_name, counts, options))
+    app.include_router(_routes(llm, model_name, counts))
 
 
-def _routes(llm: HasMetrics, model_name: str, counts: HandOver, options: EngineOptions | None) -> APIRouter:
+def _routes(llm: Backend, model_name: str, counts: HandOver) -> APIRouter:
     router = APIRouter(tags=["admin"])
 
     @router.get(
@@ -353,14 +376,14 @@ def _routes(llm: HasMetrics, model_name: str, counts: HandOver, options: EngineO
                 told = await _numbers(llm, counts)
                 status = await llm.status()
         except (ShoalError, TimeoutError) as error:
-            raise Refusal(503, f"no numbers from the engine: {error or 'it does not answer'}") from None
-        text = await asyncio.to_thread(page_of, told, status, model_name, options)
+            raise Refusal(503, f"no numbers from the engine: {error or f'no answer within {_ANSWER_S:g} s'}") from None
+        text = await asyncio.to_thread(page_of, told, status, model_name, llm.options)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return router
 
 
-async def _numbers(llm: HasMetrics, counts: HandOver) -> bytes:
+async def _numbers(llm: Backend, counts: HandOver) -> bytes:
     payload = counts.give()
     try:
         return await llm.ask("metrics", payload)

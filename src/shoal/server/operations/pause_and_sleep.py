@@ -1,49 +1,46 @@
-"""POST /pause, /resume, /sleep, /wake_up and /reset_prefix_cache, with vLLM's names.
+"""POST /pause, /resume, /sleep, /wake_up and /reset_prefix_cache, with vLLM's names and parameters.
 
-Each is for all replicas, and is answered when all of them are done.
+Each applies to all replicas, and is answered when all of them have done it.
 """
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from shoal.activity import ActivityState
 from shoal.errors import UserError
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
 from shoal.wire.engine import cache_reset_decoder
-from shoal.wire.fleet import FleetStatus, Operation
+from shoal.wire.fleet import Operation
 
 Mode = Literal["abort", "wait", "keep"]
 _MODES = (
-    "what becomes of requests: `abort` ends them, with `wait` those that a replica has end first, with `keep` they "
-    "stand still and go on later"
+    "what happens to running requests: `abort` ends them, `wait` lets them finish first, `keep` suspends them until "
+    "the server continues"
 )
 
 
-class CanOperate(Protocol):
-    async def operate(self, wanted: Operation) -> bytes: ...
-
-    async def status(self) -> FleetStatus: ...
-
-
-def routes(llm: CanOperate) -> APIRouter:
+def routes(llm: Backend) -> APIRouter:
     router = APIRouter(tags=["admin"])
     _add_pauses(router, llm)
     _add_sleep(router, llm)
 
     @router.post(
         "/reset_prefix_cache",
-        summary="Forget what the prefix caches of all replicas have",
-        description="Requests that run keep the blocks they hold, which nobody else finds any more.",
+        summary="Empty the prefix caches of all replicas",
+        description="Running requests keep the blocks that they hold; new requests no longer find these.",
         response_class=JSONResponse,
         responses=documented(503),
     )
     async def reset_prefix_cache(
         reset_running_requests: Annotated[
-            bool, Query(description="requests that run compute theirs again, too")
+            bool, Query(description="running requests compute their blocks again")
         ] = False,
-        reset_external: Annotated[bool, Query(description="there is no other cache: it says nothing")] = False,
+        reset_external: Annotated[
+            bool, Query(description="accepted for compatibility, without effect: there is no external cache")
+        ] = False,
     ) -> Response:
         told = await _operate(llm, Operation("reset_prefix_cache", running=reset_running_requests))
         found = cache_reset_decoder.decode(told)
@@ -52,17 +49,17 @@ def routes(llm: CanOperate) -> APIRouter:
     return router
 
 
-def _add_pauses(router: APIRouter, llm: CanOperate) -> None:
+def _add_pauses(router: APIRouter, llm: Backend) -> None:
     @router.post(
         "/pause",
-        summary="Compute nothing until /resume; new requests wait",
+        summary="Stop computing until /resume; new requests wait",
         response_class=JSONResponse,
         responses=documented(409, 503),
     )
     async def pause(
         mode: Annotated[Mode, Query(description=_MODES)] = "abort",
         wait_for_inflight_requests: Annotated[bool, Query(description="the same as mode=wait")] = False,
-        clear_cache: Annotated[bool, Query(description="forget prefixes, unless requests are kept")] = True,
+        clear_cache: Annotated[bool, Query(description="empty the prefix caches, unless requests are kept")] = True,
     ) -> Response:
         mode = "wait" if wait_for_inflight_requests and mode == "abort" else mode
         await _operate(llm, Operation("pause", mode=mode, clear_cache=clear_cache))
@@ -75,7 +72,7 @@ def _add_pauses(router: APIRouter, llm: CanOperate) -> None:
 
     @router.get(
         "/is_paused",
-        summary="Is nothing computed, be it paused or asleep?",
+        summary="True while nothing is computed: paused or asleep",
         response_class=JSONResponse,
         responses=documented(503),
     )
@@ -83,15 +80,15 @@ def _add_pauses(router: APIRouter, llm: CanOperate) -> None:
         return _answer({"is_paused": (await llm.status()).activity != ActivityState.AWAKE})
 
 
-def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
+def _add_sleep(router: APIRouter, llm: Backend) -> None:
     @router.post(
         "/sleep",
-        summary="Give the memory of weights and KV caches back; requests are refused until /wake_up",
+        summary="Free the memory of weights and KV caches; requests are refused until /wake_up",
         response_class=JSONResponse,
         responses=documented(409, 503),
     )
     async def sleep(
-        level: Annotated[Literal["0", "1", "2"], Query(description="0 is a pause; 1 and 2 give back the same")] = "1",
+        level: Annotated[Literal["0", "1", "2"], Query(description="0 is a pause; 1 and 2 free the same memory")] = "1",
         mode: Annotated[Mode, Query(description=_MODES)] = "abort",
     ) -> Response:
         await _operate(llm, Operation("sleep", mode=mode, level=int(level)))
@@ -99,14 +96,14 @@ def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
 
     @router.post(
         "/wake_up",
-        summary="Take the memory again, and go on once all of it is there",
+        summary="Allocate the memory and load the weights again, then continue",
         response_class=JSONResponse,
         responses=documented(409, 503),
     )
     async def wake_up(
         tags: Annotated[
             list[Literal["weights", "kv_cache", "scheduling"]] | None,
-            Query(description="parts to take; all if none is given"),
+            Query(description="the parts to restore; all if none is given"),
         ] = None,
     ) -> Response:
         await _operate(llm, Operation("wake_up", tags=tuple(tags) if tags else None))
@@ -114,7 +111,7 @@ def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
 
     @router.get(
         "/is_sleeping",
-        summary="Were weights or KV caches given back?",
+        summary="True while weights or KV caches are freed",
         response_class=JSONResponse,
         responses=documented(503),
     )
@@ -122,15 +119,16 @@ def _add_sleep(router: APIRouter, llm: CanOperate) -> None:
         return _answer({"is_sleeping": (await llm.status()).activity == ActivityState.ASLEEP})
 
 
-async def _state(llm: CanOperate) -> Response:
+async def _state(llm: Backend) -> Response:
     status = await llm.status()
     return _answer({"status": status.activity, "missing": list(status.missing)})
 
 
-async def _operate(llm: CanOperate, wanted: Operation) -> bytes:
-    """
+async def _operate(llm: Backend, wanted: Operation) -> bytes:
+    """Have all replicas do something, and return their answer.
+
     Raises:
-        Refusal: it does not go with what the replicas are at, or with the files that are there.
+        Refusal: the replicas are in a state in which it can't be done, or the files of the weights have changed.
     """
     try:
         return await llm.operate(wanted)

@@ -1,7 +1,7 @@
-"""Metrics of one process as prometheus_client knows them: `process_*`, `python_gc_*` and `python_info`.
+"""prometheus_client's metrics of a process: `process_*`, `python_gc_*` and `python_info`.
 
-They are always those of the process that has the fleet. If each API server told its own, a counter would go up and
-down as the requests of one scraper reach one server after another.
+They always describe the process that has the fleet. If each API server gave its own, counters would jump up and down,
+since one scraper reaches different servers in turn.
 """
 
 import os
@@ -17,7 +17,7 @@ _PLATFORM = PlatformCollector(None)
 
 
 def told_of_this_process() -> dict[str, Any]:
-    """Return what only this process itself knows, ready for JSON."""
+    """Return what only the process itself can say of its metrics, ready for JSON."""
     garbage = [
         [each.name, each.documentation, [[sample.labels, sample.value] for sample in each.samples]]
         for each in _GARBAGE.collect()
@@ -26,7 +26,7 @@ def told_of_this_process() -> dict[str, Any]:
 
 
 def process_collectors(told: dict[str, Any]) -> list[Collector]:
-    """Return the collectors for the process that `told` comes from, which is on this host."""
+    """Return collectors for the process on this host that `told` comes from."""
     return [_process(told["pid"]), _Garbage(told["garbage"]), _PLATFORM]
 
 
@@ -37,7 +37,7 @@ def _process(pid: int) -> ProcessCollector:
 
 
 class _Garbage(Collector):
-    """What another process's garbage collector has done."""
+    """Collector for the garbage collector of another process."""
 
     def __init__(self, told: list[Any]) -> None:
         self._told = told

@@ -1,6 +1,6 @@
-"""What becomes of requests, counted where the fleet is: in one process, however many answer HTTP.
+"""Counts and durations of requests, kept in the process that has the fleet, however many processes serve HTTP.
 
-Names, labels and buckets are those that dashboards and autoscalers for vLLM read; docs/metrics.md has the list.
+Names, labels and buckets are those that dashboards and autoscalers for vLLM read; docs/metrics.md lists them.
 """
 
 import json
@@ -21,7 +21,6 @@ REFUSALS: dict[RefusalKind, str] = {
     refusal: refusal.name.lower() for refusal in RefusalKind if refusal is not RefusalKind.NONE
 }
 
-_TOKEN_BYTES = 4
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
     *(160.0, 640.0, 2560.0),
@@ -59,19 +58,19 @@ GENERATED_TOKENS = "vllm:generation_tokens_total"
 SUCCESS = MetricFamily(
     "vllm:request_success_total",
     "counter",
-    "Requests that ended without an error, by why; without an engine where no replica had them.",
+    "Requests that ended without an error, by reason; the label engine is empty if no replica had them.",
     (*LABELS, "finished_reason"),
 )
 REFUSED = MetricFamily(
     "shoal:requests_refused_total",
     "counter",
-    "Requests that ended with an error, by its kind.",
+    "Requests that ended with an error, by kind of error.",
     ("model_name", "reason"),
 )
 
 
 def doubling_bounds(most: int) -> tuple[float, ...]:
-    """1, 2, 5, 10, 20, 50, ... up to `most`."""
+    """Return 1, 2, 5, 10, 20, 50, ... up to `most`."""
     found: list[float] = []
     scale = 1
     while scale <= most:
@@ -83,21 +82,25 @@ def doubling_bounds(most: int) -> tuple[float, ...]:
 def histogram_families(max_model_len: int) -> dict[str, MetricFamily]:
     lengths = doubling_bounds(max_model_len)
     table: list[tuple[str, tuple[float, ...], str]] = [
-        (FIRST_TOKEN, _FIRST_TOKEN_S, "From a request's arrival to its first token."),
-        (GAP, _TOKEN_S, "Between a request's tokens: of those that come together, each has its share of the time."),
+        (FIRST_TOKEN, _FIRST_TOKEN_S, "Time from the arrival of a request to its first token."),
+        (GAP, _TOKEN_S, "Time between tokens of a request; tokens that arrive together share the time equally."),
         (_MEAN_GAP, _TOKEN_S, "Mean time between tokens of a finished request that has two or more."),
-        (_E2E, _REQUEST_S, "From a request's arrival to its end."),
-        (_QUEUE, _REQUEST_S, "From a request's arrival to its first step, at the router and in the engine."),
-        (_INFERENCE, _REQUEST_S, "From a request's first step to its last token."),
-        (_PREFILL, _REQUEST_S, "From a request's first step to its first token."),
-        (_DECODE, _REQUEST_S, "From a request's first token to its last one."),
-        (_PROMPT, lengths, "Tokens of a finished request's prompt."),
-        (_COMPUTED, lengths, "... of which were not in the prefix cache."),
-        (_GENERATED, lengths, "Tokens of a finished request's output."),
-        (_LONGEST, lengths, "Tokens of the longest output of a prompt."),
-        (_MAX_TOKENS, lengths, "Tokens that a finished request might have had."),
-        (_N, _OUTPUTS, "Outputs of a prompt."),
-        (_PREEMPTIONS, _FEW, "How often a finished request gave its KV blocks back, at the replica that ended it."),
+        (_E2E, _REQUEST_S, "Time from the arrival of a request to its end."),
+        (
+            _QUEUE,
+            _REQUEST_S,
+            "Time from the arrival of a request to its first step, in the queues of router and engine.",
+        ),
+        (_INFERENCE, _REQUEST_S, "Time from the first step of a request to its last token."),
+        (_PREFILL, _REQUEST_S, "Time from the first step of a request to its first token."),
+        (_DECODE, _REQUEST_S, "Time from the first token of a request to its last one."),
+        (_PROMPT, lengths, "Prompt tokens of a finished request."),
+        (_COMPUTED, lengths, "Prompt tokens of a finished request that were not in the prefix cache."),
+        (_GENERATED, lengths, "Output tokens of a finished request."),
+        (_LONGEST, lengths, "Tokens of the longest output of a prompt (of its n)."),
+        (_MAX_TOKENS, lengths, "The max_tokens of a finished request."),
+        (_N, _OUTPUTS, "Outputs of a prompt (its n)."),
+        (_PREEMPTIONS, _FEW, "How often a finished request was preempted, on the replica that finished it."),
     ]
     return {name: MetricFamily(name, "histogram", about, LABELS, bounds) for name, bounds, about in table}
 
@@ -105,26 +108,26 @@ def histogram_families(max_model_len: int) -> dict[str, MetricFamily]:
 COUNTERS = {
     name: MetricFamily(name, "counter", about, LABELS)
     for name, about in (
-        (PROMPT_TOKENS, "Tokens of prompts that have got their first token, cached ones included."),
-        (CACHED_TOKENS, "... of which were in the prefix cache."),
-        (GENERATED_TOKENS, "Tokens that clients were given."),
+        (PROMPT_TOKENS, "Tokens of prompts that were computed, cached ones included."),
+        (CACHED_TOKENS, "Prompt tokens that were found in the prefix cache."),
+        (GENERATED_TOKENS, "Tokens that were generated and sent to clients."),
     )
 }
 
 
 @dataclass(slots=True)
 class _RequestRecord:
-    """A request on its way."""
+    """A request that has not ended. Times are those of the clock of RequestMetrics, durations in seconds."""
 
     arrival: float
     prompt: int
     max_tokens: int
     group: int
-    replica: int = -1  # that had it last
-    dealt: float = 0.0
-    waited: float = 0.0  # in the engine
-    first: float = 0.0  # when its first token came; 0: it has none
-    last: float = 0.0
+    replica: int = -1  # that had the request last
+    dealt: float = 0.0  # when it was given to that replica
+    waited: float = 0.0  # in the queue of the engine
+    first: float = 0.0  # when its first token arrived; 0: not yet
+    last: float = 0.0  # when its latest token arrived
     tokens: int = 0
     cached: int = 0
     stopped: bool = False  # by a stop text
@@ -132,14 +135,16 @@ class _RequestRecord:
 
 @dataclass(slots=True)
 class _Group:
-    """Outputs of one prompt."""
+    """The outputs of one prompt."""
 
     outputs: int = 0
     open: int = 0
-    longest: int = -1  # of those that have finished
+    longest: int = -1  # tokens of the longest finished output; -1: none has finished
 
 
 class _Engine:
+    """The counts of one replica, over all restarts."""
+
     def __init__(self, families: dict[str, MetricFamily]) -> None:
         self.histograms = {name: Histogram(family.bounds) for name, family in families.items()}
         self.first_token = self.histograms[FIRST_TOKEN]
@@ -160,10 +165,12 @@ class _Engine:
 
 
 class RequestMetrics:
-    """A `protocols.Recorder`. A request that goes on at another replica is one request: its first token is the first
-    that its client got. What it cost is counted where it happened, its end where it ended.
+    """The `protocols.Recorder` behind /metrics.
 
-    All calls come from the desk's thread; other processes and threads ask the verbs.
+    A request that continues on another replica is counted once. Its first token is the first one that the client got;
+    tokens are counted at the replica that generated them, its end at the replica that ended it.
+
+    All calls come from the desk's thread; other threads and processes ask through the verbs.
     """
 
     def __init__(self, max_model_len: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -179,12 +186,17 @@ class RequestMetrics:
         self._api_restarts = 0
 
     @property
+    def followed(self) -> int:
+        """The number of requests and groups that have not ended."""
+        return len(self._lives) + len(self._groups)
+
+    @property
     def verbs(self) -> dict[str, Callable[[bytes], bytes]]:
-        """For a desk. Both take what an API server has counted since it asked last."""
+        """Handlers for a desk. The payload of both is what an API server has counted since it asked last."""
         return {"metrics": self._tell, "http": self._take_http}
 
     def _tell(self, payload: bytes) -> bytes:
-        """All numbers so far; `scraping.page_of` makes the text of them, which takes longer."""
+        """Return all numbers so far as JSON; `metrics_page.page_of` makes the text, which takes longer."""
         self._http.take_over(payload)
         told = {
             "max_model_len": self._max_model_len,
@@ -198,7 +210,7 @@ class RequestMetrics:
         return json.dumps(told, separators=(",", ":")).encode()
 
     def note_api_restart(self) -> None:
-        """A process that answers HTTP requests was started again."""
+        """Count a restart of an API server."""
         self._api_restarts += 1
 
     def _take_http(self, payload: bytes) -> bytes:
@@ -208,7 +220,7 @@ class RequestMetrics:
     # --- the recorder ------------------------------------------------------------------------------------------------
 
     def added(self, request: EngineRequest) -> None:
-        prompt = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
+        prompt = request.num_prompt_tokens
         arrival = request.arrival or self._clock()
         self._lives[request.seq] = _RequestRecord(arrival, prompt, request.max_tokens, request.group)
         if request.group >= 0:
@@ -288,7 +300,7 @@ class RequestMetrics:
         found[_MAX_TOKENS].observe(life.max_tokens)
         if not life.tokens:
             return
-        # Clocks of a server's loop are coarser than ours: no time is below 0, and the parts sum up to the whole.
+        # The clocks of event loops are coarser than ours: no time may be negative, and the sum must be the whole.
         begun = min(max(life.dealt + life.waited, life.arrival), life.first)
         found[_QUEUE].observe(max(0.0, begun - life.arrival))
         found[_PREFILL].observe(life.first - begun)
@@ -299,7 +311,7 @@ class RequestMetrics:
             found[_MEAN_GAP].observe((life.last - life.first) / (life.tokens - 1))
 
     def _leave_group(self, life: _RequestRecord, *, finished: bool) -> None:
-        """With its last output a prompt is done."""
+        """Note the end of an output. With the last output of a prompt, the prompt is counted."""
         group = self._groups.get(life.group) or _Group(outputs=1, open=1)
         group.open -= 1
         if finished:

@@ -1,6 +1,4 @@
-"""POST /v1/admin/replicas: more or fewer replicas, while requests go on."""
-
-from typing import Protocol
+"""POST /v1/admin/replicas: change the number of replicas while serving."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -8,29 +6,25 @@ from pydantic import BaseModel, Field
 
 from shoal.errors import UserError
 from shoal.server.api import bodies
+from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
 from shoal.server.operations.status import status_json
-from shoal.wire.fleet import FleetStatus
 
 _MOST = 4096
 
 
-class CanScale(Protocol):
-    async def scale(self, replicas: int) -> FleetStatus: ...
-
-
 class ReplicasWanted(BaseModel):
-    replicas: int = Field(ge=1, le=_MOST, strict=True, description="how many there shall be")
+    replicas: int = Field(ge=1, le=_MOST, strict=True, description="the number of replicas to have")
 
 
-def routes(llm: CanScale) -> APIRouter:
+def routes(llm: Backend) -> APIRouter:
     router = bodies.router("admin")
 
     @router.post(
         "/v1/admin/replicas",
-        summary="Have so many replicas from now on",
-        description="Those that are added start at once, and are ready in their time: see /v1/admin/status. Requests "
-        "of those that are taken out go on at the others.",
+        summary="Set the number of replicas",
+        description="Returns before added replicas are ready: see /v1/admin/status. Requests of replicas that are "
+        "removed continue on the others.",
         response_class=JSONResponse,
         responses=documented(503),
     )

@@ -1,10 +1,10 @@
 """GET /v1/admin/status: all replicas and ranks, as JSON whose keys are the fields of FleetStatus and its parts.
 
-It has counters and gauges only. A rate comes from two readings, with `uptime_s` as their clock.
+It has counters and gauges only. For a rate, read it twice and divide by the difference of `uptime_s`.
 """
 
 import asyncio
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -12,22 +12,19 @@ from pydantic_core import to_json
 
 from shoal import __version__
 from shoal.activity import Activity
+from shoal.server.backend import Backend
 from shoal.wire.base import Wire
 from shoal.wire.fleet import FleetStatus
 
 
-class HasStatus(Protocol):
-    async def status(self) -> FleetStatus: ...
-
-
-def routes(llm: HasStatus) -> APIRouter:
+def routes(llm: Backend) -> APIRouter:
     router = APIRouter(tags=["admin"])
 
     @router.get(
-        "/v1/admin/status", summary="Replicas, ranks, queue, and what they have done", response_class=JSONResponse
+        "/v1/admin/status", summary="Replicas, ranks and queue, with their counters", response_class=JSONResponse
     )
     async def status() -> Response:
-        body = await asyncio.to_thread(_body, await llm.status())  # of a thousand replicas it takes a while
+        body = await asyncio.to_thread(_body, await llm.status())  # takes long for a thousand replicas
         return Response(body, headers={"Cache-Control": "no-store"}, media_type="application/json")
 
     return router
@@ -38,7 +35,7 @@ def _body(status: FleetStatus) -> bytes:
 
 
 def status_json(status: FleetStatus) -> dict[str, Any]:
-    """Besides the fields, each rank has its `host`, and the whole the server's `version`."""
+    """Return a status as JSON, with the server's `version` added, and to each rank its `host`."""
     found: dict[str, Any] = {"version": __version__, **_fields(status)}
     for replica in found["replicas"]:
         for rank in (replica["stats"] or {}).get("ranks", ()):
@@ -52,7 +49,7 @@ def _fields(message: Wire) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     kind = type(value)
-    if kind is int or kind is str or kind is float:  # nearly all of them
+    if kind is int or kind is str or kind is float:  # nearly all values
         return value
     if isinstance(value, Wire):
         return _fields(value)

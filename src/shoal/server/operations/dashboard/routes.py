@@ -1,4 +1,4 @@
-"""GET /dashboard: one page without anything from elsewhere, which reads /v1/admin/status and /metrics by itself."""
+"""GET /dashboard: one self-contained web page, which reads /v1/admin/status and /metrics."""
 
 import base64
 import hashlib
@@ -10,12 +10,12 @@ from fastapi.responses import HTMLResponse
 
 
 def routes() -> APIRouter:
-    """The page asks for the API key when it is refused, so it is itself given to anybody."""
+    """Return the route. The page needs no API key: it asks its user for one when its own requests are refused."""
     router = APIRouter(tags=["admin"])
     html = (files("shoal.server.operations.dashboard") / "page.html").read_text("utf-8")
     headers = {"Content-Security-Policy": _policy(html), "Cache-Control": "no-cache"}
 
-    @router.get("/dashboard", summary="What the server is doing, as a web page", response_class=HTMLResponse)
+    @router.get("/dashboard", summary="A web page that shows replicas, ranks and requests", response_class=HTMLResponse)
     async def dashboard() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 
@@ -23,7 +23,7 @@ def routes() -> APIRouter:
 
 
 def _policy(html: str) -> str:
-    """The browser runs the page's own script, and lets it speak to this server alone."""
+    """Return a policy by which the browser runs only the page's own script, and lets it reach only this server."""
     return "; ".join(
         [
             "default-src 'none'",

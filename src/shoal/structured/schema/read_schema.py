@@ -1,4 +1,4 @@
-"""A JSON schema as people give it, read into plain values without a loss of digits."""
+"""Reading a JSON schema, given as text or as Python objects, into plain values without losing digits of numbers."""
 
 import json
 import math
@@ -10,16 +10,17 @@ from typing import Any
 from shoal.errors import RequestError
 from shoal.structured.schema.node import Schema, too_deep
 
-_MOST_LEVELS = 300  # of lists and objects: more than people write, and few enough for functions that call themselves
-_MOST_CHARACTERS = 4 << 20
-_MOST_VALUES = 200_000
+_MAX_LEVELS = 300  # lists and objects inside each other: more than people write, few enough for recursive functions
+_MAX_CHARACTERS = 4 << 20
+_MAX_VALUES = 200_000
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
 def read_schema(given: Any) -> Schema:
-    """
+    """Return the schema as plain dicts, lists and values.
+
     Raises:
-        RequestError: it is no JSON, no schema, too large or nested too deeply.
+        RequestError: the input is not JSON, not a schema, too large, or nested too deeply.
     """
     schema = _parsed(given) if isinstance(given, str) else _copied(given)
     if schema is False:
@@ -31,16 +32,16 @@ def read_schema(given: Any) -> Schema:
 
 
 def _parsed(text: str) -> Any:
-    if len(text) > _MOST_CHARACTERS:
+    if len(text) > _MAX_CHARACTERS:
         raise RequestError(
-            f"structured_outputs.json is too large: {len(text)} characters, of which {_MOST_CHARACTERS} are allowed"
+            f"structured_outputs.json is too large: {len(text)} characters, but at most {_MAX_CHARACTERS} are allowed"
         )
     level = deepest = 0
     for token in _TOKENS.finditer(text):
         level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         deepest = max(deepest, level)
-    if deepest > _MOST_LEVELS:
-        raise too_deep(deepest, _MOST_LEVELS)
+    if deepest > _MAX_LEVELS:
+        raise too_deep(deepest, _MAX_LEVELS)
     try:
         return json.loads(text, parse_float=Decimal, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -48,7 +49,7 @@ def _parsed(text: str) -> Any:
 
 
 def _copied(given: Any) -> Any:
-    """The value with plain lists and dicts in place of what is like them."""
+    """Return a copy in which every mapping is a dict, every list or tuple a list, and every name a string."""
     whole: list[Any] = [None]
     pending: list[tuple[Any, Any, Any, int]] = [(given, whole, 0, 0)]
     count = deepest = 0
@@ -56,8 +57,8 @@ def _copied(given: Any) -> Any:
         value, into, key, level = pending.pop()
         count += 1
         deepest = max(deepest, level)
-        if count > _MOST_VALUES:
-            raise RequestError(f"structured_outputs.json is too large: it has more than {_MOST_VALUES} values")
+        if count > _MAX_VALUES:
+            raise RequestError(f"structured_outputs.json is too large: it has more than {_MAX_VALUES} values")
         if isinstance(value, Mapping):
             into[key] = made = {_name(name): None for name in value}
             pending.extend((each, made, _name(name), level + 1) for name, each in value.items())
@@ -66,17 +67,17 @@ def _copied(given: Any) -> Any:
             pending.extend((each, items, i, level + 1) for i, each in enumerate(value))
         else:
             into[key] = _checked(value)
-    if deepest > _MOST_LEVELS:
-        raise too_deep(deepest, _MOST_LEVELS)
+    if deepest > _MAX_LEVELS:
+        raise too_deep(deepest, _MAX_LEVELS)
     return whole[0]
 
 
 def _checked(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        raise _no_json(ValueError(f"{value} is no JSON"))
+        raise _no_json(ValueError(f"{value} is not JSON"))
     if value is None or isinstance(value, bool | int | float | str | Decimal):
         return value
-    raise _no_json(TypeError(f"a value of type {type(value).__name__} has no place in it"))
+    raise _no_json(TypeError(f"a value of type {type(value).__name__} can't be written as JSON"))
 
 
 def _name(key: Any) -> str:
@@ -84,7 +85,7 @@ def _name(key: Any) -> str:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _no_json(error: Exception) -> RequestError:

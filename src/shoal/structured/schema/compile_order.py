@@ -1,4 +1,4 @@
-"""In which order llguidance compiles the definitions of a schema, and how deep it calls itself on the way."""
+"""The order in which llguidance compiles the definitions of a schema, and how deeply it recurses while doing so."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,9 +11,11 @@ _ONE = ("additionalProperties", "items")
 _LISTS = ("allOf", "anyOf", "prefixItems")
 
 
-def compiled_depth(root: Schema, definitions: Mapping[str, Schema]) -> tuple[int, list[str]]:
-    """How many schemas are being compiled inside of each other at most, and the definitions in the order in which they
-    are done. Each is compiled once, where the first reference to it is met."""
+def compile_order(root: Schema, definitions: Mapping[str, Schema]) -> tuple[int, list[str]]:
+    """Return the largest number of schemas that are compiled inside each other, and the order of the definitions.
+
+    The order is that in which their compilation ends. Each definition is compiled once, at the first reference to it.
+    """
     met: set[str] = set()
     done: list[str] = []
     deepest = 0
@@ -39,13 +41,13 @@ def compiled_depth(root: Schema, definitions: Mapping[str, Schema]) -> tuple[int
 
 
 def leaves_first(order: Sequence[str]) -> dict[str, Any]:
-    """A schema that no value satisfies and that refers to definitions in this order."""
+    """Return a schema that no value satisfies and that refers to the definitions in this order."""
     members = {str(i): {"$ref": f"{_PREFIX}{name}"} for i, name in enumerate(order)}
     return {"type": "object", "properties": members, "minProperties": 2, "maxProperties": 1}
 
 
 def _children(schema: Any) -> Iterator[Any]:
-    """The subschemas directly inside of one, in the order in which they are compiled."""
+    """Yield the subschemas directly inside a schema, in the order in which the library compiles them."""
     if not isinstance(schema, dict):
         return
     for name in _LISTS:

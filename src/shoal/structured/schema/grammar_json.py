@@ -1,7 +1,8 @@
-"""A prepared schema as llguidance's grammar: as a schema, or where it has numbers of many digits, as rules around some.
+"""Writing a prepared schema as a grammar of llguidance, in JSON.
 
-Rules of llguidance's Lark may have JSON schemas inside of them, and not the other way round. So what leads to such a
-number is written as rules, and what does not as schemas.
+A long number, one of more than 15 digits, is matched by a terminal, which no JSON schema of llguidance can contain. A
+rule of its Lark grammars can contain both terminals and JSON schemas. So every part of a schema that contains a long
+number is written as rules, and all other parts are left as schemas inside these.
 """
 
 import json
@@ -15,30 +16,31 @@ from shoal.structured.schema.numbers import PLACE, TERMINAL
 _PREFIX = "#/$defs/"
 _OBJECT = ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties")
 _ARRAY = ("prefixItems", "items", "minItems", "maxItems")
-_APPLY = ("$ref", "allOf", "anyOf", "enum")
-_MOST_RULES = 2000  # at 5,000 in a chain the library runs out of stack
-_NEVER = r"/[^\s\S]/"
-# A text of JSON that spells each character one way, as the library's own do.
+_NOT_OF_TYPES = ("$ref", "allOf", "anyOf", "enum")
+_MAX_RULES = 2000  # a chain of 5,000 rules overflows the library's stack
+_NEVER = r"/[^\s\S]/"  # matches nothing
+# A JSON string in which each character has one spelling, as in the strings that the library itself allows.
 _NAME = r'/"([^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00(0[0-7bB]|0[eEfF]|1[0-9a-fA-F]|7[fF]))*"/'
 
 
-def grammar_of(schema: Mapping[str, Any], whitespace: str) -> str:
-    """
+def grammar_json(schema: Mapping[str, Any], whitespace: str) -> str:
+    """Return the grammar of all JSON texts that satisfy a schema, in llguidance's form.
+
     Args:
-        schema: as `prepare` gives it.
-        whitespace: a regular expression of what may be between two symbols.
+        schema: the schema as `prepare` returns it.
+        whitespace: a regular expression for the whitespace that is allowed between two symbols.
 
     Raises:
-        RequestError: it has a number of many digits where no rule can be written, or a text without a UTF-8 form.
+        RequestError: the schema has a long number where no rule can be written, or a text that has no UTF-8 form.
     """
     schema = dict(schema)
     definitions = schema.pop("$defs", {})
-    leading = _leading(definitions)
-    if not _leads(schema, leading):
+    long_definitions = _find_long_definitions(definitions)
+    if not _has_long_number(schema, long_definitions):
         whole = {"x-guidance": {"whitespace_pattern": whitespace}, **schema}
         grammar: dict[str, Any] = {"json_schema": {**whole, "$defs": definitions} if definitions else whole}
     else:
-        grammar = {"lark_grammar": _Rules(definitions, leading, whitespace).text(schema)}
+        grammar = {"lark_grammar": _Rules(definitions, long_definitions, whitespace).text(schema)}
     text = json.dumps({"grammars": [grammar]}, ensure_ascii=False)
     try:
         text.encode()
@@ -47,8 +49,8 @@ def grammar_of(schema: Mapping[str, Any], whitespace: str) -> str:
     return text
 
 
-def _leading(definitions: Mapping[str, Schema]) -> set[str]:
-    """The definitions that have a number of many digits in them, or refer to one that does."""
+def _find_long_definitions(definitions: Mapping[str, Schema]) -> set[str]:
+    """Return the names of the definitions that contain a long number or refer, directly or not, to one that does."""
     users: dict[str, list[str]] = {}
     found: list[str] = []
     for name, schema in definitions.items():
@@ -64,13 +66,13 @@ def _leading(definitions: Mapping[str, Schema]) -> set[str]:
     return known
 
 
-def _leads(schema: Any, leading: set[str]) -> bool:
+def _has_long_number(schema: Any, long_definitions: set[str]) -> bool:
     terminals, references = _contents(schema)
-    return terminals or not leading.isdisjoint(references)
+    return terminals or not long_definitions.isdisjoint(references)
 
 
 def _contents(schema: Any) -> tuple[bool, set[str]]:
-    """Whether there is a terminal inside, and what is referred to."""
+    """Return whether a schema contains a terminal, and the names of the definitions that it refers to."""
     pending, references, terminals = [schema], set(), False
     while pending:
         each = pending.pop()
@@ -86,79 +88,84 @@ def _contents(schema: Any) -> tuple[bool, set[str]]:
 
 
 class _Rules:
-    """Rules of Lark, made as they are asked for. An expression that is None matches nothing."""
+    """The rules of a Lark grammar for one schema, written as they are needed.
 
-    def __init__(self, definitions: Mapping[str, Schema], leading: set[str], whitespace: str) -> None:
+    Methods that return `str | None` return an expression to be used in a rule, or None if no text can match.
+    """
+
+    def __init__(self, definitions: Mapping[str, Schema], long_definitions: set[str], whitespace: str) -> None:
         self._definitions = definitions
-        self._leading = leading
+        self._long_definitions = long_definitions
         self._whitespace = whitespace
         self._lines: list[str] = []
-        self._named: dict[str, str] = {}  # a body -> its name
-        self._pending: list[str] = []
-        self._met: set[str] = set()
+        self._named: dict[str, str] = {}  # body of a rule -> name of the rule
+        self._pending: list[str] = []  # definitions whose rules must be written
+        self._queued: set[str] = set()  # definitions that are or were pending
 
     def text(self, root: Schema) -> str:
-        start = self._schema(root)
+        """Return the whole grammar."""
+        start = self._expression(root)
         if start is None:
             raise RequestError("structured_outputs.json can't be obeyed: no text satisfies the schema")
         while self._pending:
             name = self._pending.pop()
-            self._lines.append(f"d{name}: {self._schema(self._definitions[name]) or _NEVER}")
+            self._lines.append(f"d{name}: {self._expression(self._definitions[name]) or _NEVER}")
         head = ['%llguidance {"ignore_once": true}', f"%ignore /{self._whitespace}/", f"start: {start}"]
         return "\n".join([*head, *self._lines]) + "\n"
 
     def _rule(self, body: str, kind: str = "r") -> str:
+        """Return the name of the rule with this body, which is written if there is none. Kind "N": a terminal."""
         if body not in self._named:
-            if len(self._named) >= _MOST_RULES:
+            if len(self._named) >= _MAX_RULES:
                 raise RequestError(
-                    f"structured_outputs.json can't be obeyed: a schema with numbers of many digits may have "
-                    f"{_MOST_RULES} parts around them; use smaller bounds"
+                    f"structured_outputs.json can't be obeyed: at most {_MAX_RULES} parts of a schema may contain "
+                    "numbers of more than 15 digits; use smaller bounds"
                 )
             self._named[body] = f"{kind}{len(self._named)}"
             self._lines.append(f"{self._named[body]}: {body}")
         return self._named[body]
 
-    def _schema(self, schema: Schema) -> str | None:
+    def _expression(self, schema: Schema) -> str | None:
         if schema is False:
             return None
-        if schema is True or not _leads(schema, self._leading):
-            return self._json(schema)
+        if schema is True or not _has_long_number(schema, self._long_definitions):
+            return self._json_rule(schema)
         if TERMINAL in schema:
             return self._rule(schema[TERMINAL], "N")
-        applied = [name for name in _APPLY if name in schema]
+        applied = [name for name in _NOT_OF_TYPES if name in schema]
         if len(applied) > 1 or (applied and len(schema) > 1) or applied == ["allOf"]:
-            raise _in_between(schema)
+            raise _long_number_error(schema)
         if applied == ["$ref"]:
             return self._definition(schema["$ref"].removeprefix(_PREFIX))
         if applied:
-            return self._any([self._schema(each) for each in schema["anyOf"]])
-        return self._types(schema)
+            return self._any_of([self._expression(each) for each in schema["anyOf"]])
+        return self._one_rule_per_type(schema)
 
     def _definition(self, name: str) -> str:
-        if name not in self._met:
-            self._met.add(name)
+        if name not in self._queued:
+            self._queued.add(name)
             self._pending.append(name)
         return f"d{name}"
 
-    def _types(self, schema: dict[str, Any]) -> str | None:
-        """A schema of keywords of types, each type by itself."""
+    def _one_rule_per_type(self, schema: dict[str, Any]) -> str | None:
+        """Return an expression for a schema with keywords of single types: a rule for each type with a long number."""
         given = schema.get("type", list(TYPES))
         types = [given] if isinstance(given, str) else given
         found: list[str | None] = []
         for kind, names, make in (("object", _OBJECT, self._object), ("array", _ARRAY, self._array)):
             keywords = {name: schema[name] for name in names if name in schema}
-            if kind in types and _leads(keywords, self._leading):
+            if kind in types and _has_long_number(keywords, self._long_definitions):
                 found.append(make(keywords))
                 types = [name for name in types if name != kind]
-        rest = {name: value for name, value in schema.items() if not _leads(value, self._leading)}
-        return self._any([self._json({**rest, "type": types}) if types else None, *found])
+        rest = {name: value for name, value in schema.items() if not _has_long_number(value, self._long_definitions)}
+        return self._any_of([self._json_rule({**rest, "type": types}) if types else None, *found])
 
-    def _any(self, found: list[str | None]) -> str | None:
+    def _any_of(self, found: list[str | None]) -> str | None:
         left = [each for each in found if each is not None]
         return self._rule(" | ".join(left)) if len(left) > 1 else left[0] if left else None
 
-    def _json(self, schema: Schema) -> str:
-        """A schema inside of the rules, with the definitions that it needs."""
+    def _json_rule(self, schema: Schema) -> str:
+        """Return a rule that contains a JSON schema together with the definitions that it needs."""
         whole: dict[str, Any] = {"x-guidance": {"whitespace_pattern": self._whitespace}}
         whole |= schema if isinstance(schema, dict) else {}
         needed: dict[str, Schema] = {}
@@ -179,16 +186,16 @@ class _Rules:
         if patterns.keys() == {""} and others is False:  # any name
             others, patterns = patterns[""], {}
         if patterns or keywords.keys() & {"minProperties", "maxProperties"}:
-            raise _in_between(keywords)
+            raise _long_number_error(keywords)
         required = keywords.get("required", [])
         members: list[tuple[str, bool]] = []
         for name in dict.fromkeys([*named, *required]):
-            value = self._schema(named.get(name, others))
+            value = self._expression(named.get(name, others))
             if value is None and name in required:
                 return None
             if value is not None:
                 members.append((f'{_literal(name)} ":" {value}', name in required))
-        rest = self._schema(others)
+        rest = self._expression(others)
         if rest is not None:
             taken = " | ".join(_literal(name) for name in dict.fromkeys([*named, *required]))
             name = self._rule(f"{_NAME} & ~({taken})" if taken else _NAME, "N")
@@ -197,8 +204,11 @@ class _Rules:
         return self._rule(f'"{{" {self._members(members)} "}}"')
 
     def _members(self, members: list[tuple[str, bool]]) -> str:
-        """Members in their order, of which some have to be there, with commas between those that are."""
-        after, alone = "", ""  # what may follow a member; what may be there if none came before
+        """Return an expression for members in this order, separated by commas.
+
+        `members` has an expression for each, and whether the member is required.
+        """
+        after, alone = "", ""  # what may follow if a member was written before, and if none was
         for member, required in reversed(members):
             item = self._rule(member)
             if required:
@@ -212,9 +222,9 @@ class _Rules:
     def _array(self, keywords: dict[str, Any]) -> str | None:
         least, most = keywords.get("minItems", 0), keywords.get("maxItems")
         first: list[Schema] = keywords.get("prefixItems", [])[:most]
-        rest = self._schema(keywords.get("items", True)) if most is None or most > len(first) else None
-        items = [self._schema(each) for each in first]
-        if None in items:  # there can be none there, so nothing behind it either
+        rest = self._expression(keywords.get("items", True)) if most is None or most > len(first) else None
+        items = [self._expression(each) for each in first]
+        if None in items:  # no item can stand at this position, so the array ends before it
             items, rest = items[: items.index(None)], None
         if least > len(items) and rest is None:
             return None
@@ -232,11 +242,12 @@ class _Rules:
 
 
 def _literal(name: str) -> str:
-    """A member's name as a literal of Lark."""
+    """Return a literal of Lark for the name of a member."""
     return json.dumps(json.dumps(name, ensure_ascii=False), ensure_ascii=False)
 
 
-def _in_between(schema: Any) -> RequestError:
+def _long_number_error(schema: Any) -> RequestError:
+    """Return the error for a schema with a long number for which no rule can be written."""
     pending, place = [schema], ""
     while pending and not place:
         each = pending.pop()
@@ -245,5 +256,6 @@ def _in_between(schema: Any) -> RequestError:
         pending.extend(each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
     return RequestError(
         f"structured_outputs.json can't be obeyed: a number of more than 15 digits{f' at {place}' if place else ''} "
-        "where several schemas hold together, or names by a pattern: write it into one schema, or use fewer digits"
+        "can't be combined with allOf, anyOf beside other keywords, patternProperties, minProperties or maxProperties; "
+        "write one schema, or use fewer digits"
     )

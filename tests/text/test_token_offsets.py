@@ -1,4 +1,4 @@
-"""The bytes of tokens and their places: together they are the text, however characters lie on tokens."""
+"""The offsets and bytes of tokens: the bytes of all tokens are the text, even if characters are split over tokens."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,7 +17,7 @@ from shoal.outputs import CompletionOutput
 from shoal.params import SamplingParams
 from shoal.server.api.token_positions import TokenPositions
 from shoal.text.prompts import Job
-from shoal.text.token_places import prompt_starts, prompt_text
+from shoal.text.token_offsets import prompt_offsets, prompt_text
 from shoal.text.tokenizer import FastTokenizer, SlowTokenizer, Tokenizer, open_tokenizer
 from shoal.wire.engine import Finish, SeqUpdate
 from shoal.wire.ranks import TokenLogprobs
@@ -28,7 +28,7 @@ STOP = Finish.STOP
 
 
 class Bytes:
-    """What `SlowTokenizer` asks of transformers; a token is a byte, and 256 is special."""
+    """A fake tokenizer of transformers for `SlowTokenizer`: a token is a byte, and 256 is special."""
 
     all_special_ids = (256,)
 
@@ -63,14 +63,14 @@ def tokenizer(kind: str) -> Tokenizer:
 
 
 OF_BYTES = ("bundled", "byte_level", "byte_fallback", "byte_fallback_2", "odd_fallback", "slow")
-OF_WORDS = {"word_pieces": 8, "metaspace": 9, "suffixed": 6, "undecoded": 4}  # how many ids there are
+OF_WORDS = {"word_pieces": 8, "metaspace": 9, "suffixed": 6, "undecoded": 4}  # number of ids
 TEXTS = st.text(st.characters(codec="utf-8") | st.sampled_from("a é日🦊\u0301\ufeff"), max_size=24)
 
 
 def completed(
     kind: str, prompt: Sequence[int], tokens: Sequence[int], *, end: Sequence[int] = (), **params: Any
 ) -> CompletionOutput:
-    """The output of `tokens`, which came one by one. The last one is an end-of-text token if it is one of `end`."""
+    """Return the output for `tokens` that came one by one. The last one ends the text if it is one of `end`."""
     job = Job(0, None, tuple(prompt), SamplingParams(logprobs=1, **params))
     of = Completion(job, 0, tokenizer(kind), frozenset(end), text_context(tokenizer(kind), job))
     for token in tokens:
@@ -90,12 +90,12 @@ def bytes_of(output: CompletionOutput) -> list[bytes]:
     return [bytes(each["bytes"]) for each in content]
 
 
-def check_places(output: CompletionOutput) -> None:
+def check_offsets(output: CompletionOutput) -> None:
     offsets = completion_choice(output)["logprobs"]["text_offset"]
     assert all(a <= b for a, b in pairwise(offsets))
     before = b""
     for offset, own in zip(offsets, bytes_of(output), strict=True):
-        assert offset == len(before.decode("utf-8", "ignore")), "whole characters before the token"
+        assert offset == len(before.decode("utf-8", "ignore")), "not the number of complete characters before"
         before += own
     assert all(0 <= offset <= len(output.text) for offset in offsets)
 
@@ -108,9 +108,9 @@ def test_the_bytes_of_all_tokens_are_the_text(kind: str, text: str, data: st.Dat
     prompt = tokenizer(kind).encode(data.draw(st.sampled_from(["", "a", "é"])))
     output = completed(kind, prompt, tokens)
     assert b"".join(bytes_of(output)) == output.text.encode()
-    if kind not in ("byte_fallback", "odd_fallback", "byte_fallback_2"):  # which put a space before a text
+    if kind not in ("byte_fallback", "odd_fallback", "byte_fallback_2"):  # these put a space before a text
         assert output.text == text
-    check_places(output)
+    check_offsets(output)
 
 
 @pytest.mark.parametrize("kind", OF_WORDS)
@@ -120,11 +120,11 @@ def test_the_bytes_of_words_are_the_text(kind: str, data: st.DataObject, skip: b
     ids = st.lists(st.integers(0, OF_WORDS[kind] - 1), max_size=8)
     output = completed(kind, data.draw(ids), data.draw(ids), skip_special_tokens=skip)
     assert b"".join(bytes_of(output)) == output.text.encode()
-    check_places(output)
+    check_offsets(output)
 
 
 @pytest.mark.parametrize("kind", ["bundled", "byte_level", "byte_fallback", "odd_fallback", "slow"])
-def test_a_part_of_a_character_has_its_own_bytes_and_the_name_that_openai_gives_it(kind: str) -> None:
+def test_a_part_of_a_character_is_shown_with_its_bytes_and_openais_name_for_it(kind: str) -> None:
     tokens = [*tokenizer(kind).encode("日", add_special_tokens=False)][-3:]
     if kind == "bundled":
         tokens = [tokenizer(kind).encode("日", add_special_tokens=False)[0]]
@@ -139,22 +139,22 @@ def test_a_part_of_a_character_has_its_own_bytes_and_the_name_that_openai_gives_
     assert (first["token"], legacy) == (name, f"bytes:{name}")
 
 
-def test_a_part_of_a_character_after_text_is_told_as_it_is() -> None:
-    """Nothing follows that completes it, so the text has a mark in its place, and the token its own byte."""
+def test_an_incomplete_character_at_the_end_has_its_own_byte() -> None:
+    """The text has a replacement mark for it."""
     tokens = tokenizer("slow").encode("a日")[:2]
     output = completed("slow", [], tokens)
     assert output.text == "a\ufffd"
     assert bytes_of(output) == [b"a", b"\xe6"]
 
 
-def test_a_character_that_the_prompt_begins_is_the_outputs() -> None:
+def test_a_character_that_the_prompt_begins_belongs_to_the_output() -> None:
     tokens = tokenizer("slow").encode("日b")
     output = completed("slow", tokens[:1], tokens[1:])
     assert (output.text, output.text_offsets) == ("日b", (0, 0, 1))
     assert bytes_of(output) == [b"\x97", b"\xa5", b"b"]
 
 
-def test_a_token_that_no_text_shows_adds_nothing() -> None:
+def test_a_token_that_is_left_out_of_the_text_adds_no_bytes() -> None:
     tokens = [*"é".encode(), 256]
     left_out = completed("slow", [97], tokens, end=(256,))
     assert (left_out.text, left_out.text_offsets, bytes_of(left_out)) == ("é", (0, 0, 1), [b"\xc3", b"\xa9", b""])
@@ -164,14 +164,16 @@ def test_a_token_that_no_text_shows_adds_nothing() -> None:
 
 
 @pytest.mark.parametrize(("include", "text", "offsets"), [(False, "é", (0, 0, 1, 1)), (True, "éab", (0, 0, 1, 2))])
-def test_tokens_of_a_stop_text_lie_no_further_than_the_text(include: bool, text: str, offsets: tuple[int, ...]) -> None:
+def test_offsets_of_tokens_of_a_stop_text_are_not_beyond_the_text(
+    include: bool, text: str, offsets: tuple[int, ...]
+) -> None:
     output = completed("slow", [97], [*"éabc".encode()], stop=["ab"], include_stop_str_in_output=include)
     assert (output.text, output.text_offsets) == (text, offsets)
 
 
 @steady
 @given(st.text("aé日x", max_size=12), st.lists(st.integers(1, 4), min_size=1), st.booleans())
-def test_a_stream_tells_the_places_that_the_answer_tells(text: str, sizes: list[int], include: bool) -> None:
+def test_offsets_in_a_stream_are_those_in_the_whole_answer(text: str, sizes: list[int], include: bool) -> None:
     params: dict[str, Any] = {"stop": ["xx", "日x"], "include_stop_str_in_output": include}
     tokens = [*text.encode()]
     expected = completed("slow", [97], tokens, **params)
@@ -206,11 +208,11 @@ def in_parts(tokens: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[Sequ
 @pytest.mark.parametrize("kind", OF_BYTES)
 @steady
 @given(TEXTS)
-def test_the_places_of_a_prompts_tokens(kind: str, text: str) -> None:
-    """Tokens that the tokenizer puts around it, and a space that it puts in front, have no characters of the text."""
+def test_the_offsets_of_a_prompts_tokens(kind: str, text: str) -> None:
+    """Tokens that the tokenizer adds around a text, and a space that it adds in front, have no characters of it."""
     assume(not text.startswith(" "))
     tokens = tokenizer(kind).encode(text)
-    starts = prompt_starts(tokenizer(kind), tokens, text)
+    starts = prompt_offsets(tokenizer(kind), tokens, text)
     assert all(a <= b for a, b in pairwise([0, *starts, len(text)]))
     plain = [(at, token) for at, token in zip(starts, tokens, strict=True) if token not in tokenizer(kind).special_ids]
     before = b""
@@ -222,7 +224,7 @@ def test_the_places_of_a_prompts_tokens(kind: str, text: str) -> None:
 
 @steady
 @given(TEXTS, st.integers(0, 100))
-def test_an_echo_of_ids_and_the_output_behind_it_make_the_whole_text(text: str, cut: int) -> None:
+def test_an_echoed_prompt_and_the_output_together_are_the_whole_text(text: str, cut: int) -> None:
     tokens = tokenizer("slow").encode(text)
     prompt, rest = tokens[:cut], tokens[cut:]
     echo = prompt_text(tokenizer("slow"), prompt)

@@ -1,6 +1,6 @@
-"""Reading fields of config.json: old and new spellings, and what transformers takes where one is missing.
+"""Reading the fields of config.json, in old and new spellings, with the default of transformers for a missing field.
 
-A field that is null counts as missing, but where it says "none" of something (`optional`).
+A field that is null counts as missing, except for fields where null means that the model has no such thing.
 """
 
 import math
@@ -21,11 +21,11 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def positive(config: Config, key: str, default: int | None = None) -> int:
-    """A size.
+def positive_int(config: Config, key: str, default: int | None = None) -> int:
+    """Return a field that must be a positive integer, such as a size.
 
     Raises:
-        CheckpointError: missing, not an integer, or not positive.
+        CheckpointError: the field is missing without a default, not an integer, or not positive.
     """
     value = config.get(key)
     if value is None:
@@ -35,11 +35,11 @@ def positive(config: Config, key: str, default: int | None = None) -> int:
     return value
 
 
-def whole(config: Config, key: str, default: int) -> int:
-    """A number of something, which may be 0.
+def non_negative_int(config: Config, key: str, default: int) -> int:
+    """Return a field that must be an integer of at least 0, such as a count.
 
     Raises:
-        CheckpointError: not an integer, or negative.
+        CheckpointError: the field is not an integer, or negative.
     """
     value = config.get(key)
     if value is None:
@@ -49,11 +49,11 @@ def whole(config: Config, key: str, default: int) -> int:
     return value
 
 
-def number(config: Config, key: str, default: float | None = None) -> float:
-    """A positive number.
+def positive_float(config: Config, key: str, default: float | None = None) -> float:
+    """Return a field that must be a positive, finite number.
 
     Raises:
-        CheckpointError: missing, not a number, not positive, or not finite.
+        CheckpointError: the field is missing without a default, not a number, not positive, or not finite.
     """
     value = config.get(key)
     if value is None:
@@ -63,27 +63,32 @@ def number(config: Config, key: str, default: float | None = None) -> float:
     return float(value)
 
 
-def optional(config: Config, key: str, default: float | None) -> float | None:
-    """A positive number, or null for none.
+def positive_float_or_none(config: Config, key: str, default: float | None) -> float | None:
+    """Return a field that must be a positive number, or None if it is null. `default` stands for a missing field.
 
     Raises:
-        CheckpointError: something else.
+        CheckpointError: the field is anything else.
     """
     value = config.get(key, default)
-    return None if value is None else number(config, key, value)
+    return None if value is None else positive_float(config, key, value)
 
 
-def window(config: Config, default: int | None) -> int | None:
-    """`sliding_window` in tokens, or null for none."""
-    return None if config.get("sliding_window", default) is None else positive(config, "sliding_window", default)
+def sliding_window(config: Config, default: int | None) -> int | None:
+    """Return the length of the sliding window in tokens, or None if `sliding_window` is null.
+
+    `default` stands for a missing field.
+    """
+    return None if config.get("sliding_window", default) is None else positive_int(config, "sliding_window", default)
 
 
-def head_dim_of(hidden: int, heads: int) -> int:
-    """Raises:
-    CheckpointError: the hidden size does not divide by the heads.
+def divided_head_dim(hidden: int, heads: int) -> int:
+    """Return the size of each head if the heads divide the hidden size.
+
+    Raises:
+        CheckpointError: the hidden size is not a multiple of the number of heads.
     """
     if hidden % heads:
-        raise CheckpointError(f"config.json: a hidden size of {hidden} does not divide by {heads} attention heads")
+        raise CheckpointError(f"config.json: hidden size {hidden} is not a multiple of {heads} attention heads")
     return hidden // heads
 
 
@@ -93,10 +98,10 @@ def flag(config: Config, key: str, default: bool) -> bool:
 
 
 def activation(config: Config, default: str, *keys: str) -> Activation:
-    """Under the first of `keys` that is there.
+    """Return the activation that the first of `keys` that is present names.
 
     Raises:
-        Unsupported: none that the kernels have.
+        Unsupported: the kernels do not have this activation.
     """
     name = next((config[key] for key in keys if config.get(key) is not None), default)
     if name not in _ACTIVATIONS:
@@ -105,8 +110,8 @@ def activation(config: Config, default: str, *keys: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def said_dtype(config: Config) -> str | None:
-    """`dtype` (or `torch_dtype`), of the whole or of its `text_config`; None where config.json names none."""
+def named_dtype(config: Config) -> str | None:
+    """Return the dtype that config.json or its `text_config` names (`dtype`, once `torch_dtype`), or None."""
     text = config.get("text_config")
     for each in (config, text if isinstance(text, Mapping) else {}):
         found = each.get("dtype") or each.get("torch_dtype")
@@ -116,16 +121,19 @@ def said_dtype(config: Config) -> str | None:
 
 
 def dtype_name(config: Config) -> str:
-    """Where config.json names none, float32; what the weights say is for who has opened them."""
-    return said_dtype(config) or "float32"
+    """Return the dtype that config.json names, or "float32" as transformers does.
+
+    `open_model` replaces this default by the dtype of the weights.
+    """
+    return named_dtype(config) or "float32"
 
 
-def layer_types(config: Config, default: Sequence[bool]) -> list[bool]:
-    """Which layers have a sliding window.
+def sliding_layers(config: Config, default: Sequence[bool]) -> list[bool]:
+    """Return for each layer whether it has a sliding window, as `layer_types` says, or `default` if it is missing.
 
     Raises:
         Unsupported: `layer_types` names another kind of attention.
-        CheckpointError: it has not one name for each layer.
+        CheckpointError: `layer_types` is not a list with one name for each layer.
     """
     kinds = config.get("layer_types")
     if kinds is None:

@@ -1,21 +1,20 @@
-"""What config.json says of quantized weights. Free of torch.
+"""Reading how the weights are quantized from config.json. Free of torch.
 
-Weights may be FP8 (e4m3), with a scale for each block of a matrix; they are widened when they are loaded. Nothing else
-is read.
+Only FP8 weights (e4m3) with a scale for each block of a matrix are supported; they are widened when they are loaded.
 """
 
 from shoal.errors import CheckpointError
 from shoal.models.spec import Config, Unsupported
 
-_HINT = "use the model it was made from"
+_HINT = "use the model from which it was quantized"
 
 
 def weight_block(config: Config) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None: no weight is quantized.
+    """Return the size of the blocks that share a scale, as (rows, columns), or None if no weight is quantized.
 
     Raises:
-        Unsupported: weights are quantized in another way.
-        CheckpointError: `quantization_config` makes no sense.
+        Unsupported: the weights are quantized in another way.
+        CheckpointError: `quantization_config` is malformed.
     """
     found = config.get("quantization_config")
     if not found:
