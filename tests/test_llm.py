@@ -1,4 +1,4 @@
-"""`LLM`: what it takes, what it gives, and what it refuses with which error."""
+"""`LLM`: its arguments, its outputs, and its errors."""
 
 import dataclasses
 import inspect
@@ -48,7 +48,7 @@ def folder(checkpoint: Checkpoints) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
-    """Without a tokenizer."""
+    """A model without a tokenizer."""
     with LLM(str(folder), **SMALL) as found:
         yield found
 
@@ -106,7 +106,7 @@ def test_public_signatures() -> None:
     ]
 
 
-def test_tree_of_errors() -> None:
+def test_the_error_classes() -> None:
     assert issubclass(UserError, ShoalError)
     assert issubclass(EngineError, ShoalError)
     assert issubclass(RequestError, UserError)
@@ -130,7 +130,7 @@ def test_imports_load_no_torch(module: str) -> None:
 # --- prompts and outputs -----------------------------------------------------------------------------------------
 
 
-def test_bare_text(bundled: LLM) -> None:
+def test_a_prompt_may_be_a_text(bundled: LLM) -> None:
     (output,) = bundled.generate("1 + 1 =", GREEDY, use_tqdm=False)
     assert output.prompt == "1 + 1 ="
     assert output.outputs[0].text
@@ -140,7 +140,7 @@ def test_bare_text(bundled: LLM) -> None:
     assert output.error is None
 
 
-def test_kinds_of_prompts_are_the_same(bundled: LLM) -> None:
+def test_all_kinds_of_prompts_give_the_same_output(bundled: LLM) -> None:
     (bare,) = bundled.generate("1 + 1 =", GREEDY, use_tqdm=False)
     tokens = bare.prompt_token_ids
     assert tokens
@@ -154,7 +154,7 @@ def test_kinds_of_prompts_are_the_same(bundled: LLM) -> None:
     assert {each.outputs[0].token_ids for each in [text, ids, *mixed]} == {bare.outputs[0].token_ids}
 
 
-def test_prompts_share_cached_prefixes_by_their_salt(bundled: LLM) -> None:
+def test_only_prompts_with_the_same_salt_share_cached_prefixes(bundled: LLM) -> None:
     text = "An evening with many words, so that the prompt fills blocks. " * 2
 
     def cached(salt: str | None) -> int:
@@ -171,12 +171,12 @@ def test_a_prompt_is_cut_to_its_last_tokens(llm: LLM) -> None:
     assert cut.outputs[0].token_ids == short.outputs[0].token_ids
 
 
-def test_no_prompts(llm: LLM) -> None:
+def test_without_prompts_there_are_no_outputs(llm: LLM) -> None:
     assert llm.generate([], GREEDY, use_tqdm=False) == []
 
 
-def test_outputs_in_the_order_of_the_prompts(llm: LLM) -> None:
-    """The first prompt ends last."""
+def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
+    """The output of the first prompt is the last to finish."""
     lengths = [12, 1, 8, 2, 6, 3]
     prompts: list[Any] = [{"prompt_token_ids": [10 + i, 20, 30]} for i in range(len(lengths))]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
@@ -188,7 +188,7 @@ def test_outputs_in_the_order_of_the_prompts(llm: LLM) -> None:
     assert [output.request_id for output in outputs] == [str(i) for i in range(len(lengths))]
 
 
-def test_one_sampling_for_all_or_one_each(llm: LLM) -> None:
+def test_parameters_may_be_given_once_or_for_each_prompt(llm: LLM) -> None:
     prompts: list[Any] = [{"prompt_token_ids": [5]}, {"prompt_token_ids": [6]}]
     same = llm.generate(prompts, GREEDY, use_tqdm=False)
     each = llm.generate(prompts, [GREEDY, GREEDY], use_tqdm=False)
@@ -198,13 +198,13 @@ def test_one_sampling_for_all_or_one_each(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_wrong_number_of_samplings(llm: LLM, count: int) -> None:
+def test_a_wrong_number_of_parameters_is_refused(llm: LLM, count: int) -> None:
     prompts: list[Any] = [{"prompt_token_ids": [5]}] * 2
-    with pytest.raises(RequestError, match=f"2 prompts and {count} sampling parameters: give one for all or one for"):
+    with pytest.raises(RequestError, match=f"there are 2 prompts, but {count} sampling_params: give one for all"):
         llm.generate(prompts, [GREEDY] * count, use_tqdm=False)
 
 
-def test_max_tokens_end_with_the_context(llm: LLM) -> None:
+def test_max_tokens_is_cut_to_the_context_length(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
     (output,) = llm.generate({"prompt_token_ids": [5] * 60}, params, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 4
@@ -229,14 +229,14 @@ def test_max_tokens_end_with_the_context(llm: LLM) -> None:
         ("text", "no tokenizer: give prompt_token_ids"),
     ],
 )
-def test_bad_prompts(llm: LLM, prompt: Any, says: str) -> None:
+def test_invalid_prompts_are_refused_and_named(llm: LLM, prompt: Any, says: str) -> None:
     steps = llm.stats().steps
     with pytest.raises(RequestError, match=f"^prompt 1: .*{says}"):
         llm.generate([{"prompt_token_ids": [5]}, prompt], GREEDY, use_tqdm=False)
-    assert llm.stats().steps == steps, "nothing is to be run"
+    assert llm.stats().steps == steps, "no step is run"
 
 
-def test_bad_texts(bundled: LLM) -> None:
+def test_invalid_texts_are_refused_and_named(bundled: LLM) -> None:
     with pytest.raises(RequestError, match="prompt 0: the prompt is empty"):
         bundled.generate("", GREEDY, use_tqdm=False)
     with pytest.raises(RequestError, match=r"prompt 1: .* length is 64 tokens; .* shorten it or raise --max-model-len"):
@@ -258,28 +258,28 @@ def test_bad_texts(bundled: LLM) -> None:
     ],
     ids=str,
 )
-def test_bad_sampling(values: dict[str, Any]) -> None:
+def test_invalid_parameters_are_refused(values: dict[str, Any]) -> None:
     (name,) = values
     with pytest.raises(RequestError, match=name):
         SamplingParams(**values)
 
 
-NO_SAMPLINGS: list[Any] = [{"temperature": 0}, [{"temperature": 0}], [None], 7, "greedy"]
+NOT_PARAMETERS: list[Any] = [{"temperature": 0}, [{"temperature": 0}], [None], 7, "greedy"]
 
 
-@pytest.mark.parametrize("given", NO_SAMPLINGS, ids=str)
-def test_what_is_no_sampling(llm: LLM, given: Any) -> None:
+@pytest.mark.parametrize("given", NOT_PARAMETERS, ids=str)
+def test_values_that_are_not_parameters_are_refused(llm: LLM, given: Any) -> None:
     with pytest.raises(RequestError, match="sampling_params must be SamplingParams or a list of them, got "):
         llm.generate({"prompt_token_ids": [5]}, given, use_tqdm=False)
 
 
 @pytest.mark.parametrize("given", [None, 7, b"text"])
-def test_what_is_no_list_of_prompts(llm: LLM, given: Any) -> None:
+def test_values_that_are_not_prompts_are_refused(llm: LLM, given: Any) -> None:
     with pytest.raises(RequestError, match="prompts must be a prompt or a list of them, got "):
         llm.generate(given, GREEDY, use_tqdm=False)
 
 
-def test_a_parameter_of_one_prompt_is_named_with_it(llm: LLM) -> None:
+def test_an_error_in_a_parameter_names_its_prompt(llm: LLM) -> None:
     steps = llm.stats().steps
     prompts: list[Any] = [{"prompt_token_ids": [5]}] * 2
     params = [GREEDY, SamplingParams(logit_bias={301: 1.0})]
@@ -288,7 +288,7 @@ def test_a_parameter_of_one_prompt_is_named_with_it(llm: LLM) -> None:
     assert llm.stats().steps == steps
 
 
-# --- how outputs end, and what they say --------------------------------------------------------------------------
+# --- the ends of outputs -----------------------------------------------------------------------------------------
 
 SUM = "37 + 45 ="
 LONG = SamplingParams(temperature=0, max_tokens=12)
@@ -339,7 +339,7 @@ def test_a_stop_token_ends_the_output(bundled: LLM) -> None:
     assert whole.text.startswith(cut.text)
 
 
-def test_without_detokenizing_there_are_tokens_alone(bundled: LLM) -> None:
+def test_without_detokenizing_outputs_have_tokens_only(bundled: LLM) -> None:
     plain, tokens = ask(bundled), ask(bundled, detokenize=False)
     assert (tokens.text, tokens.token_ids) == ("", plain.token_ids)
 
@@ -354,7 +354,7 @@ def test_each_prompt_may_have_its_own_parameters(bundled: LLM) -> None:
     together = bundled.generate([SUM] * 4, each, use_tqdm=False)
     for params, output in zip(each, together, strict=True):
         (alone,) = bundled.generate(SUM, params, use_tqdm=False)
-        # Log-probabilities alone may have other last bits: the prompt may be cached, or be cut otherwise.
+        # Only log-probabilities may differ in their last bits, as the prompt may be cached or cut into other chunks.
         assert [o.token_ids for o in output.outputs] == [o.token_ids for o in alone.outputs]
         assert [o.text for o in output.outputs] == [o.text for o in alone.outputs]
     assert len({o.token_ids for o in together[2].outputs}) > 1
@@ -364,7 +364,7 @@ def test_each_prompt_may_have_its_own_parameters(bundled: LLM) -> None:
     assert [None if found is None else len(found) for found in together[3].prompt_logprobs][:2] == [None, 1]
 
 
-def test_parameters_that_contradict_a_grammar_end_their_request_alone(bundled: LLM) -> None:
+def test_parameters_that_contradict_a_grammar_end_only_their_request(bundled: LLM) -> None:
     red = StructuredOutputsParams(choice=["red"])
     impossible = [
         SamplingParams(temperature=0, structured_outputs=red, bad_words=["red"]),
@@ -380,7 +380,7 @@ def test_parameters_that_contradict_a_grammar_end_their_request_alone(bundled: L
     assert (outputs[2].error, outputs[2].outputs[0].text) == (None, "red")
 
 
-# --- chat, beam search, and what there is not --------------------------------------------------------------------
+# --- chat, beam search, embeddings -------------------------------------------------------------------------------
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}{% if add_generation_prompt %}={% endif %}"
 MESSAGES = [{"role": "user", "content": "37 + 45"}]
@@ -392,12 +392,12 @@ def test_chat_through_a_template(bundled: LLM) -> None:
     tokenizer = open_tokenizer(DEMO_MODEL)
     assert tokenizer is not None
     tokens = tokenizer.encode("37 + 45 =", add_special_tokens=False)
-    assert output.prompt_token_ids == tuple(tokens), "special tokens are the template's business"
+    assert output.prompt_token_ids == tuple(tokens), "only the template adds special tokens"
     (same,) = bundled.generate({"prompt_token_ids": tokens}, LONG, use_tqdm=False)
     assert output.outputs == same.outputs
 
 
-def test_chats_of_many(bundled: LLM) -> None:
+def test_several_conversations_at_once(bundled: LLM) -> None:
     many = [MESSAGES, [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "="}]]
     params = [LONG, dataclasses.replace(LONG, max_tokens=1)]
     outputs = bundled.chat(many, params, use_tqdm=False, chat_template=TEMPLATE, add_generation_prompt=False)
@@ -416,7 +416,7 @@ def test_chats_of_many(bundled: LLM) -> None:
         ([7], "0: messages must be a list of objects"),
     ],
 )
-def test_bad_messages(bundled: LLM, messages: Any, says: str) -> None:
+def test_invalid_messages_are_refused(bundled: LLM, messages: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         bundled.chat(messages, LONG, use_tqdm=False, chat_template=TEMPLATE)
 
@@ -429,7 +429,7 @@ def test_bad_messages(bundled: LLM, messages: Any, says: str) -> None:
         ({"tools": 3}, "chat_template_kwargs can't set tools"),
     ],
 )
-def test_bad_values_for_a_template(bundled: LLM, values: Any, says: str) -> None:
+def test_invalid_values_for_a_template_are_refused(bundled: LLM, values: Any, says: str) -> None:
     with pytest.raises(RequestError, match=f"prompt 0: {says}"):
         bundled.chat(MESSAGES, LONG, use_tqdm=False, chat_template=TEMPLATE, chat_template_kwargs=values)
 
@@ -442,7 +442,7 @@ def test_values_for_a_template_may_have_any_other_name(bundled: LLM) -> None:
     assert output.prompt == "345"
 
 
-def test_chat_without_a_template(llm: LLM) -> None:
+def test_chat_needs_a_template(llm: LLM) -> None:
     with pytest.raises(RequestError, match="this model has no chat template: give chat_template, or plain prompts"):
         llm.chat(MESSAGES, LONG, use_tqdm=False)
 
@@ -470,7 +470,7 @@ def test_a_beam_ends_where_the_text_does(bundled: LLM) -> None:
 
 
 def test_beams_are_the_likeliest_of_all_continuations(bundled: LLM) -> None:
-    """Of two tokens, with a beam that is wide enough to lose none of them."""
+    """Outputs have two tokens, and the beam is wide enough that none of the best is lost."""
     everything = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, ignore_eos=True)
 
     def following(tokens: list[tuple[int, ...]]) -> list[dict[int, float]]:
@@ -490,7 +490,7 @@ def test_beams_are_the_likeliest_of_all_continuations(bundled: LLM) -> None:
     }
     expected = sorted(pairs.values(), reverse=True)[:6]
     (found,) = bundled.beam_search(SUM, BeamSearchParams(beam_width=6, max_tokens=2, ignore_eos=True))
-    # The sums of two runs, whose prompts were cached or cut otherwise, in float32.
+    # These are float32 sums of two runs, whose prompts were cached or cut into other chunks.
     assert [each.cum_logprob for each in found.sequences] == pytest.approx(expected, abs=1e-3)
     for each in found.sequences:
         assert each.cum_logprob == pytest.approx(pairs[each.tokens], abs=1e-3)
@@ -505,13 +505,13 @@ def test_beams_are_the_likeliest_of_all_continuations(bundled: LLM) -> None:
         (None, BeamSearchParams(beam_width=2, max_tokens=2), "prompts must be a prompt or a list of them"),
     ],
 )
-def test_bad_beam_searches(bundled: LLM, prompts: Any, params: Any, says: str) -> None:
+def test_invalid_beam_searches_are_refused(bundled: LLM, prompts: Any, params: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         bundled.beam_search(prompts, params)
 
 
 def test_embeddings_are_refused(llm: LLM) -> None:
-    with pytest.raises(RequestError, match=r"embed needs a model that gives embeddings; .* use generate or chat"):
+    with pytest.raises(RequestError, match=r"embed needs a model that computes embeddings, .* use generate or chat"):
         llm.embed(["a"])
 
 
@@ -528,7 +528,7 @@ def _no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_engine")
 @pytest.mark.parametrize("model", [5, b"demo", ["demo"], {}])
-def test_what_is_no_model(model: Any) -> None:
+def test_values_that_are_not_models_are_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="model must be a folder, an id on the Hugging Face hub or None, got "):
         LLM(model)
 
@@ -552,21 +552,21 @@ def test_what_is_no_model(model: Any) -> None:
         ({"gpu_memory_utilization": 1.5}, r"must be in \(0, 1\]"),
     ],
 )
-def test_bad_options(folder: Path, options: dict[str, Any], says: str) -> None:
+def test_invalid_options_are_refused_before_the_start(folder: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         LLM(str(folder), **options)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("_no_engine")
-def test_no_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_refused_before_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     with pytest.raises(ConfigError, match=r"--device cuda: .* use --device cpu"):
         LLM(str(folder), device="cuda")
 
 
 @pytest.mark.usefixtures("_no_engine")
-def test_bad_models(folder: Path, tmp_path: Path) -> None:
+def test_invalid_model_folders_are_refused_before_the_start(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         LLM(str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
@@ -582,7 +582,7 @@ def test_bad_models(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_engine")
-def test_missing_shard(tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = checkpoints.save("llama", tmp_path / "model", max_shard_size="200KB")
     lost = sorted(folder.glob("*.safetensors"))[-1]
     lost.unlink()
@@ -591,21 +591,21 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_engine")
-def test_broken_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     spoiled = Path(shutil.copytree(folder, tmp_path / "model"))
     (spoiled / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json can't be read"):
         LLM(str(spoiled), **SMALL)
 
 
-def test_shape_needs_no_weights() -> None:
+def test_a_shape_needs_no_weights() -> None:
     with LLM("shape:llama-10m", kv_cache_memory_bytes="8MiB", max_model_len=32) as dummy:
         assert dummy.options.model_options.load_format == "dummy"
         (output,) = dummy.generate({"prompt_token_ids": [1, 2, 3]}, GREEDY, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 4
 
 
-def test_eos_of_the_generation_config(folder: Path, tmp_path: Path) -> None:
+def test_the_generation_config_may_set_the_end_of_text_tokens(folder: Path, tmp_path: Path) -> None:
     prompt: Any = {"prompt_token_ids": [7, 8]}
     with LLM(str(folder), **SMALL) as plain:
         (free,) = plain.generate(prompt, GREEDY, use_tqdm=False)
@@ -620,47 +620,47 @@ def test_eos_of_the_generation_config(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def of_the_model(tmp_path: Path) -> Path:
-    """The bundled model, with defaults of sampling of its own."""
+def model_with_defaults(tmp_path: Path) -> Path:
+    """A copy of the bundled model with its own sampling defaults."""
     folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
     generation = {"eos_token_id": [1, 5], "temperature": 0.25, "top_k": 9, "max_new_tokens": 3}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
 
 
-def test_defaults_of_sampling_are_the_models(of_the_model: Path) -> None:
-    with LLM(of_the_model, **SMALL) as llm:
+def test_sampling_defaults_are_those_of_the_model(model_with_defaults: Path) -> None:
+    with LLM(model_with_defaults, **SMALL) as llm:
         assert llm.default_sampling_params() == SamplingParams(temperature=0.25, top_k=9, max_tokens=3)
         base = SamplingParams(top_p=0.5, max_tokens=None)
         assert llm.default_sampling_params(base) == SamplingParams(temperature=0.25, top_k=9, top_p=0.5, max_tokens=3)
         outputs = llm.generate(["Count from 3 to 9:"] * 2, use_tqdm=False)
         assert {len(output.outputs[0].token_ids) for output in outputs} == {3}
         (own,) = llm.generate("Count from 3 to 9:", SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)
-        assert len(own.outputs[0].token_ids) == 5, "who gives parameters gets these alone"
+        assert len(own.outputs[0].token_ids) == 5, "given parameters are not mixed with the defaults"
 
 
 @pytest.mark.parametrize("base", [5, {"temperature": 0}, "greedy", []])
-def test_what_has_no_defaults_of_sampling(llm: LLM, base: Any) -> None:
+def test_default_sampling_params_checks_its_argument(llm: LLM, base: Any) -> None:
     with pytest.raises(RequestError, match="default_sampling_params takes SamplingParams or None, got "):
         llm.default_sampling_params(base)
 
 
-def test_defaults_of_sampling_may_be_left_out(of_the_model: Path) -> None:
-    with LLM(of_the_model, generation_config="vllm", **SMALL) as llm:
+def test_sampling_defaults_of_the_model_may_be_ignored(model_with_defaults: Path) -> None:
+    with LLM(model_with_defaults, generation_config="vllm", **SMALL) as llm:
         assert llm.default_sampling_params() == SamplingParams()
 
 
 @pytest.mark.usefixtures("_no_engine")
-def test_defaults_of_sampling_out_of_range(of_the_model: Path) -> None:
-    (of_the_model / "generation_config.json").write_text('{"temperature": -1}')
+def test_invalid_sampling_defaults_are_refused(model_with_defaults: Path) -> None:
+    (model_with_defaults / "generation_config.json").write_text('{"temperature": -1}')
     with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature must be at least 0"):
-        LLM(of_the_model, **SMALL)
+        LLM(model_with_defaults, **SMALL)
 
 
 # --- replicas ----------------------------------------------------------------------------------------------------
 
 
-def test_replicas_chat_and_obey_as_one(bundled: LLM) -> None:
+def test_replicas_give_the_same_outputs_as_one_engine(bundled: LLM) -> None:
     talks: Any = [[{"role": "user", "content": f"{i} + {i} ="}] for i in range(6)]
     chosen = StructuredOutputsParams(choice=["yes", "no", "perhaps"])
     params = [
@@ -677,17 +677,17 @@ def test_replicas_chat_and_obey_as_one(bundled: LLM) -> None:
 
 
 @pytest.mark.usefixtures("_no_engine")
-def test_replicas_that_cannot_be_are_refused_before_any_starts(folder: Path) -> None:
+def test_impossible_replicas_are_refused_before_the_start(folder: Path) -> None:
     with pytest.raises(ConfigError, match="--max-model-len 256"):
         LLM(folder, data_parallel_size=2, kv_cache_memory_bytes=100_000, max_model_len=256)
     with pytest.raises(ConfigError, match="uni"):
         LLM(folder, data_parallel_size=2, distributed_executor_backend="uni", **SMALL)
 
 
-# --- ends --------------------------------------------------------------------------------------------------------
+# --- closing, errors and interrupts ------------------------------------------------------------------------------
 
 
-def test_closed(folder: Path) -> None:
+def test_a_closed_llm_refuses_calls(folder: Path) -> None:
     llm = LLM(str(folder), **SMALL)
     llm.close()
     llm.close()
@@ -697,14 +697,14 @@ def test_closed(folder: Path) -> None:
         llm.stats()
 
 
-def test_with_closes_after_an_error(folder: Path) -> None:
+def test_a_with_statement_closes_after_an_error(folder: Path) -> None:
     with pytest.raises(KeyError), LLM(str(folder), **SMALL) as llm:
         raise KeyError
     with pytest.raises(ClosedError):
         llm.stats()
 
 
-def test_run_that_is_given_up_leaves_the_engine_usable(llm: LLM) -> None:
+def test_closing_a_run_leaves_the_engine_usable(llm: LLM) -> None:
     long = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     (expected,) = llm.generate({"prompt_token_ids": [9, 8]}, GREEDY, use_tqdm=False)
     jobs = [llm.prepare(i, {"prompt_token_ids": [20 + i]}, long if i else GREEDY) for i in range(5)]
@@ -719,7 +719,7 @@ def test_run_that_is_given_up_leaves_the_engine_usable(llm: LLM) -> None:
     assert again.outputs == expected.outputs
 
 
-def test_jobs_that_raise_leave_the_engine_usable(llm: LLM) -> None:
+def test_an_error_in_the_source_of_jobs_leaves_the_engine_usable(llm: LLM) -> None:
     def jobs() -> Iterator[Any]:
         yield llm.prepare(0, {"prompt_token_ids": [5]}, GREEDY)
         raise KeyError("mine")
@@ -730,8 +730,8 @@ def test_jobs_that_raise_leave_the_engine_usable(llm: LLM) -> None:
     assert len(llm.generate({"prompt_token_ids": [5]}, GREEDY, use_tqdm=False)) == 1
 
 
-def test_interrupt_in_the_middle_of_a_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank in this process: nobody knows what half a step has done, so the engine says that it has ended."""
+def test_an_interrupt_in_the_middle_of_a_step_ends_the_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rank in this process the state after half a step is unknown, so the engine has failed."""
     execute, calls = Runner.execute, 0
 
     def interrupted(self: Runner, plan: Any) -> Any:
@@ -753,8 +753,8 @@ def test_interrupt_in_the_middle_of_a_step(folder: Path, monkeypatch: pytest.Mon
         assert time.monotonic() - begun < 5
 
 
-def test_runs_that_take_turns_lose_nothing(llm: LLM) -> None:
-    """Whoever asks the engine first gets the other's updates too."""
+def test_interleaved_runs_get_all_their_outputs(llm: LLM) -> None:
+    """The run that asks the engine first gets the updates of the other run too."""
     jobs = [[llm.prepare(i, {"prompt_token_ids": [5 + i + 10 * run]}, GREEDY) for i in range(4)] for run in range(2)]
     alone = [dict(llm.run(some)) for some in jobs]
     first, second = llm.run(jobs[0]), llm.run(jobs[1])
@@ -766,25 +766,25 @@ def test_runs_that_take_turns_lose_nothing(llm: LLM) -> None:
     ]
 
 
-def test_as_many_tokens_as_fit(llm: LLM) -> None:
+def test_without_max_tokens_an_output_fills_the_context(llm: LLM) -> None:
     (output,) = llm.generate(
         {"prompt_token_ids": [5]}, SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False
     )
     assert len(output.outputs[0].token_ids) == llm.stats().max_model_len - 1
 
 
-def test_a_seed_of_minus_one_is_none() -> None:
+def test_a_seed_of_minus_one_means_no_seed() -> None:
     assert SamplingParams(seed=-1).seed is None
 
 
-def test_a_path_is_a_model(folder: Path) -> None:
+def test_a_model_may_be_given_as_a_path(folder: Path) -> None:
     with LLM(folder, **SMALL) as llm:
         assert llm.options.model == str(folder)
 
 
 @pytest.mark.parametrize(("model", "name"), [(None, "bundled"), ("bundled", "bundled"), ("bundled:moe", "bundled:moe")])
-def test_the_bundled_models_go_by_the_names_that_clients_use(model: str | None, name: str) -> None:
-    """As the model, and as the draft model."""
+def test_bundled_models_may_be_given_by_their_names(model: str | None, name: str) -> None:
+    """This holds for the model and for the draft model."""
     opened = open_model(model, {**SMALL, "speculative_config": {"model": "bundled"}})
     assert opened.name == name
     assert opened.plan.model.folder == str(
@@ -796,15 +796,15 @@ def test_the_bundled_models_go_by_the_names_that_clients_use(model: str | None, 
 
 @pytest.fixture
 def without_tokenizer(tmp_path: Path) -> Path:
-    """The bundled model without its tokenizer: it works only where the other one is found."""
+    """A copy of the bundled model without its tokenizer, so that a test shows whether another one is used."""
     folder = tmp_path / "without"
     shutil.copytree(DEMO_MODEL, folder, ignore=shutil.ignore_patterns("tokenizer*"))
     return folder
 
 
 @pytest.mark.parametrize("options", [{}, {"engine_process": True}, {"data_parallel_size": 2}], ids=str)
-def test_the_tokenizer_of_another_folder(without_tokenizer: Path, options: dict[str, Any]) -> None:
-    """For prompts, chats and structured outputs, which the engine follows, wherever it runs."""
+def test_the_tokenizer_may_be_in_another_folder(without_tokenizer: Path, options: dict[str, Any]) -> None:
+    """It is used for prompts, chats and structured outputs. The engine follows the latter, wherever it runs."""
     with LLM(without_tokenizer, tokenizer=DEMO_MODEL, **SMALL, **options) as llm:
         (output,) = llm.generate("37 + 45 =", GREEDY, use_tqdm=False)
         assert output.outputs[0].text.startswith(" 82")
@@ -835,7 +835,7 @@ def test_the_chat_template_comes_with_the_tokenizer(tmp_path: Path) -> None:
         ("large", r"has token ids up to 1000, the model only up to 639: choose the tokenizer that the model"),
     ],
 )
-def test_tokenizers_that_can_not_be_used(tmp_path: Path, name: str, says: str) -> None:
+def test_a_missing_or_unsuitable_tokenizer_is_refused(tmp_path: Path, name: str, says: str) -> None:
     if name == "large":
         (tmp_path / name).mkdir()
         content = json.loads((DEMO_MODEL / "tokenizer.json").read_text())
@@ -846,7 +846,7 @@ def test_tokenizers_that_can_not_be_used(tmp_path: Path, name: str, says: str) -
         LLM(tokenizer=given, **SMALL)
 
 
-def test_a_tokenizer_with_few_tokens_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_with_few_tokens_gives_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizers.metaspace().save(str(tmp_path / "tokenizer.json"))
     with caplog.at_level("WARNING", logger="shoal"):
         open_model(None, {**SMALL, "tokenizer": str(tmp_path)})
@@ -856,7 +856,7 @@ def test_a_tokenizer_with_few_tokens_is_warned_of(tmp_path: Path, caplog: pytest
     assert "is it the tokenizer" not in caplog.text
 
 
-def test_a_revision_of_the_tokenizer_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_may_have_its_own_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
     def locate(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -874,8 +874,8 @@ def test_a_revision_of_the_tokenizer_is_looked_for(monkeypatch: pytest.MonkeyPat
     ]
 
 
-def test_a_relative_path_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is read later, by this process or by one that is started later, is found from any working directory."""
+def test_a_relative_path_is_resolved_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files that are read later, by this process or by another, are found from any working directory."""
     shutil.copytree(DEMO_MODEL, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     opened = open_model("model", {**SMALL, "data_parallel_size": 2, "speculative_config": {"model": "model"}})

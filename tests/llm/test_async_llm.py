@@ -1,4 +1,4 @@
-"""`AsyncLLM`: over a line that says what it is told to, and over real engines of which one is killed."""
+"""`AsyncLLM` with a fake line to a fleet, and with real engines, some of which are killed."""
 
 import asyncio
 import gc
@@ -73,7 +73,7 @@ class FakeLine:
         return [seq for message in self.sent if isinstance(message, Abort) for seq in message.seqs]
 
     def say(self, *updates: SeqUpdate) -> None:
-        """From another thread, as a desk does."""
+        """Deliver updates from another thread, as a desk does."""
         thread = threading.Thread(target=self.deliver, args=(Updates(updates),))
         thread.start()
         thread.join()
@@ -84,7 +84,7 @@ def model() -> OpenModel:
     return open_model(None, {"seed": 0}, online=True)
 
 
-class Setting:
+class Harness:
     def __init__(self, model: OpenModel) -> None:
         self.lines: list[FakeLine] = []
         self.llm = AsyncLLM(model, line=self._open)
@@ -106,8 +106,8 @@ class Setting:
 
 
 @pytest.fixture
-def setting(model: OpenModel) -> Setting:
-    return Setting(model)
+def harness(model: OpenModel) -> Harness:
+    return Harness(model)
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -119,7 +119,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def started(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-    """It has come to its first wait."""
+    """Start a task, and return when it has come to its first wait."""
     task = asyncio.create_task(work)
     await settled()
     return task
@@ -146,37 +146,35 @@ async def read(stream: RequestStream, into: list[Delta] | None = None) -> list[D
 # --- streams ----------------------------------------------------------------------------------------------------
 
 
-def test_a_text_that_can_not_be_made_is_the_end_of_its_request_alone(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Behind it in the same delivery are tokens and the end of another one, which nobody says twice."""
-    take = outputs.Answer.take
+def test_an_error_in_making_a_text_ends_only_its_request(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same delivery has the tokens and the end of another request, which must not be lost."""
+    take = outputs.PromptOutputs.take
 
-    def broken(answer: outputs.Answer, index: int, update: SeqUpdate) -> bool:
-        if answer.job.params.n == 1:
-            return take(answer, index, update)
+    def broken(found: outputs.PromptOutputs, index: int, update: SeqUpdate) -> bool:
+        if found.job.params.n == 1:
+            return take(found, index, update)
         raise IndexError("piece id is out of range.")
 
     async def work() -> None:
-        bad, good = setting.stream(SamplingParams(n=2)), setting.stream()
-        monkeypatch.setattr(outputs.Answer, "take", broken)
-        updates = [SeqUpdate(seq, setting.tokens(" there"), finish=LENGTH) for seq in (0, 2)]
-        setting.line.say(*updates)
+        bad, good = harness.stream(SamplingParams(n=2)), harness.stream()
+        monkeypatch.setattr(outputs.PromptOutputs, "take", broken)
+        updates = [SeqUpdate(seq, harness.tokens(" there"), finish=LENGTH) for seq in (0, 2)]
+        harness.line.say(*updates)
         (delta,) = await read(good)
         assert (delta.text, delta.finish_reason) == (" there", "length")
-        with pytest.raises(EngineError, match="the text of an output can't be made"):
+        with pytest.raises(EngineError, match="failed to make the text of an output"):
             await read(bad)
-        assert sorted(setting.line.aborted) == [0, 1]
+        assert sorted(harness.line.aborted) == [0, 1]
 
     run(work())
 
 
-def test_deltas_that_came_while_nobody_read_are_one(setting: Setting) -> None:
+def test_deltas_that_nobody_reads_are_merged(harness: Harness) -> None:
     async def work() -> None:
-        stream = setting.stream()
-        first, second, third = setting.tokens(" there"), setting.tokens(" was a"), setting.tokens(" wolf.")
-        setting.line.say(SeqUpdate(0, first, cached_tokens=3))
-        setting.line.say(SeqUpdate(0, second, cached_tokens=3))
+        stream = harness.stream()
+        first, second, third = harness.tokens(" there"), harness.tokens(" was a"), harness.tokens(" wolf.")
+        harness.line.say(SeqUpdate(0, first, cached_tokens=3))
+        harness.line.say(SeqUpdate(0, second, cached_tokens=3))
         await settled()
         found = []
         async for (delta,) in stream:
@@ -184,30 +182,30 @@ def test_deltas_that_came_while_nobody_read_are_one(setting: Setting) -> None:
             if len(found) == 1:
                 assert stream.cached_tokens == 3
                 assert stream.output().outputs[0].finish_reason is None
-                setting.line.say(SeqUpdate(0, third, finish=LENGTH, cached_tokens=3))
+                harness.line.say(SeqUpdate(0, third, finish=LENGTH, cached_tokens=3))
         assert [delta.text for delta in found] == [" there was a", " wolf."]
         assert [delta.finish_reason for delta in found] == [None, "length"]
         output = stream.output()
         assert output.finished
         assert output.outputs[0].text == " there was a wolf."
         assert output.outputs[0].token_ids == first + second + third
-        assert not setting.line.aborted
-        assert setting.llm.unfinished == 0
+        assert not harness.line.aborted
+        assert harness.llm.unfinished == 0
 
     run(work())
 
 
-def test_outputs_of_one_prompt_come_side_by_side(setting: Setting) -> None:
+def test_outputs_of_one_prompt_grow_side_by_side(harness: Harness) -> None:
     async def work() -> None:
-        stream = setting.stream(SamplingParams(n=3, max_tokens=9))
-        requests = [message for message in setting.line.sent if isinstance(message, EngineRequest)]
+        stream = harness.stream(SamplingParams(n=3, max_tokens=9))
+        requests = [message for message in harness.line.sent if isinstance(message, EngineRequest)]
         assert [(each.seq, each.group, each.sampling.sample_index) for each in requests] == [
             (0, 0, 0),
             (1, 0, 1),
             (2, 0, 2),
         ]
-        token = setting.tokens(" wolf")
-        setting.line.say(*(SeqUpdate(seq, token, finish=LENGTH if seq == 1 else None) for seq in (2, 1, 0)))
+        token = harness.tokens(" wolf")
+        harness.line.say(*(SeqUpdate(seq, token, finish=LENGTH if seq == 1 else None) for seq in (2, 1, 0)))
         await settled()
         reading = stream.__aiter__()
         assert [(delta.index, delta.finish_reason) for delta in await anext(reading)] == [
@@ -217,21 +215,21 @@ def test_outputs_of_one_prompt_come_side_by_side(setting: Setting) -> None:
         ]
         assert [each.finish_reason for each in stream.output().outputs] == [None, "length", None]
         assert not stream.output().finished
-        setting.line.say(*(SeqUpdate(seq, token, finish=STOP) for seq in (0, 2)))
+        harness.line.say(*(SeqUpdate(seq, token, finish=STOP) for seq in (0, 2)))
         assert [delta.index for delta in await anext(reading)] == [0, 2]
         assert stream.output().finished
 
     run(work())
 
 
-def test_a_stop_text_ends_the_request_where_it_runs(setting: Setting) -> None:
+def test_a_stop_text_ends_the_request_in_the_fleet(harness: Harness) -> None:
     async def work() -> None:
-        stream = setting.stream(SamplingParams(max_tokens=50, stop="a wolf"))
-        setting.line.say(SeqUpdate(0, setting.tokens(" There was a wolf in the")))
-        setting.line.say(SeqUpdate(0, setting.tokens(" wood")))
+        stream = harness.stream(SamplingParams(max_tokens=50, stop="a wolf"))
+        harness.line.say(SeqUpdate(0, harness.tokens(" There was a wolf in the")))
+        harness.line.say(SeqUpdate(0, harness.tokens(" wood")))
         output = await stream.wait()
         assert (output.outputs[0].text, output.outputs[0].stop_reason) == (" There was ", "a wolf")
-        assert setting.line.aborted == [0]
+        assert harness.line.aborted == [0]
 
     run(work())
 
@@ -247,13 +245,13 @@ def test_a_stop_text_ends_the_request_where_it_runs(setting: Setting) -> None:
         (RefusalKind.FAILED, EngineError, None),
     ],
 )
-def test_errors_by_their_kind_behind_what_came_before(
-    setting: Setting, refusal: RefusalKind, error: type[ShoalError], retry: float | None
+def test_an_error_has_the_type_of_its_kind_and_comes_after_earlier_deltas(
+    harness: Harness, refusal: RefusalKind, error: type[ShoalError], retry: float | None
 ) -> None:
     async def work() -> None:
-        stream = setting.stream(SamplingParams(n=2, max_tokens=9))
-        setting.line.say(SeqUpdate(1, setting.tokens(" wolf")))
-        setting.line.say(SeqUpdate(0, (), finish=ABORT, error="no more", refusal=refusal))
+        stream = harness.stream(SamplingParams(n=2, max_tokens=9))
+        harness.line.say(SeqUpdate(1, harness.tokens(" wolf")))
+        harness.line.say(SeqUpdate(0, (), finish=ABORT, error="no more", refusal=refusal))
         await settled()
         found: list[Delta] = []
         with pytest.raises(error, match="no more") as caught:
@@ -261,7 +259,7 @@ def test_errors_by_their_kind_behind_what_came_before(
         assert [delta.text for delta in found] == [" wolf"]
         assert type(caught.value) is error
         assert getattr(caught.value, "retry_after", None) == retry
-        assert setting.line.aborted == [1], "the other output is of no use"
+        assert harness.line.aborted == [1], "the other output is not needed any more"
         assert not stream.output().finished
         with pytest.raises(error):
             await stream.wait()
@@ -281,55 +279,55 @@ async def fail(stream: RequestStream) -> None:
 
 
 @pytest.mark.parametrize("how", [leave, fail])
-def test_leaving_the_loop_early_ends_the_request(
-    setting: Setting, how: Callable[[RequestStream], Awaitable[None]]
+def test_leaving_the_iteration_early_ends_the_request(
+    harness: Harness, how: Callable[[RequestStream], Awaitable[None]]
 ) -> None:
     async def work() -> None:
-        stream = setting.stream()
-        setting.line.say(SeqUpdate(0, setting.tokens(" a")))
+        stream = harness.stream()
+        harness.line.say(SeqUpdate(0, harness.tokens(" a")))
         await how(stream)
         gc.collect()
         await settled()
-        assert setting.line.aborted == [0]
-        assert setting.llm.unfinished == 0
-        setting.line.say(SeqUpdate(0, setting.tokens(" b"), finish=ABORT))  # what was on its way
+        assert harness.line.aborted == [0]
+        assert harness.llm.unfinished == 0
+        harness.line.say(SeqUpdate(0, harness.tokens(" b"), finish=ABORT))  # an update that was on its way
         await settled()
 
     run(work())
 
 
 @pytest.mark.parametrize("how", [read, RequestStream.wait])
-def test_a_task_that_is_cancelled_ends_its_request(
-    setting: Setting, how: Callable[[RequestStream], Coroutine[Any, Any, Any]]
+def test_cancelling_the_task_ends_the_request(
+    harness: Harness, how: Callable[[RequestStream], Coroutine[Any, Any, Any]]
 ) -> None:
     async def work() -> None:
-        task = await started(how(setting.stream()))
+        task = await started(how(harness.stream()))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert setting.line.aborted == [0]
-        assert setting.llm.unfinished == 0
+        assert harness.line.aborted == [0]
+        assert harness.llm.unfinished == 0
 
     run(work())
 
 
-def test_a_stream_that_is_closed_while_somebody_waits(setting: Setting) -> None:
+def test_closing_a_stream_ends_its_reader(harness: Harness) -> None:
     async def work() -> None:
-        stream = setting.stream()
+        stream = harness.stream()
         task = await started(read(stream))
         stream.close()
         stream.close()
         assert await task == []
-        assert setting.line.aborted == [0]
+        assert harness.line.aborted == [0]
 
     run(work())
 
 
-def test_a_deadline_and_a_place(setting: Setting) -> None:
+def test_priority_replica_and_deadline_reach_the_fleet(harness: Harness) -> None:
     async def work() -> None:
-        setting.stream(priority=3, replica=1, timeout=5.0, arrival=100.0)
-        setting.stream()
-        first, second = setting.line.sent
+        harness.stream(priority=3, replica=1, timeout=5.0, arrival=100.0)
+        harness.stream()
+        first, second = harness.line.sent
         assert isinstance(first, EngineRequest)
         assert isinstance(second, EngineRequest)
         assert (first.priority, first.replica, first.deadline, first.arrival) == (3, 1, 105.0, 100.0)
@@ -340,15 +338,15 @@ def test_a_deadline_and_a_place(setting: Setting) -> None:
     run(work())
 
 
-def test_a_line_in_which_nobody_goes_first() -> None:
+def test_a_priority_is_refused_with_first_come_first_served() -> None:
     async def work() -> None:
-        setting = Setting(open_model(None, {"scheduling_policy": "fcfs"}, online=True))
-        setting.stream(priority=0)
+        harness = Harness(open_model(None, {"scheduling_policy": "fcfs"}, online=True))
+        harness.stream(priority=0)
         for priority in (1, -1):
             with pytest.raises(RequestError, match="priority must be 0 with --scheduling-policy fcfs") as caught:
-                setting.stream(priority=priority)
+                harness.stream(priority=priority)
         assert (of_request(caught.value).status, of_request(caught.value).param) == (400, "priority")
-        assert len(setting.line.sent) == 1
+        assert len(harness.line.sent) == 1
 
     run(work())
 
@@ -362,41 +360,41 @@ def test_a_line_in_which_nobody_goes_first() -> None:
         ({"replica": -3}, "there is no replica -3"),
     ],
 )
-def test_a_place_that_is_none(setting: Setting, place: dict[str, Any], error: str) -> None:
+def test_a_priority_or_replica_out_of_range_is_refused(harness: Harness, place: dict[str, Any], error: str) -> None:
     async def work() -> None:
         with pytest.raises(RequestError, match=error):
-            setting.stream(**place)
-        assert not setting.line.sent
+            harness.stream(**place)
+        assert not harness.line.sent
 
     run(work())
 
 
-def test_the_length_is_what_the_fleet_says(setting: Setting) -> None:
+def test_the_context_length_is_lowered_to_the_fleets(harness: Harness) -> None:
     async def work() -> None:
         long = SamplingParams(max_tokens=10**6)
-        planned = setting.llm.max_model_len
-        setting.stream(long)
+        planned = harness.llm.max_model_len
+        harness.stream(long)
         for known, expected in [(0, planned), (40, 40), (10**9, 40)]:
-            setting.line.status = FleetStatus("demo", 1, 1, (), 0, 0, True, 1.0, max_model_len=known)
-            await setting.llm.status()
-            assert setting.llm.max_model_len == expected
-        job = setting.llm.prepare("Once", long)
-        setting.llm.stream(job)
-        last = setting.line.sent[-1]
+            harness.line.status = FleetStatus("demo", 1, 1, (), 0, 0, True, 1.0, max_model_len=known)
+            await harness.llm.status()
+            assert harness.llm.max_model_len == expected
+        job = harness.llm.prepare("Once", long)
+        harness.llm.stream(job)
+        last = harness.line.sent[-1]
         assert isinstance(last, EngineRequest)
         assert last.max_tokens == 40 - len(job.tokens)
         with pytest.raises(RequestError, match="maximum context length is 40 tokens"):
-            setting.llm.prepare("Once upon a time " * 40, long)
+            harness.llm.prepare("Once upon a time " * 40, long)
 
     run(work())
 
 
-def test_much_that_comes_at_once_leaves_others_the_loop(setting: Setting) -> None:
-    """Another task has its turn before all is handed out, and nothing is lost or out of order."""
+def test_many_updates_at_once_do_not_block_the_event_loop(harness: Harness) -> None:
+    """Other tasks run before all updates are handed out. No update is lost, and they stay in order."""
 
     async def work() -> None:
-        stream = setting.stream(SamplingParams(max_tokens=2000, detokenize=False, ignore_eos=True))
-        setting.line.say(*(SeqUpdate(0, (token,)) for token in range(1000)))
+        stream = harness.stream(SamplingParams(max_tokens=2000, detokenize=False, ignore_eos=True))
+        harness.line.say(*(SeqUpdate(0, (token,)) for token in range(1000)))
         seen: list[int] = []
         while sum(seen) < 1000:
             await asyncio.sleep(0)
@@ -408,13 +406,13 @@ def test_much_that_comes_at_once_leaves_others_the_loop(setting: Setting) -> Non
     run(work())
 
 
-def test_log_probabilities_of_the_prompt(setting: Setting) -> None:
+def test_prompt_logprobs_of_a_stream(harness: Harness) -> None:
     async def work() -> None:
-        stream = setting.stream(SamplingParams(max_tokens=5, prompt_logprobs=0))
+        stream = harness.stream(SamplingParams(max_tokens=5, prompt_logprobs=0))
         size = len(stream.job.tokens)
         entries = tuple(TokenLogprobs(-float(at), 1, (), ()) for at in range(1, size))
-        token = setting.tokens(" a")
-        setting.line.say(SeqUpdate(0, token, prompt_logprobs=PromptLogprobs(1, entries)))
+        token = harness.tokens(" a")
+        harness.line.say(SeqUpdate(0, token, prompt_logprobs=PromptLogprobs(1, entries)))
         async for _ in stream:
             found = stream.prompt_logprobs
             assert found is not None
@@ -429,10 +427,10 @@ def test_log_probabilities_of_the_prompt(setting: Setting) -> None:
 # --- generate ---------------------------------------------------------------------------------------------------
 
 
-def test_outputs_grow_until_they_are_finished(setting: Setting) -> None:
+def test_generate_yields_growing_outputs(harness: Harness) -> None:
     async def work() -> None:
         params = SamplingParams(max_tokens=9, logprobs=0)
-        outputs = setting.llm.generate("Once", params, "mine", priority=2, data_parallel_rank=1)
+        outputs = harness.llm.generate("Once", params, "mine", priority=2, data_parallel_rank=1)
         found: list[RequestOutput] = []
         texts = [" there", " was", " a wolf"]
 
@@ -441,11 +439,11 @@ def test_outputs_grow_until_they_are_finished(setting: Setting) -> None:
                 found.append(output)  # noqa: PERF401 (one by one)
 
         task = asyncio.create_task(collect())
-        await until(lambda: bool(setting.line.sent))
+        await until(lambda: bool(harness.line.sent))
         for at, text in enumerate(texts):
-            tokens = setting.tokens(text)
+            tokens = harness.tokens(text)
             entries = tuple(TokenLogprobs(-0.5, 1, (), ()) for _ in tokens)
-            setting.line.say(SeqUpdate(0, tokens, entries, LENGTH if at == 2 else None))
+            harness.line.say(SeqUpdate(0, tokens, entries, LENGTH if at == 2 else None))
             await until(lambda at=at: len(found) == at + 1)  # type: ignore[misc]
         await task
         assert [output.outputs[0].text for output in found] == [" there", " there was", " there was a wolf"]
@@ -456,16 +454,16 @@ def test_outputs_grow_until_they_are_finished(setting: Setting) -> None:
         assert last.cumulative_logprob == -0.5 * len(last.token_ids)
         assert last.logprobs is not None
         assert len(last.logprobs) == len(last.token_ids)
-        await assert_free("mine", setting)
+        await assert_free("mine", harness)
 
     run(work())
 
 
-async def assert_free(request_id: str, setting: Setting) -> None:
-    """Nobody has this request_id: it can be used."""
-    before = len(setting.line.sent)
-    task = asyncio.create_task(read_all(setting.llm.generate("Once", GREEDY, request_id)))
-    await until(lambda: len(setting.line.sent) > before)
+async def assert_free(request_id: str, harness: Harness) -> None:
+    """Assert that no unfinished request has this request_id, so that a new one can use it."""
+    before = len(harness.line.sent)
+    task = asyncio.create_task(read_all(harness.llm.generate("Once", GREEDY, request_id)))
+    await until(lambda: len(harness.line.sent) > before)
     assert not task.done()
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -476,48 +474,48 @@ async def read_all(outputs: AsyncIterator[RequestOutput]) -> list[RequestOutput]
     return [output async for output in outputs]
 
 
-def test_a_request_id_is_used_once_at_a_time(setting: Setting) -> None:
+def test_two_unfinished_requests_cannot_have_one_request_id(harness: Harness) -> None:
     async def work() -> None:
         async def begin() -> RequestOutput:
-            return await anext(setting.llm.generate("Once", GREEDY, "mine"))
+            return await anext(harness.llm.generate("Once", GREEDY, "mine"))
 
         first = await started(begin())
-        await until(lambda: bool(setting.line.sent))
+        await until(lambda: bool(harness.line.sent))
         with pytest.raises(RequestError, match="'mine' exists already"):
-            await anext(setting.llm.generate("Once", GREEDY, "mine"))
-        assert setting.line.aborted == [1]
-        await setting.llm.abort("nobody")
-        await setting.llm.abort("mine")
-        assert setting.line.aborted == [1, 0]
-        setting.line.say(SeqUpdate(0, (), finish=ABORT))
+            await anext(harness.llm.generate("Once", GREEDY, "mine"))
+        assert harness.line.aborted == [1]
+        await harness.llm.abort("nobody")
+        await harness.llm.abort("mine")
+        assert harness.line.aborted == [1, 0]
+        harness.line.say(SeqUpdate(0, (), finish=ABORT))
         output = await first
         assert (output.finished, output.outputs[0].finish_reason) == (True, "abort")
 
     run(work())
 
 
-def test_a_generator_that_is_left_early_ends_its_request(setting: Setting) -> None:
+def test_leaving_generate_early_ends_the_request(harness: Harness) -> None:
     async def work() -> None:
         async def use() -> None:
-            async for _ in setting.llm.generate("Once", GREEDY, "mine"):
+            async for _ in harness.llm.generate("Once", GREEDY, "mine"):
                 break
 
         task = asyncio.create_task(use())
-        await until(lambda: bool(setting.line.sent))
-        setting.line.say(SeqUpdate(0, setting.tokens(" a")))
+        await until(lambda: bool(harness.line.sent))
+        harness.line.say(SeqUpdate(0, harness.tokens(" a")))
         await task
         gc.collect()
-        await until(lambda: setting.line.aborted == [0])
-        await assert_free("mine", setting)
+        await until(lambda: harness.line.aborted == [0])
+        await assert_free("mine", harness)
 
     run(work())
 
 
-def test_what_can_not_be_used_is_refused_before_it_is_sent(setting: Setting) -> None:
+def test_an_invalid_prompt_is_not_sent(harness: Harness) -> None:
     async def work() -> None:
         with pytest.raises(RequestError, match="the prompt is empty"):
-            await anext(setting.llm.generate(""))
-        assert not setting.line.sent
+            await anext(harness.llm.generate(""))
+        assert not harness.line.sent
 
     run(work())
 
@@ -525,52 +523,52 @@ def test_what_can_not_be_used_is_refused_before_it_is_sent(setting: Setting) -> 
 # --- the end ----------------------------------------------------------------------------------------------------
 
 
-def test_whoever_waits_hears_that_it_was_closed(setting: Setting) -> None:
+def test_closing_ends_streams_with_an_error(harness: Harness) -> None:
     async def work() -> None:
-        tasks = [await started(read(setting.stream())), await started(setting.stream().wait())]
-        await asyncio.to_thread(setting.llm.close)
+        tasks = [await started(read(harness.stream())), await started(harness.stream().wait())]
+        await asyncio.to_thread(harness.llm.close)
         for task in tasks:
             with pytest.raises(Unavailable, match="the engine was closed"):
                 await task
         with pytest.raises(ClosedError):
-            setting.stream()
-        assert setting.llm.unfinished == 0
-        setting.llm.close()
+            harness.stream()
+        assert harness.llm.unfinished == 0
+        harness.llm.close()
 
     run(work())
 
 
-def test_a_loop_that_was_closed_frees_what_it_had(setting: Setting) -> None:
+def test_updates_after_the_loop_was_closed_close_the_line(harness: Harness) -> None:
     async def work() -> None:
-        setting.stream()
+        harness.stream()
 
     asyncio.run(work())
-    setting.line.say(SeqUpdate(0, setting.tokens(" a")))
-    assert setting.line.closed
-    last = SeqUpdate(0, setting.tokens(" a"))
+    harness.line.say(SeqUpdate(0, harness.tokens(" a")))
+    assert harness.line.closed
+    last = SeqUpdate(0, harness.tokens(" a"))
     held = sys.getrefcount(last)
-    setting.line.say(last)
+    harness.line.say(last)
     assert sys.getrefcount(last) == held
-    setting.llm.close()
+    harness.llm.close()
 
 
-def test_it_belongs_to_one_loop(setting: Setting) -> None:
+def test_an_async_llm_belongs_to_one_loop(harness: Harness) -> None:
     async def work() -> None:
-        setting.stream().close()
+        harness.stream().close()
 
     asyncio.run(work())
     with pytest.raises(EngineError, match="belongs to the event loop that used it first"):
         asyncio.run(work())
     with pytest.raises(EngineError, match="this thread runs none: send the call to the loop's thread"):
-        setting.stream()
+        harness.stream()
 
 
-def test_nobody_is_ready(setting: Setting) -> None:
+def test_ready_has_a_deadline(harness: Harness) -> None:
     async def work() -> None:
-        with pytest.raises(EngineError, match=r"no replica is ready after 0.2 s"):
-            await setting.llm.ready(0.2)
+        with pytest.raises(EngineError, match=r"the replicas are not ready after 0.2 s"):
+            await harness.llm.ready(0.2)
         with pytest.raises(UserError, match=r"status\?"):
-            await setting.llm.status()
+            await harness.llm.status()
 
     run(work())
 
@@ -611,13 +609,13 @@ async def texts(llm: AsyncLLM, during: Callable[[], Awaitable[None]] | None = No
 
 
 def shown(outputs: Sequence[RequestOutput]) -> list[tuple[str, tuple[int, ...], str | None, int]]:
-    """What a failover must not change."""
+    """Return the parts of outputs that a failover must not change."""
     found = [(output.outputs[0], output.num_cached_tokens) for output in outputs]
     return [(each.text, each.token_ids, each.finish_reason, len(each.logprobs or ())) for each, _ in found]
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP])
-def test_an_engine_dies_under_streams_and_nobody_sees_it(signal_: signal.Signals) -> None:
+def test_streams_do_not_notice_that_an_engine_dies(signal_: signal.Signals) -> None:
     async def work() -> None:
         async with real(data_parallel_size=2, distributed_executor_backend="mp") as llm:
             twins = await texts(llm)
@@ -656,7 +654,7 @@ def test_replicas_that_share_experts_start_again_together() -> None:
     run(work())
 
 
-def test_a_replica_alone_comes_back_and_goes_on_with_what_it_had() -> None:
+def test_a_single_replica_is_restarted_and_continues_its_requests() -> None:
     async def work() -> None:
         async with real() as llm:
             twins = await texts(llm)
@@ -670,7 +668,7 @@ def test_a_replica_alone_comes_back_and_goes_on_with_what_it_had() -> None:
     run(work())
 
 
-def test_threads_scale_and_count() -> None:
+def test_scaling_replicas_that_are_threads() -> None:
     async def work() -> None:
         async with real(data_parallel_size=2, distributed_executor_backend="threads") as llm:
             twins = await texts(llm)
@@ -693,7 +691,7 @@ def test_threads_scale_and_count() -> None:
 
 
 @pytest.mark.parametrize("backend", ["threads", "mp"])
-def test_an_added_replica_holds_what_the_first_one_does(backend: str) -> None:
+def test_an_added_replica_has_a_kv_cache_of_the_same_size(backend: str) -> None:
     async def work() -> None:
         async with AsyncLLM(seed=0, distributed_executor_backend=backend) as llm:
             await llm.ready(DEADLINE_S)
@@ -709,7 +707,7 @@ def test_an_added_replica_holds_what_the_first_one_does(backend: str) -> None:
     run(work())
 
 
-def test_a_client_that_goes_frees_its_blocks() -> None:
+def test_blocks_of_a_dropped_stream_are_freed() -> None:
     async def work() -> None:
         async with real() as llm:
             params = SamplingParams(n=64, max_tokens=500, ignore_eos=True)  # several times what the cache holds
@@ -732,7 +730,7 @@ def test_a_client_that_goes_frees_its_blocks() -> None:
     run(work())
 
 
-def test_what_the_user_must_mend_is_told_at_the_start() -> None:
+def test_a_user_error_of_a_replica_is_raised_by_ready() -> None:
     async def work() -> None:
         with pytest.raises(UserError, match="--max-model-len"):
             async with AsyncLLM(kv_cache_memory_bytes=100_000, max_model_len=1024) as llm:

@@ -21,8 +21,8 @@ LONG = 100
 PROMPT = (7, 8)
 
 
-class Language:
-    """A made-up distribution over the tokens 0 to size - 1: the next one depends on all before."""
+class MadeUpLanguage:
+    """A made-up distribution over the tokens 0 to size - 1. The next token depends on all tokens before it."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size = size
@@ -53,8 +53,8 @@ class Language:
 Scored = list[tuple[tuple[int, ...], float]]
 
 
-def plain_search(language: Language, prompt: tuple[int, ...], params: BeamSearchParams, eos: set[int]) -> Scored:
-    """Beam search word for word, on lists that are sorted in full, to the very end."""
+def plain_search(language: MadeUpLanguage, prompt: tuple[int, ...], params: BeamSearchParams, eos: set[int]) -> Scored:
+    """Search with full sorting and without an early end: slow, but plainly right."""
 
     def score(each: tuple[tuple[int, ...], float]) -> float:
         tokens, logprob = each
@@ -82,22 +82,22 @@ def plain_search(language: Language, prompt: tuple[int, ...], params: BeamSearch
     temperature=st.sampled_from([0.0, 1.0, 0.5, 3.0]),
     eos=st.sets(st.integers(0, 5), max_size=2),
 )
-def test_it_finds_what_a_plain_search_finds(
+def test_it_finds_the_same_as_a_plain_search(
     seed: int, size: int, width: int, length: int, penalty: float, temperature: float, eos: set[int]
 ) -> None:
     params = BeamSearchParams(beam_width=width, max_tokens=length, length_penalty=penalty, temperature=temperature)
-    language = Language(size, seed)
+    language = MadeUpLanguage(size, seed)
     [found] = language.search(params, eos=tuple(eos))
     expected = plain_search(language, PROMPT, params, eos)
     assert [each.tokens for each in found.sequences] == [tokens for tokens, _ in expected]
-    # The two ways of scaling differ by rounding alone, on sums of five numbers below 100.
+    # The two ways to apply the temperature differ only by rounding, on sums of five numbers below 100.
     assert [each.cum_logprob for each in found.sequences] == pytest.approx([p for _, p in expected], rel=1e-12)
     assert [each.finish_reason == "stop" for each in found.sequences] == [t[-1] in eos for t, _ in expected]
 
 
 def test_a_wide_beam_finds_the_likeliest_of_all_sequences() -> None:
     size, length = 3, 3
-    language = Language(size, seed=5)
+    language = MadeUpLanguage(size, seed=5)
     [found] = language.search(BeamSearchParams(beam_width=size**length, max_tokens=length))
     expected = {}
     for output in itertools.product(range(size), repeat=length):
@@ -108,7 +108,7 @@ def test_a_wide_beam_finds_the_likeliest_of_all_sequences() -> None:
     assert sum(math.exp(each.cum_logprob) for each in found.sequences) == pytest.approx(1, rel=1e-12)
 
 
-def test_greedy_misses_what_two_beams_find() -> None:
+def test_two_beams_find_a_sequence_that_greedy_misses() -> None:
     tree = {(): {0: 0.6, 1: 0.4}, (0,): {0: 0.5, 1: 0.5}, (1,): {0: 0.9, 1: 0.1}}
 
     def follow(sequences: Sequence[Sequence[int]], count: int) -> list[Mapping[int, float]]:
@@ -124,21 +124,21 @@ def test_greedy_misses_what_two_beams_find() -> None:
 
 
 def test_prompts_share_their_batches_and_keep_their_order() -> None:
-    language = Language(5)
+    language = MadeUpLanguage(5)
     params = BeamSearchParams(beam_width=3, max_tokens=4)
     together = language.search(params, (1,), (2, 3), (4,))
     assert language.batches == [3, 9, 9, 9]
-    assert together == [Language(5).search(params, prompt)[0] for prompt in ((1,), (2, 3), (4,))]
+    assert together == [MadeUpLanguage(5).search(params, prompt)[0] for prompt in ((1,), (2, 3), (4,))]
 
 
-def test_an_end_that_is_ignored_is_a_token_like_others() -> None:
-    plain = Language(4).search(BeamSearchParams(beam_width=2, max_tokens=4))
-    ignored = Language(4).search(BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True), eos=(0, 1))
+def test_with_ignore_eos_an_end_token_is_like_any_other() -> None:
+    plain = MadeUpLanguage(4).search(BeamSearchParams(beam_width=2, max_tokens=4))
+    ignored = MadeUpLanguage(4).search(BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True), eos=(0, 1))
     assert ignored == plain
 
 
-def test_a_search_ends_when_nothing_can_change_any_more() -> None:
-    # The end is all but certain after each token: later ends are ever less likely.
+def test_a_search_ends_when_no_beam_can_become_one_of_the_best() -> None:
+    # After each token the end has a probability of 0.98, so a later end is always less likely than an earlier one.
     def follow(sequences: Sequence[Sequence[int]], count: int) -> list[Mapping[int, float]]:
         rounds.append(len(sequences))
         return [{0: math.log(0.98), 1: math.log(0.01), 2: math.log(0.01)} for _ in sequences]
@@ -150,20 +150,20 @@ def test_a_search_ends_when_nothing_can_change_any_more() -> None:
     assert len(rounds) == 2
 
 
-def test_a_prompt_near_the_models_length_ends_there() -> None:
+def test_beams_end_at_the_maximum_length() -> None:
     params = BeamSearchParams(beam_width=2, max_tokens=50)
-    [found] = beam_search(Language(5), [(1, 2, 3)], params, eos=(), max_model_len=5, tokenizer=None)
+    [found] = beam_search(MadeUpLanguage(5), [(1, 2, 3)], params, eos=(), max_model_len=5, tokenizer=None)
     assert [(len(each.tokens), each.finish_reason) for each in found.sequences] == [(5, "length")] * 2
 
 
 @pytest.mark.parametrize("prompt", [(), (1, 2, 3)])
-def test_a_prompt_that_can_not_go_on_is_refused(prompt: tuple[int, ...]) -> None:
+def test_an_empty_or_full_prompt_is_refused(prompt: tuple[int, ...]) -> None:
     params = BeamSearchParams(beam_width=2, max_tokens=5)
     with pytest.raises(RequestError, match="prompt"):
-        beam_search(Language(5), [prompt], params, eos=(), max_model_len=3, tokenizer=None)
+        beam_search(MadeUpLanguage(5), [prompt], params, eos=(), max_model_len=3, tokenizer=None)
 
 
-def test_impossible_tokens_are_never_taken() -> None:
+def test_impossible_tokens_are_never_chosen() -> None:
     def follow(sequences: Sequence[Sequence[int]], count: int) -> list[Mapping[int, float]]:
         return [{0: 0.0, 1: -math.inf} for _ in sequences]
 
@@ -172,12 +172,12 @@ def test_impossible_tokens_are_never_taken() -> None:
     assert [each.tokens[2:] for each in found.sequences] == [(0, 0)]
 
 
-def test_no_prompts_are_no_outputs() -> None:
+def test_without_prompts_there_are_no_outputs() -> None:
     params = BeamSearchParams(beam_width=3, max_tokens=2)
-    assert beam_search(Language(3), [], params, eos=(), max_model_len=LONG, tokenizer=None) == []
+    assert beam_search(MadeUpLanguage(3), [], params, eos=(), max_model_len=LONG, tokenizer=None) == []
 
 
-def test_texts_are_of_the_output_without_its_end() -> None:
+def test_the_text_has_neither_the_prompt_nor_the_end_token() -> None:
     tokenizer = open_tokenizer(DEMO_MODEL)
     assert tokenizer is not None
     prompt, output, end = tokenizer.encode("The fox"), tokenizer.encode(" ran", add_special_tokens=False), 1

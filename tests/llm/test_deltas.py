@@ -1,4 +1,4 @@
-"""What streams hand out adds up to what there is without streaming: any text, any tokenizer, however it arrives."""
+"""Deltas add up to the output without streaming, for all texts and tokenizers, however the tokens arrive."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.launch.hub import BUNDLED
 from shoal.llm.deltas import Delta
-from shoal.llm.outputs import Answer
+from shoal.llm.outputs import PromptOutputs
 from shoal.outputs import CompletionOutput
 from shoal.params import SamplingParams
 from shoal.text.prompts import Job
@@ -45,8 +45,8 @@ def tokenizer(kind: str) -> Tokenizer:
 
 
 @st.composite
-def outputs(draw: st.DrawFn, kind: str) -> list[int]:
-    """Tokens of hard texts, cut anywhere, and any others."""
+def hard_tokens(draw: st.DrawFn, kind: str) -> list[int]:
+    """Draw tokens of difficult texts, cut at any place, mixed with random tokens."""
     tokens: list[int] = []
     for _ in range(draw(st.integers(1, 4))):
         piece = tokenizer(kind).encode(draw(st.sampled_from(TEXTS)), add_special_tokens=False)
@@ -58,7 +58,7 @@ def outputs(draw: st.DrawFn, kind: str) -> list[int]:
 
 @st.composite
 def parameters(draw: st.DrawFn, text: str) -> SamplingParams:
-    """Stop texts that occur, begin to occur, or do not."""
+    """Draw parameters with stop texts that occur in the text, only begin to occur, or do not occur."""
     stops = []
     for _ in range(draw(st.integers(0, 2))):
         start = draw(st.integers(0, max(len(text) - 1, 0)))
@@ -81,9 +81,9 @@ def entry(position: int, token: int) -> TokenLogprobs:
     return TokenLogprobs(-float(position), 1, (token,), (-float(position),))
 
 
-def begin(kind: str, params: SamplingParams, prompt: Sequence[int]) -> Answer:
+def begin(kind: str, params: SamplingParams, prompt: Sequence[int]) -> PromptOutputs:
     job = Job(0, None, tuple(prompt), params)
-    return Answer.begun(job, tokenizer(kind), (END,))
+    return PromptOutputs.begin(job, tokenizer(kind), (END,))
 
 
 def updates(tokens: Sequence[int], cuts: Sequence[int], finish: Finish, logprobs: bool) -> list[SeqUpdate]:
@@ -99,16 +99,16 @@ def updates(tokens: Sequence[int], cuts: Sequence[int], finish: Finish, logprobs
     ]
 
 
-def streamed(answer: Answer, sent: Sequence[SeqUpdate], reads: Sequence[bool]) -> CompletionOutput:
-    """What deltas add up to."""
-    (completion,) = answer.completions
+def streamed(outputs: PromptOutputs, sent: Sequence[SeqUpdate], reads: Sequence[bool]) -> CompletionOutput:
+    """Return the sum of the deltas of an output that is read after some of its updates."""
+    (completion,) = outputs.completions
     deltas: list[Delta] = []
     for update, read in zip(sent, reads, strict=True):
-        ended = answer.take(0, update) or update.finish is not None
+        ended = outputs.take(0, update) or update.finish is not None
         if ended or read:
             deltas.append(completion.delta(last=ended))
             so_far = completion.output(ended=ended)
-            assert so_far.text == "".join(delta.text for delta in deltas), "what is shown now is what was handed out"
+            assert so_far.text == "".join(delta.text for delta in deltas)
             assert so_far.token_ids == tuple(token for delta in deltas for token in delta.token_ids)
             assert (so_far.finish_reason is None) == (not ended)
         if ended:
@@ -129,8 +129,8 @@ def streamed(answer: Answer, sent: Sequence[SeqUpdate], reads: Sequence[bool]) -
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 @settings(steady, max_examples=150)
-def test_deltas_add_up(kind: str, data: st.DataObject) -> None:
-    tokens = data.draw(outputs(kind))
+def test_deltas_add_up_to_the_whole_output(kind: str, data: st.DataObject) -> None:
+    tokens = data.draw(hard_tokens(kind))
     prompt = data.draw(st.sampled_from([[3], [*tokens[:3]], tokenizer(kind).encode("the 日")]))
     params = data.draw(parameters(tokenizer(kind).decode(tokens, skip_special_tokens=False)))
     stop_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else (END,))}
@@ -146,8 +146,8 @@ def test_deltas_add_up(kind: str, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(1, len(tokens)), max_size=len(tokens)))
     sent = updates(tokens, cuts, finish, params.logprobs is not None)
     reads = data.draw(st.lists(st.booleans(), min_size=len(sent), max_size=len(sent)))
-    answer = begin(kind, params, prompt)
-    found = streamed(answer, sent, reads)
+    outputs = begin(kind, params, prompt)
+    found = streamed(outputs, sent, reads)
     assert found == CompletionOutput(
         index=0,
         text=expected.text,
@@ -157,7 +157,7 @@ def test_deltas_add_up(kind: str, data: st.DataObject) -> None:
         logprobs=expected.logprobs,
         stop_reason=expected.stop_reason,
     )
-    (afterwards,) = answer.output().outputs
+    (afterwards,) = outputs.output().outputs
     assert afterwards == expected
     for stop in params.stop or ():
         if params.include_stop_str_in_output or expected.stop_reason is None:
@@ -166,16 +166,16 @@ def test_deltas_add_up(kind: str, data: st.DataObject) -> None:
             assert stop not in expected.text
 
 
-def test_what_may_be_the_beginning_of_a_stop_text_is_not_shown_before_it_is_certain() -> None:
+def test_text_that_may_begin_a_stop_text_is_held_back() -> None:
     params = SamplingParams(stop="wolf hides", max_tokens=100)
     found = tokenizer("bundled")
-    answer = begin("bundled", params, found.encode("Once"))
-    (completion,) = answer.completions
+    outputs = begin("bundled", params, found.encode("Once"))
+    (completion,) = outputs.completions
     for token in found.encode(" a wolf", add_special_tokens=False):
-        assert not answer.take(0, SeqUpdate(0, (token,)))
+        assert not outputs.take(0, SeqUpdate(0, (token,)))
     assert completion.delta(last=False).text == " a "
     for token in found.encode(" hid", add_special_tokens=False):
-        answer.take(0, SeqUpdate(0, (token,)))
+        outputs.take(0, SeqUpdate(0, (token,)))
     assert completion.output(ended=False).text == " a "
-    answer.take(0, SeqUpdate(0, (), finish=Finish.ABORT))
+    outputs.take(0, SeqUpdate(0, (), finish=Finish.ABORT))
     assert completion.delta(last=True).text == "wolf hid"

@@ -1,10 +1,10 @@
 import pytest
 
-from shoal.llm.lazy_sequence import OnDemand
+from shoal.llm.lazy_sequence import LazySequence
 
 
 def test_it_is_a_sequence() -> None:
-    found = OnDemand(4, lambda place: place * 10)
+    found = LazySequence(4, lambda place: place * 10)
     assert (len(found), list(found), found[1], found[-1]) == (4, [0, 10, 20, 30], 10, 30)
     assert (found[1:3], found[::-1], found[5:]) == ((10, 20), (30, 20, 10, 0), ())
     assert 20 in found
@@ -13,8 +13,8 @@ def test_it_is_a_sequence() -> None:
             found[place]
 
 
-def test_an_item_is_made_when_somebody_looks_at_it() -> None:
+def test_an_item_is_made_when_it_is_read() -> None:
     made: list[int] = []
-    found = OnDemand(1000, made.append)
+    found = LazySequence(1000, made.append)
     assert len(found[10:12]) == 2
     assert made == [10, 11]

@@ -1,4 +1,4 @@
-"""Offline runs over an engine of a few lines."""
+"""Offline runs on a fake engine."""
 
 import itertools
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 from shoal.errors import ClosedError, ReplicasFailed
 from shoal.llm.offline import OfflineRunner
-from shoal.llm.requests import Requests
+from shoal.llm.request_builder import RequestBuilder
 from shoal.llm.shared_engine import SharedEngine
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
@@ -30,15 +30,15 @@ MOST = 2**31 - 1
 
 
 class FakeEngine:
-    """Gives every request a letter at a time: those that follow the last one of its prompt.
+    """An engine that gives each request one letter in each step: the letters that follow the last one of its prompt.
 
-    Requests whose prompt begins with `slow` get nothing while others run. With `late`, what is aborted gets a letter
-    more, as from an engine in another process.
+    Requests whose prompt begins with `slow` get nothing while others run. With `late`, an aborted request gets one more
+    letter, as if it came from an engine in another process.
     """
 
     def __init__(self, *, slow: int | None = None, late: bool = False) -> None:
         self.requests: dict[int, EngineRequest] = {}
-        self.running: dict[int, int] = {}  # how many letters it has
+        self.running: dict[int, int] = {}  # request -> how many letters it has
         self.aborted: list[int] = []
         self.most = 0
         self._slow = slow
@@ -106,10 +106,10 @@ def request_of(params: SamplingParams, *, prompt: str = "a", **job_fields: Any) 
     return engine.requests[0]
 
 
-# --- what comes out ----------------------------------------------------------------------------------------------
+# --- outputs -----------------------------------------------------------------------------------------------------
 
 
-def test_outputs_come_as_they_finish_or_in_order() -> None:
+def test_outputs_are_yielded_as_they_finish_or_in_order() -> None:
     jobs = [job(0, 4), job(1, 1), job(2, 3), job(3, 2)]
     assert [index for index, _ in runner(FakeEngine()).run(jobs)] == [1, 3, 2, 0]
     ordered = list(runner(FakeEngine()).run(jobs, ordered=True))
@@ -117,24 +117,24 @@ def test_outputs_come_as_they_finish_or_in_order() -> None:
     assert texts(ordered) == {0: "bcde", 1: "b", 2: "bcd", 3: "bc"}
 
 
-def test_an_output_comes_before_the_others_have_finished() -> None:
+def test_an_output_is_yielded_before_the_others_have_finished() -> None:
     engine = FakeEngine()
     run = runner(engine).run([job(0, 40), job(1, 1)])
     assert next(run)[0] == 1
     assert list(engine.running) == [0]
 
 
-def test_indices_are_the_jobs_own() -> None:
+def test_outputs_have_the_indices_of_their_jobs() -> None:
     assert texts(runner(FakeEngine()).run([job(7, 1), job(3, 2)], ordered=True)) == {7: "b", 3: "bc"}
 
 
-def test_no_jobs() -> None:
+def test_without_jobs_there_are_no_outputs() -> None:
     engine = FakeEngine()
     assert list(runner(engine).run([])) == []
     assert engine.requests == {}
 
 
-def test_a_refused_prompt_has_its_place_and_costs_the_engine_nothing() -> None:
+def test_a_refused_prompt_keeps_its_place_and_is_not_sent() -> None:
     refused = RefusedPrompt(1, "x", (5,), "too long")
     jobs: list[Job | RefusedPrompt] = [job(0), refused, job(2, 1)]
     engine = FakeEngine()
@@ -145,13 +145,13 @@ def test_a_refused_prompt_has_its_place_and_costs_the_engine_nothing() -> None:
     assert [index for index, _ in runner(FakeEngine()).run(jobs)] == [1, 2, 0]
 
 
-def test_only_refused_prompts() -> None:
+def test_all_prompts_may_be_refused() -> None:
     jobs = [RefusedPrompt(i, None, (), "no") for i in range(2500)]
     for ordered in (False, True):
         assert [index for index, _ in runner(FakeEngine()).run(iter(jobs), ordered=ordered)] == list(range(2500))
 
 
-def test_outputs_of_one_prompt_come_together() -> None:
+def test_outputs_of_one_prompt_are_yielded_together() -> None:
     engine = FakeEngine()
     jobs = [job(0, n=3, prompt_logprobs=1), job(1, 1), job(2, n=2)]
     outputs = dict(runner(engine).run(jobs, ordered=True))
@@ -160,10 +160,10 @@ def test_outputs_of_one_prompt_come_together() -> None:
     assert [requests[seq].group for seq in range(6)] == [0, 0, 0, -1, 4, 4]
     assert [requests[seq].sampling.sample_index for seq in range(6)] == [0, 1, 2, 0, 0, 1]
     assert len({requests[seq].sampling.seed for seq in (0, 1, 2)}) == 1
-    assert [requests[seq].sampling.prompt_logprobs for seq in range(3)] == [1, -1, -1], "the prompt is one"
+    assert [requests[seq].sampling.prompt_logprobs for seq in range(3)] == [1, -1, -1], "once for the prompt"
 
 
-def test_an_error_of_the_engine_is_the_requests() -> None:
+def test_an_error_of_a_request_is_in_its_output() -> None:
     class Failing(FakeEngine):
         def _step(self, seq: int) -> SeqUpdate:
             del self.running[seq]
@@ -178,8 +178,8 @@ def test_an_error_of_the_engine_is_the_requests() -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_stop_text_ends_its_sequence_in_the_engine(late: bool) -> None:
-    """What the engine says afterwards is passed over."""
+def test_a_stop_text_aborts_the_request_in_the_engine(late: bool) -> None:
+    """Later updates of the request are ignored."""
     engine = FakeEngine(late=late)
     outputs = dict(runner(engine).run([job(0, 9, stop=["cd"]), job(1, 9)]))
     assert outputs[0].outputs[0].text == "b"
@@ -196,8 +196,8 @@ def test_a_stop_text_at_the_end_needs_no_abort() -> None:
     assert engine.aborted == []
 
 
-def test_each_output_stops_on_its_own() -> None:
-    """The prompt's others go on."""
+def test_each_output_of_a_prompt_stops_on_its_own() -> None:
+    """The other outputs of the prompt go on."""
 
     class Apart(FakeEngine):
         def _step(self, seq: int) -> SeqUpdate:
@@ -215,7 +215,7 @@ def test_each_output_stops_on_its_own() -> None:
 
 
 class Source:
-    """Counts what is taken of endless jobs."""
+    """A source of jobs that counts how many are taken."""
 
     def __init__(self, jobs: Iterable[Job | RefusedPrompt]) -> None:
         self.taken = 0
@@ -227,15 +227,15 @@ class Source:
             yield each
 
 
-def test_answers_come_while_there_are_jobs_to_take() -> None:
-    """The first ones do not wait until there is no more room."""
+def test_outputs_are_yielded_before_the_window_is_full() -> None:
+    """The first outputs do not wait until so many jobs were taken that the window is full."""
     source = Source(job(i, 1) for i in itertools.count())
     next(iter(runner(FakeEngine()).run(source)))
     assert source.taken < WINDOW / 4
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_no_more_jobs_are_taken_than_the_engine_is_to_have(ordered: bool) -> None:
+def test_no_more_jobs_are_taken_than_the_window_allows(ordered: bool) -> None:
     engine, source = FakeEngine(), Source(job(i, 1 + i % 3) for i in itertools.count())
     run = runner(engine).run(source, ordered=ordered)
     for given, _ in enumerate(itertools.islice(run, 3000), 1):
@@ -248,18 +248,18 @@ def test_in_order_a_slow_first_job_holds_the_others_back() -> None:
     source = Source(job(i, 1, "a" if i else "z") for i in range(3000))
     run = runner(engine).run(source, ordered=True)
     assert next(run)[0] == 0
-    assert source.taken == WINDOW, "what waits for its turn takes a place"
+    assert source.taken == WINDOW, "outputs that wait for the first one count in the window"
     assert [index for index, _ in run] == list(range(1, 3000))
 
 
-def test_out_of_order_a_slow_job_holds_nobody_back() -> None:
+def test_out_of_order_a_slow_job_does_not_hold_others_back() -> None:
     engine = FakeEngine(slow=ord("z"))
     source = (job(i, 1, "a" if i else "z") for i in range(3000))
     assert [index for index, _ in runner(engine).run(source)] == [*range(1, 3000), 0]
 
 
-def test_outputs_of_one_prompt_count_each() -> None:
-    """A job is begun as a whole, so the last one may go over."""
+def test_each_output_of_a_prompt_counts_in_the_window() -> None:
+    """All outputs of a job are begun together, so the last job may exceed the window."""
     engine = FakeEngine()
     count = sum(1 for _ in runner(engine).run(job(i, 1 + i % 2, n=100) for i in range(50)))
     assert count == 50
@@ -272,10 +272,10 @@ def test_more_outputs_than_the_window_are_run() -> None:
     assert len(output.outputs) == 1500
 
 
-# --- runs that end early, and several ----------------------------------------------------------------------------
+# --- runs that end early, and several runs -----------------------------------------------------------------------
 
 
-def test_a_run_that_is_given_up_is_aborted_and_others_are_not() -> None:
+def test_closing_a_run_aborts_only_its_requests() -> None:
     engine = FakeEngine()
     offline = runner(engine)
     first = offline.run([job(0, 1), *(job(i, 30, n=2) for i in range(1, 5))])
@@ -289,7 +289,7 @@ def test_a_run_that_is_given_up_is_aborted_and_others_are_not() -> None:
     assert texts(offline.run([job(5)])) == {5: "bcd"}
 
 
-def test_jobs_that_raise_end_the_run() -> None:
+def test_an_error_in_the_source_of_jobs_ends_the_run() -> None:
     def jobs() -> Iterator[Job]:
         yield job(0)
         raise KeyError("mine")
@@ -300,8 +300,8 @@ def test_jobs_that_raise_end_the_run() -> None:
     assert engine.running == {}
 
 
-def test_runs_that_take_turns_lose_nothing() -> None:
-    """Whoever asks the engine first gets the others' updates too."""
+def test_interleaved_runs_get_all_their_outputs() -> None:
+    """The run that asks the engine first gets the updates of the other runs too."""
     offline = runner(FakeEngine())
     runs = [
         offline.run([job(i, 1 + (i * k) % 5, prompt=chr(96 + k)) for i in range(6)], ordered=k == 2) for k in (1, 2, 3)
@@ -317,10 +317,10 @@ def test_runs_that_take_turns_lose_nothing() -> None:
     assert all(next(run, None) is None for run in runs)
 
 
-# --- what the engine is asked for --------------------------------------------------------------------------------
+# --- requests ----------------------------------------------------------------------------------------------------
 
 
-def test_plain_parameters_ask_for_nothing_special() -> None:
+def test_plain_parameters_make_a_plain_request() -> None:
     request = request_of(SamplingParams(temperature=0, max_tokens=5))
     assert decode_tokens(request.tokens) == [ord("a")]
     assert (request.max_tokens, request.stop_ids, request.group, request.grammar) == (5, encode_tokens([EOS]), -1, "")
@@ -359,23 +359,23 @@ def test_numbers_of_any_size_fit_the_wire() -> None:
 
 
 @pytest.mark.parametrize(("given", "top_k", "count"), [(-1, 0, MOST), (0, 0, 0), (5, 5, 5)])
-def test_all_tokens(given: int, top_k: int, count: int) -> None:
+def test_special_values_for_all_tokens(given: int, top_k: int, count: int) -> None:
     sampling = request_of(SamplingParams(top_k=given, logprobs=given)).sampling
     assert (sampling.top_k, sampling.logprobs, sampling.prompt_logprobs) == (top_k, count, -1)
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1000])
-def test_an_output_ends_with_the_models_length(max_tokens: int | None) -> None:
+def test_max_tokens_is_cut_to_the_context_length(max_tokens: int | None) -> None:
     request = request_of(SamplingParams(max_tokens=max_tokens), prompt="a" * 40)
     assert request.max_tokens == 10
 
 
-def test_an_end_of_text_that_is_ignored_ends_nothing() -> None:
+def test_with_ignore_eos_the_end_of_text_token_is_no_stop_token() -> None:
     request = request_of(SamplingParams(ignore_eos=True, stop_token_ids=[60], min_tokens=2))
     assert request.stop_ids == request.sampling.ends == encode_tokens([60])
 
 
-def test_without_a_seed_each_job_has_one_that_a_new_run_gets_again() -> None:
+def test_jobs_without_a_seed_get_reproducible_seeds() -> None:
     def seeds(seed: int) -> list[int]:
         engine = FakeEngine()
         list(runner(engine, seed=seed).run([job(i, n=2) for i in range(4)]))
@@ -386,7 +386,7 @@ def test_without_a_seed_each_job_has_one_that_a_new_run_gets_again() -> None:
     assert not set(seeds(0)) & set(seeds(1))
 
 
-def test_without_a_tokenizer_outputs_are_tokens() -> None:
+def test_without_a_tokenizer_outputs_have_tokens_only() -> None:
     ((_, output),) = runner(FakeEngine(), letters=False).run([job(0)])
     assert (output.outputs[0].text, output.outputs[0].token_ids) == ("", (98, 99, 100))
 
@@ -394,8 +394,8 @@ def test_without_a_tokenizer_outputs_are_tokens() -> None:
 # --- several threads ---------------------------------------------------------------------------------------------
 
 
-class Watched(FakeEngine):
-    """Notices when two threads are in it at the same time."""
+class WatchedEngine(FakeEngine):
+    """An engine that counts how often two threads use it at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -414,7 +414,7 @@ class Watched(FakeEngine):
 
 
 def test_threads_take_turns_and_get_their_own_outputs() -> None:
-    engine = Watched()
+    engine = WatchedEngine()
     shared = runner(engine)
 
     def run(thread: int) -> dict[int, str]:
@@ -428,7 +428,7 @@ def test_threads_take_turns_and_get_their_own_outputs() -> None:
     assert engine.most > 20  # their requests share the engine
 
 
-def test_a_suspended_run_keeps_no_other_thread_out() -> None:
+def test_a_suspended_run_does_not_block_other_threads() -> None:
     shared = runner(FakeEngine())
     run = shared.run([job(0, 1), job(1, 9)])
     assert next(run)[0] == 0
@@ -438,7 +438,7 @@ def test_a_suspended_run_keeps_no_other_thread_out() -> None:
     assert texts(run) == {1: "bcdefghij"}
 
 
-def test_every_run_hears_why_the_engine_has_failed() -> None:
+def test_every_run_gets_the_reason_of_an_engine_failure() -> None:
     class Failing(FakeEngine):
         failure: list[Exception] | None = None
 
@@ -457,12 +457,12 @@ def test_every_run_hears_why_the_engine_has_failed() -> None:
             next(run)
 
 
-def test_an_interrupt_leaves_nothing_running() -> None:
+def test_an_interrupt_aborts_all_requests_of_the_run() -> None:
     class Interrupted(FakeEngine):
         interrupts = 1
 
         def updates(self, timeout: float) -> list[SeqUpdate]:
-            for _ in range(2 * self.interrupts):  # a second one, quickly behind the first
+            for _ in range(2 * self.interrupts):  # the second signal comes immediately after the first
                 signal.raise_signal(signal.SIGINT)
             self.interrupts = 0
             return super().updates(timeout)
@@ -479,7 +479,7 @@ def test_an_interrupt_leaves_nothing_running() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_closing_from_another_thread_ends_a_run() -> None:
+def test_closing_in_another_thread_ends_a_run() -> None:
     class Endless(FakeEngine):
         begun = threading.Event()
         closed = False
@@ -504,8 +504,8 @@ def test_closing_from_another_thread_ends_a_run() -> None:
             run.result(timeout=30)
 
 
-def test_a_run_that_is_collected_in_the_middle_of_another_is_given_up() -> None:
-    """Garbage is collected anywhere, in the middle of another run's step too."""
+def test_a_run_that_is_garbage_collected_is_aborted() -> None:
+    """Garbage may be collected at any time, even in the middle of a step of another run."""
 
     class Collecting(FakeEngine):
         forgotten: list[Any]
@@ -526,13 +526,13 @@ def test_a_run_that_is_collected_in_the_middle_of_another_is_given_up() -> None:
     assert not engine.running
 
 
-def test_outputs_have_their_lists_in_common() -> None:
-    """One object, however many they are: nothing is made anew for each."""
+def test_requests_of_one_prompt_share_their_lists() -> None:
+    """A list is one object for all requests, and not encoded again for each of them."""
     params = SamplingParams(
         n=50, stop_token_ids=[60, 61], min_tokens=2, allowed_token_ids=range(60, 99), logit_bias={60: 1.0, 61: 2.0}
     )
     job = Job(0, None, (97,), params)
-    first, *others = Requests((EOS,), max_model_len=MAX_MODEL_LEN, seed=0).of(job, 0)
+    first, *others = RequestBuilder((EOS,), max_model_len=MAX_MODEL_LEN, seed=0).build(job, 0)
     assert [each.sampling.sample_index for each in (first, *others)] == list(range(50))
     for each in others:
         assert each.tokens is first.tokens

@@ -1,11 +1,11 @@
-"""What comes of an engine's updates."""
+"""Outputs of a prompt, made from an engine's updates."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from shoal.llm.outputs import Answer, Completion, described
+from shoal.llm.outputs import Completion, PromptOutputs, describe_logprobs
 from shoal.outputs import CompletionOutput, Logprob
 from shoal.params import SamplingParams
 from shoal.text.prompts import Job
@@ -45,7 +45,7 @@ def entry(chosen: float, rank: int = 1, ids: tuple[int, ...] = (), values: tuple
     return TokenLogprobs(chosen, rank, ids, values)
 
 
-def test_text_is_that_of_the_tokens() -> None:
+def test_the_text_is_that_of_the_tokens() -> None:
     found = result(completion(), update(ids("ab")), update(ids("c"), LENGTH))
     assert found == CompletionOutput(0, "abc", ids("abc"), "length")
 
@@ -62,7 +62,7 @@ def test_text_is_that_of_the_tokens() -> None:
         ({"stop_token_ids": [ord("x")], "include_stop_str_in_output": True}, ord("x"), "abx", ord("x")),
     ],
 )
-def test_the_token_that_ends_an_output_is_no_part_of_its_text(
+def test_the_token_that_ends_an_output_is_not_in_its_text(
     params: dict[str, Any], last: int, text: str, reason: int | None
 ) -> None:
     found = result(completion(**params), update(ids("ab")), update((last,), STOP))
@@ -70,14 +70,14 @@ def test_the_token_that_ends_an_output_is_no_part_of_its_text(
     assert found.token_ids == (*ids("ab"), last)
 
 
-def test_a_stop_token_inside_is_part_of_the_text_where_the_engine_went_on() -> None:
-    """Before min_tokens, or at the very end of its length."""
+def test_a_stop_token_that_did_not_end_the_output_is_in_its_text() -> None:
+    """The engine goes on after a stop token before min_tokens, and at the maximum length there is no stop."""
     found = result(completion(stop_token_ids=[ord("x")]), update(ids("axb")), update(ids("c"), LENGTH))
     assert (found.text, found.stop_reason) == ("axbc", None)
 
 
-def test_an_end_without_a_stop_token_hides_nothing() -> None:
-    """A grammar that is through ends an output behind its last token."""
+def test_an_end_without_a_stop_token_hides_no_token() -> None:
+    """A complete grammar ends an output after its last token, which belongs to the text."""
     found = result(completion(), update(ids("{}"), STOP))
     assert (found.text, found.finish_reason, found.stop_reason) == ("{}", "stop", None)
 
@@ -97,7 +97,7 @@ def test_a_stop_text_cuts_tokens_and_logprobs(include: bool) -> None:
 
 
 @pytest.mark.parametrize("finish", [STOP, LENGTH, ABORT])
-def test_a_stop_text_in_the_last_update_is_the_reason(finish: Finish) -> None:
+def test_a_stop_text_in_the_last_update_is_the_reason_of_the_end(finish: Finish) -> None:
     of = completion(stop="b")
     assert of.take(update((*ids("abc"), EOS), finish))
     found = of.output()
@@ -111,62 +111,62 @@ def test_a_stop_text_does_not_count_before_min_tokens() -> None:
     assert of.output().text == "aba"
 
 
-def test_without_text() -> None:
+def test_an_output_without_text() -> None:
     for of in (completion(detokenize=False), completion(letters=False)):
         found = result(of, update(ids("ab")), update((EOS,), STOP))
         assert (found.text, found.token_ids, found.finish_reason) == ("", (*ids("ab"), EOS), "stop")
 
 
-def test_what_never_came_to_an_end_was_aborted() -> None:
+def test_an_output_without_an_end_was_aborted() -> None:
     found = completion().output()
     assert (found.text, found.token_ids, found.finish_reason) == ("", (), "abort")
 
 
-def test_logprobs_are_left_out_where_nobody_asked() -> None:
+def test_without_a_request_for_logprobs_there_are_none() -> None:
     found = result(completion(), update(ids("a"), LENGTH))
     assert (found.logprobs, found.cumulative_logprob) == (None, None)
 
 
-def test_logprobs_of_the_chosen_and_the_likeliest() -> None:
-    found = described(Letters(), ord("c"), entry(-3.0, 7, ids("ab"), (-0.5, -1.5)))
+def test_logprobs_name_the_chosen_and_the_likeliest_tokens() -> None:
+    found = describe_logprobs(Letters(), ord("c"), entry(-3.0, 7, ids("ab"), (-0.5, -1.5)))
     assert found == {ord("c"): Logprob(-3.0, 7, "c"), ord("a"): Logprob(-0.5, 1, "a"), ord("b"): Logprob(-1.5, 2, "b")}
     assert next(iter(found)) == ord("c")
 
 
-def test_the_chosen_is_there_once_with_its_own_rank() -> None:
-    """Of tokens that are as likely, ranks count only those above."""
-    found = described(None, 5, entry(-1.0, 1, (4, 5), (-1.0, -1.0)))
+def test_the_chosen_token_appears_once_with_its_own_rank() -> None:
+    """Equally likely tokens have the same rank, because a rank counts only the tokens that are likelier."""
+    found = describe_logprobs(None, 5, entry(-1.0, 1, (4, 5), (-1.0, -1.0)))
     assert found == {5: Logprob(-1.0, 1), 4: Logprob(-1.0, 1)}
 
 
-# --- answers -----------------------------------------------------------------------------------------------------
+# --- all outputs of a prompt --------------------------------------------------------------------------------------
 
 
-def answer(prompt: str = "pqr", count: int = 1, **params: Any) -> Answer:
+def prompt_outputs(prompt: str = "pqr", count: int = 1, **params: Any) -> PromptOutputs:
     given = SamplingParams(max_tokens=100, **params)
     of = job(given, prompt)
-    return Answer(of, [Completion(of, i, Letters(), {EOS}) for i in range(count)], count)
+    return PromptOutputs(of, [Completion(of, i, Letters(), {EOS}) for i in range(count)], count)
 
 
-def test_an_answer_has_its_outputs_in_order() -> None:
-    of = answer(count=2, n=2)
+def test_outputs_of_a_prompt_are_in_order() -> None:
+    of = prompt_outputs(count=2, n=2)
     assert not of.take(1, update(ids("b"), LENGTH, cached_tokens=7))
     assert not of.take(0, update(ids("a"), LENGTH, cached_tokens=2))
     found = of.output()
     assert [(each.index, each.text) for each in found.outputs] == [(0, "a"), (1, "b")]
     assert (found.request_id, found.prompt, found.prompt_token_ids) == ("4", "pqr", ids("pqr"))
-    assert found.num_cached_tokens == 2, "of the first: the others find what that one left"
+    assert found.num_cached_tokens == 2, "the first output counts: the others find the blocks that it has computed"
     assert (found.error, found.prompt_logprobs) == (None, None)
 
 
-def test_an_answer_that_a_stop_text_ended_knows_its_cached_tokens() -> None:
-    of = answer(stop="b")
+def test_cached_tokens_are_known_after_a_stop_text() -> None:
+    of = prompt_outputs(stop="b")
     assert of.take(0, update(ids("ab"), cached_tokens=3))
     assert of.output().num_cached_tokens == 3
 
 
-def test_the_first_error_is_told() -> None:
-    of = answer(count=2, n=2)
+def test_the_first_error_is_reported() -> None:
+    of = prompt_outputs(count=2, n=2)
     of.take(0, update((), ABORT, error="first"))
     of.take(1, update((), ABORT, error="second"))
     found = of.output()
@@ -174,9 +174,9 @@ def test_the_first_error_is_told() -> None:
     assert [each.finish_reason for each in found.outputs] == ["abort", "abort"]
 
 
-def test_prompt_logprobs_of_chunks_are_put_together() -> None:
-    """A chunk may come twice: a request that made room for another begins again."""
-    of = answer(prompt_logprobs=1)
+def test_prompt_logprobs_of_several_chunks_are_put_together() -> None:
+    """A chunk may come twice, because a preempted request starts again."""
+    of = prompt_outputs(prompt_logprobs=1)
     entries = [entry(-1.0, 2, ids("x"), (-0.1,)), entry(-2.0, 3, ids("y"), (-0.2,))]
     of.take(0, update((), prompt_logprobs=PromptLogprobs(1, tuple(entries[:1]))))
     of.take(0, update((), prompt_logprobs=PromptLogprobs(1, tuple(entries[:1]))))
@@ -189,7 +189,7 @@ def test_prompt_logprobs_of_chunks_are_put_together() -> None:
     )
 
 
-def test_prompt_logprobs_that_did_not_come_are_none() -> None:
-    of = answer(prompt_logprobs=0)
+def test_missing_prompt_logprobs_are_none() -> None:
+    of = prompt_outputs(prompt_logprobs=0)
     of.take(0, update((), ABORT))
     assert of.output().prompt_logprobs == (None, None, None)

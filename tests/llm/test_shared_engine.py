@@ -1,4 +1,4 @@
-"""Who may use an engine when: threads in turns, Ctrl-C between two of them, and no forked child."""
+"""An engine that threads use in turns: the order of turns, interrupts between them, and forked processes."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shoal.errors import ClosedError, EngineError
-from shoal.llm.shared_engine import Queue, SharedEngine
+from shoal.llm.shared_engine import FairLock, SharedEngine
 from shoal.process.interrupts import interrupts
 
 DEADLINE_S = 30
@@ -17,55 +17,55 @@ DEADLINE_S = 30
 
 @pytest.fixture(autouse=True)
 def _handler_of_python() -> Iterator[None]:
-    """Whoever started the tests may have SIGINT ignored."""
+    """Install Python's handler, as the parent of the tests may have SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
-def test_turns_come_in_the_order_in_which_they_were_asked_for() -> None:
-    queue, order, waiting = Queue(), list[int](), threading.Semaphore(0)
+def test_turns_come_in_the_order_of_requests() -> None:
+    lock, order, waiting = FairLock(), list[int](), threading.Semaphore(0)
 
     def take(number: int) -> None:
         waiting.release()
-        with queue.turn():
+        with lock.turn():
             order.append(number)
 
     threads = []
-    with queue.turn():
-        assert queue.is_mine
+    with lock.turn():
+        assert lock.is_mine
         for number in range(5):
             threads.append(threading.Thread(target=take, args=(number,)))
             threads[-1].start()
             assert waiting.acquire(timeout=DEADLINE_S)
-            while queue.waiting < number + 1:
+            while lock.waiting < number + 1:
                 threads[-1].join(0.001)
     for thread in threads:
         thread.join(DEADLINE_S)
     assert order == [0, 1, 2, 3, 4]
-    assert not queue.is_mine
+    assert not lock.is_mine
 
 
-def test_whoever_gives_up_its_place_holds_nobody_up() -> None:
-    queue = Queue()
-    with queue.turn():
+def test_a_thread_that_gives_up_does_not_block_others() -> None:
+    lock = FairLock()
+    with lock.turn():
         found: list[bool] = []
 
         def impatient() -> None:
-            with queue.turn(0.01) as came:
+            with lock.turn(0.01) as came:
                 found.append(came)
 
         thread = threading.Thread(target=impatient)
         thread.start()
         thread.join(DEADLINE_S)
         assert found == [False]
-        assert queue.is_mine
-    with queue.turn(DEADLINE_S) as came:
+        assert lock.is_mine
+    with lock.turn(DEADLINE_S) as came:
         assert came
 
 
-def test_an_interrupt_waits_for_the_end_of_what_holds_it() -> None:
+def test_an_interrupt_waits_for_the_end_of_the_outermost_block() -> None:
     steps = []
 
     def work() -> None:
@@ -80,17 +80,17 @@ def test_an_interrupt_waits_for_the_end_of_what_holds_it() -> None:
         work()
     assert steps == ["inner", "outer"]
     with interrupts.held():
-        pass  # the two have counted as one
+        pass  # the two signals have counted as one
 
 
-def test_an_interrupt_that_was_looked_for_comes_once() -> None:
+def test_an_interrupt_that_was_checked_for_is_raised_once() -> None:
     def work() -> None:
         with interrupts.held():
             signal.raise_signal(signal.SIGINT)
             try:
                 interrupts.check()
             finally:
-                signal.raise_signal(signal.SIGINT)  # while what it has ended is put away
+                signal.raise_signal(signal.SIGINT)  # a second one, while the first one unwinds
 
     with pytest.raises(KeyboardInterrupt):
         work()
@@ -109,7 +109,7 @@ def test_an_interrupt_is_not_lost_with_an_error() -> None:
     assert isinstance(found.value.__cause__, EngineError)
 
 
-def test_a_handler_of_the_programs_own_is_left_alone() -> None:
+def test_a_handler_of_the_program_is_left_alone() -> None:
     heard: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
@@ -120,7 +120,7 @@ def test_a_handler_of_the_programs_own_is_left_alone() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_other_threads_hold_nothing() -> None:
+def test_other_threads_do_not_hold_interrupts_back() -> None:
     def work() -> None:
         with interrupts.held():
             entered.set()
@@ -146,7 +146,7 @@ class Client:
         self.closed += 1
 
 
-def test_closing_ends_the_turns_of_others() -> None:
+def test_after_closing_there_are_no_turns() -> None:
     client: Any = Client()
     engine = SharedEngine(client)
     engine.close()
@@ -155,7 +155,7 @@ def test_closing_ends_the_turns_of_others() -> None:
         pass
 
 
-def test_another_process_is_refused_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_process_is_refused_and_cannot_close(monkeypatch: pytest.MonkeyPatch) -> None:
     client: Any = Client()
     engine = SharedEngine(client)
     mine = os.getpid()

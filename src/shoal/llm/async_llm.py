@@ -1,4 +1,7 @@
-"""`AsyncLLM`: a model behind asyncio, for services in Python and for the server. Replicas that end come back."""
+"""Inference with asyncio: the class `AsyncLLM`, for services in Python and for the server.
+
+Replicas that end are started again.
+"""
 
 import asyncio
 import secrets
@@ -16,9 +19,9 @@ from shoal.errors import ClosedError, EngineError, Overdue, QueueFull, RequestEr
 from shoal.launch.open_model import OpenModel, name_of, open_model
 from shoal.launch.start_fleet import start_fleet
 from shoal.llm.deltas import Delta
-from shoal.llm.outputs import Answer
-from shoal.llm.pause_and_sleep import Operable
-from shoal.llm.requests import Requests
+from shoal.llm.outputs import PromptOutputs
+from shoal.llm.pause_and_sleep import PauseAndSleep
+from shoal.llm.request_builder import RequestBuilder
 from shoal.log import get_logger
 from shoal.outputs import Logprobs, RequestOutput
 from shoal.params import Message as ChatMessage
@@ -35,30 +38,30 @@ from shoal.wire.fleet import FleetStatus, fleet_status_decoder
 log = get_logger("requests")
 
 _POLL_S = 0.05
-_AT_ONCE = 512  # updates that are handed out in a row
-_ANSWER_S = 30.0
+_AT_ONCE = 512  # how many updates are handed out before other tasks of the event loop may run
+_ANSWER_S = 30.0  # how long the fleet may take to answer a question
 _CLOSED = "the engine was closed"
-_RETRY_S = {
+_RETRY_S = {  # seconds after which a client should try again, by the kind of the error
     RefusalKind.FULL: 1.0,
     RefusalKind.LATE: 5.0,
     RefusalKind.CLOSING: 10.0,
     RefusalKind.LOST: 10.0,
     RefusalKind.ASLEEP: 10.0,
 }
-_PRIORITIES = range(-(1 << 63), 1 << 63)  # what a message can carry
+_PRIORITIES = range(-(1 << 63), 1 << 63)  # the integers that a message can hold
 _MOST_REPLICAS = 1 << 31
 
 
-class AsyncLLM(Operable):
-    """Takes what `LLM` takes, and the options of `shoal serve`. All calls come from one event loop, and from the
-    process that has made it: in a child that was forked they are refused, and its end does nothing to the replicas. (A
-    child that is forked by hand must end by `os._exit`, as those of `multiprocessing` do: asyncio's own loop is shared
-    with it, and would be closed for both.)
+class AsyncLLM(PauseAndSleep):
+    """A model with replicas that run in the background, for one event loop.
 
-    Requests may be made at once: they wait for the replicas, which take seconds to start. `await llm.ready()` to know.
+    All calls must come from one event loop, and from the process that made the object: in a forked child they are
+    refused, and the end of the child has no effect on the replicas. (A child made with `os.fork` must end with
+    `os._exit`, as those of `multiprocessing` do: it shares the event loop's file descriptors with its parent, and a
+    normal exit would close the loop for both.)
 
-    Raises:
-        UserError: model, options and host do not go together; nothing was started.
+    Requests may be made immediately. They wait until a replica is ready, which takes seconds; `await llm.ready()`
+    waits for the same.
     """
 
     def __init__(
@@ -70,21 +73,31 @@ class AsyncLLM(Operable):
         line: Callable[[Callable[[Message], object]], FleetConnection] | None = None,
         **options: Any,
     ) -> None:
-        """`recorder` is told of every request, `verbs` are what `ask` can ask for besides. `line` opens a way to a
-        fleet that somebody else has; without it one is started here."""
+        """Start the replicas, and do not wait for them.
+
+        Args:
+            model: as for `LLM`.
+            recorder: is told of every request, for metrics.
+            verbs: more verbs for `ask`, and the functions that answer them.
+            line: opens a connection to the fleet of another process; None: a fleet is started here.
+            options: those of `LLM` and of `shoal serve`.
+
+        Raises:
+            UserError: model, options and host do not fit together; nothing was started.
+        """
         if not isinstance(model, OpenModel):
             model = open_model(name_of(model), {**from_environment(online=True), **options}, online=True)
         self._owner = Owner("AsyncLLM")
         self._model = model
         self._reader = model.reader()
         seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
-        self._requests = Requests(model.generation.eos, max_model_len=model.served.max_model_len, seed=seed)
+        self._requests = RequestBuilder(model.generation.eos, max_model_len=model.served.max_model_len, seed=seed)
         self._grammars = model.grammar_checker()
         self._next_seq = 0
-        self._streams: dict[int, RequestStream] = {}  # by the numbers of their requests
-        self._named: dict[str, RequestStream] = {}
+        self._streams: dict[int, RequestStream] = {}  # by the number of each of their requests
+        self._named: dict[str, RequestStream] = {}  # by request_id
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived: list[tuple[int, SeqUpdate]] = []  # with the numbers that requests have here
+        self._arrived: list[tuple[int, SeqUpdate]] = []  # updates, with the numbers that their requests have here
         self._arrived_lock = threading.Lock()
         self._closed = False
         self._desk: Desk | None = None
@@ -93,7 +106,7 @@ class AsyncLLM(Operable):
             line = self._desk.open
         self._line = line(self._deliver)
 
-    # --- what is served ------------------------------------------------------------------------------------------
+    # --- the model -----------------------------------------------------------------------------------------------
 
     @property
     def options(self) -> EngineOptions:
@@ -101,7 +114,7 @@ class AsyncLLM(Operable):
 
     @property
     def model_name(self) -> str:
-        """As it was given; the bundled model's folder has no name of its own."""
+        """The name that the user gave to the model, or the name of the bundled model."""
         return self._model.name
 
     @property
@@ -118,58 +131,71 @@ class AsyncLLM(Operable):
 
     @property
     def max_model_len(self) -> int:
-        """Tokens that a prompt and its output may have. Where the replicas' KV caches hold less than was planned, that
-        is known once `ready` or `status` was awaited; requests are cut to it in any case."""
+        """The most tokens that a prompt and its output may have together.
+
+        The KV caches may turn out to hold less than was planned. `ready` and `status` then lower this number; requests
+        are cut to the lower one in any case.
+        """
         return self._requests.max_model_len
 
     @property
     def unfinished(self) -> int:
-        """Outputs that were asked for here and have not ended yet."""
+        """The number of outputs that were requested here and have not ended yet."""
         return len(self._streams)
 
     @property
     def desk(self) -> Desk | None:
-        """Where other processes' lines end; None where this is such a line."""
+        """The desk of the fleet; None if another process has the fleet."""
         return self._desk
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
-        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
+        """Return `base` with the sampling defaults of the model's generation_config.json.
+
+        With --generation-config vllm the file is ignored.
+        """
         return self._model.default_sampling_params(base)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
     def prepare(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> Job:
-        """A prompt made ready for `stream`. Takes a while for a long one: see `asyncio.to_thread`.
-        `add_special_tokens`: those that the tokenizer puts around a text.
+        """Prepare a prompt for `stream`. For a long prompt this takes a while: use `asyncio.to_thread`.
+
+        Args:
+            add_special_tokens: let the tokenizer add its special tokens before and after a text.
 
         Raises:
-            RequestError: it can't be used.
+            RequestError: the prompt or a parameter is invalid.
         """
         return self._reader.prepare(0, prompt, params, add_special_tokens=add_special_tokens)
 
     def prepare_chat(self, messages: Sequence[ChatMessage], params: SamplingParams, **template: Any) -> Job:
-        """A conversation made ready for `stream`; `template` goes to `ChatTemplate.render`.
+        """Prepare a conversation for `stream`.
+
+        Args:
+            template: arguments for `ChatTemplate.render`.
 
         Raises:
-            RequestError: it can't be used.
+            RequestError: a message or a parameter is invalid, or the template cannot render the messages.
         """
         return self._reader.prepare_chat(0, messages, params, **template)
 
     async def check_grammar(self, job: Job) -> None:
-        """Finds out whether the structured output that a job asks for can be obeyed. Cancelled, it takes no more time.
+        """Check that the grammar of a job's structured output can be compiled.
+
+        If the task is cancelled, the work on the grammar stops.
 
         Raises:
-            RequestError: it can't; or to compile it takes too much time or memory.
-            EngineError: too many wait for that already.
+            RequestError: it cannot be compiled, or takes too much time or memory.
+            EngineError: too many grammars wait to be checked already.
         """
         if job.grammar:
             await asyncio.wrap_future(self._grammars.submit(job.grammar))
 
     def chat_tokens(self, messages: Sequence[ChatMessage], **template: Any) -> tuple[int, ...]:
-        """The tokens of a conversation, be it longer than the model takes.
+        """Return the tokens of a conversation, which may be longer than the model allows.
 
         Raises:
-            RequestError: there is no template, or the messages do not fit it.
+            RequestError: there is no chat template, or it cannot render the messages.
         """
         return self._reader.chat_tokens(messages, **template)
 
@@ -182,19 +208,24 @@ class AsyncLLM(Operable):
         timeout: float | None = None,
         arrival: float | None = None,
     ) -> "RequestStream":
-        """Begins a request. `replica`: the only one that may run it. It ends with an `Overdue` if it is not finished
-        `timeout` seconds after its `arrival` (time.monotonic(); without it, now).
+        """Begin a request, and return the stream of its outputs.
+
+        Args:
+            priority: requests with a lower number run first.
+            replica: the number of the only replica that may run it; None: any.
+            timeout: seconds from the arrival after which an unfinished request ends with an `Overdue`.
+            arrival: when the request arrived, in `time.monotonic()`; None: now.
 
         Raises:
-            RequestError: `priority` or `replica` is out of its range.
-            ClosedError: this was closed.
+            RequestError: `priority` or `replica` is out of range.
+            ClosedError: this object was closed.
         """
         if not isinstance(priority, int) or priority not in _PRIORITIES:
             raise RequestError(f"priority must be an integer from -2**63 to 2**63 - 1, got {shown(priority)}")
         if priority and self.options.scheduler.scheduling_policy == "fcfs":
             raise RequestError(f"priority must be 0 with --scheduling-policy fcfs, got {priority}: leave it out")
         if replica is not None and not 0 <= replica < _MOST_REPLICAS:
-            raise RequestError(f"there is no replica {shown(replica)}: they are numbered from 0")
+            raise RequestError(f"there is no replica {shown(replica)}: replicas are numbered from 0")
         self._bind_loop()
         if self._closed:
             raise ClosedError(_CLOSED)
@@ -210,17 +241,17 @@ class AsyncLLM(Operable):
                 arrival=arrival,
                 deadline=deadline,
             )
-            for request in self._requests.of(job, first)
+            for request in self._requests.build(job, first)
         ]
-        answer = Answer.begun(job, self.tokenizer, self._requests.eos)
-        found = RequestStream(self, answer, [request.seq for request in requests])
-        self._streams.update((request.seq, found) for request in requests)
+        outputs = PromptOutputs.begin(job, self.tokenizer, self._requests.eos)
+        stream = RequestStream(self, outputs, [request.seq for request in requests])
+        self._streams.update((request.seq, stream) for request in requests)
         try:
             self._line.send(requests)
         except ClosedError:
-            self._forget(found)
+            self._forget(stream)
             raise
-        return found
+        return stream
 
     async def generate(
         self,
@@ -231,12 +262,19 @@ class AsyncLLM(Operable):
         priority: int = 0,
         data_parallel_rank: int | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """The output so far, again and again while it grows; the last one is `finished`.
+        """Generate the outputs of a prompt, and yield all of them so far whenever they grow.
+
+        The last item is `finished`.
+
+        Args:
+            request_id: a name for `abort`, which no other unfinished request has.
+            priority: requests with a lower number run first.
+            data_parallel_rank: the number of the only replica that may run it; None: any.
 
         Raises:
-            RequestError: the prompt, a parameter, the request_id or the number of the replica can't be used.
-            Unavailable: it is not taken, or not finished in time.
-            EngineError: it can't go on.
+            RequestError: the prompt, a parameter, the request_id or the number of the replica is invalid.
+            Unavailable: the request was not accepted, or not finished in time.
+            EngineError: the request cannot be finished.
         """
         params = sampling_params or self.default_sampling_params()
         job = await asyncio.to_thread(self.prepare, prompt, params)
@@ -255,7 +293,10 @@ class AsyncLLM(Operable):
         data_parallel_rank: int | None = None,
         **template: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """As `generate`, through the model's chat template or the one in `template`."""
+        """Generate the answers to a conversation, and yield all of them so far whenever they grow.
+
+        Arguments and errors are those of `generate`. `template` are arguments for `ChatTemplate.render`.
+        """
         params = sampling_params or self.default_sampling_params()
         job = await asyncio.to_thread(self.prepare_chat, messages, params, **template)
         await self.check_grammar(job)
@@ -267,7 +308,7 @@ class AsyncLLM(Operable):
         name = f"request-{stream.number}" if request_id is None else request_id
         try:
             if name in self._named:
-                raise RequestError(f"request {name!r} exists already: give each a request_id of its own")
+                raise RequestError(f"request {name!r} exists already: give each request a request_id of its own")
             self._named[name] = stream
             async for _ in stream:
                 yield stream.output(name)
@@ -277,19 +318,23 @@ class AsyncLLM(Operable):
                 del self._named[name]
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request of `generate` or `chat`: its outputs finish with the reason "abort". Idempotent."""
+        """End a request of `generate` or `chat`. Its outputs finish with the reason "abort". Idempotent."""
         stream = self._named.get(request_id)
         if stream is not None:
             stream.abort()
 
     def release(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
-        """Forgets requests, and has them ended where they run. `stopped`: a stop text has ended them."""
+        """End requests in the fleet, and ignore everything that still comes of them.
+
+        Args:
+            stopped: True if their outputs are complete because they have reached a stop text.
+        """
         for seq in seqs:
             self._streams.pop(seq, None)
         self.end(seqs, stopped=stopped)
 
     def end(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
-        """Has requests ended where they run, which they say in turn."""
+        """End requests in the fleet. Their last updates still come."""
         if seqs:
             with suppress(ClosedError):
                 self._line.send([Abort(tuple(seqs), stopped)])
@@ -301,7 +346,7 @@ class AsyncLLM(Operable):
     # --- the fleet -----------------------------------------------------------------------------------------------
 
     async def ready(self, timeout: float | None = None) -> None:
-        """Waits until requests can be served, by every replica of this host.
+        """Wait until all replicas of this host can serve requests.
 
         Raises:
             UserError, EngineError: a replica could not start, or not within `timeout` seconds.
@@ -311,13 +356,14 @@ class AsyncLLM(Operable):
                 while not await self.ask("started"):
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            raise EngineError(f"no replica is ready after {timeout:g} s") from None
+            raise EngineError(f"the replicas are not ready after {timeout:g} s") from None
         await self.status()
 
     async def status(self) -> FleetStatus:
-        """
+        """Return the state of all replicas.
+
         Raises:
-            EngineError: nobody answers.
+            EngineError: the fleet does not answer.
         """
         found = fleet_status_decoder.decode(await self.ask("status"))
         if 0 < found.max_model_len < self.max_model_len:  # the fleet knows when its first replicas are ready
@@ -326,19 +372,24 @@ class AsyncLLM(Operable):
         return found
 
     async def scale(self, replicas: int) -> FleetStatus:
-        """Has so many replicas from now on. Does not wait for those that start.
+        """Change the number of replicas. Return the new state, without waiting for replicas to start or to end.
 
         Raises:
-            UserError: it can't have that many.
-            EngineError: none is left.
+            UserError: so many replicas are not possible.
+            EngineError: the fleet has failed.
         """
         return fleet_status_decoder.decode(await self.ask("scale", str(replicas).encode()))
 
     async def ask(self, verb: str, payload: bytes = b"", *, patient: bool = False) -> bytes:
-        """Whoever has the fleet answers; soon, unless this is `patient`.
+        """Ask the fleet, and return its answer.
+
+        Args:
+            verb: what is asked, such as "status".
+            payload: the argument of the verb.
+            patient: wait for the answer without a deadline.
 
         Raises:
-            UserError, EngineError: what it says against it; or nobody is there.
+            UserError, EngineError: the fleet refuses, or does not answer.
         """
         try:
             async with asyncio.timeout(None if patient else _ANSWER_S):
@@ -347,7 +398,7 @@ class AsyncLLM(Operable):
             raise EngineError(f"the engine has not answered {verb!r} within {_ANSWER_S:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
-        """Takes nothing new, and waits up to `timeout` seconds for what runs. True: it has all ended."""
+        """Refuse new requests, and wait up to `timeout` seconds for the others. Return True if all have ended."""
         deadline = asyncio.get_running_loop().time() + timeout
         while int(await self.ask("drain")):
             if asyncio.get_running_loop().time() >= deadline:
@@ -356,7 +407,7 @@ class AsyncLLM(Operable):
         return True
 
     def close(self) -> None:
-        """Ends all replicas that were started here, and all requests; in a forked child it does nothing. Idempotent."""
+        """End all requests, and the replicas that were started here. Idempotent; in a forked child it does nothing."""
         if not self._owner.is_here:
             return
         self._closed = True
@@ -366,11 +417,11 @@ class AsyncLLM(Operable):
         else:
             self._line.close()
         if self._loop is not None:
-            with suppress(RuntimeError):  # the loop was closed: nobody is left to tell
+            with suppress(RuntimeError):  # the loop was closed, so no task waits any more
                 self._loop.call_soon_threadsafe(self._end_all)
 
     def _end_all(self) -> None:
-        while self._arrived:  # what the desk had to say of it
+        while self._arrived:  # the desk's updates first: they say more
             self._take()
         for seq in list(self._streams):
             lost = SeqUpdate(seq, (), finish=Finish.ABORT, error=_CLOSED, refusal=RefusalKind.CLOSING)
@@ -390,7 +441,7 @@ class AsyncLLM(Operable):
             loop = asyncio.get_running_loop()
         except RuntimeError:
             raise EngineError(
-                "an AsyncLLM is used from an event loop, and this thread runs none: send the call to the loop's thread "
+                "an AsyncLLM is used from an event loop, but this thread runs none: send the call to the loop's thread "
                 "with asyncio.run_coroutine_threadsafe"
             ) from None
         if self._loop is None:
@@ -403,7 +454,10 @@ class AsyncLLM(Operable):
         return loop
 
     def _deliver(self, message: Message) -> None:
-        """On another thread. What comes before the loop has looked is handed over in one go."""
+        """Add a message of the fleet to those that the event loop will take. The desk's thread calls it.
+
+        The loop is woken only for the first of several messages, and then takes all of them.
+        """
         if not isinstance(message, Updates) or self._loop is None:
             return
         with self._arrived_lock:
@@ -412,12 +466,15 @@ class AsyncLLM(Operable):
         if first:
             try:
                 self._loop.call_soon_threadsafe(self._take)
-            except RuntimeError:  # the loop was closed: nobody is left to tell
+            except RuntimeError:  # the loop was closed, so no task waits any more
                 self._arrived.clear()
                 self._line.close()
 
     def _take(self) -> None:
-        """Hands out what has come; where that is much, others have the loop before the rest."""
+        """Hand the updates that have arrived to their streams.
+
+        If there are many, only some are handed out, so that other tasks of the loop can run before the rest.
+        """
         with self._arrived_lock:
             updates, self._arrived = self._arrived[:_AT_ONCE], self._arrived[_AT_ONCE:]
             rest = bool(self._arrived)
@@ -432,91 +489,98 @@ class AsyncLLM(Operable):
             return
         try:
             stream.take(seq, update)
-        except Exception:  # a tokenizer's, most likely: it is this request's end, and no other's
-            log.exception("the text of request %d can't be made", seq)
-            stream.fail(EngineError("the text of an output can't be made; the log of the server says why"))
+        except Exception:  # most likely from a tokenizer; it must end this request only
+            log.exception("failed to make the text of request %d", seq)
+            stream.fail(EngineError("failed to make the text of an output; see the log of the server for the reason"))
         if update.finish is not None:
             self._streams.pop(seq, None)
 
 
 class RequestStream:
-    """What comes of one request. Iterating gives deltas; those that come while nobody reads are merged.
+    """The stream of the outputs of one request.
 
-    Leaving the loop before the end, or the end of the task that waits, ends the request where it runs. Whoever does
-    not iterate calls `wait` or `close`.
+    Iterating over it gives lists of deltas, one for each output that has grown; deltas that nobody reads are merged. If
+    the iteration stops before the end, or its task is cancelled, the request is ended in the fleet. A stream that is
+    not iterated must be awaited with `wait` or closed.
     """
 
-    def __init__(self, llm: AsyncLLM, answer: Answer, seqs: Sequence[int]) -> None:
-        self.job = answer.job
+    def __init__(self, llm: AsyncLLM, outputs: PromptOutputs, seqs: Sequence[int]) -> None:
+        self.job = outputs.job
         self.seqs = list(seqs)
         self._llm = llm
-        self._answer = answer
+        self._outputs = outputs
         self._running = set(seqs)
-        self._changed: dict[int, bool] = {}  # outputs with something new; True: it is the last
+        self._changed: dict[int, bool] = {}  # outputs that have grown -> whether they have ended
         self._error: ShoalError | None = None
         self._wakeup = asyncio.Event()
 
     @property
     def number(self) -> int:
+        """The number of the first output's request."""
         return self.seqs[0]
 
     @property
     def cached_tokens(self) -> int:
-        """Of the prompt, found in the prefix cache; known from the first deltas on."""
-        return self._answer.cached_tokens
+        """The number of prompt tokens that the prefix cache had, known from the first deltas on."""
+        return self._outputs.cached_tokens
 
     @property
     def prompt_logprobs(self) -> Sequence[Logprobs | None] | None:
-        """One a prompt token, None for the first; None where they were not asked for. They are described when somebody
-        looks at them."""
-        return self._answer.described_prompt()
+        """The log-probabilities of the prompt's tokens, described only when they are read.
+
+        That of the first token is None. The whole is None if they were not asked for.
+        """
+        return self._outputs.lazy_prompt_logprobs()
 
     @property
-    def prompt_told(self) -> bool:
-        """Is everything known that was asked about the prompt?"""
-        return self._answer.prompt_told
+    def prompt_complete(self) -> bool:
+        """True if all log-probabilities of the prompt that were asked for are known."""
+        return self._outputs.prompt_complete
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Delta]]:
         try:
             while self._running or self._changed:
                 if self._changed:
                     changed, self._changed = self._changed, {}
-                    completions = self._answer.completions
+                    completions = self._outputs.completions
                     yield [completions[index].delta(last=last) for index, last in sorted(changed.items())]
                 else:
-                    await self._something_new()
+                    await self._await_update()
             if self._error is not None:
                 raise self._error
         finally:
             self.close()
 
     async def wait(self) -> RequestOutput:
-        """Runs to the end. Log-probabilities are described when somebody looks at them.
+        """Wait for the end, and return all outputs. Their log-probabilities are described only when they are read.
 
         Raises:
-            RequestError, Unavailable, EngineError: as `AsyncLLM.generate`.
+            RequestError, Unavailable, EngineError: the request ended with an error (see `AsyncLLM.generate`).
         """
         try:
             while self._running:
-                await self._something_new()
+                await self._await_update()
         finally:
             self.close()
         if self._error is not None:
             raise self._error
-        return self._output(None, on_demand=True)
+        return self._output(None, lazy=True)
 
-    async def _something_new(self) -> None:
+    async def _await_update(self) -> None:
         self._wakeup.clear()
         await self._wakeup.wait()
 
     def output(self, request_id: str | None = None) -> RequestOutput:
-        """All of it so far. An output that is not complete has no `finish_reason`, and text that is certain."""
-        return self._output(request_id, on_demand=False)
+        """Return all outputs so far.
 
-    def _output(self, request_id: str | None, *, on_demand: bool) -> RequestOutput:
+        An unfinished output has no `finish_reason`, and no text that a stop text may still cut off.
+        """
+        return self._output(request_id, lazy=False)
+
+    def _output(self, request_id: str | None, *, lazy: bool) -> RequestOutput:
         outputs = [
-            completion.output(ended=seq not in self._running, on_demand=on_demand)
-            for seq, completion in zip(self.seqs, self._answer.completions, strict=True)
+            completion.output(ended=seq not in self._running, lazy=lazy)
+            for seq, completion in zip(self.seqs, self._outputs.completions, strict=True)
         ]
         prompt = self.prompt_logprobs
         return RequestOutput(
@@ -527,41 +591,41 @@ class RequestStream:
             num_cached_tokens=self.cached_tokens,
             error=None if self._error is None else str(self._error),
             finished=not self._running and self._error is None,
-            prompt_logprobs=prompt if on_demand or prompt is None else tuple(prompt),
+            prompt_logprobs=prompt if lazy or prompt is None else tuple(prompt),
         )
 
     def abort(self) -> None:
-        """Its outputs end where they are, and say so."""
+        """End the request. Its outputs keep what they have, and finish with the reason "abort"."""
         self._llm.end(list(self._running))
 
     def close(self) -> None:
-        """Ends it where it runs. Idempotent."""
+        """End the request in the fleet, if it has not ended. Idempotent."""
         if self._running:
             self._llm.release(list(self._running))
             self._running.clear()
             self._wakeup.set()
 
     def fail(self, error: ShoalError) -> None:
-        """Ends it with an error, here and where it runs."""
+        """End the request with an error, for its reader and in the fleet."""
         self._error = error
         self.close()
         self._wakeup.set()
 
     def take(self, seq: int, update: SeqUpdate) -> None:
-        """Take in what has come of the output that has the number `seq` here."""
+        """Add an update of the request that has the number `seq` here, and wake the reader."""
         if seq not in self._running:
             return
         index = seq - self.number
-        stopped = self._answer.take(index, update)
+        stopped = self._outputs.take(index, update)
         if stopped and update.finish is None:
             self._llm.release((seq,), stopped=True)
         ended = stopped or update.finish is not None
         if ended:
             self._running.discard(seq)
-            self._answer.running -= 1
+            self._outputs.running -= 1
         if update.error:
             self._error = _error_of(update)
-            self.close()  # its other outputs are of no use
+            self.close()  # the other outputs are not needed any more
         elif ended or update.tokens:
             self._changed[index] = ended
         self._wakeup.set()

@@ -1,4 +1,4 @@
-"""Beam search, with vLLM's meaning of its parameters, over any source of next tokens."""
+"""Beam search over any source of next tokens. The parameters mean the same as in vLLM."""
 
 import heapq
 import math
@@ -11,8 +11,8 @@ from shoal.params import BeamSearchParams
 from shoal.text.tokenizer import Tokenizer
 from shoal.wire.base import Ids
 
-# (sequences, count) -> for each the `count` likeliest next tokens with their log-probabilities at temperature 1; or
-# all tokens, if `count` is -1.
+# A function of sequences and a count. For each sequence it returns the `count` likeliest next tokens, or all tokens if
+# `count` is -1, with their log-probabilities at temperature 1.
 NextTokens = Callable[[Sequence[Ids], int], Sequence[Mapping[int, float]]]
 
 _ALL = -1
@@ -27,21 +27,25 @@ def beam_search(
     max_model_len: int,
     tokenizer: Tokenizer | None,
 ) -> list[BeamSearchOutput]:
-    """The best sequences of each prompt, in the order of the prompts.
+    """Return the best sequences of each prompt, in the order of the prompts.
 
-    In each round every live beam of every prompt is extended by its `2 * beam_width` likeliest tokens, in one batch.
-    An end-of-text token finishes a beam, unless `ignore_eos`; of the rest the `beam_width` likeliest live on. The
-    score by which finished beams and those at the end of their length are ranked is log-probability over
-    length ** length_penalty, where the length counts the prompt, and not the end-of-text token, as in vLLM.
+    In each round, every live beam of every prompt is extended by its `2 * beam_width` likeliest tokens, in one batch.
+    A beam whose new token is an end-of-text token is finished, unless `ignore_eos` is set. The `beam_width` likeliest
+    of the others stay live. Finished beams, and beams that have reached the maximum length, are ranked by their score,
+    which is log-probability / length ** length_penalty. As in vLLM, the length includes the prompt, but not the
+    end-of-text token.
 
-    Without a tokenizer texts are empty.
+    Args:
+        eos: the end-of-text tokens.
+        max_model_len: the most tokens that a prompt and its output may have together.
+        tokenizer: without it, the texts of the outputs are empty.
 
     Raises:
-        RequestError: a prompt is empty, or fills the model's length.
+        RequestError: a prompt is empty, or so long that no output fits behind it.
     """
     searches = [_BeamSearch(tuple(prompt), params, frozenset(eos), max_model_len) for prompt in prompts]
     scale = params.temperature or 1.0
-    # The probabilities at another temperature are a matter of all tokens.
+    # At another temperature, the probability of a token depends on the log-probabilities of all tokens.
     count = 2 * params.beam_width if scale == 1 else _ALL
     while running := [search for search in searches if search.live]:
         batch = [beam.tokens for search in running for beam in search.live]
@@ -54,8 +58,8 @@ def beam_search(
 @dataclass(frozen=True, slots=True)
 class _Beam:
     tokens: Ids  # prompt and output
-    logprob: float
-    length: int  # for the score
+    logprob: float  # of the output
+    length: int  # for the score: without an end-of-text token
     finish: FinishReason = "length"
 
     def score(self, penalty: float) -> float:
@@ -63,14 +67,15 @@ class _Beam:
 
 
 class _BeamSearch:
-    """Of one prompt."""
+    """The beam search for one prompt."""
 
     def __init__(self, prompt: Ids, params: BeamSearchParams, eos: frozenset[int], max_model_len: int) -> None:
         if not prompt:
-            raise RequestError("beam search needs a prompt of at least one token")
+            raise RequestError("beam search needs a prompt with at least one token")
         if len(prompt) >= max_model_len:
             raise RequestError(
-                f"a prompt of {len(prompt)} tokens leaves no room for an output: the model's length is {max_model_len}"
+                f"a prompt of {len(prompt)} tokens leaves no room for an output: prompt and output may have "
+                f"{max_model_len} tokens together"
             )
         self._prompt_len = len(prompt)
         self._last_len = min(len(prompt) + params.max_tokens, max_model_len)
@@ -80,7 +85,7 @@ class _BeamSearch:
         self.live = [_Beam(prompt, 0.0, len(prompt))]
 
     def extend(self, candidates: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """By what may follow each live beam: (token, log-probability)."""
+        """Extend each live beam by its candidates, which are pairs of a token and its log-probability."""
         grown: list[_Beam] = []
         for beam, following in zip(self.live, candidates, strict=True):
             for token, logprob in following:
@@ -89,7 +94,7 @@ class _BeamSearch:
                     self._done.append(_Beam(tokens, total, beam.length, "stop"))
                 else:
                     grown.append(_Beam(tokens, total, beam.length + 1))
-        # All have one length, so the likeliest are the best. Equal ones stay in their order.
+        # All have the same length, so the likeliest have the best score. `nlargest` keeps the order of equal ones.
         self.live = heapq.nlargest(self._params.beam_width, grown, key=lambda beam: beam.logprob)
         if self.live and len(self.live[0].tokens) == self._last_len:
             self._done += self.live
@@ -98,8 +103,11 @@ class _BeamSearch:
             self.live = []
 
     def _decided(self) -> bool:
-        """Can no live beam come among the best any more? Its log-probability only falls; with a penalty above 0 the
-        score is highest at the greatest length, otherwise at the least."""
+        """Return True if no live beam can still be among the best.
+
+        The log-probability of a beam only falls. So its best possible score is the one with its present
+        log-probability at the greatest length if the penalty is positive, and at its present length otherwise.
+        """
         if len(self._done) < self._params.beam_width or not self.live:
             return False
         penalty = self._params.length_penalty
@@ -108,6 +116,7 @@ class _BeamSearch:
         return _score(self.live[0].logprob, length, penalty) <= worst
 
     def best(self, tokenizer: Tokenizer | None) -> list[BeamSearchSequence]:
+        """Return the finished beams with the best scores, the best first."""
         penalty = self._params.length_penalty
         found = heapq.nlargest(self._params.beam_width, self._done, key=lambda beam: beam.score(penalty))
         return [
@@ -115,7 +124,7 @@ class _BeamSearch:
         ]
 
     def _text(self, beam: _Beam, tokenizer: Tokenizer | None) -> str:
-        """Of the output, without the token that ended it."""
+        """Return the text of the output, without the token that ended it."""
         if tokenizer is None:
             return ""
         stream = tokenizer.stream(beam.tokens[: self._prompt_len])
@@ -128,7 +137,10 @@ def _score(logprob: float, length: int, penalty: float) -> float:
 
 
 def _candidates(logprobs: Mapping[int, float], count: int, temperature: float) -> list[tuple[int, float]]:
-    """The `count` likeliest of the tokens, those that are impossible left out."""
+    """Return the `count` likeliest tokens with their log-probabilities at this temperature.
+
+    Tokens that are impossible are left out.
+    """
     possible = [(token, logprob) for token, logprob in logprobs.items() if logprob > -math.inf]
     likeliest = heapq.nlargest(count, possible, key=lambda each: each[1])
     if temperature == 1:

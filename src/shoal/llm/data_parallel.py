@@ -1,4 +1,4 @@
-"""Data parallelism by hand: one process a replica, each started by the user, on one host or on several."""
+"""Data parallelism by hand: the user starts one process for each replica, on one host or on several."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ T = TypeVar("T")
 _ROOM = "job"
 _DONE = "all results are there"
 _RESULTS_S = 24 * 3600.0
-_MOST_NAMED = 5
+_MOST_NAMED = 5  # the most prompt numbers in an error message
 
 
 class DataParallelRank:
-    """One of the processes, and its way to the others. An `LLM` made in this process takes its place among them too.
+    """One process of a data-parallel job, connected to the others. An `LLM` of this process is one of its replicas.
 
     with DataParallelRank.from_environment() as job, LLM(model) as llm:
         mine = job.share(prompts)
@@ -34,12 +34,18 @@ class DataParallelRank:
     def __init__(
         self, place: env.DataParallel, *, key: str = "", timeout: float = 600.0, results_timeout: float = _RESULTS_S
     ) -> None:
-        """Rank 0 listens at the master's address; all wait for each other, and `gather` for the slowest one's results
-        up to `results_timeout` seconds. Who fails is noticed sooner.
+        """Wait until all processes of the job have connected. Rank 0 listens at the master's address.
+
+        Args:
+            place: the number of this process, and the master's address.
+            key: the shared key of the job.
+            timeout: how long to wait for the others, in seconds.
+            results_timeout: how long `gather` waits for the slowest rank, in seconds. Ranks that fail are noticed
+                sooner.
 
         Raises:
-            ConfigError: the address can't be used, others reach it and there is no key, somebody did not come within
-                `timeout` seconds, or two have one number.
+            ConfigError: the address cannot be used, or other hosts reach it and there is no key, or a process did not
+                connect in time, or two have the same number.
         """
         self.rank = place.rank
         self.size = place.size
@@ -56,39 +62,54 @@ class DataParallelRank:
         except BaseException:
             self._close_rendezvous()
             raise
-        log.info("rank %d of %d: all are there: %s", self.rank, self.size, ", ".join(self._member.members))
+        log.info("rank %d of %d: all are connected: %s", self.rank, self.size, ", ".join(self._member.members))
 
     @classmethod
     def from_environment(cls, *, timeout: float = 600.0, results_timeout: float = _RESULTS_S) -> "DataParallelRank":
-        """From SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and SHOAL_DP_MASTER_PORT (or VLLM_DP_*), with the key
-        in SHOAL_CLUSTER_KEY.
+        """Connect with the settings of the environment.
+
+        They are SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and SHOAL_DP_MASTER_PORT (or VLLM_DP_*), and
+        SHOAL_CLUSTER_KEY for the key.
 
         Raises:
-            ConfigError: one of them is missing or wrong, or as above.
+            ConfigError: a variable is missing or wrong, or the processes could not connect.
         """
         place = env.data_parallel()
         if place is None:
-            raise ConfigError("SHOAL_DP_RANK and SHOAL_DP_SIZE are not set: start one process a rank, with its number")
+            raise ConfigError(
+                "SHOAL_DP_RANK and SHOAL_DP_SIZE are not set: start one process for each rank, and set them to its "
+                "number and to the number of ranks"
+            )
         return cls(place, key=env.cluster_key(), timeout=timeout, results_timeout=results_timeout)
 
     def share(self, prompts: Sequence[T]) -> dict[int, T]:
-        """This rank's part of what all have, by index. Shares differ by one at most, and are dealt out one by one, so
-        that long prompts that stand together do not fall to one rank."""
+        """Return this rank's share of the prompts, by index.
+
+        Prompts are dealt out one by one, so that neighbouring long prompts go to different ranks. The shares differ by
+        at most one prompt.
+        """
         self._total = len(prompts)
         return {index: prompts[index] for index in _indices(self.rank, self.size, len(prompts))}
 
     def gather(self, results: Mapping[int, Any]) -> list[Any] | None:
-        """What all ranks made of their shares, in order, at rank 0; None at the others. Values are plain data, as JSON
-        has it. Nobody goes on before all is there, so that no replica ends while others still need its ranks. It may be
-        called again, by all of them.
+        """Collect the results of all ranks at rank 0.
+
+        All ranks wait until all results have arrived, so that no replica ends while others still need its ranks. All
+        ranks may call it again later.
+
+        Args:
+            results: this rank's results by the index of their prompt. Values must be plain data that JSON can hold.
+
+        Returns:
+            On rank 0 the results of all prompts, in order; None on other ranks.
 
         Raises:
-            EngineError: a rank has failed, or not all came within the deadline; it says which, and with which prompts;
-                or this process was forked from the rank.
+            EngineError: a rank failed or was too late (the message names it and its prompts), or this process was
+                forked from the rank.
         """
         self._owner.check()
         payload = json.dumps([[index, value] for index, value in results.items()]).encode()
-        self._gathered += 1  # what was posted before stays there
+        self._gathered += 1  # a new topic each time, as the posts of earlier calls are still there
         topic, done = f"results {self._gathered}", f"{_DONE} {self._gathered}"
         parts = self._member.collect(topic, payload, timeout=self._results_timeout, describe=self._describe)
         if parts is None:
@@ -97,16 +118,20 @@ class DataParallelRank:
         found = dict(pair for part in parts for pair in json.loads(part))
         missing = [index for index in range(self._total) if index not in found]
         if missing:
-            raise EngineError(f"{len(missing)} of {self._total} prompts have no result: {_some(missing)}")
+            raise EngineError(f"{len(missing)} of {self._total} prompts have no result: {_name_some(missing)}")
         self._member.post(done, b"")
         return [found[index] for index in sorted(found)]
 
     def _describe(self, rank: int) -> str:
         indices = list(_indices(rank, self.size, self._total))
-        return f"rank {rank} with {len(indices)} of {self._total} prompts, {_some(indices)}"
+        return f"rank {rank} with {len(indices)} of {self._total} prompts, {_name_some(indices)}"
 
     def close(self, why: str = "") -> None:
-        """`why`: the failure that the others are told of. In a forked child it does nothing."""
+        """Leave the job. In a forked child it does nothing.
+
+        Args:
+            why: the failure that the other ranks are told; empty if there was none.
+        """
         if not self._owner.is_here:
             return
         self._member.close(why)
@@ -129,6 +154,6 @@ def _indices(rank: int, size: int, total: int) -> range:
     return range(rank, total, size)
 
 
-def _some(indices: Sequence[int]) -> str:
+def _name_some(indices: Sequence[int]) -> str:
     first = ", ".join(map(str, indices[:_MOST_NAMED]))
     return f"numbers {first}" + (", ..." if len(indices) > _MOST_NAMED else "") if indices else "none of them"

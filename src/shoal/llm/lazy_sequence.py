@@ -1,4 +1,4 @@
-"""Sequences that take no memory for their items."""
+"""A sequence that makes its items when they are read."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar, overload
@@ -6,11 +6,15 @@ from typing import TypeVar, overload
 T_co = TypeVar("T_co", covariant=True)
 
 
-class OnDemand(Sequence[T_co]):
-    """Items that are made when somebody looks at them, each time anew: all at once they would be so many objects that
-    the garbage collector holds up every thread while it looks through them."""
+class LazySequence(Sequence[T_co]):
+    """A sequence whose items are made when they are read, and made again when they are read again.
+
+    It is for items of which there may be very many: if all existed at once, the garbage collector would stop every
+    thread while it goes through them.
+    """
 
     def __init__(self, length: int, make: Callable[[int], T_co]) -> None:
+        """Make no item yet. `make` returns the item at an index."""
         self._places = range(length)
         self._make = make
 

@@ -1,4 +1,4 @@
-"""`LLM`: offline inference, with vLLM's names."""
+"""Offline inference: the class `LLM`, whose methods have the same names as in vLLM."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,23 +26,27 @@ from shoal.wire.engine import EngineStats
 
 
 class LLM:
-    """A model, its ranks, and an engine that keeps them busy. Close it, or use it in a `with`.
+    """A model with its ranks and the engine that drives them. Close it, or use it in a `with` statement.
 
-    Several threads may use it: their calls take turns, step by step, and each gets its own outputs. `close` ends the
-    calls of others with a ClosedError. It belongs to the process that has made it: in a child that was forked every
-    call is refused, and neither `close` nor the child's end does anything to it. A KeyboardInterrupt comes between two
-    steps, and the next call finds the engine as it was.
-
-    `model` is a folder, an id on the Hugging Face hub, or None for the bundled model; or an `OpenModel`, which brings
-    its options along. Options have the names of the command line's flags: `LLM(model, tensor_parallel_size=2)`; those
-    that are not given may come from environment variables, as docs/flags.md says.
-
-    Raises:
-        UserError: model, options and host do not go together; nothing was started.
-        EngineError: a rank failed at start.
+    Several threads may use it: their calls take turns, step by step, and each call gets its own outputs. `close` ends
+    the calls of other threads with a ClosedError. Only the process that made it may use it: in a forked child every
+    call is refused, and neither `close` nor the end of the child has an effect on it. A KeyboardInterrupt is raised
+    between two steps, and the engine can be used afterwards.
     """
 
     def __init__(self, model: str | PathLike[str] | OpenModel | None = None, **options: Any) -> None:
+        """Start the engine, and wait until it is ready.
+
+        Args:
+            model: a folder, an id on the Hugging Face hub, None for the bundled model, or an `OpenModel`, which has
+                its options with it.
+            options: named like the flags of the command line, as in `LLM(model, tensor_parallel_size=2)`. Options that
+                are not given may come from environment variables (see docs/flags.md).
+
+        Raises:
+            UserError: model, options and host do not fit together; nothing was started.
+            EngineError: a rank failed at the start.
+        """
         if not isinstance(model, OpenModel):
             model = open_model(name_of(model), {**from_environment(), **options})
         self._model = model
@@ -74,18 +78,22 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Outputs in the order of the prompts: one for each, and one parameters for all prompts or one for each.
+        """Generate an output for each prompt, and return them in the order of the prompts.
 
-        Without parameters the model's own defaults are taken: see `default_sampling_params`.
+        Args:
+            prompts: one prompt or several.
+            sampling_params: one object for all prompts, or one for each; None: the defaults of the model (see
+                `default_sampling_params`).
+            use_tqdm: show a progress bar.
 
         Raises:
-            RequestError: a prompt or a parameter can't be used; it is named, and nothing was run.
-            EngineError: the engine failed. Where it had replicas, it is a ReplicasFailed: none is left, and its
-                `outputs` are what had finished.
+            RequestError: a prompt or a parameter is invalid. The message names it, and nothing was run.
+            EngineError: the engine failed. With several replicas it is a ReplicasFailed: no replica is left, and its
+                `outputs` are those that had finished.
         """
         many = _as_list(prompts)
         params = self._params(sampling_params, len(many))
-        jobs = [_named(i, self.prepare, prompt, params[i]) for i, prompt in enumerate(many)]
+        jobs = [_prepare_numbered(i, self.prepare, prompt, params[i]) for i, prompt in enumerate(many)]
         self._grammars.check_jobs(jobs)
         return self._run_all(jobs, use_tqdm)
 
@@ -101,11 +109,21 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers to one conversation, or to many, through the model's chat template or the one given.
+        """Generate the answer to one conversation or to several, and return them in order.
+
+        Args:
+            messages: one conversation, which is a list of messages, or a list of conversations.
+            sampling_params: as for `generate`.
+            use_tqdm: show a progress bar.
+            chat_template: a template instead of the model's own.
+            add_generation_prompt: end the prompt with the beginning of the assistant's answer.
+            continue_final_message: continue the last message instead of answering it.
+            tools: the tools that the model may call, as JSON schemas.
+            chat_template_kwargs: more variables for the template.
 
         Raises:
-            RequestError: as `generate`, or the template and the messages do not go together.
-            EngineError: the engine failed.
+            RequestError: a message or a parameter is invalid, or the template cannot render the messages.
+            EngineError: the engine failed (see `generate`).
         """
         many = _conversations(messages)
         params = self._params(sampling_params, len(many))
@@ -116,21 +134,21 @@ class LLM:
             "tools": tools,
             "chat_template_kwargs": chat_template_kwargs,
         }
-        jobs = [_named(i, self.prepare_chat, each, params[i], **template) for i, each in enumerate(many)]
+        jobs = [_prepare_numbered(i, self.prepare_chat, each, params[i], **template) for i, each in enumerate(many)]
         self._grammars.check_jobs(jobs)
         return self._run_all(jobs, use_tqdm)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
-        """The likeliest continuations of each prompt, the best first.
+        """Find the likeliest continuations of each prompt, and return them in the order of the prompts, best first.
 
         Raises:
-            RequestError: a prompt can't be used; it is named, and nothing was run.
+            RequestError: a prompt is invalid. The message names it, and nothing was run.
             EngineError: the engine failed.
         """
         if not isinstance(params, BeamSearchParams):
             raise RequestError(f"beam_search takes BeamSearchParams, got {shown(params)}")
-        once = SamplingParams(temperature=0, max_tokens=1)
-        jobs = [_named(i, self.prepare, prompt, once) for i, prompt in enumerate(_as_list(prompts))]
+        one_token = SamplingParams(temperature=0, max_tokens=1)
+        jobs = [_prepare_numbered(i, self.prepare, prompt, one_token) for i, prompt in enumerate(_as_list(prompts))]
         return beam_search(
             self._next_tokens,
             [job.tokens for job in jobs],
@@ -141,7 +159,7 @@ class LLM:
         )
 
     def _next_tokens(self, beams: Sequence[Sequence[int]], count: int) -> list[dict[int, float]]:
-        """The `count` likeliest next tokens of each beam, with their log-probabilities."""
+        """Return the `count` likeliest next tokens of each beam, with their log-probabilities."""
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=count, detokenize=False, ignore_eos=True)
         jobs = [Job(i, None, tuple(tokens), params) for i, tokens in enumerate(beams)]
         found: list[dict[int, float]] = []
@@ -153,18 +171,23 @@ class LLM:
         return found
 
     def embed(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises:
-        RequestError: always; the models that are run here write text.
+        """Refuse the call: Shoal does not compute embeddings.
+
+        Raises:
+            RequestError: always.
         """
         raise RequestError(
-            "embed needs a model that gives embeddings; Shoal runs models that generate text: use generate or chat"
+            "embed needs a model that computes embeddings, but Shoal runs models that generate text: use generate or "
+            "chat"
         )
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
-        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm.
+        """Return `base` with the sampling defaults of the model's generation_config.json.
+
+        With generation_config="vllm" the file is ignored.
 
         Raises:
-            RequestError: `base` is no SamplingParams.
+            RequestError: `base` is not a SamplingParams.
         """
         if base is not None and not isinstance(base, SamplingParams):
             raise RequestError(f"default_sampling_params takes SamplingParams or None, got {shown(base)}")
@@ -181,63 +204,75 @@ class LLM:
         return [outputs[i] for i in range(len(jobs))]
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job:
-        """A prompt made ready for `run`.
+        """Prepare a prompt for `run`. Its output will have this index.
 
         Raises:
-            RequestError: it can't be used.
+            RequestError: the prompt or a parameter is invalid.
         """
         return self._reader.prepare(index, prompt, params)
 
     def prepare_chat(self, index: int, messages: Sequence[Message], params: SamplingParams, **template: Any) -> Job:
-        """A conversation made ready for `run`; `template` goes to `ChatTemplate.render`.
+        """Prepare a conversation for `run`. Its output will have this index.
+
+        Args:
+            template: arguments for `ChatTemplate.render`.
 
         Raises:
-            RequestError: it can't be used.
+            RequestError: a message or a parameter is invalid, or the template cannot render the messages.
         """
         return self._reader.prepare_chat(index, messages, params, **template)
 
     def run(self, jobs: Iterable[Job | RefusedPrompt], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
-        """(index, output) as requests finish, or in the order of the jobs; jobs are taken as there is room for them.
+        """Run jobs, and yield the index and the output of each.
 
-        Between two outputs nothing is locked: other calls may go on, of this thread or of others.
+        Jobs are taken when there is room for them. Between two outputs nothing is locked, so that this thread and
+        others can make other calls.
+
+        Args:
+            ordered: yield the outputs in the order of the jobs, and not as they finish.
 
         Raises:
             RequestError: the engine is asleep.
         """
         if not self._activity.runs:
             raise RequestError("the engine is asleep: call wake_up() first")
-        yield from self._runner.run(jobs, ordered=ordered)  # and so the engine lives as long as this does
+        # As this is a generator too, it holds a reference to this LLM, which is not finalized while the run goes on.
+        yield from self._runner.run(jobs, ordered=ordered)
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Gives the memory of weights and KV cache back to the system, on every rank. At both levels weights are read
-        from their files again when it wakes up; level 0 only pauses. `mode` says what becomes of requests: of none
-        here, since none may run.
+        """Give the memory of weights and KV cache back to the system, on every rank.
+
+        Args:
+            level: 1 and 2 are the same: the weights are read from their files again when the engine wakes up. 0 only
+                pauses.
+            mode: has no effect, because no requests may be running.
 
         Raises:
-            RequestError: requests run.
-            ConfigError: there is no such level, or ranks of other processes compute with these.
+            RequestError: there are unfinished requests.
+            ConfigError: there is no such level, or the ranks share experts with ranks of other processes.
             EngineError: the engine failed.
         """
         activity = self._activity.sleep(level)
         if level and self._model.manual_place is not None and self._model.plan.layout.shares_experts:
             raise ConfigError(
-                "replicas of other processes compute together with this one, and can't while it is asleep"
+                "this replica shares experts with replicas of other processes, which could not compute while it sleeps"
             )
         self._become(activity)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Takes the memory again: all of it, or the parts in `tags` ("weights", "kv_cache").
+        """Take the memory again: all of it, or the parts in `tags` ("weights", "kv_cache").
 
         Raises:
-            CheckpointError: the files of the weights are not what they were; it is still asleep.
+            CheckpointError: the files of the weights have changed; the engine is still asleep.
             ConfigError: there is no such part.
             EngineError: the engine failed.
         """
         self._become(self._activity.wake_up(tags))
 
     def is_sleeping(self) -> bool:
+        """Return True if the engine is asleep or paused."""
         return not self._activity.runs
 
     def _become(self, activity: Activity) -> None:
@@ -245,13 +280,16 @@ class LLM:
             if self._activity.runs and not activity.runs:
                 stats = self._client.stats()
                 if unfinished := stats.running + stats.waiting:
-                    raise RequestError(f"{unfinished} requests have not ended: take their outputs to the end first")
+                    raise RequestError(f"{unfinished} requests are not finished: iterate over all their outputs first")
             self._client.become(activity)
             self._activity = activity
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """Forgets what the prefix cache has, in every replica. Requests that run keep what they have, unless
-        `reset_running_requests`: then they compute it again. There is no connector to another cache to be reset.
+        """Empty the prefix cache of every replica. Return True.
+
+        Args:
+            reset_running_requests: have running requests compute their blocks again, too.
+            reset_connector: has no effect, as there is no connector to another cache.
 
         Raises:
             EngineError: the engine failed.
@@ -262,8 +300,10 @@ class LLM:
 
     @property
     def engine(self) -> EngineClient:
-        """The engine itself, for those who speak in tokens and want to see each step; for one thread, while no call of
-        this LLM goes on."""
+        """The engine itself, for programs that work with tokens and single steps.
+
+        It is for one thread, while no other call of this LLM is running.
+        """
         self._shared.check()
         return self._client
 
@@ -275,7 +315,7 @@ class LLM:
         return self._shared.stats()
 
     def close(self) -> None:
-        """Ends engine and ranks, and calls of other threads with a ClosedError. Idempotent."""
+        """End the engine and its ranks. Calls of other threads end with a ClosedError. Idempotent."""
         self._finalizer()
         self._grammars_finalizer()
 
@@ -297,7 +337,7 @@ class LLM:
                 raise RequestError(f"sampling_params must be SamplingParams or a list of them, got {shown(each)} in it")
         if len(given) != count:
             raise RequestError(
-                f"{count} prompts and {len(given)} sampling parameters: give one for all or one for each"
+                f"there are {count} prompts, but {len(given)} sampling_params: give one for all prompts or one for each"
             )
         return given
 
@@ -318,11 +358,11 @@ def _conversations(messages: Any) -> list[Sequence[Message]]:
     return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
 
 
-def _named(index: int, prepare: Callable[..., Job], *arguments: Any, **template: Any) -> Job:
-    """One of several: an error says which.
+def _prepare_numbered(index: int, prepare: Callable[..., Job], *arguments: Any, **template: Any) -> Job:
+    """Prepare one of several prompts, so that an error names its number.
 
     Raises:
-        RequestError: as `prepare`.
+        RequestError: the prompt or a parameter is invalid.
     """
     try:
         return prepare(index, *arguments, **template)

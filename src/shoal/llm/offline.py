@@ -1,4 +1,4 @@
-"""Offline requests: prompts in, finished outputs out, as they finish."""
+"""The runner of offline requests: it takes prompts and gives their outputs as they finish."""
 
 import time
 from collections import deque
@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from shoal.errors import ClosedError, EngineError
-from shoal.llm.outputs import Answer
-from shoal.llm.requests import Requests
+from shoal.llm.outputs import PromptOutputs
+from shoal.llm.request_builder import RequestBuilder
 from shoal.llm.shared_engine import SharedEngine
 from shoal.outputs import RequestOutput
 from shoal.process.interrupts import interrupts
@@ -16,30 +16,38 @@ from shoal.protocols import EngineClient
 from shoal.text.prompts import Job, RefusedPrompt
 from shoal.text.tokenizer import Tokenizer
 
-_POLL_S = 0.1  # how long Ctrl-C, and other threads, wait for an engine that says nothing
-_TAKE, _TAKE_S = 64, 0.05  # jobs taken at a time, and seconds
-_WINDOW = 1024  # sequences a replica that are out at a time: enough to keep it busy, few enough for any job's memory
+_POLL_S = 0.1  # how long Ctrl-C and other threads may have to wait while the engine has no updates
+_TAKE, _TAKE_S = 64, 0.05  # the most jobs that are taken at a time, and the most seconds that this may last
+# The most unfinished sequences for each replica: enough to keep it busy, and so few that jobs of any size fit into
+# memory.
+_WINDOW = 1024
 
 
 @dataclass(slots=True, eq=False)
 class _OfflineRun:
-    """One call of `run`: which of its sequences the engine has, and which of its jobs have ended."""
+    """The state of one call of `run`."""
 
-    window: int
-    failure: EngineError | None = None  # what another run has heard of the engine that they share
-    sequences: set[int] = field(default_factory=set)
-    ended: deque[tuple[int, RequestOutput]] = field(default_factory=deque)
-    order: deque[int] = field(default_factory=deque)  # indices of jobs whose output the caller does not have
+    window: int  # the most sequences, and the most jobs, that may be unfinished at a time
+    failure: EngineError | None = None  # the failure of the engine, if another run has got it
+    sequences: set[int] = field(default_factory=set)  # those that the engine has
+    ended: deque[tuple[int, RequestOutput]] = field(default_factory=deque)  # index and output of jobs that have ended
+    order: deque[int] = field(default_factory=deque)  # the indices of jobs whose output the caller does not have yet
 
     @property
     def has_room(self) -> bool:
-        """A result that waits for its turn takes a place too, or one slow job would let the others pile up."""
+        """True if another job may be taken.
+
+        Outputs that wait for the caller count too; otherwise they would pile up behind one slow job if order matters.
+        """
         return len(self.sequences) < self.window and len(self.order) < self.window
 
 
 class OfflineRunner:
-    """Runs jobs on an engine. Several runs may go on at the same time, on one thread or on several: they take turns,
-    step by step, and share the engine's batches. Each run belongs to one thread at a time, as generators do."""
+    """A runner of jobs on one engine.
+
+    Several runs may go on at the same time, in one thread or in several. They take turns, step by step, and share the
+    engine's batches. A run, like any generator, may be used by one thread at a time.
+    """
 
     def __init__(
         self,
@@ -53,18 +61,19 @@ class OfflineRunner:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._requests = Requests(eos, max_model_len=max_model_len, seed=seed)
+        self._requests = RequestBuilder(eos, max_model_len=max_model_len, seed=seed)
         self._window = _WINDOW * replicas
         self._next_seq = 0
-        # Of all runs: whoever asks the engine gets everybody's updates. The number is that of the output.
-        self._running: dict[int, tuple[_OfflineRun, Answer, int]] = {}
-        self._given_up: deque[_OfflineRun] = deque()  # runs whose sequences are still to be aborted
+        # Sequence -> its run, the outputs of its prompt, and its number among them. All runs share it, because the run
+        # that asks the engine gets the updates of all runs.
+        self._running: dict[int, tuple[_OfflineRun, PromptOutputs, int]] = {}
+        self._given_up: deque[_OfflineRun] = deque()  # runs whose sequences have yet to be aborted
 
     def run(self, jobs: Iterable[Job | RefusedPrompt], *, ordered: bool = False) -> Iterator[tuple[int, RequestOutput]]:
-        """(index, output) of each job as it finishes, or in the order of the jobs if `ordered`.
+        """Yield the index and the output of each job, as they finish or, if `ordered`, in the order of the jobs.
 
-        Jobs are taken as there is room for them. If the caller stops early, what still runs is aborted. A
-        KeyboardInterrupt comes between two steps, and the engine lives.
+        Jobs are taken when there is room for them. If the caller stops early, unfinished requests are aborted. A
+        KeyboardInterrupt is raised between two steps, and the engine can be used afterwards.
 
         Raises:
             EngineError: the engine failed, or was closed, perhaps by another thread.
@@ -88,13 +97,17 @@ class OfflineRunner:
                         yield first, ready.pop(first)
         finally:
             self._given_up.append(run)
-            if not self._engine.is_mine:  # this may be the garbage collector's doing, in the middle of another run
+            # The garbage collector may close this generator while the same thread has its turn in another run. That run
+            # then aborts the sequences.
+            if not self._engine.is_mine:
                 with suppress(ClosedError), self._engine.turn() as client:
-                    self._abort_what_was_given_up(client)
+                    self._abort_given_up_runs(client)
 
     def _take(self, run: _OfflineRun, source: Iterator[Job | RefusedPrompt]) -> bool:
-        """Takes some jobs, as many as there is room for; not all at once, so that the engine computes meanwhile, and
-        a slow source keeps nobody waiting. True: there are no more."""
+        """Take jobs while there is room for them. Return True if there are no more.
+
+        Only some are taken at a time, so that the engine can compute in between, even if the source is slow.
+        """
         until = time.monotonic() + _TAKE_S
         for _ in range(_TAKE):
             if not run.has_room:
@@ -115,24 +128,25 @@ class OfflineRunner:
         with self._engine.turn() as client:
             first = self._next_seq
             self._next_seq += job.params.n
-            answer = Answer.begun(job, self._tokenizer, self._requests.eos)
-            for i, request in enumerate(self._requests.of(job, first)):
+            outputs = PromptOutputs.begin(job, self._tokenizer, self._requests.eos)
+            for i, request in enumerate(self._requests.build(job, first)):
                 client.add(request)
                 run.sequences.add(request.seq)
-                self._running[request.seq] = (run, answer, i)
+                self._running[request.seq] = (run, outputs, i)
 
     def _receive(self, run: _OfflineRun, timeout: float) -> None:
         with self._engine.turn() as client:
-            self._abort_what_was_given_up(client)
-            if run.sequences and not run.ended:  # else another run has received what this one waits for
-                self._hand_out(client, run, timeout)
-            if interrupts.came:  # before anybody hears of it: the next Ctrl-C may come while this run ends
+            self._abort_given_up_runs(client)
+            if run.sequences and not run.ended:  # otherwise another run has received what this one waits for
+                self._dispatch_updates(client, run, timeout)
+            if interrupts.came:
+                # Abort this run before the KeyboardInterrupt is raised: a second Ctrl-C could prevent it later.
                 self._given_up.append(run)
-                self._abort_what_was_given_up(client)
+                self._abort_given_up_runs(client)
             interrupts.check()
 
-    def _hand_out(self, client: EngineClient, run: _OfflineRun, timeout: float) -> None:
-        """What the engine has to say, to whom it concerns."""
+    def _dispatch_updates(self, client: EngineClient, run: _OfflineRun, timeout: float) -> None:
+        """Get the updates of the engine, and add each to the outputs that it belongs to."""
         if run.failure is not None:
             raise run.failure
         try:
@@ -140,24 +154,25 @@ class OfflineRunner:
         except EngineError as error:
             for other, _, _ in self._running.values():
                 if other is not run and other.failure is None:
-                    other.failure = type(error)(str(error))  # whoever asks next would only hear that it has ended
+                    # From the engine, the other run would only learn that it has ended, and not why.
+                    other.failure = type(error)(str(error))
             raise
         for update in updates:
             found = self._running.get(update.seq)
-            if found is None:  # of a run that was given up, or past a stop text
+            if found is None:  # its run was given up, or its output has ended at a stop text
                 continue
-            whose, answer, index = found
-            stopped = answer.take(index, update)
+            owner, outputs, index = found
+            stopped = outputs.take(index, update)
             if stopped and update.finish is None:
                 client.abort((update.seq,))
             if stopped or update.finish is not None:
                 del self._running[update.seq]
-                whose.sequences.discard(update.seq)
-                answer.running -= 1
-                if answer.running == 0:
-                    whose.ended.append((answer.job.index, answer.output()))
+                owner.sequences.discard(update.seq)
+                outputs.running -= 1
+                if outputs.running == 0:
+                    owner.ended.append((outputs.job.index, outputs.output()))
 
-    def _abort_what_was_given_up(self, client: EngineClient) -> None:
+    def _abort_given_up_runs(self, client: EngineClient) -> None:
         while self._given_up:
             run = self._given_up.popleft()
             for seq in run.sequences:

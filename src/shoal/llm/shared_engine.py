@@ -1,4 +1,7 @@
-"""An engine that several threads use: in turns, in the process that has started it, and never left in mid-step."""
+"""An engine that several threads use in turns.
+
+Only the process that started the engine may use it, and a KeyboardInterrupt never comes in the middle of a step.
+"""
 
 import threading
 from collections import deque
@@ -11,35 +14,41 @@ from shoal.process.interrupts import interrupts
 from shoal.protocols import EngineClient
 from shoal.wire.engine import EngineStats
 
-_CLOSE_S = 5.0  # how long `close` waits for whoever has its turn; then it ends what that one waits for
+_CLOSE_S = 5.0  # how long `close` waits for the thread whose turn it is, before it closes the engine under it
 
 
-class Queue:
-    """A lock that is handed over in the order in which it was asked for: nobody who asks again and again keeps others
-    out."""
+class FairLock:
+    """A lock that threads get in the order in which they asked for it.
+
+    With a plain lock, a thread that asks for it again and again can keep all others out.
+    """
 
     def __init__(self) -> None:
         self._changing = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()  # the first one's is free, or is held by whoever has its turn
+        self._tickets: deque[threading.Lock] = deque()  # the first ticket is free, or its thread has the turn
         self._holder: int | None = None
 
     @property
     def is_mine(self) -> bool:
+        """True if it is the turn of the calling thread."""
         return self._holder == threading.get_ident()
 
     @property
     def waiting(self) -> int:
-        """Those whose turn has not come."""
-        return max(len(self._waiting) - 1, 0)
+        """The number of threads that wait for their turn."""
+        return max(len(self._tickets) - 1, 0)
 
     @contextmanager
     def turn(self, timeout: float = -1) -> Iterator[bool]:
-        """False: its turn has not come within `timeout` seconds; -1 is for ever."""
+        """Wait for the turn of the calling thread, which lasts until the block ends.
+
+        Gives False if the turn has not come within `timeout` seconds; with -1 there is no limit.
+        """
         ticket = threading.Lock()
         ticket.acquire()
         with self._changing:
-            self._waiting.append(ticket)
-            if len(self._waiting) == 1:
+            self._tickets.append(ticket)
+            if len(self._tickets) == 1:
                 ticket.release()
         try:
             came = ticket.acquire(timeout=timeout)
@@ -48,42 +57,46 @@ class Queue:
             yield came
         finally:
             with self._changing:
-                if ticket is self._waiting[0]:
+                if ticket is self._tickets[0]:
                     self._holder = None
-                    if len(self._waiting) > 1:
-                        self._waiting[1].release()
-                self._waiting.remove(ticket)
+                    if len(self._tickets) > 1:
+                        self._tickets[1].release()
+                self._tickets.remove(ticket)
 
 
 class SharedEngine:
-    """Every use of an engine goes through `turn`."""
+    """An engine for several threads. Every use of it goes through `turn`."""
 
     def __init__(self, client: EngineClient) -> None:
         self.client = client
         self._owner = Owner("LLM")
-        self._queue = Queue()
+        self._lock = FairLock()
         self._closed = False
 
     @contextmanager
     def turn(self) -> Iterator[EngineClient]:
-        """Nobody else uses the engine meanwhile, and Ctrl-C waits. To be left soon, and never entered twice.
+        """Give the engine to the calling thread until the block ends.
+
+        Meanwhile no other thread can use it, and a KeyboardInterrupt is held back, so the block should be short. A
+        thread must not enter it twice.
 
         Raises:
-            ClosedError: it was closed, or belongs to the process from which this one was forked.
+            ClosedError: the engine was closed, or belongs to the process from which this one was forked.
         """
         self._owner.check()
-        with interrupts.held(), self._queue.turn():
+        with interrupts.held(), self._lock.turn():
             if self._closed:
                 raise ClosedError("the engine was closed")
             yield self.client
 
     @property
     def is_mine(self) -> bool:
-        """Does this thread have its turn?"""
-        return self._queue.is_mine
+        """True if it is the turn of the calling thread."""
+        return self._lock.is_mine
 
     def check(self) -> None:
-        """
+        """Check that this process may use the engine.
+
         Raises:
             ClosedError: it belongs to the process from which this one was forked.
         """
@@ -94,8 +107,11 @@ class SharedEngine:
             return client.stats()
 
     def close(self) -> None:
-        """Ends the engine. Whoever has its turn ends it first; who comes next hears that it was closed. In a forked
-        child it does nothing. Idempotent."""
+        """Close the engine. Idempotent; in a forked child it does nothing.
+
+        The thread whose turn it is may finish its turn first, within a few seconds. Threads that come later get a
+        ClosedError.
+        """
         if not self._owner.is_here:
             return
         self._closed = True
@@ -103,5 +119,5 @@ class SharedEngine:
             if self.is_mine:
                 self.client.close()
             else:
-                with self._queue.turn(_CLOSE_S):
+                with self._lock.turn(_CLOSE_S):
                     self.client.close()

@@ -22,7 +22,7 @@ class TokenStream(Protocol):
     def prompt_logprobs(self) -> Sequence[Logprobs | None] | None: ...
 
     @property
-    def prompt_told(self) -> bool:
+    def prompt_complete(self) -> bool:
         """True once everything that was asked about the prompt is known."""
 
     def __aiter__(self) -> AsyncIterator[Sequence[Delta]]: ...

@@ -326,7 +326,7 @@ async def _events(asked: _CompletionRequest, streams: Sequence[TokenStream]) -> 
 
 def _may_begin(stream: TokenStream, held: Sequence[Delta]) -> bool:
     """What is known of the prompt comes with its first output and is sent before each: the others wait for that one."""
-    return stream.prompt_told or any(delta.index == 0 and delta.finish_reason is not None for delta in held)
+    return stream.prompt_complete or any(delta.index == 0 and delta.finish_reason is not None for delta in held)
 
 
 def _chunk_weight(asked: _CompletionRequest, job: Job, delta: Delta, *, first: bool) -> int:

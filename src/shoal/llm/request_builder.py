@@ -1,4 +1,4 @@
-"""From a prompt that is ready to what an engine takes: one request for each of its outputs."""
+"""The builder of engine requests: it turns a prepared prompt into one request for each of its outputs."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,22 +10,30 @@ from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling, SamplingPenalties
 from shoal.wire.tokens import encode_numbers, encode_tokens
 
-_MOST = 2**31 - 1  # as many as any vocabulary has
+_MOST = 2**31 - 1  # more tokens than any vocabulary or output has
 _SEED_BITS = 0xFFFFFFFFFFFFFFFF
 
 
-class Requests:
-    """Makes them. `seed` is that of requests that bring none of their own: each gets another one, by its number."""
+class RequestBuilder:
+    """A builder of the requests for an engine."""
 
     def __init__(self, eos: Sequence[int], *, max_model_len: int, seed: int) -> None:
+        """Set what all requests have in common.
+
+        Args:
+            eos: the tokens that end a text.
+            max_model_len: the most tokens that a prompt and its output may have together.
+            seed: requests without a seed get one that is derived from this and from their number.
+        """
         self.max_model_len = max_model_len
         self.eos = tuple(eos)
         self._seed = seed
 
-    def of(self, job: Job, first: int) -> list[EngineRequest]:
-        """They are numbered from `first` on, and have one seed, one prompt and its blocks in common.
+    def build(self, job: Job, first: int) -> list[EngineRequest]:
+        """Return the requests for the outputs of a prompt, numbered from `first` on.
 
-        What they have in common is made once, and is the same object in all of them.
+        They have the seed and the prompt in common, and share its blocks. Equal fields are the same object in all of
+        them, so that a long prompt is not encoded again for each output.
         """
         params = job.params
         stop_ids = encode_tokens((*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos)))
@@ -53,7 +61,7 @@ class Requests:
         return [request, *others]
 
     def _sampling(self, job: Job, first: int, stop_ids: bytes) -> Sampling:
-        """Of the first output."""
+        """Return the sampling parameters of the first output."""
         params = job.params
         bias = params.logit_bias or {}
         return Sampling(
@@ -79,7 +87,7 @@ class Requests:
 
 
 def _digest(salt: str) -> str:
-    """A salt of any length and any characters, as messages carry it."""
+    """Return a digest of a cache salt, which may have any length and any characters."""
     return hashlib.sha256(salt.encode("utf-8", "surrogatepass")).hexdigest() if salt else ""
 
 
@@ -89,7 +97,10 @@ def _penalties(params: SamplingParams) -> SamplingPenalties | None:
 
 
 def _count(wanted: int | None) -> int:
-    """How many of the likeliest tokens: -1 for none, and -1 of the user's for all."""
+    """Return for how many of the likeliest tokens log-probabilities are wanted; -1: for none.
+
+    A user asks for all tokens of the vocabulary with -1, and for none with None.
+    """
     if wanted is None:
         return -1
     return _MOST if wanted == -1 else min(wanted, _MOST)
