@@ -21,7 +21,7 @@ def launches(
     hosts = {"data_parallel_address": "127.0.0.1", "data_parallel_size": 4, "data_parallel_hybrid_lb": True}
     local = {"data_parallel_start_rank": 1, "data_parallel_size_local": 2, "max_model_len": 64}
     opened = open_model(model, {**hosts, **local, **options}, online=True)
-    launch = fleet_module._as_processes(opened, Deployment.of(opened.options), MEETING, "key")
+    launch = fleet_module.as_processes(opened, Deployment.of(opened.options), MEETING, "key")
     for number in numbers:
         launch(number, 0)
     return places

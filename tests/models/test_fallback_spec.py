@@ -19,11 +19,11 @@ from shoal.models.implementation import implementation_of, params_of, read_model
 from shoal.models.manifest import Cut, check, weight_bytes
 from shoal.models.spec import AttentionSpec, NormSpec, Unsupported
 from shoal.models.transformers import read_spec
-from shoal.models.transformers.cut_plan import _logits_are_elementwise
+from shoal.models.transformers.cut_plan import logits_are_elementwise
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.model import build_transformers_model
 from shoal.models.transformers.read_spec import read_fallback_spec
-from shoal.models.transformers.trial import Unfit, _window, materialize_buffers
+from shoal.models.transformers.trial import Unfit, materialize_buffers, window_of
 from shoal.parallel.mesh import Axis
 from shoal.planner.memory import StepSize, rank_memory
 from support import checkpoints, others
@@ -253,11 +253,11 @@ def causal(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("window", [1, 2, 255, 256, 257, 4096, 131_071])
 def test_windows(window: int) -> None:
-    assert _window(lambda b, h, q, k: (k <= q) & (k > q - window)) == window
+    assert window_of(lambda b, h, q, k: (k <= q) & (k > q - window)) == window
 
 
 def test_no_window() -> None:
-    assert _window(causal) is None
+    assert window_of(causal) is None
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_no_window() -> None:
 )
 def test_masks_that_are_no_window(sees: Any) -> None:
     with pytest.raises(Unfit, match="what a token sees"):
-        _window(sees)
+        window_of(sees)
 
 
 class Causal(nn.Module):
@@ -310,7 +310,7 @@ def test_logits_that_are_made_one_by_one(bend: Any, elementwise: bool) -> None:
         "transformers", 4, 1, 1, 1, 4, 4, 60, 8, (AttentionSpec(1.0),), NormSpec("rms", 1e-6), False, "float32",
         backbone="model",
     )  # fmt: skip
-    assert _logits_are_elementwise(Causal(bend), spec) is elementwise
+    assert logits_are_elementwise(Causal(bend), spec) is elementwise
 
 
 def test_a_buffer_that_is_never_filled_is_named() -> None:
@@ -334,12 +334,12 @@ def test_nothing_of_a_loaded_model_is_left_without_numbers(tmp_path: Path) -> No
     (shard,), checkpoint = shards_of(spec, 1), open_checkpoint(tmp_path)
     weights = CheckpointWeights(checkpoint, params_of(spec, checkpoint.shapes), shard, torch.float32)
     model = build_transformers_model(config, spec, shard, ONE, weights, ReferenceKernels(), CPU)
-    tensors = [*model._backbone.named_parameters(), *model._backbone.named_buffers()]
+    tensors = [*model.backbone.named_parameters(), *model.backbone.named_buffers()]
     assert {"norm.weight", "rotary_emb.inv_freq"} <= {name for name, _ in tensors}
     for name, tensor in tensors:
         assert not tensor.is_meta, name
         assert bool(tensor.isfinite().all()), name
-    assert not [module for module in model._backbone.modules() if type(module) is nn.Linear]
+    assert not [module for module in model.backbone.modules() if type(module) is nn.Linear]
 
 
 def test_made_up_weights_will_do() -> None:

@@ -150,7 +150,7 @@ def test_a_step_of_a_stage_takes_no_more_than_planned(
 
 def test_the_constants_are_those_of_the_ranks() -> None:
     assert memory.SCORE_BYTES == reference.SCORE_BYTES
-    assert memory.PROMPT_ROWS == runner._PROMPT_ROWS
+    assert memory.PROMPT_ROWS == runner.PROMPT_ROWS
 
 
 def of(spec: ModelSpec, folder: Path, **changes: int) -> RankMemory:

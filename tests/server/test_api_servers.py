@@ -244,7 +244,7 @@ class _Nobody:
 
 
 def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_llm, "_ANSWER_S", 0.01)
+    monkeypatch.setattr(async_llm, "ANSWER_S", 0.01)
 
     async def ask() -> None:
         llm = AsyncLLM(line=_Nobody)
@@ -275,7 +275,7 @@ def test_given_seeds_differ_between_api_servers_and_their_lives() -> None:
 
 
 def test_a_large_request_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_process, "_SLICE_S", WAIT_S * 10)
+    monkeypatch.setattr(api_process, "SLICE_S", WAIT_S * 10)
     ours, theirs = Channel.pair()
     ended = threading.Event()
     line = ChannelLine(ours, lambda answer: None, ended.set)

@@ -60,7 +60,7 @@ def serve(supervisor: Channel) -> int:
     lockstep: RendezvousLockstep | None = None
     engine: EngineCore | None = None
     try:
-        if (_return(front_end, supervisor) if setup.place.returning else front_end.connect()) is None:
+        if (return_to(front_end, supervisor) if setup.place.returning else front_end.connect()) is None:
             return 0
         lockstep = join(setup) if front_end.together else None
         engine = start(setup, lockstep)
@@ -126,7 +126,7 @@ def _serve(
     front_end: _FrontEnd,
     supervisor: Channel,
 ) -> None:
-    while (relay := front_end.line or _return(front_end, supervisor, engine)) is not None:
+    while (relay := front_end.line or return_to(front_end, supervisor, engine)) is not None:
         line = relay.channel
         stats = encode(engine.stats())
         supervisor.send(stats)
@@ -143,8 +143,8 @@ def _serve(
         time.sleep(_PAUSE_S)  # for a front end that hangs up on whoever arrives
 
 
-def _return(front_end: _FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> Relay | None:
-    """Looks for a front end without an end; None: the supervisor wants this process to end.
+def return_to(front_end: _FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> Relay | None:
+    """Connect to a front end that was there before, however long it takes; None if the supervisor ends this process.
 
     Raises:
         ConfigError: it refuses this replica.

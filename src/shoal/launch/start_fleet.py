@@ -47,7 +47,7 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
         door = _front_door(model, deployment)
         rendezvous, key = _meeting(model, deployment, door, stack)
         threads = model.decision.backend == "threads"
-        launch = _on_threads(model) if threads else _as_processes(model, deployment, rendezvous, key)
+        launch = _on_threads(model) if threads else as_processes(model, deployment, rendezvous, key)
         fleet = Fleet(
             launch,
             lambda stats: room_of(model, stats),
@@ -103,9 +103,10 @@ def _meeting(model: OpenModel, deployment: Deployment, door: FleetDoor | None, s
     return str(deployment.address), deployment.key
 
 
-def _as_processes(model: OpenModel, deployment: Deployment, rendezvous: str, key: str) -> Launch:
-    """Starts one. Those that compute together meet whenever they start; peers that do not, compare the first time, but
-    for those that were added while serving: nobody else knows of them."""
+def as_processes(model: OpenModel, deployment: Deployment, rendezvous: str, key: str) -> Launch:
+    """Return a function that starts a replica as a process. Replicas that share experts meet at the `rendezvous`
+    whenever they start. Other peers meet there at their first start, to compare their options, unless they were added
+    while serving: then nobody else knows of them."""
     together = shares_experts(model.decision.cutting)
     started: set[int] = set()  # only what has been ready is started again
 

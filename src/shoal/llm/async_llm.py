@@ -36,7 +36,7 @@ log = get_logger("requests")
 
 _POLL_S = 0.05
 _AT_ONCE = 512  # updates that are handed out in a row
-_ANSWER_S = 30.0
+ANSWER_S = 30.0  # for whoever has the fleet to answer a question
 _CLOSED = "the engine was closed"
 _RETRY_S = {
     RefusalKind.FULL: 1.0,
@@ -341,10 +341,10 @@ class AsyncLLM(Operable):
             UserError, EngineError: what it says against it; or nobody is there.
         """
         try:
-            async with asyncio.timeout(None if patient else _ANSWER_S):
+            async with asyncio.timeout(None if patient else ANSWER_S):
                 return await asyncio.wrap_future(self._line.ask(verb, payload))
         except TimeoutError:
-            raise EngineError(f"the engine has not answered {verb!r} within {_ANSWER_S:g} s") from None
+            raise EngineError(f"the engine has not answered {verb!r} within {ANSWER_S:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing new, and waits up to `timeout` seconds for what runs. True: it has all ended."""

@@ -118,7 +118,7 @@ def with_manifest(spec: FallbackSpec, model: Any, trial: Trial) -> FallbackSpec:
     body = {path: style for path, style in plan.items() if path.startswith(f"{spec.backbone}.")}
     if not body:
         return _with_cuts(spec, model, {}, "it publishes no tensor-parallel plan")
-    if not _logits_are_elementwise(model, spec):
+    if not logits_are_elementwise(model, spec):
         return _with_cuts(spec, model, {}, "what it does to its logits takes all of them")
     attention, mlp = _attention_cuts(spec, model, body), _mlp_cuts(model, body)
     problem = "its tensor-parallel plan has no layers cut by columns that lead to layers cut by rows"
@@ -259,7 +259,7 @@ def _shapes_only(spec: FallbackSpec, shard: Shard, weight: Piece) -> LinearModul
 
 
 @torch.inference_mode()
-def _logits_are_elementwise(model: Any, spec: FallbackSpec) -> bool:
+def logits_are_elementwise(model: Any, spec: FallbackSpec) -> bool:
     """Does a share of the logits come out as it does among all of them? Tried with a head that gives what it gets."""
     around = {spec.backbone: GivenBackbone(), path_of(model, model.get_output_embeddings()): Given()}
     logits = torch.linspace(30.0, -30.0, spec.vocab_size).view(1, 1, -1)

@@ -170,7 +170,7 @@ class _Mask:
 
     @cached_property
     def window(self) -> int | None:
-        return _window(self._sees)
+        return window_of(self._sees)
 
 
 def _mask(q_length: int, kv_length: int, mask_function: Callable[..., Any], **_: Any) -> Tensor:
@@ -215,7 +215,7 @@ def _stand_in(
     return query.transpose(1, 2).contiguous(), None
 
 
-def _window(sees: Callable[..., Any]) -> int | None:
+def window_of(sees: Callable[..., Any]) -> int | None:
     """How far back a mask lets a query see; None: to the beginning.
 
     The last of some queries is searched for the first key that it sees; all of them are held against the result.
