@@ -103,7 +103,7 @@ def main(prompts: int, output: Path | None, ranks: int, flags: tuple[str, ...]) 
         with source.open("w") as file:
             for index in range(prompts):
                 print(json.dumps({"prompt": _prompt(index)}), file=file)
-        command = [sys.executable, "-m", "shoal.cli.main", "generate", "--prompts-file", str(source)]
+        command = [sys.executable, "-m", "shoal", "generate", "--prompts-file", str(source)]
         command += ["--output", str(answers), "--tensor-parallel-size", str(ranks), "--max-tokens", "8", *flags]
         killed = Run(command, answers, prompts, kill_at=prompts // 2).watch()
         resumed = Run([*command, "--resume"], answers, prompts).watch()

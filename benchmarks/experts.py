@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import DTYPES, Kernels
+from shoal.kernels.base import Kernels
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_linear
 from shoal.kernels.select import make_kernels
@@ -89,12 +89,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each number of tokens")
     parser.add_argument("--tokens", default="1,4,16,64")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    dtype = DTYPES[options.dtype]
+    dtype: torch.dtype = getattr(torch, options.dtype)
     kernels, reason = make_kernels("cpu", dtype)
     report: dict[str, object] = {"threads": options.threads, "dtype": options.dtype, "kernels": reason}
     with torch.inference_mode():

@@ -33,7 +33,7 @@ class Served:
 @contextmanager
 def served(model: Path | str | None, *arguments: str) -> Iterator[Served]:
     """`shoal serve` on a free port, ready; ended by SIGTERM."""
-    command = [sys.executable, "-m", "shoal.cli.main", "serve", *([str(model)] if model is not None else [])]
+    command = [sys.executable, "-m", "shoal", "serve", *([str(model)] if model is not None else [])]
     process = subprocess.Popen(
         [*command, "--port", "0", *arguments], stdout=subprocess.PIPE, env={**os.environ, "SHOAL_LOG_LEVEL": "warning"}
     )

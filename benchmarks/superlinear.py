@@ -72,9 +72,9 @@ def main(
 
 def _memory(model: Path, options: dict[str, Any], tokens: int) -> int:
     """Bytes that one device needs for the whole model and the keys and values of so many tokens."""
-    (rank,) = open_model(str(model), options).decision.ranks
+    (rank,) = open_model(str(model), options).plan.ranks
     blocks = -(-tokens // 16)
-    return rank.weights + rank.activations + blocks * (rank.block + 16 * rank.context_token)
+    return rank.weight_bytes + rank.activation_bytes + blocks * (rank.block_bytes + 16 * rank.context_token_bytes)
 
 
 def _summary(runs: list[dict[str, Any]], single: list[dict[str, Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def _run(command: list[str], pinned: bool) -> dict[str, Any]:
 
 
 def _shoal(folder: Path, batches: list[int], input_len: int, output_len: int, *extra: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "shoal.cli.main", "bench", "latency", str(folder), "--repeat", "2", *extra]
+    command = [sys.executable, "-m", "shoal", "bench", "latency", str(folder), "--repeat", "2", *extra]
     command += ["--input-len", str(input_len), "--output-len", str(output_len)]
     for batch in batches:
         command += ["--batch-size", str(batch)]

@@ -25,7 +25,7 @@ PROMPTS = [f"{a} + {b} =" for a, b in [(37, 45), (8, 64), (3, 9), (51, 27), (12,
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or id on the hub; the bundled model if left out")
+    parser.add_argument("--model", help="a folder, an id on the hub, or bundled (the default): the bundled model")
     parser.add_argument("--dp-size", type=int, default=2, help="replicas, over all hosts")
     parser.add_argument("--local", type=int, default=0, help="replicas that this process starts itself")
     parser.add_argument("--address", default="127.0.0.1", help="of this host, as the others reach it")

@@ -33,7 +33,7 @@ RANK_ENDS_S = 30.0  # how long the other ranks of a host are given to end when o
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or id on the hub; the bundled model if left out")
+    parser.add_argument("--model", help="a folder, an id on the hub, or bundled (the default): the bundled model")
     parser.add_argument("--dp-size", type=int, default=2, help="replicas, over all hosts")
     parser.add_argument("--tp-size", type=int, default=1, help="ranks that share each layer of a replica")
     parser.add_argument("--pp-size", type=int, default=1, help="pipeline stages of a replica")

@@ -19,7 +19,7 @@ START = """
 import subprocess, sys
 from shoal import env
 from shoal.process import import_path
-command = [*import_path.python_command("shoal.cli.main"), "--version"]
+command = [*import_path.python_command("shoal"), "--version"]
 done = subprocess.run(command, env=env.child_environment({}), capture_output=True, text=True)
 print(done.stdout + done.stderr)
 """

@@ -27,12 +27,13 @@ from shoal import (
     UserError,
 )
 from shoal.errors import CheckpointError, ClosedError, ConfigError, RankFailed, ReplicasFailed
+from shoal.launch import hub
 from shoal.launch.open_model import open_model
 from shoal.llm import llm as llm_module
 from shoal.params import Prompt
 from shoal.text.tokenizer import open_tokenizer
 from shoal.worker.runner import Runner
-from support import checkpoints
+from support import checkpoints, tokenizers
 
 DEMO_MODEL = Path(shoal.__file__).parent / "demo_model"
 Checkpoints = Callable[[str], Path]
@@ -779,6 +780,98 @@ def test_a_seed_of_minus_one_is_none() -> None:
 def test_a_path_is_a_model(folder: Path) -> None:
     with LLM(folder, **SMALL) as llm:
         assert llm.options.model == str(folder)
+
+
+@pytest.mark.parametrize(("model", "name"), [(None, "bundled"), ("bundled", "bundled"), ("bundled:moe", "bundled:moe")])
+def test_the_bundled_models_go_by_the_names_that_clients_use(model: str | None, name: str) -> None:
+    """As the model, and as the draft model."""
+    opened = open_model(model, {**SMALL, "speculative_config": {"model": "bundled"}})
+    assert opened.name == name
+    assert opened.plan.model.folder == str(
+        DEMO_MODEL.parent / ("demo_moe_model" if name == "bundled:moe" else "demo_model")
+    )
+    assert opened.plan.draft is not None
+    assert opened.plan.draft.folder == str(DEMO_MODEL)
+
+
+@pytest.fixture
+def without_tokenizer(tmp_path: Path) -> Path:
+    """The bundled model without its tokenizer: it works only where the other one is found."""
+    folder = tmp_path / "without"
+    shutil.copytree(DEMO_MODEL, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"engine_process": True}, {"data_parallel_size": 2}], ids=str)
+def test_the_tokenizer_of_another_folder(without_tokenizer: Path, options: dict[str, Any]) -> None:
+    """For prompts, chats and structured outputs, which the engine follows, wherever it runs."""
+    with LLM(without_tokenizer, tokenizer=DEMO_MODEL, **SMALL, **options) as llm:
+        (output,) = llm.generate("37 + 45 =", GREEDY, use_tqdm=False)
+        assert output.outputs[0].text.startswith(" 82")
+        (answer,) = llm.chat([{"role": "user", "content": "37 + 45 ="}], SamplingParams(temperature=0), use_tqdm=False)
+        assert answer.outputs[0].text.startswith("37 + 45 = 82")
+        wanted = StructuredOutputsParams(regex="[a-c]{3}")
+        params = SamplingParams(temperature=0, max_tokens=8, structured_outputs=wanted)
+        (letters,) = llm.generate("37 + 45 =", params, use_tqdm=False)
+        assert len(letters.outputs[0].text) == 3
+        assert set(letters.outputs[0].text) <= set("abc")
+
+
+def test_the_chat_template_comes_with_the_tokenizer(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "other", ignore=shutil.ignore_patterns("model*")))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages[0]['content'] }} ="
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    reader = open_model(None, {**SMALL, "tokenizer": str(folder)}).reader()
+    job = reader.prepare_chat(0, [{"role": "user", "content": "37 + 45"}], GREEDY)
+    assert reader.prepare(0, "37 + 45 =", GREEDY).tokens[1:] == job.tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "has no tokenizer; it needs a tokenizer.json or the like"),
+        ("nowhere/at/all", "nowhere/at/all is not a folder"),
+        ("large", r"has token ids up to 1000, the model only up to 639: choose the tokenizer that the model"),
+    ],
+)
+def test_tokenizers_that_can_not_be_used(tmp_path: Path, name: str, says: str) -> None:
+    if name == "large":
+        (tmp_path / name).mkdir()
+        content = json.loads((DEMO_MODEL / "tokenizer.json").read_text())
+        content["model"]["vocab"]["a long word"] = 1000
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+    given = name if "/" in name else str(tmp_path / name)
+    with pytest.raises(UserError, match=says):
+        LLM(tokenizer=given, **SMALL)
+
+
+def test_a_tokenizer_with_few_tokens_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizers.metaspace().save(str(tmp_path / "tokenizer.json"))
+    with caplog.at_level("WARNING", logger="shoal"):
+        open_model(None, {**SMALL, "tokenizer": str(tmp_path)})
+    assert f"{tmp_path} has 9 tokens, the model has 640: is it the tokenizer" in caplog.text
+    caplog.clear()
+    open_model(None, {**SMALL, "tokenizer": str(DEMO_MODEL)})
+    assert "is it the tokenizer" not in caplog.text
+
+
+def test_a_revision_of_the_tokenizer_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def locate(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
+        asked.append((model, revision, weights))
+        return DEMO_MODEL
+
+    monkeypatch.setattr(hub, "locate", locate)
+    open_model("org/model", {**SMALL, "revision": "a", "tokenizer_revision": "b"})
+    open_model("org/model", {**SMALL, "tokenizer": "org/other"})
+    assert asked == [
+        ("org/model", "a", True),
+        ("org/model", "b", False),
+        ("org/model", None, True),
+        ("org/other", None, False),
+    ]
 
 
 def test_a_relative_path_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

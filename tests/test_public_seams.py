@@ -65,7 +65,8 @@ def reached_for(tree: ast.Module) -> Iterator[tuple[int, str]]:
             case ast.Call(func=ast.Attribute(attr=called) | ast.Name(id=called)) if called in BY_TEXT:
                 texts = [each.value for each in node.args if isinstance(each, ast.Constant)]
                 names = [text.rpartition(".")[2] for text in texts if isinstance(text, str)]
-        yield from ((node.lineno, name) for name in names if name in private_names_of_ours())
+        line = getattr(node, "lineno", 0)
+        yield from ((line, name) for name in names if name in private_names_of_ours())
 
 
 def test_few_tests_reach_for_private_names() -> None:

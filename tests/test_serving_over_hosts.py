@@ -25,7 +25,6 @@ from shoal.activity import AWAKE
 from shoal.cluster.members.arrival import FRONT_END, Arrival, FleetDoor
 from shoal.errors import EngineError
 from shoal.launch.open_model import open_model
-from shoal.planner.agreement import agreement
 from shoal.transport.rendezvous import Rendezvous
 from support import hosts
 
@@ -94,7 +93,7 @@ def programs() -> Iterator[Callable[..., Program]]:
     def start(*arguments: str, on: hosts.Host | None = None, environment: Mapping[str, str] | None = None) -> Program:
         inside = [] if on is None else on.inside
         process = subprocess.Popen(
-            [*inside, sys.executable, "-m", "shoal.cli.main", "serve", *arguments],
+            [*inside, sys.executable, "-m", "shoal", "serve", *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -207,7 +206,7 @@ def test_hosts_that_meet_by_ipv6(link_local: bool) -> None:
         url = head.await_line(r"(http://\[::1\]:\d+) listens")
         until(lambda: [each["state"] for each in states(head, url)] == ["ready"], "it is ready", head)
         assert stream(head, url, PROMPTS[0], tokens=4)
-        top = [*first.inside, sys.executable, "-m", "shoal.cli.main", "top", "--once", url.removeprefix("http://")]
+        top = [*first.inside, sys.executable, "-m", "shoal", "top", "--once", url.removeprefix("http://")]
         assert "ready" in subprocess.run(top, capture_output=True, text=True, check=True).stdout
 
 
@@ -228,7 +227,7 @@ def test_head_first_and_a_host_that_is_cut_off() -> None:
 def front_end() -> Iterator[str]:
     """Only the door of one, which awaits replica 1 of 2 of the bundled model; its port."""
     opened = open_model(None, {"data_parallel_size": 2, "max_model_len": 256}, online=True)
-    door = FleetDoor(size=2, awaited=[1], agreement=agreement(opened.options, opened.decision), answer_timeout=60)
+    door = FleetDoor(size=2, awaited=[1], agreement=opened.agreement, answer_timeout=60)
     arrived: list[Arrival] = []
     door.open(lambda _, arrival: arrived.append(arrival))
     with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous:
@@ -259,7 +258,7 @@ def test_who_differs_is_refused_before_it_loads(front_end: str, arguments: list[
 def test_replicas_come_back_until_they_are_dismissed() -> None:
     """One that is stopped is started again, and tells the front end so; one that is not wanted any more is not."""
     opened = open_model(None, {"max_model_len": 256}, online=True)
-    door = FleetDoor(size=1, awaited=[0], agreement=agreement(opened.options, opened.decision), answer_timeout=60)
+    door = FleetDoor(size=1, awaited=[0], agreement=opened.agreement, answer_timeout=60)
     arrivals: SimpleQueue[Arrival] = SimpleQueue()
     door.open(lambda _, arrival: arrivals.put(arrival))
     with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous, programs() as start:
@@ -288,7 +287,7 @@ def test_replicas_come_back_until_they_are_dismissed() -> None:
 
 def test_a_replica_that_sleeps_says_so_to_the_next_front_end() -> None:
     opened = open_model(None, {"max_model_len": 256}, online=True)
-    door = FleetDoor(size=1, awaited=[0], agreement=agreement(opened.options, opened.decision), answer_timeout=60)
+    door = FleetDoor(size=1, awaited=[0], agreement=opened.agreement, answer_timeout=60)
     arrivals: SimpleQueue[Arrival] = SimpleQueue()
     door.open(lambda _, arrival: arrivals.put(arrival))
     with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous, programs() as start:

@@ -103,7 +103,7 @@ def test_who_finds_other_weights_stays_asleep_and_wakes_up_when_they_are_back(fo
         with pytest.raises(CheckpointError, match="has no weights"):
             llm.wake_up()
         shutil.copy(folder / "away", file)
-        with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
+        with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
             llm.wake_up(tags=["weights"])
         assert llm.is_sleeping()
         (folder / "away").rename(file)

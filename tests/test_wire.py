@@ -1,6 +1,7 @@
-"""Messages survive the wire, and stay small."""
+"""Messages are equal after they were encoded and decoded, and stay small."""
 
 import builtins
+import typing
 from functools import partial
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.activity import PARTS, Activity, ActivityState
-from shoal.engine.request import decode_tokens, encode_tokens
+from shoal.config.engine_options import SpeculativeConfig
 from shoal.wire.base import Stop, Wire, encode
 from shoal.wire.engine import (
     CacheReset,
+    EngineRequest,
     FromEngine,
     SeqUpdate,
     StatsQuery,
@@ -48,7 +50,16 @@ from shoal.wire.grammars import (
     to_grammar,
     to_grammar_host,
 )
-from shoal.wire.plan import ModelFiles, ReplicaPlace
+from shoal.wire.plan import (
+    Layout,
+    ModelFiles,
+    ModelPlan,
+    RankPlan,
+    ReplicaPlace,
+    ServedModel,
+    ShardPlan,
+    Timeouts,
+)
 from shoal.wire.ranks import (
     Capacity,
     FromRank,
@@ -73,6 +84,7 @@ from shoal.wire.ranks import (
     to_rank,
 )
 from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rendezvous, hello_decoder, to_rendezvous
+from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
 from support.fakes import steady
 
 INTEGERS = st.integers(-(2**63), 2**64 - 1)
@@ -84,12 +96,16 @@ PLAIN = {
     bytes: st.binary(max_size=8),
     type(None): st.none(),
     Activity: st.builds(Activity, st.sampled_from(ActivityState), st.integers(0, 2), st.just(PARTS) | st.just(())),
+    SpeculativeConfig: st.builds(SpeculativeConfig, st.sampled_from(["ngram", "draft_model"]), st.integers(1, 64)),
     Any: st.none() | st.booleans() | INTEGERS | st.text(max_size=5) | st.floats(allow_nan=False),
 }
 
 
 def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
-    """Whatever a field of this type may hold. `inside`: messages that it is a part of, which it does not hold again."""
+    """Return a strategy for the values of a field of this type.
+
+    `inside`: the messages around the field, which are not put into it again.
+    """
     within = partial(values, inside=inside)
     match get_origin(hint), get_args(hint):
         case builtins.tuple, (item, end) if end is ...:
@@ -102,8 +118,8 @@ def values(hint: Any, inside: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
             fields = {} if hint in inside else get_type_hints(hint)
             whole = st.builds(hint, **{name: values(kind, (*inside, hint)) for name, kind in fields.items()})
             return st.nothing() if hint in inside else whole
-        case None, _:
-            return PLAIN[hint] if hint in PLAIN else st.sampled_from(hint)
+    if get_origin(hint) in (None, typing.Literal):
+        return PLAIN[hint] if hint in PLAIN else st.sampled_from(get_args(hint) or hint)
     return st.one_of(*map(within, get_args(hint)))
 
 
@@ -151,7 +167,7 @@ PAYLOADS = {
 @pytest.mark.parametrize(("name", "message"), MESSAGES, ids=[f"{n}-{m.__name__}" for n, m in MESSAGES])
 @settings(steady, max_examples=25)
 @given(data=st.data())
-def test_every_message_survives(name: str, message: type[Wire], data: st.DataObject) -> None:
+def test_every_message_is_decoded_as_it_was_sent(name: str, message: type[Wire], data: st.DataObject) -> None:
     sent = data.draw(values(message))
     received = DECODERS[name].decode(encode(sent))
     assert type(received) is message
@@ -161,7 +177,7 @@ def test_every_message_survives(name: str, message: type[Wire], data: st.DataObj
 @pytest.mark.parametrize("message", PAYLOADS, ids=lambda message: message.__name__)
 @settings(steady, max_examples=25)
 @given(data=st.data())
-def test_every_payload_survives(message: type[Wire], data: st.DataObject) -> None:
+def test_every_payload_is_decoded_as_it_was_sent(message: type[Wire], data: st.DataObject) -> None:
     sent = data.draw(values(message))
     assert PAYLOADS[message](encode(sent)) == sent
 
@@ -171,12 +187,13 @@ def test_every_message_is_covered() -> None:
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
         *(SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
         *(ReplicaStatus, StoredTurn, ModelFiles),
+        *(Layout, ShardPlan, ModelPlan, RankPlan, Timeouts, ServedModel),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts
     assert set(Wire.__subclasses__()) == covered
 
 
-def test_a_message_for_somebody_else_is_refused() -> None:
+def test_a_message_for_another_kind_of_process_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
         to_rank.decode(encode(StatsQuery()))
     with pytest.raises(msgspec.ValidationError):
@@ -184,13 +201,13 @@ def test_a_message_for_somebody_else_is_refused() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00", b"\x92\xa8StepPlan\x01", encode(Stop())[:-1]])
-def test_garbage_is_refused(data: bytes) -> None:
+def test_malformed_data_is_refused(data: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
         to_rank.decode(data)
 
 
-def test_a_plan_of_many_decodes_is_small() -> None:
-    """Deltas: a sequence that goes on costs a few bytes, not its table, tokens or parameters."""
+def test_a_plan_for_many_decoding_sequences_is_small() -> None:
+    """Plans are deltas: a sequence that ranks know costs a few bytes, not its block table, tokens and parameters."""
     works = tuple(Work(10_000 + i, 1500 + i, 1, True, (5000 + i,) if i % 16 == 0 else ()) for i in range(32))
     plan = StepPlan(0, 100_000, works)
     assert len(encode(plan)) < 32 * 20
@@ -202,10 +219,10 @@ def test_a_prompt_costs_four_bytes_a_token() -> None:
     assert len(encode(new)) < 4000 + 80
 
 
-def test_guesses_cost_a_few_bytes_each() -> None:
+def test_a_draft_costs_at_most_five_bytes() -> None:
     drafts = tuple(range(100_000, 100_005))
-    with_guesses, without = (encode(Work(7, 1500, 6, True, (), given)) for given in (drafts, ()))
-    assert len(with_guesses) - len(without) <= 5 * len(drafts)
+    with_drafts, without = (encode(Work(7, 1500, 6, True, (), given)) for given in (drafts, ()))
+    assert len(with_drafts) - len(without) <= 5 * len(drafts)
 
 
 def test_a_mask_costs_a_bit_a_token() -> None:
@@ -224,7 +241,15 @@ def test_a_plan_is_masked_if_any_work_is() -> None:
 
 @steady
 @given(st.lists(st.integers(0, 2**31 - 1)))
-def test_tokens_survive_little_endian(tokens: list[int]) -> None:
+def test_tokens_are_encoded_as_little_endian_int32(tokens: list[int]) -> None:
     data = encode_tokens(tokens)
     assert data == b"".join(token.to_bytes(4, "little") for token in tokens)
     assert decode_tokens(data) == tokens
+    assert num_tokens(data) == len(tokens)
+
+
+def test_a_request_knows_what_is_prompt_and_what_is_output() -> None:
+    fresh = EngineRequest(1, encode_tokens([7, 8, 9]), 3, Sampling(seed=0), 5)
+    assert (fresh.num_tokens, fresh.num_output_tokens) == (3, 0)
+    begun = EngineRequest(1, encode_tokens([7, 8, 9, 1, 2]), 3, Sampling(seed=0), 5)
+    assert (begun.num_tokens, begun.num_output_tokens) == (5, 2)

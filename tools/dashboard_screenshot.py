@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _server() -> Iterator[str]:
-    command = [sys.executable, "-m", "shoal.cli.main", "serve", "--port", "0", "-tp", "2", "-dp", "2"]
+    command = [sys.executable, "-m", "shoal", "serve", "--port", "0", "-tp", "2", "-dp", "2"]
     command += ["--kv-cache-memory-bytes", "2MiB"]  # so that its bars have something to show
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

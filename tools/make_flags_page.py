@@ -1,6 +1,6 @@
-"""Writes docs/flags.md, the page of all flags and environment variables, from the code that reads them.
+"""Write docs/flags.md, the page of all flags and environment variables, from the code that reads them.
 
-`python tools/make_flags_page.py` after a flag has changed; a test fails while the page is stale.
+Run `python tools/make_flags_page.py` after a flag has changed; a test fails while the page is stale.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import click
 from shoal import env
 from shoal.cli.commands import cli
 from shoal.cli.options import flag_groups, group_of
-from shoal.config import engine_options
+from shoal.config import engine_options, vllm_options
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 
@@ -21,18 +21,18 @@ _HEAD = """# Flags and environment variables
 
 Made from the code by `tools/make_flags_page.py`.
 
-## What goes over what
+## Which value counts
 
-1. Flags on the command line. `LLM(...)`: its arguments.
-2. Environment variables: `SHOAL_<OPTION>` for every option of the engine, and vLLM's name where the table has one; ours
-   goes over vLLM's. An empty variable counts as not set, and a `SHOAL_` variable that nothing reads is warned of.
-   They hold for `LLM(...)` too.
-3. The file of `--config`. `LLM(...)` reads none.
-4. For sampling, the model's `generation_config.json`, unless `--generation-config vllm`.
-5. The defaults below. A request in OpenAI's batch format has OpenAI's: temperature 1, 16 tokens for a completion, as
+The first of these that has a value:
+
+1. A prompt's own `sampling_params`, or the body of its request.
+2. Flags on the command line; for `LLM(...)` its arguments.
+3. Environment variables: `SHOAL_<OPTION>` for every option of the engine, then vLLM's name if the table has one. An
+   empty variable counts as not set; a `SHOAL_` variable that nothing reads gives a warning. `LLM(...)` reads them, too.
+4. The file of `--config`, which `LLM(...)` does not have.
+5. For sampling, the model's `generation_config.json`, unless `--generation-config vllm`.
+6. The defaults below. A request in OpenAI's batch format has OpenAI's: temperature 1, 16 tokens for a completion, as
    many as fit for a chat.
-
-A prompt's own `sampling_params`, or the body of its request, go over all of them.
 
 A config file is YAML. Its keys are any flags of the command, and MODEL, without dashes in front and with `-` or `_`
 between words; a flag that may be given several times takes a list, one that takes JSON a mapping:
@@ -48,11 +48,11 @@ speculative-config: {method: ngram, num_speculative_tokens: 4}
 
 
 def page() -> str:
-    return "\n".join([_HEAD, *_commands(), *_shared(), *_variables()]).rstrip() + "\n"
+    return "\n".join([_HEAD, *_commands(), *_shared(), *_variables(), *_lacking()]).rstrip() + "\n"
 
 
 def commands(command: click.Command = cli, name: str = "shoal") -> Iterator[tuple[str, click.Command]]:
-    """(how it is called, command), without those that only hold others."""
+    """Yield (how it is called, command), without the groups of commands."""
     if not isinstance(command, click.Group):
         yield name, command
         return
@@ -79,7 +79,7 @@ def _positional(parameter: click.Parameter) -> bool:
 def _shared() -> Iterator[str]:
     shown: dict[str, list[click.Parameter]] = {}
     for _, command in commands():
-        for group, flags in flag_groups(command).items():  # a command that serves has more of them
+        for group, flags in flag_groups(command).items():  # `shoal serve` has more of them than other commands
             shown[group] = max(shown.get(group, []), flags, key=len)
     variables = {option.name: env.option_variable(option.name) for option in engine_options.options()}
     for group, parameters in shown.items():
@@ -96,7 +96,7 @@ def _table(flags: list[click.Option], variables: dict[str, str]) -> Iterator[str
         if record is not None:
             names, help_ = record
             variable = f" `{variables[flag.name]}` |" if variables and flag.name else ""
-            yield f"| `{_plain(names)}` | {_plain(help_)} |{variable}"
+            yield f"| `{_plain(names)}` | {_unlinked(_plain(help_))} |{variable}"
     yield ""
 
 
@@ -109,8 +109,19 @@ def _variables() -> Iterator[str]:
         yield f"| `{env.option_variable(name)}` | `{alias}` |"
 
 
+def _lacking() -> Iterator[str]:
+    yield "\n## Flags of vLLM that Shoal does not have\n\n| flag | what to do |\n|---|---|"
+    for name, way in vllm_options.LACKING.items():
+        yield f"| `--{name.replace('_', '-')}` | {_plain(way) or 'not yet'} |"
+
+
 def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
+
+
+def _unlinked(text: str) -> str:
+    """Return a text whose brackets are no links, as those around defaults and ranges would be."""
+    return text.replace("[", "\\[")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ mean what they mean to lm-eval's local-completions.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
@@ -52,7 +53,7 @@ class ShoalLM(TemplateLM):  # type: ignore[misc] # lm-eval is not among the pack
             raise CheckpointError(f"{opened.name} has no tokenizer, and lm-eval speaks in texts")
         self._llm = LLM(opened)
         self._tokenizer = opened.tokenizer
-        self._template = ChatTemplate.open(opened.decision.folder)
+        self._template = ChatTemplate.open(Path(opened.served.folder))
         self._eos = opened.generation.eos
         self._add_bos_token = add_bos_token
         self._max_gen_toks = max_gen_toks

@@ -142,6 +142,6 @@ class Lockstep(Protocol):
 
 
 class Policy(Protocol):
-    """Who goes first. A request's rank is compared with others'; the lowest is served first, the highest preempted."""
+    """The order of requests: the one with the lowest key is served first, the one with the highest is preempted."""
 
-    def rank(self, request: EngineRequest, arrival: int) -> tuple[int, ...]: ...
+    def sort_key(self, request: EngineRequest, arrival: int) -> tuple[int, ...]: ...

@@ -1,8 +1,10 @@
-"""Showing values in messages, and reading the numbers that people write. Free of torch."""
+"""Showing values in messages, suggesting names, and reading the numbers that people write. Free of torch."""
 
+import difflib
 import math
 import re
 import reprlib
+from collections.abc import Iterable
 
 _SHOWN = 200  # characters of a wrong value
 
@@ -27,6 +29,19 @@ def _is_short(value: object) -> bool:
             left -= 1 + len(each)
             pending.extend((each if not isinstance(each, dict) else [*each, *each.values()]) if left > 0 else ())
     return left > 0
+
+
+_LIKENESS = 0.75  # from 0 to 1; at difflib's own 0.6 words come up that have nothing to do with each other
+_SHORTEST_START = 4
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that someone who wrote `name` may have meant; None if there is none like it."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1, _LIKENESS)
+    if not near and len(name) >= _SHORTEST_START:
+        near = [each for each in names if each.startswith(name)]
+    return near[0] if near else None
 
 
 _DIGITS = re.compile(r"[+-]?[0-9]{1,1000}")

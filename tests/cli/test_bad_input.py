@@ -200,7 +200,7 @@ def test_truncated_weights(refused: Refused, folder: Path, tokens: Path, size: i
     line = refused(folder, "--prompts-file", tokens)
     has(line, file, "truncated", f"{len(data[:size])} bytes")
     if size < 0:
-        has(line, f"promises {len(data)}", "download it again")
+        has(line, f"{len(data)} by its header", "download it again")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_layouts_that_can_not_be(
 @pytest.mark.parametrize("variable", ["SHOAL_PIPELINE_LAYER_PARTITION", "VLLM_PP_LAYER_PARTITION"])
 def test_a_partition_in_the_environment(refused: Refused, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "2,x")
-    has(refused("-pp", 2), f"{variable} takes positive integers", "the layers of each stage, such as 3,2,2")
+    has(refused("-pp", 2), f"{variable} takes positive integers", "the number of layers of each stage")
     monkeypatch.setenv(variable, "2,3")
     has(refused("-pp", 2), "--pipeline-layer-partition 2,3 has 5 layers, the model has 4")
 
@@ -391,10 +391,27 @@ def test_types_of_flags(refused: Refused, option: engine_options.Option) -> None
 
 
 @pytest.mark.parametrize(
-    ("flag", "near"), [("--tensor-parallel-sizes", "--tensor-parallel-size"), ("--temprature", "--temperature")]
+    ("flag", "says"),
+    [
+        ("--tensor-parallel-sizes", "there is no flag --tensor-parallel-sizes (did you mean --tensor-parallel-size?)"),
+        ("--temprature", "there is no flag --temprature (did you mean --temperature?)"),
+        ("--max-seqs", "there is no flag --max-seqs (did you mean --max-num-seqs?)"),
+        ("--tp", "there is no flag --tp (did you mean -tp?)"),
+        ("--xyzzy", "there is no flag --xyzzy; see"),
+        ("--block-chain", "there is no flag --block-chain; see"),
+        ("-z", "there is no flag -z; see"),
+        ("--speculative-model", "Shoal does not have vLLM's --speculative-model: use --speculative-config"),
+        ("--max-logprobs", "--max-logprobs is a flag of `shoal serve` only: leave it out here"),
+        ("--disable-log-requests", "vLLM's --disable-log-requests is for `shoal serve` and AsyncLLM"),
+    ],
 )
-def test_unknown_flag(refused: Refused, flag: str, near: str) -> None:
-    has(refused(flag, "2"), flag, near, "shoal generate --help")
+def test_unknown_flag(refused: Refused, flag: str, says: str) -> None:
+    has(refused(flag, "2"), f"error: {says}", "see shoal generate --help")
+
+
+@pytest.mark.parametrize("command", ["top", "scale", "download", "completion"])
+def test_commands_without_an_engine_know_nothing_of_vllm(refused: Refused, command: str) -> None:
+    has(refused("--rope-theta", "2", command=command), "error: there is no flag --rope-theta; see")
 
 
 def test_flag_without_value(refused: Refused) -> None:
@@ -519,7 +536,7 @@ def test_output_that_is_there(refused: Refused, tmp_path: Path) -> None:
     has(refused("--output", output, "--resume", "--overwrite"), "--resume or --overwrite, not both")
     has(refused("--resume"), "--resume needs --output")
     has(refused("--overwrite"), "--overwrite needs --output")
-    has(refused("--output", "/dev/null", "--resume"), "/dev/null is no file")
+    has(refused("--output", "/dev/null", "--resume"), "/dev/null is not a regular file")
     has(refused("--output", output, "--prompts-file", output, "--overwrite"), "the same file", output)
     assert output.read_text() == "hours of work\n"
 

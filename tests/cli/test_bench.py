@@ -13,7 +13,7 @@ SMALL = ["shape:llama-10m", "--kv-cache-memory-bytes", "32MiB", "--repeat", "1"]
 
 
 def bench(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "shoal.cli.main", "bench", *arguments]
+    command = [sys.executable, "-m", "shoal", "bench", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     report: dict[str, Any] = json.loads(done.stdout)
     return report
@@ -37,7 +37,7 @@ def test_throughput_into_a_file(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     command = ["throughput", *SMALL, "--input-len", "8", "--output-len", "3", "--num-prompts", "5"]
     done = subprocess.run(
-        [sys.executable, "-m", "shoal.cli.main", "bench", *command, "--output", str(file)], timeout=100, check=True
+        [sys.executable, "-m", "shoal", "bench", *command, "--output", str(file)], timeout=100, check=True
     )
     assert done.returncode == 0
     assert json.loads(file.read_text())["results"][0]["batch_size"] == 5
@@ -64,14 +64,14 @@ def test_comm(tmp_path: Path) -> None:
     sizes = ["--ranks", "2", "--experts", "4", "--top-k", "1", "--hidden-size", "16", "--dtype", "float32"]
     command = ["comm", "--pattern", "moe", *sizes, "--tokens", "0", "--tokens", "300", "--repeat", "3"]
     done = subprocess.run(
-        [sys.executable, "-m", "shoal.cli.main", "bench", *command, "-o", str(file)],
+        [sys.executable, "-m", "shoal", "bench", *command, "-o", str(file)],
         capture_output=True,
         text=True,
         timeout=100,
         check=True,
     )
     report = json.loads(file.read_text())
-    assert done.stdout.splitlines()[-1] == f"auto takes {report['auto']}: {report['why']}"
+    assert done.stdout.splitlines()[-1] == f"auto chooses {report['auto']}: {report['why']}"
     assert report["auto"] == "all_to_all"
     assert report["tokens"] == [0, 300]
     sent = {(result["tokens"], result["backend"]): result["sent_bytes"] for result in report["results"]}

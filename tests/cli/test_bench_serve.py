@@ -344,12 +344,12 @@ def test_ctrl_c_gives_what_was_measured(tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     with OpenAIServer(answer) as server:
         flags = ["--max-concurrency", "1", "--num-prompts", "9", "--output", str(output)]
-        command = [sys.executable, "-m", "shoal.cli.main", "bench", "serve", server.url, *flags]
+        command = [sys.executable, "-m", "shoal", "bench", "serve", server.url, *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert stuck.wait(100)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=100)
     assert process.returncode == 130
     assert out.startswith("2 requests ok, 0 failed, 1 broken off in ")
-    assert err == "interrupted: the figures are those of the requests that had ended\n"
+    assert err == "interrupted: the report covers the requests that had ended\n"
     assert json.loads(output.read_text())["interrupted"] is True

@@ -143,6 +143,8 @@ def test_names_of_vllm_come_behind_ours(seen: Any, monkeypatch: pytest.MonkeyPat
         ("tensor-paralel-size: 2", "unknown key tensor-paralel-size; did you mean tensor-parallel-size?"),
         ("max_token: 2", "unknown key max_token; did you mean max-tokens?"),
         ("xyzzy: 2", "unknown key xyzzy; docs/flags.md lists"),
+        ("rope_theta: 2", "unknown key rope_theta; Shoal does not have vLLM's --rope-theta: use --hf-overrides"),
+        ("reasoning-parser: x", "unknown key reasoning-parser; Shoal does not have vLLM's --reasoning-parser yet"),
         ("config: x", "unknown key config"),
         ("block-size: '8'", "block-size takes an integer, got '8'"),
         ("block-size: 8.5", "block-size takes an integer, got 8.5"),
@@ -168,9 +170,9 @@ def test_names_of_vllm_come_behind_ours(seen: Any, monkeypatch: pytest.MonkeyPat
         ("speculative-config: {method: ngram, method: draft}", ", line 1: method is given twice"),
         ("-x: 1", "unknown key -x"),
         ("- a", "must map flags to values"),
-        ("a: [", "is no YAML"),
-        ("{" * 3000, "is no YAML"),
-        ("!!python/object/apply:os.system [ls]", "is no YAML"),
+        ("a: [", "is not YAML"),
+        ("{" * 3000, "is not YAML"),
+        ("!!python/object/apply:os.system [ls]", "is not YAML"),
     ],
 )
 def test_slips_in_the_file(
@@ -186,7 +188,7 @@ def test_slips_in_the_file(
 
 def test_files_that_can_not_be_read(shoal: Shoal, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latin").write_bytes(b"a: caf\xe9")
-    for path, says in [("no", "No such file"), (".", "directory"), ("latin", "is no YAML")]:
+    for path, says in [("no", "No such file"), (".", "directory"), ("latin", "is not YAML")]:
         assert shoal("generate", "--config", tmp_path / path) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line
@@ -200,7 +202,7 @@ def test_files_that_can_not_be_read(shoal: Shoal, tmp_path: Path, capsys: pytest
         ("SHOAL_ENGINE_PROCESS", "maybe", "SHOAL_ENGINE_PROCESS takes true or false, got 'maybe'"),
         ("VLLM_ENGINE_READY_TIMEOUT_S", "x", "VLLM_ENGINE_READY_TIMEOUT_S takes a number, got 'x'"),
         ("SHOAL_DEVICE_MEMORY", "lots", "SHOAL_DEVICE_MEMORY takes a number of bytes"),
-        ("SHOAL_SPECULATIVE_CONFIG", "{", "SHOAL_SPECULATIVE_CONFIG is no JSON"),
+        ("SHOAL_SPECULATIVE_CONFIG", "{", "SHOAL_SPECULATIVE_CONFIG is not JSON"),
         ("SHOAL_LOG_LEVEL", "loud", "SHOAL_LOG_LEVEL must be one of debug, info, warning, error, critical, got 'loud'"),
     ],
 )

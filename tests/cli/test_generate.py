@@ -21,9 +21,18 @@ def test_texts_come_in_the_prompts_order(shoal: Shoal, capsys: pytest.CaptureFix
     ]
 
 
-def test_the_bundled_model_has_prompts_of_its_own(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
-    assert shoal("generate", *QUIET) == 0
-    assert "37 + 45 = 82" in capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize("model", [None, "bundled", "bundled:dense", "bundled:moe"])
+def test_the_bundled_models_have_prompts_of_their_own(
+    shoal: Shoal, capsys: pytest.CaptureFixture[str], model: str | None
+) -> None:
+    assert shoal("generate", *([] if model is None else [model]), *QUIET) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "37 + 45 = 82",
+        "Count from 3 to 9: 3 4 5 6 7 8 9",
+        "Reverse: apple -> elppa",
+        "Sort: pear apple fig -> apple fig pear",
+        "8 + 64 = 72",
+    ]
 
 
 def test_a_file_in_and_a_file_out(shoal: Shoal, tmp_path: Path) -> None:
@@ -83,3 +92,42 @@ def test_tokens_are_printed_where_there_is_no_text(
     printed = capsys.readouterr().out.split()
     assert printed[:2] == ["2", "tokens"]
     assert len(printed) == 4
+
+
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "string", "minLength": 1000}}, "required": ["a"]}'
+
+
+@pytest.mark.parametrize(
+    ("flags", "cut", "way_out"),
+    [
+        (["--json-schema", SCHEMA, "--max-tokens", "8"], 8, "--max-tokens"),
+        (["--regex", "[a-z]{50}", "--max-tokens", "3"], 3, "--max-tokens"),
+        (["--regex", "[a-z]{100}", "--max-tokens", "200", "--max-model-len", "32"], None, "--max-model-len"),
+        (["--regex", "[0-9]{2}"], None, None),
+        (["--ignore-eos", "--max-tokens", "3"], None, None),
+    ],
+    ids=["json", "regex", "model", "complete", "plain"],
+)
+def test_a_structured_output_that_was_cut_is_told_of(
+    shoal: Shoal, capsys: pytest.CaptureFixture[str], flags: list[str], cut: int | None, way_out: str | None
+) -> None:
+    assert shoal("generate", "-p", "A user:", *flags, *QUIET) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    if way_out is None:
+        assert warnings == []
+        return
+    (warning,) = warnings
+    assert warning.startswith(f"warning: prompt 0: the output was cut at {cut or ''}")
+    assert warning.endswith(f"tokens and may be incomplete; raise {way_out}")
+
+
+def test_a_line_of_a_file_with_an_output_that_was_cut_is_named(
+    shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = {"max_tokens": 2, "structured_outputs": {"regex": "[0-9]{5}"}}
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "A", "sampling_params": own}))
+    assert shoal("generate", "--prompts-file", tmp_path / "p.jsonl", *QUIET) == 0
+    assert (
+        f"warning: prompt 0 ({tmp_path / 'p.jsonl'}, line 1): the output was cut at 2 tokens and may be incomplete; "
+        "raise --max-tokens or the prompt's own max_tokens\n"
+    ) in capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_all_replicas_die(tmp_path: Path, prompts: Path) -> None:
 
 
 def test_the_log_has_a_line_for_each_replica() -> None:
-    command = [sys.executable, "-m", "shoal.cli.main", "generate", *SMALL, "-p", "1 + 1 =", "-dp", "2"]
+    command = [sys.executable, "-m", "shoal", "generate", *SMALL, "-p", "1 + 1 =", "-dp", "2"]
     environment = {**os.environ, "SHOAL_LOG_LEVEL": "info"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
     assert done.stdout.startswith("1 + 1 =")

@@ -78,6 +78,7 @@ def test_little_is_imported_before_interrupts_are_heard() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     light = [
         "shoal.cli.init",
+        "shoal.process",
         "shoal.process.import_path",
         "shoal.process.open_files",
     ]  # which import nothing but the standard library

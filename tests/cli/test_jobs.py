@@ -43,7 +43,7 @@ def command(prompts: Path, output: Path, *more: str) -> list[str]:
 def started(arguments: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[str]"]:
     environment = {**os.environ, "SHOAL_LOG_LEVEL": "warning"}
     with subprocess.Popen(
-        [sys.executable, "-m", "shoal.cli.main", *arguments],
+        [sys.executable, "-m", "shoal", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
     ) as process:  # fmt: skip
         try:
@@ -341,7 +341,7 @@ def test_stdout_can_not_be_resumed(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "-").write_text("a file of this name is none of our business")
     assert shoal("generate", "-p", "a", "--output", "-", "--resume") == 2
-    assert "--resume needs an --output that can be read; - is no file" in capsys.readouterr().err
+    assert "--resume needs an --output that can be read; - is not a regular file" in capsys.readouterr().err
 
 
 def test_a_hostile_grammar_costs_its_own_line_only(tmp_path: Path, shoal: Shoal) -> None:

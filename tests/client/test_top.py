@@ -142,7 +142,7 @@ class Terminal:
         self.controller, terminal = pty.openpty()
         self.text = ""
         self._more = threading.Condition()
-        command = ["setsid", "--ctty", sys.executable, "-m", "shoal.cli.main", "top", url, "--interval", "0.1"]
+        command = ["setsid", "--ctty", sys.executable, "-m", "shoal", "top", url, "--interval", "0.1"]
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
         self.process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
         os.close(terminal)

@@ -16,7 +16,7 @@ from shoal.cluster.limits import FleetLimits
 from shoal.cluster.routing.router import ReplicaCapacity
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.wire.base import Stop, Wire, encode
+from shoal.wire.base import Stop, Wire, encode, replace_fields
 from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, from_engine
 from shoal.wire.fleet import fleet_status_decoder
 from support.fake_replica import FakeReplica
@@ -41,9 +41,18 @@ READY = Ready()
 
 
 class Member(FakeReplica):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.said: list[SeqUpdate] = []
+
     @property
     def channel(self) -> Any:
         return READY
+
+    def updates(self, timeout: float) -> list[SeqUpdate]:
+        found = super().updates(timeout)
+        self.said += found
+        return found
 
 
 class Setting:
@@ -95,6 +104,11 @@ def setting() -> Iterator[Setting]:
         channel.close()
 
 
+def opened(envelope: Updates) -> list[SeqUpdate]:
+    """Updates with the client's own numbers."""
+    return [replace_fields(update, seq=update.seq - envelope.base) for update in envelope.updates]
+
+
 class LocalClient:
     def __init__(self, desk: Desk) -> None:
         self.got: queue.Queue[Answer] = queue.Queue()
@@ -109,7 +123,7 @@ class LocalClient:
     def next(self) -> list[SeqUpdate]:
         found = self.got.get(timeout=DEADLINE_S)
         assert isinstance(found, Updates)
-        return list(found.updates)
+        return opened(found)
 
     def finish(self) -> None:
         while self.outcomes.open:
@@ -142,7 +156,7 @@ class RemoteClient(LocalClient):
                 self.told[message.id] = message
             else:
                 assert isinstance(message, Updates)
-                found += message.updates
+                found += opened(message)
         return found
 
     def hang_on(self) -> None:
@@ -171,6 +185,22 @@ def test_each_client_gets_its_own(setting: Setting) -> None:
         assert client.outcomes.tokens == {seq: alone(spec) for seq, spec in client.outcomes.specs.items()}
     assert len({spec.group for spec in setting.replica.added}) == 4
     setting.now(setting.fleet.audit)
+
+
+def test_updates_are_handed_on_and_not_copied(setting: Setting) -> None:
+    first, second = setting.local(), setting.local()
+    for client in (first, second):
+        client.line.send([request(3, [1], 5)])
+    got: list[SeqUpdate] = []
+    for client in (first, second):
+        while not (got and got[-1].finish is not None):
+            envelope = client.got.get(timeout=DEADLINE_S)
+            assert isinstance(envelope, Updates)
+            got += envelope.updates
+            assert {update.seq - envelope.base for update in envelope.updates} == {3}
+        setting.until(lambda: len(setting.replica.said) >= 10)
+        assert all(any(update is said for said in setting.replica.said) for update in got)
+        got.clear()
 
 
 def test_an_abort_is_the_clients_own(setting: Setting) -> None:

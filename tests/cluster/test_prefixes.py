@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cluster.routing.prefixes import WIDTH, Digester, PrefixIndex
-from shoal.engine.request import encode_tokens
 from shoal.errors import EngineError
+from shoal.wire.tokens import encode_tokens
 from support.fakes import steady
 
 PROMPTS = st.lists(st.integers(0, 1), max_size=6)

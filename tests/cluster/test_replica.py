@@ -12,23 +12,25 @@ import pytest
 
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
 from shoal.cluster.replica_set import await_ready
-from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError, EngineError, UserError
-from shoal.launch.offline_engines import ENGINE_PROCESS
+from shoal.launch.launchers import ENGINE_PROCESS
 from shoal.transport.channel import Channel, wait
-from shoal.wire.base import encode
+from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import EngineFailure, EngineRequest, EngineStats, Finish, SeqUpdate, to_engine
-from shoal.wire.plan import EngineSetup, ReplicaPlace
+from shoal.wire.plan import EnginePlan, ReplicaPlace
 from shoal.wire.ranks import Sampling
+from shoal.wire.tokens import encode_tokens
+from support.plans import bare_plan, engine_plan
 
 Checkpoint = Callable[[str], Path]
 
-OPTIONS = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20}
+OPTIONS: dict[str, Any] = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20}
+TOO_SMALL: dict[str, Any] = {"asked_model_len": 10**6}  # more than the KV cache holds, which the engine finds out
 
 
 def start(checkpoint: Checkpoint, place: ReplicaPlace | None = None, **changes: Any) -> EngineProcess:
-    setup = EngineSetup(str(checkpoint("llama")), {**OPTIONS, **changes}, place or ReplicaPlace())
-    return EngineProcess(ENGINE_PROCESS, setup, answer_timeout=60)
+    plan = engine_plan(checkpoint("llama"), place or ReplicaPlace(), **OPTIONS)
+    return EngineProcess(ENGINE_PROCESS, replace_fields(plan, **changes), answer_timeout=60)
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def engine(checkpoint: Checkpoint) -> Iterator[EngineProcess]:
 
 
 def request(seq: int, max_tokens: int) -> EngineRequest:
-    return EngineRequest(seq, encode_tokens([5, 6, 7]), Sampling(seed=seq), max_tokens)
+    return EngineRequest(seq, encode_tokens([5, 6, 7]), 3, Sampling(seed=seq), max_tokens)
 
 
 def finished(engine: Replica, count: int) -> dict[int, SeqUpdate]:
@@ -178,7 +180,7 @@ class Slow:
 @pytest.mark.parametrize("frame", [None, encode(EngineFailure("it failed")), b"\xff\xff"])
 def test_nobody_waits_for_the_end_of_one_that_failed_but_who_closes_it(frame: bytes | None) -> None:
     host = Slow()
-    replica = Replica(host, EngineSetup("model", {}), name="replica 0", answer_timeout=60)
+    replica = Replica(host, bare_plan(), name="replica 0", answer_timeout=60)
     host.answer(frame)
     with pytest.raises(EngineError, match=r"replica 0 was killed|it failed|nobody understands"):
         replica.updates(60)
@@ -194,7 +196,7 @@ def test_with_no_thread_left_to_wait_for_its_end_one_that_failed_is_ended_all_th
 ) -> None:
     host = Slow()
     host.may_go.set()
-    replica = Replica(host, EngineSetup("model", {}), name="replica 0", answer_timeout=60)
+    replica = Replica(host, bare_plan(), name="replica 0", answer_timeout=60)
     host.answer(None)
 
     def start(thread: threading.Thread) -> None:
@@ -209,7 +211,7 @@ def test_with_no_thread_left_to_wait_for_its_end_one_that_failed_is_ended_all_th
 
 
 def test_options_that_cannot_work_are_the_users_to_mend(checkpoint: Checkpoint) -> None:
-    process = start(checkpoint, kv_cache_memory_bytes=100_000, max_model_len=256)
+    process = start(checkpoint, **TOO_SMALL)
     with pytest.raises(UserError, match="--max-model-len"):
         process.await_ready(120)
     assert gone(process.pid, within=5)
@@ -229,13 +231,13 @@ def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> Non
 
 
 def test_one_that_fails_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
-    options: list[dict[str, Any]] = [{}, {"kv_cache_memory_bytes": 100_000, "max_model_len": 256}]
+    options: list[dict[str, Any]] = [{}, TOO_SMALL]
     replicas = {
         number: start(checkpoint, ReplicaPlace(number, 2, number, 2), **changes)
         for number, changes in enumerate(options)
     }
     with pytest.raises(
-        UserError, match=rf"^replica 1 \(process {replicas[1].pid}\): .* one request of --max-model-len 256"
+        UserError, match=rf"^replica 1 \(process {replicas[1].pid}\): .* one request of --max-model-len 1000000"
     ):
         await_ready(replicas, timeout=120)
     assert all(gone(replica.pid, within=5) for replica in replicas.values())
@@ -261,16 +263,16 @@ def test_those_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> N
 
 
 def test_an_engine_on_a_thread_speaks_as_one_in_a_process() -> None:
-    def listen(channel: Channel) -> EngineSetup:
+    def listen(channel: Channel) -> EnginePlan:
         while not wait([channel], 60) or not (frames := channel.receive()):
             pass
         setup = to_engine.decode(frames[0])
-        assert isinstance(setup, EngineSetup)
+        assert isinstance(setup, EnginePlan)
         return setup
 
     def refuse(channel: Channel) -> None:
         setup = listen(channel)
-        channel.send(encode(EngineFailure(f"no {setup.model}", user_error=True)))
+        channel.send(encode(EngineFailure(f"no {setup.name}", user_error=True)))
 
     def end(channel: Channel) -> None:
         listen(channel)
@@ -283,14 +285,14 @@ def test_an_engine_on_a_thread_speaks_as_one_in_a_process() -> None:
     def refuse_now(channel: Channel) -> None:
         channel.send(encode(EngineFailure("no tokenizer", user_error=True)))
 
-    later = EngineThread(refuse_later, EngineSetup("model", {}, ReplicaPlace(3, 4)), answer_timeout=60)
+    later = EngineThread(refuse_later, bare_plan(place=ReplicaPlace(3, 4)), answer_timeout=60)
     later.await_ready(60)
     with pytest.raises(EngineError, match=r"^replica 3 \(thread\): no tokenizer$"):  # as any other end of it
         finished(later, 1)
-    replica = EngineThread(refuse, EngineSetup("model", {}, ReplicaPlace(3, 4)), answer_timeout=60)
+    replica = EngineThread(refuse, bare_plan(place=ReplicaPlace(3, 4)), answer_timeout=60)
     with pytest.raises(UserError, match=r"^replica 3 \(thread\): no model$"):
         replica.await_ready(60)
-    ended = EngineThread(end, EngineSetup("model", {}, ReplicaPlace(3, 4)), answer_timeout=60)
+    ended = EngineThread(end, bare_plan(place=ReplicaPlace(3, 4)), answer_timeout=60)
     with pytest.raises(EngineError, match=r"^replica 3 \(thread\) has ended$"):
         ended.await_ready(60)
     with pytest.raises(ClosedError):

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from shoal.cluster.replica_set import ReplicaSet
 from shoal.cluster.routing.router import ReplicaCapacity
 from shoal.cluster.stats import merged
-from shoal.engine.request import decode_tokens
 from shoal.errors import ClosedError, ReplicasFailed, RequestError
 from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import Finish, SeqUpdate, from_engine
 from shoal.wire.ranks import PromptLogprobs, RankStats, TokenLogprobs
+from shoal.wire.tokens import decode_tokens
 from support.fake_replica import STATS, FakeReplica
 from support.fakes import Outcomes, alone, request, steady
 
@@ -88,7 +88,7 @@ def test_a_request_goes_on_from_the_tokens_that_it_has() -> None:
     first.dead = "was killed by SIGKILL"
     finish_all(found, outcomes)
     (again,) = second.added
-    assert (again.prompt_len, again.max_tokens, again.sampling) == (3, 9, spec.sampling)
+    assert (again.num_prompt_tokens, again.max_tokens, again.sampling) == (3, 9, spec.sampling)
     assert decode_tokens(again.tokens) == [1, 2, 3, *alone(spec)[:4]]
     assert first.closed
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shoal.cluster.routing.router import ReplicaCapacity, RequestRouter, most_held
-from shoal.engine.request import encode_tokens
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
+from shoal.wire.tokens import encode_tokens
 from support.fakes import request, steady
 
 BLOCK = 4
@@ -331,7 +331,7 @@ def test_the_oldest_prefixes_are_forgotten() -> None:
 def test_a_prompt_whose_log_probabilities_are_wanted_is_computed() -> None:
     found = router(1)
     spread(found, prompts_of(50, 1, 0))
-    wanted = EngineRequest(5, encode_tokens([50] * 13), Sampling(seed=0, prompt_logprobs=1), 1, group=3)
+    wanted = EngineRequest(5, encode_tokens([50] * 13), 13, Sampling(seed=0, prompt_logprobs=1), 1, group=3)
     assert computed(found, wanted) == 13
     assert computed(found, replace_fields(wanted, seq=6)) == 13
 
@@ -498,8 +498,7 @@ class Machine(RuleBasedStateMachine):
         self.found.remove(number)
         for seq, drawn in self.held.pop(number).items():
             spec = self.specs[seq]
-            prompt_len = spec.prompt_len or len(spec.tokens) // 4
-            spec = replace_fields(spec, tokens=spec.tokens + encode_tokens([9] * drawn), prompt_len=prompt_len)
+            spec = replace_fields(spec, tokens=spec.tokens + encode_tokens([9] * drawn))
             self.specs[seq] = self.waiting[seq] = spec
             self.found.add(spec)
 
@@ -522,7 +521,7 @@ class Machine(RuleBasedStateMachine):
 
     @staticmethod
     def brought(spec: EngineRequest) -> int:
-        return len(spec.tokens) // 4 - spec.prompt_len if spec.prompt_len else 0
+        return spec.num_output_tokens
 
     @invariant()
     def books_are_right(self) -> None:

@@ -11,6 +11,7 @@ from shoal.config.engine_options import (
     EngineOptions,
     Option,
     SpeculativeConfig,
+    agreed,
     format_bytes,
     from_environment,
     options,
@@ -34,7 +35,12 @@ def test_values_reach_their_sections() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("tensor_paralel_size", "tensor_parallel_size"), ("max_num_seq", "max_num_seqs"), ("blocksize", "block_size")],
+    [
+        ("tensor_paralel_size", "tensor_parallel_size"),
+        ("max_num_seq", "max_num_seqs"),
+        ("blocksize", "block_size"),
+        ("gpu_memory", "gpu_memory_utilization"),
+    ],
 )
 def test_a_misspelt_name_is_met_with_the_right_one(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown option {wrong}; did you mean {right}"):
@@ -42,8 +48,9 @@ def test_a_misspelt_name_is_met_with_the_right_one(wrong: str, right: str) -> No
 
 
 def test_a_strange_name_is_met_with_all_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"known are revision, .*max_in_flight"):
-        EngineOptions.from_flat("m", {"xyzzy": 1})
+    for name in ("xyzzy", "block_chain"):  # the second is a little like block_size
+        with pytest.raises(ConfigError, match=r"known are revision, .*max_in_flight"):
+            EngineOptions.from_flat("m", {name: 1})
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,10 @@ def test_a_strange_name_is_met_with_all_known_ones() -> None:
         ({"tensor_parallel_split": bytearray(b"\x01")}, "--tensor-parallel-split takes positive integers"),
         ({"tensor_parallel_split": [True, 1]}, "--tensor-parallel-split takes positive integers"),
         ({"pipeline_layer_partition": [2, 0]}, "--pipeline-layer-partition takes positive integers up to 10000, the"),
-        ({"pipeline_layer_partition": "3,"}, "--pipeline-layer-partition takes positive integers.* such as 3,2,2, got"),
+        (
+            {"pipeline_layer_partition": "3,"},
+            r"--pipeline-layer-partition takes .*, the number of layers of each stage \(.*\), got '3,'",
+        ),
         ({"pipeline_layer_partition": [HUGE]}, "--pipeline-layer-partition takes positive integers"),
         ({"pipeline_parallel_size": 0}, "--pipeline-parallel-size must be at least 1"),
         ({"data_parallel_size": -1}, "--data-parallel-size must be at least 1"),
@@ -130,6 +140,12 @@ def test_speculation_takes_the_keys_of_its_method() -> None:
 def test_the_largest_values_are_taken() -> None:
     assert KNOWN["seed"].check(2**63 - 1) == 2**63 - 1
     assert KNOWN["tensor_parallel_split"].check([10**6, 1]) == (10**6, 1)
+
+
+def test_processes_of_a_job_must_have_the_same_tokenizer() -> None:
+    """Grammars are compiled for it where replicas run, and texts are read with it at the front end."""
+    told = agreed(EngineOptions.from_flat("m", {"tokenizer": "org/other", "tokenizer_revision": "a"}))
+    assert (told["--tokenizer"], told["--tokenizer-revision"]) == ("org/other", "a")
 
 
 def test_near_types_are_taken() -> None:

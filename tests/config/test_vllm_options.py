@@ -1,5 +1,6 @@
-"""vLLM's options for which there is nothing to set: taken where they say how things are, refused where they don't."""
+"""vLLM's options that Shoal does not have: those that change nothing are accepted, the others explained."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from shoal import LLM
+from shoal.cli.commands import cli
 from shoal.config import engine_options, vllm_options
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
@@ -18,7 +20,7 @@ VALUES = [each for each in vllm_options.TABLE if not each.is_switch]
 
 
 def taken(each: vllm_options.Accepted) -> list[Any]:
-    """Values that it takes, as flags, config files and programs write them."""
+    """Return values that are accepted, as flags, config files and programs write them."""
     if each.is_switch:
         return [value == "true" for value in each.values]
     return [0, "4", 1.5] if each.values == vllm_options.ANY_NUMBER else list(each.values)
@@ -53,6 +55,65 @@ def test_no_name_is_one_of_ours() -> None:
         assert not each.needs or each.needs in {option.name for option in engine_options.options()}
 
 
+@pytest.mark.parametrize("name", vllm_options.LACKING)
+def test_each_that_is_lacking_is_explained_in_every_form(name: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    way = vllm_options.LACKING[name]
+    told = f"Shoal does not have vLLM's {flag}" + (f": {way}" if way else " yet")
+    for form in (name, name.upper(), flag, f"--no-{flag[2:]}", f"{flag}.key.of.json"):
+        assert vllm_options.explain(form) == told
+    with pytest.raises(ConfigError) as caught:
+        engine_options.EngineOptions.from_flat(None, {name: 1})
+    assert str(caught.value) == f"unknown option {name}: {told}"
+    known = {option.name for option in engine_options.options()} | {each.name for each in vllm_options.TABLE}
+    assert name not in known
+
+
+def test_ways_name_flags_that_exist() -> None:
+    known = {flag for command in cli.commands.values() for parameter in command.params for flag in parameter.opts}
+    known |= {"--dir"}  # of `shoal download`
+    for name, way in vllm_options.LACKING.items():
+        for flag in re.findall(r"--[a-z][a-z-]+", way):
+            assert flag in known, f"{name}: {flag}"
+    for each in vllm_options.TABLE:
+        for flag in re.findall(r"--[a-z][a-z-]+", each.note + each.instead):
+            assert flag in known, f"{each.name}: {flag}"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("max_logprobs", "--max-logprobs is a flag of `shoal serve` only"),
+        ("disable_log_requests", "vLLM's --disable-log-requests is for `shoal serve` and AsyncLLM"),
+        ("SWAP_SPACE", "vLLM's --swap-space changes nothing here: a preempted request is computed again"),
+        ("quantization", "Shoal does not have vLLM's --quantization: leave it out"),
+        ("-q", "Shoal does not have vLLM's --quantization: leave it out"),
+        ("-dcp", "Shoal does not have vLLM's --decode-context-parallel-size yet"),
+    ],
+)
+def test_others_are_explained_too(name: str, says: str) -> None:
+    assert str(vllm_options.explain(name)).startswith(says)
+
+
+@pytest.mark.parametrize("name", ["xyzzy", "tensor_paralel_size", "-z", "", "--", "no_"])
+def test_what_vllm_does_not_have_is_not_explained(name: str) -> None:
+    assert vllm_options.explain(name) is None
+
+
+def test_variables_of_vllm_options_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_ROPE_THETA", "1e6")
+    monkeypatch.setenv("SHOAL_KV_TRANSFER_CONFIG", "{}")
+    monkeypatch.setenv("SHOAL_SWAP_SPACE", "4")
+    first, second, third = engine_options.strange_variables()
+    assert first == (
+        "the environment variable SHOAL_KV_TRANSFER_CONFIG is not read; "
+        "Shoal does not have vLLM's --kv-transfer-config yet"
+    )
+    assert second.startswith("the environment variable SHOAL_ROPE_THETA is not read; Shoal does not have vLLM's")
+    assert "--hf-overrides" in second
+    assert "SHOAL_SWAP_SPACE is not read; vLLM's --swap-space changes nothing here" in third
+
+
 def test_programs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="shoal"):
         opened = open_model(None, {"enable_chunked_prefill": True, "swap_space": 4, "block_size": 8})
@@ -60,7 +121,7 @@ def test_programs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     assert "--enable-chunked-prefill changes nothing" in caplog.text
     with pytest.raises(ConfigError, match=r"--no-async-scheduling can't be obeyed: --max-in-flight 1"):
         LLM(async_scheduling=False)
-    with pytest.raises(ConfigError, match="unknown option disable_log_requests"):
+    with pytest.raises(ConfigError, match=r"unknown option disable_log_requests: .* is for `shoal serve` and AsyncLLM"):
         LLM(disable_log_requests=True)
     with pytest.raises(ConfigError, match="--data-parallel-external-lb needs --data-parallel-rank"):
         open_model(None, {"data_parallel_external_lb": True}, online=True)
@@ -89,11 +150,16 @@ def test_code_beside_a_checkpoint_is_not_run(checkpoint: Callable[[str], Path], 
         (["--enable-log-requests"], "--enable-log-requests can't be obeyed: --uvicorn-log-level info"),
         (["--cpu-cores", "9999"], "names 9999, which this process"),
         (["--cpu-cores", "0-"], "--cpu-cores takes auto, nobind, or cores such as 0-3"),
+        (["--rope-scaling", "x"], "Shoal does not have vLLM's --rope-scaling: use --hf-overrides"),
+        (["--no-log-error-stack"], "Shoal does not have vLLM's --log-error-stack: leave it out"),
+        (["--kv_transfer_config", "{}"], "Shoal does not have vLLM's --kv-transfer-config yet; see shoal serve --help"),
+        (["-dcp", "2"], "Shoal does not have vLLM's --decode-context-parallel-size yet"),
+        (["-O3"], "Shoal does not have vLLM's --optimization-level: leave it out"),
         (["--max-model-len", "0", "--swap-space", "4", "--disable-log-requests"], "--max-model-len must be at least 1"),
     ],
 )
 def test_flags(arguments: list[str], says: str) -> None:
-    program = [sys.executable, "-m", "shoal.cli.main", "serve", "--port", "0", *arguments]
+    program = [sys.executable, "-m", "shoal", "serve", "--port", "0", *arguments]
     found = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
     assert found.returncode == 2, found.stderr
     assert says in found.stderr.splitlines()[-1]
@@ -115,7 +181,7 @@ def test_flags_with_underscores_and_lists_of_origins() -> None:
         ([], "--max-num-seqs must be at least 1"),
         (["--allowed-origins", "[5]"], "a JSON list of them"),
     ):
-        program = [sys.executable, "-m", "shoal.cli.main", "serve", *arguments, *more]
+        program = [sys.executable, "-m", "shoal", "serve", *arguments, *more]
         found = subprocess.run(program, capture_output=True, text=True, timeout=100, check=False)
         assert (found.returncode, says in found.stderr) == (2, True), found.stderr
 
@@ -123,7 +189,7 @@ def test_flags_with_underscores_and_lists_of_origins() -> None:
 def test_a_config_file_and_a_run(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("enable-chunked-prefill: true\nswap-space: 4\nkv_cache_dtype: auto\nmax-tokens: 2\n")
-    program = [sys.executable, "-m", "shoal.cli.main", "generate", "-p", "Hi", "--config", str(file)]
+    program = [sys.executable, "-m", "shoal", "generate", "-p", "Hi", "--config", str(file)]
     found = subprocess.run([*program, "--trust-remote-code"], capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
     for flag in ("--enable-chunked-prefill", "--swap-space", "--kv-cache-dtype", "--trust-remote-code"):

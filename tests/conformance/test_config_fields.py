@@ -104,7 +104,7 @@ def test_ropes_in_other_layouts(tmp_path: Path, options: Any, model_impl: str, r
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("gpt_neox", {"head_dim": 16}, "a head_dim of 16 is not that of gpt_neox, 8"),
+        ("gpt_neox", {"head_dim": 16}, "head_dim 16 is not hidden_size / num_attention_heads, 8"),
         ("phi3", {"rope_scaling": LINEAR}, "rope scaling 'linear' is not supported for phi3"),
     ],
 )

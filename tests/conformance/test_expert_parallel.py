@@ -13,19 +13,21 @@ import pytest
 from conformance.test_sameness import FEW, assert_same, generate
 from shoal.comm.threads import ThreadGroups
 from shoal.engine.core import EngineCore
-from shoal.engine.request import encode_tokens
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.errors import EngineError
 from shoal.executors.base import RankExecutor
 from shoal.executors.multiprocess import ProcessLinks
 from shoal.executors.threads import ThreadLinks
 from shoal.models.registry import read_spec
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.base import WIRE_VERSION
 from shoal.wire.engine import EngineRequest
-from shoal.wire.ranks import Sampling, StepPlan
+from shoal.wire.plan import ReplicaPlace
+from shoal.wire.ranks import RankSetup, Sampling, StepPlan
+from shoal.wire.tokens import encode_tokens
 from support.checkpoints import MAKERS, Reference
 from support.fakes import on_threads
-from support.setups import rank_setup
+from support.plans import engine_plan
 
 STEPS = 8
 TIMEOUT_S = 120.0
@@ -66,7 +68,7 @@ class Replicas:
     def add(self, replica: int, seq: int, prompt: Sequence[int], max_tokens: int = STEPS) -> None:
         self.tokens[seq] = []
         sampling = Sampling(seed=seq)
-        self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens))
+        self.engines[replica].add(EngineRequest(seq, encode_tokens(list(prompt)), len(prompt), sampling, max_tokens))
 
     def run(self) -> None:
         while any(engine.busy for engine in self.engines):
@@ -88,31 +90,29 @@ def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) ->
     counts = [0] * layout.dp
     spec = read_spec(folder)
     stages = layout.stages or (spec.num_layers,)
-    world = layout.tp * len(stages)
+    meeting_address = "" if meeting is None else meeting.address
 
     def start(replica: int) -> tuple[EngineCore, RankExecutor]:
-        setups = [
-            rank_setup(
-                rank=rank,
-                world_size=world,
-                incarnation=7 + replica,
-                model_path=str(folder),
-                tp=layout.tp,
-                stages=stages,
-                max_model_len=128,
-                max_num_seqs=8,
-                max_num_batched_tokens=layout.budget,
-                kv_budget=2**21,
-                comm_timeout_s=TIMEOUT_S,
-                dp_rank=replica,
-                dp_size=layout.dp,
-                experts=layout.experts,
-                all2all=layout.all2all,
-                group_store="" if meeting is None else meeting.address,
-            )
-            for rank in range(world)
-        ]
-        links = ThreadLinks(world, TIMEOUT_S, groups) if meeting is None else ProcessLinks(setups)
+        place = ReplicaPlace(replica, layout.dp, replica, layout.dp, rendezvous=meeting_address)
+        plan = engine_plan(
+            folder,
+            place,
+            tensor_parallel_size=layout.tp,
+            pipeline_parallel_size=len(stages),
+            pipeline_layer_partition=stages,
+            enable_expert_parallel=bool(layout.experts),
+            expert_placement_strategy=layout.experts or "linear",
+            all2all_backend=layout.all2all or "auto",
+            max_model_len=128,
+            max_num_seqs=8,
+            max_num_batched_tokens=layout.budget,
+            max_in_flight=2,
+            kv_cache_memory_bytes=2**21,
+            start_timeout=TIMEOUT_S,
+            step_timeout=TIMEOUT_S,
+        )
+        setups = [RankSetup(WIRE_VERSION, 7 + replica, rank.rank, plan) for rank in plan.ranks]
+        links = ThreadLinks(setups, groups) if meeting is None else ProcessLinks(setups)
         executor = RankExecutor(
             links, setups, check_capacity=lambda _: None, start_timeout=TIMEOUT_S, step_timeout=TIMEOUT_S
         )

@@ -94,6 +94,6 @@ def layout(name: str, case: dict[str, Any]) -> dict[str, Any]:
 
 def smallest_cache(folder: Path, options: dict[str, Any]) -> int:
     """Bytes for one request of the longest length, so that others are preempted."""
-    ranks = open_model(str(folder), {**options, "kv_cache_memory_bytes": 2**21}).decision.ranks
+    ranks = open_model(str(folder), {**options, "kv_cache_memory_bytes": 2**21}).plan.ranks
     blocks: int = -(-MAX_MODEL_LEN // options["block_size"])
-    return blocks * max(rank.block for rank in ranks)
+    return blocks * max(rank.block_bytes for rank in ranks)

@@ -47,11 +47,12 @@ def test_it_is_said_in_the_log(other: Other, caplog: pytest.LogCaptureFixture) -
     folders = {name: other(name) for name in ("Granite", "StableLm")}
     with LLM(str(folders["Granite"]), tensor_parallel_size=2, distributed_executor_backend="threads", **SMALL):
         assert (
-            "GraniteForCausalLM runs as its own module with our attention and KV cache, 21 linear layers" in caplog.text
+            "GraniteForCausalLM runs as transformers' module with our attention and KV cache, 21 linear layers"
+            in caplog.text
         )
     with LLM(str(folders["StableLm"]), **SMALL):
         assert "on one rank: it publishes no tensor-parallel plan" in caplog.text
-    with pytest.raises(ConfigError, match="StableLmForCausalLM runs through transformers on one rank only"):
+    with pytest.raises(ConfigError, match="StableLmForCausalLM can run through transformers on one rank only"):
         LLM(str(folders["StableLm"]), tensor_parallel_size=2, **SMALL)
 
 

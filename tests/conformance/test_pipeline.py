@@ -14,10 +14,11 @@ from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ConfigError
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
-from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
+from shoal.models.implementation import params_of, rank_shards, read_model
 from shoal.models.manifest import Param, weight_bytes
 from shoal.params import StructuredOutputsParams
 from shoal.wire.engine import EngineStats
+from shoal.wire.plan import Layout
 from shoal.wire.ranks import RankStats, StepPlan, StepResult
 from shoal.worker import kv_cache
 from shoal.worker.runner import Runner
@@ -64,8 +65,8 @@ def test_modules_of_transformers_cut_both_ways(tmp_path: Path, name: str) -> Non
 def test_a_module_that_can_not_be_cut_is_refused_by_name(checkpoint: Checkpoint) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"--pipeline-parallel-size 2: OPTForCausalLM runs through transformers as one stage only, since its "
-        r"residual stream has not the width .*; use --tensor-parallel-size or --data-parallel-size$",
+        match=r"--pipeline-parallel-size 2: OPTForCausalLM can run through transformers as one stage only, because its "
+        r"residual stream does not have the width .*; use --tensor-parallel-size or --data-parallel-size$",
     ):
         open_llm(checkpoint("opt_350m"), 2, model_impl="transformers")
 
@@ -287,7 +288,7 @@ def test_a_stage_reads_and_holds_its_own_tensors(
         held = [rank.weight_bytes for rank in llm.stats().ranks]
     spec, shapes = read_model(folder, "auto"), open_checkpoint(folder).shapes
     params = params_of(spec, shapes)
-    shards = rank_shards(spec, Cutting(stages=(1, 1, 1)))
+    shards = rank_shards(spec, Layout(stages=(1, 1, 1)))
     for shard in shards:
         number = shard.stage.number
         own = [param for param in params if param.at == {0: "first", 1: None, 2: "last"}[number] or param.at == number]
@@ -295,7 +296,7 @@ def test_a_stage_reads_and_holds_its_own_tensors(
         assert held[number] == weight_bytes(spec, params, shard, 4, embedding_kept=True)
     table = {param.name for param in params for piece in param.pieces if piece.source == embedding_of(params)}
     assert {number for number, names in read.items() if names & table} == ({0, 2} if spec.tie_embeddings else {0})
-    whole = weight_bytes(spec, params, rank_shards(spec, Cutting())[0], 4, embedding_kept=True)
+    whole = weight_bytes(spec, params, rank_shards(spec, Layout())[0], 4, embedding_kept=True)
     assert sum(held) == whole
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from conformance.test_sameness import assert_same, generate, make_prompts, reference, run
 from shoal import LLM
-from shoal.config.engine_options import EngineOptions
-from shoal.launch.open_model import decide
-from shoal.planner.resolve import Decision
+from shoal.planner.planner import Planner
 from support import others
+from support.plans import planner_of
 
 Checkpoint = Callable[[str], Path]
 
@@ -59,8 +58,8 @@ def with_head_only(tensors: dict[str, Tensor]) -> None:
     tensors["lm_head.weight"] = tensors.pop(embedding_of(tensors))
 
 
-def decision(folder: Path, **options: Any) -> Decision:
-    return decide(EngineOptions.from_flat(str(folder), {"kv_cache_memory_bytes": 2**20, **options}))
+def planned(folder: Path, **options: Any) -> Planner:
+    return planner_of(folder, kv_cache_memory_bytes=2**20, **options)
 
 
 @contextmanager
@@ -132,15 +131,15 @@ def test_files_of_torch_save(llama3: Path, checkpoint: Checkpoint, tmp_path: Pat
         torch.save(tensors, folder / "pytorch_model.bin")
         with LLM(str(folder), **SMALL) as llm:
             assert_same(folder, PROMPTS, run(llm, PROMPTS, STEPS))
-        assert decision(folder).spec.tie_embeddings is not differs
+        assert planned(folder).model.spec.tie_embeddings is not differs
 
 
 def test_an_equal_head_stays_tied(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """And takes no more memory than it did."""
     source = checkpoint("llama3")
     folder = changed(source, tmp_path / "model", with_equal_head)
-    assert decision(folder).spec.tie_embeddings
-    assert decision(folder).ranks == decision(source).ranks
+    assert planned(folder).model.spec.tie_embeddings
+    assert planned(folder).first_plan.ranks == planned(source).first_plan.ranks
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS))
 
 
@@ -196,9 +195,9 @@ def test_weights_say_their_type(
 ) -> None:
     """The type of most bytes: norms are often wider."""
     folder = changed(checkpoint("llama"), tmp_path / "model", in_type(dtype, "norm.weight"), **said)
-    decided = decision(folder, model_impl=model_impl)
-    assert decided.dtype == str(dtype).removeprefix("torch.")
-    assert decision(folder, dtype="float32").dtype == "float32"
+    found = planned(folder, model_impl=model_impl).first_plan
+    assert found.dtype == str(dtype).removeprefix("torch.")
+    assert planned(folder, dtype="float32").first_plan.dtype == "float32"
     with LLM(str(folder), model_impl=model_impl, **SMALL) as llm:
         run(llm, PROMPTS, 2)
 
@@ -206,4 +205,4 @@ def test_weights_say_their_type(
 def test_a_nested_type(checkpoint: Checkpoint, tmp_path: Path) -> None:
     nested = {"dtype": None, "text_config": {"torch_dtype": "float16"}}
     folder = changed(checkpoint("llama"), tmp_path / "model", in_type(torch.bfloat16), **nested)
-    assert decision(folder).dtype == "float16"
+    assert planned(folder).first_plan.dtype == "float16"

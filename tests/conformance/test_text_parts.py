@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from conformance.test_sameness import LOGPROB_TOLERANCE, generate, make_prompts
 from shoal import RequestOutput
-from shoal.config.engine_options import EngineOptions
-from shoal.launch.open_model import decide
 from support.checkpoints import SIZES, save_model
+from support.plans import planner_of
 
 PROMPTS = make_prompts([5, 40], seed=8)
 STEPS = 8
@@ -108,8 +107,9 @@ def test_a_text_config_says_little(tmp_path: Path) -> None:
     }
     config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    decided = decide(EngineOptions.from_flat(str(tmp_path), {"load_format": "dummy", "kv_cache_memory_bytes": 2**30}))
-    assert "of Gemma3ForConditionalGeneration the text part is served: it is shown no images" in decided.reasons
-    spec = decided.spec
+    planner = planner_of(tmp_path, load_format="dummy", kv_cache_memory_bytes=2**30)
+    reasons = planner.first_plan.reasons
+    assert "only the text part of Gemma3ForConditionalGeneration is served; it reads no images" in reasons
+    spec = planner.model.spec
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size) == (8, 4, 256, 262208)
     assert (spec.tie_embeddings, spec.dtype, spec.max_positions) == (True, "bfloat16", 131072)

@@ -12,14 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shoal.config.engine_options import SpeculativeConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.ngram import NgramIndex
-from shoal.engine.request import decode_tokens
-from shoal.engine.scheduler import SchedulerLimits
-from shoal.engine.speculation import make_guessers
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.speculation import make_drafters
 from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
 from shoal.wire.base import Ids, replace_fields
 from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
 from shoal.wire.grammars import GrammarAsk, Verdict
 from shoal.wire.ranks import RankStats, SeqOut, StepPlan, StepResult, StepTimes
+from shoal.wire.tokens import decode_tokens
 from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, begun, request, steady
 
 MAX_MODEL_LEN = 20
@@ -61,7 +61,7 @@ class Engine:
             prefix_caching=prefix_caching,
             max_in_flight=depth,
             clock=self.clock,
-            make_guesser=make_guessers(speculative),
+            make_drafter=make_drafters(speculative),
         )
 
     def add(self, spec: EngineRequest) -> None:
@@ -215,7 +215,7 @@ def test_a_lost_result_is_an_error_and_never_a_wrong_token(depth: int) -> None:
     engine.add(request(1, [1], 9))
     engine.step()
     engine.step()
-    with pytest.raises(EngineError, match="step 2, expected was 1"):
+    with pytest.raises(EngineError, match="step 2 instead of step 1"):
         engine.step()
     assert engine.outcomes.tokens[1] == alone(engine.outcomes.specs[1])[:1]
 
@@ -239,19 +239,19 @@ def test_a_closed_engine_says_so() -> None:
             call()
 
 
-# --- guesses -----------------------------------------------------------------------------------------------------
+# --- drafts ------------------------------------------------------------------------------------------------------
 
 
-def test_guesses_are_counted_and_save_steps() -> None:
-    """A cycle of tokens, which n-grams guess."""
-    plain, guessing = Engine(depth=1), Engine(depth=1, speculative=NGRAM)
+def test_drafts_are_counted_and_save_steps() -> None:
+    """A cycle of tokens, which n-grams draft."""
+    plain, drafting = Engine(depth=1), Engine(depth=1, speculative=NGRAM)
     spec = request(1, [1, 2, 3], 14)
-    for engine in (plain, guessing):
+    for engine in (plain, drafting):
         engine.add(spec)
         engine.drain()
-    assert guessing.outcomes.tokens[1] == plain.outcomes.tokens[1] == alone(spec)
-    works = [work for plan in guessing.ranks.plans for work in plan.work]
-    stats = guessing.core.stats()
+    assert drafting.outcomes.tokens[1] == plain.outcomes.tokens[1] == alone(spec)
+    works = [work for plan in drafting.ranks.plans for work in plan.work]
+    stats = drafting.core.stats()
     assert stats.draft_tokens == sum(len(work.drafts) for work in works) > 0
     assert stats.drafts == sum(len(work.drafts) > 0 for work in works)
     steps = sum(work.sample for work in works)
@@ -284,17 +284,17 @@ def test_a_request_ends_alike_wherever_it_was_cut(stop: int | None, speculative:
             assert engine.ranks.plans == []
 
 
-def test_an_output_that_goes_on_is_guessed_from_all_of_its_tokens() -> None:
+def test_an_output_that_goes_on_is_drafted_from_all_of_its_tokens() -> None:
     spec = begun(request(1, [1, 2, 3], 14), 10)
     engine = Engine(depth=1, speculative=NGRAM)
     engine.add(spec)
     engine.drain()
-    guessed = [work for plan in engine.ranks.plans for work in plan.work if work.drafts]
-    assert guessed
+    drafted = [work for plan in engine.ranks.plans for work in plan.work if work.drafts]
+    assert drafted
     text = [*decode_tokens(spec.tokens), alone(spec)[10]]
     index = NgramIndex(2, 1)
     index.extend(text)
-    assert guessed[0].drafts == index.propose(len(guessed[0].drafts))
+    assert drafted[0].drafts == index.propose(len(drafted[0].drafts))
 
 
 # --- masks -------------------------------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ class Masked:
         depth: int = 2,
         num_blocks: int = 16,
         budget: int = 64,
-        guessing: bool = False,
+        drafting: bool = False,
         grammars: FakeGrammars | None = None,
     ) -> None:
         self.ranks = FakeExecutor(num_blocks, 4, max_num_batched_tokens=budget)
@@ -430,7 +430,7 @@ class Masked:
             max_in_flight=depth,
             grammars=self.grammars,
             clock=FakeClock(tick=0.01),
-            make_guesser=make_guessers(NGRAM if guessing else None),
+            make_drafter=make_drafters(NGRAM if drafting else None),
         )
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, SeqUpdate] = {}
@@ -455,7 +455,7 @@ class Masked:
 
     def check_masks(self) -> None:
         """Each masked plan has its mask, whose rows are in the plan's order and know all the tokens before them."""
-        prompt_lens = {new.seq: new.prompt_len for plan in self.ranks.plans for new in plan.new}
+        prompt_lens = {new.seq: new.num_prompt_tokens for plan in self.ranks.plans for new in plan.new}
         masked = [plan for plan in self.ranks.plans if plan.masked]
         assert [mask.step for mask in self.ranks.masks] == [plan.step for plan in masked]
         for plan, mask in zip(masked, self.ranks.masks, strict=True):
@@ -470,11 +470,11 @@ class Masked:
             assert [int.from_bytes(row[4:], "little") for row in rows] == expected
 
 
-@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize(("depth", "num_blocks", "budget"), [(1, 16, 64), (2, 16, 64), (3, 16, 5), (2, 7, 64)])
-def test_each_masked_plan_has_its_mask(depth: int, num_blocks: int, budget: int, guessing: bool) -> None:
+def test_each_masked_plan_has_its_mask(depth: int, num_blocks: int, budget: int, drafting: bool) -> None:
     """With prompts in chunks, with too few blocks for all, beside requests that are free."""
-    engine = Masked(depth=depth, num_blocks=num_blocks, budget=budget, guessing=guessing)
+    engine = Masked(depth=depth, num_blocks=num_blocks, budget=budget, drafting=drafting)
     specs = [engine.add(request(i, range(3 + 2 * i), 8), FREE if i % 3 else "") for i in range(5)]
     engine.drain()
     for spec in specs:
@@ -483,13 +483,13 @@ def test_each_masked_plan_has_its_mask(depth: int, num_blocks: int, budget: int,
     engine.check_masks()
     stats = engine.core.stats()
     assert (stats.preemptions > 0) == (num_blocks == 7)
-    assert (stats.accepted_tokens > 0) == guessing
+    assert (stats.accepted_tokens > 0) == drafting
     masked = {work.seq for plan in engine.ranks.plans for work in plan.work if work.masked}
     assert masked == {1, 2, 4}
 
 
 def test_a_grammar_that_ends_stops_its_request() -> None:
-    engine = Masked(guessing=True)
+    engine = Masked(drafting=True)
     spec = engine.add(request(1, [1, 2, 3], 8), "5 99 99")
     other = engine.add(request(2, [1, 2, 3], 8))
     engine.drain()
@@ -505,29 +505,29 @@ def test_a_grammar_that_ends_stops_its_request() -> None:
         ("99 99 3", "the request's other parameters forbid every token that may follow"),
     ],
 )
-@pytest.mark.parametrize("guessing", [False, True])
-def test_a_grammar_that_can_not_be_obeyed_ends_its_request_alone(grammar: str, reason: str, guessing: bool) -> None:
+@pytest.mark.parametrize("drafting", [False, True])
+def test_a_grammar_that_can_not_be_obeyed_ends_its_request_alone(grammar: str, reason: str, drafting: bool) -> None:
     """What was drawn where nothing may follow is no part of the output."""
-    engine = Masked(guessing=guessing)
+    engine = Masked(drafting=drafting)
     spec = engine.add(request(1, [1, 2, 3], 8), grammar)
     other = engine.add(request(2, [1, 2, 3], 8), FREE)
     engine.drain()
     found = engine.tokens[1]
     assert found == alone(spec)[: len(found)]
-    assert len(found) == 3 or (guessing and 3 < len(found) < 8)  # guesses may take it past the place
+    assert len(found) == 3 or (drafting and 3 < len(found) < 8)  # drafts may take it past the place
     assert engine.ends[1].finish is Finish.ABORT
     assert engine.ends[1].error == f"structured_outputs can't be obeyed: {reason}"
     assert engine.tokens[2] == alone(other)
     assert engine.ends[2].finish is Finish.LENGTH
 
 
-@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("end", [5, 99])
-def test_a_grammar_goes_on_behind_an_output_that_was_begun(end: int, guessing: bool) -> None:
+def test_a_grammar_goes_on_behind_an_output_that_was_begun(end: int, drafting: bool) -> None:
     spec = request(1, [1, 2, 3], 8)
     output = alone(spec)[:end]
     for count in range(len(output) + 1):
-        engine = Masked(guessing=guessing)
+        engine = Masked(drafting=drafting)
         engine.add(begun(spec, count), f"{end} 99 99")
         engine.drain()
         assert [*output[:count], *engine.tokens[1]] == output
@@ -544,14 +544,14 @@ def test_an_output_that_its_grammar_does_not_allow_is_refused() -> None:
     assert engine.ranks.plans == []
 
 
-@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("cost_us", [0, 10_000])
 @pytest.mark.parametrize("polls", [1, 2, 7, 50])
-def test_verdicts_may_come_late(polls: int, cost_us: int, guessing: bool) -> None:
+def test_verdicts_may_come_late(polls: int, cost_us: int, drafting: bool) -> None:
     """Whether ranks wait for them, or draw once more, or requests are planned when they are known: nobody's tokens
     change."""
     grammars = FakeGrammars(lambda number: polls * (number % 3), cost_us=cost_us)
-    engine = Masked(guessing=guessing, num_blocks=9, grammars=grammars)
+    engine = Masked(drafting=drafting, num_blocks=9, grammars=grammars)
     specs = [engine.add(request(i, range(3 + i), 8), "6 99 99" if i % 2 else "") for i in range(5)]
     engine.drain()
     for i, spec in enumerate(specs):
@@ -572,10 +572,10 @@ def test_nobody_waits_for_a_grammar_that_takes_long() -> None:
     assert len(steps) > 4
 
 
-@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("at", range(1, 8))
-def test_an_output_that_is_lost_is_followed_anew(at: int, guessing: bool) -> None:
-    engine = Masked(guessing=guessing, grammars=FakeGrammars(lose_at=[at]))
+def test_an_output_that_is_lost_is_followed_anew(at: int, drafting: bool) -> None:
+    engine = Masked(drafting=drafting, grammars=FakeGrammars(lose_at=[at]))
     spec = engine.add(request(1, [1, 2, 3], 8), "6 99 99")
     engine.drain()
     assert engine.tokens[1] == alone(spec)[:6]
@@ -588,7 +588,7 @@ def test_an_output_that_is_lost_again_and_again_is_given_up() -> None:
     other = engine.add(request(2, [1, 2, 3], 8))
     engine.drain()
     assert engine.ends[1].finish is Finish.ABORT
-    assert engine.ends[1].error == "structured_outputs: its process was killed, again and again"
+    assert engine.ends[1].error == "structured_outputs: its process was killed, 3 times"
     assert engine.tokens[2] == alone(other)
 
 
@@ -619,7 +619,7 @@ def test_an_engine_without_a_tokenizer_refuses_grammars() -> None:
 
 
 class LastComesFirst:
-    def rank(self, request: EngineRequest, arrival: int) -> tuple[int, ...]:
+    def sort_key(self, request: EngineRequest, arrival: int) -> tuple[int, ...]:
         return (-arrival,)
 
 

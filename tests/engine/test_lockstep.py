@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.engine.core import EngineCore
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.errors import ClosedError, EngineError
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import StepResult

@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.engine.core import EngineCore
-from shoal.engine.prompt_chunking import PromptSpread
-from shoal.engine.scheduler import SchedulerLimits
+from shoal.engine.prompt_chunking import PromptChunker
+from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.wire.engine import EngineRequest
 from support.fakes import FakePipeline, Outcomes, request, steady
 
 
 def test_one_stage_takes_all_that_there_is_room_for() -> None:
-    spread = PromptSpread(1, 100)
+    spread = PromptChunker(1, 100)
     assert spread.share(lambda: 5000) == 100
-    spread.took(100)
+    spread.note_step(100)
     assert spread.share(lambda: 3) == 100
     assert spread.cut(70, 30) >= 30, "the budget cuts it, and nothing else"
     assert spread.cut(30, 70) == 30
@@ -25,13 +25,13 @@ def test_one_stage_takes_all_that_there_is_room_for() -> None:
 @steady
 @given(st.integers(2, 5), st.integers(1, 4096), st.integers(1, 20000))
 def test_a_prompt_alone_is_cut_into_even_chunks(stages: int, budget: int, left: int) -> None:
-    spread = PromptSpread(stages, budget)
+    spread = PromptChunker(stages, budget)
     chunks: list[int] = []
     while left:
         share = spread.share(partial(int, left))
         assert 0 < share <= budget
         count = min(spread.cut(left, share), budget)
-        spread.took(count)
+        spread.note_step(count)
         chunks.append(count)
         left -= count
     least = -(-64 // (stages - 1))
@@ -42,14 +42,14 @@ def test_a_prompt_alone_is_cut_into_even_chunks(stages: int, budget: int, left: 
 
 
 def test_what_is_left_at_the_end_is_dealt_out() -> None:
-    spread = PromptSpread(2, 2048)
+    spread = PromptChunker(2, 2048)
     assert spread.share(lambda: 256) == 128
-    spread.took(128)
+    spread.note_step(128)
     assert spread.share(lambda: 128) == 128
 
 
 def test_a_share_is_overdrawn_rather_than_a_prompt_cut_into_crumbs() -> None:
-    spread = PromptSpread(2, 2048)
+    spread = PromptChunker(2, 2048)
     assert spread.cut(500, 3) == 64
     assert spread.cut(100, 80) == 100
     assert spread.cut(500, 0) == 0

@@ -9,29 +9,32 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.engine.blocks import BlockPool
-from shoal.engine.request import RequestState, encode_tokens, token_set
-from shoal.engine.scheduler import PriorityPolicy, Scheduler, SchedulerLimits
-from shoal.engine.speculation import Guesser
+from shoal.engine.request import RequestState
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.scheduler import Scheduler
+from shoal.engine.scheduler.waiting_queue import PriorityPolicy
+from shoal.engine.speculation import Drafter
 from shoal.errors import EngineError, RequestError
 from shoal.wire.engine import EngineRequest, Finish
 from shoal.wire.ranks import SeqOut, StepPlan, StepResult, StepTimes
+from shoal.wire.tokens import encode_tokens, token_set
 from support.fakes import FakeClock, FakeExecutor, Outcomes, alone, begun, next_token, request, steady
 
 MAX_MODEL_LEN = 20
 
 
 class Oracle:
-    """Guesses that are right for a while, then wrong: how long is a matter of the text."""
+    """A drafter that is right for a while, then wrong: how long is a matter of the text."""
 
     def __init__(self, count: int, lookahead: int = 0) -> None:
         self.lookahead = lookahead
         self._count = count
         self._tokens: list[int] = []
 
-    def accept(self, tokens: Sequence[int], guesses: Sequence[int]) -> None:
+    def accept(self, tokens: Sequence[int], drafts: Sequence[int]) -> None:
         self._tokens += tokens
 
-    def guess(self, count: int) -> tuple[int, ...]:
+    def propose(self, count: int) -> tuple[int, ...]:
         found: list[int] = []
         for i in range(min(count, self._count)):
             token = next_token([*self._tokens, *found])
@@ -51,7 +54,7 @@ class Bench:
         budget: int = 64,
         max_model_len: int = 64,
         prefix_caching: bool = True,
-        make_guesser: Callable[[], Guesser | None] = lambda: None,
+        make_drafter: Callable[[], Drafter | None] = lambda: None,
         lookahead: int = 0,
         window: int | None = None,
         stages: int = 1,
@@ -66,7 +69,7 @@ class Bench:
             PriorityPolicy(),
             self.clock,
             prefix_caching=prefix_caching,
-            make_guesser=make_guesser,
+            make_drafter=make_drafter,
         )
         self.executor = FakeExecutor(
             num_blocks,
@@ -288,16 +291,16 @@ def test_the_outputs_of_one_prompt_share_its_blocks(prefix_caching: bool) -> Non
     bench.drain()
 
 
-def test_guesses_that_are_right_are_kept_and_nothing_is_planned_behind_them() -> None:
-    bench = Bench(make_guesser=lambda: Oracle(4))
+def test_drafts_that_are_right_are_kept_and_nothing_is_planned_behind_them() -> None:
+    bench = Bench(make_drafter=lambda: Oracle(4))
     bench.add(request(1, [1, 2, 3, 4], 9))
     bench.must_plan()
-    assert bench.plan() is None, "what follows is guessed from tokens that are known"
+    assert bench.plan() is None, "drafts of what follows need tokens that are known"
     bench.land()
     (work,) = bench.must_plan().work
     assert (work.start, work.count, len(work.drafts)) == (4, 5, 4)
     bench.land()
-    assert len(bench.outcomes.tokens[1]) == 1 + 2, "what is drawn behind a wrong guess means nothing"
+    assert len(bench.outcomes.tokens[1]) == 1 + 2, "what is drawn behind a wrong draft means nothing"
     (work,) = bench.must_plan().work
     assert work.start == 6
     bench.land()
@@ -307,8 +310,8 @@ def test_guesses_that_are_right_are_kept_and_nothing_is_planned_behind_them() ->
     assert 0 < counters.accepted_tokens < counters.draft_tokens
 
 
-def test_guesses_never_go_beyond_the_last_token_wanted() -> None:
-    bench = Bench(make_guesser=lambda: Oracle(4))
+def test_drafts_never_go_beyond_the_last_token_wanted() -> None:
+    bench = Bench(make_drafter=lambda: Oracle(4))
     bench.add(request(1, [1, 2], 3))
     bench.step()
     (work,) = bench.step().work
@@ -317,7 +320,7 @@ def test_guesses_never_go_beyond_the_last_token_wanted() -> None:
 
 
 def test_a_draft_model_gets_room_where_there_is_some() -> None:
-    bench = Bench(num_blocks=3, block_size=4, max_model_len=12, make_guesser=lambda: Oracle(3, 3), lookahead=3)
+    bench = Bench(num_blocks=3, block_size=4, max_model_len=12, make_drafter=lambda: Oracle(3, 3), lookahead=3)
     bench.add(request(1, range(4), 8))
     (work,) = bench.step().work
     assert len(work.blocks) == 2
@@ -487,7 +490,7 @@ def test_the_audit_tells_when_a_request_was_lost() -> None:
     bench = Bench()
     bench.add(request(1, [1], 5))
     bench.step()
-    bench.scheduler._running.clear()
+    bench.scheduler.running[0].state = RequestState.DRAINING
     with pytest.raises(EngineError, match="out of balance"):
         bench.scheduler.audit()
 
@@ -498,7 +501,7 @@ def test_the_audit_tells_when_a_request_was_lost() -> None:
 @settings(steady, max_examples=60)
 @given(st.integers(2, 4), st.integers(1, 20), st.integers(0, 1), st.integers(1, 6), st.booleans())
 def test_steps_in_flight_share_out_the_running_requests(
-    stages: int, requests: int, spare_depth: int, prompt: int, guessing: bool
+    stages: int, requests: int, spare_depth: int, prompt: int, drafting: bool
 ) -> None:
     """While nobody comes or goes: in S steps each once, in each as many as in the others, or one more."""
     bench = Bench(
@@ -506,7 +509,7 @@ def test_steps_in_flight_share_out_the_running_requests(
         max_num_seqs=20,
         max_model_len=80,
         stages=stages,
-        make_guesser=lambda: Oracle(0) if guessing else None,
+        make_drafter=lambda: Oracle(0) if drafting else None,
     )
     for seq in range(requests):
         bench.add(request(seq, [seq] * prompt, 40 + prompt))
@@ -576,7 +579,7 @@ def test_aborted_ones_do_not_hide_those_that_wait() -> None:
 
 
 def test_with_a_short_budget_the_policy_alone_decides() -> None:
-    bench = Bench(stages=2, budget=2, max_num_seqs=8, make_guesser=lambda: Oracle(0))
+    bench = Bench(stages=2, budget=2, max_num_seqs=8, make_drafter=lambda: Oracle(0))
     for seq in range(6):
         bench.add(request(seq, [seq], 20, priority=seq))
     assert [set(spans(bench.must_plan())) for _ in range(3)] == [{0, 1}, {2, 3}, {4, 5}]
@@ -623,11 +626,25 @@ def test_a_request_that_was_begun_elsewhere_tells_ranks_where_its_prompt_ends() 
     plan = bench.step()
     assert spans(plan) == {1: (0, 8)}
     (new,) = plan.new
-    assert (new.prompt_len, len(new.tokens), new.epoch) == (5, 8 * 4, 0)
+    assert (new.num_prompt_tokens, len(new.tokens), new.epoch) == (5, 8 * 4, 0)
     bench.drain()
     assert len(bench.outcomes.tokens[1]) == 9
     counters = bench.scheduler.counters
     assert (counters.prompt_tokens, counters.generated_tokens) == (5, 6)
+
+
+def test_tokens_that_came_with_a_request_are_not_encoded_again() -> None:
+    bench = Bench(num_blocks=3, block_size=2, max_model_len=6, prefix_caching=False)
+    specs = [request(1, [1], 5), begun(request(2, [2], 5), 1)]
+    for spec in specs:
+        bench.add(spec)
+    assert [new.tokens for new in bench.must_plan().new] == [spec.tokens for spec in specs]
+    assert all(new.tokens is spec.tokens for new, spec in zip(bench.executor.plans[0].new, specs, strict=True))
+    bench.land()
+    bench.drain()
+    (again,) = [new for plan in bench.executor.plans[1:] for new in plan.new]
+    assert again.tokens.startswith(specs[again.seq - 1].tokens), "what was drawn since stands behind them"
+    assert len(again.tokens) > len(specs[again.seq - 1].tokens)
 
 
 def test_what_was_found_of_an_output_is_none_of_its_prompt() -> None:
@@ -652,11 +669,11 @@ def test_the_logprobs_of_a_prompt_are_computed_again() -> None:
     bench.drain()
 
 
-@pytest.mark.parametrize("prompt_len", [-1, 4])
-def test_a_prompt_that_is_longer_than_the_tokens_is_refused(prompt_len: int) -> None:
+@pytest.mark.parametrize("count", [-1, 0, 4])
+def test_a_prompt_that_is_longer_than_the_tokens_is_refused(count: int) -> None:
     bench = Bench()
-    with pytest.raises(RequestError, match=f"request 1: {prompt_len} of its 3 tokens"):
-        bench.scheduler.add(msgspec.structs.replace(request(1, [1, 2, 3]), prompt_len=prompt_len))
+    with pytest.raises(RequestError, match=f"request 1: its prompt has {count} tokens, must have 1 to 3"):
+        bench.scheduler.add(msgspec.structs.replace(request(1, [1, 2, 3]), num_prompt_tokens=count))
     assert bench.scheduler.idle
 
 
@@ -679,7 +696,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stages=st.sampled_from([1, 1, 2, 3]),
         spare_depth=st.integers(-2, 2),
         prefix_caching=st.booleans(),
-        guesses=st.sampled_from([0, 0, 1, 4]),
+        num_drafts=st.sampled_from([0, 0, 1, 4]),
         lookahead=st.sampled_from([0, 3]),
         window=st.sampled_from([None, None, 1, 5]),
     )
@@ -692,7 +709,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stages: int,
         spare_depth: int,
         prefix_caching: bool,
-        guesses: int,
+        num_drafts: int,
         lookahead: int,
         window: int | None,
     ) -> None:
@@ -704,7 +721,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             budget=budget,
             max_model_len=MAX_MODEL_LEN,
             prefix_caching=prefix_caching,
-            make_guesser=lambda: Oracle(guesses, lookahead) if guesses else None,
+            make_drafter=lambda: Oracle(num_drafts, lookahead) if num_drafts else None,
             lookahead=lookahead,
             window=window,
             stages=stages,
@@ -754,17 +771,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         expired = {s for s in self.bench.outcomes.open if self.deadline(s) <= self.bench.clock.now}
         self.bench.outcomes.may_abort |= expired
         stages = self.bench.limits.stages
-        ready = [r for r in scheduler._running if r.uncomputed and r.spec.seq not in expired]
+        ready = [r for r in scheduler.running if r.uncomputed and r.message.seq not in expired]
         if stages > 1:  # nobody is more than a step behind a token that is not known, but in turn
             ready = [r for r in ready if r.pending <= 1 or r.turn <= scheduler.num_steps]
-        turns = {r.spec.seq: r.turn if r.pending else 0 for r in ready if r.decodes}
+        turns = {r.message.seq: r.turn if r.pending else 0 for r in ready if r.decodes}
         plan = self.bench.plan()
         assert expired.isdisjoint(self.bench.outcomes.open)
         if ready:
             assert plan is not None, "somebody could have been computed"
             assert plan.work
             # With room in the budget for everybody's next token, the highest ranked is never left out.
-            first = ready[0].spec.seq
+            first = ready[0].message.seq
             if self.bench.limits.max_num_batched_tokens < self.bench.limits.max_num_seqs or first in spans(plan):
                 return
             # With more stages one, unless it is not its turn or others have waited longer.
@@ -795,16 +812,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def balanced(self) -> None:
         scheduler = self.bench.scheduler
         scheduler.audit()
-        assert len(scheduler._running) <= self.bench.limits.max_num_seqs
-        held = {block for r in scheduler._running for block in r.held}
+        assert len(scheduler.running) <= self.bench.limits.max_num_seqs
+        held = {block for r in scheduler.running for block in r.held_blocks}
         assert self.bench.pool.num_free == self.bench.pool.num_blocks - len(held)
-        if self.bench.limits.window is not None:  # what wrong guesses lead back to is still there
-            for r in scheduler._running:
-                seen = max(r.computed - r.guessed - self.bench.limits.window + 1, 0)
-                assert r.retired * self.bench.pool.block_size <= seen
-        states = [r.state for r in scheduler._requests.values()]
-        assert scheduler.num_waiting == len(states) - states.count(RequestState.RUNNING)
-        assert sorted(scheduler._requests) == self.bench.outcomes.open
+        if self.bench.limits.window is not None:  # what wrong drafts lead back to is still there
+            for r in scheduler.running:
+                seen = max(r.computed - r.num_drafts - self.bench.limits.window + 1, 0)
+                assert r.blocks_retired * self.bench.pool.block_size <= seen
+        assert sorted(scheduler.unfinished) == self.bench.outcomes.open
+        assert scheduler.num_waiting + scheduler.num_running == len(self.bench.outcomes.open)
 
     def teardown(self) -> None:
         if hasattr(self, "bench"):

@@ -29,7 +29,7 @@ from shoal.wire.ranks import (
 )
 from shoal.worker.runner import Runner
 from support.fakes import FakeClock, this_rank
-from support.setups import rank_setup
+from support.plans import bare_plan, bare_rank, setup_of
 
 SMALL: dict[str, Any] = {"kv_cache_memory_bytes": "2MiB", "max_model_len": 64}
 PROMPTS: list[Any] = [{"prompt_token_ids": [3 + 7 * i, 5, 200 - i, 9][: 1 + i % 4]} for i in range(5)]
@@ -186,7 +186,8 @@ class FakeLinks:
         self.closed.append(failed)
 
 
-SETUPS = [rank_setup(rank=rank, world_size=2, tp=2, cost_share=0.5) for rank in range(2)]
+PLAN = bare_plan(bare_rank(0, cost_share=0.5), bare_rank(1, cost_share=0.5))
+SETUPS = [setup_of(PLAN, rank) for rank in range(2)]
 
 
 def dutiful(message: ToRank) -> Sequence[FromRank]:

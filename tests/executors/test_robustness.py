@@ -20,7 +20,7 @@ from shoal.devices import cpu
 from shoal.errors import ClosedError, EngineError, RankFailed
 from shoal.executors.multiprocess import ProcessLinks
 from shoal.wire.ranks import RankCall, StepPlan, Work
-from support.setups import rank_setup
+from support.plans import bare_plan, setup_of
 
 SMALL: dict[str, Any] = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": "2MiB", "max_model_len": 256}
 SHORT = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
@@ -210,7 +210,7 @@ def test_rank_that_does_not_get_through_the_start(folder: str, number: signal.Si
 def test_rank_that_can_not_allocate(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More address space than there is, on a host that is said to have it: only the rank itself can find out."""
     endless = dataclasses.replace(cpu.discover(), host_memory_available=2**60)
-    monkeypatch.setattr("shoal.planner.resolve.cpu.discover", lambda count: endless)
+    monkeypatch.setattr("shoal.planner.host_devices.cpu.discover", lambda count: endless)
     options = {**SMALL, "kv_cache_memory_bytes": 2**50}
     with pytest.raises(EngineError) as caught:
         LLM(folder, **options)
@@ -222,8 +222,7 @@ def test_rank_that_can_not_allocate(folder: str, monkeypatch: pytest.MonkeyPatch
 
 def test_rank_that_dies_with_much_to_read() -> None:
     """What was still to be sent to it has no reader; that must not hide who has died."""
-    setup = rank_setup()
-    links = ProcessLinks([setup])
+    links = ProcessLinks([setup_of(bare_plan())])
     try:
         (pid,) = (int(found) for found in re.findall(r"process (\d+)", links.describe(0)))
         os.kill(pid, signal.SIGSTOP)

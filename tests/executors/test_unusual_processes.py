@@ -41,14 +41,14 @@ def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_all_streams_are_closed(tmp_path: Path) -> None:
     """No socket gets the number of one of them, so that nothing is printed into it."""
     output = tmp_path / "out.jsonl"
-    command = (sys.executable, "-m", "shoal.cli.main", *ASK, "--output", str(output))
+    command = (sys.executable, "-m", "shoal", *ASK, "--output", str(output))
     done = run("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command)
     assert done.returncode == 0
     assert "upon a time there" in output.read_text()
 
 
 def test_an_error_where_stderr_is_closed_does_not_go_to_stdout() -> None:
-    command = (sys.executable, "-m", "shoal.cli.main", "generate", "./nowhere", "--prompt", "a")
+    command = (sys.executable, "-m", "shoal", "generate", "./nowhere", "--prompt", "a")
     done = run("sh", "-c", 'exec "$@" 2>&-', "sh", *command)
     assert (done.returncode, done.stdout) == (2, "")
 
@@ -92,7 +92,7 @@ def test_a_program_that_waits_for_all_of_its_children() -> None:
 
 def test_who_is_started_by_one_that_ignores_sigchld_hears_of_its_own_children() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "shoal.cli.main", *ASK],
+        [sys.executable, "-m", "shoal", *ASK],
         capture_output=True,
         text=True,
         timeout=110,
@@ -127,7 +127,7 @@ def test_ranks_of_a_process_that_nobody_may_look_into() -> None:
 
 @needs_containers
 def test_the_first_process_of_a_container_that_sees_little_of_proc() -> None:
-    done = run(*CONTAINER, f'{PROC}"$@"', "sh", sys.executable, "-m", "shoal.cli.main", *ASK)
+    done = run(*CONTAINER, f'{PROC}"$@"', "sh", sys.executable, "-m", "shoal", *ASK)
     assert (done.returncode, done.stdout.strip()) == (0, ANSWER), done.stderr
     assert "/proc/meminfo is not there" in done.stderr
 

@@ -67,12 +67,6 @@ def test_the_weight_may_change_after_packing() -> None:
     assert torch.equal(linear(x), before)
 
 
-def test_size() -> None:
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)):
-        assert make_linear(torch.zeros(6, 10, dtype=dtype), None).nbytes == 60 * size
-        assert make_linear(torch.zeros(6, 10, dtype=dtype), torch.zeros(6, dtype=dtype)).nbytes == 66 * size
-
-
 @pytest.mark.parametrize("dtype", [*TYPES, torch.float16])
 @pytest.mark.parametrize("heads", [1, 6])
 @pytest.mark.parametrize("rows", [0, 1, 2, 9])

@@ -1,4 +1,4 @@
-"""Which replicas are where, and the combinations of options that mean nothing."""
+"""Deployments over hosts: which replicas run where, and which combinations of options are refused."""
 
 import socket
 from typing import Any
@@ -9,7 +9,7 @@ from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
 from shoal.launch.deployment import DEFAULT_PORT, Deployment, Mode
 
-THERE: dict[str, Any] = {"data_parallel_address": "127.0.0.1"}
+ADDRESS: dict[str, Any] = {"data_parallel_address": "127.0.0.1"}
 
 
 def deployment(size: int = 4, **options: Any) -> Deployment:
@@ -19,36 +19,36 @@ def deployment(size: int = 4, **options: Any) -> Deployment:
     return Deployment.of(EngineOptions.from_flat(None, {"data_parallel_size": size, **given}))
 
 
-def test_without_a_word_all_are_here() -> None:
+def test_by_default_all_replicas_are_on_this_host() -> None:
     found = deployment()
     assert (found.mode, list(found.local), list(found.awaited)) == (Mode.ALONE, [0, 1, 2, 3], [])
     assert not found.listens
-    assert found.place.size == 1, "the plan is for all of them"
+    assert found.place.size == 1
 
 
-@pytest.mark.parametrize("options", [{"local": 4, **THERE}, {"hybrid": True, **THERE}])
-def test_one_host_that_has_all_awaits_nobody(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"local": 4, **ADDRESS}, {"hybrid": True, **ADDRESS}])
+def test_a_host_with_all_replicas_awaits_none(options: dict[str, Any]) -> None:
     found = deployment(**options)
     assert (found.mode, list(found.local), found.listens) == (Mode.ALONE, [0, 1, 2, 3], False)
 
 
-def test_a_front_end_awaits_what_is_not_here() -> None:
-    found = deployment(local=1, data_parallel_rpc_port=4242, **THERE)
+def test_a_front_end_awaits_the_replicas_that_are_not_here() -> None:
+    found = deployment(local=1, data_parallel_rpc_port=4242, **ADDRESS)
     assert (found.mode, list(found.local), list(found.awaited)) == (Mode.HEAD, [0], [1, 2, 3])
     assert found.listens
     assert str(found.address) == "127.0.0.1:4242"
     assert found.place.local_size == 1
 
 
-def test_a_front_end_may_have_none() -> None:
-    found = deployment(local=0, **THERE)
+def test_a_front_end_may_have_no_replicas_of_its_own() -> None:
+    found = deployment(local=0, **ADDRESS)
     assert (list(found.local), list(found.awaited), found.listens) == ([], [0, 1, 2, 3], True)
     assert (found.place.size, found.place.local_size, list(found.elsewhere)) == (4, 0, [])
     assert str(found.address) == f"127.0.0.1:{DEFAULT_PORT}"
-    assert deployment(1, local=0, **THERE).mode is Mode.HEAD
+    assert deployment(1, local=0, **ADDRESS).mode is Mode.HEAD
 
 
-def test_an_address_may_be_of_ipv6() -> None:
+def test_an_address_may_be_an_ipv6_address() -> None:
     for given in ("fd02::1", "[fd02::1]"):
         with pytest.raises(ConfigError, match="fd02::1 is reached from other hosts, and there is no shared key"):
             deployment(local=1, data_parallel_address=given)
@@ -58,30 +58,30 @@ def test_an_address_may_be_of_ipv6() -> None:
 
 
 @pytest.mark.parametrize("options", [{"local": 1}, {"rank": 1}, {"headless": True, "start": 1}])
-def test_a_name_that_leads_to_the_loopback_is_refused(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of Debian's /etc/hosts do for the host itself: nobody else would come there."""
+def test_a_name_of_a_loopback_address_is_refused(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's /etc/hosts gives the host's own name such an address, which other hosts cannot reach."""
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **named: real("127.0.1.1", *more, **named))
     with pytest.raises(ConfigError, match=r"--data-parallel-address head is 127\.0\.1\.1 on this host .*, a loopback"):
         deployment(data_parallel_address="head", **options)
 
 
-def test_a_headless_host_has_the_rest_unless_it_says_how_many() -> None:
-    found = deployment(headless=True, start=1, **THERE)
+def test_a_headless_host_runs_the_remaining_replicas_unless_a_number_is_given() -> None:
+    found = deployment(headless=True, start=1, **ADDRESS)
     assert (found.mode, list(found.local), found.listens) == (Mode.HEADLESS, [1, 2, 3], False)
-    assert list(deployment(headless=True, start=1, local=2, **THERE).local) == [1, 2]
-    assert list(deployment(headless=True, rank=2, **THERE).local) == [2]
-    assert list(deployment(1, headless=True, **THERE).local) == [0]
-    assert deployment(headless=True, start=0, **THERE).mode is Mode.HEADLESS, "the front end has none"
+    assert list(deployment(headless=True, start=1, local=2, **ADDRESS).local) == [1, 2]
+    assert list(deployment(headless=True, rank=2, **ADDRESS).local) == [2]
+    assert list(deployment(1, headless=True, **ADDRESS).local) == [0]
+    assert deployment(headless=True, start=0, **ADDRESS).mode is Mode.HEADLESS
 
 
 def test_peers_meet_where_replica_0_is() -> None:
-    assert [deployment(rank=number, **THERE).listens for number in range(3)] == [True, False, False]
-    second = deployment(hybrid=True, start=2, local=2, **THERE)
+    assert [deployment(rank=number, **ADDRESS).listens for number in range(3)] == [True, False, False]
+    second = deployment(hybrid=True, start=2, local=2, **ADDRESS)
     assert (second.mode, list(second.local), list(second.awaited), second.listens) == (Mode.PEERS, [2, 3], [], False)
     assert (second.place.rank, second.place.size, second.place.local_size) == (2, 4, 2)
     assert list(second.elsewhere) == [0, 1]
-    assert deployment(hybrid=True, local=2, **THERE).listens
+    assert deployment(hybrid=True, local=2, **ADDRESS).listens
 
 
 @pytest.mark.parametrize(
@@ -91,23 +91,23 @@ def test_peers_meet_where_replica_0_is() -> None:
             {"headless": True, "start": 3, "local": 2},
             "3 and --data-parallel-size-local 2 reach up to replica 4, .* is 4",
         ),
-        ({"local": 5}, "0 and --data-parallel-size-local 5 reach up to replica 4, --data-parallel-size is 4"),
-        ({"headless": True, "start": 4}, "--data-parallel-start-rank 4 of --data-parallel-size 4 does not exist"),
-        ({"rank": 4}, "--data-parallel-rank 4 of --data-parallel-size 4 does not exist"),
+        ({"local": 5}, "0 and --data-parallel-size-local 5 reach up to replica 4, but --data-parallel-size is 4"),
+        ({"headless": True, "start": 4}, "--data-parallel-start-rank 4 does not exist with --data-parallel-size 4"),
+        ({"rank": 4}, "--data-parallel-rank 4 does not exist with --data-parallel-size 4"),
         ({"headless": True}, "say which of the 4 replicas run here"),
-        ({"headless": True, "start": 0, "local": 0}, "--data-parallel-size-local 0: nothing is left to do here"),
-        ({"hybrid": True, "local": 0}, "--data-parallel-size-local 0: nothing is left to do here"),
-        ({"hybrid": True, "rank": 1}, "--data-parallel-rank 1 serves one replica, --data-parallel-hybrid-lb all"),
-        ({"hybrid": True, "headless": True}, "--headless serves nothing, --data-parallel-hybrid-lb serves"),
+        ({"headless": True, "start": 0, "local": 0}, "--data-parallel-size-local 0: this host would have no replicas"),
+        ({"hybrid": True, "local": 0}, "--data-parallel-size-local 0: this host would have no replicas"),
+        ({"hybrid": True, "rank": 1}, "--data-parallel-rank 1 serves one replica, but --data-parallel-hybrid-lb"),
+        ({"hybrid": True, "headless": True}, "--headless does not serve, but --data-parallel-hybrid-lb serves"),
         ({"rank": 1, "start": 2}, "--data-parallel-rank 1 and --data-parallel-start-rank 2: leave one out"),
-        ({"rank": 1, "local": 2}, "--data-parallel-rank 1 is one replica, --data-parallel-size-local says 2"),
-        ({"start": 2, "local": 2}, "--data-parallel-start-rank 2: say too whether"),
-        ({"local": 1, "distributed_executor_backend": "threads"}, "replicas on several hosts are processes"),
+        ({"rank": 1, "local": 2}, "--data-parallel-rank 1 is one replica, but --data-parallel-size-local is 2"),
+        ({"start": 2, "local": 2}, "--data-parallel-start-rank 2 needs --headless"),
+        ({"local": 1, "distributed_executor_backend": "threads"}, "replicas on several hosts must be processes"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        deployment(**options, **THERE)
+        deployment(**options, **ADDRESS)
     assert "\n" not in str(caught.value)
 
 
@@ -115,11 +115,11 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: 
     ("options", "message"),
     [
         ({"headless": True, "start": 2}, "the front end of the 4 replicas is elsewhere, .* that serves$"),
-        ({"local": 1}, "1 of 4 replicas are here, the others elsewhere, .* that serves$"),
-        ({"rank": 1}, "1 of 4 replicas are here, .* --data-parallel-address, .* that has replica 0$"),
+        ({"local": 1}, "1 of 4 replicas run here, the others elsewhere, .* that serves$"),
+        ({"rank": 1}, "1 of 4 replicas run here, .* --data-parallel-address is missing.* that has replica 0$"),
     ],
 )
-def test_without_an_address_nobody_meets(options: dict[str, Any], message: str) -> None:
+def test_several_hosts_need_an_address(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         deployment(**options)
 

@@ -13,17 +13,29 @@ from shoal.launch import hub
 
 def test_what_needs_no_network(tmp_path: Path) -> None:
     assert hub.locate(None) == hub.BUNDLED
-    assert hub.locate("bundled:dense") == hub.BUNDLED
+    assert hub.locate("bundled") == hub.locate("bundled:dense") == hub.BUNDLED
     assert hub.locate("bundled:moe") == hub.BUNDLED_MOE
     assert hub.locate(str(tmp_path)) == tmp_path
     assert hub.locate("shape:llama-10m", weights=False).name == "llama-10m"
 
 
 def test_what_is_not_bundled() -> None:
-    with pytest.raises(ConfigError, match="no model 'tiny' is bundled; known are bundled:dense, bundled:moe"):
+    with pytest.raises(ConfigError, match="no model 'tiny' is bundled; known are bundled, bundled:dense, bundled:moe"):
         hub.locate("bundled:tiny")
-    with pytest.raises(CheckpointError, match="bundled:moe is no id on the hub"):
-        hub.download("bundled:moe")
+    with pytest.raises(ConfigError, match="no model '' is bundled"):
+        hub.locate("bundled:")
+    for name in ("bundled", "bundled:moe"):
+        with pytest.raises(CheckpointError, match=f"{name} is no id on the hub"):
+            hub.download(name)
+
+
+def test_the_name_of_the_bundled_model_goes_over_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundled").mkdir()
+    assert hub.locate("bundled") == hub.BUNDLED
+    assert hub.locate("./bundled") == tmp_path / "bundled"
 
 
 @pytest.mark.parametrize(

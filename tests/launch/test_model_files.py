@@ -1,4 +1,4 @@
-"""A model's files that change while somebody uses them, and files that are not what their names say."""
+"""Model files that change while they are in use, and files that are pointers of Git LFS."""
 
 import os
 import shutil
@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams
-from shoal.config.engine_options import EngineOptions
+from shoal.engine.build import build_engine
+from shoal.engine.process import start
 from shoal.errors import CheckpointError, UserError
-from shoal.launch.build_engine import build_engine
-from shoal.launch.engine_process import start
 from shoal.launch.hub import BUNDLED
-from shoal.launch.open_model import decide, open_model
-from shoal.server.api_process import open_served
+from shoal.launch.open_model import open_model, open_served_model
 from shoal.text.chat_template import ChatTemplate
-from shoal.wire.plan import ApiSetup, EngineSetup, ModelFiles
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -26,12 +23,12 @@ SMALL: dict[str, Any] = {"max_model_len": 64, "kv_cache_memory_bytes": "2MiB"}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the bundled model, whose embedding is its head too."""
+    """A copy of the bundled model. Its embedding is also its output head."""
     return Path(shutil.copytree(BUNDLED, tmp_path / "model"))
 
 
 def copy_over(folder: Path) -> None:
-    """As `cp` does it: the same file with other numbers."""
+    """Write other numbers into the same file, as `cp` does."""
     file = folder / "model.safetensors"
     with file.open("r+b") as stream:
         stream.seek(file.stat().st_size // 2)
@@ -56,7 +53,9 @@ def rewrite(name: str) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("change", [copy_over, truncate])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answers_stay_what_they_are(folder: Path, dtype: str, change: Callable[[Path], None]) -> None:
+def test_a_running_engine_does_not_notice_changed_files(
+    folder: Path, dtype: str, change: Callable[[Path], None]
+) -> None:
     prompts: Any = [{"prompt_token_ids": [token, token + 1]} for token in range(300, 316)]
     with LLM(str(folder), dtype=dtype, enable_prefix_caching=False, **SMALL) as llm:
         before = [each.outputs[0].token_ids for each in llm.generate(prompts, GREEDY, use_tqdm=False)]
@@ -69,42 +68,38 @@ CHANGES = [copy_over, replace, rewrite("config.json"), rewrite("tokenizer.json")
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_starts_later_does_not_run_another_model(folder: Path, change: Callable[[Path], None]) -> None:
-    """A rank, an engine that takes the place of one that has ended, and an API server likewise."""
-    options = EngineOptions.from_flat(str(folder), SMALL)
-    decision = decide(options)
-    files = ModelFiles(str(folder), state=decision.file_states[0])
-    open_served(ApiSetup(str(folder), {}, {}, {}, files=files))
+def test_processes_that_start_later_refuse_changed_files(folder: Path, change: Callable[[Path], None]) -> None:
+    """This holds for ranks, for an engine that is started again, and for API servers."""
+    opened = open_model(str(folder), SMALL)
+    open_served_model(str(folder), SMALL, opened.served)
     change(folder)
-    with pytest.raises(UserError, match="has changed since Shoal read it first"):
-        build_engine(options, decision)
-    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
-        start(EngineSetup(str(folder), dict(SMALL), files=files), None)
-    with pytest.raises(CheckpointError, match="has changed since Shoal read it first"):
-        open_served(ApiSetup(str(folder), {}, {}, {}, files=files))
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
+        build_engine(opened.plan)
+    with pytest.raises(UserError, match="has changed since Shoal first read it"):
+        start(opened.plan, None)
+    with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
+        open_served_model(str(folder), SMALL, opened.served)
 
 
-def test_a_draft_model_that_has_changed(folder: Path, tmp_path: Path) -> None:
+def test_a_changed_draft_model_is_refused(folder: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(BUNDLED, tmp_path / "draft"))
     speculation = {"method": "draft_model", "model": str(other), "num_speculative_tokens": 2}
-    options = EngineOptions.from_flat(str(folder), {**SMALL, "speculative_config": speculation})
-    decision = decide(options)
+    opened = open_model(str(folder), {**SMALL, "speculative_config": speculation})
     copy_over(other)
-    with pytest.raises(UserError, match=r"draft has changed since Shoal read it first"):
-        build_engine(options, decision)
+    with pytest.raises(UserError, match=r"draft has changed since Shoal first read it"):
+        build_engine(opened.plan)
 
 
 def test_made_up_weights_have_no_files_that_could_change(folder: Path) -> None:
-    options = EngineOptions.from_flat(str(folder), {**SMALL, "load_format": "dummy"})
-    decision = decide(options)
+    opened = open_model(str(folder), {**SMALL, "load_format": "dummy"})
     copy_over(folder)
-    build_engine(options, decision).close()
+    build_engine(opened.plan).close()
 
 
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"]
 )
-def test_a_pointer_of_git_lfs_in_place_of_a_file(folder: Path, name: str) -> None:
+def test_a_git_lfs_pointer_in_place_of_a_file_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_text(POINTER)
     with pytest.raises(CheckpointError) as caught:
         open_model(str(folder), SMALL)
@@ -121,7 +116,7 @@ def test_a_pointer_of_git_lfs_in_place_of_a_file(folder: Path, name: str) -> Non
         ("tokenizer.model", "tokenizer.json"),
     ],
 )
-def test_a_pointer_in_place_of_other_kinds_of_files(folder: Path, names: tuple[str, ...]) -> None:
+def test_a_pointer_in_place_of_other_kinds_of_files_is_refused(folder: Path, names: tuple[str, ...]) -> None:
     if names[0] != "tokenizer.model":
         (folder / "model.safetensors").unlink()
     for name in names:
@@ -130,13 +125,13 @@ def test_a_pointer_in_place_of_other_kinds_of_files(folder: Path, names: tuple[s
         open_model(str(folder), SMALL)
 
 
-def test_a_pointer_that_nobody_reads_is_nobodys_business(folder: Path) -> None:
+def test_pointers_in_place_of_unused_files_are_ignored(folder: Path) -> None:
     for name in ("pytorch_model.bin", "model.onnx", "vocab.txt"):
         (folder / name).write_text(POINTER)
     open_model(str(folder), SMALL)
 
 
-def test_a_pointer_is_no_chat_template(folder: Path) -> None:
+def test_a_pointer_in_place_of_a_chat_template_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is a pointer of Git LFS"):
         ChatTemplate.open(folder)

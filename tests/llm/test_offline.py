@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from shoal.engine.request import decode_tokens, encode_numbers, encode_tokens, token_set
 from shoal.errors import ClosedError, ReplicasFailed
 from shoal.llm.offline import OfflineRunner
 from shoal.llm.requests import Requests
@@ -20,6 +19,7 @@ from shoal.text.prompts import Job, RefusedPrompt
 from shoal.wire.base import encode
 from shoal.wire.engine import EngineRequest, EngineStats, Finish, SeqUpdate, to_engine
 from shoal.wire.ranks import Sampling, SamplingPenalties
+from shoal.wire.tokens import decode_tokens, encode_numbers, encode_tokens, token_set
 from support.fakes import on_threads
 from support.letters import Letters
 

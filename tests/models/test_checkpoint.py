@@ -1,4 +1,4 @@
-"""Headers of safetensors files: read where they are right, refused in one line where they are not."""
+"""Reading the headers of safetensors files, and refusing malformed ones with one line."""
 
 import json
 import shutil
@@ -20,6 +20,7 @@ from shoal.models.checkpoint.checkpoint import (
     Checkpoint,
     TensorEntry,
     open_checkpoint,
+    same_numbers,
 )
 
 _SETTINGS = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -68,7 +69,7 @@ def test_single_file(file: Path) -> None:
     assert file.read_bytes()[b.offset : b.offset + 10] == DATA[24:34]
 
 
-def test_what_the_library_writes(checkpoint: Callable[[str], Path]) -> None:
+def test_reading_a_file_that_the_safetensors_library_wrote(checkpoint: Callable[[str], Path]) -> None:
     from safetensors import safe_open
 
     folder = checkpoint("llama")
@@ -96,8 +97,8 @@ def test_shards(tmp_path: Path) -> None:
     assert {name: (t.file, t.shape) for name, t in found.tensors.items()} == {"a": (first, (2, 3)), "b": (second, (5,))}
 
 
-def test_a_single_file_goes_before_a_stale_index(tmp_path: Path) -> None:
-    """So it is in transformers; the index may name shards that are gone."""
+def test_a_single_file_is_preferred_to_an_index(tmp_path: Path) -> None:
+    """Transformers does the same: the index may be an old one, with shards that no longer exist."""
     torch.save({"c": torch.ones(2)}, tmp_path / PICKLED_SINGLE)
     (tmp_path / PICKLED_INDEX).write_text(json.dumps({"weight_map": {"c": "gone.bin"}}))
     assert set(open_checkpoint(tmp_path).tensors) == {"c"}
@@ -119,10 +120,10 @@ def test_truncated_shard_is_named(tmp_path: Path) -> None:
     _, second = shard(tmp_path)
     size = second.stat().st_size
     second.write_bytes(second.read_bytes()[:-1])
-    assert refusal(tmp_path).startswith(f"{second} is truncated: {size - 1} bytes, its header promises {size}")
+    assert refusal(tmp_path).startswith(f"{second} is truncated: it has {size - 1} bytes, but {size} by its header")
 
 
-def test_pickled_files_where_there_are_no_others(tmp_path: Path) -> None:
+def test_pickled_files_are_read_only_if_there_are_no_safetensors_files(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / PICKLED_SINGLE)
     assert open_checkpoint(tmp_path).shapes == {"a": (2,), "b": (3,)}
     (tmp_path / SINGLE).write_bytes(pack(HEADER))
@@ -148,6 +149,27 @@ def test_pickled_shards(tmp_path: Path) -> None:
     assert "its weight_map must map names to file names" in refusal(tmp_path)
 
 
+def test_tensors_of_an_old_file_are_the_same_where_they_share_their_numbers(tmp_path: Path) -> None:
+    """Only PyTorch reads a file from before version 1.6: its numbers can't be compared without loading them."""
+    one = torch.ones(2, 3)
+    tensors = {"a": one, "b": one.view(2, 3), "row": one[1], "copy": one.clone()}
+    torch.save(tensors, tmp_path / PICKLED_SINGLE, _use_new_zipfile_serialization=False)
+    found = open_checkpoint(tmp_path).tensors
+    assert {name for name, tensor in found.items() if same_numbers(found["a"], tensor)} == {"a", "b"}
+    torch.save(tensors, tmp_path / PICKLED_SINGLE)
+    found = open_checkpoint(tmp_path).tensors
+    assert {name for name, tensor in found.items() if same_numbers(found["a"], tensor)} == {"a", "b", "copy"}
+
+
+def test_files_in_another_state_are_not_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / PICKLED_SINGLE)
+    state = open_checkpoint(tmp_path).state
+    assert open_checkpoint(tmp_path, state=state).state == state
+    (tmp_path / PICKLED_SINGLE).write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
+        open_checkpoint(tmp_path, state=state)
+
+
 @pytest.mark.parametrize(
     ("shape", "strides", "overlaps"),
     [
@@ -163,32 +185,34 @@ def test_pickled_shards(tmp_path: Path) -> None:
         ((4, 4), (1, 1), True),
     ],
 )
-def test_elements_that_share_a_place(shape: tuple[int, ...], strides: tuple[int, ...] | None, overlaps: bool) -> None:
+def test_tensors_with_overlapping_elements_are_refused(
+    shape: tuple[int, ...], strides: tuple[int, ...] | None, overlaps: bool
+) -> None:
     found = TensorEntry(Path("a"), "F32", shape, 0, strides)
     assert found.overlaps == overlaps
     checkpoint = Checkpoint(Path(), {"x": found})
     if overlaps:
-        with pytest.raises(CheckpointError, match="under which elements share memory: save a contiguous copy"):
+        with pytest.raises(CheckpointError, match="so that elements share memory: save a contiguous copy"):
             checkpoint.check_loadable(["x"])
     else:
         checkpoint.check_loadable(["x"])
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_a_folder_without_weights(tmp_path: Path) -> None:
     message = refusal(tmp_path)
     assert SINGLE in message
     assert INDEX in message
 
 
 @pytest.mark.parametrize("length", range(8))
-def test_shorter_than_a_length(file: Path, length: int) -> None:
+def test_a_file_too_short_for_the_length_of_its_header(file: Path, length: int) -> None:
     file.write_bytes(b"\0" * length)
-    assert f"truncated or no safetensors file: {length} bytes" in refusal(file.parent)
+    assert f"truncated or not a safetensors file: it has {length} bytes" in refusal(file.parent)
 
 
-def test_length_beyond_the_file(file: Path) -> None:
+def test_a_header_longer_than_the_file(file: Path) -> None:
     file.write_bytes(b"\xff" * 200)
-    assert f"header of {2**64 - 1}" in refusal(file.parent)
+    assert f"its header {2**64 - 1}" in refusal(file.parent)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +251,7 @@ def test_malformed_entry(file: Path, change: Header) -> None:
 @pytest.mark.parametrize("change", [{"shape": [2, 4]}, {"data_offsets": [0, 20]}, {"dtype": "F16"}])
 def test_data_of_another_size(file: Path, change: Header) -> None:
     file.write_bytes(pack({**HEADER, "a": {**HEADER["a"], **change}}))
-    assert "the data of a does not have the size of" in refusal(file.parent)
+    assert "bytes, which is not the size of" in refusal(file.parent)
 
 
 def test_types_that_can_not_be_loaded(file: Path) -> None:
@@ -248,7 +272,7 @@ def test_folder_in_place_of_a_file(tmp_path: Path, name: str) -> None:
 
 
 def opens_or_refuses(folder: Path) -> None:
-    """Nothing else may happen. What opens, lies within its file."""
+    """Check that opening either raises CheckpointError or finds tensors that begin inside their file."""
     try:
         found = open_checkpoint(folder)
     except CheckpointError:
@@ -275,7 +299,7 @@ def test_random_header(tmp_path: Path, header: bytes, data: bytes) -> None:
 @_SETTINGS
 @given(st.data())
 def test_mutated_bytes(tmp_path: Path, data: st.DataObject) -> None:
-    """Some bytes changed, put in or left out."""
+    """Some bytes of a valid file are changed, inserted or removed."""
     content = bytearray(pack(HEADER))
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, max(len(content) - 1, 0)))

@@ -1,4 +1,4 @@
-"""The decoder alone, without an engine: its logits are transformers', whatever the family and the ranks."""
+"""The decoder without an engine: its logits are those of transformers, for every family and number of ranks."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -24,24 +24,25 @@ from shoal.parallel.mesh import Axis
 from shoal.worker.kv_cache import allocate
 from support.checkpoints import MAKERS, reference_model
 
-# float32 sums in another order: logits of 5 to 16 differ by at most 4e-5 here. A missing bias moves them by tenths.
+# Sums of float32 numbers in another order change logits of 5 to 16 by at most 4e-5 here. A missing bias changes them by
+# tenths.
 TOLERANCE = 2e-4
-# Longer than every window, as long as some, and shorter than all.
+# One prompt is shorter than all windows, one as long as some, and one longer than all.
 LENGTHS = (2, 9, 70)
 PROMPTS = [[(7 * i * i + 3 * i) % 251 + 3 for i in range(length)] for length in LENGTHS]
-BLOCK_SIZE, BLOCKS = 16, 5  # blocks a sequence
+BLOCK_SIZE, BLOCKS = 16, 5  # blocks per sequence
 
 
 @lru_cache
 def expected(folder: Path) -> list[Tensor]:
-    """The logits of each prompt: [tokens, vocabulary]."""
+    """Return the logits of each prompt from transformers: [tokens, vocabulary]."""
     model = reference_model(folder)
     with torch.inference_mode():
         return [model(torch.tensor([prompt])).logits[0].float() for prompt in PROMPTS]
 
 
 def make_batch(starts: Sequence[int], stops: Sequence[int]) -> PagedBatch:
-    """Tokens [start, stop) of each sequence."""
+    """Return a batch with the tokens [start, stop) of each sequence."""
     lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
     tables = torch.arange(len(starts) * BLOCKS, dtype=torch.int32).view(len(starts), BLOCKS).flip(0, 1)
     positions = torch.cat([torch.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
@@ -61,7 +62,7 @@ def make_batch(starts: Sequence[int], stops: Sequence[int]) -> PagedBatch:
 
 @torch.inference_mode()
 def logits_of_rank(folder: Path, shard: Shard, tp: Axis) -> list[Tensor]:
-    """One rank's share of the logits of each prompt, whose last token comes in a second step."""
+    """Return one rank's share of the logits of each prompt. The last token of each is computed in a second step."""
     spec, checkpoint = read_spec(folder), open_checkpoint(folder)
     params = manifest(spec, tensor_names(spec, checkpoint.shapes))
     check(params, checkpoint.shapes, str(folder))
@@ -82,7 +83,7 @@ def logits_of_rank(folder: Path, shard: Shard, tp: Axis) -> list[Tensor]:
 
 
 def logits(folder: Path, weights: Sequence[int]) -> list[Tensor]:
-    """The logits of each prompt from ranks with shares in proportion to `weights`, as threads."""
+    """Return the logits of each prompt from ranks in threads, whose shares are in proportion to `weights`."""
     tp = len(weights)
     group = ThreadGroup(tp, timeout_s=60)
 
@@ -104,10 +105,12 @@ def assert_close(folder: Path, found: Sequence[Tensor]) -> None:
         assert float((ours - theirs).abs().max()) < TOLERANCE
 
 
-# Alone; a rank with heads of two groups; more ranks than heads, of which some have nothing at all.
+# One rank; a rank with heads of two groups; more ranks than heads, so that some ranks have no head.
 @pytest.mark.parametrize("weights", [(1,), (1, 2, 1), (3, 1, 1, 9, 1, 1, 1, 1, 1, 1)])
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_logits(checkpoint: Callable[[str], Path], name: str, weights: tuple[int, ...]) -> None:
+def test_logits_are_those_of_transformers(
+    checkpoint: Callable[[str], Path], name: str, weights: tuple[int, ...]
+) -> None:
     folder = checkpoint(name)
     assert_close(folder, logits(folder, weights))
 
@@ -138,10 +141,10 @@ def test_logits(checkpoint: Callable[[str], Path], name: str, weights: tuple[int
         ("qwen3_moe", {"norm_topk_prob": False}),
     ],
 )
-def test_every_option_of_the_checkpoints_shows(
+def test_every_option_of_the_checkpoints_changes_the_logits(
     checkpoint: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, object]
 ) -> None:
-    """With another value the logits are others: the test above would see it ignored."""
+    """So the test above would fail if the decoder ignored the option."""
     folder = checkpoint(name)
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
@@ -163,8 +166,8 @@ STACKED = {
 
 
 @pytest.mark.parametrize("name", STACKED)
-def test_experts_as_transformers_holds_them(checkpoint: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    """One tensor for all experts, as what was saved from memory has."""
+def test_experts_in_one_tensor(checkpoint: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Transformers holds all experts in one tensor, and some files are saved like that."""
     folder = checkpoint(name)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     before, after, experts = STACKED[name]
@@ -198,7 +201,7 @@ def test_experts_as_transformers_holds_them(checkpoint: Callable[[str], Path], t
 def test_names_with_another_prefix(
     checkpoint: Callable[[str], Path], tmp_path: Path, name: str, prefix: str, other: str
 ) -> None:
-    """As files from the hub spell them, beside tensors that nobody needs: among them the head, where it is tied."""
+    """Some files on the hub have other prefixes, and tensors that are not needed, such as a tied head."""
     folder = checkpoint(name)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     tensors = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What is read of models that no family of ours knows, what is refused and why, and how much of them is cut."""
+"""Models that run through transformers' module: their specs, how they are cut, and which are refused and why."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from shoal.models.transformers.cut_plan import logits_are_elementwise
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.model import build_transformers_model
 from shoal.models.transformers.read_spec import read_fallback_spec
-from shoal.models.transformers.trial import Unfit, materialize_buffers, window_of
+from shoal.models.transformers.trial import NotRunnable, materialize_buffers, window_of_mask
 from shoal.parallel.mesh import Axis
 from shoal.planner.memory import StepSize, rank_memory
 from support import checkpoints, others
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def config_of(name: str, kind: str = "ForCausalLM", **changes: Any) -> dict[str, Any]:
-    """config.json of a small model."""
+    """Return the config.json of a small model."""
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**{**checkpoints.SIZES, **others.ALL.get(name, {}), **changes})
@@ -49,7 +49,7 @@ def cut_of(spec: FallbackSpec, name: str) -> tuple[Cut, int]:
     return piece.cut, piece.dim
 
 
-def test_sizes_and_attention_are_found_by_trying() -> None:
+def test_sizes_and_attention_are_found_in_a_trial() -> None:
     spec = read("Cohere2")
     assert (spec.hidden_size, spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (64, 3, 8, 4, 8)
     assert (spec.vocab_size, spec.max_positions, spec.tie_embeddings, spec.dtype) == (301, 256, True, "float32")
@@ -67,28 +67,28 @@ def test_scales_and_soft_caps_are_found() -> None:
     ]
 
 
-def test_a_plan_is_followed_by_heads_by_columns_and_by_vocabulary() -> None:
+def test_a_plan_is_followed_with_cuts_by_heads_columns_and_vocabulary() -> None:
     spec = read("Starcoder2")
     attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
     assert cut_of(spec, f"{attention}.q_proj.weight") == (Cut.Q_HEADS, 0)
     assert cut_of(spec, f"{attention}.v_proj.bias") == (Cut.KV_HEADS, 0)
     assert cut_of(spec, f"{attention}.o_proj.weight") == (Cut.Q_HEADS, 1)
-    assert cut_of(spec, f"{attention}.o_proj.bias") == (Cut.WHOLE, 0)  # added to the sum
+    assert cut_of(spec, f"{attention}.o_proj.bias") == (Cut.WHOLE, 0)  # it is added after the sum over ranks
     assert cut_of(spec, f"{mlp}.c_fc.bias") == (Cut.MLP, 0)
     assert cut_of(spec, f"{mlp}.c_proj.weight") == (Cut.MLP, 1)
     assert cut_of(spec, "embedding") == cut_of(spec, "head") == (Cut.VOCAB, 0)
     assert cut_of(spec, "model.norm.weight") == (Cut.WHOLE, 0)
-    assert (spec.cut_attention, spec.cut_linears, spec.whole) == (True, 3 * 6, "")
+    assert (spec.cut_attention, spec.cut_linears, spec.uncut_reason) == (True, 3 * 6, "")
     assert "18 linear layers cut by its tensor-parallel plan" in spec.describe(2)
     assert spec.describe(1).endswith("on one rank")
 
 
 @pytest.mark.parametrize("name", sorted(others.WHOLE_ATTENTION))
 def test_attention_that_takes_all_heads_stays_whole(name: str) -> None:
-    """Olmo2's plan says so; Cohere's does not, but a trial with fewer heads fails."""
+    """The plan of Olmo2 says so. That of Cohere does not, but a trial with fewer heads fails."""
     spec = read(name)
     assert (spec.cut_attention, spec.cut_linears) == (False, 3 * 3)
-    assert "its attention is whole on every rank" in spec.describe(2)
+    assert "every rank computes all of its attention" in spec.describe(2)
     for shard in shards_of(spec, 3):
         assert (len(shard.heads.q_range), len(shard.heads.kv_ids)) == (8, 4)
         assert shard.heads.q_to_kv == (0, 0, 1, 1, 2, 2, 3, 3)
@@ -98,15 +98,17 @@ def test_attention_that_takes_all_heads_stays_whole(name: str) -> None:
 def test_an_mlp_whose_plan_gathers_stays_whole() -> None:
     spec = read("Glm")
     assert (spec.cut_attention, spec.cut_linears) == (True, 3 * 4)
-    assert spec.describe(2).endswith("12 linear layers cut by its tensor-parallel plan; its MLP is whole on every rank")
+    assert spec.describe(2).endswith(
+        "12 linear layers cut by its tensor-parallel plan; every rank computes all of its MLP"
+    )
     assert [len(shard.ranges[Cut.MLP]) for shard in shards_of(spec, 2)] == [spec.intermediate_size] * 2
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("StableLm", "it publishes no tensor-parallel plan"), ("Phi3", "no layers cut by columns that lead to layers")],
+    [("StableLm", "it publishes no tensor-parallel plan"), ("Phi3", "no layers cut by columns that are followed by")],
 )
-def test_without_a_plan_that_we_follow_there_is_one_rank(name: str, reason: str) -> None:
+def test_a_model_without_a_usable_plan_runs_on_one_rank_only(name: str, reason: str) -> None:
     spec = read(name)
     assert len(shards_of(spec, 1)) == 1
     assert reason in spec.describe(1)
@@ -120,13 +122,13 @@ def test_two_ranks_take_half_the_memory_each() -> None:
     (alone,), halves = (
         [rank_memory(spec, spec.params, shard, **sizes) for shard in shards_of(spec, ranks)] for ranks in (1, 2)
     )
-    # Norms are whole on each, and 301 rows of vocabulary are 151 and 150.
+    # Each rank has all norms, and of 301 rows of vocabulary one has 151 and the other 150.
     assert all(0.5 * alone.weights <= half.weights < 0.51 * alone.weights for half in halves)
     assert [half.block for half in halves] == [alone.block // 2] * 2
 
 
-def test_the_manifest_is_the_checkpoint(tmp_path: Path) -> None:
-    """Every tensor of the file is asked for, in its shape; one that is missing is named."""
+def test_the_manifest_names_exactly_the_tensors_of_the_checkpoint(tmp_path: Path) -> None:
+    """Each has its shape, and one that is missing is named in the error."""
     shapes = open_checkpoint(others.save("Starcoder2", tmp_path)).shapes
     spec = read_model(tmp_path, "auto")
     found = params_of(spec, shapes)
@@ -140,7 +142,7 @@ def test_the_manifest_is_the_checkpoint(tmp_path: Path) -> None:
         check(params_of(spec, some), some, "here")
 
 
-def test_names_may_lack_the_prefix() -> None:
+def test_names_without_the_prefix() -> None:
     spec = read("Granite", tie_word_embeddings=False)
     assert isinstance(spec, FallbackSpec)
     written = [piece.source for param in spec.params for piece in param.pieces]
@@ -149,7 +151,7 @@ def test_names_may_lack_the_prefix() -> None:
     assert {piece.source for param in params_of(spec, written) for piece in param.pieces} == set(written)
 
 
-def test_who_runs_a_model(tmp_path: Path) -> None:
+def test_which_implementation_runs_a_model(tmp_path: Path) -> None:
     def folder(name: str) -> Path:
         (tmp_path / "config.json").write_text(json.dumps(config_of(name)))
         return tmp_path
@@ -169,12 +171,12 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "no attention": (lambda: config_of("Mamba"), "no attention that transformers' AttentionInterface could replace"),
     "attention of its own": (lambda: config_of("Bloom"), "no attention that transformers' AttentionInterface"),
     "a table of its own": (lambda: config_of("GPTJ"), "no attention that transformers' AttentionInterface"),
-    "sinks": (lambda: config_of("GraniteSWA"), "its attention takes s_aux, which ours does not know"),
+    "sinks": (lambda: config_of("GraniteSWA"), "its attention takes s_aux, which ours does not support"),
     "heads of two sizes": (lambda: config_of("MiniCPM3"), r"its queries, keys and values have heads of .* dimensions"),
     "two calls a layer": (lambda: config_of("DiffLlama"), "its 3 layers call attention 6 times"),
     "no positions": (lambda: config_of("CTRL", "LMHeadModel"), "does not take the positions of tokens"),
-    "both directions": (lambda: config_of("Bert", "LMHeadModel"), "what a token sees is neither"),
-    "packed experts": (lambda: config_of("Mixtral"), "rearranges its checkpoint's tensors"),
+    "both directions": (lambda: config_of("Bert", "LMHeadModel"), "a token sees neither"),
+    "packed experts": (lambda: config_of("Mixtral"), "rearranges its tensors while loading"),
     "an encoder": (lambda: config_of("Bart"), "it has an encoder"),
     "images": (lambda: {"architectures": ["X"], "text_config": {"hidden_size": 8}}, "it has a text_config"),
     "quantized": (lambda: config_of("Olmo2") | {"quantization_config": {"bits": 4}}, "its weights are quantized"),
@@ -184,26 +186,26 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "rope by length": (
         lambda: config_of("Olmo2") | {"rope_scaling": {"type": "ntk", "factor": 2.0}, "rope_parameters": None},
-        "rope scaling ntk changes with the longest sequence",
+        "rope scaling ntk depends on the longest sequence",
     ),
     "rope by layer type": (
         lambda: config_of("Olmo2") | {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}},
-        "rope scaling longrope changes",
+        "rope scaling longrope depends",
     ),
     "code of its own": (
         lambda: {"architectures": ["Mine"], "model_type": "mine", "auto_map": {"AutoConfig": "mine.py--Mine"}},
-        r"brings code of its own \(auto_map\), which is never run",
+        r"has code of its own \(auto_map\), which is never run",
     ),
-    "unknown": (lambda: {"architectures": ["Mine"], "model_type": "mine"}, "knows no model_type 'mine'"),
-    "no model type": (lambda: {"architectures": ["Mine"]}, "knows no model_type None"),
+    "unknown": (lambda: {"architectures": ["Mine"], "model_type": "mine"}, "does not know the model_type 'mine'"),
+    "no model type": (lambda: {"architectures": ["Mine"]}, "does not know the model_type None"),
     "another class": (lambda: config_of("Olmo2") | {"architectures": ["Olmo3ForCausalLM"]}, "is Olmo2ForCausalLM in"),
-    "no causal model": (lambda: config_of("ViT", "Model"), "it is no causal language model"),
+    "no causal model": (lambda: config_of("ViT", "Model"), "it is not a causal language model"),
     "sizes that do not fit": (lambda: config_of("Olmo2") | {"num_attention_heads": "many"}, "a trial without weights"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_engine_lacks_is_refused_in_one_line(case: str) -> None:
+def test_models_that_the_engine_can_not_run_are_refused_in_one_line(case: str) -> None:
     config, reason = REFUSED[case]
     with pytest.raises(CheckpointError, match=reason) as caught:
         read_fallback_spec(config(), "here")
@@ -211,23 +213,25 @@ def test_what_the_engine_lacks_is_refused_in_one_line(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_code_of_the_model_is_not_looked_at_where_transformers_has_its_own() -> None:
+def test_code_in_the_model_folder_is_ignored_if_transformers_knows_the_model() -> None:
     config = config_of("Olmo2") | {"auto_map": {"AutoModelForCausalLM": "nowhere/else--modeling.Other"}}
     assert read_fallback_spec(config, "here").architecture == "Olmo2ForCausalLM"
 
 
 @pytest.mark.parametrize("architectures", [None, []])
-def test_the_class_of_a_model_type(architectures: list[str] | None) -> None:
-    """Where config.json names none, as `config.save_pretrained` leaves it."""
+def test_model_type_decides_if_no_architecture_is_named(architectures: list[str] | None) -> None:
+    """A config.json that `config.save_pretrained` writes names none."""
     spec = read_fallback_spec(config_of("Olmo2") | {"architectures": architectures}, "here")
     assert spec == read("Olmo2")
-    with pytest.raises(CheckpointError, match=r"here: an unnamed architecture can't run .* no model_type 'mine'"):
+    with pytest.raises(
+        CheckpointError, match=r"here: an unnamed architecture can't run .* not know the model_type 'mine'"
+    ):
         read_fallback_spec({"architectures": architectures, "model_type": "mine"}, "here")
 
 
 @pytest.mark.parametrize("original", [{}, {"original_max_position_embeddings": 64}])
 @pytest.mark.parametrize("factor", [0.5, 4.0])
-def test_yarn_stretches_the_positions_as_in_our_own_spec(
+def test_yarn_gives_the_same_number_of_positions_as_in_a_family(
     tmp_path: Path, factor: float, original: dict[str, Any]
 ) -> None:
     rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 10000.0, **original}
@@ -252,16 +256,16 @@ def causal(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("window", [1, 2, 255, 256, 257, 4096, 131_071])
-def test_windows(window: int) -> None:
-    assert window_of(lambda b, h, q, k: (k <= q) & (k > q - window)) == window
+def test_the_window_of_a_mask_is_found(window: int) -> None:
+    assert window_of_mask(lambda b, h, q, k: (k <= q) & (k > q - window)) == window
 
 
-def test_no_window() -> None:
-    assert window_of(causal) is None
+def test_a_causal_mask_has_no_window() -> None:
+    assert window_of_mask(causal) is None
 
 
 @pytest.mark.parametrize(
-    "sees",
+    "mask",
     [
         lambda b, h, q, k: k >= 0,
         lambda b, h, q, k: k < q,
@@ -272,30 +276,30 @@ def test_no_window() -> None:
     ],
     ids=["all", "before", "chunks", "long chunks", "sinks", "every other"],
 )
-def test_masks_that_are_no_window(sees: Any) -> None:
-    with pytest.raises(Unfit, match="what a token sees"):
-        window_of(sees)
+def test_other_masks_are_refused(mask: Any) -> None:
+    with pytest.raises(NotRunnable, match="a token sees neither"):
+        window_of_mask(mask)
 
 
 class Causal(nn.Module):
-    """A causal model, by what it does to its logits."""
+    """A causal model that applies `change` to its logits."""
 
-    def __init__(self, bend: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model = nn.Identity()
         self.lm_head = nn.Linear(4, 60, device="meta")
-        self._bend = bend
+        self._change = change
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def forward(self, inputs_embeds: Tensor, use_cache: bool) -> SimpleNamespace:
         hidden = self.model(inputs_embeds=inputs_embeds, use_cache=use_cache).last_hidden_state
-        return SimpleNamespace(logits=self._bend(self.lm_head(hidden)))
+        return SimpleNamespace(logits=self._change(self.lm_head(hidden)))
 
 
 @pytest.mark.parametrize(
-    ("bend", "elementwise"),
+    ("change", "elementwise"),
     [
         (lambda x: x * 0.5, True),
         (lambda x: 30 * torch.tanh(x / 30), True),
@@ -305,15 +309,15 @@ class Causal(nn.Module):
     ],
     ids=["scaled", "capped", "normalized", "cropped", "biased"],
 )
-def test_logits_that_are_made_one_by_one(bend: Any, elementwise: bool) -> None:
+def test_models_whose_logits_depend_on_each_other_are_recognized(change: Any, elementwise: bool) -> None:
     spec = FallbackSpec(
         "transformers", 4, 1, 1, 1, 4, 4, 60, 8, (AttentionSpec(1.0),), NormSpec("rms", 1e-6), False, "float32",
         backbone="model",
     )  # fmt: skip
-    assert logits_are_elementwise(Causal(bend), spec) is elementwise
+    assert logits_are_elementwise(Causal(change), spec) is elementwise
 
 
-def test_a_buffer_that_is_never_filled_is_named() -> None:
+def test_a_buffer_that_the_module_does_not_compute_is_named() -> None:
     class Forgetful(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -322,11 +326,11 @@ def test_a_buffer_that_is_never_filled_is_named() -> None:
         def initialize_weights(self) -> None:
             pass
 
-    with pytest.raises(CheckpointError, match="Forgetful does not say what its buffer table holds"):
+    with pytest.raises(CheckpointError, match="Forgetful does not compute the values of its buffer table"):
         materialize_buffers(Forgetful(), CPU)
 
 
-def test_nothing_of_a_loaded_model_is_left_without_numbers(tmp_path: Path) -> None:
+def test_every_tensor_of_a_loaded_model_has_numbers(tmp_path: Path) -> None:
     others.save("StableLm", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     spec = read_model(tmp_path, "auto")
@@ -342,7 +346,7 @@ def test_nothing_of_a_loaded_model_is_left_without_numbers(tmp_path: Path) -> No
     assert not [module for module in model.backbone.modules() if type(module) is nn.Linear]
 
 
-def test_made_up_weights_will_do() -> None:
+def test_a_model_with_dummy_weights() -> None:
     config = config_of("Glm")
     spec = read_fallback_spec(config, "here")
     (shard,) = shards_of(spec, 1)

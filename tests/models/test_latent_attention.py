@@ -1,4 +1,4 @@
-"""Latent attention in its absorbed form gives what attention over expanded keys and values does."""
+"""Latent attention in its absorbed form computes the same as attention over expanded keys and values."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ SCALE = 0.3
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Of float64. `q_down` is not used where queries are not led down."""
+    """The weights of latent attention, in float64. `q_down` and `q_norm` are used only if the spec has a `q_rank`."""
 
     q_down: Tensor
     q_norm: Tensor
@@ -90,14 +90,14 @@ ALONE = Axis("tp", 0, 1, LocalComm())
 
 
 def expanded(latent: LatentSpec, weights: Weights, x: Tensor) -> Tensor:
-    """The attention of one sequence by its formula, in float64: [n, HEADS * value_dim]."""
+    """Compute the attention of one sequence by its formula, in float64: [n, HEADS * value_dim]."""
     x, n = x.double(), len(x)
 
     def norm(rows: Tensor, weight: Tensor) -> Tensor:
         return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + latent.norm.eps) * weight
 
-    def turned(rows: Tensor) -> Tensor:
-        """rows: [n, heads, rope_dim], pair by pair as complex numbers."""
+    def rotated(rows: Tensor) -> Tensor:
+        """Rotate rows: [n, heads, rope_dim], with each pair as a complex number."""
         half = latent.rope_dim // 2
         angles = torch.outer(torch.arange(n).double(), 10000.0 ** (-torch.arange(half).double() / half)).unsqueeze(1)
         pairs = rows.unflatten(-1, (half, 2)) if latent.interleaved else rows.unflatten(-1, (2, half)).transpose(-1, -2)
@@ -108,11 +108,11 @@ def expanded(latent: LatentSpec, weights: Weights, x: Tensor) -> Tensor:
 
     q = x if latent.q_rank is None else norm(x @ weights.q_down.T, weights.q_norm)
     q = (q @ weights.q_up.T).view(n, HEADS, latent.query_dim)
-    q = torch.cat((q[..., : latent.nope_dim], turned(q[..., latent.nope_dim :])), dim=-1)
+    q = torch.cat((q[..., : latent.nope_dim], rotated(q[..., latent.nope_dim :])), dim=-1)
     latents, shared = (x @ weights.kv_down.T).split([latent.kv_rank, latent.rope_dim], dim=1)
     latents = norm(latents, weights.kv_norm)
     keys = torch.einsum("nk,hdk->nhd", latents, weights.k_up)
-    keys = torch.cat((keys, turned(shared.unsqueeze(1)).expand(-1, HEADS, -1)), dim=-1)
+    keys = torch.cat((keys, rotated(shared.unsqueeze(1)).expand(-1, HEADS, -1)), dim=-1)
     values = torch.einsum("nk,hdk->nhd", latents, weights.v_up)
     scores = torch.einsum("qhd,khd->hqk", q, keys) * SCALE
     scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
@@ -120,7 +120,7 @@ def expanded(latent: LatentSpec, weights: Weights, x: Tensor) -> Tensor:
 
 
 def prefix_batch(batch: PagedBatch) -> PagedBatch:
-    """The same sequences from their first token on, each at once."""
+    """Return a batch with the same sequences from their first token on."""
     lens, size = batch.host_context_lens, batch.block_size
     positions = torch.cat([torch.arange(length) for length in lens])
     rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
@@ -135,7 +135,7 @@ def prefix_batch(batch: PagedBatch) -> PagedBatch:
 
 
 def ends(rows: Tensor, lens: Sequence[tuple[int, int]]) -> Tensor:
-    """The last `queries` rows of each sequence's `context`."""
+    """Return the last `queries` of the `context` rows of each sequence."""
     parts = rows.split([context for _, context in lens])
     return torch.cat([part[-queries:] for part, (queries, _) in zip(parts, lens, strict=True)])
 
@@ -147,7 +147,9 @@ def ends(rows: Tensor, lens: Sequence[tuple[int, int]]) -> Tensor:
     [{}, {"q_rank": None}, {"interleaved": False}, {"kv_rank": 7, "nope_dim": 3}, {"value_dim": 1, "q_rank": 1}],
     ids=str,
 )
-def test_absorbed_is_expanded(kernels: Kernels, dtype: torch.dtype, changes: dict[str, object]) -> None:
+def test_the_absorbed_form_computes_the_same_as_the_expanded_one(
+    kernels: Kernels, dtype: torch.dtype, changes: dict[str, object]
+) -> None:
     latent = dataclasses.replace(LATENT, **changes)  # type: ignore[arg-type]
     torch.manual_seed(0)
     weights = make_weights(latent, dtype)
@@ -166,7 +168,7 @@ def test_absorbed_is_expanded(kernels: Kernels, dtype: torch.dtype, changes: dic
     assert float(wanted.std()) > 0.2
     used = whole.slots.unique()
     assert rows[used].isfinite().all()
-    assert int(rows.isfinite().all(-1).sum()) == len(used)  # nothing else was written
+    assert int(rows.isfinite().all(-1).sum()) == len(used)  # no other rows were written
 
 
 @needs_native

@@ -1,4 +1,4 @@
-"""Each layout is its formula (models/spec.py), whatever attention and the MLP compute."""
+"""Each layout computes its formula in models/spec.py, with any attention and MLP."""
 
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ HIDDEN = 12
 KERNELS = ReferenceKernels()
 ALONE = Axis("tp", 0, 1, LocalComm())
 GENERATOR = torch.Generator().manual_seed(0)
-BATCH, CACHE = cast(Any, None), cast(Any, None)  # the stand-ins do not look at them
+BATCH, CACHE = cast(Any, None), cast(Any, None)  # the fake sublayers do not use them
 
 
 def random(*shape: int) -> Tensor:
@@ -28,19 +28,19 @@ def random(*shape: int) -> Tensor:
 
 
 class Sublayer:
-    """Stands in for attention and for an MLP: out(tanh(x * inner))."""
+    """A fake attention or MLP, which computes out(tanh(x * inner))."""
 
     def __init__(self) -> None:
         self.inner = random(HIDDEN)
         self.out = self.down = RowParallelLinear(PlainLinear(random(HIDDEN, HIDDEN), None), random(HIDDEN), ALONE)
 
-    def mix(self, x: Tensor, *_: object) -> Tensor:
+    def attend(self, x: Tensor, *_: object) -> Tensor:
         return torch.tanh(x * self.inner)
 
-    expand = mix
+    expand = attend
 
     def __call__(self, x: Tensor, *_: object) -> Tensor:
-        return self.out(self.mix(x))
+        return self.out(self.attend(x))
 
 
 A, M = Sublayer(), Sublayer()
@@ -95,12 +95,12 @@ def norm_sum(x: Tensor) -> Tensor:
         (norm_sum, NormSumLayer(ATTENTION, N1, MLP, N2, KERNELS)),
     ],
 )
-def test_layout(formula: Any, layer: Layer) -> None:
+def test_a_layer_computes_the_formula_of_its_layout(formula: Any, layer: Layer) -> None:
     x, residual = random(5, HIDDEN), random(5, HIDDEN)
     wanted = formula(x + residual)
-    for _ in range(2):  # the pair that comes out goes into the next layer
+    for _ in range(2):  # the results of a layer are the arguments of the next one
         x, residual = layer(x, residual, BATCH, CACHE)
-        # float32, values of a few units, sums in another order
+        # The tolerance is for sums of float32 numbers around 1 in another order.
         torch.testing.assert_close(x + residual, wanted, atol=2e-5, rtol=0)
         wanted = formula(wanted)
 

@@ -1,4 +1,4 @@
-"""A rank's tensors: put together they are the whole again, and a rank holds its slices alone."""
+"""Loading a rank's share of weights: all shares together are the whole, and a rank holds nothing but its share."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint.checkpoint import PICKLED_SINGLE, SINGLE, Checkpoint, open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights
-from shoal.models.checkpoint.stored_file import parts
+from shoal.models.checkpoint.stored_file import split_into_reads
 from shoal.models.manifest import Cut, Param, Piece, Shard, keeps_embedding, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import (
@@ -77,7 +77,7 @@ def made_up(params: tuple[Param, ...], dtype: torch.dtype = torch.float32) -> di
 
 
 def put_together(param: Param, parts: list[tuple[Shard, Tensor]]) -> list[Tensor]:
-    """The pieces of a parameter, from all ranks' tensors; overlaps must agree."""
+    """Assemble the pieces of a parameter from the tensors of all ranks. Where they overlap they must agree."""
     wholes = []
     taken = [0] * len(parts)
     for piece in param.pieces:
@@ -105,7 +105,7 @@ def put_together(param: Param, parts: list[tuple[Shard, Tensor]]) -> list[Tensor
     inner=st.integers(1, 90),
     tie=st.booleans(),
 )
-def test_all_ranks_hold_the_whole(
+def test_all_ranks_together_hold_the_whole(
     tmp_path: Path, tp: int, kv_heads: int, group: int, vocab: int, inner: int, tie: bool
 ) -> None:
     spec = dataclasses.replace(
@@ -144,11 +144,11 @@ def test_real_checkpoints(checkpoint: Callable[[str], Path], name: str) -> None:
             assert all(torch.equal(f, wholes[p.source]) for f, p in zip(found, param.pieces, strict=True))
 
 
-# --- matrices that stand otherwise in the file --------------------------------------------------------------------
+# --- other forms in the file --------------------------------------------------------------------------------------
 
 
 def rows_of(piece: Piece, stored: Tensor) -> Tensor:
-    """The piece as `Piece` says: row by row."""
+    """Return the rows of a piece by the definition in `Piece`."""
     matrix = stored.t() if piece.transposed else stored
     run, period = piece.run or piece.shape[0], piece.period or piece.shape[0]
     rows = [row // run * period + piece.start + row % run for row in range(piece.shape[0])]
@@ -167,7 +167,7 @@ def rows_of(piece: Piece, stored: Tensor) -> Tensor:
 def test_stripes_and_transposed_matrices(
     tmp_path: Path, tp: int, kv_heads: int, group: int, stacked: str, transposed: bool, weights: list[int] | None
 ) -> None:
-    group = 1 if stacked == "interleaved" else group  # runs of one length
+    group = 1 if stacked == "interleaved" else group  # a head's query, key and value must have the same size
     spec = dataclasses.replace(SPEC, num_kv_heads=kv_heads, num_heads=kv_heads * group)
     names = TensorNames(transposed=transposed, interleaved=stacked == "interleaved")
     if stacked != "apart":
@@ -193,8 +193,7 @@ def test_stripes_and_transposed_matrices(
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_experts(tmp_path: Path, stacked: bool, tp: int, stored: torch.dtype) -> None:
-    """Each in tensors of its own, or all in one of three dimensions: a share of every expert, or some experts whole,
-    which are views of the file where nothing is converted."""
+    """Experts are in separate tensors or in one of three dimensions; a rank has a share of each, or some experts."""
     spec = dataclasses.replace(SPEC, moe=MoESpec(4, 22, RoutingSpec(2), (True,)))
     names = TensorNames(experts=ExpertNames().stacked() if stacked else ExpertNames())
     params = manifest(spec, names)
@@ -231,7 +230,7 @@ def test_experts(tmp_path: Path, stacked: bool, tp: int, stored: torch.dtype) ->
 
 @pytest.mark.parametrize("cut", [range(3, 17), range(4, 8), range(5, 6), range(20), range(7, 7), range(2, 4)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_share_that_cuts_runs(tmp_path: Path, cut: range, transposed: bool) -> None:
+def test_a_share_that_begins_or_ends_inside_a_run(tmp_path: Path, cut: range, transposed: bool) -> None:
     piece = Piece("a", (20, 3), Cut.MLP, 0, transposed, start=4, run=4, period=12, stored=None)
     whole = torch.arange(180.0).view(60, 3)
     checkpoint = write(tmp_path, {"a": whole.t() if transposed else whole})
@@ -244,7 +243,7 @@ def test_a_share_that_cuts_runs(tmp_path: Path, cut: range, transposed: bool) ->
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_pickled_weights(tmp_path: Path, stored: torch.dtype, legacy: bool) -> None:
-    """Views of the file like others; strided and misaligned ones are copied."""
+    """Pickled tensors may be strided or misaligned; a rank's tensors never are."""
     params = manifest(SPEC, TensorNames())
     wholes = made_up(params, stored)
     turned = "model.layers.0.mlp.down_proj.weight"
@@ -263,7 +262,7 @@ def test_pickled_weights(tmp_path: Path, stored: torch.dtype, legacy: bool) -> N
 
 
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
-def test_a_parameters_own_type_and_what_is_added(tmp_path: Path, wanted: torch.dtype) -> None:
+def test_parameters_with_a_type_of_their_own_or_a_number_to_add(tmp_path: Path, wanted: torch.dtype) -> None:
     stored = torch.tensor([0.5, -1.0, 2.0]).half()
     checkpoint = write(tmp_path, {"n": stored})
     (shard,) = shards(SPEC, 1)
@@ -284,8 +283,8 @@ def test_a_parameters_own_type_and_what_is_added(tmp_path: Path, wanted: torch.d
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_what_is_put_together_is_held_once(tmp_path: Path, transposed: bool) -> None:
-    """Converted, cut, transposed and stacked: one tensor is allocated, and it is the one that is given."""
+def test_assembling_a_parameter_allocates_no_second_copy(tmp_path: Path, transposed: bool) -> None:
+    """Even if it is converted, cut, transposed and stacked, the only allocation is the tensor that is returned."""
     names = TensorNames(transposed=transposed)
     spec = dataclasses.replace(SPEC, hidden_size=64, intermediate_size=512)
     params = manifest(spec, names)
@@ -303,7 +302,7 @@ def test_what_is_put_together_is_held_once(tmp_path: Path, transposed: bool) -> 
         assert found.nbytes <= allocated <= 1.01 * found.nbytes + 4096
 
 
-# --- what a rank holds -------------------------------------------------------------------------------------------
+# --- memory of a rank --------------------------------------------------------------------------------------------
 
 
 def mapped(folder: Path) -> bool:
@@ -311,8 +310,8 @@ def mapped(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_what_was_read_stays_as_it_was(tmp_path: Path, stored: torch.dtype) -> None:
-    """Somebody copies other weights over the file, and truncates it: no tensor of any rank changes or is lost."""
+def test_loaded_weights_do_not_change_with_the_file(tmp_path: Path, stored: torch.dtype) -> None:
+    """The file is overwritten and truncated after loading; no tensor of any rank changes."""
     params = manifest(SPEC, TensorNames())
     wholes = made_up(params, stored)
     checkpoint = write(tmp_path, wholes)
@@ -329,7 +328,7 @@ def test_what_was_read_stays_as_it_was(tmp_path: Path, stored: torch.dtype) -> N
 
 
 def test_a_tied_embedding_takes_memory_beside_the_head() -> None:
-    """On a GPU only where they are on different stages."""
+    """On a GPU this is so only if they are on different stages."""
     assert keeps_embedding("cpu")
     assert keeps_embedding("cpu", head=False)
     assert not keeps_embedding("cuda")
@@ -366,25 +365,25 @@ def test_a_file_that_changes_before_it_is_read(tmp_path: Path, change: Callable[
 
 
 def test_a_file_that_is_truncated_while_it_is_read(tmp_path: Path) -> None:
-    """Whatever the state was taken from: no part is read beyond the end."""
+    """This is noticed even if the state of the file is not checked."""
     params = manifest(SPEC, TensorNames())
     checkpoint = dataclasses.replace(write(tmp_path, made_up(params)), files={})
     os.truncate(tmp_path / SINGLE, checkpoint.tensors["model.embed_tokens.weight"].offset + 7)
     weights = CheckpointWeights(checkpoint, params, shards(SPEC, 1)[0], torch.float32)
-    with pytest.raises(CheckpointError, match=r"truncated while it was read: it ends after \d+ bytes"):
+    with pytest.raises(CheckpointError, match=r"truncated while it was being read: it ends after \d+ bytes"):
         weights.tensor("embedding")
 
 
 @given(st.data())
-def test_parts_are_all_there_is(data: st.DataObject) -> None:
-    """However a tensor lies, its parts cover it, each of them once, and none reaches further than it may."""
+def test_reads_cover_a_tensor_once_and_keep_their_limit(data: st.DataObject) -> None:
+    """For any strides, each element is in exactly one part, and no part spans too many elements of the file."""
     shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
     order = data.draw(st.permutations(range(len(shape))))
     gaps = data.draw(st.integers(0, 3))
     most = data.draw(st.integers(1, 40))
     whole = torch.zeros([shape[i] + gaps for i in order]).permute([order.index(i) for i in range(len(shape))])
     view = whole[tuple(slice(size) for size in shape)]
-    for part in parts(view.shape, view.stride(), most):
+    for part in split_into_reads(view.shape, view.stride(), most):
         cut = view[part]
         assert 1 + sum((n - 1) * stride for n, stride in zip(cut.shape, cut.stride(), strict=True)) <= most
         cut += 1
@@ -392,7 +391,7 @@ def test_parts_are_all_there_is(data: st.DataObject) -> None:
 
 
 def test_copies_are_no_larger_than_the_share(tmp_path: Path) -> None:
-    """A slice that kept its whole tensor alive would cost every rank the memory of one."""
+    """A slice that kept the whole tensor alive would cost every rank the memory of the whole."""
     params = manifest(SPEC, TensorNames())
     checkpoint = write(tmp_path, made_up(params))
     for shard in shards(SPEC, 3):
@@ -445,7 +444,7 @@ def test_optional(tmp_path: Path) -> None:
         assert weights.optional("layers.0.qkv.bias") is not None
 
 
-# --- made-up weights ---------------------------------------------------------------------------------------------
+# --- dummy weights -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [1, 3, 9])
@@ -462,7 +461,7 @@ def test_dummy_weights(tp: int, dtype: torch.dtype) -> None:
             assert tensor.isfinite().all()
 
 
-def test_dummy_weights_differ_and_repeat() -> None:
+def test_dummy_weights_depend_on_seed_name_and_row() -> None:
     params = manifest(SPEC, TensorNames())
     (shard,) = shards(SPEC, 1)
     first, again, other = (DummyWeights(params, shard, torch.float32, seed) for seed in (0, 0, 1))

@@ -1,4 +1,4 @@
-"""How tensors are cut: every rank count gives the whole back, and a checkpoint is held against it."""
+"""Manifests: the shares of any number of ranks are the whole, and a checkpoint is checked against its manifest."""
 
 import dataclasses
 import math
@@ -79,8 +79,8 @@ RANKS = st.integers(1, 9)
 
 @given(specs(), RANKS)
 @settings(deadline=None)
-def test_shares_give_the_whole(spec: ModelSpec, tp: int) -> None:
-    """Each element on exactly one rank; of the KV heads on at least one."""
+def test_shares_of_all_ranks_are_the_whole(spec: ModelSpec, tp: int) -> None:
+    """Each element is on exactly one rank, but KV heads may be on several."""
     shards = manifest.shards(spec, tp)
     assert [shard.rank for shard in shards] == list(range(tp))
     totals = {
@@ -96,7 +96,7 @@ def test_shares_give_the_whole(spec: ModelSpec, tp: int) -> None:
 
 @given(specs(), RANKS)
 @settings(deadline=None)
-def test_queries_find_their_keys(spec: ModelSpec, tp: int) -> None:
+def test_each_rank_has_the_kv_heads_of_its_query_heads(spec: ModelSpec, tp: int) -> None:
     group = spec.num_heads // spec.num_kv_heads
     for shard in manifest.shards(spec, tp):
         heads, d = shard.heads, spec.head_dim
@@ -104,7 +104,7 @@ def test_queries_find_their_keys(spec: ModelSpec, tp: int) -> None:
             assert heads.kv_ids[heads.q_to_kv[local]] == query // group
         assert shard.ranges[Cut.Q_HEADS] == range(heads.q_range.start * d, heads.q_range.stop * d)
         assert shard.ranges[Cut.KV_HEADS] == range(heads.kv_ids.start * d, heads.kv_ids.stop * d)
-        assert {q // group for q in heads.q_range} == set(heads.kv_ids), "no head that nobody reads"
+        assert {q // group for q in heads.q_range} == set(heads.kv_ids), "no unused KV head"
 
 
 def params(spec: ModelSpec) -> tuple[Param, ...]:
@@ -174,7 +174,7 @@ def test_norm_of_weight_one_plus_w() -> None:
 
 
 def source_rows(piece: Piece) -> list[int]:
-    """As `Piece` defines them."""
+    """Return the rows of a piece in the file's tensor, by the definition in `Piece`."""
     run, period = piece.run or piece.shape[0], piece.period or 0
     return [row // run * period + piece.start + row % run for row in range(piece.shape[0])]
 
@@ -182,7 +182,7 @@ def source_rows(piece: Piece) -> list[int]:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("end", ["weight", "bias"])
 def test_queries_keys_and_values_in_one_tensor(end: str, transposed: bool) -> None:
-    """One above the other, of unequal parts."""
+    """The tensor has all rows of queries, then those of keys, then those of values, in different numbers."""
     names = TensorNames(qkv=("qkv",), up=("gate_up",), transposed=transposed)
     spec = dataclasses.replace(SPEC, qkv_bias=True, up_bias=True)
     found = {param.name: param for param in manifest.manifest(spec, names)}
@@ -212,8 +212,8 @@ def test_queries_keys_and_values_by_head(end: str) -> None:
     assert {piece.stored_shape[0] for piece in param.pieces} == {192}
 
 
-def test_bytes() -> None:
-    """By hand: 2 layers, and what a tied head, positions and norms in float32 change."""
+def test_weight_bytes() -> None:
+    """Compared with numbers computed by hand: 2 layers, with a tied head, positions, and norms in float32."""
     spec = dataclasses.replace(SPEC, num_kv_heads=8)
     layer = 64 * 64 * 4 + 3 * 64 * 112 + 2 * 64
     plain = 2 * layer + 64 + 2 * 301 * 64
@@ -257,7 +257,7 @@ def test_one_rank_holds_everything() -> None:
 
 
 def test_known_cut() -> None:
-    """8 query and 4 KV heads of 8 over 3 ranks: groups stay together while that leaves no rank fuller."""
+    """8 query heads and 4 KV heads over 3 ranks: groups stay together if no rank gets more heads by that."""
     shards = manifest.shards(SPEC, 3)
     assert [len(shard.ranges[Cut.VOCAB]) for shard in shards] == [101, 100, 100]
     assert [len(shard.ranges[Cut.MLP]) for shard in shards] == [48, 32, 32]
@@ -269,7 +269,7 @@ def test_known_cut() -> None:
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> ModelSpec:
-    """Three layers, of which some are mixtures; the family spells experts one by one."""
+    """Draw a spec of three layers, some of them mixtures whose experts are in separate tensors."""
     moe = MoESpec(
         draw(st.integers(2, 9)),
         draw(st.integers(1, 70)),
@@ -284,7 +284,7 @@ def mixtures(draw: st.DrawFn) -> ModelSpec:
 @given(mixtures(), RANKS)
 @settings(deadline=None)
 def test_mixtures_over_ranks(spec: ModelSpec, tp: int) -> None:
-    """Cut experts and whole ones: each element is on one rank; the router is on all."""
+    """Each element of an expert is on one rank, whether experts are cut or whole; the router is on all ranks."""
     moe = spec.moe
     assert moe is not None
     found = {param.name: param for param in manifest.manifest(spec, TensorNames())}
@@ -321,8 +321,8 @@ def test_mixtures_over_ranks(spec: ModelSpec, tp: int) -> None:
     ]
 
 
-def test_bytes_of_a_mixture() -> None:
-    """By hand: a dense layer and a mixture, whose router is in float32."""
+def test_weight_bytes_of_a_mixture() -> None:
+    """Compared with numbers computed by hand: a dense layer, and a mixture whose router is in float32."""
     moe = MoESpec(5, 24, RoutingSpec(2, wide=True), (False, True), shared_size=40, shared_gate=True)
     spec = dataclasses.replace(SPEC, num_kv_heads=8, moe=moe)
     attention, ends = 64 * 64 * 4 + 2 * 64, 64 + 2 * 301 * 64
@@ -336,7 +336,7 @@ def test_bytes_of_a_mixture() -> None:
 
 
 def test_experts_in_one_tensor() -> None:
-    """[experts, rows, columns], gates above values: one expert's rows follow the other's."""
+    """The tensor is [experts, rows, columns], in which the rows of an expert's gate come before those of its up."""
     spec = dataclasses.replace(SPEC, moe=MoESpec(3, 10, RoutingSpec(2), (True, True)))
     names = TensorNames(experts=ExpertNames().stacked())
     found = {param.name: param for param in manifest.manifest(spec, names)}
@@ -356,7 +356,7 @@ def test_tied_head_reads_the_embedding() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_all_of_a_checkpoint_and_nothing_else(checkpoint: Callable[[str], Path], name: str) -> None:
+def test_a_manifest_names_exactly_the_tensors_of_the_checkpoint(checkpoint: Callable[[str], Path], name: str) -> None:
     folder = checkpoint(name)
     spec, shapes = read_spec(folder), open_checkpoint(folder).shapes
     found = manifest.manifest(spec, tensor_names(spec, shapes))
@@ -364,7 +364,7 @@ def test_all_of_a_checkpoint_and_nothing_else(checkpoint: Callable[[str], Path],
     assert {piece.source for param in found for piece in param.pieces} == set(shapes)
 
 
-def test_check() -> None:
+def test_a_checkpoint_with_a_missing_or_misshapen_tensor_is_refused() -> None:
     found = params(SPEC)
     shapes = {piece.source: piece.shape for param in found for piece in param.pieces}
     manifest.check(found, shapes, "here")

@@ -1,4 +1,4 @@
-"""Routing is transformers' for every family, a row by itself; a mixture is the same however its experts are spread."""
+"""Mixtures of experts: routing is that of transformers, and results do not depend on the batch or the cut."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,13 +60,15 @@ GATES: list[Any] = [
 
 
 def dense(experts: Tensor, weights: Tensor) -> Tensor:
-    """[n, experts]: each expert's weight, 0 where it is not chosen."""
+    """Return the weight of each expert for each token, [n, experts], which is 0 if the expert is not chosen."""
     return torch.zeros(len(experts), EXPERTS).scatter_(1, experts, weights)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("model", "name", "fields", "spec"), GATES)
-def test_transformers_routers(model: str, name: str, fields: dict[str, Any], spec: RoutingSpec) -> None:
+def test_routing_is_the_same_as_in_transformers(
+    model: str, name: str, fields: dict[str, Any], spec: RoutingSpec
+) -> None:
     import importlib
 
     import transformers
@@ -83,7 +85,7 @@ def test_transformers_routers(model: str, name: str, fields: dict[str, Any], spe
     if spec.correction_bias:
         gate.e_score_correction_bias.normal_(generator=torch.Generator().manual_seed(2))
         bias = gate.e_score_correction_bias
-    first, second = gate(X)[1:]  # in granitemoe as in the others: weights, then experts
+    first, second = gate(X)[1:]  # weights and experts, also in granitemoe
     experts, weights = ExpertRouter(make_linear(gate.weight, None), bias, spec)(X)
     assert (experts.dtype, weights.dtype) == (torch.int64, torch.float32)
     assert torch.allclose(dense(experts, weights), dense(second, first), atol=1e-6)
@@ -104,8 +106,8 @@ ROUTINGS = st.builds(
 
 @settings(steady, max_examples=60)
 @given(spec=ROUTINGS, rows=st.integers(1, 40), biased=st.booleans(), seed=st.integers(0, 2**31))
-def test_a_row_routes_by_itself(spec: RoutingSpec, rows: int, biased: bool, seed: int) -> None:
-    """To the same experts with the same bits."""
+def test_routing_of_a_row_does_not_depend_on_other_rows(spec: RoutingSpec, rows: int, biased: bool, seed: int) -> None:
+    """Experts and weights are the same in all bits when a row is routed alone."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, EXPERTS, generator=generator) * 3
     bias = torch.randn(EXPERTS, generator=generator) if biased else None
@@ -121,14 +123,13 @@ def test_a_row_routes_by_itself(spec: RoutingSpec, rows: int, biased: bool, seed
         assert torch.allclose(weights.sum(-1), torch.tensor(spec.scale))
 
 
-def test_sigmoid_of_an_element_does_not_depend_on_its_place() -> None:
+def test_sigmoid_of_an_element_does_not_depend_on_its_position() -> None:
     x = torch.randn(4099) * 4
     assert torch.equal(sigmoid(x), torch.cat([sigmoid(x[i : i + 1]) for i in range(len(x))]))
     assert torch.allclose(sigmoid(x), x.sigmoid())
 
 
-def test_no_score_at_all() -> None:
-    """All chosen scores underflow: weights are zeros, not NaNs."""
+def test_weights_are_zero_and_not_nan_if_all_scores_underflow() -> None:
     _, weights = route(torch.full((1, EXPERTS), -200.0), RoutingSpec(2, "sigmoid"), None)
     assert torch.equal(weights, torch.zeros(1, 2))
 
@@ -136,13 +137,13 @@ def test_no_score_at_all() -> None:
 @pytest.mark.parametrize(
     ("routing", "message"),
     [
-        (RoutingSpec(2, groups=5), "12 experts do not divide into 5 groups"),
-        (RoutingSpec(2, groups=4, top_groups=5), "best 5 groups of 4"),
-        (RoutingSpec(7, groups=4, top_groups=2), "7 experts, of 6 to choose from"),
-        (RoutingSpec(13), "13 experts, of 12 to choose from"),
+        (RoutingSpec(2, groups=5), "12 experts can't be divided into 5 equal groups"),
+        (RoutingSpec(2, groups=4, top_groups=5), "choose from 5 groups of experts, but there are only 4"),
+        (RoutingSpec(7, groups=4, top_groups=2), "chooses 7 experts, but has only 6 to choose from"),
+        (RoutingSpec(13), "chooses 13 experts, but has only 12 to choose from"),
     ],
 )
-def test_impossible_routing(routing: RoutingSpec, message: str) -> None:
+def test_impossible_routing_is_refused(routing: RoutingSpec, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         MoESpec(EXPERTS, 8, routing, (True,))
 
@@ -165,7 +166,7 @@ SHARED_UP, SHARED_DOWN = (matrix(SHARED, HIDDEN), matrix(SHARED, HIDDEN)), matri
 
 
 def mixture(tp: Axis, experts: Sequence[int] | None, dtype: torch.dtype = torch.float32) -> MoE:
-    """One rank's part: some of the columns of each expert, or `experts` whole."""
+    """Return one rank's part of the mixture: some columns of each expert, or these `experts` whole."""
     kernels, _ = make_kernels("cpu", dtype)
     activate = partial(kernels.activate_gated, activation="silu")
     columns = range(INNER) if experts is not None else split(INNER, tp.size)[tp.rank]
@@ -210,7 +211,7 @@ def over_ranks(tp: int, run: Callable[[Axis], Any]) -> list[Any]:
 
 
 def wanted(x: Tensor) -> Tensor:
-    """The formula, in float64."""
+    """Compute the mixture by its formula, in float64."""
     out = torch.zeros(x.shape, dtype=torch.float64)
     shares = (x.double() @ ROUTER.double().t()).softmax(-1)
     for i, row in enumerate(x.double()):
@@ -226,7 +227,7 @@ def wanted(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("placement", [None, "linear", "round_robin"])
 @pytest.mark.parametrize("tp", [1, 2, 3, 5])
-def test_ranks_together_have_the_mixture(tp: int, placement: Any) -> None:
+def test_a_mixture_over_ranks_computes_the_formula_with_one_all_reduce(tp: int, placement: Any) -> None:
     def run(axis: Axis) -> tuple[Tensor, int]:
         placed = None if placement is None else place_experts(EXPERTS, tp, placement)[axis.rank]
         layer = mixture(axis, placed)
@@ -243,8 +244,8 @@ def test_ranks_together_have_the_mixture(tp: int, placement: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp", [1, 3])
-def test_rows_by_themselves(tp: int, dtype: torch.dtype) -> None:
-    """In one layout a token's bits do not depend on the batch."""
+def test_a_tokens_result_does_not_depend_on_the_batch(tp: int, dtype: torch.dtype) -> None:
+    """In one layout it is the same in all bits."""
     x = X.to(dtype)
 
     def run(axis: Axis) -> tuple[Tensor, Tensor]:
@@ -256,7 +257,7 @@ def test_rows_by_themselves(tp: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("experts", [None, [0, 7], []])
-def test_no_tokens(experts: list[int] | None) -> None:
+def test_a_mixture_may_have_no_tokens(experts: list[int] | None) -> None:
     layer = mixture(Axis("tp", 0, 1, LocalComm()), experts)
     assert layer(X[:0]).shape == (0, HIDDEN)
     layer.join()

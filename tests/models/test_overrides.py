@@ -1,10 +1,10 @@
-"""What stands over config.json."""
+"""Overriding fields of config.json."""
 
 from typing import Any
 
 import pytest
 
-from shoal.models.overrides import apply
+from shoal.models.config_json.overrides import apply_overrides
 
 THETA = {"rope_theta": 5e5}
 PLAIN = {"rope_type": "default", **THETA}
@@ -13,18 +13,18 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 BY_LAYER = {"full_attention": {**PLAIN}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 
 
-def test_a_value_stands_in_the_place_of_another() -> None:
+def test_values_are_replaced_and_objects_are_merged() -> None:
     config = {"a": 1, "b": [1, 2], "text_config": {"x": 1, "y": {"z": 2}}}
-    said = {"b": [3], "c": None, "text_config": {"y": {"z": 3}}}
-    assert apply(config, said) == {"a": 1, "b": [3], "c": None, "text_config": {"x": 1, "y": {"z": 3}}}
-    assert apply(config, {}) == config
+    overrides = {"b": [3], "c": None, "text_config": {"y": {"z": 3}}}
+    assert apply_overrides(config, overrides) == {"a": 1, "b": [3], "c": None, "text_config": {"x": 1, "y": {"z": 3}}}
+    assert apply_overrides(config, {}) == config
     assert config == {"a": 1, "b": [1, 2], "text_config": {"x": 1, "y": {"z": 2}}}
 
 
 @pytest.mark.parametrize(
-    ("config", "said", "expected"),
+    ("config", "overrides", "expected"),
     [
-        # Another kind of scaling inherits nothing of the one that was there but the base.
+        # Another kind of scaling inherits only the base from the one that it replaces.
         ({"rope_scaling": LLAMA3, **THETA}, {"rope_scaling": LINEAR}, {"rope_scaling": LINEAR, **THETA}),
         ({"rope_scaling": {**LLAMA3, "type": "x"}}, {"rope_parameters": LINEAR}, {"rope_parameters": LINEAR}),
         ({"rope_parameters": {**LLAMA3, **THETA}}, {"rope_scaling": LINEAR}, {"rope_scaling": {**THETA, **LINEAR}}),
@@ -34,7 +34,7 @@ def test_a_value_stands_in_the_place_of_another() -> None:
             {"rope_parameters": {**THETA, **LINEAR}},
         ),
         ({"rope_parameters": {**LLAMA3, **THETA}}, {"rope_scaling": None}, {"rope_parameters": THETA}),
-        # A base that is said at the top is the one that is meant.
+        # A base that is overridden outside of the rope replaces the base inside.
         (
             {"rope_parameters": PLAIN},
             {"rope_theta": 9.0},
@@ -50,7 +50,7 @@ def test_a_value_stands_in_the_place_of_another() -> None:
             {"rotary_pct": 0.25},
             {"rope_parameters": PLAIN, "rotary_pct": 0.25},
         ),
-        # Ropes by layer are put over each other layer by layer.
+        # Ropes for kinds of layers are overridden one by one.
         (
             {"rope_parameters": BY_LAYER},
             {"rope_parameters": {"full_attention": LINEAR}},
@@ -71,7 +71,7 @@ def test_a_value_stands_in_the_place_of_another() -> None:
         ),
     ],
 )
-def test_ropes(config: dict[str, Any], said: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_ropes_are_overridden(config: dict[str, Any], overrides: dict[str, Any], expected: dict[str, Any]) -> None:
     before = repr(config)
-    assert apply(config, said) == expected
+    assert apply_overrides(config, overrides) == expected
     assert repr(config) == before

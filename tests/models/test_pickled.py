@@ -1,10 +1,14 @@
-"""Files of torch.save, read without torch and without running anything of them."""
+"""Files of torch.save: where their tensors lie, found out without running anything of them.
 
-import io
+Most cases ask `list_tensors`, in this process, as ranks do. What could take for ever, or end a process, goes through
+`read_pickled` and the child process that it starts; so does one case of each kind.
+"""
+
+import functools
 import os
 import pickle
+import resource
 import struct
-import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,12 +22,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.errors import CheckpointError
-from shoal.models.checkpoint import pickle_program
-from shoal.models.checkpoint.pickle_program import Refused, read_pickle
-from shoal.models.checkpoint.pickled import ITEM_BYTES, read_pickled
+from shoal.models.checkpoint.pickled import read_pickled
+from shoal.models.checkpoint.stored_file import FileState, StoredTensor
+from shoal.models.checkpoint.torch_files import list_here, list_tensors, load_tensors
 from support.fakes import steady
 
-_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
+_TYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
 _FUZZ = settings(steady, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 Save = Callable[[Any, Path], None]
@@ -41,10 +51,15 @@ both = pytest.mark.parametrize("save", [zipped, legacy])
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:
-    """What lies where it is said to lie."""
+    """What lies where it is said to lie, or what PyTorch has loaded, where only PyTorch can read the file."""
     data = file.read_bytes()
     found = {}
-    for name, entry in read_pickled(file).items():
+    for name, entry in list_tensors(file).items():
+        if entry.whole:
+            found[name] = load_tensors(file)[name]
+            assert (entry.shape, entry.strides) == (found[name].shape, found[name].stride())
+            assert _TYPES[entry.dtype] == found[name].dtype
+            continue
         raw = torch.frombuffer(bytearray(data[entry.offset :]) + bytearray(8), dtype=torch.uint8)
         raw = raw[: len(raw) // 8 * 8].view(_TYPES[entry.dtype])
         found[name] = raw.as_strided(entry.shape, entry.strides)
@@ -59,11 +74,16 @@ def assert_read(file: Path, expected: Mapping[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor.detach())
 
 
-def refusal(file: Path) -> str:
+def in_child(file: Path, cpu_seconds: int = 60) -> dict[str, StoredTensor]:
+    return read_pickled({file: FileState.of(file)}, cpu_seconds)[file]
+
+
+def refusal(file: Path, read: Callable[[Path], object] = list_tensors) -> str:
     with pytest.raises(CheckpointError) as caught:
-        read_pickled(file)
+        read(file)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
+    assert message.isprintable()
     assert str(file) in message
     return message
 
@@ -96,9 +116,21 @@ def test_tensors_lie_where_they_are_said_to(file: Path, save: Save) -> None:
     tensors = some_tensors()
     save(OrderedDict(tensors), file)
     assert_read(file, tensors)
-    found = read_pickled(file)
-    assert found["turned"].offset == found["whole"].offset
+    found = list_tensors(file)
+    assert found["turned"].offset == found["whole"].offset != found["half"].offset
+    assert found["rows"].offset == found["whole"].offset + 6 * 4
     assert (found["turned"].shape, found["turned"].strides) == ((6, 4), (1, 6))
+
+
+def test_numbers_of_eight_bits(file: Path) -> None:
+    tensors = {"a": torch.arange(6.0).to(torch.float8_e4m3fn), "b": torch.arange(6.0).to(torch.float8_e4m3fn)[3:]}
+    torch.save(tensors, file)
+    data = file.read_bytes()
+    found = list_tensors(file)
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == ("F8_E4M3", tuple(tensor.shape))
+        start = found[name].offset
+        assert data[start : start + len(tensor)] == tensor.view(torch.uint8).numpy().tobytes()
 
 
 @both
@@ -110,12 +142,16 @@ def test_a_modules_state_dict(file: Path, save: Save) -> None:
 
 
 @both
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_protocols(file: Path, save: Save, protocol: int) -> None:
-    tensors = some_tensors()
-    zip_file = save is zipped
-    torch.save(tensors, file, pickle_protocol=protocol, _use_new_zipfile_serialization=zip_file)
-    assert_read(file, tensors)
+def test_the_child_process_says_the_same(file: Path, save: Save) -> None:
+    save(OrderedDict(some_tensors()), file)
+    assert in_child(file) == list_tensors(file) == list_here({file: FileState.of(file)})[file]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_protocols(file: Path) -> None:
+    """Of pickle PyTorch reads for strangers only its own, version 2."""
+    torch.save({"a": torch.ones(2)}, file, pickle_protocol=4)
+    assert "Unsupported operand" in refusal(file)
 
 
 @both
@@ -136,6 +172,7 @@ def test_a_state_dict_in_a_training_checkpoint(file: Path, save: Save) -> None:
         ({"model": {"a": torch.ones(2)}, "epoch": 3}, "but model, epoch; save the model's state_dict by itself"),
         ({"state_dict": {"epoch": 3}}, "but epoch"),
         ({3: torch.ones(2)}, "but 3"),
+        ({(1, 2): torch.ones(2)}, "but tuple"),
     ],
     ids=str,
 )
@@ -165,7 +202,9 @@ class Attack:
 def test_nothing_is_run(file: Path, tmp_path: Path, save: Save) -> None:
     marker = tmp_path / "run"
     save({"a": torch.ones(2), "b": Attack(os.system, f"touch {marker}")}, file)
-    assert "asks for 'posix.system', which weights do not need: refused" in refusal(file)
+    for read in (list_tensors, in_child):
+        message = refusal(file, read)
+        assert "asks for 'posix.system', which weights do not need; if you trust the file, convert it to" in message
     save({"a": torch.ones(2), "b": Attack(eval, f"open({str(marker)!r}, 'w')")}, file)
     assert "eval'" in refusal(file)
     save({"a": torch.ones(2), "b": Attack(getattr, "a", "upper")}, file)
@@ -173,15 +212,31 @@ def test_nothing_is_run(file: Path, tmp_path: Path, save: Save) -> None:
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["torch.load", "torch._utils.eval", "collections.deque", "os.FloatStorage", "a\\nb.c"])
-def test_names_that_look_familiar(name: str) -> None:
+@both
+@pytest.mark.parametrize("name", ["torch.load", "torch._utils.eval", "collections.deque", "os.FloatStore", "a\tb.c"])
+def test_names_that_look_familiar(file: Path, save: Save, name: str) -> None:
     module, _, what = name.rpartition(".")
-    with pytest.raises((Refused, ValueError)):
-        read_pickle(io.BytesIO(f"c{module}\n{what}\n.".encode()))
+    write_program(file, save, f"c{module}\n{what}\n.".encode())
+    assert "which weights do not need" in refusal(file)
+
+
+def write_program(file: Path, save: Save, program: bytes) -> None:
+    """A file that has this program in place of a pickle, and no storages."""
+    if save is legacy:
+        file.write_bytes(legacy_file(program, pickle.dumps([], 2), b""))
+        return
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("model/data.pkl", program)
+        archive.writestr("model/version", "3\n")
+        archive.writestr("model/byteorder", "little")
 
 
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]
 
 
 def bomb_of_hashes() -> bytes:
@@ -194,21 +249,35 @@ def bomb_of_sharing() -> bytes:
     return b"\x80\x02]" + b"q\x00]h\x00ah\x00a" * 60 + b"."
 
 
+def bomb_of_copies() -> bytes:
+    """One list of pairs in the memo, and many dicts made of it: 400 KB ask for 20,000 times 20,000 entries."""
+    pairs = b"".join(number(i) + b"N\x86" for i in range(20_000))
+    return b"\x80\x02](](" + pairs + b"e\x85q\x00" + b"ccollections\nOrderedDict\nh\x00R" * 20_000 + b"e."
+
+
+def bomb_of_numbers(name: str) -> bytes:
+    """Something of 8 Gi elements, made out of nothing."""
+    module, _, what = name.rpartition(".")
+    return b"\x80\x02}" + text("a") + f"c{module}\n{what}\n".encode() + number(2**33) + b"\x85Rs."
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "program",
     [
-        b"\x80\x02Nr\xff\xff\xff\xff.",  # the largest memo index: Python would make room for as many
+        b"\x80\x02Nr\xff\xff\xff\xff.",  # the largest memo index: the standard unpickler would make room for as many
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00.",  # bytes longer than the file
         b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.",
+        b"\x80\x02X\xff\xff\xff\xffab.",
         b"\x80\x02\x8b\xff\xff\xff\x7f.",
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fN.",
-        bomb_of_hashes(),
         bomb_of_sharing(),
         b"\x80\x02" + b"(" * 100_000 + b".",
         b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
         b"\x80\x02N" + b"\x85" * 100_000 + b".",
         b"\x80\x02]q\x00h\x00a.",  # a list of itself
         b"\x80\x02}q\x00K\x01h\x00s.",
+        b"\x80\x02}q\x00" + text("state_dict") + b"h\x00s.",
         b"I" + b"9" * 100_000 + b"\n.",
         b"\x80\x02h\x05.",
         b"\x80\x02.",
@@ -236,15 +305,29 @@ def bomb_of_sharing() -> bytes:
     ],
     ids=lambda program: repr(program[:24]),
 )
-def test_programs_that_make_no_sense_end_soon(program: bytes) -> None:
-    """With a value that nobody has use for, or refused. What a bomb would take is not seconds, but for ever."""
-    begun = time.process_time()
-    try:
-        value = read_pickle(io.BytesIO(program))
-    except (ValueError, LookupError, TypeError):
-        value = None
-    assert not isinstance(value, pickle_program.Tensor)
-    assert time.process_time() - begun < 10
+@both
+def test_programs_that_make_no_sense(file: Path, save: Save, program: bytes) -> None:
+    write_program(file, save, program)
+    refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (bomb_of_hashes(), "took more than 2 s of a core"),
+        (b"\x80\x02}N" + b"\x85" * 400_000 + b"K\x01s.", "was killed by SIGSEGV"),  # a key nested so deep
+        (bomb_of_copies(), "gets no memory for it"),
+        (bomb_of_numbers("builtins.bytearray"), "gets no memory for it"),
+        (bomb_of_numbers("torch.FloatTensor"), "gets no memory for it"),
+    ],
+    ids=["hashes", "nesting", "copies", "bytes", "tensor"],
+)
+def test_bombs(file: Path, program: bytes, message: str) -> None:
+    """What would hold up, end or fill this process does so to the child."""
+    write_program(file, zipped, program)
+    found = refusal(file, lambda file: in_child(file, 2 if program == bomb_of_hashes() else 60))
+    assert message in found
+    assert "convert it to safetensors" in found
 
 
 @both
@@ -253,19 +336,45 @@ def test_numbers_that_are_to_be_negated(file: Path, save: Save) -> None:
     tensor = torch.ones(3, dtype=torch.complex64).conj().imag
     assert tensor.is_neg()
     save({"a": tensor}, file)
-    assert "changed when they are read (neg)" in refusal(file)
+    assert "numbers of a are to be negated or conjugated when they are read: save a copy of it" in refusal(file)
     save({"a": tensor.resolve_neg()}, file)
     assert_read(file, {"a": -torch.ones(3) * 0})
 
 
-def test_a_program_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickle_program, "_MOST_OPERATIONS", 100)
-    with pytest.raises(Refused, match="more than 100 operations"):
-        read_pickle(io.BytesIO(b"N0" * 51 + b"N."))
+@both
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        lambda: torch.empty(3, device="meta"),
+    ],
+    ids=["sparse", "quantized", "meta"],
+)
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of some of these kinds
+def test_tensors_that_are_not_plain(file: Path, save: Save, make: Callable[[], Tensor]) -> None:
+    save({"a": make()}, file)
+    assert "save a dense copy of it" in refusal(file)
 
 
-def tensor_program(*, count: int = 6, first: int = 0, shape: str = "K\x02K\x03", strides: str = "K\x03K\x01") -> bytes:
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(count) + b"tQ"
+def test_a_tensor_that_does_not_lie_in_the_file(file: Path) -> None:
+    """Its constructor is among those that PyTorch calls for a stranger's file, and takes memory of the process."""
+    write_program(file, zipped, bomb_of_numbers("torch.FloatTensor").replace(number(2**33), number(6)))
+    assert "the numbers of a are not in the file" in refusal(file)
+
+
+def tensor_program(
+    *,
+    count: int = 6,
+    first: int = 0,
+    shape: str = "K\x02K\x03",
+    strides: str = "K\x03K\x01",
+    view: bytes = b"",
+) -> bytes:
+    """Of a dict of one tensor. In a legacy file a storage says too of which part of it the tensor is a view: `view`."""
+    storage = (
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(count) + view + b"tQ"
+    )
     sizes = b"(" + shape.encode("latin-1") + b"t(" + strides.encode("latin-1") + b"t"
     return (
         b"\x80\x02}"
@@ -278,25 +387,85 @@ def tensor_program(*, count: int = 6, first: int = 0, shape: str = "K\x02K\x03",
     )
 
 
-def number(value: int) -> bytes:
-    return pickle.dumps(value, 2)[2:-1]
+@both
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": 5},
+        {"first": 1},
+        {"strides": "K\x04K\x01"},
+        {"strides": "K\x01"},
+        {"first": -1},
+        {"strides": "K\x03J\xff\xff\xff\xff"},
+        {"shape": "J\xff\xff\xff\xffK\x03"},
+        {"count": 8, "first": 2},
+        {"count": -1},
+        {"count": 2**63, "first": 2},
+        {"count": 2**70, "first": 2},
+        {"count": 2**62, "first": 2**61},
+        {"shape": "NN"},
+    ],
+    ids=str,
+)
+def test_a_tensor_lies_within_its_storage(file: Path, save: Save, change: dict[str, Any]) -> None:
+    """In an archive another member follows, which none reaches into."""
+    if save is zipped:
+        torch.save({"a": torch.arange(6.0), "b": torch.ones(1000)}, file)
+    for program, right in ((tensor_program, True), (functools.partial(tensor_program, **change), False)):
+        if save is zipped:
+            rewrite(file, with_member("data.pkl", program()))
+        else:
+            count = 5 if not right and change.get("count") == 5 else 6
+            data = struct.pack(f"<q{count}f", count, *range(count))
+            file.write_bytes(legacy_file(program(view=b"N"), KEYS, data))
+        if right:
+            assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
+        else:
+            refusal(file)
 
 
-def test_a_tensor_lies_within_its_storage() -> None:
-    assert read_pickle(io.BytesIO(tensor_program()))["a"].shape == (2, 3)
-    for program, message in (
-        (tensor_program(count=5), "ends behind its storage: element 5 of 5"),
-        (tensor_program(first=1), "element 6 of 6"),
-        (tensor_program(strides="K\x04K\x01"), "element 6 of 6"),
-        (tensor_program(strides="K\x01"), "with 1 strides"),
-        (tensor_program(first=-1), "sizes are no numbers"),
-        (tensor_program(count=2**63), "sizes are no numbers"),
-        (tensor_program(count=2**70), "sizes are no numbers"),
-        (tensor_program(shape="\x88\x88"), "sizes are no numbers"),
-        (tensor_program(shape="NN"), "sizes are no numbers"),
-    ):
-        with pytest.raises(Refused, match=message):
-            read_pickle(io.BytesIO(program))
+def test_a_folder_in_place_of_a_file(file: Path) -> None:
+    file.mkdir()
+    assert "can't be read: Is a directory" in refusal(file)
+    assert "can't be read: Is a directory" in refusal(file, in_child)
+
+
+# --- the child process -------------------------------------------------------------------------------------------
+
+
+def child_time() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_one_child_reads_all_files_and_once(tmp_path: Path) -> None:
+    """To load PyTorch takes it far more time than to read small files."""
+
+    def time_of(*files: Path) -> float:
+        before = child_time()
+        found = read_pickled({file: FileState.of(file) for file in files})
+        assert {name for tensors in found.values() for name in tensors} == {file.name for file in files}
+        return child_time() - before
+
+    files = [tmp_path / f"{number}.bin" for number in range(12)]
+    for file in files:
+        torch.save({file.name: torch.ones(2)}, file)
+    alone = time_of(files[0])
+    assert time_of(*files) < 4 * alone
+    assert time_of(*files) < alone / 2  # it is remembered
+    torch.save({files[0].name: torch.ones(2)}, tmp_path / "other")
+    (tmp_path / "other").replace(files[0])
+    assert time_of(*files) > alone / 2
+
+
+def test_the_file_that_is_refused_is_named(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.bin" for number in range(3)]
+    for file in files:
+        torch.save({"a": torch.ones(2)}, file)
+    write_program(files[1], zipped, bomb_of_hashes())
+    refusal(files[1], lambda _: read_pickled({file: FileState.of(file) for file in files}, 1))
+    files[1].write_bytes(b"")
+    refusal(files[1], lambda _: read_pickled({file: FileState.of(file) for file in files}))
 
 
 # --- archives ----------------------------------------------------------------------------------------------------
@@ -315,6 +484,10 @@ def rewrite(file: Path, change: Callable[[dict[str, bytes]], None], *, compresse
 
 def nothing(_: dict[str, bytes]) -> None:
     pass
+
+
+def with_member(name: str, data: bytes) -> Callable[[dict[str, bytes]], None]:
+    return lambda members: members.update({f"pytorch_model/{name}": data})
 
 
 def without(name: str) -> Callable[[dict[str, bytes]], None]:
@@ -343,25 +516,25 @@ def test_compressed_members(archive: Path, member: str) -> None:
 
 
 def test_byte_order(archive: Path) -> None:
-    rewrite(archive, lambda members: members.update({"pytorch_model/byteorder": b"big"}))
+    rewrite(archive, with_member("byteorder", b"big"))
     assert "have the byte order big; only little is supported" in refusal(archive)
 
 
 def test_an_archive_without_its_parts(archive: Path) -> None:
     rewrite(archive, without("data/1"))
-    assert "lacks storage 1" in refusal(archive)
+    assert "failed locating file data/1: file not found" in refusal(archive)
     rewrite(archive, without("data.pkl"))
-    assert "0 members data.pkl" in refusal(archive)
+    assert "failed locating file data.pkl: file not found" in refusal(archive)
 
 
 def test_a_member_shorter_than_its_storage(archive: Path) -> None:
-    rewrite(archive, lambda members: members.update({"pytorch_model/data/0": b"\0" * 95}))
-    assert "the data of whole is cut off: 95 bytes for 24 of F32" in refusal(archive)
+    rewrite(archive, with_member("data/0", b"\0" * 95))
+    assert "the data of whole is cut off: 95 bytes of 96" in refusal(archive)
 
 
 def test_a_script_module(archive: Path) -> None:
     """As torch.jit saves it, it has classes of its own."""
-    rewrite(archive, lambda members: members.update({"pytorch_model/data.pkl": b"c__torch__.Model\nModel\n."}))
+    rewrite(archive, with_member("data.pkl", b"c__torch__.Model\nModel\n."))
     assert "asks for '__torch__.Model.Model'" in refusal(archive)
 
 
@@ -379,17 +552,14 @@ NUMBERS = struct.pack("<q6f", 6, *range(6))
 
 
 def test_a_legacy_file_by_hand(file: Path) -> None:
-    file.write_bytes(legacy_file(tensor_program(), KEYS, NUMBERS))
+    file.write_bytes(legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS))
     assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
 
 
 def test_a_view_of_a_storage(file: Path) -> None:
     """As PyTorch before 0.4 wrote it: the key of the view, its start, its size."""
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x06"
-    view = b"(" + text("1") + b"K\x02K\x04tt"
-    program = tensor_program(count=4, shape="K\x02K\x02", strides="K\x02K\x01")
-    start, stop = program.index(b"(" + text("storage")), program.index(b"tQ")
-    program = program[:start] + storage + view + program[stop + 1 :]
+    view = b"(" + text("1") + b"K\x02K\x04t"
+    program = tensor_program(shape="K\x02K\x02", strides="K\x02K\x01", view=view)
     file.write_bytes(legacy_file(program, KEYS, NUMBERS))
     assert_read(file, {"a": torch.arange(2.0, 6.0).view(2, 2)})
 
@@ -397,14 +567,12 @@ def test_a_view_of_a_storage(file: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (legacy_file(tensor_program(), KEYS, NUMBERS, little=False), "byte order big"),
-        (legacy_file(tensor_program(), pickle.dumps(["1"], 2), NUMBERS), "its list of storages is not that of"),
-        (legacy_file(tensor_program(), pickle.dumps("0", 2), NUMBERS), "its list of storages is not that of"),
-        (legacy_file(tensor_program(), KEYS, NUMBERS[:-1]), "truncated"),
-        (legacy_file(tensor_program(), KEYS, struct.pack("<q", -1)), "truncated"),
-        (legacy_file(tensor_program(), KEYS, struct.pack("<q5f", 5, *range(5))), "the data of a is cut off"),
-        (legacy_file(tensor_program(), pickle.dumps([], 2), b""), "lacks storage 0"),
-        (pickle.dumps({"a": 1}, 2), "no file of torch.save"),
+        (legacy_file(tensor_program(view=b"N"), pickle.dumps(["1"], 2), NUMBERS), "storage key '1' not found"),
+        (legacy_file(tensor_program(view=b"N"), pickle.dumps(7, 2), NUMBERS), "not iterable"),
+        (legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS[:-1]), "truncated"),
+        (legacy_file(tensor_program(view=b"N"), KEYS, struct.pack("<q", -1)), "truncated"),
+        (legacy_file(tensor_program(view=b"N"), KEYS, struct.pack("<q5f", 5, *range(5))), "wrong byte size"),
+        (pickle.dumps({"a": 1}, 2), "no file of weights"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "no file of weights"),
         (b"", "no file of weights"),
     ],
@@ -415,9 +583,10 @@ def test_legacy_files_that_are_refused(file: Path, data: bytes, message: str) ->
     assert message in refusal(file)
 
 
-def test_a_folder_in_place_of_a_file(file: Path) -> None:
-    file.mkdir()
-    assert "can't be read" in refusal(file)
+def test_a_legacy_file_of_another_machine(file: Path) -> None:
+    """PyTorch writes the numbers of this format in the order of a little-endian machine, on every machine."""
+    file.write_bytes(legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS, little=False))
+    assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
 
 
 # --- whatever comes ----------------------------------------------------------------------------------------------
@@ -426,14 +595,14 @@ def test_a_folder_in_place_of_a_file(file: Path) -> None:
 def reads_or_refuses(file: Path) -> None:
     """Nothing else may happen. What is read, lies within the file."""
     try:
-        found = read_pickled(file)
+        found = list_tensors(file)
     except CheckpointError:
         return
     size = file.stat().st_size
     for entry in found.values():
-        if 0 not in entry.shape:
+        if 0 not in entry.shape and not entry.whole:
             last = sum((n - 1) * stride for n, stride in zip(entry.shape, entry.strides, strict=True))
-            assert entry.offset + (last + 1) * ITEM_BYTES[entry.dtype] <= size
+            assert entry.offset + (last + 1) * _TYPES[entry.dtype].itemsize <= size
 
 
 @pytest.fixture(scope="module")
@@ -465,44 +634,6 @@ def test_mutated_files(file: Path, samples: list[bytes], data: st.DataObject) ->
         content[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     file.write_bytes(content)
     reads_or_refuses(file)
-
-
-_OPCODES = st.sampled_from([bytes([code]) for code in range(256)]) | st.sampled_from(
-    [
-        b"K\x01",
-        b"h\x00",
-        b"q\x00",
-        b"}",
-        b"]",
-        b"(",
-        b")",
-        b"t",
-        b"R",
-        b"Q",
-        b"b",
-        b"s",
-        b"u",
-        b"a",
-        b"e",
-        b"\x86",
-        b"0",
-    ]
-    + [
-        b"ccollections\nOrderedDict\n",
-        b"ctorch._utils\n_rebuild_tensor_v2\n",
-        b"ctorch\nFloatStorage\n",
-        text("storage"),
-    ]
-)
-
-
-@_FUZZ
-@given(st.lists(_OPCODES, max_size=30))
-def test_random_programs(operations: list[bytes]) -> None:
-    try:
-        read_pickle(io.BytesIO(b"\x80\x02" + b"".join(operations) + b"."))
-    except (ValueError, LookupError, TypeError):
-        return
 
 
 @_FUZZ

@@ -1,4 +1,4 @@
-"""FP8 weights: whatever the cut, a rank has the numbers times their blocks' scales, and what can't be read is named."""
+"""FP8 weights: in every cut a rank gets the numbers times the scales of their blocks; unsupported files are refused."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ from shoal import LLM, SamplingParams
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint.checkpoint import SINGLE, open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
+from shoal.models.config_json.quantization import weight_block
 from shoal.models.implementation import params_of, shards_of
 from shoal.models.manifest import Cut, Param, Piece, Shard, weight_bytes
-from shoal.models.quantization import weight_block
 from shoal.models.registry import read_spec
 from shoal.models.spec import Unsupported
 from shoal.parallel.partition import split_heads
@@ -49,8 +49,8 @@ def load(folder: Path, piece: Piece, cut: range, dtype: torch.dtype = torch.floa
 
 @settings(steady, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_cut(tmp_path: Path, data: st.DataObject) -> None:
-    """Rows, columns, stripes, stacks of matrices and transposed ones, at borders of blocks and elsewhere."""
+def test_any_cut_gets_the_right_scales(tmp_path: Path, data: st.DataObject) -> None:
+    """Cuts may be by rows, columns or stripes, of stacked or transposed matrices, at the borders of blocks or not."""
     height, width = data.draw(st.integers(1, 13)), data.draw(st.integers(1, 13))
     block = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     stack = data.draw(st.none() | st.integers(1, 3))
@@ -75,8 +75,8 @@ def test_any_cut(tmp_path: Path, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_number_and_type(tmp_path: Path, dtype: torch.dtype) -> None:
-    """All 256 bytes but the two NaNs, in parts that are widened one after the other; scales of another type."""
+def test_every_fp8_number_in_every_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    """All 256 bytes but the two NaNs, in a tensor that is widened in several parts, with scales in bfloat16."""
     codes = torch.arange(256, dtype=torch.uint8)
     numbers = codes[(codes & 127) != 127].repeat(1, 40).view(-1, 254).view(torch.float8_e4m3fn)
     scales = torch.tensor([[0.5, 2.0, 0.25, 1.0, 8.0, 3.0]]).repeat(5, 1).bfloat16()
@@ -85,7 +85,7 @@ def test_every_number_and_type(tmp_path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(load(tmp_path, Piece("w", (40, 254)), range(0), dtype), expected)
 
 
-def test_only_the_widened_tensor_is_held(tmp_path: Path) -> None:
+def test_loading_needs_little_more_memory_than_the_widened_tensor(tmp_path: Path) -> None:
     numbers, scales, _ = quantize(torch.randn(4096, 2048), (128, 128))
     write(tmp_path, {"w": numbers, "w_scale_inv": scales}, (128, 128))
     weights = CheckpointWeights(
@@ -101,7 +101,7 @@ def test_only_the_widened_tensor_is_held(tmp_path: Path) -> None:
     assert found.nbytes <= peak < found.nbytes + 2**21
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def refusal(folder: Path, names: list[str]) -> str:
@@ -114,7 +114,7 @@ def test_missing_scales(tmp_path: Path) -> None:
     numbers, scales, _ = quantize(torch.randn(4, 6), (2, 3))
     write(tmp_path, {"w.weight": numbers, "v.weight": numbers.clone(), "v.weight_scale_inv": scales})
     open_checkpoint(tmp_path).check_loadable(["v.weight"])
-    assert "which needs the tensor w.weight_scale_inv" in refusal(tmp_path, ["v.weight", "w.weight"])
+    assert "which needs a tensor w.weight_scale_inv" in refusal(tmp_path, ["v.weight", "w.weight"])
 
 
 def test_no_block_size(tmp_path: Path) -> None:
@@ -127,12 +127,12 @@ def test_no_block_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scales", "message"),
     [
-        (torch.ones(2, 3), "F32 [2, 3], and should be F32 [2, 2]"),
-        (torch.ones(1), "F32 [1], and should be F32 [2, 2]"),
-        (torch.ones(2, 2, dtype=torch.int32), "I32 [2, 2], and should be F32 [2, 2]"),
+        (torch.ones(2, 3), "F32 [2, 3], but must be F32 [2, 2]"),
+        (torch.ones(1), "F32 [1], but must be F32 [2, 2]"),
+        (torch.ones(2, 2, dtype=torch.int32), "I32 [2, 2], but must be F32 [2, 2]"),
     ],
 )
-def test_other_scales(tmp_path: Path, scales: Tensor, message: str) -> None:
+def test_scales_of_another_shape_or_type(tmp_path: Path, scales: Tensor, message: str) -> None:
     numbers, _, _ = quantize(torch.randn(4, 6), (2, 3))
     write(tmp_path, {"w": numbers, "w_scale_inv": scales})
     assert message in refusal(tmp_path, ["w"])
@@ -141,7 +141,7 @@ def test_other_scales(tmp_path: Path, scales: Tensor, message: str) -> None:
 def test_quantized_vectors_and_other_types(tmp_path: Path) -> None:
     vector = torch.ones(4).to(torch.float8_e4m3fn)
     write(tmp_path, {"w": vector, "w_scale_inv": torch.ones(2), "v": torch.ones(4).to(torch.float8_e5m2)})
-    assert "with the shape [4], but only matrices can be" in refusal(tmp_path, ["w"])
+    assert "with the shape [4], but only matrices can be quantized" in refusal(tmp_path, ["w"])
     assert "v is stored as F8_E5M2; supported are" in refusal(tmp_path, ["v"])
 
 
@@ -175,7 +175,7 @@ def test_not_quantized(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("name", ["llama_6_2", "phi3", "gpt2", "deepseek_v2", "deepseek_v3"])
 def test_same_tokens_as_widened_weights(checkpoint: Callable[[str], Path], tmp_path: Path, name: str, tp: int) -> None:
-    """Of any family: a checkpoint in FP8, and one with the same numbers in float32."""
+    """A checkpoint in FP8 and one with the same numbers in float32 give the same tokens, in families of all kinds."""
     quantized, widened = write_quantized(checkpoint(name), tmp_path, block=(16, 24))
     prompts: Any = [{"prompt_token_ids": [(7 * i + 5 * length) % 250 + 3 for i in range(length)]} for length in (2, 19)]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
@@ -190,7 +190,7 @@ def test_same_tokens_as_widened_weights(checkpoint: Callable[[str], Path], tmp_p
     assert found[0] == found[1]
 
 
-def test_memory_counts_what_is_widened(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_memory_is_counted_at_the_widened_size(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     quantized, widened = write_quantized(checkpoint("llama"), tmp_path, block=(16, 24))
     sizes = []
     for folder in (quantized, widened):

@@ -1,4 +1,4 @@
-"""config.json in the spellings there are, and everything that is none."""
+"""Reading specs from config.json, in all spellings that are in use, and refusing malformed files."""
 
 import contextlib
 import json
@@ -85,7 +85,7 @@ def test_llama(tmp_path: Path) -> None:
     )
 
 
-def test_llama_without_what_may_be_left_out(tmp_path: Path) -> None:
+def test_llama_with_optional_fields_missing(tmp_path: Path) -> None:
     few = {k: v for k, v in LLAMA.items() if k not in {"num_key_value_heads", "max_position_embeddings"}}
     spec = read(tmp_path, {**few, "head_dim": None})
     assert (spec.num_kv_heads, spec.head_dim, spec.max_positions) == (8, 8, 2048)
@@ -132,7 +132,7 @@ def test_which_layers_are_mixtures(tmp_path: Path, architecture: str) -> None:
     assert mixture(tmp_path, {**config, "decoder_sparse_step": 2}).layers == (False, True, False)
     assert mixture(tmp_path, {**config, "mlp_only_layers": [0, 7]}).layers == (False, True, True)
     assert "mlp_only_layers" in refusal(tmp_path, {**config, "mlp_only_layers": 1})
-    assert "7 experts, of 6" in refusal(tmp_path, {**config, "num_experts_per_tok": 7})
+    assert "7 experts, but has only 6" in refusal(tmp_path, {**config, "num_experts_per_tok": 7})
 
 
 def test_qwen_mixtures(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_qwen_mixtures(tmp_path: Path) -> None:
 
 
 def test_qwen_mixture_windows(tmp_path: Path) -> None:
-    """transformers' two families do it differently."""
+    """The two families differ in transformers: Qwen2 MoE has windows in some layers, Qwen3 MoE in all."""
     used = {**LLAMA, **MOE, "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}
     assert windows(read(tmp_path, {**used, "architectures": ["Qwen2MoeForCausalLM"]})) == [16, None, None]
     assert windows(read(tmp_path, {**used, "architectures": ["Qwen3MoeForCausalLM"]})) == [16] * 3
@@ -177,13 +177,13 @@ def test_granite_factors(tmp_path: Path) -> None:
 
 def test_mistral_windows(tmp_path: Path) -> None:
     config = {**LLAMA, "architectures": ["MistralForCausalLM"]}
-    assert windows(read(tmp_path, config)) == [4096] * 3, "as transformers has it"
+    assert windows(read(tmp_path, config)) == [4096] * 3, "the default of transformers"
     assert windows(read(tmp_path, {**config, "sliding_window": None})) == [None] * 3
     assert "sliding_window" in refusal(tmp_path, {**config, "sliding_window": 0})
 
 
 def test_gemma3_ropes(tmp_path: Path) -> None:
-    """Old and new spelling: the rope under the window has a base of its own and is not scaled."""
+    """In the old and the new spelling, layers with a window have another base, and their rope is not scaled."""
     config = {**LLAMA, "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 6, "sliding_window_pattern": 3}
     old = {"rope_theta": 5e5, "rope_local_base_freq": 200.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     new = {
@@ -219,7 +219,7 @@ def test_gpt2_scales(tmp_path: Path) -> None:
     assert [by_layer.attention_of(i).scale for i in range(2)] == [0.25, 0.125]
     assert read(tmp_path, {**config, "scale_attn_weights": False}).attention_of(0).scale == 1.0
     refusal(tmp_path, {**config, "add_cross_attention": True}, Unsupported)
-    assert "does not divide" in refusal(tmp_path, {**config, "n_head": 5})
+    assert "hidden size 64 is not a multiple of 5 attention heads" in refusal(tmp_path, {**config, "n_head": 5})
 
 
 def test_opt_350m(tmp_path: Path) -> None:
@@ -232,13 +232,13 @@ def test_opt_350m(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["longrope", "yarn", "linear"])
-def test_phi3_ropes(tmp_path: Path, kind: str) -> None:
+def test_phi3_refuses_other_kinds_of_rope(tmp_path: Path, kind: str) -> None:
     config = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": kind, "factor": 2.0}}
     assert kind in refusal(tmp_path, config, Unsupported)
 
 
 def test_names_of_longrope(tmp_path: Path) -> None:
-    """It has had three. An original length that is not named is 4096, as in transformers."""
+    """LongRoPE has had three names. If the original length is missing it is 4096, as in transformers."""
     config = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 8192}
     for kind in ("longrope", "su", "yarn"):
         spec = read(tmp_path, {**config, "rope_scaling": {"type": kind, "short_factor": [1.5, 2.0, 2.5, 3.0]}})
@@ -259,7 +259,9 @@ def test_names_of_longrope(tmp_path: Path) -> None:
         ("GPTNeoXForCausalLM", {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 1e4}}, None),
     ],
 )
-def test_rotated_part(tmp_path: Path, architecture: str, changes: dict[str, Any], rotated: int | None) -> None:
+def test_the_share_of_a_head_that_is_rotated(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], rotated: int | None
+) -> None:
     config = {**LLAMA, "architectures": [architecture]}
     assert rope_of(read(tmp_path, {**config, **changes})) == RopeSpec(10000.0, rotary_dim=rotated)
     for odd in (0.01, 0.4, 1.5):
@@ -286,13 +288,13 @@ def test_model_type_decides_where_no_architecture_is_named(tmp_path: Path, famil
 
 @pytest.mark.parametrize("model_type", [None, "mamba", "gemma3"])
 def test_neither_architecture_nor_a_known_model_type(tmp_path: Path, model_type: str | None) -> None:
-    """gemma3 alone is the model that sees images."""
+    """The model_type gemma3 is that of the multimodal model, not of its text part."""
     config = {**LLAMA, "architectures": None, "model_type": model_type}
     assert "architecture unnamed is not supported" in refusal(tmp_path, config, Unsupported)
 
 
-def held_against(spec: ModelSpec, config: Any) -> None:
-    """What transformers' own reading of a configuration says in plain fields."""
+def compare(spec: ModelSpec, config: Any) -> None:
+    """Check a spec against the configuration that transformers has read from the same file."""
     assert spec.hidden_size == config.hidden_size
     assert spec.num_layers == config.num_hidden_layers
     assert spec.num_heads == config.num_attention_heads
@@ -301,7 +303,7 @@ def held_against(spec: ModelSpec, config: Any) -> None:
         assert spec.num_kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
         assert spec.head_dim == head_dim
     else:
-        latent_held_against(spec.latent, spec, config)
+        compare_latent(spec.latent, spec, config)
     assert spec.vocab_size == config.vocab_size
     assert spec.max_positions == config.max_position_embeddings
     assert spec.tie_embeddings == config.tie_word_embeddings
@@ -323,7 +325,7 @@ def held_against(spec: ModelSpec, config: Any) -> None:
             assert (rope.rotary_dim or spec.head_dim) == int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
-def latent_held_against(latent: LatentSpec, spec: ModelSpec, config: Any) -> None:
+def compare_latent(latent: LatentSpec, spec: ModelSpec, config: Any) -> None:
     assert (spec.num_kv_heads, spec.head_dim) == (1, config.kv_lora_rank + config.qk_rope_head_dim)
     assert (latent.q_rank, latent.kv_rank) == (config.q_lora_rank, config.kv_lora_rank)
     assert (latent.nope_dim, latent.rope_dim) == (config.qk_nope_head_dim, config.qk_rope_head_dim)
@@ -332,18 +334,18 @@ def latent_held_against(latent: LatentSpec, spec: ModelSpec, config: Any) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_what_transformers_writes(checkpoint: Callable[[str], Path], name: str) -> None:
+def test_a_spec_agrees_with_the_configuration_of_transformers(checkpoint: Callable[[str], Path], name: str) -> None:
     from transformers import AutoConfig
 
     folder = checkpoint(name)
     spec = read_spec(folder)
-    held_against(spec, AutoConfig.from_pretrained(folder))
+    compare(spec, AutoConfig.from_pretrained(folder))
     assert spec.dtype == "float32"
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_what_a_family_takes_where_nothing_is_said(tmp_path: Path, family: str) -> None:
-    """Only sizes, of which gpt2's have names of their own: the rest is as in transformers' configuration class."""
+def test_defaults_of_a_family_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    """The config.json has sizes only, which have other names in gpt2."""
     from transformers import AutoConfig
 
     config: dict[str, Any] = {
@@ -358,7 +360,7 @@ def test_what_a_family_takes_where_nothing_is_said(tmp_path: Path, family: str) 
     model_type = {"gemma3": "gemma3_text"}.get(family, family)
     given = {**config, "model_type": model_type}
     spec = read(tmp_path, {**given, "architectures": list(FAMILIES[family].architectures)})
-    held_against(spec, AutoConfig.from_pretrained(tmp_path))
+    compare(spec, AutoConfig.from_pretrained(tmp_path))
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -457,7 +459,7 @@ def test_other_scaling(tmp_path: Path, kind: object) -> None:
 
 
 def test_lengths(tmp_path: Path) -> None:
-    """A scaling's factor counts from the original length, where that is named."""
+    """The factor of a scaling multiplies the original length, if that is given."""
 
     def lengths(**scaling: Any) -> tuple[int, int | None]:
         spec = read(tmp_path, {**LLAMA, "max_position_embeddings": 4096, "rope_scaling": scaling})
@@ -466,7 +468,7 @@ def test_lengths(tmp_path: Path) -> None:
     assert lengths(type="linear", factor=2.5) == (10240, None)
     assert lengths(type="linear", factor=2.5, original_max_position_embeddings=1024) == (4096, None)
     assert lengths(rope_type="yarn", factor=4.0, original_max_position_embeddings=2048) == (8192, None)
-    assert lengths(**SCALING, rope_type="llama3") == (4096, None), "which is the new length"
+    assert lengths(**SCALING, rope_type="llama3") == (4096, None), "4096 is the length after scaling"
     grown = {**SCALING, "factor": 4.0, "original_max_position_embeddings": 4096}
     assert lengths(**grown, rope_type="llama3") == (16384, None)
     assert lengths(type="dynamic", factor=2.0) == (4096, 4096)
@@ -529,7 +531,7 @@ def test_layer_types(tmp_path: Path) -> None:
     assert "3 names" in refusal(tmp_path, {**config, "layer_types": ["full_attention"]})
 
 
-def test_names_of_what_is_supported(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused_with_the_supported_ones(tmp_path: Path) -> None:
     message = refusal(tmp_path, {**LLAMA, "architectures": ["MambaForCausalLM"]}, Unsupported)
     assert "MambaForCausalLM" in message
     assert all(name in message for family in FAMILIES.values() for name in family.architectures)
@@ -563,7 +565,7 @@ _KEYS = [
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, min_size=1, max_size=3), st.sampled_from(list(FAMILIES)))
 def test_random_values(tmp_path: Path, changes: dict[str, Any], family: str) -> None:
-    """A spec or a CheckpointError, and nothing else."""
+    """Reading returns a valid spec or raises CheckpointError."""
     config = {**LLAMA, "architectures": list(FAMILIES[family].architectures), **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with contextlib.suppress(CheckpointError):
@@ -619,7 +621,7 @@ def test_deepseek_layers_with_experts(tmp_path: Path) -> None:
 
 
 def test_deepseek_scale(tmp_path: Path) -> None:
-    """V2-Lite's own configuration: YaRN leaves angles as long as they are, and sharpens the scores."""
+    """In the configuration of V2-Lite YaRN does not scale cos and sin, but the attention scores."""
     scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
     sharpened = read(tmp_path, {**DEEPSEEK, "rope_scaling": {**scaling, "mscale": 0.707, "mscale_all_dim": 0.707}})
     assert sharpened.latent is not None
@@ -640,7 +642,7 @@ def test_deepseek_queries(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes", [{"text_config": 7}, {"architectures": [["x"]]}, {"text_config": {"model_type": [1]}}]
 )
-def test_text_parts_that_make_no_sense(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_malformed_text_parts_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     refusal(
         tmp_path, {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"hidden_size": 0}, **changes}
     )

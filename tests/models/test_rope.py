@@ -1,4 +1,4 @@
-"""The tables of angles are those that transformers computes from the same config.json."""
+"""The tables of rotary angles are the same as those that transformers computes from the same config.json."""
 
 import json
 from pathlib import Path
@@ -27,8 +27,8 @@ LONG = {"original_max_position_embeddings": 64}
         {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5, **LONG},
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # transformers has doubts about some of the numbers
-def test_tables(tmp_path: Path, parameters: dict[str, Any]) -> None:
+@pytest.mark.filterwarnings("ignore")  # transformers warns about some of these numbers
+def test_tables_are_the_same_as_in_transformers(tmp_path: Path, parameters: dict[str, Any]) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -1,4 +1,4 @@
-"""Which modules of transformers can be cut into stages, and why others can't."""
+"""Cutting transformers modules into pipeline stages, and the reasons why some can't be cut."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from shoal.models.spec import AttentionSpec, NormSpec
-from shoal.models.transformers.cut_plan import place_of
+from shoal.models.transformers.cut_plan import stage_of
 from shoal.models.transformers.fallback_spec import FallbackSpec
-from shoal.models.transformers.stages import OneStage, ResidualStream, Watch, stand_ins
+from shoal.models.transformers.stages import NotSplittable, ResidualStream, StageProbe, stand_ins
 from shoal.parallel.stages import stages
 
 LAYERS, HIDDEN, TOKENS = 3, 8, 5
@@ -45,7 +45,7 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Tokens, positions, a norm ahead of the layers, and whatever `run` makes of the layers."""
+    """A backbone with tokens, positions and a norm before its layers, which it calls through `run`."""
 
     def __init__(self, run: Callable[["Backbone", Tensor, Tensor], Tensor], *, in_tuple: bool) -> None:
         super().__init__()
@@ -85,18 +85,18 @@ def inputs() -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def watched(model: nn.Module) -> FallbackSpec:
     backbone = model.get_submodule("model")
-    watch, (tokens, positions) = Watch(model, backbone, LAYERS), inputs()
+    watch, (tokens, positions) = StageProbe(model, backbone, LAYERS), inputs()
     with watch(tokens):
         backbone(tokens, positions)
-    return watch.found(SPEC)
+    return watch.splittable_spec(SPEC)
 
 
 @pytest.mark.parametrize("in_tuple", [False, True])
-def test_where_a_module_can_be_cut_is_found_by_watching_it(*, in_tuple: bool) -> None:
+def test_the_places_where_a_module_can_be_cut_are_found_by_watching_a_run(*, in_tuple: bool) -> None:
     spec = watched(model_of(in_tuple=in_tuple))
     assert (spec.layers, spec.layers_give_tuples) == ("model.layers", in_tuple)
-    assert spec.before == (("model.tokens", HIDDEN), ("model.positions", HIDDEN), ("model.norm_in", HIDDEN))
-    assert spec.behind == ("model.norm",)
+    assert spec.modules_before == (("model.tokens", HIDDEN), ("model.positions", HIDDEN), ("model.norm_in", HIDDEN))
+    assert spec.modules_after == ("model.norm",)
     places = {
         "model.tokens.weight": "first",
         "model.norm_in.bias": "first",
@@ -105,13 +105,13 @@ def test_where_a_module_can_be_cut_is_found_by_watching_it(*, in_tuple: bool) ->
         "head.weight": "last",
         "model.never.weight": "every",
     }
-    assert {path: place_of(spec, path) for path in places} == places
+    assert {path: stage_of(spec, path) for path in places} == places
 
 
 @pytest.mark.parametrize("in_tuple", [False, True])
 @pytest.mark.parametrize("cut", [(1, 1, 1), (2, 1), (1, 2), (3,)])
 @torch.no_grad()
-def test_stages_give_together_what_the_module_gives(cut: tuple[int, ...], *, in_tuple: bool) -> None:
+def test_all_stages_together_compute_the_same_as_the_module(cut: tuple[int, ...], *, in_tuple: bool) -> None:
     spec = watched(model_of(in_tuple=in_tuple))
     tokens, positions = inputs()
     expected = model_of(in_tuple=in_tuple).get_submodule("model")(tokens, positions)
@@ -159,17 +159,20 @@ def one_layer_twice(backbone: Backbone, x: Tensor, _: Tensor) -> Tensor:
     ("run", "why"),
     [
         (something_between, "something is done to the residual stream between its layers"),
-        (the_first_layers_input_again, "its layers take more from what came before than the residual stream"),
-        (a_table_that_only_the_first_stage_has, "its layers take more from what came before than the residual stream"),
+        (the_first_layers_input_again, "its layers take more than the residual stream from what runs before them"),
+        (
+            a_table_that_only_the_first_stage_has,
+            "its layers take more than the residual stream from what runs before them",
+        ),
         (one_layer_twice, "its layers do not run one after the other"),
     ],
 )
-def test_what_can_not_be_cut(run: Callable[[Backbone, Tensor, Tensor], Tensor], why: str) -> None:
-    with pytest.raises(OneStage, match=f"^{why}$"):
+def test_modules_that_can_not_be_cut(run: Callable[[Backbone, Tensor, Tensor], Tensor], why: str) -> None:
+    with pytest.raises(NotSplittable, match=f"^{why}$"):
         watched(model_of(run))
 
 
-def test_what_depends_on_positions_alone_is_computed_on_every_stage() -> None:
+def test_tensors_that_depend_on_positions_only_are_computed_on_every_stage() -> None:
     def run(backbone: Backbone, x: Tensor, positions: Tensor) -> Tensor:
         angles = positions.unsqueeze(-1) * 0.1
         for layer in backbone.layers:
@@ -179,7 +182,7 @@ def test_what_depends_on_positions_alone_is_computed_on_every_stage() -> None:
     assert watched(model_of(run)).layers == "model.layers"
 
 
-def test_layers_that_are_in_no_list() -> None:
+def test_layers_that_are_not_in_one_list() -> None:
     model = model_of()
-    with pytest.raises(OneStage, match="its 4 layers are not in one list"):
-        Watch(model, model.get_submodule("model"), 4)
+    with pytest.raises(NotSplittable, match="its 4 layers are not in one list"):
+        StageProbe(model, model.get_submodule("model"), 4)

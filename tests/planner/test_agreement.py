@@ -1,36 +1,37 @@
 """What processes must have alike, and what is a host's own affair."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from shoal.config.engine_options import EngineOptions
-from shoal.launch.open_model import decide
-from shoal.planner.agreement import OF_RANKS, agreement
+from shoal.planner.agreement import RANK_KEYS, agreement
+from shoal.wire.base import replace_fields
 from shoal.wire.plan import ReplicaPlace
+from support.plans import planner_of
 
 Checkpoint = Callable[[str], Path]
 
 
-def test_what_a_host_has_room_for_is_its_own_affair(checkpoint: Checkpoint) -> None:
-    options = [
-        EngineOptions.from_flat(str(checkpoint("llama")), {"kv_cache_memory_bytes": size}) for size in (2**16, 2**24)
+def test_hosts_may_have_kv_caches_of_different_sizes(checkpoint: Checkpoint) -> None:
+    planners = [
+        planner_of(checkpoint("llama"), ReplicaPlace(0, 2), kv_cache_memory_bytes=size) for size in (2**16, 2**24)
     ]
-    decisions = [decide(each, ReplicaPlace(0, 2)) for each in options]
-    assert decisions[0].max_model_len != decisions[1].max_model_len
-    assert agreement(options[0], decisions[0]) == agreement(options[1], decisions[1])
+    small, large = (agreement(each.options, each.first_plan) for each in planners)
+    assert planners[0].first_plan.max_model_len != planners[1].first_plan.max_model_len
+    assert small == large
 
 
-def test_those_that_share_experts_take_the_same_steps_at_start(checkpoint: Checkpoint) -> None:
-    flags = {"enable_expert_parallel": True, "kv_cache_memory_bytes": 2**20}
-    options = EngineOptions.from_flat(str(checkpoint("mixtral")), flags)
-    decision = decide(options, ReplicaPlace(0, 2))
-    found = agreement(options, decision)
-    measured = dataclasses.replace(decision, kv_budgets=(None,))
-    tiny = dataclasses.replace(decision, max_model_len=1)
-    assert agreement(options, dataclasses.replace(decision, max_model_len=40)) == found
+def test_replicas_that_share_experts_agree_on_the_steps_of_the_start(checkpoint: Checkpoint) -> None:
+    flags: dict[str, Any] = {"enable_expert_parallel": True, "kv_cache_memory_bytes": 2**20}
+    planner = planner_of(checkpoint("mixtral"), ReplicaPlace(0, 2), **flags)
+    options, plan = planner.options, planner.first_plan
+    found = agreement(options, plan)
+    measured = replace_fields(plan, ranks=tuple(replace_fields(rank, kv_budget=None) for rank in plan.ranks))
+    tiny = replace_fields(plan, max_model_len=1)
+    assert agreement(options, replace_fields(plan, max_model_len=40)) == found
     for other, name in ((measured, "size of the KV cache"), (tiny, "longest sequence")):
         told = agreement(options, other)
         assert {key for key in found if told[key] != found[key]} == {name}
-    front_end = agreement(options, decide(options, ReplicaPlace(0, 2, local_size=0)))
-    assert {key: found[key] for key in found.keys() - OF_RANKS} == front_end
+    front_end = planner_of(checkpoint("mixtral"), ReplicaPlace(0, 2, local_size=0), **flags)
+    told = agreement(front_end.options, front_end.first_plan)
+    assert {key: found[key] for key in found.keys() - RANK_KEYS} == told

@@ -1,4 +1,4 @@
-"""What the planner says of a step's memory, held against the tensors that a step makes."""
+"""The planner's bounds on the memory of a step, compared with the tensors that a step makes."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from shoal.kernels.base import PagedBatch
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.decoder import build_decoder
-from shoal.models.implementation import Cutting, rank_shards
+from shoal.models.implementation import rank_shards
 from shoal.models.manifest import Shard, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import ModelSpec
@@ -27,6 +27,7 @@ from shoal.parallel.mesh import Axis
 from shoal.parallel.stages import cut_evenly
 from shoal.planner import memory
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
+from shoal.wire.plan import Layout
 from shoal.worker import runner
 from shoal.worker.kv_cache import allocate
 from support.checkpoints import MAKERS
@@ -38,7 +39,7 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class PeakOfLiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are not yet gone, at their most."""
+    """A measurement of the most bytes that tensors made by operations take at one time."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -55,19 +56,19 @@ class PeakOfLiveTensors(TorchDispatchMode):
 
     def _storages(self, values: Any) -> dict[int, tuple[StorageWeakRef, int]]:
         tensors = [value for value in tree_iter(values) if isinstance(value, Tensor)]
-        storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]  # packed: no storage
+        storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]  # those have no storage
         return {storage._cdata: (StorageWeakRef(storage), storage.nbytes()) for storage in storages}
 
 
 class CopyingComm(LocalComm):
-    """Other ranks' sums are a tensor of their own, as between threads."""
+    """A communicator whose all-reduce makes a new tensor, as the one between threads does."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x + 0
 
 
 def make_batch(tokens: int, context: int) -> PagedBatch:
-    """The last tokens of one sequence."""
+    """Return a batch with the last `tokens` tokens of one sequence."""
     positions = torch.arange(context - tokens, context)
     blocks = -(-context // BLOCK_SIZE)
     return PagedBatch(
@@ -91,7 +92,10 @@ def planned(folder: Path, shard: Shard, dtype: torch.dtype, step: StepSize) -> R
 
 @torch.inference_mode()
 def measured(folder: Path, shard: Shard, dtype: torch.dtype, tokens: int, context: int, sampled: int) -> int:
-    """The peak of a step of one sequence, with the reference kernels, which hold more than the native ones."""
+    """Return the peak of a step of one sequence, in bytes, with the reference kernels.
+
+    They need more memory than the native ones.
+    """
     spec, checkpoint = read_spec(folder), open_checkpoint(folder)
     weights = CheckpointWeights(checkpoint, manifest(spec, tensor_names(spec)), shard, dtype)
     tp = Axis("tp", shard.rank, 2, CopyingComm())
@@ -110,13 +114,13 @@ def measured(folder: Path, shard: Shard, dtype: torch.dtype, tokens: int, contex
     return int(mode.peak)
 
 
-# The narrow matrices of these checkpoints make norms, attention and logits the fullest moment, each in some.
+# As the matrices of these checkpoints are narrow, the fullest moment is a norm in some, attention or logits in others.
 @pytest.mark.parametrize(("tp", "dtype"), [(1, torch.float32), (5, torch.bfloat16)], ids=["1-float32", "5-bfloat16"])
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_a_step_takes_no_more_than_planned(
     checkpoint: Checkpoint, name: str, tp: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So small that a step of these tests would not fit into it at once.
+    # So small that the scores of a step of these tests are not computed at once.
     monkeypatch.setattr(reference, "SCORE_BYTES", 2**16)
     monkeypatch.setattr(memory, "SCORE_BYTES", 2**16)
     folder = checkpoint(name)
@@ -126,20 +130,20 @@ def test_a_step_takes_no_more_than_planned(
             plan = planned(folder, shard, dtype, StepSize(tokens, sampled))
             bound = plan.activations + context * plan.context_token
             assert found <= bound
-            assert bound <= 4 * found  # and it is not just any large number
+            assert bound <= 4 * found  # the bound is not too large either
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_a_step_of_a_stage_takes_no_more_than_planned(
     checkpoint: Checkpoint, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a stage gets and gives is there beside it."""
+    """The streams that a stage receives and sends exist at the same time as its activations."""
     monkeypatch.setattr(reference, "SCORE_BYTES", 2**16)
     monkeypatch.setattr(memory, "SCORE_BYTES", 2**16)
     folder, tokens = checkpoint(name), 120
     spec = read_spec(folder)
     stream = tokens * spec.hidden_size * 4
-    for shard in rank_shards(spec, Cutting(stages=cut_evenly([1.0] * spec.num_layers, 3))):
+    for shard in rank_shards(spec, Layout(stages=cut_evenly([1.0] * spec.num_layers, 3))):
         borders = (not shard.stage.first) + (not shard.stage.last)
         found = measured(folder, shard, torch.float32, tokens, tokens, 1) + borders * stream
         plan = planned(folder, shard, torch.float32, StepSize(tokens, 1))
@@ -148,12 +152,12 @@ def test_a_step_of_a_stage_takes_no_more_than_planned(
         assert bound <= 4 * found
 
 
-def test_the_constants_are_those_of_the_ranks() -> None:
+def test_the_planner_and_the_ranks_have_the_same_constants() -> None:
     assert memory.SCORE_BYTES == reference.SCORE_BYTES
     assert memory.PROMPT_ROWS == runner.PROMPT_ROWS
 
 
-def of(spec: ModelSpec, folder: Path, **changes: int) -> RankMemory:
+def single_rank_memory(spec: ModelSpec, folder: Path, **changes: int) -> RankMemory:
     (shard,) = shards(spec, 1)
     step = StepSize(**{"tokens": 64, "sampled": 8, **changes})
     params = manifest(spec, tensor_names(spec))
@@ -162,7 +166,7 @@ def of(spec: ModelSpec, folder: Path, **changes: int) -> RankMemory:
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_weights_are_those_of_the_file(checkpoint: Checkpoint, name: str) -> None:
-    """Positions, biases, projections and all; a tied embedding is there as the head once more."""
+    """All tensors are counted, positions, biases and projections too; a tied embedding is counted again as the head."""
     folder = checkpoint(name)
     spec = read_spec(folder)
     entries = open_checkpoint(folder).tensors
@@ -170,11 +174,11 @@ def test_weights_are_those_of_the_file(checkpoint: Checkpoint, name: str) -> Non
     params = manifest(spec, tensor_names(spec))
     embedding = next(param.pieces[0] for param in params if param.name == "embedding")
     again = math.prod(entries[embedding.source].shape) * 4 if spec.tie_embeddings else 0
-    assert of(spec, folder).weights == sum(stored.values()) + again
+    assert single_rank_memory(spec, folder).weights == sum(stored.values()) + again
 
 
-class Recorded(CheckpointWeights):
-    """Notes the sizes of what is asked for, by name."""
+class RecordedWeights(CheckpointWeights):
+    """Weights that record the size of each tensor that is asked for, by its name."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -182,35 +186,35 @@ class Recorded(CheckpointWeights):
 
     def tensor(self, name: str) -> Tensor:
         found = super().tensor(name)
-        assert name not in self.bytes, "asked for once each"
+        assert name not in self.bytes, "each tensor is asked for once"
         self.bytes[name] = found.nbytes
         return found
 
 
-def loaded(folder: Path, cutting: Cutting, rank: int, shard: Shard) -> dict[str, int]:
-    """Bytes of every tensor that a rank reads from the file."""
+def loaded(folder: Path, layout: Layout, rank: int, shard: Shard) -> dict[str, int]:
+    """Return the name and the bytes of every tensor that a rank reads from the file."""
     spec, checkpoint = read_spec(folder), open_checkpoint(folder)
-    weights = Recorded(checkpoint, manifest(spec, tensor_names(spec)), shard, torch.float32)
-    tp = Axis("tp", rank % cutting.tp, cutting.tp, CopyingComm())
+    weights = RecordedWeights(checkpoint, manifest(spec, tensor_names(spec)), shard, torch.float32)
+    tp = Axis("tp", rank % layout.tp, layout.tp, CopyingComm())
     build_decoder(spec, shard, tp, weights, reference.ReferenceKernels(), torch.device("cpu"), spec.max_positions)
     return weights.bytes
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_weights_are_those_that_a_rank_of_any_layout_reads(checkpoint: Checkpoint, name: str) -> None:
-    """What is planned for each rank, and what its stage and share of the decoder ask for."""
+    """The planned weights of each rank are those that its part of the decoder asks for."""
     folder = checkpoint(name)
     spec = read_spec(folder)
-    (whole,) = (loaded(folder, Cutting(), 0, shard) for shard in rank_shards(spec, Cutting()))
+    (whole,) = (loaded(folder, Layout(), 0, shard) for shard in rank_shards(spec, Layout()))
     for tp, pp in ((1, 2), (1, 3), (2, 2), (3, 1)):
-        cutting = Cutting(tp, stages=cut_evenly([1.0] * spec.num_layers, pp))
+        layout = Layout(tp, stages=cut_evenly([1.0] * spec.num_layers, pp))
         stages: dict[str, int] = {}
-        for rank, shard in enumerate(rank_shards(spec, cutting)):
-            read = loaded(folder, cutting, rank, shard)
+        for rank, shard in enumerate(rank_shards(spec, layout)):
+            read = loaded(folder, layout, rank, shard)
             plan = planned(folder, shard, torch.float32, StepSize(8, 8))
             assert plan.weights == sum(read.values())
             if tp == 1:
-                assert not stages.keys() & read.keys(), "in one stage each"
+                assert not stages.keys() & read.keys(), "each tensor is in one stage"
                 stages |= read
         assert tp > 1 or stages == whole  # a tied embedding is the table of the first stage and the head of the last
 
@@ -222,34 +226,34 @@ def test_whole_experts_are_read_where_they_are_placed(checkpoint: Checkpoint, st
     spec = read_spec(folder)
     read: list[str] = []
     for replica in range(2):
-        cutting = Cutting(2, stages=(2, 1), experts=strategy, replica=replica, replicas=2)
-        for rank, shard in enumerate(rank_shards(spec, cutting)):
-            found = loaded(folder, cutting, rank, shard)
+        layout = Layout(2, stages=(2, 1), experts=strategy, replica=replica, replicas=2)
+        for rank, shard in enumerate(rank_shards(spec, layout)):
+            found = loaded(folder, layout, rank, shard)
             assert planned(folder, shard, torch.float32, StepSize(8, 8)).weights == sum(found.values())
             read += [name for name in found if ".experts." in name]
     params = manifest(spec, tensor_names(spec))
     assert sorted(read) == sorted(param.name for param in params if param.expert is not None)
 
 
-def test_a_tied_embedding_on_a_gpu_is_on_both_ends(checkpoint: Checkpoint) -> None:
-    """A rank with both has it once; on two stages each has its own."""
+def test_a_tied_embedding_on_a_gpu_is_on_the_first_and_the_last_stage(checkpoint: Checkpoint) -> None:
+    """A rank with embedding and head holds the table once; with several stages, the first and the last hold a copy."""
     folder = checkpoint("llama3")
     spec, table = read_spec(folder), 301 * 64 * 4
 
     def weights(pp: int) -> list[int]:
         params = manifest(spec, tensor_names(spec))
         sizes: Any = {"dtype": "float32", "block_size": BLOCK_SIZE, "step": StepSize(8, 8)}
-        shards = rank_shards(spec, Cutting(stages=cut_evenly([1.0] * spec.num_layers, pp)))
+        shards = rank_shards(spec, Layout(stages=cut_evenly([1.0] * spec.num_layers, pp)))
         return [rank_memory(spec, params, shard, device="cuda", **sizes).weights for shard in shards]
 
     (one,) = weights(1)
     assert sum(weights(2)) == sum(weights(3)) == one + table
 
 
-def test_stages_between_have_no_logits(checkpoint: Checkpoint) -> None:
-    """So many rows that the logits are the fullest moment where there are any."""
+def test_only_the_last_stage_has_logits(checkpoint: Checkpoint) -> None:
+    """The step has so many rows that the logits are the fullest moment of the last stage."""
     folder = checkpoint("llama")
-    shards = rank_shards(read_spec(folder), Cutting(stages=(1, 1, 1)))
+    shards = rank_shards(read_spec(folder), Layout(stages=(1, 1, 1)))
     first, middle, last = (planned(folder, shard, torch.float32, StepSize(512, 512)).activations for shard in shards)
     border = 512 * 64 * 4
     assert first <= middle < last
@@ -257,23 +261,23 @@ def test_stages_between_have_no_logits(checkpoint: Checkpoint) -> None:
     assert last > 512 * 301 * 4
 
 
-def test_more_of_anything_takes_more(checkpoint: Checkpoint) -> None:
+def test_larger_steps_need_more_memory(checkpoint: Checkpoint) -> None:
     folder = checkpoint("gemma2")
     spec = read_spec(folder)
-    least = of(spec, folder)
-    assert of(spec, folder, tokens=2048).activations > least.activations
-    assert of(spec, folder, tokens=2048).context_token > least.context_token
-    assert of(spec, folder, sampled=64).activations >= least.activations
+    least = single_rank_memory(spec, folder)
+    assert single_rank_memory(spec, folder, tokens=2048).activations > least.activations
+    assert single_rank_memory(spec, folder, tokens=2048).context_token > least.context_token
+    assert single_rank_memory(spec, folder, sampled=64).activations >= least.activations
 
 
-def test_two_models_under_one_block_table() -> None:
+def test_a_rank_with_a_draft_model_needs_the_memory_of_both() -> None:
     large, small = RankMemory(1000, 100, 10, 64), RankMemory(200, 30, 12, 16)
     assert large.with_draft(small) == RankMemory(1200, 130, 12, 80)
 
 
 @pytest.mark.parametrize("size", [1, 16])
 @pytest.mark.parametrize("length", [None, 40])
-def test_a_budget_fits(size: int, length: int | None) -> None:
+def test_the_kv_budget_leaves_room_for_all_else(size: int, length: int | None) -> None:
     rank = RankMemory(1000, 100, 10, 64 * size)
     left = rank.kv_budget(10_000, size, length)
     tokens = left // rank.block * size

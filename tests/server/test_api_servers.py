@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -22,18 +23,18 @@ from fastapi.responses import StreamingResponse
 from shoal.config.engine_options import EngineOptions
 from shoal.devices import cpu
 from shoal.errors import ConfigError, EngineError
-from shoal.launch.open_model import open_model
+from shoal.launch.hub import BUNDLED
+from shoal.launch.open_model import open_model, open_served_model
 from shoal.llm import async_llm
 from shoal.llm.async_llm import AsyncLLM
 from shoal.server import api_process, serve
-from shoal.server.api_process import ChannelLine, open_served
-from shoal.server.api_servers import ApiServers
+from shoal.server.api_process import ChannelLine
+from shoal.server.api_servers import ApiServers, seed_of
 from shoal.server.http.listening import Listening, Server, make_server
 from shoal.server.settings import ServerSettings
 from shoal.transport.channel import Channel
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import replace_fields
-from shoal.wire.plan import ApiSetup
 from support.fake_backend import FakeBackend
 from support.fleet_status import fleet
 from support.servers import ShoalServer
@@ -202,7 +203,32 @@ def test_one_api_server_is_killed_and_stopped_and_the_other_goes_on() -> None:
         assert server.pids() == set()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
+def test_every_process_has_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
+    """Both API servers, for prompts and chats, and the engine, for structured outputs."""
+    shutil.copytree(BUNDLED, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(BUNDLED, tmp_path / "other", ignore=shutil.ignore_patterns("model*"))
+    flags = ("--tokenizer", "other", "--served-model-name", "bundled", "--api-server-count", "2")
+    asked = {"messages": [{"role": "user", "content": "37 + 45 ="}], "temperature": 0, "max_tokens": 8}
+    asked["structured_outputs"] = {"regex": "[0-9]{3}"}
+    with ShoalServer("model", *flags, folder=tmp_path) as server:
+        pids = until(lambda: len(found := api_pids(server)) == 2 and found, "two API servers")
+        host, port = server.url.removeprefix("http://").split(":")
+        owners: set[int] = set()
+
+        def ask() -> bool:
+            connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+            connection.request("POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"})
+            with connection.getresponse() as response:
+                owners.add(owner_of(server, connection))
+                answer = json.loads(response.read())
+            connection.close()
+            assert re.fullmatch("[0-9]{3}", answer["choices"][0]["message"]["content"]), answer
+            return bool(owners == pids)
+
+        until(ask, "both have answered")
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_server_that_can_serve_nothing_any_more_ends_with_the_cause(count: int) -> None:
     with ShoalServer("--api-server-count", str(count), "--max-restarts", "0") as server:
@@ -220,13 +246,14 @@ def test_a_server_that_can_serve_nothing_any_more_ends_with_the_cause(count: int
 
 def test_an_api_server_plans_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas may hold by now what they were planned for."""
+    planned = open_model(None, {}, online=True)
     discover = cpu.discover
     monkeypatch.setattr(cpu, "discover", lambda *some: dataclasses.replace(discover(*some), host_memory_available=1))
     with pytest.raises(ConfigError, match="more than this host has"):
         open_model(None, {}, online=True)
     for options in ({}, {"data_parallel_size": 2}, {"tensor_parallel_size": 2}):
-        model = open_served(ApiSetup(None, options, {}, {}, max_model_len=321))
-        assert model.decision.max_model_len == 321
+        served = replace_fields(planned.served, max_model_len=321)
+        assert open_served_model(None, options, served).served.max_model_len == 321
 
 
 class _Nobody:
@@ -255,23 +282,11 @@ def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPat
     asyncio.run(ask())
 
 
-def test_given_seeds_differ_between_api_servers_and_their_lives() -> None:
-    model = open_model(None, {"seed": 7}, online=True)
-
-    class Head:
-        desk = object()
-        max_model_len = 99
-
-    with socket.socket() as sock:
-        servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 3)  # type: ignore[arg-type]
-        setups = []
-        for slot in servers._slots:
-            for slot.lives in range(3):
-                setups.append(servers._setup_of(slot))
-    assert len({setup.options["seed"] for setup in setups}) == len(setups)
-    for setup in setups:
-        assert setup.max_model_len == 99
-        EngineOptions.from_flat(None, setup.options)
+def test_given_seeds_differ_between_api_servers_and_their_starts() -> None:
+    seeds = [seed_of(7, number, start) for number in range(3) for start in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    for seed in seeds:
+        EngineOptions.from_flat(None, {"seed": seed})
 
 
 def test_a_large_request_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,8 +455,8 @@ def test_api_servers_end_at_once_when_told_so_later() -> None:
     async def run(sock: socket.socket) -> bool:
         model = open_model(None, {}, online=True)
         servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 2)  # type: ignore[arg-type]
-        for slot in servers._slots:
-            slot.child = Sleeper()  # type: ignore[assignment]
+        for server in servers._servers:
+            server.child = Sleeper()  # type: ignore[assignment]
         serving = asyncio.create_task(servers.serve())
         servers.stop(WAIT_S * 10)
         assert not (await asyncio.wait([serving], timeout=0.5))[0]

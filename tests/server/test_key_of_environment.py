@@ -32,7 +32,7 @@ def status_with(server: ShoalServer, key: str | None) -> int:
 
 
 def top(server: ShoalServer, **environment: str) -> "subprocess.CompletedProcess[str]":
-    program = [sys.executable, "-m", "shoal.cli.main", "top", "--once", server.url]
+    program = [sys.executable, "-m", "shoal", "top", "--once", server.url]
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
     env = {**inherited, **environment}
     return subprocess.run(program, env=env, capture_output=True, text=True, timeout=WAIT_S, check=False)

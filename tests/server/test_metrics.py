@@ -24,7 +24,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from shoal.cluster.desk import Desk
 from shoal.cluster.stats import carried, emptied
 from shoal.config.engine_options import EngineOptions
-from shoal.engine.request import encode_tokens
 from shoal.errors import ClosedError
 from shoal.llm.async_llm import AsyncLLM
 from shoal.params import SamplingParams
@@ -39,6 +38,7 @@ from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, from_engine
 from shoal.wire.fleet import FleetStatus
 from shoal.wire.ranks import Sampling
+from shoal.wire.tokens import encode_tokens
 from support.asgi import get
 from support.fake_backend import FakeBackend
 from support.fakes import FakeClock, request, steady
@@ -794,7 +794,7 @@ class RemoteClient:
         now = time.monotonic()
         for seq, prompt in enumerate(prompts):
             sampling = Sampling(seed=seq, temperature=1.0)
-            spec = EngineRequest(seq, encode_tokens(list(prompt)), sampling, max_tokens, arrival=now)
+            spec = EngineRequest(seq, encode_tokens(list(prompt)), len(prompt), sampling, max_tokens, arrival=now)
             self._channel.send(encode(spec))
         count, left = 0, len(prompts)
         while left:

@@ -17,7 +17,7 @@ from shoal.server.app import openai_app
 from shoal.server.http.errors import Refusal
 from shoal.server.settings import ServerSettings
 from shoal.server.tools.choice import plan_tools
-from shoal.structured.matcher import Grammar, Vocabulary
+from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.structured_outputs import grammar_text
 from support.fake_backend import FakeBackend
 
@@ -46,13 +46,15 @@ def test_arguments_are_an_object_whatever_the_schema_leaves_open(parameters: Any
     function = {"name": "pick"} | ({} if parameters is None else {"parameters": parameters})
     plan = plan_tools([{"type": "function", "function": function}], choice, None)
     text = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")
-    grammar = Grammar.compile(grammar_text(StructuredOutputsParams(json=plan.schema)).text, Vocabulary(text, (1,), 640))
+    grammar = GrammarState.compile(
+        grammar_text(StructuredOutputsParams(json=plan.schema)).text, Vocabulary(text, (1,), 640)
+    )
     encode = Tokenizer.from_str(text).encode
     found = []
     for arguments in ARGUMENTS:
         output = arguments if choice == CHOSEN else f'[{{"name": "pick", "parameters": {arguments}}}]'
         tokens = (*encode(output, add_special_tokens=False).ids, 1)
-        if grammar.valid(tokens) == len(tokens):
+        if grammar.count_valid(tokens) == len(tokens):
             found.append(arguments)
     assert found == left
 

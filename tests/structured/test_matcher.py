@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 import shoal
 from shoal.errors import EngineError, RequestError
-from shoal.structured.matcher import LIMITS, Grammar, Vocabulary, words_of
+from shoal.structured.matcher import PARSER_LIMITS, GrammarState, Vocabulary, mask_words
 from shoal.wire.base import Ids
 from support.fakes import steady
 
@@ -31,34 +31,34 @@ def shared() -> Vocabulary:
     return vocabulary()
 
 
-def of_regex(pattern: str, source: Vocabulary | None = None, limits: LLParserLimits = LIMITS) -> Grammar:
-    return Grammar.compile(LLMatcher.grammar_from_regex(pattern), source or shared(), limits)
+def of_regex(pattern: str, source: Vocabulary | None = None, limits: LLParserLimits = PARSER_LIMITS) -> GrammarState:
+    return GrammarState.compile(LLMatcher.grammar_from_regex(pattern), source or shared(), limits)
 
 
-def rows(grammar: Grammar, drafts: Ids = (), words: int = SIZE // 32) -> list[set[int]]:
-    parts = [place.row for place in grammar.places(drafts)]
+def rows(grammar: GrammarState, drafts: Ids = (), words: int = SIZE // 32) -> list[set[int]]:
+    parts = [place.row for place in grammar.allowed_tokens(drafts)]
     assert [len(part) for part in parts] == [words * WORD] * (1 + len(drafts))
     return [{token for token in range(words * 32) if part[token // 8] >> token % 8 & 1} for part in parts]
 
 
-def ends(grammar: Grammar, drafts: Ids = ()) -> list[bool]:
-    return [place.ended for place in grammar.places(drafts)]
+def ends(grammar: GrammarState, drafts: Ids = ()) -> list[bool]:
+    return [place.ended for place in grammar.allowed_tokens(drafts)]
 
 
 @cache
 def texts() -> dict[int, str]:
-    """Token -> text, of those that stand for themselves."""
+    """Return the text of each token that decodes to ASCII characters."""
     tokenizer = Tokenizer.from_str(TOKENIZER)
     return {i: tokenizer.decode([i]) for i in range(SIZE) if tokenizer.decode([i]).isascii() and tokenizer.decode([i])}
 
 
-def test_only_what_the_grammar_begins_with_is_allowed() -> None:
+def test_first_tokens_are_those_that_a_matching_text_can_begin_with() -> None:
     [first] = rows(of_regex("ab*c"))
     assert first == {i for i, text in texts().items() if re.fullmatch("ab*c?", text)}
     assert A in first
 
 
-def test_an_end_is_allowed_where_the_grammar_accepts_and_all_ends_are() -> None:
+def test_every_end_of_text_token_is_allowed_where_the_grammar_accepts() -> None:
     grammar = of_regex("ab*")
     assert not rows(grammar)[0] & {*EOS}
     grammar.accept((A,))
@@ -67,20 +67,20 @@ def test_an_end_is_allowed_where_the_grammar_accepts_and_all_ends_are() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4])
-def test_a_text_that_was_begun_elsewhere_is_taken_at_once(count: int) -> None:
-    """Nobody has asked for masks on its way."""
+def test_an_output_that_another_process_began_is_taken_in_one_call(count: int) -> None:
+    """The state is the same as after taking the tokens one by one, with a mask computed before each."""
     output = (A, B, B, EOS[0])[:count]
     stepwise, resumed = of_regex("ab*"), of_regex("ab*")
     for token in output:
-        stepwise.places(())
+        stepwise.allowed_tokens(())
         stepwise.accept((token,))
-    assert resumed.valid(output) == count
+    assert resumed.count_valid(output) == count
     resumed.accept(output)
-    assert resumed.places((B,)) == stepwise.places((B,))
+    assert resumed.allowed_tokens((B,)) == stepwise.allowed_tokens((B,))
     assert resumed.ended == stepwise.ended == (count == 4)
 
 
-def test_at_the_end_only_ends_are_allowed() -> None:
+def test_after_a_complete_text_only_end_of_text_tokens_are_allowed() -> None:
     grammar = of_regex("ab")
     grammar.accept((A, B))
     assert grammar.ended
@@ -88,15 +88,15 @@ def test_at_the_end_only_ends_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("end", EOS)
-def test_an_end_that_was_drawn_is_the_end(end: int) -> None:
+def test_nothing_may_follow_an_end_of_text_token(end: int) -> None:
     grammar = of_regex("ab*")
     grammar.accept((A, end))
     assert grammar.ended
-    assert grammar.valid((B,)) == grammar.valid((end,)) == 0
+    assert grammar.count_valid((B,)) == grammar.count_valid((end,)) == 0
     assert rows(grammar, (end,)) == [{*EOS}, {*EOS}]
 
 
-def test_masks_look_behind_drafts_and_change_nothing() -> None:
+def test_masks_after_drafts_leave_the_state_unchanged() -> None:
     grammar = of_regex("ab*c")
     drafted = rows(grammar, (A, B, C))
     assert drafted[3] == {*EOS}
@@ -108,7 +108,7 @@ def test_masks_look_behind_drafts_and_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("drafts", "right"),
+    ("drafts", "valid"),
     [
         ((), 0),
         ((A, B, C), 3),
@@ -120,11 +120,11 @@ def test_masks_look_behind_drafts_and_change_nothing() -> None:
         ((A, B, SIZE), 2),
     ],
 )
-def test_drafts_are_valid_as_far_as_the_grammar_goes(drafts: Ids, right: int) -> None:
+def test_drafts_are_valid_up_to_the_first_that_the_grammar_does_not_allow(drafts: Ids, valid: int) -> None:
     grammar = of_regex("ab*c")
-    assert grammar.valid(drafts) == right
+    assert grammar.count_valid(drafts) == valid
     rows(grammar, drafts)
-    assert grammar.valid(drafts) == right  # nothing was changed
+    assert grammar.count_valid(drafts) == valid  # the state is unchanged
 
 
 @pytest.mark.parametrize("tokens", [(C,), (A, A), (1,), (A, 5), (SIZE,), (A, C, A), (A, C, 1, 5)])
@@ -136,7 +136,7 @@ def test_a_token_that_can_not_follow_is_an_error_and_changes_nothing(tokens: Ids
     assert rows(grammar) == before
 
 
-def test_without_ends_the_state_says_when_it_is_over() -> None:
+def test_a_model_without_end_of_text_tokens_ends_when_nothing_may_follow() -> None:
     grammar = of_regex("ab?", vocabulary(eos=()))
     assert not rows(grammar)[0] & {*EOS}
     grammar.accept((A,))
@@ -144,10 +144,10 @@ def test_without_ends_the_state_says_when_it_is_over() -> None:
     assert rows(grammar) == [{B}]
     grammar.accept((B,))
     assert grammar.ended
-    assert rows(grammar)[0]  # never empty: what is drawn behind the end is dropped
+    assert rows(grammar)[0]  # a row is never empty: what is drawn after the end is dropped
 
 
-def test_an_end_that_is_text_ends_only_where_the_grammar_does() -> None:
+def test_an_end_of_text_token_that_also_has_text_is_allowed_only_at_the_end() -> None:
     grammar = of_regex("a(b|c)", vocabulary(eos=(B,)))
     grammar.accept((A,))
     assert rows(grammar) == [{C}]
@@ -155,7 +155,7 @@ def test_an_end_that_is_text_ends_only_where_the_grammar_does() -> None:
     assert rows(grammar) == [{B}]
 
 
-def test_a_dead_end_is_a_problem_when_it_is_reached_and_not_before() -> None:
+def test_a_dead_end_is_reported_when_it_is_reached_and_not_before() -> None:
     grammar = of_regex("abca", vocabulary(eos=(B,)))
     assert rows(grammar, (A,)) == [{A}, {B}]
     assert not grammar.problem
@@ -164,11 +164,11 @@ def test_a_dead_end_is_a_problem_when_it_is_reached_and_not_before() -> None:
     assert "no token of the model may follow" in grammar.problem
     assert grammar.ended
     grammar.accept((B,))
-    assert grammar.valid((C,)) == 0
+    assert grammar.count_valid((C,)) == 0
 
 
-def test_a_grammar_that_takes_too_long_is_a_problem() -> None:
-    # So little is enough for the first token, and not for the states of this one's later tokens.
+def test_a_grammar_that_takes_too_long_is_reported_as_a_problem() -> None:
+    # This limit is enough to find the first token of this grammar, but not its later ones.
     limits = LLParserLimits(step_lexer_fuel=500, verbose_errors=False)
     grammar = of_regex("(a|b)*a(a|b){99}c", limits=limits)
     drawn = random.Random(0)
@@ -182,10 +182,10 @@ def test_a_grammar_that_takes_too_long_is_a_problem() -> None:
 @pytest.mark.parametrize("vocab_size", [SIZE + 1, SIZE + 31, SIZE + 33, 4 * SIZE])
 def test_tokens_beyond_the_tokenizer_are_never_allowed(vocab_size: int) -> None:
     grammar = of_regex("(a|b|\n)*", vocabulary(vocab_size=vocab_size))
-    assert rows(grammar, words=words_of(vocab_size)) == rows(of_regex("(a|b|\n)*"))
+    assert rows(grammar, words=mask_words(vocab_size)) == rows(of_regex("(a|b|\n)*"))
 
 
-def test_a_smaller_model_has_rows_of_its_own_size() -> None:
+def test_a_model_with_fewer_tokens_than_its_tokenizer_has_smaller_rows() -> None:
     source = vocabulary(vocab_size=100)
     assert rows(of_regex("[a-z ]*", source), words=4)[0] == {i for i in rows(of_regex("[a-z ]*"))[0] if i < 100}
 
@@ -195,13 +195,13 @@ def test_text_that_the_vocabulary_can_not_spell_is_refused() -> None:
         of_regex("a", vocabulary(vocab_size=A))
 
 
-def test_an_end_that_the_model_does_not_have_is_left_out() -> None:
+def test_an_end_of_text_token_beyond_the_vocabulary_is_ignored() -> None:
     assert rows(of_regex("a*", vocabulary(eos=(1, 9999))))[0] & {1, 9999} == {1}
 
 
-def test_copies_are_apart() -> None:
+def test_copies_are_independent() -> None:
     first = of_regex("ab")
-    second = first.fresh()
+    second = first.copy()
     first.accept((A,))
     assert rows(second) == rows(of_regex("ab")) != rows(first)
 
@@ -222,9 +222,9 @@ def test_a_tokenizer_that_can_not_be_read_is_an_error(text: str) -> None:
         (LLMatcher.grammar_from_lark("start: nothing"), "nothing"),
     ],
 )
-def test_what_can_not_be_obeyed_is_refused_in_one_line(grammar: str, reason: str) -> None:
+def test_a_grammar_that_can_not_be_used_is_refused_in_one_line(grammar: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason) as caught:
-        Grammar.compile(grammar, shared())
+        GrammarState.compile(grammar, shared())
     assert str(caught.value).startswith("structured_outputs ")
     assert "\n" not in str(caught.value)
 
@@ -234,8 +234,8 @@ PATTERNS = ["[ab]*c", "(ab|ba){2,3}", "a+(b|c)?", "[a-c ]{0,5}", '"[^"]*"', "(th
 
 @steady
 @given(st.sampled_from(PATTERNS), st.randoms(use_true_random=False), st.integers(1, 12))
-def test_what_is_drawn_from_masks_matches(pattern: str, drawn: random.Random, most: int) -> None:
-    """A walk through the masks never leaves the language, and every end lies in it."""
+def test_texts_drawn_from_masks_match(pattern: str, drawn: random.Random, most: int) -> None:
+    """Tokens drawn at random from the masks always form a text that matches when an end-of-text token is drawn."""
     grammar, text = of_regex(pattern), ""
     for _ in range(most):
         [allowed] = rows(grammar)

@@ -1,4 +1,4 @@
-"""Grammars in real processes: hostile ones end alone, and whoever is killed is replaced."""
+"""Grammars in real processes: a hostile grammar affects no other, and a process that is killed is replaced."""
 
 import contextlib
 import os
@@ -28,45 +28,45 @@ PLAIN = LLMatcher.grammar_from_regex("ab*")
 of_schema: Callable[[str], str] = LLMatcher.grammar_from_json_schema
 
 
-class Asked:
-    """A pool, and the verdicts that have come by sequence."""
+class PoolClient:
+    """A pool, and the verdicts that it has given, by sequence."""
 
     def __init__(self, limits: GrammarLimits = DEFAULT_LIMITS, folder: Path = BUNDLED) -> None:
         self.pool: GrammarPool = grammar_pool(folder, EOS, SIZE, limits=limits)
-        self.came: dict[int, Verdict] = {}
+        self.verdicts: dict[int, Verdict] = {}
 
     def wait_for(self, *seqs: int) -> list[Verdict]:
         deadline = time.monotonic() + DEADLINE_S
-        while not set(seqs) <= set(self.came):
+        while not set(seqs) <= set(self.verdicts):
             assert time.monotonic() < deadline, "no verdict came"
-            self.came |= {verdict.seq: verdict for verdict in self.pool.poll(0.1)}
-        return [self.came.pop(seq) for seq in seqs]
+            self.verdicts |= {verdict.seq: verdict for verdict in self.pool.poll(0.1)}
+        return [self.verdicts.pop(seq) for seq in seqs]
 
     def verdict(self, seq: int, grammar: str) -> Verdict:
         self.pool.follow(seq, grammar)
         [found] = self.wait_for(seq)
         return found
 
-    def settle(self, gone: int) -> None:
-        """Until a process has ended that this pool has started."""
+    def wait_for_end(self, pid: int) -> None:
+        """Wait until a process that this pool started has ended."""
         deadline = time.monotonic() + DEADLINE_S
-        while gone in self.processes():
-            assert time.monotonic() < deadline, f"process {gone} goes on"
+        while pid in self.processes():
+            assert time.monotonic() < deadline, f"process {pid} is still running"
             self.pool.poll(0.05)
 
     def processes(self) -> list[int]:
-        """The host and its children."""
+        """Return the process ids of the host and its children."""
         found = [pid for pid in children(os.getpid()) if b"grammar_host" in command(pid)]
         return found + [pid for host in found for pid in children(host)]
 
-    def at_most(self, count: int) -> None:
-        """No more processes follow grammars, once those that were told to end have done so."""
+    def check_at_most(self, count: int) -> None:
+        """Check that at most `count` grammar processes are left, once those that were told to end have ended."""
         deadline = time.monotonic() + DEADLINE_S
-        while len(self.grammars()) > count:
-            assert time.monotonic() < deadline, self.grammars()
+        while len(self.grammar_processes()) > count:
+            assert time.monotonic() < deadline, self.grammar_processes()
             self.pool.poll(0.01)
 
-    def grammars(self) -> list[int]:
+    def grammar_processes(self) -> list[int]:
         return [pid for pid in self.processes() if pid not in children(os.getpid())]
 
 
@@ -77,11 +77,11 @@ def command(pid: int) -> bytes:
 
 
 @pytest.fixture
-def asked() -> Iterator[Asked]:
-    asked = Asked()
-    yield asked
-    asked.pool.close()
-    assert asked.processes() == []
+def client() -> Iterator[PoolClient]:
+    client = PoolClient()
+    yield client
+    client.pool.close()
+    assert client.processes() == []
 
 
 def chain(rules: int) -> str:
@@ -94,143 +94,143 @@ def references(count: int) -> str:
 
 
 HOSTILE = {
-    "a number that ends the library": of_schema('{"const":-9223372036854775808}'),
-    "a bound that does": of_schema('{"type":"integer","minimum":-9223372036854775808}'),
+    "a number that crashes the library": of_schema('{"const":-9223372036854775808}'),
+    "a bound that crashes the library": of_schema('{"type":"integer","minimum":-9223372036854775808}'),
     "a long chain of rules": LLMatcher.grammar_from_lark(chain(5000)),
     "a long chain of references": of_schema(references(5000)),
-    "a number that never ends": of_schema('{"type":"integer","multipleOf":9999991}'),
-    "one that is too large": LLMatcher.grammar_from_regex("a" * (1 << 20)),
+    "endless to compile": of_schema('{"type":"integer","multipleOf":9999991}'),
+    "too large": LLMatcher.grammar_from_regex("a" * (1 << 20)),
 }
 
 
-def test_a_hostile_grammar_ends_alone() -> None:
-    """All at once, beside an output whose verdicts go on coming."""
-    asked = Asked(replace(DEFAULT_LIMITS, compile_cpu_s=1))
+def test_hostile_grammars_do_not_affect_another_output() -> None:
+    """All hostile grammars come at once, and an output of a harmless one still gets its verdicts."""
+    client = PoolClient(replace(DEFAULT_LIMITS, compile_cpu_s=1))
     try:
-        asked.verdict(1, PLAIN)
+        client.verdict(1, PLAIN)
         for seq, grammar in enumerate(HOSTILE.values(), 100):
-            asked.pool.follow(seq, grammar)
-        asked.pool.ask([GrammarAsk(1, (A,))])
-        [found] = asked.wait_for(1)
+            client.pool.follow(seq, grammar)
+        client.pool.ask([GrammarAsk(1, (A,))])
+        [found] = client.wait_for(1)
         assert (found.refused, found.problem, found.behind) == ("", "", 1)
-        for verdict in asked.wait_for(*range(100, 100 + len(HOSTILE))):
+        for verdict in client.wait_for(*range(100, 100 + len(HOSTILE))):
             assert verdict.refused.startswith("structured_outputs ")
             assert "\n" not in verdict.refused
-        asked.pool.ask([GrammarAsk(1, (B, EOS[0]), masked=False)])
-        [found] = asked.wait_for(1)
+        client.pool.ask([GrammarAsk(1, (B, EOS[0]), masked=False)])
+        [found] = client.wait_for(1)
         assert (found.refused, found.ended, found.behind) == ("", (True,), 3)
     finally:
-        asked.pool.close()
+        client.pool.close()
 
 
-def test_what_is_known_to_be_hostile_takes_nothing(asked: Asked) -> None:
-    first = asked.verdict(1, HOSTILE["a number that ends the library"])
-    before = asked.processes()
-    assert asked.verdict(2, HOSTILE["a number that ends the library"]).refused == first.refused
-    assert asked.processes() == before
+def test_a_refused_grammar_is_refused_again_without_a_process(client: PoolClient) -> None:
+    first = client.verdict(1, HOSTILE["a number that crashes the library"])
+    before = client.processes()
+    assert client.verdict(2, HOSTILE["a number that crashes the library"]).refused == first.refused
+    assert client.processes() == before
 
 
 @pytest.mark.parametrize(
     ("limits", "grammar", "reason"),
     [
-        (replace(DEFAULT_LIMITS, compile_cpu_s=1), HOSTILE["a number that never ends"], "more than 1 s of processor"),
-        (replace(DEFAULT_LIMITS, compile_s=0.3), HOSTILE["a number that never ends"], "more than 0.3 s to compile"),
+        (replace(DEFAULT_LIMITS, compile_cpu_s=1), HOSTILE["endless to compile"], "more than 1 s of processor"),
+        (replace(DEFAULT_LIMITS, compile_s=0.3), HOSTILE["endless to compile"], "more than 0.3 s to compile"),
         (replace(DEFAULT_LIMITS, memory_mib=64), of_schema('{"type":"integer","multipleOf":1000003}'), "64 MiB of mem"),
     ],
 )
-def test_each_limit_is_kept_and_told(limits: GrammarLimits, grammar: str, reason: str) -> None:
-    asked = Asked(limits)
+def test_each_limit_is_enforced_and_named_in_the_reason(limits: GrammarLimits, grammar: str, reason: str) -> None:
+    client = PoolClient(limits)
     try:
-        assert reason in asked.verdict(1, grammar).refused
-        assert asked.verdict(2, PLAIN).refused == ""
+        assert reason in client.verdict(1, grammar).refused
+        assert client.verdict(2, PLAIN).refused == ""
     finally:
-        asked.pool.close()
+        client.pool.close()
 
 
-def test_outputs_of_a_grammar_share_its_process(asked: Asked) -> None:
+def test_outputs_of_a_grammar_share_its_process(client: PoolClient) -> None:
     for seq in range(5):
-        assert asked.verdict(seq, PLAIN).masks == asked.verdict(seq + 10, PLAIN).masks
-    assert len(asked.grammars()) == 1
+        assert client.verdict(seq, PLAIN).masks == client.verdict(seq + 10, PLAIN).masks
+    assert len(client.grammar_processes()) == 1
 
 
-def test_a_compilation_that_nobody_waits_for_ends(asked: Asked) -> None:
-    asked.verdict(1, PLAIN)
-    known = asked.grammars()
-    asked.pool.follow(2, HOSTILE["a number that never ends"])
+def test_a_compilation_that_nobody_waits_for_is_stopped(client: PoolClient) -> None:
+    client.verdict(1, PLAIN)
+    known = client.grammar_processes()
+    client.pool.follow(2, HOSTILE["endless to compile"])
     deadline = time.monotonic() + DEADLINE_S
-    while len(asked.grammars()) == len(known):
+    while len(client.grammar_processes()) == len(known):
         assert time.monotonic() < deadline
-        asked.pool.poll(0.01)
-    [compiling] = set(asked.grammars()) - set(known)
-    asked.pool.forget([2])
-    asked.settle(compiling)
-    assert asked.grammars() == known
-    assert not asked.pool.pending
+        client.pool.poll(0.01)
+    [compiling] = set(client.grammar_processes()) - set(known)
+    client.pool.forget([2])
+    client.wait_for_end(compiling)
+    assert client.grammar_processes() == known
+    assert not client.pool.pending
 
 
-def test_grammars_wait_for_their_turn() -> None:
-    asked = Asked(replace(DEFAULT_LIMITS, compiling=1, live=2, idle=1))
+def test_grammars_wait_while_there_are_as_many_processes_as_allowed() -> None:
+    client = PoolClient(replace(DEFAULT_LIMITS, compiling=1, live=2, idle=1))
     try:
         grammars = [LLMatcher.grammar_from_regex(f"a{{{i}}}") for i in range(1, 7)]
         for seq, grammar in enumerate(grammars):
-            asked.pool.follow(seq, grammar)
-        for seq in range(len(grammars)):  # a new one starts when an old one is not needed any more
-            [found] = asked.wait_for(seq)
+            client.pool.follow(seq, grammar)
+        for seq in range(len(grammars)):  # the next one starts when an earlier one is no longer needed
+            [found] = client.wait_for(seq)
             assert found.refused == ""
-            asked.at_most(2)
-            asked.pool.forget([seq])
+            client.check_at_most(2)
+            client.pool.forget([seq])
     finally:
-        asked.pool.close()
+        client.pool.close()
 
 
-def test_who_follows_an_output_may_be_killed(asked: Asked) -> None:
-    asked.verdict(1, PLAIN)
-    [pid] = asked.grammars()
+def test_an_output_can_be_followed_anew_after_its_process_was_killed(client: PoolClient) -> None:
+    client.verdict(1, PLAIN)
+    [pid] = client.grammar_processes()
     os.kill(pid, signal.SIGKILL)
-    [found] = asked.wait_for(1)
+    [found] = client.wait_for(1)
     assert (found.lost, found.refused) == ("its process was ended by signal 9", "")
-    asked.pool.follow(1, PLAIN, (A, B))
-    [again] = asked.wait_for(1)
+    client.pool.follow(1, PLAIN, (A, B))
+    [again] = client.wait_for(1)
     assert (again.lost, again.behind, again.ended) == ("", 2, (False,))
 
 
-def test_the_host_may_be_killed(asked: Asked) -> None:
-    asked.verdict(1, PLAIN)
-    [host] = set(asked.processes()) - set(asked.grammars())
+def test_the_host_is_started_again_after_it_was_killed(client: PoolClient) -> None:
+    client.verdict(1, PLAIN)
+    [host] = set(client.processes()) - set(client.grammar_processes())
     os.kill(host, signal.SIGKILL)
-    [found] = asked.wait_for(1)
+    [found] = client.wait_for(1)
     assert "killed by SIGKILL" in found.lost
-    assert asked.verdict(2, PLAIN).refused == ""
+    assert client.verdict(2, PLAIN).refused == ""
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
-def test_a_model_without_a_tokenizer_refuses_all(tmp_path: Path, content: str | None) -> None:
+def test_a_model_without_a_usable_tokenizer_refuses_every_grammar(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    asked = Asked(folder=tmp_path)
+    client = PoolClient(folder=tmp_path)
     try:
-        assert "tokenizer" in asked.verdict(1, PLAIN).refused
+        assert "tokenizer" in client.verdict(1, PLAIN).refused
     finally:
-        asked.pool.close()
+        client.pool.close()
 
 
-def test_an_output_that_its_grammar_does_not_allow_is_refused(asked: Asked) -> None:
-    asked.pool.follow(1, PLAIN, (A, A))
-    [found] = asked.wait_for(1)
+def test_an_output_that_its_grammar_does_not_allow_is_refused(client: PoolClient) -> None:
+    client.pool.follow(1, PLAIN, (A, A))
+    [found] = client.wait_for(1)
     assert f"token {A} was drawn" in found.refused
 
 
-def test_drafts_have_verdicts_of_their_own(asked: Asked) -> None:
-    asked.verdict(1, LLMatcher.grammar_from_regex("ab"))
-    asked.pool.ask([GrammarAsk(1, (), drafts=(A, B, A))])
-    [found] = asked.wait_for(1)
+def test_a_verdict_covers_each_valid_draft(client: PoolClient) -> None:
+    client.verdict(1, LLMatcher.grammar_from_regex("ab"))
+    client.pool.ask([GrammarAsk(1, (), drafts=(A, B, A))])
+    [found] = client.wait_for(1)
     assert found.drafts == (A, B)
     assert found.ended == (False, False, True)
-    assert len(found.masks) == 3 * asked.pool.words * 4
+    assert len(found.masks) == 3 * client.pool.words * 4
 
 
-def test_processes_may_use_all_cores_whatever_thread_starts_them() -> None:
-    """That of an engine may be bound to one, on which a rank computes."""
+def test_grammar_processes_may_use_all_cores_even_if_started_by_a_bound_thread() -> None:
+    """The thread of an engine may be bound to the core on which a rank computes."""
     cores = os.sched_getaffinity(0)
     pool = grammar_pool(BUNDLED, EOS, SIZE, sorted(cores))
     try:

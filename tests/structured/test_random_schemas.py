@@ -1,5 +1,7 @@
-"""Random schemas, held against another implementation of JSON Schema: whatever a grammar lets through satisfies the
-schema that it was made of, but for the keywords that are named as left out."""
+"""Random schemas, checked with another implementation of JSON Schema.
+
+Every text that a grammar allows must satisfy the schema of the grammar, apart from the keywords that were dropped.
+"""
 
 import copy
 import json
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import RequestError
-from shoal.structured.schema.composing import grammar_of
+from shoal.structured.schema.grammar_json import grammar_json
 from shoal.structured.schema.prepare import prepare
 from support.fakes import steady
 from support.grammars import of_schema, written
@@ -89,7 +91,7 @@ schemas = st.recursive(LEAVES, larger, max_leaves=8)
 
 
 def without(schema: dict[str, Any], dropped: tuple[str, ...]) -> dict[str, Any]:
-    """The schema as it is obeyed: keywords left out, of `oneOf` no more than that one holds."""
+    """Return the schema without the dropped keywords. A dropped `oneOf` is still obeyed as an `anyOf`."""
     schema = copy.deepcopy(schema)
     for each in sorted(dropped, key=lambda each: -each.count("/")):
         keyword, _, place = each.rpartition(" at ")
@@ -118,13 +120,13 @@ words = st.sampled_from([
 
 @settings(steady, max_examples=500)
 @given(schemas, st.lists(st.tuples(words, junk, st.integers(0, 50)), min_size=1, max_size=4), st.booleans())
-def test_what_is_no_schema_is_refused_in_one_line(schema: Any, changes: list[tuple[str, Any, int]], text: bool) -> None:
+def test_invalid_schemas_are_refused_in_one_line(schema: Any, changes: list[tuple[str, Any, int]], text: bool) -> None:
     schema = {"allOf": [copy.deepcopy(schema)], "$defs": {"p": {}, "x": {"$anchor": "anchor"}}}
     for word, value, place in changes:
         parts = [part for part in inside(schema) if isinstance(part, dict)]
         parts[place % len(parts)][word] = copy.deepcopy(value)
     try:
-        grammar_of(prepare(json.dumps(schema) if text else schema, strict=False).schema, " ")
+        grammar_json(prepare(json.dumps(schema) if text else schema, strict=False).schema, " ")
     except RequestError as error:
         message = str(error)
         assert message.startswith("structured_outputs.json"), message
@@ -132,14 +134,14 @@ def test_what_is_no_schema_is_refused_in_one_line(schema: Any, changes: list[tup
 
 
 def inside(value: Any) -> list[Any]:
-    """The value, and all that it has inside."""
+    """Return a JSON value and all values inside it."""
     below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [value, *(each for part in below for each in inside(part))]
 
 
 @settings(steady, max_examples=300)
 @given(schemas, schemas, schemas, st.integers(0, 1000))
-def test_what_a_grammar_lets_through_satisfies_its_schema(root: Any, one: Any, other: Any, seed: int) -> None:
+def test_texts_that_a_grammar_allows_satisfy_its_schema(root: Any, one: Any, other: Any, seed: int) -> None:
     schema = {**(root if isinstance(root, dict) else {"allOf": [root]})}
     schema["$defs"] = {"p": one, "x": {"anyOf": [other], "$anchor": "anchor"}}
     try:
@@ -153,5 +155,5 @@ def test_what_a_grammar_lets_through_satisfies_its_schema(root: Any, one: Any, o
         if text is None:
             continue
         value = json.loads(text)
-        if "inf" not in repr(value):  # 1e400 is a number, and no double
+        if "inf" not in repr(value):  # 1e400 is a valid number, but too large for a double
             assert validator.is_valid(value), (text, schema, [error.message for error in validator.iter_errors(value)])

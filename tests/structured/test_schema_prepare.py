@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from shoal.errors import RequestError
-from shoal.structured.schema.prepare import listed, prepare
+from shoal.structured.schema.prepare import prepare, summarize_keywords
 from support.grammars import allows, of_schema
 
 INT64 = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
 
 
 def check(schema: Any, right: list[str], wrong: list[str]) -> None:
-    """It is obeyed as a whole, and allows the texts that it should."""
+    """Check that no keyword is dropped, and that the grammar allows the right texts and not the wrong ones."""
     grammar = of_schema(schema, strict=True)
     assert {text: allows(grammar, text) for text in [*right, *wrong]} == {
         **dict.fromkeys(right, True),
@@ -61,7 +61,7 @@ def test_a_schema_may_be_a_text_or_an_object() -> None:
         ({"type": ["integer", "null"], "maximum": 2**64}, ["null", str(2**64)], [str(2**64 + 1), '"a"']),
     ],
 )
-def test_numbers_are_what_was_asked_for(schema: Any, right: list[str], wrong: list[str]) -> None:
+def test_numbers_of_any_length_are_matched_exactly(schema: Any, right: list[str], wrong: list[str]) -> None:
     check(schema, right, wrong)
 
 
@@ -95,12 +95,12 @@ def test_numbers_are_what_was_asked_for(schema: Any, right: list[str], wrong: li
         ),
     ],
 )  # fmt: skip
-def test_numbers_of_many_digits_may_be_anywhere(schema: Any, right: list[str], wrong: list[str]) -> None:
+def test_long_numbers_may_stand_anywhere_in_a_schema(schema: Any, right: list[str], wrong: list[str]) -> None:
     check(schema, right, wrong)
 
 
 @pytest.mark.parametrize(
-    ("schema", "says"),
+    ("schema", "message"),
     [
         ('{"const": 1e400}', "a number in enum or const at # has hundreds of digits"),
         ('{"type": "number", "minimum": 1e-900}', "minimum at # has hundreds of digits"),
@@ -114,10 +114,10 @@ def test_numbers_of_many_digits_may_be_anywhere(schema: Any, right: list[str], w
         ({"type": "integer", "minimum": 2**63, "maximum": 2**63 - 1}, "no text satisfies the schema"),
     ],
 )
-def test_numbers_that_can_not_be_obeyed_are_refused(schema: Any, says: str) -> None:
+def test_unsupported_numbers_are_refused(schema: Any, message: str) -> None:
     with pytest.raises(RequestError, match=r"^structured_outputs\.json") as caught:
         of_schema(schema)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 # --- references ----------------------------------------------------------------------------------------------------
@@ -151,23 +151,23 @@ def test_a_schema_may_refer_to_itself_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "says"),
+    ("schema", "message"),
     [
         ({"$ref": "https://example.com/a"}, "https://example.com/a at # is not in the schema, and nothing is fetched"),
-        ({"$ref": "#/nothing"}, "#/nothing at # leads to nothing"),
-        ({"$ref": "#nothing"}, "there is no $anchor #nothing, asked for at #"),
-        ({"$ref": "#/required", "required": ["a"]}, "leads to what is no schema"),
+        ({"$ref": "#/nothing"}, "#/nothing at # points to nothing"),
+        ({"$ref": "#nothing"}, "#nothing at # names an $anchor that does not exist"),
+        ({"$ref": "#/required", "required": ["a"]}, "points to something that is no schema"),
         ({"$ref": 5}, "$ref at # must be a text"),
-        ({"$ref": "#"}, "refers to itself without an end"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "without an end"),
+        ({"$ref": "#"}, "refers to itself without end"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "without end"),
         ({"$dynamicRef": "#n", "$defs": {"x": {"$id": "x", "$dynamicAnchor": "n"}, "y": {"$dynamicAnchor": "n"}}},
          "2 parts with an $id have its anchor"),
     ],
 )  # fmt: skip
-def test_a_reference_that_leads_nowhere_is_refused(schema: Any, says: str) -> None:
+def test_a_reference_that_leads_nowhere_is_refused(schema: Any, message: str) -> None:
     with pytest.raises(RequestError, match=r"^structured_outputs\.json") as caught:
         prepare(schema, strict=False)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 # --- keywords ------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ IF_X = {"if": {"properties": {"k": {"const": "x"}}, "required": ["k"]}, "then": 
         ({"type": "object", "not": {"required": ["a"]}}, ['{"b":1}'], ['{"a":1}']),
         ({"oneOf": [{"type": "object", "properties": {"t": {"const": t}}, "required": ["t"]} for t in "ab"]},
          ['{"t":"a"}', '{"t":"b"}'], ['{"t":"c"}']),
-        ({"discriminator": {"propertyName": "t"},  # no model of pydantic's requires what has a default
+        ({"discriminator": {"propertyName": "t"},  # pydantic does not require a property that has a default
           "oneOf": [{"type": "object", "properties": {"t": {"const": t, "default": t}}} for t in "ab"]},
          ['{"t":"a"}', '{"t":"b","x":1}'], ["{}", '{"t":"c"}']),
         ({"oneOf": [{"required": ["a"]}, {"required": ["b"]}], "type": "object"}, ['{"a":1}', '{"b":1}'],
@@ -235,19 +235,19 @@ IF_X = {"if": {"properties": {"k": {"const": "x"}}, "required": ["k"]}, "then": 
           r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,8}|(?=[\d.]{1,11}0*$)\d{0,8}\.\d{0,2}0*$)"}, ['"1.20"'], ['"1.234"', '"."']),
         ({"type": "string", "pattern": "^[[&&a]$"}, ['"["', '"&"'], ['"b"']),
         ({"type": "string", "pattern": "^.$"}, ['"a"'], ['"\u2028"']),
-        # What no value satisfies may be left out.
+        # An optional property whose schema no value satisfies may be left out.
         ({"type": "object", "properties": {"a": {"$ref": "#/$defs/no"}, "b": {"$ref": "#/$defs/endless"}}, "$defs": {
             "no": {"type": "integer", "minimum": 2, "maximum": 1},
             "endless": {"type": "object", "properties": {"c": {"$ref": "#/$defs/endless"}}, "required": ["c"]}}},
          ["{}", '{"c":1}'], ['{"a":1}', '{"b":{}}']),
         ({"anyOf": [{"$ref": "#/$defs/no"}, {"type": "null"}], "$defs": {"no": False}}, ["null"], ["1"]),
-        # The order of properties is the schema's; those that are only required come behind.
+        # Properties come in the order of the schema; after them those that `required` names but `properties` does not.
         ({"type": "object", "properties": {"b": {}, "a": {}}, "required": ["c", "a"]}, ['{"b":1,"a":1,"c":1}'],
          ['{"a":1,"b":1,"c":1}', '{"b":1,"a":1}']),
         ({"type": "object", "properties": {"a": {"type": "null"}}}, ['{"a":null,"b":1}'], ['{"\\u0061":1}']),
     ],
 )  # fmt: skip
-def test_what_is_obeyed(schema: Any, right: list[str], wrong: list[str]) -> None:
+def test_supported_keywords_are_obeyed_exactly(schema: Any, right: list[str], wrong: list[str]) -> None:
     check(schema, right, wrong)
 
 
@@ -271,7 +271,7 @@ def test_what_is_obeyed(schema: Any, right: list[str], wrong: list[str]) -> None
         ({"anyOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False}, "unevaluatedProperties at #"),
     ],
 )
-def test_what_can_not_be_obeyed_is_named(schema: Any, dropped: str) -> None:
+def test_unsupported_keywords_are_dropped_and_named_or_refused_where_strict(schema: Any, dropped: str) -> None:
     assert prepare(schema, strict=False).dropped == (dropped,)
     of_schema(schema)
     keyword, _, place = dropped.rpartition(" at ")
@@ -280,8 +280,8 @@ def test_what_can_not_be_obeyed_is_named(schema: Any, dropped: str) -> None:
     assert f"{keyword} at {place} is not supported" in str(caught.value)
 
 
-def test_many_conditions_on_one_property_are_one_list_of_cases() -> None:
-    """As alternatives of each its own they would be 3^30."""
+def test_many_conditions_on_one_property_become_one_list_of_alternatives() -> None:
+    """With alternatives for each condition the library would have to try 3^30 combinations."""
     kinds = [f"k{i}" for i in range(30)]
     schema = {
         "type": "object",
@@ -294,23 +294,23 @@ def test_many_conditions_on_one_property_are_one_list_of_cases() -> None:
     check(schema, ['{"k":"k7","of_k7":1}'], ['{"k":"k7"}', '{"k":"k7","of_k8":1}'])
 
 
-def test_what_is_no_schema_is_refused() -> None:
-    for schema, says in (
+def test_invalid_schemas_are_refused_with_the_place_and_the_value() -> None:
+    for schema, message in (
         ({"anyOf": []}, "anyOf at # must be a list of at least one schema, got []"),
         ({"properties": {"a": {"type": "text"}}}, "type at #/properties/a must be one of"),
         ({"type": "object", "required": "a"}, "required at # must be a list of texts, got 'a'"),
         ({"type": "string", "maxLength": -1}, "maxLength at # must be a whole number that is not negative, got -1"),
         ({"items": {"properties": [1]}}, "properties at #/items must be an object, got [1]"),
-        ({"type": "string", "pattern": "(a"}, "pattern at # is no regular expression: unclosed group"),
+        ({"type": "string", "pattern": "(a"}, "pattern at # is not a regular expression: unclosed group"),
     ):
         with pytest.raises(RequestError) as caught:
             prepare(schema, strict=False)
-        assert str(caught.value).startswith(f"structured_outputs.json: {says}")
+        assert str(caught.value).startswith(f"structured_outputs.json: {message}")
 
 
-def test_a_list_of_keywords_is_one_line_of_ascii() -> None:
-    assert listed(("if at #", "not at #/properties/é,\n"), 100) == "if at #, not at #/properties/\\xe9%2C?"
-    text = listed(tuple(f"uniqueItems at #/properties/{i}" for i in range(1000)), 1000)
+def test_a_summary_of_dropped_keywords_is_one_line_of_ascii_with_a_maximum_length() -> None:
+    assert summarize_keywords(("if at #", "not at #/properties/é,\n"), 100) == "if at #, not at #/properties/\\xe9%2C?"
+    text = summarize_keywords(tuple(f"uniqueItems at #/properties/{i}" for i in range(1000)), 1000)
     assert len(text) <= 1000
     assert text.endswith(f", and {1000 - text.count('uniqueItems')} more")
 
@@ -319,7 +319,7 @@ def test_a_list_of_keywords_is_one_line_of_ascii() -> None:
 
 
 def chain(length: int, link: str) -> dict[str, Any]:
-    """Definitions of which each refers to the next one, through `link`."""
+    """Return a schema with a chain of definitions: each is `link`, with a reference to the next one for NEXT."""
     made: dict[str, Any] = {str(length): {"type": "null"}}
     for i in range(length):
         made[str(i)] = json.loads(link.replace("NEXT", f"#/$defs/{i + 1}"))
@@ -333,23 +333,23 @@ def test_thousands_of_references_in_a_chain_are_followed(link: str) -> None:
     of_schema(chain(5000, link))
 
 
-def test_what_is_nested_too_deeply_is_refused_with_numbers() -> None:
+def test_schemas_nested_too_deeply_are_refused_with_their_depth_and_the_limit() -> None:
     schema: dict[str, Any] = {}
     for _ in range(10_000):
         schema = {"type": "array", "items": schema}
     ring = {str(i): {"properties": {"a": {"$ref": f"#/$defs/{(i + 1) % 900}"}}} for i in range(900)}
-    for given, says in (
+    for given, message in (
         (schema, r"nested too deeply \(10000 levels, 300 are allowed\)"),
         ('{"items":' * 20_000 + "{}" + "}" * 20_000, r"nested too deeply \(20001 levels, 300 are allowed\)"),
         ({"const": json.loads("[" * 100 + "]" * 100)}, r"nested too deeply \(\d+ levels, 80 are allowed\)"),
-        ({"$ref": "#/$defs/0", "$defs": ring}, r"nested too deeply \(\d+ levels, 500 are allowed\)"),
+        ({"$ref": "#/$defs/0", "$defs": ring}, r"nested too deeply \(\d+ levels including its references, 500 are"),
     ):
-        with pytest.raises(RequestError, match=says):
+        with pytest.raises(RequestError, match=message):
             prepare(given, strict=False)
 
 
-def test_what_ended_the_library_by_a_signal_does_not() -> None:
-    """Without being rewritten, each of these ended the process, or ran for minutes in gigabytes."""
+def test_schemas_that_crash_the_library_do_not_crash_it_once_they_are_prepared() -> None:
+    """If these schemas are not prepared, each crashes the process or takes minutes and gigabytes of memory."""
     script = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))

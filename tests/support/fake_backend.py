@@ -13,10 +13,10 @@ from shoal.outputs import CompletionOutput, FinishReason, Logprob, Logprobs, Req
 from shoal.params import Message, Prompt, SamplingParams
 from shoal.server.api.response_store import ResponseStore
 from shoal.server.settings import ServerSettings
-from shoal.structured.matcher import Grammar, Vocabulary
+from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.prompts import Job, PromptReader
-from shoal.text.token_places import TokenPlaces
+from shoal.text.token_offsets import TokenOffsets
 from shoal.text.tokenizer import Tokenizer, open_tokenizer
 from shoal.wire.base import encode
 from shoal.wire.engine import CacheReset
@@ -193,7 +193,7 @@ class FakeBackend:
     async def check_grammar(self, job: Job) -> None:
         """In this process: nothing here is hostile."""
         if job.grammar:
-            Grammar.compile(job.grammar, vocabulary())
+            GrammarState.compile(job.grammar, vocabulary())
 
     def chat_tokens(self, messages: Sequence[Message], **template: Any) -> tuple[int, ...]:
         return self._reader.chat_tokens(messages, **template)
@@ -207,7 +207,7 @@ class FakeBackend:
 
     def deltas(self, job: Job, index: int) -> list[Delta]:
         pieces = list(self.says(job))
-        places = TokenPlaces(self._tokenizer, skip_special_tokens=True)
+        offsets_of = TokenOffsets(self._tokenizer, skip_special_tokens=True)
         stream = self._tokenizer.stream(job.tokens)
         found = []
         for at, piece in enumerate(pieces):
@@ -216,8 +216,8 @@ class FakeBackend:
             logprobs = None if wanted is None else tuple(self.logprobs(token, wanted) for token in tokens)
             finish = self.finish if at == len(pieces) - 1 else None
             for token in tokens:
-                places.add(token, stream.push(token))
-            offsets = None if wanted is None else tuple(places.starts[-len(tokens) :])
+                offsets_of.add(token, stream.push(token))
+            offsets = None if wanted is None else tuple(offsets_of.offsets[-len(tokens) :])
             found.append(Delta(index, piece, tokens, logprobs, finish, text_offsets=offsets))
         return found
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from shoal.activity import AWAKE, Activity
 from shoal.cluster.operations import Message
-from shoal.engine.request import decode_tokens, token_set
 from shoal.errors import EngineError
 from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import CacheReset, EngineRequest, EngineStats, Finish, ResetCache, SeqUpdate, Told
 from shoal.wire.ranks import TokenLogprobs
+from shoal.wire.tokens import decode_tokens, token_set
 from support.fakes import next_token
 
 STATS = EngineStats(0, 0, 0, 0, 0, 1 << 30, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -53,8 +53,7 @@ class FakeReplica:
         assert spec.seq not in self.held
         self.added.append(spec)
         self.held[spec.seq] = spec
-        length = len(spec.tokens) // 4
-        self.drawn[spec.seq] = decode_tokens(spec.tokens)[spec.prompt_len or length :]
+        self.drawn[spec.seq] = decode_tokens(spec.tokens)[spec.num_prompt_tokens :]
 
     def abort(self, seqs: Sequence[int]) -> None:
         self._check_alive()
@@ -73,15 +72,14 @@ class FakeReplica:
 
     def _step(self, seq: int) -> SeqUpdate:
         spec, drawn = self.held[seq], self.drawn[seq]
-        prompt_len = spec.prompt_len or len(spec.tokens) // 4
-        prompt = decode_tokens(spec.tokens)[:prompt_len]
+        prompt = decode_tokens(spec.tokens)[: spec.num_prompt_tokens]
         token = next_token(prompt + drawn)
         drawn.append(token)
         finish = Finish.LENGTH if len(drawn) == spec.max_tokens else None
         finish = Finish.STOP if token in token_set(spec.stop_ids) else finish
         if finish is not None:
             del self.held[seq]
-        position = prompt_len + len(drawn)
+        position = spec.num_prompt_tokens + len(drawn)
         return SeqUpdate(seq, (token,), (TokenLogprobs(float(position), 1, (), ()),), finish)
 
     def stats(self, timeout: float | None = None) -> EngineStats:

@@ -11,12 +11,12 @@ from typing import TypeVar
 import msgspec
 from hypothesis import HealthCheck, settings
 
-from shoal.engine.request import decode_tokens, encode_tokens, token_set
 from shoal.errors import EngineError, RankFailed
 from shoal.protocols import Executor
 from shoal.wire.base import encode
 from shoal.wire.engine import EngineRequest, Finish, SeqUpdate
 from shoal.wire.ranks import NewSeq, RankStats, Sampling, SeqOut, StepMask, StepPlan, StepResult, StepTimes, Work
+from shoal.wire.tokens import decode_tokens, encode_tokens, token_set
 
 T = TypeVar("T")
 VOCABULARY = 7
@@ -45,6 +45,7 @@ def request(
     return EngineRequest(
         seq,
         encode_tokens(list(prompt)),
+        len(prompt),
         Sampling(seed=zlib.crc32(salt.encode())),
         max_tokens,
         encode_tokens(stop_ids),
@@ -57,16 +58,13 @@ def request(
 
 def begun(spec: EngineRequest, count: int) -> EngineRequest:
     """The request as it goes on elsewhere, behind the first `count` tokens of its output."""
-    prompt = decode_tokens(spec.tokens)
-    tokens = encode_tokens([*prompt, *alone(spec)[:count]])
-    return msgspec.structs.replace(spec, tokens=tokens, prompt_len=len(prompt))
+    return msgspec.structs.replace(spec, tokens=spec.tokens + encode_tokens(alone(spec)[:count]))
 
 
 def prompt_and_output(spec: EngineRequest) -> tuple[list[int], list[int]]:
     """What a request comes with; the output is empty, unless it was begun elsewhere."""
     tokens = decode_tokens(spec.tokens)
-    prompt_len = spec.prompt_len or len(tokens)
-    return tokens[:prompt_len], tokens[prompt_len:]
+    return tokens[: spec.num_prompt_tokens], tokens[spec.num_prompt_tokens :]
 
 
 def alone(spec: EngineRequest) -> list[int]:
@@ -262,7 +260,7 @@ class FakeExecutor:
         assert new.seq not in self._sequences
         tokens, cached = decode_tokens(new.tokens), len(new.blocks) * self._block_size
         assert cached <= len(tokens)
-        assert 0 < new.prompt_len <= len(tokens)
+        assert 0 < new.num_prompt_tokens <= len(tokens)
         computed = min(cached, len(tokens) - 1)
         self._sequences[new.seq] = _Sequence(new.epoch, tokens, list(new.blocks), computed, cached)
         self._sequences[new.seq].asked_for = len(new.blocks)

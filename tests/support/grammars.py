@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 import shoal
-from shoal.structured.matcher import Grammar, Vocabulary
-from shoal.structured.schema.composing import grammar_of
+from shoal.structured.matcher import GrammarState, Vocabulary
+from shoal.structured.schema.grammar_json import grammar_json
 from shoal.structured.schema.prepare import prepare
 
 DEMO = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text("utf-8")
@@ -35,21 +35,21 @@ def _spelled() -> list[str]:
     return [tokenizer().decode([token], skip_special_tokens=False) for token in range(_SIZE)]
 
 
-def of_schema(schema: Any, *, strict: bool = False) -> Grammar:
-    return Grammar.compile(grammar_of(prepare(schema, strict=strict).schema, _WHITESPACE), vocabulary())
+def of_schema(schema: Any, *, strict: bool = False) -> GrammarState:
+    return GrammarState.compile(grammar_json(prepare(schema, strict=strict).schema, _WHITESPACE), vocabulary())
 
 
-def allows(grammar: Grammar, text: str) -> bool:
+def allows(grammar: GrammarState, text: str) -> bool:
     """Does the grammar allow this text, and its end behind it?"""
     tokens = (*tokenizer().encode(text, add_special_tokens=False).ids, END)
-    return grammar.valid(tokens) == len(tokens)
+    return grammar.count_valid(tokens) == len(tokens)
 
 
-def written(grammar: Grammar, chance: random.Random, steps: int = 90) -> str | None:
+def written(grammar: GrammarState, chance: random.Random, steps: int = 90) -> str | None:
     """A text that the grammar allows, drawn token by token; None where it comes to no end in so many."""
-    grammar, tokens = grammar.fresh(), list[int]()
+    grammar, tokens = grammar.copy(), list[int]()
     for _ in range(steps):
-        row = int.from_bytes(grammar.places(())[0].row, "little")
+        row = int.from_bytes(grammar.allowed_tokens(())[0].row, "little")
         allowed = [token for token in range(_SIZE) if row >> token & 1]
         if END in allowed and (len(allowed) <= 2 or chance.random() < 0.6):
             return tokenizer().decode(tokens, skip_special_tokens=False)

@@ -7,6 +7,7 @@ from shoal.text.text_stream import TextStream
 
 class Letters:
     special_ids = frozenset(range(32))
+    size = 0x110000
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [*([1] if add_special_tokens else []), *map(ord, text)]

@@ -29,7 +29,7 @@ class ShoalServer:
         environment: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
         folder: Path | None = None,
-        program: Sequence[str] = ("-m", "shoal.cli.main"),
+        program: Sequence[str] = ("-m", "shoal"),
     ) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
         self.process = subprocess.Popen(

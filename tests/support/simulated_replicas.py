@@ -16,6 +16,7 @@ from typing import Protocol
 from shoal.cluster.routing.router import ReplicaCapacity, most_held
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
+from shoal.wire.tokens import num_tokens
 
 _ALIKE = 4  # steps that are one event, where nothing but single tokens is computed
 _GREEDY = Sampling(seed=0)
@@ -78,7 +79,7 @@ class Traffic:
         shared = [rng.randbytes(4 * rng.randint(0, self.most_shared)) for _ in range(self.prefixes)]
         cumulative = list(accumulate(1 / rank for rank in range(1, self.prefixes + 1)))
         mean_shared = sum(
-            (cumulative[i] - (cumulative[i - 1] if i else 0)) * len(shared[i]) // 4 for i in range(self.prefixes)
+            (cumulative[i] - (cumulative[i - 1] if i else 0)) * num_tokens(shared[i]) for i in range(self.prefixes)
         )
         prompt = mean_shared / cumulative[-1] + self.mean_own
         rate = self.load * self.replicas / self.machine.seconds(prompt, self.mean_output)
@@ -88,8 +89,9 @@ class Traffic:
             prefix = bisect(cumulative, rng.random() * cumulative[-1])
             own = rng.randbytes(4 * max(round(rng.expovariate(1 / self.mean_own)), 1))
             length = min(max(round(rng.expovariate(1 / self.mean_output)), 1), self.max_tokens)
-            request = EngineRequest(seq, shared[prefix] + own, _GREEDY, self.max_tokens)
-            yield Arrival(now, request, prefix, len(shared[prefix]) // 4, length)
+            tokens = shared[prefix] + own
+            request = EngineRequest(seq, tokens, num_tokens(tokens), _GREEDY, self.max_tokens)
+            yield Arrival(now, request, prefix, num_tokens(shared[prefix]), length)
 
 
 @dataclass(slots=True, eq=False)
@@ -158,7 +160,7 @@ class _Simulated:
     def _start(self, arrival: Arrival) -> None:
         size = self.machine.block_size
         whole = arrival.shared // size
-        prompt = len(arrival.request.tokens) // 4
+        prompt = arrival.request.num_tokens
         hit = whole * size if self._use(arrival.prefix, whole) else 0
         self._use(-1 - arrival.request.seq, (prompt + arrival.length) // size - whole)
         self.hits += hit

@@ -1,4 +1,4 @@
-"""Conversations as text: as transformers renders them, and refused in one line where they can't be."""
+"""Chat templates: conversations are rendered as transformers does, or refused with one line."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from shoal.launch.hub import BUNDLED
 from shoal.text.chat_template import ChatTemplate, check_messages
 from support import tokenizers as made
 
-# In the manner of the models they are named after: what matters is the features of Jinja that they use.
+# Templates similar to those of the models in their names, with the features of Jinja that these use.
 TEMPLATES = {
     "llama3": """{{- bos_token }}
 {%- if custom_tools is defined %}
@@ -142,7 +142,9 @@ def reference() -> Any:
 @pytest.mark.parametrize("options", [{}, {"tools": TOOLS}, EXTRA], ids=["plain", "tools", "extra"])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_as_transformers_renders_it(name: str, conversation: str, options: dict[str, Any], reference: Any) -> None:
+def test_conversations_are_rendered_as_in_transformers(
+    name: str, conversation: str, options: dict[str, Any], reference: Any
+) -> None:
     messages = CONVERSATIONS[conversation]
     for prompt in (True, False):
         given = {"add_generation_prompt": prompt, **options}
@@ -185,8 +187,8 @@ def test_arguments_of_tool_calls_are_objects_for_the_template() -> None:
     assert call["function"] == {"name": "add", "arguments": '{"a": "é"}'}
 
 
-def test_arguments_come_back_as_the_model_wrote_them() -> None:
-    """With a line's end in a text, which JSON does not have."""
+def test_arguments_of_a_tool_call_may_have_line_breaks_in_strings() -> None:
+    """JSON does not allow them, but a model may have written them."""
     call = {"function": {"name": "f", "arguments": '{"a": "x\ny"}'}}
     found = ChatTemplate({"default": "{{ messages[0].tool_calls[0].function.arguments.a }}"}).render(
         [{"role": "assistant", "tool_calls": [call]}]
@@ -195,7 +197,7 @@ def test_arguments_come_back_as_the_model_wrote_them() -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"content": None}])
-def test_a_message_of_calls_alone_has_a_content_for_templates_that_ask(given: dict[str, Any]) -> None:
+def test_a_message_with_tool_calls_only_has_an_empty_content(given: dict[str, Any]) -> None:
     template = (
         "{% for m in messages %}{% if m['content'] is none %}none{% else %}{{ '<' + m['content'] + '>' }}{% endif %}"
     )
@@ -205,7 +207,7 @@ def test_a_message_of_calls_alone_has_a_content_for_templates_that_ask(given: di
 
 
 @pytest.mark.parametrize("content", ["yes", None])
-def test_no_calls_are_as_good_as_none(content: str | None) -> None:
+def test_an_empty_list_of_tool_calls_counts_as_none(content: str | None) -> None:
     """Servers answer with an empty list, and clients send it back."""
     messages: list[dict[str, Any]] = [ASK, {"role": "assistant", "content": content, "tool_calls": []}, ASK]
     plain: list[dict[str, Any]] = [ASK, {"role": "assistant", "content": content or ""}, ASK]
@@ -239,7 +241,9 @@ def test_no_calls_are_as_good_as_none(content: str | None) -> None:
         ),
     ],
 )
-def test_where_templates_come_from(files: dict[str, Any], expected: str | None, tmp_path: Path) -> None:
+def test_templates_are_found_in_the_files_of_a_model(
+    files: dict[str, Any], expected: str | None, tmp_path: Path
+) -> None:
     found = ChatTemplate.open(made.write(tmp_path, files))
     assert (found and found.render([ASK])) == expected
 
@@ -250,7 +254,7 @@ def test_the_bundled_model_has_one() -> None:
     assert found.render([{"role": "user", "content": "Hi"}]) == "<|bos|><|user|>Hi<|end|><|assistant|>"
 
 
-def test_templates_have_names(tmp_path: Path) -> None:
+def test_a_template_is_chosen_by_its_name(tmp_path: Path) -> None:
     made.write(tmp_path / "additional_chat_templates", {"rag.jinja": "rag"})
     made.write(tmp_path, {"chat_template.jinja": "default"})
     found = ChatTemplate.open(tmp_path)
@@ -358,7 +362,7 @@ def test_a_template_that_fails_says_so_in_one_line(template: str, expected: str)
         ),
     ],
 )
-def test_options_that_can_not_be_met(messages: Any, options: dict[str, Any], expected: str) -> None:
+def test_invalid_options_are_refused(messages: Any, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(RequestError, match=expected):
         ChatTemplate({"default": TEMPLATES["qwen"]}).render(messages, **options)
 
@@ -374,22 +378,21 @@ def test_templates_know_the_date() -> None:
     assert len(year) == 4
 
 
-def test_developers_are_the_system_to_templates_that_do_not_know_them() -> None:
-    said = [{"role": "developer", "content": "x"}]
+def test_the_role_developer_becomes_system_for_templates_that_do_not_know_it() -> None:
+    messages = [{"role": "developer", "content": "x"}]
     source = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
-    assert ChatTemplate({"default": source}).render(said) == "system"
+    assert ChatTemplate({"default": source}).render(messages) == "system"
     knowing = source + "{% if messages[0]['role'] == 'developer' %}!{% endif %}"
-    assert ChatTemplate({"default": knowing}).render(said) == "developer!"
+    assert ChatTemplate({"default": knowing}).render(messages) == "developer!"
 
 
-def test_loops_of_a_template_end() -> None:
+def test_a_template_whose_loops_run_too_long_is_stopped() -> None:
     endless = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
-    with pytest.raises(RequestError, match="its loops have more than 2000000 turns"):
+    with pytest.raises(RequestError, match="its loops have more than 2000000 iterations"):
         ChatTemplate({"default": endless}).render([{"role": "user", "content": "a"}])
 
 
-def test_loops_are_what_they_were() -> None:
-    """Counting their turns changes nothing of what a template sees in them."""
+def test_counting_iterations_does_not_change_the_loops_of_a_template() -> None:
     source = (
         "{% for m in messages if m.role %}{{ loop.index }}/{{ loop.length }}{{ '!' if loop.last }}{% endfor %}"
         "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}"

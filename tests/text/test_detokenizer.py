@@ -1,4 +1,4 @@
-"""The text of growing outputs: the same however tokens arrive, and cut where the first stop text is completed."""
+"""The text of growing outputs: it does not depend on how tokens arrive, and ends at the first completed stop text."""
 
 import tracemalloc
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from support.fakes import steady
 
 
 class Bytes:
-    """What `SlowTokenizer` asks of transformers; a token is a byte, and 256 is special."""
+    """A fake tokenizer of transformers for `SlowTokenizer`: a token is a byte, and 256 is special."""
 
     all_special_ids = (256,)
 
@@ -32,7 +32,7 @@ class Bytes:
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         assert not clean_up_tokenization_spaces
-        assert all(token < len(self) for token in tokens), "libraries fail at what they do not have"
+        assert all(token < len(self) for token in tokens), "libraries fail for unknown ids"
         parts = [b"<e>" if token == 256 else bytes([token]) if token < 256 else b"" for token in tokens]
         return b"".join(p for p in parts if p != b"<e>" or not skip_special_tokens).decode("utf-8", "replace")
 
@@ -49,7 +49,7 @@ def tokenizer(name: str) -> Tokenizer:
     return FastTokenizer(library)
 
 
-KINDS: dict[str, tuple[int, type]] = {  # how many ids to draw from, a few of them unknown; and what reads them
+KINDS: dict[str, tuple[int, type]] = {  # number of ids to draw from, a few of them unknown; class of the stream
     "bundled": (645, ByteStream),
     "byte_fallback": (280, FallbackStream),
     "byte_fallback_2": (280, FallbackStream),
@@ -63,7 +63,7 @@ KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def tokens_of(kind: str, *, min_size: int = 0, max_size: int) -> st.SearchStrategy[list[int]]:
-    """Any tokens, but more often those that are hard: bytes of characters, special ones, spaces."""
+    """Draw any tokens, but more often the difficult ones: parts of characters, special tokens, spaces."""
     hard = {
         "bundled": tokenizer("bundled").encode("日é🦊") + [0, 1],
         "byte_fallback": [*(3 + byte for byte in "日é".encode()), 0, 1, 2, 259, 265],
@@ -87,12 +87,12 @@ def read(stream: TextStream, tokens: Sequence[int]) -> str:
 @KIND
 @steady
 @given(st.data(), st.booleans())
-def test_an_output_reads_as_it_does_when_decoded_at_once(kind: str, data: st.DataObject, skip: bool) -> None:
+def test_a_stream_gives_the_same_text_as_decoding_all_at_once(kind: str, data: st.DataObject, skip: bool) -> None:
     tokens = data.draw(tokens_of(kind, max_size=14))
     stream = tokenizer(kind).stream([], skip_special_tokens=skip)
     assert isinstance(stream, KINDS[kind][1])
     text, whole = read(stream, tokens), tokenizer(kind).decode(tokens, skip_special_tokens=skip)
-    if isinstance(stream, FallbackStream):  # characters before a wrong byte stay, which decoded at once are lost
+    if isinstance(stream, FallbackStream):  # it keeps characters before an invalid byte, which the library replaces
         assert len(text) <= len(whole)
         assert text.replace("\ufffd", "") == whole or "\ufffd" in whole
         assert text.lstrip("\ufffd") or text == whole, "no run had a character"
@@ -101,7 +101,7 @@ def test_an_output_reads_as_it_does_when_decoded_at_once(kind: str, data: st.Dat
 
 
 def prompts_of(kind: str) -> st.SearchStrategy[list[int]]:
-    """Tokens that end with a whole character."""
+    """Draw tokens that end with a complete character."""
     if KINDS[kind][1] is FallbackStream:
         return st.lists(st.sampled_from([0, 1, 2, *range(259, 274)]), min_size=1, max_size=6)
     if kind in ("bundled", "slow"):
@@ -112,7 +112,7 @@ def prompts_of(kind: str) -> st.SearchStrategy[list[int]]:
 @KIND
 @steady
 @given(st.data())
-def test_behind_a_prompt_it_reads_as_its_continuation(kind: str, data: st.DataObject) -> None:
+def test_prompt_and_output_together_are_the_text_of_all_tokens(kind: str, data: st.DataObject) -> None:
     prompt = data.draw(prompts_of(kind))
     tokens = data.draw(tokens_of(kind, max_size=8))
     before, whole = tokenizer(kind).decode(prompt), tokenizer(kind).decode(prompt + tokens)
@@ -122,8 +122,8 @@ def test_behind_a_prompt_it_reads_as_its_continuation(kind: str, data: st.DataOb
 
 @steady
 @given(st.text("a é日🦊", min_size=1, max_size=12), st.data())
-def test_prompt_and_continuation_make_the_whole_text(text: str, data: st.DataObject) -> None:
-    """Wherever the border lies; a character that it cuts belongs to the continuation."""
+def test_a_text_may_be_split_anywhere_into_prompt_and_output(text: str, data: st.DataObject) -> None:
+    """A character that is split belongs to the output."""
     tokens = tokenizer("bundled").encode(text)
     border = data.draw(st.integers(1, len(tokens)))
     before = tokenizer("bundled").decode(tokens[:border]).rstrip("\ufffd")
@@ -131,7 +131,7 @@ def test_prompt_and_continuation_make_the_whole_text(text: str, data: st.DataObj
 
 
 @pytest.mark.parametrize("kind", ["bundled", "byte_fallback", "slow"])
-def test_a_character_that_the_border_cuts_belongs_to_the_output(kind: str) -> None:
+def test_a_character_that_is_split_between_prompt_and_output_belongs_to_the_output(kind: str) -> None:
     if kind == "byte_fallback":
         tokens = [fallback_id(token) for token in ("a", "<0xE6>", "<0x97>", "<0xA5>", "b")]
     else:
@@ -140,7 +140,7 @@ def test_a_character_that_the_border_cuts_belongs_to_the_output(kind: str) -> No
     assert outputs == ["日b", "日b", "日b", "b"]
 
 
-def test_a_first_space_is_kept_behind_a_prompt_only() -> None:
+def test_a_first_space_is_kept_only_after_a_prompt_with_text() -> None:
     fox = fallback_id("▁fox")
     assert read(tokenizer("byte_fallback").stream([]), [fox]) == "fox"
     assert read(tokenizer("byte_fallback").stream([1]), [1, fox, fox]) == "fox fox", "<s> is no text"
@@ -169,9 +169,10 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
 class Letters:
-    """A token is up to three letters of a text."""
+    """A tokenizer whose tokens are the pieces into which a text is cut."""
 
     special_ids = frozenset[int]()
+    size = 0
 
     def __init__(self, text: str, cuts: Sequence[int]) -> None:
         borders = [0, *sorted(cuts), len(text)]
@@ -200,7 +201,7 @@ class Letters:
 
 
 def first_stop(text: str, stops: Sequence[str], floor: int) -> tuple[int, str] | None:
-    """(start, stop) of the first to be completed behind `floor` characters, by trying every place."""
+    """Return (start, stop text) of the first one completed after `floor` characters, found by trying every position."""
     for end in range(floor + 1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -231,7 +232,7 @@ def test_the_first_stop_text_to_be_completed_ends_the_output(
         assert (stopped, output.text) == (stop, text[:end] if include else text[:start])
         completed = next(n for n in range(len(letters.pieces) + 1) if len("".join(letters.pieces[:n])) >= end)
         assert output.num_tokens == completed
-    assert all(output.text.startswith(early) for early in shown), "what was shown was taken back"
+    assert all(output.text.startswith(early) for early in shown), "text that was shown was changed"
     if found is None and not include:
         held = [len("".join(letters.pieces[:n])) - len(early) for n, early in enumerate(shown)]
         assert max(held) < max(map(len, stops)), "more was held back than a stop text is long"
@@ -239,7 +240,7 @@ def test_the_first_stop_text_to_be_completed_ends_the_output(
 
 @steady
 @given(st.text("ab", max_size=20), st.text("ab", min_size=1, max_size=3), st.data())
-def test_one_stop_text_is_where_str_find_says_whatever_the_portions(text: str, stop: str, data: st.DataObject) -> None:
+def test_a_single_stop_text_is_found_where_str_find_finds_it(text: str, stop: str, data: st.DataObject) -> None:
     letters = Letters(text, data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     output = OutputText(letters, [], stop=StopTexts([stop]))
     tokens = list(range(len(letters.pieces)))
@@ -252,8 +253,8 @@ def test_one_stop_text_is_where_str_find_says_whatever_the_portions(text: str, s
     assert output.text == (text if at < 0 else text[:at])
 
 
-def test_a_long_stop_text_takes_memory_in_proportion() -> None:
-    """All its beginnings would be 48 MiB; and the outputs of a request have what is needed in common."""
+def test_memory_for_a_long_stop_text_is_proportional_to_its_length() -> None:
+    """A table of all its beginnings would take 48 MiB. All outputs of a request share the automaton."""
     long = "".join(chr(97 + i * i % 23) for i in range(10_000))
     letters = Letters(f"{long[:9000]}!{long}", list(range(9000, 19_001, 100)))
     tracemalloc.start()
@@ -263,14 +264,14 @@ def test_a_long_stop_text_takes_memory_in_proportion() -> None:
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert used < 3_000_000, "some 200 bytes a character, once, and a few objects for each output"
+    assert used < 3_000_000, "about 200 bytes per character once, and a few objects for each output"
     assert outputs[0].append(range(len(letters.pieces))) == long
     assert outputs[0].text == f"{long[:9000]}!"
     assert outputs[1].append([0]) is None
     assert outputs[1].text == "", "all of it may be the beginning of the stop text"
 
 
-def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_none() -> None:
+def test_a_possible_beginning_of_a_stop_text_is_held_back_until_it_turns_out_to_be_none() -> None:
     letters = Letters("one\n\nUsual", [3, 4, 5, 6])
     output = OutputText(letters, [], stop=StopTexts(["\n\nUser:"]))
     shown = []
@@ -280,7 +281,7 @@ def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_none() -> None:
     assert shown == ["one", "one", "one", "one", "one\n\nUsual"]
 
 
-def test_what_is_held_back_is_shown_at_the_end() -> None:
+def test_text_that_is_held_back_is_shown_at_the_end() -> None:
     output = OutputText(Letters("one\n", [3]), [], stop=StopTexts(["\n\n"]))
     output.append([0, 1])
     assert output.text == "one"
@@ -288,14 +289,14 @@ def test_what_is_held_back_is_shown_at_the_end() -> None:
     assert output.text == "one\n"
 
 
-def test_nothing_is_taken_after_a_stop_text() -> None:
+def test_tokens_after_a_stop_text_are_ignored() -> None:
     output = OutputText(Letters("a.b.", [1, 2, 3]), [], stop=StopTexts(["."]))
     assert output.append([0, 1, 2, 3]) == "."
     assert output.append([0]) == "."
     assert (output.text, output.num_tokens, output.stopped, output.finish()) == ("a", 2, ".", ".")
 
 
-def test_what_the_end_makes_of_bytes_may_complete_a_stop_text() -> None:
+def test_the_mark_for_an_incomplete_character_at_the_end_may_complete_a_stop_text() -> None:
     output = OutputText(tokenizer("byte_fallback"), [], stop=StopTexts(["\ufffd"]))
     assert output.append([3 + byte for byte in "aé".encode()[:-1]]) is None
     assert output.finish() == "\ufffd"
@@ -308,8 +309,8 @@ def test_what_the_end_makes_of_bytes_may_complete_a_stop_text() -> None:
         ("日é".encode(), "日é"),
         (b"\xff\xfe", "\ufffd" * 2),
         ("日".encode()[:2], "\ufffd" * 2),
-        ("日".encode() + b"\xff", "日\ufffd"),  # at once: four of them
-        (b"\xe6\x97\x0a", "\ufffd\ufffd\n"),  # at once: three of them
+        ("日".encode() + b"\xff", "日\ufffd"),  # decoded at once it would be four marks
+        (b"\xe6\x97\x0a", "\ufffd\ufffd\n"),  # decoded at once it would be three marks
     ],
 )
 def test_runs_of_byte_tokens(run: bytes, text: str) -> None:
@@ -320,13 +321,13 @@ def test_runs_of_byte_tokens(run: bytes, text: str) -> None:
     assert whole == f"{text}fox" or whole == "\ufffd" * len(run) + "fox"
 
 
-def test_a_new_line_that_is_a_byte_ends_an_output_at_once() -> None:
+def test_a_line_break_as_a_byte_token_ends_an_output_at_once() -> None:
     output = OutputText(tokenizer("byte_fallback"), [], stop=StopTexts(["\n"]))
     assert output.append([3 + 0x0A]) == "\n"
 
 
-def test_long_outputs_take_time_in_proportion() -> None:
-    """Counted, not timed: every token is decoded behind the one before it, not behind all of them."""
+def test_time_for_long_outputs_is_proportional_to_their_length() -> None:
+    """Each token is decoded together with the one before it, not with all of them, as the counted calls show."""
     calls = []
 
     def decode(tokens: Sequence[int]) -> str:

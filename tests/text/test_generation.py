@@ -1,4 +1,4 @@
-"""What a model's folder says about generating."""
+"""Reading a model folder's settings for generation."""
 
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def test_defaults_may_be_left_out(tmp_path: Path) -> None:
         ({"generation_config.json": {"max_new_tokens": 0}}, r"generation_config\.json: max_tokens must be at least 1"),
     ],
 )
-def test_what_is_malformed_is_named(files: dict[str, Any], expected: str, tmp_path: Path) -> None:
+def test_malformed_files_and_values_are_named(files: dict[str, Any], expected: str, tmp_path: Path) -> None:
     write(tmp_path, files)
     with pytest.raises(CheckpointError, match=expected):
         GenerationDefaults.open(tmp_path)

@@ -30,20 +30,20 @@ def checker() -> Iterator[GrammarChecker]:
     checker.close()
 
 
-def test_what_can_be_obeyed_passes_and_what_can_not_is_refused(checker: GrammarChecker) -> None:
+def test_a_valid_grammar_passes_and_an_invalid_one_is_refused(checker: GrammarChecker) -> None:
     checker.check(PLAIN)
     with pytest.raises(RequestError, match="unclosed character class"):
         checker.check(WRONG)
 
 
-def test_nothing_is_started_before_the_first_grammar() -> None:
+def test_no_process_is_started_before_the_first_grammar() -> None:
     def never() -> GrammarPool:
         raise AssertionError
 
     GrammarChecker(never).close()
 
 
-def test_one_that_takes_long_holds_up_no_other(checker: GrammarChecker) -> None:
+def test_a_slow_grammar_does_not_delay_others(checker: GrammarChecker) -> None:
     endless = checker.submit(ENDLESS)
     for count in range(20):
         checker.check(LLMatcher.grammar_from_regex(f"a{{{count}}}b"))
@@ -52,7 +52,7 @@ def test_one_that_takes_long_holds_up_no_other(checker: GrammarChecker) -> None:
     checker.check(PLAIN)
 
 
-def test_several_threads_may_ask(checker: GrammarChecker) -> None:
+def test_several_threads_may_check_grammars(checker: GrammarChecker) -> None:
     wrong: list[int] = []
 
     def ask(number: int) -> None:
@@ -70,14 +70,14 @@ def test_several_threads_may_ask(checker: GrammarChecker) -> None:
     assert sorted(wrong) == list(range(20))
 
 
-def test_the_first_prompt_with_a_wrong_grammar_is_named(checker: GrammarChecker) -> None:
+def test_the_first_prompt_with_an_invalid_grammar_is_named(checker: GrammarChecker) -> None:
     jobs = [Job(i, "x", (1,), SamplingParams(), grammar=text) for i, text in enumerate(["", PLAIN, WRONG, WRONG])]
     with pytest.raises(RequestError, match="prompt 2: structured_outputs"):
         checker.check_jobs(jobs)
     checker.check_jobs(jobs[:2])
 
 
-def test_whoever_waits_when_it_is_closed_is_told(checker: GrammarChecker) -> None:
+def test_waiting_calls_end_with_an_error_when_the_checker_is_closed(checker: GrammarChecker) -> None:
     waiting, cancelled = checker.submit(ENDLESS), checker.submit(ENDLESS)
     cancelled.cancel()
     checker.close()

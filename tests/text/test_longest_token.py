@@ -1,4 +1,4 @@
-"""How much text a token can stand for at most, by which a text that is far too long is refused at once."""
+"""The limit on the text that one token can stand for, by which a text that is far too long is refused at once."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ texts = st.text(max_size=80) | st.text(alphabet=" \nthe<|eos>é日🦊", max_siz
 @example("<|assistant|>" * 50)
 @example("\n" * 200)
 @example(" " * 200)
-def test_tokens_hold_no_more(text: str) -> None:
+def test_no_text_needs_fewer_tokens_than_the_limit_says(text: str) -> None:
     for tokenizer in KNOWN:
         assert tokenizer is not None
         longest = tokenizer.longest_token()
@@ -69,18 +69,18 @@ def cut(*steps: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
         with_(pre_tokenizer=pre_tokenizers.Digits()),
     ],
 )
-def test_it_is_not_known_where_text_is_lost_or_merged(library: Library) -> None:
+def test_there_is_no_limit_if_text_may_be_lost_or_merged(library: Library) -> None:
     assert FastTokenizer(library).longest_token() is None
 
 
-def test_it_is_known_behind_steps_that_only_cut_or_lengthen() -> None:
+def test_there_is_a_limit_after_steps_that_only_split_or_lengthen_a_text() -> None:
     steps = cut(pre_tokenizers.Split(Regex("a+"), "isolated"), pre_tokenizers.Digits(individual_digits=True))
     library = with_(normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
     library.pre_tokenizer = steps
     assert FastTokenizer(library).longest_token() == FastTokenizer(made.byte_level()).longest_token()
 
 
-def test_a_prompt_that_can_not_fit_is_refused_without_being_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_can_not_fit_is_refused_without_being_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BUNDLED_TOKENIZER is not None
     reader = PromptReader(BUNDLED_TOKENIZER, vocab_size=640, max_model_len=1024)
     monkeypatch.setattr(type(BUNDLED_TOKENIZER), "encode", None)
@@ -90,8 +90,8 @@ def test_a_prompt_that_can_not_fit_is_refused_without_being_cut(monkeypatch: pyt
         reader.prepare(0, "a" * 1_000_000, SamplingParams())
 
 
-def test_cutting_a_long_text_holds_up_no_other_thread() -> None:
-    """The event loop's, for one."""
+def test_encoding_a_long_text_does_not_block_other_threads() -> None:
+    """One of these runs the event loop."""
     assert BUNDLED_TOKENIZER is not None
     lasted = 0.0
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""The automaton of stop texts against looking at every place."""
+"""The automaton of stop texts finds the same as a search at every position."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,12 +21,12 @@ def first_end(text: str, texts: list[str]) -> tuple[int, str] | None:
 
 @steady
 @given(TEXTS, st.text("abc", max_size=20), st.data())
-def test_the_first_end_is_found_whatever_the_portions(texts: list[str], text: str, data: st.DataObject) -> None:
+def test_the_first_end_of_a_text_is_found_in_any_portions(texts: list[str], text: str, data: st.DataObject) -> None:
     automaton = StopTexts(texts)
     state, at, found = 0, 0, None
     while at < len(text) and found is None:
         size = data.draw(st.integers(1, len(text) - at))
-        state, found = automaton.read(state, text[at : at + size], counts=True)
+        state, found = automaton.read(state, text[at : at + size], may_stop=True)
         if found is None:
             at += size
     expected = first_end(text, texts)
@@ -35,18 +35,18 @@ def test_the_first_end_is_found_whatever_the_portions(texts: list[str], text: st
 
 @steady
 @given(TEXTS, st.text("abc", max_size=20))
-def test_what_may_begin_a_text_is_held(texts: list[str], text: str) -> None:
-    """Past ends that do not count too."""
+def test_the_number_of_characters_that_may_begin_a_text_is_known(texts: list[str], text: str) -> None:
+    """This is so even after the end of a text at which the search may not stop."""
     automaton = StopTexts(texts)
-    state, found = automaton.read(0, text, counts=False)
+    state, found = automaton.read(0, text, may_stop=False)
     assert found is None
     beginnings = {each[:size] for each in texts for size in range(len(each))}
     expected = max(size for size in range(len(text) + 1) if text[len(text) - size :] in beginnings)
     assert automaton.held(state) == expected
 
 
-def test_a_character_takes_as_long_for_a_thousand_texts_as_for_one() -> None:
-    """Counted: the states that a search goes through are no more than twice the characters."""
+def test_the_time_per_character_does_not_depend_on_the_number_of_texts() -> None:
+    """The number of steps that a search makes is that of the characters."""
     texts = [f"{i:04d}" * 4 for i in range(1000)]
     automaton = StopTexts(texts)
     steps = 0
@@ -58,11 +58,11 @@ def test_a_character_takes_as_long_for_a_thousand_texts_as_for_one() -> None:
         return step(state, character)
 
     automaton.step = counted  # type: ignore[method-assign]
-    automaton.read(0, "0123" * 1000 + "0", counts=False)
+    automaton.read(0, "0123" * 1000 + "0", may_stop=False)
     assert steps == 4001
 
 
-def test_outputs_and_prompts_with_the_same_texts_share_one() -> None:
+def test_outputs_and_prompts_with_the_same_stop_texts_share_one_automaton() -> None:
     params = SamplingParams(stop=["a", "b"], stop_token_ids=[5, 6])
     first, second = Job(0, None, (1,), params), Job(1, None, (2,), params)
     assert first.stop_texts is second.stop_texts is not None

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 import shoal
 from shoal.errors import RequestError
 from shoal.params import StructuredOutputsParams
-from shoal.structured.matcher import Grammar, Vocabulary
+from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.structured_outputs import grammar_text
 from support.fakes import steady
 
@@ -32,19 +32,19 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_str(TOKENIZER)
 
 
-def compiled(**kind: Any) -> Grammar:
-    return Grammar.compile(grammar_text(StructuredOutputsParams(**kind)).text, vocabulary())
+def compiled(**kind: Any) -> GrammarState:
+    return GrammarState.compile(grammar_text(StructuredOutputsParams(**kind)).text, vocabulary())
 
 
-def allows(grammar: Grammar, text: str) -> bool:
-    """Does the grammar allow this text, and its end behind it?"""
+def allows(grammar: GrammarState, text: str) -> bool:
+    """Return whether the grammar allows this text and an end-of-text token after it."""
     tokens = (*tokenizer().encode(text, add_special_tokens=False).ids, EOS[0])
-    return grammar.valid(tokens) == len(tokens)
+    return grammar.count_valid(tokens) == len(tokens)
 
 
-def begins(grammar: Grammar, text: str) -> bool:
+def begins(grammar: GrammarState, text: str) -> bool:
     tokens = tokenizer().encode(text, add_special_tokens=False).ids
-    return grammar.valid(tokens) == len(tokens)
+    return grammar.count_valid(tokens) == len(tokens)
 
 
 PERSON = {
@@ -71,14 +71,14 @@ def test_equal_parameters_give_equal_texts() -> None:
 
 @pytest.mark.parametrize("indent", [None, 0, 2, 4, "\t"])
 @pytest.mark.parametrize("value", [{"a": [1, 2, {"b": []}], "c": {}}, {}])
-def test_whitespace_is_free_as_in_json(indent: int | str | None, value: Mapping[str, Any]) -> None:
+def test_json_may_have_whitespace_of_any_usual_kind(indent: int | str | None, value: Mapping[str, Any]) -> None:
     grammar = compiled(json_object=True)
     assert allows(grammar, json.dumps(value, indent=indent))
     assert allows(grammar, json.dumps(value, indent=indent, separators=(",", ":")))
 
 
 @pytest.mark.parametrize("char", " \t\n\r")
-def test_whitespace_has_an_end(char: str) -> None:
+def test_the_length_of_whitespace_is_limited(char: str) -> None:
     grammar = compiled(json_object=True)
     assert begins(grammar, "{" + char * 33)
     assert not begins(grammar, "{" + char * 34)
@@ -86,7 +86,7 @@ def test_whitespace_has_an_end(char: str) -> None:
     assert not begins(grammar, char)
 
 
-def test_any_object_is_an_object() -> None:
+def test_json_object_allows_any_object_and_nothing_else() -> None:
     grammar = compiled(json_object=True)
     assert allows(grammar, '{"a": [null, true, "x\\n", 1.5e3]}')
     assert not begins(grammar, "[")
@@ -125,7 +125,7 @@ CHOICES = [
 ]
 
 
-def test_a_choice_is_one_of_the_texts_with_any_characters() -> None:
+def test_texts_of_a_choice_may_have_any_characters() -> None:
     grammar = compiled(choice=CHOICES)
     for text in CHOICES:
         assert allows(grammar, text), text
@@ -135,7 +135,7 @@ def test_a_choice_is_one_of_the_texts_with_any_characters() -> None:
 
 @steady
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=5), st.text(max_size=6))
-def test_a_choice_is_nothing_else(choice: list[str], other: str) -> None:
+def test_a_choice_allows_exactly_its_texts(choice: list[str], other: str) -> None:
     grammar = compiled(choice=choice)
     assert all(allows(grammar, text) for text in choice)
     assert allows(grammar, other) == (other in choice)
@@ -183,7 +183,7 @@ def test_a_schema_may_refer_to_itself(node: dict[str, Any]) -> None:
     ],
 )
 def test_a_schema_that_requires_itself_is_refused(schema: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"structured_outputs\.json .*no text satisfies .* without an end"):
+    with pytest.raises(RequestError, match=r"structured_outputs\.json .*no text satisfies .* without end"):
         grammar_text(StructuredOutputsParams(json=schema))
 
 
@@ -227,7 +227,7 @@ def deep(levels: int) -> dict[str, Any]:
         ({"grammar": "\ud800"}, "structured_outputs.grammar has no UTF-8 form"),
     ],
 )
-def test_what_can_not_be_obeyed_is_refused_in_one_line(kind: dict[str, Any], reason: str) -> None:
+def test_structured_outputs_that_can_not_be_obeyed_are_refused_in_one_line(kind: dict[str, Any], reason: str) -> None:
     with pytest.raises(RequestError) as caught:
         compiled(**kind)
     message = str(caught.value)
@@ -240,5 +240,5 @@ def test_what_can_not_be_obeyed_is_refused_in_one_line(kind: dict[str, Any], rea
 @pytest.mark.parametrize(
     "kind", [{"json": PERSON}, {"json": "true"}, {"json": {}}, {"json_object": True}, {"regex": ""}]
 )
-def test_what_can_be_obeyed_passes(kind: dict[str, Any]) -> None:
+def test_valid_structured_outputs_pass(kind: dict[str, Any]) -> None:
     compiled(**kind)

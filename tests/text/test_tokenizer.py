@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the kinds of tokenizers that checkpoints bring."""
+"""Encoding and decoding with all kinds of tokenizers that checkpoints have."""
 
 import importlib.util
 import json
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Library
 
-from shoal.errors import CheckpointError, RequestError
+from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.launch.hub import BUNDLED
-from shoal.text.tokenizer import FastTokenizer, SlowTokenizer, Tokenizer, open_tokenizer
+from shoal.text.tokenizer import FastTokenizer, SlowTokenizer, Tokenizer, open_other_tokenizer, open_tokenizer
 from support import tokenizers as made
 
 TEXTS = [
@@ -55,7 +55,7 @@ def test_vocab_and_merges_are_read_as_transformers_reads_them(
     assert tokenizer.special_ids == set(expected.all_special_ids)
 
 
-def test_opt_puts_its_end_in_front(tmp_path: Path) -> None:
+def test_opt_begins_texts_with_its_end_of_text_token(tmp_path: Path) -> None:
     assert opened(made.opt(tmp_path)).encode("a")[0] == 2
 
 
@@ -64,7 +64,7 @@ def test_opt_puts_its_end_in_front(tmp_path: Path) -> None:
 def test_a_tokenizer_json_decides_what_goes_around_a_text(
     kind: str, add_bos_token: bool | None, tmp_path: Path
 ) -> None:
-    """transformers takes no notice of add_bos_token beside it; tokens that only the configuration lists are added."""
+    """Transformers then ignores add_bos_token. Tokens that only tokenizer_config.json lists are added."""
     config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
     if add_bos_token is not None:
         config["add_bos_token"] = add_bos_token  # type: ignore[assignment]
@@ -88,7 +88,7 @@ def test_other_tokenizers_without_a_tokenizer_json_come_from_transformers(tmp_pa
 
 
 def slow(folder: Path) -> Tokenizer:
-    """Bytes, without a file; written in Python."""
+    """Return a tokenizer that is written in Python and needs no file; its tokens are bytes."""
     return opened(
         made.write(folder, {"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer"}, "config.json": {}})
     )
@@ -155,7 +155,23 @@ def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     assert open_tokenizer(made.write(tmp_path, {"config.json": {}, "generation_config.json": {}})) is None
 
 
-def test_settings_left_in_the_file_neither_cut_nor_pad(tmp_path: Path) -> None:
+def test_the_tokenizer_of_another_folder_must_fit_the_model(tmp_path: Path) -> None:
+    size = opened(BUNDLED).size
+    for vocab_size in (size, size + 100):  # models pad their vocabularies
+        assert open_other_tokenizer(BUNDLED, vocab_size).size == size
+    with pytest.raises(ConfigError, match=f"has token ids up to {size - 1}, the model only up to {size - 2}: choose"):
+        open_other_tokenizer(BUNDLED, size - 1)
+    with pytest.raises(ConfigError, match=r"has no tokenizer; it needs a tokenizer\.json"):
+        open_other_tokenizer(tmp_path, size)
+
+
+@pytest.mark.parametrize("make", [made.opt, made.gpt2, made.gpt2_listed])
+def test_the_size_counts_added_tokens(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    assert opened(folder).size == max(theirs(folder).get_vocab().values()) + 1
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:
     library = made.metaspace()
     library.enable_truncation(2)
     library.enable_padding(length=9)
@@ -163,7 +179,7 @@ def test_settings_left_in_the_file_neither_cut_nor_pad(tmp_path: Path) -> None:
     assert opened(tmp_path).encode("San is a city") == [2, 3, 4, 5]
 
 
-def test_the_serialized_tokenizer_is_the_tokenizer() -> None:
+def test_a_serialized_tokenizer_encodes_the_same() -> None:
     tokenizer = opened(BUNDLED)
     again = Library.from_str(tokenizer.serialized())
     assert again.encode("Hello <|end|>").ids == tokenizer.encode("Hello <|end|>")
@@ -179,16 +195,16 @@ def test_the_serialized_tokenizer_is_the_tokenizer() -> None:
     ],
     ids=["bytes", "fallback", "pieces", "metaspace"],
 )
-def test_what_a_token_reads_as_inside_a_text(library: Library, texts: dict[str, str]) -> None:
+def test_the_text_of_a_single_token(library: Library, texts: dict[str, str]) -> None:
     tokenizer = FastTokenizer(library)
     for token, text in texts.items():
         number = library.token_to_id(token)
-        if number is not None:  # a merge that this tiny vocabulary did not make
+        if number is not None:  # this tiny vocabulary may not have the merge
             assert tokenizer.token_text(number) == text
     assert tokenizer.token_text(100_000) == ""
 
 
-def test_many_tokens_are_decoded_as_few_are() -> None:
+def test_many_tokens_are_decoded_like_few() -> None:
     found = open_tokenizer(BUNDLED)
     assert found is not None
     tokens = found.encode("Count from 3 to 9: \u65e5\u672c " * 300)

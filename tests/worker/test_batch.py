@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.engine.request import encode_numbers, encode_tokens
 from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, Sampling, SamplingPenalties, StepPlan, Work
+from shoal.wire.tokens import encode_numbers, encode_tokens
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.edits import Edits
 from shoal.worker.random import row_keys, split_keys

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from shoal.engine.request import encode_tokens
 from shoal.wire.ranks import NewSeq, Sampling, SeqOut, StepPlan, Work
+from shoal.wire.tokens import encode_tokens
 from shoal.worker.batch import SequenceTable
 from shoal.worker.draft import Draft
 from shoal.worker.runner import Runner

@@ -15,7 +15,7 @@ from shoal.errors import RankFailed
 from shoal.wire.ranks import RankSetup
 from shoal.worker.memory_errors import explain
 from shoal.worker.runner import Runner
-from support.setups import rank_setup
+from support.plans import bare_plan, bare_rank, setup_of
 
 GIB = 2**30
 FLAGS = (
@@ -25,7 +25,8 @@ FLAGS = (
 
 def setup(device: str = "cpu") -> RankSetup:
     sizes = {"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
-    return rank_setup(rank=3, world_size=4, device=device, device_index=1, **sizes)
+    ranks = [bare_rank(rank, device=device, device_index=1) for rank in range(4)]
+    return setup_of(bare_plan(*ranks, **sizes), 3)
 
 
 @pytest.fixture

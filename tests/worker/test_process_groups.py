@@ -2,20 +2,21 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
 
 import torch
 
 from shoal.transport.rendezvous import Rendezvous
+from shoal.wire.plan import Layout, ReplicaPlace, Timeouts
 from shoal.wire.ranks import RankSetup
 from shoal.worker.process_groups import ProcessGroups
+from support.plans import bare_plan
+from support.plans import setup_of as first_message
 
 
 def setup_of(rank: int, address: str, meeting: int) -> RankSetup:
-    given: dict[str, Any] = dict.fromkeys(RankSetup.__struct_fields__, 0)
-    changed = {"world_size": 1, "dp_rank": rank, "dp_size": 2, "device": "cpu", "comm_timeout_s": 20.0}
-    changed |= {"group_store": address, "group_key": "key", "address": "127.0.0.1", "meeting": meeting}
-    return RankSetup(**{**given, **changed})
+    place = ReplicaPlace(rank, 2, rendezvous=address, key="key", meeting=meeting)
+    timeouts = Timeouts(20.0, 20.0, 20.0)
+    return first_message(bare_plan(place=place, layout=Layout(replica=rank, replicas=2), timeouts=timeouts))
 
 
 def test_one_engine_after_the_other_at_one_rendezvous() -> None:

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from shoal.comm.local import LocalComm
+from shoal.models.registry import read_spec
 from shoal.parallel.dispatch import TensorParallelDispatch
 from shoal.parallel.mesh import Axis, Mesh
 from shoal.parallel.topology import Topology
+from shoal.wire.plan import ReplicaPlace
 from shoal.worker.rank_model import RankModel
-from support.setups import rank_setup
+from support.plans import engine_plan, setup_of
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -24,11 +26,17 @@ def test_a_stage_without_mixtures_has_no_experts_and_tells_nobody_of_steps(
     mesh = Mesh(
         Topology.of(dp=2, pp=2, tp=1), stage, pp=Axis("pp", stage, 2, LocalComm()), tp=alone, ep=shared, back=alone
     )
-    layers = RankModel(folder, rank_setup(), mesh, draft=True).spec.num_layers
-    setup = rank_setup(
-        rank=stage, world_size=2, dp_size=2, stages=(1, layers - 1), experts="linear", all2all="all_to_all"
+    layers = read_spec(folder).num_layers
+    plan = engine_plan(
+        folder,
+        ReplicaPlace(0, 2, 0, 2),
+        pipeline_parallel_size=2,
+        pipeline_layer_partition=(1, layers - 1),
+        enable_expert_parallel=True,
+        all2all_backend="all_to_all",
+        max_model_len=64,
     )
-    model = RankModel(folder, setup, mesh)
+    model = RankModel(setup_of(plan, stage), mesh)
     assert (model.experts > 0) == (stage == 1)
     dispatch = model.dispatch_on(torch.device("cpu"))
     assert (type(dispatch) is TensorParallelDispatch) == (stage == 0)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.engine.request import decode_tokens, encode_numbers, encode_tokens
 from shoal.wire.base import Ids
 from shoal.wire.ranks import Sampling, SamplingPenalties
+from shoal.wire.tokens import decode_tokens, encode_numbers, encode_tokens
 from shoal.worker.rules import EditsBuilder, History, Rules
 from support.fakes import steady
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.engine.request import encode_numbers, encode_tokens
 from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, Sampling, SamplingPenalties, SeqOut, StepMask, StepPlan, TokenLogprobs, Work
+from shoal.wire.tokens import encode_numbers, encode_tokens
 from shoal.worker.batch import SequenceTable
 from shoal.worker.runner import Runner
 from support.fakes import steady

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.engine.request import encode_tokens
 from shoal.parallel.pipeline import Pipeline
 from shoal.wire.ranks import NewSeq, Sampling, StepPlan, Work
+from shoal.wire.tokens import encode_tokens
 from shoal.worker.batch import SequenceTable
 from shoal.worker.token_return import TokenReturn
 from support.fakes import steady
@@ -97,7 +97,7 @@ def test_each_plan_has_the_tokens_that_it_needs(max_in_flight: int, data: st.Dat
         absent = [seq for seq in range(MAX_SEQS) if seq not in first.known]
         coming = data.draw(st.lists(st.sampled_from(absent), unique=True)) if absent else []
         new = [admission(seq, epoch, data.draw(st.integers(1, 3))) for seq in coming]
-        first.known |= {each.seq: Known(epoch, each.prompt_len) for each in new}
+        first.known |= {each.seq: Known(epoch, each.num_prompt_tokens) for each in new}
         seqs = data.draw(st.lists(st.sampled_from(sorted(first.known)), unique=True)) if first.known else []
         if not seqs:
             first.run([], new, released)

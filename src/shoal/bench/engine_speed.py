@@ -6,10 +6,10 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
-from shoal.engine.request import encode_tokens
 from shoal.protocols import EngineClient
 from shoal.wire.engine import EngineRequest, EngineStats
 from shoal.wire.ranks import Sampling
+from shoal.wire.tokens import encode_tokens
 
 _POLL_S = 1.0
 
@@ -97,7 +97,7 @@ class Meter:
         self._next_seq += 1
         tokens = [self._random.randrange(self._vocab_size) for _ in range(shape.input_len)]
         sampling = Sampling(seed=seq, temperature=self._temperature)
-        self._engine.add(EngineRequest(seq, encode_tokens(tokens), sampling, max_tokens=shape.output_len))
+        self._engine.add(EngineRequest(seq, encode_tokens(tokens), len(tokens), sampling, max_tokens=shape.output_len))
         return seq
 
 

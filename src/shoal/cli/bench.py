@@ -1,4 +1,4 @@
-"""`shoal bench`: what a layout delivers on this machine. JSON on stdout, or in a file."""
+"""`shoal bench`: the speed of a layout on this machine, as JSON on stdout or in a file."""
 
 import json
 import statistics
@@ -18,6 +18,7 @@ from shoal.cli.bench_serve import serve
 from shoal.cli.numbers import IntRange, Number
 from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.errors import EngineError, UserError
+from shoal.launch import hub
 from shoal.launch.open_model import open_model
 from shoal.llm.llm import LLM
 from shoal.process import import_path
@@ -29,7 +30,7 @@ _READY = "ready: "
 def bench() -> None:
     """Measure throughput, latency, start-up and communication.
 
-    MODEL is a folder, an id on the hub, or shape:NAME: a real model's sizes with made-up weights, such as
+    MODEL is a folder, an id on the hub, or shape:NAME: the sizes of a real model with random weights, such as
     shape:qwen3-0.6b or shape:llama-10m.
     """
 
@@ -41,31 +42,47 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to this file")(
         engine_flags(command)
     )
-    command = click.option("--repeat", type=IntRange(1), default=3, show_default=True, help="measured runs")(command)
+    command = click.option(
+        "--repeat", type=IntRange(1), default=3, show_default=True, help="measured runs; the median is reported"
+    )(command)
     return click.argument("model", required=False)(command)
 
 
 def _lengths(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--temperature", type=Number(), default=0.0, show_default=True)(command)
-    command = click.option("--output-len", type=IntRange(2), default=64, show_default=True)(command)
-    return click.option("--input-len", type=IntRange(1), default=128, show_default=True)(command)
+    command = click.option("--temperature", type=Number(), default=0.0, show_default=True, help="0 is greedy")(command)
+    command = click.option("--output-len", type=IntRange(2), default=64, show_default=True, help="tokens of an output")(
+        command
+    )
+    return click.option("--input-len", type=IntRange(1), default=128, show_default=True, help="tokens of a prompt")(
+        command
+    )
 
 
 @bench.command(cls=GroupedCommand)
-@click.option("--num-prompts", type=IntRange(1), default=64, show_default=True, help="requests that arrive together")
+@click.option(
+    "--num-prompts", type=IntRange(1), default=64, show_default=True, help="requests that arrive at the same time"
+)
 @_lengths
 @_common
 def throughput(num_prompts: int, **rest: Any) -> None:
-    """Tokens a second with many requests at once."""
+    """Measure tokens per second with many requests at once."""
     _batches("throughput", [num_prompts], **rest)
 
 
 @bench.command(cls=GroupedCommand)
-@click.option("--batch-size", "batch_sizes", type=IntRange(1), multiple=True, default=(1, 8, 32), show_default=True)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=IntRange(1),
+    multiple=True,
+    default=(1, 8, 32),
+    show_default=True,
+    help="requests at the same time; may be given several times",
+)
 @_lengths
 @_common
 def latency(batch_sizes: tuple[int, ...], **rest: Any) -> None:
-    """Time to the first token and time a token, batch by batch."""
+    """Measure the time to the first token and the time per token, for each batch size."""
     _batches("latency", list(batch_sizes), **rest)
 
 
@@ -87,13 +104,13 @@ def _batches(
         results = []
         for batch_size in batch_sizes:
             shape = Shape(batch_size, input_len, output_len)
-            meter.run(Shape(batch_size, input_len, 2))  # sizes that were not seen before cost more the first time
+            meter.run(Shape(batch_size, input_len, 2))  # the first run of a size takes longer
             runs = [meter.run(shape) for _ in range(repeat)]
             results.append({"batch_size": batch_size, **medians(runs)})
         stats = llm.stats()
     report = {
         "benchmark": name,
-        "model": model or "bundled",
+        "model": model or hub.BUNDLED_NAME,
         "input_len": input_len,
         "output_len": output_len,
         "repeat": repeat,
@@ -117,18 +134,18 @@ def _batches(
 @click.option("--probe", is_flag=True, hidden=True)
 @_common
 def startup(model: str | None, repeat: int, output: Path | None, probe: bool, **flags: Any) -> None:
-    """Seconds from the command's start until requests can be taken, phase by phase."""
+    """Measure the seconds from the start of the command until it can take requests, phase by phase."""
     if probe:
         with LLM(open_model(model, engine_values(flags), own_process=True)) as llm:
             print(_READY + json.dumps(dict(llm.stats().start_s)), flush=True)
         return
     runs = [_start_once() for _ in range(repeat)]
     phases = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    _write({"benchmark": "startup", "model": model or "bundled", "repeat": repeat, "seconds": phases}, output)
+    _write({"benchmark": "startup", "model": model or hub.BUNDLED_NAME, "repeat": repeat, "seconds": phases}, output)
 
 
 def _start_once() -> dict[str, float]:
-    """This command again, in a process of its own."""
+    """Run this command once more in its own process, and return the seconds of each phase."""
     command = [*import_path.python_command("shoal"), *sys.argv[1:], "--probe"]
     begun = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env.child_environment({})) as process:
@@ -138,30 +155,38 @@ def _start_once() -> dict[str, float]:
             if line.startswith(_READY):
                 ready = time.monotonic() - begun
                 return {"ready": ready, **json.loads(line.removeprefix(_READY))}
-    told = " ".join(["shoal", *sys.argv[1:], "--probe"])
-    raise EngineError(f"{told} ended with code {process.returncode} before it was ready")
+    command_line = " ".join(["shoal", *sys.argv[1:], "--probe"])
+    raise EngineError(f"{command_line} ended with code {process.returncode} before it was ready")
 
 
 @bench.command()
-@click.option("--pattern", type=click.Choice(["moe"]), default="moe", show_default=True, help="who talks to whom")
-@click.option("--ranks", type=IntRange(2), default=2, show_default=True, help="processes, a replica each")
-@click.option("--experts", type=IntRange(1), default=64, show_default=True, help="of a layer, on all ranks")
-@click.option("--top-k", type=IntRange(1), default=8, show_default=True, help="experts of a token")
-@click.option("--hidden-size", type=IntRange(1), default=2048, show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option(
+    "--pattern", type=click.Choice(["moe"]), default="moe", show_default=True, help="the pattern of communication"
+)
+@click.option("--ranks", type=IntRange(2), default=2, show_default=True, help="processes, each with one replica")
+@click.option("--experts", type=IntRange(1), default=64, show_default=True, help="experts of a layer, over all ranks")
+@click.option("--top-k", type=IntRange(1), default=8, show_default=True, help="experts that each token uses")
+@click.option("--hidden-size", type=IntRange(1), default=2048, show_default=True, help="numbers per token")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="type of these numbers",
+)
 @click.option(
     "--tokens",
     type=IntRange(0),
     multiple=True,
     default=(1, 4, 16, 64, 256, 1024, 4096),
     show_default=True,
-    help="on each rank; may be given several times",
+    help="tokens on each rank; may be given several times",
 )
 @click.option("--repeat", type=IntRange(1), default=9, show_default=True, help="measured exchanges of each size")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of the table")
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of a table")
 @click.option("--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="write JSON to this file")
 def comm(pattern: str, as_json: bool, output: Path | None, **sizes: Any) -> None:
-    """What it takes to bring tokens to their experts on other ranks and back: time and bytes, by all2all backend."""
+    """Measure how tokens are sent to experts on other ranks and back: time and bytes of each all2all backend."""
     traffic = ExpertTraffic(**sizes)
     chosen, why = traffic.choose()
     results = measure_experts(traffic)
@@ -175,16 +200,16 @@ def comm(pattern: str, as_json: bool, output: Path | None, **sizes: Any) -> None
     }
     if not as_json:
         _print_table(results)
-        print(f"\nauto takes {chosen}: {why}")
+        print(f"\nauto chooses {chosen}: {why}")
     if as_json or output is not None:
         _write(report, output)
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:
-    """A line for each number of tokens, the backends beside each other."""
+    """Print a line for each number of tokens, with the backends side by side."""
     backends = list(dict.fromkeys(result["backend"] for result in results))
     print(" " * 8 + "".join(f"{backend:>34}" for backend in backends))
-    print(f"{'tokens':>8}" + f"{'us':>14}{'bytes a rank':>20}" * len(backends))
+    print(f"{'tokens':>8}" + f"{'us':>14}{'bytes per rank':>20}" * len(backends))
     for tokens in dict.fromkeys(result["tokens"] for result in results):
         row = [result for result in results if result["tokens"] == tokens]
         print(f"{tokens:>8}" + "".join(f"{each['us']:>14.0f}{each['sent_bytes']:>20.0f}" for each in row))

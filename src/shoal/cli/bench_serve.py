@@ -1,4 +1,4 @@
-"""`shoal bench serve`: load on a server, and what comes back."""
+"""`shoal bench serve`: put load on a server and measure its answers."""
 
 import json
 import math
@@ -24,53 +24,89 @@ _POSITIVE = AnyFloatRange(0, min_open=True)
 
 @click.command()
 @click.argument("url")
-@click.option("--endpoint", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
-@click.option("--model", metavar="NAME", help="as the server names it  [default: the first that it lists]")
-@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="the server's key")
-@click.option("--num-prompts", type=_COUNT, help="requests  [default: 100, or as many as --duration has room for]")
+@click.option(
+    "--endpoint",
+    type=click.Choice(["completions", "chat"]),
+    default="completions",
+    show_default=True,
+    help="endpoint that requests are sent to",
+)
+@click.option("--model", metavar="NAME", help="name of the model on the server  [default: the first that it lists]")
+@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="key of the server")
+@click.option(
+    "--num-prompts", type=_COUNT, help="number of requests  [default: 100, or as many as start within --duration]"
+)
 @click.option("--duration", type=_POSITIVE, metavar="SECONDS",
-              help="after which no request comes; those under way are seen to their end")  # fmt: skip
-@click.option("--request-rate", type=_POSITIVE, metavar="RATE|inf", help="requests a second, whatever the answers do")
-@click.option("--burstiness", type=_POSITIVE, default=1.0, show_default=True, help="1: Poisson; less: in bursts")
-@click.option("--max-concurrency", type=_COUNT, help="requests at once; without a rate, each end begins another")
-@click.option("--random-input-len", type=_COUNT, metavar="TOKENS", help="of a prompt  [default: 128]")
-@click.option("--random-output-len", type=_COUNT, metavar="TOKENS", help="of an answer at most  [default: 64]")
+              help="time after which no request is sent; running ones are still awaited")  # fmt: skip
+@click.option(
+    "--request-rate", type=_POSITIVE, metavar="RATE|inf", help="requests per second, sent without waiting for answers"
+)
+@click.option(
+    "--burstiness",
+    type=_POSITIVE,
+    default=1.0,
+    show_default=True,
+    help="1: arrivals are a Poisson process; below 1: they come in bursts",
+)
+@click.option(
+    "--max-concurrency", type=_COUNT, help="requests at the same time; without a rate, a new one follows each that ends"
+)
+@click.option("--random-input-len", type=_COUNT, metavar="TOKENS", help="length of a prompt  [default: 128]")
+@click.option("--random-output-len", type=_COUNT, metavar="TOKENS", help="greatest length of an answer  [default: 64]")
 @click.option("--random-range-ratio", type=FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
               help="r: lengths are drawn from [length x (1 - r), length x (1 + r)]")  # fmt: skip
 @click.option("--length-mix", metavar="IN:OUT@SHARE,...", help="several lengths, such as 128:64@0.7,1024:256@0.3")
 @click.option("--shared-prefix-len", type=IntRange(0), default=0, show_default=True, metavar="TOKENS",
-              help="before each prompt, the same for many")  # fmt: skip
-@click.option("--num-prefixes", type=_COUNT, default=1, show_default=True, help="different ones")
+              help="length of a prefix that many prompts have in common")  # fmt: skip
+@click.option("--num-prefixes", type=_COUNT, default=1, show_default=True, help="number of different prefixes")
 @click.option("--prefix-zipf", type=FloatRange(0), default=1.0, show_default=True,
               help="s: the k-th prefix is as frequent as 1 / k^s")  # fmt: skip
-@click.option("--token-ids", is_flag=True, help="prompts are token ids, not text")
-@click.option("--vocab-size", type=IntRange(8), default=256, show_default=True, help="ids of --token-ids are less")
-@click.option("--ignore-eos", is_flag=True, help="answers have their full length")
-@click.option("--temperature", type=FloatRange(0), default=0.0, show_default=True)
-@click.option("--seed", type=Integer(), default=0, show_default=True,
-              help="of lengths, prompts and arrivals; prompts that came before may be in a prefix cache")  # fmt: skip
-@click.option("--warmup", type=IntRange(0), default=0, show_default=True, help="requests before, not measured")
-@click.option("--timeout", type=_POSITIVE, default=600.0, show_default=True, metavar="SECONDS", help="of a request")
+@click.option("--token-ids", is_flag=True, help="send prompts as token ids, not as text")
 @click.option(
-    "--slo", multiple=True, metavar="ttft:200", help="limit of ttft, tpot or e2e; goodput is within all limits"
+    "--vocab-size", type=IntRange(8), default=256, show_default=True, help="upper limit of the token ids of --token-ids"
 )
-@click.option("--percentiles", default="50,90,99", show_default=True, metavar="P,...", help="of latencies")
-@click.option("--request-log-in", type=_FILE, metavar="FILE", help="replay these arrivals, lengths and prompts")
-@click.option("--request-log-out", type=_FILE, metavar="FILE", help="a line of JSON for each request")
-@click.option("--output", "-o", type=_FILE, metavar="FILE", help="write the report as JSON")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of the table")
-@click.option("--plot", type=_FILE, metavar="FILE", help="a picture, .svg, .png or .pdf; needs matplotlib")
+@click.option("--ignore-eos", is_flag=True, help="generate answers of full length")
+@click.option("--temperature", type=FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
+@click.option("--seed", type=Integer(), default=0, show_default=True,
+              help="seed of lengths, prompts and arrivals; another one gives other prompts")  # fmt: skip
+@click.option(
+    "--warmup", type=IntRange(0), default=0, show_default=True, help="requests that are sent first and not measured"
+)
+@click.option(
+    "--timeout",
+    type=_POSITIVE,
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="time that a request may take",
+)
+@click.option(
+    "--slo",
+    multiple=True,
+    metavar="ttft:200",
+    help="limit in ms of ttft, tpot or e2e; goodput counts requests within all limits",
+)
+@click.option(
+    "--percentiles", default="50,90,99", show_default=True, metavar="P,...", help="percentiles of latencies to report"
+)
+@click.option(
+    "--request-log-in", type=_FILE, metavar="FILE", help="replay the arrivals, lengths and prompts of this file"
+)
+@click.option("--request-log-out", type=_FILE, metavar="FILE", help="write a line of JSON for each request")
+@click.option("--output", "-o", type=_FILE, metavar="FILE", help="write the report to this file, as JSON")
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of a table")
+@click.option("--plot", type=_FILE, metavar="FILE", help="draw the results: .svg, .png or .pdf; needs matplotlib")
 def serve(as_json: bool, **flags: Any) -> int:
-    """Load on the server at URL, which speaks OpenAI's interface, and what it delivers.
+    """Put load on the server at URL, which serves the OpenAI API, and measure its answers.
 
-    With --request-rate requests come at their times whatever the answers do (open loop); with --max-concurrency each
-    end begins another (closed loop); with neither all come at once. Latencies count from the time at which a request
-    was to be sent. Exit code 1: some requests failed.
+    With --request-rate, requests are sent at their times without waiting for answers (open loop); with
+    --max-concurrency, a new request follows each that ends (closed loop); with neither, all are sent at once. Latencies
+    are counted from the time at which a request was due. The exit code is 1 if requests failed.
     """
     report = load("shoal.client.load.bench:measure")(_settings(flags))
     print(json.dumps(report, indent=2) if as_json else table(report))
     if report["interrupted"]:
-        raise Interrupted("the figures are those of the requests that had ended")
+        raise Interrupted("the report covers the requests that had ended")
     return 1 if report["requests"]["failed"] else 0
 
 
@@ -86,7 +122,7 @@ def _lengths(mix: str | None, input_len: int | None, output_len: int | None) -> 
     if mix is None:
         return (Lengths(input_len or 128, output_len or 64),)
     if input_len is not None or output_len is not None:
-        raise ConfigError("--length-mix says all lengths: leave out --random-input-len and --random-output-len")
+        raise ConfigError("--length-mix sets all lengths: leave out --random-input-len and --random-output-len")
     return parse_mix(mix)
 
 
@@ -106,6 +142,6 @@ def _percentile(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """NaN, which is within no limits, if it is none."""
+    """Return the number in a text; NaN, which no limits contain, if there is none."""
     found = decimal_number(text.strip(" "))
     return math.nan if found is None else found

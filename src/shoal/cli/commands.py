@@ -1,4 +1,4 @@
-"""The commands of `shoal`, and what their errors look like: one line."""
+"""The commands of `shoal`. An error of any of them is one line on stderr."""
 
 import os
 import sys
@@ -10,6 +10,8 @@ from shoal.cli.bench import bench
 from shoal.cli.completion import completion
 from shoal.cli.download import download
 from shoal.cli.generate import Interrupted, generate
+from shoal.cli.options import unknown_flag
+from shoal.cli.plan import plan
 from shoal.cli.scale import scale
 from shoal.cli.serve import serve
 from shoal.cli.top import top
@@ -19,7 +21,7 @@ from shoal.log import configure_logging, get_logger
 
 
 class _Sections(click.Group):
-    """Lists its commands under headings."""
+    """A group of commands whose help lists them under headings."""
 
     def __init__(self, *arguments: object, **keywords: object) -> None:
         super().__init__(*arguments, **keywords)  # type: ignore[arg-type]
@@ -37,7 +39,7 @@ class _Sections(click.Group):
 
 
 def _dashed(name: str) -> str:
-    """Flags may be written with underscores, as vLLM takes them."""
+    """Allow underscores in flags, as vLLM does."""
     return name.replace("_", "-")
 
 
@@ -51,29 +53,33 @@ _CONTEXT = {
 @click.group(cls=_Sections, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="shoal")
 def cli() -> None:
-    """Serves large language models across processes, devices and machines."""
+    """Serve large language models over processes, devices and hosts."""
     configure_logging()
     for warning in engine_options.strange_variables():
         get_logger("cli").warning("%s", warning)
 
 
 cli.add("Run models", generate, serve)
+cli.add("Decide", plan)
 cli.add("Measure", bench)
 cli.add("Operate", top, scale)
 cli.add("Set up", download, completion)
 
 
 def run() -> int:
-    """Gives the exit code: 0: done; 1: the engine failed or a prompt did; 2: something the caller can mend; 130:
-    interrupted.
+    """Run the command and return its exit code.
+
+    The code is 0 (done), 1 (the engine or a prompt failed), 2 (an error that the caller can correct) or 130
+    (interrupted).
 
     Raises:
-        KeyboardInterrupt: before a command has had a chance to say how to go on.
+        KeyboardInterrupt: before the command could say how to go on.
     """
     try:
         return cli.main(standalone_mode=False) or 0
-    except click.ClickException as error:  # click tells the usage before the error; ours is one line, like every other
-        what = " ".join(error.format_message().split()).rstrip(".")
+    except click.ClickException as error:  # click prints the usage, too; our errors are one line
+        message = unknown_flag(error, sys.argv[1:]) if isinstance(error, click.NoSuchOption) else error.format_message()
+        what = " ".join(message.split()).rstrip(".")
         command = " ".join(["shoal", *(name for name in sys.argv[1:2] if name in cli.commands)])
         print(f"error: {what}; see {command} --help", file=sys.stderr)
         return error.exit_code
@@ -83,7 +89,7 @@ def run() -> int:
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except click.Abort:

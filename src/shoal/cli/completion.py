@@ -1,4 +1,4 @@
-"""`shoal completion`: what a shell needs to complete commands and flags."""
+"""`shoal completion`: the script with which a shell completes commands and flags."""
 
 import click
 from click.shell_completion import ShellComplete, get_completion_class
@@ -12,7 +12,7 @@ _SHELLS = ("bash", "zsh", "fish")
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script that completes commands and flags in a shell.
+    """Print a script with which a shell completes commands and flags.
 
     bash: `eval "$(shoal completion bash)"` in ~/.bashrc; zsh: the same with zsh in ~/.zshrc; fish: `shoal completion
     fish > ~/.config/fish/completions/shoal.fish`.
@@ -20,5 +20,5 @@ def completion(ctx: click.Context, shell: str) -> None:
     kind = get_completion_class(shell)
     if kind is None:
         raise EngineError(f"this version of click can't complete in {shell}")
-    # The classes' own `source` may start a shell to ask for its version, which must not fail where there is none.
+    # The `source` of click's classes may start the shell to ask for its version, but it need not be installed here.
     click.echo(ShellComplete.source(kind(ctx.find_root().command, {}, "shoal", "_SHOAL_COMPLETE")))

@@ -1,39 +1,39 @@
-"""The file of `--config`: YAML, a flag a key. As strict as the command line: a slip is named, never passed over."""
+"""The file of `--config`: YAML whose keys are flags. It is as strict as the command line: no mistake is ignored."""
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
+from shoal.config import vllm_options
 from shoal.errors import ConfigError
 from shoal.lazy import load
+from shoal.values import closest
 
-# YAML 1.1 takes numbers such as 1e-3 for texts, for want of a point or of a sign behind the e; 1.2 does not.
+# YAML 1.1 reads numbers without a point, or without a sign after the e, such as 1e-3, as texts; YAML 1.2 does not.
 _SCIENTIFIC = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+\Z")
 
 
 class _Twice(Exception):
-    """A mapping has a key twice; it is told as `line 3: seed`."""
+    """A mapping has a key twice; its text is `line 3: seed`."""
 
 
 def read_config_file(path: str, parameters: Sequence[click.Parameter]) -> dict[str, Any]:
-    """Parameter name -> value. Keys are flags without their dashes, with - or _ between words; a flag that may be
-    given several times takes a list.
+    """Return parameter name -> value. Keys are flags without the dashes in front, with - or _ between words. A flag
+    that may be given several times takes a list.
 
     Raises:
-        ConfigError: the file can't be read, a key is unknown (the nearest known one is named), given twice, or its
-            value has the wrong type.
+        ConfigError: the file can't be read, or a key is unknown, is given twice or has a value of the wrong type.
     """
     keys = _keys(parameters)
     found: dict[str, Any] = {}
     for key, value in _read(path).items():
         name = str(key).replace("_", "-").lstrip("-")
         if name not in keys:
-            near = difflib.get_close_matches(name, keys, 1)
-            hint = f"did you mean {near[0]}?" if near else "docs/flags.md lists the known ones"
-            raise ConfigError(f"--config {path}: unknown key {key}; {hint}")
+            near = closest(name, keys)
+            hint = f"did you mean {near}?" if near else "docs/flags.md lists the known ones"
+            raise ConfigError(f"--config {path}: unknown key {key}; {vllm_options.explain(name) or hint}")
         parameter, negated = keys[name]
         checked = _check(parameter, f"--config {path}: {key}", value)
         if parameter.name in found:
@@ -53,7 +53,7 @@ def _read(path: str) -> Mapping[Any, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path} can't be read: {error.strerror}") from None
     except (yaml_error, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ConfigError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -62,7 +62,7 @@ def _read(path: str) -> Mapping[Any, Any]:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader, but for keys that are given twice and for numbers."""
+    """Return PyYAML's safe loader, which here refuses keys that are given twice and reads numbers as YAML 1.2 does."""
     loader: Any = type("_Loader", (load("yaml:SafeLoader"),), {})
     loader.add_constructor("tag:yaml.org,2002:map", _mapping)
     loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, list("-+.0123456789"))
@@ -70,13 +70,14 @@ def _loader() -> Any:
 
 
 def _mapping(loader: Any, node: Any) -> Iterator[Any]:
-    """
+    """Construct a mapping whose keys differ.
+
     Raises:
-        _Twice: a key comes again. (Keys that `<<` merges in give way to those that are there.)
+        _Twice: a key comes again. (Keys that `<<` merges in may: those of the mapping itself override them.)
     """
     seen = set()
     for key, _ in node.value:
-        if isinstance(key.value, str):  # no list or mapping, which PyYAML refuses as keys
+        if isinstance(key.value, str):  # PyYAML refuses lists and mappings as keys
             if (key.tag, key.value) in seen:
                 raise _Twice(f"line {key.start_mark.line + 1}: {key.value}")
             seen.add((key.tag, key.value))
@@ -84,7 +85,7 @@ def _mapping(loader: Any, node: Any) -> Iterator[Any]:
 
 
 def _keys(parameters: Sequence[click.Parameter]) -> dict[str, tuple[click.Parameter, bool]]:
-    """Key -> (parameter, is it the one that switches it off?)."""
+    """Return key -> (parameter, whether the key switches it off)."""
     found: dict[str, tuple[click.Parameter, bool]] = {}
     for parameter in parameters:
         if isinstance(parameter, click.Argument) and parameter.name:
@@ -98,7 +99,7 @@ def _keys(parameters: Sequence[click.Parameter]) -> dict[str, tuple[click.Parame
 
 
 def _check(parameter: click.Parameter, name: str, value: Any) -> Any:
-    """The value as click has it from the command line; None: not given."""
+    """Return the value as click has it from the command line; None means not given."""
     option = getattr(parameter, "option", None)
     if option is not None:
         return option.check(value, name)

@@ -1,4 +1,4 @@
-"""`shoal generate`: prompts in, text out."""
+"""`shoal generate`: prints the outputs of prompts, or writes those of a whole file."""
 
 import itertools
 import os
@@ -24,20 +24,23 @@ from shoal.jobs.parameters import Parameters
 from shoal.jobs.reading import PromptFile, chat_of
 from shoal.jobs.run_job import JobRun, Preparer, prepare
 from shoal.jobs.writing import OutputFailed, OutputFile
+from shoal.launch import hub
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.llm.llm import LLM
 from shoal.log import get_logger
 from shoal.outputs import CompletionOutput, RequestOutput
+from shoal.params import SamplingParams
 from shoal.text.prompts import Job
 
 log = get_logger("generate")
 
+# What both bundled models were trained on: the dense one and the mixture of experts.
 _BUNDLED_PROMPTS = ("37 + 45 =", "Count from 3 to 9:", "Reverse: apple ->", "Sort: pear apple fig ->", "8 + 64 =")
-_TOLD_FAILURES = 20  # on stderr; with --output the others are in the file
+_TOLD_FAILURES = 20  # failed prompts that are named on stderr; with --output the file has them all
 
 
 class Interrupted(ShoalError):
-    """By Ctrl-C or SIGTERM."""
+    """A command was interrupted by Ctrl-C or SIGTERM."""
 
     exit_code = 130
 
@@ -46,14 +49,22 @@ class Interrupted(ShoalError):
 @click.argument("model", required=False)
 @click.option("-p", "--prompt", "prompts", multiple=True, metavar="TEXT", help="a prompt; may be given several times")
 @click.option(
-    "--prompts-file", metavar="FILE", help="prompts: a line each (.txt), JSON lines (.jsonl), a column (.csv); -: stdin"
+    "--prompts-file",
+    metavar="FILE",
+    help="file of prompts: one per line (.txt), JSON lines (.jsonl) or a column (.csv); -: stdin",
 )
-@click.option("--prompt-column", default="prompt", show_default=True, metavar="NAME", help="of a .csv file")
-@click.option("--chat", is_flag=True, help="texts are what a user says: put them through the model's chat template")
-@click.option("--output", metavar="FILE", help="write JSON lines to this file as requests finish; -: stdout")
-@click.option("--ordered", is_flag=True, help="write lines in the prompts' order")
-@click.option("--resume", is_flag=True, help="go on with --output: prompts that it answers are left out")
-@click.option("--overwrite", is_flag=True, help="begin --output anew, whatever it holds")
+@click.option(
+    "--prompt-column",
+    default="prompt",
+    show_default=True,
+    metavar="NAME",
+    help="column of a .csv file that has the prompts",
+)
+@click.option("--chat", is_flag=True, help="take each prompt as a user's message, and apply the model's chat template")
+@click.option("--output", metavar="FILE", help="file for JSON lines, written as requests finish; -: stdout")
+@click.option("--ordered", is_flag=True, help="write lines in the order of the prompts")
+@click.option("--resume", is_flag=True, help="go on with --output: skip prompts that it has answers to")
+@click.option("--overwrite", is_flag=True, help="begin --output anew, even if it is not empty")
 @sampling_flags
 @engine_flags
 def generate(
@@ -71,11 +82,11 @@ def generate(
 ) -> int:
     """Generate text. MODEL is a folder or an id on the Hugging Face hub; without it, the bundled model is used.
 
-    A line of JSON has `prompt`, `prompt_token_ids` or `messages`, and perhaps `sampling_params`; or it is a request in
-    OpenAI's batch format, and then so is the answer.
+    A JSON line has `prompt`, `prompt_token_ids` or `messages`, and perhaps `sampling_params`. It may also be a request
+    in OpenAI's batch format; then the answer has that format, too.
     """
     sampling = sampling_values(flags)
-    if _typed("resume"):  # what is typed goes over the file of --config
+    if _typed("resume"):  # the command line overrides the file of --config
         overwrite = overwrite and _typed("overwrite")
     elif _typed("overwrite"):
         resume = False
@@ -84,7 +95,7 @@ def generate(
     opened = open_model(model, engine_values(flags), own_process=True)
     parameters = Parameters(DEFAULTS, sampling, opened.default_sampling_params)
     if chat:
-        opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # is there a template at all?
+        opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # raises if there is no template
     typed = given.check_typed(opened.reader(), parameters)
     with closing(opened.grammar_checker()) as grammars:
         grammars.check_jobs(typed)
@@ -92,21 +103,22 @@ def generate(
         with LLM(opened) as llm:
             return _print(llm, given, parameters)
     with OutputFile(output) as file:
-        if not (resume or overwrite or file.empty):  # another run may have written it while the model was read
+        if not (resume or overwrite or file.empty):  # another run may have written to it meanwhile
             raise _not_empty(output)
         return _FileJob(opened, given, parameters, file, ordered=ordered, resume=resume).run()
 
 
 def _typed(name: str) -> bool:
-    """Is the flag on the command line?"""
+    """Return whether a flag is on the command line."""
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _check_output(output: str | None, prompts: str | None, *, resume: bool, overwrite: bool) -> None:
-    """
+    """Check the flags for the output against each other and the file.
+
     Raises:
-        ConfigError: flags or files that do not go together.
-        UserError: the file has something in it that nobody said what to do with.
+        ConfigError: flags or files do not go together.
+        UserError: the file is not empty, and neither --resume nor --overwrite is given.
     """
     for name, value in (("--resume", resume), ("--overwrite", overwrite)):
         if value and output is None:
@@ -127,21 +139,22 @@ def _not_empty(output: str) -> UserError:
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """Those of -p come first, then those of the file."""
+    """All prompts of a command: first those of -p, then those of the file."""
 
     typed: Sequence[JobEntry]
     file: PromptFile | None
 
     @classmethod
     def of(cls, model: str | None, typed: Sequence[str], path: str | None, *, column: str, chat: bool) -> "_Prompts":
-        """
+        """Collect the prompts that a command was given; without any, a bundled model has its own.
+
         Raises:
-            UserError: there are none, or the file can't be used.
+            UserError: there are no prompts, or the file can't be used.
         """
         file = PromptFile(path, column=column, chat=chat, first_index=len(typed)) if path is not None else None
         if not typed and (file is None or file.empty):
-            if model is not None or file is not None:
-                raise UserError("no prompts: give -p TEXT or --prompts-file FILE, a file with a prompt a line")
+            if not hub.is_bundled(model) or file is not None:
+                raise UserError("no prompts: give -p TEXT or --prompts-file FILE, a file with one prompt per line")
             typed = _BUNDLED_PROMPTS
         entries = [JobEntry(index, "-p", prompt=text) for index, text in enumerate(typed)]
         return cls([chat_of(entry) for entry in entries] if chat else entries, file)
@@ -158,10 +171,10 @@ class _Prompts:
         return None if inside is None else len(self.typed) + inside
 
     def check_typed(self, preparer: Preparer, parameters: Parameters) -> list[Job]:
-        """Prepares the prompts that were typed: whoever typed one is there to mend it, so that it need not fail alone.
+        """Prepare the prompts of -p. A wrong one ends the command, since whoever typed it can correct it.
 
         Raises:
-            RequestError: it can't be used; it is named.
+            RequestError: a prompt can't be used; the message says which.
         """
         jobs = []
         for entry in self.typed:
@@ -173,8 +186,8 @@ class _Prompts:
 
 
 def _print(llm: LLM, given: _Prompts, parameters: Parameters) -> int:
-    """Texts on stdout, in the prompts' order. Gives the exit code."""
-    given.check_typed(llm, parameters)  # once more: the ranks may have found less room than was planned
+    """Print the outputs in the order of the prompts, and return the exit code."""
+    given.check_typed(llm, parameters)  # again, since the ranks may have found less memory than was planned
     failed = 0
     for entry, _, output in JobRun(llm, parameters, seed=llm.options.model_options.seed)(given, ordered=True):
         if output.error is not None:
@@ -183,24 +196,26 @@ def _print(llm: LLM, given: _Prompts, parameters: Parameters) -> int:
             continue
         for each in output.outputs:
             print(_shown(entry, output, each), flush=True)
-    _log_guesses(llm)
+        if told := _incomplete(entry, output, parameters.of(entry)):
+            print(told, file=sys.stderr)
+    _log_drafts(llm)
     return 1 if failed else 0
 
 
-def _log_guesses(llm: LLM) -> None:
-    """How well speculative decoding did, if it was asked for."""
+def _log_drafts(llm: LLM) -> None:
+    """Log the success of speculative decoding, if it is on."""
     if llm.options.model_options.speculative_config is None:
         return
     stats = llm.stats()
     share = stats.accepted_tokens / stats.draft_tokens if stats.draft_tokens else 0.0
     log.info(
-        "speculative decoding: %d of %d guessed tokens were right (%.0f %%), %d tokens in %d steps",
+        "speculative decoding: %d of %d drafts were right (%.0f %%), %d tokens in %d steps",
         *(stats.accepted_tokens, stats.draft_tokens, 100 * share, stats.generated_tokens, stats.steps),
     )
 
 
 def _shown(entry: JobEntry, output: RequestOutput, each: CompletionOutput) -> str:
-    """The prompt and how it goes on; of a chat the answer alone; tokens where the prompt has no text."""
+    """Return what to print: the prompt and its output; only the answer in a chat; tokens if the prompt has no text."""
     if entry.messages is not None:
         return each.text
     if output.prompt is not None:
@@ -208,14 +223,28 @@ def _shown(entry: JobEntry, output: RequestOutput, each: CompletionOutput) -> st
     return f"{len(output.prompt_token_ids)} tokens {' '.join(map(str, each.token_ids))}"
 
 
+def _incomplete(entry: JobEntry, output: RequestOutput, params: SamplingParams) -> str | None:
+    """Return a warning if a structured output was cut at a limit of length: it may be half a JSON object."""
+    cut = [len(each.token_ids) for each in output.outputs if each.finish_reason == "length"]
+    if params.structured_outputs is None or not cut:
+        return None
+    flag = "--max-model-len" if params.max_tokens is None or min(cut) < params.max_tokens else "--max-tokens"
+    own = " or the prompt's own max_tokens" if flag == "--max-tokens" and entry.where != "-p" else ""
+    return f"warning: {_named(entry)}: the output was cut at {min(cut)} tokens and may be incomplete; raise {flag}{own}"
+
+
 def _failure(entry: JobEntry, why: str) -> str:
+    return f"error: {_named(entry)}: {why}"
+
+
+def _named(entry: JobEntry) -> str:
     where = "" if entry.where == "-p" else f" ({entry.where})"
-    return f"error: prompt {entry.index}{where}: {why}"
+    return f"prompt {entry.index}{where}"
 
 
 class _FileJob:
-    """All of a job whose answers go into a file. However it ends, what is finished is in the file, and whoever
-    started it is told how to go on."""
+    """A run whose answers go into a file. However it ends, finished answers are in the file, and the last message says
+    how to go on."""
 
     def __init__(
         self,
@@ -234,17 +263,17 @@ class _FileJob:
         self._ordered = ordered
         self._resume = resume
         self._seed = opened.options.model_options.seed
-        self._begun = False  # before, the file is as it was
+        self._begun = False  # until then the file is unchanged
         self._written = 0
         self._failed = 0
         self._total = given.count()
 
     def run(self) -> int:
-        """Gives the exit code.
+        """Run the job and return the exit code.
 
         Raises:
-            UserError: the file belongs to other prompts; nothing was started, and the file is as it was.
-            Interrupted, OutputFailed, EngineError: with the way to go on.
+            UserError: the file belongs to other prompts; nothing was started, and the file is unchanged.
+            Interrupted, OutputFailed, EngineError: the message says how to go on.
         """
         answered = self._answered()
         check = self._check(answered)
@@ -268,7 +297,7 @@ class _FileJob:
 
     def _answered(self) -> resuming.Answered:
         if self._resume and not self._output.regular:
-            raise UserError(f"--resume needs an --output that can be read; {self._output.name} is no file")
+            raise UserError(f"--resume needs an --output that can be read; {self._output.name} is not a regular file")
         return resuming.scan(self._output) if self._resume else resuming.Answered()
 
     def _check(self, answered: resuming.Answered) -> resuming.Check:
@@ -287,15 +316,14 @@ class _FileJob:
             run = JobRun(llm, self._parameters, seed=self._seed)
             results = run(self._given, ordered=self._ordered, skip=check.answered, finish=check.finish)
             for entry, digest, output in results:
-                with interrupts.held():  # a line and its count are one
+                with interrupts.held():  # a line and its count belong together
                     self._write(entry, digest, output, progress)
-            _log_guesses(llm)
+            _log_drafts(llm)
             if self._failed > _TOLD_FAILURES:
                 progress.tell(f"error: {self._failed} prompts have failed; their lines have an `error`")
 
     def _write(self, entry: JobEntry, digest: str, output: RequestOutput, progress: JobProgress) -> None:
-        model = self._opened.options.model or "bundled"
-        self._output.write(line_of(entry, digest, output, model))
+        self._output.write(line_of(entry, digest, output, self._opened.name))
         progress.add(output)
         if output.error is None:
             self._written += 1
@@ -316,7 +344,7 @@ class _FileJob:
 
 
 def resume_command(arguments: Sequence[str], *, stdin: bool) -> str:
-    """The command that goes on with this one's job."""
+    """Return the command that goes on with the job of this one."""
     same = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     return command_line([*same, "--resume"], stdin=stdin)
 

@@ -1,6 +1,7 @@
-"""Being the first process of a container: whoever has process id 1 inherits all orphans, and no signal ends it unasked.
+"""Running as the first process of a container, whose process id is 1.
 
-So it stays apart from the program, which goes on as its child and waits for none but its own children.
+Such a process inherits all orphans, and signals that it does not handle do not end it. So it only forwards signals and
+waits for processes; the program runs as its child.
 """
 
 import contextlib
@@ -12,8 +13,8 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, sign
 
 
 def stand_apart() -> None:
-    """Returns in the process that is to be the program. The first process of a container forks it, forwards signals,
-    waits for every process that ends, and exits as the program does."""
+    """Return in the process that runs the program. The first process of a container forks it, forwards signals to it,
+    waits for every process that ends, and exits with the program's code."""
     if os.getpid() != 1:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
@@ -27,7 +28,7 @@ def stand_apart() -> None:
 
 
 def _exit_code(program: int) -> int:
-    """Return the program's exit code once it has ended; as in shells, 128 and the number of a signal that ended it."""
+    """Return the program's exit code once it has ended; as in shells, 128 plus the number of a signal that ended it."""
     while True:
         number = signal.sigwait({*_FORWARDED, signal.SIGCHLD})
         if number != signal.SIGCHLD:
@@ -41,16 +42,17 @@ def _exit_code(program: int) -> int:
 
 
 def _reap() -> dict[int, int]:
-    """Statuses of all that have ended."""
+    """Return the statuses of all processes that have ended, by process id."""
     found = {}
-    with contextlib.suppress(ChildProcessError):  # none is left
+    with contextlib.suppress(ChildProcessError):  # no process is left
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             found[ended[0]] = ended[1]
     return found
 
 
 def _take_terminal() -> None:
-    """At a terminal: so that Ctrl-C reaches the program once, not from there and from the first process."""
+    """Become the terminal's foreground process group, so that Ctrl-C reaches the program once: not through the first
+    process as well."""
     if sys.stdin is None or not os.isatty(0):
         return
     ignored = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
@@ -58,7 +60,7 @@ def _take_terminal() -> None:
         if os.tcgetpgrp(0) == os.getpgrp():
             os.setpgid(0, 0)
             os.tcsetpgrp(0, os.getpgrp())
-    except OSError:  # it is nobody's terminal
+    except OSError:  # the terminal is gone
         pass
     finally:
         signal.signal(signal.SIGTTOU, ignored)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, at moments that suit."""
+"""Ctrl-C and SIGTERM, held back while something must not be interrupted."""
 
 import signal
 from collections.abc import Iterator
@@ -10,10 +10,9 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SignalHolder:
-    """Inside, either signal raises KeyboardInterrupt, but not while `held`: then it waits until that is over.
+    """A context in which either signal raises KeyboardInterrupt, but never inside `held`: there it waits until the end.
 
-    After an interrupt further ones are ignored, since what is open must be closed, which takes a moment. For the main
-    thread.
+    After one interrupt further ones are ignored, since closing what is open takes a moment. It is for the main thread.
     """
 
     def __init__(self) -> None:

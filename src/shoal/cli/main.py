@@ -1,4 +1,4 @@
-"""`shoal`, the program. What takes time to import comes in only where Ctrl-C is listened to."""
+"""The program `shoal`. Modules that take time to import are loaded once Ctrl-C is handled."""
 
 import os
 import signal
@@ -10,16 +10,18 @@ from shoal.process import import_path, open_files
 
 
 def main() -> None:
-    """Exits with the code of `commands.run`."""
+    """Run the command, and exit with its code."""
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         import_path.forget_implicit_folders()
         _open_standard_streams()
         stand_apart()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who started this may ignore it: no child could be waited for
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # the parent may have it ignored; then no child could be waited for
         code = load("shoal.cli.commands:run")()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # at once: whoever presses Ctrl-C may do so several times
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # at once, since Ctrl-C may be pressed several times
         print("interrupted", file=sys.stderr)
         code = 130
     if code == 130:
@@ -29,7 +31,7 @@ def main() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Python has None for those that were closed; `print` would write errors to stdout then."""
+    """Open what stands for the standard streams that were closed: for None, `print` would write errors to stdout."""
     open_files.occupy_standard()
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
@@ -38,7 +40,3 @@ def _open_standard_streams() -> None:
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    main()

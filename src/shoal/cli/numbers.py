@@ -1,4 +1,4 @@
-"""Numbers on the command line, in plain digits. click reads them as Python does, which takes "1_0", "nan" and " 5"."""
+"""Numbers on the command line, in plain digits. click alone reads them as Python does: "1_0", "nan" and " 5" pass."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class Number(click.types.FloatParamType):
 
 
 class AnyNumber(Number):
-    """NaN and infinities too: whoever checks the value refuses them by name."""
+    """A number that may be NaN or infinite; the option's own check refuses those with a better message."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(read_number(value, float) if isinstance(value, str) else value, param, ctx)

@@ -1,6 +1,6 @@
-"""Command line flags for every engine option, made from the config classes; and help that shows them by groups."""
+"""Command line flags for every engine option, made from the config classes, and help that shows them by group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -8,12 +8,13 @@ import click
 from shoal.cli.config_file import read_config_file
 from shoal.cli.numbers import AnyNumber, Integer
 from shoal.config import engine_options, vllm_options
+from shoal.values import closest
 
 F = Callable[..., Any]
 
 
 class Plain(click.ParamType):  # type: ignore[type-arg]
-    """A value that is read later, where its form is known."""
+    """A value that stays a text; its option reads it later."""
 
     name = "text"
 
@@ -22,7 +23,7 @@ class Plain(click.ParamType):  # type: ignore[type-arg]
 
 
 class Choice(click.Choice[str]):
-    """Values as they are spelled: that flags may be written with underscores does not change them."""
+    """A choice whose values are taken as they are written; only flags may have underscores for dashes."""
 
     def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
         return str(choice)
@@ -32,6 +33,8 @@ _KINDS: dict[type, Any] = {int: Integer(), float: AnyNumber(), str: str, bool: b
 
 
 class EngineFlag(click.Option):
+    """The flag of an engine option."""
+
     def __init__(self, option: engine_options.Option) -> None:
         names = [option.name, option.flag, *([option.short] if option.short else [])]
         plain = option.bytes or option.parse is not None
@@ -51,7 +54,7 @@ class EngineFlag(click.Option):
 
 
 class AcceptedFlag(click.Option):
-    """One of vLLM's for which there is nothing to set."""
+    """A flag of vLLM's that is accepted although it changes nothing."""
 
     group = "Flags of vLLM"
 
@@ -67,13 +70,12 @@ class AcceptedFlag(click.Option):
 
 
 def engine_flags(command: F) -> F:
-    """Adds a flag for every option of an engine. The command gets those that were given, as keywords, and the others as
-    None."""
+    """Add a flag for every option of an engine. The command gets them as keywords; None means not given."""
     return _add_flags(command, [option for option in engine_options.options() if not option.online], server=False)
 
 
 def serving_flags(command: F) -> F:
-    """As `engine_flags`, with the options that only mean something to what serves."""
+    """Add the flags of `engine_flags`, and those for `shoal serve` only."""
     return _add_flags(command, list(engine_options.options()), server=True)
 
 
@@ -86,15 +88,36 @@ def _add_flags(command: F, options: list[engine_options.Option], *, server: bool
 
 
 def engine_values(flags: dict[str, Any]) -> dict[str, Any]:
-    """The engine options among a command's keywords that were given, and vLLM's that change nothing."""
+    """Return the engine options that were given among a command's keywords, and those of vLLM's that change nothing."""
     names = {option.name for option in engine_options.options()} | {each.name for each in vllm_options.TABLE}
     return {name: value for name, value in flags.items() if name in names and value is not None}
 
 
-class GroupedCommand(click.Command):
-    """Its own flags come first in its help, and a line for each group of the others, which `--help=GROUP` shows.
+def unknown_flag(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
+    """Return the message about a flag that the command does not have.
 
-    What a flag does not say, an environment variable may, and then the file of `--config`.
+    It says what to do instead of a flag of vLLM's, or names the closest flag.
+    """
+    parameters = error.ctx.command.get_params(error.ctx) if error.ctx is not None else []
+    name = error.option_name
+    if not name.startswith("--"):  # of a short flag, click knows only the first letter
+        name = next((each for each in arguments if each.startswith(name)), name)
+    if any(isinstance(parameter, EngineFlag) for parameter in parameters):
+        told = vllm_options.explain(name) or vllm_options.explain(error.option_name)
+        if told:
+            return told
+    known = [
+        flag for each in parameters if isinstance(each, click.Option) for flag in (*each.opts, *each.secondary_opts)
+    ]
+    dashed = [flag for flag in known if flag.lstrip("-") == name.lstrip("-")]
+    near = dashed[0] if dashed else closest(name, [flag for flag in known if flag.startswith("--")])
+    return f"there is no flag {name}{f' (did you mean {near}?)' if near else ''}"
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows its own flags, and a line for each group of the others; `--help=GROUP` shows a group.
+
+    Where a flag is not given, an environment variable is read, and then the file of `--config`.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -109,7 +132,7 @@ class GroupedCommand(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=self._set_defaults,
-                help="YAML with flags and their values; flags given here and environment variables go over it",
+                help="a YAML file with flags and their values; the command line and environment variables override it",
             ),
         )
 
@@ -123,7 +146,7 @@ class GroupedCommand(click.Command):
                 expose_value=False,
                 callback=self._show_help,
                 metavar="[=GROUP]",
-                help="Show this message, or a group of flags; --help=all shows every one",
+                help="show this message, or a group of flags; --help=all shows every flag",
             )
         return self._grouped_help
 
@@ -171,7 +194,7 @@ class GroupedCommand(click.Command):
 
 
 def group_of(parameter: click.Parameter) -> str | None:
-    """None: one of the command's own."""
+    """Return the group of a flag; None if it is one of the command's own flags."""
     found: str | None = getattr(parameter, "group", None)
     return found
 
@@ -191,7 +214,7 @@ def _summary(name: str, flags: list[click.Parameter]) -> str:
 
 
 def _key(name: str) -> str:
-    """What `--help=` calls a group: `KV cache` -> `cache`."""
+    """Return the name of a group for `--help=`: `KV cache` -> `cache`."""
     return name.rsplit(maxsplit=1)[-1].lower()
 
 

@@ -1,4 +1,4 @@
-"""How far a job is, on stderr: a bar on a terminal, elsewhere a plain line now and then."""
+"""The progress of a job on stderr: a bar on a terminal, elsewhere a plain line every ten seconds."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ _WITHOUT_TOTAL = "{n_fmt} prompts{postfix} [{elapsed}]"
 
 
 class JobProgress:
-    """`total` is None where nobody knows it; `done` of them were done before."""
+    """The progress of one job. `total` is None if it is not known; `done` prompts were done before."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class JobProgress:
             self._say()
 
     def tell(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self._bar.disable:
             print(line, file=self._stream, flush=True)
         else:

@@ -1,4 +1,4 @@
-"""`shoal scale`: more or fewer replicas, while the server goes on."""
+"""`shoal scale`: change the number of replicas while the server goes on."""
 
 import asyncio
 
@@ -18,12 +18,12 @@ from shoal.lazy import load
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="how long it may take until all are ready",
+    help="time that it may take until all replicas are ready",
 )
-@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="the server's key")
+@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="key of the server")
 def scale(url: str, replicas: int, timeout: float, api_key: str | None) -> None:
-    """Have the server at URL run so many REPLICAS.
+    """Change the number of replicas of the server at URL to REPLICAS.
 
-    Waits until they are ready, and tells what happens. Requests go on meanwhile.
+    Wait until they are ready, and print what happens. Requests go on meanwhile.
     """
     asyncio.run(load("shoal.client.scale:scale")(url, replicas, tell=click.echo, timeout=timeout, api_key=api_key))

@@ -1,4 +1,4 @@
-"""`shoal serve`: an OpenAI-compatible server over any layout."""
+"""`shoal serve`: an OpenAI-compatible server."""
 
 import json
 from pathlib import Path
@@ -23,81 +23,109 @@ _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="address to listen on; 0.0.0.0: all of this host's; [::]: with IPv6",
+    help="address to listen on; 0.0.0.0: all addresses of this host; [::]: those of IPv6 too",
 )
-@click.option("--port", default=8000, show_default=True, type=IntRange(0, 65535), help="0: a free one is taken")
+@click.option(
+    "--port", default=8000, show_default=True, type=IntRange(0, 65535), help="port to listen on; 0: a free one"
+)
 @click.option(
     "--api-key",
     "api_keys",
     multiple=True,
     envvar=list(env.API_KEY),
     metavar="KEY",
-    help="asked of clients; may be given several times",
+    help="key that clients must send; may be given several times",
 )
 @click.option(
-    "--served-model-name", "served_model_names", multiple=True, metavar="NAME", help="what clients call the model"
+    "--served-model-name",
+    "served_model_names",
+    multiple=True,
+    metavar="NAME",
+    help="name of the model for clients; may be given several times",
 )
-@click.option("--chat-template", metavar="FILE", help="a Jinja template instead of the model's: a file, or the text")
 @click.option(
-    "--trust-request-chat-template", is_flag=True, help="requests may bring a chat template, which is a program"
+    "--chat-template", metavar="FILE", help="Jinja template to use instead of the model's: a file, or the text"
+)
+@click.option(
+    "--trust-request-chat-template", is_flag=True, help="allow a chat template in requests; a template is a program"
 )
 @click.option(
     "--tool-call-parser",
     metavar="NAME",
-    help="how the model writes tool calls: hermes, llama3_json, mistral, pythonic; needed where it may choose to",
-)
-@click.option("--enable-auto-tool-choice", is_flag=True, help="as --tool-call-parser says by itself")
-@click.option("--max-logprobs", default=20, show_default=True, help="likeliest tokens that may be asked for; -1: all")
-@click.option(
-    "--return-tokens-as-token-ids", is_flag=True, help="log-probabilities call tokens token_id:17, unless asked not to"
+    help="form of the model's tool calls: hermes, llama3_json, mistral, pythonic; needed for tool_choice auto",
 )
 @click.option(
-    "--max-request-bytes", default="32MiB", show_default=True, metavar="BYTES", help="size of a request's body, at most"
+    "--enable-auto-tool-choice", is_flag=True, help="allow tool_choice auto; --tool-call-parser alone does so too"
+)
+@click.option(
+    "--max-logprobs", default=20, show_default=True, help="the most logprobs that a request may ask for; -1: any number"
+)
+@click.option(
+    "--return-tokens-as-token-ids",
+    is_flag=True,
+    help="write tokens as token_id:17 in logprobs, unless a request says otherwise",
+)
+@click.option(
+    "--max-request-bytes", default="32MiB", show_default=True, metavar="BYTES", help="the largest body of a request"
 )
 @click.option(
     "--stored-responses",
     default=10_000,
     show_default=True,
     type=click.IntRange(0),
-    help="that /v1/responses keeps in memory, for previous_response_id; 0: none",
+    help="responses of /v1/responses that are kept in memory, for previous_response_id; 0: none",
 )
 @click.option(
-    "--stored-response-bytes", default="256MiB", show_default=True, metavar="BYTES", help="of all of them, at most"
+    "--stored-response-bytes",
+    default="256MiB",
+    show_default=True,
+    metavar="BYTES",
+    help="the largest size of all stored responses together",
 )
 @click.option(
     "--stored-response-seconds",
     default=3600.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="that one is kept since it was used last",
+    help="time for which a stored response is kept after its last use",
 )
 @click.option(
-    "--disable-docs", "--disable-fastapi-docs", "disable_docs", is_flag=True, help="no /docs, /redoc and /openapi.json"
+    "--disable-docs",
+    "--disable-fastapi-docs",
+    "disable_docs",
+    is_flag=True,
+    help="do not serve /docs, /redoc and /openapi.json",
 )
-@click.option("--root-path", default="", metavar="PATH", help="where a proxy has put the server")
-@click.option("--allowed-origins", multiple=True, metavar="ORIGIN", help="web pages that may call the server; *: all")
-@click.option("--ssl-keyfile", metavar="FILE", help="key of the certificate, for https")
-@click.option("--ssl-certfile", metavar="FILE", help="certificate, for https")
+@click.option("--root-path", default="", metavar="PATH", help="path under which a proxy serves this server")
+@click.option(
+    "--allowed-origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="web pages that may call the server; *: all; may be given several times",
+)
+@click.option("--ssl-keyfile", metavar="FILE", help="private key of the certificate, for HTTPS")
+@click.option("--ssl-certfile", metavar="FILE", help="certificate, for HTTPS")
 @click.option(
     "--api-server-count",
+    "-asc",
     default=1,
     show_default=True,
     type=IntRange(1, 256),
-    help="processes that answer requests, before the same replicas",
+    help="processes that answer HTTP requests; all of them use the same replicas",
 )
 @click.option(
     "--shutdown-timeout",
     default=60.0,
     show_default=True,
     type=FloatRange(0),
-    help="seconds that running requests have to end after SIGTERM",
+    help="seconds that running requests may still take after SIGTERM",
 )
 @click.option(
     "--uvicorn-log-level",
     default="warning",
     show_default=True,
     type=click.Choice(_LEVELS),
-    help="info: a line for each request too",
+    help="level of the HTTP server's log; info: a line for each request",
 )
 @serving_flags
 def serve(
@@ -129,15 +157,16 @@ def serve(
 ) -> int:
     """Serve the OpenAI API. MODEL is a folder or an id on the Hugging Face hub; without it, the bundled model is used.
 
-    Replicas that end are started again, and their requests go on. SIGTERM ends the server when its requests have ended.
+    A replica that fails is restarted, and its requests go on. After SIGTERM the server ends when its requests have
+    ended.
     """
-    # The web libraries are for this command alone, and take a while to load.
+    # The web libraries are needed by this command only, and take a while to load.
     from shoal.server.http.listening import Listening
     from shoal.server.serve import run
     from shoal.server.settings import ServerSettings
 
     if enable_auto_tool_choice and tool_call_parser is None:
-        raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser: how does the model write a call?")
+        raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser, the form of the model's tool calls")
     settings = ServerSettings(
         served_model_names=served_model_names,
         api_keys=api_keys,
@@ -164,7 +193,7 @@ def serve(
 
 
 def _origins(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Each may be a JSON list of origins, as vLLM has them."""
+    """Return all origins; each value may be one, or a JSON list of them as for vLLM."""
     found: list[str] = []
     for each in given:
         try:
@@ -178,7 +207,7 @@ def _origins(given: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _template(given: str | None) -> str | None:
-    """A file's text; or the text itself, which has a brace and no path ever has."""
+    """Return a template's text. The value is a path, or the text itself, which has a brace."""
     if given is None or "{" in given:
         return given
     try:

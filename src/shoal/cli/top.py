@@ -1,4 +1,4 @@
-"""`shoal top`: what a server is doing, on the terminal."""
+"""`shoal top`: the state of a server, live on the terminal."""
 
 import click
 
@@ -15,13 +15,13 @@ from shoal.lazy import load
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="from one reading to the next",
+    help="time between readings",
 )
-@click.option("--once", is_flag=True, help="print what two readings say, and end; so it is where there is no terminal")
-@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="the server's key")
+@click.option("--once", is_flag=True, help="print the state once and end; so it always is without a terminal")
+@click.option("--api-key", envvar=list(env.API_KEY), metavar="KEY", help="key of the server")
 def top(url: str, interval: float, api_key: str | None, *, once: bool) -> None:
-    """Show what the server at URL does, live.
+    """Show the state of the server at URL, live.
 
-    Replicas and their ranks, queue, KV use, prefix hits, tokens a second. q ends it.
+    It shows replicas and their ranks, the queue, KV cache use, prefix cache hits and tokens per second. Press q to end.
     """
     load("shoal.client.top:run")(url, interval=interval, once=once, api_key=api_key)

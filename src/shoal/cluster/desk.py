@@ -1,7 +1,7 @@
-"""The thread that drives a fleet, and the lines to it: of clients in this process and in others.
+"""The desk: the thread that drives a fleet, and the connections to it of clients in this process and in others.
 
-A line's clients number their requests from 0. Here they all share one range of numbers: the line's own number stands
-above the request's.
+Clients number their requests from 0. In the fleet each connection has a range of numbers, which begins at its `base`:
+that is added to the numbers of a request when it comes in, and written on the envelope of updates that go out.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from shoal.wire.fleet import operation_decoder
 
 log = get_logger("desk")
 
-_LINE_BITS = 40  # of a number are the request's own
+_OWN_BITS = 40  # of a request's number are the client's own; the bits above them number the connection
 _WAIT_S = 1.0
 _AT_A_TIME = 64  # requests that are taken in one turn, before what replicas say is handed out
 _TOGETHER = 8  # ... of a client that brings many at once
@@ -87,13 +87,28 @@ class Questions:
 
 
 class _Client:
-    """One line, as the desk sees it. `say` hands an answer over and never blocks; `end` is the last of it."""
+    """A connection, as the desk sees it. `say` hands an answer over and never blocks; `end` is the last call of all."""
 
     def __init__(self, number: int, say: Callable[[Answer], object], end: Callable[[], object]) -> None:
         self.number = number
+        self.base = number << _OWN_BITS
         self.say = say
         self.end = end
-        self.requests: set[int] = set()  # by their numbers here
+        self.requests: set[int] = set()  # by their numbers in the fleet
+
+    def in_fleet(self, seq: int) -> int:
+        """Return the number in the fleet of what this client has numbered `seq`.
+
+        Raises:
+            WireError: a client can't have such a number.
+        """
+        if not 0 <= seq < 1 << _OWN_BITS:
+            raise WireError(f"a client numbered a request {seq}")
+        return self.base + seq
+
+    def update(self, *updates: SeqUpdate) -> None:
+        """Hand over updates, which have the fleet's numbers."""
+        self.say(Updates(updates, self.base))
 
 
 class Desk:
@@ -201,14 +216,14 @@ class Desk:
         for client in list(self._clients.values()):
             lost = [self._lost(seq) for seq in client.requests]
             with contextlib.suppress(Exception):  # its thread or loop may have ended as well
-                client.say(Updates(tuple(lost)))
+                client.update(*lost)
             with contextlib.suppress(Exception):
                 client.end()
         self._fleet.close()
 
     def _lost(self, seq: int) -> SeqUpdate:
         refusal = RefusalKind.LOST if self._failure else RefusalKind.CLOSING
-        return _refused(_own(seq), self._failure or _CLOSED, refusal)
+        return _refused(seq, self._failure or _CLOSED, refusal)
 
     def _enter(self, client: _Client) -> None:
         self._clients[client.number] = client
@@ -226,7 +241,7 @@ class Desk:
             case EngineRequest():
                 self._take_request(client, message)
             case Abort():
-                seqs = [_shared(client.number, seq) for seq in message.seqs]
+                seqs = [client.in_fleet(seq) for seq in message.seqs]
                 self._fleet.abort(seqs, stopped=message.stopped)
             case Ask() if message.verb == "operate" and not self._ended:
                 self._operate(client, message)
@@ -236,22 +251,22 @@ class Desk:
                 raise WireError(f"a client sent a {type(message).__name__}")
 
     def _take_request(self, client: _Client, request: EngineRequest) -> None:
-        seq = _shared(client.number, request.seq)
+        seq = client.in_fleet(request.seq)
         if self._ended:
-            client.say(Updates((self._lost(seq),)))
+            client.update(self._lost(seq))
             return
-        group = _shared(client.number, request.group) if request.group >= 0 else -1
+        group = client.in_fleet(request.group) if request.group >= 0 else -1
         try:
             self._fleet.add(replace_fields(request, seq=seq, group=group))
         except ShoalError as error:
-            client.say(Updates((_refused(request.seq, str(error), RefusalKind.INVALID),)))
+            client.update(_refused(seq, str(error), RefusalKind.INVALID))
         except Exception as error:
             log.exception("request %d could not be taken", seq)
             client.requests.add(seq)
             why = f"the request could not be taken: {type(error).__name__}: {error}"
             if not self._fleet.refuse(seq, why):
                 client.requests.discard(seq)
-                client.say(Updates((_refused(request.seq, why, RefusalKind.FAILED),)))
+                client.update(_refused(seq, why, RefusalKind.FAILED))
         else:
             client.requests.add(seq)
 
@@ -294,17 +309,16 @@ class Desk:
         return str(self._fleet.num_unfinished).encode()
 
     def _hand_out(self, updates: Sequence[SeqUpdate]) -> None:
-        sorted_: dict[int, list[SeqUpdate]] = {}
+        """Sort updates by client. They are not copied: a client finds its own numbers by the envelope's base."""
+        by_client: dict[int, list[SeqUpdate]] = {}
         for update in updates:
-            number = update.seq >> _LINE_BITS
+            by_client.setdefault(update.seq >> _OWN_BITS, []).append(update)
+        for number, some in by_client.items():
             client = self._clients.get(number)
             if client is None:
                 continue
-            if update.finish is not None:
-                client.requests.discard(update.seq)
-            sorted_.setdefault(number, []).append(replace_fields(update, seq=_own(update.seq)))
-        for number, some in sorted_.items():
-            self._clients[number].say(Updates(tuple(some)))
+            client.requests.difference_update([update.seq for update in some if update.finish is not None])
+            client.update(*some)
 
     def _attend_to(self, client: "_RemoteClient") -> None:
         try:
@@ -383,7 +397,7 @@ class _RemoteClient(_Client):
             self._unread_since = None
             if self._unsent:
                 updates, self._unsent = self._unsent, []
-                self.channel.send(encode(Updates(tuple(updates))))
+                self.channel.send(encode(Updates(tuple(updates), self.base)))
         elif self._unread_since is None:
             self._unread_since = time.monotonic()
         elif time.monotonic() - self._unread_since > _UNREAD_S:
@@ -408,17 +422,3 @@ class _RemoteClient(_Client):
 
 def _refused(seq: int, error: str, refusal: RefusalKind) -> SeqUpdate:
     return SeqUpdate(seq, (), finish=Finish.ABORT, error=error, refusal=refusal)
-
-
-def _shared(line: int, seq: int) -> int:
-    """
-    Raises:
-        WireError: it is none of a client's numbers.
-    """
-    if not 0 <= seq < 1 << _LINE_BITS:
-        raise WireError(f"a client numbered a request {seq}")
-    return (line << _LINE_BITS) | seq
-
-
-def _own(seq: int) -> int:
-    return seq & ((1 << _LINE_BITS) - 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from shoal.activity import ActivityState
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.members.replica_supervisor import Lives, RemoteReplica
+from shoal.cluster.members.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
 from shoal.cluster.routing.router import ReplicaCapacity
@@ -21,7 +21,6 @@ from shoal.wire.engine import EngineRequest, EngineStats, RefusalKind, SeqUpdate
 from shoal.wire.fleet import FleetStatus, Operation
 
 _FOREVER_S = 3600.0
-_TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +31,10 @@ class About:
 
 
 class Fleet:
-    """What one engine is to its client, whose replicas come back. Not thread-safe, but for `wake` and `arrive`.
+    """Several replicas as one engine, which come back when they end. Not thread-safe, but for `wake` and `arrive`.
 
-    Requests wait while no replica is there; what becomes of replicas is told in `Lives`. All requests are cut to one
-    length, which all replicas hold, so that each ends at the same token wherever it runs and goes on.
+    Requests wait while no replica is there; `ReplicaSupervisor` decides what becomes of replicas. All requests are cut
+    to one length, which all replicas hold, so that each ends at the same token wherever it runs and goes on.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Fleet:
         )
         self._deadlines = Timers(self._set.is_open)
         self._patience = Timers(self._set.is_new)  # how long requests wait for a replica
-        self._lives = Lives(
+        self._supervisor = ReplicaSupervisor(
             launch,
             room,
             self._set,
@@ -88,10 +87,10 @@ class Fleet:
             on_length=self._bound,
             clock=clock,
         )
-        self._lives.begin()
+        self._supervisor.begin()
 
     def _lost(self, number: int, error: EngineError) -> None:
-        self._lives.lost(number, error)
+        self._supervisor.lost(number, error)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -129,18 +128,18 @@ class Fleet:
 
     def _objection(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
         """Why a request is not taken, whatever else waits."""
-        if self._lives.failure:
-            return self._lives.failure, RefusalKind.LOST
+        if self._supervisor.failure:
+            return self._supervisor.failure, RefusalKind.LOST
         if not self._accepting:
             return "the server is about to end and takes no new requests", RefusalKind.CLOSING
         if self._set.activity.state is ActivityState.ASLEEP:
             return "the model is asleep, and takes requests when it was woken up (POST /wake_up)", RefusalKind.ASLEEP
-        objection = self._lives.objection(request.replica) if request.replica >= 0 else None
+        objection = self._supervisor.objection(request.replica) if request.replica >= 0 else None
         return objection or self._too_many(request)
 
     def _too_many(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
         """Why a request can't be taken even if there is no other: one whose outputs don't fit in all."""
-        held, queued = self._lives.most_held(request.replica), self._limits.max_queued
+        held, queued = self._supervisor.most_held(request.replica), self._limits.max_queued
         if held is None or request.outputs <= held + queued:
             return None
         why = (
@@ -161,7 +160,7 @@ class Fleet:
         """
         if self._length is None:
             return request
-        prompt_len = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
+        prompt_len = request.num_prompt_tokens
         if prompt_len >= self._length:
             raise RequestError(
                 f"{overflow(self._length)}; the prompt has {prompt_len}, and an output needs one: shorten it, or give "
@@ -182,12 +181,12 @@ class Fleet:
         """Drives everything: waits for replicas, starts those that are due, ends requests whose time is up."""
         self._tick()
         updates = self._set.updates(min(timeout, self._pause()))
-        self._lives.welcome()
+        self._supervisor.welcome()
         return updates
 
     def _tick(self) -> None:
         now = self._clock()
-        self._lives.tick(now)
+        self._supervisor.tick(now)
         for seq in self._deadlines.due(now):
             self._set.refuse(seq, "the request was not finished by its deadline", RefusalKind.LATE)
         for seq in self._patience.due(now):
@@ -196,9 +195,9 @@ class Fleet:
 
     def close(self) -> None:
         """Ends all replicas. Idempotent, never raises."""
-        self._lives.closing()
+        self._supervisor.closing()
         self._set.close()
-        self._lives.close()
+        self._supervisor.close()
         self._waker.close()
 
     def audit(self) -> None:
@@ -222,11 +221,11 @@ class Fleet:
     @property
     def fatal(self) -> ShoalError | None:
         """Why no replica is left that could come back; None while one can."""
-        return self._lives.fatal
+        return self._supervisor.fatal
 
     @property
     def any_ready(self) -> bool:
-        return self._lives.any_ready
+        return self._supervisor.any_ready
 
     @property
     def started(self) -> bool:
@@ -236,19 +235,19 @@ class Fleet:
             UserError, EngineError: one of them has never been ready, and will not be, before all were up for the
                 first time; or none is left at all.
         """
-        return self._lives.started
+        return self._supervisor.started
 
     def status(self) -> FleetStatus:
         return FleetStatus(
             model=self._about.model,
             tp=self._about.tp,
             pp=self._about.pp,
-            replicas=self._lives.states(),
+            replicas=self._supervisor.states(),
             queued=self._set.num_waiting,
             replays=self._set.replays,
-            accepting=self._accepting and not self._lives.failure,
+            accepting=self._accepting and not self._supervisor.failure,
             uptime_s=self._clock() - self._began,
-            failure=self._lives.failure,
+            failure=self._supervisor.failure,
             max_model_len=self._length or 0,
             activity=self._set.activity.state.value,
             sleep_level=self._set.activity.level,
@@ -281,11 +280,11 @@ class Fleet:
             ConfigError: replicas that compute together can't be more or fewer, or there would be none.
             UserError, EngineError: none is left.
         """
-        self._lives.scale(count)
+        self._supervisor.scale(count)
 
     def arrive(self, number: int, member: RemoteReplica) -> None:
         """A replica that another host has started, and that says by itself when it is ready. From any thread."""
-        self._lives.arrive(number, member)
+        self._supervisor.arrive(number, member)
         self.wake()
 
     # --- waiting ---------------------------------------------------------------------------------------------------
@@ -305,11 +304,11 @@ class Fleet:
     def _pause(self) -> float:
         """Seconds to the next thing that is due."""
         now = self._clock()
-        times = (self._deadlines.next, self._patience.next, self._lives.next_due)
+        times = (self._deadlines.next, self._patience.next, self._supervisor.next_due)
         return max(0.0, min((time for time in times if time is not None), default=now + _FOREVER_S) - now)
 
     def _wait_for_any(self, replicas: Sequence[ReplicaClient], timeout: float) -> None:
-        channels: list[Any] = [member.channel for member in (*replicas, *self._lives.starting())]
+        channels: list[Any] = [member.channel for member in (*replicas, *self._supervisor.starting())]
         channels += [self._waker, *(source for source in self._sources if source.fileno() >= 0)]
         wait(channels, timeout)
         self._waker.quiet()

@@ -1,6 +1,5 @@
 """Several replicas of an engine, as one EngineClient. A replica that dies leaves its requests to the others."""
 
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,12 +30,12 @@ from shoal.wire.engine import (
 )
 from shoal.wire.fleet import Operation
 from shoal.wire.ranks import PromptLogprobs
+from shoal.wire.tokens import encode_tokens, num_tokens
 
 log = get_logger("replicas")
 
 _SLICE_S = 0.5
 _SETTLE_S = 1.0
-_TOKEN_BYTES = 4
 _MOST_DEATHS = 2  # of replicas, at one place of a request: it is likely what they died of
 _MOST_DEATHS_OF_MANY = 3  # ... where replicas come back, and another death costs little
 _SAME_PLACE = 16  # tokens that it may have come on since
@@ -99,24 +98,24 @@ class _Flight:
         What the prompt's log-probabilities came to is not computed again; a part of them is, and left out of updates.
         """
         request = self.request
-        prompt_len = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
         sampling = request.sampling
-        if self.prompt_reported >= prompt_len:
+        if self.prompt_reported >= request.num_prompt_tokens:
             sampling = replace_fields(sampling, prompt_logprobs=-1)
-        tokens = request.tokens + bytes(self.output)
-        return replace_fields(request, tokens=tokens, prompt_len=prompt_len, sampling=sampling)
+        return replace_fields(request, tokens=request.tokens + bytes(self.output), sampling=sampling)
 
     def take(self, update: SeqUpdate) -> SeqUpdate:
-        """Notes what the client is given, without what it has already."""
-        self.output += struct.pack(f"<{len(update.tokens)}i", *update.tokens)
+        """Note what the client is given, and return it without what the client has already."""
+        self.output += encode_tokens(update.tokens)
         if self.cached_tokens is None:
             self.cached_tokens = update.cached_tokens
+        if update.prompt_logprobs is None and update.cached_tokens == self.cached_tokens:
+            return update
         return replace_fields(
             update, cached_tokens=self.cached_tokens, prompt_logprobs=self._unseen(update.prompt_logprobs)
         )
 
     def note_death(self) -> None:
-        length = len(self.output) // _TOKEN_BYTES
+        length = num_tokens(self.output)
         self.deaths = self.deaths + 1 if length - self.died_at < _SAME_PLACE else 1
         self.died_at = length
 

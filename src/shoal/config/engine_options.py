@@ -1,10 +1,9 @@
-"""What a user can say about an engine. Each option is written once, here: flags, `LLM(...)` and docs derive from it.
+"""The options of an engine. Each is written once, here; flags, `LLM(...)`, variables and docs derive from it.
 
-None means "you decide"; `planner.resolve` decides, and says why.
+None means that the planner decides; it logs what and why.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -13,13 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from shoal import env
+from shoal.config import vllm_options
 from shoal.errors import ConfigError
-from shoal.values import decimal_number, shown, whole_number
+from shoal.values import closest, decimal_number, shown, whole_number
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["auto", "cpu", "cuda"]
-Backend = Literal["auto", "uni", "threads", "mp"]
+Executor = Literal["uni", "threads", "mp"]
+Backend = Literal["auto", Executor]
 ExpertPlacement = Literal["linear", "round_robin"]
 All2All = Literal["auto", "allgather_reducescatter", "all_to_all"]
 SchedulingPolicy = Literal["priority", "fcfs"]
@@ -37,13 +38,13 @@ _MOST_CORES = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class SpeculativeConfig:
-    """How tokens are guessed ahead: from the text so far (`ngram`), or by a smaller model (`draft_model`)."""
+    """The way in which tokens are drafted: from the text so far (`ngram`), or by a smaller model (`draft_model`)."""
 
     method: Literal["ngram", "draft_model"]
-    num_speculative_tokens: int = 5  # guessed at a time
-    prompt_lookup_max: int = 4  # ngram: the longest run of tokens that is looked for in the text so far
-    prompt_lookup_min: int = 2  # ... and the shortest
-    model: str | None = None  # draft_model: its folder or id
+    num_speculative_tokens: int = 5  # drafted at a time
+    prompt_lookup_max: int = 4  # ngram: the most tokens that are searched for in the text so far
+    prompt_lookup_min: int = 2  # ngram: the fewest
+    model: str | None = None  # draft_model: its folder, or its id on the hub
     revision: str | None = None
 
 
@@ -59,8 +60,15 @@ def option(
     metavar: str | None = None,
     local: bool = False,
 ) -> T:
-    """A config field; `short` is a second flag, `maximum` is that of an integer, `bytes_` allows 512MiB, 2GiB and the
-    like, `parse(value, flag)` reads what has a form of its own; on a `local` one processes of one job may differ."""
+    """Declare an option.
+
+    Args:
+        short: a second flag.
+        maximum: of an integer.
+        bytes_: sizes such as 512MiB and 2GiB are allowed.
+        parse: called with the value and the flag, for options with a form of their own.
+        local: the processes of one job may have different values.
+    """
     found: T = field(
         default=default,
         metadata={
@@ -78,21 +86,22 @@ def option(
 
 
 def parse_split(value: Any, flag: str) -> tuple[int, ...]:
-    """`2,1,1`, or the numbers: relative shares of ranks.
+    """Read relative shares of ranks: `2,1,1`, or a list of numbers.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the value is something else.
     """
-    return _positives(value, flag, _LARGEST_SHARE, "one a rank, such as 2,1,1")
+    return _positives(value, flag, _LARGEST_SHARE, "one for each rank, such as 2,1,1")
 
 
 def parse_partition(value: Any, flag: str) -> tuple[int, ...]:
-    """`3,2,2`, or the numbers: layers of stages.
+    """Read the number of layers of each stage: `16,16`, or a list of numbers.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the value is something else.
     """
-    return _positives(value, flag, _MOST_LAYERS, "the layers of each stage, such as 3,2,2")
+    meaning = "the number of layers of each stage (16,16 for a model of 32 layers and two stages)"
+    return _positives(value, flag, _MOST_LAYERS, meaning)
 
 
 def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, ...]:
@@ -107,33 +116,33 @@ def _positives(value: Any, flag: str, largest: int, meaning: str) -> tuple[int, 
 
 
 def parse_overrides(value: Any, flag: str) -> Mapping[str, Any]:
-    """JSON, or a mapping: `{"rope_scaling": {"rope_type": "linear", "factor": 2.0}}`.
+    """Read a mapping, or a text with a JSON object: `{"rope_scaling": {"rope_type": "linear", "factor": 2.0}}`.
 
     Raises:
-        ConfigError: it is no object, or not all of it is JSON.
+        ConfigError: the value is no object, or something in it is not JSON.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{flag} is no JSON: {error}") from None
+            raise ConfigError(f"{flag} is not JSON: {error}") from None
     try:
-        found = json.loads(json.dumps(value, allow_nan=False))  # nobody else holds it, and keys are texts
+        found = json.loads(json.dumps(value, allow_nan=False))  # a copy of our own, whose keys are texts
     except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{flag} is no JSON: {error}") from None
+        raise ConfigError(f"{flag} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f'{flag} takes a JSON object such as {{"rope_theta": 500000.0}}, got {shown(value)}')
     return found
 
 
-Cores = tuple[tuple[int, ...], ...]  # a list for each rank, or one that ranks share; (): no rank keeps to any
+Cores = tuple[tuple[int, ...], ...]  # a list for each rank, or one that ranks share; (): ranks are not bound to cores
 
 
 def parse_cores(value: Any, flag: str) -> Cores | None:
-    """`0-3`, `0-3|4-7`, `0,2|1,3`, `nobind`, or lists of numbers; None for `auto`.
+    """Read `0-3`, `0-3|4-7`, `0,2|1,3`, `nobind`, or lists of numbers; `auto` gives None.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the value is something else.
     """
     if value == "auto":
         return None
@@ -143,7 +152,7 @@ def parse_cores(value: Any, flag: str) -> Cores | None:
     found = [_cores(each) for each in lists] if isinstance(lists, list | tuple) and lists else [None]
     if any(each is None for each in found):
         raise ConfigError(
-            f"{flag} takes auto, nobind, or cores such as 0-3, with | between those of ranks (0-3|4-7), "
+            f"{flag} takes auto, nobind, or cores such as 0-3, with | between the cores of ranks (0-3|4-7), "
             f"got {shown(value)}"
         )
     cores = tuple(each for each in found if each is not None)
@@ -154,7 +163,7 @@ def parse_cores(value: Any, flag: str) -> Cores | None:
 
 
 def _cores(given: Any) -> tuple[int, ...] | None:
-    """Those of one list; None: it is none."""
+    """Return the cores of one list, or None if the value is not such a list."""
     if isinstance(given, list | tuple):
         whole = bool(given) and all(type(core) is int and 0 <= core < _MOST_CORES for core in given)
         return tuple(given) if whole else None
@@ -169,10 +178,10 @@ def _cores(given: Any) -> tuple[int, ...] | None:
 
 
 def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
-    """JSON, or a mapping: `{"method": "ngram", "num_speculative_tokens": 4}`, `{"model": "...", ...}`.
+    """Read a mapping, or a text with a JSON object: `{"method": "ngram", "num_speculative_tokens": 4}`.
 
     Raises:
-        ConfigError: it is no object, has an unknown key or a value out of range.
+        ConfigError: the value is no object, or has an unknown key or a value out of range.
     """
     if isinstance(value, SpeculativeConfig):
         return value
@@ -180,7 +189,7 @@ def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{flag} is no JSON: {error}") from None
+            raise ConfigError(f"{flag} is not JSON: {error}") from None
     if not isinstance(value, Mapping):
         raise ConfigError(f'{flag} takes a JSON object such as {{"method": "ngram"}}, got {shown(value)}')
     known = [f.name for f in dataclasses.fields(SpeculativeConfig)]
@@ -203,7 +212,11 @@ def parse_speculative(value: Any, flag: str) -> SpeculativeConfig:
 
 
 def _check_method(given: Mapping[str, Any], flag: str) -> None:
-    """Each method has keys of its own, and those of the other one would be ignored."""
+    """Check that the method is known, and that its keys are given and not those of the other method.
+
+    Raises:
+        ConfigError: as it says.
+    """
     method = given["method"]
     if method not in ("ngram", "draft_model"):
         raise ConfigError(f"{flag}: method must be ngram or draft_model, got {shown(method)}")
@@ -219,9 +232,9 @@ def _check_method(given: Mapping[str, Any], flag: str) -> None:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """How a message about an unknown name ends: with the nearest known one, or all of them."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+    """Return the end of a message about an unknown name: the closest known one, or all of them."""
+    near = closest(name, known)
+    return f"; did you mean {near}?" if near else f"; known are {', '.join(known)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,33 +242,42 @@ class ModelOptions:
     """Model"""
 
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
+    tokenizer: str | None = option(
+        None, "folder or id on the hub whose tokenizer and chat template are used instead of the model's"
+    )
+    tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer on the hub")
     dtype: Dtype = option(
-        "auto", "type of weights and activations; auto: the checkpoint's; float and half: float32 and float16"
+        "auto", "type of weights and activations; auto: that of the checkpoint; float and half are float32 and float16"
     )
     max_model_len: int | None = option(
-        None, "longest prompt plus output, in tokens; auto: the model's, if it fits", minimum=1
+        None,
+        "the most tokens of a prompt and its output together; auto: the model's limit, if memory allows",
+        minimum=1,
     )
     hf_overrides: Mapping[str, Any] | None = option(
         None,
-        'fields that stand over config.json: {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}',
+        'fields that replace those of config.json: {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}',
         parse=parse_overrides,
         metavar="JSON",
     )
-    load_format: LoadFormat = option("auto", "dummy: made-up weights, for benchmarks")
+    load_format: LoadFormat = option(
+        "auto", "auto: the weights of the checkpoint; dummy: random weights, for benchmarks"
+    )
     model_impl: ModelImpl = option(
-        "auto", "shoal: our own; transformers: its module with our attention; auto: shoal, where it knows the model"
+        "auto",
+        "shoal: Shoal's own; transformers: that library's, with Shoal's attention; auto: shoal if it knows the model",
     )
     generation_config: GenerationConfig = option(
-        "auto", "auto: defaults of sampling from the model's generation_config.json; vllm: none from there"
+        "auto", "auto: default sampling parameters from the model's generation_config.json; vllm: do not use that file"
     )
     speculative_config: SpeculativeConfig | None = option(
         None,
-        'guess tokens ahead: {"method": "ngram", "num_speculative_tokens": 5} or {"model": DRAFT, ...}',
+        'drafts that the model checks: {"method": "ngram", "num_speculative_tokens": 5} or {"model": DRAFT, ...}',
         parse=parse_speculative,
         metavar="JSON",
     )
-    seed: int = option(0, "seeds requests that bring no seed of their own", minimum=0)
-    enforce_eager: bool = option(False, "launch every operation by itself; steps run so in this version anyway")
+    seed: int = option(0, "seed of requests that have none of their own", minimum=0)
+    enforce_eager: bool = option(False, "launch operations one by one; this version always does")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,40 +286,48 @@ class ParallelOptions:
 
     tensor_parallel_size: int = option(1, "ranks that share each layer", short="-tp", minimum=1)
     tensor_parallel_split: tuple[int, ...] | None = option(
-        None, "relative shares of the ranks where devices are unequal", parse=parse_split, metavar="2,1,..."
+        None,
+        "relative shares of the ranks, one for each, where devices are unequal",
+        parse=parse_split,
+        metavar="2,1,...",
     )
-    pipeline_parallel_size: int = option(1, "stages, each with some of the layers", short="-pp", minimum=1)
+    pipeline_parallel_size: int = option(1, "pipeline stages, each with some of the layers", short="-pp", minimum=1)
     pipeline_layer_partition: tuple[int, ...] | None = option(
-        None, "layers of each stage; auto: stages that cost about the same", parse=parse_partition, metavar="3,2,..."
+        None,
+        "number of layers of each stage; together all layers of the model; auto: stages of about equal cost",
+        parse=parse_partition,
+        metavar="N,N,...",
     )
-    data_parallel_size: int = option(1, "replicas of the model, each with ranks of its own", short="-dp", minimum=1)
+    data_parallel_size: int = option(1, "replicas of the model, each with its own ranks", short="-dp", minimum=1)
     enable_expert_parallel: bool = option(
-        False, "whole experts on each rank of a stage, over all replicas; otherwise every expert is cut"
+        False,
+        "put whole experts on the ranks of a stage, over all replicas; otherwise each expert is split over ranks",
+        short="-ep",
     )
     expert_placement_strategy: ExpertPlacement = option(
-        "linear", "linear: neighbouring experts on a rank; round_robin: dealt out one by one"
+        "linear", "linear: neighbouring experts on the same rank; round_robin: on different ranks"
     )
     all2all_backend: All2All = option(
-        "auto", "how tokens reach their experts' ranks; auto: all_to_all where it sends a quarter fewer bytes"
+        "auto", "how tokens reach the ranks of their experts; auto: all_to_all if it sends a quarter fewer bytes"
     )
     distributed_executor_backend: Backend = option(
         "auto",
-        "uni: in this process (one rank); threads: ranks as threads; mp: a process a rank; auto: uni or mp",
+        "uni: one rank in this process; threads: a thread for each rank; mp: a process for each rank; auto: uni or mp",
         local=True,
     )
-    device: Device = option("auto", "where ranks compute")
-    num_devices: int | None = option(None, "count this host as that many devices", minimum=1, local=True)
+    device: Device = option("auto", "the device of each rank; auto: cuda if there is one")
+    num_devices: int | None = option(None, "override the number of devices found on this host", minimum=1, local=True)
     cpu_cores: Cores | None = option(
         None,
-        "cores of this host that ranks use: 0-3, shared out, or 0-3|4-7, a list for each; auto: all; nobind: all, and "
-        "threads are bound to none",
+        "cores of this host for the ranks: 0-3 is divided among them, 0-3|4-7 is a list for each; auto: all; nobind: "
+        "all, without binding threads to cores",
         parse=parse_cores,
         metavar="CORES",
         local=True,
     )
-    engine_process: bool = option(False, "run the engine in a process of its own", local=True)
-    start_timeout: float = option(600.0, "seconds a start phase may take", minimum=1, local=True)
-    step_timeout: float = option(300.0, "seconds a step may take", minimum=1, local=True)
+    engine_process: bool = option(False, "run the engine in its own process", local=True)
+    start_timeout: float = option(600.0, "seconds that a phase of the start may take", minimum=1, local=True)
+    step_timeout: float = option(300.0, "seconds that a step may take", minimum=1, local=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +338,7 @@ class CacheOptions:
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory that a rank may use, in (0, 1]", local=True)
     device_memory: int | None = option(
         None,
-        "memory budget of each rank, weights and KV cache and all: 512MiB, 2GiB, ...",
+        "memory of each rank for weights, KV cache and everything else: 512MiB, 2GiB, ...",
         minimum=1,
         bytes_=True,
         local=True,
@@ -316,23 +346,25 @@ class CacheOptions:
     kv_cache_memory_bytes: int | None = option(
         None, "size of each rank's KV cache; overrides the other memory options", minimum=1, bytes_=True, local=True
     )
-    enable_prefix_caching: bool = option(True, "keep KV blocks of past prompts for requests that begin alike")
+    enable_prefix_caching: bool = option(True, "keep KV blocks for later prompts that begin with the same tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOptions:
     """Scheduling"""
 
-    max_num_seqs: int = option(256, "requests that run at the same time", minimum=1)
-    max_num_batched_tokens: int = option(2048, "tokens computed in one step", minimum=1)
+    max_num_seqs: int = option(256, "the most requests that run at the same time", minimum=1)
+    max_num_batched_tokens: int = option(2048, "the most tokens computed in one step", minimum=1)
     scheduling_policy: SchedulingPolicy = option(
         "priority",
-        "priority: a request may say how soon it goes (lower goes first); fcfs: all wait in line, and one that does is "
-        "refused",
+        "priority: a request may have a priority (the lowest runs first); fcfs: in order of arrival, and a request "
+        "with a priority is refused",
         local=True,
     )
     max_in_flight: int | None = option(
-        None, "steps handed to the ranks before the first one's tokens are known; auto: one more than stages", minimum=1
+        None,
+        "steps that are sent to the ranks before the tokens of the first are known; auto: the number of stages plus 1",
+        minimum=1,
     )
 
 
@@ -341,24 +373,28 @@ class HostOptions:
     """Several hosts"""
 
     data_parallel_size_local: int | None = option(
-        None, "replicas that this host runs; auto: all, or as many as are left", short="-dpl", minimum=0, local=True
+        None,
+        "replicas that run on this host; auto: all, from the first one here",
+        short="-dpl",
+        minimum=0,
+        local=True,
     )
     data_parallel_start_rank: int | None = option(
-        None, "number of this host's first replica", short="-dpr", minimum=0, local=True
+        None, "number of the first replica on this host", short="-dpr", minimum=0, local=True
     )
     data_parallel_rank: int | None = option(
-        None, "serve this one replica at an address of its own", short="-dpn", minimum=0, local=True
+        None, "serve this replica only, at an address of its own", short="-dpn", minimum=0, local=True
     )
     data_parallel_address: str | None = option(
-        None, "where the replicas of all hosts meet: an address of the first host", short="-dpa", local=True
+        None, "address of the first host, where the replicas of all hosts meet", short="-dpa", local=True
     )
     data_parallel_rpc_port: int | None = option(
-        None, "... and the port", short="-dpp", minimum=1, maximum=65535, local=True
+        None, "port of --data-parallel-address", short="-dpp", minimum=1, maximum=65535, local=True
     )
     data_parallel_hybrid_lb: bool = option(
-        False, "serve this host's replicas at an address of its own", short="-dph", local=True
+        False, "serve the replicas of this host at an address of their own", short="-dph", local=True
     )
-    headless: bool = option(False, "run replicas for a front end elsewhere, and serve nothing here", local=True)
+    headless: bool = option(False, "run replicas for a server on another host; nothing is served here", local=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,19 +402,21 @@ class ServingOptions:
     """Requests and restarts"""
 
     max_queued_requests: int = option(
-        4096, "requests that may wait for a replica; what comes on top is answered with 429", minimum=0, local=True
+        4096, "requests that may wait for a replica; further ones are answered with 429", minimum=0, local=True
     )
     max_queue_wait: float | None = option(
-        None, "seconds a request may wait for a replica before it is answered with 503", minimum=0, local=True
+        None, "seconds that a request may wait for a replica before it is answered with 503", minimum=0, local=True
     )
     request_timeout: float | None = option(
-        None, "seconds a request may take in all; one that takes longer ends with 503", minimum=0, local=True
+        None, "seconds that a request may take in all; one that takes longer ends with 503", minimum=0, local=True
     )
-    max_restarts: int = option(20, "restarts of a replica within an hour", minimum=0, local=True)
+    max_restarts: int = option(20, "restarts of a replica that are allowed within an hour", minimum=0, local=True)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
+    """All options, section by section."""
+
     model: str | None  # None: the bundled one
     model_options: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
@@ -389,15 +427,16 @@ class EngineOptions:
 
     @classmethod
     def from_flat(cls, model: str | None, values: Mapping[str, Any]) -> "EngineOptions":
-        """Sorts `values` (option name -> value) into the sections.
+        """Sort `values` (option name -> value) into the sections.
 
         Raises:
-            ConfigError: an unknown name (the nearest known one is named), a wrong type, a value out of range.
+            ConfigError: a name is unknown, or a value has the wrong type or is out of range.
         """
         known = {known.name: known for known in options()}
         for name in values:
             if name not in known:
-                raise ConfigError(f"unknown option {name}{nearest(name, list(known))}")
+                told = vllm_options.explain(name)
+                raise ConfigError(f"unknown option {name}{f': {told}' if told else nearest(name, list(known))}")
         sections: dict[str, Any] = {}
         for section, section_type in SECTIONS.items():
             names = {f.name for f in dataclasses.fields(section_type)}
@@ -410,7 +449,7 @@ class EngineOptions:
 
 
 def agreed(options: EngineOptions) -> dict[str, str]:
-    """Options on which all processes of a job must agree: flag -> value."""
+    """Return the options that must be the same in all processes of a job: flag -> value."""
     found = {}
     for section in SECTIONS:
         values = getattr(options, section)
@@ -428,12 +467,12 @@ SECTIONS: dict[str, type] = {
     "hosts": HostOptions,
     "serving": ServingOptions,
 }
-ONLINE = ("hosts", "serving")  # sections that only mean something to `shoal serve` and AsyncLLM
+ONLINE = ("hosts", "serving")  # sections for `shoal serve` and AsyncLLM only
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option as flags, `LLM(...)` and the docs see it."""
+    """The description of an option, as flags, `LLM(...)` and the docs need it."""
 
     name: str
     group: str
@@ -448,17 +487,17 @@ class Option:
     bytes: bool
     parse: Callable[[Any, str], Any] | None
     metavar: str | None
-    online: bool  # only for what serves
+    online: bool  # for `shoal serve` and AsyncLLM only
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
     def read(self, text: str, name: str) -> Any:
-        """The value that a text stands for, as environment variables have it.
+        """Read the value from a text, as environment variables have it.
 
         Raises:
-            ConfigError: it stands for none; the message calls the option `name`.
+            ConfigError: the text is not a value of this option; the message calls the option `name`.
         """
         value: Any = text
         if self.type is bool:
@@ -468,10 +507,11 @@ class Option:
         return self.check(value, name)
 
     def check(self, value: Any, name: str = "") -> Any:
-        """The value in the option's type.
+        """Return the value in the option's type.
 
         Raises:
-            ConfigError: it has another type or is out of range; the message calls the option `name`, or by its flag.
+            ConfigError: the value has another type or is out of range; the message calls the option `name`, or by its
+                flag.
         """
         name = name or self.flag
         if value is None and self.optional:
@@ -495,7 +535,7 @@ class Option:
 
 
 def read_number(text: str, kind: type) -> Any:
-    """The number that a text writes, NaN and infinities included, or the text: `Option.check` refuses those by name."""
+    """Return the number in a text, which may be NaN or infinite; or else the text, which `Option.check` refuses."""
     if kind is float and text.lower() in _NOT_FINITE:
         return float(text)
     number = whole_number(text) if kind is int else decimal_number(text)
@@ -509,10 +549,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_bytes(text: str, flag: str) -> int:
-    """`1500000`, `512MiB`, `2GiB`, `1.5g`: a number of bytes.
+    """Read a number of bytes: `1500000`, `512MiB`, `2GiB`, `1.5g`.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the text is something else.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower(), re.ASCII)
     if not match:
@@ -529,7 +569,7 @@ def format_bytes(count: float) -> str:
 
 
 def options() -> Iterator[Option]:
-    """Every option, section by section."""
+    """Yield every option, section by section."""
     for name, section in SECTIONS.items():
         hints = get_type_hints(section)
         for f in dataclasses.fields(section):
@@ -557,9 +597,10 @@ def options() -> Iterator[Option]:
 
 
 def refuse_online(given: Mapping[str, Any]) -> None:
-    """
+    """Refuse options that are for `shoal serve` and AsyncLLM only.
+
     Raises:
-        ConfigError: an option is there that only means something to what serves.
+        ConfigError: one of them is given.
     """
     for option_ in options():
         if option_.online and given.get(option_.name) not in (None, False):
@@ -567,11 +608,13 @@ def refuse_online(given: Mapping[str, Any]) -> None:
 
 
 def from_environment(*, online: bool = False) -> dict[str, Any]:
-    """The options that environment variables set, by name. They come behind flags and arguments of `LLM(...)`.
-    `online`: also those that only mean something to what serves.
+    """Return the options that environment variables set, by name; flags and arguments of `LLM(...)` go over them.
+
+    Args:
+        online: include options for `shoal serve` and AsyncLLM.
 
     Raises:
-        ConfigError: a variable's value is none of its option; the variable is named.
+        ConfigError: the value of a variable is not one of its option; the variable is named.
     """
     found = {}
     for option_ in options():
@@ -583,7 +626,7 @@ def from_environment(*, online: bool = False) -> dict[str, Any]:
 
 
 def strange_variables() -> list[str]:
-    """A warning for each SHOAL_* variable that is set and that nobody reads."""
+    """Return a warning for each SHOAL_* variable that is set and that nothing reads."""
     names = [option_.name for option_ in options()]
     settings = [
         variable.name.removeprefix(env.PREFIX) for variable in env.SETTINGS if variable.name.startswith(env.PREFIX)
@@ -591,7 +634,8 @@ def strange_variables() -> list[str]:
     known = settings + [name.upper() for name in names]
     warnings = []
     for name in env.unread(names):
-        near = difflib.get_close_matches(name.removeprefix(env.PREFIX), known, 1)
-        hint = f"did you mean {env.PREFIX}{near[0]}?" if near else "docs/flags.md lists those that are"
-        warnings.append(f"the environment variable {name} is not read; {hint}")
+        plain = name.removeprefix(env.PREFIX)
+        near = closest(plain, known)
+        hint = f"did you mean {env.PREFIX}{near}?" if near else "docs/flags.md lists those that are"
+        warnings.append(f"the environment variable {name} is not read; {vllm_options.explain(plain) or hint}")
     return warnings

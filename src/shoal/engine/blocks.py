@@ -1,4 +1,4 @@
-"""KV blocks: which are free, who holds which, and which hold a prefix that somebody may ask for again.
+"""A pool of KV blocks: which are free, how many sequences hold each, and which can be found by a prefix.
 
 A full block is known by the chain of what came before it: its key is its parent's identity and its own tokens, so
 looking a prompt up compares tokens and salt, block by block, and two prompts can't be confused. A block that nobody
@@ -22,10 +22,10 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._holders = [0] * num_blocks
-        self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
+        self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken is first
         self._cached: dict[Key, int] = {}
         self._keys: list[Key | None] = [None] * num_blocks
-        self._identity = [0] * num_blocks  # of the cached content; never given twice
+        self._identity = [0] * num_blocks  # a number for the cached content of each; never used twice
         self._next_identity = 1
 
     @property
@@ -34,7 +34,7 @@ class BlockPool:
         return len(self._unused)
 
     def find_prefix(self, tokens: Sequence[int], salt: str | None) -> list[int]:
-        """The blocks of the longest cached prefix, which may be all of the tokens. Takes none of them.
+        """Return the blocks of the longest cached prefix, which may be all of the tokens. None of them is taken.
 
         Only what was cached with the same salt is found; with None, nothing is.
         """
@@ -52,18 +52,18 @@ class BlockPool:
         return found
 
     def num_unused(self, blocks: Iterable[int]) -> int:
-        """How many of them nobody holds: taking these uses up free blocks."""
+        """Return how many of these blocks nobody holds; to take them uses up free blocks."""
         return sum(self._holders[block] == 0 for block in blocks)
 
     def take(self, blocks: Iterable[int]) -> None:
-        """Holds cached blocks."""
+        """Hold cached blocks."""
         for block in blocks:
             if self._holders[block] == 0:
                 del self._unused[block]
             self._holders[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks to write to. The caller has looked at `num_free`."""
+        """Return `count` free blocks to write to. The caller has looked at `num_free`."""
         blocks = []
         for _ in range(count):
             block, _none = self._unused.popitem(last=False)
@@ -73,7 +73,7 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Lets go of a sequence's blocks, in the order of the sequence."""
+        """Let go of a sequence's blocks, which are given in the order of the sequence."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
@@ -82,7 +82,7 @@ class BlockPool:
                     self._unused.move_to_end(block, last=False)  # holds nothing of use: taken first
 
     def cache(self, blocks: Sequence[int], first: int, last: int, tokens: Sequence[int], salt: str | None) -> None:
-        """Makes blocks `first` to `last` (exclusive) of a sequence findable; their tokens are final."""
+        """Make blocks `first` to `last` (exclusive) of a sequence findable; their tokens are final."""
         if salt is None:
             return
         size = self.block_size
@@ -99,8 +99,11 @@ class BlockPool:
                 self._identity[blocks[i]] = self._identity[owner]
 
     def forget_all(self) -> int:
-        """Makes no block findable any more, those that are held included, and gives how many were. What goes on from a
-        held one is not found either: it is looked up by way of what was forgotten."""
+        """Make no block findable any more, and return how many were.
+
+        Blocks that are held are included. Blocks cached later behind a held one are not found either: the way to them
+        leads through what was forgotten.
+        """
         count = len(self._cached)
         for block in self._cached.values():
             self._keys[block] = None
@@ -108,7 +111,7 @@ class BlockPool:
         return count
 
     def audit(self, held: Iterable[Sequence[int]]) -> None:
-        """Holds the books against the sequences' own lists.
+        """Compare the pool's books with the blocks that sequences say they hold.
 
         Raises:
             EngineError: they differ: a block was leaked or given twice.

@@ -1,4 +1,4 @@
-"""The engine: turns requests into plans, keeps the ranks busy, and hands out what they bring."""
+"""The engine: it turns requests into plans, keeps the ranks busy, and gives out what they bring."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.engine.blocks import BlockPool
-from shoal.engine.scheduler import PriorityPolicy, Scheduler, SchedulerLimits
-from shoal.engine.speculation import Guesser
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.scheduler import Scheduler
+from shoal.engine.scheduler.waiting_queue import PriorityPolicy
+from shoal.engine.speculation import Drafter
 from shoal.errors import CheckpointError, ClosedError, EngineError
 from shoal.protocols import Executor, Grammars, Lockstep, Policy
 from shoal.wire.engine import CacheReset, EngineRequest, EngineStats, SeqUpdate
@@ -26,11 +28,11 @@ _MOST_DOUBLINGS = 24  # of tokens in a step, from 1 on
 class EngineCore:
     """An EngineClient in this process: `updates` drives it.
 
-    `max_in_flight` plans are with the ranks at a time. With one more than there are stages, the next step is there when
-    the first stage has ended the one before, and the engine's own work takes none of the ranks' time.
+    Up to `max_in_flight` plans are with the ranks at a time. With one more than there are stages, the next plan is
+    there when the first stage has ended a step, and the engine's own work takes none of the ranks' time.
 
-    Replicas in lockstep launch steps without work for each other's sake. Whoever waits while an engine is not `busy`
-    is woken by the lockstep: nothing here waits for it.
+    Replicas in lockstep launch steps without work because the others need them. The lockstep wakes whoever waits while
+    an engine is not `busy`: nothing here waits for it.
     """
 
     def __init__(
@@ -45,13 +47,13 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         incarnation: int = 0,
         grammars: Grammars | None = None,
-        make_guesser: Callable[[], Guesser | None] = lambda: None,
+        make_drafter: Callable[[], Drafter | None] = lambda: None,
         lockstep: Lockstep | None = None,
         memory_timeout: float = 600.0,
     ) -> None:
-        """`incarnation` marks this engine's messages: what answers another one's is dropped. Without `grammars`
+        """`incarnation` marks this engine's messages: answers to another one's are dropped. Without `grammars`
         requests that bring one are refused. With `lockstep` as many steps are launched as by the other replicas.
-        `memory_timeout`: seconds in which ranks give memory back, or take it again."""
+        `memory_timeout`: seconds that ranks have to give memory back, or to take it again."""
         self._executor = executor
         self._limits = limits
         self._pool = BlockPool(executor.num_blocks, block_size)
@@ -63,7 +65,7 @@ class EngineCore:
             policy or PriorityPolicy(),
             clock,
             prefix_caching=prefix_caching,
-            make_guesser=make_guesser,
+            make_drafter=make_drafter,
             incarnation=incarnation,
             lockstep=lockstep is not None,
             grammars=grammars,
@@ -80,7 +82,7 @@ class EngineCore:
         self._schedule_ns = 0
         self._step_total_us = 0
         self._step_forward_us = 0
-        self._ranks: tuple[RankStats, ...] = ()  # what they said last
+        self._ranks: tuple[RankStats, ...] = ()  # their last answers
         self._iteration_tokens = [0] * _MOST_DOUBLINGS
         self._step_tokens = 0
 
@@ -92,7 +94,7 @@ class EngineCore:
         self._scheduler.abort(seqs)
 
     def drop(self) -> None:
-        """Ends all requests, without another word of them.
+        """End all requests without telling anybody.
 
         Raises:
             EngineError: it has failed.
@@ -108,7 +110,7 @@ class EngineCore:
         return self._scheduler.take_updates()
 
     def _turn(self, timeout: float) -> None:
-        """Launches what there is to do, and takes in what comes of it within `timeout` seconds.
+        """Launch plans as long as there is work, and take in results that come within `timeout` seconds.
 
         Raises:
             EngineError: the engine has failed.
@@ -127,19 +129,19 @@ class EngineCore:
             if self._failure is error:
                 raise
             raise self._failure from error
-        except Exception as error:  # a plan may have left half-way: nobody knows what the ranks wait for
+        except Exception as error:  # a plan may have reached some ranks only: nobody knows what they wait for
             self._failure = EngineError(f"{type(error).__name__}: {error}")
             raise self._failure from error
 
     def _audit_when_idle(self) -> None:
-        """Every block is looked at, which takes milliseconds in a large cache: now and then will do."""
+        """Audit now and then only: every block is looked at, which takes milliseconds in a large cache."""
         if self._scheduler.idle and self._clock() >= self._next_audit:
             self._scheduler.audit()
             self._next_audit = self._clock() + _AUDIT_EVERY_S
 
     @property
     def busy(self) -> bool:
-        """Is there anything that `updates` would work on or hand out?"""
+        """Return whether there is anything that `updates` would work on or give out."""
         scheduler = self._scheduler
         at_work = not scheduler.idle if self._activity.runs else scheduler.num_in_flight > 0
         try:
@@ -149,11 +151,11 @@ class EngineCore:
 
     @property
     def _behind(self) -> bool:
-        """Have other replicas launched steps that this one has not?"""
+        """Return whether other replicas have launched steps that this one has not."""
         return self._lockstep is not None and self._lockstep.due() > self._scheduler.num_steps
 
     def _cause(self, error: EngineError) -> EngineError:
-        """The failure of another replica, where one is known: what fails here then has followed from it."""
+        """Return the error to report: that of another replica if one has failed, since this one follows from it."""
         try:
             _ = self._behind
         except EngineError as theirs:
@@ -161,7 +163,7 @@ class EngineCore:
         return error
 
     def _launch(self) -> None:
-        behind = self._behind  # asked even where no plan may leave: another replica may have failed
+        behind = self._behind  # asked even if no plan may leave: it raises if another replica has failed
         while self._scheduler.num_in_flight < self._max_in_flight:
             begun = time.perf_counter_ns()
             plan = self._scheduler.schedule(must=behind, rest=not self._activity.runs)
@@ -183,13 +185,13 @@ class EngineCore:
             self._step_tokens += tokens
 
     def _judge(self, timeout: float) -> None:
-        """Takes in what grammars say, waiting up to `timeout` seconds if something is on its way."""
+        """Take in verdicts, waiting up to `timeout` seconds if one is on its way."""
         if self._grammars is not None and self._grammars.pending:
             for verdict in self._grammars.poll(timeout):
                 self._scheduler.judge(verdict)
 
     def _mask(self, plan: StepPlan) -> None:
-        """Sends the mask of a plan that is masked, while the ranks compute it."""
+        """Send the mask of a masked plan, while the ranks compute it."""
         if not plan.masked or self._grammars is None:
             return
         deadline = self._clock() + _MASK_PATIENCE_S
@@ -214,12 +216,13 @@ class EngineCore:
         return self._activity
 
     def become(self, activity: Activity) -> None:
-        """Pauses, goes on, gives memory back or takes it again: whatever leads from what it is at to `activity`. When
-        this returns nothing is in flight, unless it runs. Requests keep what they have; those whose KV blocks are given
-        back compute them again.
+        """Pause, go on, give memory back or take it again: whatever leads from the present activity to `activity`.
+
+        When this returns nothing is in flight, unless the engine runs. Requests keep what they have; those whose KV
+        blocks are given back compute their tokens again.
 
         Raises:
-            CheckpointError: the weights can't be read again; it is as before.
+            CheckpointError: the weights can't be read again; the engine is as before.
             EngineError: it has failed.
         """
         self._check_open()
@@ -236,7 +239,7 @@ class EngineCore:
         self._activity = activity
 
     def _rest(self) -> None:
-        """Ends the steps in flight, and takes part in those that other replicas have launched."""
+        """Let the steps in flight end, and take part in those that other replicas have launched."""
         while self._scheduler.num_in_flight:
             self._turn(_REST_SLICE_S)
 
@@ -255,19 +258,19 @@ class EngineCore:
         return [answer.decode() for answer in answers]
 
     def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
-        """No block is found by its prefix any more. `running`: requests that run compute theirs again, too."""
+        """Make no block findable by its prefix any more. `running`: running requests give theirs back, too."""
         self._check_open()
         return self._scheduler.reset_cache(running=running)
 
     def stats(self) -> EngineStats:
-        """Asks the ranks too, once the steps launched so far have ended."""
+        """Return numbers of the engine and of its ranks, which are asked once the steps launched so far have ended."""
         self._check_open()
         ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
         self._ranks = tuple(decode_rank_stats(answer) for answer in ranks)
         return self.snapshot()
 
     def check(self) -> None:
-        """Looks at the ranks while there is nothing to do.
+        """Check the ranks while there is nothing to do.
 
         Raises:
             EngineError: one has failed.
@@ -282,7 +285,7 @@ class EngineCore:
             raise self._failure from error
 
     def snapshot(self) -> EngineStats:
-        """The engine's own numbers, and what its ranks said last. Asks nobody."""
+        """Return the engine's own numbers and the last ones of its ranks, without asking them."""
         counters = self._scheduler.counters
         return EngineStats(
             waiting=self._scheduler.num_waiting,

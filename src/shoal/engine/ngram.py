@@ -8,18 +8,18 @@ from shoal.wire.base import Ids
 class NgramIndex:
     """The text of one request, and where each of its runs of `shortest` to `longest` tokens was last followed.
 
-    Costs one table entry for every token and length.
+    It holds one table entry for every token and length.
     """
 
     def __init__(self, longest: int, shortest: int) -> None:
         if not 1 <= shortest <= longest:
-            raise ValueError(f"lengths from {shortest} to {longest}: they must be at least 1, the longest no shorter")
+            raise ValueError(f"runs of {shortest} to {longest} tokens: 1 <= shortest <= longest must hold")
         self._tokens: list[int] = []
-        # Longer runs come first. A run -> the place of what followed it the last time.
+        # Longer runs come first: (length, {run: position of the token that followed it the last time}).
         self._tables: list[tuple[int, dict[Ids, int]]] = [(n, {}) for n in range(longest, shortest - 1, -1)]
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """They follow what there is."""
+        """Append tokens to the text."""
         for token in tokens:
             place = len(self._tokens)
             for length, table in self._tables:
@@ -28,10 +28,10 @@ class NgramIndex:
             self._tokens.append(token)
 
     def propose(self, count: int) -> Ids:
-        """Up to `count` tokens: those behind the latest earlier occurrence of the longest run that the text ends with.
+        """Return up to `count` tokens: those behind the last earlier occurrence of the longest run that ends the text.
 
-        Where the text's end comes first, the copy goes on with what it has copied itself: the text is taken to repeat.
-        None, if no run was there before.
+        If the text ends before `count` tokens are copied, the copy goes on with its own first tokens, as if the text
+        repeated itself. Nothing is returned if no run occurred before.
         """
         size = len(self._tokens)
         for length, table in self._tables:

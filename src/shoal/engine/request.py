@@ -1,15 +1,12 @@
-"""A request as the scheduler sees it."""
+"""The scheduler's view of a request."""
 
-import array
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
 
 from shoal.engine.grammar_constraint import Constraint
-from shoal.engine.speculation import Guesser
+from shoal.engine.speculation import Drafter
 from shoal.wire.engine import EngineRequest
+from shoal.wire.tokens import encode_tokens
 
 
 class RequestState(Enum):
@@ -22,110 +19,95 @@ class RequestState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`tokens` are known; `pending` more have been asked for and are not known yet. `computed` counts tokens whose
-    keys and values are in the cache once all plans made so far have run, guessed tokens included until they are known
-    to be right."""
+    """A request, and how far it is.
 
-    spec: EngineRequest
-    arrival: int
-    rank: tuple[int, ...]  # the policy's: lowest first
+    `tokens` are known; `pending` more have been asked for and are not known yet. `computed` counts tokens whose keys
+    and values are in the cache once all plans made so far have run; drafts are included until they prove wrong.
+    """
+
+    message: EngineRequest  # as it came
+    sort_key: tuple[int, ...]  # of the policy: the lowest goes first
     tokens: list[int]
-    prompt_len: int
+    num_prompt_tokens: int
     salt: str | None  # who shares cached blocks with it; None: nobody
     stop_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None
-    guesser: Guesser | None = None
+    drafter: Drafter | None = None
     state: RequestState = RequestState.WAITING
     epoch: int = 0
     pending: int = 0
     computed: int = 0
     blocks: list[int] = field(default_factory=list)  # its block table
-    retired: int = 0  # leading blocks of it that were given back
+    blocks_retired: int = 0  # leading blocks of it that were given back
     blocks_cached: int = 0  # leading blocks that the prefix cache has been told of
-    in_flight: int = 0  # plans made that include it and have not come back
-    cached_tokens: int = 0  # of its prompt, found in the prefix cache at admission
-    guessed: int = 0  # tokens in flight that are guesses
+    in_flight: int = 0  # plans that include it and whose results have not come back
+    cached_tokens: int = 0  # tokens of its prompt that were in the prefix cache at admission
+    num_drafts: int = 0  # drafts in flight
     prompt_reported: int = 0  # prompt tokens whose log-probabilities are known
-    added: float = 0.0  # by the engine's clock
-    waited_s: float = 0.0  # until its first step, while nobody has been told
+    added: float = 0.0  # when it was added, by the engine's clock
+    waited_s: float = 0.0  # seconds until its first step; 0 once its client has been told
     preemptions: int = 0  # how often it gave its blocks back
-    turn: int = 0  # the first step in which nobody would wait for its last token
+    turn: int = 0  # the first step that need not wait for its last token
 
     @property
     def length(self) -> int:
         return len(self.tokens) + self.pending
 
     @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def complete(self) -> bool:
-        """Has the last token allowed been asked for?"""
-        return self.length - self.prompt_len >= self.spec.max_tokens
+        """Return whether the last token allowed has been asked for."""
+        return self.length - self.num_prompt_tokens >= self.message.max_tokens
 
     @property
     def decodes(self) -> bool:
-        """Does it want single tokens from now on?"""
+        """Return whether it wants single tokens from now on: its prompt is computed, or planned."""
         return not self.complete and self.length - self.computed <= 1
 
     @property
     def uncomputed(self) -> int:
-        """Tokens that could be computed now; 0 when the last one allowed is on its way.
+        """The number of tokens that could be computed now; 0 when the last one allowed is on its way.
 
-        A grammar and a guesser go on from tokens that are known, so nothing is planned behind one that is not.
+        A grammar and a drafter need the last token, so nothing is planned behind one that is not known.
         """
         if self.complete:
             return 0
-        if self.pending and (self.constraint is not None or self.guesser is not None):
+        if self.pending and (self.constraint is not None or self.drafter is not None):
             return 0
         if self.constraint is not None and self.constraint.awaited:
             return 0
         return self.length - self.computed
 
-    def told(self, start: int, count: int) -> int:
+    def prompt_logprobs_in(self, start: int, count: int) -> int:
         """Return how many prompt tokens get their log-probabilities when `count` tokens from `start` on are computed.
 
-        Each of the first so many computed tokens gives those of the prompt token behind it; 0 where none are wanted.
+        Each computed token gives those of the prompt token behind it. 0 where none are wanted.
         """
-        if self.spec.sampling.prompt_logprobs < 0:
+        if self.message.sampling.prompt_logprobs < 0:
             return 0
-        return max(min(start + count, self.prompt_len - 1) - start, 0)
+        return max(min(start + count, self.num_prompt_tokens - 1) - start, 0)
 
     @property
-    def held(self) -> list[int]:
-        return self.blocks[self.retired :]
+    def held_blocks(self) -> list[int]:
+        return self.blocks[self.blocks_retired :]
 
     @property
     def may_reuse(self) -> bool:
-        """May it start from cached blocks? Not while log-probabilities of its prompt are wanted: they come from
-        computing it."""
-        wanted = self.prompt_len - 1 if self.spec.sampling.prompt_logprobs >= 0 else 0
+        """Return whether it may start from cached blocks.
+
+        It may not while log-probabilities of its prompt are wanted: they come from computing the prompt.
+        """
+        wanted = self.num_prompt_tokens - 1 if self.message.sampling.prompt_logprobs >= 0 else 0
         return self.prompt_reported >= wanted
 
+    def encoded_tokens(self) -> bytes:
+        """Return the known tokens as messages carry them. Those that came with the request are not encoded again."""
+        return self.message.tokens + encode_tokens(self.tokens[self.message.num_tokens :])
 
-def decode_tokens(data: bytes) -> list[int]:
-    tokens = array.array("i", data)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return tokens.tolist()
-
-
-def encode_tokens(tokens: Iterable[int]) -> bytes:
-    return _little_endian(array.array("i", tokens))
-
-
-def encode_numbers(numbers: Iterable[float]) -> bytes:
-    """As float32."""
-    return _little_endian(array.array("f", numbers))
-
-
-def _little_endian(data: "array.array[int] | array.array[float]") -> bytes:
-    if sys.byteorder == "big":
-        data.byteswap()
-    return data.tobytes()
-
-
-@lru_cache(maxsize=16)  # for the outputs of a request, which come one after the other
-def token_set(data: bytes) -> frozenset[int]:
-    return frozenset(decode_tokens(data))
+    def take_waited_us(self) -> int:
+        """Return how long the request waited for its first step, in microseconds; 0 once that has been told."""
+        waited, self.waited_s = self.waited_s, 0.0
+        return int(waited * 1e6)

@@ -93,6 +93,7 @@ class RankExecutor:
         self._phase("connect", timeout)
         for setup, info in zip(setups, map(decode_load_info, self._phase("load", timeout)), strict=True):
             log.info("%s", _loaded(setup, info))
+            log.debug("%s", _computed_by(setup, info))
         capacities = [decode_capacity(payload) for payload in self._phase("profile", timeout)]
         smallest = min(capacities, key=lambda capacity: capacity.num_blocks)
         self.num_blocks = smallest.num_blocks
@@ -213,13 +214,20 @@ class RankExecutor:
 
 
 def _loaded(setup: RankSetup, info: LoadInfo) -> str:
-    """One rank's line in the log."""
-    stage, coordinate = divmod(setup.rank, setup.tp)
-    last = info.first_layer + info.layers - 1
-    experts = f" {info.experts} experts," if info.experts else ""
+    """Return one rank's line for the log: where it stands and what it holds."""
+    layout = setup.plan.layout
+    stage, tp_rank = divmod(setup.rank, layout.tp)
+    experts = f"{info.experts} experts, " if info.experts else ""
     return (
-        f"rank {setup.rank}: stage {stage} of {len(setup.stages)}, tp {coordinate} of {setup.tp}, layers "
-        f"{info.first_layer}-{last}, {info.q_heads} query and {info.kv_heads} KV heads,{experts} "
-        f"{format_bytes(info.weight_bytes)} of weights on {info.device}, {setup.cost_share:.1%} of the cost, "
-        f"{info.threads} threads, {info.linear}, {info.kernels}, {info.comm}"
+        f"rank {setup.rank}: stage {stage} of {layout.num_stages}, tp {tp_rank} of {layout.tp}, layers "
+        f"{info.first_layer}-{info.first_layer + info.layers - 1}, {info.q_heads} query and {info.kv_heads} KV heads, "
+        f"{experts}{format_bytes(info.weight_bytes)} of weights on {info.device}"
+    )
+
+
+def _computed_by(setup: RankSetup, info: LoadInfo) -> str:
+    """Return how a rank computes, for whoever looks closer."""
+    return (
+        f"rank {setup.rank}: {setup.rank_plan.cost_share:.1%} of the cost, {info.threads} threads, {info.linear}, "
+        f"{info.kernels}, {info.comm}"
     )

@@ -14,7 +14,8 @@ from shoal.worker.rank import Rank
 class InProcessLinks:
     world_size = 1
 
-    def __init__(self) -> None:
+    def __init__(self, setups: Sequence[RankSetup], groups: object = None) -> None:
+        """Needs nothing of its arguments: a rank alone meets nobody."""
         self._rank = Rank(_no_groups)
         self._inbox: deque[ToRank] = deque()
         self._interrupted = False

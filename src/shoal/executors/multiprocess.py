@@ -18,7 +18,8 @@ _END_S = 1.0
 
 
 class ProcessLinks:
-    def __init__(self, setups: Sequence[RankSetup]) -> None:
+    def __init__(self, setups: Sequence[RankSetup], groups: object = None) -> None:
+        """`groups` are for ranks that are threads; processes meet at a store of their own."""
         self.world_size = len(setups)
         self._store = os.memfd_create("shoal-store")  # where ranks find each other; has no name, dies with us
         self._closed = False
@@ -37,7 +38,7 @@ class ProcessLinks:
     def _start(self, setups: Sequence[RankSetup]) -> None:
         for setup in setups:
             arguments = ["--rank", str(setup.rank), "--size", str(self.world_size), "--store", str(self._store)]
-            environment = cpu.pinning(setup.cores) if setup.cores else {}
+            environment = cpu.pinning(setup.rank_plan.cores) if setup.plan.bind_cores else {}
             self._children.append(ChildProcess("shoal.worker", arguments, environment, [self._store]))
 
     def send(self, message: ToRank, rank: int | None = None) -> None:

@@ -15,12 +15,12 @@ _END_S = 5.0
 
 
 class ThreadLinks:
-    def __init__(self, world_size: int, comm_timeout_s: float, groups: ThreadGroups | None = None) -> None:
+    def __init__(self, setups: Sequence[RankSetup], groups: ThreadGroups | None = None) -> None:
         """`groups`: where ranks of several replicas meet, the same one for all of these."""
-        self.world_size = world_size
+        world_size = self.world_size = len(setups)
         self._closed = False
         self._shared = groups is not None
-        self._groups = groups or ThreadGroups(comm_timeout_s)
+        self._groups = groups or ThreadGroups(setups[0].plan.timeouts.comm_s)
         self._joined: set[ThreadGroup] = set()
         self._ranks = [Rank(self._join_group) for _ in range(world_size)]
         self._inboxes: list[queue.SimpleQueue[ToRank]] = [queue.SimpleQueue() for _ in range(world_size)]

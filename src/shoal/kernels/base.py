@@ -7,7 +7,6 @@ contract below, and `tests/kernels` holds them against each other.
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -137,6 +136,3 @@ class Kernels(Protocol):
 
         q: [n, q_heads, head_dim]. Gives [n, q_heads * head_dim].
         """
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -23,10 +23,6 @@ class PlainLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
 
-    @property
-    def nbytes(self) -> int:
-        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
-
 
 class PackedLinear:
     """oneDNN's product on a copy of the weight in oneDNN's blocked layout; the weight passed in is not kept.
@@ -37,7 +33,6 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._out_features = weight.shape[0]
-        self._nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
         # The second argument is the batch size to tune for. Layouts for other sizes differ little in speed.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         self._bias = bias
@@ -54,10 +49,6 @@ class PackedLinear:
     def _multiply(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear | PlainLinear:

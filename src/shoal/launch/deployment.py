@@ -1,4 +1,4 @@
-"""Which replicas run on this host, which are awaited from others, and where all of them meet."""
+"""The deployment of replicas over hosts: which run here, which other hosts start, and where all of them meet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,25 +15,30 @@ DEFAULT_PORT = 29550
 
 
 class Mode(Enum):
-    ALONE = "all replicas are here"
-    HEAD = "others run replicas for the front end that is here"
-    HEADLESS = "the front end is elsewhere"
+    """The role of this process among the hosts of a deployment."""
+
+    ALONE = "all replicas run on this host"
+    HEAD = "the front end runs here, and other hosts run replicas for it"
+    HEADLESS = "replicas run here, for a front end on another host"
     PEERS = "each host serves its own replicas"
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
+    """The replicas of all hosts, seen from this one."""
+
     mode: Mode
-    size: int  # replicas on all hosts
-    local: Sequence[int]  # their numbers on this host
-    address: Address | None = None  # where they meet; None: nobody else is there
-    key: str = ""
+    size: int  # the number of replicas on all hosts
+    local: Sequence[int]  # the numbers of the replicas on this host
+    address: Address | None = None  # of the rendezvous; None: there is no other host
+    key: str = ""  # the shared key of the rendezvous
 
     @classmethod
     def of(cls, options: EngineOptions) -> "Deployment":
-        """
+        """Return the deployment that the options describe.
+
         Raises:
-            ConfigError: options do not go together; the numbers are in it.
+            ConfigError: options contradict each other.
         """
         hosts, size = options.hosts, options.parallel.data_parallel_size
         mode = _mode(hosts, size)
@@ -42,13 +47,12 @@ class Deployment:
             return cls(Mode.ALONE, size, range(size))
         if options.parallel.distributed_executor_backend == "threads":
             raise ConfigError(
-                "--distributed-executor-backend threads: replicas on several hosts are processes; leave it out"
+                "--distributed-executor-backend threads: replicas on several hosts must be processes; leave it out"
             )
         if hosts.data_parallel_address is None:
             raise ConfigError(
-                f"{_summary(mode, local, size)}, and nothing says where they meet: give all of them the same "
-                "--data-parallel-address, an address of the host that "
-                + ("has replica 0" if mode is Mode.PEERS else "serves")
+                f"{_summary(mode, local, size)}, and --data-parallel-address is missing: give it the same value on all "
+                "hosts, an address of the host that " + ("has replica 0" if mode is Mode.PEERS else "serves")
             )
         host = host_of(hosts.data_parallel_address, "--data-parallel-address")
         refuse_hidden_loopback(host, "--data-parallel-address")
@@ -59,44 +63,52 @@ class Deployment:
 
     @property
     def awaited(self) -> Sequence[int]:
-        """Replicas that other hosts start for the front end here."""
+        """The numbers of the replicas that other hosts start for the front end on this host."""
         return [number for number in range(self.size) if number not in self.local] if self.mode is Mode.HEAD else []
 
     @property
     def elsewhere(self) -> Sequence[int]:
-        """Replicas that other hosts serve on their own."""
+        """The numbers of the replicas that other hosts serve themselves."""
         return [number for number in range(self.size) if number not in self.local] if self.mode is Mode.PEERS else []
 
     @property
     def listens(self) -> bool:
-        """Do the others come to this process?"""
+        """True if this process opens the rendezvous, and the other hosts connect to it."""
         return self.mode is Mode.HEAD or (self.mode is Mode.PEERS and 0 in self.local)
 
     @property
     def place(self) -> ReplicaPlace:
-        """Of the first replica here. Without any (`local_size` 0) it is that of one elsewhere, by which prompts are
-        checked."""
+        """The place of the first replica on this host.
+
+        If there is none (`local_size` is 0), it is the place of replica 0 on another host, because checking prompts
+        needs some plan.
+        """
         if self.mode is Mode.ALONE:
-            return ReplicaPlace()
+            return ReplicaPlace(size=self.size, local_size=self.size)
         return ReplicaPlace(self.local[0] if self.local else 0, self.size, local_size=len(self.local))
 
 
 def _mode(hosts: HostOptions, size: int) -> Mode:
     number, start = hosts.data_parallel_rank, hosts.data_parallel_start_rank
     if hosts.headless and hosts.data_parallel_hybrid_lb:
-        raise ConfigError("--headless serves nothing, --data-parallel-hybrid-lb serves on every host: choose one")
+        raise ConfigError(
+            "--headless does not serve, but --data-parallel-hybrid-lb serves on every host: choose one of them"
+        )
     if number is not None and hosts.data_parallel_hybrid_lb:
         raise ConfigError(
-            f"--data-parallel-rank {number} serves one replica, --data-parallel-hybrid-lb all of this host: choose one"
+            f"--data-parallel-rank {number} serves one replica, but --data-parallel-hybrid-lb serves all replicas of "
+            "this host: choose one of them"
         )
     if number is not None and number >= size:
-        raise ConfigError(f"--data-parallel-rank {number} of --data-parallel-size {size} does not exist: count from 0")
+        raise ConfigError(
+            f"--data-parallel-rank {number} does not exist with --data-parallel-size {size}: ranks count from 0"
+        )
     if number is not None and start not in (None, number):
         raise ConfigError(f"--data-parallel-rank {number} and --data-parallel-start-rank {start}: leave one out")
     if number is not None and hosts.data_parallel_size_local not in (None, 1):
         raise ConfigError(
-            f"--data-parallel-rank {number} is one replica, --data-parallel-size-local says "
-            f"{hosts.data_parallel_size_local}: use --data-parallel-start-rank for several"
+            f"--data-parallel-rank {number} is one replica, but --data-parallel-size-local is "
+            f"{hosts.data_parallel_size_local}: use --data-parallel-start-rank for several replicas"
         )
     if hosts.headless:
         return Mode.HEADLESS
@@ -104,8 +116,8 @@ def _mode(hosts: HostOptions, size: int) -> Mode:
         return Mode.PEERS
     if start:
         raise ConfigError(
-            f"--data-parallel-start-rank {start}: say too whether this host serves nothing (--headless) or its own "
-            "replicas (--data-parallel-hybrid-lb); the front end's replicas are the first ones"
+            f"--data-parallel-start-rank {start} needs --headless (the front end is elsewhere) or "
+            "--data-parallel-hybrid-lb (this host serves its own replicas); a front end's own replicas start at rank 0"
         )
     return Mode.ALONE if hosts.data_parallel_size_local is None else Mode.HEAD
 
@@ -117,27 +129,28 @@ def _local(hosts: HostOptions, mode: Mode, size: int) -> Sequence[int]:
     if mode is Mode.HEADLESS and first is None:
         if size > 1:
             raise ConfigError(
-                f"--headless: say which of the {size} replicas run here, with --data-parallel-start-rank and "
-                "--data-parallel-size-local"
+                f"--headless: use --data-parallel-start-rank and --data-parallel-size-local to say which of the {size} "
+                "replicas run here"
             )
         first = 0
     first = first or 0
     if first >= size:
         raise ConfigError(
-            f"--data-parallel-start-rank {first} of --data-parallel-size {size} does not exist: count from 0"
+            f"--data-parallel-start-rank {first} does not exist with --data-parallel-size {size}: ranks count from 0"
         )
     count = size - first if count is None else count
     if first + count > size:
         raise ConfigError(
             f"--data-parallel-start-rank {first} and --data-parallel-size-local {count} reach up to replica "
-            f"{first + count - 1}, --data-parallel-size is {size}: lower them, or give all hosts a larger size"
+            f"{first + count - 1}, but --data-parallel-size is {size}: lower them, or raise --data-parallel-size on "
+            "all hosts"
         )
     if count == 0 and mode is not Mode.HEAD:
-        raise ConfigError("--data-parallel-size-local 0: nothing is left to do here; only a front end may say 0")
+        raise ConfigError("--data-parallel-size-local 0: this host would have no replicas; only a front end may say 0")
     return range(first, first + count)
 
 
 def _summary(mode: Mode, local: Sequence[int], size: int) -> str:
     if mode is Mode.HEADLESS:
         return f"--headless: the front end of the {size} replica{'s' if size > 1 else ''} is elsewhere"
-    return f"{len(local)} of {size} replicas are here, the others elsewhere"
+    return f"{len(local)} of {size} replicas run here, the others elsewhere"

@@ -13,6 +13,7 @@ from shoal.errors import CheckpointError, ConfigError, UserError
 from shoal.lazy import load
 
 _PACKAGE = Path(__file__).parent.parent
+BUNDLED_NAME = "bundled"  # what users, clients and the log call the bundled dense model
 BUNDLED = _PACKAGE / "demo_model"
 BUNDLED_MOE = _PACKAGE / "demo_moe_model"
 _BUNDLED = {"dense": BUNDLED, "moe": BUNDLED_MOE}
@@ -24,17 +25,17 @@ _NEVER = ["*/*.json", "*/*.model", "*/*.safetensors", "*/*.tiktoken", "consolida
 
 
 def locate(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The absolute path of a model's folder. None: the bundled dense model. `bundled:NAME`: that bundled model.
-    `shape:NAME`: a configuration without weights. A folder. Else an id on the hub.
+    """Return the absolute path of a model's folder.
+
+    `model` is None or `bundled` (the bundled dense model), `bundled:NAME` (another bundled model), `shape:NAME` (a
+    configuration without weights), a folder, or an id on the hub.
 
     Raises:
         CheckpointError: there is no such model, or it can't be fetched.
         ConfigError: no model of that name is bundled, the disk is full, or the hub's cache can't be written.
     """
-    if model is None:
-        return BUNDLED
-    if model.startswith("bundled:"):
-        return _bundled(model.removeprefix("bundled:"))
+    if model is None or is_bundled(model):
+        return _bundled(model)
     if model.startswith("shape:"):
         return _shape(model.removeprefix("shape:"), weights=weights)
     folder = Path(model).expanduser()
@@ -51,9 +52,14 @@ def is_shape(model: str | None) -> bool:
     return model is not None and model.startswith("shape:")
 
 
-def _bundled(name: str) -> Path:
+def is_bundled(model: str | None) -> bool:
+    return model is None or model == BUNDLED_NAME or model.startswith(f"{BUNDLED_NAME}:")
+
+
+def _bundled(model: str | None) -> Path:
+    name = "dense" if model in (None, BUNDLED_NAME) else str(model).partition(":")[2]
     if name not in _BUNDLED:
-        known = ", ".join(f"bundled:{each}" for each in _BUNDLED)
+        known = ", ".join([BUNDLED_NAME, *(f"{BUNDLED_NAME}:{each}" for each in _BUNDLED)])
         raise ConfigError(f"no model {name!r} is bundled; known are {known}")
     return _BUNDLED[name]
 
@@ -76,7 +82,7 @@ def download(model: str, revision: str | None = None, directory: Path | None = N
         CheckpointError: there is no such model, or it has no weights that can be loaded.
         ConfigError: there is no room for it, or `directory` can't be written.
     """
-    if model.startswith(("shape:", "bundled:", ".", "/", "~")) or model.count("/") > 1:
+    if is_bundled(model) or model.startswith(("shape:", ".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"{model} is no id on the hub; one looks like Qwen/Qwen3-0.6B")
     if directory is not None:
         directory = directory.expanduser().absolute()

@@ -1,5 +1,7 @@
-"""A model that was found, read and decided on; nothing has been started."""
+"""A model that was found, read and planned, before anything is started."""
 
+import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,75 +19,117 @@ from shoal.errors import ConfigError
 from shoal.launch import hub
 from shoal.launch.deployment import Deployment
 from shoal.log import get_logger
+from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
-from shoal.planner.resolve import Decision, discover, resolve
+from shoal.planner.agreement import agreement
+from shoal.planner.host_devices import discover
+from shoal.planner.planner import Planner
 from shoal.process import open_files
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.generation_config import GenerationDefaults
 from shoal.text.grammar_checker import GrammarChecker
 from shoal.text.grammar_host import grammar_pool
 from shoal.text.prompts import PromptReader
-from shoal.text.tokenizer import Tokenizer, open_tokenizer
+from shoal.text.tokenizer import Tokenizer, open_other_tokenizer, open_tokenizer
 from shoal.values import shown
 from shoal.wire.base import replace_fields
-from shoal.wire.plan import ModelFiles, ReplicaPlace
+from shoal.wire.plan import EnginePlan, ModelFiles, ReplicaPlace, ServedModel
 
 log = get_logger("model")
 
-_BUNDLED = "bundled"
+_LEAST_SHARE = 0.9  # of the model's vocabulary, that a tokenizer from elsewhere should have
 
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
+    """The model of a front end, and the planner of its replicas if this process starts them."""
+
     options: EngineOptions
-    given: Mapping[str, Any]  # the options as they were given
-    decision: Decision
+    given: Mapping[str, Any]  # the options that the user gave
+    served: ServedModel
     tokenizer: Tokenizer | None
     generation: GenerationDefaults
-    own_process: bool  # this process has no other purpose, and may be bound to cores
-    by_hand: ReplicaPlace | None = None  # of this process among replicas that the user starts, one a process
+    planner: Planner | None  # None: another process plans and starts the replicas
+    own_process: bool = False  # this process has no other purpose, so it may be bound to cores
+    manual_place: ReplicaPlace | None = None  # the place of this process, if the user starts each replica in a process
 
     @property
     def name(self) -> str:
-        """As it was given, or the name of the bundled model."""
-        return self.options.model or _BUNDLED
+        """The name that the user gave to the model, or the name of the bundled model."""
+        return self.options.model or hub.BUNDLED_NAME
 
     @property
-    def files(self) -> ModelFiles:
-        """Where the model and its draft model are, and in what state: a process that is started later finds the same,
-        whatever the working directory, or the hub, is by then."""
-        decision = self.decision
-        draft = "" if decision.draft_folder is None else str(decision.draft_folder)
-        return ModelFiles(str(decision.folder), draft, *decision.file_states)
+    def plan(self) -> EnginePlan:
+        """The plan of the first replica."""
+        return self._completed(self._own_planner.first_plan)
+
+    def plan_at(self, place: ReplicaPlace) -> EnginePlan:
+        """Return the plan of the replica at a place of this host. If it will meet others, it has the agreement.
+
+        Raises:
+            ConfigError: this host does not have enough memory or devices for it.
+        """
+        plan = self._own_planner.plan(place)
+        compared = self.agreement if place.rendezvous else {}
+        return replace_fields(self._completed(plan), agreement=compared)
+
+    def _completed(self, plan: EnginePlan) -> EnginePlan:
+        """Return the plan with what the planner does not read: names and texts."""
+        folder = self.served.tokenizer_folder
+        return replace_fields(plan, name=self.name, eos=self.generation.eos, tokenizer_folder=folder)
+
+    @property
+    def agreement(self) -> dict[str, str]:
+        """What the processes of all replicas must have in common (see `planner.agreement`)."""
+        return agreement(self.options, self._own_planner.first_plan)
+
+    def log_plan(self) -> None:
+        """Log the reasons and warnings of the plan."""
+        for reason in self._own_planner.first_plan.reasons:
+            log.info("%s", reason)
+        for warning in self._own_planner.first_plan.warnings:
+            log.warning("%s", warning)
+
+    @property
+    def _own_planner(self) -> Planner:
+        assert self.planner is not None, "this process starts no replicas"
+        return self.planner
 
     @property
     def vocab_size(self) -> int:
-        return self.decision.spec.vocab_size
+        return self.served.vocab_size
 
     def reader(self, max_model_len: int | None = None) -> PromptReader:
-        """Checks prompts; before the start by the length that was decided on, later by the engine's own."""
+        """Return a reader that checks prompts and makes them into tokens.
+
+        Args:
+            max_model_len: the limit of the engine; None before it has started: the planned limit.
+        """
+        folder = Path(self.served.tokenizer_folder)
         return PromptReader(
             self.tokenizer,
             vocab_size=self.vocab_size,
-            max_model_len=max_model_len or self.decision.max_model_len,
+            max_model_len=max_model_len or self.served.max_model_len,
             eos=self.generation.eos,
-            chat_template=cache(lambda: ChatTemplate.open(self.decision.folder)),
+            chat_template=cache(lambda: ChatTemplate.open(folder)),
         )
 
     def grammar_checker(self) -> GrammarChecker:
-        """Finds out whether structured outputs can be obeyed; starts nothing before the first one comes."""
-        decision, eos = self.decision, self.generation.eos
-        return GrammarChecker(
-            lambda: grammar_pool(decision.folder, eos, decision.spec.vocab_size, decision.hardware.cores)
-        )
+        """Return a checker of the grammars of structured outputs. It starts its process with the first grammar."""
+        served, eos = self.served, self.generation.eos
+        folder = Path(served.tokenizer_folder)
+        return GrammarChecker(lambda: grammar_pool(folder, eos, served.vocab_size, served.cores))
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
-        """`base`, with what the model's generation_config.json says for sampling, unless --generation-config vllm."""
+        """Return `base` with the sampling defaults of the model's generation_config.json.
+
+        With --generation-config vllm the file is ignored.
+        """
         return self.generation.defaults(base)
 
 
 def name_of(model: object) -> str | None:
-    """What a user may call a model by.
+    """Return the name of a model, from a value that a user gave for it.
 
     Raises:
         ConfigError: it is neither a text nor a path nor None.
@@ -102,58 +146,103 @@ def open_model(
     *,
     own_process: bool = False,
     online: bool = False,
-    replicas_elsewhere: bool = False,
     files: ModelFiles | None = None,
 ) -> OpenModel:
-    """`model` is a folder, an id on the hub, a shape, or None for the bundled model. Without `online`, options that
-    only mean something to what serves are refused; vLLM's that change nothing are noted in the log.
-    `replicas_elsewhere`: another process has them, and has decided whether this host's memory and devices do; here they
-    are not looked at. `files`: where the model was found, and in what state.
+    """Find a model, read it, and plan its replicas on this host.
+
+    Args:
+        model: a folder, an id on the Hugging Face hub, a shape, or None for the bundled model.
+        given: the options that the user gave.
+        own_process: True if this process has no other purpose, so that it may be bound to cores.
+        online: True for servers. Otherwise, options that have a meaning only for servers are refused.
+        files: the folder of the model and the state of its files, if it was found before; None: find it.
 
     Raises:
-        UserError: model, options and host do not go together; it says what, and the way out.
+        UserError: model, options and host do not fit together; the message says why, and what to do.
     """
-    open_files.occupy_standard()  # before anything opens a socket
+    options, given = _read_options(model, given, online=online)
+    manual_place = _read_manual_place(options)
+    if online and manual_place is not None:
+        raise ConfigError(
+            f"SHOAL_DP_RANK={manual_place.rank} is for programs of which each is one replica: to serve one replica, "
+            f"use --data-parallel-size {manual_place.size} --data-parallel-rank {manual_place.rank}, and unset the "
+            "variable"
+        )
+    planner = plan_host(options, manual_place or Deployment.of(options).place, files)
+    plan = planner.first_plan
+    served = ServedModel(
+        folder=plan.model.folder,
+        tokenizer_folder=str(_find_tokenizer(options, Path(plan.model.folder))),
+        file_state=plan.model.file_state,
+        overrides=plan.model.overrides,
+        vocab_size=plan.vocab_size,
+        max_model_len=plan.max_model_len,
+        cores=plan.grammar_cores,
+    )
+    found = _open_served(options, given, served)
+    _warn_of_small_tokenizer(found)
+    return dataclasses.replace(found, planner=planner, own_process=own_process, manual_place=manual_place)
+
+
+def open_served_model(model: str | None, given: Mapping[str, Any], served: ServedModel) -> OpenModel:
+    """Open a model for a front end whose replicas another process has planned and started.
+
+    Raises:
+        UserError: the model is missing, or its files have changed since it was planned.
+    """
+    options, given = _read_options(model, given, online=True)
+    if served.file_state:
+        check_files(Path(served.folder), served.file_state)
+    return _open_served(options, given, served)
+
+
+def _read_options(
+    model: str | None, given: Mapping[str, Any], *, online: bool
+) -> tuple[EngineOptions, Mapping[str, Any]]:
+    open_files.occupy_standard()  # before anything opens a socket, which would get one of these descriptors
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
+    given = {name: os.fspath(each) if isinstance(each, PathLike) else each for name, each in given.items()}
     given, notes = vllm_options.take(given, server=online)
     options = EngineOptions.from_flat(model, given)
     for note in notes:
         log.info("%s", note)
     if not online:
         refuse_online(given)
-    by_hand = _place_by_hand(options)
-    if online and by_hand is not None:
-        raise ConfigError(
-            f"SHOAL_DP_RANK={by_hand.rank} is for programs that are replicas by hand: to serve one replica, use "
-            f"--data-parallel-size {by_hand.size} --data-parallel-rank {by_hand.rank}, and unset the variable"
-        )
-    place = by_hand or Deployment.of(options).place
-    if replicas_elsewhere:
-        place = replace_fields(place, size=options.parallel.data_parallel_size, local_size=0)
-    decision = decide(options, place, files)
-    from_model = options.model_options.generation_config != "vllm"
-    generation = GenerationDefaults.open(decision.folder, sampling=from_model, overrides=decision.overrides)
-    return OpenModel(options, given, decision, open_tokenizer(decision.folder), generation, own_process, by_hand)
+    return options, given
 
 
-def _place_by_hand(options: EngineOptions) -> ReplicaPlace | None:
-    """What SHOAL_DP_* say; None where they are not set, or the process is alone."""
+def _open_served(options: EngineOptions, given: Mapping[str, Any], served: ServedModel) -> OpenModel:
+    folder = Path(served.folder)
+    generation = GenerationDefaults.open(
+        folder,
+        sampling=options.model_options.generation_config != "vllm",
+        overrides=json.loads(served.overrides),
+    )
+    if served.tokenizer_folder == served.folder:
+        tokenizer = open_tokenizer(folder)
+    else:
+        tokenizer = open_other_tokenizer(Path(served.tokenizer_folder), served.vocab_size)
+    return OpenModel(options, given, served, tokenizer, generation, planner=None)
+
+
+def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
+    """Return the place that the variables SHOAL_DP_* describe; None if they are not set or name one replica only."""
     found = env.data_parallel()
     asked = options.parallel.data_parallel_size
     if found is None or found.size == 1:
         return None
     if asked not in (1, found.size):
         raise ConfigError(
-            f"--data-parallel-size {asked}, and SHOAL_DP_SIZE is {found.size}: leave one of them out; with the "
-            "variables set, each replica is a process of its own"
+            f"--data-parallel-size is {asked}, but SHOAL_DP_SIZE is {found.size}: leave one of them out; with the "
+            "variables set, each replica is a process that you start"
         )
     if found.size_local < found.size:
         refuse_hidden_loopback(found.master_ip, "SHOAL_DP_MASTER_IP")
     if found.local_assumed:
         log.warning(
-            "rank %d counts on having this host to itself: set SHOAL_DP_RANK_LOCAL and SHOAL_DP_SIZE_LOCAL if several "
-            "ranks share it",
+            "rank %d assumes that no other rank runs on this host: set SHOAL_DP_RANK_LOCAL and SHOAL_DP_SIZE_LOCAL if "
+            "several ranks share it",
             found.rank,
         )
     return ReplicaPlace(
@@ -166,25 +255,26 @@ def _place_by_hand(options: EngineOptions) -> ReplicaPlace | None:
     )
 
 
-def decide(options: EngineOptions, place: ReplicaPlace | None = None, files: ModelFiles | None = None) -> Decision:
-    """Everything that can be refused before a process is started, is refused here. `place`: of one replica; without it
-    the decision is for all of them. `files`: those of the decision that was made first; without it the model is looked
-    for.
+def plan_host(options: EngineOptions, place: ReplicaPlace, files: ModelFiles | None = None) -> Planner:
+    """Plan the replicas of this host. All mistakes that can be found before a process is started are found here.
+
+    Args:
+        place: the place of the first replica on this host.
+        files: the folders of the models and the state of their files, if they were found before; None: find them.
 
     Raises:
-        UserError: as `open_model`.
+        UserError: model, options and host do not fit together.
     """
-    files = files or _find(options)
-    place = place or ReplicaPlace()
-    hardware = discover(options) if place.local_size else cpu.discover()  # of a front end without replicas: any will do
-    draft = Path(files.draft_folder) if files.draft_folder else None
-    return resolve(options, Path(files.folder), hardware, draft, place, (files.state, files.draft_state))
+    # A front end without replicas needs no devices, so it does not matter which are found.
+    hardware = discover(options) if place.local_size else cpu.discover()
+    return Planner(options, files or _locate_files(options), hardware, place)
 
 
-def _find(options: EngineOptions) -> ModelFiles:
-    """
+def _locate_files(options: EngineOptions) -> ModelFiles:
+    """Find the folders of the model and its draft model, and download them if necessary.
+
     Raises:
-        UserError: as `hub.locate`.
+        UserError: a model cannot be found (see `hub.locate`).
     """
     weights = options.model_options.load_format != "dummy"
     folder = hub.locate(options.model, options.model_options.revision, weights=weights)
@@ -192,3 +282,27 @@ def _find(options: EngineOptions) -> ModelFiles:
     if speculative is None or speculative.method != "draft_model":
         return ModelFiles(str(folder))
     return ModelFiles(str(folder), str(hub.locate(speculative.model, speculative.revision, weights=weights)))
+
+
+def _warn_of_small_tokenizer(model: OpenModel) -> None:
+    """Warn if a tokenizer from elsewhere has far fewer tokens than the model, more than padding accounts for."""
+    served, tokenizer = model.served, model.tokenizer
+    if served.tokenizer_folder == served.folder or tokenizer is None:
+        return
+    if tokenizer.size < _LEAST_SHARE * served.vocab_size:
+        log.warning(
+            "--tokenizer: %s has %d tokens, the model has %d: is it the tokenizer that the model was trained with?",
+            *(served.tokenizer_folder, tokenizer.size, served.vocab_size),
+        )
+
+
+def _find_tokenizer(options: EngineOptions, folder: Path) -> Path:
+    """Return the folder of the tokenizer: the model's `folder`, unless the options name another one.
+
+    Raises:
+        UserError: as `hub.locate`.
+    """
+    said = options.model_options
+    if said.tokenizer is None and said.tokenizer_revision is None:
+        return folder
+    return hub.locate(said.tokenizer or options.model, said.tokenizer_revision, weights=False)

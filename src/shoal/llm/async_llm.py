@@ -78,13 +78,13 @@ class AsyncLLM(Operable):
         self._model = model
         self._reader = model.reader()
         seed = model.options.model_options.seed if "seed" in model.given else secrets.randbits(63)
-        self._requests = Requests(model.generation.eos, max_model_len=model.decision.max_model_len, seed=seed)
+        self._requests = Requests(model.generation.eos, max_model_len=model.served.max_model_len, seed=seed)
         self._grammars = model.grammar_checker()
         self._next_seq = 0
         self._streams: dict[int, RequestStream] = {}  # by the numbers of their requests
         self._named: dict[str, RequestStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._arrived: list[SeqUpdate] = []
+        self._arrived: list[tuple[int, SeqUpdate]] = []  # with the numbers that requests have here
         self._arrived_lock = threading.Lock()
         self._closed = False
         self._desk: Desk | None = None
@@ -374,7 +374,7 @@ class AsyncLLM(Operable):
             self._take()
         for seq in list(self._streams):
             lost = SeqUpdate(seq, (), finish=Finish.ABORT, error=_CLOSED, refusal=RefusalKind.CLOSING)
-            self._hand_out(lost)
+            self._hand_out(seq, lost)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
@@ -408,7 +408,7 @@ class AsyncLLM(Operable):
             return
         with self._arrived_lock:
             first = not self._arrived
-            self._arrived += message.updates
+            self._arrived += [(update.seq - message.base, update) for update in message.updates]
         if first:
             try:
                 self._loop.call_soon_threadsafe(self._take)
@@ -421,22 +421,22 @@ class AsyncLLM(Operable):
         with self._arrived_lock:
             updates, self._arrived = self._arrived[:_AT_ONCE], self._arrived[_AT_ONCE:]
             rest = bool(self._arrived)
-        for update in updates:
-            self._hand_out(update)
+        for seq, update in updates:
+            self._hand_out(seq, update)
         if rest and self._loop is not None:
             self._loop.call_soon(self._take)
 
-    def _hand_out(self, update: SeqUpdate) -> None:
-        stream = self._streams.get(update.seq)
+    def _hand_out(self, seq: int, update: SeqUpdate) -> None:
+        stream = self._streams.get(seq)
         if stream is None:
             return
         try:
-            stream.take(update)
+            stream.take(seq, update)
         except Exception:  # a tokenizer's, most likely: it is this request's end, and no other's
-            log.exception("the text of request %d can't be made", update.seq)
+            log.exception("the text of request %d can't be made", seq)
             stream.fail(EngineError("the text of an output can't be made; the log of the server says why"))
         if update.finish is not None:
-            self._streams.pop(update.seq, None)
+            self._streams.pop(seq, None)
 
 
 class RequestStream:
@@ -547,16 +547,17 @@ class RequestStream:
         self.close()
         self._wakeup.set()
 
-    def take(self, update: SeqUpdate) -> None:
-        if update.seq not in self._running:
+    def take(self, seq: int, update: SeqUpdate) -> None:
+        """Take in what has come of the output that has the number `seq` here."""
+        if seq not in self._running:
             return
-        index = update.seq - self.number
+        index = seq - self.number
         stopped = self._answer.take(index, update)
         if stopped and update.finish is None:
-            self._llm.release((update.seq,), stopped=True)
+            self._llm.release((seq,), stopped=True)
         ended = stopped or update.finish is not None
         if ended:
-            self._running.discard(update.seq)
+            self._running.discard(seq)
             self._answer.running -= 1
         if update.error:
             self._error = _error_of(update)

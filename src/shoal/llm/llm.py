@@ -18,7 +18,6 @@ from shoal.llm.offline import OfflineRunner
 from shoal.llm.shared_engine import SharedEngine
 from shoal.outputs import BeamSearchOutput, RequestOutput
 from shoal.params import BeamSearchParams, Message, Prompt, SamplingParams
-from shoal.planner.layout import shares_experts
 from shoal.process.interrupts import interrupts
 from shoal.protocols import EngineClient
 from shoal.text.prompts import Job, RefusedPrompt
@@ -222,7 +221,7 @@ class LLM:
             EngineError: the engine failed.
         """
         activity = self._activity.sleep(level)
-        if level and self._model.by_hand is not None and shares_experts(self._model.decision.cutting):
+        if level and self._model.manual_place is not None and self._model.plan.layout.shares_experts:
             raise ConfigError(
                 "replicas of other processes compute together with this one, and can't while it is asleep"
             )

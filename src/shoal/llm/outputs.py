@@ -10,7 +10,7 @@ from shoal.outputs import CompletionOutput, FinishReason, Logprob, Logprobs, Req
 from shoal.text.detokenizer import OutputText
 from shoal.text.prompts import Job
 from shoal.text.text_stream import CONTEXT
-from shoal.text.token_places import TokenPlaces
+from shoal.text.token_offsets import TokenOffsets
 from shoal.text.tokenizer import Tokenizer
 from shoal.wire.engine import Finish, SeqUpdate
 from shoal.wire.ranks import TokenLogprobs
@@ -45,8 +45,8 @@ class Completion:
         self._given = 0  # tokens in deltas so far
         self._described: list[Logprobs] = []  # what `output` has told of the first tokens
         params = job.params
-        self._places = (
-            TokenPlaces(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._token_offsets = (
+            TokenOffsets(tokenizer, skip_special_tokens=params.skip_special_tokens)
             if tokenizer is not None and params.detokenize and params.logprobs is not None
             else None
         )
@@ -58,7 +58,7 @@ class Completion:
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
-                places=self._places,
+                offsets=self._token_offsets,
             )
             if tokenizer is not None and params.detokenize
             else None
@@ -134,19 +134,19 @@ class Completion:
 
     def _added(self, start: int) -> Iterator[bytes | None]:
         """What each token added to the text; the token that ended the output is no part of it."""
-        if self._places is None:
+        if self._token_offsets is None:
             return repeat(None)
-        return chain(self._places.added[start:], repeat(b""))
+        return chain(self._token_offsets.token_bytes[start:], repeat(b""))
 
     def _offsets(self, start: int, *, whole: str | None) -> tuple[int, ...] | None:
         """Of tokens from `start` on. In the `whole` text they lie no further than its end: a stop text is cut off."""
         if self._job.params.logprobs is None:
             return None
-        places = self._places
-        if places is None:
+        offsets = self._token_offsets
+        if offsets is None:
             return (0,) * (len(self._tokens) - start)
-        most = places.length if whole is None else len(whole)
-        known = places.starts[start : len(self._tokens)]
+        most = offsets.length if whole is None else len(whole)
+        known = offsets.offsets[start : len(self._tokens)]
         beyond = [most] * (len(self._tokens) - start - len(known))  # the token that ended the output
         return (*(min(each, most) for each in known), *beyond)
 

@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Sequence
 
-from shoal.engine.request import encode_numbers, encode_tokens
 from shoal.params import SamplingParams
 from shoal.text.prompts import Job
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling, SamplingPenalties
+from shoal.wire.tokens import encode_numbers, encode_tokens
 
 _MOST = 2**31 - 1  # as many as any vocabulary has
 _SEED_BITS = 0xFFFFFFFFFFFFFFFF
@@ -33,6 +33,7 @@ class Requests:
         request = EngineRequest(
             seq=first,
             tokens=encode_tokens(job.tokens),
+            num_prompt_tokens=len(job.tokens),
             sampling=sampling,
             max_tokens=min(params.max_tokens or _MOST, self.max_model_len - len(job.tokens)),
             stop_ids=stop_ids,

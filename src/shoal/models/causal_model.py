@@ -1,4 +1,4 @@
-"""What a rank asks of its stage of a model, whichever implementation it is."""
+"""The interface of a rank's stage of a model, for all implementations of models."""
 
 from typing import Protocol
 
@@ -8,19 +8,29 @@ from shoal.kernels.base import KVCache, PagedBatch
 
 
 class CausalModel(Protocol):
-    def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        """Computes a step and fills the caches, one for each layer of the stage.
+    """A pipeline stage of a causal language model, on one rank."""
 
-        inputs: on the first stage the tokens, int64 [n]; else the residual stream [n, hidden] as the stage before left
-        it. rows: int64 [m], the tokens whose outcome is wanted (None: all).
-        Gives on the last stage [m, width], what `logits` reads; else the residual stream [n, hidden], whatever `rows`.
+    def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
+        """Compute the layers of this stage for one step, and store keys and values in the caches.
+
+        Args:
+            inputs: on the first stage the tokens, int64 [n]; on others the residual stream [n, hidden] of the stage
+                before.
+            caches: one for each layer of the stage.
+            rows: int64 [m], the tokens whose result is wanted on the last stage; None for all.
+
+        Returns:
+            On the last stage the input of `logits`, [m, width]; on others the residual stream [n, hidden].
         """
 
     def join(self) -> None:
-        """Takes part in a step in which this replica has no token: in what its mixtures of experts exchange."""
+        """Take part, without tokens, in the exchange between replicas that share experts, for one step."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [m, width]. This rank's share of the vocabulary: float32 [m, rows of the head].
+        """Return the logits of this rank's share of the vocabulary: float32 [m, rows of the head].
+
+        Args:
+            hidden: [m, width], from the last stage's `hidden`.
 
         Raises:
             EngineError: this is not the last stage.

@@ -1,4 +1,4 @@
-"""The decoder: one model for every family, put together from its spec and a rank's weights."""
+"""The decoder: one implementation for all families of models, built from a spec and a rank's weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +34,10 @@ from shoal.parallel.mesh import Axis
 
 
 class Decoder:
-    """A stage of the model: its layers, with the embedding on the first stage, and with norm and head on the last."""
+    """A pipeline stage of a model: its layers, on the first stage the embedding, on the last the norm and the head.
+
+    `project_out` leads from the hidden size to the width of the embedding, in models where they differ.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class Decoder:
         self.kernels = kernels
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        """As `CausalModel.hidden`; the last stage gives [m, embedding width]."""
+        """Compute one step, as `CausalModel.hidden` says. The last stage returns [m, embedding width]."""
         self.dispatch.begin_step(len(inputs))
         residual = inputs if self.embedding is None else self.embedding(inputs, batch.positions)
         x = torch.zeros_like(residual)
@@ -73,13 +76,16 @@ class Decoder:
         return self.project_out(x) if self.project_out else x
 
     def join(self) -> None:
-        """Takes part in a step in which this replica has no token: in its mixtures of experts, and nothing else."""
+        """Take part in a step without tokens, as `CausalModel.join` says. Only mixtures of experts have work."""
         self.dispatch.begin_step(0)
         for layer in self.layers:
             layer.join()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [m, embedding width]. This rank's share of the vocabulary: float32 [m, rows of the head]."""
+        """Return the logits of this rank's share of the vocabulary: float32 [m, rows of the head].
+
+        hidden: [m, embedding width].
+        """
         if self.head is None:
             raise EngineError("only the last pipeline stage has an output head")
         logits = self.head(hidden).float()
@@ -100,16 +106,18 @@ def build_decoder(
     max_positions: int,
     dispatch: Dispatch | None = None,
 ) -> Decoder:
-    """Loads the stage layer by layer, so that at most one plain weight is in memory beside its packed form.
+    """Load a rank's stage, tensor by tensor, so that at most one weight is in memory both plain and packed.
 
-    `dispatch` leads to the experts of a mixture; None: this replica's ranks have them, cut over `tp`.
+    Args:
+        max_positions: the number of positions for which tables of rotary angles are made.
+        dispatch: how tokens reach the experts of a mixture. None: each expert is cut over the ranks of `tp`.
     """
     dispatch = dispatch or TensorParallelDispatch(tp)
     return _Builder(spec, shard, tp, weights, kernels, device, max_positions, dispatch).decoder()
 
 
 class _Builder:
-    """Asks for the weights in the order of the manifest."""
+    """Builds a `Decoder`. It asks for the weights in the order of the manifest."""
 
     def __init__(
         self,
@@ -160,7 +168,10 @@ class _Builder:
         return Embedding(tokens, self.spec.embedding_scale, project_in, self.positions())
 
     def head(self, embedding: Embedding | None) -> Tensor:
-        """On a GPU a tied head is the embedding itself, if this stage has both; on a CPU it is a packed copy."""
+        """Return the weight of the head. If it is tied, it is the embedding's tensor on a GPU, and a copy on a CPU.
+
+        On a CPU the copy is packed for oneDNN; on a GPU a stage without the embedding needs a copy too.
+        """
         tied_in_place = self.spec.tie_embeddings and self.device.type != "cpu"
         return embedding.tokens.weight if tied_in_place and embedding is not None else self.tensor("head")
 
@@ -169,7 +180,7 @@ class _Builder:
         return None if offset is None else LearnedPositions(self.tensor("positions"), offset)
 
     def layer(self, i: int) -> Layer:
-        """A layer in the spec's layout."""
+        """Build layer `i` in the layout of the spec."""
         spec, kernels, at = self.spec, self.kernels, f"layers.{i}."
         before = self.norm(f"{at}attention_norm", spec.norm) if spec.norms_before else None
         attention = self.attention(i)
@@ -221,7 +232,7 @@ class _Builder:
         return LowRankLinear(down, norm, self.column(f"{at}q_up"), self.kernels)
 
     def by_head(self, name: str, rows: int) -> Tensor:
-        """[this rank's heads, rows, columns]."""
+        """Return a weight whose rows belong to heads as [heads of this rank, rows, columns]."""
         weight = self.tensor(f"{name}.weight")
         return weight.view(self.heads.q_heads, rows, weight.shape[1])
 
@@ -230,7 +241,7 @@ class _Builder:
         return MLP(self.column(f"{at}{up}"), activate, self.row(f"{at}down"))
 
     def expansion(self) -> tuple[str, Callable[[Tensor], Tensor]]:
-        """The name of what leads up, and what is done to its outcome."""
+        """Return the name of the up projection, and the activation that is applied to its output."""
         kernels, activation = self.kernels, self.spec.activation
         if self.spec.gated:
             return "gate_up", partial(kernels.activate_gated, activation=activation)
@@ -246,14 +257,14 @@ class _Builder:
         if moe.shared_size:
             matrix, down = self.column(f"{at}shared.{up}"), self.column(f"{at}shared.down")
             shared = SharedExperts(matrix, activate, down, self.projection(f"{at}shared_gate"))
-        nothing = torch.empty((0, self.spec.hidden_size), dtype=self.weights.dtype, device=self.device)
-        return MoE(router, experts, shared, self.dispatch, nothing)
+        no_tokens = torch.empty((0, self.spec.hidden_size), dtype=self.weights.dtype, device=self.device)
+        return MoE(router, experts, shared, self.dispatch, no_tokens)
 
     def norm(self, name: str, norm: NormSpec) -> Norm:
         return Norm(norm.kind, self.optional(f"{name}.weight"), self.optional(f"{name}.bias"), norm.eps)
 
     def rope(self, spec: RopeSpec) -> Rope:
-        """The tables; layers that rotate alike share them."""
+        """Return the tables of rotary angles, which layers with the same rope share."""
         if spec not in self.ropes:
             self.ropes[spec] = rope_tables(spec, self.spec.head_dim, self.max_positions, self.device)
         return self.ropes[spec]

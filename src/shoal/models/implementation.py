@@ -5,12 +5,10 @@ Who plans and who computes ask here, so that both see the same spec, the same te
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from shoal.config.engine_options import ExpertPlacement
 from shoal.errors import CheckpointError
 from shoal.models import manifest
 from shoal.models.manifest import Param, Shard
@@ -21,6 +19,7 @@ from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.read_spec import read_fallback_spec
 from shoal.parallel.placement import place_experts
 from shoal.parallel.stages import stages
+from shoal.wire.plan import Layout
 
 
 def read_model(folder: Path, wanted: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
@@ -81,40 +80,28 @@ def _tied_the_other_way(params: tuple[Param, ...], head: str, available: Collect
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Cutting:
-    """How a replica's ranks share a model. Rank r is number r % tp of stage r // tp."""
-
-    tp: int = 1
-    tp_split: tuple[int, ...] | None = None  # relative shares of the tensor-parallel ranks; None: equal ones
-    stages: tuple[int, ...] = ()  # layers of each stage; (): one stage
-    experts: ExpertPlacement | None = None  # how whole experts are placed on a stage's ranks; None: each expert is cut
-    replica: int = 0  # whose ranks these are, of `replicas` that hold the experts together
-    replicas: int = 1
-
-
-def rank_shards(spec: ModelSpec, cutting: Cutting) -> tuple[Shard, ...]:
+def rank_shards(spec: ModelSpec, layout: Layout) -> tuple[Shard, ...]:
     """What each rank of a replica holds.
 
     Raises:
         ConfigError: the model can't be cut so.
     """
     if isinstance(spec, FallbackSpec):
-        fallback_spec.check_stages(spec, len(cutting.stages or (spec.num_layers,)))
-    shares = _with_experts(spec, shards_of(spec, cutting.tp, cutting.tp_split), cutting)
+        fallback_spec.check_stages(spec, len(layout.stages or (spec.num_layers,)))
+    shares = _with_experts(spec, shards_of(spec, layout.tp, layout.tp_split or None), layout)
     return tuple(
         dataclasses.replace(share, stage=stage)
-        for stage in stages(cutting.stages or (spec.num_layers,))
+        for stage in stages(layout.stages or (spec.num_layers,))
         for share in shares
     )
 
 
-def _with_experts(spec: ModelSpec, shares: Sequence[Shard], cutting: Cutting) -> Sequence[Shard]:
+def _with_experts(spec: ModelSpec, shares: Sequence[Shard], layout: Layout) -> Sequence[Shard]:
     """A stage's ranks in all replicas share its experts; those of one replica follow each other."""
-    if cutting.experts is None or spec.moe is None:
+    if not layout.experts or spec.moe is None:
         return shares
-    placed = place_experts(spec.moe.num_experts, cutting.replicas * cutting.tp, cutting.experts)
-    mine = placed[cutting.replica * cutting.tp :][: cutting.tp]
+    placed = place_experts(spec.moe.num_experts, layout.replicas * layout.tp, layout.experts)
+    mine = placed[layout.replica * layout.tp :][: layout.tp]
     return [share.with_experts(spec, experts) for share, experts in zip(shares, mine, strict=True)]
 
 
@@ -128,4 +115,4 @@ def shards_of(spec: ModelSpec, ranks: int, weights: Sequence[int] | None = None)
     if not isinstance(spec, FallbackSpec):
         return shares
     fallback_spec.check_ranks(spec, ranks)
-    return fallback_spec.as_cut(spec, shares)
+    return fallback_spec.shards_as_cut(spec, shares)

@@ -15,6 +15,7 @@ from shoal.errors import CheckpointError
 from shoal.models.spec import ExpertNames, LatentSpec, ModelSpec, MoESpec, NormSpec, TensorNames
 from shoal.parallel.partition import HeadSplit, split, split_heads
 from shoal.parallel.stages import Stage
+from shoal.wire.plan import ShardPlan
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MLP_UNIT = 16  # shares of an MLP are multiples of it, where there is enough to share
@@ -93,6 +94,28 @@ class Shard:
     stage: Stage
     experts: tuple[int, ...] | None = None  # those it holds whole; None: its part of each
 
+    @classmethod
+    def of(cls, plan: ShardPlan) -> "Shard":
+        """The shard that a plan describes."""
+        heads = HeadSplit(range(*plan.q_heads), range(*plan.kv_heads), plan.q_to_kv)
+        ranges = {Cut[name]: range(*span) for name, span in plan.columns.items()}
+        return cls(plan.tp_rank, heads, ranges, Stage(plan.stage, plan.num_stages, range(*plan.layers)), plan.experts)
+
+    def plan(self, vocab_sizes: tuple[int, ...]) -> ShardPlan:
+        """The same as a message. `vocab_sizes`: tokens of the vocabulary on each tensor-parallel rank of its stage."""
+        return ShardPlan(
+            tp_rank=self.rank,
+            stage=self.stage.number,
+            num_stages=self.stage.count,
+            layers=_span(self.stage.layers),
+            q_heads=_span(self.heads.q_range),
+            kv_heads=_span(self.heads.kv_ids),
+            q_to_kv=self.heads.q_to_kv,
+            columns={cut.name: _span(columns) for cut, columns in self.ranges.items()},
+            experts=self.experts,
+            vocab_sizes=vocab_sizes,
+        )
+
     def holds(self, param: Param) -> bool:
         if self.experts is not None and param.expert is not None and param.expert not in self.experts:
             return False
@@ -123,6 +146,10 @@ class Shard:
 
     def param_size(self, param: Param) -> int:
         return math.prod(self.param_shape(param))
+
+
+def _span(numbers: range) -> tuple[int, int]:
+    return numbers.start, numbers.stop
 
 
 def weight_bytes(

@@ -1,7 +1,7 @@
-"""A model folder, opened: what its config.json says, corrected by what its weights show. Free of torch.
+"""Opening a model folder: its config.json is read, and corrected by what the weights show. Free of torch.
 
-This is decided once, where headers are read, and then said as overrides of config.json: so the memory arithmetic, the
-check of the checkpoint and every rank read the same model, whichever implementation runs it.
+This is decided once, where the headers of the weights are read. The corrections become overrides of config.json, so
+that the memory arithmetic, the check of the checkpoint and every rank read the same model, in any implementation.
 """
 
 from collections import Counter
@@ -12,39 +12,44 @@ from typing import Any
 
 from shoal.models import manifest
 from shoal.models.checkpoint.checkpoint import Checkpoint, TensorEntry, dtype_of, open_checkpoint, same_numbers
-from shoal.models.fields import said_dtype
+from shoal.models.config_json.fields import named_dtype
 from shoal.models.implementation import head_name, params_of, read_model
 from shoal.models.manifest import Param
-from shoal.models.registry import read_config, seen_in_part
+from shoal.models.registry import multimodal_architecture_of, read_config
 from shoal.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
+    """A model whose config.json and headers were read and checked."""
+
     spec: ModelSpec
     params: tuple[Param, ...]
-    state: str  # of its files; "" where weights are made up
-    overrides: Mapping[str, Any]  # what stands over config.json, for whoever reads it again
-    notes: tuple[str, ...] = ()  # for the log: what was found to be otherwise than config.json says
+    state: str  # digest of the state of its files (`Checkpoint.state`); "" for dummy weights
+    overrides: Mapping[str, Any]  # overrides of config.json under which everybody must read it again
+    notes: tuple[str, ...] = ()  # lines for the log: where the weights differ from what config.json says
 
 
 def open_model(
     folder: Path, spec: ModelSpec, wanted: str, overrides: Mapping[str, Any], *, weights: bool = True, state: str = ""
 ) -> OpenedModel:
-    """The model in a folder, of which `spec` is what config.json says, under `overrides` and the `--model-impl` that is
-    `wanted`. Without `weights` these are made up.
+    """Open the model in a folder.
+
+    Args:
+        spec: the model as config.json describes it, with `overrides` applied.
+        wanted: the value of `--model-impl`.
+        weights: False for dummy weights; then no weights are read.
+        state: the state of the files when they were first read; "" if they were not read before.
 
     Raises:
-        CheckpointError: the weights are missing or broken, do not go with config.json, or are not in the `state` in
-            which they were first read.
+        CheckpointError: the weights are missing or malformed, do not match config.json, or are no longer in `state`.
     """
-    whole = seen_in_part(folder)
-    notes = [] if whole is None else [f"of {whole} the text part is served: it is shown no images"]
+    multimodal = multimodal_architecture_of(folder)
+    notes = [] if multimodal is None else [f"only the text part of {multimodal} is served; it reads no images"]
     if not weights:
         return OpenedModel(spec, params_of(spec), "", overrides, tuple(notes))
-    checkpoint = open_checkpoint(folder, overrides)
-    checkpoint.check_state(state)
-    named = said_dtype(read_config(folder, overrides)) is not None
+    checkpoint = open_checkpoint(folder, overrides, state)
+    named = named_dtype(read_config(folder, overrides)) is not None
     changes, found = _corrections(spec, checkpoint, dtype_named=named)
     if changes:
         overrides = {**overrides, **changes}
@@ -58,13 +63,13 @@ def open_model(
 def _corrections(
     spec: ModelSpec, checkpoint: Checkpoint, *, dtype_named: bool
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What config.json should say of these weights, and lines for the log."""
+    """Return the overrides that make config.json agree with the weights, and lines for the log."""
     changes: dict[str, Any] = {}
     notes = []
     params = params_of(spec, checkpoint.shapes)
     if not dtype_named:
         changes["dtype"] = _dtype(params, checkpoint.tensors)
-        notes.append(f"config.json names no dtype: that of most of the weights is {changes['dtype']}")
+        notes.append(f"config.json names no dtype; using {changes['dtype']}, the type of most weights")
     head, embedding = head_name(spec, checkpoint.shapes), _embedding(params)
     stored = checkpoint.tensors
     if spec.tie_embeddings and {head, embedding} <= stored.keys() and not same_numbers(stored[head], stored[embedding]):
@@ -77,8 +82,7 @@ def _corrections(
 
 
 def _dtype(params: tuple[Param, ...], stored: Mapping[str, TensorEntry]) -> str:
-    """The type of most bytes of the model's weights. What is quantized is of none, and is widened to bfloat16 where
-    there is nothing else."""
+    """Return the type of most bytes of the weights that are not quantized, or bfloat16 if all are quantized."""
     sources = {piece.source for param in params for piece in param.pieces} & stored.keys()
     sizes: Counter[str] = Counter()
     for entry in (stored[source] for source in sorted(sources)):

@@ -1,4 +1,4 @@
-"""Which type each part of a step is computed in. One table, read by whoever needs it.
+"""The type in which each part of a step is computed, as one table for all code.
 
 | config dtype | weights, activations | residual, KV cache, reductions | norms, softmax, sums | logits, sampling |
 |---|---|---|---|---|
@@ -6,9 +6,9 @@
 | bfloat16 | bfloat16 | bfloat16 | float32 | float32 |
 | float16 | float16 | float16 | float32 | float32 |
 
-Norm weights have the weights' type, but those of `rms_wide` (kernels.base.Norm) are float32 everywhere.
+Norms have weights of the same type as all others, but those of `rms_wide` (kernels.base.Norm) are always float32.
 
-It is the same on CPU and CUDA, and follows what `transformers` computes, so that tokens can be compared.
+The table is the same for CPU and CUDA. It follows transformers, so that tokens can be compared.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Precision:
+    """The types of one row of the table."""
+
     weights: torch.dtype
     activations: torch.dtype
     kv: torch.dtype

@@ -1,4 +1,4 @@
-"""From a model folder to its spec. A new family is one file in `families/` and one line here."""
+"""Reading the spec of the model in a folder. A new family is one file in `families/` and one line here."""
 
 import dataclasses
 import json
@@ -9,6 +9,9 @@ from typing import Any
 
 from shoal.errors import CheckpointError
 from shoal.git_lfs import refuse_pointer
+from shoal.models.config_json.overrides import apply_overrides
+from shoal.models.config_json.quantization import weight_block
+from shoal.models.config_json.text_part import multimodal_architecture, text_part
 from shoal.models.families import (
     deepseek_v2,
     deepseek_v3,
@@ -29,10 +32,7 @@ from shoal.models.families import (
     qwen3,
     qwen3_moe,
 )
-from shoal.models.overrides import apply
-from shoal.models.quantization import weight_block
 from shoal.models.spec import Config, ModelFamily, ModelSpec, TensorNames, Unsupported
-from shoal.models.text_part import text_part, whole_of
 
 FAMILIES: dict[str, ModelFamily] = {
     "deepseek_v2": deepseek_v2.FAMILY,
@@ -57,18 +57,17 @@ FAMILIES: dict[str, ModelFamily] = {
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """config.json of a model folder, with `overrides` in the place of what it says; of a model that sees images too,
-    that of its text.
+    """Return the config.json of a model folder with `overrides` applied; for a multimodal model, that of its text part.
 
     Raises:
-        CheckpointError: there is none, or it is not a JSON object.
+        CheckpointError: config.json is missing or is not a JSON object.
     """
-    return text_part(apply(_read_json(folder), overrides))
+    return text_part(apply_overrides(_read_json(folder), overrides))
 
 
-def seen_in_part(folder: Path) -> str | None:
-    """The architecture in a folder, if it sees images too and its text alone is read."""
-    return whole_of(_read_json(folder))
+def multimodal_architecture_of(folder: Path) -> str | None:
+    """Return the architecture of the model in a folder if it is a multimodal one with a supported text part."""
+    return multimodal_architecture(_read_json(folder))
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -86,12 +85,12 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 
 def read_spec(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
-    """The spec of the model in a folder.
+    """Return the spec of the model in a folder.
 
     Raises:
-        CheckpointError: config.json is missing or broken.
-        Unsupported: it names an architecture that no family reads, asks for what the family's spec can't say, or its
-            weights are quantized in a way that can't be loaded.
+        CheckpointError: config.json is missing or malformed.
+        Unsupported: no family reads this architecture, the model has a feature that its family's spec can't express,
+            or the weights are quantized in an unsupported way.
     """
     config = read_config(folder, overrides)
     architectures = config.get("architectures") or []
@@ -113,7 +112,7 @@ def read_spec(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({}))
 
 
 def _family(architectures: Sequence[str], model_type: Any) -> ModelFamily | None:
-    """Where no architecture is named, as in what `config.save_pretrained` writes, model_type decides."""
+    """Return the family of an architecture. If none is named, as by `config.save_pretrained`, model_type decides."""
     for family in FAMILIES.values():
         if set(family.architectures) & set(architectures) or (not architectures and family.model_type == model_type):
             return family
@@ -123,7 +122,7 @@ def _family(architectures: Sequence[str], model_type: Any) -> ModelFamily | None
 def _checked(spec: ModelSpec, folder: Path) -> ModelSpec:
     where = folder / "config.json"
     if spec.num_heads % spec.num_kv_heads:
-        heads = f"{spec.num_heads} attention heads are no multiple of {spec.num_kv_heads} KV heads"
+        heads = f"{spec.num_heads} attention heads are not a multiple of {spec.num_kv_heads} KV heads"
         raise CheckpointError(f"{where}: {heads}")
     rotated = any(attention.rope for attention in spec.attention)
     if rotated and spec.head_dim % 2:
@@ -132,22 +131,22 @@ def _checked(spec: ModelSpec, folder: Path) -> ModelSpec:
 
 
 def _with_lengths(spec: ModelSpec, config: Config) -> ModelSpec:
-    """The spec, with what its ropes say of the lengths of texts."""
+    """Return the spec with the limits that its ropes set on the length of texts."""
     ropes = [attention.rope for attention in spec.attention] + [spec.latent.rope if spec.latent else None]
     steady = [rope.steady_positions for rope in ropes if rope and rope.steady_positions]
     scaled = next((rope for rope in ropes if rope and rope.kind in ("linear", "llama3", "yarn")), None)
-    said, by = config.get("max_position_embeddings"), ""
-    if scaled is not None and spec.max_positions != said:
-        original = scaled.original_max_positions or said or round(spec.max_positions / scaled.factor)
+    named, by = config.get("max_position_embeddings"), ""
+    if scaled is not None and spec.max_positions != named:
+        original = scaled.original_max_positions or named or round(spec.max_positions / scaled.factor)
         by = f"rope scaling {scaled.kind}: {scaled.factor:g} x {original}"
     return dataclasses.replace(spec, steady_positions=min(steady, default=None), stretched_by=by)
 
 
 def tensor_names(spec: ModelSpec, available: Collection[str] = ()) -> TensorNames:
-    """How a checkpoint with the tensors `available` spells the model's. Without any, as is usual for the family.
+    """Return the names that a checkpoint with the tensors `available` uses, or the family's usual names without any.
 
-    The prefix is the first one under which there is an embedding, or else a layer, head and experts the first that
-    there are: what is still missing is found by `manifest.check`.
+    The prefix is the first one with which an embedding is found, or else a layer. The names of the head and of the
+    experts are the first ones that are found. Tensors that are missing are reported later, by `manifest.check`.
     """
     family = FAMILIES[spec.family]
     prefixes = [p for p in family.prefixes if f"{p}{family.names.embedding}.weight" in available]

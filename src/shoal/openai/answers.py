@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
 from shoal.outputs import CompletionOutput, Logprob, Logprobs
-from shoal.text.token_places import is_text
+from shoal.text.token_offsets import is_complete_text
 
 _LEAST = -9999.0  # JSON has no infinity; OpenAI's API writes this for a token that can't be
 
@@ -141,7 +141,7 @@ def _rank(known: Logprob) -> float:
 
 def _token(token: int, known: Logprob, *, by_id: bool) -> dict[str, Any]:
     text, own = _text(token, known), known.token_bytes
-    name = text if own is None or is_text(own) else spelled(own)
+    name = text if own is None or is_complete_text(own) else spelled(own)
     return {
         "token": _id_text(token) if by_id else name,
         "logprob": finite(known.logprob),
@@ -156,7 +156,7 @@ def spelled(own: bytes) -> str:
 
 def legacy_name(text: str, own: bytes | None) -> str:
     """How the older API calls a token: as it reads, or bytes:\\xe4\\xb8."""
-    return text if own is None or is_text(own) else f"bytes:{spelled(own)}"
+    return text if own is None or is_complete_text(own) else f"bytes:{spelled(own)}"
 
 
 def _legacy_name(token: int, known: Logprob) -> str:

@@ -1,37 +1,44 @@
-"""What must be the same in all processes that run one model together: versions, options, the model itself."""
+"""The agreement of processes that run one model together: the versions, options and model data that must be equal."""
 
 import hashlib
 import json
+from pathlib import Path
 
 import shoal
 from shoal.config.engine_options import EngineOptions, agreed
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.registry import read_config
-from shoal.planner.layout import shares_experts
-from shoal.planner.resolve import Decision
 from shoal.wire.base import WIRE_VERSION
+from shoal.wire.plan import EnginePlan
 
 _DIGITS = 16
 _CACHE, _LONGEST = "size of the KV cache", "longest sequence"
-OF_RANKS = frozenset({_CACHE, _LONGEST})  # what a front end without ranks does not know
+RANK_KEYS = frozenset({_CACHE, _LONGEST})  # keys that a front end without ranks cannot know
 
 
-def agreement(options: EngineOptions, decision: Decision) -> dict[str, str]:
-    """Name -> value or digest; `OF_RANKS` only for replicas that share experts with others. Of weights the
-    headers and the files' sizes are read, not the numbers."""
+def agreement(options: EngineOptions, plan: EnginePlan) -> dict[str, str]:
+    """Return what all processes must have in common, as name -> value or digest.
+
+    `RANK_KEYS` are present only for replicas that share experts with others. The digest of the weights covers the
+    headers and sizes of their files, but not the numbers in them, which would take too long to read.
+    """
+    folder = Path(plan.model.folder)
+    config = read_config(folder, json.loads(plan.model.overrides))
     found = {
         "version of Shoal": shoal.__version__,
         "wire version": str(WIRE_VERSION),
         **agreed(options),
-        "dtype": decision.dtype,
-        "config.json": _digest(json.dumps(read_config(decision.folder, decision.overrides), sort_keys=True).encode()),
+        "dtype": plan.dtype,
+        "config.json": _digest(json.dumps(config, sort_keys=True).encode()),
     }
-    if shares_experts(decision.cutting) and decision.place.local_size:  # their ranks take the same steps at start too
-        measured = None in decision.kv_budgets
+    if plan.layout.shares_experts and plan.place.local_size:
+        # Their ranks exchange tokens in the start phases too, so all must run the same steps there: the largest steps
+        # if the KV cache is measured, and none for the warm-up if a sequence can only have one token.
+        measured = any(rank.kv_budget is None for rank in plan.ranks)
         found[_CACHE] = "measured" if measured else "given"
-        found[_LONGEST] = "1" if decision.max_model_len == 1 else "2 and more"  # 1: nothing is warmed up
+        found[_LONGEST] = "1" if plan.max_model_len == 1 else "2 and more"
     if options.model_options.load_format != "dummy":
-        tensors = open_checkpoint(decision.folder).tensors
+        tensors = open_checkpoint(folder).tensors
         told = sorted(f"{name} {entry.dtype} {entry.shape} {entry.offset}" for name, entry in tensors.items())
         sizes = sorted(str(file.stat().st_size) for file in {entry.file for entry in tensors.values()})
         found["set of weights"] = _digest("\n".join([*told, *sizes]).encode())

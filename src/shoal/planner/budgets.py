@@ -1,4 +1,4 @@
-"""How much of each rank's memory the KV cache gets, and what can't fit."""
+"""The size of each rank's KV cache, and the check that everything fits into memory."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
 from shoal.planner.memory import RankMemory
 
-_CPU_KV_CEILING = 4 * 2**30
-_CPU_KV_SHARE = 0.4
+_CPU_KV_CEILING = 4 * 2**30  # the most that the KV caches of a CPU host get together by default, in bytes
+_CPU_KV_SHARE = 0.4  # ... and the most as a share of the available memory
 _MORE_RANKS = "raise --tensor-parallel-size or --pipeline-parallel-size"
 
 
@@ -21,22 +21,29 @@ def kv_budgets(
     *,
     replicas: int = 1,
 ) -> tuple[int | None, ...]:
-    """Bytes by rank; None: the rank measures what it has left.
+    """Return the size of each rank's KV cache in bytes; None for ranks that measure what their device has left.
 
-    All ranks hold the same number of blocks, but a block is not everywhere as large: the host's memory is shared out
-    by the size of a block, and of budgets that are the same for all, the rank with the least room decides.
-    `replicas` like this one share the host.
+    All ranks hold the same number of blocks, but a block takes more bytes on some ranks than on others. So the memory
+    of the host is divided in proportion to the size of a block. Where the user sets one size for all ranks, the rank
+    with the largest blocks decides how many there are.
+
+    Args:
+        ranks: the needs of the ranks of one replica.
+        reasons: lines for the log; this function appends its own.
+        replicas: how many replicas like this one share the host.
 
     Raises:
-        ConfigError: it does not fit; it says what is missing, and which flags help.
+        ConfigError: it does not fit; the message says how much is missing, and which flags help.
     """
     cache = options.cache
     budgets: tuple[int, ...]
     if cache.kv_cache_memory_bytes is not None:
-        reasons.append(f"KV cache of {format_bytes(cache.kv_cache_memory_bytes)} a rank: as asked")
+        reasons.append(
+            f"KV cache of {format_bytes(cache.kv_cache_memory_bytes)} per rank: as --kv-cache-memory-bytes asks"
+        )
         budgets, way_out = (cache.kv_cache_memory_bytes,) * len(ranks), "lower --kv-cache-memory-bytes"
     elif cache.device_memory is not None:
-        budgets = tuple(_left_of(options, number, rank, reasons) for number, rank in enumerate(ranks))
+        budgets = tuple(_rest_of_device_memory(options, number, rank, reasons) for number, rank in enumerate(ranks))
         way_out = "lower --device-memory"
     elif hardware.device == "cuda":
         for number, rank in enumerate(ranks):
@@ -44,7 +51,7 @@ def kv_budgets(
         reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
         return (None,) * len(ranks)
     elif (asked := env.cpu_kv_cache_bytes()) is not None:
-        reasons.append(f"KV cache of {format_bytes(asked)} a rank: as VLLM_CPU_KVCACHE_SPACE says")
+        reasons.append(f"KV cache of {format_bytes(asked)} per rank: as VLLM_CPU_KVCACHE_SPACE asks")
         budgets, way_out = (asked,) * len(ranks), "lower VLLM_CPU_KVCACHE_SPACE"
     else:
         budgets = _shares_of_host(hardware, ranks, reasons, replicas)
@@ -58,8 +65,33 @@ def kv_budgets(
     return budgets
 
 
+def budgets_of_added_replica(
+    options: EngineOptions, hardware: Hardware, ranks: Sequence[RankMemory], *, planned: int, replicas: int
+) -> tuple[int | None, ...] | None:
+    """Return the sizes of the KV caches of a replica that is added on a CPU host: the same as those of the others.
+
+    A new share of the host's memory would be smaller than theirs, and too small for some requests that they hold.
+
+    Args:
+        planned: how many replicas the host was planned for.
+        replicas: how many replicas the host has with the added one.
+
+    Returns:
+        None if the user has set a size, or if the host has not enough memory for so many replicas of that size.
+    """
+    asked = options.cache.kv_cache_memory_bytes is not None or options.cache.device_memory is not None
+    if hardware.device != "cpu" or asked:
+        return None
+    budgets = kv_budgets(options, hardware, ranks, [], replicas=planned)
+    needs = sum(rank.weights + rank.activations for rank in ranks) + sum(budget or 0 for budget in budgets)
+    return budgets if replicas * needs <= hardware.host_memory_available else None
+
+
 def num_blocks(ranks: Sequence[RankMemory], budgets: Sequence[int | None]) -> int | None:
-    """The blocks that every rank has room for; None where ranks measure. A rank without KV heads has room for any."""
+    """Return the number of KV blocks that fit on every rank; None if ranks must measure it.
+
+    Ranks without KV heads have room for any number.
+    """
     counts = [b // rank.block for rank, b in zip(ranks, budgets, strict=True) if b is not None and rank.block]
     return min(counts, default=None)
 
@@ -68,10 +100,10 @@ def _shares_of_host(
     hardware: Hardware, ranks: Sequence[RankMemory], reasons: list[str], replicas: int
 ) -> tuple[int, ...]:
     total = int(min(_CPU_KV_CEILING, _CPU_KV_SHARE * hardware.host_memory_available))
-    row = replicas * sum(rank.block for rank in ranks)  # one block on each
+    row = replicas * sum(rank.block for rank in ranks)  # bytes of one block on every rank of every replica
     shares = tuple(total * rank.block // row for rank in ranks)
     even = len(set(shares)) == 1
-    sizes = f"{format_bytes(shares[0])} a rank" if even else ", ".join(map(format_bytes, shares)) + " by rank"
+    sizes = f"{format_bytes(shares[0])} per rank" if even else ", ".join(map(format_bytes, shares)) + " by rank"
     count = replicas * len(ranks)
     over = f", over {count} ranks" + ("" if even else " by what a block takes on each") if count > 1 else ""
     reasons.append(
@@ -81,7 +113,12 @@ def _shares_of_host(
     return shares
 
 
-def _left_of(options: EngineOptions, number: int, rank: RankMemory, reasons: list[str]) -> int:
+def _rest_of_device_memory(options: EngineOptions, number: int, rank: RankMemory, reasons: list[str]) -> int:
+    """Return what rank `number` has left of --device-memory for its KV cache, in bytes.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
     budget = options.cache.device_memory or 0
     left = rank.kv_budget(budget, options.cache.block_size, options.model_options.max_model_len)
     weights, activations = format_bytes(rank.weights), format_bytes(rank.activations)
@@ -92,14 +129,18 @@ def _left_of(options: EngineOptions, number: int, rank: RankMemory, reasons: lis
             f"activations {activations}. Raise it, {_MORE_RANKS}, or lower --max-num-batched-tokens"
         )
     reasons.append(
-        f"rank {number}: {format_bytes(left)} for the KV cache, what {weights} of weights, {activations} of "
-        f"activations and {rank.context_token} bytes a context token leave of {format_bytes(budget)}"
+        f"rank {number}: {format_bytes(left)} for the KV cache, which is {format_bytes(budget)} less {weights} of "
+        f"weights, {activations} of activations and {rank.context_token} bytes per token of context"
     )
     return left
 
 
 def _check_cuda_memory(options: EngineOptions, hardware: Hardware, number: int, rank: RankMemory) -> None:
-    """Refuses what can't fit at all; a rank measures the rest when it has loaded."""
+    """Check that the weights of rank `number` fit on its GPU. The rank measures everything else when it has loaded.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
     if hardware.device_memory is None:
         return
     share = options.cache.gpu_memory_utilization
@@ -113,7 +154,16 @@ def _check_cuda_memory(options: EngineOptions, hardware: Hardware, number: int, 
 
 
 def _check_host_memory(hardware: Hardware, needs: Sequence[int], weights: int, way_out: str) -> None:
-    """`needs` are bytes by rank, of which `weights` in all for weights."""
+    """Check that the host has as much memory as its ranks need.
+
+    Args:
+        needs: bytes that each rank needs.
+        weights: how many bytes of all needs together are weights.
+        way_out: the first advice of the error message.
+
+    Raises:
+        ConfigError: it has less.
+    """
     missing = sum(needs) - hardware.host_memory_available
     if missing > 0:
         raise ConfigError(

@@ -1,9 +1,9 @@
-"""What a token costs, in multiplications: an estimate, to share work out by and to speak of. Free of torch.
+"""The estimated cost of computing a token, in multiplications. It is used to balance pipeline stages. Free of torch.
 
-Each element of a matrix that a token goes through is one multiplication. Tables that it is looked up in cost nothing,
-and of a mixture's experts those count that a token is sent to. The output head is for tokens behind which one is drawn,
-and not for those of prompts: it is counted for one of three, as with prompts twice as long as outputs. What attention
-does with the context comes on top, for every layer about the same.
+Each element of a matrix that a token goes through is one multiplication. Looking up a row of a table costs nothing. Of
+a mixture of experts, only the experts count that a token is sent to. The output head is only needed for tokens after
+which one is drawn, which most tokens of a prompt are not: it counts for one token of three, as if prompts were twice as
+long as outputs. The work of attention on the context is left out, as it is about the same for every layer.
 """
 
 import math
@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from shoal.models.manifest import Param, Shard
 from shoal.models.spec import ModelSpec
 
-_DRAWN = 1 / 3  # of the tokens that are computed, those behind which one is drawn
-_BEFORE = ("project_in.weight",)  # what a token is multiplied with before the layers; in all else it is looked up
+_DRAWN_SHARE = 1 / 3  # the share of the computed tokens after which a token is drawn
+_FIRST_STAGE_MATRICES = ("project_in.weight",)  # all other tensors before the layers are tables, for look-ups
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCost:
-    """Of a whole model: `before` and `behind` are what the first and the last stage do beside their layers."""
+    """The cost of a token in a whole model."""
 
-    layers: tuple[float, ...]
-    before: float
-    behind: float
+    layers: tuple[float, ...]  # by layer
+    first_extra: float  # what the first stage computes beside its layers
+    last_extra: float  # what the last stage computes beside its layers
 
 
 def token_cost(spec: ModelSpec, params: Sequence[Param]) -> TokenCost:
+    """Return the cost of a token in a model with these tensors."""
     layers = [0.0] * spec.num_layers
     ends = {"first": 0.0, "last": 0.0, "every": 0.0}
     for param in params:
@@ -35,18 +36,22 @@ def token_cost(spec: ModelSpec, params: Sequence[Param]) -> TokenCost:
             layers[param.at] += cost
         else:
             ends[param.at] += cost
-    return TokenCost(tuple(layers), before=ends["first"], behind=ends["last"])
+    return TokenCost(tuple(layers), first_extra=ends["first"], last_extra=ends["last"])
 
 
-def draft_cost(spec: ModelSpec, params: Sequence[Param], guesses: int, shard: Shard | None = None) -> float:
-    """What a draft model adds to a step: a pass that follows it, without the head, and one for each guess.
+def draft_cost(spec: ModelSpec, params: Sequence[Param], num_drafts: int, shard: Shard | None = None) -> float:
+    """Return the cost that a draft model adds to a step.
 
-    Passes are counted: where few tokens are computed at a time, each takes as long as the weights take to be read.
-    Of all ranks together, or of the one that has `shard`.
+    It makes one pass over the tokens of the step, without the output head, and one pass for each draft. The cost is
+    counted by pass and not by token: with few tokens, a pass takes as long as reading the weights takes.
+
+    Args:
+        num_drafts: how many drafts it makes at a time.
+        shard: what one rank holds of the draft model, to return the cost on this rank; None: on all ranks together.
     """
     held, size = (params, _whole_size) if shard is None else (shard.held(params), shard.param_size)
     follow = sum(_cost(spec, param, size) for param in held if param.at != "last")
-    return follow + guesses * sum(_cost(spec, param, size) for param in held)
+    return follow + num_drafts * sum(_cost(spec, param, size) for param in held)
 
 
 def cost_shares(
@@ -57,10 +62,12 @@ def cost_shares(
     replicas: int = 1,
     draft: Sequence[float] = (),
 ) -> tuple[float, ...]:
-    """Each rank's share of what its replica's ranks do for a token; they sum to 1.
+    """Return the share of the cost of a token that falls on each rank of a replica. The shares sum to 1.
 
-    Whole experts get tokens from all `replicas` that hold them together, as many from each. `draft`: what a draft model
-    adds on the ranks of the last stage.
+    Args:
+        replicas: how many replicas hold whole experts together. Such experts get tokens from all of them, the same
+            number from each.
+        draft: the cost that a draft model adds on each rank of the last stage.
     """
     costs = []
     for shard in shards:
@@ -71,16 +78,16 @@ def cost_shares(
                 for param in shard.held(params)
             )
         )
-    for back, cost in enumerate(reversed(draft), start=1):
-        costs[-back] += cost
+    for from_end, cost in enumerate(reversed(draft), start=1):
+        costs[-from_end] += cost
     return tuple(cost / sum(costs) for cost in costs)
 
 
 def _cost(spec: ModelSpec, param: Param, size: Callable[[Param], int]) -> float:
-    if param.name == "embedding" or (param.at == "first" and param.name not in _BEFORE):
+    if param.name == "embedding" or (param.at == "first" and param.name not in _FIRST_STAGE_MATRICES):
         return 0.0
     if param.at == "last":
-        return size(param) * _DRAWN
+        return size(param) * _DRAWN_SHARE
     if param.expert is None or spec.moe is None:
         return size(param)
     return size(param) * spec.moe.routing.top_k / spec.moe.num_experts

@@ -1,34 +1,33 @@
-"""How ranks share a model: what of each layer, which layers, which experts. Decided before a checkpoint is opened."""
+"""The layout of a model over ranks: parts of layers, pipeline stages, experts.
+
+It is decided from config.json alone, before the checkpoint is opened.
+"""
 
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ConfigError
-from shoal.models.implementation import Cutting, params_of
+from shoal.models.implementation import params_of
 from shoal.models.spec import ModelSpec
 from shoal.parallel.stages import cut_evenly
 from shoal.planner.costs import draft_cost, token_cost
-from shoal.wire.plan import ReplicaPlace
+from shoal.wire.plan import Layout, ReplicaPlace
 
 
-def standing(options: EngineOptions, place: ReplicaPlace) -> ReplicaPlace:
-    """Where a replica stands. Who plans for all of them, before there are any, stands for the first."""
-    count = options.parallel.data_parallel_size
-    if place.size > 1 or count == 1:
-        return place
-    return ReplicaPlace(size=count, local_size=count, memory_available=place.memory_available)
-
-
-def plan_cutting(
+def plan_layout(
     options: EngineOptions,
     spec: ModelSpec,
     draft: ModelSpec | None,
     place: ReplicaPlace,
     reasons: list[str],
     warnings: list[str],
-) -> Cutting:
-    """`draft`: the model that guesses ahead, on the last stage.
+) -> Layout:
+    """Return the layout that the options ask for.
+
+    Args:
+        draft: the draft model, which runs on the last stage.
+        reasons, warnings: lines for the log; this function appends its own.
 
     Raises:
-        ConfigError: the model can't be cut so; it says why, and the way out.
+        ConfigError: the model cannot be cut like this; the message says why, and what to do.
     """
     parallel = options.parallel
     _check_split(options)
@@ -38,22 +37,17 @@ def plan_cutting(
             f"--enable-expert-parallel: a {spec.family} model has no experts to place; leave it out, and use "
             "--tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size"
         )
-    cutting = Cutting(
+    layout = Layout(
         tp=parallel.tensor_parallel_size,
-        tp_split=parallel.tensor_parallel_split,
+        tp_split=parallel.tensor_parallel_split or (),
         stages=layers,
-        experts=parallel.expert_placement_strategy if parallel.enable_expert_parallel else None,
+        experts=parallel.expert_placement_strategy if parallel.enable_expert_parallel else "",
         replica=place.rank,
         replicas=place.size,
     )
-    _warn_of_idle_flags(options, cutting, warnings)
+    _warn_of_flags_without_effect(options, layout, warnings)
     _warn_of_idle_stages(options, len(layers), warnings)
-    return cutting
-
-
-def shares_experts(cutting: Cutting) -> bool:
-    """Do the ranks of several replicas hold the experts together?"""
-    return cutting.experts is not None and cutting.replicas > 1
+    return layout
 
 
 def _check_split(options: EngineOptions) -> None:
@@ -61,30 +55,31 @@ def _check_split(options: EngineOptions) -> None:
     if split is not None and len(split) != tp:
         shares = f"{len(split)} share{'s' if len(split) > 1 else ''}"
         raise ConfigError(
-            f"--tensor-parallel-split {_listed(split)} has {shares}, --tensor-parallel-size is {tp}: give "
-            f"one share a rank, or --tensor-parallel-size {len(split)}"
+            f"--tensor-parallel-split {_listed(split)} has {shares}, but --tensor-parallel-size is {tp}: give one "
+            f"share for each rank, or use --tensor-parallel-size {len(split)}"
         )
 
 
 def _stages(options: EngineOptions, spec: ModelSpec, draft: ModelSpec | None, reasons: list[str]) -> tuple[int, ...]:
-    """Layers of each stage."""
+    """Return how many layers each pipeline stage has."""
     count, given = options.parallel.pipeline_parallel_size, options.parallel.pipeline_layer_partition
     if given is not None:
         _check_partition(given, count, spec)
     if count > spec.num_layers:
         raise ConfigError(
-            f"--pipeline-parallel-size {count} is more than the model's {spec.num_layers} layers, of which each stage "
-            f"needs one: use --pipeline-parallel-size {spec.num_layers} or fewer"
+            f"--pipeline-parallel-size {count} is more than the model's {spec.num_layers} layers, but each stage needs "
+            f"at least one: use --pipeline-parallel-size {spec.num_layers} or less"
         )
     if count == 1:
         return (spec.num_layers,)
     cost = token_cost(spec, params_of(spec))
-    speculative, behind, why = options.model_options.speculative_config, cost.behind, "so that they cost about the same"
+    speculative, last_extra = options.model_options.speculative_config, cost.last_extra
+    why = "so that they cost about the same"
     if draft is not None and speculative is not None:
-        behind += draft_cost(draft, params_of(draft), speculative.num_speculative_tokens)
+        last_extra += draft_cost(draft, params_of(draft), speculative.num_speculative_tokens)
         why += ", with the draft model on the last one"
-    layers = given or cut_evenly(cost.layers, count, before=cost.before, behind=behind)
-    why = "as asked" if given else why
+    layers = given or cut_evenly(cost.layers, count, before=cost.first_extra, behind=last_extra)
+    why = "as --pipeline-layer-partition asks" if given else why
     reasons.append(f"{count} stages of {_listed(layers)} layers: {why}")
     return layers
 
@@ -93,34 +88,36 @@ def _check_partition(given: tuple[int, ...], count: int, spec: ModelSpec) -> Non
     if len(given) != count:
         stages = f"{len(given)} stage{'s' if len(given) > 1 else ''}"
         raise ConfigError(
-            f"--pipeline-layer-partition {_listed(given)} has {stages}, --pipeline-parallel-size is {count}: give one "
-            f"number a stage, or --pipeline-parallel-size {len(given)}"
+            f"--pipeline-layer-partition {_listed(given)} has {stages}, but --pipeline-parallel-size is {count}: give "
+            f"one number for each stage, or use --pipeline-parallel-size {len(given)}"
         )
     if sum(given) != spec.num_layers:
         raise ConfigError(
-            f"--pipeline-layer-partition {_listed(given)} has {sum(given)} layers, the model has {spec.num_layers}: "
-            f"the numbers must sum to {spec.num_layers}"
+            f"--pipeline-layer-partition {_listed(given)} has {sum(given)} layers, but the model has "
+            f"{spec.num_layers}: the numbers must sum to {spec.num_layers}"
         )
 
 
-def _warn_of_idle_flags(options: EngineOptions, cutting: Cutting, warnings: list[str]) -> None:
+def _warn_of_flags_without_effect(options: EngineOptions, layout: Layout, warnings: list[str]) -> None:
     parallel = options.parallel
-    if parallel.expert_placement_strategy != "linear" and cutting.experts is None:
+    if parallel.expert_placement_strategy != "linear" and not layout.experts:
         warnings.append(
             f"--expert-placement-strategy {parallel.expert_placement_strategy} changes nothing without "
-            "--enable-expert-parallel: every expert is cut"
+            "--enable-expert-parallel: every rank holds a part of every expert"
         )
-    if parallel.all2all_backend != "auto" and not shares_experts(cutting):
-        why = "with one replica" if cutting.experts is not None else "without --enable-expert-parallel"
-        warnings.append(f"--all2all-backend {parallel.all2all_backend} changes nothing {why}: no token travels")
+    if parallel.all2all_backend != "auto" and not layout.shares_experts:
+        why = "with one replica" if layout.experts else "without --enable-expert-parallel"
+        warnings.append(
+            f"--all2all-backend {parallel.all2all_backend} changes nothing {why}: no tokens are sent to other replicas"
+        )
 
 
 def _warn_of_idle_stages(options: EngineOptions, stages: int, warnings: list[str]) -> None:
     given = options.scheduler.max_in_flight
     if given is not None and given < stages:
         warnings.append(
-            f"--max-in-flight {given} lets {given} of {stages} pipeline stages compute at a time: the others wait; "
-            f"use --max-in-flight {stages + 1}, or leave it out"
+            f"--max-in-flight {given} lets only {given} of {stages} pipeline stages compute at a time, the others "
+            f"wait: use --max-in-flight {stages + 1}, or leave it out"
         )
 
 

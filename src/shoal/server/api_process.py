@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ import uvloop
 
 from shoal.cluster.desk import Answer, Questions
 from shoal.errors import ClosedError, ShoalError
-from shoal.launch.open_model import OpenModel, open_model
+from shoal.launch.open_model import OpenModel, open_served_model
 from shoal.llm.async_llm import AsyncLLM
 from shoal.log import configure_logging, get_logger
 from shoal.process import garbage_collector
@@ -109,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     setup = _setup(channel)
     configure_logging(f"(API server {setup.number}) ")
     try:
-        model = open_served(setup)
+        model = open_served_model(setup.model, setup.options, setup.served)
     except ShoalError as error:
         log.error("%s", error)
         return 1
@@ -123,18 +122,6 @@ def _setup(channel: Channel) -> ApiSetup:
     setup = to_api.decode(frames[0])
     assert isinstance(setup, ApiSetup)
     return setup
-
-
-def open_served(setup: ApiSetup) -> OpenModel:
-    """The model that another process has decided on, for the replicas that it has. This one takes its word: by now they
-    may hold the memory that they were planned for.
-
-    Raises:
-        UserError: the model is not there any more, or it is another one.
-    """
-    model = open_model(setup.model, setup.options, online=True, replicas_elsewhere=True, files=setup.files)
-    decision = dataclasses.replace(model.decision, max_model_len=setup.max_model_len)
-    return dataclasses.replace(model, decision=decision)
 
 
 def _plain(value: Any) -> Any:

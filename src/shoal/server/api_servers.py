@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from shoal.cluster.members.restarts import Restarts
+from shoal.cluster.members.supervised import RunState, Supervised
 from shoal.errors import ClosedError, EngineError
 from shoal.launch.open_model import OpenModel
 from shoal.llm.async_llm import AsyncLLM
@@ -25,27 +26,26 @@ log = get_logger("serve")
 _LOOK_S = 0.2
 _SLICE_S = 0.05  # of the wait for their end
 _MOST_RESTARTS = 100
-_USEFUL_S = 10.0  # a life of that length was of use
-_STUCK_S = 3.0  # stopped, or without a line to the fleet
+_USEFUL_S = 10.0  # a run of that length was useful
+_STUCK_S = 3.0  # stopped, or without a connection to the fleet
 _SEED_BYTES = 7  # of it; the options take no more than 63 bits
 
 
-@dataclass(slots=True)
-class _Slot:
-    """One number's process, through all its lives."""
+@dataclass(slots=True, kw_only=True)
+class ApiServer(Supervised):
+    """The API server with this number, across its restarts."""
 
     number: int
-    restarts: Restarts
     child: ChildProcess | None = None
-    lives: int = 0
-    since: float = 0.0  # when this life began
-    next_start: float = 0.0
     stuck_since: float | None = None
 
 
 class ApiServers:
-    """Starts them, and starts one again that ends, or that stands still and is killed. A connection belongs to the
-    process that has accepted it, and ends with it; the fleet's requests of that process end too, nobody else's."""
+    """Supervises API servers: one that ends is started again, and one that stands still is killed first.
+
+    A connection belongs to the process that has accepted it, and ends with it. The requests of that process in the
+    fleet end too, and no others.
+    """
 
     def __init__(
         self,
@@ -62,22 +62,24 @@ class ApiServers:
         self._llm = llm
         self._desk = llm.desk
         self._given = dict(model.given)
-        self._setup = ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening), files=model.files)
+        self._setup = ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening), model.served)
         self._sockets = sockets
-        self._slots = [_Slot(number, Restarts(_MOST_RESTARTS)) for number in range(count)]
+        self._servers = [
+            ApiServer(number=number, restarts=Restarts(_MOST_RESTARTS), useful_s=_USEFUL_S) for number in range(count)
+        ]
         self._on_restart = on_restart
         self._ends_at: float | None = None  # what still runs then is killed
 
     async def serve(self) -> bool:
-        """Until `stop`. True: all clients have read what was there for them.
+        """Run all of them until `stop`. Return whether all clients have read what was there for them.
 
         Raises:
             EngineError: one ends again and again, or the fleet's thread has ended.
         """
         try:
             while self._ends_at is None:
-                for slot in self._slots:
-                    await self._look_after(slot)
+                for server in self._servers:
+                    await self._look_after(server)
                 await asyncio.sleep(_LOOK_S)
         finally:
             if self._ends_at is None:
@@ -86,69 +88,71 @@ class ApiServers:
         return complete
 
     def stop(self, patience: float) -> None:
-        """Ends `serve`: clients have so many seconds to read what is left. May be called again, with fewer."""
+        """End `serve`: clients have so many seconds to read what is left. May be called again, with fewer."""
         ends_at = time.monotonic() + patience
         self._ends_at = ends_at if self._ends_at is None else min(ends_at, self._ends_at)
 
-    async def _look_after(self, slot: _Slot) -> None:
+    async def _look_after(self, server: ApiServer) -> None:
         now = time.monotonic()
-        if slot.child is None:
-            if slot.next_start <= now:
-                await self._start(slot)
-        elif slot.child.wait(0):
-            self._note_end(slot, slot.child, now)
-        elif self._is_stuck(slot, slot.child, now):
-            what = "was stopped (SIGSTOP or a debugger)" if slot.child.stopped() else "has lost its line to the engine"
-            log.warning("API server %d (process %d) %s, and is killed", slot.number, slot.child.pid, what)
-            await asyncio.to_thread(slot.child.kill_process)
+        if server.is_due(now):
+            await self._start(server)
+        elif server.child is None:
+            return
+        elif server.child.wait(0):
+            self._note_end(server, server.child, now)
+        elif self._is_stuck(server, server.child, now):
+            what = "was stopped (SIGSTOP or a debugger)" if server.child.stopped() else "has lost its connection"
+            log.warning("API server %d (process %d) %s, and is killed", server.number, server.child.pid, what)
+            await asyncio.to_thread(server.child.kill_process)
 
-    def _is_stuck(self, slot: _Slot, child: ChildProcess, now: float) -> bool:
+    def _is_stuck(self, server: ApiServer, child: ChildProcess, now: float) -> bool:
         if not child.stopped() and child.channel.fileno() >= 0:
-            slot.stuck_since = None
-        elif slot.stuck_since is None:
-            slot.stuck_since = now
-        return slot.stuck_since is not None and now - slot.stuck_since > _STUCK_S
+            server.stuck_since = None
+        elif server.stuck_since is None:
+            server.stuck_since = now
+        return server.stuck_since is not None and now - server.stuck_since > _STUCK_S
 
-    def _note_end(self, slot: _Slot, child: ChildProcess, now: float) -> None:
-        pause = slot.restarts.pause(now, useful=now - slot.since > _USEFUL_S)
-        if pause is None:
-            raise EngineError(f"API server {slot.number} (process {child.pid}) {child.death()}, again and again")
-        log.warning("API server %d (process %d) %s; it is started again", slot.number, child.pid, child.death())
-        slot.child = None
-        slot.next_start = now + pause
+    def _note_end(self, server: ApiServer, child: ChildProcess, now: float) -> None:
+        error = EngineError(f"API server {server.number} (process {child.pid}) {child.death()}")
+        server.child = None
+        server.ended(error, now, useful=server.was_useful(now, worked=False))
+        if server.state is RunState.FAILED:
+            raise EngineError(f"{error}; it {server.outlook}")
+        log.warning("%s; it %s", error, server.outlook)
 
-    async def _start(self, slot: _Slot) -> None:
-        """The channel belongs to the desk from now on, which closes it."""
-        setup = self._setup_of(slot)
+    async def _start(self, server: ApiServer) -> None:
+        """Start one. The channel belongs to the desk from now on, which closes it."""
+        setup = self._setup_of(server)
         passed = [sock.fileno() for sock in self._sockets]
-        child = slot.child = await asyncio.to_thread(ChildProcess, "shoal.server.api_process", passed=passed)
-        slot.since = time.monotonic()
-        slot.stuck_since = None
+        child = server.child = await asyncio.to_thread(ChildProcess, "shoal.server.api_process", passed=passed)
+        now = time.monotonic()
+        server.started(now)
+        server.became_ready(now)  # nobody waits for it: the others answer meanwhile
+        server.stuck_since = None
         with contextlib.suppress(ChannelClosed):  # it has ended already, which is seen in turn
             child.channel.send(encode(setup))
         try:
             self._desk.connect(child.channel)
-            if slot.lives:
+            if server.num_restarts:
                 self._desk.do(self._on_restart)
         except ClosedError:
             child.channel.hang_up()
             raise
-        slot.lives += 1
 
-    def _setup_of(self, slot: _Slot) -> ApiSetup:
+    def _setup_of(self, server: ApiServer) -> ApiSetup:
         options = self._given
         if "seed" in options:  # requests are numbered from 0 in each of them, and drawn by seed and number
-            options = {**options, "seed": _seed_of(int(options["seed"]), slot.number, slot.lives)}
+            options = {**options, "seed": seed_of(int(options["seed"]), server.number, server.starts)}
         return replace_fields(
             self._setup,
             options=options,
-            max_model_len=self._llm.max_model_len,
-            number=slot.number,
+            served=replace_fields(self._setup.served, max_model_len=self._llm.max_model_len),
+            number=server.number,
             sockets=tuple(sock.fileno() for sock in self._sockets),
         )
 
     def _end(self) -> bool:
-        running = [slot.child for slot in self._slots if slot.child is not None]
+        running = [server.child for server in self._servers if server.child is not None]
         with contextlib.suppress(ClosedError):  # then the desk has hung up, which ends them as well
             self._desk.do(lambda: _say_stop(running))
         for child in running:
@@ -164,6 +168,7 @@ def _say_stop(children: Sequence[ChildProcess]) -> None:
         child.say(encode(Stop()))
 
 
-def _seed_of(seed: int, number: int, life: int) -> int:
-    digest = hashlib.blake2b(f"{seed}:{number}:{life}".encode(), digest_size=_SEED_BYTES).digest()
+def seed_of(seed: int, number: int, start: int) -> int:
+    """Return the seed of one start of the API server with this number, where the user has given `seed`."""
+    digest = hashlib.blake2b(f"{seed}:{number}:{start}".encode(), digest_size=_SEED_BYTES).digest()
     return int.from_bytes(digest, "little")

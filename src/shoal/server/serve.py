@@ -118,7 +118,7 @@ async def _serve(
 ) -> int:
     signals = EndSignals(at_once=lambda: _leave_soon(1))
     signals.listen()
-    metrics = RequestMetrics(model.decision.max_model_len)
+    metrics = RequestMetrics(model.served.max_model_len)
     verbs = metrics.verbs | ResponseStore.of(settings).verbs
     llm = AsyncLLM(model, recorder=metrics, verbs=verbs)
     try:

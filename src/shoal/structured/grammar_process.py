@@ -1,7 +1,7 @@
-"""The process of one grammar: it compiles it, and follows the outputs that must obey it.
+"""The process of one grammar, which compiles the grammar and follows the outputs that must obey it.
 
-It is forked from the host (`structured.host`), which has the tokenizer in memory. Its limits are the kernel's: what
-takes too much processor time or memory is ended, whatever library it is in.
+It is forked from the host (`structured.host`), which has the tokenizer in memory. The kernel enforces its limits: it
+ends a process that takes too much processor time or memory, even inside a library.
 """
 
 import os
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from shoal.errors import RequestError, ShoalError
 from shoal.structured.limits import MIB, GrammarLimits
-from shoal.structured.matcher import Grammar, Vocabulary
+from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Ids, Wire, encode, replace_fields
 from shoal.wire.grammars import (
@@ -30,55 +30,62 @@ from shoal.wire.grammars import (
     to_grammar,
 )
 
-_NICE = 10  # of work that takes long: others need the processors more
-_QUICK_S = 1e-3  # a verdict that takes longer is made behind those of other outputs
-_IDLE_S = 3600.0
-_FLUSH_S = 5.0
+_SLOW_WORK_NICENESS = 10  # gives way to other processes
+_FAST_S = 1e-3  # an output whose last verdict took longer is handled by the thread for slow work
+_IDLE_S = 3600.0  # length of one wait for messages, which is then repeated
+_FLUSH_S = 5.0  # length of one attempt to send, which is then repeated
 
 
 def run(channel: Channel, vocabulary: Vocabulary, limits: GrammarLimits) -> None:
-    """Until the other end closes the channel."""
-    _limit(limits)
+    """Run the process of one grammar until the other end closes the channel."""
+    _set_limits(limits)
     with suppress(ChannelClosed):
         GrammarProcess(channel, vocabulary).run()
 
 
-def _limit(limits: GrammarLimits) -> None:
+def _set_limits(limits: GrammarLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    memory = _data_bytes() + limits.memory_mib * MIB
+    memory = _counted_memory() + limits.memory_mib * MIB
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CPU, (limits.compile_cpu_s, resource.RLIM_INFINITY))
 
 
-def _data_bytes() -> int:
-    """What the kernel counts against RLIMIT_DATA so far."""
+def _counted_memory() -> int:
+    """Return the bytes that the kernel counts against RLIMIT_DATA so far."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[5]) * resource.getpagesize()
 
 
 @dataclass(slots=True)
-class _Followed:
-    grammar: Grammar
-    length: int = 0  # tokens of the output
-    quick: bool = True  # its last verdict took no time to speak of
+class _FollowedOutput:
+    """An output that this process follows."""
+
+    grammar: GrammarState
+    length: int = 0  # tokens so far
+    is_fast: bool = True  # the last verdict took less than `_FAST_S`
 
 
 class GrammarProcess:
-    """Answers on the thread that reads; what has proved to take long, on a second one that yields to everybody."""
+    """Compiles one grammar and answers questions about outputs.
+
+    Verdicts are made on the thread that reads messages. Outputs whose verdicts proved slow, and the compilation, are
+    handled on a second thread with low priority.
+    """
 
     def __init__(self, channel: Channel, vocabulary: Vocabulary) -> None:
         self._channel = channel
         self._vocabulary = vocabulary
-        self._followed: dict[int, _Followed] = {}
-        self._long: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._followed: dict[int, _FollowedOutput] = {}
+        self._slow_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """
+        """Serve messages; return if the grammar cannot be compiled.
+
         Raises:
-            ChannelClosed: the other end has gone.
+            ChannelClosed: the other end is closed.
         """
-        threading.Thread(target=self._work, daemon=True, name="long").start()
+        threading.Thread(target=self._do_slow_work, daemon=True, name="long").start()
         first, *rest = self._receive()
         assert isinstance(first, GrammarSource)
         compiled = self._compile(first.text)
@@ -90,29 +97,29 @@ class GrammarProcess:
                 self._handle(message, compiled)
             rest = self._receive()
 
-    def _work(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    def _do_slow_work(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _SLOW_WORK_NICENESS)
         while True:
-            self._long.get()()
+            self._slow_work.get()()
 
     def _receive(self) -> list[ToGrammar]:
         while not wait([self._channel], _IDLE_S) or not (frames := self._channel.receive()):
             pass
         return [to_grammar.decode(frame) for frame in frames]
 
-    def _compile(self, text: str) -> Grammar | None:
-        """The compiled grammar, or None when the other end was told why there is none."""
-        outcome: queue.SimpleQueue[Grammar | str] = queue.SimpleQueue()
+    def _compile(self, text: str) -> GrammarState | None:
+        """Return the compiled grammar, or None after telling the other end why it cannot be compiled."""
+        outcome: queue.SimpleQueue[GrammarState | str] = queue.SimpleQueue()
 
         def compile_it() -> None:
             try:
-                outcome.put(Grammar.compile(text, self._vocabulary))
+                outcome.put(GrammarState.compile(text, self._vocabulary))
             except RequestError as error:
                 outcome.put(str(error))
             except MemoryError:
-                os.abort()  # as the library does: the host tells what that means
+                os.abort()  # as the library does when memory runs out; the host reports it as such
 
-        self._long.put(compile_it)
+        self._slow_work.put(compile_it)
         found = outcome.get()
         if isinstance(found, str):
             self._send(GrammarCompiled(found))
@@ -120,10 +127,10 @@ class GrammarProcess:
         self._send(GrammarCompiled())
         return found
 
-    def _handle(self, message: ToGrammar, compiled: Grammar) -> None:
+    def _handle(self, message: ToGrammar, compiled: GrammarState) -> None:
         match message:
             case GrammarFollow():
-                self._followed[message.seq] = followed = _Followed(compiled.fresh(), quick=not message.output)
+                self._followed[message.seq] = followed = _FollowedOutput(compiled.copy(), is_fast=not message.output)
                 self._answer(followed, message.seq, message.output, (), masked=True)
             case GrammarAsk():
                 self._answer(
@@ -132,36 +139,39 @@ class GrammarProcess:
             case GrammarForget():
                 self._followed.pop(message.seq, None)
 
-    def _answer(self, followed: _Followed, seq: int, tokens: Ids, drafts: Ids, *, masked: bool) -> None:
+    def _answer(self, followed: _FollowedOutput, seq: int, tokens: Ids, drafts: Ids, *, masked: bool) -> None:
         def work() -> None:
             begun = time.thread_time()
-            found = verdict(followed.grammar, seq, tokens, drafts, masked=masked)
+            found = make_verdict(followed.grammar, seq, tokens, drafts, masked=masked)
             took = time.thread_time() - begun
-            followed.quick = took < _QUICK_S
+            followed.is_fast = took < _FAST_S
             followed.length += len(tokens)
             self._send(replace_fields(found, behind=followed.length, cost_us=int(took * 1e6)))
 
-        if followed.quick:
+        if followed.is_fast:
             work()
         else:
-            self._long.put(work)
+            self._slow_work.put(work)
 
     def _send(self, message: Wire) -> None:
         self._channel.send(encode(message))
-        while not self._channel.flush(_FLUSH_S):  # whoever asked may be busy, and reads it all in the end
+        while not self._channel.flush(_FLUSH_S):  # the reader may be busy, but will read everything
             pass
 
 
-def verdict(grammar: Grammar, seq: int, tokens: Ids, drafts: Ids, *, masked: bool) -> Verdict:
-    """Takes `tokens` in, and says what may follow them and the drafts."""
+def make_verdict(grammar: GrammarState, seq: int, tokens: Ids, drafts: Ids, *, masked: bool) -> Verdict:
+    """Add `tokens` to an output, and return the verdict on what may follow them and each of the drafts.
+
+    If not `masked`, the verdict only says whether the output is complete.
+    """
     try:
         grammar.accept(tokens)
     except ShoalError as error:
         return Verdict(seq, refused=str(error))
     if not masked:
         return Verdict(seq, ended=(grammar.ended,))
-    drafts = drafts[: grammar.valid(drafts)]
-    places = grammar.places(drafts)
+    drafts = drafts[: grammar.count_valid(drafts)]
+    places = grammar.allowed_tokens(drafts)
     return Verdict(
         seq,
         problem=grammar.problem,

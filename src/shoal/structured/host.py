@@ -1,6 +1,6 @@
-"""The host of the grammars' processes: it has the model's tokenizer in memory, and forks itself for each grammar.
+"""The grammar host: a process that has the model's tokenizer in memory and forks itself for each grammar.
 
-So a grammar's process is there in milliseconds, and what one of them does to itself harms nobody else.
+So the process of a grammar starts within milliseconds, and a crash of one affects no other.
 """
 
 import os
@@ -13,7 +13,7 @@ from shoal.errors import RequestError
 from shoal.log import get_logger
 from shoal.process import garbage_collector
 from shoal.structured import grammar_process
-from shoal.structured.descriptor_passing import DescriptorReceiver
+from shoal.structured.descriptor_passing import ForkRequests
 from shoal.structured.limits import DEFAULT_LIMITS, GrammarLimits
 from shoal.structured.matcher import Vocabulary
 from shoal.transport.channel import Channel, ChannelClosed, wait
@@ -23,14 +23,15 @@ from shoal.wire.grammars import GrammarEnded, GrammarHostFailed, GrammarHostRead
 
 log = get_logger("grammars")
 
-_IDLE_S = 3600.0
+_IDLE_S = 3600.0  # length of one wait for messages, which is then repeated
+# A process that one of these signals ended was killed by somebody, not because of its grammar.
 _KILLS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
-class _Death:
-    """Becomes readable when a child has ended; one of the things that `channel.wait` waits for."""
+class _ChildExits:
+    """A pipe that becomes readable when a child process has ended. `channel.wait` can wait for it."""
 
-    backlog = False
+    backlog = False  # as `channel.wait` expects: nothing is ever waiting to be sent
 
     def __init__(self) -> None:
         self._fd, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -41,27 +42,32 @@ class _Death:
     def fileno(self) -> int:
         return self._fd
 
-    def quiet(self) -> None:
+    def clear(self) -> None:
         os.read(self._fd, 4096)
 
 
 class GrammarHost:
-    def __init__(self, channel: Channel, door: socket.socket, limits: GrammarLimits = DEFAULT_LIMITS) -> None:
-        """`channel`: to whoever started this process. Through the `door` come numbers and channels of processes to be
-        forked."""
+    """Forks and kills grammar processes on request, and reports how they ended.
+
+    Args:
+        channel: leads to the process that started this one.
+        fork_socket: brings the requests to fork a process (see `descriptor_passing`).
+    """
+
+    def __init__(self, channel: Channel, fork_socket: socket.socket, limits: GrammarLimits = DEFAULT_LIMITS) -> None:
         self._channel = channel
-        self._door = DescriptorReceiver(door)
+        self._fork_requests = ForkRequests(fork_socket)
         self._limits = limits
-        self._death = _Death()
+        self._child_exits = _ChildExits()
         self._numbers: dict[int, int] = {}  # pid -> number
 
     def run(self, make_vocabulary: Callable[[], Vocabulary]) -> int:
-        """Until it is told to stop, or nobody is there any more; gives an exit code."""
+        """Serve requests until told to stop or until the other end is closed; return an exit code."""
         try:
             vocabulary = make_vocabulary()
-            garbage_collector.settle()  # or the collector would write to pages that all processes share
+            garbage_collector.settle()  # otherwise the collector would write to memory pages that forks share
             self._channel.send(encode(GrammarHostReady()))
-            while self._step(vocabulary):
+            while self._handle_events(vocabulary):
                 pass
         except RequestError as error:
             self._channel.send(encode(GrammarHostFailed(str(error))))
@@ -71,12 +77,12 @@ class GrammarHost:
             pass
         return 0
 
-    def _step(self, vocabulary: Vocabulary) -> bool:
-        """False: the end was asked for."""
-        sources: list[Any] = [self._channel, self._door, self._death]
+    def _handle_events(self, vocabulary: Vocabulary) -> bool:
+        """Wait for events and handle them; return False if told to stop."""
+        sources: list[Any] = [self._channel, self._fork_requests, self._child_exits]
         readable: list[Any] = list(wait(sources, _IDLE_S))
-        if self._death in readable:
-            self._death.quiet()
+        if self._child_exits in readable:
+            self._child_exits.clear()
             self._reap()
         if self._channel in readable:
             for frame in self._channel.receive():
@@ -84,8 +90,8 @@ class GrammarHost:
                 if isinstance(message, Stop):
                     return False
                 self._kill(message.number)
-        if self._door in readable:
-            number, fd = self._door.receive()
+        if self._fork_requests in readable:
+            number, fd = self._fork_requests.receive()
             self._fork(number, fd, vocabulary)
         return True
 
@@ -102,17 +108,17 @@ class GrammarHost:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._channel.close()
-            self._door.close()
+            self._fork_requests.close()
             grammar_process.run(Channel.from_fd(fd), vocabulary, self._limits)
             code = 0
-        except BaseException:  # nothing may get back into the host's loop
-            log.exception("the process of a grammar has failed")
+        except BaseException:  # this is the child: it must never return into the host's loop
+            log.exception("the process of a grammar failed")
         finally:
             os._exit(code)
 
     def _kill(self, number: int) -> None:
         for pid, each in self._numbers.items():
-            if each == number:  # it has not been reaped: nobody else has its pid
+            if each == number:  # it has not been reaped, so no other process can have its pid
                 os.kill(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
@@ -121,12 +127,12 @@ class GrammarHost:
             if pid == 0:
                 return
             code = os.waitstatus_to_exitcode(status)
-            found = GrammarEnded(self._numbers.pop(pid), ended(code, self._limits), -code in _KILLS)
+            found = GrammarEnded(self._numbers.pop(pid), describe_exit(code, self._limits), -code in _KILLS)
             self._channel.send(encode(found))
 
 
-def ended(code: int, limits: GrammarLimits) -> str:
-    """The end of a grammar's process, in words that its author understands."""
+def describe_exit(code: int, limits: GrammarLimits) -> str:
+    """Return why the process of a grammar ended, in words for the author of the grammar."""
     match -code:
         case signal.SIGXCPU:
             return f"it takes more than {limits.compile_cpu_s} s of processor time to compile"

@@ -1,7 +1,7 @@
-"""Grammars that are compiled and followed in processes of their own, seen by whoever has outputs that must obey them.
+"""The pool of grammar processes: it compiles grammars and follows the outputs that must obey them.
 
-Nothing here blocks but `poll`, which waits no longer than it is told to. A grammar whose process dies, or is over its
-limits, ends the outputs that it should have been obeyed by, each with a Verdict that says why; all others go on.
+Nothing here blocks except `poll`, which waits no longer than it is told to. If the process of a grammar dies or exceeds
+its limits, each of the outputs that must obey this grammar gets a Verdict with the reason; no other is affected.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.log import get_logger
-from shoal.structured.descriptor_passing import send_through_door
-from shoal.structured.limits import DEFAULT_LIMITS, MOST_CHARACTERS, GrammarLimits
+from shoal.structured.descriptor_passing import request_fork
+from shoal.structured.limits import DEFAULT_LIMITS, MAX_CHARACTERS, GrammarLimits
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import Ids, encode
@@ -36,34 +36,34 @@ from shoal.wire.grammars import (
 
 log = get_logger("grammars")
 
-_HOST_S = 120.0  # until the host has read the tokenizer: some need `transformers`
+_HOST_START_S = 120.0  # time for the host to read the tokenizer; some tokenizers need `transformers`, which is slow
 _FOREVER = float("inf")
-_KNOWN_REFUSALS = 256
+_MAX_REFUSALS = 256  # refused grammars that are remembered
 
-# Starts a host, which inherits this descriptor: its end of the door.
+# Starts a host that inherits this file descriptor, on which it is to receive fork requests.
 StartHost = Callable[[int], ChildProcess]
 
 
 @dataclass(slots=True, eq=False)
-class _GrammarProcess:
-    """The process of one grammar."""
+class _ProcessHandle:
+    """The process of one grammar, as the pool sees it."""
 
     number: int
     grammar: str
-    channel: Channel | None = None  # None: it waits for its start, or has ended
-    begun: float = 0.0
+    channel: Channel | None = None  # None before the process is started and after it has ended
+    started_at: float = 0.0
     compiled: bool = False
-    unsent: list[ToGrammar] = field(default_factory=list)  # until it starts
-    following: set[int] = field(default_factory=set)
-    asked: dict[int, float] = field(default_factory=dict)  # sequences whose verdict is on its way, and since when
+    unsent: list[ToGrammar] = field(default_factory=list)  # messages to send once it is started
+    following: set[int] = field(default_factory=set)  # sequences
+    asked: dict[int, float] = field(default_factory=dict)  # sequences that wait for a verdict -> since when
 
 
 class GrammarPool:
-    """Follows outputs, each by the process of its grammar. Calls come from one thread.
+    """Follows outputs, each in the process of its grammar. All methods must be called from one thread.
 
     Args:
-        start_host: starts the process that others are forked from, when the first grammar comes.
-        words: 32-bit words in a row of a mask.
+        start_host: starts the grammar host; called when the first grammar comes.
+        words: number of 32-bit words in a row of a mask.
     """
 
     def __init__(self, start_host: StartHost, words: int, limits: GrammarLimits = DEFAULT_LIMITS) -> None:
@@ -71,20 +71,20 @@ class GrammarPool:
         self._start_host = start_host
         self._limits = limits
         self._host: ChildProcess | None = None
-        self._door: socket.socket | None = None
-        self._host_begun = 0.0
-        self._host_ready = _FOREVER
-        self._processes: OrderedDict[str, _GrammarProcess] = OrderedDict()  # by grammar, the one used last at the end
-        self._by_number: dict[int, _GrammarProcess] = {}
-        self._of_seq: dict[int, _GrammarProcess] = {}
-        self._refusals: OrderedDict[bytes, str] = OrderedDict()  # digest of a grammar -> why it can't be used
+        self._fork_socket: socket.socket | None = None
+        self._host_started_at = 0.0
+        self._host_ready_at = _FOREVER
+        self._processes: OrderedDict[str, _ProcessHandle] = OrderedDict()  # by grammar, the most recently used one last
+        self._by_number: dict[int, _ProcessHandle] = {}  # those that were started
+        self._by_seq: dict[int, _ProcessHandle] = {}
+        self._refusals: OrderedDict[bytes, str] = OrderedDict()  # digest of a grammar -> why it cannot be used
         self._verdicts: list[Verdict] = []
         self._next_number = 0
 
-    # --- what is asked -------------------------------------------------------------------------------------------
+    # --- questions -----------------------------------------------------------------------------------------------
 
     def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
-        """Begins to follow a new output, whose tokens so far are given. A Verdict comes in any case."""
+        """Begin to follow the output of a sequence, which has these tokens so far. A Verdict comes in any case."""
         refusal = self._known_refusal(grammar)
         if refusal:
             self._verdicts.append(Verdict(seq, refused=refusal))
@@ -92,26 +92,25 @@ class GrammarPool:
         process = self._processes.get(grammar)
         if process is None:
             self._next_number += 1
-            process = self._processes[grammar] = _GrammarProcess(self._next_number, grammar)
+            process = self._processes[grammar] = _ProcessHandle(self._next_number, grammar)
             process.unsent.append(GrammarSource(grammar))
         self._processes.move_to_end(grammar)
         process.following.add(seq)
-        self._of_seq[seq] = process
+        self._by_seq[seq] = process
         self._send(process, GrammarFollow(seq, output))
         self._start_waiting()
 
     def ask(self, asks: Iterable[GrammarAsk]) -> None:
-        """Tells of tokens, and has a Verdict made for each output. Those of outputs that are not followed any more
-        are passed over."""
+        """Report new tokens of outputs and ask for a Verdict on each. Outputs that are not followed are ignored."""
         for each in asks:
-            process = self._of_seq.get(each.seq)
+            process = self._by_seq.get(each.seq)
             if process is not None:
                 self._send(process, each)
 
     def forget(self, seqs: Iterable[int]) -> None:
-        """Follows these outputs no more. Idempotent."""
+        """Stop following these outputs. Does nothing for outputs that are not followed."""
         for seq in seqs:
-            process = self._of_seq.pop(seq, None)
+            process = self._by_seq.pop(seq, None)
             if process is None:
                 continue
             process.following.discard(seq)
@@ -119,19 +118,22 @@ class GrammarPool:
             if process.following or process.compiled:
                 self._send(process, GrammarForget(seq))
             else:
-                self._drop(process)  # nobody waits for what it compiles
+                self._drop(process)  # nobody waits for the grammar that it compiles
         self._start_waiting()
 
-    # --- what is answered ----------------------------------------------------------------------------------------
+    # --- answers -------------------------------------------------------------------------------------------------
 
     @property
     def pending(self) -> bool:
-        """Is a Verdict on its way?"""
+        """True while a Verdict is still to come or to be fetched."""
         return bool(self._verdicts) or any(process.asked for process in self._processes.values())
 
     def poll(self, timeout: float, besides: Sequence[Any] = ()) -> list[Verdict]:
-        """The verdicts that have come, waiting up to `timeout` seconds for the first of them; no longer than until one
-        of `besides` has something to read."""
+        """Return the verdicts that have come.
+
+        Waits up to `timeout` seconds for the first one, or until one of `besides` (whatever `channel.wait` takes) has
+        something to read.
+        """
         deadline = time.monotonic() + timeout
         while True:
             remaining = 0.0 if self._verdicts else max(0.0, deadline - time.monotonic())
@@ -153,11 +155,11 @@ class GrammarPool:
             self._receive_from_host(self._host)
         return readable
 
-    def _receive(self, process: _GrammarProcess) -> None:
+    def _receive(self, process: _ProcessHandle) -> None:
         assert process.channel is not None
         try:
             frames = process.channel.receive()
-        except ChannelClosed:  # the host says how it has ended
+        except ChannelClosed:  # the host will report how the process ended
             process.channel.close()
             process.channel = None
             return
@@ -182,30 +184,30 @@ class GrammarPool:
         for frame in frames:
             match from_grammar_host.decode(frame):
                 case GrammarHostReady():
-                    self._host_ready = time.monotonic()
+                    self._host_ready_at = time.monotonic()
                 case GrammarHostFailed() as failed:
                     self._fail_host(failed.error)
                     return
                 case GrammarEnded() as ended if ended.number in self._by_number:
                     process = self._by_number[ended.number]
                     if ended.killed:
-                        self._lose(process, ended.how)
+                        self._end_lost(process, ended.how)
                     else:
                         self._refuse(process, f"structured_outputs can't be used: {ended.how}; simplify it")
 
     # --- processes -----------------------------------------------------------------------------------------------
 
-    def _send(self, process: _GrammarProcess, message: GrammarFollow | GrammarAsk | GrammarForget) -> None:
+    def _send(self, process: _ProcessHandle, message: GrammarFollow | GrammarAsk | GrammarForget) -> None:
         if not isinstance(message, GrammarForget):
             process.asked[message.seq] = time.monotonic()
         if process.number not in self._by_number:
             process.unsent.append(message)
         elif process.channel is not None:
-            with suppress(ChannelClosed):  # the host says how it has ended
+            with suppress(ChannelClosed):  # the host will report how the process ended
                 process.channel.send(encode(message))
 
     def _start_waiting(self) -> None:
-        """Starts processes for grammars that wait, as far as there may be more."""
+        """Start processes for grammars that wait, as far as the limits allow."""
         compiling = sum(not process.compiled for process in self._by_number.values())
         waiting = [process for process in self._processes.values() if process.number not in self._by_number]
         self._retire(len(waiting))
@@ -215,53 +217,53 @@ class GrammarPool:
             self._start(process)
 
     def _retire(self, wanted: int) -> None:
-        """Ends processes that nobody needs: the ones unused for longest, where there are too many."""
+        """End idle processes, least recently used first, if too many are kept or `wanted` new ones need room."""
         idle = [each for each in self._processes.values() if each.number in self._by_number and not each.following]
-        room = self._limits.live - len(self._by_number)
-        surplus = max(len(idle) - self._limits.idle, min(wanted - room, len(idle)))
+        free = self._limits.live - len(self._by_number)
+        surplus = max(len(idle) - self._limits.idle, min(wanted - free, len(idle)))
         for process in idle[: max(0, surplus)]:
             self._drop(process)
 
-    def _start(self, process: _GrammarProcess) -> None:
-        door = self._open_door()
+    def _start(self, process: _ProcessHandle) -> None:
+        fork_socket = self._open_host()
         channel, theirs = Channel.pair()
         with theirs:
-            send_through_door(door, process.number, theirs.fileno())
+            request_fork(fork_socket, process.number, theirs.fileno())
         process.channel = channel
-        process.begun = time.monotonic()
+        process.started_at = time.monotonic()
         self._by_number[process.number] = process
         for message in process.unsent:
             channel.send(encode(message))
         process.unsent.clear()
 
-    def _open_door(self) -> socket.socket:
-        if self._door is None:
-            self._door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _open_host(self) -> socket.socket:
+        if self._fork_socket is None:
+            self._fork_socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self._host = self._start_host(theirs.fileno())
-            self._host_begun, self._host_ready = time.monotonic(), _FOREVER
-        return self._door
+            self._host_started_at, self._host_ready_at = time.monotonic(), _FOREVER
+        return self._fork_socket
 
-    def _refuse(self, process: _GrammarProcess, why: str) -> None:
-        """Ends a grammar and all its outputs, and remembers it."""
+    def _refuse(self, process: _ProcessHandle, why: str) -> None:
+        """End a grammar's process, give each of its outputs a Verdict with the reason, and remember the reason."""
         self._refusals[_digest(process.grammar)] = why
-        while len(self._refusals) > _KNOWN_REFUSALS:
+        while len(self._refusals) > _MAX_REFUSALS:
             self._refusals.popitem(last=False)
-        self._leave(process, lambda seq: Verdict(seq, refused=why))
+        self._end_with(process, lambda seq: Verdict(seq, refused=why))
 
-    def _lose(self, process: _GrammarProcess, why: str) -> None:
-        """Ends a process that has ended through no fault of its grammar."""
+    def _end_lost(self, process: _ProcessHandle, why: str) -> None:
+        """End a process that died through no fault of its grammar, so that its outputs can be followed anew."""
         if process.following:
-            log.warning("%d outputs are followed no more: %s", len(process.following), why)
-        self._leave(process, lambda seq: Verdict(seq, lost=why))
+            log.warning("%d outputs lost the process that checks their grammar: %s", len(process.following), why)
+        self._end_with(process, lambda seq: Verdict(seq, lost=why))
 
-    def _leave(self, process: _GrammarProcess, last_word: Callable[[int], Verdict]) -> None:
+    def _end_with(self, process: _ProcessHandle, last_verdict: Callable[[int], Verdict]) -> None:
         for seq in process.following:
-            self._of_seq.pop(seq, None)
-            self._verdicts.append(last_word(seq))
+            self._by_seq.pop(seq, None)
+            self._verdicts.append(last_verdict(seq))
         self._drop(process)
 
-    def _drop(self, process: _GrammarProcess) -> None:
+    def _drop(self, process: _ProcessHandle) -> None:
         if self._processes.get(process.grammar) is process:
             del self._processes[process.grammar]
         if self._by_number.pop(process.number, None) is None:
@@ -270,35 +272,35 @@ class GrammarPool:
             process.channel.close()
             process.channel = None
         if self._host is not None:
-            with suppress(ChannelClosed):  # its processes end with it
+            with suppress(ChannelClosed):  # if the host has ended, its processes have too
                 self._host.channel.send(encode(GrammarKill(process.number)))
 
     def _lose_host(self, why: str) -> None:
-        was_ready = self._host_ready < _FOREVER
-        if not was_ready:  # it may never be
+        was_ready = self._host_ready_at < _FOREVER
+        if not was_ready:  # starting it again might fail in the same way, endlessly
             self._fail_host(f"structured_outputs can't be used: {why} before it had read the model's tokenizer")
             return
         self._end_host()
         for process in list(self._processes.values()):
-            self._lose(process, why)
+            self._end_lost(process, why)
 
     def _fail_host(self, why: str) -> None:
         self._end_host()
         for process in list(self._processes.values()):
-            self._leave(process, lambda seq: Verdict(seq, refused=why))
+            self._end_with(process, lambda seq: Verdict(seq, refused=why))
 
     def _end_host(self) -> None:
         if self._host is not None:
             self._host.kill()
             self._host = None
-        if self._door is not None:
-            self._door.close()
-            self._door = None
+        if self._fork_socket is not None:
+            self._fork_socket.close()
+            self._fork_socket = None
 
     def _known_refusal(self, grammar: str) -> str:
-        if len(grammar) > MOST_CHARACTERS:
+        if len(grammar) > MAX_CHARACTERS:
             return (
-                f"structured_outputs is too large: {len(grammar)} characters, of which {MOST_CHARACTERS} are allowed; "
+                f"structured_outputs is too large: {len(grammar)} characters, at most {MAX_CHARACTERS} are allowed; "
                 f"shorten the schema or grammar"
             )
         return self._refusals.get(_digest(grammar), "")
@@ -306,6 +308,7 @@ class GrammarPool:
     # --- deadlines -----------------------------------------------------------------------------------------------
 
     def _until_overdue(self) -> float:
+        """Return the seconds until the next deadline."""
         if not self._by_number:
             return _FOREVER
         now = time.monotonic()
@@ -316,7 +319,7 @@ class GrammarPool:
         now = time.monotonic()
         if self._host_deadline <= now:
             self._fail_host(
-                f"structured_outputs can't be used: the model's tokenizer was not read within {_HOST_S:g} s"
+                f"structured_outputs can't be used: the model's tokenizer was not read within {_HOST_START_S:g} s"
             )
         for process in [each for each in self._by_number.values() if self._deadline(each) <= now]:
             seconds = self._limits.answer_s if process.compiled else self._limits.compile_s
@@ -325,24 +328,24 @@ class GrammarPool:
                 process, f"structured_outputs can't be used: it takes more than {seconds:g} s {what}; simplify it"
             )
 
-    def _deadline(self, process: _GrammarProcess) -> float:
+    def _deadline(self, process: _ProcessHandle) -> float:
         if not process.compiled:
             return self._limits.compile_s + (
-                _FOREVER if self._host_ready == _FOREVER else max(process.begun, self._host_ready)
+                _FOREVER if self._host_ready_at == _FOREVER else max(process.started_at, self._host_ready_at)
             )
         return min(process.asked.values(), default=_FOREVER) + self._limits.answer_s
 
     @property
     def _host_deadline(self) -> float:
-        waits = self._host is not None and self._host_ready == _FOREVER
-        return self._host_begun + _HOST_S if waits else _FOREVER
+        waits = self._host is not None and self._host_ready_at == _FOREVER
+        return self._host_started_at + _HOST_START_S if waits else _FOREVER
 
     def close(self) -> None:
-        """Ends all processes. Idempotent."""
+        """End all processes. Later calls do nothing."""
         for process in list(self._by_number.values()):
             self._drop(process)
         self._processes.clear()
-        self._of_seq.clear()
+        self._by_seq.clear()
         self._end_host()
 
 

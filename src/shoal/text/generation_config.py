@@ -1,4 +1,4 @@
-"""What a model's folder says about generating: the tokens that end a text, and defaults of sampling."""
+"""Reading a model folder's settings for generation: the end-of-text tokens, and defaults of sampling parameters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from shoal.errors import CheckpointError, RequestError
 from shoal.params import SamplingParams
 from shoal.text.tokenizer import read_json
 
-# generation_config.json's name -> ours; those that vLLM takes from there.
-_NAMES = {
+# Name in generation_config.json -> our name, for the fields that vLLM reads too.
+_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -20,23 +20,28 @@ _NAMES = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-_DRAWING = ("temperature", "top_p", "top_k", "min_p")
+_OF_RANDOM_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    eos: tuple[int, ...] = ()  # any of them ends a text; generation_config.json's first, then config.json's
+    """The settings for generation in a model's folder."""
+
+    eos: tuple[int, ...] = ()  # end-of-text tokens: those of generation_config.json first, then those of config.json
     sampling: Mapping[str, Any] = field(default_factory=dict)  # fields of SamplingParams that the model sets
 
     @classmethod
     def open(
         cls, folder: Path, *, sampling: bool = True, overrides: Mapping[str, Any] = MappingProxyType({})
     ) -> "GenerationDefaults":
-        """From generation_config.json and config.json, neither of which need be there. `sampling`: its defaults too.
-        `overrides` stand over config.json.
+        """Read generation_config.json and config.json, each of which may be missing.
+
+        Args:
+            sampling: whether to read the defaults of sampling parameters.
+            overrides: are applied to config.json.
 
         Raises:
-            CheckpointError: a file is malformed, or a value is out of its range; both are named.
+            CheckpointError: a file is malformed, or a value is out of range; the message names them.
         """
         file = folder / "generation_config.json"
         generation, config = read_json(file), {**read_json(folder / "config.json"), **overrides}
@@ -44,7 +49,7 @@ class GenerationDefaults:
         return cls(tuple(dict.fromkeys(eos)), _sampling(generation, file) if sampling else {})
 
     def defaults(self, base: SamplingParams | None = None) -> SamplingParams:
-        """What holds where a request says nothing: the model's values on top of `base`."""
+        """Return the parameters for a request that sets none: `base` with the model's values in their place."""
         return dataclasses.replace(base or SamplingParams(), **self.sampling)
 
 
@@ -54,16 +59,16 @@ def _ids(config: Mapping[str, Any], file: Path) -> tuple[int, ...]:
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int):
             raise CheckpointError(f"{file}: eos_token_id must be a token id or a list of them, got {value!r}")
-    return tuple(token for token in ids if token >= 0)  # -1 is written where there is none
+    return tuple(token for token in ids if token >= 0)  # some files write -1 for no token
 
 
 def _sampling(generation: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    found = {ours: generation[theirs] for theirs, ours in _NAMES.items() if generation.get(theirs) is not None}
-    if generation.get("do_sample") is False:  # what it says of drawing, it does not use itself
-        found = {name: value for name, value in found.items() if name not in _DRAWING}
+    found = {ours: generation[theirs] for theirs, ours in _FIELDS.items() if generation.get(theirs) is not None}
+    if generation.get("do_sample") is False:  # the model is meant for greedy decoding, so it does not use these itself
+        found = {name: value for name, value in found.items() if name not in _OF_RANDOM_SAMPLING}
     for name, value in found.items():
         try:
             SamplingParams(**{name: value})
         except RequestError as error:
-            raise CheckpointError(f"{file}: {error}; mend it, or use --generation-config vllm") from None
+            raise CheckpointError(f"{file}: {error}; correct it, or use --generation-config vllm") from None
     return found

@@ -1,4 +1,4 @@
-"""Finds out before a request runs whether its grammar can be obeyed."""
+"""Checking the grammar of a request before the request runs."""
 
 import hashlib
 import threading
@@ -14,42 +14,45 @@ from shoal.text.prompts import Job
 from shoal.transport.waker import Waker
 from shoal.wire.grammars import Verdict
 
-_IDLE_S = 3600.0
-_MOST_WAITING = 256
-_MOST_KNOWN = 1024
-_END_S = 5.0
+_IDLE_S = 3600.0  # length of one wait for verdicts, which is then repeated
+_MAX_WAITING = 256  # grammars that wait to be checked
+_MAX_KNOWN = 1024  # grammars that are remembered as valid
+_END_S = 5.0  # time for the thread to end
 
 
 class GrammarChecker:
-    """Has grammars compiled, one after the other or a few at a time, where that harms nobody. For any thread.
+    """Checks grammars by compiling them in the processes of a pool, a few at a time. For use from any thread.
 
     Args:
-        make_pool: makes where they are compiled, when the first one comes.
+        make_pool: makes the pool; called when the first grammar comes.
     """
 
     def __init__(self, make_pool: Callable[[], GrammarPool]) -> None:
         self._owner = Owner("grammar checker")
         self._make_pool = make_pool
         self._lock = threading.Lock()
-        self._new: list[tuple[str, Future[None]]] = []
+        self._submitted: list[tuple[str, Future[None]]] = []
         self._waiting: dict[int, tuple[str, Future[None]]] = {}
-        self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of grammars that can be obeyed
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of valid grammars
         self._waker: Waker | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def check(self, grammar: str) -> None:
-        """Waits until it is known.
+        """Check a grammar in llguidance's form, and wait for the outcome.
 
         Raises:
-            RequestError: it is no grammar, no text satisfies it, it uses what is not supported, or it takes too much
-                time or memory to compile.
-            EngineError: too many wait for that already, or this was closed.
+            RequestError: the text is not a grammar, no text satisfies it, it uses an unsupported feature, or it takes
+                too much time or memory to compile.
+            EngineError: too many grammars wait to be checked, or this checker is closed.
         """
         self.submit(grammar).result()
 
     def submit(self, grammar: str) -> "Future[None]":
-        """The outcome of `check`. Cancelled, it ends the compilation, unless somebody else waits for it too."""
+        """Begin to check a grammar, and return a future that ends like `check`.
+
+        Cancelling the future stops the compilation, unless another request waits for the same grammar.
+        """
         self._owner.check()
         future: Future[None] = Future()
         with self._lock:
@@ -57,19 +60,20 @@ class GrammarChecker:
                 future.set_exception(ClosedError("the engine was closed"))
             elif _digest(grammar) in self._known:
                 future.set_result(None)
-            elif len(self._new) + len(self._waiting) >= _MOST_WAITING:
-                future.set_exception(QueueFull(f"{_MOST_WAITING} grammars wait to be compiled already; come again"))
+            elif len(self._submitted) + len(self._waiting) >= _MAX_WAITING:
+                future.set_exception(QueueFull(f"{_MAX_WAITING} grammars already wait to be compiled; try again later"))
             else:
-                self._new.append((grammar, future))
+                self._submitted.append((grammar, future))
                 self._wake()
         future.add_done_callback(self._on_done)
         return future
 
     def check_jobs(self, jobs: Iterable[Job]) -> None:
-        """
+        """Check the grammars of all jobs.
+
         Raises:
-            RequestError: the grammar of one of them can't be obeyed; its prompt is named.
-            EngineError: as `check`.
+            RequestError: a grammar can't be used; the message names its prompt.
+            EngineError: as in `check`.
         """
         firsts = {job.grammar: job.index for job in reversed(list(jobs)) if job.grammar}
         for grammar, index in firsts.items():
@@ -79,8 +83,8 @@ class GrammarChecker:
                 raise RequestError(f"prompt {index}: {error}") from None
 
     def close(self) -> None:
-        """Ends what is compiled. Idempotent."""
-        if not self._owner.is_here:  # its thread is not in this process
+        """Stop all compilations. Later calls do nothing."""
+        if not self._owner.is_here:  # this is a forked child, which does not have the thread
             return
         with self._lock:
             self._closed = True
@@ -93,7 +97,7 @@ class GrammarChecker:
     def _wake(self) -> None:
         if self._thread is None:
             self._waker = Waker()
-            self._thread = threading.Thread(target=self._drive, args=(self._waker,), daemon=True, name="shoal-grammars")
+            self._thread = threading.Thread(target=self._run, args=(self._waker,), daemon=True, name="shoal-grammars")
             self._thread.start()
         assert self._waker is not None
         self._waker.wake()
@@ -104,18 +108,18 @@ class GrammarChecker:
                 if self._waker is not None:
                     self._waker.wake()
 
-    # --- on the thread -------------------------------------------------------------------------------------------
+    # --- on the checker's own thread -----------------------------------------------------------------------------
 
-    def _drive(self, waker: Waker) -> None:
+    def _run(self, waker: Waker) -> None:
         pool = self._make_pool()
         number = 0
         try:
             while True:
                 waker.quiet()
-                if self._closed:  # looked at behind `quiet`, or its wake could be missed
+                if self._closed:  # checked after `quiet`, else the wake-up of `close` could be lost
                     return
                 with self._lock:
-                    new, self._new = self._new, []
+                    new, self._submitted = self._submitted, []
                     for grammar, future in new:
                         number += 1
                         self._waiting[number] = (grammar, future)
@@ -123,13 +127,13 @@ class GrammarChecker:
                     pool.follow(seq, self._waiting[seq][0])
                 self._drop_cancelled(pool)
                 for verdict in pool.poll(_IDLE_S, [waker]):
-                    self._settle(verdict, pool)
+                    self._deliver_outcome(verdict, pool)
         finally:
             pool.close()
             waker.close()
             with self._lock:
                 self._closed = True
-                left = [future for _, future in (*self._new, *self._waiting.values())]
+                left = [future for _, future in (*self._submitted, *self._waiting.values())]
             for future in left:
                 with suppress(InvalidStateError):
                     future.set_exception(ClosedError("the engine was closed"))
@@ -141,21 +145,21 @@ class GrammarChecker:
             for seq in gone:
                 del self._waiting[seq]
 
-    def _settle(self, verdict: Verdict, pool: GrammarPool) -> None:
+    def _deliver_outcome(self, verdict: Verdict, pool: GrammarPool) -> None:
         if verdict.seq not in self._waiting:
             return
         with self._lock:
             grammar, future = self._waiting.pop(verdict.seq)
             if not (verdict.refused or verdict.lost):
                 self._known[_digest(grammar)] = None
-                while len(self._known) > _MOST_KNOWN:
+                while len(self._known) > _MAX_KNOWN:
                     self._known.popitem(last=False)
         pool.forget((verdict.seq,))
         with suppress(InvalidStateError):  # it was cancelled
             if verdict.refused:
                 future.set_exception(RequestError(verdict.refused))
             elif verdict.lost:
-                future.set_exception(EngineError(f"structured_outputs: {verdict.lost}; send it again"))
+                future.set_exception(EngineError(f"structured_outputs: {verdict.lost}; send the request again"))
             else:
                 future.set_result(None)
 

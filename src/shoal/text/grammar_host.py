@@ -1,4 +1,4 @@
-"""The host of grammars' processes for a model: `python -m shoal.text.grammar_host --fd N --parent PID ...`."""
+"""The grammar host of a model: how it is started, and the program (`python -m shoal.text.grammar_host ...`)."""
 
 import os
 import signal
@@ -23,19 +23,22 @@ from shoal.wire.base import Ids
 def grammar_pool(
     folder: Path, eos: Ids, vocab_size: int, cores: Sequence[int] = (), limits: GrammarLimits = DEFAULT_LIMITS
 ) -> GrammarPool:
-    """Grammars for the model in `folder`, whose tokenizer is read by a process of its own when the first one comes.
+    """Return a pool of grammar processes for the model in `folder`.
+
+    The grammar host, which reads the model's tokenizer, is started when the first grammar comes.
 
     Args:
-        cores: that this program may use. The thread that starts the process may be bound to one of them, which a rank
-            has for itself. Empty: the process stays where it is started.
+        eos: ids of the model's end-of-text tokens.
+        cores: the CPU cores that the host and its processes may use. The thread that starts the host may be bound to a
+            core that belongs to a rank; without `cores` the host would be bound to it too.
     """
 
-    def start(door: int) -> ChildProcess:
-        arguments = ["--folder", str(folder), "--door", str(door), "--vocab-size", str(vocab_size)]
+    def start(fork_fd: int) -> ChildProcess:
+        arguments = ["--folder", str(folder), "--fork-fd", str(fork_fd), "--vocab-size", str(vocab_size)]
         arguments += ["--compile-cpu-s", str(limits.compile_cpu_s), "--memory-mib", str(limits.memory_mib)]
         arguments += ["--cores", ",".join(map(str, cores))]
-        ends = [argument for token in eos for argument in ("--eos", str(token))]
-        return ChildProcess("shoal.text.grammar_host", [*arguments, *ends], passed=[door])
+        eos_arguments = [argument for token in eos for argument in ("--eos", str(token))]
+        return ChildProcess("shoal.text.grammar_host", [*arguments, *eos_arguments], passed=[fork_fd])
 
     return GrammarPool(start, -(-vocab_size // 32), limits)
 
@@ -44,7 +47,7 @@ def grammar_pool(
 @click.option("--fd", type=int, required=True)
 @click.option("--parent", type=int, required=True)
 @click.option("--folder", type=click.Path(path_type=Path), required=True)
-@click.option("--door", type=int, required=True)
+@click.option("--fork-fd", type=int, required=True)
 @click.option("--vocab-size", type=int, required=True)
 @click.option("--compile-cpu-s", type=int, required=True)
 @click.option("--memory-mib", type=int, required=True)
@@ -54,7 +57,7 @@ def main(
     fd: int,
     parent: int,
     folder: Path,
-    door: int,
+    fork_fd: int,
     vocab_size: int,
     compile_cpu_s: int,
     memory_mib: int,
@@ -63,24 +66,27 @@ def main(
 ) -> None:
     die_with_parent(parent)
     if cores:
-        with suppress(OSError):  # they may have been taken away meanwhile
+        with suppress(OSError):  # the cores may have been taken from this program in the meantime
             os.sched_setaffinity(0, map(int, cores.split(",")))
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; whoever asked decides what ends
+    # These signals may reach the whole process group. The process that started this one decides when it ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     configure_logging()
     limits = GrammarLimits(compile_cpu_s=compile_cpu_s, memory_mib=memory_mib)
-    host = load("shoal.structured.host:GrammarHost")(Channel.from_fd(fd), socket.socket(fileno=door), limits)
+    host = load("shoal.structured.host:GrammarHost")(Channel.from_fd(fd), socket.socket(fileno=fork_fd), limits)
     os._exit(host.run(_vocabulary(folder, eos, vocab_size)))
 
 
 def _vocabulary(folder: Path, eos: Ids, vocab_size: int) -> Callable[[], object]:
+    """Return a function that reads the model's tokenizer into a `structured.matcher.Vocabulary`."""
+
     def read() -> object:
         try:
             tokenizer = open_tokenizer(folder)
         except CheckpointError as error:
             raise RequestError(f"structured_outputs can't read the model's tokenizer: {error}") from None
         if tokenizer is None:
-            raise RequestError("structured_outputs need a tokenizer, which this model does not have")
+            raise RequestError("structured_outputs needs a tokenizer, which this model does not have")
         return load("shoal.structured.matcher:Vocabulary")(tokenizer.serialized(), eos, vocab_size)
 
     return read

@@ -1,6 +1,7 @@
-"""Jinja for chat templates: with the names that those on the hub expect, and in a sandbox, for they are foreign code.
+"""Compiling and rendering chat templates in Jinja, in a sandbox, since they are code from strangers.
 
-The names are those of https://huggingface.co/docs/transformers/chat_templating_writing.
+Templates on the hub expect the functions and filters of
+https://huggingface.co/docs/transformers/chat_templating_writing.
 """
 
 import datetime
@@ -19,84 +20,90 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shoal.errors import RequestError
 
-_MOST_TURNS = 2_000_000
-_TURNS, _COUNTED = "_shoal_turns", "_shoal_counted"
+_MAX_ITERATIONS = 2_000_000  # of all loops in one rendering
+_BUDGET, _COUNT_FILTER = "_shoal_turns", "_shoal_counted"
 _END_GENERATION = "endgeneration"
-_KIND_TESTS = {"string", "iterable", "sequence", "mapping"}  # a template that asks is ready for both
+_TYPE_TESTS = {"string", "iterable", "sequence", "mapping"}  # a template with such a test handles both kinds of content
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    reads_parts: bool  # content may be a list of parts: it goes through them
-    reads_texts: bool  # content may be a text
+    """A compiled chat template."""
+
+    reads_parts: bool  # the content of a message may be a list of parts, over which the template loops
+    reads_texts: bool  # the content of a message may be a text
     _render: Callable[[Mapping[str, Any]], str]
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """Raises:
-        RequestError: the template refuses the values, or fails on them.
+        """Return the text that the template makes of `values`, such as the messages.
+
+        Raises:
+            RequestError: the template refuses the values, or fails.
         """
         try:
-            return self._render({**values, _TURNS: _Turns()})
-        except _Refused as error:
-            raise RequestError(f"the chat template refuses the conversation: {_line(error)}") from None
+            return self._render({**values, _BUDGET: _LoopBudget()})
+        except _TemplateRefused as error:
+            raise RequestError(f"the chat template refuses the conversation: {_one_line(error)}") from None
         except Exception as error:  # noqa: BLE001 - a template may do anything that Python's operators do
-            raise RequestError(f"the chat template fails: {type(error).__name__}: {_line(error)}") from None
+            raise RequestError(f"the chat template fails: {type(error).__name__}: {_one_line(error)}") from None
 
 
 @lru_cache(maxsize=16)
 def compile(source: str) -> Template:
-    """Raises:
-    RequestError: it is no template.
+    """Compile a chat template.
+
+    Raises:
+        RequestError: the source is not a valid template.
     """
     try:
         tree = _environment.parse(source)
         for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+            loop.iter = nodes.Filter(loop.iter, _COUNT_FILTER, [], [], None, None, lineno=loop.lineno)
         template = _environment.from_string(tree)
         tree = _environment.parse(source)
     except jinja2.TemplateSyntaxError as error:
-        raise RequestError(f"the chat template is malformed, in line {error.lineno}: {_line(error)}") from None
+        raise RequestError(f"the chat template is malformed, in line {error.lineno}: {_one_line(error)}") from None
     except (RecursionError, ValueError, TypeError) as error:
-        raise RequestError(f"the chat template is malformed: {_line(error)}") from None
+        raise RequestError(f"the chat template is malformed: {_one_line(error)}") from None
     parts = _reads_parts(tree)
-    return Template(parts, not parts or _asks_for_the_kind(tree), template.render)
+    return Template(parts, not parts or _tests_type(tree), template.render)
 
 
-class _Refused(jinja2.TemplateError):
-    pass
+class _TemplateRefused(jinja2.TemplateError):
+    """The template called `raise_exception`, or its loops run too long."""
 
 
-class _Turns:
-    """Of the loops of one rendering: loops in loops could go on for years."""
+class _LoopBudget:
+    """The number of iterations that the loops of one rendering may still make; nested loops could run for years."""
 
     def __init__(self) -> None:
-        self._left = _MOST_TURNS
+        self._left = _MAX_ITERATIONS
 
     def take(self, count: int) -> None:
         self._left -= count
         if self._left < 0:
-            raise _Refused(f"its loops have more than {_MOST_TURNS} turns")
+            raise _TemplateRefused(f"its loops have more than {_MAX_ITERATIONS} iterations")
 
-    def each(self, values: Iterable[Any]) -> Iterator[Any]:
+    def counted_one_by_one(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
             self.take(1)
             yield value
 
 
 @jinja2.pass_context
-def _counted(context: Context, values: Any) -> Any:
-    """What a loop goes over, if it may."""
-    turns = context.resolve(_TURNS)
+def _count_iterations(context: Context, values: Any) -> Any:
+    """Return the values of a loop, after counting them against the budget of the rendering."""
+    budget = context.resolve(_BUDGET)
     if not isinstance(values, Sized):
-        return turns.each(values)
-    turns.take(len(values))
+        return budget.counted_one_by_one(values)
+    budget.take(len(values))
     return values
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the model said, for training: here it changes nothing."""
+    """The tag `{% generation %}`, which marks the model's own text for training. It changes nothing here."""
 
-    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it like this
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -105,7 +112,7 @@ class _Generation(Extension):
 
 
 def _refuse(message: object) -> NoReturn:
-    raise _Refused(str(message))
+    raise _TemplateRefused(str(message))
 
 
 def _to_json(
@@ -115,8 +122,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes what HTML would."""
-    # In steps: `dumps` would keep all other threads waiting for as long as a large value takes.
+    """The filter `tojson`, without the escapes for HTML of Jinja's own filter."""
+    # In small steps: `json.dumps` would block all other threads while it writes a large value.
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return "".join(encoder.iterencode(value))
 
@@ -129,7 +136,7 @@ def _make_environment() -> ImmutableSandboxedEnvironment:
     extensions = [_Generation, loopcontrols]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
-    environment.filters[_COUNTED] = _counted
+    environment.filters[_COUNT_FILTER] = _count_iterations
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
     return environment
@@ -139,7 +146,7 @@ _environment = _make_environment()
 
 
 def _reads_parts(tree: nodes.Template) -> bool:
-    """Is there a loop over the content of a message?"""
+    """Return whether the template has a loop over the content of a message."""
     content = {"content"} | {name for name, value in _assignments(tree) if _is_content(value, set())}
     return any(_is_content(loop.iter, content) for loop in tree.find_all(nodes.For))
 
@@ -151,7 +158,10 @@ def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
 
 
 def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
-    """`message.content`, `message["content"]`, a name that stands for it, or one of them through filters."""
+    """Return whether an expression is the content of a message.
+
+    That is `message.content`, `message["content"]`, one of the variables `names`, or one of these with filters.
+    """
     match node:
         case nodes.Filter(node=inner):
             return _is_content(inner, names)
@@ -164,9 +174,9 @@ def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
     return False
 
 
-def _asks_for_the_kind(tree: nodes.Template) -> bool:
-    return any(test.name in _KIND_TESTS for test in tree.find_all(nodes.Test))
+def _tests_type(tree: nodes.Template) -> bool:
+    return any(test.name in _TYPE_TESTS for test in tree.find_all(nodes.Test))
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 from shoal.errors import RequestError, overflow
 from shoal.log import get_logger
 from shoal.params import Message, Prompt, PromptDict, SamplingParams
-from shoal.structured.schema.prepare import listed
+from shoal.structured.schema.prepare import summarize_keywords
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.stop_texts import StopTexts
 from shoal.text.structured_outputs import PreparedGrammar, grammar_text
@@ -235,7 +235,9 @@ class PromptReader:
             self._told[grammar.ignored] = None
             if len(self._told) > _TOLD:
                 self._told.popitem(last=False)
-            log.warning("a schema goes without keywords that can't be obeyed: %s", listed(grammar.ignored, _LINE))
+            log.warning(
+                "a schema goes without keywords that can't be obeyed: %s", summarize_keywords(grammar.ignored, _LINE)
+            )
         return grammar
 
     def _read(

@@ -1,6 +1,6 @@
-"""Looking for many texts at once, character by character: Aho and Corasick, "Efficient string matching", 1975.
+"""Searching for many stop texts at once, by the algorithm of Aho and Corasick ("Efficient string matching", 1975).
 
-A character takes the same time for one text as for thousands, and what a search has found so far is one number.
+The time per character does not depend on the number of texts, and the state of a search is one number.
 """
 
 from array import array
@@ -12,17 +12,19 @@ _ROOT = 0
 
 
 class StopTexts:
-    """The automaton of some texts, none of them empty. Shared by all that look for the same ones; not to be changed.
+    """An automaton that searches for some texts, none of them empty.
 
-    A state stands for the longest end of what was read that begins one of the texts.
+    All outputs with the same stop texts share one, so it is never changed. A state stands for a beginning of one of the
+    texts: the longest one that the characters read so far end with.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self._next: dict[int, int] = {}  # state and character -> state
-        self._depth = array("i", [0])  # characters that a state stands for
-        self._shorter = array("i", [_ROOT])  # the longest end of what a state stands for that is a state too
-        self._found: list[str | None] = [None]  # the longest text that ends here
-        self._goes_on = bytearray([True])  # is it the beginning of a longer text?
+        self._next: dict[int, int] = {}  # (state << _SHIFT) | character -> state
+        # For each state:
+        self._length = array("i", [0])  # the number of characters that it stands for
+        self._shorter = array("i", [_ROOT])  # the state for the longest proper end of these characters that has one
+        self._found: list[str | None] = [None]  # the longest text that these characters end with
+        self._can_continue = bytearray([True])  # whether they are the beginning of a longer text
         self._firsts = frozenset(text[0] for text in texts)
         for text in texts:
             self._add(text)
@@ -34,17 +36,17 @@ class StopTexts:
             key = (state << _SHIFT) | ord(character)
             following = self._next.get(key)
             if following is None:
-                following = self._next[key] = len(self._depth)
-                self._goes_on[state] = True
-                self._depth.append(self._depth[state] + 1)
+                following = self._next[key] = len(self._length)
+                self._can_continue[state] = True
+                self._length.append(self._length[state] + 1)
                 self._shorter.append(_ROOT)
                 self._found.append(None)
-                self._goes_on.append(False)
+                self._can_continue.append(False)
             state = following
         self._found[state] = text
 
     def _link(self) -> None:
-        """Level by level: what is shorter is done before."""
+        """Set `_shorter` and `_found` of all states, shorter ones first."""
         children: dict[int, list[tuple[int, int]]] = {}
         for key, following in self._next.items():
             children.setdefault(key >> _SHIFT, []).append((key & ((1 << _SHIFT) - 1), following))
@@ -59,6 +61,7 @@ class StopTexts:
                 pending.append(following)
 
     def step(self, state: int, character: int) -> int:
+        """Return the state after one more character, given by its code."""
         while True:
             following = self._next.get((state << _SHIFT) | character)
             if following is not None:
@@ -68,23 +71,23 @@ class StopTexts:
             state = self._shorter[state]
 
     def held(self, state: int) -> int:
-        """Characters at the end of what was read that may be the beginning of a text."""
-        return self._depth[state]
+        """Return how many of the last characters may be the beginning of a text."""
+        return self._length[state]
 
-    def read(self, state: int, new: str, *, counts: bool) -> tuple[int, tuple[int, str] | None]:
-        """Reads on from a state, to the first end of a text if that counts.
+    def read(self, state: int, new: str, *, may_stop: bool) -> tuple[int, tuple[int, str] | None]:
+        """Read new characters from a state on, and stop at the end of the first text if `may_stop`.
 
         Returns:
-            The state, and where a text ended: how many of the new characters that took, and of several texts the
-            longest.
+            The new state; and if a text was found, the number of new characters up to its end, and the text. If several
+            texts end there, it is the longest.
         """
-        if state == _ROOT and self._firsts.isdisjoint(new):  # mostly
+        if state == _ROOT and self._firsts.isdisjoint(new):  # the usual case
             return state, None
         for at, character in enumerate(new, 1):
             state = self.step(state, ord(character))
             found = self._found[state]
-            if found is not None and counts:
+            if found is not None and may_stop:
                 return state, (at, found)
-            while not self._goes_on[state]:  # a whole text, which can't be the beginning of one
+            while not self._can_continue[state]:  # a complete text, which is not the beginning of another one
                 state = self._shorter[state]
         return state, None

@@ -1,4 +1,4 @@
-"""What an output must look like, from the user's words to a grammar that the engine obeys."""
+"""Turning the structured outputs that a user asks for into a grammar that the engine obeys."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,29 +8,30 @@ from llguidance import LLMatcher
 
 from shoal.errors import RequestError
 from shoal.params import StructuredOutputsParams
-from shoal.structured.schema.composing import grammar_of
+from shoal.structured.schema.grammar_json import grammar_json
 from shoal.structured.schema.prepare import prepare
 
-# JSON allows any amount of whitespace between two symbols, and a model may never come to an end of it. So much is
-# enough for a line break and eight levels of four spaces.
+# JSON allows any amount of whitespace between two symbols, which a model may go on writing forever. This much is enough
+# for a line break and eight levels of four spaces.
 _WHITESPACE = r"[ \t\n\r]{1,33}"
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedGrammar:
-    """What an output must look like, in llguidance's form."""
+    """A grammar in llguidance's form."""
 
     text: str
-    ignored: tuple[str, ...] = ()  # keywords of a schema that it goes without, each with its place
+    ignored: tuple[str, ...] = ()  # unsupported keywords of a schema that were left out, each with its place
 
 
 def grammar_text(params: StructuredOutputsParams) -> PreparedGrammar:
-    """The same text for the same parameters. Whether it is a grammar that can be obeyed is found out by
-    `GrammarChecker`.
+    """Return the grammar for structured outputs; equal parameters give equal texts.
+
+    The grammar may still be invalid, which `GrammarChecker` finds out.
 
     Raises:
-        RequestError: a schema can't be obeyed (see `structured.schema.prepare`), there is nothing to choose from, or a
-            text has no UTF-8 form.
+        RequestError: a schema can't be obeyed (see `structured.schema.prepare`), a choice is empty, or a text has no
+            UTF-8 form.
     """
     if params.json is not None:
         return _of_schema(params.json, strict=params.strict)
@@ -51,16 +52,16 @@ def _guard(make: Callable[[str], str], name: str, value: str) -> str:
     try:
         return make(value)
     except ValueError as error:
-        # Half of a surrogate pair; or, of a schema, more levels than the library reads.
+        # A text has half of a surrogate pair, or a schema more levels than the library reads.
         what = "is nested too deep" if "recursion limit" in str(error) else "has no UTF-8 form"
         raise RequestError(f"structured_outputs.{name} {what}: {error}") from error
 
 
 def _literal(text: str) -> str:
-    """A regular expression of this text alone."""
+    """Return a regular expression that matches exactly this text."""
     return "".join(char if char.isalnum() or char == " " else f"\\u{{{ord(char):x}}}" for char in text)
 
 
 def _of_schema(schema: str | Mapping[str, Any], *, strict: bool) -> PreparedGrammar:
     prepared = prepare(schema, strict=strict)
-    return PreparedGrammar(grammar_of(prepared.schema, _WHITESPACE), prepared.dropped)
+    return PreparedGrammar(grammar_json(prepared.schema, _WHITESPACE), prepared.dropped)

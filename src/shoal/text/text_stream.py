@@ -1,31 +1,36 @@
-"""The text of a growing output, token by token: in total what decoding all of it at once would give.
+"""Streams that turn the tokens of an output into text one by one; the whole is the same as decoding all at once.
 
-How much must be known before a token's text is certain depends on the tokenizer's decoder. In a byte-level vocabulary
-a token is a run of bytes, in a SentencePiece vocabulary with byte fallback it is a text or one byte: there only a
-character that is cut in two waits. Any other decoder is asked again, with the tokens before.
+It depends on the tokenizer's decoder when the text of a token is certain. In a byte-level vocabulary a token is a run
+of bytes; in a SentencePiece vocabulary with byte fallback it is a text or one byte. With these, only a character whose
+bytes are not complete has to wait. With any other decoder, a token is decoded together with the tokens before it.
 
-Every stream takes the prompt's last tokens too: a first space is kept behind them, and a character that they begin
-belongs to the output.
+Every stream also gets the last tokens of the prompt. So a space at the beginning of the output is kept, and a character
+that the prompt begins belongs to the output.
 """
 
 import codecs
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-INCOMPLETE = "\ufffd"  # what stands for bytes that are no whole character
-CONTEXT = 8  # tokens: more than any character has bytes
+INCOMPLETE = "\ufffd"  # stands for bytes that are not a complete character
+CONTEXT = 8  # tokens of the prompt that a stream reads: more than the bytes of any character
 
 
 class TextStream(Protocol):
+    """A stream that turns the tokens of one output into text."""
+
     def push(self, token: int) -> str:
-        """The text that has become certain with this token; often it is the token's own."""
+        """Add a token, and return the text that is certain now and was not before; usually that of the token."""
 
     def flush(self) -> str:
-        """The rest, as it reads when no more tokens come."""
+        """End the stream, and return the rest of the text."""
 
 
 class ByteStream:
-    """Tokens are runs of bytes, which together are UTF-8. `bytes_of` gives b"" for a token that is left out."""
+    """A stream for tokens that are runs of bytes, which together are UTF-8.
+
+    `bytes_of` returns b"" for a token that is to be left out.
+    """
 
     def __init__(self, bytes_of: Callable[[int], bytes], prompt: Sequence[int]) -> None:
         self._bytes_of = bytes_of
@@ -41,13 +46,14 @@ class ByteStream:
 
 
 class FallbackStream:
-    """Tokens are texts, or single bytes of what the vocabulary has no text for.
+    """A stream for tokens that are texts, or single bytes of characters that the vocabulary lacks.
 
-    `piece_of` gives a token's text or byte, None for a token that is left out. `strip`: as many spaces are taken off
-    the front of a whole text.
+    `piece_of` returns the text or the byte of a token, or None for a token that is to be left out. `strip` is the
+    number of spaces that are removed from the beginning of a text, unless the prompt has text.
 
-    Decoded at once, a run of bytes that is no UTF-8 is unreadable as a whole. Here the characters before the first
-    wrong byte stay: they are shown when they are complete, and a new line, which is such a byte, can end an output.
+    There is one difference from decoding all at once, which makes a whole run of byte tokens unreadable if it is not
+    valid UTF-8. Here the characters before the first invalid byte are kept: each is shown as soon as it is complete,
+    and a line break, which may be a byte token, can end an output.
     """
 
     def __init__(self, piece_of: Callable[[int], str | int | None], prompt: Sequence[int], *, strip: int) -> None:
@@ -85,7 +91,7 @@ class FallbackStream:
 
 
 def _replace_every_byte(error: UnicodeError) -> tuple[str, int]:
-    """As the byte fallback decoder has it; Python's "replace" takes the bytes of a cut character for one."""
+    """Replace each invalid byte by one mark, as the library's decoder does; Python's "replace" may combine several."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return INCOMPLETE * (error.end - error.start), error.end
@@ -96,14 +102,14 @@ codecs.register_error(_BYTE_BY_BYTE, _replace_every_byte)
 
 
 class RedecodingStream:
-    """Any other decoder: new tokens are decoded behind those before them, whose own text is then taken off.
+    """A stream for any other decoder: new tokens are decoded after those before them, whose text is then removed.
 
-    Text that ends in an incomplete character waits. A run of tokens that are no text at all is decoded anew at every
-    token of it; the two decoders of vocabularies that have such tokens have the streams above.
+    Text that ends in an incomplete character has to wait. While tokens give no text at all, each new one has all of
+    them decoded again; vocabularies with many such tokens have one of the decoders above.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> None:
-        """`decode` leaves special tokens out, if that is wanted; then they are left out of `prompt` too."""
+        """`decode` may leave out special tokens; then `prompt` must not contain them either."""
         self._decode = decode
         self._context = list(prompt[-CONTEXT:])
         self._before = decode(self._context).rstrip(INCOMPLETE)

@@ -1,4 +1,4 @@
-"""Text to tokens and back. `tokenizers` alone, wherever it will do: no torch, milliseconds."""
+"""Tokenizers: text to tokens and back. The `tokenizers` library alone wherever possible: it loads in milliseconds."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
-from shoal.errors import CheckpointError, RequestError
+from shoal.errors import CheckpointError, ConfigError, RequestError
 from shoal.git_lfs import refuse_pointer
 from shoal.lazy import load
 from shoal.text.text_stream import INCOMPLETE, ByteStream, FallbackStream, RedecodingStream, TextStream
@@ -24,30 +24,36 @@ _END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
+    """Text to tokens and back, for one model."""
+
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that are no text: beginnings, ends, roles, padding."""
+        """Tokens that are not text: beginnings, ends, roles, padding."""
+
+    @property
+    def size(self) -> int:
+        """The number of token ids, from 0 to the largest."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """`add_special_tokens`: with those that the model expects around a text."""
+        """Return the tokens of a text, with the special tokens that the model expects around it."""
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Ids that the tokenizer does not know are left out."""
+        """Return the text of tokens. Ids that the tokenizer does not know are left out."""
 
     def token_text(self, token: int) -> str:
-        """What a token reads as inside a text, be it special or not: " city", not "city"; "" for an unknown id."""
+        """Return the text of a token, special or not, inside a text: " city", not "city"; "" for an unknown id."""
 
     def token_bytes(self, token: int) -> bytes:
-        """`token_text` in UTF-8; of a token that is part of a character, that part."""
+        """Return `token_text` in UTF-8; if the token is a part of a character, that part."""
 
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
-        """The text of tokens that follow a prompt, as they come."""
+        """Return a stream that turns the tokens that follow a prompt into text one by one."""
 
     def longest_token(self) -> int | None:
-        """So many bytes of a text a token stands for at most; None where that is not known."""
+        """Return the most bytes of a text that one token stands for; None if that is not known."""
 
     def serialized(self) -> str:
-        """What a tokenizer.json says, for grammars.
+        """Return the text of a tokenizer.json, for grammars.
 
         Raises:
             RequestError: this tokenizer can't be written as one.
@@ -55,10 +61,10 @@ class Tokenizer(Protocol):
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a model folder; None where it has none, so that prompts must be token ids.
+    """Return the tokenizer of a model folder; None if it has none, so that prompts must be token ids.
 
     Raises:
-        CheckpointError: there is one that can't be read, or that needs a package which is not installed.
+        CheckpointError: the tokenizer can't be read, or needs a package that is not installed.
     """
     config = read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
@@ -70,11 +76,32 @@ def open_tokenizer(folder: Path) -> Tokenizer | None:
     return None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file.
+def open_other_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a folder, for a model that has its files elsewhere.
+
+    Args:
+        vocab_size: of the model; it may be larger than the tokenizer's, since models pad their vocabularies.
 
     Raises:
-        CheckpointError: it can't be read, or is no JSON object.
+        ConfigError: the folder has no tokenizer, or the tokenizer has tokens that the model does not have.
+        CheckpointError: as `open_tokenizer`.
+    """
+    found = open_tokenizer(folder)
+    if found is None:
+        raise ConfigError(f"--tokenizer: {folder} has no tokenizer; it needs a tokenizer.json or the like")
+    if found.size > vocab_size:
+        raise ConfigError(
+            f"--tokenizer: {folder} has token ids up to {found.size - 1}, the model only up to {vocab_size - 1}: "
+            "choose the tokenizer that the model was trained with"
+        )
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one if there is no file.
+
+    Raises:
+        CheckpointError: the file can't be read, or is not a JSON object.
     """
     refuse_pointer(file)
     try:
@@ -89,14 +116,18 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class FastTokenizer:
-    """One of the `tokenizers` library."""
+    """A tokenizer of the `tokenizers` library."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        library.no_truncation()  # a fine-tune may have left its own settings in the file
+        library.no_truncation()  # settings of a fine-tune may have been left in the file
         library.no_padding()
         self.special_ids = frozenset(i for i, token in library.get_added_tokens_decoder().items() if token.special)
         self._decoder = decoder_of(library)
+
+    @cached_property
+    def size(self) -> int:
+        return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # A batch, since `encode` keeps all other threads of Python waiting, for seconds with a million characters.
@@ -107,7 +138,7 @@ class FastTokenizer:
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if len(tokens) < _MANY:
             found: str = self._library.decode(list(tokens), skip_special_tokens=skip_special_tokens)
-        else:  # a batch, for the same reason, which costs more where they are few
+        else:  # a batch, for the same reason; with few tokens it costs more
             (found,) = self._library.decode_batch([list(tokens)], skip_special_tokens=skip_special_tokens)
         return found
 
@@ -151,28 +182,28 @@ class FastTokenizer:
 
 
 class SlowTokenizer:
-    """One of transformers' that is written in Python, or wraps another library."""
+    """A tokenizer of the transformers library that is written in Python, or wraps another library."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._size = len(tokenizer)
+        self.size = len(tokenizer)
         self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        # No clean-up: it takes out spaces before punctuation, also those that were meant.
+        # No clean-up: it removes spaces before punctuation, even those that are meant.
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        # Models pad their vocabularies, and libraries fail at an id that they do not have.
-        known = [token for token in tokens if token < self._size]
+        # Models pad their vocabularies, and libraries fail for ids that they do not have.
+        known = [token for token in tokens if token < self.size]
         return str(self._tokenizer.decode(known, **options))
 
     def token_text(self, token: int) -> str:
         return _inner_text(self, token)
 
     def token_bytes(self, token: int) -> bytes:
-        entry = self._tokenizer.convert_ids_to_tokens(token) if token < self._size else ""
+        entry = self._tokenizer.convert_ids_to_tokens(token) if token < self.size else ""
         return _inner_bytes(self, token, entry or "")
 
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> TextStream:
@@ -189,13 +220,13 @@ class SlowTokenizer:
 
 
 def _inner_text(tokenizer: Tokenizer, token: int) -> str:
-    """Of two in a row the second is inside a text, so that it keeps its space."""
+    """Return the text of a token inside a text: of two in a row the second keeps its space."""
     first = tokenizer.decode([token], skip_special_tokens=False)
     return tokenizer.decode([token, token], skip_special_tokens=False)[len(first) :]
 
 
 def _inner_bytes(tokenizer: Tokenizer, token: int, entry: str | bytes) -> bytes:
-    """`entry`: how the vocabulary has the token."""
+    """Return the bytes of a token inside a text; `entry` is the token as the vocabulary writes it."""
     text = tokenizer.token_text(token)
     found = raw_bytes(entry) if INCOMPLETE in text else None
     return text.encode("utf-8", "replace") if found is None else found
@@ -212,7 +243,7 @@ def _from_file(file: Path, config: dict[str, Any]) -> FastTokenizer:
 
 
 def _is_gpt2(folder: Path, config: dict[str, Any]) -> bool:
-    """Is it GPT-2's byte-level vocabulary in two files? Other tokenizers have files of these names too."""
+    """Return whether the folder has GPT-2's byte-level vocabulary; other tokenizers have files of these names, too."""
     kind = config.get("tokenizer_class")
     if kind is None:
         model = read_json(folder / "config.json")
@@ -223,7 +254,7 @@ def _is_gpt2(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def _from_vocabulary(folder: Path, config: dict[str, Any]) -> FastTokenizer:
-    """vocab.json and merges.txt, read as transformers' GPT2Tokenizer does."""
+    """Read vocab.json and merges.txt as transformers' GPT2Tokenizer does."""
     for name in ("vocab.json", "merges.txt"):
         refuse_pointer(folder / name)
     try:
@@ -248,10 +279,10 @@ def _from_vocabulary(folder: Path, config: dict[str, Any]) -> FastTokenizer:
 
 
 def _add_tokens(library: Library, config: dict[str, Any], folder: Path) -> None:
-    """Adds what tokenizer_config.json says beyond the vocabulary's file, in transformers' order.
+    """Add the tokens that only tokenizer_config.json names, in transformers' order.
 
     Raises:
-        CheckpointError: it is not of the form that transformers writes.
+        CheckpointError: the file is not of the form that transformers writes.
     """
     try:
         listed = _listed_tokens(config, folder)
@@ -268,7 +299,7 @@ def _add_tokens(library: Library, config: dict[str, Any], folder: Path) -> None:
 
 
 def _listed_tokens(config: dict[str, Any], folder: Path) -> list[AddedToken]:
-    """Those with ids: of `added_tokens_decoder`, else of the older added_tokens.json, which says no more than ids."""
+    """Return the added tokens that have ids: those of `added_tokens_decoder`, or of the older added_tokens.json."""
     if "added_tokens_decoder" in config:
         entries = config["added_tokens_decoder"]
         return [AddedToken(**entries[key]) for key in sorted(entries, key=int)]
@@ -302,7 +333,7 @@ def _through_transformers(folder: Path) -> Tokenizer:
     for file in (*(folder / name for name in _SENTENCEPIECE + _OTHERS), *folder.glob("*.tiktoken")):
         refuse_pointer(file)
     try:
-        # Never code that came with a checkpoint; None would ask at the terminal.
+        # Never run code that came with a checkpoint; None would ask at the terminal.
         found = load("transformers:AutoTokenizer").from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers and what it calls raise anything
         needed = [package for package, module in _needed(folder).items() if not _installed(module)]
@@ -317,7 +348,7 @@ def _through_transformers(folder: Path) -> Tokenizer:
 
 
 def _needed(folder: Path) -> dict[str, str]:
-    """What must be installed: package -> module."""
+    """Return the packages that the folder's tokenizer needs: package -> module."""
     found = {"transformers": "transformers"}
     if any((folder / name).exists() for name in _SENTENCEPIECE):
         found |= {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
@@ -329,5 +360,5 @@ def _needed(folder: Path) -> dict[str, str]:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would lie in
+    except ModuleNotFoundError:  # not even its parent package
         return False

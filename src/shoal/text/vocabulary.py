@@ -1,7 +1,6 @@
-"""What single tokens read as, for the two kinds of decoders where that is all a text is made of.
+"""Tables with the text or bytes of each token, for the two kinds of decoders that only join these.
 
-The decoders are those of https://github.com/huggingface/tokenizers; `decoder_of` recognizes them in what a
-tokenizer.json says.
+The decoders are those of https://github.com/huggingface/tokenizers; `decoder_of` recognizes them in a tokenizer.
 """
 
 import json
@@ -17,7 +16,7 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class ByteLevel(dict[int, bytes]):
-    """Token -> bytes, as GPT-2 began it: a character stands for a byte."""
+    """The bytes of each token of a byte-level vocabulary (as GPT-2's), where each character stands for a byte."""
 
     def __init__(self, library: Library) -> None:
         super().__init__()
@@ -25,16 +24,19 @@ class ByteLevel(dict[int, bytes]):
 
     def __missing__(self, token: int) -> bytes:
         text = self._library.id_to_token(token) or ""
-        found = self[token] = _bytes_of(text)
+        found = self[token] = _decode_bytes(text)
         return found
 
 
 class ByteFallback(dict[int, "str | int | None"]):
-    """Token -> text, or the byte that it stands for; None for an unknown id. As SentencePiece has them."""
+    """The text of each token, or the byte that it stands for, in a vocabulary with byte fallback (as SentencePiece's).
+
+    None for an unknown id. `replaced` has the replacements that the decoder makes in the texts of tokens.
+    """
 
     def __init__(self, library: Library, replaced: list[tuple[str, str]], strip: int) -> None:
         super().__init__()
-        self.strip = strip  # so many spaces are taken off the front of a whole text
+        self.strip = strip  # number of spaces that are removed from the beginning of a text
         self._library = library
         self._replaced = replaced
 
@@ -61,8 +63,8 @@ class ByteFallback(dict[int, "str | int | None"]):
 
 
 def decoder_of(library: Library) -> ByteLevel | ByteFallback | None:
-    """None: a decoder of another kind."""
-    # Without its vocabulary: this is asked at every start, and a vocabulary is megabytes of JSON.
+    """Return the table of a tokenizer's decoder, or None if the decoder is of another kind."""
+    # Only the decoder is read as JSON: this is called at every start, and the vocabulary would be megabytes.
     decoder = library.decoder
     state: Any = json.loads(decoder.__getstate__()) if decoder is not None else None
     steps = state.get("decoders", [state]) if isinstance(state, dict) else []
@@ -75,37 +77,39 @@ def decoder_of(library: Library) -> ByteLevel | ByteFallback | None:
 
 
 def longest_token(library: Library) -> int | None:
-    """So many bytes of a text a token stands for at most. None: some of a text may be lost, or any amount of it become
-    one token, or it isn't known.
+    """Return the largest number of bytes of a text that one token can stand for, or None if there is no known limit.
 
-    It is known of byte-pair encodings that have a token for each byte, behind steps that only cut or lengthen a text.
+    The limit is known for byte-pair encodings with a token for each byte, if the steps before them only split a text or
+    make it longer. With others a part of the text may be lost, or any amount of it may become one token.
     """
     model = library.model
-    normalized = _steps(library.normalizer, "normalizers")
-    cut = _steps(library.pre_tokenizer, "pretokenizers")
+    normalized = _read_steps(library.normalizer, "normalizers")
+    cut = _read_steps(library.pre_tokenizer, "pretokenizers")
     vocabulary = library.get_vocab()
-    bytes_ = _BYTES if any(step["type"] == "ByteLevel" for step in cut) else {f"<0x{i:02X}>" for i in range(256)}
+    bytes_ = (
+        _BYTE_OF_CHARACTER if any(step["type"] == "ByteLevel" for step in cut) else {f"<0x{i:02X}>" for i in range(256)}
+    )
     known = (
         isinstance(model, models.BPE)
         and model.dropout is None
-        and (model.byte_fallback or bytes_ is _BYTES)
+        and (model.byte_fallback or bytes_ is _BYTE_OF_CHARACTER)
         and all(each in vocabulary for each in bytes_)
-        and all(map(_lengthens, normalized))
-        and all(map(_keeps_all, cut))
+        and all(map(_never_shortens, normalized))
+        and all(map(_only_cuts, cut))
         and not any(token.lstrip or token.rstrip for token in library.get_added_tokens_decoder().values())
     )
     return max(len(token.encode()) for token in vocabulary) if known else None
 
 
-def _steps(part: Any, name: str) -> list[dict[str, Any]]:
-    """What a normalizer or the like does, one after another."""
+def _read_steps(part: Any, name: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, as they are in tokenizer.json."""
     if part is None:
         return []
     state = json.loads(part.__getstate__())
     return [step for each in state.get(name, [state]) for step in each.get(name, [each])]
 
 
-def _lengthens(step: dict[str, Any]) -> bool:
+def _never_shortens(step: dict[str, Any]) -> bool:
     match step:
         case {"type": "Prepend"}:
             return True
@@ -114,7 +118,7 @@ def _lengthens(step: dict[str, Any]) -> bool:
     return False
 
 
-def _keeps_all(step: dict[str, Any]) -> bool:
+def _only_cuts(step: dict[str, Any]) -> bool:
     if step["type"] in ("Split", "Punctuation"):
         return bool(step["behavior"] != "Removed")
     return step["type"] in ("ByteLevel", "Digits", "Metaspace")
@@ -137,26 +141,33 @@ def _byte_fallback(library: Library, steps: list[dict[str, Any]]) -> ByteFallbac
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's table: printable bytes are themselves, the others come after them from U+0100 on."""
+    """Return GPT-2's table of characters and bytes: printable bytes are themselves, others are from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTES = _byte_characters()
+_BYTE_OF_CHARACTER = _byte_characters()
 
 
 def raw_bytes(entry: str | bytes) -> bytes | None:
-    """What a vocabulary's entry says that is no whole character: <0xE4>, or one of GPT-2's. None: it says nothing."""
+    """Return the bytes that an entry of a vocabulary stands for, if it is written as bytes, else None.
+
+    It may be bytes, `<0xE4>`, or characters of GPT-2's table.
+    """
     if isinstance(entry, bytes):
         return entry
     if _BYTE_TOKEN.fullmatch(entry):
         return bytes([int(entry[3:5], 16)])
-    return bytes(_BYTES[character] for character in entry) if entry and all(map(_BYTES.__contains__, entry)) else None
+    return (
+        bytes(_BYTE_OF_CHARACTER[character] for character in entry)
+        if entry and all(map(_BYTE_OF_CHARACTER.__contains__, entry))
+        else None
+    )
 
 
-def _bytes_of(text: str) -> bytes:
+def _decode_bytes(text: str) -> bytes:
     try:
-        return bytes(_BYTES[character] for character in text)
-    except KeyError:  # an added token, written as it reads
+        return bytes(_BYTE_OF_CHARACTER[character] for character in text)
+    except KeyError:  # an added token, which is written as plain text
         return text.encode()

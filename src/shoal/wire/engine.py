@@ -1,4 +1,4 @@
-"""Messages between an engine and its client, which is a front end or a fleet."""
+"""Messages between an engine and its client. The client is a front end or a fleet."""
 
 from enum import IntEnum
 
@@ -6,141 +6,165 @@ import msgspec
 
 from shoal.activity import Activity
 from shoal.wire.base import Ids, Stop, Wire
-from shoal.wire.plan import EngineSetup
+from shoal.wire.plan import EnginePlan
 from shoal.wire.ranks import PromptLogprobs, RankStats, Sampling, TokenLogprobs
+from shoal.wire.tokens import num_tokens
 
 
 class Finish(IntEnum):
+    """The reason why an output ended."""
+
     STOP = 0
     LENGTH = 1
     ABORT = 2
 
 
 class RefusalKind(IntEnum):
-    """What kind of `error` ended a request."""
+    """The kind of error that ended a request, for the error type and HTTP status that its client gets."""
 
-    NONE = 0
-    INVALID = 1  # it can't be run; whoever sent it can mend it
-    FULL = 2  # too many wait already
-    LATE = 3  # it waited too long, or its deadline has passed
-    FAILED = 4  # what it needs has failed, or it takes down whoever runs it
-    CLOSING = 5  # nothing new is taken any more
-    LOST = 6  # no replica is left that could run it
-    ASLEEP = 7  # weights and KV cache were given back
+    NONE = 0  # no error
+    INVALID = 1  # the request is wrong; its sender can correct it
+    FULL = 2  # the queue is full
+    LATE = 3  # the request waited too long, or its deadline has passed
+    FAILED = 4  # something that the request needs has failed, or the request makes replicas crash
+    CLOSING = 5  # the server is draining or closing and accepts no new requests
+    LOST = 6  # no replica is left to run the request
+    ASLEEP = 7  # the engine sleeps: weights and KV cache are not in memory
 
 
 class EngineRequest(Wire, frozen=True):
-    seq: int  # chosen by the client, never used twice
-    tokens: bytes  # int32, little endian
+    """A request for one output. A prompt with n outputs is n requests of one group."""
+
+    seq: int  # the number of the request; the client chooses it and never uses it twice
+    tokens: bytes  # of the prompt, and of the output so far if the request goes on from there (`wire.tokens`)
+    num_prompt_tokens: int  # `tokens` after them belong to the output
     sampling: Sampling
-    max_tokens: int
-    stop_ids: bytes = b""  # int32, little endian
-    priority: int = 0  # lower runs first
-    deadline: float | None = None  # time.monotonic() of the host; a request beyond it is aborted
-    cache_salt: str = ""  # only requests with the same salt share cached prefixes
-    prompt_len: int = 0  # tokens behind it are of the output: the request goes on from there; 0: all are the prompt's
-    group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: alone
-    grammar: str = ""  # what the output must look like, in llguidance's form
-    arrival: float = 0.0  # time.monotonic() of the client's host when it came; 0: when it is added
-    replica: int = -1  # the only one that may run it; -1: any
-    outputs: int = 1  # that its client has asked for at once, this one included: all of them are taken, or none
+    max_tokens: int  # the most tokens that the output may have
+    stop_ids: bytes = b""  # tokens that end the output (`wire.tokens`)
+    priority: int = 0  # a request with a lower number runs first
+    deadline: float | None = None  # time.monotonic() of the host that runs the fleet; the request is aborted then
+    cache_salt: str = ""  # requests share cached prefixes only with requests of the same salt
+    group: int = -1  # requests of one prompt, which share its blocks even without a prefix cache; -1: no group
+    grammar: str = ""  # the grammar that the output must obey, in llguidance's form; "": none
+    arrival: float = 0.0  # time.monotonic() of the client's host when the request arrived; 0: the time when it is added
+    replica: int = -1  # the only replica that may run it; -1: any
+    outputs: int = 1  # outputs that the client asked for at once, this one included: all are accepted, or none
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, and of the output so far."""
+        return num_tokens(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the output that another engine has drawn."""
+        return self.num_tokens - self.num_prompt_tokens
 
 
 class Abort(Wire, frozen=True):
-    """`stopped`: their clients have all they wanted, up to a stop text."""
+    """The end of some requests, before they are complete. An engine ignores numbers that it does not know."""
 
     seqs: Ids
-    stopped: bool = False
+    stopped: bool = False  # True: the outputs are complete, as they reached a stop text; for the metrics
 
 
 class SeqUpdate(Wire, frozen=True):
+    """New tokens of a request, its end, or both."""
+
     seq: int
-    tokens: Ids
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish: Finish | None = None
-    cached_tokens: int = 0
-    error: str = ""
+    tokens: Ids  # the new tokens
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each new token, if they were asked for
+    finish: Finish | None = None  # not None: the request has ended, and this is its last update
+    cached_tokens: int = 0  # tokens of the prompt that the prefix cache had
+    error: str = ""  # the error that ended the request; "": none
     prompt_logprobs: PromptLogprobs | None = None
-    refusal: RefusalKind = RefusalKind.NONE
-    waited_us: int = 0  # with the first tokens: how long the engine had it before it was in a step
-    preemptions: int = 0  # with the end: how often it gave its blocks back
+    refusal: RefusalKind = RefusalKind.NONE  # the kind of `error`
+    waited_us: int = 0  # in the first update with tokens: microseconds in the engine before the request's first step
+    preemptions: int = 0  # in the last update: how many times the request was preempted
 
 
 class Updates(Wire, frozen=True):
+    """An envelope of updates for one client, whose own numbers of its requests are lower by `base`."""
+
     updates: tuple[SeqUpdate, ...]
+    base: int = 0
 
 
 class EngineFailure(Wire, frozen=True):
+    """The last message of an engine that cannot go on."""
+
     error: str
-    user_error: bool = False
+    user_error: bool = False  # True: the user can correct it
 
 
 class StatsQuery(Wire, frozen=True):
-    pass
+    """A question for the stats of an engine. The answer is an EngineStats."""
 
 
 class EngineStats(Wire, frozen=True):
-    """A snapshot. Durations in microseconds, counters since the start."""
+    """The counters of an engine, or their sums over a set of replicas. Counters count from the engine's start."""
 
-    waiting: int
+    waiting: int  # requests that wait for their first step, or to start again after a preemption
     running: int
     num_blocks: int
     free_blocks: int
     block_size: int
-    max_model_len: int
+    max_model_len: int  # the most tokens that a prompt and its output may have together
     steps: int
-    prompt_tokens: int
+    prompt_tokens: int  # tokens of the prompts whose computation has begun
     generated_tokens: int
     prefix_queries: int  # tokens looked up in the prefix cache
-    prefix_hits: int  # ... and found
+    prefix_hits: int  # tokens found in the prefix cache
     preemptions: int
-    draft_tokens: int  # guessed by speculative decoding
-    accepted_tokens: int  # ... rightly
-    schedule_us: int
-    step_total_us: int
-    step_forward_us: int
-    start_s: tuple[tuple[str, float], ...] = ()
+    draft_tokens: int  # tokens proposed by speculative decoding
+    accepted_tokens: int  # draft tokens that the model accepted
+    schedule_us: int  # microseconds of scheduling
+    step_total_us: int  # microseconds of steps, as a rank of the last stage measures them (see StepTimes)
+    step_forward_us: int  # the part of `step_total_us` that forward passes took
+    start_s: tuple[tuple[str, float], ...] = ()  # the start phases, and how many seconds each took
     ranks: tuple[RankStats, ...] = ()
-    replicas: tuple["EngineStats", ...] = ()  # of a set of replicas, whose sums the other fields are
-    iteration_tokens: Ids = ()  # steps by their tokens: number i had up to 2**i, and more than half as many
-    step_tokens: int = 0  # in all steps
-    drafts: int = 0  # rounds of guessing, of a sequence each
-    busy_before: Ids = ()  # microseconds that each rank was busy in former lives
-    accepted_by_position: Ids = ()  # guesses that were right, by their place in a round
+    replicas: tuple["EngineStats", ...] = ()  # stats of each replica, if the other fields are sums over a set of them
+    iteration_tokens: Ids = ()  # element i: the number of steps with at most 2**i tokens, and more than half of that
+    step_tokens: int = 0  # tokens computed in all steps
+    drafts: int = 0  # how many times drafts were made for a sequence
+    busy_before: Ids = ()  # by rank: microseconds of work before the last restart of this replica
+    accepted_by_position: Ids = ()  # element i: how many drafts in position i of their sequence's drafts were accepted
     activity: Activity = Activity()
 
 
 class Snapshot(Wire, frozen=True):
-    """Unasked, now and then: an engine's own numbers, with what its ranks said last."""
+    """The stats that an engine sends from time to time without being asked, with the latest stats of its ranks."""
 
     stats: EngineStats
 
 
 class Become(Wire, frozen=True):
-    """What an engine is to be at from now on. Answered by a Told, with an error if it can't be, and then it is what it
-    was; nothing is computed any more when a pause is answered."""
+    """A request to an engine to be awake, paused or asleep from now on.
+
+    The answer is a Told. With an error in it, the engine is in the same state as before. After the answer to a pause
+    nothing is computed any more.
+    """
 
     id: int
     activity: Activity
 
 
 class ResetCache(Wire, frozen=True):
-    """No block shall be found by its prefix any more. `running`: requests that run compute theirs again, too. Answered
-    by a Told with a CacheReset."""
+    """A request to an engine to empty its prefix cache. The answer is a Told with a CacheReset."""
 
     id: int
-    running: bool = False
+    running: bool = False  # True: running requests compute their blocks again too
 
 
 class CacheReset(Wire, frozen=True):
-    """`forgotten` blocks could have been found; `held` are those that requests go on with."""
+    """The outcome of emptying a prefix cache."""
 
-    forgotten: int = 0
-    held: int = 0
+    forgotten: int = 0  # blocks that were in the cache
+    held: int = 0  # blocks that running requests still use
 
 
 class Ask(Wire, frozen=True):
-    """Something that a client wants to know or to be done, beside requests: `status`, `metrics`, `scale`, ..."""
+    """A question or an order of a client, other than a request: `status`, `metrics`, `scale`, ..."""
 
     id: int
     verb: str
@@ -148,15 +172,15 @@ class Ask(Wire, frozen=True):
 
 
 class Told(Wire, frozen=True):
-    """The answer to an Ask, a Become or a ResetCache. `user_error`: whoever asked can mend it."""
+    """The answer to an Ask, a Become or a ResetCache."""
 
     id: int
     payload: bytes = b""
-    error: str = ""
-    user_error: bool = False
+    error: str = ""  # not empty: it failed
+    user_error: bool = False  # True: the one who asked can correct the error
 
 
-ToEngine = EngineSetup | EngineRequest | Abort | StatsQuery | Stop | Ask | Become | ResetCache
+ToEngine = EnginePlan | EngineRequest | Abort | StatsQuery | Stop | Ask | Become | ResetCache
 
 FromEngine = Updates | EngineStats | EngineFailure | Snapshot | Told
 

@@ -1,4 +1,4 @@
-"""Messages between a fleet and its front ends, and what a fleet says of itself."""
+"""Messages between a fleet and its front ends, and the status of a fleet."""
 
 import msgspec
 
@@ -8,20 +8,22 @@ from shoal.wire.plan import ApiSetup
 
 
 class Operation(Wire, frozen=True):
-    """What an operator wants of all replicas: "pause", "resume", "sleep", "wake_up" or "reset_prefix_cache". `mode`:
-    what becomes of requests, "abort", "wait" (those that a replica has end first) or "keep"."""
+    """An order of an operator to all replicas."""
 
-    verb: str
-    mode: str = "abort"
-    level: int = 1
-    tags: tuple[str, ...] | None = None  # the parts that are taken again; None: all
-    clear_cache: bool = True  # at a pause, unless requests are kept
-    running: bool = False  # requests compute their blocks again after `reset_prefix_cache`
+    verb: str  # "pause", "resume", "sleep", "wake_up" or "reset_prefix_cache"
+    mode: str = "abort"  # what happens to requests: "abort", "wait" (those that replicas have end first) or "keep"
+    level: int = 1  # of a sleep: 0 (a pause), 1 or 2
+    tags: tuple[str, ...] | None = None  # of a wake-up: the parts of memory to take again; None: all
+    clear_cache: bool = True  # of a pause: the prefix cache is emptied, unless requests are kept
+    running: bool = False  # of a `reset_prefix_cache`: running requests compute their blocks again too
 
 
 class ReplicaStatus(Wire, frozen=True):
-    """A replica as its supervisor sees it. `state`: "starting", "ready", "restarting" (it has ended, and waits for its
-    next start), "awaited" (another host starts it), "leaving", "failed" (it is not started again)."""
+    """The state of a replica, as its supervisor sees it.
+
+    `state` is one of "starting", "ready", "restarting" (it has ended and waits to be started again), "awaited" (another
+    host starts it), "leaving" (it is being taken out) and "failed" (it is not started again).
+    """
 
     number: int
     state: str
@@ -29,55 +31,56 @@ class ReplicaStatus(Wire, frozen=True):
     pid: int
     since_s: float  # seconds in this state
     restarts: int
-    cause: str  # of its last end, "" if there was none
+    cause: str  # why it ended the last time; "" if it never did
     held: int  # requests that it has
-    stats: EngineStats | None  # its latest word; counters are sums over its lives
+    stats: EngineStats | None  # the latest ones; counters are sums over all its starts
 
 
 class FleetStatus(Wire, frozen=True):
-    """All replicas behind one address."""
+    """The state of all replicas behind one address."""
 
     model: str
-    tp: int  # of each replica
-    pp: int
+    tp: int  # tensor-parallel size of each replica
+    pp: int  # pipeline-parallel size of each replica
     replicas: tuple[ReplicaStatus, ...]
     queued: int  # requests that no replica has yet
-    replays: int  # how often a request went on after the end of the replica that had it
-    accepting: bool  # False: it drains, or has failed
+    replays: int  # how many times a request was continued elsewhere because its replica ended
+    accepting: bool  # False: no new requests, as the fleet drains or has failed
     uptime_s: float
-    failure: str = ""
-    max_model_len: int = 0  # tokens of a prompt and its output; 0: not known before a replica is ready
+    failure: str = ""  # why the fleet has failed; "" if it has not
+    max_model_len: int = 0  # the most tokens of a prompt and its output; 0: not known before a replica is ready
     activity: str = "awake"  # or "paused" or "asleep"
     sleep_level: int = 0
-    missing: tuple[str, ...] = ()  # of "weights" and "kv_cache", what was given back
+    missing: tuple[str, ...] = ()  # the parts of memory given back by a sleep: "weights", "kv_cache"
 
 
 class StoredTurn(Wire, frozen=True):
-    """Items of a stored conversation in their order: what one side said."""
+    """One turn of a stored conversation: the items of one side, in order."""
 
-    items: bytes  # a list, in JSON
-    ids: tuple[str, ...]  # of those that have one
+    items: bytes  # a JSON list
+    ids: tuple[str, ...]  # the ids of the items that have one
 
 
 class KeepResponse(Wire, frozen=True):
-    """A response to be stored. `previous`: the one that it goes on from; `before`: all up to that, in case it is not
-    there any more."""
+    """A response to be stored."""
 
     id: str
     response: bytes  # in JSON
-    said: StoredTurn
+    said: StoredTurn  # the input that it answers
     answer: StoredTurn
-    previous: str | None = None
-    before: tuple[StoredTurn, ...] = ()
+    previous: str | None = None  # the id of the response that this conversation continues
+    before: tuple[StoredTurn, ...] = ()  # all turns up to then, in case `previous` is no longer stored
 
 
 class StoredTurns(Wire, frozen=True):
-    """What a store has, as `StoredTurn.items`."""
+    """Some turns from the store. Each is a JSON list, as in `StoredTurn.items`."""
 
     turns: tuple[bytes, ...]
 
 
 class ResponseNames(Wire, frozen=True):
+    """The ids of stored items."""
+
     names: tuple[str, ...]
 
 

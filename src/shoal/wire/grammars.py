@@ -1,4 +1,4 @@
-"""Messages between whoever has outputs that must obey a grammar, and the processes that follow them."""
+"""Messages between a pool of grammar processes, their host, and the processes themselves."""
 
 import msgspec
 
@@ -6,72 +6,73 @@ from shoal.wire.base import Ids, Stop, Wire
 
 
 class GrammarSource(Wire, frozen=True):
-    """The first message to the process of one grammar: what it compiles, in llguidance's form."""
+    """The first message to the process of a grammar: the grammar to compile, in llguidance's form."""
 
     text: str
 
 
 class GrammarCompiled(Wire, frozen=True):
-    """Its answer. `error`: why the grammar can't be used."""
+    """The answer to `GrammarSource`. `error`: why the grammar cannot be used; empty if it can."""
 
     error: str = ""
 
 
 class GrammarFollow(Wire, frozen=True):
-    """A new output to follow. `output`: its tokens so far. The answer is a Verdict."""
+    """A request to follow a new output. The answer is a Verdict."""
 
     seq: int
-    output: Ids = ()
+    output: Ids = ()  # its tokens so far
 
 
 class GrammarAsk(Wire, frozen=True):
-    """An output has got `tokens`; `drafts` are guesses at what comes next. The answer is a Verdict."""
+    """New tokens of an output, and drafts that may follow them. The answer is a Verdict."""
 
     seq: int
     tokens: Ids
     drafts: Ids = ()
-    masked: bool = True  # False: no more tokens are wanted, only whether the output is complete
+    masked: bool = True  # False: no more tokens will be drawn, the verdict need only say whether the output is complete
 
 
 class GrammarForget(Wire, frozen=True):
+    """A request to stop following an output. There is no answer."""
+
     seq: int
 
 
 class Verdict(Wire, frozen=True):
-    """What a grammar says of an output: of the place behind its last token, then of the place behind each draft that
-    may follow (`drafts`; an end-of-text token may be the last of them)."""
+    """The tokens that a grammar allows next: after the last token of an output, then after each of `drafts`."""
 
     seq: int
-    behind: int = 0  # tokens of the output
-    refused: str = ""  # why the output can't be followed at all; everything else is empty then
-    lost: str = ""  # why it is not followed any more, through no fault of its grammar: it may be followed anew
-    problem: str = ""  # why the output can't be brought to an end that the grammar accepts
-    ended: tuple[bool, ...] = ()  # by place: nothing may follow but an end-of-text token
-    drafts: Ids = ()
-    masks: bytes = b""  # a row for each place, as in a StepMask; never an empty row
-    cost_us: int = 0  # processor time
+    behind: int = 0  # number of tokens that the output has
+    refused: str = ""  # why the output can't be followed at all; all fields after it are empty then
+    lost: str = ""  # why the output is no longer followed, through no fault of its grammar; it may be followed anew
+    problem: str = ""  # why no continuation of the output can satisfy the grammar
+    ended: tuple[bool, ...] = ()  # by position: only an end-of-text token may follow
+    drafts: Ids = ()  # those of the drafts that may follow; an end-of-text token may be the last
+    masks: bytes = b""  # a row for each position, as in a StepMask; no row is empty
+    cost_us: int = 0  # processor time in microseconds
 
 
 class GrammarKill(Wire, frozen=True):
-    """To the host of the grammars' processes: ends one, whatever it does."""
+    """A request to the grammar host to kill the process of a grammar."""
 
     number: int
 
 
 class GrammarEnded(Wire, frozen=True):
-    """From the host: a process has ended, in words. `killed`: by somebody, not by what its grammar takes."""
+    """A report from the grammar host that the process of a grammar has ended."""
 
     number: int
-    how: str
-    killed: bool = False
+    how: str  # the reason, in words for the author of the grammar
+    killed: bool = False  # somebody killed it; its grammar is not to blame
 
 
 class GrammarHostReady(Wire, frozen=True):
-    """From the host: it has read the tokenizer."""
+    """A report from the grammar host that it has read the tokenizer."""
 
 
 class GrammarHostFailed(Wire, frozen=True):
-    """From the host, which ends: the model's tokenizer is none that grammars can be compiled for."""
+    """A report from the grammar host, which then ends: grammars can't be compiled for the model's tokenizer."""
 
     error: str
 

@@ -1,11 +1,13 @@
 """Messages between an engine and its ranks.
 
-Plans are deltas: a rank remembers its sequences, so a plan names only what is new. All messages to a rank share one
-ordered queue, and every rank sees the same order."""
+Step plans are deltas: a rank remembers its sequences, so a plan says only what is new. All messages to a rank go
+through one queue, and every rank gets them in the same order.
+"""
 
 import msgspec
 
 from shoal.wire.base import Ids, Stop, Wire
+from shoal.wire.plan import EnginePlan, RankPlan
 
 
 class SamplingPenalties(Wire, frozen=True):
@@ -15,62 +17,71 @@ class SamplingPenalties(Wire, frozen=True):
 
 
 class Sampling(Wire, frozen=True):
-    """Resolved sampling parameters: the seed is set, so that any rank, replica or replay draws the same; texts have
-    become token ids. Lists that may be as long as a vocabulary are bytes, as tokens are: int32, little endian."""
+    """The sampling parameters of a request, in the form that ranks need.
+
+    The seed is always set, so that every rank, every replica and every replay draws the same tokens. Texts have become
+    token ids. Lists that may be as long as a vocabulary are bytes: token ids as int32, little endian.
+    """
 
     seed: int  # 64 bits
-    sample_index: int = 0
+    sample_index: int = 0  # the number of this output among those of its prompt
     temperature: float = 0.0
-    top_k: int = 0  # 0: all
+    top_k: int = 0  # 0: no limit
     top_p: float = 1.0
     min_p: float = 0.0
     penalties: SamplingPenalties | None = None
-    min_tokens: int = 0  # before so many are there, `ends` are never drawn
+    min_tokens: int = 0  # until the output has so many tokens, none of `ends` is drawn
     ends: bytes = b""  # end-of-text and stop tokens
-    bias_ids: bytes = b""
-    bias_values: bytes = b""  # float32, little endian: one for each of them
-    allowed: bytes | None = None  # None: all
-    banned: tuple[Ids, ...] = ()  # never complete one of these
-    logprobs: int = -1  # -1: none
-    prompt_logprobs: int = -1  # -1: none
+    bias_ids: bytes = b""  # tokens whose logits are biased
+    bias_values: bytes = b""  # the bias of each of them: float32, little endian
+    allowed: bytes | None = None  # the only tokens that may be drawn; None: all tokens
+    banned: tuple[Ids, ...] = ()  # runs of tokens that the output must not contain
+    logprobs: int = -1  # how many of the likeliest tokens are reported for each drawn token; -1: no log-probabilities
+    prompt_logprobs: int = -1  # ... and for each token of the prompt
 
 
 class NewSeq(Wire, frozen=True):
-    """Admission, and resumption after preemption: the same message with the tokens so far."""
+    """A sequence that a rank must know from now on: a new one, or a preempted one that starts again.
+
+    A sequence that starts again comes with the tokens that its output has so far.
+    """
 
     seq: int
     epoch: int
-    tokens: bytes  # int32, little endian
-    prompt_len: int
-    blocks: Ids  # KV blocks that hold computed tokens already (prefix cache)
+    tokens: bytes  # `wire.tokens`
+    num_prompt_tokens: int  # how many of `tokens` are the prompt
+    blocks: Ids  # KV blocks whose tokens are computed already, from the prefix cache
     sampling: Sampling
 
 
 class Work(Wire, frozen=True):
-    """Compute `count` tokens of `seq` from position `start`; `blocks` are appended to its table first.
+    """The tokens of one sequence to compute in a step: `count` tokens from position `start` on.
 
-    The last `len(drafts)` of them are guesses at what comes next. The rank draws a token behind the last known one and
-    behind every guess, and keeps as many as the guesses were right, and one more.
+    The last `len(drafts)` of them are drafts. If `sample` is set, the rank draws a token after the last known token and
+    after every draft. It keeps the drawn tokens up to and including the first that differs from its draft.
     """
 
     seq: int
     start: int
     count: int
     sample: bool
-    blocks: Ids = ()
+    blocks: Ids = ()  # KV blocks to append to the sequence's block table first
     drafts: Ids = ()
-    masked: bool = False  # the step's mask has rows for it: one for each token that may be drawn
+    masked: bool = False  # True: the StepMask of this step has a row for each token that may be drawn for it
 
 
 class StepPlan(Wire, frozen=True):
-    """If any work is `masked`, the next message to the rank is the step's StepMask."""
+    """The work of all ranks of a replica in one step.
+
+    If any work is `masked`, the next message to the rank is the StepMask of this step.
+    """
 
     incarnation: int
     step: int
     work: tuple[Work, ...]
     new: tuple[NewSeq, ...] = ()
-    released: Ids = ()  # sequences to forget, before `new` is read
-    lockstep: bool = False  # ranks of other replicas take part: even without work there is something to do
+    released: Ids = ()  # sequences to forget; they are forgotten before `new` is added
+    lockstep: bool = False  # True: ranks of other replicas take part in the step, so it must run even without work
 
     @property
     def masked(self) -> bool:
@@ -78,48 +89,57 @@ class StepPlan(Wire, frozen=True):
 
 
 class StepMask(Wire, frozen=True):
-    """Which tokens may be drawn, for the masked works of a step in their order: made while the step is computed."""
+    """The tokens that may be drawn in a step whose plan is masked. It is made while the ranks compute the step.
+
+    There is a row for each token that may be drawn for a masked work, in the order of the works.
+    """
 
     incarnation: int
     step: int
-    bits: bytes  # a row of 32-bit words each, little endian, the lowest bit first; 1: allowed
-    words: int  # in a row
+    bits: bytes  # rows of 32-bit words, little endian; bit t % 32 of word t // 32 is 1 if token t is allowed
+    words: int  # words in a row
 
 
-class TokenLogprobs(Wire, frozen=True, gc=False):  # a long output has a great many, and none is part of a cycle
-    """Of one token: its own log-probability and rank (1: the likeliest), and the likeliest tokens with theirs."""
+class TokenLogprobs(Wire, frozen=True, gc=False):  # a long output has very many of them, and none is part of a cycle
+    """The log-probability of one token of a text, and the likeliest tokens in its position."""
 
-    chosen: float
-    rank: int
-    ids: Ids
-    values: tuple[float, ...]
+    chosen: float  # log-probability of the token itself
+    rank: int  # its rank in the vocabulary; 1: the likeliest
+    ids: Ids  # the likeliest tokens
+    values: tuple[float, ...]  # their log-probabilities
 
 
 class PromptLogprobs(Wire, frozen=True):
-    """Of the prompt's tokens from position `start` on."""
+    """The log-probabilities of a prompt's tokens from position `start` on."""
 
     start: int
     entries: tuple[TokenLogprobs, ...]
 
 
 class SeqOut(Wire, frozen=True):
+    """The output of one step for one sequence."""
+
     seq: int
     epoch: int
-    tokens: Ids
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    tokens: Ids  # the drawn tokens that were kept
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of `tokens`, if they were asked for
     prompt_logprobs: PromptLogprobs | None = None
-    drafts: Ids = ()  # a draft model's guesses at what follows
+    drafts: Ids = ()  # what the draft model proposes for the tokens after them
 
 
 class StepTimes(Wire, frozen=True):
-    """Microseconds a rank of the last stage spent on a step: everything it did, and the forward pass alone. Waits for
-    other stages are none of it; those for other ranks of the stage are."""
+    """The time that a rank of the last stage spent on a step, in microseconds.
 
-    total_us: int
-    forward_us: int
+    Time in which it waited for other ranks of its stage is included; time in which it waited for other stages is not.
+    """
+
+    total_us: int  # the whole step
+    forward_us: int  # the forward pass
 
 
 class StepResult(Wire, frozen=True):
+    """The outcome of a step, from the first rank of the last stage."""
+
     incarnation: int
     step: int
     out: tuple[SeqOut, ...]
@@ -127,84 +147,61 @@ class StepResult(Wire, frozen=True):
 
 
 class RankSetup(Wire, frozen=True):
-    """All that one rank is told before it loads anything."""
+    """The first message to a rank: the plan of its replica, and its own number in the plan."""
 
     wire_version: int
-    rank: int
-    world_size: int
     incarnation: int
-    model_path: str
-    model_impl: str  # "shoal" or "transformers"
-    tp: int  # ranks that share each layer; neighbours, and the stages follow each other
-    tp_split: Ids  # relative shares of the tensor-parallel ranks, empty: equal ones
-    stages: Ids  # layers of each pipeline stage
-    load_format: str
-    dtype: str
-    device: str
-    device_index: int
-    seed: int
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    cores: Ids  # cores this rank may use, empty: all
-    threads: int
-    kv_budget: int | None  # bytes for the KV cache, None: what the device has left
-    memory_utilization: float  # of the device's memory, where the rank measures what is left
-    comm_timeout_s: float
-    cost_share: float = 1.0  # of what a token costs in all ranks of the replica, an estimate
-    max_in_flight: int = 2  # plans that are out at a time, at most
-    dp_rank: int = 0  # the replica's number
-    dp_size: int = 1
-    experts: str = ""  # how whole experts are placed: "linear" or "round_robin"; "": all of them are cut
-    all2all: str = ""  # how tokens reach them
-    group_store: str = ""  # host:port of the rendezvous where ranks of all replicas find each other, "": never
-    group_key: str = ""  # the shared secret that is asked for there
-    address: str = "127.0.0.1"  # of this host, as other ranks reach it
-    meeting: int = 0  # which of those that these replicas have at the rendezvous
-    draft_model_path: str = ""  # of speculative decoding
-    num_drafts: int = 0  # tokens it guesses at a time
-    file_state: str = ""  # of the model's files, as the engine has read them; "": whatever is there
-    draft_file_state: str = ""
-    overrides: str = "{}"  # JSON that stands over the model's config.json
-    draft_overrides: str = "{}"  # ... and over the draft model's
+    rank: int
+    plan: EnginePlan
+
+    @property
+    def rank_plan(self) -> RankPlan:
+        """The plan of this rank."""
+        return self.plan.ranks[self.rank]
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks of the replica."""
+        return len(self.plan.ranks)
 
     @property
     def global_rank(self) -> int:
-        """Among the ranks of all replicas."""
-        return self.dp_rank * self.world_size + self.rank
+        """The number of this rank among the ranks of all replicas."""
+        return self.plan.layout.replica * self.world_size + self.rank
 
 
 class RankCall(Wire, frozen=True):
-    """A verb with an argument, ordered with plans: the start phases, and whatever all ranks do together later."""
+    """A call of all ranks, in order with step plans: a start phase, or something that all ranks do together later."""
 
     id: int
-    verb: str
+    verb: str  # the name of the operation
     payload: bytes = b""
 
 
 class RankReply(Wire, frozen=True):
+    """The answer of a rank to a RankCall."""
+
     id: int
     rank: int
     payload: bytes
 
 
 class Pulse(Wire, frozen=True):
-    """A rank is alive. `doing` is what it is at, for the error that names it; `step` the last one it ended."""
+    """A heartbeat of a rank."""
 
     rank: int
-    step: int
-    doing: str
+    step: int  # the last step that it has finished
+    doing: str  # what it is doing now, for error messages
 
 
 class RankReport(Wire, frozen=True):
-    """A rank could not do what it was asked. It takes no more work."""
+    """A report that a rank has failed. The rank takes no more work."""
 
     rank: int
-    step: int
+    step: int  # the last step that it has finished
     error: str
-    user_error: bool = False  # something that the user can mend
-    communication: bool = False  # it was waiting for other ranks, one of which may be the cause
+    user_error: bool = False  # True: the user can correct it
+    communication: bool = False  # True: it was waiting for other ranks, one of which may be the cause
 
 
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
@@ -213,24 +210,24 @@ FromRank = StepResult | RankReply | Pulse | RankReport
 
 
 class LoadInfo(Wire, frozen=True):
-    """What a rank holds after `load`."""
+    """The answer of a rank to `load`: what it holds and how it computes, for the log."""
 
     rank: int
     device: str
     first_layer: int
-    layers: int
-    q_heads: int
+    layers: int  # number of layers
+    q_heads: int  # number of query heads
     kv_heads: int
-    experts: int  # in each layer that has experts
+    experts: int  # number of experts in each layer that has experts
     weight_bytes: int
     threads: int
-    kernels: str
-    linear: str
-    comm: str
+    kernels: str  # the name of the attention kernels
+    linear: str  # how linear layers are computed
+    comm: str  # the name of the communicator
 
 
 class Capacity(Wire, frozen=True):
-    """After `profile`: how many KV blocks of how many bytes fit."""
+    """The answer of a rank to `profile`: how many KV blocks fit, and the size of one."""
 
     rank: int
     num_blocks: int
@@ -238,26 +235,25 @@ class Capacity(Wire, frozen=True):
 
 
 class Traffic(Wire, frozen=True):
-    """What a rank has said to others by one operation since its start."""
+    """The data that a rank has sent to others by one kind of operation since its start."""
 
-    axis: str
+    axis: str  # the axis of the mesh whose ranks take part
     operation: str
-    count: int
-    sent_bytes: int  # to other ranks, as the operation asks for it; what the backend makes of it may be more
+    count: int  # how many operations
+    sent_bytes: int  # payload for other ranks; the backend may send more
 
 
 class RankStats(Wire, frozen=True):
-    """Memory of a rank, in bytes. `anonymous` is what no file backs (of the whole process, where ranks are threads);
-    `kv_bytes` of it are pages of the KV cache that have been written."""
+    """The memory of a rank in bytes, and the work that it has done since its start."""
 
     rank: int
     pid: int
-    anonymous: int
-    anonymous_at_import: int
-    kv_bytes: int
+    anonymous: int  # memory that no file backs; if ranks are threads, of the whole process
+    anonymous_at_import: int  # the same, before the model was loaded
+    kv_bytes: int  # the part of `anonymous` that is written pages of the KV cache
     weight_bytes: int
     stage: int = 0
-    busy_us: int = 0  # in steps, since the start, with waits for ranks of the same stage, here and in other replicas
+    busy_us: int = 0  # microseconds in steps, including waits for ranks of the same stage in any replica
     traffic: tuple[Traffic, ...] = ()
 
 

@@ -6,57 +6,62 @@ from shoal.wire.base import Ids, Wire
 
 
 class Challenge(Wire, frozen=True):
-    """The first word of a rendezvous to whoever connects."""
+    """The first message of a rendezvous to a process that connects. The process signs its Hello with the nonce."""
 
     nonce: bytes
 
 
 class Hello(Wire, frozen=True):
-    """Who joins which room, and what must be the same for all in it. A room that has no size is only asked."""
+    """The introduction of a process: the room that it wants to join, its place there, and its agreement.
+
+    With a size of 0 the process joins no room, and only uses the store of keys and values.
+    """
 
     room: str
-    rank: int
-    size: int
+    rank: int  # its number among the members of the room
+    size: int  # how many members the room has when it is complete
     host: str
     pid: int
-    nonce: bytes
-    agreement: dict[str, str]  # name of a version, an option, a part of the model -> value or digest
+    nonce: bytes  # signed by the rendezvous in its Welcome
+    agreement: dict[str, str]  # what all members must have in common (`planner.agreement`): name -> value or digest
 
 
 class Signed(Wire, frozen=True):
-    """A Hello, and the proof that its sender knows the shared key."""
+    """An encoded Hello, with the proof that its sender knows the shared key."""
 
     hello: bytes
     proof: bytes
 
 
 class Welcome(Wire, frozen=True):
-    """The rendezvous knows the key too."""
+    """The acceptance of a process, with the proof that the rendezvous knows the shared key too."""
 
     proof: bytes
 
 
 class JoinRefused(Wire, frozen=True):
+    """The refusal of a process that wanted to join. The rendezvous then closes the connection."""
+
     why: str
-    again: bool = False  # it may be over soon
+    again: bool = False  # True: the process should try again, as the obstacle may be gone soon
 
 
 class RoomWaiting(Wire, frozen=True):
-    """A room is not complete yet."""
+    """A note to the members of a room that it is not complete yet."""
 
-    arrived: tuple[str, ...]
-    missing: Ids
+    arrived: tuple[str, ...]  # the members that are there
+    missing: Ids  # the numbers of those that are not
 
 
 class RoomComplete(Wire, frozen=True):
-    """A room is complete. `members`: who they are, by rank; `formation`: how many rooms were complete before it."""
+    """A note to the members of a room that it is complete."""
 
-    members: tuple[str, ...]
-    formation: int = 0
+    members: tuple[str, ...]  # a description of each, by rank
+    formation: int = 0  # how many rooms were completed before this one
 
 
 class Posted(Wire, frozen=True):
-    """From one member to another, or to all others."""
+    """A message from one member of a room to another, or to all others."""
 
     topic: str
     sender: int
@@ -65,47 +70,57 @@ class Posted(Wire, frozen=True):
 
 
 class MemberGone(Wire, frozen=True):
-    """A member has left a room that was complete. `why` is empty if it had ended its work."""
+    """A note that a member has left a complete room."""
 
     rank: int
-    why: str
+    why: str  # empty if it had finished its work
 
 
 class Leave(Wire, frozen=True):
-    why: str = ""
+    """The goodbye of a member."""
+
+    why: str = ""  # empty if it has finished its work
 
 
 class Alive(Wire, frozen=True):
-    pass
+    """A heartbeat, which both sides send."""
 
 
 class StoreSet(Wire, frozen=True):
-    """Answered, like all that is said to the store, by a StoreValue. Not set if the key is there and `expected` is
-    another value."""
+    """An order to set a key of the store. The answer is a StoreValue with the key's value afterwards."""
 
     key: str
     value: bytes
-    expected: bytes | None = None
+    expected: bytes | None = None  # if the key exists, it is set only if it has this value; None: it is set always
 
 
 class StoreAdd(Wire, frozen=True):
+    """An order to add to a number in the store; a missing key counts as 0. The answer is a StoreValue with the sum."""
+
     key: str
     amount: int
 
 
 class StoreGet(Wire, frozen=True):
-    """The value of the last key, once all are there; if it shall not `wait`, nothing while one is missing."""
+    """A question for the value of the last of some keys. The answer is a StoreValue.
+
+    With `wait`, the answer comes when all keys exist. Otherwise it comes at once, and is None if a key is missing.
+    """
 
     keys: tuple[str, ...]
     wait: bool
 
 
 class StoreDelete(Wire, frozen=True):
+    """An order to delete a key. The answer is a StoreValue with the value that the key had."""
+
     key: str
 
 
 class StoreValue(Wire, frozen=True):
-    value: bytes | None
+    """The answer of the store."""
+
+    value: bytes | None  # None: there is no such key
 
 
 ToRendezvous = Signed | Posted | Leave | Alive | StoreSet | StoreAdd | StoreGet | StoreDelete

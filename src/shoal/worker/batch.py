@@ -16,6 +16,7 @@ from torch import Tensor
 from shoal.kernels.base import PagedBatch
 from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, StepPlan, Work
+from shoal.wire.tokens import TOKEN_DTYPE
 from shoal.worker.random import row_keys, split_keys
 from shoal.worker.rules import EditsBuilder, Rules
 from shoal.worker.sampler import SamplingRows
@@ -34,7 +35,7 @@ class _Sequence:
     row: int
     epoch: int
     tokens: Int32  # as given; what is sampled later is remembered in the table's last_token alone
-    prompt_len: int
+    num_prompt_tokens: int
     num_blocks: int
     logprobs: int
     prompt_logprobs: int
@@ -108,15 +109,15 @@ class SequenceTable:
     def _admit(self, new: NewSeq) -> None:
         row = self._free_rows.pop()
         sampling = new.sampling
-        tokens = np.frombuffer(new.tokens, "<i4")
+        tokens = np.frombuffer(new.tokens, TOKEN_DTYPE)
         rules = None
         if self._samples:
-            rules = Rules.of(sampling, tokens[: new.prompt_len].tolist(), tokens[new.prompt_len :].tolist())
+            rules = Rules.of(sampling, tokens[: new.num_prompt_tokens], tokens[new.num_prompt_tokens :])
         sequence = _Sequence(
             row=row,
             epoch=new.epoch,
             tokens=tokens,
-            prompt_len=new.prompt_len,
+            num_prompt_tokens=new.num_prompt_tokens,
             num_blocks=0,
             logprobs=sampling.logprobs,
             prompt_logprobs=sampling.prompt_logprobs,
@@ -205,7 +206,7 @@ class SequenceTable:
     def _prompt_rows(self, ordered: Sequence[Work]) -> Iterator[PromptRows]:
         for work in ordered:
             sequence = self._sequences[work.seq]
-            stop = min(work.start + work.count + 1, sequence.prompt_len)
+            stop = min(work.start + work.count + 1, sequence.num_prompt_tokens)
             if sequence.prompt_logprobs >= 0 and stop > work.start + 1:
                 targets = sequence.tokens[work.start + 1 : stop].tolist()
                 yield PromptRows(work.seq, work.start + 1, tuple(targets), sequence.prompt_logprobs)

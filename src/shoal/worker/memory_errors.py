@@ -46,15 +46,15 @@ def _host_line(setup: RankSetup, asked: int | None) -> str:
 
 
 def _line(setup: RankSetup, asked: int | None, available: int | None = None, total: int | None = None) -> str:
-    on_gpu = setup.device == "cuda"
+    plan, on_gpu = setup.plan, setup.rank_plan.device == "cuda"
     facts = [] if asked is None else [f"it asked for {format_bytes(asked)}"]
     if available is not None and total is not None:
         facts.append(f"{format_bytes(available)} of {format_bytes(total)} were free")
     cache = "--gpu-memory-utilization or --kv-cache-memory-bytes" if on_gpu else "--kv-cache-memory-bytes"
     return (
-        f"rank {setup.rank} ran out of memory on {f'cuda:{setup.device_index}' if on_gpu else 'the CPU'}"
-        f"{': ' if facts else ''}{', '.join(facts)}. Lower --max-num-batched-tokens ({setup.max_num_batched_tokens}), "
-        f"--max-num-seqs ({setup.max_num_seqs}), {cache}, or --max-model-len ({setup.max_model_len})"
+        f"rank {setup.rank} ran out of memory on {f'cuda:{setup.rank_plan.device_index}' if on_gpu else 'the CPU'}"
+        f"{': ' if facts else ''}{', '.join(facts)}. Lower --max-num-batched-tokens ({plan.max_num_batched_tokens}), "
+        f"--max-num-seqs ({plan.max_num_seqs}), {cache}, or --max-model-len ({plan.max_model_len})"
     )
 
 

@@ -23,18 +23,18 @@ class ProcessGroups:
         self._shared: RendezvousStore | None = None
 
     def __call__(self, setup: RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
-        cuda = setup.device == "cuda" and axis != "back"  # drawn tokens are on the host
+        cuda = setup.rank_plan.device == "cuda" and axis != "back"  # drawn tokens are on the host
         store = self._store(setup, ranks)
         name = f"{axis}:{ranks[0]}"
         return TorchComm(
             store,
-            f"{setup.meeting}:{name}" if store is self._shared else name,
+            f"{setup.plan.place.meeting}:{name}" if store is self._shared else name,
             ranks.index(setup.global_rank),
             len(ranks),
             backend="nccl" if cuda else "gloo",
-            timeout_s=setup.comm_timeout_s,
-            device=torch.device("cuda", setup.device_index) if cuda else torch.device("cpu"),
-            interface_address=setup.address,
+            timeout_s=setup.plan.timeouts.comm_s,
+            device=torch.device("cuda", setup.rank_plan.device_index) if cuda else torch.device("cpu"),
+            interface_address=setup.plan.place.address,
         )
 
     def close(self) -> None:
@@ -43,10 +43,12 @@ class ProcessGroups:
             self._shared.close()
 
     def _store(self, setup: RankSetup, ranks: Sequence[int]) -> Any:
-        replica = range(setup.dp_rank * setup.world_size, (setup.dp_rank + 1) * setup.world_size)
+        first = setup.global_rank - setup.rank
+        replica = range(first, first + setup.world_size)
         if not set(ranks) <= set(replica):
             if self._shared is None:
-                self._shared = RendezvousStore(setup.group_store, setup.group_key, timeout_s=setup.comm_timeout_s)
+                place = setup.plan.place
+                self._shared = RendezvousStore(place.rendezvous, place.key, timeout_s=setup.plan.timeouts.comm_s)
             return self._shared
         if self._own is None:
             self._own = file_store(self._own_store, self._world_size)

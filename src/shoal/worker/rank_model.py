@@ -2,11 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from shoal.config.engine_options import ExpertPlacement
 from shoal.errors import EngineError
 from shoal.kernels.linear import make_linear
 from shoal.kernels.sampling import load_native as load_sampling
@@ -14,9 +13,10 @@ from shoal.kernels.select import make_kernels
 from shoal.models.causal_model import CausalModel
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights, Weights
+from shoal.models.checkpoint.torch_files import list_here
 from shoal.models.decoder import build_decoder
-from shoal.models.implementation import Cutting, params_of, rank_shards, read_model
-from shoal.models.manifest import Cut, keeps_embedding, kv_block_bytes, weight_bytes
+from shoal.models.implementation import params_of, read_model
+from shoal.models.manifest import Cut, Shard, keeps_embedding, kv_block_bytes, weight_bytes
 from shoal.models.precision import PRECISION
 from shoal.models.registry import read_config
 from shoal.models.transformers.fallback_spec import FallbackSpec
@@ -33,22 +33,26 @@ from shoal.worker.sampler import VocabShare
 class RankModel:
     """Of a rank's one or two models; the second one is a draft model, which the last stage's ranks hold whole."""
 
-    def __init__(self, folder: Path, setup: RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
+    def __init__(self, setup: RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
         """Reads config.json; weights come with `load`."""
-        self._overrides: dict[str, Any] = json.loads(setup.draft_overrides if draft else setup.overrides)
-        self.spec = read_model(folder, "auto" if draft else setup.model_impl, self._overrides)
+        plan, shard = setup.plan.model, setup.rank_plan.shard
+        if draft:
+            assert setup.plan.draft is not None
+            assert setup.rank_plan.draft_shard is not None
+            plan, shard = setup.plan.draft, setup.rank_plan.draft_shard
+        self._plan = plan
+        self._folder = Path(plan.folder)
+        self._overrides: dict[str, Any] = json.loads(plan.overrides)
+        self.spec = read_model(self._folder, plan.implementation, self._overrides)
+        self.shard = Shard.of(shard)
         self.weight_bytes = 0
         self.kernels = ""  # which, and why
-        self._folder = folder
-        self._draft = draft
+        self._vocab_sizes = shard.vocab_sizes
+        self._experts = "" if draft else setup.plan.layout.experts
         self._setup = setup
+        self._device = setup.rank_plan.device
         self._mesh = mesh
-        self._precision = PRECISION[setup.dtype]
-        self._cutting = Cutting(setup.tp, setup.tp_split or None) if draft else _cutting(setup)
-        shards = rank_shards(self.spec, self._cutting)
-        stage = 0 if draft else mesh.pp.rank
-        self._shards = shards[stage * setup.tp :][: setup.tp]
-        self.shard = self._shards[mesh.tp.rank]
+        self._precision = PRECISION[setup.plan.dtype]
         self._decoder: CausalModel | None = None
 
     @property
@@ -63,8 +67,7 @@ class RankModel:
 
     @property
     def vocabulary(self) -> VocabShare:
-        sizes = tuple(len(shard.ranges[Cut.VOCAB]) for shard in self._shards)
-        return VocabShare(self.shard.ranges[Cut.VOCAB].start, sizes)
+        return VocabShare(self.shard.ranges[Cut.VOCAB].start, self._vocab_sizes)
 
     def unload(self) -> None:
         """Lets go of the weights. `load` reads them again."""
@@ -77,25 +80,24 @@ class RankModel:
             CheckpointError: the files can't be read, or are not those that were read before.
         """
         weights: Weights
-        if self._setup.load_format == "dummy":
+        if self._setup.plan.load_format == "dummy":
             params = params_of(self.spec)
-            weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.seed)
+            weights = DummyWeights(params, self.shard, self._precision.weights, self._setup.plan.seed)
         else:
-            checkpoint = open_checkpoint(self._folder, self._overrides)
-            checkpoint.check_state(self._setup.draft_file_state if self._draft else self._setup.file_state)
+            checkpoint = open_checkpoint(self._folder, self._overrides, self._plan.file_state, list_here)
             params = params_of(self.spec, checkpoint.shapes)
             weights = CheckpointWeights(checkpoint, params, self.shard, self._precision.weights)
-        kernels, why = make_kernels(self._setup.device, self._precision.activations)
-        self.kernels = why if self._setup.device != "cpu" else f"{why}, sampling: {load_sampling()[1]}"
+        kernels, why = make_kernels(self._device, self._precision.activations)
+        self.kernels = why if self._device != "cpu" else f"{why}, sampling: {load_sampling()[1]}"
         tp = self._mesh.tp
         if isinstance(self.spec, FallbackSpec):
             config = read_config(self._folder, self._overrides)
             self._decoder = build_transformers_model(config, self.spec, self.shard, tp, weights, kernels, device)
         else:
-            longest = self._setup.max_model_len
+            longest = self._setup.plan.max_model_len
             dispatch = self.dispatch_on(device)
             self._decoder = build_decoder(self.spec, self.shard, tp, weights, kernels, device, longest, dispatch)
-        kept = keeps_embedding(self._setup.device, head=self.shard.stage.last)
+        kept = keeps_embedding(self._device, head=self.shard.stage.last)
         item = self._precision.weights.itemsize
         self.weight_bytes = weight_bytes(self.spec, params, self.shard, item, embedding_kept=kept)
 
@@ -114,15 +116,15 @@ class RankModel:
     @property
     def linear(self) -> str:
         """How its linear layers are computed."""
-        some = torch.zeros((1, 1), dtype=self._precision.weights, device=self._setup.device)
+        some = torch.zeros((1, 1), dtype=self._precision.weights, device=self._device)
         return type(make_linear(some, None)).__name__
 
     def dispatch_on(self, device: torch.device) -> Dispatch:
         """A stage without mixtures tells its group nothing of a step: all of its ranks are of this stage."""
         placed = None
-        if self._cutting.experts is not None and self.spec.moe is not None and self._mixtures:
-            placed = place_experts(self.spec.moe.num_experts, self._mesh.ep.size, self._cutting.experts)
-        return make_dispatch(self._mesh, placed, self._setup.all2all, device)
+        if self._experts and self.spec.moe is not None and self._mixtures:
+            placed = place_experts(self.spec.moe.num_experts, self._mesh.ep.size, self._experts)
+        return make_dispatch(self._mesh, placed, self._setup.plan.all2all, device)
 
     @property
     def stream(self) -> tuple[int, torch.dtype]:
@@ -132,18 +134,9 @@ class RankModel:
     @property
     def block_bytes(self) -> int:
         """Of one KV block over the layers of this model."""
-        return kv_block_bytes(self.spec, self.shard, self._setup.block_size, self._precision.kv.itemsize)
+        return kv_block_bytes(self.spec, self.shard, self._setup.plan.block_size, self._precision.kv.itemsize)
 
     def allocate(self, num_blocks: int, device: torch.device) -> kv_cache.KVMemory:
-        return kv_cache.allocate(self.spec, self.shard, num_blocks, self._setup.block_size, self._precision.kv, device)
-
-
-def _cutting(setup: RankSetup) -> Cutting:
-    return Cutting(
-        tp=setup.tp,
-        tp_split=setup.tp_split or None,
-        stages=setup.stages,
-        experts=cast(ExpertPlacement, setup.experts) if setup.experts else None,
-        replica=setup.dp_rank,
-        replicas=setup.dp_size,
-    )
+        return kv_cache.allocate(
+            self.spec, self.shard, num_blocks, self._setup.plan.block_size, self._precision.kv, device
+        )

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from shoal.wire.ranks import Sampling, SamplingPenalties
+from shoal.wire.tokens import TOKEN_DTYPE
 from shoal.worker.edits import Bias, Edits, Masks, Pairs, Penalties
 
 _LARGEST_REPETITION = 1e30  # beyond, and below its inverse, products leave float32's range
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Tokens = Sequence[int] | Int32
 
 
 class History:
     """Each token of prompt and output once, and how often the output has it."""
 
-    def __init__(self, prompt: Sequence[int], output: Sequence[int]) -> None:
+    def __init__(self, prompt: Tokens, output: Sequence[int]) -> None:
         known = np.unique(np.asarray(prompt, np.int64))
         self._places = {token: place for place, token in enumerate(known.tolist())}
         self._ids = np.concatenate([known, np.zeros(len(known) + 64, np.int64)])
@@ -58,14 +60,15 @@ class History:
 
 
 class Rules:
-    """Of one sequence."""
+    """Per-sequence sampling rules and the state they need."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], output: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: Tokens, output: Tokens) -> None:
+        drawn: list[int] = np.asarray(output, np.int64).tolist()
         self.sampling = sampling
         self.bias_ids = _ids(sampling.bias_ids)
         self.bias_values = np.frombuffer(sampling.bias_values, "<f4")
         self.allowed = None if sampling.allowed is None else _bits(_ids(sampling.allowed))
-        self.history = History(prompt, output) if sampling.penalties is not None else None
+        self.history = History(prompt, drawn) if sampling.penalties is not None else None
         self._generated = len(output)
         # Most of what is never drawn is the same at every step, so it is put together once.
         always = [run[0] for run in sampling.banned if len(run) == 1]
@@ -76,10 +79,10 @@ class Rules:
         for *before, token, last in (run for run in sampling.banned if len(run) > 1):
             self._runs.setdefault(token, []).append((tuple(before), last))
         # As many of the output's last tokens as the longest run that must not be completed.
-        self._tail = deque(output, max((len(banned) for banned in sampling.banned), default=1) - 1)
+        self._tail = deque(drawn, max((len(banned) for banned in sampling.banned), default=1) - 1)
 
     @classmethod
-    def of(cls, sampling: Sampling, prompt: Sequence[int], output: Sequence[int]) -> "Rules | None":
+    def of(cls, sampling: Sampling, prompt: Tokens, output: Tokens) -> "Rules | None":
         """None where the parameters change no logits."""
         plain = not (sampling.bias_ids or sampling.banned or sampling.min_tokens or sampling.penalties)
         return None if plain and sampling.allowed is None else cls(sampling, prompt, output)
@@ -167,7 +170,7 @@ class EditsBuilder:
 
 
 def _ids(data: bytes) -> Int64:
-    return np.frombuffer(data, "<i4").astype(np.int64)
+    return np.frombuffer(data, TOKEN_DTYPE).astype(np.int64)
 
 
 def _bits(ids: Int64) -> Int32:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -59,25 +58,26 @@ class Worker:
         self._handling = False
         self._anonymous_at_import = cpu.anonymous_memory()
         torch.get_num_threads()  # a fresh thread that has not asked once loses what it sets to another thread's value
-        torch.set_num_threads(setup.threads)
-        self.device = torch.device(setup.device, setup.device_index) if setup.device == "cuda" else torch.device("cpu")
+        torch.set_num_threads(len(setup.rank_plan.cores))
+        mine, plan = setup.rank_plan, setup.plan
+        self.device = torch.device("cuda", mine.device_index) if mine.device == "cuda" else torch.device("cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        topology = Topology.of(dp=setup.dp_size, pp=max(len(setup.stages), 1), tp=setup.tp)
+        topology = Topology.of(dp=plan.layout.replicas, pp=plan.layout.num_stages, tp=plan.layout.tp)
         self.mesh = make_mesh(
             topology,
             setup.global_rank,
             lambda axis, ranks: connect(setup, axis, ranks),
-            expert_parallel=bool(setup.experts),
+            expert_parallel=bool(plan.layout.experts),
         )
-        self._model = RankModel(Path(setup.model_path), setup, self.mesh)
+        self._model = RankModel(setup, self.mesh)
         width, dtype = self._model.stream
         self._pipeline = Pipeline(
-            *(self.mesh.pp, self.mesh.back), width=width, dtype=dtype, device=self.device, depth=setup.max_in_flight
+            *(self.mesh.pp, self.mesh.back), width=width, dtype=dtype, device=self.device, depth=plan.max_in_flight
         )
         self._draft = None
-        if setup.draft_model_path and self._pipeline.last:
-            self._draft = RankModel(Path(setup.draft_model_path), setup, self.mesh, draft=True)
+        if mine.draft_shard is not None:
+            self._draft = RankModel(setup, self.mesh, draft=True)
         self._models = [self._model] if self._draft is None else [self._model, self._draft]
         self._runner: Runner | None = None
         self._kv: list[KVMemory] = []
@@ -160,7 +160,7 @@ class Worker:
     def _profile(self, _: bytes) -> bytes:
         """How many KV blocks fit into what the rank was given."""
         block_bytes = sum(each.block_bytes for each in self._models)
-        budget = self.setup.kv_budget
+        budget = self.setup.rank_plan.kv_budget
         if budget is None:
             budget = self._free_device_memory()
         # A rank without KV heads needs no memory for them, and must not be the one that decides.
@@ -176,15 +176,17 @@ class Worker:
         free, total = torch.cuda.mem_get_info(self.device)
         reachable = free + torch.cuda.memory_reserved(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._allocate_kv(num_blocks=-(-setup.max_num_batched_tokens // setup.block_size) + setup.max_num_seqs)
+        self._allocate_kv(
+            num_blocks=-(-setup.plan.max_num_batched_tokens // setup.plan.block_size) + setup.plan.max_num_seqs
+        )
         self._make_runner()
         self._run_largest_steps()
         cache = sum(memory.pool.nbytes for memory in self._kv)
         self._runner, self._kv = None, []
         torch.cuda.empty_cache()
         peak = torch.cuda.max_memory_allocated(self.device) - cache + GATHER_BYTES
-        peak += self._pipeline.bytes_on_way(setup.max_num_batched_tokens)
-        return min(int(total * setup.memory_utilization), reachable) - peak
+        peak += self._pipeline.bytes_on_way(setup.plan.max_num_batched_tokens)
+        return min(int(total * setup.plan.memory_utilization), reachable) - peak
 
     def _allocate(self, payload: bytes) -> bytes:
         self._allocate_kv(int.from_bytes(payload, "little"))
@@ -197,8 +199,8 @@ class Worker:
 
     def _make_runner(self) -> None:
         setup, model = self.setup, self._model
-        scratch = self._num_blocks * setup.block_size
-        sizes = setup.max_num_seqs, setup.max_model_len, setup.block_size
+        scratch = self._num_blocks * setup.plan.block_size
+        sizes = setup.plan.max_num_seqs, setup.plan.max_model_len, setup.plan.block_size
         table = SequenceTable(*sizes, self.device, scratch, samples=self._pipeline.last)
         vocabulary, tp = model.vocabulary, self.mesh.tp
         draft = None
@@ -209,13 +211,13 @@ class Worker:
                 table,
                 vocabulary,
                 tp,
-                count=setup.num_drafts,
+                count=setup.plan.num_drafts,
             )
         self._runner = Runner(*(model.decoder, self._kv[0].layers, table, vocabulary, tp, self._pipeline), draft=draft)
 
     def _warm_up(self, _: bytes) -> bytes:
         """Runs a prompt and a decode, so that the first request does not pay for first calls."""
-        tokens = min(8, self.setup.max_model_len - 1, self.setup.max_num_batched_tokens)
+        tokens = min(8, self.setup.plan.max_model_len - 1, self.setup.plan.max_num_batched_tokens)
         if tokens > 0:
             self._run_made_up([tokens], decode=True)
         return b""
@@ -256,17 +258,17 @@ class Worker:
     def _run_largest_steps(self) -> None:
         """A step full of prompts, and one in which every sequence draws a token with all that costs."""
         setup = self.setup
-        longest = min(setup.max_model_len, setup.max_num_batched_tokens)
-        prompts = [longest] * min(setup.max_num_batched_tokens // longest, setup.max_num_seqs)
+        longest = min(setup.plan.max_model_len, setup.plan.max_num_batched_tokens)
+        prompts = [longest] * min(setup.plan.max_num_batched_tokens // longest, setup.plan.max_num_seqs)
         self._run_made_up(prompts)
-        drafts = min(setup.num_drafts, setup.max_model_len - 1, setup.max_num_batched_tokens - 1)
-        self._run_made_up([1] * min(setup.max_num_seqs, setup.max_num_batched_tokens // (1 + drafts)), drafts)
+        drafts = min(setup.plan.num_drafts, setup.plan.max_model_len - 1, setup.plan.max_num_batched_tokens - 1)
+        self._run_made_up([1] * min(setup.plan.max_num_seqs, setup.plan.max_num_batched_tokens // (1 + drafts)), drafts)
 
     def _run_made_up(self, lengths: Sequence[int], num_drafts: int = 0, *, decode: bool = False) -> None:
         """Made-up sequences in the first blocks, forgotten again. Their keys are overwritten later."""
         if self._runner is None:
             return
-        size = self.setup.block_size
+        size = self.setup.plan.block_size
         sampling = Sampling(seed=0, temperature=1.0, top_p=0.9, penalties=SamplingPenalties(1.0), logprobs=1)
         new, work, first = [], [], 0
         for i, length in enumerate(lengths):

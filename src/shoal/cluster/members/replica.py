@@ -28,7 +28,7 @@ from shoal.wire.engine import (
     cache_reset_decoder,
     from_engine,
 )
-from shoal.wire.plan import EngineSetup
+from shoal.wire.plan import EnginePlan
 
 _SLICE_S = 0.5
 _QUIET_S = 3.0  # without a word for so long while one is awaited, the process is looked at: was it stopped?
@@ -60,14 +60,14 @@ class Replica:
     def __init__(
         self,
         host: EngineHost,
-        setup: EngineSetup | None,
+        plan: EnginePlan | None,
         *,
         name: str,
         answer_timeout: float,
         one_of_many: bool = False,
     ) -> None:
         """`name` is for errors; also for those that the engine reports itself, if it is one of many. Without
-        a `setup` it has one already."""
+        a `plan` it has one already."""
         self.name = name
         self.died = False  # the failure is not what the engine had to say
         self._host = host
@@ -87,8 +87,8 @@ class Replica:
         self._heard = time.monotonic()
         self.words = 0  # how often it has said something
         try:
-            if setup is not None:
-                self._send(encode(setup))
+            if plan is not None:
+                self._send(encode(plan))
         except BaseException:
             self.close()
             raise
@@ -298,22 +298,22 @@ class Replica:
 class EngineProcess(Replica):
     """An engine in a child process, which ends when this process does."""
 
-    def __init__(self, module: str, setup: EngineSetup, *, answer_timeout: float) -> None:
+    def __init__(self, module: str, plan: EnginePlan, *, answer_timeout: float) -> None:
         """Starts the child: `python -m` with this module, which serves an engine at its channel."""
         child = ChildProcess(module)
-        alone = setup.place.size == 1
-        name = f"engine process {child.pid}" if alone else f"replica {setup.place.rank} (process {child.pid})"
-        super().__init__(child, setup, name=name, answer_timeout=answer_timeout, one_of_many=not alone)
+        alone = plan.place.size == 1
+        name = f"engine process {child.pid}" if alone else f"replica {plan.place.rank} (process {child.pid})"
+        super().__init__(child, plan, name=name, answer_timeout=answer_timeout, one_of_many=not alone)
         self.pid = child.pid
 
 
 class EngineThread(Replica):
     """Starts `serve` with the other end of the channel on a thread of this process; it ends when the channel does."""
 
-    def __init__(self, serve: Callable[[Channel], None], setup: EngineSetup, *, answer_timeout: float) -> None:
-        name = f"replica {setup.place.rank} (thread)"
-        host = ThreadHost(serve, f"shoal-replica-{setup.place.rank}")
-        super().__init__(host, setup, name=name, answer_timeout=answer_timeout, one_of_many=True)
+    def __init__(self, serve: Callable[[Channel], None], plan: EnginePlan, *, answer_timeout: float) -> None:
+        name = f"replica {plan.place.rank} (thread)"
+        host = ThreadHost(serve, f"shoal-replica-{plan.place.rank}")
+        super().__init__(host, plan, name=name, answer_timeout=answer_timeout, one_of_many=True)
 
 
 class _Ending(Protocol):

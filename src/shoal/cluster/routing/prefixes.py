@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.errors import EngineError
+from shoal.wire.tokens import TOKEN_DTYPE, num_tokens
 
 WIDTH = 8  # bytes of a digest for a block
 
@@ -24,12 +25,12 @@ class Digester:
         self._factors = np.random.default_rng().integers(0, 2**64, block_size, dtype=np.uint64) | np.uint64(1)
 
     def digest(self, tokens: bytes, salt: str) -> bytes:
-        """tokens: int32, little endian. Of whole blocks; those of different salts have nothing in common."""
-        count = len(tokens) // 4 // self._block_size
+        """Return the digest of the whole blocks of a prompt; those of different salts have nothing in common."""
+        count = num_tokens(tokens) // self._block_size
         if not count:
             return b""
-        blocks = np.frombuffer(tokens, "<u4", count * self._block_size).reshape(count, self._block_size)
-        hashes = blocks @ self._factors
+        ids = np.frombuffer(tokens, TOKEN_DTYPE, count * self._block_size).view(np.uint32)
+        hashes = ids.reshape(count, self._block_size) @ self._factors
         if salt:
             hashes[0] ^= np.uint64(hash(salt) & (2**64 - 1))
         return bytes(hashes.data)

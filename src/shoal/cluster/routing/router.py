@@ -36,7 +36,6 @@ from shoal.cluster.routing.prefixes import Digester, Node, PrefixIndex, slots
 from shoal.errors import EngineError
 from shoal.wire.engine import EngineRequest
 
-_TOKEN_BYTES = 4
 _MEMORY = 1 << 18  # tokens that a replica has done: beyond that the past counts half
 _FULL = 1 << 60  # tokens of work: more than there ever are
 _Work = npt.NDArray[np.int64]  # [slots]
@@ -243,7 +242,7 @@ class RequestRouter:
         if anywhere and (not self._line or self._work.min() == _FULL):
             return None
         request = self._take(self._line.first if called is None or anywhere else called[0])
-        before = _before(request)
+        before = request.num_output_tokens
         rest = self._lengths.rest(before, request.max_tokens - before)
         digest = self._digest(request)
         path = self._path(request, digest)
@@ -300,10 +299,10 @@ class RequestRouter:
         """Tokens that those of its group have in common, and the slots where there are some."""
         if request.sampling.prompt_logprobs >= 0:
             return 0, {}
-        return (request.prompt_len or _length(request)) - 1, self._groups.get(request.group, {})
+        return request.num_prompt_tokens - 1, self._groups.get(request.group, {})
 
     def _choose(self, request: EngineRequest, rest: int, path: list[tuple[Node, int]]) -> int:
-        own = _length(request) + rest
+        own = request.num_tokens + rest
         most = min(own // 2, self._all_work // len(self._replicas))
         ahead = self._done - self._all_done // len(self._replicas)
         work = self._work + np.minimum(np.maximum(ahead, -most), most)
@@ -344,9 +343,9 @@ class RequestRouter:
         shared, sharers = self._shared(request)
         if slot in sharers:
             cached = max(cached, shared)
-        before = _before(request)
+        before = request.num_output_tokens
         held = _Held(
-            prompt=max(_length(request) - cached, 1),
+            prompt=max(request.num_tokens - cached, 1),
             allowed=request.max_tokens - before,
             before=before,
             rest=rest,
@@ -454,12 +453,3 @@ class RequestRouter:
         while node is not None:
             node.active -= 1
             node = node.parent
-
-
-def _length(request: EngineRequest) -> int:
-    return len(request.tokens) // _TOKEN_BYTES
-
-
-def _before(request: EngineRequest) -> int:
-    """Output tokens that it brings along."""
-    return _length(request) - request.prompt_len if request.prompt_len else 0

@@ -1,4 +1,4 @@
-"""From checkpoint files to a rank's own tensors: it reads its slices, and nothing else."""
+"""Loading a rank's share of the weights: each rank reads only its own slices of the checkpoint's files."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shoal.errors import CheckpointError
 from shoal.models.checkpoint.checkpoint import Checkpoint, TensorEntry
-from shoal.models.checkpoint.stored_file import StoredFile, parts
+from shoal.models.checkpoint.stored_file import StoredFile, split_into_reads
+from shoal.models.checkpoint.torch_files import load_tensors
 from shoal.models.manifest import Cut, Param, Piece, Shard
 
 _TORCH_TYPES = {
@@ -22,33 +23,30 @@ _TORCH_TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 _BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_DUMMY_PERIOD = (1 << 20) - 3  # made-up weights repeat after so many values; odd, so that rows differ
-_WIDENED = 1 << 16  # numbers that are multiplied by their scales at a time
-_PART = 1 << 22  # bytes that are read at a time, where they can't go straight to their place
-# The number that each byte stands for: to look it up is ten times as fast as PyTorch's conversion.
+_DUMMY_PERIOD = (1 << 20) - 3  # dummy weights repeat after so many values; odd, so that rows differ
+_WIDENED_NUMBERS = 1 << 16  # numbers that are multiplied by their scales at a time
+_READ_BYTES = 1 << 22  # bytes that are read at a time if they must be converted before they get to their place
+# The number that each byte stands for. Looking it up is ten times as fast as PyTorch's conversion.
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 class Weights(Protocol):
-    """A rank's share of each parameter, asked for once each, in manifest order.
+    """The source of a rank's weights. Each parameter is asked for once, in the order of the manifest."""
 
-    `dtype` is that of parameters without a type of their own.
-    """
-
-    dtype: torch.dtype
+    dtype: torch.dtype  # of parameters without a type of their own
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the rank's own, [rows, ...]."""
+        """Return the rank's share of a parameter, [rows, ...], in memory that nobody else uses."""
 
     def optional(self, name: str) -> Tensor | None:
-        """None where the model, or the rank's stage of it, has no such parameter."""
+        """Return the rank's share, or None if the model, or the rank's stage of it, has no such parameter."""
 
 
 class CheckpointWeights:
-    """Reads a rank's share of weights into memory of its own: what happens to the files later changes nothing.
+    """Weights that are read from a checkpoint into memory; later changes of the files do not affect them.
 
-    A parameter is read into its final place in one go, slice by slice, whatever has to be converted, transposed or put
-    together: nothing is held twice.
+    A parameter is read slice by slice into its final place, even if it must be converted, transposed or assembled from
+    several tensors, so that no second copy is in memory.
     """
 
     def __init__(self, checkpoint: Checkpoint, params: Iterable[Param], shard: Shard, dtype: torch.dtype) -> None:
@@ -56,7 +54,8 @@ class CheckpointWeights:
         self._params = {param.name: param for param in shard.held(params)}
         self._shard = shard
         self.dtype = dtype
-        self._buffer = bytearray(_PART)
+        self._buffer = bytearray(_READ_BYTES)
+        self._loaded: tuple[Path, dict[str, Tensor]] | None = None  # the file that was last loaded as a whole
 
     def tensor(self, name: str) -> Tensor:
         param = self._params[name]
@@ -81,22 +80,22 @@ class CheckpointWeights:
         return StoredFile(file, self._checkpoint.files.get(file), self._buffer)
 
     def _blocks(self, piece: Piece, file: StoredFile) -> Iterator["_Block"]:
-        """The rank's rows of a piece, in order."""
+        """Yield the rank's rows of a piece, in order."""
         entry = self._checkpoint.tensors[piece.source]
-        stored = _stored(piece.source, entry)
+        stored = self._stored(piece.source, entry)
         if not piece.shape:
             yield _Block(file, entry.offset, stored)
             return
-        matrix = _turned(stored, piece)
-        if matrix is None:  # its matrices do not lie one below the other
+        matrix = _as_matrix(stored, piece)
+        if matrix is None:  # its matrices are not stored one after the other
             whole = torch.empty(stored.shape, dtype=stored.dtype)
-            matrix = _turned(_Block(file, entry.offset, stored).write(whole), piece)
+            matrix = _as_matrix(_Block(file, entry.offset, stored).write(whole), piece)
             assert matrix is not None
         if entry.scales is None:
             yield from (_Block(file, entry.offset, numbers) for numbers in self._views(matrix, piece))
             return
         scales = self._scales(piece, entry.scales.entry)
-        places = (_turned(each, piece) for each in _places(entry.shape, entry.scales.block))
+        places = (_as_matrix(each, piece) for each in _scale_indices(entry.shape, entry.scales.block))
         rows, columns = (each for each in places if each is not None)
         if piece.transposed:
             rows, columns = columns, rows
@@ -104,16 +103,30 @@ class CheckpointWeights:
         for numbers, row, column in zip(*views, strict=True):
             yield _Block(file, entry.offset, numbers, scales, row, column)
 
+    def _stored(self, name: str, entry: TensorEntry) -> Tensor:
+        """Return a tensor as it is stored: without numbers, or with them if only PyTorch can read its file.
+
+        Raises:
+            CheckpointError: tensors of its type can't be loaded.
+        """
+        stored = _stored(name, entry)
+        if entry.loaded_as is None:
+            return stored
+        if self._loaded is None or self._loaded[0] != entry.file:
+            self._loaded = None  # frees the memory before the next file is loaded
+            self._loaded = entry.file, load_tensors(entry.file)
+        return self._loaded[1][entry.loaded_as]
+
     def _scales(self, piece: Piece, entry: TensorEntry) -> Tensor:
-        stored = _stored(f"the scales of {piece.source}", entry)
+        stored = self._stored(f"the scales of {piece.source}", entry)
         with self._open(entry.file) as file:
             read = _Block(file, entry.offset, stored).write(torch.empty(stored.shape))
-        turned = _turned(read, piece)
-        assert turned is not None
-        return turned
+        matrix = _as_matrix(read, piece)
+        assert matrix is not None
+        return matrix
 
     def _views(self, matrix: Tensor, piece: Piece) -> Iterator[Tensor]:
-        """Views of the rank's rows, in order: [rows, ...], or [runs, rows of a run, ...]."""
+        """Yield views of the rank's rows, in order: [rows, ...], or [runs, rows of a run, ...]."""
         rows = range(piece.shape[0])
         if piece.cut is not Cut.WHOLE:
             share = self._shard.ranges[piece.cut]
@@ -128,10 +141,12 @@ class CheckpointWeights:
 
 
 def _stored(name: str, entry: TensorEntry) -> Tensor:
-    """A tensor as it lies in its file. It has no numbers (PyTorch's device `meta`): views of it say where a part lies.
+    """Return a tensor with the shape and strides of one in a file, on PyTorch's device `meta`, so without numbers.
+
+    Views of it show where in the file their numbers are.
 
     Raises:
-        CheckpointError: it has a type that can't be loaded.
+        CheckpointError: tensors of its type can't be loaded.
     """
     if entry.dtype not in _TORCH_TYPES:
         raise CheckpointError(
@@ -145,50 +160,54 @@ def _stored(name: str, entry: TensorEntry) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Some rows as they are stored, [rows, ...] or [runs, rows of a run, ...]: a view of what `_stored` gives, whose
-    data begin `offset` bytes into the file, or numbers that were read before. What is quantized has a matrix of scales;
-    a number's is in the row `rows` and the column `columns` says at the number's place. Each of these has the shape of
-    `numbers`, and says one thing all along a row, or all along a column."""
+    """Some rows of a stored tensor, and their scales if they are quantized.
+
+    `numbers` is [rows, ...] or [runs, rows of a run, ...]. It is a view of a `_stored` tensor whose data begin at
+    `offset` in the file, or it has numbers that were read before. Element (i, j) of a quantized tensor is multiplied by
+    scales[scale_rows[i, j], scale_columns[i, j]]. `scale_rows` is the same along each row, `scale_columns` along each
+    column, and both have the shape of `numbers`.
+    """
 
     file: StoredFile
     offset: int
     numbers: Tensor
     scales: Tensor | None = None
-    rows: Tensor | None = None
-    columns: Tensor | None = None
+    scale_rows: Tensor | None = None
+    scale_columns: Tensor | None = None
 
-    def write(self, place: Tensor) -> Tensor:
-        """Into a tensor of the same shape, converted a part at a time, and gives that."""
+    def write(self, target: Tensor) -> Tensor:
+        """Read the rows into a tensor of the same shape, converting them part by part, and return that tensor."""
         if self.scales is not None:
-            for part in self._parts(_WIDENED):
-                place[part].copy_(self._widened(part))
-        elif self.numbers.is_meta and self._lies_as(place):
-            flat = place.view(-1).view(torch.uint8)
+            for part in self._parts(_WIDENED_NUMBERS):
+                target[part].copy_(self._widen(part))
+        elif self.numbers.is_meta and self._has_layout_of(target):
+            flat = target.view(-1).view(torch.uint8)
             self.file.read_into(flat.numpy().data, self._position(self.numbers))
         else:
-            for part in self._parts(_PART // self.numbers.itemsize):
-                place[part].copy_(self._read(part))
-        return place
+            for part in self._parts(_READ_BYTES // self.numbers.itemsize):
+                target[part].copy_(self._read(part))
+        return target
 
-    def _parts(self, most: int) -> Iterator[tuple[slice, ...]]:
-        return parts(self.numbers.shape, self.numbers.stride(), most)
+    def _parts(self, limit: int) -> Iterator[tuple[slice, ...]]:
+        return split_into_reads(self.numbers.shape, self.numbers.stride(), limit)
 
-    def _lies_as(self, place: Tensor) -> bool:
-        return self.numbers.dtype == place.dtype and self.numbers.is_contiguous() and place.is_contiguous()
+    def _has_layout_of(self, target: Tensor) -> bool:
+        return self.numbers.dtype == target.dtype and self.numbers.is_contiguous() and target.is_contiguous()
 
-    def _widened(self, part: tuple[slice, ...]) -> Tensor:
+    def _widen(self, part: tuple[slice, ...]) -> Tensor:
+        """Read a part of a quantized tensor and multiply it by its scales, in float32."""
         assert self.scales is not None
-        assert self.rows is not None
-        assert self.columns is not None
+        assert self.scale_rows is not None
+        assert self.scale_columns is not None
         numbers = self._read(part)
         width = numbers.shape[-1]
         codes = numbers.contiguous().view(torch.uint8).int().flatten()
-        rows, columns = self.rows[part][..., 0].flatten(), self.columns[part][(0,) * (numbers.ndim - 1)]
+        rows, columns = self.scale_rows[part][..., 0].flatten(), self.scale_columns[part][(0,) * (numbers.ndim - 1)]
         scales = self.scales.index_select(0, rows).index_select(1, columns)
         return _E4M3.index_select(0, codes).view(-1, width).mul_(scales).view(numbers.shape)
 
     def _read(self, part: tuple[slice, ...]) -> Tensor:
-        """Valid until the next one is read."""
+        """Return a part of the numbers, which is valid until the next call."""
         view = self.numbers[part]
         if not view.is_meta:
             return view
@@ -200,20 +219,25 @@ class _Block:
         return self.offset + int(view.storage_offset()) * view.itemsize
 
 
-def _turned(stored: Tensor, piece: Piece) -> Tensor | None:
-    """As rows that a piece can name: a tensor of three dimensions counts as its matrices one below the other. None
-    where they don't lie so in a file."""
+def _as_matrix(stored: Tensor, piece: Piece) -> Tensor | None:
+    """Return a view of a stored tensor as the matrix whose rows `piece` names.
+
+    A tensor of three dimensions counts as its matrices one below the other; None if no view can show it so.
+    """
     if piece.transposed or stored.ndim != 3:
         return stored.t() if piece.transposed else stored
     try:
         return stored.view(-1, stored.shape[2]) if stored.is_meta else stored.flatten(0, 1)
-    except RuntimeError:  # PyTorch's way to say that
+    except RuntimeError:  # raised by PyTorch if there is no such view
         return None
 
 
-def _places(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Of each number of a quantized tensor the row and the column of its scale, where the matrices' scales are one
-    below the other. Views of the tensor's shape on as many numbers as it has rows, and columns."""
+def _scale_indices(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return, for each number of a quantized tensor, the row and the column of its scale.
+
+    The scales count as one matrix, with those of one matrix below those of the other. Both results are views with the
+    shape of the tensor, of as many numbers as it has rows or columns.
+    """
     *before, height, width = shape
     matrices = torch.arange(before[0] if before else 1).unsqueeze(1)
     rows = matrices * -(-height // block[0]) + torch.arange(height) // block[0]
@@ -225,7 +249,10 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _stripes(matrix: Tensor, rows: range, start: int, run: int, period: int) -> Iterator[Tensor]:
-    """Views of rows r // run * period + start + r % run: whole runs together, and what is left of one at either end."""
+    """Yield views of the rows r // run * period + start + r % run of a matrix, for r in `rows`.
+
+    All complete runs are one view; an incomplete run at either end is another one.
+    """
     row = rows.start
     while row < rows.stop:
         number, within = divmod(row, run)
@@ -243,7 +270,7 @@ def _stripes(matrix: Tensor, rows: range, start: int, run: int, period: int) -> 
 
 
 class DummyWeights:
-    """Made-up weights of the right shapes, small enough that activations stay finite."""
+    """Random weights of the right shapes (`--load-format dummy`), small enough that activations stay finite."""
 
     def __init__(self, params: Iterable[Param], shard: Shard, dtype: torch.dtype, seed: int) -> None:
         self._params = {param.name: param for param in shard.held(params)}

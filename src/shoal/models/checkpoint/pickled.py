@@ -1,186 +1,152 @@
 """Files of weights that `torch.save` wrote: where each tensor lies in them. Free of torch.
 
-Since PyTorch 1.6 such a file is a zip archive: a pickle of what was saved, and a member, never compressed, for each
-storage. Before, the pickle was followed by the storages themselves. In both the numbers lie in the file as they lie in
-memory, so that a tensor is an offset, as it is in a safetensors file.
+PyTorch's own reader for weights from strangers (`torch.load(weights_only=True)`) finds the tensors, in a child process
+with bounds on its time and memory. The child tells where they lie, as JSON on a pipe; it never hands on the numbers.
 """
 
-import struct
-import zipfile
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
 
+from shoal import env
 from shoal.errors import CheckpointError
-from shoal.models.checkpoint.pickle_program import Refused, Tensor, read_pickle
+from shoal.lazy import load
+from shoal.models.checkpoint.stored_file import FileState, StoredTensor
+from shoal.process import import_path
+from shoal.transport.process import die_with_parent
 
-_BYTES = {16: "C128", 8: "C64 F64 I64", 4: "F32 I32", 2: "F16 BF16 I16", 1: "I8 U8 BOOL"}
-ITEM_BYTES = {name: size for size, names in _BYTES.items() for name in names.split()}
-_LONGEST_PICKLE = 64 * 2**20
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
-_LOCAL_HEADER = b"PK\x03\x04"
-_LOCAL_HEADER_BYTES = 30
-_ENCRYPTED = 1
-_MALFORMED = (
-    *(ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, EOFError, MemoryError),
-    *(zipfile.BadZipFile, struct.error),
-)
-
-Storages = Mapping[str, range]  # a storage's key -> its bytes in the file
+_CPU_SECONDS = 60  # for each file; some 40,000 tensors take 10
+_START_SECONDS = 300  # to load PyTorch, from a slow disk
+_ROOM = 2 << 30  # bytes of memory that a pickle may take, beside its file
+_LONGEST_ANSWER = 64 << 20  # characters about one file: about 500,000 tensors
+_STDOUT, _STDERR = 1, 2
+_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_NEWUSER and CLONE_NEWNET
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """`offset` in bytes, `strides` in elements."""
+def read_pickled(
+    files: Mapping[Path, FileState], cpu_seconds: int = _CPU_SECONDS
+) -> dict[Path, dict[str, StoredTensor]]:
+    """Return the tensors of the state dict in each file, by name. Runs nothing of what the files hold.
 
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-
-
-def read_pickled(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a state dict, by name. Runs nothing of what the file holds.
+    One child process reads all of them: to load PyTorch takes it about two seconds. What it found is remembered for as
+    long as this process lives and the files stay as they are.
 
     Raises:
-        CheckpointError: the file is truncated or malformed, asks for something that weights do not need, or holds no
-            state dict.
+        CheckpointError: a file is truncated or malformed, asks for something that weights do not need, takes more than
+            `cpu_seconds` or too much memory to read, or holds no state dict.
     """
+    return dict(_read(tuple(files.items()), cpu_seconds))
+
+
+@lru_cache(maxsize=2)  # a model and its draft model
+def _read(files: tuple[tuple[Path, FileState], ...], cpu_seconds: int) -> dict[Path, dict[str, StoredTensor]]:
+    paths = [path for path, _ in files]
+    # A plain subprocess, not a ChildProcess: it is read to its end, and what it says on stderr is for nobody.
+    command = [*import_path.python_command(__name__), str(os.getpid()), str(cpu_seconds), *map(str, paths)]
+    deadline = _START_SECONDS + 2 * cpu_seconds * len(paths)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            zipped = stream.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
-            content, storages = _read_archive(stream) if zipped else _read_legacy(stream, size)
-        return {name: _located(name, tensor, storages, size) for name, tensor in _state_dict(content).items()}
-    except Refused as error:
-        raise CheckpointError(f"{file} can't be read: {_line(error)}") from None
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=env.child_environment({"CUDA_VISIBLE_DEVICES": ""}),
+            timeout=deadline,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        answers, ending = late.stdout or b"", f"did not end within {deadline} s"
     except OSError as error:
-        raise CheckpointError(f"{file} can't be read: {error.strerror or _line(error)}") from None
-    except _MALFORMED as error:
-        raise CheckpointError(f"{file} is truncated or no file of weights: {_line(error)}") from None
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def _state_dict(content: Any) -> dict[str, Tensor]:
-    """Names and tensors of what was saved: a dict of them, or a dict that has one as its `state_dict`."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise Refused(f"it holds a {type(content).__name__}, and no tensors by name")
-    found = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not found:
-        keys = ", ".join(str(key)[:40] for key in list(content)[:5])
-        raise Refused(f"it holds no tensors by name, but {keys or 'nothing'}; save the model's state_dict by itself")
+        raise CheckpointError(f"{paths[0]} can't be read: no process can be started: {error.strerror}") from None
+    else:
+        answers, ending = done.stdout, _ending(done.returncode, cpu_seconds)
+    lines = answers.splitlines(keepends=True)
+    found = {path: _tensors(line) for path, line in zip(paths, lines, strict=False) if line.endswith(b"\n")}
+    if len(found) < len(paths):
+        raise CheckpointError(
+            f"{paths[len(found)]} can't be read: the process in which PyTorch read it {ending}; if you trust the file, "
+            "convert it to safetensors"
+        )
     return found
 
 
-def _located(name: str, tensor: Tensor, storages: Storages, file_size: int) -> StoredTensor:
-    storage = tensor.storage
-    item = ITEM_BYTES[storage.dtype]
-    if storage.key not in storages:
-        raise Refused(f"it lacks storage {storage.key}, which holds {name}")
-    region = storages[storage.key]
-    if len(region) < (storage.first + storage.count) * item or region.stop > file_size:
-        raise Refused(
-            f"the data of {name} is cut off: {len(region)} bytes for {storage.first + storage.count} of {storage.dtype}"
-        )
-    offset = region.start + (storage.first + tensor.first) * item
-    return StoredTensor(storage.dtype, tensor.shape, tensor.strides, offset)
-
-
-def _read_archive(stream: BinaryIO) -> tuple[Any, Storages]:
-    """The format since PyTorch 1.6. Members lie under one folder, whose name is of no importance."""
-    with zipfile.ZipFile(stream) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-    pickles = [name for name in members if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
-    if len(pickles) != 1:
-        raise Refused(f"a zip archive with {len(pickles)} members data.pkl, where torch.save writes one")
-    folder = pickles[0].removesuffix("data.pkl")
-
-    if f"{folder}byteorder" in members:
-        order = _bytes(stream, _region(stream, members[f"{folder}byteorder"]), 16)
-        if order != b"little":
-            raise Refused(f"its numbers have the byte order {order.decode('latin-1')}; only little is supported")
-    where = _region(stream, members[pickles[0]])
-    content = read_pickle(_Window(stream, where.start, where.stop))
-    data = f"{folder}data/"
-    storages = {
-        name.removeprefix(data): _region(stream, info) for name, info in members.items() if name.startswith(data)
+def _tensors(answer: bytes) -> dict[str, StoredTensor]:
+    """Raises CheckpointError."""
+    told = json.loads(answer)
+    if "refused" in told:
+        raise CheckpointError(told["refused"])
+    return {
+        name: StoredTensor(dtype, tuple(shape), tuple(strides), offset, whole)
+        for name, (dtype, shape, strides, offset, whole) in told["tensors"].items()
     }
-    return content, storages
 
 
-def _region(stream: BinaryIO, info: zipfile.ZipInfo) -> range:
-    """Where the data of a member lie: behind a header of its own, whose lengths are not those of the directory."""
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
-        raise Refused(f"{info.filename} is compressed or encrypted; torch.save stores it as it is")
-    header = _bytes(stream, range(info.header_offset, info.header_offset + _LOCAL_HEADER_BYTES), _LOCAL_HEADER_BYTES)
-    if len(header) < _LOCAL_HEADER_BYTES or not header.startswith(_LOCAL_HEADER):
-        raise Refused(f"{info.filename} is not where the archive's directory says")
-    name, extra = struct.unpack_from("<HH", header, _LOCAL_HEADER_BYTES - 4)
-    start = info.header_offset + _LOCAL_HEADER_BYTES + name + extra
-    return range(start, start + info.file_size)
+def _ending(code: int, cpu_seconds: int) -> str:
+    if code == -signal.SIGXCPU:
+        return f"took more than {cpu_seconds} s of a core"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
 
 
-def _bytes(stream: BinaryIO, where: range, most: int) -> bytes:
-    stream.seek(where.start)
-    return stream.read(min(len(where), most))
+def main() -> None:
+    """Read the files that are named after the parent's process id and the seconds, and answer in one line for each."""
+    _, parent, seconds, *files = sys.argv
+    _leave_network()
+    die_with_parent(int(parent))
+    with os.fdopen(os.dup(_STDOUT), "w", encoding="ascii") as answers:
+        os.dup2(_STDERR, _STDOUT)  # what a library prints must not get between the answers
+        list_tensors = load("shoal.models.checkpoint.torch_files:list_tensors")
+        for file in map(Path, files):
+            _bound(file, int(seconds))
+            try:
+                found = list_tensors(file)
+                answer = json.dumps(
+                    {"tensors": {name: (t.dtype, t.shape, t.strides, t.offset, t.whole) for name, t in found.items()}}
+                )
+                if len(answer) > _LONGEST_ANSWER:
+                    raise CheckpointError(f"{file} can't be read: it has too many tensors ({len(found)})")
+            except CheckpointError as error:
+                answer = json.dumps({"refused": str(error)})
+            print(answer, file=answers, flush=True)
 
 
-def _read_legacy(stream: BinaryIO, size: int) -> tuple[Any, Storages]:
-    """The format before: pickles of a magic number, a version, facts of the machine, the content and the storages'
-    keys; then for each key a count, in 8 bytes, and the numbers."""
-    window = _Window(stream, 0, size)
-    if read_pickle(window) != _LEGACY_MAGIC or read_pickle(window) != _LEGACY_PROTOCOL:
-        raise Refused("it is no file of torch.save")
-    machine = read_pickle(window)
-    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise Refused("its numbers have the byte order big; only little is supported")
-    dtypes: dict[str, str] = {}
-    content, keys = read_pickle(window, dtypes), read_pickle(window)
-    if not isinstance(keys, list) or not all(isinstance(key, str) and key in dtypes for key in keys):
-        raise Refused("its list of storages is not that of its content")
-    regions: dict[str, range] = {}
-    position = window.tell()
-    for key in keys:
-        count = int.from_bytes(_bytes(stream, range(position, position + 8), 8), "little")
-        regions[key] = range(position + 8, position + 8 + count * ITEM_BYTES[dtypes[key]])
-        position = regions[key].stop
-        if position > size:
-            raise Refused(
-                f"it is truncated: {size} bytes, of which storage {key} promises {position}; download it again"
-            )
-    return content, regions
+def _leave_network() -> None:
+    """Take this process off the network, where the kernel allows it: nothing in here needs one.
+
+    To leave it takes a privilege, which everybody has in a user namespace of their own. Root does not enter one: it
+    would lose the right to read the files of others.
+    """
+    libc = ctypes.CDLL(None)
+    if libc.unshare(_NEW_NETWORK) and os.geteuid():
+        libc.unshare(_NEW_USER | _NEW_NETWORK)
 
 
-class _Window:
-    """Some bytes of a file. However much a pickle asks for, it gets no more than there is, and than a pickle needs."""
+def _bound(file: Path, seconds: int) -> None:
+    """Bound what the next file may take: memory, counted as addresses, and time of a core.
 
-    def __init__(self, stream: BinaryIO, start: int, stop: int) -> None:
-        self._stream = stream
-        self._position = start
-        self._stop = min(stop, start + _LONGEST_PICKLE)
+    The file itself comes on top, since it is mapped, or read whole where its format is an old one.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    size = file.stat().st_size if file.exists() else 0
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _set_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + size + _ROOM)
+    _set_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + seconds + 1)
+    _set_limit(resource.RLIMIT_CORE, 0)
 
-    def read(self, count: int, /) -> bytes:
-        return self._advance(self._at().read(max(min(count, self._stop - self._position), 0)))
 
-    def readline(self) -> bytes:
-        return self._advance(self._at().readline(max(self._stop - self._position, 0)))
+def _set_limit(kind: int, value: int) -> None:
+    """Set the soft limit, which may be moved again, no higher than the hard one."""
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
-    def tell(self) -> int:
-        return self._position
 
-    def _at(self) -> BinaryIO:
-        if self._stream.tell() != self._position:
-            self._stream.seek(self._position)
-        return self._stream
-
-    def _advance(self, data: bytes) -> bytes:
-        self._position += len(data)
-        return data
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""GPT-2: learned positions, LayerNorm, a plain MLP, and matrices that lie as [in, out]."""
+"""GPT-2: learned positions, LayerNorm, an MLP without a gate, and matrices that are stored as [in, out]."""
 
-from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive
+from shoal.models.config_json.fields import activation, divided_head_dim, dtype_name, flag, positive_float, positive_int
 from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames, Unsupported
 
 _OTHER_NAMES = {
@@ -15,8 +15,8 @@ def read(config: Config) -> ModelSpec:
     if config.get("add_cross_attention"):
         raise Unsupported("config.json: add_cross_attention is not supported")
     config = {**config, **{key: config[other] for key, other in _OTHER_NAMES.items() if config.get(other) is not None}}
-    hidden, heads = positive(config, "n_embd", 768), positive(config, "n_head", 12)
-    layers, head_dim = positive(config, "n_layer", 12), head_dim_of(hidden, heads)
+    hidden, heads = positive_int(config, "n_embd", 768), positive_int(config, "n_head", 12)
+    layers, head_dim = positive_int(config, "n_layer", 12), divided_head_dim(hidden, heads)
     return ModelSpec(
         family="gpt2",
         hidden_size=hidden,
@@ -24,11 +24,11 @@ def read(config: Config) -> ModelSpec:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,
-        intermediate_size=positive(config, "n_inner", 4 * hidden),
-        vocab_size=positive(config, "vocab_size", 50257),
-        max_positions=positive(config, "n_positions", 1024),
+        intermediate_size=positive_int(config, "n_inner", 4 * hidden),
+        vocab_size=positive_int(config, "vocab_size", 50257),
+        max_positions=positive_int(config, "n_positions", 1024),
         attention=_attention(config, head_dim, layers),
-        norm=NormSpec("layer", number(config, "layer_norm_epsilon", 1e-5), bias=True),
+        norm=NormSpec("layer", positive_float(config, "layer_norm_epsilon", 1e-5), bias=True),
         tie_embeddings=flag(config, "tie_word_embeddings", True),
         dtype=dtype_name(config),
         activation=activation(config, "gelu_new", "activation_function"),

@@ -1,29 +1,29 @@
-"""Granite with a mixture of experts in every layer, and PowerMoE: llama with factors at four places."""
+"""Granite MoE and PowerMoE: like llama with a mixture of experts in every layer, and scaled by four factors."""
 
 import dataclasses
 
+from shoal.models.config_json.fields import positive_float, positive_int
 from shoal.models.families import llama
-from shoal.models.fields import number, positive
 from shoal.models.spec import Config, ExpertNames, ModelFamily, ModelSpec, MoESpec, RoutingSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
     spec = llama.read({**config, "mlp_bias": False})
     (attention,) = spec.attention
-    # The published model takes the softmax over the chosen logits alone, which is the one over all, made to sum to 1.
+    # The published code computes the softmax over the chosen logits only. This is the softmax over all, normalized.
     moe = MoESpec(
-        positive(config, "num_local_experts", 8),
+        positive_int(config, "num_local_experts", 8),
         spec.intermediate_size,
-        RoutingSpec(positive(config, "num_experts_per_tok", 2)),
+        RoutingSpec(positive_int(config, "num_experts_per_tok", 2)),
         (True,) * spec.num_layers,
     )
     return dataclasses.replace(
         spec,
         family="granitemoe",
-        attention=(dataclasses.replace(attention, scale=number(config, "attention_multiplier", 1.0)),),
-        embedding_scale=number(config, "embedding_multiplier", 1.0),
-        residual_scale=number(config, "residual_multiplier", 1.0),
-        logit_scale=1 / number(config, "logits_scaling", 1.0),
+        attention=(dataclasses.replace(attention, scale=positive_float(config, "attention_multiplier", 1.0)),),
+        embedding_scale=positive_float(config, "embedding_multiplier", 1.0),
+        residual_scale=positive_float(config, "residual_multiplier", 1.0),
+        logit_scale=1 / positive_float(config, "logits_scaling", 1.0),
         moe=moe,
     )
 

@@ -1,9 +1,9 @@
-"""Mixtral: mistral with a mixture of experts in every layer."""
+"""Mixtral: like Mistral, with a mixture of experts in every layer."""
 
 import dataclasses
 
+from shoal.models.config_json.fields import positive_float, positive_int, sliding_window
 from shoal.models.families import llama
-from shoal.models.fields import number, positive, window
 from shoal.models.spec import Config, ExpertNames, ModelFamily, ModelSpec, MoESpec, NormSpec, RoutingSpec, TensorNames
 
 
@@ -11,23 +11,23 @@ def read(config: Config) -> ModelSpec:
     fixed = {
         "attention_bias": False,
         "mlp_bias": False,
-        "max_position_embeddings": positive(config, "max_position_embeddings", 131072),
-        "num_key_value_heads": positive(config, "num_key_value_heads", 8),
-        "rope_theta": number(config, "rope_theta", 1e6),
+        "max_position_embeddings": positive_int(config, "max_position_embeddings", 131072),
+        "num_key_value_heads": positive_int(config, "num_key_value_heads", 8),
+        "rope_theta": positive_float(config, "rope_theta", 1e6),
     }
     spec = llama.read({**config, **fixed})
     (full,) = spec.attention
     moe = MoESpec(
-        positive(config, "num_experts", positive(config, "num_local_experts", 8)),
+        positive_int(config, "num_experts", positive_int(config, "num_local_experts", 8)),
         spec.intermediate_size,
-        RoutingSpec(positive(config, "num_experts_per_tok", 2)),
+        RoutingSpec(positive_int(config, "num_experts_per_tok", 2)),
         (True,) * spec.num_layers,
     )
     return dataclasses.replace(
         spec,
         family="mixtral",
-        attention=(dataclasses.replace(full, window=window(config, None)),),
-        norm=NormSpec("rms", number(config, "rms_norm_eps", 1e-5)),
+        attention=(dataclasses.replace(full, window=sliding_window(config, None)),),
+        norm=NormSpec("rms", positive_float(config, "rms_norm_eps", 1e-5)),
         moe=moe,
     )
 

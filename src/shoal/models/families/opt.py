@@ -1,24 +1,27 @@
-"""OPT: learned positions from row 2 on; the 350m model norms after adding, and projects in and out."""
+"""OPT: learned positions that begin at row 2 of their table.
 
-from shoal.models.fields import activation, dtype_name, flag, head_dim_of, positive
+The 350m model applies norms after the addition to the stream, and has projections after embedding and before the head.
+"""
+
+from shoal.models.config_json.fields import activation, divided_head_dim, dtype_name, flag, positive_int
 from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
-    hidden, heads = positive(config, "hidden_size", 768), positive(config, "num_attention_heads", 12)
-    head_dim = head_dim_of(hidden, heads)
+    hidden, heads = positive_int(config, "hidden_size", 768), positive_int(config, "num_attention_heads", 12)
+    head_dim = divided_head_dim(hidden, heads)
     bias, affine = flag(config, "enable_bias", True), flag(config, "layer_norm_elementwise_affine", True)
     before = flag(config, "do_layer_norm_before", True)
     return ModelSpec(
         family="opt",
         hidden_size=hidden,
-        num_layers=positive(config, "num_hidden_layers", 12),
+        num_layers=positive_int(config, "num_hidden_layers", 12),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,
-        intermediate_size=positive(config, "ffn_dim", 3072),
-        vocab_size=positive(config, "vocab_size", 50272),
-        max_positions=positive(config, "max_position_embeddings", 2048),
+        intermediate_size=positive_int(config, "ffn_dim", 3072),
+        vocab_size=positive_int(config, "vocab_size", 50272),
+        max_positions=positive_int(config, "max_position_embeddings", 2048),
         attention=(AttentionSpec(head_dim**-0.5),),
         norm=NormSpec("layer", 1e-5, weight=affine, bias=affine),
         tie_embeddings=flag(config, "tie_word_embeddings", True),
@@ -31,7 +34,7 @@ def read(config: Config) -> ModelSpec:
         out_bias=bias,
         up_bias=bias,
         down_bias=bias,
-        embedding_size=positive(config, "word_embed_proj_dim", hidden),
+        embedding_size=positive_int(config, "word_embed_proj_dim", hidden),
         position_offset=2,
     )
 

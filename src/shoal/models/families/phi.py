@@ -1,25 +1,25 @@
-"""Phi 1, 1.5 and 2: attention and MLP side by side behind one norm, part of each head rotated, biases everywhere."""
+"""Phi 1, 1.5 and 2: attention and MLP in parallel after one norm, partly rotated heads, biases in all layers."""
 
-from shoal.models.fields import activation, dtype_name, flag, head_dim_of, number, positive
-from shoal.models.rope_fields import max_positions, rope
+from shoal.models.config_json.fields import activation, divided_head_dim, dtype_name, flag, positive_float, positive_int
+from shoal.models.config_json.rope_fields import max_positions, read_rope
 from shoal.models.spec import AttentionSpec, Config, ModelFamily, ModelSpec, NormSpec, TensorNames
 
 
 def read(config: Config) -> ModelSpec:
-    hidden, heads = positive(config, "hidden_size", 2048), positive(config, "num_attention_heads", 32)
-    head_dim = head_dim_of(hidden, heads) if config.get("head_dim") is None else positive(config, "head_dim")
-    config = {**config, "max_position_embeddings": positive(config, "max_position_embeddings", 2048)}
-    rotary = rope(config, head_dim, partial=0.5)
-    norm = NormSpec("layer", number(config, "layer_norm_eps", 1e-5), bias=True)
+    hidden, heads = positive_int(config, "hidden_size", 2048), positive_int(config, "num_attention_heads", 32)
+    head_dim = divided_head_dim(hidden, heads) if config.get("head_dim") is None else positive_int(config, "head_dim")
+    config = {**config, "max_position_embeddings": positive_int(config, "max_position_embeddings", 2048)}
+    rotary = read_rope(config, head_dim, rotated_share=0.5)
+    norm = NormSpec("layer", positive_float(config, "layer_norm_eps", 1e-5), bias=True)
     return ModelSpec(
         family="phi",
         hidden_size=hidden,
-        num_layers=positive(config, "num_hidden_layers", 24),
+        num_layers=positive_int(config, "num_hidden_layers", 24),
         num_heads=heads,
-        num_kv_heads=positive(config, "num_key_value_heads", heads),
+        num_kv_heads=positive_int(config, "num_key_value_heads", heads),
         head_dim=head_dim,
-        intermediate_size=positive(config, "intermediate_size", 8192),
-        vocab_size=positive(config, "vocab_size", 51200),
+        intermediate_size=positive_int(config, "intermediate_size", 8192),
+        vocab_size=positive_int(config, "vocab_size", 51200),
         max_positions=max_positions(config, rotary),
         attention=(AttentionSpec(head_dim**-0.5, rotary),),
         norm=norm,

@@ -1,9 +1,9 @@
-"""Qwen3, dense: Qwen2 with a norm over each query and key head, and without its biases."""
+"""Dense Qwen3: like Qwen2, with a norm on each query and key head, and without the biases."""
 
 import dataclasses
 
+from shoal.models.config_json.fields import flag
 from shoal.models.families import qwen2
-from shoal.models.fields import flag
 from shoal.models.spec import Config, ModelFamily, ModelSpec
 
 

@@ -1,17 +1,17 @@
-"""Qwen3 with mixtures of experts: norms over query and key heads, no shared expert."""
+"""Qwen3 MoE: mixtures of experts without a shared one, and norms on query and key heads."""
 
 import dataclasses
 
+from shoal.models.config_json.fields import flag, positive_int, sliding_window
 from shoal.models.families import llama, qwen2_moe
-from shoal.models.fields import flag, positive, window
 from shoal.models.spec import Config, ModelFamily, ModelSpec
 
 
 def read(config: Config) -> ModelSpec:
-    positions = positive(config, "max_position_embeddings", 32768)
+    positions = positive_int(config, "max_position_embeddings", 32768)
     spec = llama.read({"num_key_value_heads": 4, **config, "mlp_bias": False, "max_position_embeddings": positions})
     (full,) = spec.attention
-    length = window(config, 4096) if flag(config, "use_sliding_window", False) else None
+    length = sliding_window(config, 4096) if flag(config, "use_sliding_window", False) else None
     return dataclasses.replace(
         spec,
         family="qwen3_moe",

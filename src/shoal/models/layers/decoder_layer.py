@@ -1,7 +1,7 @@
-"""The layers of a decoder, and the ways in which they join attention and MLP to the residual stream.
+"""The layers of a decoder, in the layouts in which attention and MLP are added to the residual stream.
 
-A layer takes and gives two tensors [n, hidden] whose sum is the residual stream: what was added last, and the rest.
-So that addition and the norm that follows it are one operation, across layers too.
+A layer takes and returns two tensors [n, hidden] whose sum is the residual stream: the output of the last sublayer, and
+the stream before it. So the addition and the norm after it can be one operation, even across layers.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from shoal.parallel.linear import RowParallelLinear, RowParallelSum
 
 
 class Attention:
+    """Attention with queries, keys and values for each head."""
+
     def __init__(
         self,
         qkv: Linear,
@@ -34,27 +36,28 @@ class Attention:
         self.scores = scores
         self.kernels = kernels
 
-    def mix(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
-        """What this rank's heads see: [n, q_heads * head_dim]."""
+    def attend(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
+        """Return the output of this rank's heads, [n, q_heads * head_dim], and store their keys and values."""
         q = self.kernels.rotate_and_store(self.qkv(x), self.heads, self.norm, self.rope, batch, cache)
         return self.kernels.attend(q, self.heads, self.scores, batch, cache)
 
     def __call__(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
-        return self.out(self.mix(x, batch, cache))
+        return self.out(self.attend(x, batch, cache))
 
 
 class SelfAttention(Protocol):
-    """`mix` is what this rank's heads see, which `out` sums over ranks; a call does both."""
+    """The attention of a layer. A call applies `attend` and then `out`, which sums over the ranks."""
 
     out: RowParallelLinear
 
-    def mix(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor: ...
+    def attend(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
+        """Return the output of this rank's heads, [n, heads * size of a value]."""
 
     def __call__(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor: ...
 
 
 class MLP:
-    """`activate` takes what `up` gives, which with a gate is gates and values side by side."""
+    """An MLP, cut over tensor-parallel ranks. In a model with gates `up` returns the gates and then the values."""
 
     def __init__(self, up: Linear, activate: Callable[[Tensor], Tensor], down: RowParallelLinear) -> None:
         self.up = up
@@ -62,36 +65,38 @@ class MLP:
         self.down = down
 
     def expand(self, x: Tensor) -> Tensor:
-        """This rank's columns: [n, intermediate]."""
+        """Return this rank's columns of the activation: [n, intermediate]."""
         return self.activate(self.up(x))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(self.expand(x))
 
     def join(self) -> None:
-        """An MLP concerns the ranks of one replica alone."""
+        """Return at once: ranks of different replicas do not compute an MLP together."""
 
 
 class FeedForward(Protocol):
-    """What follows attention: an MLP, or a mixture of experts."""
+    """The sublayer after attention: an MLP or a mixture of experts."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [n, hidden], n may be 0. Gives [n, hidden]."""
+        """Compute [n, hidden] from x: [n, hidden]. n may be 0."""
 
     def join(self) -> None:
-        """Takes part, without tokens, in what ranks of other replicas compute together."""
+        """Take part, without tokens, in a step that ranks of several replicas compute together."""
 
 
 class Layer(Protocol):
+    """A layer of a decoder."""
+
     def __call__(self, x: Tensor, residual: Tensor, batch: PagedBatch, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """x + residual is the residual stream before and after."""
+        """Compute the layer. Of arguments and of results the sum, x + residual, is the residual stream."""
 
     def join(self) -> None:
-        """Like that of its feed-forward part."""
+        """Take part in a step without tokens, as `FeedForward.join` says."""
 
 
 class Norms:
-    """The norms around one sublayer: before it, after it, or both. `scale` is of what the sublayer adds."""
+    """The norms around one sublayer: before it, after it, or both. The sublayer's output is multiplied by `scale`."""
 
     def __init__(self, before: Norm | None, after: Norm | None, kernels: Kernels, scale: float | None = None) -> None:
         self.before = before
@@ -100,20 +105,20 @@ class Norms:
         self.scale = scale
 
     def enter(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """What the sublayer reads, and the residual stream."""
+        """Return the input of the sublayer, and the residual stream."""
         if self.before is None:
             stream = x + residual
             return stream, stream
         return self.kernels.add_norm(x, residual, self.before)
 
     def leave(self, x: Tensor) -> Tensor:
-        """What the sublayer adds."""
+        """Return what is added to the residual stream for the sublayer's output `x`."""
         x = x if self.after is None else self.kernels.norm(x, self.after)
         return x if self.scale is None else x * self.scale
 
 
 class SerialLayer:
-    """Attention, then the MLP on what it left."""
+    """A layer with attention and then the MLP, which reads the stream after attention was added."""
 
     def __init__(self, attention_norms: Norms, attention: SelfAttention, mlp_norms: Norms, mlp: FeedForward) -> None:
         self.attention_norms = attention_norms
@@ -132,7 +137,10 @@ class SerialLayer:
 
 
 class ParallelLayer:
-    """Attention and the MLP on the same stream (GPT-J, Wang and Komatsuzaki, 2021). `mlp_norm` None: the same norm."""
+    """A layer with attention and MLP in parallel, on the same stream (GPT-J; Wang and Komatsuzaki, 2021).
+
+    If `mlp_norm` is None, both read the output of one norm.
+    """
 
     def __init__(self, norm: Norm, attention: SelfAttention, mlp_norm: Norm | None, mlp: MLP, kernels: Kernels) -> None:
         self.norm = norm
@@ -145,14 +153,14 @@ class ParallelLayer:
     def __call__(self, x: Tensor, residual: Tensor, batch: PagedBatch, cache: KVCache) -> tuple[Tensor, Tensor]:
         x, residual = self.kernels.add_norm(x, residual, self.norm)
         expanded = self.mlp.expand(x if self.mlp_norm is None else self.kernels.norm(residual, self.mlp_norm))
-        return self.out(self.attention.mix(x, batch, cache), expanded), residual
+        return self.out(self.attention.attend(x, batch, cache), expanded), residual
 
     def join(self) -> None:
         self.mlp.join()
 
 
 class NormSumLayer:
-    """The norm comes after the addition, and changes the stream itself (Vaswani et al., 2017)."""
+    """A layer whose norms are applied to the stream itself, after each addition (Vaswani et al., 2017)."""
 
     def __init__(
         self, attention: SelfAttention, attention_norm: Norm, mlp: FeedForward, mlp_norm: Norm, kernels: Kernels

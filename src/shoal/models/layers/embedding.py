@@ -1,4 +1,4 @@
-"""From tokens to the residual stream."""
+"""The embedding, which makes the residual stream from tokens and positions."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,19 +8,22 @@ from shoal.parallel.embedding import VocabParallelEmbedding
 
 
 class LearnedPositions:
-    """A row for each position, added to the embedding. `offset` is the row of position 0."""
+    """A table with a row for each position, which is added to the embedding. `offset` is the row of position 0."""
 
     def __init__(self, weight: Tensor, offset: int) -> None:
         self.weight = weight
         self.offset = offset
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """positions: int64 [n]. Gives [n, hidden]."""
+        """Return [n, hidden] for positions: int64 [n]."""
         return F.embedding(positions + self.offset, self.weight)
 
 
 class Embedding:
-    """The tokens' rows; where the model has them, times `scale`, led into the hidden size, and with positions."""
+    """The embedding of tokens: their rows, multiplied by `scale`, projected to the hidden size, plus positions.
+
+    All but the rows is optional.
+    """
 
     def __init__(
         self,
@@ -30,13 +33,13 @@ class Embedding:
         positions: LearnedPositions | None,
     ) -> None:
         self.tokens = tokens
-        # Rounded to the type it is multiplied in, as in transformers.
+        # Rounded to the type of the multiplication, as in transformers.
         self.scale = None if scale is None else float(tokens.weight.new_tensor(scale))
         self.project = project
         self.positions = positions
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens, positions: int64 [n]. Gives [n, hidden]."""
+        """Return [n, hidden] for tokens and positions: int64 [n]."""
         x = self.tokens(tokens)
         x = x if self.scale is None else x * self.scale
         x = self.project(x) if self.project else x

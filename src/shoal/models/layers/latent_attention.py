@@ -1,8 +1,8 @@
-"""Attention over latents: keys and values of all heads are made of one short row a token, and that row is cached.
+"""Latent attention: one short row per token, the latent, is cached, and stands for the keys and values of all heads.
 
-Keys and values are never made (the absorbed form of DeepSeek-V2, 2024): what would make a head's key of a latent is
-multiplied into its query instead, and what would make its value is applied to what its weights gave of the latents. So
-all heads attend over one KV head, whose values are the first dimensions of its keys.
+Keys and values are never computed (the absorbed form of DeepSeek-V2, 2024). The matrix that would turn latents into the
+keys of a head is multiplied into its queries instead; the matrix that would turn them into values is applied to the
+weighted sum of latents. So all heads attend over one KV head, whose values are the first dimensions of its keys.
 """
 
 import torch
@@ -16,7 +16,7 @@ from shoal.parallel.linear import RowParallelLinear
 
 
 class LowRankLinear:
-    """Down to few values, a norm over them, and up again."""
+    """A linear layer of low rank: a projection down, a norm, and a projection up."""
 
     def __init__(self, down: Linear, norm: Norm, up: Linear, kernels: Kernels) -> None:
         self.down = down
@@ -29,9 +29,14 @@ class LowRankLinear:
 
 
 class LatentAttention:
-    """`queries` gives [n, heads * (nope_dim + rope_dim)], of this rank's heads; `kv_down` the latent and the shared key
-    of each token, [n, kv_rank + rope_dim]. `k_up` makes queries of nope_dim ones of kv_rank, `v_up` values of value_dim
-    of a latent's kv_rank."""
+    """Latent attention for the heads of one rank.
+
+    Args:
+        queries: computes the queries, [n, heads * (nope_dim + rope_dim)].
+        kv_down: computes the latent and the shared key of each token, [n, kv_rank + rope_dim].
+        k_up: turns the first nope_dim values of each head's query into kv_rank values.
+        v_up: turns the kv_rank values that each head saw into value_dim values.
+    """
 
     def __init__(
         self,
@@ -59,27 +64,30 @@ class LatentAttention:
         self.scores = scores
         self.kernels = kernels
 
-    def mix(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
-        """What this rank's heads see: [n, heads * value_dim]."""
+    def attend(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
+        """Return the output of this rank's heads, [n, heads * value_dim], and store the tokens' latents."""
         latent, heads = self.latent, self.heads
         cos, sin = self.rope.cos[batch.positions].unsqueeze(1), self.rope.sin[batch.positions].unsqueeze(1)
         self._store(self.kv_down(x), cos, sin, batch, cache)
         q = self.queries(x).view(len(x), heads.q_heads, latent.query_dim)
-        turned = rotate(self._in_halves(q[..., latent.nope_dim :]), cos, sin)
-        q = torch.cat((self.k_up(q[..., : latent.nope_dim]), turned), dim=-1)
+        rotated = rotate(self._pairs_as_halves(q[..., latent.nope_dim :]), cos, sin)
+        q = torch.cat((self.k_up(q[..., : latent.nope_dim]), rotated), dim=-1)
         seen = self.kernels.attend(q, heads, self.scores, batch, cache).view(q.shape)
         return self.v_up(seen[..., : latent.kv_rank]).flatten(1)
 
     def __call__(self, x: Tensor, batch: PagedBatch, cache: KVCache) -> Tensor:
-        return self.out(self.mix(x, batch, cache))
+        return self.out(self.attend(x, batch, cache))
 
     def _store(self, rows: Tensor, cos: Tensor, sin: Tensor, batch: PagedBatch, cache: KVCache) -> None:
         latents, keys = rows.split([self.latent.kv_rank, self.latent.rope_dim], dim=1)
-        keys = rotate(self._in_halves(keys).unsqueeze(1), cos, sin).squeeze(1)
+        keys = rotate(self._pairs_as_halves(keys).unsqueeze(1), cos, sin).squeeze(1)
         cached = torch.cat((self.kernels.norm(latents, self.kv_norm), keys), dim=1)
-        # A rank without heads has no KV head to store for either.
+        # A rank without query heads has no KV head either, and stores nothing.
         cache.keys.index_copy_(0, batch.slots, cached.unsqueeze(1).expand(-1, self.heads.kv_heads, -1))
 
-    def _in_halves(self, x: Tensor) -> Tensor:
-        """Pairs of neighbours become pairs of halves. Queries and keys are reordered alike, so scores stay the same."""
+    def _pairs_as_halves(self, x: Tensor) -> Tensor:
+        """Return `x` with its dimensions reordered so that pairs of neighbours become i and i + rope_dim / 2.
+
+        Queries and keys are reordered in the same way, so their scores do not change.
+        """
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.latent.interleaved else x

@@ -1,5 +1,7 @@
-"""Mixtures of experts: a router chooses some experts for each token, and their weighted sum stands for the MLP
-(Shazeer et al., 2017)."""
+"""Mixtures of experts (Shazeer et al., 2017): a router chooses some experts for each token, instead of one MLP.
+
+The output for a token is the weighted sum of the outputs of its experts.
+"""
 
 from collections.abc import Callable
 
@@ -11,14 +13,18 @@ from shoal.kernels.linear import Linear
 from shoal.models.spec import RoutingSpec
 from shoal.parallel.dispatch import Dispatch
 
-_TINY = 1e-20  # where all chosen scores are 0
+_TINY = 1e-20  # avoids a division by 0 if all chosen scores are 0
 
 
 def route(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their weights, the best first.
+    """Return the experts of each token, int64 [n, top_k], the best first, and their weights, float32 [n, top_k].
 
-    logits: [n, experts]; bias: float32 [experts], where the spec has a correction bias. Gives int64 and float32
-    [n, top_k]. A row's result does not depend on other rows. Groups and the bias are DeepSeek-V2's and V3's (2024).
+    The result for a token does not depend on other tokens. Groups and the correction bias are those of DeepSeek V2 and
+    V3 (2024).
+
+    Args:
+        logits: [n, experts].
+        bias: float32 [experts], if the spec has a correction bias.
     """
     logits = logits.float()
     scores = logits.softmax(-1) if spec.scoring == "softmax" else sigmoid(logits)
@@ -33,7 +39,7 @@ def route(logits: Tensor, spec: RoutingSpec, bias: Tensor | None) -> tuple[Tenso
 
 
 def _within_best_groups(ranked: Tensor, spec: RoutingSpec) -> Tensor:
-    """ranked: [n, experts]. What is not in the best groups becomes less than everything."""
+    """Return `ranked`, [n, experts], with -inf for all experts that are not in a token's best groups."""
     groups = ranked.unflatten(-1, (spec.groups, -1))
     best = groups.amax(-1) if spec.group_score == "best" else groups.topk(2).values.sum(-1)
     outside = torch.ones_like(best, dtype=torch.bool).scatter_(1, best.topk(spec.top_groups).indices, False)
@@ -42,25 +48,35 @@ def _within_best_groups(ranked: Tensor, spec: RoutingSpec) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """x: float32. By way of float64: PyTorch's float32 sigmoid has other last bits for the last elements of a tensor,
-    so that a row's would depend on the number of rows."""
+    """Return the sigmoid of x: float32, computed in float64.
+
+    PyTorch's float32 sigmoid rounds the last elements of a tensor differently, so that the result of a row would depend
+    on the number of rows.
+    """
     return x.double().sigmoid().float()
 
 
 class ExpertRouter:
+    """The router of a mixture.
+
+    `linear` computes a logit for each expert; its weights are float32 if the spec is `wide`.
+    """
+
     def __init__(self, linear: Linear, bias: Tensor | None, spec: RoutingSpec) -> None:
-        """linear: to a logit for each expert, of float32 weights where the spec is `wide`."""
         self.linear = linear
         self.bias = bias
         self.spec = spec
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [n, hidden]. Gives experts int64 [n, top_k], weights float32 [n, top_k]."""
+        """Return the experts, int64 [n, top_k], and their weights, float32 [n, top_k], for x: [n, hidden]."""
         return route(self.linear(x.float() if self.spec.wide else x), self.spec, self.bias)
 
 
 class SharedExperts:
-    """An MLP for every token, cut over the tensor-parallel ranks; with a `gate`, scaled by its sigmoid."""
+    """The shared experts: an MLP for all tokens, cut over tensor-parallel ranks.
+
+    If there is a `gate`, the output is scaled by its sigmoid.
+    """
 
     def __init__(self, up: Linear, activate: Callable[[Tensor], Tensor], down: Linear, gate: Linear | None) -> None:
         self.up = up
@@ -69,13 +85,13 @@ class SharedExperts:
         self.gate = gate
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [n, hidden]. Gives this rank's part of the sum."""
+        """Return this rank's part of the sum, [n, hidden], for x: [n, hidden]."""
         out = self.down(self.activate(self.up(x)))
         return out if self.gate is None else out * sigmoid(self.gate(x).float()).to(out.dtype)
 
 
 class MoE:
-    """`nothing`: [0, hidden], what a rank without tokens takes part with."""
+    """The mixture of experts of one layer. `no_tokens`: [0, hidden], the input of a step without tokens."""
 
     def __init__(
         self,
@@ -83,20 +99,20 @@ class MoE:
         experts: GroupedExperts,
         shared: SharedExperts | None,
         dispatch: Dispatch,
-        nothing: Tensor,
+        no_tokens: Tensor,
     ) -> None:
         self.router = router
         self.experts = experts
         self.shared = shared
         self.dispatch = dispatch
-        self.nothing = nothing
+        self.no_tokens = no_tokens
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [n, hidden], and so the result, the same on each tensor-parallel rank."""
+        """Return [n, hidden] for x: [n, hidden]. Both are the same on all tensor-parallel ranks."""
         routed = self.dispatch.dispatch(x, *self.router(x))
         out = self.experts(routed.x, routed.experts, routed.weights)
         return self.dispatch.combine(routed, out, self.shared(x) if self.shared else None)
 
     def join(self) -> None:
-        """Computes what arrives from other ranks, in a step in which this replica has no token."""
-        self(self.nothing)
+        """Take part in a step without tokens: compute the tokens that arrive from other ranks."""
+        self(self.no_tokens)

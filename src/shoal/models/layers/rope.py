@@ -1,4 +1,4 @@
-"""Rotary position embedding: the tables of angles (Su et al., 2021), and how families stretch them."""
+"""Rotary position embedding (Su et al., 2021): the tables of angles, with the kinds of scaling for longer texts."""
 
 import math
 
@@ -10,7 +10,7 @@ from shoal.models.spec import RopeSpec
 
 
 def rope_tables(spec: RopeSpec, head_dim: int, max_positions: int, device: torch.device) -> Rope:
-    """cos and sin: [max_positions, rotary_dim / 2], float32."""
+    """Return the tables of cos and sin, float32 [max_positions, rotary_dim / 2]."""
     frequencies = _frequencies(spec, spec.rotary_dim or head_dim)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
     factor = spec.attention_factor
@@ -18,6 +18,7 @@ def rope_tables(spec: RopeSpec, head_dim: int, max_positions: int, device: torch
 
 
 def _frequencies(spec: RopeSpec, dim: int) -> Tensor:
+    """Return the angle per position of each pair of dimensions, float32 [dim / 2]."""
     frequencies = 1.0 / spec.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if spec.kind == "linear":
         return frequencies / spec.factor
@@ -31,15 +32,18 @@ def _frequencies(spec: RopeSpec, dim: int) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, spec: RopeSpec, dim: int) -> Tensor:
-    """YaRN (Peng et al., 2023): what turns less than `beta_slow` times within the original context is stretched, what
-    turns more than `beta_fast` times is kept, and between the two is a ramp over the dimensions."""
+    """Return frequencies with YaRN scaling (Peng et al., 2023).
 
-    def dimension(turns: float) -> float:
-        """The pair that turns so often, counted in pairs and fractions of them."""
+    Pairs of dimensions that make fewer than `beta_slow` turns within the original length are scaled, those that make
+    more than `beta_fast` turns are kept, and the pairs between are blended linearly.
+    """
+
+    def pair_with_turns(turns: float) -> float:
+        """Return the index of the pair that makes so many turns within the original length; it may be fractional."""
         wavelength = spec.original_max_positions / (turns * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(spec.theta))
 
-    first, last = dimension(spec.beta_fast), dimension(spec.beta_slow)
+    first, last = pair_with_turns(spec.beta_fast), pair_with_turns(spec.beta_slow)
     if spec.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
@@ -49,7 +53,7 @@ def _yarn(frequencies: Tensor, spec: RopeSpec, dim: int) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, spec: RopeSpec) -> Tensor:
-    """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended."""
+    """Return frequencies with the scaling of Llama 3.1: low ones are divided by `factor`, those between are blended."""
     wavelengths = 2 * math.pi / frequencies
     longest = spec.original_max_positions / spec.low_freq_factor
     shortest = spec.original_max_positions / spec.high_freq_factor

@@ -1,9 +1,9 @@
-"""Models that no family reads: transformers' own module, with our attention, KV cache and linear layers. Free of torch.
+"""The spec of a model that runs through transformers' own module, because no family reads it. Free of torch.
 
-What a spec and a manifest need is not in config.json for an arbitrary model, so it is tried out: the module is built
-without weights and run once without numbers (`transformers_trial`). That names every tensor, its shape, which linear
-layers its tensor-parallel plan lets us cut, and what each attention layer does; what the engine could not do rightly is
-refused there, before any process is started.
+Such a model has our attention, KV cache and linear layers in the module of transformers. Its config.json does not have
+all that a spec and a manifest need. So the module is built without weights and run once without numbers (`trial`). This
+shows each tensor and its shape, which linear layers its tensor-parallel plan lets us cut, and what each attention layer
+computes. A model that the engine could not run correctly is refused there, before any process is started.
 """
 
 import dataclasses
@@ -11,39 +11,41 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import CheckpointError, ConfigError
+from shoal.models.config_json.text_part import PREFIXES
 from shoal.models.manifest import Cut, Param, Shard
 from shoal.models.spec import ModelSpec
-from shoal.models.text_part import PREFIXES
 from shoal.parallel.partition import HeadSplit
 
 
 @dataclass(frozen=True, slots=True)
 class FallbackSpec(ModelSpec):
-    """A model as the engine sees it; how it computes is the module's affair.
+    """The parts of a model that the engine must know; the module of transformers knows the rest.
 
-    Of `ModelSpec`'s fields the sizes, `attention` (scale, window and softcap, layer by layer), `tie_embeddings`,
-    `dtype` and what is said of lengths are the model's; `intermediate_size` is its widest inner layer. The others say
-    nothing.
+    Of the fields of `ModelSpec` these have the model's values: the sizes (`intermediate_size` is that of the widest
+    inner layer), `attention` (scale, window and soft cap of each layer), `tie_embeddings`, `dtype`, and the limits on
+    the length of texts. The other fields have no meaning.
     """
 
     architecture: str = ""
-    backbone: str = ""  # the path of what is below the head
-    params: tuple[Param, ...] = ()  # every tensor: "embedding", "head", "head_bias", and else by its path in the module
-    paths: tuple[tuple[str, str], ...] = ()  # of these three: name -> path
-    prefix: str = ""  # what names start with, but the head's; some files leave it out
-    cut_attention: bool = False  # are attention layers cut by heads? Else every rank computes all of them
-    cut_linears: int = 0  # linear layers that are cut over ranks, the head aside
-    whole: str = ""  # why no more of it is cut; "" where all that its plan names is
-    layers: str = ""  # the path of the list of its layers; "" where it can't be cut into pipeline stages
-    layers_give_tuples: bool = False  # of which the first is the residual stream
-    before: tuple[tuple[str, int], ...] = ()  # modules ahead of the layers: path, width of what they give
-    behind: tuple[str, ...] = ()  # modules behind the layers
+    backbone: str = ""  # path of the module below the head
+    params: tuple[Param, ...] = ()  # all tensors; embedding, head and head_bias have these names, others their paths
+    paths: tuple[tuple[str, str], ...] = ()  # path of the embedding, the head and its bias, by these names
+    prefix: str = ""  # prefix of all names but the head's, which some files leave out
+    cut_attention: bool = False  # attention layers are cut by heads; else every rank computes all heads
+    cut_linears: int = 0  # number of linear layers that are cut over ranks, not counting the head
+    uncut_reason: str = ""  # why not all layers that the plan names are cut; "" if they are
+    layers: str = ""  # path of the list of layers; "" if the model can't be cut into pipeline stages
+    layers_give_tuples: bool = False  # layers return tuples, of which the first element is the residual stream
+    modules_before: tuple[tuple[str, int], ...] = ()  # modules that run before the layers: path, width of the output
+    modules_after: tuple[str, ...] = ()  # modules that run after the layers
     one_stage: str = ""  # why it can't be cut into stages
 
     def describe(self, ranks: int) -> str:
-        """One line for the log."""
-        line = f"model_impl transformers: {self.architecture} runs as its own module with our attention and KV cache"
-        why = f": {self.whole}" if self.whole else ""
+        """Return a line for the log on how the model runs over so many tensor-parallel ranks."""
+        line = (
+            f"model_impl transformers: {self.architecture} runs as transformers' module with our attention and KV cache"
+        )
+        why = f": {self.uncut_reason}" if self.uncut_reason else ""
         if not self.cut_linears:
             return f"{line}, on one rank{why}"
         if ranks == 1:
@@ -52,34 +54,39 @@ class FallbackSpec(ModelSpec):
 
 
 def refusal(where: str, architecture: str, reason: str) -> CheckpointError:
+    """Return the error for a model that can't run through transformers' module. `reason` ends its sentence."""
     named = architecture or "an unnamed architecture"
     return CheckpointError(f"{where}: {named} can't run through --model-impl transformers: {reason}")
 
 
 def check_ranks(spec: FallbackSpec, ranks: int) -> None:
-    """Raises:
-    ConfigError: the model can't be cut over so many ranks.
+    """Check that the model can be cut over so many tensor-parallel ranks.
+
+    Raises:
+        ConfigError: it can't.
     """
     if ranks > 1 and not spec.cut_linears:
         raise ConfigError(
-            f"--tensor-parallel-size {ranks}: {spec.architecture} runs through transformers on one rank only, since "
-            f"{spec.whole or 'nothing of it can be cut'}; use --tensor-parallel-size 1"
+            f"--tensor-parallel-size {ranks}: {spec.architecture} can run through transformers on one rank only, "
+            f"because {spec.uncut_reason or 'no layer of it can be cut'}; use --tensor-parallel-size 1"
         )
 
 
 def check_stages(spec: FallbackSpec, stages: int) -> None:
-    """Raises:
-    ConfigError: the model can't be cut into so many pipeline stages.
+    """Check that the model can be cut into so many pipeline stages.
+
+    Raises:
+        ConfigError: it can't.
     """
     if stages > 1 and not spec.layers:
         raise ConfigError(
-            f"--pipeline-parallel-size {stages}: {spec.architecture} runs through transformers as one stage only, "
-            f"since {spec.one_stage}; use --tensor-parallel-size or --data-parallel-size"
+            f"--pipeline-parallel-size {stages}: {spec.architecture} can run through transformers as one stage only, "
+            f"because {spec.one_stage}; use --tensor-parallel-size or --data-parallel-size"
         )
 
 
-def as_cut(spec: FallbackSpec, shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """The shares of ranks, with all heads and all inner columns for each where these are not cut."""
+def shards_as_cut(spec: FallbackSpec, shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """Return the shards of ranks, where each has all heads, and all columns of MLPs, if these are not cut."""
     whole_heads = HeadSplit(
         range(spec.num_heads),
         range(spec.num_kv_heads),
@@ -99,10 +106,9 @@ def as_cut(spec: FallbackSpec, shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def manifest(spec: FallbackSpec, names: Iterable[str]) -> tuple[Param, ...]:
-    """Every parameter, by the names that a checkpoint has (`names`: all of them), with the module's prefix, another or
-    none.
+    """Return all parameters, with the names that a checkpoint with the tensors `names` has for them.
 
-    Checkpoints of the backbone alone have no prefix, those of a model that sees images too a longer one.
+    A checkpoint of the backbone alone has no prefix, that of a multimodal model has a longer one than the module.
     """
     known = set(names)
     if not spec.prefix:

@@ -1,4 +1,4 @@
-"""A causal model of transformers behind the decoder's interface: its own module, our attention and linear layers."""
+"""Running a causal model of transformers, with our attention and linear layers in its module, as a `CausalModel`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,14 @@ from shoal.kernels.linear import make_linear
 from shoal.lazy import load
 from shoal.models.checkpoint.loader import Weights
 from shoal.models.manifest import Cut, Piece, Shard
-from shoal.models.transformers.cut_plan import GivenBackbone, LinearModule, context_of, cut_layers, put, set_context
+from shoal.models.transformers.cut_plan import (
+    LinearModule,
+    PassThroughBackbone,
+    context_of,
+    cut_layers,
+    set_context,
+    set_module,
+)
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.stages import ResidualStream, stand_ins
 from shoal.models.transformers.trial import build, materialize_buffers
@@ -23,27 +30,28 @@ from shoal.parallel.linear import RowParallelLinear
 from shoal.parallel.mesh import Axis
 from shoal.parallel.stages import Stage
 
-RUN = "shoal"  # our name among transformers' attention functions
+ATTENTION_NAME = "shoal"  # under which our attention is registered with transformers
 
 
 @dataclass(slots=True)
 class Context:
-    """What the attention layers of one rank's model need to know."""
+    """The context of the attention layers of one rank's model."""
 
     heads: HeadLayout
     scores: tuple[Scores, ...]  # by layer
     kernels: Kernels
-    first_layer: int = 0  # of the stage
-    batch: PagedBatch | None = None  # of the step that is computed, and so the caches
-    caches: Sequence[KVCache] = ()
+    first_layer: int = 0  # number of the first layer of the stage
+    batch: PagedBatch | None = None  # of the current step
+    caches: Sequence[KVCache] = ()  # of the current step, one for each layer of the stage
 
 
 def paged_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: None, **_: Any
 ) -> tuple[Tensor, None]:
-    """query: [1, q_heads, n, d]; key, value: [1, kv_heads, n, d], rotated. Gives [1, n, q_heads, d].
+    """Store keys and values in the KV cache and return the output of attention, [1, n, q_heads, d].
 
-    A rank without heads computes one for the module's sake; it has no cache to write to.
+    query is [1, q_heads, n, d]; key and value are [1, kv_heads, n, d]; both are rotated. A rank without heads is called
+    with one head, since the module needs one; its result is not used and nothing is stored.
     """
     context: Context = context_of(module)
     heads, batch = context.heads, context.batch
@@ -58,10 +66,10 @@ def paged_attention(
 
 
 class TransformersModel:
-    """A stage of the model, with `shoal.models.causal_model.CausalModel`'s interface.
+    """A pipeline stage of a transformers module, as a `CausalModel`.
 
-    A pass is taken in two: the backbone, then what the causal model does to its outcome, with a stand-in for the
-    backbone. So whatever a class does to its logits is done.
+    A forward pass has two parts: the backbone, and then the causal model, in which the backbone is replaced by one that
+    returns its input. So everything that the class does to its logits is done.
     """
 
     def __init__(
@@ -75,11 +83,11 @@ class TransformersModel:
         self._context = context
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        """As `CausalModel.hidden`; the last stage gives [m, hidden]."""
+        """Compute one step, as `CausalModel.hidden` says. The last stage returns [m, hidden]."""
         tokens = inputs
         if not self._stage.first:
             self._stream.received = inputs.unsqueeze(0)
-            tokens = batch.positions.new_zeros(len(inputs))  # nobody looks at them
+            tokens = batch.positions.new_zeros(len(inputs))  # their values are not used
         self._context.batch, self._context.caches = batch, caches
         out = self.backbone(input_ids=tokens.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False)
         self._context.batch, self._context.caches = None, ()
@@ -90,10 +98,13 @@ class TransformersModel:
         return hidden if rows is None else hidden[rows]
 
     def join(self) -> None:
-        """It exchanges nothing with other replicas."""
+        """Return at once: such a model exchanges nothing with other replicas."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [m, hidden]. This rank's share of the vocabulary: float32 [m, rows of the head]."""
+        """Return the logits of this rank's share of the vocabulary, float32 [m, rows of the head].
+
+        hidden: [m, hidden].
+        """
         if not self._stage.last:
             raise EngineError("only the last pipeline stage has an output head")
         logits: Tensor = self._causal(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits
@@ -109,42 +120,42 @@ def build_transformers_model(
     kernels: Kernels,
     device: torch.device,
 ) -> TransformersModel:
-    """Loads the stage tensor by tensor, so that at most one plain weight is in memory beside its packed form.
+    """Load a rank's stage, tensor by tensor, so that at most one weight is in memory both plain and packed.
 
     Raises:
-        CheckpointError: something of the module is neither in the checkpoint nor made by the module itself.
+        CheckpointError: a tensor of the module is neither in the checkpoint nor computed by the module itself.
     """
     _register()
-    model = build(config, spec.architecture, RUN)
+    model = build(config, spec.architecture, ATTENTION_NAME)
     materialize_buffers(model, device)
     stream = ResidualStream()
     for path, absent in stand_ins(spec, model, shard.stage, stream).items():
-        put(model, path, absent)
-    _put_layers(model, spec, shard, tp, weights, device)
-    _put_ends(model, spec, shard, tp, weights, device)
-    _fill(model, spec, weights, device)
+        set_module(model, path, absent)
+    _replace_linear_layers(model, spec, shard, tp, weights, device)
+    _replace_embedding_and_head(model, spec, shard, tp, weights, device)
+    _load_other_tensors(model, spec, weights, device)
     backbone = model.get_submodule(spec.backbone)
-    put(model, spec.backbone, GivenBackbone())
+    set_module(model, spec.backbone, PassThroughBackbone())
     heads = HeadLayout(len(shard.heads.q_range), len(shard.heads.kv_ids), spec.head_dim, shard.heads.q_to_kv)
     scores = tuple(Scores(layer.scale, layer.window, layer.softcap) for layer in spec.attention)
     context = Context(heads, scores, kernels, shard.stage.layers.start)
     return TransformersModel(backbone, model, shard.stage, stream, context)
 
 
-def _put_layers(
+def _replace_linear_layers(
     model: nn.Module, spec: FallbackSpec, shard: Shard, tp: Axis, weights: Weights, device: torch.device
 ) -> None:
-    """Our linear layers in the place of all of torch's but the head."""
+    """Replace all linear layers of torch, except the head, by ours."""
     of_head, pieces = dict(spec.paths)["head"].removesuffix(".weight"), cut_layers(spec)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and path != of_head:
-            put(model, path, _linear(path, pieces.get(path), spec.head_dim, shard, tp, weights, device))
+            set_module(model, path, _linear(path, pieces.get(path), spec.head_dim, shard, tp, weights, device))
 
 
-def _put_ends(
+def _replace_embedding_and_head(
     model: nn.Module, spec: FallbackSpec, shard: Shard, tp: Axis, weights: Weights, device: torch.device
 ) -> None:
-    """Embedding and head, where the stage has them."""
+    """Replace the embedding and the head by ours, on the stages that have them."""
     paths = dict(spec.paths)
     cut = {param.name: param.pieces[0].cut for param in spec.params}
     embedding = weights.optional("embedding")
@@ -152,45 +163,45 @@ def _put_ends(
         embedding = embedding.to(device)
         if cut["embedding"] is Cut.VOCAB:
             share = VocabParallelEmbedding(embedding, shard.ranges[Cut.VOCAB], tp)
-            put(model, paths["embedding"].removesuffix(".weight"), EmbeddingModule(share))
+            set_module(model, paths["embedding"].removesuffix(".weight"), EmbeddingModule(share))
         else:
-            _set(model, paths["embedding"], embedding)
+            _set_tensor(model, paths["embedding"], embedding)
     head: nn.Module = nn.Identity()
     if shard.stage.last:
         bias = weights.optional("head_bias")
         tied_in_place = spec.tie_embeddings and device.type != "cpu"
         weight = embedding if tied_in_place and embedding is not None else weights.tensor("head").to(device)
         head = LinearModule(make_linear(weight, None if bias is None else bias.to(device)))
-    put(model, paths["head"].removesuffix(".weight"), head)
+    set_module(model, paths["head"].removesuffix(".weight"), head)
 
 
-def _fill(model: nn.Module, spec: FallbackSpec, weights: Weights, device: torch.device) -> None:
-    """All other tensors, as they are.
+def _load_other_tensors(model: nn.Module, spec: FallbackSpec, weights: Weights, device: torch.device) -> None:
+    """Load all other tensors into the module, uncut.
 
     Raises:
-        CheckpointError: something is neither in the checkpoint nor made by the module itself.
+        CheckpointError: a tensor is neither in the checkpoint nor computed by the module itself.
     """
     known = dict.fromkeys(param.name for param in spec.params)
     left = {
         name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta or name in known
     }
     for name in [name for name in known if name in left]:
-        _set(model, name, weights.tensor(name).to(device))
+        _set_tensor(model, name, weights.tensor(name).to(device))
         left.discard(name)
-    missing = sorted(left) + _loose_tensors(model)
+    missing = sorted(left) + _unset_attributes(model)
     if missing:
         raise CheckpointError(
-            f"{spec.architecture}: nothing is known to fill {missing[0]} ({len(missing)} such tensors)"
+            f"{spec.architecture}: no values are known for {missing[0]} ({len(missing)} such tensors)"
         )
 
 
 @cache
 def _register() -> None:
-    load("transformers:AttentionInterface").register(RUN, paged_attention)
+    load("transformers:AttentionInterface").register(ATTENTION_NAME, paged_attention)
 
 
 class EmbeddingModule(nn.Module):
-    """Our embedding in the place of torch's: int64 [1, n] to [1, n, hidden]."""
+    """A module around our embedding, which replaces torch's: int64 [1, n] to [1, n, hidden]."""
 
     def __init__(self, inner: VocabParallelEmbedding) -> None:
         super().__init__()
@@ -203,7 +214,7 @@ class EmbeddingModule(nn.Module):
 def _linear(
     path: str, piece: Piece | None, head_dim: int, shard: Shard, tp: Axis, weights: Weights, device: torch.device
 ) -> LinearModule:
-    """Our layer for torch's at `path`: whole, by columns, or by rows with a sum over ranks behind it."""
+    """Return our layer for the one at `path`: whole, cut by columns, or cut by rows with a sum over ranks after it."""
     weight = weights.tensor(f"{path}.weight").to(device)
     bias = weights.optional(f"{path}.bias")
     bias = None if bias is None else bias.to(device)
@@ -218,8 +229,8 @@ def _linear(
     return LinearModule((lambda x: summed(x[:, :0])) if lacks_heads else summed)
 
 
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor into a module, as the parameter or buffer that has this name."""
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set the parameter or buffer with this name."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
@@ -228,8 +239,8 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def _loose_tensors(model: nn.Module) -> list[str]:
-    """Tensors without numbers that are plain attributes of modules."""
+def _unset_attributes(model: nn.Module) -> list[str]:
+    """Return the paths of tensors without numbers that are plain attributes of modules."""
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()

@@ -46,7 +46,7 @@ from shoal.server.http.event_streams import STREAMED, ChunkWriter, EventStream, 
 from shoal.server.http.json_encoding import EncodedList, pieces, text_of
 from shoal.server.http.work_threads import apart
 from shoal.text.prompts import Job, salted
-from shoal.text.token_places import prompt_starts, prompt_text
+from shoal.text.token_offsets import prompt_offsets, prompt_text
 from shoal.values import shown
 
 
@@ -197,7 +197,7 @@ def _echo(service: Service, job: Job, *, wanted: bool, alone: bool) -> _Echo:
     if job.params.logprobs is None:
         return _Echo(job.tokens, wanted, text)
     first = legacy_name(tokenizer.token_text(job.tokens[0]), tokenizer.token_bytes(job.tokens[0]))
-    return _Echo(job.tokens, wanted, text, first, prompt_starts(tokenizer, job.tokens, text))
+    return _Echo(job.tokens, wanted, text, first, prompt_offsets(tokenizer, job.tokens, text))
 
 
 # --- at once -------------------------------------------------------------------------------------------------------

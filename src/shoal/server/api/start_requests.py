@@ -25,7 +25,7 @@ from shoal.server.http.json_encoding import bytes_of
 from shoal.server.http.work_threads import apart
 from shoal.server.settings import ServerSettings
 from shoal.server.tools.choice import ToolPlan
-from shoal.structured.schema.prepare import listed
+from shoal.structured.schema.prepare import summarize_keywords
 from shoal.text.prompts import Job
 from shoal.values import shown, whole_number
 
@@ -246,7 +246,7 @@ def prepared(work: Callable[[], Job], *, names: Mapping[str, str], prompt: str) 
 def ignored_headers(jobs: Sequence[Job]) -> dict[str, str]:
     """What tells the client which keywords of its schema the answer may not obey."""
     ignored = tuple(dict.fromkeys(keyword for job in jobs for keyword in job.ignored_keywords))
-    return {_IGNORED: listed(ignored, _MOST_IGNORED)} if ignored else {}
+    return {_IGNORED: summarize_keywords(ignored, _MOST_IGNORED)} if ignored else {}
 
 
 async def check_grammars(llm: Backend, jobs: Sequence[Job], names: Mapping[str, str]) -> None:

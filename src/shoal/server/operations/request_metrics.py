@@ -21,7 +21,6 @@ REFUSALS: dict[RefusalKind, str] = {
     refusal: refusal.name.lower() for refusal in RefusalKind if refusal is not RefusalKind.NONE
 }
 
-_TOKEN_BYTES = 4
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
     *(160.0, 640.0, 2560.0),
@@ -221,7 +220,7 @@ class RequestMetrics:
     # --- the recorder ------------------------------------------------------------------------------------------------
 
     def added(self, request: EngineRequest) -> None:
-        prompt = request.prompt_len or len(request.tokens) // _TOKEN_BYTES
+        prompt = request.num_prompt_tokens
         arrival = request.arrival or self._clock()
         self._lives[request.seq] = _RequestRecord(arrival, prompt, request.max_tokens, request.group)
         if request.group >= 0:

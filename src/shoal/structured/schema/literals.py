@@ -1,4 +1,4 @@
-"""`enum` and `const`: the values that are meant, with numbers of any size."""
+"""Rewriting `enum` and `const`, whose values may have numbers with any number of digits."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,82 +7,90 @@ from typing import Any
 
 from shoal.errors import RequestError
 from shoal.structured.schema import numbers
-from shoal.structured.schema.bounds import bounds_of, multiple_of
-from shoal.structured.schema.node import Here, Schema, any_of, has_type, identity, kind_of, malformed, too_deep
+from shoal.structured.schema.bounds import read_bounds, read_multiple
+from shoal.structured.schema.node import Location, Schema, any_of, has_type, identity, json_type, malformed, too_deep
 
-_MOST_LEVELS = 80  # of lists and objects in a value
+_MAX_LEVELS = 80  # lists and objects inside each other in one value
 _NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 
 
 @dataclass(frozen=True, slots=True)
 class Literals:
+    """The values that `enum` and `const` of one schema allow."""
+
     values: list[Any]
 
     @classmethod
-    def of(cls, words: dict[str, Any], here: Here) -> "Literals | None":
-        """The values that `enum` and `const` leave, None where there is neither."""
-        listed = words.get("enum")
-        if "enum" in words and not isinstance(listed, list):
+    def of(cls, keywords: dict[str, Any], here: Location) -> "Literals | None":
+        """Return the values that both `enum` and `const` allow, or None if the schema has neither."""
+        listed = keywords.get("enum")
+        if "enum" in keywords and not isinstance(listed, list):
             raise malformed("enum", here, "be a list", listed)
-        if "const" not in words:
+        if "const" not in keywords:
             return None if listed is None else cls(listed)
-        value = words["const"]
+        value = keywords["const"]
         return cls([value] if listed is None or identity(value) in map(identity, listed) else [])
 
-    def schema(
+    def to_schema(
         self,
-        words: dict[str, Any],
-        types: list[str] | tuple[str, ...],
         keywords: dict[str, Any],
-        here: Here,
+        types: list[str] | tuple[str, ...],
+        rewritten: dict[str, Any],
+        here: Location,
     ) -> Schema:
-        """
+        """Return a schema of those values that satisfy the other keywords too.
+
         Args:
-            keywords: the rewritten ones of the types that stand beside them.
+            keywords: the keywords of the schema.
+            types: the types that the schema allows.
+            rewritten: the keywords of single types in rewritten form.
 
         Raises:
-            RequestError: a number in them is too large.
+            RequestError: a number in the values is too large, or a value is nested too deeply.
         """
         _check_depth(self.values)
-        fitting = [value for value in self.values if has_type(value, types) and _within(value, words, here)]
-        plain = [_emitted(value) for value in fitting if is_plain(value)]
+        fitting = [
+            value for value in self.values if has_type(value, types) and _is_within_bounds(value, keywords, here)
+        ]
+        plain = [_json_value(value) for value in fitting if is_plain(value)]
         others = [value for value in fitting if not is_plain(value)]
-        beside = {name: value for name, value in keywords.items() if name not in _NUMBERS}
-        if others and any(kind_of(value) in ("array", "object") for value in others) and beside:
+        beside = {name: value for name, value in rewritten.items() if name not in _NUMBERS}
+        if others and any(json_type(value) in ("array", "object") for value in others) and beside:
             raise RequestError(
                 f"structured_outputs.json can't be obeyed: a number of more than 15 digits in enum or const at "
-                f"{here.place} beside {', '.join(beside)}; leave those out, for the value says it all"
+                f"{here.pointer} beside {', '.join(beside)}; remove those, the listed value needs no other keyword"
             )
-        if any(kind_of(value) in ("string", "array", "object") for value in plain) and beside:
+        if any(json_type(value) in ("string", "array", "object") for value in plain) and beside:
             part: Schema = {"enum": plain, **beside}
         else:
             part = {"enum": plain} if plain else False
-        return any_of([part, *(literal(value, here) for value in others)])
+        return any_of([part, *(value_schema(value, here) for value in others)])
 
 
-def _within(value: Any, words: dict[str, Any], here: Here) -> bool:
-    """Whether a number lies within the bounds beside it."""
-    number = numbers.exact(value)
-    if number is None or not _NUMBERS & words.keys():
+def _is_within_bounds(value: Any, keywords: dict[str, Any], here: Location) -> bool:
+    """Return whether a value is not a number, or satisfies the bounds and `multipleOf` of the same schema."""
+    number = numbers.to_decimal(value)
+    if number is None or not _NUMBERS & keywords.keys():
         return True
-    if not numbers.in_reach(number):
+    if not numbers.is_spellable(number):
         raise _too_long(here)
-    multiple = multiple_of(words, here)
+    multiple = read_multiple(keywords, here)
     fits = multiple is None or (Fraction(number) / Fraction(multiple)).denominator == 1
-    return fits and bounds_of(words, here, integer=False).holds(number)
+    return fits and read_bounds(keywords, here, integer=False).contains_number(number)
 
 
 def _check_depth(value: Any) -> None:
-    """
+    """Check that no value is nested more deeply than the library reads.
+
     Raises:
-        RequestError: a value is nested deeper than the library reads.
+        RequestError: a value is nested too deeply.
     """
     level, deepest = [value], -1
     while level:
         deepest += 1
         level = [each for outer in level for each in _inner(outer)]
-    if deepest > _MOST_LEVELS:
-        raise too_deep(deepest, _MOST_LEVELS)
+    if deepest > _MAX_LEVELS:
+        raise too_deep(deepest, _MAX_LEVELS)
 
 
 def _inner(value: Any) -> Iterable[Any]:
@@ -90,7 +98,7 @@ def _inner(value: Any) -> Iterable[Any]:
 
 
 def is_plain(value: Any) -> bool:
-    """The library obeys it exactly."""
+    """Return whether all numbers in a JSON value are plain (see `numbers`), so that the library obeys it exactly."""
     pending = [value]
     while pending:
         each = pending.pop()
@@ -98,50 +106,50 @@ def is_plain(value: Any) -> bool:
             pending.extend(each)
         elif isinstance(each, dict):
             pending.extend(each.values())
-        elif (number := numbers.exact(each)) is not None and not (
-            numbers.in_reach(number) and numbers.is_plain(number)
+        elif (number := numbers.to_decimal(each)) is not None and not (
+            numbers.is_spellable(number) and numbers.is_plain(number)
         ):
             return False
     return True
 
 
-def listed_schema(values: Sequence[Any]) -> Schema:
-    """A schema of these values, which are plain."""
-    return {"enum": [_emitted(value) for value in values]} if values else False
+def enum_schema(values: Sequence[Any]) -> Schema:
+    """Return a schema that allows exactly these values, which must be plain."""
+    return {"enum": [_json_value(value) for value in values]} if values else False
 
 
-def literal(value: Any, here: Here) -> Schema:
-    """A schema of one value."""
+def value_schema(value: Any, here: Location) -> Schema:
+    """Return a schema that allows exactly this value."""
     if is_plain(value):
-        return {"enum": [_emitted(value)]}
+        return {"enum": [_json_value(value)]}
     if isinstance(value, list):
-        items = [literal(each, here) for each in value]
+        items = [value_schema(each, here) for each in value]
         return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}
     if isinstance(value, dict):
-        properties = {key: literal(each, here) for key, each in value.items()}
+        properties = {key: value_schema(each, here) for key, each in value.items()}
         return {
             "type": "object",
             "properties": properties,
             "required": list(properties),
             "additionalProperties": False,
         }
-    number = numbers.exact(value)
-    if number is None or not numbers.in_reach(number):
+    number = numbers.to_decimal(value)
+    if number is None or not numbers.is_spellable(number):
         raise _too_long(here)
-    return {numbers.TERMINAL: numbers.literal(number), numbers.PLACE: here.place}
+    return {numbers.TERMINAL: numbers.literal(number), numbers.PLACE: here.pointer}
 
 
-def _emitted(value: Any) -> Any:
-    """A plain value as it goes into JSON."""
+def _json_value(value: Any) -> Any:
+    """Return a plain value with each Decimal as an int or a float, so that it can be written as JSON."""
     if isinstance(value, list):
-        return [_emitted(each) for each in value]
+        return [_json_value(each) for each in value]
     if isinstance(value, dict):
-        return {key: _emitted(each) for key, each in value.items()}
-    number = numbers.exact(value)
-    return value if number is None else numbers.written(number)
+        return {key: _json_value(each) for key, each in value.items()}
+    number = numbers.to_decimal(value)
+    return value if number is None else numbers.to_json_number(number)
 
 
-def _too_long(here: Here) -> RequestError:
+def _too_long(here: Location) -> RequestError:
     return RequestError(
-        f"structured_outputs.json can't be obeyed: a number in enum or const at {here.place} has hundreds of digits"
+        f"structured_outputs.json can't be obeyed: a number in enum or const at {here.pointer} has hundreds of digits"
     )

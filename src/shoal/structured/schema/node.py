@@ -1,4 +1,8 @@
-"""What the modules that rewrite schemas share: a place in a schema, and how its values are read."""
+"""The basis of all modules that rewrite a JSON schema: locations of subschemas, reading and comparing their values.
+
+A node is a JSON value where the schema has, or should have, a subschema. `here` is always the location of the node
+that a function works on.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,69 +10,71 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from shoal.errors import RequestError
-from shoal.structured.schema.numbers import exact
+from shoal.structured.schema.numbers import to_decimal
 from shoal.structured.schema.references import References, Resource, Target, pointer_step
 from shoal.values import shown
 
 Schema = dict[str, Any] | bool
-STRICT = "x-shoal-strict"  # a keyword of our own: in this subschema, what can't be obeyed is an error
+STRICT = "x-shoal-strict"  # a keyword of our own: inside this subschema an unsupported keyword is an error
 TYPES = ("null", "boolean", "number", "string", "array", "object")
-_MOST_COUNT = (1 << 31) - 1  # more items or characters than any output has
+_MAX_COUNT = (1 << 31) - 1  # items or characters: more than any output has
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
-    """Where a subschema is."""
+class Location:
+    """The location of a subschema in the whole schema, and what follows from it for the subschema."""
 
-    place: str  # a JSON pointer
+    pointer: str  # a JSON pointer
     resource: Resource
-    level: int = 0  # subschemas around it
-    joined: bool = False  # it, or one around it, holds together with others
-    around: tuple[dict[str, Any], ...] = ()  # the schemas whose `allOf`, `then` or `else` it is in
-    strict: bool = False
+    level: int = 0  # number of subschemas around it
+    joined: bool = False  # a value must satisfy it, or a subschema around it, together with others (as in `allOf`)
+    around: tuple[dict[str, Any], ...] = ()  # keywords of the schemas whose `allOf`, `then` or `else` contains it
+    strict: bool = False  # an unsupported keyword is an error; else the keyword is dropped
 
-    def under(self, *steps: str | int, joined: bool = False) -> "Here":
-        place = "/".join([self.place, *(pointer_step(str(step)) for step in steps)])
+    def under(self, *steps: str | int, joined: bool = False) -> "Location":
+        """Return the location that these steps of a JSON pointer lead to from here."""
+        pointer = "/".join([self.pointer, *(pointer_step(str(step)) for step in steps)])
         around = self.around if steps[0] in ("allOf", "then", "else") else ()
-        return Here(place, self.resource, self.level + 1, self.joined or joined, around, self.strict)
+        return Location(pointer, self.resource, self.level + 1, self.joined or joined, around, self.strict)
 
-    def at(self, target: Target) -> "Here":
-        """The place that a reference from here leads to."""
-        return Here(target.place, target.resource, joined=self.joined, strict=self.strict)
+    def at(self, target: Target) -> "Location":
+        """Return the location of `target`, which a reference here leads to."""
+        return Location(target.pointer, target.resource, joined=self.joined, strict=self.strict)
 
 
-class Rewrites(Protocol):
-    """What rewrites a schema, as its parts see it."""
+class SchemaRewriter(Protocol):
+    """The `Rewriter` as the functions for single keywords use it; its methods are documented there."""
 
     references: References
 
-    def words(self, node: dict[str, Any]) -> dict[str, Any]: ...
-    def skip(self, keyword: str, here: Here, why: str = "") -> None: ...
-    def child(self, node: Any, here: Here, *steps: str | int, joined: bool = False) -> Schema: ...
-    def followed(self, node: Any, here: Here) -> tuple[Any, Here]: ...
-    def target(self, keyword: str, reference: Any, here: Here) -> Target: ...
-    def schema(self, node: Any, here: Here) -> Schema: ...
+    def keywords(self, node: dict[str, Any]) -> dict[str, Any]: ...
+    def drop_keyword(self, keyword: str, here: Location, why: str = "") -> None: ...
+    def rewrite_child(self, node: Any, here: Location, *steps: str | int, joined: bool = False) -> Schema: ...
+    def follow(self, node: Any, here: Location) -> tuple[Any, Location]: ...
+    def resolve_reference(self, keyword: str, reference: Any, here: Location) -> Target: ...
+    def rewrite(self, node: Any, here: Location) -> Schema: ...
 
 
-Read = Callable[[Rewrites, dict[str, Any], Here], list[Schema]]
+KeywordReader = Callable[[SchemaRewriter, dict[str, Any], Location], list[Schema]]
 
 
-def malformed(name: str, here: Here, must: str, value: Any) -> RequestError:
-    return RequestError(f"structured_outputs.json: {name} at {here.place} must {must}, got {shown(value)}")
+def malformed(name: str, here: Location, must: str, value: Any) -> RequestError:
+    """Return an error that says what the keyword `name` must be (`must`: "be a list") and what it is."""
+    return RequestError(f"structured_outputs.json: {name} at {here.pointer} must {must}, got {shown(value)}")
 
 
 def too_deep(levels: int, most: int) -> RequestError:
     return RequestError(f"structured_outputs.json is nested too deeply ({levels} levels, {most} are allowed)")
 
 
-def types_of(words: dict[str, Any], here: Here) -> list[str] | None:
-    """The types that are allowed; None where none is named.
+def read_types(keywords: dict[str, Any], here: Location) -> list[str] | None:
+    """Return the types that the schema allows, or None if it names no type.
 
     Raises:
-        RequestError: one is unknown.
+        RequestError: a type is unknown.
     """
-    given = words.get("type")
-    if "type" not in words:
+    given = keywords.get("type")
+    if "type" not in keywords:
         return None
     names = given if isinstance(given, list) else [given]
     for name in names:
@@ -76,39 +82,41 @@ def types_of(words: dict[str, Any], here: Here) -> list[str] | None:
             raise malformed("type", here, f"be one of {', '.join(TYPES)}, integer", name)
     if not names:
         raise malformed("type", here, "name a type", given)
-    found = list(dict.fromkeys([*names, *(["null"] if words.get("nullable") is True else [])]))
+    found = list(dict.fromkeys([*names, *(["null"] if keywords.get("nullable") is True else [])]))
     return [name for name in found if name != "integer" or "number" not in found]
 
 
-def integer_of(words: dict[str, Any], name: str, here: Here, default: int | None = None) -> int | None:
-    """A count, 3.0 being as good as 3; what no output reaches is cut to what none reaches either.
+def read_count(keywords: dict[str, Any], name: str, here: Location, default: int | None = None) -> int | None:
+    """Return the count (of items, characters, ...) that a keyword gives, or `default` if the keyword is missing.
+
+    3.0 counts as 3. A count that no output can reach is replaced by a smaller one that no output can reach.
 
     Raises:
-        RequestError: it is none.
+        RequestError: the value is not a count.
     """
-    if name not in words:
+    if name not in keywords:
         return default
-    found = exact(words[name])
+    found = to_decimal(keywords[name])
     if found is None or found < 0 or found != found.to_integral_value():
-        raise malformed(name, here, "be a whole number that is not negative", words[name])
-    return int(min(found, Decimal(_MOST_COUNT)))
+        raise malformed(name, here, "be a whole number that is not negative", keywords[name])
+    return int(min(found, Decimal(_MAX_COUNT)))
 
 
-def mapping_of(words: dict[str, Any], name: str, here: Here) -> dict[str, Any]:
-    found = words.get(name, {})
+def read_object(keywords: dict[str, Any], name: str, here: Location) -> dict[str, Any]:
+    found = keywords.get(name, {})
     if not isinstance(found, dict):
         raise malformed(name, here, "be an object", found)
     return found
 
 
-def names_of(value: Any, name: str, here: Here) -> list[str]:
+def read_names(value: Any, name: str, here: Location) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise malformed(name, here, "be a list of texts", value)
     return list(dict.fromkeys(value))
 
 
-def kind_of(value: Any) -> str:
-    """The type of a value of JSON; a whole number is a number."""
+def json_type(value: Any) -> str:
+    """Return the JSON type of a value; a whole number is a "number"."""
     match value:
         case None:
             return "null"
@@ -124,29 +132,34 @@ def kind_of(value: Any) -> str:
 
 
 def has_type(value: Any, types: list[str] | tuple[str, ...]) -> bool:
-    kind = kind_of(value)
+    """Return whether a value has one of these types of JSON Schema; 1.0 is an integer."""
+    kind = json_type(value)
     if kind in types:
         return True
-    return kind == "number" and "integer" in types and exact(value) == (exact(value) or Decimal(0)).to_integral_value()
+    return (
+        kind == "number"
+        and "integer" in types
+        and to_decimal(value) == (to_decimal(value) or Decimal(0)).to_integral_value()
+    )
 
 
 def identity(value: Any) -> Any:
-    """What two values have in common that are equal as JSON Schema has it: 1 is 1.0, and not true."""
+    """Return a hashable form that is the same for values that JSON Schema calls equal: 1 equals 1.0, but not true."""
     if isinstance(value, list):
         return ("array", tuple(map(identity, value)))
     if isinstance(value, dict):
         return ("object", frozenset((name, identity(each)) for name, each in value.items()))
-    number = exact(value)
-    return (kind_of(value), value) if number is None else ("number", number)
+    number = to_decimal(value)
+    return (json_type(value), value) if number is None else ("number", number)
 
 
 def distinct(values: Sequence[Any]) -> list[Any]:
-    """The values, each once."""
+    """Return the values without repetitions, in their order."""
     return list({identity(value): value for value in reversed(values)}.values())[::-1]
 
 
 def all_of(parts: Sequence[Schema]) -> Schema:
-    """One schema for several that hold together."""
+    """Return one schema that is satisfied if all of these are."""
     flat: list[Schema] = []
     for part in parts:
         flat += part["allOf"] if isinstance(part, dict) and part.keys() == {"allOf"} else [part]
@@ -157,7 +170,7 @@ def all_of(parts: Sequence[Schema]) -> Schema:
 
 
 def any_of(parts: Sequence[Schema]) -> Schema:
-    """One schema for several of which one has to hold."""
+    """Return one schema that is satisfied if at least one of these is."""
     if any(part is True for part in parts):
         return True
     left = [part for part in parts if part is not False]

@@ -1,29 +1,52 @@
-"""Keywords of objects."""
+"""Rewriting the keywords of objects."""
 
 from itertools import combinations
 from math import comb
 from typing import Any
 
-from shoal.structured.schema.finite import finite_values
-from shoal.structured.schema.node import Here, Rewrites, Schema, any_of, integer_of, mapping_of, names_of, types_of
-from shoal.structured.schema.patterns import disjoint
-from shoal.structured.schema.strings import format_keywords, pattern_of
+from shoal.structured.schema.listed_values import listed_values
+from shoal.structured.schema.node import (
+    Location,
+    Schema,
+    SchemaRewriter,
+    any_of,
+    read_count,
+    read_names,
+    read_object,
+    read_types,
+)
+from shoal.structured.schema.patterns import patterns_disjoint
+from shoal.structured.schema.strings import read_format, read_pattern
 
-_MOST_CHOICES = 64  # of properties that may be there or not
-_APPLY = ("$ref", "$dynamicRef", "$recursiveRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies")
-_MOST_PATTERNS = 200
+_MAX_CHOICES = 64  # combinations of optional properties that a schema may be written out as
+# Keywords that apply other schemas to the same object, so that `unevaluatedProperties` depends on them.
+_APPLICATORS = (
+    "$ref",
+    "$dynamicRef",
+    "$recursiveRef",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "if",
+    "dependentSchemas",
+    "dependencies",
+)
+_MAX_PATTERNS = 200
 _ANY_NAME = ""  # a pattern
 
 
 class _Members:
-    """An object's members while its keywords are read: named ones, those by a pattern, and all others."""
+    """The members that a schema allows an object: those it names, those whose name matches a pattern, and all others.
 
-    def __init__(self, rewriter: Rewrites, words: dict[str, Any], here: Here) -> None:
+    `others` is the schema of the last kind.
+    """
+
+    def __init__(self, rewriter: SchemaRewriter, keywords: dict[str, Any], here: Location) -> None:
         self.named: dict[str, Schema] = {}
         self.by_pattern: dict[str, Schema] = {}
-        self.required = names_of(words.get("required", []), "required", here)
+        self.required = read_names(keywords.get("required", []), "required", here)
         self.others: Schema = True
-        self._read(rewriter, words, here)
+        self._read(rewriter, keywords, here)
 
     @property
     def closed(self) -> bool:
@@ -31,66 +54,66 @@ class _Members:
 
     @property
     def optional(self) -> list[str]:
-        """Named ones that may be there or not."""
+        """The names of the members that an object may have but need not have."""
         return [name for name, schema in self.named.items() if name not in self.required and schema is not False]
 
-    def _read(self, rewriter: Rewrites, words: dict[str, Any], here: Here) -> None:
-        for name, node in mapping_of(words, "properties", here).items():
-            self.named[name] = rewriter.child(node, here, "properties", name)
-        if "additionalProperties" in words:
-            self.others = rewriter.child(words["additionalProperties"], here, "additionalProperties")
+    def _read(self, rewriter: SchemaRewriter, keywords: dict[str, Any], here: Location) -> None:
+        for name, node in read_object(keywords, "properties", here).items():
+            self.named[name] = rewriter.rewrite_child(node, here, "properties", name)
+        if "additionalProperties" in keywords:
+            self.others = rewriter.rewrite_child(keywords["additionalProperties"], here, "additionalProperties")
         else:
-            self._unevaluated(rewriter, words, here)
-        self._patterns(rewriter, words, here)
-        if "propertyNames" in words and not self._names(rewriter, words["propertyNames"], here):
-            rewriter.skip("propertyNames", here)
+            self._unevaluated(rewriter, keywords, here)
+        self._patterns(rewriter, keywords, here)
+        if "propertyNames" in keywords and not self._names(rewriter, keywords["propertyNames"], here):
+            rewriter.drop_keyword("propertyNames", here)
 
-    def _unevaluated(self, rewriter: Rewrites, words: dict[str, Any], here: Here) -> None:
-        rest = words.get("unevaluatedProperties", True)
+    def _unevaluated(self, rewriter: SchemaRewriter, keywords: dict[str, Any], here: Location) -> None:
+        rest = keywords.get("unevaluatedProperties", True)
         if rest is True or rest == {}:
             return
-        applied = [name for name in _APPLY if name in words]
-        names = set() if not applied else _evaluated(rewriter, words, here) if rest is False else None
+        applied = [name for name in _APPLICATORS if name in keywords]
+        names = set() if not applied else _evaluated(rewriter, keywords, here) if rest is False else None
         if names is None:
-            rewriter.skip("unevaluatedProperties", here, "beside what applies other schemas")
+            rewriter.drop_keyword("unevaluatedProperties", here, "beside keywords that apply other schemas")
             return
         self.named |= {name: True for name in sorted(names) if name not in self.named}
-        self.others = rewriter.child(rest, here, "unevaluatedProperties")
+        self.others = rewriter.rewrite_child(rest, here, "unevaluatedProperties")
 
-    def _patterns(self, rewriter: Rewrites, words: dict[str, Any], here: Here) -> None:
+    def _patterns(self, rewriter: SchemaRewriter, keywords: dict[str, Any], here: Location) -> None:
         alike: dict[str, list[str]] = {}
         schemas: dict[str, Schema] = {}
-        for pattern, node in mapping_of(words, "patternProperties", here).items():
-            regex = pattern_of(rewriter, pattern, f"patternProperties {pattern[:40]}", here)
+        for pattern, node in read_object(keywords, "patternProperties", here).items():
+            regex = read_pattern(rewriter, pattern, f"patternProperties {pattern[:40]}", here)
             if regex is None:
-                self.others = True  # whatever the pattern matches isn't among the others
+                self.others = True  # a name that the dropped pattern matches must not be checked as one of the others
                 continue
-            schema = rewriter.child(node, here, "patternProperties", pattern)
+            schema = rewriter.rewrite_child(node, here, "patternProperties", pattern)
             alike.setdefault(repr(schema), []).append(regex)
             schemas[repr(schema)] = schema
         merged = {"|".join(regexes): schemas[key] for key, regexes in alike.items()}
-        if len(merged) > _MOST_PATTERNS or any(not disjoint(*pair) for pair in combinations(merged, 2)):
-            rewriter.skip("patternProperties", here, "where a name may match two of the patterns")
+        if len(merged) > _MAX_PATTERNS or any(not patterns_disjoint(*pair) for pair in combinations(merged, 2)):
+            rewriter.drop_keyword("patternProperties", here, "where a name may match two of the patterns")
             self.others = True
         else:
             self.by_pattern = merged
 
-    def _names(self, rewriter: Rewrites, node: Any, here: Here) -> bool:
-        """Obey `propertyNames`, where that is possible."""
-        node, at = rewriter.followed(node, here.under("propertyNames"))
-        words = rewriter.words(node) if isinstance(node, dict) else {}
-        types = types_of(words, at)
-        values = finite_values(rewriter, node, at)
+    def _names(self, rewriter: SchemaRewriter, node: Any, here: Location) -> bool:
+        """Apply the schema `node` of `propertyNames`; return False if that is not possible."""
+        node, at = rewriter.follow(node, here.under("propertyNames"))
+        keywords = rewriter.keywords(node) if isinstance(node, dict) else {}
+        types = read_types(keywords, at)
+        values = listed_values(rewriter, node, at)
         if types is not None and "string" not in types:
             values = []
-        if values is None and words.keys() <= {"type"}:  # any name
+        if values is None and keywords.keys() <= {"type"}:  # any name
             return True
         if self.by_pattern and values != []:
             return False
         if values is not None:
             self._only([value for value in values if isinstance(value, str)])
             return True
-        regex = None if self.named else _name_pattern(rewriter, words, at)
+        regex = None if self.named else _name_pattern(rewriter, keywords, at)
         if regex:
             self.by_pattern, self.others = {regex: self.others}, False
         return regex is not None
@@ -103,11 +126,14 @@ class _Members:
 
 
 def object_keywords(
-    rewriter: Rewrites, words: dict[str, Any], types: list[str] | None, here: Here
+    rewriter: SchemaRewriter, keywords: dict[str, Any], types: list[str] | None, here: Location
 ) -> tuple[Schema, list[Schema]]:
-    """The keywords of objects, and what holds beside them. False: no object satisfies them."""
-    members = _Members(rewriter, words, here)
-    least, most = integer_of(words, "minProperties", here, 0) or 0, integer_of(words, "maxProperties", here)
+    """Return the rewritten keywords of objects, and schemas that must be satisfied in addition.
+
+    The first is False if no object satisfies the keywords.
+    """
+    members = _Members(rewriter, keywords, here)
+    least, most = read_count(keywords, "minProperties", here, 0) or 0, read_count(keywords, "maxProperties", here)
     if most is not None and max(least, len(members.required)) > most:
         return False, []
     counts: dict[str, Any] = {}
@@ -120,8 +146,8 @@ def object_keywords(
     if any(part is False for part in extra):
         return False, []
     if members.named and members.others is not False and not members.by_pattern and not here.joined and not counts:
-        # The library excludes named members from the others by their plain spelling, and takes "\u0061" for another
-        # name than "a". Where others are members by a pattern, it has one spelling for each name.
+        # The library recognizes a named member among the others only in its plain spelling: it takes "\u0061" for
+        # another name than "a". If the others are given by a pattern, it allows only one spelling of each name.
         members.by_pattern, members.others = {_ANY_NAME: members.others}, False
     found: dict[str, Any] = {}
     if members.named:
@@ -136,72 +162,86 @@ def object_keywords(
 
 
 def _at_least(
-    rewriter: Rewrites, members: _Members, least: int, kind: dict[str, Any], counts: dict[str, Any], here: Here
+    rewriter: SchemaRewriter,
+    members: _Members,
+    least: int,
+    kind: dict[str, Any],
+    counts: dict[str, Any],
+    here: Location,
 ) -> list[Schema]:
-    """`minProperties`, where more than the required members are asked for."""
+    """Rewrite `minProperties`, for more members than are required, and return schemas that must be satisfied.
+
+    Puts it into `counts` instead if the library can obey it.
+    """
     more = least - len(members.required)
     optional = members.optional
     if members.closed:
         if more > len(optional):
             return [False]
-        if comb(len(optional), more) <= _MOST_CHOICES:
+        if comb(len(optional), more) <= _MAX_CHOICES:
             return [any_of([{**kind, "required": list(names)} for names in combinations(optional, more)])]
     elif more == 1 and not optional and not here.joined:
         counts["minProperties"] = least
         return []
-    # A model may write the same name twice among those that aren't named: two such members may count as one.
-    rewriter.skip("minProperties", here)
+    # A model may write the same name twice for members that the schema does not name; they would be counted as two.
+    rewriter.drop_keyword("minProperties", here)
     return []
 
 
 def _at_most(
-    rewriter: Rewrites, members: _Members, most: int, kind: dict[str, Any], counts: dict[str, Any], here: Here
+    rewriter: SchemaRewriter, members: _Members, most: int, kind: dict[str, Any], counts: dict[str, Any], here: Location
 ) -> list[Schema]:
-    """`maxProperties`."""
+    """Rewrite `maxProperties` and return schemas that must be satisfied.
+
+    Puts it into `counts` instead if the library can obey it.
+    """
     optional = members.optional
-    fewer = len(optional) - (most - len(members.required))  # that can't be there
+    fewer = len(optional) - (most - len(members.required))  # optional members that must be absent
     if members.closed:
         if fewer <= 0:
             return []
-        if comb(len(optional), fewer) <= _MOST_CHOICES:
+        if comb(len(optional), fewer) <= _MAX_CHOICES:
             choices = combinations(optional, fewer)
             return [any_of([{**kind, "properties": dict.fromkeys(names, False)} for names in choices])]
     elif not optional and not here.joined:
         counts["maxProperties"] = most
         return []
-    rewriter.skip("maxProperties", here)
+    rewriter.drop_keyword("maxProperties", here)
     return []
 
 
-def _name_pattern(rewriter: Rewrites, words: dict[str, Any], here: Here) -> str | None:
-    """A pattern for the names that satisfy a schema; empty for all, None where no pattern says it."""
-    keywords = words.keys() - {"type"}
-    if keywords == {"pattern"}:
-        return pattern_of(rewriter, words["pattern"], "pattern", here)
-    if keywords <= {"minLength", "maxLength"}:
-        least, most = integer_of(words, "minLength", here, 0), integer_of(words, "maxLength", here)
+def _name_pattern(rewriter: SchemaRewriter, keywords: dict[str, Any], here: Location) -> str | None:
+    """Return a pattern for the names that satisfy a schema: empty if all do, None if no pattern can express it."""
+    left = keywords.keys() - {"type"}
+    if left == {"pattern"}:
+        return read_pattern(rewriter, keywords["pattern"], "pattern", here)
+    if left <= {"minLength", "maxLength"}:
+        least, most = read_count(keywords, "minLength", here, 0), read_count(keywords, "maxLength", here)
         return f"^(?s:.{{{least},{'' if most is None else most}}})$"
-    if keywords == {"format"} and isinstance(words["format"], str):
-        found = format_keywords(words["format"])
+    if left == {"format"} and isinstance(keywords["format"], str):
+        found = read_format(keywords["format"])
         return None if found is None else found.get("pattern", "" if not found else None)
     return None
 
 
-def _evaluated(rewriter: Rewrites, words: dict[str, Any], here: Here, depth: int = 8) -> set[str] | None:
-    """The names of members that a schema and what it applies speak of; None where that depends on the value."""
-    if depth == 0 or any(name in words for name in ("anyOf", "oneOf", "if", "dependentSchemas", "dependencies")):
+def _evaluated(rewriter: SchemaRewriter, keywords: dict[str, Any], here: Location, depth: int = 8) -> set[str] | None:
+    """Return the members that a schema, and the schemas it applies to the same object, name in `properties`.
+
+    None if that depends on the object, or if members are described in another way than by their names.
+    """
+    if depth == 0 or any(name in keywords for name in ("anyOf", "oneOf", "if", "dependentSchemas", "dependencies")):
         return None
-    if words.keys() & {"$dynamicRef", "$recursiveRef"}:
+    if keywords.keys() & {"$dynamicRef", "$recursiveRef"}:
         return None
-    names = set(mapping_of(words, "properties", here))
-    inner = [(node, here) for node in words.get("allOf", [])]
-    if "$ref" in words:
-        target = rewriter.target("$ref", words["$ref"], here)
+    names = set(read_object(keywords, "properties", here))
+    inner = [(node, here) for node in keywords.get("allOf", [])]
+    if "$ref" in keywords:
+        target = rewriter.resolve_reference("$ref", keywords["$ref"], here)
         inner.append((target.node, here.at(target)))
-    for node, at in [rewriter.followed(*each) for each in inner]:
+    for node, at in [rewriter.follow(*each) for each in inner]:
         if not isinstance(node, dict):
             continue
-        found = rewriter.words(node)
+        found = rewriter.keywords(node)
         if found.keys() & {"patternProperties", "additionalProperties", "unevaluatedProperties"}:
             return None
         below = _evaluated(rewriter, found, at, depth - 1)

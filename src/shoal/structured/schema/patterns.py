@@ -1,7 +1,8 @@
-"""Regular expressions of JSON schemas, which are JavaScript's (ECMA-262), in the words of llguidance's library.
+"""Translating regular expressions of JSON schemas, which are JavaScript's (ECMA-262), to those of Rust and llguidance.
 
-The two read most patterns alike, and some not: in a class `[` and `&&` are operators of one of them, `.` and `\\s` mean
-different sets, and one has look-around, word boundaries and back-references, which no automaton has.
+Most patterns mean the same in both. The differences: Rust reads `[` and `&&` in a character class as operators; `.` and
+`\\s` mean different sets; and JavaScript has look-around, word boundaries and back-references, which a finite
+automaton cannot match.
 """
 
 import re
@@ -12,35 +13,36 @@ _CONTROLS = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
 _ANYTHING = r"[^\n\r\x{2028}\x{2029}]"
 _QUANTIFIER = re.compile(r"[*+?]|\{(\d+)(,(\d*))?\}", re.ASCII)
 _PROPERTY = re.compile(r"\{[A-Za-z_]+(=[A-Za-z_]+)?\}")
-_MOST_REPEATED = 1 << 31
-_MOST_NESTED = 200
-_DECIMAL = r"^(?!^[-+.]*$)[+-]?0*"  # what pydantic writes for a Decimal begins so
+_MAX_REPEATED = 1 << 31
+_MAX_NESTED = 200
+_DECIMAL = r"^(?!^[-+.]*$)[+-]?0*"  # how a pattern that pydantic writes for a Decimal begins
 
 
-class NotRegular(Exception):
-    """No automaton can match it."""
+class PatternNotSupported(Exception):
+    """A regular expression that the library cannot match; the message names the part that it lacks."""
 
 
-def translated(pattern: str) -> str:
-    """
+def translate(pattern: str) -> str:
+    """Return a JavaScript pattern in the syntax of the library.
+
     Raises:
-        ValueError: it is no regular expression.
-        NotRegular: it is one that can't be obeyed.
+        ValueError: the text is not a regular expression.
+        PatternNotSupported: the regular expression cannot be translated.
     """
     if pattern.startswith(_DECIMAL):
         return _decimal(pattern.removeprefix(_DECIMAL))
-    return _Translation(pattern).run()
+    return _Translator(pattern).run()
 
 
-class _Translation:
+class _Translator:
     def __init__(self, pattern: str) -> None:
         self._text = pattern
         self._at = 0
         self._out: list[str] = []
-        self._open = 0  # groups
-        self._atom = False  # there is something that a quantifier may follow
-        self._start = True  # nothing is before this, in any way to come here
-        self._starts: list[bool] = []  # the same, where each open group begins
+        self._open = 0  # number of open groups
+        self._atom = False  # a quantifier may follow here
+        self._at_start = True  # no character can have been matched before this position
+        self._group_starts: list[bool] = []  # `_at_start` at the beginning of each open group
 
     def run(self) -> str:
         while self._at < len(self._text):
@@ -53,9 +55,9 @@ class _Translation:
         char = self._text[self._at]
         match char:
             case "\\":
-                self._put(self._escape(inside=False))
+                self._emit(self._escape(inside=False))
             case "[":
-                self._put(self._class())
+                self._emit(self._class())
             case "(":
                 self._group()
             case ")":
@@ -63,34 +65,34 @@ class _Translation:
             case "|":
                 self._at += 1
                 self._out.append("|")
-                self._start, self._atom = self._starts[-1] if self._starts else True, False
+                self._at_start, self._atom = self._group_starts[-1] if self._group_starts else True, False
             case "^" | "$":
                 self._anchor(char)
             case ".":
                 self._at += 1
-                self._put(_ANYTHING)
+                self._emit(_ANYTHING)
             case "*" | "+" | "?" | "{":
                 self._quantifier()
             case _:
                 self._at += 1
-                self._put(_literal(ord(char)))
+                self._emit(_literal(ord(char)))
 
-    def _put(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         self._out.append(text)
-        self._atom, self._start = True, False
+        self._atom, self._at_start = True, False
 
     def _group(self) -> None:
         rest = self._text[self._at :]
         named = re.match(r"\(\?<[A-Za-z_$][\w$]*>", rest)
         if rest.startswith(("(?=", "(?!", "(?<=", "(?<!")):
-            raise NotRegular("look-around")
+            raise PatternNotSupported("look-around")
         if rest.startswith("(?") and not rest.startswith("(?:") and not named:
-            raise NotRegular("a flag or an unknown kind of group")
+            raise PatternNotSupported("a flag or an unknown kind of group")
         self._at += len(named[0]) if named else 3 if rest.startswith("(?:") else 1
         self._open += 1
-        if self._open > _MOST_NESTED:
-            raise NotRegular(f"groups nested deeper than {_MOST_NESTED}")
-        self._starts.append(self._start)
+        if self._open > _MAX_NESTED:
+            raise PatternNotSupported(f"groups nested deeper than {_MAX_NESTED}")
+        self._group_starts.append(self._at_start)
         self._out.append("(?:")
         self._atom = False
 
@@ -99,43 +101,43 @@ class _Translation:
             raise ValueError("unopened group")
         self._at += 1
         self._open -= 1
-        self._starts.pop()
-        self._put(")")
+        self._group_starts.pop()
+        self._emit(")")
 
     def _anchor(self, char: str) -> None:
-        """At an end of the text, where the library takes them."""
+        """Translate `^` or `$`, which the library allows only at the beginning and at the end of a pattern."""
         self._at += 1
-        if char == "^" and not self._start:
-            raise NotRegular("^ behind other text")
+        if char == "^" and not self._at_start:
+            raise PatternNotSupported("^ after other text")
         if char == "$" and self._text[self._at :].lstrip(")").startswith("|") and self._open:
-            raise NotRegular("$ inside of a group")
+            raise PatternNotSupported("$ inside a group")
         if char == "$" and self._text[self._at :].lstrip(")") and self._text[self._at] != "|":
-            raise NotRegular("$ before other text")
+            raise PatternNotSupported("$ before other text")
         self._out.append(char)
         self._atom = False
-        self._start = self._start and char == "^"
+        self._at_start = self._at_start and char == "^"
 
     def _quantifier(self) -> None:
         found = _QUANTIFIER.match(self._text, self._at)
-        if found is None:  # a brace that is only a brace
+        if found is None:  # a brace that begins no quantifier stands for itself
             self._at += 1
-            self._put(_literal(ord("{")))
+            self._emit(_literal(ord("{")))
             return
         if not self._atom:
             raise ValueError("nothing to repeat")
         least, most = int(found[1] or 0), int(found[3] or found[1] or 0)
-        if max(least, most) >= _MOST_REPEATED:
-            raise NotRegular("too many repetitions")
+        if max(least, most) >= _MAX_REPEATED:
+            raise PatternNotSupported("too many repetitions")
         if found[3] and least > most:
-            raise ValueError("the numbers of a repetition are the wrong way round")
+            raise ValueError("the minimum of a repetition is larger than its maximum")
         self._out.append(found[0])
         self._at = found.end()
-        if self._text[self._at : self._at + 1] == "?":  # lazy: what matches is the same
+        if self._text[self._at : self._at + 1] == "?":  # a lazy quantifier matches the same texts
             self._at += 1
         self._atom = False
 
     def _escape(self, *, inside: bool) -> str:
-        """Of a character or a set. `inside`: of a class."""
+        """Translate an escape, which stands for a character or a set. `inside`: it is in a character class."""
         code, name = self._code_of_escape(inside)
         if code is not None:
             return _in_class(code) if inside else _literal(code)
@@ -145,12 +147,12 @@ class _Translation:
             return f"[^{_SETS[name.lower()]}]"
         found = _PROPERTY.match(self._text, self._at)
         if found is None:
-            raise NotRegular("\\p without the name of a property")
+            raise PatternNotSupported("\\p without the name of a property")
         self._at = found.end()
         return f"\\{name}{found[0]}"
 
     def _code_of_escape(self, inside: bool) -> tuple[int | None, str]:
-        """The character that an escape stands for, or the name of its set."""
+        """Read an escape: return the code of the character that it stands for, or None and the name of its set."""
         name = self._text[self._at + 1 : self._at + 2]
         if not name:
             raise ValueError("a backslash at the end")
@@ -168,7 +170,7 @@ class _Translation:
             return None, name
         if name.isalnum() and name.isascii():
             what = "a word boundary" if name in "bB" else "a back-reference" if name in "123456789k" else f"\\{name}"
-            raise NotRegular(what)
+            raise PatternNotSupported(what)
         return ord(name), ""
 
     def _hexadecimal(self, name: str) -> int:
@@ -176,7 +178,7 @@ class _Translation:
             self._text, self._at
         )
         if found is None:
-            raise NotRegular(f"\\{name} without digits")
+            raise PatternNotSupported(f"\\{name} without digits")
         self._at = found.end()
         code = int(found[found.lastindex or 0], 16)
         low = re.compile(r"\\u([Dd][C-Fc-f][0-9A-Fa-f]{2})").match(self._text, self._at)
@@ -184,7 +186,7 @@ class _Translation:
             self._at = low.end()
             return 0x10000 + ((code - 0xD800) << 10) + int(low[1], 16) - 0xDC00
         if 0xD800 <= code < 0xE000 or code > 0x10FFFF:
-            raise NotRegular("half of a character")
+            raise PatternNotSupported("half of a surrogate pair")
         return code
 
     def _class(self) -> str:
@@ -195,28 +197,28 @@ class _Translation:
         while not self._text.startswith("]", self._at):
             if self._at >= len(self._text):
                 raise ValueError("unclosed character class")
-            found.append(self._member())
+            found.append(self._class_member())
         self._at += 1
         if not found and not negated:
-            raise NotRegular("an empty class")
+            raise PatternNotSupported("an empty class")
         return f"[{'^' if negated else ''}{''.join(found)}]" if found else "(?s:.)"
 
-    def _member(self) -> str:
-        first = self._one()
+    def _class_member(self) -> str:
+        first = self._class_item()
         if not self._text.startswith("-", self._at) or self._text[self._at + 1 : self._at + 2] in ("]", ""):
             return first if isinstance(first, str) else _in_class(first)
         if isinstance(first, str):
             return first
         self._at += 1
-        last = self._one()
+        last = self._class_item()
         if isinstance(last, str):
             return f"{_in_class(first)}{_in_class(ord('-'))}{last}"
         if first > last:
-            raise ValueError("a range of a class is the wrong way round")
+            raise ValueError("a range in a character class ends before it begins")
         return f"{_in_class(first)}-{_in_class(last)}"
 
-    def _one(self) -> int | str:
-        """A character of a class, or a set."""
+    def _class_item(self) -> int | str:
+        """Read one item of a character class: return the code of a character, or a set in translated form."""
         if self._text[self._at] != "\\":
             self._at += 1
             return ord(self._text[self._at - 1])
@@ -238,7 +240,10 @@ def _in_class(code: int) -> str:
 
 
 def _decimal(rest: str) -> str:
-    """Pydantic's pattern for a Decimal, of whose forms each has a look-ahead."""
+    """Translate the rest of a pattern that pydantic writes for a Decimal.
+
+    It has look-aheads, but as its forms are known it can be written without them.
+    """
     if rest == r"\d*\.?\d*$":
         return r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)$"
     if found := re.fullmatch(r"\\d\*\\\.\?\\d\{0,(\d+)\}0\*\$", rest):
@@ -255,11 +260,11 @@ def _decimal(rest: str) -> str:
         most = int(digits[1])
         split = [rf"{_whole(i)}\.[0-9]{{0,{most - i}}}0*" for i in range(most + 1)]
         return rf"^[+-]?(?:{'|'.join([_whole(most), *split, _fraction(most)])})$"
-    raise NotRegular("look-around")
+    raise PatternNotSupported("look-around")
 
 
 def _whole(most: int) -> str:
-    """At least one digit, of which `most` count."""
+    """Return a pattern for a whole number of at most `most` digits, apart from leading zeros."""
     return rf"(?:0*[0-9]{{1,{most}}}|0+)" if most else "0+"
 
 
@@ -271,17 +276,19 @@ _PIECE = re.compile(r"\[(\^?)((?:\\x\{[0-9a-f]+\}|\\.|[^\]\\])*)\]|\\x\{([0-9a-f
 _RANGE = re.compile(r"(\\x\{[0-9a-f]+\}|[^\\])(?:-(\\x\{[0-9a-f]+\}|[^\\]))?")
 
 
-def disjoint(one: str, other: str) -> bool:
-    """Whether no text matches two patterns in the library's words, as far as the characters that they begin with say:
-    each is anchored, and at some place they have none in common."""
+def patterns_disjoint(one: str, other: str) -> bool:
+    """Return whether no text matches both of two translated patterns, as far as their first characters show.
+
+    That is so if both begin with `^` and, at some position, have no character in common.
+    """
     return any(
         all(high < low or last < first for first, high in mine for low, last in yours)
-        for mine, yours in zip(_beginning(one), _beginning(other), strict=False)
+        for mine, yours in zip(_first_ranges(one), _first_ranges(other), strict=False)
     )
 
 
-def _beginning(pattern: str) -> list[list[tuple[int, int]]]:
-    """The ranges of characters that a text that matches has at its first places."""
+def _first_ranges(pattern: str) -> list[list[tuple[int, int]]]:
+    """Return, for each of the first positions of a matching text, the ranges of characters that it may have there."""
     if not pattern.startswith("^") or "|" in pattern:
         return []
     found: list[list[tuple[int, int]]] = []

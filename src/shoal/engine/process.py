@@ -1,0 +1,68 @@
+"""An engine in a process of its own: `python -m shoal.engine.process --fd N --parent PID`."""
+
+import os
+import signal
+
+import click
+
+from shoal.addresses import Address
+from shoal.cluster.lockstep.local import Joined
+from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
+from shoal.cluster.members.arrival import PEERS
+from shoal.engine.build import build_engine
+from shoal.engine.core import EngineCore
+from shoal.engine.server import serve
+from shoal.log import configure_logging
+from shoal.process import garbage_collector
+from shoal.transport.channel import Channel
+from shoal.transport.member import connect
+from shoal.transport.process import die_with_parent
+from shoal.wire.base import replace_fields
+from shoal.wire.plan import EnginePlan
+
+
+@click.command()
+@click.option("--fd", type=int, required=True)
+@click.option("--parent", type=int, required=True)
+def main(fd: int, parent: int) -> None:
+    die_with_parent(parent)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the client decides what ends
+        signal.signal(number, signal.SIG_IGN)
+    configure_logging()
+    code = serve(Channel.from_fd(fd), join, start)
+    os._exit(code)  # nothing to save; torch's own teardown takes longer than the client should wait
+
+
+def join(plan: EnginePlan) -> RendezvousLockstep | None:
+    """Meet the replicas elsewhere: those that share experts with this one for good, others to compare once."""
+    place = plan.place
+    if place.size > 1:
+        configure_logging(f"(replica {place.rank}) ")
+    if not place.rendezvous:
+        return None
+    if plan.layout.shares_experts:
+        return RendezvousLockstep(place, plan.agreement, timeout=plan.timeouts.start_s)
+    connect(
+        Address.parse(place.rendezvous),
+        place.key,
+        room=PEERS,
+        rank=place.rank,
+        size=place.size,
+        agreement=plan.agreement,
+        timeout=plan.timeouts.start_s,
+        returning=place.returning,
+    ).close()
+    return None
+
+
+def start(plan: EnginePlan, lockstep: Joined | None) -> EngineCore:
+    if isinstance(lockstep, RendezvousLockstep):
+        place = replace_fields(plan.place, address=lockstep.host_address, meeting=lockstep.formation)
+        plan = replace_fields(plan, place=place)
+    engine = build_engine(plan, own_process=True, lockstep=lockstep)
+    garbage_collector.settle()
+    return engine
+
+
+if __name__ == "__main__":
+    main()

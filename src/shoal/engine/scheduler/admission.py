@@ -1,0 +1,109 @@
+"""Letting waiting requests in."""
+
+from collections.abc import Callable
+
+from shoal.engine.prompt_chunking import PromptChunker
+from shoal.engine.request import Request
+from shoal.engine.scheduler.block_tables import BlockTables
+from shoal.engine.scheduler.books import Books
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.plan_builder import PlanBuilder
+from shoal.engine.scheduler.waiting_queue import WaitingQueue
+from shoal.wire.ranks import NewSeq
+
+# Tokens of the requests that are admitted in a step. To find them in the prefix cache and to tell ranks of them takes
+# some 0.1 us each: hundreds of long prompts that are all cached would hold up everybody's next token.
+_LOOKED_AT = 1 << 18
+
+
+class Admission:
+    """Lets waiting requests in, in the order of the queue: nobody overtakes a prompt that waits for room."""
+
+    def __init__(
+        self,
+        books: Books,
+        tables: BlockTables,
+        queue: WaitingQueue,
+        limits: SchedulerLimits,
+        chunking: PromptChunker,
+        clock: Callable[[], float],
+        *,
+        prefix_caching: bool,
+    ) -> None:
+        self._books = books
+        self._tables = tables
+        self._queue = queue
+        self._limits = limits
+        self._chunking = chunking
+        self._clock = clock
+        self._prefix_caching = prefix_caching
+
+    @property
+    def backlog(self) -> int:
+        """Prompt tokens of waiting requests for which there are places and blocks.
+
+        An estimate: part of them may be in the prefix cache.
+        """
+        return min(self._queue.tokens_of_first(self._places), self._tables.free_tokens)
+
+    @property
+    def _places(self) -> int:
+        return self._limits.max_num_seqs - len(self._books.running)
+
+    def admit(self, plan: PlanBuilder) -> None:
+        """Let in whoever fits into the step, with the first tokens of each."""
+        running = self._books.running
+        waiting = min(self._places, len(self._queue))
+        most_draws = -(-(len(running) + waiting) // self._limits.stages)
+        looked_at = 0
+        while plan.budget > 0 and plan.draws < most_draws and len(running) < self._limits.max_num_seqs:
+            request = self._queue.first()
+            if request is None or looked_at >= _LOOKED_AT or not self._start(request, plan):
+                return
+            looked_at += len(request.tokens)
+
+    def _start(self, request: Request, plan: PlanBuilder) -> bool:
+        """Start the first request of the queue; False if the step or the cache has no room for it.
+
+        Room for the whole prompt is asked for, though blocks are given chunk by chunk: a prompt that is half in would
+        else be the first to be preempted.
+        """
+        prefix = self._tables.find_prefix(request)
+        if not self._tables.fits(request, prefix):
+            return False
+        # Where all tokens are found, the last one is computed once more, for what follows it. No rank writes it.
+        computed = min(self._tables.tokens_in(prefix), len(request.tokens) - 1)
+        left = len(request.tokens) - computed
+        count = plan.fit(request, computed, self._chunking.cut(left, plan.prompt_share) if left > 1 else left)
+        if count == 0:
+            return False
+        self._queue.pop()
+        self._books.start(request, prefix)
+        request.computed = computed
+        self._count(request)
+        plan.introduce(_introduction(request, prefix))
+        self._tables.retire(request)
+        plan.give(request, count)
+        self._tables.cache(request)
+        return True
+
+    def _count(self, request: Request) -> None:
+        counters = self._books.counters
+        if self._prefix_caching:
+            counters.prefix_queries += len(request.tokens)
+            counters.prefix_hits += request.computed
+        if request.epoch == 0:
+            request.waited_s = self._clock() - request.added
+            request.cached_tokens = min(request.computed, request.num_prompt_tokens)
+            counters.prompt_tokens += request.num_prompt_tokens
+
+
+def _introduction(request: Request, prefix: list[int]) -> NewSeq:
+    return NewSeq(
+        seq=request.message.seq,
+        epoch=request.epoch,
+        tokens=request.encoded_tokens(),
+        num_prompt_tokens=request.num_prompt_tokens,
+        blocks=tuple(prefix),
+        sampling=request.message.sampling,
+    )

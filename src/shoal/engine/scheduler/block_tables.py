@@ -1,0 +1,115 @@
+"""The KV blocks that running requests hold."""
+
+from collections.abc import Iterable
+
+from shoal.engine.blocks import BlockPool
+from shoal.engine.request import Request
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.wire.engine import CacheReset
+
+
+class BlockTables:
+    """Block tables of running requests, taken from one pool.
+
+    A table is opened when its request starts to run and closed when it stops. In between it grows with the tokens that
+    are planned; blocks that fall behind the window are given back.
+    """
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self._pool = pool
+        self._size = pool.block_size
+        self._window = limits.window
+        self._max_model_len = limits.max_model_len
+        self._num_open = 0
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens for which there are free blocks."""
+        return self._pool.num_free * self._size
+
+    def find_prefix(self, request: Request) -> list[int]:
+        """Return the cached blocks that the request may start from. Nothing is taken."""
+        return self._pool.find_prefix(request.tokens, request.salt) if request.may_reuse else []
+
+    def tokens_in(self, prefix: list[int]) -> int:
+        return len(prefix) * self._size
+
+    def fits(self, request: Request, prefix: list[int]) -> bool:
+        """Return whether all known tokens of the request have room, if it starts from the prefix."""
+        wanted = -(-len(request.tokens) // self._size) - len(prefix)
+        return wanted <= self._pool.num_free - self._pool.num_unused(prefix)
+
+    def open(self, request: Request, prefix: list[int]) -> None:
+        self._pool.take(prefix)
+        self._num_open += 1
+        request.blocks = prefix
+        request.blocks_cached = len(prefix)
+
+    def close(self, request: Request) -> None:
+        self._pool.release(request.held_blocks)
+        self._num_open -= 1
+        request.blocks = []
+        request.blocks_retired = 0
+        request.blocks_cached = 0
+
+    def room(self, request: Request) -> int:
+        """Return how many more tokens fit into the request's blocks and the free ones."""
+        return (len(request.blocks) + self._pool.num_free) * self._size - request.computed
+
+    def room_for_drafts(self, request: Request) -> int:
+        """Return how many more tokens fit if nobody shall make room because of a draft."""
+        return (len(request.blocks) + self._spare) * self._size - request.computed
+
+    def extend(self, request: Request, lookahead: int) -> list[int]:
+        """Add blocks for all tokens that are planned, and for `lookahead` more if there are blocks to spare.
+
+        The caller has looked at `room`.
+        """
+        held = len(request.blocks)
+        wanted = -(-request.computed // self._size) - held
+        if lookahead:
+            end = min(request.computed + lookahead, self._max_model_len)
+            wanted = max(wanted, min(-(-end // self._size) - held, self._spare))
+        if wanted <= 0:
+            return []
+        added = self._pool.allocate(wanted)
+        request.blocks += added
+        return added
+
+    def retire(self, request: Request) -> None:
+        """Give blocks back that no layer will look at again.
+
+        The last block that the prefix cache was told of stays: the next one is found through it.
+        """
+        if self._window is None:
+            return
+        computed = request.computed - request.num_drafts  # drafts that prove wrong are computed again
+        first_seen = max(computed - self._window + 1, 0)
+        retired = min(first_seen // self._size, request.blocks_cached - 1)
+        if retired > request.blocks_retired:
+            self._pool.release(request.blocks[request.blocks_retired : retired])
+            request.blocks_retired = retired
+
+    def cache(self, request: Request) -> None:
+        """Make those blocks findable whose tokens are known and computed."""
+        full = min(request.computed, len(request.tokens)) // self._size
+        if full > request.blocks_cached and request.blocks:
+            self._pool.cache(request.blocks, request.blocks_cached, full, request.tokens, request.salt)
+            request.blocks_cached = full
+
+    def forget_prefixes(self) -> CacheReset:
+        """Make no block findable any more; tables stay as they are."""
+        return CacheReset(self._pool.forget_all(), self._pool.num_blocks - self._pool.num_free)
+
+    def audit(self, running: Iterable[Request]) -> None:
+        """Compare the pool's books with the tables of the running requests.
+
+        Raises:
+            EngineError: they differ.
+        """
+        self._pool.audit(request.held_blocks for request in running)
+
+    @property
+    def _spare(self) -> int:
+        """Free blocks, but one for each running request."""
+        return max(self._pool.num_free - self._num_open, 0)

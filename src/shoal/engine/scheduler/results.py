@@ -1,0 +1,159 @@
+"""Taking in tokens of steps and verdicts of grammars, and ending requests by them."""
+
+from collections.abc import Sequence
+
+from shoal.engine.request import Request, RequestState
+from shoal.engine.scheduler.block_tables import BlockTables
+from shoal.engine.scheduler.books import Books
+from shoal.engine.scheduler.verdicts import Verdicts
+from shoal.engine.scheduler.waiting_queue import WaitingQueue
+from shoal.wire.engine import Finish, RefusalKind, SeqUpdate
+from shoal.wire.grammars import Verdict
+from shoal.wire.ranks import PromptLogprobs, SeqOut, TokenLogprobs
+
+
+class Results:
+    """Takes in what ranks and grammars say, and keeps what clients are to be told of it."""
+
+    def __init__(self, books: Books, tables: BlockTables, queue: WaitingQueue, verdicts: Verdicts) -> None:
+        self._books = books
+        self._tables = tables
+        self._queue = queue
+        self._verdicts = verdicts
+        self._updates: list[SeqUpdate] = []
+
+    @property
+    def has_updates(self) -> bool:
+        return bool(self._updates)
+
+    def take_updates(self) -> list[SeqUpdate]:
+        updates, self._updates = self._updates, []
+        return updates
+
+    def update(self, update: SeqUpdate) -> None:
+        self._updates.append(update)
+
+    def accept(self, out: SeqOut) -> None:
+        """Append drawn tokens to their request. What comes from an older epoch is dropped."""
+        request = self._books.find(out.seq)
+        if request is None or request.epoch != out.epoch:
+            return
+        if out.tokens:
+            self._settle_drafts(request, len(out.tokens) - 1)
+        if out.prompt_logprobs is not None:
+            reported = out.prompt_logprobs.start + len(out.prompt_logprobs.entries) - 1
+            request.prompt_reported = max(request.prompt_reported, reported)
+        taken, finish, error = _append(request, out.tokens)
+        if request.drafter is not None:
+            request.drafter.accept(taken, out.drafts)
+        self._books.counters.generated_tokens += len(taken)
+        self._tables.cache(request)
+        logprobs = out.logprobs[: len(taken)]
+        if finish is not None:
+            self.end(request, finish, taken, logprobs, error, out.prompt_logprobs)
+            return
+        if request.constraint is not None and taken:
+            self._verdicts.ask(request, taken)
+        self._updates.append(
+            SeqUpdate(
+                seq=out.seq,
+                tokens=taken,
+                logprobs=logprobs,
+                cached_tokens=request.cached_tokens,
+                prompt_logprobs=out.prompt_logprobs,
+                waited_us=request.take_waited_us(),
+            )
+        )
+
+    def judge(self, verdict: Verdict) -> None:
+        """Take in what a grammar says of an output."""
+        request = self._verdicts.take(verdict)
+        if request is None:
+            return
+        finish, error = _end_by(verdict, request)
+        if finish is not None:
+            self.end(request, finish, error=error)
+        elif request.state is RequestState.CHECKED:
+            self._queue.push(request)
+        else:
+            self._queue.push_if_drained(request)
+
+    def end(
+        self,
+        request: Request,
+        finish: Finish,
+        tokens: Sequence[int] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        error: str = "",
+        prompt_logprobs: PromptLogprobs | None = None,
+    ) -> None:
+        """End a request, with its last tokens."""
+        self._books.remove(request)
+        self._verdicts.forget(request)
+        self._updates.append(
+            SeqUpdate(
+                request.message.seq,
+                tuple(tokens),
+                logprobs,
+                finish,
+                request.cached_tokens,
+                error,
+                prompt_logprobs,
+                RefusalKind.INVALID if error else RefusalKind.NONE,
+                request.take_waited_us(),
+                request.preemptions,
+            )
+        )
+
+    def _settle_drafts(self, request: Request, right: int) -> None:
+        """Note that what was asked for has come; behind the drafts that were right nothing is computed."""
+        request.pending -= 1
+        if request.num_drafts:
+            self._books.counters.count_drafts(request.num_drafts, right)
+            if request.state is RequestState.RUNNING:
+                request.computed -= request.num_drafts - right
+            request.num_drafts = 0
+
+
+def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Finish | None, str]:
+    """Append drawn tokens up to the end of the output.
+
+    Returns the tokens that were appended, why the output ends with them if it does, and the error if that is one.
+    """
+    constraint = request.constraint
+    for place, token in enumerate(drawn):
+        error = constraint.objection(place, token) if constraint is not None else ""
+        if error:
+            return tuple(drawn[:place]), Finish.ABORT, error
+        request.tokens.append(token)
+        finish = end_of_output(request)
+        drafted = place + 1 < len(drawn)  # only behind a right draft was anything else drawn
+        if finish is None and drafted and constraint is not None and constraint.is_complete_behind(place + 1):
+            finish = Finish.STOP
+        if finish is not None:
+            return tuple(drawn[: place + 1]), finish, ""
+    return tuple(drawn), None, ""
+
+
+def end_of_output(request: Request) -> Finish | None:
+    """Return why an output ends with its last token, as far as that is known without its grammar."""
+    if request.tokens[-1] in request.stop_ids:
+        return Finish.STOP
+    if request.constraint is not None:  # it may be complete with this token, which is no end for want of room
+        return None
+    return Finish.LENGTH if request.num_output_tokens >= request.message.max_tokens else None
+
+
+def _end_by(verdict: Verdict, request: Request) -> tuple[Finish | None, str]:
+    """Return why an output ends by its grammar, and the error if that is one."""
+    full = request.num_output_tokens >= request.message.max_tokens
+    if verdict.refused:
+        return Finish.ABORT, verdict.refused
+    if verdict.lost:
+        times = request.constraint.losses if request.constraint is not None else 1
+        return Finish.ABORT, f"structured_outputs: {verdict.lost}, {times} times"
+    if verdict.problem and not full:
+        return Finish.ABORT, f"structured_outputs can't be obeyed: {verdict.problem}"
+    if request.num_output_tokens and verdict.ended[0]:
+        return Finish.STOP, ""
+    return (Finish.LENGTH if full else None), ""

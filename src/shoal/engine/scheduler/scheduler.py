@@ -1,0 +1,267 @@
+"""Iteration-level scheduling (Orca; Yu et al., OSDI 2022): what runs in the next step.
+
+There is no prefill phase and no decode phase. A step has a token budget; running requests take from it first, chunks
+of waiting prompts get what is left. Plans are made before the tokens of earlier ones are known, so a request may be
+scheduled once or twice past its end; what comes back for it then is dropped.
+
+A pipeline of S stages works on S steps at a time. The first stage waits if a step needs a token that the last one has
+not drawn yet, and any stage does if a step takes longer than the next. So
+
+- a request whose token is drawn in step n is in step n + S at the earliest, unless the token is known before, or a step
+  would be empty without it (then the stages have nothing else to do, and the plan is there when the token is);
+- a step takes one in S of the requests that want single tokens (what is over goes to the first steps of each S): those
+  that have waited longest, then the policy's first. Where the budget is too short even for those, the policy alone
+  decides, as it does about blocks;
+- new requests come in with prompts cut as `prompt_chunking` says, and not more of them than their share of the draws.
+
+Chunks of one prompt need nothing of each other that a stage does not have, and follow each other in consecutive steps.
+A pipeline of one stage needs none of these rules.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from shoal.engine.blocks import BlockPool
+from shoal.engine.prompt_chunking import PromptChunker
+from shoal.engine.request import Request, RequestState
+from shoal.engine.scheduler.admission import Admission
+from shoal.engine.scheduler.block_tables import BlockTables
+from shoal.engine.scheduler.books import Books, Counters
+from shoal.engine.scheduler.intake import Intake
+from shoal.engine.scheduler.limits import SchedulerLimits
+from shoal.engine.scheduler.plan_builder import PlanBuilder, prompt_tokens
+from shoal.engine.scheduler.planning import RunningPlanner
+from shoal.engine.scheduler.results import Results, end_of_output
+from shoal.engine.scheduler.verdicts import Verdicts
+from shoal.engine.scheduler.waiting_queue import Deadlines, WaitingQueue
+from shoal.engine.speculation import Drafter
+from shoal.errors import EngineError
+from shoal.protocols import Grammars, Policy
+from shoal.wire.engine import CacheReset, EngineRequest, Finish, SeqUpdate
+from shoal.wire.grammars import Verdict
+from shoal.wire.ranks import StepPlan, StepResult
+
+
+class Scheduler:
+    """Decides what each step computes, and keeps requests from their arrival to their end."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: SchedulerLimits,
+        policy: Policy,
+        clock: Callable[[], float],
+        *,
+        prefix_caching: bool = True,
+        make_drafter: Callable[[], Drafter | None] = lambda: None,
+        incarnation: int = 0,
+        lockstep: bool = False,
+        grammars: Grammars | None = None,
+    ) -> None:
+        """`lockstep`: all plans say that ranks of other replicas take part. `grammars`: follows outputs that must obey
+        one; without it requests that bring a grammar are refused."""
+        self._limits = limits
+        self._incarnation = incarnation
+        self._lockstep = lockstep
+        self._tables = BlockTables(pool, limits)
+        self._books = Books(self._tables)
+        self._queue = WaitingQueue()
+        self._deadlines = Deadlines(clock)
+        self._chunking = PromptChunker(limits.stages, limits.max_num_batched_tokens)
+        self._intake = Intake(
+            self._books,
+            limits,
+            policy,
+            clock,
+            prefix_caching=prefix_caching,
+            make_drafter=make_drafter,
+            has_grammars=grammars is not None,
+        )
+        self._admission = Admission(
+            self._books, self._tables, self._queue, limits, self._chunking, clock, prefix_caching=prefix_caching
+        )
+        self._planner = RunningPlanner(self._books, self._tables, self._queue, limits, self._chunking)
+        self._verdicts = Verdicts(grammars, self._books, self._queue)
+        self._results = Results(self._books, self._tables, self._queue, self._verdicts)
+        self._flights: dict[int, tuple[Request, ...]] = {}  # step -> who has work in it
+        self._next_step = 0
+
+    # --- what clients ask for ------------------------------------------------------------------------------------
+
+    def add(self, message: EngineRequest) -> None:
+        """Take a request over. One with a grammar may wait for its turn when that is compiled.
+
+        A request that was begun elsewhere goes on behind the output it has; one that has all of it ends at once.
+
+        Raises:
+            RequestError: it can never run.
+        """
+        request = self._intake.receive(message)
+        finish = end_of_output(request) if request.num_output_tokens else None
+        if finish is not None:
+            self._results.update(SeqUpdate(message.seq, (), finish=finish))
+            return
+        self._books.add(request)
+        if request.constraint is None:
+            self._queue.push(request)
+        else:
+            request.state = RequestState.CHECKED
+            self._verdicts.follow(request)
+        if message.deadline is not None:
+            self._deadlines.add(message.deadline, message.seq)
+
+    def abort(self, seqs: Iterable[int], error: str = "") -> None:
+        """End requests; those that have ended already, or never were, are passed over."""
+        for seq in seqs:
+            request = self._books.find(seq)
+            if request is not None:
+                self._results.end(request, Finish.ABORT, error=error)
+
+    def take_updates(self) -> list[SeqUpdate]:
+        """Return what clients are to be told, each once."""
+        return self._results.take_updates()
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def schedule(self, *, must: bool = False, rest: bool = False) -> StepPlan | None:
+        """Return the next plan, None if there is nothing to do before more results are in.
+
+        `must`: there is to be a plan, if need be without work. `rest`: there is to be no work.
+        """
+        self.abort(self._deadlines.pop_passed(self._books.unfinished), error="the request's deadline has passed")
+        self._verdicts.foresee()
+        plan = PlanBuilder(self._next_step, self._limits, self._chunking.share(self._backlog), self._tables)
+        if not rest:
+            self._fill(plan)
+        if plan.has_work or must or (not rest and self._only_releases):
+            return self._launch(plan)
+        return None
+
+    def _fill(self, plan: PlanBuilder) -> None:
+        made_room = self._planner.continue_in_turn(plan)
+        if not made_room:
+            self._admission.admit(plan)
+        if not plan.has_work:
+            self._planner.continue_out_of_turn(plan)
+
+    def _backlog(self) -> int:
+        """Return how many tokens of prompts could be computed now."""
+        return self._planner.backlog + self._admission.backlog
+
+    @property
+    def _only_releases(self) -> bool:
+        """Return whether ranks have nothing left to do but to forget sequences."""
+        return not self._flights and self._books.has_released
+
+    def _launch(self, plan: PlanBuilder) -> StepPlan:
+        built = plan.build(incarnation=self._incarnation, released=self._books.take_released(), lockstep=self._lockstep)
+        self._chunking.note_step(sum(prompt_tokens(work) for work in built.work))
+        self._flights[built.step] = plan.requests
+        self._next_step += 1
+        return built
+
+    def apply(self, result: StepResult) -> None:
+        """Take in what a step has brought. Steps come back in the order in which they were planned.
+
+        Raises:
+            EngineError: it is not the step that was expected.
+        """
+        expected = next(iter(self._flights), None)
+        if result.step != expected:  # going on would give tokens to the wrong places
+            raise EngineError(f"the ranks answered step {result.step} instead of step {expected}")
+        self._verdicts.note_step(result.times.forward_us)
+        requests = self._flights.pop(result.step)
+        for request in requests:
+            request.in_flight -= 1
+        for out in result.out:
+            self._results.accept(out)
+        for request in requests:
+            self._queue.push_if_drained(request)
+
+    # --- the cache -----------------------------------------------------------------------------------------------
+
+    def reset_cache(self, *, running: bool) -> CacheReset:
+        """Forget what the prefix cache could find.
+
+        `running`: requests that run give their blocks back, and compute their tokens again.
+        """
+        if running:
+            self._planner.preempt_all()
+        return self._tables.forget_prefixes()
+
+    def forget_cache(self) -> None:
+        """Forget all that ranks know of sequences, since the KV cache is gone. No step may be in flight.
+
+        Raises:
+            EngineError: one is.
+        """
+        if self._flights:
+            raise EngineError(f"the KV cache can't be given up while {len(self._flights)} steps are in flight")
+        self.reset_cache(running=True)
+        self._books.take_released()
+
+    # --- grammars ------------------------------------------------------------------------------------------------
+
+    def judge(self, verdict: Verdict) -> None:
+        """Take in what a grammar says of an output."""
+        self._results.judge(verdict)
+
+    def awaits_verdicts(self, plan: StepPlan) -> bool:
+        """Return whether masks of the plan are still unknown."""
+        return self._verdicts.are_awaited(plan)
+
+    def masks(self, plan: StepPlan, row_bytes: int) -> bytes:
+        """Return which tokens may be drawn in the masked works of a plan, in their order.
+
+        A request whose verdict has not come yet is set back: what is drawn for it counts for nothing.
+        """
+        return self._verdicts.masks(plan, row_bytes)
+
+    # --- books ---------------------------------------------------------------------------------------------------
+
+    @property
+    def counters(self) -> Counters:
+        return self._books.counters
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The requests that have not ended."""
+        return list(self._books.unfinished)
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """The requests that run, in the policy's order."""
+        return self._books.running
+
+    @property
+    def num_running(self) -> int:
+        return len(self._books.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._books.num_waiting
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps planned so far."""
+        return self._next_step
+
+    @property
+    def idle(self) -> bool:
+        """Return whether there is nothing to do and nothing on its way."""
+        return self._books.is_empty and not self._flights
+
+    @property
+    def has_updates(self) -> bool:
+        return self._results.has_updates
+
+    def audit(self) -> None:
+        """Compare all books with each other.
+
+        Raises:
+            EngineError: a block or a request was lost.
+        """
+        self._books.audit()

@@ -1,0 +1,131 @@
+"""The launchers of replicas on this host, as engine processes or as threads, for offline runs and for fleets."""
+
+from collections.abc import Container, Sequence
+
+from shoal.cluster.lockstep.local import Joined, LocalLockstep
+from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
+from shoal.cluster.routing.router import ReplicaCapacity, most_held
+from shoal.engine.build import build_engine
+from shoal.engine.core import EngineCore
+from shoal.engine.server import serve
+from shoal.executors.table import thread_groups
+from shoal.launch.open_model import OpenModel
+from shoal.transport.channel import Channel
+from shoal.wire.base import replace_fields
+from shoal.wire.engine import EngineStats
+from shoal.wire.plan import EnginePlan, ReplicaPlace
+
+ENGINE_PROCESS = "shoal.engine.process"
+_START_PHASES = 5  # each of which may take --start-timeout
+
+
+class ProcessLauncher:
+    """A launcher that starts each replica as an engine process.
+
+    Replicas that share experts meet at the rendezvous every time they start. Other replicas only compare their
+    agreement there, and only the first time they start.
+    """
+
+    def __init__(
+        self,
+        model: OpenModel,
+        local: Sequence[int],
+        *,
+        rendezvous: str = "",
+        key: str = "",
+        compared: Container[int] = (),
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            local: the numbers of the replicas that were planned for this host.
+            rendezvous: host:port of the rendezvous; "" if replicas need not meet.
+            key: the shared key of the rendezvous.
+            compared: the numbers of the replicas that compare their agreement although they share no experts.
+        """
+        self._model = model
+        self._local = local
+        self._rendezvous = rendezvous
+        self._key = key
+        self._compared = compared
+        self._started: set[int] = set()  # replicas started before; those that a fleet starts again were ready once
+
+    def __call__(self, number: int, generation: int = 0) -> Replica:
+        """Start a replica.
+
+        Args:
+            generation: how many times all replicas were started again together.
+
+        Raises:
+            ConfigError: this host does not have enough memory or devices for it.
+        """
+        place, again = place_of(self._model, number, self._local), number in self._started
+        if self._model.plan.layout.shares_experts or (number in self._compared and not again):
+            place = replace_fields(place, rendezvous=self._rendezvous, key=self._key, returning=again)
+        self._started.add(number)
+        return EngineProcess(ENGINE_PROCESS, self._model.plan_at(place), answer_timeout=answer_timeout(self._model))
+
+
+class ThreadLauncher:
+    """A launcher that starts each replica as threads of this process.
+
+    Replicas that share experts get a new lockstep and new groups of threads whenever all are started again together.
+    """
+
+    def __init__(self, model: OpenModel) -> None:
+        self._model = model
+        self._together = model.plan.layout.shares_experts
+        self._generation = -1
+        self._locksteps: list[Joined] = []
+        self._groups = thread_groups(model.plan.timeouts.comm_s)
+
+    def __call__(self, number: int, generation: int = 0) -> Replica:
+        """Start a replica. Arguments and errors are those of `ProcessLauncher`."""
+        if generation != self._generation or not self._together:
+            self._generation = generation
+            self._locksteps = [*LocalLockstep.of(self._model.plan.layout.replicas)] if self._together else []
+            self._groups = thread_groups(self._model.plan.timeouts.comm_s)
+        locksteps, groups = self._locksteps, self._groups
+
+        def start(plan: EnginePlan, lockstep: Joined | None) -> EngineCore:
+            return build_engine(plan, lockstep=lockstep, groups=groups)
+
+        def run(channel: Channel) -> None:
+            serve(channel, lambda plan: locksteps[plan.place.rank] if locksteps else None, start)
+
+        plan = self._model.plan_at(place_of(self._model, number))
+        return EngineThread(run, plan, answer_timeout=answer_timeout(self._model))
+
+
+def place_of(model: OpenModel, number: int, local: Sequence[int] | None = None) -> ReplicaPlace:
+    """Return the place of one replica.
+
+    Args:
+        number: the number of the replica. One that was not planned belongs to a replica that was added later.
+        local: the numbers of the replicas on this host; None: all replicas are here.
+    """
+    size = max(model.options.parallel.data_parallel_size, number + 1)
+    if local is None or len(local) == size:
+        return ReplicaPlace(number, size, local_rank=number, local_size=size)
+    position = local.index(number) if number in local else len(local)
+    return ReplicaPlace(number, size, local_rank=position, local_size=max(len(local), position + 1))
+
+
+def capacity_of(model: OpenModel, stats: EngineStats) -> ReplicaCapacity:
+    """Return how much a replica with these stats can have at a time."""
+    return ReplicaCapacity(
+        requests=most_held(model.plan.max_num_seqs),
+        tokens=stats.num_blocks * stats.block_size,
+        block_size=stats.block_size,
+        prefixes=stats.num_blocks if model.plan.prefix_caching else 0,
+    )
+
+
+def start_timeout(model: OpenModel) -> float:
+    """Return how long an engine may take until it is ready, in seconds."""
+    return model.plan.timeouts.start_s * _START_PHASES
+
+
+def answer_timeout(model: OpenModel) -> float:
+    """Return how long an engine may take to answer a message, in seconds. It answers between two steps."""
+    return model.plan.timeouts.step_s * (model.plan.max_in_flight + 1)

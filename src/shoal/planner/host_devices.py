@@ -1,0 +1,108 @@
+"""The devices and cores of a host: what there is, what may be used, and what each rank gets."""
+
+import dataclasses
+import math
+
+from shoal import env
+from shoal.config.engine_options import EngineOptions
+from shoal.devices import cpu, cuda
+from shoal.devices.hardware import Hardware
+from shoal.errors import ConfigError
+from shoal.wire.base import Ids
+from shoal.wire.plan import ReplicaPlace
+
+
+def discover(options: EngineOptions) -> Hardware:
+    """Return the hardware of this host that the options allow to be used.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    wanted, count = options.parallel.device, options.parallel.num_devices
+    if wanted == "cuda" and not cuda.torch_has_cuda():
+        raise ConfigError(
+            "--device cuda: the installed PyTorch has no CUDA; install a build with CUDA, or use --device cpu"
+        )
+    found = cuda.discover(count) if wanted != "cpu" and cuda.torch_has_cuda() else None
+    if found is None and wanted == "cuda":
+        hidden = cuda.because_of(env.visible_cuda_devices())
+        raise ConfigError(f"--device cuda: this host shows no CUDA device{hidden}; use --device cpu")
+    return found or cpu.discover(count)
+
+
+def restrict_cores(options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str]) -> Hardware:
+    """Return the hardware, restricted to the cores that --cpu-cores names.
+
+    Raises:
+        ConfigError: --cpu-cores names cores that this process may not use, or does not have one list for each rank.
+    """
+    lists = options.parallel.cpu_cores
+    if not lists:
+        return hardware
+    named = tuple(sorted(core for each in lists for core in each))
+    forbidden = [core for core in named if core not in hardware.cores]
+    if forbidden:
+        raise ConfigError(
+            f"--cpu-cores (or VLLM_CPU_OMP_THREADS_BIND) names {', '.join(map(str, forbidden[:5]))}, which this "
+            f"process may not use: it may use {', '.join(map(str, hardware.cores))}"
+        )
+    ranks = options.parallel.tensor_parallel_size * options.parallel.pipeline_parallel_size * place.local_size
+    if len(lists) not in (1, ranks):
+        raise ConfigError(
+            f"--cpu-cores has {len(lists)} lists, but this host runs {ranks} ranks: give one list for each rank, or "
+            "one list for all of them"
+        )
+    reasons.append(f"cores {'|'.join(','.join(map(str, each)) for each in lists)}: as --cpu-cores asks")
+    cores_are_devices = hardware.device == "cpu" and options.parallel.num_devices is None
+    return dataclasses.replace(
+        hardware, cores=named, num_devices=len(named) if cores_are_devices else hardware.num_devices
+    )
+
+
+def check_devices(
+    options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str], warnings: list[str]
+) -> None:
+    """Check that the host has a device for each rank of its replicas, or devices that ranks can share.
+
+    Appends to the reasons which devices this replica gets, or to the warnings that ranks share devices.
+
+    Raises:
+        ConfigError: there are not enough devices, and ranks cannot share them.
+    """
+    sizes = {
+        "--tensor-parallel-size": options.parallel.tensor_parallel_size,
+        "--pipeline-parallel-size": options.parallel.pipeline_parallel_size,
+        "--data-parallel-size": place.local_size,
+    }
+    ranks, count = math.prod(sizes.values()), hardware.num_devices
+    kind = {"cpu": "CPU cores", "cuda": "GPUs"}[hardware.device]
+    named = {flag: size for flag, size in sizes.items() if size > 1}
+    product = f"{' x '.join(map(str, named.values()))} = {ranks}" if len(named) > 1 else str(ranks)
+    if ranks <= count:
+        reasons.append(f"{product} rank{'s' if ranks > 1 else ''} on {count} {kind}")
+        world = ranks // place.local_size
+        first = place.local_rank * world
+        reasons.extend(
+            f"rank {index - first} on cuda:{index} (CUDA_VISIBLE_DEVICES entry {hardware.visible[index]})"
+            for index in range(first, first + world)
+            if hardware.visible
+        )
+    elif hardware.devices_shareable:
+        warnings.append(f"{product} ranks share {count} {kind}: they are oversubscribed, and steps will be slow")
+    else:
+        asked = " x ".join(f"{flag} {size}" for flag, size in named.items())
+        shown = cuda.because_of(env.visible_cuda_devices()) if hardware.device == "cuda" else ""
+        less = f"Use {next(iter(named))} {count} or fewer" if len(named) == 1 else f"Lower them to {count} or fewer"
+        way_out = "raise --num-devices" if hardware.device == "cpu" else "use --device cpu"
+        raise ConfigError(
+            f"{asked} needs {product} devices; this host has {count} ({hardware.device}){shown}. {less}, or {way_out}"
+        )
+
+
+def rank_cores(options: EngineOptions, hardware: Hardware, place: ReplicaPlace, ranks: int) -> tuple[Ids, ...]:
+    """Return the CPU cores of each of the `ranks` ranks of a replica. The replicas of a host divide its cores."""
+    first, lists = place.local_rank * ranks, options.parallel.cpu_cores
+    if place.local_size and lists is not None and len(lists) > 1:
+        return lists[first : first + ranks]
+    count = max(place.local_size, 1) * ranks
+    return tuple(cpu.cores_of_rank(hardware.cores, first + rank, count) for rank in range(ranks))

@@ -1,0 +1,353 @@
+"""The planner of the replicas of one host: it turns options, model and hardware into plans, with the reasons.
+
+The process that starts the replicas makes the plans, once. The planner starts nothing, and engines and ranks decide
+nothing that is in a plan.
+"""
+
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.config.engine_options import EngineOptions, Executor
+from shoal.devices.hardware import Hardware
+from shoal.errors import ConfigError
+from shoal.models.implementation import implementation_of, rank_shards, read_model
+from shoal.models.manifest import ITEM_BYTES, Cut, Shard
+from shoal.models.open_model import OpenedModel, open_model
+from shoal.models.spec import ModelSpec
+from shoal.models.transformers.fallback_spec import FallbackSpec
+from shoal.planner.all2all import choose_all2all
+from shoal.planner.budgets import budgets_of_added_replica, kv_budgets, num_blocks
+from shoal.planner.context_length import context_length
+from shoal.planner.costs import cost_shares, draft_cost
+from shoal.planner.host_devices import check_devices, rank_cores, restrict_cores
+from shoal.planner.layout import plan_layout
+from shoal.planner.memory import RankMemory, StepSize, rank_memory
+from shoal.wire.base import replace_fields
+from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ModelPlan, RankPlan, ReplicaPlace, ShardPlan, Timeouts
+
+_DTYPES = {"float": "float32", "half": "float16"}  # names that vLLM has for types -> ours
+# A rank waits longer for other ranks than the executor waits for a step, because the executor's error says more.
+_COMM_GRACE_S = 10.0
+# The most logits of prompt tokens that one step computes for log-probabilities. Other requests wait for them, at this
+# size for about a tenth of a second.
+_PROMPT_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 30}
+
+
+@dataclass(slots=True)
+class _RankShares:
+    """The parts of a model and its draft model on the ranks of one replica, and what these parts need.
+
+    The draft model is on the last stage.
+    """
+
+    shards: tuple[Shard, ...]  # by rank
+    draft_shards: tuple[Shard, ...]  # by tensor-parallel rank of the last stage; () without a draft model
+    memories: tuple[RankMemory, ...]  # by rank
+    costs: tuple[float, ...]  # by rank: its share of the cost of a token
+
+
+class Planner:
+    """The planner of all replicas of one host, including those that are added later.
+
+    It reads the files of the models once. `first_plan` is the plan of the first replica.
+    """
+
+    def __init__(self, options: EngineOptions, files: ModelFiles, hardware: Hardware, place: ReplicaPlace) -> None:
+        """Read the models, and plan the first replica.
+
+        Args:
+            files: the folders of the models, and the state in which their files must be if they were read before.
+            hardware: the hardware of this host, before any replica is started.
+            place: the place of this host's first replica. If its `local_size` is 0, the plans are for a front end
+                without replicas of its own: they need no devices and no memory, and have no size of a KV cache.
+
+        Raises:
+            UserError: the models cannot be read, or options, models and hardware do not fit together.
+        """
+        self.options = options
+        self.hardware = hardware
+        self._host = socket.gethostname()
+        self._local_size = place.local_size
+        self._reasons: list[str] = []
+        self._warnings: list[str] = []
+        spec, draft_spec = self._read(files)
+        self._layout = plan_layout(options, spec, draft_spec, place, self._reasons, self._warnings)
+        if place.local_size:
+            self._reasons += hardware.limits
+            self.hardware = restrict_cores(options, place, hardware, self._reasons)
+            check_devices(options, place, self.hardware, [], [])
+        else:
+            self._reasons.append("no replica runs on this host: its memory and devices are not planned")
+        self._executor = _executor(options, self._layout, self.hardware, self._reasons)
+        self.model, self.draft = self._open(files, spec, draft_spec)
+        self._dtype = _dtype(options, self.model.spec, self._reasons)
+        self._add_model_reasons()
+        self._all2all = _all2all(options, self.model.spec, self._layout, self._dtype, self._reasons)
+        self.files = ModelFiles(
+            files.folder, files.draft_folder, self.model.state, "" if self.draft is None else self.draft.state
+        )
+        self.first_plan = self.plan(place)
+
+    def plan(self, place: ReplicaPlace) -> EnginePlan:
+        """Return the plan of the replica at this place.
+
+        Raises:
+            ConfigError: this host does not have enough memory or devices for it.
+        """
+        options, reasons, warnings = self.options, list(self._reasons), list(self._warnings)
+        layout = replace_fields(self._layout, replica=place.rank, replicas=place.size)
+        shares = self._share_models(layout)
+        if place.local_size:
+            check_devices(options, place, self.hardware, reasons, warnings)
+            budgets = self._budgets(place, shares.memories, reasons)
+        else:
+            budgets = (None,) * layout.num_ranks
+        blocks = num_blocks(shares.memories, budgets)
+        model_len = context_length(options, self.model.spec, self._draft_spec, blocks, reasons)
+        scheduler, parallel = options.scheduler, options.parallel
+        return EnginePlan(
+            name=options.model or "",
+            place=place,
+            model=_model_plan(self.files.folder, self.model),
+            layout=layout,
+            ranks=self._rank_plans(place, layout, shares, budgets),
+            executor=self._executor,
+            dtype=self._dtype,
+            vocab_size=self.model.spec.vocab_size,
+            max_model_len=model_len,
+            asked_model_len=options.model_options.max_model_len or 0,
+            block_size=options.cache.block_size,
+            prefix_caching=options.cache.enable_prefix_caching,
+            memory_utilization=options.cache.gpu_memory_utilization,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_in_flight=scheduler.max_in_flight or layout.num_stages + 1,
+            window=self._window(),
+            prompt_logprobs=max(_PROMPT_LOGITS[self.hardware.device] // self.model.spec.vocab_size, 1),
+            load_format=options.model_options.load_format,
+            seed=options.model_options.seed,
+            timeouts=Timeouts(
+                parallel.start_timeout,
+                parallel.step_timeout,
+                max(parallel.step_timeout, parallel.start_timeout) + _COMM_GRACE_S,
+            ),
+            bind_cores=parallel.cpu_cores != (),
+            all2all=self._all2all,
+            draft=None if self.draft is None else _model_plan(self.files.draft_folder, self.draft),
+            speculative=options.model_options.speculative_config,
+            grammar_cores=self.hardware.cores,
+            reasons=tuple(reasons),
+            warnings=tuple(warnings),
+        )
+
+    # --- the models ----------------------------------------------------------------------------------------------
+
+    @property
+    def _draft_spec(self) -> ModelSpec | None:
+        return None if self.draft is None else self.draft.spec
+
+    def _read(self, files: ModelFiles) -> tuple[ModelSpec, ModelSpec | None]:
+        """Return the specs of the model and of the draft model, as config.json describes them."""
+        options = self.options.model_options
+        spec = read_model(Path(files.folder), options.model_impl, options.hf_overrides or {})
+        if options.hf_overrides:
+            self._reasons.append(f"--hf-overrides replaces fields of config.json: {', '.join(options.hf_overrides)}")
+        draft = read_model(Path(files.draft_folder), "auto") if files.draft_folder else None
+        if draft is not None and draft.vocab_size != spec.vocab_size:
+            raise ConfigError(
+                f"the draft model {files.draft_folder} has a vocabulary of {draft.vocab_size} tokens, but the model "
+                f"has one of {spec.vocab_size}: choose a draft model with the same vocabulary"
+            )
+        return spec, draft
+
+    def _open(
+        self, files: ModelFiles, spec: ModelSpec, draft_spec: ModelSpec | None
+    ) -> tuple[OpenedModel, OpenedModel | None]:
+        """Return both models, with the headers of their weights.
+
+        Raises:
+            CheckpointError: the weights are missing or damaged, do not fit config.json, or have changed.
+        """
+        options, weights = self.options.model_options, self.options.model_options.load_format != "dummy"
+        model = open_model(
+            *(Path(files.folder), spec, options.model_impl, options.hf_overrides or {}),
+            weights=weights,
+            state=files.state,
+        )
+        self._reasons += model.notes
+        if draft_spec is None:
+            return model, None
+        draft = open_model(Path(files.draft_folder), draft_spec, "auto", {}, weights=weights, state=files.draft_state)
+        self._reasons += [f"draft model: {note}" for note in draft.notes]
+        return model, draft
+
+    def _add_model_reasons(self) -> None:
+        """Append to the reasons how transformers' modules are cut, and what each rank gets of an uneven split."""
+        specs = [self.model.spec, self._draft_spec]
+        self._reasons += [each.describe(self._layout.tp) for each in specs if isinstance(each, FallbackSpec)]
+        if self._layout.tp_split:
+            shares = ":".join(map(str, self._layout.tp_split))
+            held = _describe_shards(rank_shards(self.model.spec, self._layout)[: self._layout.tp])
+            self._reasons.append(f"shares {shares} of {self.model.spec.family}: {held}")
+        if self.options.model_options.enforce_eager:
+            self._reasons.append(
+                "--enforce-eager changes nothing: steps are always launched operation by operation, without graphs"
+            )
+
+    def _window(self) -> int | None:
+        """Return the longest attention window over the layers of both models; None if some layer has no window."""
+        specs = [self.model.spec] if self.draft is None else [self.model.spec, self.draft.spec]
+        windows = [attention.window for spec in specs for attention in spec.attention]
+        return None if None in windows else max(window for window in windows if window is not None)
+
+    # --- the ranks -----------------------------------------------------------------------------------------------
+
+    def _share_models(self, layout: Layout) -> _RankShares:
+        """Return what each rank holds, needs and computes.
+
+        The draft model runs on the last stage, because the ranks there know the drawn tokens first.
+        """
+        options, model, draft = self.options, self.model, self.draft
+        shards = rank_shards(model.spec, layout)
+        together = layout.replicas if layout.shares_experts else 1
+        memories = self._memories(model, shards, _step_size(options), together)
+        speculative = options.model_options.speculative_config
+        if draft is None or speculative is None:
+            return _RankShares(shards, (), memories, cost_shares(model.spec, model.params, shards, replicas=together))
+        drafting = rank_shards(draft.spec, Layout(layout.tp, layout.tp_split))
+        draft_step = StepSize(options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs)
+        drafts = self._memories(draft, drafting, draft_step)
+        last = [rank.with_draft(other) for rank, other in zip(memories[-layout.tp :], drafts, strict=True)]
+        costs = [draft_cost(draft.spec, draft.params, speculative.num_speculative_tokens, shard) for shard in drafting]
+        shares = cost_shares(model.spec, model.params, shards, replicas=together, draft=costs)
+        return _RankShares(shards, drafting, (*memories[: -layout.tp], *last), shares)
+
+    def _memories(
+        self, model: OpenedModel, shards: Sequence[Shard], step: StepSize, replicas: int = 1
+    ) -> tuple[RankMemory, ...]:
+        return tuple(
+            rank_memory(
+                model.spec,
+                model.params,
+                shard,
+                dtype=self._dtype,
+                device=self.hardware.device,
+                block_size=self.options.cache.block_size,
+                step=step,
+                replicas=replicas,
+            )
+            for shard in shards
+        )
+
+    def _budgets(
+        self, place: ReplicaPlace, memories: Sequence[RankMemory], reasons: list[str]
+    ) -> tuple[int | None, ...]:
+        """Return the size of each rank's KV cache in bytes; None for ranks that measure it."""
+        if place.local_rank >= self._local_size:
+            found = budgets_of_added_replica(
+                self.options, self.hardware, memories, planned=self._local_size, replicas=place.local_rank + 1
+            )
+            if found is not None:
+                return found
+        return kv_budgets(self.options, self.hardware, memories, reasons, replicas=place.local_size)
+
+    def _rank_plans(
+        self, place: ReplicaPlace, layout: Layout, shares: _RankShares, budgets: Sequence[int | None]
+    ) -> tuple[RankPlan, ...]:
+        ends = layout.num_ranks - layout.tp
+        plans = _shard_plans(shares.shards, layout.tp)
+        drafts: list[ShardPlan | None] = [None] * ends
+        drafts += _shard_plans(shares.draft_shards, layout.tp) or [None] * layout.tp
+        cores = rank_cores(self.options, self.hardware, place, layout.num_ranks)
+        return tuple(
+            RankPlan(
+                rank=rank,
+                host=self._host,
+                device=self.hardware.device,
+                device_index=place.local_rank * layout.num_ranks + rank,
+                cores=cores[rank],
+                shard=plans[rank],
+                draft_shard=drafts[rank],
+                weight_bytes=memory.weights,
+                activation_bytes=memory.activations,
+                context_token_bytes=memory.context_token,
+                block_bytes=memory.block,
+                kv_budget=budgets[rank],
+                cost_share=shares.costs[rank],
+            )
+            for rank, memory in enumerate(shares.memories)
+        )
+
+
+def _model_plan(folder: str, model: OpenedModel) -> ModelPlan:
+    overrides = json.dumps(dict(model.overrides))
+    return ModelPlan(folder, implementation_of(model.spec), overrides, model.state)
+
+
+def _shard_plans(shards: Sequence[Shard], tp: int) -> list[ShardPlan]:
+    sizes = tuple(len(shard.ranges[Cut.VOCAB]) for shard in shards[:tp])
+    return [shard.plan(sizes) for shard in shards]
+
+
+def _step_size(options: EngineOptions) -> StepSize:
+    """Return the size of the largest step. With drafts, a token is drawn after each draft too."""
+    scheduler, speculative = options.scheduler, options.model_options.speculative_config
+    draws = 1 if speculative is None else 1 + speculative.num_speculative_tokens  # of a sequence in a step
+    tokens = scheduler.max_num_batched_tokens
+    return StepSize(tokens, min(scheduler.max_num_seqs * draws, tokens))
+
+
+def _describe_shards(shards: Sequence[Shard]) -> str:
+    """Return what each rank holds, in the form `6, 3, 3 query heads; ...`."""
+    counts = {
+        "query heads": [len(shard.heads.q_range) for shard in shards],
+        "KV heads": [len(shard.heads.kv_ids) for shard in shards],
+        "MLP columns": [len(shard.ranges[Cut.MLP]) for shard in shards],
+        "tokens of the vocabulary": [len(shard.ranges[Cut.VOCAB]) for shard in shards],
+    }
+    return "; ".join(f"{', '.join(map(str, each))} {what}" for what, each in counts.items())
+
+
+def _dtype(options: EngineOptions, spec: ModelSpec, reasons: list[str]) -> str:
+    wanted = options.model_options.dtype
+    dtype = spec.dtype if wanted == "auto" else _DTYPES.get(wanted, wanted)
+    if dtype not in ITEM_BYTES:
+        raise ConfigError(f"the checkpoint's dtype {dtype} is not supported; choose --dtype {', '.join(ITEM_BYTES)}")
+    reasons.append(f"dtype {dtype}: " + ("the checkpoint's" if wanted == "auto" else "as --dtype asks"))
+    return dtype
+
+
+def _executor(options: EngineOptions, layout: Layout, hardware: Hardware, reasons: list[str]) -> Executor:
+    wanted, ranks = options.parallel.distributed_executor_backend, layout.num_ranks
+    together = ranks * layout.replicas if layout.shares_experts else ranks  # ranks that exchange tensors
+    if wanted == "uni" and max(together, options.parallel.data_parallel_size) > 1:
+        count = max(together, ranks * options.parallel.data_parallel_size)
+        raise ConfigError(f"--distributed-executor-backend uni runs one rank, not {count}: use mp or threads")
+    if wanted == "threads" and together > 1 and hardware.device == "cuda":
+        raise ConfigError(f"--distributed-executor-backend threads can't move tensors between {together} GPUs: use mp")
+    if wanted != "auto":
+        return wanted
+    chosen: Executor = "uni" if together == 1 else "mp"
+    reasons.append(f"executor {chosen}: {ranks} rank{'s' if ranks > 1 else ''}")
+    return chosen
+
+
+def _all2all(options: EngineOptions, spec: ModelSpec, layout: Layout, dtype: str, reasons: list[str]) -> str:
+    if spec.moe is None or not layout.shares_experts:
+        return ""
+    wanted = options.parallel.all2all_backend
+    if wanted != "auto":
+        return wanted
+    found, why = choose_all2all(
+        experts=spec.moe.num_experts,
+        top_k=spec.moe.routing.top_k,
+        hidden_size=spec.hidden_size,
+        dtype=dtype,
+        ranks=layout.replicas * layout.tp,
+        tp=layout.tp,
+    )
+    reasons.append(f"all2all backend {found}: {why}")
+    return found

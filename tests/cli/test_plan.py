@@ -1,0 +1,68 @@
+"""`shoal plan`: what would be done, as text and as JSON, with nothing started."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from shoal.cli.commands import cli
+from shoal.cli.plan import plans_of
+from shoal.launch import launchers
+from shoal.launch.open_model import open_model
+
+Checkpoint = Callable[[str], Path]
+
+LAYOUT = ("-tp", "2", "-pp", "2", "-dp", "2")
+CACHE = ("--kv-cache-memory-bytes", "2MiB")
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(cli, ["plan", *arguments], catch_exceptions=False, standalone_mode=False)
+    return done.stdout
+
+
+def test_every_rank_of_every_replica_is_there(checkpoint: Checkpoint) -> None:
+    told = json.loads(run(str(checkpoint("llama")), *LAYOUT, *CACHE, "--json"))
+    assert [replica["place"]["rank"] for replica in told["replicas"]] == [0, 1]
+    for replica in told["replicas"]:
+        assert replica["layout"]["stages"] == [2, 1]
+        assert [rank["shard"]["layers"] for rank in replica["ranks"]] == [[0, 2], [0, 2], [2, 3], [2, 3]]
+        assert all(rank["weight_bytes"] > 0 and rank["kv_budget"] == 2**21 for rank in replica["ranks"])
+        smallest = min(2**21 // rank["block_bytes"] for rank in replica["ranks"])
+        assert replica["num_blocks"] == smallest
+        assert "key" not in replica["place"]
+
+
+def test_the_text_has_the_numbers_and_the_reasons(checkpoint: Checkpoint) -> None:
+    told = run(str(checkpoint("llama")), *LAYOUT, *CACHE)
+    first, cache, *_ = told.splitlines()
+    assert first.endswith(": tp 2 x pp 2 x dp 2 = 8 ranks, float32, executor mp, up to 256 tokens per request")
+    assert "tokens per replica, " in cache
+    assert told.count("replica ") >= 2
+    assert "- 2 stages of 2,1 layers: so that they cost about the same" in told
+
+
+def test_experts_are_counted_by_rank(checkpoint: Checkpoint) -> None:
+    told = json.loads(run(str(checkpoint("mixtral")), "-dp", "2", "--enable-expert-parallel", *CACHE, "--json"))
+    held = [rank["shard"]["experts"] for replica in told["replicas"] for rank in replica["ranks"]]
+    assert sorted(expert for each in held for expert in each) == list(range(sum(map(len, held))))
+
+
+def test_it_is_the_plan_that_replicas_are_started_with(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(launchers, "EngineProcess", lambda module, plan, **_: started.append(plan))
+    opened = open_model(
+        str(checkpoint("llama")), {"data_parallel_size": 2, "kv_cache_memory_bytes": 2**21}, online=True
+    )
+    launch = launchers.ProcessLauncher(opened, range(2))
+    for number in range(2):
+        launch(number)
+    assert started == plans_of(opened)
+
+
+def test_what_does_not_fit_is_refused_as_by_serve(checkpoint: Checkpoint) -> None:
+    with pytest.raises(Exception, match="too small for rank 0"):
+        run(str(checkpoint("llama")), "--device-memory", "1MiB")

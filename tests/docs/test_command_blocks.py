@@ -1,0 +1,113 @@
+"""The command blocks of the README and the docs: those that can run do, with the bundled model.
+
+A comment above a block says what becomes of it: `<!-- run -->`, `<!-- run: serve -->` (it starts a server, which is
+ended when it has printed its URL), `<!-- run: client -->` (it talks to a server), or `<!-- skip: why -->`.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.servers import ShoalServer
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PRINTED_ADDRESS = "http://127.0.0.1:8000"
+DEADLINE_S = 100
+_BLOCK = re.compile(r"(?:^<!-- (?P<note>[^>]*) -->\n)?^```(?P<language>sh|python)\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    note: str
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for found in _BLOCK.finditer(text):
+            line = text.count("\n", 0, found.start("text"))
+            yield Block(str(page.relative_to(ROOT)), line, found["note"] or "", found["language"], found["text"])
+
+
+def noted(note: str) -> list[Block]:
+    return [block for block in blocks() if block.note == note]
+
+
+def by_name(found: list[Block]) -> dict[str, object]:
+    return {"argvalues": found, "ids": [block.name for block in found]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory in which `shoal` is on PATH, and what blocks speak of lies."""
+    (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"name": {"type": "string"}}}')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "37 + 45 ="}\n{"prompt": "Reverse: apple ->"}\n')
+    return tmp_path
+
+
+def run(block: Block, folder: Path, text: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "sh" else [sys.executable, "-c", text]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{block.name}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+def with_model(text: str) -> str:
+    return re.sub(r"\bMIXTURE\b", "bundled:moe", re.sub(r"\bMODEL\b", "bundled", text))
+
+
+def test_every_block_says_whether_it_runs() -> None:
+    silent = [block.name for block in blocks() if not re.fullmatch(r"run(: serve|: client)?|skip: .+", block.note)]
+    assert silent == []
+
+
+@pytest.mark.parametrize("block", **by_name(noted("run")))  # type: ignore[arg-type]
+def test_a_block_runs_as_printed(block: Block, folder: Path) -> None:
+    assert run(block, folder, with_model(block.text)) != ""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ShoalServer]:
+    with ShoalServer() as found:
+        yield found
+
+
+@pytest.mark.parametrize("block", **by_name(noted("run: client")))  # type: ignore[arg-type]
+def test_a_block_that_talks_to_a_server_runs_as_printed(block: Block, folder: Path, server: ShoalServer) -> None:
+    text = with_model(block.text).replace(PRINTED_ADDRESS, server.url)
+    assert run(block, folder, text) != ""
+
+
+@pytest.mark.parametrize("block", **by_name(noted("run: serve")))  # type: ignore[arg-type]
+def test_a_block_that_starts_a_server_runs_as_printed(block: Block) -> None:
+    for line in block.text.replace("\\\n", " ").splitlines():
+        arguments = with_model(line.partition("#")[0]).replace("--port 8000", "").split()
+        assert arguments[:2] == ["shoal", "serve"], line
+        with ShoalServer(*arguments[2:]) as found:
+            found.process.send_signal(signal.SIGTERM)
+            assert found.process.wait(DEADLINE_S) == 0

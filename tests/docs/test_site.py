@@ -1,0 +1,15 @@
+"""The documentation's site: every link leads somewhere, and every page has its place."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "guides" / "one-device" / "index.html").exists()
+    assert "tensor_parallel_size" in (tmp_path / "site" / "api" / "index.html").read_text("utf-8")
