@@ -21,8 +21,11 @@ PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 BY_TEXT = {"setattr", "getattr", "delattr", "hasattr", "patch", "object"}  # calls that take a name as text
 
 # (file, name): why there is no better way.
-ARGUED: dict[tuple[str, str], str] = {}
-CEILING = 0
+ARGUED = {
+    ("executors/test_robustness.py", name): "tells one rank of a step that the others do not get, which no caller can"
+    for name in ("_client", "_executor", "_incarnation", "_links")
+}
+CEILING = 5
 
 
 @cache

@@ -455,7 +455,7 @@ def test_api_servers_end_at_once_when_told_so_later() -> None:
     async def run(sock: socket.socket) -> bool:
         model = open_model(None, {}, online=True)
         servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 2)  # type: ignore[arg-type]
-        for server in servers._servers:
+        for server in servers.servers:
             server.child = Sleeper()  # type: ignore[assignment]
         serving = asyncio.create_task(servers.serve())
         servers.stop(WAIT_S * 10)

@@ -107,6 +107,10 @@ class PrefixIndex:
                 node = node.parent
         self._held.pop(replica, None)
 
+    def held(self, replica: int) -> int:
+        """Return how many blocks a replica is believed to have."""
+        return self._held.get(replica, 0)
+
     def audit(self) -> None:
         """
         Raises:

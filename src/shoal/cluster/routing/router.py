@@ -115,12 +115,17 @@ class _Line:
         """There must be one."""
         return self._heap[0]
 
+    @property
+    def is_mostly_gone(self) -> bool:
+        """True if more than half of its places are those of requests that have left it."""
+        return 2 * len(self._gone) > len(self._heap)
+
     def push(self, place: _Place) -> None:
         heapq.heappush(self._heap, place)
 
     def leave(self, place: _Place) -> None:
         self._gone.add(place)
-        if 2 * len(self._gone) > len(self._heap):
+        if self.is_mostly_gone:
             self._heap = [each for each in self._heap if each not in self._gone]
             self._gone.clear()
             heapq.heapify(self._heap)
@@ -205,6 +210,11 @@ class RequestRouter:
     def forget_prefixes(self, number: int) -> None:
         """A replica's prefix cache is empty. What it computes is known again as it is given requests."""
         self._prefixes.forget(self._replicas[number].slot)
+
+    @property
+    def unfinished(self) -> int:
+        """The number of requests that have not ended."""
+        return len(self._orders)
 
     @property
     def waiting(self) -> int:
@@ -384,6 +394,8 @@ class RequestRouter:
         lines = [self._line, *self._lines.values()]
         if sum(map(len, lines)) != len(self._waiting) or not all(self._lines.values()):
             wrong.append(f"{len(self._waiting)} wait, {[len(line) for line in lines]} in lines")
+        if any(line.is_mostly_gone for line in lines):
+            wrong.append("a line has more places of requests that have left it than others")
         if not self._waiting.keys() <= self._orders.keys():
             wrong.append("some that wait have no place")
         if int((self._work != _FULL).sum()) != sum(not replica.full for replica in self._replicas.values()):
@@ -394,7 +406,8 @@ class RequestRouter:
         if done != self._all_done:
             wrong.append(f"{done} tokens were done, not {self._all_done}")
         grouped = sum(each.group >= 0 for replica in self._replicas.values() for each in replica.held.values())
-        if grouped != sum(count for group in self._groups.values() for count in group.values()):
+        in_groups = sum(count for group in self._groups.values() for count in group.values())
+        if grouped != in_groups or not all(self._groups.values()):
             wrong.append(f"{grouped} requests in groups, {self._groups}")
         if wrong:
             raise EngineError(f"the router's books are wrong: {'; '.join(wrong)}")
