@@ -180,7 +180,7 @@ class Fleet:
     def updates(self, timeout: float) -> list[SeqUpdate]:
         """Drives everything: waits for replicas, starts those that are due, ends requests whose time is up."""
         self._tick()
-        updates = self._set.updates(min(timeout, self._pause()))
+        updates = self._set.updates(min(timeout, self.pause()))
         self._supervisor.welcome()
         return updates
 
@@ -301,8 +301,13 @@ class Fleet:
         if source in self._sources:
             self._sources.remove(source)
 
-    def _pause(self) -> float:
-        """Seconds to the next thing that is due."""
+    @property
+    def num_timers(self) -> int:
+        """The number of deadlines and waiting limits that are kept, those of ended requests included."""
+        return len(self._deadlines) + len(self._patience)
+
+    def pause(self) -> float:
+        """Return the seconds until something is due, if nothing happens before."""
         now = self._clock()
         times = (self._deadlines.next, self._patience.next, self._supervisor.next_due)
         return max(0.0, min((time for time in times if time is not None), default=now + _FOREVER_S) - now)

@@ -39,7 +39,7 @@ log = get_logger("requests")
 
 _POLL_S = 0.05
 _AT_ONCE = 512  # how many updates are handed out before other tasks of the event loop may run
-_ANSWER_S = 30.0  # how long the fleet may take to answer a question
+ANSWER_S = 30.0  # how long the fleet may take to answer a question
 _CLOSED = "the engine was closed"
 _RETRY_S = {  # seconds after which a client should try again, by the kind of the error
     RefusalKind.FULL: 1.0,
@@ -392,10 +392,10 @@ class AsyncLLM(PauseAndSleep):
             UserError, EngineError: the fleet refuses, or does not answer.
         """
         try:
-            async with asyncio.timeout(None if patient else _ANSWER_S):
+            async with asyncio.timeout(None if patient else ANSWER_S):
                 return await asyncio.wrap_future(self._line.ask(verb, payload))
         except TimeoutError:
-            raise EngineError(f"the engine has not answered {verb!r} within {_ANSWER_S:g} s") from None
+            raise EngineError(f"the engine has not answered {verb!r} within {ANSWER_S:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, and wait up to `timeout` seconds for the others. Return True if all have ended."""

@@ -31,7 +31,7 @@ from shoal.wire.fleet import to_api
 from shoal.wire.plan import ApiSetup
 
 _SETUP_S = 60.0
-_SLICE_S = 1.0
+SLICE_S = 1.0  # how often a line looks whether it was closed, at least
 _LEARN_S = 0.25
 
 log = get_logger("serve")
@@ -79,7 +79,7 @@ class ChannelLine:
         sources: list[Any] = [self._channel, self._waker]
         try:
             while not self._closed:
-                readable = wait(sources, _SLICE_S)
+                readable = wait(sources, SLICE_S)
                 self._waker.quiet()
                 if self._channel not in readable:
                     continue

@@ -21,7 +21,7 @@ from shoal.worker.edits import Edits, Masks
 from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
 from shoal.worker.token_return import TokenReturn
 
-_PROMPT_ROWS = 64  # of a prompt whose logits are there at a time: a vocabulary of 150,000 takes 38 MB for so many
+PROMPT_ROWS = 64  # of a prompt whose logits are there at a time: a vocabulary of 150,000 takes 38 MB for so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +161,8 @@ class Runner:
         first = len(hidden) - sum(len(each.targets) for each in prompts)
         for each in prompts:
             entries: list[TokenLogprobs] = []
-            for start in range(0, len(each.targets), _PROMPT_ROWS):
-                targets = torch.tensor(each.targets[start : start + _PROMPT_ROWS], device=hidden.device)
+            for start in range(0, len(each.targets), PROMPT_ROWS):
+                targets = torch.tensor(each.targets[start : start + PROMPT_ROWS], device=hidden.device)
                 logits = self._model.logits(hidden[first + start : first + start + len(targets)])
                 rows = logprobs(logits, self._share, self._tp, targets, each.logprobs)
                 entries += _rows(rows, 0, len(targets), each.logprobs)

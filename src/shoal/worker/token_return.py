@@ -33,6 +33,11 @@ class TokenReturn:
         self._table = table
         self._steps: deque[_Step] = deque()
 
+    @property
+    def unread(self) -> tuple[int, ...]:
+        """The numbers of the steps whose tokens were not read yet, the oldest first."""
+        return tuple(step.number for step in self._steps)
+
     def note(self, number: int, works: Sequence[Work]) -> None:
         """The tokens of these works will be drawn in a step, in this order."""
         if works:

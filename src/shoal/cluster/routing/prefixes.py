@@ -119,6 +119,10 @@ class PrefixIndex:
             end.active -= 1
             end = end.parent
 
+    def held(self, replica: int) -> int:
+        """Return how many blocks a replica is believed to have."""
+        return self._held.get(replica, 0)
+
     def audit(self) -> None:
         """Hold the tree against the numbers of blocks that replicas have.
 
