@@ -16,8 +16,8 @@ from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, Wire, encode, replace_fields
-from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, from_engine
-from shoal.wire.fleet import fleet_status_decoder
+from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates
+from shoal.wire.fleet import ContextLength, fleet_status_decoder, to_api
 from support.fake_replica import FakeReplica
 from support.fakes import Outcomes, alone, request
 
@@ -114,8 +114,15 @@ def opened(envelope: Updates) -> list[SeqUpdate]:
 class LocalClient:
     def __init__(self, desk: Desk) -> None:
         self.got: queue.Queue[Answer] = queue.Queue()
-        self.line = desk.open(self.got.put)
+        self.length: int | None = None
+        self.line = desk.open(self._hear)
         self.outcomes = Outcomes()
+
+    def _hear(self, answer: Answer) -> None:
+        if isinstance(answer, ContextLength):
+            self.length = answer.max_model_len
+        else:
+            self.got.put(answer)
 
     def add(self, *specs: EngineRequest) -> None:
         for spec in specs:
@@ -138,6 +145,7 @@ class RemoteClient(LocalClient):
         self.channel = Channel(ours)
         self.outcomes = Outcomes()
         self.told: dict[int, Told] = {}
+        self.length = None
         desk.connect(self.at_desk)
 
     def send(self, *messages: Wire) -> None:
@@ -153,9 +161,11 @@ class RemoteClient(LocalClient):
         assert wait([self.channel], DEADLINE_S)
         found: list[SeqUpdate] = []
         for frame in self.channel.receive():
-            message = from_engine.decode(frame)
+            message = to_api.decode(frame)
             if isinstance(message, Told):
                 self.told[message.id] = message
+            elif isinstance(message, ContextLength):
+                self.length = message.max_model_len
             else:
                 assert isinstance(message, Updates)
                 found += opened(message)
@@ -187,6 +197,15 @@ def test_each_client_gets_its_own(setting: Setting) -> None:
         assert client.outcomes.tokens == {seq: alone(spec) for seq, spec in client.outcomes.specs.items()}
     assert len({spec.group for spec in setting.replica.added}) == 4
     setting.now(setting.fleet.audit)
+
+
+def test_clients_are_told_how_long_requests_may_be(setting: Setting) -> None:
+    """As soon as the fleet knows; one that comes later at once."""
+    for client in (setting.local(), setting.remote(), setting.local()):
+        client.add(request(0, [1], 5))
+        client.finish()
+        assert client.length == setting.now(lambda: setting.fleet.max_model_len)
+        assert client.length is not None
 
 
 def test_updates_are_handed_on_and_not_copied(setting: Setting) -> None:
@@ -414,6 +433,8 @@ def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: 
     ended = threading.Event()
 
     def deliver(answer: Answer) -> None:
+        if isinstance(answer, ContextLength):
+            return
         assert isinstance(answer, Updates)
         waiting.append(setting.fleet.num_unfinished)
         if any(update.finish is not None for update in answer.updates):

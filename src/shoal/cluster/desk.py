@@ -21,7 +21,7 @@ from shoal.process.forks import Owner
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.wire.base import WireError, encode, replace_fields
 from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, to_engine
-from shoal.wire.fleet import operation_decoder
+from shoal.wire.fleet import ContextLength, operation_decoder
 
 log = get_logger("desk")
 
@@ -35,7 +35,7 @@ _CLOSED = "the engine was closed"
 
 Verb = Callable[[bytes], bytes]
 Message = EngineRequest | Abort | Ask
-Answer = Updates | Told
+Answer = Updates | ContextLength | Told
 
 
 class FleetConnection(Protocol):
@@ -127,6 +127,7 @@ class Desk:
             **(verbs or {}),
         }
         self._clients: dict[int, _Client] = {}
+        self._length: ContextLength | None = None  # what clients were told
         self._numbers = itertools.count()
         self._todo: deque[Callable[[], object]] = deque()  # by other threads, for this one
         self._lock = threading.Lock()
@@ -191,6 +192,7 @@ class Desk:
             while not self._closing:
                 self._do_some()
                 self._hand_out(self._fleet.updates(_WAIT_S))
+                self._tell_length()
                 for client in list(self._clients.values()):
                     if isinstance(client, _RemoteClient):
                         self._attend_to(client)
@@ -233,6 +235,15 @@ class Desk:
 
     def _enter(self, client: _Client) -> None:
         self._clients[client.number] = client
+        if self._length is not None:
+            client.say(self._length)
+
+    def _tell_length(self) -> None:
+        """Tell all clients how long requests may be, as soon as the fleet knows it."""
+        if self._length is None and self._fleet.max_model_len is not None:
+            self._length = ContextLength(self._fleet.max_model_len)
+            for client in self._clients.values():
+                client.say(self._length)
 
     def leave(self, client: _Client) -> None:
         if self._clients.pop(client.number, None) is not None:
@@ -391,7 +402,7 @@ class _RemoteClient(_Client):
         if isinstance(answer, Updates):
             self._unsent += answer.updates
         with contextlib.suppress(ChannelClosed):  # its end is read, and dealt with, in turn
-            if isinstance(answer, Told):
+            if not isinstance(answer, Updates):
                 self.channel.send(encode(answer))
             self.flush()
 

@@ -149,6 +149,11 @@ class Fleet:
         )
         return why, RefusalKind.INVALID
 
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that a prompt and its output may have together; None before the first replicas are ready."""
+        return self._length
+
     def _bound(self, length: int) -> None:
         self._length = length
         self._set.bound(self._cut)

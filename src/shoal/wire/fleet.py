@@ -84,7 +84,17 @@ class ResponseNames(Wire, frozen=True):
     names: tuple[str, ...]
 
 
-ToApi = ApiSetup | Updates | Told | Stop
+class ContextLength(Wire, frozen=True):
+    """The tokens that a prompt and its output may have together.
+
+    A fleet tells each front end once its first replicas are ready and have said how much their KV caches hold, and a
+    front end that connects later at once.
+    """
+
+    max_model_len: int
+
+
+ToApi = ApiSetup | Updates | ContextLength | Told | Stop
 
 to_api: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
 
