@@ -159,7 +159,7 @@ def undisturbed_and_not(server: Program, url: str, disturb: Callable[[], object]
 
 
 def ready_url(server: Program, *, replicas: int) -> str:
-    url = server.await_line(r"(http://[\d.:]+) listens")
+    url = server.await_line(r"listening at (http://[\d.:]+\d)")
     until(
         lambda: [replica["state"] for replica in states(server, url)] == ["ready"] * replicas, "all are ready", server
     )
@@ -203,7 +203,7 @@ def test_hosts_that_meet_by_ipv6(link_local: bool) -> None:
         door = ["--data-parallel-size-local", "0", "--data-parallel-address", f"[{here}]"]
         head = start(*common, *door, "--host", "::1", "--port", "0", on=first)
         headless.await_line(rf"for the front end at \[{re.escape(there)}\]:{PORT}")
-        url = head.await_line(r"(http://\[::1\]:\d+) listens")
+        url = head.await_line(r"listening at (http://\[::1\]:\d+)")
         until(lambda: [each["state"] for each in states(head, url)] == ["ready"], "it is ready", head)
         assert stream(head, url, PROMPTS[0], tokens=4)
         top = [*first.inside, sys.executable, "-m", "shoal", "top", "--once", url.removeprefix("http://")]
@@ -215,7 +215,7 @@ def test_head_first_and_a_host_that_is_cut_off() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         for_head, for_headless = head_and_headless(pair)
         head = start(*for_head, on=pair[0])
-        head.await_line("listens")
+        head.await_line("listening at")
         start(*for_headless, on=pair[1])
         url = ready_url(head, replicas=2)
         undisturbed_and_not(head, url, lambda: hosts.cut(pair[1]))
