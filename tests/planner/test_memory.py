@@ -154,7 +154,7 @@ def test_a_step_of_a_stage_takes_no_more_than_planned(
 
 def test_the_planner_and_the_ranks_have_the_same_constants() -> None:
     assert memory.SCORE_BYTES == reference.SCORE_BYTES
-    assert memory.PROMPT_ROWS == runner._PROMPT_ROWS
+    assert memory.PROMPT_ROWS == runner.PROMPT_ROWS
 
 
 def single_rank_memory(spec: ModelSpec, folder: Path, **changes: int) -> RankMemory:

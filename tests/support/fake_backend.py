@@ -61,7 +61,7 @@ class FakeStream:
         return (None, *(self._backend.logprobs(token, wanted) if known else None for token in self.job.tokens[1:]))
 
     @property
-    def prompt_told(self) -> bool:
+    def prompt_complete(self) -> bool:
         return None not in (self.prompt_logprobs or ())[1:]
 
     def __aiter__(self) -> "FakeStream":

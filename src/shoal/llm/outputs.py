@@ -23,7 +23,7 @@ _REASONS: dict[Finish, FinishReason] = {
 
 
 class Completion:
-    """One output of a prompt, while it is generated."""
+    """An output of a prompt, while it is generated."""
 
     def __init__(
         self,

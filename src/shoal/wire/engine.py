@@ -36,8 +36,8 @@ class EngineRequest(Wire, frozen=True):
     """A request for one output. A prompt with n outputs is n requests of one group."""
 
     seq: int  # the number of the request; the client chooses it and never uses it twice
-    tokens: bytes  # of the prompt, and of the output so far if the request goes on from there (`wire.tokens`)
-    num_prompt_tokens: int  # `tokens` after them belong to the output
+    tokens: bytes  # the prompt, and the tokens that the output has if the request is continued (`wire.tokens`)
+    num_prompt_tokens: int  # the length of the prompt; `tokens` after it belong to the output
     sampling: Sampling
     max_tokens: int  # the most tokens that the output may have
     stop_ids: bytes = b""  # tokens that end the output (`wire.tokens`)
@@ -52,12 +52,12 @@ class EngineRequest(Wire, frozen=True):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt, and of the output so far."""
+        """The number of tokens of the prompt and of the output so far."""
         return num_tokens(self.tokens)
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens of the output that another engine has drawn."""
+        """The number of output tokens that another engine has drawn."""
         return self.num_tokens - self.num_prompt_tokens
 
 
@@ -84,10 +84,10 @@ class SeqUpdate(Wire, frozen=True):
 
 
 class Updates(Wire, frozen=True):
-    """An envelope of updates for one client, whose own numbers of its requests are lower by `base`."""
+    """Updates of the requests of one client."""
 
     updates: tuple[SeqUpdate, ...]
-    base: int = 0
+    base: int = 0  # subtracted from a `seq`, it gives the client's own number of the request
 
 
 class EngineFailure(Wire, frozen=True):

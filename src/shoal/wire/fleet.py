@@ -55,7 +55,7 @@ class FleetStatus(Wire, frozen=True):
 
 
 class StoredTurn(Wire, frozen=True):
-    """One turn of a stored conversation: the items of one side, in order."""
+    """A turn of a stored conversation: the items of one side, in order."""
 
     items: bytes  # a JSON list
     ids: tuple[str, ...]  # the ids of the items that have one

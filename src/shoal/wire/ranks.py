@@ -48,7 +48,7 @@ class NewSeq(Wire, frozen=True):
 
     seq: int
     epoch: int
-    tokens: bytes  # `wire.tokens`
+    tokens: bytes  # encoded by `wire.tokens`
     num_prompt_tokens: int  # how many of `tokens` are the prompt
     blocks: Ids  # KV blocks whose tokens are computed already, from the prefix cache
     sampling: Sampling

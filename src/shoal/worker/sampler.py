@@ -16,7 +16,7 @@ from torch import Tensor
 from shoal.kernels.noise import gumbel
 from shoal.kernels.sampling import BEHIND_ALL, of_ranks, ranks_of, sampling_kernels
 from shoal.parallel.mesh import Axis
-from shoal.worker.edits import NEVER, Edits, edit
+from shoal.worker.edits import NEVER, Edits, apply_edits
 
 _FIRST_CANDIDATES = 256  # a nucleus is seldom larger
 
@@ -73,7 +73,7 @@ def sample(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows) -> T
     likeliest = _best(logits[doubtful], share, tp).tokens if len(doubtful) else doubtful
     if rows.logprobs >= 0:
         logits = logits.clone()
-    edit(logits, share.start, rows.edits)
+    apply_edits(logits, share.start, rows.edits)
     draw = _draw(logits, share, tp, rows)
     empty = draw.scores == NEVER
     if bool(empty.any()):
@@ -310,13 +310,13 @@ def _doubtful(edits: Edits, keys: Tensor, vocabulary: int) -> Tensor:
         full = edits.masks.bits[:, : vocabulary // 32]  # not the word that may speak of tokens beyond the vocabulary
         least = (full != 0).sum(1)
         forbidden = torch.zeros(count, dtype=torch.int64, device=full.device)
-        if edits.never is not None:
-            forbidden += torch.bincount(edits.never.rows, minlength=count)
+        if edits.forbidden is not None:
+            forbidden += torch.bincount(edits.forbidden.rows, minlength=count)
         found.append(edits.masks.rows[least <= forbidden[edits.masks.rows]])
     if edits.allowed is not None:
         found.append(edits.allowed.rows)
-    if edits.never is not None and len(edits.never.rows) >= vocabulary:
-        found.append((torch.bincount(edits.never.rows, minlength=count) >= vocabulary).nonzero().squeeze(1))
+    if edits.forbidden is not None and len(edits.forbidden.rows) >= vocabulary:
+        found.append((torch.bincount(edits.forbidden.rows, minlength=count) >= vocabulary).nonzero().squeeze(1))
     doubtful: Tensor = torch.cat(found).unique()
     return doubtful
 
@@ -326,6 +326,6 @@ def _lowest_permitted(edits: Edits, otherwise: Tensor, vocabulary: int) -> Tenso
     restrictions = edits.restrictions()
     flat = torch.zeros((len(otherwise), vocabulary), device=otherwise.device)
     if restrictions is not None:
-        edit(flat, 0, restrictions)
+        apply_edits(flat, 0, restrictions)
     value, lowest = flat.max(1)
     return torch.where(value == 0, lowest, otherwise)
