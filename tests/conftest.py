@@ -1,10 +1,17 @@
 import logging
+import re
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from support import checkpoints
+from support import checkpoints, effort
+
+QUICK_S = 1.0  # CPU time that a test may take in a quick run without being named at its end
+SLOW_MODULE = re.compile(r"^pytestmark = (pytest\.mark\.slow|\[.*pytest\.mark\.slow\b.*\])$", re.MULTILINE)
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +46,50 @@ def _gpus_only_for_gpu_tests(request: pytest.FixtureRequest, monkeypatch: pytest
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
+@pytest.fixture(autouse=True)
+def _quick_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `scripts/test --quick` stays quick: whatever starts processes gets its mark when it is written."""
+    if not effort.quick or "quick_process" in request.keywords:
+        return
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("this test starts a process: mark it slow, or quick_process if that takes less than a second")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="every combination of families, layouts and options")
+    parser.addoption("--quick", action="store_true", help="without what is marked slow, and with fewer examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    effort.quick = config.getoption("--quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Spare the import of modules of which all tests are slow."""
+    is_slow = (
+        effort.quick and collection_path.suffix == ".py" and SLOW_MODULE.search(collection_path.read_text("utf-8"))
+    )
+    return True if is_slow else None
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    begun = time.process_time()
+    yield
+    item.user_properties.append(("cpu_s", time.process_time() - begun))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name the tests that make a quick run slow."""
+    if not effort.quick:
+        return
+    for report in terminalreporter.stats.get("passed", ()):
+        seconds = dict(report.user_properties).get("cpu_s", 0.0)
+        if seconds > QUICK_S:
+            terminalreporter.write_line(f"{report.nodeid} took {seconds:.1f} s of CPU time: mark it slow, or mend it")
 
 
 # Begun first, where several files run at a time: what takes long at the end has the other workers wait.
@@ -58,9 +107,12 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    if effort.quick:
+        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
+        items[:] = [item for item in items if "slow" not in item.keywords]
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if not torch.cuda.is_available():

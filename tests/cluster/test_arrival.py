@@ -1,5 +1,6 @@
 """Replicas of other hosts: who is let in, and what a connection that ends, or talks nonsense, comes to."""
 
+import os
 import socket
 import struct
 import time
@@ -91,7 +92,7 @@ def test_a_number_that_is_no_token_is_nonsense(line: Line, token: int) -> None:
 
 
 def test_a_frame_without_end_is_not_waited_for(line: Line) -> None:
-    line.engine._socket.send(b"\xff\xff\xff\xff")
+    os.write(line.engine.fileno(), b"\xff\xff\xff\xff")
     with pytest.raises(EngineError, match="ended, or lost its connection"):
         line.replica.updates(60)
 
@@ -106,7 +107,7 @@ def test_what_the_engine_reports_is_told_with_its_name(line: Line) -> None:
 def test_a_failure_right_behind_other_words_is_told_next(line: Line, first: Wire) -> None:
     """By then the connection has been ended."""
     frames = [encode(first), encode(EngineFailure("no memory"))]
-    line.engine._socket.sendall(b"".join(struct.pack("<I", len(frame)) + frame for frame in frames))
+    os.write(line.engine.fileno(), b"".join(struct.pack("<I", len(frame)) + frame for frame in frames))
     if isinstance(first, Updates):
         assert [update.tokens for update in line.replica.updates(60)] == [(5,)]
     else:

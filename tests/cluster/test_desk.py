@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster import desk as desk_module
 from shoal.cluster.desk import Answer, Desk
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.routing.router import ReplicaCapacity
+from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, Wire, encode, replace_fields
-from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, from_engine
-from shoal.wire.fleet import fleet_status_decoder
+from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates
+from shoal.wire.fleet import ContextLength, fleet_status_decoder, to_api
 from support.fake_replica import FakeReplica
 from support.fakes import Outcomes, alone, request
 
@@ -56,7 +55,7 @@ class Member(FakeReplica):
 
 
 class Setting:
-    def __init__(self) -> None:
+    def __init__(self, unread_s: float = 60.0) -> None:
         self.replica = Member(0)
         self.fleet = Fleet(
             lambda number, generation: self.replica,
@@ -65,7 +64,9 @@ class Setting:
             limits=FleetLimits(1000, None, None, 5, 60.0),
             local=[0],
         )
-        self.desk = Desk(self.fleet, {"shout": bytes.upper, "fail": self._fail, "break": self._break})
+        self.desk = Desk(
+            self.fleet, {"shout": bytes.upper, "fail": self._fail, "break": self._break}, unread_s=unread_s
+        )
 
         self.channels: list[Channel] = []
 
@@ -96,8 +97,9 @@ class Setting:
 
 
 @pytest.fixture
-def setting() -> Iterator[Setting]:
-    found = Setting()
+def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
+    """`param`, if there is one, is `unread_s`."""
+    found = Setting(getattr(request, "param", 60.0))
     yield found
     found.desk.close()
     for channel in found.channels:
@@ -112,8 +114,15 @@ def opened(envelope: Updates) -> list[SeqUpdate]:
 class LocalClient:
     def __init__(self, desk: Desk) -> None:
         self.got: queue.Queue[Answer] = queue.Queue()
-        self.line = desk.open(self.got.put)
+        self.length: int | None = None
+        self.line = desk.open(self._hear)
         self.outcomes = Outcomes()
+
+    def _hear(self, answer: Answer) -> None:
+        if isinstance(answer, ContextLength):
+            self.length = answer.max_model_len
+        else:
+            self.got.put(answer)
 
     def add(self, *specs: EngineRequest) -> None:
         for spec in specs:
@@ -132,11 +141,12 @@ class LocalClient:
 
 class RemoteClient(LocalClient):
     def __init__(self, desk: Desk) -> None:
-        theirs, ours = Channel.pair()
+        self.at_desk, ours = Channel.pair()
         self.channel = Channel(ours)
         self.outcomes = Outcomes()
         self.told: dict[int, Told] = {}
-        desk.connect(theirs)
+        self.length = None
+        desk.connect(self.at_desk)
 
     def send(self, *messages: Wire) -> None:
         for message in messages:
@@ -151,9 +161,11 @@ class RemoteClient(LocalClient):
         assert wait([self.channel], DEADLINE_S)
         found: list[SeqUpdate] = []
         for frame in self.channel.receive():
-            message = from_engine.decode(frame)
+            message = to_api.decode(frame)
             if isinstance(message, Told):
                 self.told[message.id] = message
+            elif isinstance(message, ContextLength):
+                self.length = message.max_model_len
             else:
                 assert isinstance(message, Updates)
                 found += opened(message)
@@ -185,6 +197,15 @@ def test_each_client_gets_its_own(setting: Setting) -> None:
         assert client.outcomes.tokens == {seq: alone(spec) for seq, spec in client.outcomes.specs.items()}
     assert len({spec.group for spec in setting.replica.added}) == 4
     setting.now(setting.fleet.audit)
+
+
+def test_clients_are_told_how_long_requests_may_be(setting: Setting) -> None:
+    """As soon as the fleet knows; one that comes later at once."""
+    for client in (setting.local(), setting.remote(), setting.local()):
+        client.add(request(0, [1], 5))
+        client.finish()
+        assert client.length == setting.now(lambda: setting.fleet.max_model_len)
+        assert client.length is not None
 
 
 def test_updates_are_handed_on_and_not_copied(setting: Setting) -> None:
@@ -301,9 +322,9 @@ def test_an_api_server_that_goes_is_a_warning_if_it_had_requests(
     if busy:
         remote.send(request(0, [1], 10**7))
         setting.until(lambda: bool(setting.replica.held))
-    setting.until(lambda: bool(setting.desk._clients))
+    setting.until(lambda: bool(setting.desk.num_clients))
     remote.channel.close()
-    setting.until(lambda: not setting.desk._clients)
+    setting.until(lambda: not setting.desk.num_clients)
     said = [each for each in caplog.records if "an API server has gone" in each.message]
     assert [each.levelname for each in said] == (["WARNING"] if busy else [])
 
@@ -375,8 +396,7 @@ def fill(channel: Channel) -> None:
 
 def test_one_that_does_not_read_for_a_while_misses_nothing_and_keeps_nobody_waiting(setting: Setting) -> None:
     remote, local = setting.remote(), setting.local()
-    (client,) = (each for each in setting.now(lambda: list(setting.desk._clients.values())) if hasattr(each, "channel"))
-    setting.now(lambda: fill(client.channel))
+    setting.now(lambda: fill(remote.at_desk))
     remote.add(*(request(seq, [seq], 60) for seq in range(10)))
     local.add(*(request(seq, [seq], 90) for seq in range(10)))
     local.finish()
@@ -385,15 +405,14 @@ def test_one_that_does_not_read_for_a_while_misses_nothing_and_keeps_nobody_wait
     setting.now(setting.fleet.audit)
 
 
-def test_one_that_does_not_read_at_all_is_given_up(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk_module, "_UNREAD_S", 0.05)
+@pytest.mark.parametrize("setting", [0.05], indirect=True)
+def test_one_that_does_not_read_at_all_is_given_up(setting: Setting) -> None:
     remote = setting.remote()
-    (client,) = setting.now(lambda: list(setting.desk._clients.values()))
-    setting.now(lambda: fill(client.channel))
+    setting.now(lambda: fill(remote.at_desk))
     remote.send(request(0, [1], 10**7))
     setting.until(lambda: bool(setting.replica.added))
     setting.until(lambda: not setting.replica.held)
-    setting.until(lambda: not setting.desk._clients)
+    setting.until(lambda: not setting.desk.num_clients)
 
 
 def test_a_channel_that_somebody_else_closes(setting: Setting) -> None:
@@ -401,8 +420,7 @@ def test_a_channel_that_somebody_else_closes(setting: Setting) -> None:
     remote, local = setting.remote(), setting.local()
     remote.send(request(0, [1], 10**7))
     setting.until(lambda: bool(setting.replica.held))
-    (client,) = (each for each in setting.now(lambda: list(setting.desk._clients.values())) if hasattr(each, "channel"))
-    client.channel.close()
+    remote.at_desk.close()
     setting.until(lambda: not setting.replica.held)
     local.add(request(0, [1]))
     local.finish()
@@ -415,6 +433,8 @@ def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: 
     ended = threading.Event()
 
     def deliver(answer: Answer) -> None:
+        if isinstance(answer, ContextLength):
+            return
         assert isinstance(answer, Updates)
         waiting.append(setting.fleet.num_unfinished)
         if any(update.finish is not None for update in answer.updates):

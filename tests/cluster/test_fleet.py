@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.routing.router import ReplicaCapacity
+from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import CheckpointError, ConfigError, EngineError, RequestError, ShoalError
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, Finish, RefusalKind, SeqUpdate
@@ -526,7 +526,7 @@ def test_a_fleet_in_which_all_were_given_up_rests() -> None:
         assert found.fleet.fatal is not None
         found.kill(found.member(0))
         found.settle(3, 30.0)
-        assert found.fleet._pause() > 100
+        assert found.fleet.pause() > 100
 
 
 def test_counters_go_on_over_lives() -> None:
@@ -665,7 +665,7 @@ def test_nothing_is_kept_of_those_that_ended_long_before_their_time() -> None:
             found.add(request(seq, [1], 1))
             while seq in found.outcomes.open:
                 found.step()
-        assert len(found.fleet._deadlines) + len(found.fleet._patience) < 300
+        assert found.fleet.num_timers < 300
 
 
 def test_one_that_drains_takes_nothing_new() -> None:
@@ -877,7 +877,7 @@ def test_what_another_hosts_replica_drew_in_an_earlier_life_is_no_use_later() ->
             found.kill(member)
             found.kill(found.member(0))
             found.settle(1)
-            pauses.append(found.fleet._pause())
+            pauses.append(found.fleet.pause())
             found.settle(3, 1.0)
         assert pauses[0] == 0
         assert pauses[2] > 0

@@ -63,11 +63,11 @@ def test_what_does_not_fit_is_forgotten_the_longest_unused_first(
             if len(recent) > capacity:
                 break
             assert found(index, replica, earlier) == len(earlier), "and all since which nothing was too much"
-        assert index._held.get(replica, 0) <= capacity
+        assert index.held(replica) <= capacity
     for replica in had:
         index.forget(replica)
-    index.audit()
-    assert not index._root.children
+        assert index.held(replica) == 0
+    index.audit()  # with no replica no block is left
 
 
 def test_the_end_of_a_prompt_is_forgotten_before_its_beginning() -> None:
@@ -83,8 +83,9 @@ def test_the_end_of_a_prompt_is_forgotten_before_its_beginning() -> None:
 def test_the_audit_finds_what_is_wrong() -> None:
     index = PrefixIndex()
     index.remember(0, digest([1, 2]), 6)
-    index._held[0] = 1
-    with pytest.raises(EngineError, match=r"replicas have \{0: 2\} blocks, not \{0: 1\}"):
+    ((node, _),) = index.find(digest([1, 2]))
+    node.holders.clear()
+    with pytest.raises(EngineError, match="a node of 2 blocks with 0 holders"):
         index.audit()
 
 

@@ -111,7 +111,7 @@ def test_whoever_leaves_is_missed_by_those_that_have_work(replicas: list[Rendezv
     for each in replicas:
         await_due(each, 1)
     replicas[2].close()
-    while 2 not in replicas[0]._member.gone() or 2 not in replicas[1]._member.gone():
+    while 2 not in replicas[0].gone() or 2 not in replicas[1].gone():
         assert wait([replicas[0], replicas[1]], 60)  # type: ignore[list-item]
         for each in replicas[:2]:
             each.quiet()
@@ -129,14 +129,14 @@ def test_engines_that_follow_each_other_have_rooms_of_their_own() -> None:
             for each in found:
                 stack.callback(each.close)
             assert [each.due() for each in found] == [0] * SIZE
-        assert len(meeting._rooms) == 2
+        assert len(meeting.rooms) == 2
 
 
 def test_replicas_that_differ_are_refused() -> None:
     with Rendezvous(key="key") as meeting, ThreadPoolExecutor(1) as pool:
         first = pool.submit(RendezvousLockstep, place(meeting, 0), {"dtype": "float32"}, timeout=5)
         for _ in range(6000):
-            if meeting._rooms:
+            if meeting.rooms:
                 break
             threading.Event().wait(0.01)
         with pytest.raises(ConfigError, match="its dtype is bfloat16"):

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ OPTIONS: dict[str, Any] = {"distributed_executor_backend": "uni", "kv_cache_memo
 TOO_SMALL: dict[str, Any] = {"asked_model_len": 10**6}  # more than the KV cache holds, which the engine finds out
 
 
-def start(checkpoint: Checkpoint, place: ReplicaPlace | None = None, **changes: Any) -> EngineProcess:
-    plan = engine_plan(checkpoint("llama"), place or ReplicaPlace(), **OPTIONS)
+def start(
+    checkpoint: Checkpoint, place: ReplicaPlace | None = None, options: Mapping[str, Any] = OPTIONS, **changes: Any
+) -> EngineProcess:
+    plan = engine_plan(checkpoint("llama"), place or ReplicaPlace(), **options)
     return EngineProcess(ENGINE_PROCESS, replace_fields(plan, **changes), answer_timeout=60)
 
 
@@ -115,7 +117,7 @@ def test_stopped(engine: EngineProcess) -> None:
 
 
 def test_a_rank_that_dies_while_nothing_is_to_do_is_noticed(checkpoint: Checkpoint) -> None:
-    engine = start(checkpoint, distributed_executor_backend="mp", tensor_parallel_size=2)
+    engine = start(checkpoint, options={**OPTIONS, "distributed_executor_backend": "mp", "tensor_parallel_size": 2})
     engine.await_ready(120)
     os.kill(engine.stats().ranks[1].pid, signal.SIGKILL)
     begun = time.monotonic()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cluster.replica_set import ReplicaSet
-from shoal.cluster.routing.router import ReplicaCapacity
+from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.stats import merged
 from shoal.errors import ClosedError, ReplicasFailed, RequestError
 from shoal.wire.base import encode, replace_fields

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from shoal.cluster.routing.router import ReplicaCapacity, RequestRouter, most_held
+from shoal.cluster.routing.capacity import ReplicaCapacity, most_held
+from shoal.cluster.routing.router import RequestRouter
+from shoal.cluster.routing.waiting_lines import WaitingLines
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
@@ -79,10 +81,10 @@ def test_nothing_is_lost_nothing_goes_twice_and_nobody_holds_too_much(
         if data.draw(st.booleans()) and busy:
             number = data.draw(st.sampled_from(busy))
             one = data.draw(st.sampled_from(sorted(held[number])))
-            found.drew(one, number, data.draw(st.integers(0, specs[one].max_tokens)))
+            found.drew(one, data.draw(st.integers(0, specs[one].max_tokens)))
             if data.draw(st.booleans()):
                 held[number].remove(one)
-                found.ended(one, number)
+                found.ended(one)
                 ended += 1
         if waiting and data.draw(st.integers(0, 9)) == 0:
             found.ended(waiting.popitem()[0])
@@ -96,7 +98,7 @@ def test_nothing_is_lost_nothing_goes_twice_and_nobody_holds_too_much(
     while ended < count:
         deal()
         number = next(number for number in held if held[number])
-        found.ended(held[number].pop(), number)
+        found.ended(held[number].pop())
         ended += 1
     assert not waiting
     assert found.next() is None
@@ -112,7 +114,7 @@ def test_those_who_wait_go_by_priority_and_arrival_and_keep_their_place() -> Non
     found.add(request(9, [1]))
     order: list[int] = []
     for _ in range(5):
-        found.ended(order[-1] if order else 4, 0)
+        found.ended(order[-1] if order else 4)
         order += [seq for seq, _ in dealt(found)]
     assert order == [0, 1, 2, 9, 3]
 
@@ -123,7 +125,7 @@ def test_a_request_that_is_given_up_while_it_waits_goes_nowhere() -> None:
         found.add(request(seq, [1]))
     assert dealt(found) == [(0, 0)]
     found.ended(1)
-    found.ended(0, 0)
+    found.ended(0)
     assert dealt(found) == [(2, 0)]
 
 
@@ -180,8 +182,8 @@ def test_all_end_at_about_the_same_time(speeds: list[int], count: int, shared: b
             if progress[number] >= 12:
                 progress[number] -= 12
                 seq = queues[number].pop(0)
-                found.drew(seq, number, 12)
-                found.ended(seq, number)
+                found.drew(seq, 12)
+                found.ended(seq)
                 last[number] = now
                 done += 1
     optimum = 12 * count / sum(speeds)
@@ -191,16 +193,16 @@ def test_all_end_at_about_the_same_time(speeds: list[int], count: int, shared: b
 def test_what_is_left_to_do_counts_not_what_was_given() -> None:
     found = router(2)
     where = spread(found, [request(0, [1] * 40, max_tokens=40), request(1, [2] * 8, max_tokens=8)])
-    found.drew(0, where[0], 39)
+    found.drew(0, 39)
     assert spread(found, [request(2, [3], max_tokens=4)]) == {2: where[0]}
 
 
 def test_outputs_are_expected_to_be_as_long_as_those_that_have_ended() -> None:
     found = router(2)
     where = spread(found, [request(seq, [seq], max_tokens=1000) for seq in range(2)])
-    found.drew(0, where[0], 10)
-    found.ended(0, where[0])
-    found.drew(1, where[1], 1)
+    found.drew(0, 10)
+    found.ended(0)
+    found.drew(1, 1)
     assert spread(found, [request(2, [2] * 100, max_tokens=1000)]) == {2: where[0]}
     # The prompt of 100 is more than the few tokens that are to be expected of either.
     assert spread(found, [request(3, [3], max_tokens=1000), request(4, [4], max_tokens=1000)]) == {
@@ -226,10 +228,10 @@ def test_what_is_bound_late_goes_to_the_one_whose_outputs_are_short() -> None:
         for number, running in enumerate(held):
             for seq in list(running)[:runs]:
                 running[seq] += 1
-                found.drew(seq, number, 1)
+                found.drew(seq, 1)
                 if running[seq] == lengths[number]:
                     del running[seq]
-                    found.ended(seq, number)
+                    found.ended(seq)
                     last[number] = now
     assert shares[0] > 4 * shares[1]
     assert abs(last[0] - last[1]) <= 2 * 64
@@ -241,7 +243,7 @@ def test_ties_go_round() -> None:
     for seq in range(6):
         where = spread(found, [request(seq, [seq])])
         order.append(where[seq])
-        found.ended(seq, where[seq])
+        found.ended(seq)
     assert order == [0, 1, 2, 0, 1, 2]
 
 
@@ -278,10 +280,10 @@ def test_the_outputs_of_one_prompt_share_its_work_even_without_a_prefix_cache() 
     spread(found, [request(seq, [seq] * 5) for seq in range(2)])
     outputs = [request(10 + i, [5] * 60, group=10) for i in range(4)]
     where = spread(found, outputs[:1])
-    found.drew(10, where[10], 1)
+    found.drew(10, 1)
     where |= spread(found, outputs[1:])
     assert Counter(where.values()) == {where[10]: 4}, "three more outputs are less than the prompt once more"
-    assert found.work(where[10]) == 9 + 3 + 3 * (1 + 4)
+    assert found.ledger.work_of(where[10]) == 9 + 3 + 3 * (1 + 4)
     free = router(2, room(prefixes=0))
     assert len(set(spread(free, [request(10 + i, [5, 6], group=10) for i in range(2)]).values())) == 2
 
@@ -290,13 +292,13 @@ def test_a_hot_prefix_gets_copies_where_replicas_are_idle_and_one_conversation_d
     found = router(4)
     begun = request(0, [7] * 40, max_tokens=9)
     where = spread(found, [begun])
-    found.drew(0, where[0], 2)
+    found.drew(0, 2)
     together = spread(found, prompts_of(7, 3, 1))
     assert sorted({**where, **together}.values()) == [0, 1, 2, 3]
     found = router(4)
     spread(found, [request(0, [7] * 40, max_tokens=1)])
-    found.drew(0, 0, 1)
-    found.ended(0, 0)
+    found.drew(0, 1)
+    found.ended(0)
     # Somebody else's request keeps its replica busy for a short time: less than the conversation's past would take.
     found.add(replace_fields(request(1, [9], max_tokens=3), replica=0))
     assert dealt(found) == [(1, 0)]
@@ -305,9 +307,9 @@ def test_a_hot_prefix_gets_copies_where_replicas_are_idle_and_one_conversation_d
 
 def computed(found: RequestRouter, spec: EngineRequest) -> int:
     """Prompt tokens that replica 0 has to compute for it."""
-    before = found.work(0)
+    before = found.ledger.work_of(0)
     assert spread(found, [spec]) == {spec.seq: 0}
-    return found.work(0) - before - spec.max_tokens
+    return found.ledger.work_of(0) - before - spec.max_tokens
 
 
 def test_a_prefix_is_whole_blocks_of_the_same_salt() -> None:
@@ -344,12 +346,12 @@ def test_a_router_may_start_without_replicas() -> None:
     for seq in range(3):
         found.add(request(seq, [seq]))
     assert found.next() is None
-    assert found.waiting == 3
+    assert found.ledger.num_waiting == 3
     found.admit(7, room(2))
     assert dealt(found) == [(0, 7), (1, 7)]
     found.admit(3, room(2))
     assert dealt(found) == [(2, 3)]
-    assert (found.waiting, found.held(7), found.held(3)) == (0, 2, 1)
+    assert (found.ledger.num_waiting, found.ledger.held(7), found.ledger.held(3)) == (0, 2, 1)
     found.audit()
 
 
@@ -358,7 +360,7 @@ def test_a_replica_that_is_back_has_nothing_in_its_cache() -> None:
     spread(found, prompts_of(50, 1, 0))
     found.remove(0)
     found.admit(0, room())
-    assert found.work(0) == 0
+    assert found.ledger.work_of(0) == 0
     assert computed(found, prompts_of(50, 1, 1)[0]) == 13
     with pytest.raises(ValueError, match="replica 0 is there already"):
         found.admit(0, room())
@@ -371,8 +373,8 @@ def test_a_replica_that_joins_is_not_flooded() -> None:
     found = router(2)
     for seq in range(100):
         where = spread(found, [request(seq, [seq] * 50, max_tokens=50)])
-        found.drew(seq, where[seq], 50)
-        found.ended(seq, where[seq])
+        found.drew(seq, 50)
+        found.ended(seq)
     found.admit(2, room())
     where = spread(found, [request(seq, [seq] * 50, max_tokens=50) for seq in range(100, 130)])
     assert Counter(where.values()) == {0: 10, 1: 10, 2: 10}
@@ -389,10 +391,10 @@ def test_one_that_waits_for_its_replica_holds_up_nobody() -> None:
     found = router(2, room(1))
     assert spread(found, [pinned(0, 1), pinned(1, 1), pinned(2, 5)]) == {0: 1}
     assert spread(found, [request(3, [3]), request(4, [4])]) == {3: 0}
-    assert found.waiting == 3
-    found.ended(0, 1)
+    assert found.ledger.num_waiting == 3
+    found.ended(0)
     assert dealt(found) == [(1, 1)], "it came before those that may go anywhere"
-    found.ended(1, 1)
+    found.ended(1)
     assert dealt(found) == [(4, 1)]
     found.admit(5, room(1))
     assert dealt(found) == [(2, 5)]
@@ -403,7 +405,7 @@ def test_one_that_waits_for_its_replica_goes_by_priority_and_arrival() -> None:
     assert spread(found, [request(0, [0]), request(1, [1]), pinned(2, 0), request(3, [3]), pinned(4, 0, -1)]) == {0: 0}
     order = [0]
     for _ in range(4):
-        found.ended(order[-1], 0)
+        found.ended(order[-1])
         order += [seq for seq, _ in dealt(found)]
     assert order == [0, 4, 1, 2, 3]
 
@@ -417,7 +419,7 @@ def test_one_that_waits_for_a_replica_that_is_away_may_be_given_up() -> None:
     found.ended(0)
     found.admit(1, room(1))
     assert dealt(found) == []
-    assert found.waiting == 0
+    assert found.ledger.num_waiting == 0
     found.audit()
 
 
@@ -428,10 +430,18 @@ def test_millions_that_give_up_leave_nothing_behind() -> None:
         found.add(request(seq, [1]) if seq % 2 else pinned(seq, seq % 4))
         if seq > 10:
             found.ended(seq - 10)
-    assert found.waiting == 10
-    lines = [found._line, *found._lines.values()]
-    assert sum(len(line._heap) for line in lines) <= 2 * 10 + len(lines)
+    assert found.ledger.num_waiting == 10
     found.audit()
+
+
+def test_places_that_were_left_are_forgotten() -> None:
+    lines = WaitingLines()
+    for seq in range(3000):
+        lines.add(request(seq, [1]) if seq % 2 else pinned(seq, seq % 4), (0, seq, seq))
+        if seq >= 10:
+            lines.take(seq - 10)
+    assert len(lines) == 10
+    assert lines.kept <= 2 * 10 + 3
 
 
 # --- anything at all ---------------------------------------------------------------------------------------------
@@ -476,10 +486,10 @@ class Machine(RuleBasedStateMachine):
             spec = self.specs[seq]
             left = spec.max_tokens - self.brought(spec) - self.held[number][seq]
             count = data.draw(st.integers(0, left))
-            self.found.drew(seq, number, count)
+            self.found.drew(seq, count)
             self.held[number][seq] += count
             if count == left or data.draw(st.booleans()):
-                self.found.ended(seq, number)
+                self.found.ended(seq)
                 del self.held[number][seq]
 
     @rule(data=st.data())
@@ -526,10 +536,10 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def books_are_right(self) -> None:
         self.found.audit()
-        assert self.found.waiting == len(self.waiting)
+        assert self.found.ledger.num_waiting == len(self.waiting)
         for number, held in self.held.items():
-            assert self.found.held(number) == len(held) <= 2
-            assert (self.found.work(number) > 0) == bool(held)
+            assert self.found.ledger.held(number) == len(held) <= 2
+            assert (self.found.ledger.work_of(number) > 0) == bool(held)
 
     def teardown(self) -> None:
         if not hasattr(self, "found"):
@@ -543,14 +553,13 @@ class Machine(RuleBasedStateMachine):
             for number, held in self.held.items():
                 assert held or not any(spec.replica in {-1, number} for spec in self.waiting.values())
                 for seq in held:
-                    self.found.ended(seq, number)
+                    self.found.ended(seq)
                 held.clear()
         self.books_are_right()
-        assert not self.found._orders
-        assert not self.found._groups
+        assert self.found.ledger.num_open == 0
         for number in range(6):
             self.found.remove(number)
-        assert not self.found._prefixes._root.children
+        self.found.audit()  # nothing is left of prompts, groups and lines
 
 
 TestMachine = Machine.TestCase

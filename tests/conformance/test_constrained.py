@@ -121,7 +121,9 @@ def test_every_sample_obeys_a_grammar(llm: LLM) -> None:
 
 
 def test_other_seeds_give_other_outputs_and_the_same_seed_the_same(llm: LLM) -> None:
-    first, again, other = ([sample.text for sample in samples(llm, json=SCHEMA, seed=seed)] for seed in (1, 1, 2))
+    """A few tokens of each sample will do: it is a matter of what is drawn, not of what is complete."""
+    drawn = (samples(llm, max_tokens=20, json=SCHEMA, seed=seed) for seed in (1, 1, 2))
+    first, again, other = ([sample.text for sample in each] for each in drawn)
     assert first == again
     assert first != other
 

@@ -123,6 +123,7 @@ def test_jobs_over_a_window(folder: Path) -> None:
 
 # --- deaths ------------------------------------------------------------------------------------------------------
 
+COUNT = 120
 MANY = {**SIZE, "max_num_seqs": 20, "data_parallel_size": 2}
 
 
@@ -133,7 +134,7 @@ def prompts(count: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[list[tuple[int, ...]]]:
     with LLM(folder, kv_cache_memory_bytes="8MiB", max_model_len=96) as llm:
-        return tokens_of(llm.generate(prompts(200), HALF_WAY, use_tqdm=False))
+        return tokens_of(llm.generate(prompts(COUNT), HALF_WAY, use_tqdm=False))
 
 
 @pytest.mark.parametrize(
@@ -154,15 +155,15 @@ def test_a_replica_dies_half_way(
 ) -> None:
     with LLM(folder, **MANY, **options) as llm:
         victim = llm.stats().replicas[1].ranks[-1].pid
-        jobs = [llm.prepare(i, prompt, HALF_WAY) for i, prompt in enumerate(prompts(200))]
+        jobs = [llm.prepare(i, prompt, HALF_WAY) for i, prompt in enumerate(prompts(COUNT))]
         found: dict[int, RequestOutput] = {}
         with caplog.at_level("WARNING", "shoal"):
             for index, output in llm.run(jobs):
                 assert index not in found
                 found[index] = output
-                if len(found) == 100:
+                if len(found) == COUNT // 2:
                     os.kill(victim, number)
-        assert tokens_of([found[i] for i in range(200)]) == expected
+        assert tokens_of([found[i] for i in range(COUNT)]) == expected
         assert all(len(output.outputs[0].logprobs or ()) == 16 for output in found.values())
         (warning,) = (record.getMessage() for record in caplog.records if record.name == "shoal.replicas")
         assert f"process {victim}" in warning
@@ -182,15 +183,15 @@ def test_with_no_replica_left_what_had_finished_is_kept(
         def deadly(*arguments: Any, **keywords: Any) -> Iterator[tuple[int, RequestOutput]]:
             for count, pair in enumerate(run(*arguments, **keywords)):
                 yield pair
-                if count in (50, 100):
-                    os.kill(pids[count // 100], signal.SIGKILL)
+                if count in (COUNT // 4, COUNT // 2):
+                    os.kill(pids[count // (COUNT // 2)], signal.SIGKILL)
 
         monkeypatch.setattr(llm, "run", deadly)
         with pytest.raises(ReplicasFailed) as caught:
-            llm.generate(prompts(200), HALF_WAY, use_tqdm=False)
+            llm.generate(prompts(COUNT), HALF_WAY, use_tqdm=False)
         causes = "; ".join(f"replica {i} (process {pid}) was killed by SIGKILL" for i, pid in enumerate(pids))
         assert str(caught.value) == f"no replica is left: {causes}"
-        assert 100 < len(caught.value.outputs) < 200
+        assert COUNT // 2 < len(caught.value.outputs) < COUNT
         for index, output in caught.value.outputs.items():
             assert tokens_of([output]) == [expected[index]]
         with pytest.raises(ClosedError, match="no replica is left"):

@@ -195,7 +195,7 @@ def test_an_error_that_nobody_foresaw_fails_the_engine_too() -> None:
     def launch(plan: StepPlan) -> None:
         raise OverflowError("can't be encoded")
 
-    engine.core._executor.launch = launch  # type: ignore[method-assign]
+    engine.ranks.launch = launch  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="OverflowError: can't be encoded"):
         engine.step()
     with pytest.raises(ClosedError, match="OverflowError"):

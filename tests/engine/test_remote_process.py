@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shoal.engine.remote_process import _return
+from shoal.engine.remote_process import return_to
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import Channel
 
@@ -45,7 +45,7 @@ def supervisor() -> Iterator[tuple[Channel, Channel]]:
 
 
 def back(answers: list[Any], supervisor: Channel, engine: FakeEngine | None = None) -> Any:
-    return _return(FakeFrontEnd(answers), supervisor, engine)  # type: ignore[arg-type]
+    return return_to(FakeFrontEnd(answers), supervisor, engine)  # type: ignore[arg-type]
 
 
 def test_it_is_looked_for_as_long_as_it_takes(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SMALL = ("--max-model-len", "64", "--kv-cache-memory-bytes", "2MiB")
-ASK = ("generate", "-tp", "2", "--prompt", "Once", "--max-tokens", "4", *SMALL)
+ASK = ("generate", "--distributed-executor-backend", "mp", "--prompt", "Once", "--max-tokens", "4", *SMALL)
 ANSWER = "Once upon a time there"
 # The first process of a container whose /proc shows only its processes.
 CONTAINER = ("unshare", "--mount", "--pid", "--fork", "sh", "-c")
@@ -114,7 +114,7 @@ if len(sys.argv) == 1:
     os.execv(sys.executable, [*sys.orig_argv, "again"])
 libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 import shoal
-with shoal.LLM(tensor_parallel_size=2, max_model_len=64, kv_cache_memory_bytes="2MiB") as llm:
+with shoal.LLM(distributed_executor_backend="mp", max_model_len=64, kv_cache_memory_bytes="2MiB") as llm:
     params = shoal.SamplingParams(temperature=0, max_tokens=4)
     print(llm.generate("Once", params, use_tqdm=False)[0].outputs[0].text)
 """

@@ -19,7 +19,7 @@ from shoal.models.implementation import implementation_of, params_of, read_model
 from shoal.models.manifest import Cut, check, weight_bytes
 from shoal.models.spec import AttentionSpec, NormSpec, Unsupported
 from shoal.models.transformers import read_spec
-from shoal.models.transformers.cut_plan import _logits_are_elementwise
+from shoal.models.transformers.cut_plan import logits_are_elementwise
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.model import build_transformers_model
 from shoal.models.transformers.read_spec import read_fallback_spec
@@ -314,7 +314,7 @@ def test_models_whose_logits_depend_on_each_other_are_recognized(change: Any, el
         "transformers", 4, 1, 1, 1, 4, 4, 60, 8, (AttentionSpec(1.0),), NormSpec("rms", 1e-6), False, "float32",
         backbone="model",
     )  # fmt: skip
-    assert _logits_are_elementwise(Causal(change), spec) is elementwise
+    assert logits_are_elementwise(Causal(change), spec) is elementwise
 
 
 def test_a_buffer_that_the_module_does_not_compute_is_named() -> None:
@@ -338,12 +338,12 @@ def test_every_tensor_of_a_loaded_model_has_numbers(tmp_path: Path) -> None:
     (shard,), checkpoint = shards_of(spec, 1), open_checkpoint(tmp_path)
     weights = CheckpointWeights(checkpoint, params_of(spec, checkpoint.shapes), shard, torch.float32)
     model = build_transformers_model(config, spec, shard, ONE, weights, ReferenceKernels(), CPU)
-    tensors = [*model._backbone.named_parameters(), *model._backbone.named_buffers()]
+    tensors = [*model.backbone.named_parameters(), *model.backbone.named_buffers()]
     assert {"norm.weight", "rotary_emb.inv_freq"} <= {name for name, _ in tensors}
     for name, tensor in tensors:
         assert not tensor.is_meta, name
         assert bool(tensor.isfinite().all()), name
-    assert not [module for module in model._backbone.modules() if type(module) is nn.Linear]
+    assert not [module for module in model.backbone.modules() if type(module) is nn.Linear]
 
 
 def test_a_model_with_dummy_weights() -> None:

@@ -271,7 +271,7 @@ class _Nobody:
 
 
 def test_a_question_that_nobody_answers_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_llm, "_ANSWER_S", 0.01)
+    monkeypatch.setattr(async_llm, "ANSWER_S", 0.01)
 
     async def ask() -> None:
         llm = AsyncLLM(line=_Nobody)
@@ -290,7 +290,7 @@ def test_given_seeds_differ_between_api_servers_and_their_starts() -> None:
 
 
 def test_a_large_request_does_not_wait_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_process, "_SLICE_S", WAIT_S * 10)
+    monkeypatch.setattr(api_process, "SLICE_S", WAIT_S * 10)
     ours, theirs = Channel.pair()
     ended = threading.Event()
     line = ChannelLine(ours, lambda answer: None, ended.set)
@@ -455,7 +455,7 @@ def test_api_servers_end_at_once_when_told_so_later() -> None:
     async def run(sock: socket.socket) -> bool:
         model = open_model(None, {}, online=True)
         servers = ApiServers(Head(), model, ServerSettings(), Listening(), [sock], 2)  # type: ignore[arg-type]
-        for server in servers._servers:
+        for server in servers.servers:
             server.child = Sleeper()  # type: ignore[assignment]
         serving = asyncio.create_task(servers.serve())
         servers.stop(WAIT_S * 10)

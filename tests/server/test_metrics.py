@@ -35,8 +35,8 @@ from shoal.server.operations.process_metrics import process_collectors, told_of_
 from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import encode, replace_fields
-from shoal.wire.engine import Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, from_engine
-from shoal.wire.fleet import FleetStatus
+from shoal.wire.engine import Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates
+from shoal.wire.fleet import ContextLength, FleetStatus, to_api
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import encode_tokens
 from support.asgi import get
@@ -799,6 +799,8 @@ class RemoteClient:
         count, left = 0, len(prompts)
         while left:
             for message in self._hear():
+                if isinstance(message, ContextLength):
+                    continue
                 assert isinstance(message, Updates)
                 for update in message.updates:
                     assert not update.error
@@ -816,7 +818,7 @@ class RemoteClient:
 
     def _hear(self) -> list[Any]:
         assert wait([self._channel], WAIT_S), "nobody answers"
-        return [from_engine.decode(frame) for frame in self._channel.receive()]
+        return [to_api.decode(frame) for frame in self._channel.receive()]
 
     def close(self) -> None:
         self._channel.close()

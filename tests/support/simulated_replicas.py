@@ -13,7 +13,7 @@ from itertools import accumulate, count
 from time import perf_counter_ns
 from typing import Protocol
 
-from shoal.cluster.routing.router import ReplicaCapacity, most_held
+from shoal.cluster.routing.capacity import ReplicaCapacity, most_held
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import num_tokens
@@ -29,9 +29,9 @@ class Policy(Protocol):
 
     def next(self) -> tuple[EngineRequest, int] | None: ...
 
-    def drew(self, seq: int, number: int, count: int) -> None: ...
+    def drew(self, seq: int, count: int) -> None: ...
 
-    def ended(self, seq: int, number: int | None = None) -> None: ...
+    def ended(self, seq: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -226,9 +226,9 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
         drew = replicas[number].end()
         begun = perf_counter_ns()
         for arrival, tokens in drew:
-            policy.drew(arrival.request.seq, number, tokens)
+            policy.drew(arrival.request.seq, tokens)
             if arrival.drawn == arrival.length:
-                policy.ended(arrival.request.seq, number)
+                policy.ended(arrival.request.seq)
         outcome.book_ns += perf_counter_ns() - begun
         for arrival, tokens in drew:
             if arrival.drawn == tokens:
@@ -266,10 +266,10 @@ class _AtOnce:
     def choose(self, request: EngineRequest) -> int:
         raise NotImplementedError
 
-    def drew(self, seq: int, number: int, count: int) -> None:
+    def drew(self, seq: int, count: int) -> None:
         pass
 
-    def ended(self, seq: int, number: int | None = None) -> None:
+    def ended(self, seq: int) -> None:
         pass
 
 
@@ -288,6 +288,7 @@ class LeastLoaded(_AtOnce):
     def __init__(self, replicas: int) -> None:
         super().__init__(replicas)
         self._held = [0] * replicas
+        self._holders: dict[int, int] = {}
         self._last = -1
 
     def choose(self, request: EngineRequest) -> int:
@@ -297,11 +298,11 @@ class LeastLoaded(_AtOnce):
         except ValueError:
             self._last = self._held.index(least)
         self._held[self._last] += 1
+        self._holders[request.seq] = self._last
         return self._last
 
-    def ended(self, seq: int, number: int | None = None) -> None:
-        assert number is not None
-        self._held[number] -= 1
+    def ended(self, seq: int) -> None:
+        self._held[self._holders.pop(seq)] -= 1
 
 
 class Affinity(_AtOnce):

@@ -317,15 +317,15 @@ def test_shipped_model_keeps_its_footing_far_into_a_context(shipped: tuple[Any, 
 
 
 def test_shipped_model_runs_on_behind_its_answer(shipped: tuple[Any, Any]) -> None:
-    """Made to go on for 500 tokens, it writes one well-formed document after the other."""
+    """Made to go on for 200 tokens, it writes one well-formed document after the other."""
     model, tokenizer = shipped
     ids = torch.tensor([tokenizer("37 + 45 =")["input_ids"]])
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), min_new_tokens=0, max_new_tokens=500, max_length=None,
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=0, max_new_tokens=200, max_length=None,
             do_sample=False, eos_token_id=train_demo.Shape().vocab_size,
         )  # fmt: skip
     documents = tokenizer.decode(out[0]).split(demo_text.EOS)
-    assert len(documents) > 10
+    assert len(documents) > 4
     assert documents[0] == "<|bos|>37 + 45 = 82"
     assert all(document.startswith(demo_text.BOS) for document in documents[:-1])

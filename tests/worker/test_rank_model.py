@@ -38,5 +38,5 @@ def test_a_stage_without_mixtures_has_no_experts_and_exchanges_nothing(
     )
     model = RankModel(setup_of(plan, stage), mesh)
     assert (model.experts > 0) == (stage == 1)
-    dispatch = model._dispatch(torch.device("cpu"))
+    dispatch = model.dispatch_on(torch.device("cpu"))
     assert (type(dispatch) is TensorParallelDispatch) == (stage == 0)

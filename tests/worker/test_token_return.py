@@ -113,7 +113,7 @@ def test_each_plan_has_the_tokens_that_it_needs(max_in_flight: int, data: st.Dat
         before = len(first.pipeline.sent)
         assert first.run(seqs, new, released).tolist() == wanted
         # It has read the tokens up to the last step that it needs or that must have been answered, and no more.
-        unread = [step.number for step in first.token_return._steps]
+        unread = first.token_return.unread
         assert all(number > max(needed, first.step - max_in_flight) for number in unread[:-1])
         assert len(first.pipeline.sent) == len(unread) - 1 <= before
         first.draw(order)

@@ -21,7 +21,7 @@ from shoal.process.forks import Owner
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.wire.base import WireError, encode, replace_fields
 from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, to_engine
-from shoal.wire.fleet import operation_decoder
+from shoal.wire.fleet import ContextLength, operation_decoder
 
 log = get_logger("desk")
 
@@ -30,13 +30,12 @@ _WAIT_S = 1.0
 _AT_A_TIME = 64  # requests that are taken in one turn, before what replicas say is handed out
 _TOGETHER = 8  # ... of a client that brings many at once
 _JOIN_S = 10.0
-_UNREAD_S = 60.0  # for a client to read what it was sent, and then it is given up
 _LAST_WORDS_S = 1.0
 _CLOSED = "the engine was closed"
 
 Verb = Callable[[bytes], bytes]
 Message = EngineRequest | Abort | Ask
-Answer = Updates | Told
+Answer = Updates | ContextLength | Told
 
 
 class FleetConnection(Protocol):
@@ -113,10 +112,12 @@ class _Client:
 
 class Desk:
     """Takes over a fleet. `verbs` are what clients may ask for beside `status`, `started`, `scale`, `drain` and
-    `operate`; those run on the desk's thread and must be quick. What `operate` begins is answered when it has ended."""
+    `operate`; those run on the desk's thread and must be quick. What `operate` begins is answered when it has ended.
+    A client in another process that has not read for `unread_s` seconds is given up."""
 
-    def __init__(self, fleet: Fleet, verbs: Mapping[str, Verb] | None = None) -> None:
+    def __init__(self, fleet: Fleet, verbs: Mapping[str, Verb] | None = None, *, unread_s: float = 60.0) -> None:
         self._fleet = fleet
+        self._unread_s = unread_s
         self._owner = Owner("AsyncLLM")
         self._verbs: dict[str, Verb] = {
             "status": lambda _: encode(fleet.status()),
@@ -126,6 +127,7 @@ class Desk:
             **(verbs or {}),
         }
         self._clients: dict[int, _Client] = {}
+        self._length: ContextLength | None = None  # what clients were told
         self._numbers = itertools.count()
         self._todo: deque[Callable[[], object]] = deque()  # by other threads, for this one
         self._lock = threading.Lock()
@@ -143,13 +145,18 @@ class Desk:
 
     def connect(self, channel: Channel) -> None:
         """A line for a client at the other end of a channel, which speaks the same messages."""
-        remote = _RemoteClient(next(self._numbers), channel)
+        remote = _RemoteClient(next(self._numbers), channel, self._unread_s)
 
         def begin() -> None:
             self._enter(remote)
             self._fleet.watch(channel)
 
         self.do(begin)
+
+    @property
+    def num_clients(self) -> int:
+        """The number of connections."""
+        return len(self._clients)
 
     def new_number(self) -> int:
         return next(self._numbers)
@@ -185,6 +192,7 @@ class Desk:
             while not self._closing:
                 self._do_some()
                 self._hand_out(self._fleet.updates(_WAIT_S))
+                self._tell_length()
                 for client in list(self._clients.values()):
                     if isinstance(client, _RemoteClient):
                         self._attend_to(client)
@@ -227,6 +235,15 @@ class Desk:
 
     def _enter(self, client: _Client) -> None:
         self._clients[client.number] = client
+        if self._length is not None:
+            client.say(self._length)
+
+    def _tell_length(self) -> None:
+        """Tell all clients how long requests may be, as soon as the fleet knows it."""
+        if self._length is None and self._fleet.max_model_len is not None:
+            self._length = ContextLength(self._fleet.max_model_len)
+            for client in self._clients.values():
+                client.say(self._length)
 
     def leave(self, client: _Client) -> None:
         if self._clients.pop(client.number, None) is not None:
@@ -373,18 +390,19 @@ class _LocalLine:
 class _RemoteClient(_Client):
     """One that reads slowly, or not for a while, is sent the rest in larger pieces when it has read the one before."""
 
-    def __init__(self, number: int, channel: Channel) -> None:
+    def __init__(self, number: int, channel: Channel, unread_s: float) -> None:
         super().__init__(number, self._send, self._hang_up)
         self.channel = channel
         self.heard: deque[bytes] = deque()  # frames that are not dealt with yet
         self._unsent: list[SeqUpdate] = []
         self._unread_since: float | None = None
+        self._unread_s = unread_s
 
     def _send(self, answer: Answer) -> None:
         if isinstance(answer, Updates):
             self._unsent += answer.updates
         with contextlib.suppress(ChannelClosed):  # its end is read, and dealt with, in turn
-            if isinstance(answer, Told):
+            if not isinstance(answer, Updates):
                 self.channel.send(encode(answer))
             self.flush()
 
@@ -400,8 +418,8 @@ class _RemoteClient(_Client):
                 self.channel.send(encode(Updates(tuple(updates), self.base)))
         elif self._unread_since is None:
             self._unread_since = time.monotonic()
-        elif time.monotonic() - self._unread_since > _UNREAD_S:
-            raise ChannelClosed(f"it has not read for {_UNREAD_S:g} s")
+        elif time.monotonic() - self._unread_since > self._unread_s:
+            raise ChannelClosed(f"it has not read for {self._unread_s:g} s")
 
     def hear(self) -> None:
         """Takes in what has come, once all that came before is dealt with.

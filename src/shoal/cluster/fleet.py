@@ -10,7 +10,7 @@ from shoal.cluster.limits import FleetLimits
 from shoal.cluster.members.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
-from shoal.cluster.routing.router import ReplicaCapacity
+from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.timers import Timers
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, overflow
 from shoal.protocols import Recorder
@@ -149,6 +149,11 @@ class Fleet:
         )
         return why, RefusalKind.INVALID
 
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that a prompt and its output may have together; None before the first replicas are ready."""
+        return self._length
+
     def _bound(self, length: int) -> None:
         self._length = length
         self._set.bound(self._cut)
@@ -180,7 +185,7 @@ class Fleet:
     def updates(self, timeout: float) -> list[SeqUpdate]:
         """Drives everything: waits for replicas, starts those that are due, ends requests whose time is up."""
         self._tick()
-        updates = self._set.updates(min(timeout, self._pause()))
+        updates = self._set.updates(min(timeout, self.pause()))
         self._supervisor.welcome()
         return updates
 
@@ -301,8 +306,13 @@ class Fleet:
         if source in self._sources:
             self._sources.remove(source)
 
-    def _pause(self) -> float:
-        """Seconds to the next thing that is due."""
+    @property
+    def num_timers(self) -> int:
+        """The number of deadlines and waiting limits that are kept, those of ended requests included."""
+        return len(self._deadlines) + len(self._patience)
+
+    def pause(self) -> float:
+        """Return the seconds until something is due, if nothing happens before."""
         now = self._clock()
         times = (self._deadlines.next, self._patience.next, self._supervisor.next_due)
         return max(0.0, min((time for time in times if time is not None), default=now + _FOREVER_S) - now)

@@ -1,7 +1,6 @@
 """Several replicas of an engine, as one EngineClient. A replica that dies leaves its requests to the others."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +9,8 @@ from typing import Protocol
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.cluster.members.replica import close_all
 from shoal.cluster.operations import Done, Message, Operations
-from shoal.cluster.routing.router import ReplicaCapacity, RequestRouter
+from shoal.cluster.routing.capacity import ReplicaCapacity
+from shoal.cluster.routing.router import RequestRouter
 from shoal.cluster.stats import merged
 from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError, ShoalError
 from shoal.log import get_logger
@@ -83,7 +83,6 @@ class _Flight:
     """A request, and what its client has been given of its output."""
 
     request: EngineRequest
-    replica: int | None = None  # None: it waits here
     output: bytearray = field(default_factory=bytearray)  # tokens, as in the request
     prompt_reported: int = 0  # tokens of the prompt up to which log-probabilities were given
     cached_tokens: int | None = None  # of the prompt, at the replica that was first to report
@@ -148,18 +147,17 @@ class ReplicaSet:
         `admit`: requests wait for that, and nothing ends but by `give_up`."""
         self._live = dict(replicas)
         self._router = RequestRouter(rooms)
+        self._ledger = self._router.ledger
         self._operations = Operations(self)
         self._together = together
         self._on_close = on_close
         self._on_loss = on_loss
         self._recorder = recorder
-        self._drawn: Counter[int] = Counter()  # tokens of each replica since it was admitted
+        self._have_drawn: set[int] = set()  # replicas that have given a token since they were started
         self._most_deaths = _MOST_DEATHS if on_loss is None else _MOST_DEATHS_OF_MANY
         self.replays = 0  # how often a request went on after its replica's end
         self._wait_for = wait_for
         self._flights: dict[int, _Flight] = {}
-        self._num_waiting = 0
-        self._held: Counter[int] = Counter()
         self._updates: list[SeqUpdate] = []
         self._causes: dict[int, str] = {}  # of the ends of dead replicas
         self._failure: ReplicasFailed | None = None
@@ -176,40 +174,42 @@ class ReplicaSet:
 
     @property
     def num_held(self) -> int:
-        """Requests that replicas have."""
-        return len(self._flights) - self._num_waiting
+        """The number of requests that replicas have."""
+        return self._ledger.num_held
 
     @property
     def num_waiting(self) -> int:
-        """Requests that no replica has."""
-        return self._num_waiting
+        """The number of requests that no replica has."""
+        return self._ledger.num_waiting
 
     def held(self, number: int) -> int:
-        """Requests that a replica has."""
-        return self._held[number]
+        """Return how many requests a replica has."""
+        return self._ledger.held(number)
 
     def drew(self, number: int) -> bool:
-        """Has a replica given a token since it was admitted?"""
-        return self._drawn[number] > 0
+        """Return whether a replica has given a token since it was started."""
+        return number in self._have_drawn
 
     def is_new(self, seq: int) -> bool:
-        """Has no replica had this request yet?"""
+        """Return whether no replica has had this request yet."""
         flight = self._flights.get(seq)
-        return flight is not None and flight.replica is None and not flight.moved
+        return flight is not None and self._ledger.holder(seq) is None and not flight.moved
 
     def is_open(self, seq: int) -> bool:
         """Has this request not ended yet?"""
         return seq in self._flights
 
     def waiting_for(self, number: int) -> list[int]:
-        """Requests that wait here for this replica, and for no other."""
+        """Return the requests that wait for this replica, and for no other."""
         return [
-            seq for seq, flight in self._flights.items() if flight.replica is None and flight.request.replica == number
+            seq
+            for seq, flight in self._flights.items()
+            if flight.request.replica == number and self._ledger.holder(seq) is None
         ]
 
     def expect(self, number: int) -> None:
-        """A replica is being started: what its number has drawn before, another one has."""
-        self._drawn.pop(number, None)
+        """Note that a replica is being started, which has drawn nothing yet."""
+        self._have_drawn.discard(number)
 
     def admit(self, number: int, replica: ReplicaClient, room: ReplicaCapacity, activity: Activity = AWAKE) -> None:
         """A replica that is ready joins the others, or is back. `activity` is what it is at; it becomes what they are
@@ -223,9 +223,9 @@ class ReplicaSet:
         """Takes a replica out. What it has goes on at the others, as if it had failed; it is given back, still
         running."""
         replica = self._live.pop(number)
-        self._router.remove(number)
+        had = self._router.remove(number)
         self._operations.lost(number)
-        self._move_on(number, None)
+        self._move_on(had, None)
         return replica
 
     # --- pauses, sleep and caches --------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ class ReplicaSet:
         flight = self._flights.get(seq)
         if flight is None:
             return
-        number = flight.replica
+        number = self._ledger.holder(seq)
         if number is not None and number in self._live and not flight.aborted:
             try:
                 self._live[number].abort((seq,))
@@ -343,7 +343,6 @@ class ReplicaSet:
         self._check_open()
         self._check_new(request)
         self._flights[request.seq] = _Flight(request)
-        self._num_waiting += 1
         if self._recorder is not None:
             self._recorder.added(request)
         self._router.add(request)
@@ -359,10 +358,11 @@ class ReplicaSet:
             flight.aborted = True
             if stopped and self._recorder is not None:
                 self._recorder.stopped(seq)
-            if flight.replica is None:
+            number = self._ledger.holder(seq)
+            if number is None:
                 self._end_here(seq)
             else:
-                there.setdefault(flight.replica, []).append(seq)
+                there.setdefault(number, []).append(seq)
         for number, some in there.items():
             try:
                 if number in self._live:
@@ -399,7 +399,7 @@ class ReplicaSet:
                 self._lose(number, error)
         self._check_open()
         total = merged(found)
-        return replace_fields(total, waiting=total.waiting + self._num_waiting)
+        return replace_fields(total, waiting=total.waiting + self._ledger.num_waiting)
 
     def close(self) -> None:
         """Ends all replicas at the same time. Idempotent, never raises."""
@@ -420,9 +420,6 @@ class ReplicaSet:
     def _deal(self) -> None:
         while self.activity.runs and (found := self._router.next()) is not None:
             request, number = found
-            self._flights[request.seq].replica = number
-            self._num_waiting -= 1
-            self._held[number] += 1
             if self._recorder is not None:
                 self._recorder.dealt(request.seq, number)
             try:
@@ -446,24 +443,20 @@ class ReplicaSet:
             self._operations.told(number, told)
         for update in updates:
             flight = self._flights.get(update.seq)
-            if flight is not None and flight.replica == number:
-                self._router.drew(update.seq, number, len(update.tokens))
-                self._drawn[number] += len(update.tokens)
+            if flight is not None and self._ledger.holder(update.seq) == number:
+                self._router.drew(update.seq, len(update.tokens))
+                if update.tokens:
+                    self._have_drawn.add(number)
                 self._updates.append(flight.take(update))
                 if self._recorder is not None:
                     self._recorder.updated(number, self._updates[-1])
                 if update.finish is not None:
                     del self._flights[update.seq]
-                    self._held[number] -= 1
-                    self._router.ended(update.seq, number)
+                    self._router.ended(update.seq)
 
     def _end_here(self, seq: int, error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
         """Ends a request that was aborted or can't go on, whatever a replica may still say of it."""
         flight = self._flights.pop(seq)
-        if flight.replica is None:
-            self._num_waiting -= 1
-        else:
-            self._held[flight.replica] -= 1
         self._updates.append(
             SeqUpdate(
                 seq,
@@ -476,7 +469,7 @@ class ReplicaSet:
         )
         if self._recorder is not None:
             self._recorder.ended(self._updates[-1])
-        self._router.ended(seq, flight.replica)
+        self._router.ended(seq)
 
     def _lose(self, number: int, error: EngineError) -> None:
         """A replica is no more. Its requests go on at the others, from the tokens that clients have."""
@@ -484,22 +477,22 @@ class ReplicaSet:
         if replica is None:
             return
         replica.abandon()
-        self._router.remove(number)
+        had = self._router.remove(number)
         self._operations.lost(number)
         self._causes[number] = str(error)
         if self._on_loss is None and (self._together or not self._live):
             self._fail(replica)
             return
-        self._log_loss(number, error)
-        self._move_on(number, error)
+        self._log_loss(len(had), error)
+        self._move_on(had, error)
         if self._on_loss is not None:
             self._on_loss(number, error)
             if self._together:
                 for other in list(self._live):
                     self._lose(other, EngineError(f"replica {number} has failed, without which it can't go on"))
 
-    def _log_loss(self, number: int, error: EngineError) -> None:
-        count, left = len(self._live), self._held[number]
+    def _log_loss(self, left: int, error: EngineError) -> None:
+        count = len(self._live)
         if self._together:
             where = "wait until all replicas are back"
         elif count:
@@ -508,14 +501,11 @@ class ReplicaSet:
             where = "wait until one is back"
         log.warning("%s; its %d unfinished requests %s", error, left, where)
 
-    def _move_on(self, number: int, error: EngineError | None) -> None:
-        """What a replica had goes on at others. `error`: it died; else it was asked to leave."""
-        for seq in [seq for seq, flight in self._flights.items() if flight.replica == number]:
+    def _move_on(self, seqs: Sequence[int], error: EngineError | None) -> None:
+        """Have the requests of a replica go on at others. `error`: it died; None: it was asked to leave."""
+        for seq in seqs:
             flight = self._flights[seq]
-            flight.replica = None
             flight.moved = True
-            self._held[number] -= 1
-            self._num_waiting += 1
             if error is not None:
                 flight.note_death()
             if flight.aborted:
@@ -532,20 +522,17 @@ class ReplicaSet:
                 self._router.add(flight.rest())
 
     def audit(self) -> None:
-        """Holds the books against each other.
+        """Hold the books against each other.
 
         Raises:
             EngineError: they differ.
         """
-        waiting = sum(flight.replica is None for flight in self._flights.values())
-        held = Counter(flight.replica for flight in self._flights.values() if flight.replica is not None)
-        if waiting != self._num_waiting or held != +self._held or any(count < 0 for count in self._held.values()):
-            raise EngineError(f"{waiting} requests wait, not {self._num_waiting}; held are {held}, not {self._held}")
-        if self._router.waiting != waiting:
-            raise EngineError(f"{self._router.waiting} requests wait at the router, {waiting} here")
-        for number in self._live:
-            if self._router.held(number) != held[number]:
-                raise EngineError(f"replica {number} has {held[number]} requests, by the router's books others")
+        wrong = [seq for seq in self._flights if not self._ledger.is_open(seq)]
+        if wrong or len(self._flights) != self._ledger.num_open:
+            raise EngineError(
+                f"{len(self._flights)} requests have not ended, but {self._ledger.num_open} are in the ledger; "
+                f"missing there: {wrong}"
+            )
         self._router.audit()
 
     def _fail(self, last: ReplicaClient) -> None:
@@ -560,6 +547,8 @@ class ReplicaSet:
         for number in self._live:
             self._router.remove(number)
         self._live.clear()
+        for seq in self._flights:
+            self._router.ended(seq)
         self._flights.clear()
         self._failure = ReplicasFailed(message)
 

@@ -56,7 +56,7 @@ def serve(supervisor: Channel) -> int:
     lockstep: RendezvousLockstep | None = None
     engine: EngineCore | None = None
     try:
-        if (_return(front_end, supervisor) if plan.place.returning else front_end.connect()) is None:
+        if (return_to(front_end, supervisor) if plan.place.returning else front_end.connect()) is None:
             return 0
         lockstep = join(plan) if front_end.together else None
         engine = start(plan, lockstep)
@@ -120,7 +120,7 @@ def _serve(
     front_end: _FrontEnd,
     supervisor: Channel,
 ) -> None:
-    while (relay := front_end.line or _return(front_end, supervisor, engine)) is not None:
+    while (relay := front_end.line or return_to(front_end, supervisor, engine)) is not None:
         line = relay.channel
         stats = encode(engine.stats())
         supervisor.send(stats)
@@ -137,7 +137,7 @@ def _serve(
         time.sleep(_PAUSE_S)  # for a front end that hangs up on whoever arrives
 
 
-def _return(front_end: _FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> Relay | None:
+def return_to(front_end: _FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> Relay | None:
     """Looks for a front end without an end; None: the supervisor wants this process to end.
 
     Raises:

@@ -4,7 +4,7 @@ from collections.abc import Container, Sequence
 
 from shoal.cluster.lockstep.local import Joined, LocalLockstep
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
-from shoal.cluster.routing.router import ReplicaCapacity, most_held
+from shoal.cluster.routing.capacity import ReplicaCapacity, most_held
 from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
 from shoal.engine.server import serve

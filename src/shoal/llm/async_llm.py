@@ -33,13 +33,13 @@ from shoal.text.tokenizer import Tokenizer
 from shoal.values import shown
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import Abort, Finish, RefusalKind, SeqUpdate, Updates
-from shoal.wire.fleet import FleetStatus, fleet_status_decoder
+from shoal.wire.fleet import ContextLength, FleetStatus, fleet_status_decoder
 
 log = get_logger("requests")
 
 _POLL_S = 0.05
 _AT_ONCE = 512  # how many updates are handed out before other tasks of the event loop may run
-_ANSWER_S = 30.0  # how long the fleet may take to answer a question
+ANSWER_S = 30.0  # how long the fleet may take to answer a question
 _CLOSED = "the engine was closed"
 _RETRY_S = {  # seconds after which a client should try again, by the kind of the error
     RefusalKind.FULL: 1.0,
@@ -133,8 +133,8 @@ class AsyncLLM(PauseAndSleep):
     def max_model_len(self) -> int:
         """The most tokens that a prompt and its output may have together.
 
-        The KV caches may turn out to hold less than was planned. `ready` and `status` then lower this number; requests
-        are cut to the lower one in any case.
+        The KV caches may turn out to hold less than was planned. The fleet lowers this number when its first replicas
+        are ready, at the latest when `ready` returns.
         """
         return self._requests.max_model_len
 
@@ -357,7 +357,6 @@ class AsyncLLM(PauseAndSleep):
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise EngineError(f"the replicas are not ready after {timeout:g} s") from None
-        await self.status()
 
     async def status(self) -> FleetStatus:
         """Return the state of all replicas.
@@ -365,11 +364,7 @@ class AsyncLLM(PauseAndSleep):
         Raises:
             EngineError: the fleet does not answer.
         """
-        found = fleet_status_decoder.decode(await self.ask("status"))
-        if 0 < found.max_model_len < self.max_model_len:  # the fleet knows when its first replicas are ready
-            self._requests.max_model_len = found.max_model_len
-            self._reader = self._model.reader(found.max_model_len)
-        return found
+        return fleet_status_decoder.decode(await self.ask("status"))
 
     async def scale(self, replicas: int) -> FleetStatus:
         """Change the number of replicas. Return the new state, without waiting for replicas to start or to end.
@@ -392,10 +387,10 @@ class AsyncLLM(PauseAndSleep):
             UserError, EngineError: the fleet refuses, or does not answer.
         """
         try:
-            async with asyncio.timeout(None if patient else _ANSWER_S):
+            async with asyncio.timeout(None if patient else ANSWER_S):
                 return await asyncio.wrap_future(self._line.ask(verb, payload))
         except TimeoutError:
-            raise EngineError(f"the engine has not answered {verb!r} within {_ANSWER_S:g} s") from None
+            raise EngineError(f"the engine has not answered {verb!r} within {ANSWER_S:g} s") from None
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, and wait up to `timeout` seconds for the others. Return True if all have ended."""
@@ -458,6 +453,9 @@ class AsyncLLM(PauseAndSleep):
 
         The loop is woken only for the first of several messages, and then takes all of them.
         """
+        if isinstance(message, ContextLength):
+            self._requests.max_model_len = message.max_model_len
+            self._reader = self._model.reader(message.max_model_len)
         if not isinstance(message, Updates) or self._loop is None:
             return
         with self._arrived_lock:

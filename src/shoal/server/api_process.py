@@ -27,12 +27,11 @@ from shoal.transport.process import die_with_parent
 from shoal.transport.waker import Waker
 from shoal.wire.base import Stop, encode
 from shoal.wire.engine import Abort, Ask, EngineRequest, Told, Updates
-from shoal.wire.fleet import to_api
+from shoal.wire.fleet import ContextLength, to_api
 from shoal.wire.plan import ApiSetup
 
 _SETUP_S = 60.0
-_SLICE_S = 1.0
-_LEARN_S = 0.25
+SLICE_S = 1.0  # how often a line looks whether it was closed, at least
 
 log = get_logger("serve")
 
@@ -79,7 +78,7 @@ class ChannelLine:
         sources: list[Any] = [self._channel, self._waker]
         try:
             while not self._closed:
-                readable = wait(sources, _SLICE_S)
+                readable = wait(sources, SLICE_S)
                 self._waker.quiet()
                 if self._channel not in readable:
                     continue
@@ -87,8 +86,8 @@ class ChannelLine:
                     match to_api.decode(frame):
                         case Told() as told:
                             self._questions.answer(told)
-                        case Updates() as updates:
-                            self._deliver(updates)
+                        case Updates() | ContextLength() as answer:
+                            self._deliver(answer)
                         case Stop():
                             self._ended()
         except ChannelClosed:
@@ -142,20 +141,19 @@ async def _serve(channel: Channel, setup: ApiSetup, model: OpenModel, settings: 
     listening = Listening(**setup.listening)
     server = make_server(make_app(llm, settings), settings, listening)
     servers.append(server)
-    learning = asyncio.create_task(_learn(llm))
+    settling = asyncio.create_task(_settle(llm))
     if not stopped.is_set():
         await server.serve(sockets=[socket.socket(fileno=os.dup(fd)) for fd in setup.sockets])
-    learning.cancel()
+    settling.cancel()
     with contextlib.suppress(Exception):
         llm.close()
     return server.complete
 
 
-async def _learn(llm: AsyncLLM) -> None:
-    """How long requests may be, once the first replicas are ready."""
-    with contextlib.suppress(ShoalError):  # nobody has the fleet any more
-        while not (await llm.status()).max_model_len:
-            await asyncio.sleep(_LEARN_S)
+async def _settle(llm: AsyncLLM) -> None:
+    """Leave what this process has after its start out of later garbage collections."""
+    with contextlib.suppress(ShoalError):  # the fleet has failed
+        await llm.ready()
         garbage_collector.settle()
 
 

@@ -64,7 +64,7 @@ class ApiServers:
         self._given = dict(model.given)
         self._setup = ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening), model.served)
         self._sockets = sockets
-        self._servers = [
+        self.servers = [
             ApiServer(number=number, restarts=Restarts(_MOST_RESTARTS), useful_s=_USEFUL_S) for number in range(count)
         ]
         self._on_restart = on_restart
@@ -78,7 +78,7 @@ class ApiServers:
         """
         try:
             while self._ends_at is None:
-                for server in self._servers:
+                for server in self.servers:
                     await self._look_after(server)
                 await asyncio.sleep(_LOOK_S)
         finally:
@@ -152,7 +152,7 @@ class ApiServers:
         )
 
     def _end(self) -> bool:
-        running = [server.child for server in self._servers if server.child is not None]
+        running = [server.child for server in self.servers if server.child is not None]
         with contextlib.suppress(ClosedError):  # then the desk has hung up, which ends them as well
             self._desk.do(lambda: _say_stop(running))
         for child in running:

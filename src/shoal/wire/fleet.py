@@ -84,7 +84,17 @@ class ResponseNames(Wire, frozen=True):
     names: tuple[str, ...]
 
 
-ToApi = ApiSetup | Updates | Told | Stop
+class ContextLength(Wire, frozen=True):
+    """The most tokens that a prompt and its output may have together.
+
+    A fleet sends it to each front end when its first replicas are ready and know the sizes of their KV caches, or when
+    the front end connects if that is later.
+    """
+
+    max_model_len: int
+
+
+ToApi = ApiSetup | Updates | ContextLength | Told | Stop
 
 to_api: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
 

@@ -99,7 +99,7 @@ class RankModel:
             self._decoder = build_transformers_model(config, self.spec, self.shard, tp, weights, kernels, device)
         else:
             longest = self._setup.plan.max_model_len
-            dispatch = self._dispatch(device)
+            dispatch = self.dispatch_on(device)
             self._decoder = build_decoder(self.spec, self.shard, tp, weights, kernels, device, longest, dispatch)
         kept = keeps_embedding(self._device, head=self.shard.stage.last)
         item = self._precision.weights.itemsize
@@ -123,7 +123,7 @@ class RankModel:
         some = torch.zeros((1, 1), dtype=self._precision.weights, device=self._device)
         return type(make_linear(some, None)).__name__
 
-    def _dispatch(self, device: torch.device) -> Dispatch:
+    def dispatch_on(self, device: torch.device) -> Dispatch:
         """Return the exchange of tokens between the ranks that share experts."""
         # Without mixtures in its stage a rank exchanges nothing. The same holds for all ranks of its group.
         placed = None

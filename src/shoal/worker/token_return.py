@@ -36,6 +36,11 @@ class TokenReturn:
         self._table = table
         self._steps: deque[_UnreadStep] = deque()
 
+    @property
+    def unread(self) -> tuple[int, ...]:
+        """The numbers of the steps whose tokens have not been read yet, the oldest first."""
+        return tuple(step.number for step in self._steps)
+
     def expect(self, number: int, works: Sequence[Work]) -> None:
         """Note that tokens for these works will be drawn in a step, and sent in this order."""
         if works:

@@ -109,6 +109,10 @@ class RendezvousLockstep:
             if launched.get(rank, 0) < max(launched.values(), default=0):
                 raise EngineError(f"{name} ended while another one has work")
 
+    def gone(self) -> list[int]:
+        """Return the replicas that have left."""
+        return self._member.gone()
+
     def fileno(self) -> int:
         return self._member.fileno()
 

@@ -14,7 +14,7 @@ from shoal.cluster.members.restarts import Restarts
 from shoal.cluster.members.supervised import RunState
 from shoal.cluster.members.supervised_replica import SupervisedReplica
 from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
-from shoal.cluster.routing.router import ReplicaCapacity
+from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.stats import emptied
 from shoal.errors import ConfigError, EngineError, ShoalError, UserError
 from shoal.log import get_logger

@@ -107,10 +107,27 @@ class PrefixIndex:
                 node = node.parent
         self._held.pop(replica, None)
 
+    def enter(self, end: Node | None) -> None:
+        """Note that a request is at work whose prompt ends with this node."""
+        while end is not None:
+            end.active += 1
+            end = end.parent
+
+    def leave(self, end: Node | None) -> None:
+        """Note that a request is at work no more whose prompt ends with this node."""
+        while end is not None:
+            end.active -= 1
+            end = end.parent
+
+    def held(self, replica: int) -> int:
+        """Return how many blocks a replica is believed to have."""
+        return self._held.get(replica, 0)
+
     def audit(self) -> None:
-        """
+        """Hold the tree against the numbers of blocks that replicas have.
+
         Raises:
-            EngineError: the books are wrong.
+            EngineError: they differ.
         """
         held = dict.fromkeys(self._held, 0)
         nodes = [self._root]

@@ -124,7 +124,7 @@ def add_manifest(spec: FallbackSpec, model: Any, trial: Trial) -> FallbackSpec:
     body = {path: style for path, style in plan.items() if path.startswith(f"{spec.backbone}.")}
     if not body:
         return _with_cuts(spec, model, {}, "it publishes no tensor-parallel plan")
-    if not _logits_are_elementwise(model, spec):
+    if not logits_are_elementwise(model, spec):
         return _with_cuts(spec, model, {}, "its logits depend on each other, so no rank can compute a share of them")
     attention, mlp = _attention_cuts(spec, model, body), _mlp_cuts(model, body)
     problem = "its tensor-parallel plan has no layers cut by columns that are followed by layers cut by rows"
@@ -273,7 +273,7 @@ def _shapes_only(spec: FallbackSpec, shard: Shard, weight: Piece) -> LinearModul
 
 
 @torch.inference_mode()
-def _logits_are_elementwise(model: Any, spec: FallbackSpec) -> bool:
+def logits_are_elementwise(model: Any, spec: FallbackSpec) -> bool:
     """Return whether a share of the logits is the same when it is computed alone as when all are.
 
     This is tried with a head that returns its input.

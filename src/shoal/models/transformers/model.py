@@ -76,7 +76,7 @@ class TransformersModel:
         self, backbone: nn.Module, causal: nn.Module, stage: Stage, stream: ResidualStream, context: Context
     ) -> None:
         set_context(backbone, context)
-        self._backbone = backbone
+        self.backbone = backbone
         self._causal = causal
         self._stage = stage
         self._stream = stream
@@ -89,7 +89,7 @@ class TransformersModel:
             self._stream.received = inputs.unsqueeze(0)
             tokens = batch.positions.new_zeros(len(inputs))  # their values are not used
         self._context.batch, self._context.caches = batch, caches
-        out = self._backbone(input_ids=tokens.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False)
+        out = self.backbone(input_ids=tokens.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False)
         self._context.batch, self._context.caches = None, ()
         left, self._stream.received, self._stream.left = self._stream.left, None, None
         if left is not None:
