@@ -10,7 +10,7 @@ from shoal.errors import RankFailed
 from shoal.transport.channel import ChannelClosed, wait
 from shoal.transport.process import ChildProcess, end_all
 from shoal.wire.base import Stop, encode
-from shoal.wire.ranks import FromRank, Pulse, RankReport, RankSetup, StepResult, ToRank, from_rank
+from shoal.wire.ranks import FromRank, Heartbeat, RankReport, RankSetup, StepResult, ToRank, from_rank
 
 _QUIET_S = 3.0  # after so long without a heartbeat (there are two a second), a process that is stopped has failed
 _LOST_S = 60.0  # ... and after so long, a process has failed in any case
@@ -34,7 +34,7 @@ class ProcessLinks:
         now = time.monotonic()
         self._watched = now
         self._heard = [now] * self.world_size
-        self._pulses = [Pulse(rank, -1, "starting") for rank in range(self.world_size)]
+        self._heartbeats = [Heartbeat(rank, -1, "starting") for rank in range(self.world_size)]
         self._children: list[ChildProcess] = []
         try:
             self._start(setups)
@@ -71,8 +71,8 @@ class ProcessLinks:
                 except ChannelClosed:
                     dead.append(rank)
         for message in messages:
-            if isinstance(message, Pulse):
-                self._pulses[message.rank] = message
+            if isinstance(message, Heartbeat):
+                self._heartbeats[message.rank] = message
             elif isinstance(message, StepResult):
                 self._last_result = message.step
         reports: list[FromRank] = [message for message in messages if isinstance(message, RankReport)]
@@ -81,7 +81,7 @@ class ProcessLinks:
         if dead:
             self._raise_death(dead[0])
         self._check_heartbeats()
-        return [message for message in messages if not isinstance(message, Pulse)]
+        return [message for message in messages if not isinstance(message, Heartbeat)]
 
     def _check_heartbeats(self) -> None:
         now = time.monotonic()
@@ -95,10 +95,10 @@ class ProcessLinks:
         raise RankFailed(f"rank {rank} ({self.describe(rank)}) {self._children[rank].death()}")
 
     def describe(self, rank: int) -> str:
-        pulse = self._pulses[rank]
-        last = max(pulse.step, self._last_result)  # all ranks have run an answered step; the heartbeat may be older
+        heartbeat = self._heartbeats[rank]
+        last = max(heartbeat.step, self._last_result)  # all ranks have run an answered step; the heartbeat may be older
         step = f"last step {last}" if last >= 0 else "before its first step"
-        return f"process {self._children[rank].pid}, {step}, {pulse.doing}"
+        return f"process {self._children[rank].pid}, {step}, {heartbeat.doing}"
 
     def close(self, *, failed: bool) -> None:
         if self._closed:

@@ -3,7 +3,7 @@
 import msgspec
 
 from shoal.wire.base import Stop, Wire
-from shoal.wire.engine import EngineStats, Told, Updates
+from shoal.wire.engine import ControlReply, EngineStats, Updates
 from shoal.wire.plan import ApiSetup
 
 
@@ -61,7 +61,7 @@ class StoredTurn(Wire, frozen=True):
     ids: tuple[str, ...]  # the ids of the items that have one
 
 
-class KeepResponse(Wire, frozen=True):
+class StoreResponse(Wire, frozen=True):
     """A response to be stored."""
 
     id: str
@@ -94,13 +94,13 @@ class ContextLength(Wire, frozen=True):
     max_model_len: int
 
 
-ToApi = ApiSetup | Updates | ContextLength | Told | Stop
+ToApi = ApiSetup | Updates | ContextLength | ControlReply | Stop
 
 to_api: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
 
 fleet_status_decoder: msgspec.msgpack.Decoder[FleetStatus] = msgspec.msgpack.Decoder(FleetStatus)
 
-keep_response_decoder: msgspec.msgpack.Decoder[KeepResponse] = msgspec.msgpack.Decoder(KeepResponse)
+store_response_decoder: msgspec.msgpack.Decoder[StoreResponse] = msgspec.msgpack.Decoder(StoreResponse)
 
 stored_turns_decoder: msgspec.msgpack.Decoder[StoredTurns] = msgspec.msgpack.Decoder(StoredTurns)
 

@@ -186,7 +186,7 @@ class RankReply(Wire, frozen=True):
     payload: bytes
 
 
-class Pulse(Wire, frozen=True):
+class Heartbeat(Wire, frozen=True):
     """A heartbeat of a rank."""
 
     rank: int
@@ -206,7 +206,7 @@ class RankReport(Wire, frozen=True):
 
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
 
-FromRank = StepResult | RankReply | Pulse | RankReport
+FromRank = StepResult | RankReply | Heartbeat | RankReport
 
 
 class LoadInfo(Wire, frozen=True):

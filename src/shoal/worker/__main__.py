@@ -19,9 +19,9 @@ from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
-from shoal.wire.ranks import Pulse, ToRank, to_rank
+from shoal.wire.ranks import Heartbeat, ToRank, to_rank
 
-_PULSE_S = 0.5
+_HEARTBEAT_S = 0.5
 
 
 @click.command()
@@ -66,23 +66,23 @@ class _Status:
         self.number = number
         self.rank: _Describable | None = None
 
-    def pulse(self) -> Pulse:
+    def heartbeat(self) -> Heartbeat:
         if self.rank is None:
-            return Pulse(self.number, -1, "loading torch")
-        return Pulse(self.number, self.rank.last_step, self.rank.doing)
+            return Heartbeat(self.number, -1, "loading torch")
+        return Heartbeat(self.number, self.rank.last_step, self.rank.doing)
 
 
 def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
-    next_pulse = time.monotonic()
+    next_heartbeat = time.monotonic()
     try:
         while True:
-            if wait([channel], next_pulse - time.monotonic()):
+            if wait([channel], next_heartbeat - time.monotonic()):
                 for frame in channel.receive():
                     inbox.put(to_rank.decode(frame))
-            if time.monotonic() >= next_pulse:
+            if time.monotonic() >= next_heartbeat:
                 if not channel.backlog:  # an idle engine reads nothing, and heartbeats must not pile up
-                    channel.send(encode(status.pulse()))
-                next_pulse = time.monotonic() + _PULSE_S
+                    channel.send(encode(status.heartbeat()))
+                next_heartbeat = time.monotonic() + _HEARTBEAT_S
     except ChannelClosed:
         os._exit(1)
 
