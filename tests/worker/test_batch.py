@@ -181,14 +181,14 @@ def check_sampling(step: StepInput, known: dict[int, Known]) -> None:
     assert list(rows.truncated) == [i for i, truncated in enumerate(limited) if truncated]
     assert rows.logprobs == max(s.logprobs for s in wanted)
     if not rows.greedy:
-        parts = [(s.sampling.seed, s.sampling.sample_index, len(s.tokens) + len(behind)) for s, behind in each]
+        parts = [(s.sampling.seed, s.sampling.sample_index, len(s.tokens) + len(drafts)) for s, drafts in each]
         seeds, indices, positions = (np.array(column, np.uint64) for column in zip(*parts, strict=True))
         assert torch.equal(rows.keys, split_keys(row_keys(seeds, indices, positions)))
     builder = EditsBuilder()
-    for row, (s, behind) in enumerate(each):
+    for row, (s, drafts) in enumerate(each):
         rules = SamplingRules.of(s.sampling, s.tokens[: s.prompt_len], s.tokens[s.prompt_len :])
         if rules is not None:
-            builder.add(row, rules, behind)
+            builder.add(row, rules, drafts)
     assert flat(rows.edits) == flat(builder.build(len(each), CPU))
 
 

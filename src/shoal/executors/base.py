@@ -29,7 +29,7 @@ from shoal.wire.ranks import (
 log = get_logger("executor")
 
 _SLICE_S = 0.5  # the longest wait for messages before deadlines are checked
-_AWAY_S = 5.0  # after so many seconds without a call, deadlines start again
+_AWAY_S = 5.0  # after this time without a call, the deadlines of steps begin again
 _CAUSE_S = 2.0  # how long to wait for another report, if a rank has only lost contact with others
 
 

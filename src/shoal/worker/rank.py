@@ -28,7 +28,7 @@ class Rank:
 
     @property
     def doing(self) -> str:
-        """What it does now, for error messages."""
+        """The current activity of the rank, for error messages."""
         return self._worker.doing if self._worker else "starting"
 
     def answer(self, message: RankSetup | StepPlan | StepMask | RankCall) -> FromRank | None:

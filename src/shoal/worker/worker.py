@@ -97,7 +97,7 @@ class Worker:
 
     @property
     def doing(self) -> str:
-        """What the rank does now, for error messages."""
+        """The current activity of the rank, for error messages."""
         if not self._handling:
             return "waiting for a plan"
         busy = [axis for axis in self.mesh.axes if axis.comm.progress.operation] or self.mesh.axes[:1]
