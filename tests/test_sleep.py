@@ -120,7 +120,7 @@ def test_what_can_not_be_is_refused(checkpoint: Checkpoint) -> None:
         longer = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
         runs = llm.run([llm.prepare(i, prompt, longer if i else PARAMS) for i, prompt in enumerate(PROMPTS)])
         next(runs)
-        with pytest.raises(RequestError, match="have not ended"):
+        with pytest.raises(RequestError, match="are not finished"):
             llm.sleep()
         assert len(list(runs)) == len(PROMPTS) - 1
         llm.sleep()

@@ -308,8 +308,8 @@ def test_more_ranks_of_all_kinds_than_devices(refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["-pp", 2, "--pipeline-layer-partition", "2,2"], "2,2 has 4 layers, the model has 3"),
-        (["-pp", 2, "--pipeline-layer-partition", "1,1,1"], "1,1,1 has 3 stages, --pipeline-parallel-size is 2"),
+        (["-pp", 2, "--pipeline-layer-partition", "2,2"], "2,2 has 4 layers, but the model has 3"),
+        (["-pp", 2, "--pipeline-layer-partition", "1,1,1"], "1,1,1 has 3 stages, but --pipeline-parallel-size is 2"),
         (["-pp", 2, "--pipeline-layer-partition", "3,0"], "--pipeline-layer-partition takes positive integers"),
         (["-pp", 4], "--pipeline-parallel-size 4 is more than the model's 3 layers"),
         (["--enable-expert-parallel"], "--enable-expert-parallel: a llama model has no experts to place"),
@@ -331,7 +331,7 @@ def test_a_partition_in_the_environment(refused: Refused, monkeypatch: pytest.Mo
     monkeypatch.setenv(variable, "2,x")
     has(refused("-pp", 2), f"{variable} takes positive integers", "the number of layers of each stage")
     monkeypatch.setenv(variable, "2,3")
-    has(refused("-pp", 2), "--pipeline-layer-partition 2,3 has 5 layers, the model has 4")
+    has(refused("-pp", 2), "--pipeline-layer-partition 2,3 has 5 layers, but the model has 4")
 
 
 def test_no_gpu(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

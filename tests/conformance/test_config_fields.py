@@ -156,7 +156,9 @@ def test_scaling_lets_texts_be_longer(tmp_path: Path, scaling: dict[str, Any], m
     assert_same(meant, BEYOND, outputs)
     with pytest.raises(UserError, match=r"--max-model-len 9999 is more than the model's \d+ positions \(rope scaling"):
         generate(folder, BEYOND, STEPS, max_model_len=9999, **options)
-    with pytest.raises(UserError, match="is more than the model's 32 positions: lower it, or stretch them by a rope_"):
+    with pytest.raises(
+        UserError, match="is more than the model's 32 positions: lower it, or give the model more positions by a rope_"
+    ):
         generate(folder, BEYOND, STEPS, max_model_len=100, model_impl=model_impl)
 
 

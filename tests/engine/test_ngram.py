@@ -49,7 +49,7 @@ def test_none_are_proposed_where_none_are_wanted() -> None:
 
 @pytest.mark.parametrize(("longest", "shortest"), [(1, 2), (0, 0), (3, 0)])
 def test_lengths_must_be_in_order(longest: int, shortest: int) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="1 <= shortest <= longest must hold"):
         NgramIndex(longest, shortest)
 
 

@@ -23,7 +23,7 @@ def test_by_default_all_replicas_are_on_this_host() -> None:
     found = deployment()
     assert (found.mode, list(found.local), list(found.awaited)) == (Mode.ALONE, [0, 1, 2, 3], [])
     assert not found.listens
-    assert found.place.size == 1
+    assert (found.place.size, found.place.local_size) == (4, 4)
 
 
 @pytest.mark.parametrize("options", [{"local": 4, **ADDRESS}, {"hybrid": True, **ADDRESS}])

@@ -10,7 +10,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from threading import Thread
-from shoal.server.memory import give_back_what_is_large
+from shoal.process.malloc import give_back_what_is_large
 
 def resident() -> int:
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) >> 10
