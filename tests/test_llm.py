@@ -485,8 +485,8 @@ def test_beams_are_the_likeliest_of_all_continuations(bundled: LLM) -> None:
     second = following([(*prompt, token) for token in beginnings])
     pairs = {
         (*prompt, a, b): first[a] + logprob
-        for a, behind in zip(beginnings, second, strict=True)
-        for b, logprob in behind.items()
+        for a, likely in zip(beginnings, second, strict=True)
+        for b, logprob in likely.items()
     }
     expected = sorted(pairs.values(), reverse=True)[:6]
     (found,) = bundled.beam_search(SUM, BeamSearchParams(beam_width=6, max_tokens=2, ignore_eos=True))

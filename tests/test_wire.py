@@ -14,29 +14,29 @@ from shoal.activity import PARTS, Activity, ActivityState
 from shoal.config.engine_options import SpeculativeConfig
 from shoal.wire.base import Stop, Wire, encode
 from shoal.wire.engine import (
-    CacheReset,
     EngineRequest,
     FromEngine,
+    ResetOutcome,
     SeqUpdate,
     StatsQuery,
     ToEngine,
-    cache_reset_decoder,
     from_engine,
+    reset_outcome_decoder,
     to_engine,
 )
 from shoal.wire.fleet import (
     FleetStatus,
-    KeepResponse,
     Operation,
     ReplicaStatus,
     ResponseNames,
     StoredTurn,
     StoredTurns,
+    StoreResponse,
     ToApi,
     fleet_status_decoder,
-    keep_response_decoder,
     operation_decoder,
     response_names_decoder,
+    store_response_decoder,
     stored_turns_decoder,
     to_api,
 )
@@ -156,11 +156,11 @@ PAYLOADS = {
     RankStats: decode_rank_stats,
     Hello: hello_decoder.decode,
     FleetStatus: fleet_status_decoder.decode,
-    KeepResponse: keep_response_decoder.decode,
+    StoreResponse: store_response_decoder.decode,
     StoredTurns: stored_turns_decoder.decode,
     ResponseNames: response_names_decoder.decode,
     Operation: operation_decoder.decode,
-    CacheReset: cache_reset_decoder.decode,
+    ResetOutcome: reset_outcome_decoder.decode,
 }
 
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from shoal.activity import Activity
 from shoal.wire.base import Ids
-from shoal.wire.engine import CacheReset, EngineRequest, EngineStats, SeqUpdate
+from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
 from shoal.wire.grammars import GrammarAsk, Verdict
 from shoal.wire.ranks import StepMask, StepPlan, StepResult
 
@@ -100,7 +100,7 @@ class Engine(EngineClient, Protocol):
             EngineError: the engine failed.
         """
 
-    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
+    def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
         """No block is found by its prefix any more. `running`: requests that run compute theirs again, too."""
 
 

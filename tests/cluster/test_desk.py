@@ -16,7 +16,7 @@ from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, Wire, encode, replace_fields
-from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates
+from shoal.wire.engine import Abort, ControlCall, ControlReply, EngineRequest, Finish, RefusalKind, SeqUpdate, Updates
 from shoal.wire.fleet import ContextLength, fleet_status_decoder, to_api
 from support.fake_replica import FakeReplica
 from support.fakes import Outcomes, alone, request
@@ -144,7 +144,7 @@ class RemoteClient(LocalClient):
         self.at_desk, ours = Channel.pair()
         self.channel = Channel(ours)
         self.outcomes = Outcomes()
-        self.told: dict[int, Told] = {}
+        self.told: dict[int, ControlReply] = {}
         self.length = None
         desk.connect(self.at_desk)
 
@@ -162,7 +162,7 @@ class RemoteClient(LocalClient):
         found: list[SeqUpdate] = []
         for frame in self.channel.receive():
             message = to_api.decode(frame)
-            if isinstance(message, Told):
+            if isinstance(message, ControlReply):
                 self.told[message.id] = message
             elif isinstance(message, ContextLength):
                 self.length = message.max_model_len
@@ -179,8 +179,8 @@ class RemoteClient(LocalClient):
         while True:
             self.next()
 
-    def ask(self, number: int, verb: str, payload: bytes = b"") -> Told:
-        self.send(Ask(number, verb, payload))
+    def ask(self, number: int, verb: str, payload: bytes = b"") -> ControlReply:
+        self.send(ControlCall(number, verb, payload))
         while number not in self.told:
             assert not self.next()
         return self.told[number]
@@ -266,7 +266,7 @@ def test_a_line_that_is_closed_frees_what_it_had(setting: Setting) -> None:
 def test_questions(setting: Setting) -> None:
     local, remote = setting.local(), setting.remote()
     assert local.line.ask("shout", b"abc").result(DEADLINE_S) == b"ABC"
-    assert remote.ask(7, "shout", b"x") == Told(7, b"X")
+    assert remote.ask(7, "shout", b"x") == ControlReply(7, b"X")
     status = fleet_status_decoder.decode(local.line.ask("status").result(DEADLINE_S))
     assert status.model == "model"
     with pytest.raises(UserError, match="not like that"):
@@ -391,7 +391,7 @@ def test_when_it_is_closed_everyone_is_told(setting: Setting) -> None:
 def fill(channel: Channel) -> None:
     """Nothing more goes out until somebody reads."""
     while not channel.backlog:
-        channel.send(encode(Told(10**6, bytes(1 << 16))))
+        channel.send(encode(ControlReply(10**6, bytes(1 << 16))))
 
 
 def test_one_that_does_not_read_for_a_while_misses_nothing_and_keeps_nobody_waiting(setting: Setting) -> None:

@@ -8,7 +8,14 @@ from cluster.test_fleet import FakeMember, Hanging, World, world
 from shoal.activity import AWAKE, PARTS, PAUSED, Activity, ActivityState
 from shoal.errors import ConfigError, UserError
 from shoal.wire.base import replace_fields
-from shoal.wire.engine import Become, CacheReset, EngineRequest, RefusalKind, ResetCache, cache_reset_decoder
+from shoal.wire.engine import (
+    EngineRequest,
+    RefusalKind,
+    ResetOutcome,
+    ResetPrefixCache,
+    SetActivity,
+    reset_outcome_decoder,
+)
 from shoal.wire.fleet import Operation
 from support.fake_replica import STATS
 from support.fakes import alone, request
@@ -24,7 +31,7 @@ def operate(found: World, verb: str, **options: Any) -> list[Any]:
 
 
 def activities(member: FakeMember) -> list[Activity]:
-    return [message.activity for message in member.told if isinstance(message, Become)]
+    return [message.activity for message in member.told if isinstance(message, SetActivity)]
 
 
 def running(found: World, count: int = 4, length: int = 12) -> list[EngineRequest]:
@@ -82,7 +89,7 @@ def test_a_pause_may_abort_what_runs_and_what_waits() -> None:
         assert len(told) == 1
         assert not found.outcomes.open
         assert set(found.refusals().values()) == {RefusalKind.NONE}
-        assert [type(message) for message in found.members[0].told] == [Become, ResetCache]
+        assert [type(message) for message in found.members[0].told] == [SetActivity, ResetPrefixCache]
 
 
 def test_a_pause_may_wait_for_what_replicas_have() -> None:
@@ -226,7 +233,7 @@ def test_a_reset_says_what_all_replicas_have_forgotten() -> None:
         found.settle(2)
         told = operate(found, "reset_prefix_cache", running=True)
         found.settle(2)
-        assert cache_reset_decoder.decode(told[0]) == CacheReset(forgotten=6, held=0)
+        assert reset_outcome_decoder.decode(told[0]) == ResetOutcome(forgotten=6, held=0)
         assert [member.told[0].running for member in found.members] == [True, True]  # type: ignore[union-attr]
         assert found.fleet.status().activity == "awake"
 

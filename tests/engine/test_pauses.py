@@ -9,7 +9,7 @@ from engine.test_core import NGRAM, Engine
 from engine.test_lockstep import Replicas
 from shoal.activity import AWAKE, PARTS, PAUSED, Activity, ActivityState
 from shoal.errors import CheckpointError
-from shoal.wire.engine import CacheReset, Finish
+from shoal.wire.engine import Finish, ResetOutcome
 from support.fakes import alone, request, steady
 
 ASLEEP = Activity(ActivityState.ASLEEP, 1, PARTS)
@@ -91,7 +91,7 @@ def test_a_prefix_that_was_forgotten_is_computed_again() -> None:
     prompt = list(range(8))
     engine.add(request(1, prompt, 2))
     engine.drain()
-    assert engine.core.reset_prefix_cache() == CacheReset(forgotten=2, held=0)
+    assert engine.core.reset_prefix_cache() == ResetOutcome(forgotten=2, held=0)
     for seq, cached in ((2, 0), (3, 7)):
         engine.add(request(seq, prompt, 2))
         engine.drain()

@@ -1,4 +1,4 @@
-"""The executors give the same tokens, and fail in words."""
+"""The executors: they give the same tokens, and their errors say what happened."""
 
 import gc
 import threading
@@ -56,7 +56,9 @@ def expected(folder: str) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("backend", "ranks"), [("threads", 1), ("threads", 2), ("threads", 3), ("mp", 1), ("mp", 2)])
-def test_same_tokens(folder: str, expected: list[tuple[int, ...]], backend: str, ranks: int) -> None:
+def test_all_executors_give_the_same_tokens(
+    folder: str, expected: list[tuple[int, ...]], backend: str, ranks: int
+) -> None:
     with LLM(folder, distributed_executor_backend=backend, tensor_parallel_size=ranks, **SMALL) as llm:
         assert tokens(llm) == expected
         stats = llm.stats()
@@ -64,7 +66,7 @@ def test_same_tokens(folder: str, expected: list[tuple[int, ...]], backend: str,
         assert len({rank.pid for rank in stats.ranks}) == (ranks if backend == "mp" else 1)
 
 
-def test_uni_with_two_ranks(folder: str) -> None:
+def test_uni_refuses_two_ranks(folder: str) -> None:
     with pytest.raises(ConfigError, match="uni runs one rank, not 2: use mp or threads"):
         LLM(folder, distributed_executor_backend="uni", tensor_parallel_size=2, **SMALL)
 
@@ -84,8 +86,8 @@ def wait_for(done: Callable[[], bool], seconds: float) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_rank_that_raises_in_a_step(folder: str, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    """The last rank fails; the others wait for it, and are let go."""
+def test_an_error_of_a_rank_in_a_step(folder: str, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """The last rank fails. The others wait for it, and their wait is ended."""
     execute = Runner.execute
     with LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=ranks, **SMALL) as llm:
         bad = ranks - 1
@@ -115,7 +117,7 @@ def test_rank_that_raises_in_a_step(folder: str, monkeypatch: pytest.MonkeyPatch
             llm.stats()
 
 
-def test_rank_that_raises_at_start(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_rank_at_the_start(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from shoal.worker.worker import Worker
 
     handle = Worker.handle
@@ -131,7 +133,7 @@ def test_rank_that_raises_at_start(folder: str, monkeypatch: pytest.MonkeyPatch)
     assert wait_for(lambda: not rank_threads(), 5)
 
 
-def test_step_that_takes_too_long(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_takes_too_long(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     execute, released = Runner.execute, threading.Event()
     llm = LLM(folder, distributed_executor_backend="threads", tensor_parallel_size=2, step_timeout=1, **SMALL)
     try:
@@ -149,18 +151,18 @@ def test_step_that_takes_too_long(folder: str, monkeypatch: pytest.MonkeyPatch) 
         released.set()
         llm.close()
     message = str(caught.value)
-    assert message.startswith("step 0 did not end within 1 s (--step-timeout): ")
+    assert message.startswith("step 0 did not finish within 1 s (--step-timeout): ")
     assert "rank 0 (thread shoal-rank-0" in message
     assert "all_reduce" in message
     assert "rank 1 (thread shoal-rank-1" in message
     assert wait_for(lambda: not rank_threads(), 5)
 
 
-# --- the part that is the same for all ---------------------------------------------------------------------------
+# --- the common part ---------------------------------------------------------------------------------------------
 
 
 class FakeLinks:
-    """Ranks that answer as they are told: `answers` gives what comes back for a message."""
+    """Links to two fake ranks. `answers` returns their answers to a message."""
 
     def __init__(self, answers: Callable[[ToRank], Sequence[FromRank]]) -> None:
         self.world_size = 2
@@ -190,7 +192,7 @@ PLAN = bare_plan(bare_rank(0, cost_share=0.5), bare_rank(1, cost_share=0.5))
 SETUPS = [setup_of(PLAN, rank) for rank in range(2)]
 
 
-def dutiful(message: ToRank) -> Sequence[FromRank]:
+def good_answers(message: ToRank) -> Sequence[FromRank]:
     if not isinstance(message, RankCall):
         return []
     payloads = [b"", b""]
@@ -204,7 +206,7 @@ def dutiful(message: ToRank) -> Sequence[FromRank]:
 
 def silent_for(verb: str, *ranks: int) -> Callable[[ToRank], Sequence[FromRank]]:
     def answers(message: ToRank) -> Sequence[FromRank]:
-        found = dutiful(message)
+        found = good_answers(message)
         if isinstance(message, RankCall) and message.verb == verb:
             return [answer for answer in found if isinstance(answer, RankReply) and answer.rank not in ranks]
         return found
@@ -222,8 +224,8 @@ def plan() -> StepPlan:
     return StepPlan(0, 7, ())
 
 
-def test_the_rank_with_the_least_room_decides() -> None:
-    links = FakeLinks(dutiful)
+def test_all_ranks_use_the_smallest_number_of_blocks() -> None:
+    links = FakeLinks(good_answers)
     found = executor(links)
     assert found.num_blocks == 10
     told = [m.payload for m in links.sent if isinstance(m, RankCall) and m.verb == "allocate"]
@@ -232,60 +234,62 @@ def test_the_rank_with_the_least_room_decides() -> None:
     assert links.closed == []
 
 
-def test_start_phase_that_does_not_end() -> None:
+def test_a_start_phase_has_a_deadline() -> None:
     links = FakeLinks(silent_for("profile", 1))
-    with pytest.raises(RankFailed, match=r"^profile did not end within 0.2 s on rank 1 \(process 1001\)$"):
+    with pytest.raises(RankFailed, match=r"^profile did not finish within 0.2 s on rank 1 \(process 1001\)$"):
         executor(links, start_timeout=0.2)
     assert links.closed[0] is True
 
 
-def test_call_that_does_not_end() -> None:
+def test_a_call_has_a_deadline() -> None:
     links = FakeLinks(silent_for("stats", 0, 1))
     found = executor(links)
-    with pytest.raises(RankFailed, match=r"stats did not end within 0.1 s on rank 0 \(.*1000\); rank 1 \(.*1001\)$"):
+    with pytest.raises(RankFailed, match=r"stats did not finish within 0.1 s on rank 0 \(.*1000\); rank 1 \(.*1001\)$"):
         found.call("stats", timeout=0.1)
     assert links.closed == [True]
 
 
-def test_capacity_that_is_refused() -> None:
+def test_a_refused_number_of_blocks_ends_the_start() -> None:
     def refuse(blocks: int) -> None:
         raise ConfigError(f"{blocks} are too few")
 
-    links = FakeLinks(dutiful)
+    links = FakeLinks(good_answers)
     with pytest.raises(ConfigError, match="10 are too few"):
         RankExecutor(links, SETUPS, check_capacity=refuse, start_timeout=5, step_timeout=5)
     assert links.closed == [True]
     assert not any(isinstance(m, RankCall) and m.verb == "allocate" for m in links.sent)
 
 
-def test_step_deadline_names_all_ranks(plan: StepPlan) -> None:
-    links = FakeLinks(dutiful)
+def test_the_error_of_a_late_step_names_all_ranks(plan: StepPlan) -> None:
+    links = FakeLinks(good_answers)
     found = executor(links)
     found.launch(plan)
-    with pytest.raises(RankFailed, match=r"step 7 did not end within 0.2 s \(--step-timeout\): rank 0 \(.*; rank 1 \("):
+    with pytest.raises(
+        RankFailed, match=r"step 7 did not finish within 0.2 s \(--step-timeout\): rank 0 \(.*; rank 1 \("
+    ):
         found.poll(5)
     assert links.closed == [True]
 
 
-def test_nothing_goes_on_after_a_failure(plan: StepPlan) -> None:
-    """Whatever was the call that failed: the links are closed, and every later call says why."""
+def test_after_a_failure_every_call_is_refused(plan: StepPlan) -> None:
+    """After any failed call the links are closed, and every later call raises an error with the reason."""
     links = FakeLinks(silent_for("stats", 0))
     found = executor(links)
     with pytest.raises(RankFailed):
         found.call("stats", timeout=0.05)
     count = len(links.sent)
     for call in (lambda: found.launch(plan), lambda: found.poll(0), lambda: found.call("stats", timeout=1)):
-        with pytest.raises(ClosedError, match="the engine has failed: stats did not end"):
+        with pytest.raises(ClosedError, match="the engine has failed: stats did not finish"):
             call()
     assert len(links.sent) == count
 
 
 def reporting(*reports: RankReport) -> Callable[[ToRank], Sequence[FromRank]]:
-    return lambda message: reports if isinstance(message, StepPlan) else dutiful(message)
+    return lambda message: reports if isinstance(message, StepPlan) else good_answers(message)
 
 
-def test_the_rank_at_fault_is_blamed(plan: StepPlan) -> None:
-    """Not the one that noticed first that it had lost the other."""
+def test_the_error_is_that_of_the_rank_at_fault(plan: StepPlan) -> None:
+    """It is not the error of the rank that first noticed that it had lost contact."""
     lost = RankReport(0, 6, "all_reduce was aborted", communication=True)
     found = executor(FakeLinks(reporting(lost, RankReport(1, 6, "out of memory"))))
     found.launch(plan)
@@ -293,14 +297,14 @@ def test_the_rank_at_fault_is_blamed(plan: StepPlan) -> None:
         found.poll(5)
 
 
-def test_lost_contact_without_a_better_cause(plan: StepPlan) -> None:
+def test_lost_contact_is_the_error_if_there_is_no_better_one(plan: StepPlan) -> None:
     found = executor(FakeLinks(reporting(RankReport(0, 6, "all_reduce waited 5 s", communication=True))))
     found.launch(plan)
     with pytest.raises(EngineError, match=r"^rank 0 \(process 1000\): all_reduce waited 5 s$"):
         found.poll(5)
 
 
-def test_errors_of_the_user_stay_so(plan: StepPlan) -> None:
+def test_a_user_error_of_a_rank_is_a_user_error(plan: StepPlan) -> None:
     links = FakeLinks(reporting(RankReport(0, 6, "lower it", user_error=True)))
     found = executor(links)
     found.launch(plan)
@@ -311,11 +315,11 @@ def test_errors_of_the_user_stay_so(plan: StepPlan) -> None:
         found.poll(5)
 
 
-class Scripted(FakeLinks):
-    """From now on, each look takes a while on the clock and brings what the script says."""
+class ScriptedLinks(FakeLinks):
+    """Links with a script of messages. Once there is a script, each `receive` takes its whole timeout on the clock."""
 
     def __init__(self, clock: FakeClock) -> None:
-        super().__init__(dutiful)
+        super().__init__(good_answers)
         self.clock = clock
         self.script: list[Sequence[FromRank]] | None = None
 
@@ -331,16 +335,18 @@ class Scripted(FakeLinks):
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> tuple[Scripted, RankExecutor]:
+def scripted(monkeypatch: pytest.MonkeyPatch) -> tuple[ScriptedLinks, RankExecutor]:
     clock = FakeClock()
     monkeypatch.setattr("shoal.executors.base.time.monotonic", clock)
-    links = Scripted(clock)
+    links = ScriptedLinks(clock)
     found = executor(links, step_timeout=20.0)
     links.script = []
     return links, found
 
 
-def test_a_call_waits_for_the_steps_before_it(scripted: tuple[Scripted, RankExecutor], plan: StepPlan) -> None:
+def test_the_deadline_of_a_call_begins_after_earlier_steps(
+    scripted: tuple[ScriptedLinks, RankExecutor], plan: StepPlan
+) -> None:
     links, found = scripted
     result = StepResult(0, 7, (), StepTimes(1, 1))
     replies = [RankReply(6, rank, b"fine") for rank in range(2)]  # five calls were made at start
@@ -350,20 +356,20 @@ def test_a_call_waits_for_the_steps_before_it(scripted: tuple[Scripted, RankExec
     assert found.poll(0) == [result]
 
 
-def test_time_in_which_nobody_watched_is_not_held_against_a_step(
-    scripted: tuple[Scripted, RankExecutor], plan: StepPlan
+def test_the_deadline_of_a_step_begins_again_after_an_absence(
+    scripted: tuple[ScriptedLinks, RankExecutor], plan: StepPlan
 ) -> None:
-    """A process that was stopped and goes on, or a caller who took his time between two outputs."""
+    """The process may have been stopped and continued, or the caller may have been busy between two outputs."""
     links, found = scripted
     found.launch(plan)
     links.clock.now += 1000.0
     assert found.poll(1.0) == []
-    with pytest.raises(RankFailed, match=r"step 7 did not end within 20 s"):
+    with pytest.raises(RankFailed, match=r"step 7 did not finish within 20 s"):
         found.poll(60.0)
 
 
 @pytest.mark.parametrize(("backend", "ranks"), [("uni", 1), ("threads", 2)])
-def test_closing_lets_go_of_weights_and_cache(folder: str, backend: str, ranks: int) -> None:
+def test_closing_drops_weights_and_cache(folder: str, backend: str, ranks: int) -> None:
     def models() -> int:
         gc.collect()
         return sum(type(each) is Decoder for each in gc.get_objects())

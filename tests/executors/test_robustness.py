@@ -1,4 +1,7 @@
-"""Ranks that die or stand still, and engines that end in every way there is. Nothing may hang, nothing may be left."""
+"""Ranks that die or do not answer, and engines that end in all possible ways.
+
+Nothing may hang, and nothing may be left behind.
+"""
 
 import contextlib
 import dataclasses
@@ -31,7 +34,7 @@ GONE_S = 60.0
 
 
 def state(pid: int) -> str:
-    """The letter of /proc, "" when there is no such process any more."""
+    """Return the letter for a process's state in /proc; "" if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -63,7 +66,7 @@ def wait_for(done: Callable[[], Any], seconds: float) -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_worker_is_left() -> Iterator[None]:
-    """Each test's own workers, whatever has happened."""
+    """Check that a test has ended all its workers, and kill those that are left."""
     before = set(workers_of(os.getpid()))
     yield
     left = set(workers_of(os.getpid())) - before
@@ -87,15 +90,15 @@ def tokens(llm: LLM) -> tuple[int, ...]:
     return llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].token_ids
 
 
-def in_mid_generation(llm: LLM) -> Iterator[Any]:
-    """Steps have been run, and many are to come."""
+def run_in_progress(llm: LLM) -> Iterator[Any]:
+    """Return a run that has computed some steps, with many more to come."""
     run = llm.run([llm.prepare(0, PROMPT, SHORT), llm.prepare(1, PROMPT, LONG), llm.prepare(2, PROMPT, LONG)])
     assert next(run)[0] == 0
     return run
 
 
 def assert_failed(llm: LLM, workers: Sequence[int], bad: int = 1) -> None:
-    """Every call says so at once, and no process is left."""
+    """Assert that every call raises the reason immediately, and that no worker is left."""
     assert all(gone(pid) for pid in workers)
     calls: list[Callable[[], object]] = [
         lambda: llm.generate(PROMPT, SHORT, use_tqdm=False),
@@ -114,12 +117,12 @@ def assert_failed(llm: LLM, workers: Sequence[int], bad: int = 1) -> None:
 # --- ranks -------------------------------------------------------------------------------------------------------
 
 
-def test_killed_rank_and_an_engine_beside_it(folder: str) -> None:
+def test_a_killed_rank_ends_its_own_engine_only(folder: str) -> None:
     with LLM(folder, **SMALL) as other, LLM(folder, **SMALL) as llm:
         expected, workers = tokens(other), pids(llm)
         assert not set(workers) & set(pids(other))
         assert tokens(llm) == expected
-        run = in_mid_generation(llm)
+        run = run_in_progress(llm)
         os.kill(workers[1], signal.SIGKILL)
         begun = time.monotonic()
         with pytest.raises(RankFailed) as caught:
@@ -131,10 +134,10 @@ def test_killed_rank_and_an_engine_beside_it(folder: str) -> None:
         assert tokens(other) == expected
 
 
-def test_stopped_rank(folder: str) -> None:
+def test_a_stopped_rank_is_an_error(folder: str) -> None:
     with LLM(folder, **SMALL) as llm:
         workers = pids(llm)
-        run = in_mid_generation(llm)
+        run = run_in_progress(llm)
         os.kill(workers[1], signal.SIGSTOP)
         begun = time.monotonic()
         with pytest.raises(RankFailed) as caught:
@@ -156,7 +159,7 @@ def stop_rank(llm: LLM, rank: int) -> str:
 
 
 def break_rank(llm: LLM, rank: int) -> str:
-    """Tells it alone of a step with a sequence that nobody knows."""
+    """Send a step with an unknown sequence to this rank only."""
     executor: Any = llm._client._executor  # type: ignore[attr-defined]
     incarnation = llm._client._incarnation  # type: ignore[attr-defined]
     executor._links.send(StepPlan(incarnation, 10**6, (Work(12345, 0, 1, False),)), rank)
@@ -167,11 +170,13 @@ def break_rank(llm: LLM, rank: int) -> str:
     ("tp", "bad", "break_it"),
     [(1, 1, stop_rank), (1, 0, break_rank), (2, 2, kill_rank)],
 )
-def test_rank_of_a_pipeline(folder: str, tp: int, bad: int, break_it: Callable[[LLM, int], str]) -> None:
+def test_a_failing_rank_of_a_pipeline_is_named(
+    folder: str, tp: int, bad: int, break_it: Callable[[LLM, int], str]
+) -> None:
     options = {**SMALL, "pipeline_parallel_size": 2, "tensor_parallel_size": tp, "distributed_executor_backend": "mp"}
     with LLM(folder, **options) as llm:
         workers = pids(llm)
-        run = in_mid_generation(llm)
+        run = run_in_progress(llm)
         says = break_it(llm, bad)
         begun = time.monotonic()
         with pytest.raises(RankFailed) as caught:
@@ -184,7 +189,7 @@ def test_rank_of_a_pipeline(folder: str, tp: int, bad: int, break_it: Callable[[
 @pytest.mark.parametrize(
     ("number", "says"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "is stopped (SIGSTOP")]
 )
-def test_rank_that_does_not_get_through_the_start(folder: str, number: signal.Signals, says: str) -> None:
+def test_a_rank_that_fails_during_the_start(folder: str, number: signal.Signals, says: str) -> None:
     before = set(workers_of(os.getpid()))
     with ThreadPoolExecutor(1) as pool:
         started: Future[LLM] = pool.submit(LLM, folder, **SMALL)
@@ -207,8 +212,8 @@ def test_rank_that_does_not_get_through_the_start(folder: str, number: signal.Si
     assert all(gone(pid) for pid in found)
 
 
-def test_rank_that_can_not_allocate(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More address space than there is, on a host that is said to have it: only the rank itself can find out."""
+def test_a_rank_that_cannot_allocate_its_cache(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache needs more address space than there is. As the planner is told otherwise, only the rank notices it."""
     endless = dataclasses.replace(cpu.discover(), host_memory_available=2**60)
     monkeypatch.setattr("shoal.planner.host_devices.cpu.discover", lambda count: endless)
     options = {**SMALL, "kv_cache_memory_bytes": 2**50}
@@ -220,8 +225,8 @@ def test_rank_that_can_not_allocate(folder: str, monkeypatch: pytest.MonkeyPatch
     assert workers_of(os.getpid()) == []
 
 
-def test_rank_that_dies_with_much_to_read() -> None:
-    """What was still to be sent to it has no reader; that must not hide who has died."""
+def test_a_rank_that_dies_with_unread_messages() -> None:
+    """Messages that cannot be sent any more must not hide which rank has died."""
     links = ProcessLinks([setup_of(bare_plan())])
     try:
         (pid,) = (int(found) for found in re.findall(r"process (\d+)", links.describe(0)))
@@ -238,13 +243,13 @@ def test_rank_that_dies_with_much_to_read() -> None:
         links.close(failed=True)
 
 
-def test_engine_outlives_the_thread_that_made_it(folder: str) -> None:
-    """... and is as usable after a run that was given up."""
+def test_an_engine_outlives_the_thread_that_made_it(folder: str) -> None:
+    """It can be used after a run was closed early, too."""
     with ThreadPoolExecutor(1) as pool:
         llm = pool.submit(LLM, folder, **SMALL).result(timeout=60)
     try:
         workers, expected = pids(llm), tokens(llm)
-        run = in_mid_generation(llm)
+        run = run_in_progress(llm)
         run.close()  # type: ignore[attr-defined]
         stats = llm.stats()
         assert (stats.running, stats.waiting) == (0, 0)
@@ -266,7 +271,7 @@ import signal
 import sys
 from shoal import LLM, SamplingParams
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent of the tests may have it ignored
 
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], tensor_parallel_size=2, kv_cache_memory_bytes="2MiB", max_model_len=256)
@@ -291,7 +296,7 @@ if __name__ == "__main__":
 
 
 class Parent:
-    """A program with an engine of two ranks, which never closes it."""
+    """A program that has an engine of two ranks, and never closes it."""
 
     def __init__(self, folder: str) -> None:
         self.process = subprocess.Popen(
@@ -332,7 +337,7 @@ class Parent:
         return line if line else f"it ended: {self.process.stderr.read()}"
 
     def assert_nothing_is_left(self) -> None:
-        """In a while from now."""
+        """Assert that nothing of the program is left after a while."""
         assert wait_for(lambda: not self._left(), GONE_S), self._left()
         self.process.wait(GONE_S)  # it may have ended since `_left` asked for its code
 
@@ -340,14 +345,14 @@ class Parent:
         pids = [self.process.pid, *self.workers]
         self.process.poll()
         left = [f"process {pid}: {state(pid)}" for pid in pids if not gone(pid)]
-        # Sockets are looked at even if all leaders are gone: threads may be on their way out.
+        # Sockets are checked even if all processes have ended, as some of their threads may still be ending.
         left += [f"listening socket {inode}" for inode in self.sockets & listening()]
         left += [path for path in self.shared if Path(path).exists()]
         names = [path.name for path in Path("/dev/shm").iterdir()] if Path("/dev/shm").exists() else []
         return left + [name for name in names if set(re.findall(r"\d+", name)) & set(map(str, pids))]
 
     def end(self) -> str:
-        """Whatever happens; gives what it wrote on stderr."""
+        """Kill everything that is left, and return what the program wrote on stderr."""
         self.process.kill()
         for pid in self.workers:
             with contextlib.suppress(ProcessLookupError):
@@ -358,7 +363,7 @@ class Parent:
 
 
 def listening() -> set[str]:
-    """Inodes of the TCP sockets that listen."""
+    """Return the inodes of all listening TCP sockets."""
     found = set()
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -388,10 +393,10 @@ def leave(parent: Parent) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "code"), [(kill, leave, 0), (interrupt, fail, 1)], ids=["kill-leave", "interrupt-fail"]
 )
-def test_ends_of_two_programs(
+def test_programs_leave_nothing_behind_however_they_end(
     folder: str, first: Callable[[Parent], None], second: Callable[[Parent], None], code: int
 ) -> None:
-    """The first is ended while it generates, with one rank stopped and one not; the second goes on, and ends later."""
+    """The first program ends while it generates, with one of its ranks stopped. The second goes on, and ends later."""
     parents = [Parent(folder), Parent(folder)]
     try:
         for parent in parents:

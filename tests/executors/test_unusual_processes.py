@@ -1,4 +1,4 @@
-"""Processes that are started in unusual ways: they work, or say what is missing."""
+"""Processes that are started in unusual ways. They must work, or say what is missing."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 SMALL = ("--max-model-len", "64", "--kv-cache-memory-bytes", "2MiB")
 ASK = ("generate", "--distributed-executor-backend", "mp", "--prompt", "Once", "--max-tokens", "4", *SMALL)
 ANSWER = "Once upon a time there"
-# The first process of a container that sees no more of /proc than its processes.
+# The first process of a container whose /proc shows only its processes.
 CONTAINER = ("unshare", "--mount", "--pid", "--fork", "sh", "-c")
 PROC = "mount -t proc -o subset=pid proc /proc && exec "
 
@@ -38,8 +38,8 @@ def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-def test_all_streams_are_closed(tmp_path: Path) -> None:
-    """No socket gets the number of one of them, so that nothing is printed into it."""
+def test_a_program_whose_standard_streams_are_closed(tmp_path: Path) -> None:
+    """No socket gets the number of a standard stream, so nothing is printed into a socket."""
     output = tmp_path / "out.jsonl"
     command = (sys.executable, "-m", "shoal", *ASK, "--output", str(output))
     done = run("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command)
@@ -47,13 +47,13 @@ def test_all_streams_are_closed(tmp_path: Path) -> None:
     assert "upon a time there" in output.read_text()
 
 
-def test_an_error_where_stderr_is_closed_does_not_go_to_stdout() -> None:
+def test_an_error_does_not_go_to_stdout_if_stderr_is_closed() -> None:
     command = (sys.executable, "-m", "shoal", "generate", "./nowhere", "--prompt", "a")
     done = run("sh", "-c", 'exec "$@" 2>&-', "sh", *command)
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_a_library_leaves_no_standard_number_to_a_socket() -> None:
+def test_sockets_never_get_the_number_of_a_standard_stream() -> None:
     program = (
         "import os, sys\n"
         "from shoal.transport.process import ChildProcess\n"
@@ -67,7 +67,7 @@ def test_a_library_leaves_no_standard_number_to_a_socket() -> None:
     assert python(program).returncode == 0
 
 
-# --- children's ends -------------------------------------------------------------------------------------------------
+# --- the ends of children --------------------------------------------------------------------------------------------
 
 END = """
 import os, signal
@@ -79,18 +79,18 @@ child.kill()
 """
 
 
-def test_a_program_that_ignores_sigchld_learns_that_a_child_has_ended() -> None:
-    """And not that all was well with it: exit code 0 is what the kernel seems to say."""
+def test_a_program_that_ignores_sigchld_notices_the_end_of_a_child() -> None:
+    """The child must not seem to have succeeded, although the kernel reports exit code 0."""
     told = python(f"import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n{END}").stdout
     assert told == "True 255 ended, nobody knows how: this process ignores SIGCHLD, or waits for all of its children\n"
 
 
-def test_a_program_that_waits_for_all_of_its_children() -> None:
+def test_a_program_that_waits_for_all_its_children() -> None:
     reaper = "signal.signal(signal.SIGCHLD, lambda *_: os.waitpid(-1, os.WNOHANG))"
     assert python(f"import os, signal; {reaper}\n{END}").stdout.startswith("True 255 ended, nobody knows how")
 
 
-def test_who_is_started_by_one_that_ignores_sigchld_hears_of_its_own_children() -> None:
+def test_ignored_sigchld_is_not_inherited() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "shoal", *ASK],
         capture_output=True,
@@ -102,15 +102,15 @@ def test_who_is_started_by_one_that_ignores_sigchld_hears_of_its_own_children() 
     assert (done.returncode, done.stdout.strip()) == (0, ANSWER)
 
 
-# --- who may look into /proc -----------------------------------------------------------------------------------------
+# --- restricted access to /proc --------------------------------------------------------------------------------------
 
-# As after a change of the user id: nobody without CAP_SYS_PTRACE may open what this process has open.
+# As after a change of the user id, only processes with CAP_SYS_PTRACE may read the file descriptors of this one.
 UNDUMPABLE = """
 import ctypes, os, sys
 PR_SET_DUMPABLE, PR_CAPBSET_DROP, CAP_SYS_PTRACE = 4, 24, 19
 libc = ctypes.CDLL(None)
 if len(sys.argv) == 1:
-    libc.prctl(PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0)  # of root alone, which has it
+    libc.prctl(PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0)  # only root has it
     os.execv(sys.executable, [*sys.orig_argv, "again"])
 libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 import shoal
@@ -120,13 +120,13 @@ with shoal.LLM(distributed_executor_backend="mp", max_model_len=64, kv_cache_mem
 """
 
 
-def test_ranks_of_a_process_that_nobody_may_look_into() -> None:
+def test_ranks_of_a_process_that_is_not_dumpable() -> None:
     done = python(UNDUMPABLE)
     assert done.stdout.strip() == "upon a time there", done.stderr
 
 
 @needs_containers
-def test_the_first_process_of_a_container_that_sees_little_of_proc() -> None:
+def test_the_first_process_of_a_container_with_little_of_proc() -> None:
     done = run(*CONTAINER, f'{PROC}"$@"', "sh", sys.executable, "-m", "shoal", *ASK)
     assert (done.returncode, done.stdout.strip()) == (0, ANSWER), done.stderr
     assert "/proc/meminfo is not there" in done.stderr
@@ -141,7 +141,7 @@ def in_container(program: str) -> list[str]:
 
 
 @needs_containers
-def test_orphans_are_waited_for_and_own_children_are_not() -> None:
+def test_only_orphans_are_reaped() -> None:
     program = (
         "from pathlib import Path\n"
         "def states():\n"
@@ -166,13 +166,13 @@ def test_orphans_are_waited_for_and_own_children_are_not() -> None:
 
 @needs_containers
 @pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
-def test_the_exit_code_is_the_programs(end: str, code: int) -> None:
+def test_the_exit_code_is_that_of_the_program(end: str, code: int) -> None:
     assert run(*in_container(end)).returncode == code
 
 
 @needs_containers
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_reach_the_program_once(number: int) -> None:
+def test_a_signal_reaches_the_program_once(number: int) -> None:
     program = (
         f"signal.pthread_sigmask(signal.SIG_BLOCK, {{{number:d}}})\n"
         "print(os.getppid(), flush=True)\n"
@@ -188,7 +188,7 @@ def test_signals_reach_the_program_once(number: int) -> None:
         assert outside.wait(60) == 5
 
 
-def test_any_other_process_is_the_program_itself() -> None:
+def test_outside_a_container_there_is_no_extra_process() -> None:
     program = (
         "import os; from shoal.cli.init import stand_apart; pid = os.getpid(); stand_apart(); print(pid, os.getpid())"
     )

@@ -630,7 +630,7 @@ def test_the_log_of_a_start_says_what_each_rank_holds(checkpoint: Checkpoint, ca
         assert llm.stats().num_blocks == 20
     lines = [record.getMessage() for record in caplog.records]
     assert "KV cache: 20 blocks x 16 = 320 tokens, 3.2 requests of 100" in lines
-    assert "rank 1 has the least room and decides: 20 KV blocks" in lines
+    assert "rank 1 has the least room: all ranks use its 20 KV blocks" in lines
     for rank, kv_heads in enumerate([1, 2, 1]):
         assert any(f"tp {rank} of 3, layers 0-2, 2 query and {kv_heads} KV heads" in line for line in lines)
     (ready,) = [line for line in lines if line.startswith("engine ready in")]

@@ -35,7 +35,7 @@ from shoal.server.operations.process_metrics import process_collectors, told_of_
 from shoal.server.operations.request_metrics import RequestMetrics, doubling_bounds, histogram_families
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import encode, replace_fields
-from shoal.wire.engine import Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates
+from shoal.wire.engine import ControlCall, ControlReply, EngineRequest, Finish, RefusalKind, SeqUpdate, Updates
 from shoal.wire.fleet import ContextLength, FleetStatus, to_api
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import encode_tokens
@@ -809,10 +809,10 @@ class RemoteClient:
         return count
 
     def ask(self, verb: str) -> bytes:
-        self._channel.send(encode(Ask(0, verb)))
+        self._channel.send(encode(ControlCall(0, verb)))
         while True:
             for message in self._hear():
-                if isinstance(message, Told):
+                if isinstance(message, ControlReply):
                     assert not message.error
                     return message.payload
 

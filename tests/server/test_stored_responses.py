@@ -16,7 +16,7 @@ from shoal.server.api.response_store import ResponseStore
 from shoal.server.app import openai_app
 from shoal.server.settings import ServerSettings
 from shoal.wire.base import encode
-from shoal.wire.fleet import KeepResponse, ResponseNames, StoredTurn, stored_turns_decoder
+from shoal.wire.fleet import ResponseNames, StoredTurn, StoreResponse, stored_turns_decoder
 from support.fake_backend import FakeBackend
 from support.servers import ShoalServer
 
@@ -241,7 +241,7 @@ def store(**limits: Any) -> ResponseStore:
 
 def keep(found: ResponseStore, name: str, previous: str | None = None, size: int = 10) -> bytes:
     turn = StoredTurn(b"[%s]" % (b"1" * size), (f"item of {name}",))
-    asked = KeepResponse(name, b"{}", turn, StoredTurn(b"[2]", ()), previous)
+    asked = StoreResponse(name, b"{}", turn, StoredTurn(b"[2]", ()), previous)
     return found.verbs["responses.keep"](encode(asked))
 
 

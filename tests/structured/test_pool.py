@@ -112,13 +112,13 @@ def test_hostile_grammars_do_not_affect_another_output() -> None:
             client.pool.follow(seq, grammar)
         client.pool.ask([GrammarAsk(1, (A,))])
         [found] = client.wait_for(1)
-        assert (found.refused, found.problem, found.behind) == ("", "", 1)
+        assert (found.refused, found.problem, found.num_tokens) == ("", "", 1)
         for verdict in client.wait_for(*range(100, 100 + len(HOSTILE))):
             assert verdict.refused.startswith("structured_outputs ")
             assert "\n" not in verdict.refused
         client.pool.ask([GrammarAsk(1, (B, EOS[0]), masked=False)])
         [found] = client.wait_for(1)
-        assert (found.refused, found.ended, found.behind) == ("", (True,), 3)
+        assert (found.refused, found.ended, found.num_tokens) == ("", (True,), 3)
     finally:
         client.pool.close()
 
@@ -191,7 +191,7 @@ def test_an_output_can_be_followed_anew_after_its_process_was_killed(client: Poo
     assert (found.lost, found.refused) == ("its process was ended by signal 9", "")
     client.pool.follow(1, PLAIN, (A, B))
     [again] = client.wait_for(1)
-    assert (again.lost, again.behind, again.ended) == ("", 2, (False,))
+    assert (again.lost, again.num_tokens, again.ended) == ("", 2, (False,))
 
 
 def test_the_host_is_started_again_after_it_was_killed(client: PoolClient) -> None:

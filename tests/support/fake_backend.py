@@ -19,7 +19,7 @@ from shoal.text.prompts import Job, PromptReader
 from shoal.text.token_offsets import TokenOffsets
 from shoal.text.tokenizer import Tokenizer, open_tokenizer
 from shoal.wire.base import encode
-from shoal.wire.engine import CacheReset
+from shoal.wire.engine import ResetOutcome
 from shoal.wire.fleet import FleetStatus, Operation
 from support.fleet_status import fleet, replica
 
@@ -164,7 +164,7 @@ class FakeBackend:
 
     async def operate(self, wanted: Operation) -> bytes:
         self.operations.append(wanted)
-        answer = encode(CacheReset(7, 2)) if wanted.verb == "reset_prefix_cache" else b""
+        answer = encode(ResetOutcome(7, 2)) if wanted.verb == "reset_prefix_cache" else b""
         return self._unless_refused(lambda: answer)
 
     def _unless_refused(self, answer: Callable[[], T]) -> T:

@@ -8,7 +8,15 @@ from shoal.activity import AWAKE, Activity
 from shoal.cluster.operations import Message
 from shoal.errors import EngineError
 from shoal.wire.base import encode, replace_fields
-from shoal.wire.engine import CacheReset, EngineRequest, EngineStats, Finish, ResetCache, SeqUpdate, Told
+from shoal.wire.engine import (
+    ControlReply,
+    EngineRequest,
+    EngineStats,
+    Finish,
+    ResetOutcome,
+    ResetPrefixCache,
+    SeqUpdate,
+)
 from shoal.wire.ranks import TokenLogprobs
 from shoal.wire.tokens import decode_tokens, token_set
 from support.fakes import next_token
@@ -33,7 +41,7 @@ class FakeReplica:
         self.told: list[Message] = []
         self.silent = False  # it answers nothing that it is told
         self.refuses = ""  # why it does not wake up
-        self._answers: list[Told] = []
+        self._answers: list[ControlReply] = []
         self.closed = False
         self._random = random.Random(seed)
 
@@ -91,23 +99,23 @@ class FakeReplica:
         self.told.append(message)
         if self.silent:
             return
-        if isinstance(message, ResetCache):
-            self._answers.append(Told(message.id, encode(CacheReset(3, len(self.held)))))
+        if isinstance(message, ResetPrefixCache):
+            self._answers.append(ControlReply(message.id, encode(ResetOutcome(3, len(self.held)))))
         elif self.refuses and self.activity.missing and not message.activity.missing:
-            self._answers.append(Told(message.id, error=self.refuses, user_error=True))
+            self._answers.append(ControlReply(message.id, error=self.refuses, user_error=True))
         else:
             self.activity = message.activity
-            self._answers.append(Told(message.id))
+            self._answers.append(ControlReply(message.id))
 
-    def answers(self) -> list[Told]:
+    def answers(self) -> list[ControlReply]:
         answers, self._answers = self._answers, []
         return answers
 
     def become(self, activity: Activity) -> None:
         self.activity = activity
 
-    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
-        return CacheReset(3, len(self.held))
+    def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
+        return ResetOutcome(3, len(self.held))
 
     def say_goodbye(self) -> None:
         pass

@@ -34,8 +34,8 @@ from shoal.wire.rendezvous import (
     Challenge,
     Hello,
     JoinRefused,
-    Posted,
     RoomComplete,
+    RoomMessage,
     Signed,
     StoreGet,
     StoreSet,
@@ -274,7 +274,7 @@ def quick_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members_module, "QUIET_S", 2.0)
 
 
-POSTED = encode(Posted("step", 1, -1, b"5"))
+POSTED = encode(RoomMessage("step", 1, -1, b"5"))
 
 
 @pytest.mark.usefixtures("quick_signs")
@@ -303,7 +303,7 @@ def test_a_frame_that_is_half_there_is_waited_for(
 @pytest.mark.usefixtures("quick_signs")
 def test_whoever_sends_a_frame_slowly_is_heard(by_hand: tuple[RoomMember, Channel]) -> None:
     member, channel = by_hand
-    post = encode(Posted("step", 1, -1, bytes(100)))
+    post = encode(RoomMessage("step", 1, -1, bytes(100)))
     whole = struct.pack("<I", len(post)) + post
     for i in range(30):
         next_of(channel, Alive)

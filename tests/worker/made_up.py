@@ -1,4 +1,4 @@
-"""A model that is a table: what follows a token depends on it alone."""
+"""A made-up model that is a table: the logits after a token depend only on this token."""
 
 from typing import cast
 
@@ -20,12 +20,12 @@ ONE_STAGE = Pipeline(ALONE, ALONE, width=1, dtype=torch.float32, device=CPU, dep
 
 
 class TableModel:
-    """Hidden states are tokens; their logits are the rows of a table. Remembers what it was asked."""
+    """A model whose hidden states are tokens, and whose logits are rows of a table. It records its calls."""
 
     def __init__(self, seed: int = 0) -> None:
         self.table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
-        self.steps: list[tuple[list[int], PagedBatch]] = []  # tokens and where they are
-        self.rows: list[int] = []  # of each call of `logits`
+        self.steps: list[tuple[list[int], PagedBatch]] = []  # the tokens and the batch of each call of `hidden`
+        self.rows: list[int] = []  # the number of rows of each call of `logits`
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
         self.steps.append((inputs.tolist(), batch))
@@ -37,11 +37,11 @@ class TableModel:
         return self.table[hidden[:, 0].long()].clone()
 
     def next(self, token: int) -> int:
-        """The greedy one."""
+        """Return the greedy token after this one."""
         return int(self.table[token].argmax())
 
     def chain(self, token: int, count: int) -> list[int]:
-        """`count` greedy tokens behind this one."""
+        """Return the `count` greedy tokens after this one."""
         found = [token]
         for _ in range(count):
             found.append(self.next(found[-1]))

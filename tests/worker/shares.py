@@ -1,4 +1,4 @@
-"""What tests of the sampler share: ranks that hold parts of the vocabulary, and rows of parameters."""
+"""Helpers for tests of the sampler: ranks with shares of the vocabulary, and rows of parameters."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -28,7 +28,7 @@ def even(vocabulary: int, ranks: int) -> tuple[int, ...]:
 
 
 def over_ranks(sizes: Sequence[int], work: Callable[[VocabShare, Axis, slice], T]) -> list[T]:
-    """`work(share, axis, columns)` on a thread a rank."""
+    """Run `work(share, axis, columns)` in one thread for each rank, and return the results by rank."""
     group = ThreadGroup(len(sizes), 20)
 
     def run(rank: int) -> T:
@@ -41,7 +41,7 @@ def over_ranks(sizes: Sequence[int], work: Callable[[VocabShare, Axis, slice], T
 
 
 def draw(logits: Tensor, rows: SamplingRows, sizes: Sequence[int]) -> Tensor:
-    """Tokens, the same on every rank."""
+    """Return the drawn tokens, and check that they are the same on every rank."""
     results = over_ranks(sizes, lambda share, tp, columns: sample(logits[:, columns].clone(), share, tp, rows))
     for result in results[1:]:
         assert torch.equal(result, results[0])
@@ -83,14 +83,18 @@ def rows_of(
 
 
 def check_distribution(tokens: Tensor, expected: Float64, cells: int = 0) -> None:
-    """Chi-square with d degrees of freedom has mean d, deviation sqrt(2 d). Seeds are fixed, so six deviations are
-    met or they aren't; a shift of a twentieth of a probability of 0.1 among 20 000 draws is about as much."""
+    """Check by a chi-square test that tokens were drawn from this distribution.
+
+    With d degrees of freedom, chi-square has the mean d and the deviation sqrt(2 d); six deviations are allowed. As
+    seeds are fixed, the result is always the same. If a probability of 0.1 changed by a twentieth, 20,000 draws would
+    show about so much.
+    """
     counts = np.bincount(tokens.numpy(), minlength=len(expected)).astype(float)
-    assert not counts[expected == 0].any(), "a token outside of what is allowed"
+    assert not counts[expected == 0].any(), "a token with probability 0 was drawn"
     if cells:
         counts, expected = (a.reshape(cells, -1).sum(1) for a in (counts, expected))
     expected = expected * len(tokens)
-    rare = expected < 10  # counted together: chi-square wants some of everything
+    rare = expected < 10  # counted together, because chi-square needs some draws in every cell
     counts = np.append(counts[~rare], counts[rare].sum())
     expected = np.append(expected[~rare], max(expected[rare].sum(), 1e-9))
     freedom = len(expected) - 1

@@ -1,4 +1,4 @@
-"""The tensors of a step, against a construction token by token."""
+"""The tensors of a step, compared with tensors that are built token by token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from shoal.wire.tokens import encode_numbers, encode_tokens
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
 from shoal.worker.edits import Edits
 from shoal.worker.random import row_keys, split_keys
-from shoal.worker.rules import EditsBuilder, Rules
+from shoal.worker.rules import EditsBuilder, SamplingRules
 from support.fakes import steady
 
 SIZE = 3
@@ -73,16 +73,16 @@ SAMPLINGS = st.builds(
 
 @dataclass
 class Known:
-    """What the test knows of a sequence."""
+    """The facts that the test knows about a sequence."""
 
     tokens: list[int]
     prompt_len: int
     blocks: list[int]
-    shared: int  # positions that are in blocks of others
-    done: int
+    shared: int  # how many positions are in shared blocks
+    done: int  # how many positions are computed
     sampling: Sampling
     masked: bool
-    drafts: list[int] = field(default_factory=list)  # of the step in the making
+    drafts: list[int] = field(default_factory=list)  # the drafts of the current step
 
     def token(self, position: int) -> int:
         return (self.tokens + self.drafts)[position]
@@ -92,7 +92,7 @@ class Known:
 
 
 def in_step_order(works: Sequence[Work]) -> list[Work]:
-    """Single tokens first, with their drafts, then the others, each in the plan's order."""
+    """Return the works in the order of a step: first single tokens with their drafts, then the others."""
     return [w for w in works if is_single(w)] + [w for w in works if not is_single(w)]
 
 
@@ -101,7 +101,7 @@ def is_single(work: Work) -> bool:
 
 
 def as_computed(works: Sequence[Work]) -> list[tuple[int, int, int]]:
-    """(seq, start, count) of what the kernels see: a token and its drafts as sequences of one token each."""
+    """Return (seq, start, count) of each sequence of the batch. A token and its drafts are sequences of one token."""
     found = []
     for work in in_step_order(works):
         if is_single(work):
@@ -136,7 +136,7 @@ def check_batch(step: StepInput, planned: Sequence[Work], known: dict[int, Known
 
 
 def check_rows(step: StepInput, planned: Sequence[Work], known: dict[int, Known]) -> None:
-    """Which tokens' outcomes are wanted, and what for."""
+    """Check for which tokens a step needs logits: those after which one is drawn, and those of prompts."""
     works = in_step_order(planned)
     sampled, told, prompts = list[int](), list[int](), list[PromptRows]()
     mask_rows: dict[int, list[int]] = {}
@@ -181,28 +181,31 @@ def check_sampling(step: StepInput, known: dict[int, Known]) -> None:
     assert list(rows.truncated) == [i for i, truncated in enumerate(limited) if truncated]
     assert rows.logprobs == max(s.logprobs for s in wanted)
     if not rows.greedy:
-        parts = [(s.sampling.seed, s.sampling.sample_index, len(s.tokens) + len(behind)) for s, behind in each]
+        parts = [(s.sampling.seed, s.sampling.sample_index, len(s.tokens) + len(drafts)) for s, drafts in each]
         seeds, indices, positions = (np.array(column, np.uint64) for column in zip(*parts, strict=True))
         assert torch.equal(rows.keys, split_keys(row_keys(seeds, indices, positions)))
     builder = EditsBuilder()
-    for row, (s, behind) in enumerate(each):
-        rules = Rules.of(s.sampling, s.tokens[: s.prompt_len], s.tokens[s.prompt_len :])
+    for row, (s, drafts) in enumerate(each):
+        rules = SamplingRules.of(s.sampling, s.tokens[: s.prompt_len], s.tokens[s.prompt_len :])
         if rules is not None:
-            builder.add(row, rules, behind)
+            builder.add(row, rules, drafts)
     assert flat(rows.edits) == flat(builder.build(len(each), CPU))
 
 
 def flat(edits: Edits | None) -> list[list[float]] | None:
     if edits is None:
         return None
-    parts = (edits.allowed, edits.never, edits.bias, edits.penalties)
+    parts = (edits.allowed, edits.forbidden, edits.bias, edits.penalties)
     tensors = [getattr(part, name) for part in parts if part is not None for name in type(part).__dataclass_fields__]
     assert all(isinstance(tensor, Tensor) for tensor in tensors)
     return [tensor.tolist() for tensor in tensors]
 
 
 class Steps:
-    """Sequences come, are chunked, decode with guesses and go, over rows that others have used before."""
+    """A random series of steps.
+
+    Sequences are added, computed in chunks, decode with drafts, and are released. Others use their rows again.
+    """
 
     def __init__(self, data: st.DataObject) -> None:
         self.data = data
@@ -230,7 +233,7 @@ class Steps:
                 self.record(work)
 
     def admit(self) -> NewSeq:
-        """What is resumed has output already; all of its tokens may be found in cached blocks."""
+        """Return a random new sequence. It may have output tokens, and all its tokens may be in cached blocks."""
         seq, self.next_seq = self.next_seq, self.next_seq + 1
         tokens = self.data.draw(st.lists(TOKENS | st.integers(0, 9), min_size=1, max_size=12))
         blocks = [self.free.pop(0) for _ in range(self.data.draw(st.integers(0, len(tokens) // SIZE)))]
@@ -272,13 +275,13 @@ class Steps:
 
 @settings(steady, max_examples=80)
 @given(data=st.data())
-def test_mixed_steps(data: st.DataObject) -> None:
+def test_steps_of_random_sequences(data: st.DataObject) -> None:
     steps = Steps(data)
     for _ in range(data.draw(st.integers(1, 6))):
         steps.run()
 
 
-def test_a_decode_takes_the_token_that_was_sampled_before_the_engine_saw_it() -> None:
+def test_decoding_uses_the_drawn_token_that_the_engine_may_not_know() -> None:
     under_test = table()
     first = Work(7, 0, 2, True, (4,))
     step_of(under_test, first, new=[admit(7, [10, 11])])
@@ -289,7 +292,7 @@ def test_a_decode_takes_the_token_that_was_sampled_before_the_engine_saw_it() ->
     assert step.logit_rows is None
 
 
-def test_guesses_follow_the_last_known_token() -> None:
+def test_drafts_follow_the_last_known_token() -> None:
     under_test = table()
     first = Work(7, 0, 2, True, (4,))
     step_of(under_test, first, new=[admit(7, [10, 11])])
@@ -297,15 +300,15 @@ def test_guesses_follow_the_last_known_token() -> None:
     second = Work(7, 2, 3, True, (5,), drafts=(50, 51))
     step = step_of(under_test, second)
     assert step.tokens.tolist() == [99, 50, 51]
-    assert step.batch.num_single == 3, "attention computes them as it would without guesses"
+    assert step.batch.num_single == 3, "attention computes them as it would without drafts"
     assert step.batch.context_lens.tolist() == [3, 4, 5]
     assert step.logit_rows is not None
     assert step.logit_rows.tolist() == [0, 1, 2]
-    under_test.record(second, [50, 77])  # the first guess was right, the second was not
+    under_test.record(second, [50, 77])  # the first draft was accepted, the second was not
     assert step_of(under_test, Work(7, 4, 1, True)).tokens.tolist() == [77]
 
 
-def test_all_tokens_that_were_kept_are_part_of_the_text_that_rules_look_at() -> None:
+def test_rules_see_all_tokens_that_were_kept() -> None:
     under_test = table()
     sampling = Sampling(seed=0, penalties=SamplingPenalties(1.0))
     first = Work(7, 0, 2, True, (4,), drafts=(5,))
@@ -320,7 +323,7 @@ def test_all_tokens_that_were_kept_are_part_of_the_text_that_rules_look_at() -> 
     assert penalties.counts.tolist() == [0, 1, 1]
 
 
-def test_what_is_computed_again_for_what_follows_it_is_not_written_to_a_shared_block() -> None:
+def test_a_cached_token_that_is_computed_again_is_not_written_to_its_shared_block() -> None:
     under_test = table()
     tokens = [1, 2, 3, 4, 5, 6]
     step = step_of(under_test, Work(7, 5, 1, True), new=[admit(7, tokens, blocks=(8, 9))])
@@ -330,7 +333,7 @@ def test_what_is_computed_again_for_what_follows_it_is_not_written_to_a_shared_b
     assert step_of(under_test, Work(7, 6, 1, True, (3,))).batch.slots.tolist() == [3 * SIZE]
 
 
-def test_only_those_that_share_are_not_written() -> None:
+def test_only_tokens_in_shared_blocks_are_not_written() -> None:
     under_test = table()
     works = [Work(1, 2, 2, True, (5,)), Work(2, 0, 2, True, (6,))]
     step = step_of(under_test, *works, new=[admit(1, [1, 2, 3, 4], blocks=(8,)), admit(2, [1, 2])])
@@ -338,7 +341,7 @@ def test_only_those_that_share_are_not_written() -> None:
 
 
 def test_mask_rows_are_in_the_order_of_the_plan() -> None:
-    """The step has sequences of a single token first."""
+    """The order of a step is another one: sequences with a single token come first."""
     under_test = table()
     works = [
         Work(1, 0, 3, True, (1,), drafts=(5,), masked=True),  # rows 2 and 3
@@ -351,7 +354,7 @@ def test_mask_rows_are_in_the_order_of_the_plan() -> None:
     assert step.masked_rows == (2, 3, 0, 4)
 
 
-def test_prompt_rows_of_chunks_meet() -> None:
+def test_prompt_rows_of_chunks_are_complete() -> None:
     under_test = table()
     sampling = Sampling(seed=0, prompt_logprobs=1)
     first = step_of(under_test, Work(7, 0, 2, False, (4,)), new=[admit(7, [10, 11, 12, 13], sampling)])
@@ -365,7 +368,7 @@ def test_prompt_rows_of_chunks_meet() -> None:
     assert second.logit_rows.tolist() == [1, 0]
 
 
-def test_a_resumed_sequence_starts_from_its_tokens_so_far() -> None:
+def test_a_resumed_sequence_has_its_output_tokens() -> None:
     under_test = table(1)
     under_test.apply(plan(new=(admit(7, [1, 2]),)))
     work = Work(7, 0, 3, True, (2,))
@@ -374,7 +377,7 @@ def test_a_resumed_sequence_starts_from_its_tokens_so_far() -> None:
     assert under_test.epoch(7) == 1
 
 
-def test_rows_are_padded_with_zeros_whoever_had_them_before() -> None:
+def test_block_tables_are_padded_with_zeros_after_another_sequence() -> None:
     under_test = table(1)
     under_test.apply(plan(Work(1, 0, 9, True, (5, 6, 7)), new=(admit(1, [1] * 9),)))
     work = Work(2, 0, 7, True, (3, 4))
@@ -382,13 +385,13 @@ def test_rows_are_padded_with_zeros_whoever_had_them_before() -> None:
     assert under_test.build([work]).batch.block_tables.tolist() == [[3, 4, 0]]
 
 
-def test_more_sequences_than_rows_are_an_error() -> None:
+def test_too_many_sequences_are_an_error() -> None:
     under_test = table(1)
     with pytest.raises(IndexError):
         under_test.apply(plan(new=(admit(1, [1]), admit(2, [2]))))
 
 
-def test_logprobs_are_remembered_by_sequence() -> None:
+def test_the_table_remembers_how_many_logprobs_are_wanted() -> None:
     under_test = table()
     under_test.apply(plan(new=(admit(1, [1], Sampling(0, logprobs=3)), admit(2, [1]))))
     assert (under_test.logprobs(1), under_test.logprobs(2)) == (3, -1)
@@ -397,26 +400,26 @@ def test_logprobs_are_remembered_by_sequence() -> None:
 @pytest.mark.parametrize(
     ("sampling", "temperature", "top_p"),
     [
-        (Sampling(0, temperature=1e-9), 0.0, 1.0),  # logits over it are beyond float32
+        (Sampling(0, temperature=1e-9), 0.0, 1.0),  # logits divided by it would be outside float32
         (Sampling(0, temperature=1e300), float(np.float32(1e30)), 1.0),
         (Sampling(0, temperature=1.0, top_p=1e-300), 1.0, float(np.float32(1e-30))),
     ],
 )
-def test_numbers_that_float32_does_not_have(sampling: Sampling, temperature: float, top_p: float) -> None:
+def test_parameters_outside_float32_are_cut(sampling: Sampling, temperature: float, top_p: float) -> None:
     step = step_of(table(), Work(1, 0, 1, True, (1,)), new=[admit(1, [1], sampling)])
     assert step.sampling is not None
     assert (step.sampling.temperature.item(), step.sampling.top_p.item()) == (temperature, top_p)
 
 
-def test_a_look_ahead_is_a_plain_draw_with_the_keys_of_what_comes_next() -> None:
-    """A draft model's steps: one token for each of some sequences, at any position."""
+def test_a_draft_step_draws_plainly_with_the_keys_of_the_next_tokens() -> None:
+    """A step of the draft model has one token for each of some sequences, at any position."""
     under_test = table()
     samplings = [
         Sampling(seed=i, temperature=1.0, top_k=3, logprobs=2, penalties=SamplingPenalties(1.0)) for i in range(3)
     ]
     new = [admit(i, [1, 2, 3, 4], samplings[i]) for i in range(3)]
     step_of(under_test, *(Work(i, 0, 4, True, (2 * i + 1, 2 * i + 2)) for i in range(3)), new=new)
-    batch, rows = under_test.ahead([2, 0], np.array([5, 6]))
+    batch, rows = under_test.draft_step([2, 0], np.array([5, 6]))
     assert batch.positions.tolist() == [5, 6]
     assert batch.slots.tolist() == [6 * SIZE + 2, SCRATCH]  # two blocks have room for six tokens
     assert batch.context_lens.tolist() == [6, 7]

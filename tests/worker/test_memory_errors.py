@@ -1,4 +1,4 @@
-"""A rank that runs out of memory says which it is, how much it wanted, and what helps."""
+"""The message of a rank that runs out of memory: its number, the sizes, and the flags that help."""
 
 import errno
 import subprocess
@@ -13,7 +13,7 @@ from shoal import LLM, SamplingParams
 from shoal.devices import cpu
 from shoal.errors import RankFailed
 from shoal.wire.ranks import RankSetup
-from shoal.worker.memory_errors import explain
+from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.runner import Runner
 from support.plans import bare_plan, bare_rank, setup_of
 
@@ -35,26 +35,27 @@ def _free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_free")
-def test_what_pytorch_raises_on_a_cpu() -> None:
+def test_an_error_of_pytorch_on_a_cpu() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    assert explain(caught.value, setup()) == (
+    assert explain_out_of_memory(caught.value, setup()) == (
         "rank 3 ran out of memory on the CPU: it asked for 4294967296.00 GiB, 1.00 GiB of 24.00 GiB were free. " + FLAGS
     )
 
 
 @pytest.mark.usefixtures("_free")
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("some\nlines"), OSError(errno.ENOMEM, "no memory")])
-def test_what_python_raises(error: Exception) -> None:
-    assert explain(error, setup()) == f"rank 3 ran out of memory on the CPU: 1.00 GiB of 24.00 GiB were free. {FLAGS}"
+def test_errors_of_python_and_the_kernel(error: Exception) -> None:
+    told = explain_out_of_memory(error, setup())
+    assert told == f"rank 3 ran out of memory on the CPU: 1.00 GiB of 24.00 GiB were free. {FLAGS}"
 
 
-def test_a_host_whose_memory_can_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_without_known_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> tuple[int, int]:
         raise OSError(errno.EMFILE, "too many open files")
 
     monkeypatch.setattr(cpu, "memory", fail)
-    assert explain(MemoryError(), setup()) == f"rank 3 ran out of memory on the CPU. {FLAGS}"
+    assert explain_out_of_memory(MemoryError(), setup()) == f"rank 3 ran out of memory on the CPU. {FLAGS}"
 
 
 @pytest.mark.parametrize(
@@ -69,8 +70,8 @@ def test_a_host_whose_memory_can_not_be_read(monkeypatch: pytest.MonkeyPatch) ->
         ("out of memory", ""),
     ],
 )
-def test_what_pytorch_raises_on_a_gpu(text: str, facts: str) -> None:
-    line = explain(torch.OutOfMemoryError(text), setup("cuda"))
+def test_an_error_of_pytorch_on_a_gpu(text: str, facts: str) -> None:
+    line = explain_out_of_memory(torch.OutOfMemoryError(text), setup("cuda"))
     assert line is not None
     assert line.startswith(f"rank 3 ran out of memory on cuda:1{facts}. Lower")
     assert "--gpu-memory-utilization or --kv-cache-memory-bytes" in line
@@ -79,22 +80,22 @@ def test_what_pytorch_raises_on_a_gpu(text: str, facts: str) -> None:
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not match"), ValueError("memory"), OSError(errno.ENOENT, "no file"), KeyError(1)]
 )
-def test_other_errors(error: Exception) -> None:
-    assert explain(error, setup()) is None
+def test_other_errors_are_not_explained(error: Exception) -> None:
+    assert explain_out_of_memory(error, setup()) is None
 
 
-def test_a_process_at_its_limit() -> None:
-    """PyTorch's allocator really says what is looked for."""
+def test_the_real_error_of_a_process_at_its_memory_limit() -> None:
+    """The message of PyTorch's allocator really has the form that is expected."""
     script = (
         "import resource, torch\n"
         "from worker.test_memory_errors import setup\n"
-        "from shoal.worker.memory_errors import explain\n"
+        "from shoal.worker.memory_errors import explain_out_of_memory\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
         "try:\n"
         "    torch.empty(2**30, dtype=torch.uint8)\n"
         "except RuntimeError as error:\n"
-        "    print(explain(error, setup()))\n"
+        "    print(explain_out_of_memory(error, setup()))\n"
     )
     tests = Path(__file__).parent.parent
     done = subprocess.run(
@@ -105,7 +106,7 @@ def test_a_process_at_its_limit() -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_an_engine_says_so(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_raises_the_message(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(checkpoint("llama"))
     with LLM(folder, kv_cache_memory_bytes=2**21, distributed_executor_backend="uni") as llm:
         monkeypatch.setattr(Runner, "execute", lambda *_: torch.empty(2**60))

@@ -1,4 +1,4 @@
-"""Groups over a rendezvous: those of a second engine find each other where the first one's addresses still lie."""
+"""Groups over a rendezvous whose store still has the addresses of an earlier start."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,7 +19,7 @@ def setup_of(rank: int, address: str, meeting: int) -> RankSetup:
     return first_message(bare_plan(place=place, layout=Layout(replica=rank, replicas=2), timeouts=timeouts))
 
 
-def test_one_engine_after_the_other_at_one_rendezvous() -> None:
+def test_groups_of_a_second_start_ignore_the_addresses_of_the_first() -> None:
     with Rendezvous(key="key") as found, ThreadPoolExecutor(2) as pool:
 
         def run(rank: int, meeting: int) -> list[float]:

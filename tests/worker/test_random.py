@@ -1,4 +1,4 @@
-"""The noise behind every draw. Seeds are fixed; thresholds lie at five standard deviations and more."""
+"""The noise for draws. Seeds are fixed; thresholds are five standard deviations or more."""
 
 import math
 
@@ -18,7 +18,7 @@ def u64(*values: int) -> U64:
 
 
 def keys_of(count: int, seed: int = 1, *, step: str = "position") -> Tensor:
-    """Keys of rows that differ in one thing alone."""
+    """Return the keys of rows that differ only in the part named `step`."""
     parts = {"seed": u64(seed), "sample": u64(0), "position": u64(0)}
     parts[step] = (parts[step] + np.arange(count, dtype=np.uint64)).astype(np.uint64)
     seeds, samples, positions = np.broadcast_arrays(*parts.values())
@@ -33,8 +33,8 @@ def standardized(noise: Tensor) -> Tensor:
     return (noise.double() - EULER) / (math.pi / math.sqrt(6))
 
 
-def test_moments_are_gumbels() -> None:
-    """A million draws: the mean's deviation is 0.0013, the variance's 0.0035, the third moment's about 0.03."""
+def test_moments_are_those_of_the_gumbel_distribution() -> None:
+    """For a million draws, the deviation of the mean is 0.0013, of the variance 0.0035, of the third moment 0.03."""
     noise = standardized(gumbel(keys_of(1000), ids_to(1000)))
     assert abs(noise.mean().item()) < 0.007
     assert abs(noise.var().item() - 1) < 0.02
@@ -42,8 +42,8 @@ def test_moments_are_gumbels() -> None:
 
 
 @pytest.mark.parametrize("step", ["seed", "sample", "position"])
-def test_every_part_of_the_distribution_is_met(step: str) -> None:
-    """Kolmogorov-Smirnov over 90 000 draws: the largest distance exceeds 2.2 / sqrt(n) once in 10 000 times."""
+def test_the_distribution_is_gumbel(step: str) -> None:
+    """Kolmogorov-Smirnov test with 90,000 draws: the largest distance exceeds 2.2 / sqrt(n) once in 10,000 times."""
     noise = gumbel(keys_of(300, step=step), ids_to(300)).double().flatten().sort().values
     expected = torch.exp(-torch.exp(-noise))
     found = torch.arange(1, len(noise) + 1, dtype=torch.float64) / len(noise)
@@ -53,7 +53,7 @@ def test_every_part_of_the_distribution_is_met(step: str) -> None:
 @pytest.mark.parametrize("step", ["seed", "sample", "position"])
 @pytest.mark.parametrize("lag", [1, 2, 64])
 def test_neighbours_are_independent(step: str, lag: int) -> None:
-    """Over 250 000 pairs a correlation deviates by 0.002, along ids as along whatever a row's key is made of."""
+    """For 250,000 pairs, the deviation of a correlation is 0.002, along ids and along the parts of a row's key."""
     noise = standardized(gumbel(keys_of(500, step=step), ids_to(500)))
     rows = (noise[lag:] * noise[:-lag]).mean().item()
     ids = (noise[:, lag:] * noise[:, :-lag]).mean().item()
@@ -61,22 +61,22 @@ def test_neighbours_are_independent(step: str, lag: int) -> None:
     assert max(abs(rows), abs(ids), abs(both)) < 0.012
 
 
-def test_winners_are_spread_evenly_over_ids() -> None:
-    """Chi-square of 16 cells: mean 15, deviation 5.5; beyond 45 once in 10 000 times."""
+def test_every_id_wins_equally_often() -> None:
+    """Chi-square of 16 cells has mean 15 and deviation 5.5, and exceeds 45 once in 10,000 times."""
     winners = gumbel(keys_of(20_000), ids_to(16)).argmax(1)
     counts = torch.bincount(winners, minlength=16).double()
     assert ((counts - 1250) ** 2 / 1250).sum().item() < 45
 
 
 def test_noise_is_finite_at_the_ends_of_the_range() -> None:
-    """Three million draws, of which some land within 2**-20 of either end."""
+    """Some of the three million draws are within 2**-20 of either end."""
     noise = gumbel(keys_of(20), torch.arange(-75_000, 75_000, dtype=torch.int32))
     assert bool(noise.isfinite().all())
     assert noise.max().item() > 13
     assert noise.min().item() < -2.4
 
 
-def test_a_draw_depends_on_nothing_but_its_row_and_id() -> None:
+def test_noise_depends_only_on_key_and_id() -> None:
     keys, ids = keys_of(7), ids_to(40)
     whole = gumbel(keys, ids)
     assert torch.equal(gumbel(keys[3:5], ids[11:20]), whole[3:5, 11:20])
@@ -84,7 +84,7 @@ def test_a_draw_depends_on_nothing_but_its_row_and_id() -> None:
     assert torch.equal(gumbel(keys, per_row), whole.gather(1, per_row.long()))
 
 
-def test_keys_differ_wherever_something_differs() -> None:
+def test_keys_differ_if_any_part_differs() -> None:
     some = [0, 1, 2, 2**31, 2**32, 2**63, 2**64 - 1]
     grid = np.array([(a, b, c) for a in some for b in some for c in some], np.uint64)
     keys = row_keys(grid[:, 0], grid[:, 1], grid[:, 2])
@@ -92,8 +92,8 @@ def test_keys_differ_wherever_something_differs() -> None:
     assert keys[5] == row_keys(grid[5:6, 0], grid[5:6, 1], grid[5:6, 2])[0]
 
 
-def test_keys_stay_what_they_are() -> None:
-    """Published results are replayed by seed: these numbers change only with a new version of the scheme."""
+def test_the_keys_never_change() -> None:
+    """Users repeat published results by their seed, so the keys must never change."""
     mask, state = 2**64 - 1, 0
 
     def mix(x: int) -> int:
@@ -109,7 +109,7 @@ def test_keys_stay_what_they_are() -> None:
     assert (high % 2**32) << 32 | low % 2**32 == state
 
 
-def test_bits_stay_what_they_are() -> None:
+def test_the_noise_never_changes() -> None:
     mask = 2**32 - 1
 
     def mix(x: int) -> int:

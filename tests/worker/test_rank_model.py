@@ -1,4 +1,4 @@
-"""What a stage's rank says and does about experts, if its layers have some and if not."""
+"""Ranks of stages with and without mixtures of experts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +17,10 @@ from support.plans import engine_plan, setup_of
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_stage_without_mixtures_has_no_experts_and_tells_nobody_of_steps(
+def test_a_stage_without_mixtures_has_no_experts_and_exchanges_nothing(
     checkpoint: Callable[[str], Path], stage: int
 ) -> None:
-    """Its first layer is the model's plain one."""
+    """The first layer of this model, which is stage 0, has no experts."""
     folder = checkpoint("deepseek_v3")
     alone, shared = Axis("tp", 0, 1, LocalComm()), Axis("ep", 0, 2, LocalComm())
     mesh = Mesh(

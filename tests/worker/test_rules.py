@@ -1,4 +1,4 @@
-"""Rules and histories against recounting the whole text."""
+"""Sampling rules and histories, compared with a count over the whole text."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,44 +12,44 @@ from hypothesis import strategies as st
 from shoal.wire.base import Ids
 from shoal.wire.ranks import Sampling, SamplingPenalties
 from shoal.wire.tokens import decode_tokens, encode_numbers, encode_tokens
-from shoal.worker.rules import EditsBuilder, History, Rules
+from shoal.worker.rules import EditsBuilder, History, SamplingRules
 from support.fakes import steady
 
 CPU = torch.device("cpu")
-FEW = st.integers(0, 6)  # so that tokens come again
+FEW = st.integers(0, 6)  # few tokens, so that they are repeated
 TEXT = st.lists(FEW, max_size=12)
 PLAIN = Sampling(seed=0)
 PENALTIES = SamplingPenalties(0.5, 0.25, 2.0)
 
 
 def recount(prompt: Sequence[int], output: Sequence[int]) -> dict[int, int]:
-    """How often the output has each token of prompt and output."""
+    """Return how many times the output has each token of prompt and output."""
     return {token: Counter(output)[token] for token in [*prompt, *output]}
 
 
-def counted(history: History, guesses: Sequence[int] = ()) -> dict[int, int]:
-    ids, counts = history.behind(guesses)
+def counted(history: History, drafts: Sequence[int] = ()) -> dict[int, int]:
+    ids, counts = history.after(drafts)
     assert len(ids) == len(counts)
-    assert len(set(ids.tolist())) == len(ids), "a token twice"
+    assert len(set(ids.tolist())) == len(ids), "no token appears twice"
     assert (str(ids.dtype), str(counts.dtype)) == ("int64", "int32")
     return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 
 
 @steady
-@given(prompt=TEXT, before=TEXT, after=TEXT, guesses=TEXT)
-def test_a_history_counts_as_recounting_does(
-    prompt: list[int], before: list[int], after: list[int], guesses: list[int]
+@given(prompt=TEXT, before=TEXT, after=TEXT, drafts=TEXT)
+def test_a_history_has_the_same_counts_as_a_recount(
+    prompt: list[int], before: list[int], after: list[int], drafts: list[int]
 ) -> None:
     history = History(prompt, before)
     assert counted(history) == recount(prompt, before)
     for i, token in enumerate(after):
-        assert counted(history, guesses) == recount(prompt, [*before, *after[:i], *guesses])
+        assert counted(history, drafts) == recount(prompt, [*before, *after[:i], *drafts])
         history.append(token)
     assert counted(history) == recount(prompt, before + after)
 
 
-def test_a_history_grows_beyond_its_first_room() -> None:
-    """And loses nothing when it is moved."""
+def test_a_history_grows_without_losing_counts() -> None:
+    """The history has more tokens than its first arrays."""
     prompt = list(range(0, 30, 3))
     history = History(prompt, [])
     output = [*range(500), *range(0, 500, 7), 3, 3]
@@ -58,14 +58,14 @@ def test_a_history_grows_beyond_its_first_room() -> None:
     assert counted(history) == recount(prompt, output)
 
 
-def test_guesses_leave_no_trace() -> None:
+def test_drafts_do_not_change_a_history() -> None:
     history = History([1], [2, 2])
     assert counted(history, [2, 9, 9, 1]) == {1: 1, 2: 3, 9: 2}
     assert counted(history) == {1: 0, 2: 2}
 
 
 def forbidden(sampling: Sampling, output: Sequence[int]) -> set[int]:
-    """What must not come next."""
+    """Return the tokens that must not come next, by a plain search."""
     found = set(decode_tokens(sampling.ends)) if len(output) < sampling.min_tokens else set()
     for run in sampling.banned:
         beginning = run[:-1]
@@ -85,26 +85,26 @@ RULES = st.builds(
 
 
 @steady
-@given(sampling=RULES, prompt=TEXT, before=TEXT, after=TEXT, guesses=TEXT)
-def test_what_is_never_drawn(
-    sampling: Sampling, prompt: list[int], before: list[int], after: list[int], guesses: list[int]
+@given(sampling=RULES, prompt=TEXT, before=TEXT, after=TEXT, drafts=TEXT)
+def test_forbidden_tokens_are_those_of_a_plain_search(
+    sampling: Sampling, prompt: list[int], before: list[int], after: list[int], drafts: list[int]
 ) -> None:
-    """Runs are looked for in the output, which begins with the prompt's last token for nobody."""
-    rules = Rules(sampling, prompt, before)
+    """Banned runs are searched in the output only, so no run begins in the prompt."""
+    rules = SamplingRules(sampling, prompt, before)
     for i, token in enumerate([*after, 0]):
         output = before + after[:i]
-        for count in range(len(guesses) + 1):
-            assert set(rules.never(guesses[:count])) == forbidden(sampling, output + guesses[:count])
+        for count in range(len(drafts) + 1):
+            assert set(rules.forbidden(drafts[:count])) == forbidden(sampling, output + drafts[:count])
         rules.append(token)
 
 
-def test_ends_are_forbidden_until_there_are_enough_tokens_guesses_included() -> None:
-    rules = Rules(Sampling(seed=0, min_tokens=3, ends=encode_tokens([8, 9])), [1, 1, 1, 1], [5])
-    assert [rules.never([5] * count).tolist() for count in range(4)] == [[8, 9], [8, 9], [], []]
+def test_ends_are_forbidden_before_min_tokens_where_drafts_count() -> None:
+    rules = SamplingRules(Sampling(seed=0, min_tokens=3, ends=encode_tokens([8, 9])), [1, 1, 1, 1], [5])
+    assert [rules.forbidden([5] * count).tolist() for count in range(4)] == [[8, 9], [8, 9], [], []]
 
 
 @pytest.mark.parametrize(
-    ("output", "guesses", "expected"),
+    ("output", "drafts", "expected"),
     [
         ([], [], [4]),
         ([1], [], [4]),
@@ -115,13 +115,13 @@ def test_ends_are_forbidden_until_there_are_enough_tokens_guesses_included() -> 
         ([0, 1, 2], [], [3, 4]),
     ],
 )
-def test_a_run_is_broken_at_its_last_token(output: list[int], guesses: list[int], expected: list[int]) -> None:
-    rules = Rules(Sampling(seed=0, banned=((1, 2, 3), (4,))), [1, 2], output)
-    assert sorted(rules.never(guesses)) == expected
+def test_the_last_token_of_a_banned_run_is_forbidden(output: list[int], drafts: list[int], expected: list[int]) -> None:
+    rules = SamplingRules(Sampling(seed=0, banned=((1, 2, 3), (4,))), [1, 2], output)
+    assert sorted(rules.forbidden(drafts)) == expected
 
 
-class Counted(tuple[Ids, ...]):
-    """Counts how often somebody looks through it."""
+class CountingTuple(tuple[Ids, ...]):
+    """A tuple that counts how often it is iterated over."""
 
     walks = 0
 
@@ -130,22 +130,22 @@ class Counted(tuple[Ids, ...]):
         return super().__iter__()
 
 
-def test_a_step_does_not_look_through_all_bad_words() -> None:
-    """Nor does it put together anew what is banned at every step."""
-    banned = Counted([*((token,) for token in range(100)), *((token, 0, 7) for token in range(100, 600))])
-    rules = Rules(Sampling(seed=0, banned=banned), [1], [5])
+def test_a_step_does_not_go_through_all_banned_runs() -> None:
+    """The array of tokens that are always forbidden is not made again either."""
+    banned = CountingTuple([*((token,) for token in range(100)), *((token, 0, 7) for token in range(100, 600))])
+    rules = SamplingRules(Sampling(seed=0, banned=banned), [1], [5])
     walks = banned.walks
-    found = [rules.never([5] * count) for count in range(50)]
+    found = [rules.forbidden([5] * count) for count in range(50)]
     assert banned.walks == walks
     assert all(each is found[0] for each in found)
     assert found[0].tolist() == list(range(100))
-    assert rules.never([100, 0]).tolist() == [*range(100), 7]
+    assert rules.forbidden([100, 0]).tolist() == [*range(100), 7]
 
 
-def test_runs_that_end_alike_are_told_apart() -> None:
-    rules = Rules(Sampling(seed=0, banned=((2, 3), (1, 2, 4), (0, 1, 2, 5), (1, 6), (2, 2, 7))), [1, 2], [])
+def test_runs_with_the_same_end_are_told_apart() -> None:
+    rules = SamplingRules(Sampling(seed=0, banned=((2, 3), (1, 2, 4), (0, 1, 2, 5), (1, 6), (2, 2, 7))), [1, 2], [])
     texts = [[], [2], [1, 2], [0, 1, 2], [1, 1, 2], [2, 2]]
-    assert [rules.never(text).tolist() for text in texts] == [[], [3], [3, 4], [3, 4, 5], [3, 4], [3, 7]]
+    assert [rules.forbidden(text).tolist() for text in texts] == [[], [3], [3, 4], [3, 4, 5], [3, 4], [3, 7]]
 
 
 @pytest.mark.parametrize(
@@ -161,11 +161,11 @@ def test_runs_that_end_alike_are_told_apart() -> None:
         (Sampling(seed=0, penalties=PENALTIES), True),
     ],
 )
-def test_only_what_changes_logits_has_rules(sampling: Sampling, some: bool) -> None:
-    assert (Rules.of(sampling, [1], []) is not None) == some
+def test_only_parameters_that_change_logits_make_rules(sampling: Sampling, some: bool) -> None:
+    assert (SamplingRules.of(sampling, [1], []) is not None) == some
 
 
-def test_edits_of_many_rows_are_flat_pairs() -> None:
+def test_edits_of_several_rows_are_flat_pairs() -> None:
     everything = Sampling(
         seed=0,
         min_tokens=9,
@@ -175,13 +175,13 @@ def test_edits_of_many_rows_are_flat_pairs() -> None:
         allowed=encode_tokens([5, 6, 40]),
         penalties=PENALTIES,
     )
-    a = Rules(everything, [1, 2], [2])
+    a = SamplingRules(everything, [1, 2], [2])
     half: dict[str, Any] = {
         "bias_ids": encode_tokens([8]),
         "bias_values": encode_numbers([0.5]),
         "allowed": encode_tokens([31]),
     }
-    b = Rules(Sampling(seed=0, penalties=SamplingPenalties(1.0, 0.0, 1.0), **half), [4], [])
+    b = SamplingRules(Sampling(seed=0, penalties=SamplingPenalties(1.0, 0.0, 1.0), **half), [4], [])
     builder = EditsBuilder()
     builder.add(1, a, [])
     builder.add(2, a, [2])
@@ -192,8 +192,8 @@ def test_edits_of_many_rows_are_flat_pairs() -> None:
     assert edits.allowed is not None
     assert edits.allowed.rows.tolist() == [1, 2, 4]
     assert edits.allowed.bits.tolist() == [[0b1100000, 1 << 8], [0b1100000, 1 << 8], [-(1 << 31), 0]]
-    assert edits.never is not None
-    assert pairs(edits.never) == [(1, 20), (1, 21), (2, 20), (2, 21)]
+    assert edits.forbidden is not None
+    assert pairs(edits.forbidden) == [(1, 20), (1, 21), (2, 20), (2, 21)]
     assert edits.bias is not None
     assert pairs(edits.bias) == [(1, 3), (1, 4), (2, 3), (2, 4), (4, 8)]
     assert edits.bias.values.tolist() == [1.5, -2.0, 1.5, -2.0, 0.5]
@@ -202,7 +202,7 @@ def test_edits_of_many_rows_are_flat_pairs() -> None:
     assert edits.penalties.counts.tolist() == [0, 1, 0, 2, 0]
     assert edits.penalties.presence.tolist() == [0.0, 0.5, 0.5, 0.0, 1.0]
     assert edits.penalties.frequency.tolist() == [0.0, 0.25, 0.25, 0.0, 0.0]
-    assert edits.penalties.repetition.tolist() == [1.0, 2.0, 2.0, 1.0, 1.0]  # 1 changes nothing, 0 would
+    assert edits.penalties.repetition.tolist() == [1.0, 2.0, 2.0, 1.0, 1.0]  # a factor of 1 changes nothing, 0 would
 
 
 def pairs(part: object) -> list[tuple[int, int]]:
@@ -211,8 +211,8 @@ def pairs(part: object) -> list[tuple[int, int]]:
     return list(zip(rows.tolist(), ids.tolist(), strict=True))
 
 
-def test_what_was_built_does_not_change_with_the_history() -> None:
-    rules = Rules(Sampling(seed=0, penalties=PENALTIES), [1], [2])
+def test_built_edits_do_not_change_with_the_history() -> None:
+    rules = SamplingRules(Sampling(seed=0, penalties=PENALTIES), [1], [2])
     builder = EditsBuilder()
     builder.add(0, rules, [])
     edits = builder.build(1, CPU)
@@ -225,14 +225,14 @@ def test_what_was_built_does_not_change_with_the_history() -> None:
 def test_rows_without_changes_make_no_edits() -> None:
     builder = EditsBuilder()
     assert builder.build(3, CPU) is None
-    builder.add(0, Rules(Sampling(seed=0, banned=((1, 2),), min_tokens=1), [], [5]), [])
+    builder.add(0, SamplingRules(Sampling(seed=0, banned=((1, 2),), min_tokens=1), [], [5]), [])
     assert builder.build(3, CPU) is None
 
 
 @pytest.mark.parametrize("repetition", [1e-300, 1e300])
-def test_repetition_penalties_stay_numbers_in_float32(repetition: float) -> None:
+def test_repetition_penalties_are_cut_to_float32(repetition: float) -> None:
     builder = EditsBuilder()
-    builder.add(0, Rules(Sampling(seed=0, penalties=SamplingPenalties(repetition=repetition)), [1], []), [])
+    builder.add(0, SamplingRules(Sampling(seed=0, penalties=SamplingPenalties(repetition=repetition)), [1], []), [])
     edits = builder.build(1, CPU)
     assert edits is not None
     assert edits.penalties is not None

@@ -1,4 +1,4 @@
-"""A step on one rank, over a model that is a table."""
+"""Steps on one rank, with a model that is a table."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ BLOCKS = tuple(range(100))
 
 
 class Rank:
-    """One runner; plans are numbered as they come."""
+    """A rank with one runner. Its plans are numbered in the order in which they are made."""
 
     def __init__(self) -> None:
         self.model = TableModel()
@@ -42,7 +42,7 @@ class Rank:
         return result.out
 
     def start(self, seq: int, prompt: Sequence[int], sampling: Sampling = GREEDY) -> SeqOut:
-        """The outcome of a prompt in one piece, with blocks for all that may follow."""
+        """Run a whole prompt in one step, with blocks for the tokens that follow, and return its output."""
         (out,) = self.run(Work(seq, 0, len(prompt), True, BLOCKS), new=[new(seq, prompt, sampling)])
         return out
 
@@ -51,7 +51,7 @@ def new(seq: int, tokens: Sequence[int], sampling: Sampling = GREEDY, epoch: int
     return NewSeq(seq, epoch, encode_tokens(list(tokens)), len(tokens), (), sampling)
 
 
-def test_a_step_gives_each_sequence_its_token() -> None:
+def test_a_step_draws_a_token_for_each_sequence() -> None:
     rank = Rank()
     works = [Work(1, 0, 3, True, (1,)), Work(2, 0, 1, True, (2,)), Work(3, 0, 2, False, (3,))]
     out = rank.run(*works, new=[new(1, [7, 8, 9]), new(2, [4], epoch=5), new(3, [1, 2, 3])])
@@ -65,14 +65,14 @@ def test_a_plan_without_work_has_an_empty_result() -> None:
     assert result is not None
     assert result.out == ()
     assert len(rank.model.steps) == 1
-    rank.start(1, [5])  # it was forgotten, else it could not come again
+    rank.start(1, [5])  # the sequence was released, otherwise it could not be added again
 
 
-# --- guesses -----------------------------------------------------------------------------------------------------
+# --- drafts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("right", range(4))
-def test_guesses_are_kept_up_to_the_first_that_is_wrong(right: int) -> None:
+def test_drafts_are_accepted_up_to_the_first_wrong_one(right: int) -> None:
     rank = Rank()
     (first,) = rank.start(1, [3]).tokens
     true = rank.model.chain(first, 4)
@@ -100,8 +100,8 @@ PARAMETERS = st.builds(
 
 @settings(steady, max_examples=25)
 @given(sampling=PARAMETERS, prompt=st.integers(0, VOCABULARY - 1), data=st.data())
-def test_guesses_change_no_token(sampling: Sampling, prompt: int, data: st.DataObject) -> None:
-    """Greedy or drawn, with whatever looks at the text so far."""
+def test_drafts_do_not_change_the_drawn_tokens(sampling: Sampling, prompt: int, data: st.DataObject) -> None:
+    """This holds for greedy and drawn tokens, and with rules that depend on the text so far."""
     plain, count = Rank(), 12
     expected = list(plain.start(1, [prompt], sampling).tokens)
     for position in range(1, count):
@@ -124,30 +124,30 @@ def test_guesses_change_no_token(sampling: Sampling, prompt: int, data: st.DataO
 
 
 def bits(*rows: Sequence[int]) -> bytes:
-    """Two words a row."""
+    """Return rows of a mask, with two words each."""
     return b"".join(sum(1 << token for token in row).to_bytes(8, "little") for row in rows)
 
 
-def test_a_masked_step_has_its_result_when_its_mask_has_come() -> None:
+def test_the_result_of_a_masked_step_comes_with_its_mask() -> None:
     rank = Rank()
     rank.start(1, [5])
     assert rank.runner.execute(rank.plan(Work(1, 1, 1, True, masked=True))) is None
     for wrong in (rank.step - 1, rank.step + 1):
-        assert rank.runner.unmask(StepMask(9, wrong, bits([11]), 2)) is None
-    result = rank.runner.unmask(StepMask(9, rank.step, bits([11]), 2))
+        assert rank.runner.apply_mask(StepMask(9, wrong, bits([11]), 2)) is None
+    result = rank.runner.apply_mask(StepMask(9, rank.step, bits([11]), 2))
     assert result is not None
     assert result.step == rank.step
     assert result.out == (SeqOut(1, 0, (11,)),)
-    assert rank.runner.unmask(StepMask(9, rank.step, bits([11]), 2)) is None, "it was answered already"
+    assert rank.runner.apply_mask(StepMask(9, rank.step, bits([11]), 2)) is None, "the step is answered already"
     (after,) = rank.run(Work(1, 2, 1, True))
     assert after.tokens == (rank.model.next(11),)
 
 
-def test_no_mask_is_waited_for_before_there_was_a_plan() -> None:
-    assert Rank().runner.unmask(StepMask(9, 0, bits([1]), 2)) is None
+def test_a_mask_without_a_plan_is_ignored() -> None:
+    assert Rank().runner.apply_mask(StepMask(9, 0, bits([1]), 2)) is None
 
 
-def test_the_best_of_what_a_mask_allows_is_taken_and_others_are_free() -> None:
+def test_a_mask_limits_only_its_own_sequence() -> None:
     rank = Rank()
     rank.start(1, [5])
     rank.start(2, [6])
@@ -155,27 +155,27 @@ def test_the_best_of_what_a_mask_allows_is_taken_and_others_are_free() -> None:
     last = [rank.model.next(6), rank.model.next(5)]
     assert rank.runner.execute(rank.plan(*works)) is None
     allowed = [2, 9, 33, 39]
-    result = rank.runner.unmask(StepMask(9, rank.step, bits(allowed), 2))
+    result = rank.runner.apply_mask(StepMask(9, rank.step, bits(allowed), 2))
     assert result is not None
     best = max(allowed, key=lambda token: float(rank.model.table[last[1], token]))
     assert [out.tokens for out in result.out] == [(rank.model.next(last[0]),), (best,)]
 
 
-def test_each_guess_has_a_row_of_the_mask() -> None:
-    """The first guess is what its row allows; the second one is not."""
+def test_each_draft_has_a_row_of_the_mask() -> None:
+    """The first draft is allowed by its row; the second is not."""
     rank = Rank()
     rank.start(1, [5])
     assert rank.runner.execute(rank.plan(Work(1, 1, 3, True, drafts=(7, 8), masked=True))) is None
-    result = rank.runner.unmask(StepMask(9, rank.step, bits([7], [30], [31]), 2))
+    result = rank.runner.apply_mask(StepMask(9, rank.step, bits([7], [30], [31]), 2))
     assert result is not None
     assert result.out[0].tokens == (7, 30)
 
 
-def test_a_mask_goes_with_what_else_is_forbidden() -> None:
+def test_a_mask_is_applied_together_with_banned_tokens() -> None:
     rank = Rank()
     rank.start(1, [5], Sampling(seed=0, banned=((7,), (8,))))
     assert rank.runner.execute(rank.plan(Work(1, 1, 1, True, masked=True))) is None
-    result = rank.runner.unmask(StepMask(9, rank.step, bits([7, 8, 9]), 2))
+    result = rank.runner.apply_mask(StepMask(9, rank.step, bits([7, 8, 9]), 2))
     assert result is not None
     assert result.out[0].tokens == (9,)
 
@@ -184,17 +184,17 @@ def test_a_mask_goes_with_what_else_is_forbidden() -> None:
 
 
 def check_entry(entry: TokenLogprobs, model: TableModel, before: int, token: int, count: int) -> None:
-    """Of `token` behind `before`."""
+    """Check the log-probabilities of `token` after the token `before`."""
     row = model.table[before].double().log_softmax(0)
     best = row.topk(count)
     assert entry.ids == tuple(best.indices.tolist())
-    # One sum of 40 terms in float32.
+    # The tolerance is that of a sum of 40 terms in float32.
     assert entry.chosen == pytest.approx(float(row[token]), abs=1e-5)
     assert entry.values == pytest.approx(best.values.tolist(), abs=1e-5)
     assert entry.rank == 1 + int((row > row[token]).sum())
 
 
-def test_only_those_who_asked_are_told_and_as_much_as_they_asked_for() -> None:
+def test_each_sequence_gets_as_many_logprobs_as_it_asked_for() -> None:
     rank = Rank()
     counts = {1: 3, 2: -1, 3: 0, 4: 2**31 - 1}
     news = [new(seq, [seq], Sampling(seed=seq, temperature=2.0, logprobs=count)) for seq, count in counts.items()]
@@ -207,14 +207,14 @@ def test_only_those_who_asked_are_told_and_as_much_as_they_asked_for() -> None:
         check_entry(entry, rank.model, out.seq, out.tokens[0], min(counts[out.seq], VOCABULARY))
 
 
-def test_each_token_that_was_kept_is_told_of() -> None:
+def test_every_kept_token_has_logprobs() -> None:
     rank = Rank()
     sampling = Sampling(seed=0, logprobs=2)
     (first,) = rank.start(1, [3], sampling).tokens
     rank.start(2, [4])
     true = rank.model.chain(first, 3)
-    guessing = Work(1, 1, 4, True, drafts=(true[0], true[1], (true[2] + 1) % VOCABULARY))
-    told, plain = sorted(rank.run(guessing, Work(2, 1, 1, True)), key=lambda out: out.seq)
+    with_drafts = Work(1, 1, 4, True, drafts=(true[0], true[1], (true[2] + 1) % VOCABULARY))
+    told, plain = sorted(rank.run(with_drafts, Work(2, 1, 1, True)), key=lambda out: out.seq)
     assert told.tokens == tuple(true)
     assert len(told.logprobs) == 3
     for before, token, entry in zip([first, *true], true, told.logprobs, strict=False):
@@ -222,7 +222,7 @@ def test_each_token_that_was_kept_is_told_of() -> None:
     assert plain.logprobs == ()
 
 
-def test_logprobs_are_those_of_the_model_before_any_change() -> None:
+def test_logprobs_are_computed_before_edits() -> None:
     rank = Rank()
     sampling = Sampling(
         seed=0, logprobs=2, allowed=encode_tokens([6]), bias_ids=encode_tokens([6]), bias_values=encode_numbers([50.0])
@@ -242,7 +242,7 @@ def check_prompt(found: Sequence[TokenLogprobs], model: TableModel, prompt: Sequ
         check_entry(entry, model, before, token, count)
 
 
-def test_a_prompts_logits_are_there_for_some_rows_at_a_time() -> None:
+def test_logits_of_a_prompt_are_computed_some_rows_at_a_time() -> None:
     rank, prompt = Rank(), prompt_of(150)
     out = rank.start(1, prompt, Sampling(seed=0, prompt_logprobs=2))
     assert rank.model.rows == [1, 64, 64, 21]
@@ -258,8 +258,8 @@ def test_a_prompts_logits_are_there_for_some_rows_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("chunks", [[10], [1] * 10, [4, 6], [9, 1], [3, 3, 3, 1]])
-def test_a_prompt_in_chunks_is_told_of_once(chunks: list[int]) -> None:
-    """Beside a sequence that asked for nothing."""
+def test_prompt_logprobs_of_chunks_do_not_overlap(chunks: list[int]) -> None:
+    """Another sequence in the same steps asks for no log-probabilities."""
     rank, prompt, start = Rank(), prompt_of(10), 0
     found: dict[int, TokenLogprobs] = {}
     rank.start(2, [6])
@@ -287,11 +287,11 @@ def test_a_prompt_in_chunks_is_told_of_once(chunks: list[int]) -> None:
     check_prompt(list(found.values()), rank.model, prompt, 1)
 
 
-def test_a_masked_prompt_is_told_of_too() -> None:
+def test_prompt_logprobs_of_a_masked_step() -> None:
     rank, prompt = Rank(), prompt_of(5)
     work = Work(1, 0, 5, True, BLOCKS, masked=True)
     assert rank.runner.execute(rank.plan(work, new=[new(1, prompt, Sampling(seed=0, prompt_logprobs=1))])) is None
-    result = rank.runner.unmask(StepMask(9, rank.step, bits([12]), 2))
+    result = rank.runner.apply_mask(StepMask(9, rank.step, bits([12]), 2))
     assert result is not None
     (out,) = result.out
     assert out.tokens == (12,)
@@ -299,12 +299,12 @@ def test_a_masked_prompt_is_told_of_too() -> None:
     check_prompt(out.prompt_logprobs.entries, rank.model, prompt, 1)
 
 
-def test_each_prompt_is_told_of_its_own_tokens() -> None:
+def test_prompt_logprobs_of_several_prompts_in_a_step() -> None:
     rank, prompts = Rank(), {1: prompt_of(9), 2: prompt_of(90)[80:], 3: [5]}
     news = [new(seq, prompt, Sampling(seed=0, prompt_logprobs=seq)) for seq, prompt in prompts.items()]
     works = [Work(seq, 0, len(prompt), True, BLOCKS[4 * seq :]) for seq, prompt in prompts.items()]
     out = {each.seq: each.prompt_logprobs for each in rank.run(*works, new=news)}
-    assert out[3] is None, "there is nothing before its only token"
+    assert out[3] is None, "its only token has no token before it"
     for seq in (1, 2):
         told = out[seq]
         assert told is not None

@@ -1,4 +1,4 @@
-"""The sampler over any cut of the vocabulary, against a plain reference in float64."""
+"""The sampler with the vocabulary cut in different ways, compared with a plain reference in float64."""
 
 from collections.abc import Sequence
 
@@ -20,11 +20,11 @@ from worker.shares import CUTS, Float64, check_distribution, draw, even, keys_of
 def reference(
     logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Float64:
-    """The distribution that tokens are drawn from. Equal logits rank by id."""
+    """Return the distribution from which tokens are drawn. Of equal logits, those with lower ids come first."""
     scaled: Float64 = logits.double().numpy() / temperature
     order = np.argsort(-scaled, kind="stable")
     weights = np.exp(scaled - scaled.max())[order]
-    weights[weights < min_p] = 0  # the likeliest weighs 1
+    weights[weights < min_p] = 0  # the weight of the likeliest is 1
     if top_k:
         weights[top_k:] = 0
     weights /= weights.sum()
@@ -52,17 +52,17 @@ def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: fl
     check_distribution(tokens, reference(LOGITS, temperature, top_k, top_p, min_p))
 
 
-def test_top_p_is_of_what_min_p_leaves() -> None:
-    """Of weights 1, .6, .3, .1 min-p leaves three; of their 1.9 the first has 53 %, so 0.52 is reached by it alone, and
-    would not be if all four counted (50 %)."""
+def test_top_p_counts_only_tokens_that_min_p_leaves() -> None:
+    """Of the weights 1, 0.6, 0.3 and 0.1, min-p leaves three, whose sum is 1.9. The first is 53 % of that, so it alone
+    reaches a top-p of 0.52. It would not if all four weights counted, of which it is 50 %."""
     logits = torch.tensor([[1.0, 0.6, 0.3, 0.1]]).log().expand(300, -1)
     assert set(draw(logits, rows_of(1.0, 0, 0.52, 0.2, count=300), (2, 2)).tolist()) == {0}
     assert set(draw(logits, rows_of(1.0, 0, 0.52, count=300), (2, 2)).tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("sizes", CUTS[1:], ids=str)
-def test_every_cut_of_the_vocabulary_draws_the_same(sizes: Sequence[int]) -> None:
-    """Greedy, free and truncated rows in one batch."""
+def test_every_cut_of_the_vocabulary_draws_the_same_tokens(sizes: Sequence[int]) -> None:
+    """The batch has greedy rows, rows that draw from all tokens, and truncated rows."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(600, 11, generator=generator) * 2
     rows = rows_of(
@@ -76,8 +76,8 @@ def test_every_cut_of_the_vocabulary_draws_the_same(sizes: Sequence[int]) -> Non
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_every_cut_draws_the_same_where_many_logits_are_equal(ranks: int) -> None:
-    """Logits in half precision often are: whoever is left out by top-k must not depend on the cut."""
+def test_every_cut_draws_the_same_tokens_from_equal_logits(ranks: int) -> None:
+    """Logits in half precision are often equal. The tokens that top-k leaves out must not depend on the cut."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.randint(
         0, 3, (200, 1501), generator=generator
@@ -91,7 +91,7 @@ def test_every_cut_draws_the_same_where_many_logits_are_equal(ranks: int) -> Non
 
 
 @pytest.mark.parametrize("sizes", CUTS, ids=str)
-def test_greedy_takes_the_largest_and_of_equals_the_first(sizes: Sequence[int]) -> None:
+def test_greedy_takes_the_first_of_the_largest_logits(sizes: Sequence[int]) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randint(0, 4, (100, 11), generator=generator).float()
     tokens = draw(logits, rows_of(0.0, count=100), sizes)
@@ -120,7 +120,7 @@ def test_a_tiny_top_p_is_greedy() -> None:
 def test_a_nucleus_larger_than_the_first_candidates_is_exact(
     sizes: Sequence[int], top_k: int, top_p: float, min_p: float
 ) -> None:
-    """Nearly flat over 2000 ids, in no order: some 1700 of them are left."""
+    """The distribution is nearly flat over 2000 ids in random order. About 1700 of them are left."""
     generator = torch.Generator().manual_seed(6)
     logits = torch.linspace(0, 0.2, 2000)[torch.randperm(2000, generator=generator)]
     expected = reference(logits, 1.0, top_k, top_p, min_p)
@@ -130,15 +130,15 @@ def test_a_nucleus_larger_than_the_first_candidates_is_exact(
     check_distribution(tokens, expected, cells=40)
     inside = np.flatnonzero(expected)
     least = inside[expected[inside].argsort()[:400]]
-    assert np.isin(tokens.numpy(), least).sum() > 200, "the nucleus' end is drawn as well"
+    assert np.isin(tokens.numpy(), least).sum() > 200, "tokens at the end of the nucleus are drawn too"
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
 @pytest.mark.parametrize("sizes", [(30_011,), (1, 20_000, 10_010)], ids=str)
-def test_pytorch_and_native_kernels_draw_the_same(
+def test_pytorch_and_native_kernels_draw_the_same_tokens(
     sizes: Sequence[int], scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a few tokens and from nuclei of thousands. Where nothing is compiled, PyTorch is compared with itself."""
+    """Nuclei have a few tokens or thousands. Without compiled kernels, PyTorch is compared with itself."""
     logits = torch.randn(24, 30_011, generator=torch.Generator().manual_seed(3)) * scale
     rows = rows_of(
         [0.0, 1.0, 0.8, 1.3, 1.0, 1.0] * 4,
@@ -153,7 +153,7 @@ def test_pytorch_and_native_kernels_draw_the_same(
 
 
 def test_a_wide_nucleus_over_many_equal_logits_is_the_same_in_every_cut() -> None:
-    """Its border runs through 500 equal ones, more than are fetched at first."""
+    """The border of the nucleus is inside a group of 500 equal logits, which is more than the first candidates."""
     logits = torch.randint(0, 3, (100, 1501), generator=torch.Generator().manual_seed(2)).float()
     rows = rows_of(1.0, 0, [0.5, 0.7, 0.9, 0.95] * 25, [0.0, 0.3] * 50, count=100)
     one = draw(logits, rows, (1501,))
@@ -164,8 +164,8 @@ def test_a_wide_nucleus_over_many_equal_logits_is_the_same_in_every_cut() -> Non
         assert expected[one[row]] > 0
 
 
-def test_truncation_keeps_the_draw_where_it_is_allowed() -> None:
-    """The same noise decides: a row whose free draw is in the nucleus draws the same with it."""
+def test_truncation_does_not_change_a_draw_that_it_allows() -> None:
+    """The noise is the same, so a row draws the same token as without truncation if truncation allows it."""
     logits = LOGITS.expand(500, -1).contiguous()
     free = draw(logits, rows_of(1.0, count=500), (11,))
     kept = torch.from_numpy(reference(LOGITS, 1.0, 5) > 0)[free]
@@ -176,8 +176,8 @@ def test_truncation_keeps_the_draw_where_it_is_allowed() -> None:
 
 @settings(steady, max_examples=30)
 @given(data=st.data(), ranks=st.sampled_from([1, 2, 3, 5]))
-def test_a_row_depends_on_no_other(data: st.DataObject, ranks: int) -> None:
-    """A row alone draws what it draws among others, in any order."""
+def test_a_row_does_not_depend_on_other_rows(data: st.DataObject, ranks: int) -> None:
+    """A row draws the same token alone and among others, in any order."""
     count = data.draw(st.integers(2, 8))
     seed = data.draw(st.integers(0, 1000))
     logits = torch.randn(count, 300, generator=torch.Generator().manual_seed(seed)) * 3
@@ -236,7 +236,7 @@ def test_logprobs_are_those_of_the_whole_vocabulary(sizes: Sequence[int], count:
 
 
 @pytest.mark.parametrize("sizes", [(701,), (300, 1, 400)], ids=str)
-def test_of_equally_likely_tokens_the_first_are_reported(sizes: Sequence[int]) -> None:
+def test_of_equally_likely_tokens_those_with_the_lowest_ids_are_reported(sizes: Sequence[int]) -> None:
     logits = torch.zeros(2, 701)
     logits[1, 650:] = 1.0
 

@@ -20,7 +20,17 @@ from shoal.log import get_logger
 from shoal.process.forks import Owner
 from shoal.transport.channel import Channel, ChannelClosed
 from shoal.wire.base import WireError, encode, replace_fields
-from shoal.wire.engine import Abort, Ask, EngineRequest, Finish, RefusalKind, SeqUpdate, Told, Updates, to_engine
+from shoal.wire.engine import (
+    Abort,
+    ControlCall,
+    ControlReply,
+    EngineRequest,
+    Finish,
+    RefusalKind,
+    SeqUpdate,
+    Updates,
+    to_engine,
+)
 from shoal.wire.fleet import ContextLength, operation_decoder
 
 log = get_logger("desk")
@@ -34,8 +44,8 @@ _LAST_WORDS_S = 1.0
 _CLOSED = "the engine was closed"
 
 Verb = Callable[[bytes], bytes]
-Message = EngineRequest | Abort | Ask
-Answer = Updates | ContextLength | Told
+Message = EngineRequest | Abort | ControlCall
+Answer = Updates | ContextLength | ControlReply
 
 
 class FleetConnection(Protocol):
@@ -62,13 +72,13 @@ class Questions:
         self._numbers = itertools.count()
         self._open: dict[int, Future[bytes]] = {}
 
-    def add(self, verb: str, payload: bytes) -> tuple[Ask, "Future[bytes]"]:
+    def add(self, verb: str, payload: bytes) -> tuple[ControlCall, "Future[bytes]"]:
         number = next(self._numbers)
         future: Future[bytes] = Future()
         self._open[number] = future
-        return Ask(number, verb, payload), future
+        return ControlCall(number, verb, payload), future
 
-    def answer(self, told: Told) -> None:
+    def answer(self, told: ControlReply) -> None:
         future = self._open.pop(told.id, None)
         if future is None or not future.set_running_or_notify_cancel():
             return
@@ -260,9 +270,9 @@ class Desk:
             case Abort():
                 seqs = [client.in_fleet(seq) for seq in message.seqs]
                 self._fleet.abort(seqs, stopped=message.stopped)
-            case Ask() if message.verb == "operate" and not self._ended:
+            case ControlCall() if message.verb == "operate" and not self._ended:
                 self._operate(client, message)
-            case Ask():
+            case ControlCall():
                 client.say(self._answer(message))
             case _:
                 raise WireError(f"a client sent a {type(message).__name__}")
@@ -287,26 +297,26 @@ class Desk:
         else:
             client.requests.add(seq)
 
-    def _answer(self, ask: Ask) -> Told:
+    def _answer(self, ask: ControlCall) -> ControlReply:
         verb = self._verbs.get(ask.verb)
         if verb is None:
-            return Told(ask.id, error=f"nobody knows {ask.verb!r} here")
+            return ControlReply(ask.id, error=f"nobody knows {ask.verb!r} here")
         if self._ended:
-            return Told(ask.id, error=self._failure or _CLOSED)
+            return ControlReply(ask.id, error=self._failure or _CLOSED)
         try:
-            return Told(ask.id, verb(ask.payload))
+            return ControlReply(ask.id, verb(ask.payload))
         except ShoalError as error:
-            return Told(ask.id, error=str(error), user_error=isinstance(error, UserError))
+            return ControlReply(ask.id, error=str(error), user_error=isinstance(error, UserError))
         except Exception as error:
             log.exception("%s could not be answered", ask.verb)
-            return Told(ask.id, error=f"{ask.verb} could not be answered: {type(error).__name__}: {error}")
+            return ControlReply(ask.id, error=f"{ask.verb} could not be answered: {type(error).__name__}: {error}")
 
-    def _operate(self, client: _Client, ask: Ask) -> None:
+    def _operate(self, client: _Client, ask: ControlCall) -> None:
         def done(outcome: bytes | ShoalError) -> None:
             if isinstance(outcome, ShoalError):
-                client.say(Told(ask.id, error=str(outcome), user_error=isinstance(outcome, UserError)))
+                client.say(ControlReply(ask.id, error=str(outcome), user_error=isinstance(outcome, UserError)))
             else:
-                client.say(Told(ask.id, outcome))
+                client.say(ControlReply(ask.id, outcome))
 
         wanted = operation_decoder.decode(ask.payload)
         log.info("%s is asked for (%s)", wanted.verb, wanted)
@@ -361,7 +371,7 @@ class _LocalLine:
         self.client = _Client(desk.new_number(), self._say, lambda: self._questions.fail(desk.failure or _CLOSED))
 
     def _say(self, answer: Answer) -> None:
-        if isinstance(answer, Told):
+        if isinstance(answer, ControlReply):
             self._questions.answer(answer)
         else:
             self._deliver(answer)

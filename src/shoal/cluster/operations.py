@@ -14,12 +14,12 @@ from typing import Protocol
 from shoal.activity import AWAKE, Activity
 from shoal.errors import ConfigError, EngineError, ShoalError, UserError
 from shoal.wire.base import encode
-from shoal.wire.engine import Become, CacheReset, ResetCache, Told, cache_reset_decoder
+from shoal.wire.engine import ControlReply, ResetOutcome, ResetPrefixCache, SetActivity, reset_outcome_decoder
 from shoal.wire.fleet import Operation
 
 MODES = ("abort", "wait", "keep")
 
-Message = Become | ResetCache
+Message = SetActivity | ResetPrefixCache
 Done = Callable[[bytes | ShoalError], object]  # is told how it ended, once
 
 
@@ -59,7 +59,7 @@ class _Operation:
 
     @property
     def found(self) -> bytes:
-        return encode(CacheReset(self.forgotten, self.held)) if self.reset else b""
+        return encode(ResetOutcome(self.forgotten, self.held)) if self.reset else b""
 
 
 class Operations:
@@ -75,7 +75,7 @@ class Operations:
         self._now: _Operation | None = None
 
     def begin(self, wanted: Operation, done: Done) -> None:
-        """`done` is given the CacheReset of a reset, or the error: a UserError where the operation can't be."""
+        """`done` is given the ResetOutcome of a reset, or the error: a UserError where the operation can't be."""
         try:
             self._enter(_operation_of(wanted, done))
         except UserError as error:
@@ -111,7 +111,7 @@ class Operations:
             if operation is not None:
                 operation.awaited.discard(question)
 
-    def told(self, number: int, told: Told) -> None:
+    def told(self, number: int, told: ControlReply) -> None:
         _, operation = self._asked.pop(told.id, (number, None))
         if operation is None:
             if told.error:
@@ -121,7 +121,7 @@ class Operations:
         if told.error:
             operation.problem = UserError(told.error) if told.user_error else EngineError(told.error)
         elif told.payload:
-            found = cache_reset_decoder.decode(told.payload)
+            found = reset_outcome_decoder.decode(told.payload)
             operation.forgotten += found.forgotten
             operation.held += found.held
 
@@ -179,7 +179,7 @@ class Operations:
         if operation is not None:
             operation.awaited.add(question)
         running = operation is not None and operation.running
-        self._group.tell(number, ResetCache(question, running) if step is None else Become(question, step))
+        self._group.tell(number, ResetPrefixCache(question, running) if step is None else SetActivity(question, step))
 
     def _end(self, operation: _Operation, outcome: bytes | ShoalError) -> None:
         self._now = None

@@ -18,15 +18,15 @@ from shoal.protocols import EngineClient, Recorder
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import (
-    CacheReset,
+    ControlReply,
     EngineRequest,
     EngineStats,
     Finish,
     RefusalKind,
-    ResetCache,
+    ResetOutcome,
+    ResetPrefixCache,
     SeqUpdate,
-    Told,
-    cache_reset_decoder,
+    reset_outcome_decoder,
 )
 from shoal.wire.fleet import Operation
 from shoal.wire.ranks import PromptLogprobs
@@ -58,7 +58,7 @@ class ReplicaClient(EngineClient, Protocol):
 
     def tell(self, message: Message) -> None: ...
 
-    def answers(self) -> list[Told]:
+    def answers(self) -> list[ControlReply]:
         """To what it was told; those that came with the last `updates`."""
 
     @property
@@ -243,10 +243,10 @@ class ReplicaSet:
         """As of an EngineClient."""
         self._await(lambda done: self._operations.become(activity, done))
 
-    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
+    def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
         """As of an EngineClient."""
         told = self._await(lambda done: self._operations.reset(running=running, done=done))
-        return cache_reset_decoder.decode(told)
+        return reset_outcome_decoder.decode(told)
 
     def _await(self, begin: Callable[[Done], None]) -> bytes:
         """Drives the replicas until an operation has ended; their updates are kept."""
@@ -268,7 +268,7 @@ class ReplicaSet:
         """Hands a step of an operation to a replica, and forgets what was known of its prefix cache."""
         if number not in self._live:  # it was lost with another one
             return
-        if isinstance(message, ResetCache) or KV_CACHE in message.activity.missing:
+        if isinstance(message, ResetPrefixCache) or KV_CACHE in message.activity.missing:
             self._router.forget_prefixes(number)
         try:
             self._live[number].tell(message)

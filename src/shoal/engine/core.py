@@ -12,7 +12,7 @@ from shoal.engine.scheduler.waiting_queue import PriorityPolicy
 from shoal.engine.speculation import Drafter
 from shoal.errors import CheckpointError, ClosedError, EngineError
 from shoal.protocols import Executor, Grammars, Lockstep, Policy
-from shoal.wire.engine import CacheReset, EngineRequest, EngineStats, SeqUpdate
+from shoal.wire.engine import EngineRequest, EngineStats, ResetOutcome, SeqUpdate
 from shoal.wire.ranks import RankStats, StepMask, StepPlan, StepResult, decode_rank_stats
 
 _STATS_TIMEOUT_S = 30.0
@@ -257,7 +257,7 @@ class EngineCore:
             raise
         return [answer.decode() for answer in answers]
 
-    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
+    def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
         """Make no block findable by its prefix any more. `running`: running requests give theirs back, too."""
         self._check_open()
         return self._scheduler.reset_cache(running=running)

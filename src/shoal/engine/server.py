@@ -11,17 +11,17 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, encode
 from shoal.wire.engine import (
     Abort,
-    Become,
+    ControlReply,
     EngineFailure,
     EngineRequest,
     Finish,
     RefusalKind,
-    ResetCache,
+    ResetPrefixCache,
     SeqUpdate,
+    SetActivity,
     Snapshot,
     StatsQuery,
     ToEngine,
-    Told,
     Updates,
     to_engine,
 )
@@ -147,7 +147,7 @@ def _handle(channel: Channel, engine: EngineCore, message: ToEngine) -> None:
             engine.abort(message.seqs)
         case StatsQuery():
             channel.send(encode(engine.stats()))
-        case Become() | ResetCache():
+        case SetActivity() | ResetPrefixCache():
             told = _obey(engine, message)
             if engine.busy and (updates := engine.updates(0)):  # tokens go before the word that there are no more
                 channel.send(encode(Updates(tuple(updates))))
@@ -155,14 +155,14 @@ def _handle(channel: Channel, engine: EngineCore, message: ToEngine) -> None:
             channel.send(encode(told))
 
 
-def _obey(engine: EngineCore, message: Become | ResetCache) -> Told:
-    if isinstance(message, ResetCache):
-        return Told(message.id, encode(engine.reset_prefix_cache(running=message.running)))
+def _obey(engine: EngineCore, message: SetActivity | ResetPrefixCache) -> ControlReply:
+    if isinstance(message, ResetPrefixCache):
+        return ControlReply(message.id, encode(engine.reset_prefix_cache(running=message.running)))
     try:
         engine.become(message.activity)
     except UserError as error:
-        return Told(message.id, error=str(error), user_error=True)
-    return Told(message.id)
+        return ControlReply(message.id, error=str(error), user_error=True)
+    return ControlReply(message.id)
 
 
 def _cause(error: Exception, lockstep: Joined | None) -> Exception:

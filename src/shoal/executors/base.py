@@ -1,4 +1,7 @@
-"""What all executors share: start phases, the order of messages, deadlines. They differ in how they reach ranks."""
+"""The common part of all executors: start phases, the order of messages, and deadlines.
+
+Executors differ only in how they start ranks and exchange messages with them, which is what `Links` do.
+"""
 
 import time
 from collections import deque
@@ -25,35 +28,35 @@ from shoal.wire.ranks import (
 
 log = get_logger("executor")
 
-_SLICE_S = 0.5  # how long a wait goes on before deadlines are looked at
-_AWAY_S = 5.0
-_CAUSE_S = 2.0  # how long a rank that lost contact to others is given, so that the one that caused it can be named
+_SLICE_S = 0.5  # the longest wait for messages before deadlines are checked
+_AWAY_S = 5.0  # after this time without a call, the deadlines of steps begin again
+_CAUSE_S = 2.0  # how long to wait for another report, if a rank has only lost contact with others
 
 
 class Links(Protocol):
-    """The way to and from ranks."""
+    """The connections to the ranks of a replica, which start and end them too."""
 
-    world_size: int
+    world_size: int  # number of ranks
 
     def send(self, message: ToRank, rank: int | None = None) -> None:
-        """To one rank, or to all. Never blocks, keeps the order."""
+        """Send a message to one rank, or to all. Never blocks, and keeps the order of messages."""
 
     def receive(self, timeout: float) -> list[FromRank]:
-        """What has arrived, waiting up to `timeout` seconds.
+        """Return the messages that have arrived, after waiting up to `timeout` seconds for the first.
 
         Raises:
-            RankFailed: a rank died or stands still.
+            RankFailed: a rank has died or does not answer.
         """
 
     def describe(self, rank: int) -> str:
-        """Who a rank is and what it last said it was doing, for errors."""
+        """Return a description of a rank for error messages: its process or thread, and what it was doing last."""
 
     def close(self, *, failed: bool) -> None:
-        """Ends the ranks: at once if one has failed. Idempotent, never raises."""
+        """End the ranks, immediately if one has failed. Idempotent, never raises."""
 
 
 class RankExecutor:
-    """An Executor over links to ranks that each hold a Worker."""
+    """An Executor that reaches its ranks over Links."""
 
     def __init__(
         self,
@@ -64,22 +67,29 @@ class RankExecutor:
         start_timeout: float,
         step_timeout: float,
     ) -> None:
-        """Starts the ranks, phase by phase. `check_capacity` may refuse the number of KV blocks.
+        """Run the start phases on all ranks.
+
+        Args:
+            links: the ranks, which have been started.
+            setups: the first message for each rank.
+            check_capacity: is called with the number of KV blocks, and raises an error if there are too few.
+            start_timeout: the most seconds for a start phase.
+            step_timeout: the most seconds for a step.
 
         Raises:
-            UserError: what a rank was told can't work.
+            UserError: the options, the model and the hardware of a rank do not fit together.
             EngineError: a rank failed.
         """
         self.num_blocks = 0
         self.start_times: dict[str, float] = {}
         self._links = links
         self._step_timeout = step_timeout
-        self._launched: deque[int] = deque()
-        self._waiting_since = 0.0
+        self._launched: deque[int] = deque()  # steps that are not answered yet
+        self._waiting_since = 0.0  # when the wait for the first of them began
         self._results: list[StepResult] = []
         self._replies: dict[int, bytes] = {}
         self._call_id = 0
-        self._watched = time.monotonic()
+        self._watched = time.monotonic()  # when messages were received last
         self._failure = ""
         try:
             for setup in setups:
@@ -92,13 +102,13 @@ class RankExecutor:
     def _start(self, setups: Sequence[RankSetup], check_capacity: Callable[[int], None], timeout: float) -> None:
         self._phase("connect", timeout)
         for setup, info in zip(setups, map(decode_load_info, self._phase("load", timeout)), strict=True):
-            log.info("%s", _loaded(setup, info))
-            log.debug("%s", _computed_by(setup, info))
+            log.info("%s", _describe_load(setup, info))
+            log.debug("%s", _describe_compute(setup, info))
         capacities = [decode_capacity(payload) for payload in self._phase("profile", timeout)]
         smallest = min(capacities, key=lambda capacity: capacity.num_blocks)
         self.num_blocks = smallest.num_blocks
         if len({capacity.num_blocks for capacity in capacities}) > 1:
-            log.info("rank %d has the least room and decides: %d KV blocks", smallest.rank, self.num_blocks)
+            log.info("rank %d has the least room: all ranks use its %d KV blocks", smallest.rank, self.num_blocks)
         check_capacity(self.num_blocks)
         self._phase("allocate", timeout, self.num_blocks.to_bytes(8, "little"))
         self._phase("warm_up", timeout)
@@ -139,13 +149,13 @@ class RankExecutor:
         self._links.send(RankCall(self._call_id, verb, payload))
         deadline = time.monotonic() + timeout
         while len(self._replies) < self._links.world_size:
-            if self._launched:  # steps go before the call, and have a deadline of their own
+            if self._launched:  # ranks compute these steps before the call, and steps have their own deadline
                 deadline = time.monotonic() + timeout
                 self._check_step_deadline()
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 missing = [rank for rank in range(self._links.world_size) if rank not in self._replies]
-                self._fail(f"{verb} did not end within {timeout:g} s on {self._describe(missing)}")
+                self._fail(f"{verb} did not finish within {timeout:g} s on {self._describe(missing)}")
             self._receive(min(remaining, _SLICE_S))
         return [self._replies[rank] for rank in range(self._links.world_size)]
 
@@ -154,13 +164,14 @@ class RankExecutor:
 
     def _receive(self, timeout: float) -> None:
         now = time.monotonic()
-        if now - self._watched > _AWAY_S:  # nobody asked for a while, or this process was stopped: the wait starts now
+        if now - self._watched > _AWAY_S:
+            # The caller was busy, or this process was stopped: do not hold this time against the ranks.
             self._waiting_since = now
         messages = self._guarded_receive(timeout)
         self._watched = time.monotonic()
         reports = [message for message in messages if isinstance(message, RankReport)]
         if reports:
-            self._blame(reports)
+            self._raise_report(reports)
         for message in messages:
             match message:
                 case StepResult():
@@ -177,8 +188,11 @@ class RankExecutor:
             self._give_up(str(error))
             raise
 
-    def _blame(self, reports: list[RankReport]) -> NoReturn:
-        """Raises the error of the best report: a rank that lost contact is seldom the one at fault."""
+    def _raise_report(self, reports: list[RankReport]) -> NoReturn:
+        """Raise the error of the report that is nearest to the cause.
+
+        A rank that has lost contact with others is seldom the one at fault, so other reports are awaited for a moment.
+        """
         deadline = time.monotonic() + _CAUSE_S
         while all(report.communication for report in reports) and (remaining := deadline - time.monotonic()) > 0:
             found = self._guarded_receive(remaining)  # raises if a rank has died
@@ -193,7 +207,7 @@ class RankExecutor:
         if self._launched and time.monotonic() - self._waiting_since > self._step_timeout:
             ranks = list(range(self._links.world_size))
             self._fail(
-                f"step {self._launched[0]} did not end within {self._step_timeout:g} s (--step-timeout): "
+                f"step {self._launched[0]} did not finish within {self._step_timeout:g} s (--step-timeout): "
                 f"{self._describe(ranks)}"
             )
 
@@ -213,8 +227,8 @@ class RankExecutor:
         raise RankFailed(message)
 
 
-def _loaded(setup: RankSetup, info: LoadInfo) -> str:
-    """Return one rank's line for the log: where it stands and what it holds."""
+def _describe_load(setup: RankSetup, info: LoadInfo) -> str:
+    """Return a line for the log: the place of a rank in the layout, and what it holds."""
     layout = setup.plan.layout
     stage, tp_rank = divmod(setup.rank, layout.tp)
     experts = f"{info.experts} experts, " if info.experts else ""
@@ -225,8 +239,8 @@ def _loaded(setup: RankSetup, info: LoadInfo) -> str:
     )
 
 
-def _computed_by(setup: RankSetup, info: LoadInfo) -> str:
-    """Return how a rank computes, for whoever looks closer."""
+def _describe_compute(setup: RankSetup, info: LoadInfo) -> str:
+    """Return a line for the debug log: how a rank computes."""
     return (
         f"rank {setup.rank}: {setup.rank_plan.cost_share:.1%} of the cost, {info.threads} threads, {info.linear}, "
         f"{info.kernels}, {info.comm}"

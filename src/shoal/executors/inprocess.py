@@ -1,4 +1,4 @@
-"""One rank in the caller's own thread. It computes while the engine polls."""
+"""The executor `uni`: a single rank in the thread of the engine, which computes while the engine polls."""
 
 import os
 from collections import deque
@@ -12,10 +12,12 @@ from shoal.worker.rank import Rank
 
 
 class InProcessLinks:
+    """The link to a rank in the same thread."""
+
     world_size = 1
 
     def __init__(self, setups: Sequence[RankSetup], groups: object = None) -> None:
-        """Needs nothing of its arguments: a rank alone meets nobody."""
+        """Make the rank. The arguments, which other links need, are not used."""
         self._rank = Rank(_no_groups)
         self._inbox: deque[ToRank] = deque()
         self._interrupted = False
@@ -25,11 +27,13 @@ class InProcessLinks:
 
     def receive(self, timeout: float) -> list[FromRank]:
         if self._interrupted:
-            raise RankFailed(f"rank 0 ({self.describe(0)}) was interrupted in the middle of its work: start anew")
+            raise RankFailed(
+                f"rank 0 ({self.describe(0)}) was interrupted in the middle of its work: start the engine again"
+            )
         while self._inbox:
             message = self._inbox.popleft()
             if not isinstance(message, Stop):
-                self._interrupted = True  # stays so if Ctrl-C ends it half-way: nobody knows what it has done
+                self._interrupted = True  # remains True if Ctrl-C ends the work, which leaves an unknown state
                 answer = self._rank.answer(message)
                 self._interrupted = False
                 if answer is not None:
@@ -41,8 +45,8 @@ class InProcessLinks:
 
     def close(self, *, failed: bool) -> None:
         self._inbox.clear()
-        self._rank = Rank(_no_groups)  # lets go of weights and cache
+        self._rank = Rank(_no_groups)  # drops weights and cache
 
 
 def _no_groups(setup: RankSetup, axis: str, ranks: Sequence[int]) -> Communicator:
-    raise ConfigError(f"the executor uni runs one rank; {axis} asks for {len(ranks)}: use threads or mp")
+    raise ConfigError(f"the executor uni runs one rank, but axis {axis} has {len(ranks)}: use threads or mp")

@@ -1,4 +1,4 @@
-"""The executors by name: how the ranks of a replica are started."""
+"""The table of executors, by name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from shoal.wire.ranks import RankSetup
 
 @dataclass(frozen=True, slots=True)
 class ExecutorKind:
-    """One way to start ranks. `links` names a class that is made of the ranks' setups and the groups of threads."""
+    """A way to start ranks."""
 
-    links: str
-    in_this_process: bool  # ranks load torch into the process of the engine
+    links: str  # module and name of a class of `Links`, whose arguments are the setups of the ranks and `groups`
+    in_this_process: bool  # True: ranks load torch into the process of the engine
 
 
 EXECUTORS = {
@@ -25,11 +25,16 @@ EXECUTORS = {
 
 
 def start_ranks(name: str, setups: Sequence[RankSetup], groups: Any = None) -> Links:
-    """Start the ranks of a replica. `groups`: where ranks that are threads meet those of other replicas."""
+    """Start the ranks of a replica.
+
+    Args:
+        name: the name of an executor.
+        groups: the groups of threads of several replicas in this process (see `thread_groups`).
+    """
     links: Links = load(EXECUTORS[name].links)(setups, groups)
     return links
 
 
 def thread_groups(comm_timeout_s: float) -> Any:
-    """Return a place where ranks of several replicas meet that are threads of this process."""
+    """Return the groups through which ranks of several replicas communicate, if all are threads of this process."""
     return load("shoal.executors.threads:ThreadGroups")(comm_timeout_s)

@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: any layout in milliseconds, nothing to isolate."""
+"""The executor `threads`: ranks as threads of this process. They start fast, and are not isolated from each other."""
 
 import queue
 import threading
@@ -15,8 +15,14 @@ _END_S = 5.0
 
 
 class ThreadLinks:
+    """The links to ranks that are threads."""
+
     def __init__(self, setups: Sequence[RankSetup], groups: ThreadGroups | None = None) -> None:
-        """`groups`: where ranks of several replicas meet, the same one for all of these."""
+        """Start a thread for each setup.
+
+        Args:
+            groups: the groups of several replicas, the same object for all of them; None: this replica is alone.
+        """
         world_size = self.world_size = len(setups)
         self._closed = False
         self._shared = groups is not None
@@ -33,9 +39,9 @@ class ThreadLinks:
             thread.start()
 
     def _run(self, rank: int) -> None:
-        mine = self._ranks[rank]
+        own_rank = self._ranks[rank]
         while not isinstance(message := self._inboxes[rank].get(), Stop):
-            answer = mine.answer(message)
+            answer = own_rank.answer(message)
             if answer is not None:
                 self._outbox.put(answer)
 
@@ -64,11 +70,11 @@ class ThreadLinks:
         if self._closed:
             return
         self._closed = True
-        if failed or self._shared:  # a step in flight may wait for a replica that has ended before this one
+        if failed or self._shared:  # a step in flight may be waiting for a replica that was closed before this one
             for group in tuple(self._joined):
                 group.abort()
         self.send(Stop())
         deadline = time.monotonic() + _END_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._ranks = [Rank(self._join_group) for _ in range(self.world_size)]  # lets go of weights and cache
+        self._ranks = [Rank(self._join_group) for _ in range(self.world_size)]  # drops weights and caches

@@ -80,7 +80,7 @@ class OpenModel:
 
     @property
     def agreement(self) -> dict[str, str]:
-        """What the processes of all replicas must have in common (see `planner.agreement`)."""
+        """The versions, options and digests that all replicas must have in common (see `planner.agreement`)."""
         return agreement(self.options, self._own_planner.first_plan)
 
     def log_plan(self) -> None:

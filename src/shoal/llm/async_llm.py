@@ -370,7 +370,7 @@ class AsyncLLM(PauseAndSleep):
         """Change the number of replicas. Return the new state, without waiting for replicas to start or to end.
 
         Raises:
-            UserError: so many replicas are not possible.
+            UserError: this number of replicas is not possible.
             EngineError: the fleet has failed.
         """
         return fleet_status_decoder.decode(await self.ask("scale", str(replicas).encode()))

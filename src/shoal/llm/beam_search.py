@@ -41,7 +41,7 @@ def beam_search(
         tokenizer: without it, the texts of the outputs are empty.
 
     Raises:
-        RequestError: a prompt is empty, or so long that no output fits behind it.
+        RequestError: a prompt is empty, or leaves no room for an output.
     """
     searches = [_BeamSearch(tuple(prompt), params, frozenset(eos), max_model_len) for prompt in prompts]
     scale = params.temperature or 1.0

@@ -23,7 +23,7 @@ _MOST_NAMED = 5  # the most prompt numbers in an error message
 
 
 class DataParallelRank:
-    """One process of a data-parallel job, connected to the others. An `LLM` of this process is one of its replicas.
+    """A process of a data-parallel job, connected to the others. An `LLM` of this process is one of its replicas.
 
     with DataParallelRank.from_environment() as job, LLM(model) as llm:
         mine = job.share(prompts)

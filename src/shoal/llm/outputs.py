@@ -23,7 +23,7 @@ _REASONS: dict[Finish, FinishReason] = {
 
 
 class Completion:
-    """One output of a prompt, while it is generated."""
+    """An output of a prompt, while it is generated."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Completion:
     def _offsets(self, start: int, *, whole: str | None) -> tuple[int, ...] | None:
         """Return where the tokens from `start` on begin in the text of the output; None if it was not asked for.
 
-        If the `whole` text is known, none lies behind its end, because a stop text was cut off there.
+        If the `whole` text is given, no token begins after its end: a stop text may have been cut off there.
         """
         if self._job.params.logprobs is None:
             return None

@@ -77,7 +77,7 @@ def budgets_of_added_replica(
         replicas: how many replicas the host has with the added one.
 
     Returns:
-        None if the user has set a size, or if the host has not enough memory for so many replicas of that size.
+        None if the user has set a size, or if the host does not have enough memory for all `replicas`.
     """
     asked = options.cache.kv_cache_memory_bytes is not None or options.cache.device_memory is not None
     if hardware.device != "cpu" or asked:

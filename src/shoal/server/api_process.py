@@ -26,7 +26,7 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.transport.waker import Waker
 from shoal.wire.base import Stop, encode
-from shoal.wire.engine import Abort, Ask, EngineRequest, Told, Updates
+from shoal.wire.engine import Abort, ControlCall, ControlReply, EngineRequest, Updates
 from shoal.wire.fleet import ContextLength, to_api
 from shoal.wire.plan import ApiSetup
 
@@ -69,7 +69,7 @@ class ChannelLine:
         self._closed = True
         self._waker.wake()
 
-    def _send(self, message: EngineRequest | Abort | Ask) -> None:
+    def _send(self, message: EngineRequest | Abort | ControlCall) -> None:
         self._channel.send(encode(message))
         if self._channel.backlog:  # the thread writes the rest, and does not know of it while it waits
             self._waker.wake()
@@ -84,7 +84,7 @@ class ChannelLine:
                     continue
                 for frame in self._channel.receive():
                     match to_api.decode(frame):
-                        case Told() as told:
+                        case ControlReply() as told:
                             self._questions.answer(told)
                         case Updates() | ContextLength() as answer:
                             self._deliver(answer)

@@ -146,7 +146,7 @@ class GrammarProcess:
             took = time.thread_time() - begun
             followed.is_fast = took < _FAST_S
             followed.length += len(tokens)
-            self._send(replace_fields(found, behind=followed.length, cost_us=int(took * 1e6)))
+            self._send(replace_fields(found, num_tokens=followed.length, cost_us=int(took * 1e6)))
 
         if followed.is_fast:
             work()

@@ -25,8 +25,8 @@ from shoal.wire.rendezvous import (
     JoinRefused,
     Leave,
     MemberGone,
-    Posted,
     RoomComplete,
+    RoomMessage,
     RoomWaiting,
     Signed,
     Welcome,
@@ -271,7 +271,7 @@ class RoomMember:
             EngineError: the rendezvous has gone.
         """
         try:
-            self._channel.send(encode(Posted(topic, self.rank, to, payload)))
+            self._channel.send(encode(RoomMessage(topic, self.rank, to, payload)))
         except ChannelClosed:
             raise EngineError(f"the rendezvous at {self._address} has gone") from None
 
@@ -395,7 +395,7 @@ class RoomMember:
     def _take(self, message: FromRendezvous) -> None:
         with self._inbox.changed:
             match message:
-                case Posted():
+                case RoomMessage():
                     self._inbox.posted.setdefault(message.topic, {})[message.sender] = message.payload
                 case MemberGone():
                     self._inbox.gone[message.rank] = message.why

@@ -40,8 +40,8 @@ from shoal.wire.rendezvous import (
     JoinRefused,
     Leave,
     MemberGone,
-    Posted,
     RoomComplete,
+    RoomMessage,
     RoomWaiting,
     Signed,
     StoreAdd,
@@ -271,7 +271,7 @@ class Rendezvous:
             self._welcome(guest, message)
             return
         match message:
-            case Posted():
+            case RoomMessage():
                 self._forward(guest, message)
             case Leave():
                 self._part(guest, message.why)
@@ -364,13 +364,13 @@ class Rendezvous:
         else:
             self._say_who_is_missing(room)
 
-    def _forward(self, sender: _Guest, message: Posted) -> None:
+    def _forward(self, sender: _Guest, message: RoomMessage) -> None:
         if sender.hello is None or sender.room is None:
             return
         own = sender.hello.rank
         for rank, member in list(sender.room.members.items()):
             if rank != own and message.to in (-1, rank):
-                self._send(member, Posted(message.topic, own, message.to, message.payload))
+                self._send(member, RoomMessage(message.topic, own, message.to, message.payload))
 
     def _say_who_is_missing(self, room: _Room) -> None:
         room.said = time.monotonic()

@@ -36,8 +36,8 @@ class EngineRequest(Wire, frozen=True):
     """A request for one output. A prompt with n outputs is n requests of one group."""
 
     seq: int  # the number of the request; the client chooses it and never uses it twice
-    tokens: bytes  # of the prompt, and of the output so far if the request goes on from there (`wire.tokens`)
-    num_prompt_tokens: int  # `tokens` after them belong to the output
+    tokens: bytes  # the prompt, and the tokens that the output has if the request is continued (`wire.tokens`)
+    num_prompt_tokens: int  # the length of the prompt; `tokens` after it belong to the output
     sampling: Sampling
     max_tokens: int  # the most tokens that the output may have
     stop_ids: bytes = b""  # tokens that end the output (`wire.tokens`)
@@ -52,12 +52,12 @@ class EngineRequest(Wire, frozen=True):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt, and of the output so far."""
+        """The number of tokens of the prompt and of the output so far."""
         return num_tokens(self.tokens)
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens of the output that another engine has drawn."""
+        """The number of output tokens that another engine has drawn."""
         return self.num_tokens - self.num_prompt_tokens
 
 
@@ -84,10 +84,10 @@ class SeqUpdate(Wire, frozen=True):
 
 
 class Updates(Wire, frozen=True):
-    """An envelope of updates for one client, whose own numbers of its requests are lower by `base`."""
+    """Updates of the requests of one client."""
 
     updates: tuple[SeqUpdate, ...]
-    base: int = 0
+    base: int = 0  # subtracted from a `seq`, it gives the client's own number of the request
 
 
 class EngineFailure(Wire, frozen=True):
@@ -138,32 +138,32 @@ class Snapshot(Wire, frozen=True):
     stats: EngineStats
 
 
-class Become(Wire, frozen=True):
+class SetActivity(Wire, frozen=True):
     """A request to an engine to be awake, paused or asleep from now on.
 
-    The answer is a Told. With an error in it, the engine is in the same state as before. After the answer to a pause
-    nothing is computed any more.
+    The answer is a ControlReply. With an error in it, the engine is in the same state as before. After the answer to a
+    pause nothing is computed any more.
     """
 
     id: int
     activity: Activity
 
 
-class ResetCache(Wire, frozen=True):
-    """A request to an engine to empty its prefix cache. The answer is a Told with a CacheReset."""
+class ResetPrefixCache(Wire, frozen=True):
+    """A request to an engine to empty its prefix cache. The answer is a ControlReply with a ResetOutcome."""
 
     id: int
     running: bool = False  # True: running requests compute their blocks again too
 
 
-class CacheReset(Wire, frozen=True):
+class ResetOutcome(Wire, frozen=True):
     """The outcome of emptying a prefix cache."""
 
     forgotten: int = 0  # blocks that were in the cache
     held: int = 0  # blocks that running requests still use
 
 
-class Ask(Wire, frozen=True):
+class ControlCall(Wire, frozen=True):
     """A question or an order of a client, other than a request: `status`, `metrics`, `scale`, ..."""
 
     id: int
@@ -171,8 +171,8 @@ class Ask(Wire, frozen=True):
     payload: bytes = b""
 
 
-class Told(Wire, frozen=True):
-    """The answer to an Ask, a Become or a ResetCache."""
+class ControlReply(Wire, frozen=True):
+    """The answer to a ControlCall, a SetActivity or a ResetPrefixCache."""
 
     id: int
     payload: bytes = b""
@@ -180,12 +180,12 @@ class Told(Wire, frozen=True):
     user_error: bool = False  # True: the one who asked can correct the error
 
 
-ToEngine = EnginePlan | EngineRequest | Abort | StatsQuery | Stop | Ask | Become | ResetCache
+ToEngine = EnginePlan | EngineRequest | Abort | StatsQuery | Stop | ControlCall | SetActivity | ResetPrefixCache
 
-FromEngine = Updates | EngineStats | EngineFailure | Snapshot | Told
+FromEngine = Updates | EngineStats | EngineFailure | Snapshot | ControlReply
 
 to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
-cache_reset_decoder: msgspec.msgpack.Decoder[CacheReset] = msgspec.msgpack.Decoder(CacheReset)
+reset_outcome_decoder: msgspec.msgpack.Decoder[ResetOutcome] = msgspec.msgpack.Decoder(ResetOutcome)

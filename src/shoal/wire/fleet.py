@@ -3,7 +3,7 @@
 import msgspec
 
 from shoal.wire.base import Stop, Wire
-from shoal.wire.engine import EngineStats, Told, Updates
+from shoal.wire.engine import ControlReply, EngineStats, Updates
 from shoal.wire.plan import ApiSetup
 
 
@@ -55,13 +55,13 @@ class FleetStatus(Wire, frozen=True):
 
 
 class StoredTurn(Wire, frozen=True):
-    """One turn of a stored conversation: the items of one side, in order."""
+    """A turn of a stored conversation: the items of one side, in order."""
 
     items: bytes  # a JSON list
     ids: tuple[str, ...]  # the ids of the items that have one
 
 
-class KeepResponse(Wire, frozen=True):
+class StoreResponse(Wire, frozen=True):
     """A response to be stored."""
 
     id: str
@@ -85,22 +85,22 @@ class ResponseNames(Wire, frozen=True):
 
 
 class ContextLength(Wire, frozen=True):
-    """The tokens that a prompt and its output may have together.
+    """The most tokens that a prompt and its output may have together.
 
-    A fleet tells each front end once its first replicas are ready and have said how much their KV caches hold, and a
-    front end that connects later at once.
+    A fleet sends it to each front end when its first replicas are ready and know the sizes of their KV caches, or when
+    the front end connects if that is later.
     """
 
     max_model_len: int
 
 
-ToApi = ApiSetup | Updates | ContextLength | Told | Stop
+ToApi = ApiSetup | Updates | ContextLength | ControlReply | Stop
 
 to_api: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
 
 fleet_status_decoder: msgspec.msgpack.Decoder[FleetStatus] = msgspec.msgpack.Decoder(FleetStatus)
 
-keep_response_decoder: msgspec.msgpack.Decoder[KeepResponse] = msgspec.msgpack.Decoder(KeepResponse)
+store_response_decoder: msgspec.msgpack.Decoder[StoreResponse] = msgspec.msgpack.Decoder(StoreResponse)
 
 stored_turns_decoder: msgspec.msgpack.Decoder[StoredTurns] = msgspec.msgpack.Decoder(StoredTurns)
 

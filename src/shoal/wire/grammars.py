@@ -43,7 +43,7 @@ class Verdict(Wire, frozen=True):
     """The tokens that a grammar allows next: after the last token of an output, then after each of `drafts`."""
 
     seq: int
-    behind: int = 0  # number of tokens that the output has
+    num_tokens: int = 0  # number of tokens that the output has
     refused: str = ""  # why the output can't be followed at all; all fields after it are empty then
     lost: str = ""  # why the output is no longer followed, through no fault of its grammar; it may be followed anew
     problem: str = ""  # why no continuation of the output can satisfy the grammar

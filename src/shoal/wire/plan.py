@@ -77,7 +77,7 @@ class ShardPlan(Wire, frozen=True):
 
 
 class ModelPlan(Wire, frozen=True):
-    """One model of a replica: the served model or its draft model."""
+    """A model of a replica: the served model or its draft model."""
 
     folder: str
     implementation: Literal["shoal", "transformers"] = "shoal"
@@ -86,7 +86,7 @@ class ModelPlan(Wire, frozen=True):
 
 
 class RankPlan(Wire, frozen=True):
-    """One rank of a replica: where it runs, what it holds, and the memory that it needs in bytes."""
+    """A rank of a replica: where it runs, what it holds, and the memory that it needs in bytes."""
 
     rank: int
     host: str
@@ -144,7 +144,7 @@ class EnginePlan(Wire, frozen=True):
     draft: ModelPlan | None = None
     speculative: SpeculativeConfig | None = None
     eos: Ids = ()  # tokens that end a text
-    tokenizer_folder: str = ""  # of the tokenizer that grammars are compiled for; "": the model's folder
+    tokenizer_folder: str = ""  # folder of the tokenizer that grammars are compiled for; "": the model's folder
     grammar_cores: Ids = ()  # the CPU cores for the processes that follow grammars
     # Name -> value or digest of what must be the same in all processes of the job (`planner.agreement`).
     agreement: dict[str, str] = msgspec.field(default_factory=dict)
@@ -170,7 +170,7 @@ class ServedModel(Wire, frozen=True):
     """The facts about a model that a front end needs when another process runs its replicas."""
 
     folder: str
-    tokenizer_folder: str  # of the tokenizer and its chat template; most often the model's folder
+    tokenizer_folder: str  # folder of the tokenizer and its chat template; usually the model's folder
     file_state: str  # state of the model's files when the plan was made
     overrides: str  # a JSON object; its fields replace those of config.json
     vocab_size: int

@@ -30,7 +30,7 @@ class Sampling(Wire, frozen=True):
     top_p: float = 1.0
     min_p: float = 0.0
     penalties: SamplingPenalties | None = None
-    min_tokens: int = 0  # until the output has so many tokens, none of `ends` is drawn
+    min_tokens: int = 0  # none of `ends` is drawn before the output has this number of tokens
     ends: bytes = b""  # end-of-text and stop tokens
     bias_ids: bytes = b""  # tokens whose logits are biased
     bias_values: bytes = b""  # the bias of each of them: float32, little endian
@@ -48,7 +48,7 @@ class NewSeq(Wire, frozen=True):
 
     seq: int
     epoch: int
-    tokens: bytes  # `wire.tokens`
+    tokens: bytes  # encoded by `wire.tokens`
     num_prompt_tokens: int  # how many of `tokens` are the prompt
     blocks: Ids  # KV blocks whose tokens are computed already, from the prefix cache
     sampling: Sampling
@@ -186,7 +186,7 @@ class RankReply(Wire, frozen=True):
     payload: bytes
 
 
-class Pulse(Wire, frozen=True):
+class Heartbeat(Wire, frozen=True):
     """A heartbeat of a rank."""
 
     rank: int
@@ -206,7 +206,7 @@ class RankReport(Wire, frozen=True):
 
 ToRank = RankSetup | StepPlan | StepMask | RankCall | Stop
 
-FromRank = StepResult | RankReply | Pulse | RankReport
+FromRank = StepResult | RankReply | Heartbeat | RankReport
 
 
 class LoadInfo(Wire, frozen=True):

@@ -60,7 +60,7 @@ class RoomComplete(Wire, frozen=True):
     formation: int = 0  # how many rooms were completed before this one
 
 
-class Posted(Wire, frozen=True):
+class RoomMessage(Wire, frozen=True):
     """A message from one member of a room to another, or to all others."""
 
     topic: str
@@ -123,10 +123,10 @@ class StoreValue(Wire, frozen=True):
     value: bytes | None  # None: there is no such key
 
 
-ToRendezvous = Signed | Posted | Leave | Alive | StoreSet | StoreAdd | StoreGet | StoreDelete
+ToRendezvous = Signed | RoomMessage | Leave | Alive | StoreSet | StoreAdd | StoreGet | StoreDelete
 
 FromRendezvous = (
-    Challenge | Welcome | JoinRefused | RoomWaiting | RoomComplete | Posted | MemberGone | Alive | StoreValue
+    Challenge | Welcome | JoinRefused | RoomWaiting | RoomComplete | RoomMessage | MemberGone | Alive | StoreValue
 )
 
 to_rendezvous: msgspec.msgpack.Decoder[ToRendezvous] = msgspec.msgpack.Decoder(ToRendezvous)

@@ -1,7 +1,7 @@
-"""Lists of token ids, and of numbers for them, as messages carry them: bytes, little endian, four to an entry.
+"""The encoding of lists of token ids, and of numbers that belong to them, in messages: four bytes each, little endian.
 
-A prompt of 100,000 tokens is copied through several processes; as bytes that costs a copy of memory, and nobody looks
-at the ids on the way. Whoever has numpy reads them in place, as `TOKEN_DTYPE`.
+A prompt of 100,000 tokens passes through several processes. As bytes it is only copied, and the ids need not be read on
+the way. Numpy can read them without a copy, with the type `TOKEN_DTYPE`.
 """
 
 import array
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from functools import lru_cache
 
-TOKEN_DTYPE = "<i4"  # as numpy names it
+TOKEN_DTYPE = "<i4"  # numpy's name for int32, little endian
 
 _TOKEN_BYTES = 4
 
@@ -26,17 +26,17 @@ def decode_tokens(data: bytes) -> list[int]:
 
 
 def num_tokens(data: bytes | bytearray) -> int:
-    """Return how many tokens there are, without looking at them."""
+    """Return the number of encoded tokens."""
     return len(data) // _TOKEN_BYTES
 
 
-@lru_cache(maxsize=16)  # for the outputs of a request, which come one after the other
+@lru_cache(maxsize=16)  # the outputs of a prompt have the same stop tokens, and are added one after the other
 def token_set(data: bytes) -> frozenset[int]:
     return frozenset(decode_tokens(data))
 
 
 def encode_numbers(numbers: Iterable[float]) -> bytes:
-    """Return numbers as float32."""
+    """Return numbers encoded as float32."""
     return _little_endian(array.array("f", numbers))
 
 

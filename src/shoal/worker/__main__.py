@@ -1,7 +1,8 @@
-"""A rank in a process of its own: `python -m shoal.worker --fd N --parent PID --store N`.
+"""A process with one rank: `python -m shoal.worker --fd N --parent PID --store N`.
 
-The main thread computes. A second one reads messages and tells the engine twice a second that the process is alive
-and what it is doing, also while the main thread waits for another rank. It ends the process when the engine goes.
+The main thread computes. A second thread reads messages, and tells the engine twice a second that the process is alive
+and what it is doing, even while the main thread waits for another rank. It ends the process when the engine's process
+has ended.
 """
 
 import os
@@ -18,9 +19,9 @@ from shoal.process import garbage_collector
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
-from shoal.wire.ranks import Pulse, ToRank, to_rank
+from shoal.wire.ranks import Heartbeat, ToRank, to_rank
 
-_PULSE_S = 0.5
+_HEARTBEAT_S = 0.5
 
 
 @click.command()
@@ -31,7 +32,7 @@ _PULSE_S = 0.5
 @click.option("--store", type=int, required=True)
 def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
     die_with_parent(parent)
-    for each in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the engine decides what ends
+    for each in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group; the engine ends its ranks
         signal.signal(each, signal.SIG_IGN)
     configure_logging(f"(rank {number}) ")
     channel = Channel.from_fd(fd)
@@ -39,7 +40,7 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
     status = _Status(number)
     threading.Thread(target=_listen, args=(channel, inbox, status), daemon=True, name="listen").start()
 
-    from shoal.worker.process_groups import ProcessGroups  # these load torch; the other thread is heard meanwhile
+    from shoal.worker.process_groups import ProcessGroups  # loads torch, while the other thread sends heartbeats
     from shoal.worker.rank import Rank
 
     garbage_collector.settle()
@@ -49,7 +50,7 @@ def main(fd: int, parent: int, number: int, size: int, store: int) -> None:
         if answer is not None:
             channel.send(encode(answer))
     channel.flush(timeout=1.0)
-    os._exit(0)  # nothing to save; torch's own teardown takes longer than the engine should wait
+    os._exit(0)  # nothing must be saved, and the teardown of torch would let the engine wait
 
 
 class _Describable(Protocol):
@@ -65,23 +66,23 @@ class _Status:
         self.number = number
         self.rank: _Describable | None = None
 
-    def pulse(self) -> Pulse:
+    def heartbeat(self) -> Heartbeat:
         if self.rank is None:
-            return Pulse(self.number, -1, "loading torch")
-        return Pulse(self.number, self.rank.last_step, self.rank.doing)
+            return Heartbeat(self.number, -1, "loading torch")
+        return Heartbeat(self.number, self.rank.last_step, self.rank.doing)
 
 
 def _listen(channel: Channel, inbox: "queue.SimpleQueue[ToRank]", status: _Status) -> None:
-    next_pulse = time.monotonic()
+    next_heartbeat = time.monotonic()
     try:
         while True:
-            if wait([channel], next_pulse - time.monotonic()):
+            if wait([channel], next_heartbeat - time.monotonic()):
                 for frame in channel.receive():
                     inbox.put(to_rank.decode(frame))
-            if time.monotonic() >= next_pulse:
-                if not channel.backlog:  # an engine at rest reads nothing
-                    channel.send(encode(status.pulse()))
-                next_pulse = time.monotonic() + _PULSE_S
+            if time.monotonic() >= next_heartbeat:
+                if not channel.backlog:  # an idle engine reads nothing, and heartbeats must not pile up
+                    channel.send(encode(status.heartbeat()))
+                next_heartbeat = time.monotonic() + _HEARTBEAT_S
     except ChannelClosed:
         os._exit(1)
 

@@ -1,7 +1,7 @@
-"""The sequences a rank remembers, and the tensors of a step built from them.
+"""The table of the sequences that a rank remembers, which builds the tensors of a step.
 
-A plan says only what is new. The table knows each sequence's blocks, its last token and its sampling parameters, in
-arrays with a row a sequence, so that most of a step is built by indexing.
+A step plan says only what is new. The table has the blocks, the last token and the sampling parameters of each
+sequence, in arrays with one row for each sequence, so that most tensors of a step are built by indexing.
 """
 
 import dataclasses
@@ -18,12 +18,14 @@ from shoal.wire.base import Ids
 from shoal.wire.ranks import NewSeq, StepPlan, Work
 from shoal.wire.tokens import TOKEN_DTYPE
 from shoal.worker.random import row_keys, split_keys
-from shoal.worker.rules import EditsBuilder, Rules
+from shoal.worker.rules import EditsBuilder, SamplingRules
 from shoal.worker.sampler import SamplingRows
 
-_COLDEST = 1e-5  # below, logits divided by it leave float32's range, and the likeliest token is the only one left
-# Numbers that float32 does not have make no difference to those that it has.
-_HOTTEST = 1e30
+# Logits divided by a smaller temperature would leave the range of float32. Only the likeliest token is left there, so
+# smaller temperatures are greedy.
+_LEAST_TEMPERATURE = 1e-5
+# Parameters are cut to the range of float32. The cut makes no difference to the outcome.
+_MOST_TEMPERATURE = 1e30
 _LEAST_TOP_P = 1e-30
 
 Int32 = npt.NDArray[np.int32]
@@ -32,38 +34,45 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(slots=True)
 class _Sequence:
-    row: int
+    row: int  # in the arrays of the table
     epoch: int
-    tokens: Int32  # as given; what is sampled later is remembered in the table's last_token alone
+    tokens: Int32  # those of the NewSeq; of the tokens drawn later, the table has only the last one
     num_prompt_tokens: int
     num_blocks: int
     logprobs: int
     prompt_logprobs: int
-    rules: Rules | None
+    rules: SamplingRules | None
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Tokens of a prompt whose successors' log-probabilities are wanted."""
+    """Consecutive tokens of a prompt whose log-probabilities are wanted.
+
+    They are computed from the rows of the tokens before them.
+    """
 
     seq: int
-    start: int  # position of the first successor
-    targets: tuple[int, ...]  # the successors
-    logprobs: int
+    start: int  # position of the first target
+    targets: tuple[int, ...]  # the tokens whose log-probabilities are wanted
+    logprobs: int  # for how many of the likeliest tokens log-probabilities are wanted, in addition
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
+    """The tensors of a step of n tokens, after m of which a token is drawn."""
+
     tokens: Tensor  # int64 [n]
     batch: PagedBatch
-    logit_rows: Tensor | None  # int64 [m + p]: m tokens that are sampled behind, then those of `prompts`; None: all
-    sampled: tuple[Work, ...]  # the works of the first m rows, in their order: a row, and one for each draft
-    sampling: SamplingRows | None  # None: nothing is sampled here
-    masked_rows: tuple[int, ...]  # of the m rows, those that the step's mask has a row for, in the mask's order
+    logit_rows: Tensor | None  # int64 [m + p]: tokens after which one is drawn, then those of `prompts`; None: all n
+    sampled: tuple[Work, ...]  # the works of the m rows, in the order of the rows; a work has 1 + len(drafts) rows
+    sampling: SamplingRows | None  # None: this stage draws no tokens in this step
+    masked_rows: tuple[int, ...]  # those of the m rows that have a row in the step's mask, in the order of the mask
     prompts: tuple[PromptRows, ...]
 
 
 class SequenceTable:
+    """The sequences of one rank."""
+
     def __init__(
         self,
         max_num_seqs: int,
@@ -74,8 +83,12 @@ class SequenceTable:
         *,
         samples: bool = True,
     ) -> None:
-        """`scratch_slot` takes keys and values that must not be written where they belong. `samples`: is this the stage
-        that draws tokens? Others build nothing of what only that takes."""
+        """Make an empty table.
+
+        Args:
+            scratch_slot: the slot of the KV cache for keys and values that must not be written to their own slot.
+            samples: True on the last stage, which draws tokens. Other stages do not build what only drawing needs.
+        """
         self._samples = samples
         self._block_size = block_size
         self._device = device
@@ -84,7 +97,7 @@ class SequenceTable:
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._blocks: Int32 = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
-        self._written: Int64 = np.zeros(max_num_seqs, np.int64)  # positions before it are in the cache, and shared
+        self._written: Int64 = np.zeros(max_num_seqs, np.int64)  # positions before this are in shared blocks: read-only
         self._last_token: Int64 = np.zeros(max_num_seqs, np.int64)
         self._temperature = np.zeros(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int64)
@@ -97,7 +110,7 @@ class SequenceTable:
         return len(self._sequences)
 
     def apply(self, plan: StepPlan) -> None:
-        """Forgets, admits and appends blocks, as the plan says."""
+        """Forget and add sequences, and append blocks to them, as a plan says."""
         for seq in plan.released:
             self._free_rows.append(self._sequences.pop(seq).row)
         for new in plan.new:
@@ -112,7 +125,7 @@ class SequenceTable:
         tokens = np.frombuffer(new.tokens, TOKEN_DTYPE)
         rules = None
         if self._samples:
-            rules = Rules.of(sampling, tokens[: new.num_prompt_tokens], tokens[new.num_prompt_tokens :])
+            rules = SamplingRules.of(sampling, tokens[: new.num_prompt_tokens], tokens[new.num_prompt_tokens :])
         sequence = _Sequence(
             row=row,
             epoch=new.epoch,
@@ -127,7 +140,8 @@ class SequenceTable:
         self._blocks[row] = 0
         self._append_blocks(sequence, new.blocks)
         self._written[row] = len(new.blocks) * self._block_size
-        self._temperature[row] = min(sampling.temperature, _HOTTEST) if sampling.temperature >= _COLDEST else 0.0
+        greedy = sampling.temperature < _LEAST_TEMPERATURE
+        self._temperature[row] = 0.0 if greedy else min(sampling.temperature, _MOST_TEMPERATURE)
         self._top_k[row] = sampling.top_k
         self._top_p[row] = max(sampling.top_p, _LEAST_TOP_P)
         self._min_p[row] = sampling.min_p
@@ -140,17 +154,17 @@ class SequenceTable:
         sequence.num_blocks = end
 
     def build(self, works: Sequence[Work]) -> StepInput:
-        """The tensors of a step. Sequences with one token come first: the kernels take those together.
+        """Return the tensors of a step. Sequences with one token come first, because kernels compute them together.
 
-        A token with drafts behind it poses as so many sequences of one token, which share their blocks. All keys of a
-        step are written before any is read, so each sees what it would have seen alone, and attention computes it in
-        the same way: the same bits, guessed or not.
+        A token with drafts after it is computed as several sequences of one token, which share their blocks. All keys
+        of a step are written before any is read, so each of them sees the same context as it would alone, and attention
+        computes it in the same way. So a token has the same bits with and without drafts.
         """
-        ordered = sorted(works, key=lambda work: work.count != 1 + len(work.drafts))  # stable: the plan's order else
+        ordered = sorted(works, key=lambda work: work.count != 1 + len(work.drafts))  # otherwise in the plan's order
         rows = np.array([self._sequences[work.seq].row for work in ordered], np.int64)
         starts = np.array([work.start for work in ordered], np.int64)
         counts = np.array([work.count for work in ordered], np.int64)
-        batch = self._batch(*_apart(ordered, rows, starts, counts))
+        batch = self._batch(*_split_single_tokens(ordered, rows, starts, counts))
         ends = counts.cumsum()
         wanted = [i for i, work in enumerate(ordered) if work.sample]
         tokens = self._tokens(ordered, rows, counts, ends)
@@ -169,7 +183,10 @@ class SequenceTable:
         )
 
     def _batch(self, rows: Int64, starts: Int64, counts: Int64) -> PagedBatch:
-        """rows, starts, counts: [b], by sequence, those with a count of 1 first."""
+        """Return the batch of b sequences, whose rows, first positions and numbers of tokens are given as [b].
+
+        Those with one token come first.
+        """
         contexts = starts + counts
         ends = counts.cumsum()
         owner = np.repeat(np.arange(len(rows)), counts)
@@ -192,7 +209,7 @@ class SequenceTable:
         )
 
     def _tokens(self, ordered: Sequence[Work], rows: Int64, counts: Int64, ends: Int64) -> Tensor:
-        """Given ones, the last one that was sampled, guesses."""
+        """Return the tokens of a step, int64 [n]: those of a NewSeq, the last drawn one, and drafts."""
         tokens = np.repeat(self._last_token[rows], counts)
         for work, end in zip(ordered, ends.tolist(), strict=True):
             given = self._sequences[work.seq].tokens
@@ -214,7 +231,8 @@ class SequenceTable:
     def _logit_rows(
         self, ordered: Sequence[Work], ends: Int64, wanted: Sequence[int], prompts: Sequence[PromptRows]
     ) -> Tensor | None:
-        if len(wanted) == ends[-1] and not prompts:  # every token is sampled behind
+        """Return the rows of a step whose logits are needed: int64 [m + p]; None: all rows."""
+        if len(wanted) == ends[-1] and not prompts:
             return None
         sampled = [np.arange(ends[i] - 1 - len(ordered[i].drafts), ends[i]) for i in wanted]
         begins = {work.seq: end - work.count for work, end in zip(ordered, ends.tolist(), strict=True)}
@@ -222,10 +240,11 @@ class SequenceTable:
         return self._tensor(np.concatenate([*sampled, *told]).astype(np.int64) if sampled or told else ends[:0])
 
     def _sampling(self, works: Sequence[Work], table_rows: Int64) -> SamplingRows:
-        """A row behind the last known token of each work, and one behind each of its drafts."""
+        """Return the sampling parameters of the m rows: one after the last known token of each work, and one after each
+        of its drafts."""
         rows_each = np.array([1 + len(work.drafts) for work in works], np.int64)
         rows = np.repeat(table_rows, rows_each)
-        # Those of the tokens to come.
+        # The positions of the tokens that will be drawn.
         positions = np.concatenate(
             [np.arange(work.start + work.count - len(work.drafts), work.start + work.count + 1) for work in works]
         )
@@ -264,10 +283,13 @@ class SequenceTable:
             edits=edits.build(len(rows), self._device),
         )
 
-    def ahead(self, seqs: Sequence[int], positions: Int64) -> tuple[PagedBatch, SamplingRows]:
-        """A step of one token for each of these sequences, at these positions, for a draft model: a plain draw with
-        the keys that the next tokens will be drawn with. A position that has no block yet, or lies beyond the model's
-        length, is not written: what is guessed from there is a guess all the same."""
+    def draft_step(self, seqs: Sequence[int], positions: Int64) -> tuple[PagedBatch, SamplingRows]:
+        """Return the tensors of a step of the draft model: one token for each of these sequences, at these positions.
+
+        Tokens are drawn without truncation, with the keys that the model will use for the same positions. A position
+        that has no block yet, or is beyond the context length, goes to the scratch slot. Drafts after it may then be
+        worse, but they are only drafts.
+        """
         rows = np.array([self._sequences[seq].row for seq in seqs], np.int64)
         room = np.array([self._sequences[seq].num_blocks for seq in seqs], np.int64) * self._block_size
         beyond = positions >= np.minimum(room, self._max_model_len)
@@ -279,19 +301,19 @@ class SequenceTable:
         return batch, dataclasses.replace(sampling, truncated=())
 
     def record(self, work: Work, tokens: Sequence[int]) -> None:
-        """Remembers what was sampled: the next plan may ask for it before the engine has seen it."""
+        """Remember tokens that were drawn. The next plan may need the last one before the engine knows it."""
         sequence = self._sequences[work.seq]
         self._last_token[sequence.row] = tokens[-1]
         if sequence.rules is not None:
             for token in tokens:
                 sequence.rules.append(token)
 
-    def goes_on_from_drawn(self, work: Work) -> bool:
-        """Does it take a token that was drawn since the sequence came?"""
+    def needs_drawn_token(self, work: Work) -> bool:
+        """Return True if a work computes a token that was drawn after the sequence was added."""
         return work.start + work.count - len(work.drafts) > len(self._sequences[work.seq].tokens)
 
-    def learn(self, seq: int, epoch: int, token: int) -> None:
-        """The token that another stage has drawn last, unless the sequence has gone since."""
+    def set_last_token(self, seq: int, epoch: int, token: int) -> None:
+        """Remember the token that the last stage has drawn, unless the sequence has been released since."""
         sequence = self._sequences.get(seq)
         if sequence is not None and sequence.epoch == epoch:
             self._last_token[sequence.row] = token
@@ -306,17 +328,19 @@ class SequenceTable:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
-def _apart(works: Sequence[Work], rows: Int64, starts: Int64, counts: Int64) -> tuple[Int64, Int64, Int64]:
-    """Works of one token and drafts, token by token."""
+def _split_single_tokens(
+    works: Sequence[Work], rows: Int64, starts: Int64, counts: Int64
+) -> tuple[Int64, Int64, Int64]:
+    """Split works of one token and drafts into works of one token each. rows, starts, counts: [b]."""
     if not any(work.drafts for work in works):
         return rows, starts, counts
     times = np.array([work.count if work.count == 1 + len(work.drafts) else 1 for work in works], np.int64)
-    behind = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times)
-    return np.repeat(rows, times), np.repeat(starts, times) + behind, np.repeat(counts - times + 1, times)
+    offsets = np.arange(times.sum()) - np.repeat(times.cumsum() - times, times)
+    return np.repeat(rows, times), np.repeat(starts, times) + offsets, np.repeat(counts - times + 1, times)
 
 
 def _masked_rows(planned: Sequence[Work], sampled: Sequence[Work]) -> tuple[int, ...]:
-    """The mask has its rows in the order of the plan, the step in its own."""
+    """Return the rows of a step that have a row in its mask, in the order of the mask, which is that of the plan."""
     if not any(work.masked for work in planned):
         return ()
     first_rows, count = {}, 0

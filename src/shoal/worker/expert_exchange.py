@@ -1,7 +1,8 @@
-"""Measures how long tokens take to their experts and back. One process for each rank, each a replica of its own:
-`python -m shoal.worker.expert_exchange --fd N --parent PID ...`.
+"""A measurement of the exchange of tokens with experts on other ranks, for `shoal bench`.
 
-Frames of JSON go back: one for each backend and number of tokens, and a last one.
+There is a process for each rank, and each rank is a replica of its own:
+`python -m shoal.worker.expert_exchange --fd N --parent PID ...`. It answers with frames of JSON: one for each backend
+and number of tokens, and a last one.
 """
 
 import json
@@ -37,7 +38,7 @@ _FLUSH_S = 10.0
 @click.option("--question", "text", required=True, help="what to measure, as JSON")
 def main(fd: int, parent: int, rank: int, store: int, text: str) -> None:
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its children
     channel, question = Channel.from_fd(fd), json.loads(text)
     size = question["ranks"]
 
@@ -56,8 +57,11 @@ def main(fd: int, parent: int, rank: int, store: int, text: str) -> None:
 
 @torch.inference_mode()
 def measure(mesh: Mesh, question: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """By number of tokens and backend: the median time of a layer's dispatch and combine, and the bytes that this rank
-    has sent in each."""
+    """Measure every backend with every number of tokens.
+
+    Each result has the number of tokens, the backend, the median time of a layer's dispatch and combine in
+    microseconds, and the bytes that this rank has sent in one exchange.
+    """
     torch.set_num_threads(1)
     placement = place_experts(question["experts"], mesh.ep.size, "linear")
     for tokens in question["tokens"]:
@@ -67,14 +71,14 @@ def measure(mesh: Mesh, question: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _exchange(mesh: Mesh, dispatch: Dispatch, tokens: int, question: dict[str, Any]) -> dict[str, float]:
-    """The experts give back what they get: their arithmetic is not measured."""
+    """Measure one backend with one number of tokens. The experts return their input; their arithmetic is left out."""
     generator = torch.Generator().manual_seed(mesh.ep.rank)
     x = torch.randn(tokens, question["hidden_size"], generator=generator).to(getattr(torch, question["dtype"]))
     experts = torch.rand(tokens, question["experts"], generator=generator).topk(question["top_k"]).indices
     weights = torch.rand(experts.shape, generator=generator)
     dispatch.begin_step(tokens)
     times, sent = [], 0
-    for _ in range(1 + question["repeat"]):  # the first does not count
+    for _ in range(1 + question["repeat"]):  # the first run is not counted
         mesh.ep.comm.barrier()
         before, begun = _sent_bytes(mesh), time.perf_counter()
         routed = dispatch.dispatch(x, experts, weights)

@@ -1,4 +1,4 @@
-"""Memory that nothing refers to any more goes back to the system at once."""
+"""The release of unused memory to the system."""
 
 import ctypes
 
@@ -7,8 +7,11 @@ import torch
 from shoal.process import garbage_collector
 
 
-def give_back(device: torch.device) -> None:
-    """glibc keeps what lies below something that is in use, and PyTorch all of a GPU's, unless they are told."""
+def release_memory(device: torch.device) -> None:
+    """Give all unused memory of this process back to the system.
+
+    By themselves, glibc keeps free memory that lies below memory in use, and PyTorch keeps all memory of a GPU.
+    """
     garbage_collector.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: for every layer, slots for keys and values."""
+"""The memory of the paged KV cache of one rank: for every layer, slots for keys and values."""
 
 import ctypes
 import mmap
@@ -16,11 +16,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class KVMemory:
+    """The memory of a KV cache."""
+
     layers: list[KVCache]
-    pool: Tensor  # uint8: what all layers are cut from
+    pool: Tensor  # uint8 [bytes]: the memory of all layers together
 
     def resident_bytes(self) -> int:
-        """Bytes that are in memory; on a CPU pages come when they are first written."""
+        """Return how many bytes are in physical memory. On a CPU a page is there after it was first written."""
         if self.pool.is_cuda or not len(self.pool):
             return self.pool.nbytes
         pages = torch.empty(-(-self.pool.nbytes // mmap.PAGESIZE), dtype=torch.uint8)
@@ -33,8 +35,11 @@ class KVMemory:
 def allocate(
     spec: ModelSpec, shard: Shard, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVMemory:
-    """All zeros: what is masked out of a softmax must still be a number. Behind the blocks there is one slot more, for
-    keys and values that nobody will read. Latents are keys and values in one."""
+    """Allocate the KV cache of a shard, filled with zeros.
+
+    It must not contain NaNs, which even a weight of zero would not remove from an attention output. After the blocks
+    there is one more slot, for keys and values that are never read. Latents are keys and values at the same time.
+    """
     token = (len(shard.heads.kv_ids), spec.head_dim)
     shape = (len(shard.stage.layers), spec.cached_per_token, num_blocks * block_size + 1, *token)
     pool = _zeros(torch.Size(shape).numel() * dtype.itemsize, device)
@@ -43,7 +48,7 @@ def allocate(
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:
-    """uint8 [count]. On a CPU straight from the kernel: zeros, in large pages, and not before they are used."""
+    """Return zeros as uint8 [count]. On a CPU they are mapped from the kernel, which adds large pages on first use."""
     if device.type != "cpu" or count == 0:
         return torch.zeros(count, dtype=torch.uint8, device=device)
     mapping = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,4 +1,4 @@
-"""What to say of a rank that ran out of memory: how much it asked for, how much there was, and which flags help."""
+"""The error message for a rank that ran out of memory: the sizes, and the flags that help."""
 
 import errno
 import re
@@ -19,9 +19,11 @@ _CPU_ASKED = re.compile(r"you tried to allocate (\d+) bytes")
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
-def explain(error: BaseException, setup: RankSetup) -> str | None:
-    """One line, where `error` says that memory ran out, on a GPU, in PyTorch's allocator for CPUs, in Python or in the
-    kernel; else None."""
+def explain_out_of_memory(error: BaseException, setup: RankSetup) -> str | None:
+    """Return a message of one line if the error means that memory ran out, otherwise None.
+
+    The error may come from a GPU, from PyTorch's allocator for CPUs, from Python or from the kernel.
+    """
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         wanted, free = _GPU_ASKED.search(text), _GPU_FREE.search(text)

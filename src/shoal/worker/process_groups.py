@@ -1,4 +1,7 @@
-"""Communicators of ranks that are processes: torch.distributed over stores that all of a group's ranks reach."""
+"""The communicators between ranks that are processes, made by torch.distributed.
+
+The ranks of a group find each other through a store of keys and values that all of them can reach.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +11,17 @@ import torch
 from shoal.comm.base import Communicator
 from shoal.comm.torch_dist import TorchComm, file_store
 from shoal.wire.ranks import RankSetup
-from shoal.worker.group_store import RendezvousStore
+from shoal.worker.rendezvous_store import RendezvousStore
 
 
 class ProcessGroups:
-    """A replica's ranks meet over a file of the engine's that has no name of its own, of which `store` is a descriptor:
-    nothing to clean up, nothing to clash. Groups with ranks of other replicas meet at their rendezvous, where those of
-    earlier engines have left their addresses: a meeting's number keeps them apart."""
+    """The communicators of one rank.
+
+    The ranks of one replica find each other through a file without a name that the engine has made. `store` is its
+    descriptor. So nothing must be cleaned up, and engines cannot disturb each other. Groups with ranks of other
+    replicas find each other through the rendezvous. Its store still has the addresses of earlier starts, so the number
+    of the meeting is part of the keys.
+    """
 
     def __init__(self, store: int, world_size: int) -> None:
         self._own_store = store
@@ -38,7 +45,7 @@ class ProcessGroups:
         )
 
     def close(self) -> None:
-        """Lets go of the rendezvous; groups that were made go on."""
+        """Close the connection to the rendezvous. Groups that were made can still be used."""
         if self._shared is not None:
             self._shared.close()
 

@@ -1,8 +1,9 @@
-"""The keys of random numbers: what a draw is for decides what is drawn.
+"""The keys of random numbers, which make draws reproducible.
 
-A draw is keyed by (seed, sample index, position, token id), so the same request draws the same in any batch, layout
-or replay, and a rank that holds a part of the vocabulary computes exactly its part. Rows get a 64-bit key from a
-chain of splitmix64 finalizers (Steele et al., OOPSLA 2014); `kernels.noise` makes a token's noise of it.
+The random number for a token depends only on the seed, the sample index, the position and the token id. So a request
+draws the same tokens in every batch, layout and replay, and a rank with a part of the vocabulary can compute exactly
+its part. Each row has a 64-bit key, computed by a chain of splitmix64 finalizers (Steele et al., OOPSLA 2014);
+`kernels.noise` turns a key and a token id into noise.
 """
 
 import numpy as np
@@ -22,7 +23,7 @@ def _splitmix64(x: U64) -> U64:
 
 
 def row_keys(seed: U64, sample_index: U64, position: U64) -> U64:
-    """The key of each row: [m] each, the position being that of the token to come."""
+    """Return the key of each row: [m]. The arguments are [m] too; the position is that of the token to be drawn."""
     with np.errstate(over="ignore"):
         key = _splitmix64(seed + _GOLDEN)
         key = _splitmix64((key ^ sample_index) + _GOLDEN)
@@ -30,5 +31,5 @@ def row_keys(seed: U64, sample_index: U64, position: U64) -> U64:
 
 
 def split_keys(keys: U64) -> Tensor:
-    """[m] -> int32 [m, 2], the form in which a device takes them."""
+    """Return keys [m] as int32 [m, 2], the form that sampling kernels take."""
     return torch.from_numpy(keys.view(np.int32).reshape(-1, 2).copy())

@@ -1,18 +1,18 @@
-"""A rank as an executor talks to it: messages in, messages out, errors as messages."""
+"""A rank as executors use it: it takes messages and returns messages, and its errors are messages too."""
 
 import traceback
 
 from shoal.errors import CommError, ShoalError, UserError
 from shoal.log import get_logger
 from shoal.wire.ranks import FromRank, RankCall, RankReport, RankSetup, StepMask, StepPlan
-from shoal.worker.memory_errors import explain
+from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.worker import Connect, Worker
 
 log = get_logger("worker")
 
 
 class Rank:
-    """The first message must be a RankSetup. After an error a rank takes no more work."""
+    """A rank. Its first message must be a RankSetup. After an error it takes no more work."""
 
     def __init__(self, connect: Connect) -> None:
         self._connect = connect
@@ -23,14 +23,16 @@ class Rank:
 
     @property
     def last_step(self) -> int:
+        """The number of the last step that it has finished; -1 before the first."""
         return self._worker.last_step if self._worker else -1
 
     @property
     def doing(self) -> str:
+        """The current activity of the rank, for error messages."""
         return self._worker.doing if self._worker else "starting"
 
     def answer(self, message: RankSetup | StepPlan | StepMask | RankCall) -> FromRank | None:
-        """Never raises."""
+        """Handle a message, and return the answer to it, if there is one. Never raises."""
         if self._failed:
             return None
         try:
@@ -41,7 +43,7 @@ class Rank:
             if self._worker is None:
                 raise ShoalError("a message came before the rank's setup")
             return self._worker.handle(message)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the engine is told and decides
+        except Exception as error:  # noqa: BLE001 - the engine must learn of every error, and decides what follows
             self._failed = True
             if not isinstance(error, UserError | CommError):
                 log.error("rank %d failed:\n%s", self._rank, traceback.format_exc())
@@ -50,7 +52,7 @@ class Rank:
             return RankReport(
                 rank=self._rank,
                 step=self.last_step,
-                error=(self._setup and explain(error, self._setup)) or _in_one_line(error),
+                error=(self._setup and explain_out_of_memory(error, self._setup)) or _in_one_line(error),
                 user_error=isinstance(error, UserError),
                 communication=isinstance(error, CommError),
             )

@@ -1,4 +1,4 @@
-"""A model as one rank holds it: its share of the weights, and its layers of the KV cache."""
+"""The part of a model that one rank holds: its share of the weights, and its layers of the KV cache."""
 
 import json
 from pathlib import Path
@@ -31,10 +31,13 @@ from shoal.worker.sampler import VocabShare
 
 
 class RankModel:
-    """Of a rank's one or two models; the second one is a draft model, which the last stage's ranks hold whole."""
+    """A rank's part of the model, or of the draft model.
+
+    A draft model is not cut into stages: each rank of the last stage holds its share of all layers.
+    """
 
     def __init__(self, setup: RankSetup, mesh: Mesh, *, draft: bool = False) -> None:
-        """Reads config.json; weights come with `load`."""
+        """Read config.json. Weights are loaded by `load`."""
         plan, shard = setup.plan.model, setup.rank_plan.shard
         if draft:
             assert setup.plan.draft is not None
@@ -46,7 +49,7 @@ class RankModel:
         self.spec = read_model(self._folder, plan.implementation, self._overrides)
         self.shard = Shard.of(shard)
         self.weight_bytes = 0
-        self.kernels = ""  # which, and why
+        self.kernels = ""  # the name of the kernels, and why they were chosen
         self._vocab_sizes = shard.vocab_sizes
         self._experts = "" if draft else setup.plan.layout.experts
         self._setup = setup
@@ -62,7 +65,7 @@ class RankModel:
     @property
     def decoder(self) -> CausalModel:
         if self._decoder is None:
-            raise EngineError(f"rank {self._setup.rank} was told to go on before it had loaded")
+            raise EngineError(f"rank {self._setup.rank} was told to compute before it had loaded its weights")
         return self._decoder
 
     @property
@@ -70,14 +73,15 @@ class RankModel:
         return VocabShare(self.shard.ranges[Cut.VOCAB].start, self._vocab_sizes)
 
     def unload(self) -> None:
-        """Lets go of the weights. `load` reads them again."""
+        """Drop the weights. `load` reads them again."""
         self._decoder = None
         self.weight_bytes = 0
 
     def load(self, device: torch.device) -> None:
-        """
+        """Load the rank's share of the weights.
+
         Raises:
-            CheckpointError: the files can't be read, or are not those that were read before.
+            CheckpointError: the files cannot be read, or have changed since the model was planned.
         """
         weights: Weights
         if self._setup.plan.load_format == "dummy":
@@ -103,24 +107,25 @@ class RankModel:
 
     @property
     def experts(self) -> int:
-        """Of each mixture, those that it has, whole or in part; 0 if its layers have none."""
+        """The number of experts that the rank holds of each mixture, whole or in part; 0 if its layers have none."""
         if self.spec.moe is None or not self._mixtures:
             return 0
         return self.spec.moe.num_experts if self.shard.experts is None else len(self.shard.experts)
 
     @property
     def _mixtures(self) -> int:
-        """Layers of its stage that are one."""
+        """The number of layers of its stage that are mixtures of experts."""
         return sum(self.spec.moe_of(layer) is not None for layer in self.shard.stage.layers)
 
     @property
     def linear(self) -> str:
-        """How its linear layers are computed."""
+        """The name of the implementation of its linear layers."""
         some = torch.zeros((1, 1), dtype=self._precision.weights, device=self._device)
         return type(make_linear(some, None)).__name__
 
     def dispatch_on(self, device: torch.device) -> Dispatch:
-        """A stage without mixtures tells its group nothing of a step: all of its ranks are of this stage."""
+        """Return the exchange of tokens between the ranks that share experts."""
+        # Without mixtures in its stage a rank exchanges nothing. The same holds for all ranks of its group.
         placed = None
         if self._experts and self.spec.moe is not None and self._mixtures:
             placed = place_experts(self.spec.moe.num_experts, self._mesh.ep.size, self._experts)
@@ -128,12 +133,12 @@ class RankModel:
 
     @property
     def stream(self) -> tuple[int, torch.dtype]:
-        """Width and type of what its stages hand on."""
+        """The width and the type of the residual stream that stages pass on."""
         return self.spec.hidden_size, self._precision.activations
 
     @property
     def block_bytes(self) -> int:
-        """Of one KV block over the layers of this model."""
+        """The size of one KV block over the rank's layers of this model, in bytes."""
         return kv_block_bytes(self.spec, self.shard, self._setup.plan.block_size, self._precision.kv.itemsize)
 
     def allocate(self, num_blocks: int, device: torch.device) -> kv_cache.KVMemory:

@@ -1,4 +1,4 @@
-"""One step on one rank: a plan in, a result out; between pipeline stages, what they say to each other."""
+"""The runner of steps on one rank: it takes a plan and returns a result, and exchanges tensors with other stages."""
 
 import dataclasses
 import time
@@ -16,28 +16,28 @@ from shoal.parallel.pipeline import Pipeline
 from shoal.wire.base import Ids
 from shoal.wire.ranks import PromptLogprobs, SeqOut, StepMask, StepPlan, StepResult, StepTimes, TokenLogprobs
 from shoal.worker.batch import PromptRows, SequenceTable, StepInput
-from shoal.worker.draft import Draft
+from shoal.worker.draft_model import DraftModel
 from shoal.worker.edits import Edits, Masks
 from shoal.worker.sampler import Logprobs, SamplingRows, VocabShare, logprobs, sample
 from shoal.worker.token_return import TokenReturn
 
-PROMPT_ROWS = 64  # of a prompt whose logits are there at a time: a vocabulary of 150,000 takes 38 MB for so many
+# How many prompt tokens' logits are computed at a time; with a vocabulary of 150,000 tokens they take 38 MB.
+PROMPT_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class _MaskedStep:
-    """A step that was computed, and waits for its mask."""
+    """A step whose forward pass is computed, and which may have to wait for its mask."""
 
     plan: StepPlan
     step: StepInput
-    hidden: Tensor
-    spent_ns: int
-    forward_ns: int
+    hidden: Tensor  # [rows, hidden size]
+    spent_ns: int  # time spent on the step so far
+    forward_ns: int  # ... and the part of it that the forward pass took
 
 
 class Runner:
-    """Of one rank of a pipeline stage. The last stage draws tokens, and its results are the step's; others' are
-    empty."""
+    """The runner of steps on one rank. The last stage draws the tokens of a step; results of other stages are empty."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Runner:
         tp: Axis,
         pipeline: Pipeline,
         *,
-        draft: Draft | None = None,
+        draft: DraftModel | None = None,
     ) -> None:
         self._model = model
         self._caches = caches
@@ -56,21 +56,24 @@ class Runner:
         self._share = share
         self._tp = tp
         self._pipeline = pipeline
-        self._unread = TokenReturn(pipeline, table)
+        self._token_return = TokenReturn(pipeline, table)
         self._draft = draft
         self._pending: _MaskedStep | None = None
-        self.busy_ns = 0  # in steps so far, but for waits for other stages
+        self.busy_ns = 0  # time spent on all steps, without waits for other stages
 
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """Every rank of the last stage gives the same result, because every one samples the same tokens. A plan that
-        is masked has none there before its mask."""
+        """Compute a step, and return its result.
+
+        All ranks of the last stage return the same result, because all draw the same tokens. For a masked plan they
+        return None, and draw the tokens when the mask has arrived.
+        """
         begun = self._now()
         self._table.apply(plan)
         if not plan.work:
             if plan.lockstep:
                 self._model.join()
             return self._result(plan, (), self._now() - begun, 0)
-        self._unread.read_for(plan)
+        self._token_return.read_for(plan)
         step = self._table.build(plan.work)
         forward_begun = self._now()
         hidden = self._forward(step)
@@ -83,8 +86,8 @@ class Runner:
             return None
         return self._finish(pending, step.sampling)
 
-    def unmask(self, mask: StepMask) -> StepResult | None:
-        """The result of the plan that waits for this mask; None if it waits for another."""
+    def apply_mask(self, mask: StepMask) -> StepResult | None:
+        """Draw the tokens of the step that waits for this mask, and return its result; None if no step does."""
         pending = self._pending
         if pending is None or pending.plan.step != mask.step or pending.step.sampling is None:
             return None
@@ -96,11 +99,11 @@ class Runner:
         return self._finish(pending, dataclasses.replace(pending.step.sampling, edits=edits))
 
     def settle(self) -> None:
-        """Ends what is still on its way between stages, once all plans so far are executed."""
-        self._unread.read_all()
+        """Receive what is still on its way between stages, after all plans so far have been executed."""
+        self._token_return.read_all()
 
     def _now(self) -> int:
-        """Nanoseconds on a clock that stands still while this stage waits for another."""
+        """Return the time in nanoseconds, on a clock that stops while this stage waits for another."""
         return time.perf_counter_ns() - self._pipeline.waited_ns
 
     def _forward(self, step: StepInput) -> Tensor:
@@ -116,7 +119,7 @@ class Runner:
         begun = self._now()
         self._pipeline.send(pending.hidden)
         if self._pipeline.first:
-            self._unread.note(pending.plan.step, pending.step.sampled)
+            self._token_return.expect(pending.plan.step, pending.step.sampled)
         return self._result(pending.plan, (), pending.spent_ns + self._now() - begun, pending.forward_ns)
 
     def _finish(self, pending: _MaskedStep, sampling: SamplingRows | None) -> StepResult:
@@ -128,8 +131,8 @@ class Runner:
             logits = self._model.logits(hidden[: len(sampling.temperature)])
             forward_ns += self._now() - begun
             sampled = list(self._sample(step, sampling, logits))
-        told = self._tell_prompts(step.prompts, hidden) if step.prompts else {}
-        out = tuple(self._with_prompts(sampled, told)) if told else tuple(sampled)
+        prompts = self._prompt_logprobs(step.prompts, hidden) if step.prompts else {}
+        out = tuple(self._add_prompts(sampled, prompts)) if prompts else tuple(sampled)
         return self._result(pending.plan, out, pending.spent_ns + self._now() - begun, forward_ns)
 
     def _sample(self, step: StepInput, sampling: SamplingRows, logits: Tensor) -> Iterator[SeqOut]:
@@ -140,23 +143,28 @@ class Runner:
         drawn = chosen.tolist()
         taken, first = [], 0
         for work in step.sampled:
-            taken.append(_accepted(work.drafts, drawn[first : first + 1 + len(work.drafts)]))
+            taken.append(_accepted_tokens(work.drafts, drawn[first : first + 1 + len(work.drafts)]))
             self._table.record(work, taken[-1])
             first += 1 + len(work.drafts)
-        self._tell_first_stage(taken)
-        guesses = [()] * len(taken) if self._draft is None else self._draft.guess(step.sampled, taken)
+        self._return_tokens(taken)
+        proposed = [()] * len(taken) if self._draft is None else self._draft.propose(step.sampled, taken)
         first = 0
-        for work, tokens, drafts in zip(step.sampled, taken, guesses, strict=True):
-            told = () if found is None else _rows(found, first, len(tokens), self._table.logprobs(work.seq))
-            yield SeqOut(work.seq, self._table.epoch(work.seq), tuple(tokens), told, drafts=drafts)
+        for work, tokens, drafts in zip(step.sampled, taken, proposed, strict=True):
+            own = () if found is None else _token_logprobs(found, first, len(tokens), self._table.logprobs(work.seq))
+            yield SeqOut(work.seq, self._table.epoch(work.seq), tuple(tokens), own, drafts=drafts)
             first += 1 + len(work.drafts)
 
-    def _tell_first_stage(self, taken: Sequence[Sequence[int]]) -> None:
+    def _return_tokens(self, taken: Sequence[Sequence[int]]) -> None:
+        """Send the last drawn token of each sequence to the first stage."""
         if not self._pipeline.first:
             self._pipeline.send_tokens(torch.tensor([tokens[-1] for tokens in taken]))
 
-    def _tell_prompts(self, prompts: Sequence[PromptRows], hidden: Tensor) -> dict[int, PromptLogprobs]:
-        """Log-probabilities of prompt tokens, some rows at a time. Their hidden states are the last ones."""
+    def _prompt_logprobs(self, prompts: Sequence[PromptRows], hidden: Tensor) -> dict[int, PromptLogprobs]:
+        """Return the log-probabilities of prompt tokens, by sequence.
+
+        Their hidden states are the last rows of `hidden`. Only some rows of logits are computed at a time, because they
+        take much memory.
+        """
         found: dict[int, PromptLogprobs] = {}
         first = len(hidden) - sum(len(each.targets) for each in prompts)
         for each in prompts:
@@ -165,16 +173,17 @@ class Runner:
                 targets = torch.tensor(each.targets[start : start + PROMPT_ROWS], device=hidden.device)
                 logits = self._model.logits(hidden[first + start : first + start + len(targets)])
                 rows = logprobs(logits, self._share, self._tp, targets, each.logprobs)
-                entries += _rows(rows, 0, len(targets), each.logprobs)
+                entries += _token_logprobs(rows, 0, len(targets), each.logprobs)
             found[each.seq] = PromptLogprobs(each.start, tuple(entries))
             first += len(each.targets)
         return found
 
-    def _with_prompts(self, sampled: Sequence[SeqOut], told: dict[int, PromptLogprobs]) -> Iterator[SeqOut]:
+    def _add_prompts(self, sampled: Sequence[SeqOut], prompts: dict[int, PromptLogprobs]) -> Iterator[SeqOut]:
+        """Yield the outputs of a step with the log-probabilities of prompts, also for sequences that drew no token."""
         for out in sampled:
-            entries = told.pop(out.seq, None)
+            entries = prompts.pop(out.seq, None)
             yield SeqOut(out.seq, out.epoch, out.tokens, out.logprobs, entries, out.drafts)
-        for seq, rest in told.items():
+        for seq, rest in prompts.items():
             yield SeqOut(seq, self._table.epoch(seq), (), prompt_logprobs=rest)
 
     def _result(self, plan: StepPlan, out: tuple[SeqOut, ...], total_ns: int, forward_ns: int) -> StepResult:
@@ -182,16 +191,22 @@ class Runner:
         return StepResult(plan.incarnation, plan.step, out, StepTimes(total_ns // 1000, forward_ns // 1000))
 
 
-def _accepted(drafts: Ids, drawn: Sequence[int]) -> Sequence[int]:
-    """The draws up to and with the first that is no guess: behind a wrong guess, draws mean nothing."""
-    right = next(
-        (i for i, (guess, token) in enumerate(zip(drafts, drawn, strict=False)) if guess != token), len(drafts)
+def _accepted_tokens(drafts: Ids, drawn: Sequence[int]) -> Sequence[int]:
+    """Return the drawn tokens up to and including the first that differs from its draft.
+
+    The tokens after it were drawn for a text that will not be.
+    """
+    accepted = next(
+        (i for i, (draft, token) in enumerate(zip(drafts, drawn, strict=False)) if draft != token), len(drafts)
     )
-    return drawn[: right + 1]
+    return drawn[: accepted + 1]
 
 
-def _rows(found: Logprobs, first: int, rows: int, count: int) -> tuple[TokenLogprobs, ...]:
-    """Of consecutive rows, `count` tokens each; -1: none."""
+def _token_logprobs(found: Logprobs, first: int, rows: int, count: int) -> tuple[TokenLogprobs, ...]:
+    """Return the log-probabilities of `rows` rows from `first` on, each with the `count` likeliest tokens.
+
+    With a count of -1 there are none.
+    """
     if count < 0:
         return ()
     taken = slice(first, first + rows)

@@ -1,10 +1,10 @@
-"""From logits to tokens: a pure function of the logits, the parameters and the row's key.
+"""The sampler: it draws tokens from logits, as a pure function of the logits, the parameters and the key of each row.
 
-The vocabulary stays cut over the tensor-parallel ranks. Ranks exchange their best candidates, never their logits:
-the Gumbel-max trick (Gumbel, 1954; Maddison et al., NeurIPS 2014) turns a draw into an argmax, and an argmax needs
-one number a rank. Every rank ends with the same tokens.
+The vocabulary is cut over the tensor-parallel ranks. Ranks exchange only their best candidates and not their logits:
+the Gumbel-max trick (Gumbel, 1954; Maddison et al., NeurIPS 2014) turns a draw into an argmax, for which each rank
+contributes one number. All ranks get the same tokens.
 
-Rows are independent: several may belong to one sequence, each with its own key.
+Rows are independent of each other. Several rows may belong to one sequence; each has its own key.
 """
 
 from collections.abc import Sequence
@@ -16,94 +16,100 @@ from torch import Tensor
 from shoal.kernels.noise import gumbel
 from shoal.kernels.sampling import BEHIND_ALL, of_ranks, ranks_of, sampling_kernels
 from shoal.parallel.mesh import Axis
-from shoal.worker.edits import NEVER, Edits, edit
+from shoal.worker.edits import NEVER, Edits, apply_edits
 
-_FIRST_CANDIDATES = 256  # a nucleus is seldom larger
+_FIRST_CANDIDATES = 256  # how many of the likeliest tokens are examined first; most nuclei are smaller
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """Parameters of the m rows that are sampled."""
+    """The sampling parameters of the m rows in which a token is drawn."""
 
-    temperature: Tensor  # float32 [m]; 0 is greedy
-    top_k: Tensor  # int64 [m]; 0 is all
+    temperature: Tensor  # float32 [m]; 0: greedy
+    top_k: Tensor  # int64 [m]; 0: no limit
     top_p: Tensor  # float32 [m]
-    min_p: Tensor  # float32 [m]; 0 is all
-    keys: Tensor  # int32 [m, 2]
-    greedy: bool  # every row is
-    truncated: Sequence[int]  # rows that draw, and from some of the tokens only: top_k, top_p or min_p
-    logprobs: int  # likeliest tokens wanted by any row, -1: none by none
+    min_p: Tensor  # float32 [m]; 0: no limit
+    keys: Tensor  # int32 [m, 2]: the keys of the random numbers
+    greedy: bool  # True: all rows are greedy
+    truncated: Sequence[int]  # rows that are not greedy and have a top_k, top_p or min_p
+    logprobs: int  # the most log-probabilities that any row wants; -1: no row wants any
     edits: Edits | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities, and ranks among the whole vocabulary, by the logits given."""
+    """The log-probabilities of one token in each of m rows, and of the likeliest tokens."""
 
-    chosen: Tensor  # float32 [m]
-    ranks: Tensor  # int64 [m]; 1 + the number of tokens with a larger logit
-    ids: Tensor  # int64 [m, count], likeliest first, of equals the lowest id first
-    values: Tensor  # float32 [m, count]
+    chosen: Tensor  # float32 [m]: the log-probability of the token
+    ranks: Tensor  # int64 [m]: its rank, which is 1 + the number of tokens with a larger logit
+    ids: Tensor  # int64 [m, count]: the likeliest tokens, equally likely ones by rising id
+    values: Tensor  # float32 [m, count]: their log-probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class VocabShare:
-    """The ids that this rank has logits for, and how many each rank has."""
+    """The part of the vocabulary for which a rank has logits."""
 
-    start: int
-    sizes: tuple[int, ...]
+    start: int  # the first token id of this rank
+    sizes: tuple[int, ...]  # by rank: the number of tokens
 
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
     tokens: Tensor  # int64 [m]
-    scores: Tensor  # float32 [m]; -inf where no token could be drawn
+    scores: Tensor  # float32 [m]; -inf: no token could be drawn
 
 
 def sample(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows) -> Tensor:
-    """logits: float32 [m, share.sizes[tp.rank]]. Gives token ids, int64 [m].
+    """Draw a token in each row. Return the token ids: int64 [m].
 
-    Applies `rows.edits` itself, to a copy where `rows.logprobs` says that the logits are asked for afterwards, else in
-    place. A row that is -inf all over draws the lowest id that its edits do not forbid, or, where they forbid every
-    one, the likeliest token before the edits.
+    The edits of the rows are applied here, in place, or to a copy if `rows.logprobs` says that the logits are needed
+    afterwards. If all logits of a row are -inf, it draws the lowest id that its edits do not forbid; if they forbid all
+    ids, it draws the likeliest token before the edits.
+
+    Args:
+        logits: float32 [m, share.sizes[tp.rank]].
     """
     if rows.edits is None:
         return _draw(logits, share, tp, rows).tokens
-    doubtful = _doubtful(rows.edits, rows.keys, sum(share.sizes))
-    likeliest = _best(logits[doubtful], share, tp).tokens if len(doubtful) else doubtful
+    maybe_empty = _maybe_empty_rows(rows.edits, rows.keys, sum(share.sizes))
+    likeliest = _best(logits[maybe_empty], share, tp).tokens if len(maybe_empty) else maybe_empty
     if rows.logprobs >= 0:
         logits = logits.clone()
-    edit(logits, share.start, rows.edits)
+    apply_edits(logits, share.start, rows.edits)
     draw = _draw(logits, share, tp, rows)
     empty = draw.scores == NEVER
     if bool(empty.any()):
-        before = torch.zeros_like(draw.tokens).index_copy(0, doubtful, likeliest)
-        return torch.where(empty, _lowest_permitted(rows.edits, before, sum(share.sizes)), draw.tokens)
+        before = torch.zeros_like(draw.tokens).index_copy(0, maybe_empty, likeliest)
+        return torch.where(empty, _lowest_allowed(rows.edits, before, sum(share.sizes)), draw.tokens)
     return draw.tokens
 
 
 def logprobs(logits: Tensor, share: VocabShare, tp: Axis, tokens: Tensor, count: int) -> Logprobs:
-    """Of one token a row and of the `count` likeliest ones, at most the whole vocabulary.
+    """Return the log-probabilities of one token in each row, and of the `count` likeliest tokens.
 
-    logits: float32 [m, share.sizes[tp.rank]]; tokens: int64 [m], ids within the vocabulary.
+    Args:
+        logits: float32 [m, share.sizes[tp.rank]].
+        tokens: int64 [m], ids in the vocabulary.
+        count: may be larger than the vocabulary, which then sets the limit.
     """
     everything = torch.arange(len(logits), device=logits.device)
     ones = logits.new_ones(len(logits))
     total = _log_totals(logits, everything, share, tp, ones, logits.new_full((len(logits),), NEVER))
     local = tokens - share.start
-    mine = (local >= 0) & (local < logits.shape[1])
+    own = (local >= 0) & (local < logits.shape[1])
     if logits.shape[1]:
         value = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
     else:
         value = logits.new_zeros(len(logits))
-    chosen = tp.comm.all_gather(value.masked_fill(~mine, NEVER).unsqueeze(1), [1] * tp.size, 1).amax(1)
+    chosen = tp.comm.all_gather(value.masked_fill(~own, NEVER).unsqueeze(1), [1] * tp.size, 1).amax(1)
     above = tp.comm.all_reduce(sampling_kernels(logits).count_above(logits, chosen))
     top = _first(logits, everything, share, tp, count)
     return Logprobs(chosen - total, above + 1, top.ids, top.values - total.unsqueeze(1))
 
 
 def _draw(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows) -> _Draw:
-    """Greedy rows, rows that draw from everything, and truncated ones."""
+    """Draw a token in each row. Rows are greedy, draw from all tokens, or are truncated."""
     if rows.greedy:
         return _best(logits, share, tp)
     sampled = rows.temperature > 0
@@ -128,7 +134,7 @@ def _draw_greedy(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows
 
 
 def _draw_free(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, chosen: Tensor) -> _Draw:
-    """From the whole vocabulary."""
+    """Draw from the whole vocabulary."""
     return _draw_ahead(logits, share, tp, rows, chosen, None)
 
 
@@ -143,19 +149,22 @@ def _draw_ahead(
 
 
 def _best(logits: Tensor, share: VocabShare, tp: Axis) -> _Draw:
-    """The largest logit over all ranks; the lowest id where several are largest."""
+    """Return the token with the largest logit over all ranks. Of equal logits, the lowest id is taken."""
     if logits.shape[1] == 0:
         return _best_of_ranks(*_nothing(logits, len(logits)), tp)
     return _best_of_ranks(*sampling_kernels(logits).best(logits, share.start), tp)
 
 
 def _nothing(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What a rank without a share of the vocabulary brings."""
+    """Return the candidates of a rank that has no share of the vocabulary."""
     return logits.new_full((count,), NEVER), torch.zeros(count, dtype=torch.int64, device=logits.device)
 
 
 def _best_of_ranks(scores: Tensor, ids: Tensor, tp: Axis) -> _Draw:
-    """float32 [m] and int64 [m] of each rank; of equals the first rank's, whose ids are the lowest."""
+    """Return the best of the ranks' candidates, which are scores, float32 [m], and ids, int64 [m], of each rank.
+
+    Of equal scores, that of the first rank is taken, which has the lowest ids.
+    """
     if tp.size == 1:
         return _Draw(ids, scores)
     pair = torch.stack([scores.double(), ids.double()], 1)
@@ -180,7 +189,7 @@ def _log_totals(
 
 @dataclass(frozen=True, slots=True)
 class _First:
-    """Tokens by falling logit, equals by rising id."""
+    """Tokens ordered by falling logit, equal logits by rising id."""
 
     values: Tensor  # float32 [m, c]
     ids: Tensor  # int64 [m, c]
@@ -196,9 +205,9 @@ def _first(logits: Tensor, rows: Tensor, share: VocabShare, tp: Axis, count: int
 
 
 def _draw_truncated(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, chosen: Tensor) -> _Draw:
-    """Min-p, top-k, then top-p over what is left (the nucleus of Holtzman et al., ICLR 2020), then the draw.
+    """Apply min-p, top-k, then top-p to the rest (the nucleus of Holtzman et al., ICLR 2020), and draw.
 
-    What is left are the first tokens by logit. Nearly always a few candidates hold them all.
+    The tokens that remain are always the likeliest ones. Nearly always they are among a few candidates.
     """
     vocabulary = sum(share.sizes)
     draw, enough, totals = _draw_from_first(logits, share, tp, rows, chosen, min(vocabulary, _FIRST_CANDIDATES))
@@ -221,31 +230,38 @@ def _draw_truncated(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingR
 def _draw_from_first(
     logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, of: Tensor, count: int
 ) -> tuple[_Draw, Tensor, Tensor]:
-    """A draw from the first `count` tokens; whether they were all that could be drawn, bool [m]; and for rows without
-    top_k the logarithm of the sum over all that min-p leaves, float32 [m]."""
+    """Draw from the `count` likeliest tokens.
+
+    Returns:
+        The draw; whether no other token could have been drawn: bool [m]; and, for rows without top_k, the logarithm of
+        the sum over all tokens that min-p leaves: float32 [m].
+    """
     top = _first(logits, of, share, tp, count)
-    left = _limit(top.values, rows, of, sum(share.sizes))
-    norm = left.scaled.masked_fill(~left.kept, NEVER).logsumexp(1)
-    if not bool((left.complete | (rows.top_k[of] > 0)).all()):
-        totals = _log_totals(logits, of, share, tp, rows.temperature[of], left.floor)
-        norm = torch.where(left.complete, norm, totals)
-    in_nucleus, reached = _nucleus(left, norm, rows.top_p[of])
-    noisy = left.scaled + gumbel(rows.keys[of], top.ids.int())
+    rest = _truncate(top.values, rows, of, sum(share.sizes))
+    norm = rest.scaled.masked_fill(~rest.kept, NEVER).logsumexp(1)
+    if not bool((rest.complete | (rows.top_k[of] > 0)).all()):
+        totals = _log_totals(logits, of, share, tp, rows.temperature[of], rest.floor)
+        norm = torch.where(rest.complete, norm, totals)
+    in_nucleus, reached = _nucleus(rest, norm, rows.top_p[of])
+    noisy = rest.scaled + gumbel(rows.keys[of], top.ids.int())
     score, best = noisy.masked_fill_(~in_nucleus, NEVER).max(1)
     tokens = top.ids.gather(1, best.unsqueeze(1)).squeeze(1)
-    return _Draw(tokens, score), left.complete | reached & (rows.top_k[of] == 0), norm
+    return _Draw(tokens, score), rest.complete | reached & (rows.top_k[of] == 0), norm
 
 
 def _draw_deep(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, of: Tensor, totals: Tensor) -> _Draw:
-    """Rows without top_k of which many tokens are left, so that sorting them would be slow.
+    """Draw in rows without top_k for which many tokens remain, so that sorting them would be slow.
 
-    The draw is the best of all noisy scores that belongs to the tokens left. So the best one of all is taken; if the
-    tokens ahead of it weigh too much, it is left out and with it all behind it, and the best one ahead of it is taken.
-    What is left by top-p is accepted with probability top_p, so a row seldom needs a third try.
-    totals: float32 [m], the logarithm of the sum over all that min-p leaves.
+    The result must be the token with the best noisy score among those that remain. So the one with the best score of
+    all is tried first. If the likelier tokens have so much probability that top-p leaves it out, the next try is the
+    one with the best score among these likelier tokens, and so on. A try succeeds with probability top_p, so a row
+    seldom needs a third one.
+
+    Args:
+        totals: float32 [m]: the logarithm of the sum over all tokens that min-p leaves.
     """
     temperature, top_p = rows.temperature[of], rows.top_p[of]
-    anything = torch.full_like(temperature, NEVER)
+    no_floor = torch.full_like(temperature, NEVER)
     floor = _first(logits, of, share, tp, 1).values[:, 0] / temperature + rows.min_p[of].log()
     draw = _Draw(torch.zeros_like(of), torch.zeros_like(temperature))
     limits = torch.full_like(of, BEHIND_ALL)
@@ -255,7 +271,7 @@ def _draw_deep(logits: Tensor, share: VocabShare, tp: Axis, rows: SamplingRows, 
         found = _draw_ahead(logits, share, tp, rows, row, limits[pending])
         ranks = _ranks_of_tokens(logits, share, tp, row, found.tokens)
         value, _ = of_ranks(ranks)
-        before = _log_totals(logits, row, share, tp, temperature[pending], anything[pending], ranks)
+        before = _log_totals(logits, row, share, tp, temperature[pending], no_floor[pending], ranks)
         fits = ((before - totals[pending]).exp() < top_p[pending]) | (top_p[pending] >= 1)
         fits &= value / temperature[pending] >= floor[pending]
         draw.tokens[pending], draw.scores[pending] = found.tokens, found.scores
@@ -274,58 +290,69 @@ def _ranks_of_tokens(logits: Tensor, share: VocabShare, tp: Axis, rows: Tensor, 
 
 
 @dataclass(frozen=True, slots=True)
-class _Left:
-    """What min-p and top-k leave of the first c tokens."""
+class _Truncated:
+    """The c likeliest tokens after min-p and top-k."""
 
-    scaled: Tensor  # float32 [m, c]: logits over temperature
-    floor: Tensor  # float32 [m]: the least that min-p leaves
-    kept: Tensor  # bool [m, c]
-    complete: Tensor  # bool [m]: beyond these tokens nothing is left
+    scaled: Tensor  # float32 [m, c]: logits / temperature
+    floor: Tensor  # float32 [m]: the lowest scaled logit that min-p keeps
+    kept: Tensor  # bool [m, c]: the tokens that remain
+    complete: Tensor  # bool [m]: no other tokens of the vocabulary remain
 
 
-def _limit(values: Tensor, rows: SamplingRows, of: Tensor, vocabulary: int) -> _Left:
+def _truncate(values: Tensor, rows: SamplingRows, of: Tensor, vocabulary: int) -> _Truncated:
+    """Apply min-p and top-k to the likeliest tokens of the rows `of`. values: float32 [m, c], their logits."""
     count = values.shape[1]
     scaled = values / rows.temperature[of].unsqueeze(1)
     floor = scaled[:, 0] + rows.min_p[of].log()
     top_k = torch.where(rows.top_k[of] > 0, rows.top_k[of], vocabulary).clamp(max=vocabulary)
     possible = (scaled >= floor.unsqueeze(1)) & (scaled > NEVER)
     kept = possible & (torch.arange(count, device=values.device) < top_k.unsqueeze(1))
-    return _Left(scaled, floor, kept, ~possible[:, -1] | (top_k <= count))
+    return _Truncated(scaled, floor, kept, ~possible[:, -1] | (top_k <= count))
 
 
-def _nucleus(left: _Left, norm: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the tokens top-p leaves, bool [m, c], and whether it ends among them, bool [m]. norm: the logarithm of
-    the sum over everything that is left before."""
-    top_p = torch.where(top_p < 1, top_p, torch.inf).unsqueeze(1)  # sums may reach 1 before the last token
-    probabilities = (left.scaled - norm.unsqueeze(1)).double().exp() * left.kept
+def _nucleus(rest: _Truncated, norm: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply top-p to the tokens that remain.
+
+    Args:
+        norm: float32 [m]: the logarithm of the sum over all tokens that remain.
+
+    Returns:
+        The tokens in the nucleus: bool [m, c]; and whether the nucleus ends among the c tokens: bool [m].
+    """
+    top_p = torch.where(top_p < 1, top_p, torch.inf).unsqueeze(1)  # rounded sums may reach 1 before the last token
+    probabilities = (rest.scaled - norm.unsqueeze(1)).double().exp() * rest.kept
     after = probabilities.cumsum(1)
-    return left.kept & (after - probabilities < top_p), (after[:, -1:] >= top_p).squeeze(1)
+    return rest.kept & (after - probabilities < top_p), (after[:, -1:] >= top_p).squeeze(1)
 
 
-def _doubtful(edits: Edits, keys: Tensor, vocabulary: int) -> Tensor:
-    """Rows whose edits may forbid every token: no others do, and few of these. Int64 [d], the same on every rank."""
+def _maybe_empty_rows(edits: Edits, keys: Tensor, vocabulary: int) -> Tensor:
+    """Return the rows whose edits may forbid all tokens: int64 [d], the same on every rank.
+
+    The edits of other rows cannot forbid all tokens. Most of the returned rows are not empty either; this is only a
+    cheap check.
+    """
     count = len(keys)
     found = [torch.zeros(0, dtype=torch.int64, device=keys.device)]
     if edits.masks is not None:
-        full = edits.masks.bits[:, : vocabulary // 32]  # not the word that may speak of tokens beyond the vocabulary
+        full = edits.masks.bits[:, : vocabulary // 32]  # without the word that has bits beyond the vocabulary too
         least = (full != 0).sum(1)
         forbidden = torch.zeros(count, dtype=torch.int64, device=full.device)
-        if edits.never is not None:
-            forbidden += torch.bincount(edits.never.rows, minlength=count)
+        if edits.forbidden is not None:
+            forbidden += torch.bincount(edits.forbidden.rows, minlength=count)
         found.append(edits.masks.rows[least <= forbidden[edits.masks.rows]])
     if edits.allowed is not None:
         found.append(edits.allowed.rows)
-    if edits.never is not None and len(edits.never.rows) >= vocabulary:
-        found.append((torch.bincount(edits.never.rows, minlength=count) >= vocabulary).nonzero().squeeze(1))
-    doubtful: Tensor = torch.cat(found).unique()
-    return doubtful
+    if edits.forbidden is not None and len(edits.forbidden.rows) >= vocabulary:
+        found.append((torch.bincount(edits.forbidden.rows, minlength=count) >= vocabulary).nonzero().squeeze(1))
+    rows: Tensor = torch.cat(found).unique()
+    return rows
 
 
-def _lowest_permitted(edits: Edits, otherwise: Tensor, vocabulary: int) -> Tensor:
-    """The lowest id that is not forbidden, and `otherwise`, int64 [m], where every one is."""
+def _lowest_allowed(edits: Edits, otherwise: Tensor, vocabulary: int) -> Tensor:
+    """Return the lowest id that is not forbidden in each row, or that of `otherwise`, int64 [m], if all are."""
     restrictions = edits.restrictions()
     flat = torch.zeros((len(otherwise), vocabulary), device=otherwise.device)
     if restrictions is not None:
-        edit(flat, 0, restrictions)
+        apply_edits(flat, 0, restrictions)
     value, lowest = flat.max(1)
     return torch.where(value == 0, lowest, otherwise)

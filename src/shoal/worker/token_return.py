@@ -1,7 +1,7 @@
-"""Tokens that the last pipeline stage has drawn, as the first one learns of them.
+"""The return of drawn tokens from the last pipeline stage to the first, which needs them for the next steps.
 
-A plan may ask for a sequence's next token while the one before is still on its way. The first stage looks it up, and
-reads no message sooner than it must: so it never waits for a step whose tokens nobody needs yet.
+The first stage reads the tokens of a step only when a plan needs them. So it never waits for a step whose tokens are
+not needed yet.
 """
 
 from collections import deque
@@ -14,41 +14,44 @@ from shoal.worker.batch import SequenceTable
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One that drew tokens which were not read yet."""
+class _UnreadStep:
+    """A step whose drawn tokens have not been read yet."""
 
     number: int
-    epochs: dict[int, int]  # of the sequences that drew one, in the order in which they are told
+    epochs: dict[int, int]  # sequence -> its epoch, in the order in which the tokens are sent
 
 
 class TokenReturn:
-    """The last token of each sequence is all that is told: how many guesses were right the plan shows.
+    """The first stage's side of the return of drawn tokens.
 
-    No more than `pipeline.depth` plans are out at a time, so a plan shows that the one so many steps before it was
-    answered. Its tokens are read by then at the latest: the last stage has no more than these on their way, and waits.
+    Only the last drawn token of each sequence is sent; later plans show how many drafts were accepted.
+
+    At most `pipeline.depth` plans are in flight, so a plan shows that the step `depth` steps before it was answered.
+    The tokens of that step are read then, even if they are not needed: the last stage sends tokens of at most `depth`
+    steps without waiting for the first stage to read them.
     """
 
     def __init__(self, pipeline: Pipeline, table: SequenceTable) -> None:
         self._pipeline = pipeline
         self._table = table
-        self._steps: deque[_Step] = deque()
+        self._steps: deque[_UnreadStep] = deque()
 
     @property
     def unread(self) -> tuple[int, ...]:
-        """The numbers of the steps whose tokens were not read yet, the oldest first."""
+        """The numbers of the steps whose tokens have not been read yet, the oldest first."""
         return tuple(step.number for step in self._steps)
 
-    def note(self, number: int, works: Sequence[Work]) -> None:
-        """The tokens of these works will be drawn in a step, in this order."""
+    def expect(self, number: int, works: Sequence[Work]) -> None:
+        """Note that tokens for these works will be drawn in a step, and sent in this order."""
         if works:
-            self._steps.append(_Step(number, {work.seq: self._table.epoch(work.seq) for work in works}))
+            self._steps.append(_UnreadStep(number, {work.seq: self._table.epoch(work.seq) for work in works}))
 
     def read_for(self, plan: StepPlan) -> None:
-        """What a plan needs, and what must have been sent because the plan shows that its step was answered."""
+        """Read the tokens that a plan needs, and those of steps that are known to be answered."""
         if not self._steps:
             return
         answered = plan.step - self._pipeline.depth
-        needed = {work.seq for work in plan.work if self._table.goes_on_from_drawn(work)}
+        needed = {work.seq for work in plan.work if self._table.needs_drawn_token(work)}
         count = 0
         for i, step in enumerate(self._steps, 1):
             if step.number <= answered or not needed.isdisjoint(step.epochs):
@@ -56,6 +59,7 @@ class TokenReturn:
         self._read(count)
 
     def read_all(self) -> None:
+        """Read the tokens of all steps so far."""
         self._read(len(self._steps))
 
     def _read(self, count: int) -> None:
@@ -63,4 +67,4 @@ class TokenReturn:
             step = self._steps.popleft()
             tokens = self._pipeline.receive_tokens(len(step.epochs)).tolist()
             for (seq, epoch), token in zip(step.epochs.items(), tokens, strict=True):
-                self._table.learn(seq, epoch, token)
+                self._table.set_last_token(seq, epoch, token)

@@ -1,4 +1,4 @@
-"""One rank: from its setup to steps, the same behind every executor."""
+"""The worker: what one rank does, from its setup to its steps. It is the same for every executor."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -32,32 +32,33 @@ from shoal.wire.ranks import (
     Work,
 )
 from shoal.worker.batch import SequenceTable
-from shoal.worker.draft import Draft
-from shoal.worker.free_memory import give_back
+from shoal.worker.draft_model import DraftModel
+from shoal.worker.free_memory import release_memory
 from shoal.worker.kv_cache import KVMemory
-from shoal.worker.memory_errors import explain
+from shoal.worker.memory_errors import explain_out_of_memory
 from shoal.worker.rank_model import RankModel
 from shoal.worker.runner import Runner
 
 log = get_logger("worker")
 
-Connect = Callable[[RankSetup, str, Sequence[int]], Communicator]  # opens the group of an axis; by global ranks
+# A function that opens the communicator of an axis of the mesh, whose members are given by their global ranks.
+Connect = Callable[[RankSetup, str, Sequence[int]], Communicator]
 
 
 class Worker:
-    """Answers one message at a time, on the thread that made it."""
+    """The state and the operations of one rank. It handles one message at a time, on the thread that made it."""
 
     def __init__(self, setup: RankSetup, connect: Connect) -> None:
         if setup.wire_version != WIRE_VERSION:
             raise EngineError(
-                f"rank {setup.rank} speaks wire version {WIRE_VERSION}, the engine {setup.wire_version}: "
-                "install the same version of Shoal for both"
+                f"rank {setup.rank} has wire version {WIRE_VERSION}, but the engine has {setup.wire_version}: install "
+                "the same version of Shoal for both"
             )
         self.setup = setup
         self.last_step = -1
         self._handling = False
         self._anonymous_at_import = cpu.anonymous_memory()
-        torch.get_num_threads()  # a fresh thread that has not asked once loses what it sets to another thread's value
+        torch.get_num_threads()  # without this first call, a new thread may get the number that another thread has set
         torch.set_num_threads(len(setup.rank_plan.cores))
         mine, plan = setup.rank_plan, setup.plan
         self.device = torch.device("cuda", mine.device_index) if mine.device == "cuda" else torch.device("cpu")
@@ -82,9 +83,9 @@ class Worker:
         self._runner: Runner | None = None
         self._kv: list[KVMemory] = []
         self._num_blocks = 0
-        self._busy_ns = 0  # in steps, before the runner that is there
+        self._busy_ns = 0  # time spent on steps by earlier runners
         self._verbs: dict[str, Callable[[bytes], bytes]] = {
-            "connect": lambda _: b"",  # done when there is a worker to answer
+            "connect": lambda _: b"",  # the constructor has connected
             "load": self._load,
             "profile": self._profile,
             "allocate": self._allocate,
@@ -96,37 +97,43 @@ class Worker:
 
     @property
     def doing(self) -> str:
+        """The current activity of the rank, for error messages."""
         if not self._handling:
             return "waiting for a plan"
         busy = [axis for axis in self.mesh.axes if axis.comm.progress.operation] or self.mesh.axes[:1]
         return ", ".join(f"{axis.name} {axis.comm.progress}" for axis in busy) or "computing"
 
     def abort(self) -> None:
-        """Ends a wait for other ranks. From any thread, never raises."""
+        """End a wait for other ranks. Any thread may call it; it never raises."""
         for axis in self.mesh.axes:
             try:
                 axis.comm.abort()
-            except Exception as error:  # noqa: BLE001 - the others must be told, and the cause of it all is elsewhere
-                log.warning("rank %d could not call %s off: %s", self.setup.rank, axis.name, error)
+            except Exception as error:  # noqa: BLE001 - other axes must be aborted too; this is not the first error
+                log.warning(
+                    "rank %d could not abort the communication on axis %s: %s", self.setup.rank, axis.name, error
+                )
 
     @torch.inference_mode()
     def handle(self, message: StepPlan | StepMask | RankCall) -> StepResult | RankReply | None:
-        """The answer; plans are answered by the first rank of the last stage alone, since every result there is the
-        same, and a plan that is masked when its mask has come."""
+        """Handle a message, and return the answer to it, if there is one.
+
+        Step plans are answered only by the first rank of the last stage, because all results there are the same. The
+        answer to a masked plan comes with its mask.
+        """
         self._handling = True
         answer = self._answer(message)
-        self._handling = False  # after an error it stays: `doing` says where the rank stopped
+        self._handling = False  # not reached after an error, so that `doing` says where the rank stopped
         return answer
 
     def _answer(self, message: StepPlan | StepMask | RankCall) -> StepResult | RankReply | None:
         if isinstance(message, RankCall):
             return RankReply(message.id, self.setup.rank, self._verbs[message.verb](message.payload))
-        if message.incarnation != self.setup.incarnation:  # of an engine that is no more
+        if message.incarnation != self.setup.incarnation:  # from an earlier start of the engine
             return None
         if self._runner is None:
-            raise EngineError(f"rank {self.setup.rank} got step {message.step}, and has no weights or no KV cache")
+            raise EngineError(f"rank {self.setup.rank} got step {message.step}, but has no weights or no KV cache")
         if isinstance(message, StepMask):
-            result = self._runner.unmask(message)
+            result = self._runner.apply_mask(message)
         else:
             result = self._runner.execute(message)
         if result is not None:
@@ -158,19 +165,19 @@ class Worker:
         return sum(each.weight_bytes for each in self._models)
 
     def _profile(self, _: bytes) -> bytes:
-        """How many KV blocks fit into what the rank was given."""
+        """Return the rank's `Capacity`: how many KV blocks fit into its memory, and the size of one."""
         block_bytes = sum(each.block_bytes for each in self._models)
         budget = self.setup.rank_plan.kv_budget
         if budget is None:
             budget = self._free_device_memory()
-        # A rank without KV heads needs no memory for them, and must not be the one that decides.
+        # A rank without KV heads needs no memory for blocks, so it must not limit their number.
         num_blocks = budget // block_bytes if block_bytes else 2**31 - 1
         return encode(Capacity(self.setup.rank, max(num_blocks, 0), block_bytes))
 
     def _free_device_memory(self) -> int:
-        """Bytes of a GPU that are left after weights and the largest step, which is run and measured.
+        """Return the bytes of a GPU that are left after the weights and the largest step, which is run and measured.
 
-        Others' memory is looked at too: what this process can't have, it does not count on.
+        Memory that other processes use is taken into account too.
         """
         setup = self.setup
         free, total = torch.cuda.mem_get_info(self.device)
@@ -205,7 +212,7 @@ class Worker:
         vocabulary, tp = model.vocabulary, self.mesh.tp
         draft = None
         if self._draft is not None:
-            draft = Draft(
+            draft = DraftModel(
                 self._draft.decoder,
                 self._kv[1].layers,
                 table,
@@ -216,14 +223,14 @@ class Worker:
         self._runner = Runner(*(model.decoder, self._kv[0].layers, table, vocabulary, tp, self._pipeline), draft=draft)
 
     def _warm_up(self, _: bytes) -> bytes:
-        """Runs a prompt and a decode, so that the first request does not pay for first calls."""
+        """Run a prompt and a decoding step, so that the first request need not wait for one-time initialization."""
         tokens = min(8, self.setup.plan.max_model_len - 1, self.setup.plan.max_num_batched_tokens)
         if tokens > 0:
             self._run_made_up([tokens], decode=True)
         return b""
 
     def _sleep(self, payload: bytes) -> bytes:
-        """Gives parts of its memory back to the system: all that it knows of sequences goes with them."""
+        """Give parts of the memory back to the system. The rank forgets all its sequences."""
         if self._runner is not None:
             self._runner.settle()
             self._busy_ns += self._runner.busy_ns
@@ -234,11 +241,15 @@ class Worker:
         if WEIGHTS in parts:
             for each in self._models:
                 each.unload()
-        give_back(self.device)
+        release_memory(self.device)
         return b""
 
     def _wake_up(self, payload: bytes) -> bytes:
-        """Takes parts of its memory again; answers why not, if it can't: then it is to `_sleep` again."""
+        """Take parts of the memory again.
+
+        Returns:
+            The reason if that is impossible, else nothing. The rank must then be told to sleep again.
+        """
         parts = payload.decode().split(",")
         try:
             if WEIGHTS in parts:
@@ -247,7 +258,7 @@ class Worker:
             if KV_CACHE in parts:
                 self._allocate_kv(self._num_blocks)
         except Exception as error:
-            why = str(error) if isinstance(error, UserError) else explain(error, self.setup)
+            why = str(error) if isinstance(error, UserError) else explain_out_of_memory(error, self.setup)
             if why is None:
                 raise
             return why.encode()
@@ -256,7 +267,7 @@ class Worker:
         return b""
 
     def _run_largest_steps(self) -> None:
-        """A step full of prompts, and one in which every sequence draws a token with all that costs."""
+        """Run a step full of prompts, and one in which every sequence draws tokens, with all sampling parameters."""
         setup = self.setup
         longest = min(setup.plan.max_model_len, setup.plan.max_num_batched_tokens)
         prompts = [longest] * min(setup.plan.max_num_batched_tokens // longest, setup.plan.max_num_seqs)
@@ -265,7 +276,13 @@ class Worker:
         self._run_made_up([1] * min(setup.plan.max_num_seqs, setup.plan.max_num_batched_tokens // (1 + drafts)), drafts)
 
     def _run_made_up(self, lengths: Sequence[int], num_drafts: int = 0, *, decode: bool = False) -> None:
-        """Made-up sequences in the first blocks, forgotten again. Their keys are overwritten later."""
+        """Run made-up sequences in the first KV blocks, and forget them. Their keys and values are overwritten later.
+
+        Args:
+            lengths: the number of prompt tokens of each sequence.
+            num_drafts: the number of drafts after each prompt.
+            decode: also run a step in which each sequence computes its first drawn token.
+        """
         if self._runner is None:
             return
         size = self.setup.plan.block_size

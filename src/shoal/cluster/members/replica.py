@@ -14,19 +14,19 @@ from shoal.transport.process import ChildProcess
 from shoal.wire.base import Stop, WireError, encode
 from shoal.wire.engine import (
     Abort,
-    Become,
-    CacheReset,
+    ControlReply,
     EngineFailure,
     EngineRequest,
     EngineStats,
-    ResetCache,
+    ResetOutcome,
+    ResetPrefixCache,
     SeqUpdate,
+    SetActivity,
     Snapshot,
     StatsQuery,
-    Told,
     Updates,
-    cache_reset_decoder,
     from_engine,
+    reset_outcome_decoder,
 )
 from shoal.wire.plan import EnginePlan
 
@@ -76,7 +76,7 @@ class Replica:
         self._answer_timeout = answer_timeout
         self._updates: list[SeqUpdate] = []
         self._stats: list[EngineStats] = []
-        self._answers: list[Told] = []
+        self._answers: list[ControlReply] = []
         self._questions = itertools.count()
         self.snapshot: EngineStats | None = None  # what it said of itself last, unasked
         self._failure: EngineError | None = None
@@ -147,24 +147,24 @@ class Replica:
         self._send(encode(StatsQuery()))
         return self._await_stats("stats", self._answer_timeout if timeout is None else timeout)
 
-    def tell(self, message: Become | ResetCache) -> None:
+    def tell(self, message: SetActivity | ResetPrefixCache) -> None:
         """`answers` has what it says to that, in its time."""
         self._send(encode(message))
 
-    def answers(self) -> list[Told]:
+    def answers(self) -> list[ControlReply]:
         """Those that came with the last `updates`."""
         answers, self._answers = self._answers, []
         return answers
 
     def become(self, activity: Activity) -> None:
         """As of an EngineClient."""
-        self._ask(Become(next(self._questions), activity))
+        self._ask(SetActivity(next(self._questions), activity))
 
-    def reset_prefix_cache(self, *, running: bool = False) -> CacheReset:
+    def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
         """As of an EngineClient."""
-        return cache_reset_decoder.decode(self._ask(ResetCache(next(self._questions), running)))
+        return reset_outcome_decoder.decode(self._ask(ResetPrefixCache(next(self._questions), running)))
 
-    def _ask(self, message: Become | ResetCache) -> bytes:
+    def _ask(self, message: SetActivity | ResetPrefixCache) -> bytes:
         """Waits as long as it takes: the engine has a deadline for its ranks.
 
         Raises:
@@ -264,7 +264,7 @@ class Replica:
                     self._stats.append(message)
                 case Snapshot():
                     self.snapshot = message.stats
-                case Told():
+                case ControlReply():
                     self._answers.append(message)
                 case EngineFailure():
                     self._fail(self._signature + message.error, reported=True, user_error=message.user_error)

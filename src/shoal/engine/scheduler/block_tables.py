@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from shoal.engine.blocks import BlockPool
 from shoal.engine.request import Request
 from shoal.engine.scheduler.limits import SchedulerLimits
-from shoal.wire.engine import CacheReset
+from shoal.wire.engine import ResetOutcome
 
 
 class BlockTables:
@@ -97,9 +97,9 @@ class BlockTables:
             self._pool.cache(request.blocks, request.blocks_cached, full, request.tokens, request.salt)
             request.blocks_cached = full
 
-    def forget_prefixes(self) -> CacheReset:
+    def forget_prefixes(self) -> ResetOutcome:
         """Make no block findable any more; tables stay as they are."""
-        return CacheReset(self._pool.forget_all(), self._pool.num_blocks - self._pool.num_free)
+        return ResetOutcome(self._pool.forget_all(), self._pool.num_blocks - self._pool.num_free)
 
     def audit(self, running: Iterable[Request]) -> None:
         """Compare the pool's books with the tables of the running requests.

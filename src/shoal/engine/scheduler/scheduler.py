@@ -36,7 +36,7 @@ from shoal.engine.scheduler.waiting_queue import Deadlines, WaitingQueue
 from shoal.engine.speculation import Drafter
 from shoal.errors import EngineError
 from shoal.protocols import Grammars, Policy
-from shoal.wire.engine import CacheReset, EngineRequest, Finish, SeqUpdate
+from shoal.wire.engine import EngineRequest, Finish, ResetOutcome, SeqUpdate
 from shoal.wire.grammars import Verdict
 from shoal.wire.ranks import StepPlan, StepResult
 
@@ -179,7 +179,7 @@ class Scheduler:
 
     # --- the cache -----------------------------------------------------------------------------------------------
 
-    def reset_cache(self, *, running: bool) -> CacheReset:
+    def reset_cache(self, *, running: bool) -> ResetOutcome:
         """Forget what the prefix cache could find.
 
         `running`: requests that run give their blocks back, and compute their tokens again.

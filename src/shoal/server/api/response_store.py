@@ -19,12 +19,12 @@ from shoal.server.settings import ServerSettings
 from shoal.values import shown
 from shoal.wire.base import encode, replace_fields
 from shoal.wire.fleet import (
-    KeepResponse,
     ResponseNames,
     StoredTurn,
     StoredTurns,
-    keep_response_decoder,
+    StoreResponse,
     response_names_decoder,
+    store_response_decoder,
     stored_turns_decoder,
 )
 
@@ -82,7 +82,7 @@ class ResponseStore:
 
     def _keep(self, payload: bytes) -> bytes:
         """b"kept"; b"lost": what came before is not there, and wasn't sent along; b"": it is too large."""
-        asked = keep_response_decoder.decode(payload)
+        asked = store_response_decoder.decode(payload)
         before = self._used(asked.previous) if asked.previous is not None else None
         if before is None and asked.previous is not None and not asked.before:
             return b"lost"
@@ -202,7 +202,7 @@ class Shelf:
         """Was it taken? One that is too large is not. `before`: all items of the conversation up to `previous`."""
         if size_of(said) + size_of(answer) > _MOST_BYTES:  # without the time that writing it down would take
             return False
-        asked = KeepResponse(name, bytes_of(response), _turn(said), _turn(answer), previous)
+        asked = StoreResponse(name, bytes_of(response), _turn(said), _turn(answer), previous)
         try:
             told = await self._llm.ask(_KEEP, encode(asked))
             if told == b"lost":  # it has gone while this one was made

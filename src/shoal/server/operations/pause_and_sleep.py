@@ -12,7 +12,7 @@ from shoal.activity import ActivityState
 from shoal.errors import UserError
 from shoal.server.backend import Backend
 from shoal.server.http.errors import Refusal, documented
-from shoal.wire.engine import cache_reset_decoder
+from shoal.wire.engine import reset_outcome_decoder
 from shoal.wire.fleet import Operation
 
 Mode = Literal["abort", "wait", "keep"]
@@ -43,7 +43,7 @@ def routes(llm: Backend) -> APIRouter:
         ] = False,
     ) -> Response:
         told = await _operate(llm, Operation("reset_prefix_cache", running=reset_running_requests))
-        found = cache_reset_decoder.decode(told)
+        found = reset_outcome_decoder.decode(told)
         return _answer({"status": "reset", "forgotten_blocks": found.forgotten, "held_blocks": found.held})
 
     return router

@@ -1,8 +1,8 @@
-"""A draft model: a small one that guesses what the large one will say (Leviathan et al., ICML 2023).
+"""A draft model: a small model that proposes the tokens that the large one may draw (Leviathan et al., ICML 2023).
 
-It computes whatever the large one computes, in a cache of its own under the same block table, so that prefixes that
-are found are found for both. Then it goes ahead alone. Its draws use the keys that the large model's will use, so
-that the two agree as often as their distributions allow (the Gumbel coupling), and greedy follows greedy.
+It computes every token that the large model computes, in its own KV cache with the same block tables, so that a cached
+prefix is cached for both. Then it goes on alone and makes drafts. It draws with the keys that the large model will use,
+so the two agree as often as their distributions allow (Gumbel coupling). With greedy sampling, its drafts are greedy.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,9 @@ from shoal.worker.batch import SequenceTable, StepInput
 from shoal.worker.sampler import VocabShare, sample
 
 
-class Draft:
+class DraftModel:
+    """The draft model of one rank."""
+
     def __init__(
         self,
         model: CausalModel,
@@ -30,6 +32,12 @@ class Draft:
         *,
         count: int,
     ) -> None:
+        """Take over a loaded model.
+
+        Args:
+            caches: the draft model's own KV cache, by layer.
+            count: how many drafts to make at a time.
+        """
         self._model = model
         self._caches = caches
         self._table = table
@@ -38,14 +46,19 @@ class Draft:
         self._count = count
 
     def follow(self, step: StepInput) -> None:
-        """Computes a step's tokens, for their keys and values alone."""
+        """Compute the tokens of a step, only for their keys and values."""
         nothing = torch.zeros(0, dtype=torch.int64, device=step.tokens.device)
         self._model.hidden(step.tokens, step.batch, self._caches, nothing)
 
-    def guess(self, works: Sequence[Work], sampled: Sequence[Sequence[int]]) -> list[Ids]:
-        """What may follow the tokens that were sampled just now."""
+    def propose(self, works: Sequence[Work], sampled: Sequence[Sequence[int]]) -> list[Ids]:
+        """Return drafts for the tokens after those that were just drawn.
+
+        Args:
+            works: the works of the step for which tokens were drawn.
+            sampled: the drawn tokens of each work that were kept.
+        """
         seqs = [work.seq for work in works]
-        # Of the last token known: behind the work's own tokens, less the drafts among them that were wrong.
+        # The position of the last drawn token: after the known tokens of the work and its accepted drafts.
         positions = np.array(
             [
                 work.start + work.count - len(work.drafts) + len(tokens) - 1
@@ -54,14 +67,14 @@ class Draft:
             np.int64,
         )
         tokens = torch.tensor([tokens[-1] for tokens in sampled], device=self._device)
-        guesses: list[list[int]] = []
+        drafts: list[list[int]] = []
         for _ in range(self._count):
-            batch, sampling = self._table.ahead(seqs, positions)
+            batch, sampling = self._table.draft_step(seqs, positions)
             hidden = self._model.hidden(tokens, batch, self._caches, None)
             tokens = sample(self._model.logits(hidden), self._share, self._tp, sampling)
-            guesses.append(tokens.tolist())
+            drafts.append(tokens.tolist())
             positions = positions + 1
-        return [tuple(each) for each in zip(*guesses, strict=True)]
+        return [tuple(each) for each in zip(*drafts, strict=True)]
 
     @property
     def _device(self) -> torch.device:

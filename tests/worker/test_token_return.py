@@ -1,4 +1,4 @@
-"""What the first pipeline stage learns of drawn tokens: what it needs when it needs it, and nothing too soon."""
+"""The return of drawn tokens to the first stage, which reads them when it needs them, and not earlier."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ MAX_SEQS = 4
 
 
 @dataclass
-class Mail:
-    """The way back: what the last stage has sent, step by step."""
+class FakePipeline:
+    """A fake pipeline with the tokens that the last stage has sent, by step."""
 
     depth: int
     sent: deque[list[int]] = field(default_factory=deque)
@@ -35,25 +35,25 @@ class Mail:
 @dataclass
 class Known:
     epoch: int
-    given: int  # tokens it came with
+    given: int  # number of tokens of its NewSeq
     computed: int = 0
-    last: int = -1  # drawn
-    step: int = -1  # ... in this one
+    last: int = -1  # the last drawn token
+    step: int = -1  # the step in which it was drawn
 
 
-class First:
-    """The first stage, and what the engine and the last stage make of its plans."""
+class FirstStage:
+    """The first stage, with the parts of the engine and of the last stage that it needs."""
 
     def __init__(self, max_in_flight: int) -> None:
         self.table = SequenceTable(MAX_SEQS, 1000, 4, torch.device("cpu"), samples=False)
-        self.mail = Mail(max_in_flight)
-        self.unread = TokenReturn(cast(Pipeline, self.mail), self.table)
+        self.pipeline = FakePipeline(max_in_flight)
+        self.token_return = TokenReturn(cast(Pipeline, self.pipeline), self.table)
         self.known: dict[int, Known] = {}
         self.step = -1
         self.drawn = 0
 
     def run(self, seqs: list[int], new: list[NewSeq], released: list[int]) -> Tensor:
-        """The tokens of a step in which these sequences draw."""
+        """Run a step in which a token is drawn for these sequences, and return the tokens that it computes."""
         self.step += 1
         works = []
         for seq in seqs:
@@ -65,19 +65,19 @@ class First:
         self.table.apply(plan)
         if not works:
             return torch.zeros(0)
-        self.unread.read_for(plan)
+        self.token_return.read_for(plan)
         built = self.table.build(plan.work)
-        self.unread.note(self.step, built.sampled)
+        self.token_return.expect(self.step, built.sampled)
         return built.tokens
 
     def draw(self, seqs: list[int]) -> None:
-        """The last stage's part of the step just run: in the order of the step, prompts behind single tokens."""
+        """Draw and send the tokens of the last step, as the last stage does: single tokens first, then prompts."""
         tokens = []
         for seq in seqs:
             self.drawn += 1
             self.known[seq].last, self.known[seq].step = self.drawn, self.step
             tokens.append(self.drawn)
-        self.mail.sent.append(tokens)
+        self.pipeline.sent.append(tokens)
 
 
 def admission(seq: int, epoch: int, length: int) -> NewSeq:
@@ -87,8 +87,8 @@ def admission(seq: int, epoch: int, length: int) -> NewSeq:
 @settings(steady, max_examples=60)
 @given(st.integers(1, 4), st.data())
 def test_each_plan_has_the_tokens_that_it_needs(max_in_flight: int, data: st.DataObject) -> None:
-    """Sequences come, draw in some steps, go, and come back in a later epoch under their number."""
-    first = First(max_in_flight)
+    """Sequences are added, draw tokens in some steps, are released, and are added again in a later epoch."""
+    first = FirstStage(max_in_flight)
     for epoch in range(data.draw(st.integers(5, 25))):
         live = sorted(first.known)
         released = data.draw(st.lists(st.sampled_from(live), unique=True)) if live else []
@@ -110,19 +110,19 @@ def test_each_plan_has_the_tokens_that_it_needs(max_in_flight: int, data: st.Dat
             left = known.given - known.computed
             wanted += [900] * left if left > 0 else [known.last]
         needed = max((first.known[seq].step for seq in seqs if first.known[seq].computed), default=-1)
-        before = len(first.mail.sent)
+        before = len(first.pipeline.sent)
         assert first.run(seqs, new, released).tolist() == wanted
-        # It has read to the last step that it needs, or that must have been answered, and no further.
-        unread = first.unread.unread
+        # It has read the tokens up to the last step that it needs or that must have been answered, and no more.
+        unread = first.token_return.unread
         assert all(number > max(needed, first.step - max_in_flight) for number in unread[:-1])
-        assert len(first.mail.sent) == len(unread) - 1 <= before
+        assert len(first.pipeline.sent) == len(unread) - 1 <= before
         first.draw(order)
-    first.unread.read_all()
-    assert not first.mail.sent
+    first.token_return.read_all()
+    assert not first.pipeline.sent
 
 
-def test_a_token_of_a_sequence_that_came_back_since_is_nobodys() -> None:
-    first = First(2)
+def test_a_token_of_an_older_epoch_is_dropped() -> None:
+    first = FirstStage(2)
     first.known[0] = Known(0, 2)
     first.run([0], [admission(0, 0, 2)], [])
     first.draw([0])
@@ -130,13 +130,13 @@ def test_a_token_of_a_sequence_that_came_back_since_is_nobodys() -> None:
     first.run([0], [admission(0, 1, 3)], [0])
     first.draw([0])
     assert first.run([0], [], []).tolist() == [2]
-    assert not first.mail.sent
+    assert not first.pipeline.sent
 
 
-def test_nothing_is_read_for_prompts_before_its_step_was_answered() -> None:
-    first = First(2)
+def test_tokens_that_no_plan_needs_are_read_when_their_step_was_answered() -> None:
+    first = FirstStage(2)
     for seq in range(4):
         first.known[seq] = Known(0, 3)
         first.run([seq], [admission(seq, 0, 3)], [])
         first.draw([seq])
-        assert len(first.mail.sent) == min(seq + 1, 2)
+        assert len(first.pipeline.sent) == min(seq + 1, 2)

@@ -1,4 +1,4 @@
-"""The rendezvous as a store: what torch.distributed asks of one, and a real group over it."""
+"""The store of a rendezvous: the operations that torch.distributed needs, and a real group that uses it."""
 
 import datetime
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from shoal.comm.torch_dist import TorchComm
 from shoal.errors import CommError, CommTimeout, ConfigError
 from shoal.transport.rendezvous import Rendezvous
-from shoal.worker.group_store import RendezvousStore
+from shoal.worker.rendezvous_store import RendezvousStore
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_keys_and_values(store: RendezvousStore) -> None:
     assert not store.delete_key("a")
 
 
-def test_a_value_is_waited_for(meeting: Rendezvous, store: RendezvousStore) -> None:
+def test_get_and_wait_wait_for_a_key(meeting: Rendezvous, store: RendezvousStore) -> None:
     with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as other, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(other.get, "late")
         store.set("late", b"\0\xff")
@@ -49,7 +49,7 @@ def test_a_value_is_waited_for(meeting: Rendezvous, store: RendezvousStore) -> N
         store.wait(["never"], datetime.timedelta(seconds=0.2))
 
 
-def test_what_can_not_be_done_ends_nobody_else(
+def test_an_invalid_question_ends_only_its_own_connection(
     meeting: Rendezvous, store: RendezvousStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.set("a", "x")
@@ -60,12 +60,12 @@ def test_what_can_not_be_done_ends_nobody_else(
         assert other.get("a") == b"x"
 
 
-def test_the_key_is_asked_for(meeting: Rendezvous) -> None:
+def test_a_wrong_shared_key_is_refused(meeting: Rendezvous) -> None:
     with pytest.raises(ConfigError, match="the shared key is another one"):
         RendezvousStore(meeting.address, "guess", timeout_s=60)
 
 
-def test_gloo_groups_meet_in_it(meeting: Rendezvous) -> None:
+def test_gloo_groups_connect_through_the_store(meeting: Rendezvous) -> None:
     def run(rank: int) -> list[float]:
         with closing(RendezvousStore(meeting.address, "key", timeout_s=60)) as store:
             comm = TorchComm(store, "tp:0", rank, 3, backend="gloo", timeout_s=60, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A draft model's guesses: its own draws, where there is room for them."""
+"""The drafts of a draft model, and where it writes their keys and values."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import torch
 from shoal.wire.ranks import NewSeq, Sampling, SeqOut, StepPlan, Work
 from shoal.wire.tokens import encode_tokens
 from shoal.worker.batch import SequenceTable
-from shoal.worker.draft import Draft
+from shoal.worker.draft_model import DraftModel
 from shoal.worker.runner import Runner
 from worker.made_up import ALONE, ONE_STAGE, SHARE, VOCABULARY, TableModel, no_cache
 
@@ -23,7 +23,7 @@ class Rank:
         self.model = TableModel()
         self.draft = TableModel(0 if same else 1)
         table = SequenceTable(4, max_model_len, SIZE, torch.device("cpu"), SCRATCH)
-        draft = Draft(self.draft.causal, no_cache(), table, SHARE, ALONE, count=COUNT)
+        draft = DraftModel(self.draft.causal, no_cache(), table, SHARE, ALONE, count=COUNT)
         self.runner = Runner(*(self.model.causal, no_cache(), table, SHARE, ALONE, ONE_STAGE), draft=draft)
         self.step = -1
 
@@ -36,7 +36,10 @@ class Rank:
         return {out.seq: out for out in result.out}
 
     def places(self) -> list[tuple[list[int], list[int], list[int]]]:
-        """Tokens, positions and slots of each step of the draft model, the one along with the large model included."""
+        """Return the tokens, positions and slots of each step of the draft model.
+
+        The first step computes the tokens that the large model computes too.
+        """
         return [(tokens, batch.positions.tolist(), batch.slots.tolist()) for tokens, batch in self.draft.steps]
 
 
@@ -44,14 +47,14 @@ def new(seq: int, tokens: Sequence[int], sampling: Sampling = GREEDY) -> NewSeq:
     return NewSeq(seq, 0, encode_tokens(list(tokens)), len(tokens), (), sampling)
 
 
-def test_guesses_are_what_the_draft_model_says_behind_what_was_drawn() -> None:
+def test_drafts_are_the_draft_models_continuation_of_the_drawn_token() -> None:
     rank = Rank(same=False)
     out = rank.run(Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
     assert out.tokens == (rank.model.next(9),)
     assert out.drafts == tuple(rank.draft.chain(out.tokens[0], COUNT))
 
 
-def test_it_computes_what_the_large_model_does_and_then_goes_ahead() -> None:
+def test_it_computes_the_same_tokens_as_the_model_and_then_its_drafts() -> None:
     rank = Rank(same=False)
     out = rank.run(Work(1, 0, 3, True, (5, 6)), new=[new(1, [7, 8, 9])])[1]
     drafts = list(out.drafts)
@@ -61,17 +64,17 @@ def test_it_computes_what_the_large_model_does_and_then_goes_ahead() -> None:
         ([drafts[0]], [4], [24]),
         ([drafts[1]], [5], [25]),
     ]
-    assert rank.draft.rows == [1, 1, 1], "logits are for guesses alone"
+    assert rank.draft.rows == [1, 1, 1], "logits are computed only for drafts"
 
 
-def test_a_chunk_is_followed_and_nothing_is_guessed() -> None:
+def test_a_chunk_without_a_drawn_token_gets_no_drafts() -> None:
     rank = Rank()
     assert rank.run(Work(1, 0, 2, False, (5,)), new=[new(1, [7, 8, 9])]) == {}
     assert rank.places() == [([7, 8], [0, 1], [20, 21])]
 
 
-def test_after_wrong_guesses_it_goes_on_from_the_last_token_known() -> None:
-    """What it wrote for the wrong ones is written again."""
+def test_after_rejected_drafts_it_continues_from_the_last_known_token() -> None:
+    """The cache slots of rejected drafts are written again."""
     rank = Rank()
     (first,) = rank.run(Work(1, 0, 1, True, (5, 6, 7)), new=[new(1, [7])])[1].tokens
     true = rank.model.chain(first, 2)
@@ -83,7 +86,7 @@ def test_after_wrong_guesses_it_goes_on_from_the_last_token_known() -> None:
     assert rank.places()[1] == ([true[1]], [3], [23])
 
 
-def test_sequences_go_ahead_together_each_from_its_own_place() -> None:
+def test_drafts_of_several_sequences_are_computed_together() -> None:
     rank = Rank(same=False)
     works = [Work(1, 0, 2, True, (5, 6)), Work(2, 0, 1, True, (7, 8)), Work(3, 0, 2, False, (9,))]
     out = rank.run(*works, new=[new(1, [7, 8]), new(2, [9]), new(3, [1, 2, 3])])
@@ -94,8 +97,8 @@ def test_sequences_go_ahead_together_each_from_its_own_place() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_the_same_model_draws_what_will_be_drawn(temperature: float) -> None:
-    """With the keys of the tokens to come, so all of its guesses are right."""
+def test_drafts_of_the_same_model_are_always_accepted(temperature: float) -> None:
+    """The draft model draws with the keys that the model will use for these positions."""
     rank = Rank()
     sampling = Sampling(seed=3, sample_index=2, temperature=temperature)
     out = rank.run(Work(1, 0, 1, True, tuple(range(5, 15))), new=[new(1, [7], sampling)])[1]
@@ -107,8 +110,8 @@ def test_the_same_model_draws_what_will_be_drawn(temperature: float) -> None:
         assert out.tokens[:COUNT] == before.drafts
 
 
-def test_another_model_agrees_more_often_than_by_chance() -> None:
-    """Its guesses are drawn with the noise that the tokens are drawn with."""
+def test_drafts_of_another_model_are_accepted_more_often_than_by_chance() -> None:
+    """Drafts are drawn with the same noise as the tokens."""
     rank = Rank(same=False)
     rank.draft.table = rank.model.table + 0.5 * rank.draft.table
     by_chance = float((rank.model.table.softmax(1) * rank.draft.table.softmax(1)).sum(1).mean())
@@ -124,16 +127,15 @@ def test_another_model_agrees_more_often_than_by_chance() -> None:
     assert 2 * by_chance < right / checked < 1
 
 
-def test_what_has_no_block_yet_is_not_written() -> None:
+def test_drafts_beyond_the_last_block_are_not_written_to_the_cache() -> None:
     rank = Rank(same=False)
     out = rank.run(Work(1, 0, 3, True, (5,)), new=[new(1, [7, 8, 9])])[1]
     assert [slots for _, _, slots in rank.places()] == [[20, 21, 22], [23], [SCRATCH], [SCRATCH]]
     assert len(out.drafts) == COUNT
 
 
-def test_nothing_is_written_beyond_the_models_length() -> None:
-    """One that is at its end keeps nobody from guessing; what is guessed there goes nowhere. Of 8 positions the last
-    one is 7."""
+def test_drafts_beyond_the_context_length_are_not_written_to_the_cache() -> None:
+    """A sequence at its end does not prevent the drafts of others. The last of its 8 positions is 7."""
     rank = Rank(max_model_len=8)
     works = [Work(1, 0, 6, True, (5, 6)), Work(2, 0, 2, True, (7, 8))]
     news = [new(1, [1, 2, 3, 4, 5, 6]), new(2, [7, 8])]

@@ -1,4 +1,4 @@
-"""Where ranks of several hosts find each other: the rendezvous' keys and values, as a store of torch.distributed."""
+"""The keys and values of a rendezvous as a store of torch.distributed, by which ranks of several hosts connect."""
 
 import datetime
 import threading
@@ -25,11 +25,16 @@ from shoal.wire.rendezvous import (
 
 
 class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,misc]  # it has no usable types
-    """One connection, one question at a time. Values are bytes, numbers are decimal text."""
+    """A store of torch.distributed at a rendezvous. Values are bytes; numbers are decimal text.
+
+    It has one connection, on which one question is asked at a time.
+    """
 
     def __init__(self, address: str, key: str, *, timeout_s: float) -> None:
-        """Raises:
-        ConfigError: the rendezvous can't be reached in time, or the key is another one.
+        """Connect to the rendezvous at `address`, host:port.
+
+        Raises:
+            ConfigError: it cannot be reached in time, or has another shared key.
         """
         super().__init__()
         self._address = Address.parse(address)
@@ -39,7 +44,7 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
 
     @property
     def host_address(self) -> str:
-        """Of this host, as the rendezvous reaches it."""
+        """The address of this host, as the rendezvous reaches it."""
         return self._channel.local_address
 
     def close(self) -> None:
@@ -75,9 +80,11 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
         return False
 
     def _ask(self, question: ToRendezvous, timeout_s: float | None = None) -> bytes | None:
-        """Raises:
-        CommTimeout: no answer in time: a key that is waited for is not there, or the rendezvous has gone.
-        CommError: it can't be done; the connection has ended.
+        """Ask the store, and return its answer.
+
+        Raises:
+            CommTimeout: there was no answer in time, because a key is missing or the rendezvous has ended.
+            CommError: the rendezvous refused the question, and has closed the connection.
         """
         seconds = self._timeout_s if timeout_s is None else timeout_s
         with self._lock:
@@ -85,9 +92,9 @@ class RendezvousStore(torch.distributed.Store):  # type: ignore[name-defined,mis
                 self._channel.send(encode(question))
                 return self._answer(time.monotonic() + seconds)
             except ChannelClosed as error:
-                raise CommTimeout(f"the rendezvous at {self._address} has gone: {error}") from None
+                raise CommTimeout(f"the rendezvous at {self._address} has ended: {error}") from None
             except TimeoutError:
-                # The answer may still come, and must not be taken for that of the next question.
+                # The answer may still come, and must not be mistaken for the answer to the next question.
                 self._channel.close()
                 raise CommTimeout(f"the store at {self._address}: no answer to {question} in {seconds:g} s") from None
 
