@@ -60,7 +60,7 @@ def every_edit(count: int, vocabulary: int) -> Edits:
     counts = torch.randint(0, 4, (len(seen.rows),), dtype=torch.int32)
     strength = torch.full((count,), 0.3)
     return Edits(
-        never=some_pairs(count, FORBIDDEN, vocabulary),
+        forbidden=some_pairs(count, FORBIDDEN, vocabulary),
         bias=Bias(biased.rows, biased.ids, torch.randn(len(biased.rows))),
         penalties=Penalties(seen.rows, seen.ids, counts, strength, strength, 1 + strength),
     )
