@@ -20,7 +20,9 @@ from support.servers import ShoalServer
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PRINTED_ADDRESS = "http://127.0.0.1:8000"
-DEADLINE_S = 100
+DEADLINE_S = 200
+
+pytestmark = pytest.mark.timeout(300)  # a block has several commands, each of which starts a model
 _BLOCK = re.compile(r"(?:^<!-- (?P<note>[^>]*) -->\n)?^```(?P<language>sh|python)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
