@@ -1,13 +1,16 @@
-"""The way back to a front end that was there before."""
+"""A replica looks for the next front end, and compares its plan."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from shoal.engine.remote_process import return_to
+from shoal.engine.remote_process import ReplannedError, differences, reconnect
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import Channel
+from shoal.wire.base import replace_fields
+from shoal.wire.plan import ReplicaPlace
+from support.plans import bare_plan
 
 
 class FakeFrontEnd:
@@ -45,7 +48,7 @@ def supervisor() -> Iterator[tuple[Channel, Channel]]:
 
 
 def back(answers: list[Any], supervisor: Channel, engine: FakeEngine | None = None) -> Any:
-    return return_to(FakeFrontEnd(answers), supervisor, engine)  # type: ignore[arg-type]
+    return reconnect(FakeFrontEnd(answers), supervisor, engine)  # type: ignore[arg-type]
 
 
 def test_it_is_looked_for_as_long_as_it_takes(
@@ -54,7 +57,7 @@ def test_it_is_looked_for_as_long_as_it_takes(
     engine = FakeEngine()
     assert back([EngineError("no answer")] * 50 + ["there"], supervisor[0], engine) == "there"
     assert engine.checks == 50, "its ranks are looked at meanwhile"
-    assert caplog.messages.count("the front end at 10.0.0.1:29550 is still awaited: no answer") == 50
+    assert caplog.messages.count("still waiting for the front end at 10.0.0.1:29550: no answer") == 50
     assert back([EngineError("no answer"), "there"], supervisor[0]) == "there", "nothing is loaded yet"
 
 
@@ -72,3 +75,14 @@ def test_the_supervisor_ends_it(supervisor: tuple[Channel, Channel]) -> None:
     supervisor[1].send(b"end")
     supervisor[1].flush(60)
     assert back([], supervisor[0]) is None
+
+
+def test_another_plan_is_not_waited_for(supervisor: tuple[Channel, Channel]) -> None:
+    with pytest.raises(ReplannedError, match="another plan"):
+        back([EngineError("no answer"), ReplannedError("another plan")], supervisor[0])
+
+
+def test_only_what_a_running_replica_obeys_makes_a_plan_another_one() -> None:
+    plan = bare_plan()
+    assert differences(plan, replace_fields(plan, reasons=("why",), place=ReplicaPlace(meeting=4))) == []
+    assert differences(plan, replace_fields(plan, max_num_seqs=7, seed=3)) == ["max_num_seqs", "seed"]

@@ -184,11 +184,12 @@ def serve(
         allowed_origins=_origins(allowed_origins),
     )
     listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
-    opened = open_model(model, engine_values(flags), own_process=True, online=True)
-    if opened.options.hosts.headless:
+    values = engine_values(flags)
+    if values.get("headless"):
         from shoal.launch import headless
 
-        return headless.run(opened)
+        return headless.run(model, values)
+    opened = open_model(model, values, own_process=True, online=True)
     return run(opened, settings, listening, api_server_count=api_server_count, shutdown_timeout=shutdown_timeout)
 
 

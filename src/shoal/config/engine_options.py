@@ -243,9 +243,9 @@ class ModelOptions:
 
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     tokenizer: str | None = option(
-        None, "folder or id on the hub whose tokenizer and chat template are used instead of the model's"
+        None, "folder or id on the hub whose tokenizer and chat template are used instead of the model's", local=True
     )
-    tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer on the hub")
+    tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer on the hub", local=True)
     dtype: Dtype = option(
         "auto", "type of weights and activations; auto: that of the checkpoint; float and half are float32 and float16"
     )

@@ -44,7 +44,7 @@ def serve(channel: Channel, join: Join, start: Start) -> int:
     `join` gives the place in a lockstep of an engine whose ranks compute together with those of other replicas.
     """
     try:
-        plan = receive_plan(channel)
+        plan = _receive_plan(channel)
         lockstep = join(plan)
     except ChannelClosed:
         return 0
@@ -67,10 +67,19 @@ def serve(channel: Channel, join: Join, start: Start) -> int:
     return 0
 
 
-def receive_plan(channel: Channel) -> EnginePlan:
+def receive_first(channel: Channel) -> bytes:
+    """Return the first message to this process, still encoded.
+
+    Raises:
+        ChannelClosed: the other end has gone.
+    """
     while not wait([channel], _IDLE_S) or not (frames := channel.receive()):
         pass
-    plan = to_engine.decode(frames[0])
+    return frames[0]
+
+
+def _receive_plan(channel: Channel) -> EnginePlan:
+    plan = to_engine.decode(receive_first(channel))
     if not isinstance(plan, EnginePlan):
         raise ShoalError(f"the first message to an engine must be its plan, got {type(plan).__name__}")
     return plan
