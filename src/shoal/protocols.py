@@ -124,20 +124,20 @@ class Recorder(Protocol):
 
 
 class Lockstep(Protocol):
-    """Replicas whose ranks exchange tensors within a step: every one launches every step, with or without work.
+    """A replica's end of a lockstep: replicas whose ranks exchange tensors within a step all launch the same steps.
 
-    Nobody decides who stops: each launches as many steps as the one that is furthest ahead, and whoever has work goes
-    ahead. So without work all rest, with the same number of steps behind them.
+    Each replica launches as many steps as the replica that has launched most, if need be without work of its own. A
+    replica with work launches further steps. So when no replica has work, all rest after the same number of steps.
     """
 
     def launched(self, count: int) -> None:
-        """Tells the others that this replica has launched `count` steps so far."""
+        """Tell the other replicas that this one has launched `count` steps so far."""
 
-    def due(self) -> int:
-        """Steps that the replica furthest ahead has launched. Never blocks.
+    def steps_due(self) -> int:
+        """Return how many steps this replica must have launched: the most that any replica has. Never blocks.
 
         Raises:
-            EngineError: another replica has failed; it is named.
+            EngineError: another replica has failed; the message names it.
         """
 
 

@@ -152,7 +152,7 @@ class EngineCore:
     @property
     def _behind(self) -> bool:
         """Return whether other replicas have launched steps that this one has not."""
-        return self._lockstep is not None and self._lockstep.due() > self._scheduler.num_steps
+        return self._lockstep is not None and self._lockstep.steps_due() > self._scheduler.num_steps
 
     def _cause(self, error: EngineError) -> EngineError:
         """Return the error to report: that of another replica if one has failed, since this one follows from it."""

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
+from shoal.engine.lockstep.local import LockstepMember
 from shoal.errors import EngineError, RequestError, ShoalError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, encode
@@ -34,8 +34,8 @@ _RANKS_S = 5.0  # how often busy ranks are asked for their numbers, for which st
 _POLL_S = 0.5
 _LAST_WORDS_S = 1.0
 
-Join = Callable[[EnginePlan], Joined | None]
-Start = Callable[[EnginePlan, Joined | None], EngineCore]
+Join = Callable[[EnginePlan], LockstepMember | None]
+Start = Callable[[EnginePlan, LockstepMember | None], EngineCore]
 
 
 def serve(channel: Channel, join: Join, start: Start) -> int:
@@ -85,7 +85,9 @@ def _receive_plan(channel: Channel) -> EnginePlan:
     return plan
 
 
-def answer(channel: Channel, engine: EngineCore, lockstep: Joined | None, supervisor: Channel | None = None) -> None:
+def answer(
+    channel: Channel, engine: EngineCore, lockstep: LockstepMember | None, supervisor: Channel | None = None
+) -> None:
     """Serve a client until that or the `supervisor` on its own host says stop. The supervisor hears stats too.
 
     Raises:
@@ -110,7 +112,7 @@ def answer(channel: Channel, engine: EngineCore, lockstep: Joined | None, superv
                     return
                 _handle(channel, engine, message)
         if lockstep is not None:
-            lockstep.quiet()
+            lockstep.clear_signal()
         if engine.busy and (updates := engine.updates(_POLL_S)):
             channel.send(encode(Updates(tuple(updates))))
 
@@ -174,17 +176,17 @@ def _obey(engine: EngineCore, message: SetActivity | ResetPrefixCache) -> Contro
     return ControlReply(message.id)
 
 
-def _cause(error: Exception, lockstep: Joined | None) -> Exception:
+def _cause(error: Exception, lockstep: LockstepMember | None) -> Exception:
     """The failure of another replica, where one is known: what failed here has followed from it."""
     try:
         if lockstep is not None:
-            lockstep.due()
+            lockstep.steps_due()
     except EngineError as theirs:
         return theirs
     return error
 
 
-def leave(error: Exception, lockstep: Joined | None, place: ReplicaPlace) -> Exception:
+def leave(error: Exception, lockstep: LockstepMember | None, place: ReplicaPlace) -> Exception:
     """Tells the other replicas what has failed here, before a client hears of it, who may end this process. Gives the
     failure to tell of."""
     error = _cause(error, lockstep)
