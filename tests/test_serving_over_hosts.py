@@ -187,7 +187,7 @@ def test_headless_first_and_a_replica_that_is_killed_there() -> None:
         undisturbed_and_not(head, url, lambda: os.kill(first, signal.SIGKILL))
         ready_url(head, replicas=2)
         assert states(head, url)[1]["pid"] != first
-        assert "it is started again at once" in headless.text
+        assert "it is started again immediately" in headless.text
         for program in (headless, head):
             program.process.send_signal(signal.SIGTERM)
             assert program.ends() == 0, program.text

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal.bench.engine_speed import MeasuredRun, Meter, Shape, medians, stage_idle
-from shoal.cluster.stats import merged
+from shoal.cluster.stats import merge_stats
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, Finish, SeqUpdate
 from shoal.wire.ranks import RankStats
@@ -25,8 +25,8 @@ def engine(pid: int, *busy_s: float, steps: int = 0) -> EngineStats:
 
 
 def test_a_stages_idle_share_is_the_mean_of_its_ranks() -> None:
-    before = merged([engine(10, 1, 1), engine(20, 2, 0)])
-    after = merged([engine(10, 9, 5), engine(20, 6, 2)])
+    before = merge_stats([engine(10, 1, 1), engine(20, 2, 0)])
+    after = merge_stats([engine(10, 9, 5), engine(20, 6, 2)])
     assert stage_idle(before, after, 10) == pytest.approx((0.4, 0.7))
 
 
@@ -39,8 +39,8 @@ def test_tensor_parallel_ranks_of_one_process() -> None:
 
 def test_a_replica_that_has_died_does_not_count() -> None:
     """Though the ranks of the others get its numbers."""
-    before = merged([engine(10, 900, 800), engine(20, 2, 0)])
-    after = merged([engine(20, 6, 2)])
+    before = merge_stats([engine(10, 900, 800), engine(20, 2, 0)])
+    after = merge_stats([engine(20, 6, 2)])
     assert stage_idle(before, after, 10) == pytest.approx((0.6, 0.8))
 
 

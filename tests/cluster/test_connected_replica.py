@@ -248,7 +248,7 @@ def test_a_number_is_free_again_when_its_connection_has_ended() -> None:
         second = found.objection(hello(pid=78))
         assert second is not None
         assert second.again
-        assert "replica 2 (there, process 77) is there already" in second.why
+        assert "replica 2 (there, process 77) is connected already" in second.why
         assert found.objection(hello(3)) is None
     ((number, replica),) = arrived.replicas
     assert number == 2

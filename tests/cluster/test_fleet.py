@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cluster.fleet import About, Fleet
+from shoal.cluster.fleet import Fleet, ModelSummary
 from shoal.cluster.limits import FleetLimits
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import CheckpointError, ConfigError, EngineError, RequestError, ShoalError
@@ -115,8 +115,8 @@ class World:
         local: int = 2,
         *,
         awaited: Sequence[int] = (),
-        elsewhere: Sequence[int] = (),
-        together: bool = False,
+        served_elsewhere: Sequence[int] = (),
+        in_lockstep: bool = False,
         most: int = 3,
         polls: Callable[[], int] = lambda: 0,
         fails: Callable[[int, int], Exception | None] = lambda number, generation: None,
@@ -141,12 +141,12 @@ class World:
         self.fleet = Fleet(
             self._launch,
             lambda stats: ReplicaCapacity(most, 10**6, 4, 100),
-            about=About("model", 1, 1),
+            model=ModelSummary("model", 1, 1),
             limits=FleetLimits(**bounds),
             local=range(local),
             awaited=awaited,
-            elsewhere=elsewhere,
-            together=together,
+            served_elsewhere=served_elsewhere,
+            in_lockstep=in_lockstep,
             recorder=self.recorded,
             clock=self.clock,
         )
@@ -255,8 +255,8 @@ class Chaos:
 
     def __init__(self, data: st.DataObject) -> None:
         self.data = data
-        self.together = data.draw(st.booleans(), "together")
-        self.awaited = [] if self.together else data.draw(st.sampled_from([[], [2], [2, 3]]), "awaited")
+        self.in_lockstep = data.draw(st.booleans(), "in_lockstep")
+        self.awaited = [] if self.in_lockstep else data.draw(st.sampled_from([[], [2], [2, 3]]), "awaited")
         self.limits: dict[str, Any] = {
             "max_queued": data.draw(st.sampled_from([0, 2, 1000]), "max_queued"),
             "max_wait": data.draw(st.sampled_from([None, 3.0]), "max_wait"),
@@ -266,7 +266,7 @@ class Chaos:
         self.world = World(
             data.draw(st.integers(1, 3), "local"),
             awaited=self.awaited,
-            together=self.together,
+            in_lockstep=self.in_lockstep,
             most=data.draw(st.integers(1, 4), "most"),
             polls=lambda: data.draw(st.integers(0, 3), "polls"),
             fails=self.fails,
@@ -328,7 +328,7 @@ class Chaos:
             self.world.fleet.scale(self.data.draw(st.integers(1, 4), "count"))
             self.scaled = True
         except (ConfigError, EngineError, CheckpointError):
-            assert self.together or self.world.fleet.fatal
+            assert self.in_lockstep or self.world.fleet.fatal
 
     def arrive(self) -> None:
         if self.awaited:
@@ -340,7 +340,7 @@ class Chaos:
         for update in self.world.outcomes.finished.values():
             self.check_end(update)
         running = [m for m in self.world.alive if self.world.state(m.number) == "ready" and not m.leaving]
-        assert not self.together or len({member.generation for member in running}) <= 1
+        assert not self.in_lockstep or len({member.generation for member in running}) <= 1
 
     def check_end(self, update: SeqUpdate) -> None:
         spec = self.world.outcomes.specs[update.seq]
@@ -397,7 +397,7 @@ def test_whatever_dies_whenever_every_request_has_one_end(data: st.DataObject) -
 @settings(steady, max_examples=40)
 def test_deaths_with_pauses_between_them_cost_nothing(data: st.DataObject) -> None:
     """Restarts without a bound and requests without a deadline: all outputs are those of undisturbed twins."""
-    with world(data.draw(st.integers(1, 3)), together=data.draw(st.booleans()), max_restarts=NEVER) as found:
+    with world(data.draw(st.integers(1, 3)), in_lockstep=data.draw(st.booleans()), max_restarts=NEVER) as found:
         found.settle(3)
         for seq in range(data.draw(st.integers(1, 8))):
             found.add(request(seq, [seq % 3, 1], data.draw(st.integers(60, 90))))
@@ -499,7 +499,7 @@ def test_one_that_can_not_be_started_leaves_the_others_alone() -> None:
     with world(2, fails=lambda number, _: None if number else OSError(11, "no processes")) as found:
         found.settle(2)
         assert found.fleet.fatal is None
-        with pytest.raises(EngineError, match=r"replica 0 can't be started: .*no processes"):
+        with pytest.raises(EngineError, match=r"replica 0 cannot be started: .*no processes"):
             _ = found.fleet.started
         found.add(request(0, [1]))
         found.finish()
@@ -517,7 +517,7 @@ def test_one_that_takes_too_long_to_start_is_ended() -> None:
 
 def test_a_fleet_in_which_all_were_given_up_rests() -> None:
     """Whoever waits for the next start would wait for nothing, again and again."""
-    with world(2, together=True) as found:
+    with world(2, in_lockstep=True) as found:
         found.settle(3)
         found.fails = lambda number, _: CheckpointError("gone") if number else None
         found.kill(found.member(0))
@@ -526,7 +526,7 @@ def test_a_fleet_in_which_all_were_given_up_rests() -> None:
         assert found.fleet.fatal is not None
         found.kill(found.member(0))
         found.settle(3, 30.0)
-        assert found.fleet.pause() > 100
+        assert found.fleet.seconds_until_due() > 100
 
 
 def test_counters_go_on_over_lives() -> None:
@@ -548,7 +548,7 @@ def test_counters_go_on_over_lives() -> None:
 
 
 def test_those_that_compute_together_start_again_together() -> None:
-    with world(3, together=True) as found:
+    with world(3, in_lockstep=True) as found:
         for seq in range(6):
             found.add(request(seq, [seq], 60))
         found.settle(30)
@@ -561,7 +561,7 @@ def test_those_that_compute_together_start_again_together() -> None:
 
 
 def test_one_that_ends_at_its_start_takes_those_along_that_start_with_it() -> None:
-    with world(2, together=True) as found:
+    with world(2, in_lockstep=True) as found:
         found.add(request(0, [1], 100))
         found.settle(40)
         found.polls = lambda: 4
@@ -587,7 +587,7 @@ def test_what_can_never_be_taken_is_told_so(replicas: int, replica: int, most: i
             found.add(replace_fields(request(seq, [seq]), outputs=outputs, replica=replica))
         found.step()
         assert found.refusals() == {0: RefusalKind.INVALID}
-        assert f"makes {most + 1} outputs, and {most} can be taken at a time" in found.error(0)
+        assert f"makes {most + 1} outputs, but {most} are possible at a time" in found.error(0)
         found.finish()
 
 
@@ -742,7 +742,7 @@ def test_one_that_names_a_replica_that_never_was() -> None:
         found.add(pinned(0, 5))
         found.finish()
         assert found.refusals() == {0: RefusalKind.INVALID}
-        assert found.error(0) == "there is no replica 5; known are 0, 1"
+        assert found.error(0) == "there is no replica 5, only 0, 1"
 
 
 def test_one_that_names_a_replica_that_does_not_come_back() -> None:
@@ -805,9 +805,9 @@ def test_one_that_leaves_is_seen_to_and_its_end_is_not_waited_for() -> None:
 
 
 def test_the_number_of_those_that_compute_together_stays() -> None:
-    with world(2, together=True) as found:
+    with world(2, in_lockstep=True) as found:
         found.fleet.scale(2)
-        with pytest.raises(ConfigError, match="their number stays as it is"):
+        with pytest.raises(ConfigError, match="their number cannot be changed"):
             found.fleet.scale(3)
         with pytest.raises(ConfigError, match="at least one"):
             found.fleet.scale(0)
@@ -826,7 +826,7 @@ def test_those_that_failed_make_room_for_new_ones() -> None:
 
 
 def test_added_ones_take_no_number_of_another_host() -> None:
-    with world(1, elsewhere=[1, 2]) as found:
+    with world(1, served_elsewhere=[1, 2]) as found:
         found.settle(2)
         found.fleet.scale(3)
         found.settle(2)
@@ -864,7 +864,7 @@ def test_those_of_other_hosts_are_awaited_again_and_again() -> None:
 
 def test_what_another_hosts_replica_drew_in_an_earlier_life_is_no_use_later() -> None:
     """Those that compute together end together; one that has drawn since is all that spares them the pause."""
-    with world(1, awaited=[1], together=True) as found:
+    with world(1, awaited=[1], in_lockstep=True) as found:
         pauses: list[float] = []
         for life in range(3):
             member = FakeMember(1, life)
@@ -877,7 +877,7 @@ def test_what_another_hosts_replica_drew_in_an_earlier_life_is_no_use_later() ->
             found.kill(member)
             found.kill(found.member(0))
             found.settle(1)
-            pauses.append(found.fleet.pause())
+            pauses.append(found.fleet.seconds_until_due())
             found.settle(3, 1.0)
         assert pauses[0] == 0
         assert pauses[2] > 0
@@ -979,7 +979,8 @@ def test_an_added_replica_that_holds_less_is_not_taken_in() -> None:
         (first, second) = found.fleet.status().replicas
         assert (first.state, second.state) == ("ready", "failed")
         assert (
-            "holds requests of 60 tokens, but 100 are served: start the server with --max-model-len 60" in second.cause
+            "holds requests of 60 tokens, but the context length is 100: start the server with --max-model-len 60"
+            in second.cause
         )
         assert found.members[1].closed
         assert not found.members[1].added
@@ -1021,7 +1022,7 @@ def test_one_that_has_requests_and_says_nothing_is_lost() -> None:
         found.finish()
         assert len(found.members) == 2
         assert found.members[0].closed
-        assert "replica 0 has 1 requests and has said nothing for" in found.fleet.status().replicas[0].cause
+        assert "replica 0 has 1 requests and has sent nothing for" in found.fleet.status().replicas[0].cause
         assert found.refusals() == {0: RefusalKind.NONE}
 
 

@@ -1,4 +1,4 @@
-"""The ledger of requests against a model of a few dictionaries, and its audit against books that are wrong."""
+"""The ledger of requests, compared with a model of a few dictionaries, and its audit of inconsistent tables."""
 
 from collections.abc import Callable
 
@@ -12,15 +12,15 @@ from shoal.cluster.routing.ledger import FULL, HeldRequest, RequestLedger
 from shoal.errors import EngineError
 from support.fakes import steady
 
-CAPACITY = ReplicaCapacity(requests=3, tokens=40, block_size=4, prefixes=0)
+CAPACITY = ReplicaCapacity(requests=3, tokens=40, block_size=4, prefix_blocks=0)
 
 
-def held(seq: int, prompt: int = 5, rest: int = 7, group: int = -1) -> HeldRequest:
-    return HeldRequest(seq, prompt, allowed=20, before=0, rest=rest, group=group, end=None)
+def held(seq: int, prompt: int = 5, expected: int = 7, group: int = -1) -> HeldRequest:
+    return HeldRequest(seq, prompt, allowed=20, earlier=0, expected=expected, group=group, prefix_end=None)
 
 
 class Machine(RuleBasedStateMachine):
-    """Replicas and requests come and go in any order."""
+    """A ledger in which replicas and requests come and go in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,20 +47,20 @@ class Machine(RuleBasedStateMachine):
         self.seqs += 1
 
     @precondition(lambda self: self.waiting and self.held)
-    @rule(data=st.data(), prompt=st.integers(1, 30), rest=st.integers(1, 20), group=st.integers(-1, 1))
-    def give(self, data: st.DataObject, prompt: int, rest: int, group: int) -> None:
+    @rule(data=st.data(), prompt=st.integers(1, 30), expected=st.integers(1, 20), group=st.integers(-1, 1))
+    def assign(self, data: st.DataObject, prompt: int, expected: int, group: int) -> None:
         number = data.draw(st.sampled_from(sorted(self.held)))
         seq = data.draw(st.sampled_from(sorted(self.waiting)))
-        assert self.ledger.open(seq, 9) == self.places[seq], "it keeps its place"
-        self.held[number][seq] = held(seq, prompt, rest, group)
-        self.ledger.give(number, self.held[number][seq])
+        assert self.ledger.open(seq, 9) == self.places[seq], "a request that is open keeps its place"
+        self.held[number][seq] = held(seq, prompt, expected, group)
+        self.ledger.assign(number, self.held[number][seq])
         self.waiting.discard(seq)
 
     @precondition(lambda self: any(self.held.values()))
-    @rule(data=st.data(), count=st.integers(1, 9), rest=st.integers(1, 9))
-    def draw(self, data: st.DataObject, count: int, rest: int) -> None:
+    @rule(data=st.data(), count=st.integers(1, 9), expected=st.integers(1, 9))
+    def draw(self, data: st.DataObject, count: int, expected: int) -> None:
         seq = data.draw(st.sampled_from(sorted(seq for each in self.held.values() for seq in each)))
-        self.ledger.drew(self.ledger.request(seq), count, rest)
+        self.ledger.drew(self.ledger.request(seq), count, expected)
 
     @precondition(lambda self: self.places)
     @rule(data=st.data())
@@ -68,78 +68,78 @@ class Machine(RuleBasedStateMachine):
         seq = data.draw(st.sampled_from(sorted(self.places)))
         del self.places[seq]
         self.waiting.discard(seq)
-        had = next((each.pop(seq) for each in self.held.values() if seq in each), None)
-        assert self.ledger.close(seq) is had
+        held = next((each.pop(seq) for each in self.held.values() if seq in each), None)
+        assert self.ledger.close(seq) is held
 
     @invariant()
-    def all_is_counted(self) -> None:
+    def all_counts_agree(self) -> None:
         self.ledger.audit(self.waiting)
         assert self.ledger.num_open == len(self.places)
         assert self.ledger.num_waiting == len(self.waiting)
         assert self.ledger.num_held == sum(map(len, self.held.values()))
         for number, requests in self.held.items():
-            assert self.ledger.held(number) == len(requests)
+            assert self.ledger.num_held_by(number) == len(requests)
             assert all(self.ledger.holder(seq) == number for seq in requests)
-            left = sum(each.rest + (0 if each.drawn else each.prompt) for each in requests.values())
+            left = sum(each.expected + (0 if each.drawn else each.prompt) for each in requests.values())
             assert self.ledger.work_of(number) == left
             slot = self.ledger.slot_of(number)
             assert self.ledger.number_of(slot) == number
-            assert self.ledger.work[slot] == (left if self.ledger.takes(number) else FULL)
+            assert self.ledger.work[slot] == (left if self.ledger.has_room(number) else FULL)
             groups = {each.group for each in requests.values() if each.group >= 0}
-            assert groups == {group for group in (0, 1) if slot in self.ledger.sharers(group)}
+            assert groups == {group for group in (0, 1) if slot in self.ledger.slots_of_group(group)}
             if len(requests) >= CAPACITY.requests:
-                assert not self.ledger.takes(number)
+                assert not self.ledger.has_room(number)
 
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(steady, stateful_step_count=40)
 
 
-def test_what_a_replica_had_waits_when_it_is_removed() -> None:
+def test_requests_of_a_removed_replica_wait() -> None:
     ledger = RequestLedger()
     ledger.admit(4, CAPACITY)
     for seq in range(2):
         ledger.open(seq, 0)
-    ledger.give(4, held(1))
+    ledger.assign(4, held(1))
     assert (ledger.num_waiting, ledger.num_held, ledger.holder(1), ledger.holder(0)) == (1, 1, 4, None)
     assert [each.seq for each in ledger.remove(4)] == [1]
-    assert (ledger.num_waiting, ledger.num_held, ledger.held(4)) == (2, 0, 0)
+    assert (ledger.num_waiting, ledger.num_held, ledger.num_held_by(4)) == (2, 0, 0)
 
 
-def forget_one(ledger: RequestLedger) -> list[int]:
+def drop_a_waiting_request(ledger: RequestLedger) -> list[int]:
     return []
 
 
-def count_twice(ledger: RequestLedger) -> list[int]:
-    ledger.request(1).rest += 1
+def change_a_request(ledger: RequestLedger) -> list[int]:
+    ledger.request(1).expected += 1
     return [0]
 
 
-def lose_a_table(ledger: RequestLedger) -> list[int]:
+def change_the_work_of_a_slot(ledger: RequestLedger) -> list[int]:
     ledger.work[0] += 1
     return [0]
 
 
-def do_more(ledger: RequestLedger) -> list[int]:
+def change_what_a_slot_has_done(ledger: RequestLedger) -> list[int]:
     ledger.done[0] += 1
     return [0]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "why"),
+    ("break_it", "why"),
     [
-        (forget_one, "1 requests wait or are at replicas, but 2 are open"),
-        (count_twice, r"replica 4: 5 \+ 7, 5 tokens are noted, not \(5, 8, 5\)"),
-        (lose_a_table, "replica 4: 13 in the table, not 12"),
-        (do_more, "1 tokens were computed in all, but 0 are noted"),
+        (drop_a_waiting_request, "1 requests wait or are at replicas, but 2 are open"),
+        (change_a_request, r"replica 4: 5 \+ 7, 5 tokens are noted, not \(5, 8, 5\)"),
+        (change_the_work_of_a_slot, "replica 4: 13 in the table, not 12"),
+        (change_what_a_slot_has_done, "1 tokens were computed in all, but 0 are noted"),
     ],
 )
-def test_an_audit_finds_what_is_wrong(spoil: Callable[[RequestLedger], list[int]], why: str) -> None:
+def test_the_audit_finds_inconsistent_tables(break_it: Callable[[RequestLedger], list[int]], why: str) -> None:
     ledger = RequestLedger()
     ledger.admit(4, CAPACITY)
     for seq in range(2):
         ledger.open(seq, 0)
-    ledger.give(4, held(1))
+    ledger.assign(4, held(1))
     ledger.audit([0])
     with pytest.raises(EngineError, match=why):
-        ledger.audit(spoil(ledger))
+        ledger.audit(break_it(ledger))

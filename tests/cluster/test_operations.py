@@ -31,7 +31,7 @@ def operate(found: World, verb: str, **options: Any) -> list[Any]:
 
 
 def activities(member: FakeMember) -> list[Activity]:
-    return [message.activity for message in member.told if isinstance(message, SetActivity)]
+    return [order.activity for order in member.orders if isinstance(order, SetActivity)]
 
 
 def running(found: World, count: int = 4, length: int = 12) -> list[EngineRequest]:
@@ -89,7 +89,7 @@ def test_a_pause_may_abort_what_runs_and_what_waits() -> None:
         assert len(told) == 1
         assert not found.outcomes.open
         assert set(found.refusals().values()) == {RefusalKind.NONE}
-        assert [type(message) for message in found.members[0].told] == [SetActivity, ResetPrefixCache]
+        assert [type(order) for order in found.members[0].orders] == [SetActivity, ResetPrefixCache]
 
 
 def test_a_pause_may_wait_for_what_replicas_have() -> None:
@@ -98,7 +98,7 @@ def test_a_pause_may_wait_for_what_replicas_have() -> None:
         told = operate(found, "pause", mode="wait")
         found.step()
         assert told == []
-        assert found.members[0].told == [], "it computes until the requests have ended"
+        assert found.members[0].orders == [], "it computes until the requests have ended"
         found.settle(20)
         assert len(told) == 1
         assert found.outcomes.open == [2], "nobody had begun with it"
@@ -114,7 +114,7 @@ def test_a_pause_that_waits_is_called_off_by_what_comes_next() -> None:
         resumed = operate(found, "resume")
         found.settle(2)
         assert isinstance(told[0], ConfigError)
-        assert "pause: called off by resume" in str(told[0])
+        assert "pause: cancelled by resume before all requests had ended" in str(told[0])
         assert resumed == [b""]
         found.finish()
 
@@ -144,7 +144,7 @@ def test_who_is_asleep_takes_no_requests_and_is_awake_with_the_last_part() -> No
 
 
 def test_none_runs_before_all_have_their_memory() -> None:
-    with world(2, together=True) as found:
+    with world(2, in_lockstep=True) as found:
         found.settle(2)
         operate(found, "sleep")
         found.settle(4)
@@ -234,12 +234,12 @@ def test_a_reset_says_what_all_replicas_have_forgotten() -> None:
         told = operate(found, "reset_prefix_cache", running=True)
         found.settle(2)
         assert reset_outcome_decoder.decode(told[0]) == ResetOutcome(forgotten=6, held=0)
-        assert [member.told[0].running for member in found.members] == [True, True]  # type: ignore[union-attr]
+        assert [member.orders[0].running for member in found.members] == [True, True]  # type: ignore[union-attr]
         assert found.fleet.status().activity == "awake"
 
 
 def test_replicas_that_others_compute_with_can_not_sleep() -> None:
-    with world(1, elsewhere=[1], together=True) as found:
+    with world(1, served_elsewhere=[1], in_lockstep=True) as found:
         found.settle(2)
         with pytest.raises(ConfigError, match="replicas at other addresses"):
             operate(found, "sleep")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.cluster.replica_set import ReplicaSet
 from shoal.cluster.routing.capacity import ReplicaCapacity
-from shoal.cluster.stats import merged
+from shoal.cluster.stats import merge_stats
 from shoal.errors import ClosedError, ReplicasFailed, RequestError
 from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import Finish, SeqUpdate, from_engine
@@ -162,7 +162,7 @@ def test_what_came_before_the_last_one_died_is_handed_out_before_the_error() -> 
 
 def test_those_that_share_experts_end_together_with_the_name_of_the_one_that_died() -> None:
     replicas = [FakeReplica(number) for number in range(3)]
-    found = replica_set(replicas, together=True)
+    found = replica_set(replicas, in_lockstep=True)
     for seq in range(9):
         found.add(request(seq, [seq]))
     found.updates(0)
@@ -178,7 +178,7 @@ def test_those_that_share_experts_end_together_with_the_name_of_the_one_that_die
 
 def test_one_of_those_that_share_experts_fails_when_it_is_asked_how_it_is() -> None:
     replicas = [FakeReplica(number) for number in range(3)]
-    found = replica_set(replicas, together=True)
+    found = replica_set(replicas, in_lockstep=True)
     replicas[1].dead = "was killed by SIGKILL"
     with pytest.raises(ReplicasFailed, match=r"^replica 1 was killed by SIGKILL; replicas that share experts end tog"):
         found.stats()
@@ -289,7 +289,7 @@ def test_stats_are_sums_with_all_ranks_numbered_through() -> None:
         STATS, num_blocks=10, block_size=16, max_model_len=64, steps=3, start_s=(("load", 1.0),), ranks=(rank, rank)
     )
     two = replace_fields(one, num_blocks=12, max_model_len=32, steps=4, start_s=(("load", 2.0),), ranks=(rank,))
-    both = merged([one, two])
+    both = merge_stats([one, two])
     assert (both.num_blocks, both.block_size, both.max_model_len, both.steps) == (22, 16, 32, 7)
     assert both.start_s == (("load", 2.0),)
     assert [each.rank for each in both.ranks] == [0, 1, 2]

@@ -36,8 +36,8 @@ def test_timers_are_as_a_list_of_those_that_are_open(entries: list[tuple[int, bo
     for seq, (when, _) in enumerate(entries):
         timers.add(float(when), seq)
     times = [when for when, stays in entries if stays]
-    assert timers.next == min(times, default=None)
-    due = timers.due(float(now))
+    assert timers.next_time == min(times, default=None)
+    due = timers.pop_expired(float(now))
     assert sorted(due) == [seq for seq, (when, stays) in enumerate(entries) if stays and when <= now]
     assert [entries[seq][0] for seq in due] == sorted(entries[seq][0] for seq in due)
     timers.clean()

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from shoal.cluster.routing.capacity import ReplicaCapacity, most_held
+from shoal.cluster.routing.capacity import ReplicaCapacity, max_requests_held
 from shoal.cluster.routing.router import RequestRouter
-from shoal.cluster.routing.waiting_lines import WaitingLines
+from shoal.cluster.routing.waiting_queues import WaitingQueues
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
@@ -215,7 +215,7 @@ def test_what_is_bound_late_goes_to_the_one_whose_outputs_are_short() -> None:
     """Two replicas that run 16 requests each, a token of each a step. All may draw 64; what the first one gets ends
     sooner."""
     runs, count, lengths = 16, 600, [8, 64]
-    found = router(2, room(most_held(runs)))
+    found = router(2, room(max_requests_held(runs)))
     for seq in range(count):
         found.add(request(seq, [seq + 100], max_tokens=64))
     held: list[dict[int, int]] = [{}, {}]  # request -> tokens that it has drawn
@@ -351,7 +351,7 @@ def test_a_router_may_start_without_replicas() -> None:
     assert dealt(found) == [(0, 7), (1, 7)]
     found.admit(3, room(2))
     assert dealt(found) == [(2, 3)]
-    assert (found.ledger.num_waiting, found.ledger.held(7), found.ledger.held(3)) == (0, 2, 1)
+    assert (found.ledger.num_waiting, found.ledger.num_held_by(7), found.ledger.num_held_by(3)) == (0, 2, 1)
     found.audit()
 
 
@@ -362,7 +362,7 @@ def test_a_replica_that_is_back_has_nothing_in_its_cache() -> None:
     found.admit(0, room())
     assert found.ledger.work_of(0) == 0
     assert computed(found, prompts_of(50, 1, 1)[0]) == 13
-    with pytest.raises(ValueError, match="replica 0 is there already"):
+    with pytest.raises(ValueError, match="the router has replica 0 already"):
         found.admit(0, room())
     with pytest.raises(ValueError, match="replica 1 has blocks of 8 tokens, the others of 4"):
         found.admit(1, ReplicaCapacity(1, 1, 8, 1))
@@ -435,13 +435,13 @@ def test_millions_that_give_up_leave_nothing_behind() -> None:
 
 
 def test_places_that_were_left_are_forgotten() -> None:
-    lines = WaitingLines()
+    lines = WaitingQueues()
     for seq in range(3000):
         lines.add(request(seq, [1]) if seq % 2 else pinned(seq, seq % 4), (0, seq, seq))
         if seq >= 10:
             lines.take(seq - 10)
     assert len(lines) == 10
-    assert lines.kept <= 2 * 10 + 3
+    assert lines.num_entries <= 2 * 10 + 3
 
 
 # --- anything at all ---------------------------------------------------------------------------------------------
@@ -538,7 +538,7 @@ class Machine(RuleBasedStateMachine):
         self.found.audit()
         assert self.found.ledger.num_waiting == len(self.waiting)
         for number, held in self.held.items():
-            assert self.found.ledger.held(number) == len(held) <= 2
+            assert self.found.ledger.num_held_by(number) == len(held) <= 2
             assert (self.found.ledger.work_of(number) > 0) == bool(held)
 
     def teardown(self) -> None:

@@ -29,7 +29,7 @@ def test_balance_and_prefix_hits(replicas: int, load: float) -> None:
     assert outcome.hits >= 0.85 * affinity.hits
     found.audit()
     assert found.ledger.num_waiting == 0
-    assert all(found.ledger.held(number) == found.ledger.work_of(number) == 0 for number in range(replicas))
+    assert all(found.ledger.num_held_by(number) == found.ledger.work_of(number) == 0 for number in range(replicas))
 
 
 def test_the_first_token_comes_sooner_than_by_spreading_alone() -> None:

@@ -17,7 +17,11 @@ USEFUL_S = 60.0
 def supervised(most: int = 100, *, elsewhere: bool = False) -> Supervised:
     state = RunState.AWAITED if elsewhere else RunState.NEW
     return Supervised(
-        restarts=Restarts(most, "--max-restarts"), elsewhere=elsewhere, useful_s=USEFUL_S, state=state, since=0.0
+        restarts=Restarts(most, "--max-restarts"),
+        started_elsewhere=elsewhere,
+        useful_s=USEFUL_S,
+        state=state,
+        since=0.0,
     )
 
 
@@ -41,7 +45,7 @@ def test_after_a_useful_run_it_is_started_again_at_once() -> None:
     found = started()
     found.ended(EngineError("killed"), 2.0, useful=True)
     assert found.is_due(2.0)
-    assert found.outlook == "is started again at once"
+    assert found.outlook == "is started again immediately"
     found.started(2.0)
     assert found.num_restarts == 1
 
@@ -58,7 +62,7 @@ def test_after_a_useless_run_there_is_a_pause() -> None:
     ("ready", "error", "why"),
     [
         (False, EngineError("killed"), "it has never been ready"),
-        (True, ConfigError("it differs"), "a restart would not mend that"),
+        (True, ConfigError("it differs"), "a restart would not correct that"),
     ],
 )
 def test_what_a_restart_does_not_mend_is_final(ready: bool, error: EngineError | ConfigError, why: str) -> None:
@@ -137,7 +141,7 @@ class Machine(RuleBasedStateMachine):
         self.found.ended(error, self.now, useful=useful)
         self.ready_since = None
         assert self.found.error is error
-        if self.found.elsewhere:
+        if self.found.started_elsewhere:
             assert self.found.state is RunState.AWAITED
         elif user_error or not was_ready:
             assert self.found.state is RunState.FAILED
@@ -173,7 +177,7 @@ class Machine(RuleBasedStateMachine):
         if self.found.state in (RunState.FAILED, RunState.LEAVING):
             assert not self.found.is_due(self.now + 1e9), "that is final"
             assert not self.found.runs
-        assert (self.found.state is RunState.FAILED) == bool(self.found.why_not) or self.found.elsewhere
+        assert (self.found.state is RunState.FAILED) == bool(self.found.why_not) or self.found.started_elsewhere
 
 
 TestMachine = Machine.TestCase

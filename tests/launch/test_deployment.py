@@ -43,7 +43,7 @@ def test_a_front_end_awaits_the_replicas_that_are_not_here() -> None:
 def test_a_front_end_may_have_no_replicas_of_its_own() -> None:
     found = deployment(local=0, **ADDRESS)
     assert (list(found.local), list(found.awaited), found.listens) == ([], [0, 1, 2, 3], True)
-    assert (found.place.size, found.place.local_size, list(found.elsewhere)) == (4, 0, [])
+    assert (found.place.size, found.place.local_size, list(found.served_elsewhere)) == (4, 0, [])
     assert str(found.address) == f"127.0.0.1:{DEFAULT_PORT}"
     assert deployment(1, local=0, **ADDRESS).mode is Mode.HEAD
 
@@ -80,7 +80,7 @@ def test_peers_meet_where_replica_0_is() -> None:
     second = deployment(hybrid=True, start=2, local=2, **ADDRESS)
     assert (second.mode, list(second.local), list(second.awaited), second.listens) == (Mode.PEERS, [2, 3], [], False)
     assert (second.place.rank, second.place.size, second.place.local_size) == (2, 4, 2)
-    assert list(second.elsewhere) == [0, 1]
+    assert list(second.served_elsewhere) == [0, 1]
     assert deployment(hybrid=True, local=2, **ADDRESS).listens
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.desk import Answer
+from shoal.cluster.fleet_connections import FleetMessage
 from shoal.errors import (
     ClosedError,
     EngineError,
@@ -44,7 +44,7 @@ GREEDY = SamplingParams(max_tokens=100, temperature=0.0)
 
 
 class FakeLine:
-    def __init__(self, deliver: Callable[[Answer], object]) -> None:
+    def __init__(self, deliver: Callable[[FleetMessage], object]) -> None:
         self.deliver = deliver
         self.sent: list[EngineRequest | Abort] = []
         self.closed = False
@@ -73,7 +73,7 @@ class FakeLine:
         return [seq for message in self.sent if isinstance(message, Abort) for seq in message.seqs]
 
     def say(self, *updates: SeqUpdate) -> None:
-        """Deliver updates from another thread, as a desk does."""
+        """Deliver updates from another thread, as a fleet server does."""
         thread = threading.Thread(target=self.deliver, args=(Updates(updates),))
         thread.start()
         thread.join()
@@ -89,7 +89,7 @@ class Harness:
         self.lines: list[FakeLine] = []
         self.llm = AsyncLLM(model, line=self._open)
 
-    def _open(self, deliver: Callable[[Answer], object]) -> FakeLine:
+    def _open(self, deliver: Callable[[FleetMessage], object]) -> FakeLine:
         self.lines.append(FakeLine(deliver))
         return self.lines[0]
 

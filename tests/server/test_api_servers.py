@@ -260,7 +260,7 @@ class _Nobody:
     """A line's other end, which never answers."""
 
     def __init__(self, deliver: object) -> None:
-        self.desk = self
+        self.fleet_server = self
 
     def send(self, messages: object) -> None: ...
 
@@ -450,7 +450,7 @@ class Sleeper:
 
 def test_api_servers_end_at_once_when_told_so_later() -> None:
     class Head:
-        desk = type("Desk", (), {"do": staticmethod(lambda task: task())})
+        fleet_server = type("FleetServer", (), {"do": staticmethod(lambda task: task())})
 
     async def run(sock: socket.socket) -> bool:
         model = open_model(None, {}, online=True)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.cluster.desk import Desk
-from shoal.cluster.stats import carried, emptied
+from shoal.cluster.fleet_server import FleetServer
+from shoal.cluster.stats import add_past_counters, keep_counters
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ClosedError
 from shoal.llm.async_llm import AsyncLLM
@@ -556,7 +556,7 @@ def test_why_requests_wait_and_how_an_engine_sleeps(activity: str, level: int, s
 def test_all_places_of_a_guess_are_there_from_the_beginning() -> None:
     options = EngineOptions.from_flat(None, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}})
     stats = replace_fields(engine(), accepted_by_position=(5, 2))
-    status = fleet(replica(0, stats=stats), replica(1, stats=carried(emptied(stats), stats)))
+    status = fleet(replica(0, stats=stats), replica(1, stats=add_past_counters(keep_counters(stats), stats)))
     found = Scraped(page_of(RequestMetrics(LENGTH).verbs["metrics"](b""), status, "tiny", options).decode())
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert [found(name, engine=0, position=place) for place in range(3)] == [5, 2, 0]
@@ -622,11 +622,11 @@ def test_counters_go_on_over_the_lives_of_a_replica() -> None:
         step_tokens=9,
         steps=3,
     )
-    between = emptied(life)
-    again = emptied(carried(between, life))
-    at_last = carried(again, life)
+    between = keep_counters(life)
+    again = keep_counters(add_past_counters(between, life))
+    at_last = add_past_counters(again, life)
     before: Samples = {}
-    for stats in (life, between, carried(between, life), again, at_last):
+    for stats in (life, between, add_past_counters(between, life), again, at_last):
         text = page(RequestMetrics(LENGTH), fleet(replica(0, stats=stats))).text
         now = samples(text, kinds=("counter", "histogram"))
         assert all(now[key] >= value for key, value in before.items())
@@ -784,10 +784,10 @@ def test_a_process_is_always_the_one_that_has_the_fleet() -> None:
 class RemoteClient:
     """An API server's end of a line."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, server: FleetServer) -> None:
         theirs, sock = Channel.pair()
         self._channel = Channel(sock)
-        desk.connect(theirs)
+        server.connect(theirs)
 
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
         """Gives the tokens that came."""
@@ -850,9 +850,9 @@ def test_a_real_engine_its_clients_and_its_end() -> None:
             "seed": 0,
         }
         async with AsyncLLM(recorder=metrics, verbs=metrics.verbs, **options) as llm:
-            assert llm.desk is not None
+            assert llm.fleet_server is not None
             await llm.ready()
-            remotes = [RemoteClient(llm.desk) for _ in range(2)]
+            remotes = [RemoteClient(llm.fleet_server) for _ in range(2)]
             counts = await asyncio.gather(*(asyncio.to_thread(remote.run, [[1, 2, 3]] * 6, 10) for remote in remotes))
             assert counts == [60, 60]
             job = llm.prepare("Once upon a time", SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))

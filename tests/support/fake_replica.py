@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from shoal.activity import AWAKE, Activity
-from shoal.cluster.operations import Message
 from shoal.errors import EngineError
 from shoal.wire.base import encode, replace_fields
 from shoal.wire.engine import (
     ControlReply,
+    EngineOrder,
     EngineRequest,
     EngineStats,
     Finish,
@@ -38,7 +38,7 @@ class FakeReplica:
         self.added: list[EngineRequest] = []
         self.dead = ""
         self.activity = AWAKE
-        self.told: list[Message] = []
+        self.orders: list[EngineOrder] = []
         self.silent = False  # it answers nothing that it is told
         self.refuses = ""  # why it does not wake up
         self._answers: list[ControlReply] = []
@@ -94,18 +94,18 @@ class FakeReplica:
         self._check_alive()
         return replace_fields(STATS, running=len(self.held), num_blocks=10)
 
-    def tell(self, message: Message) -> None:
+    def send_order(self, order: EngineOrder) -> None:
         self._check_alive()
-        self.told.append(message)
+        self.orders.append(order)
         if self.silent:
             return
-        if isinstance(message, ResetPrefixCache):
-            self._answers.append(ControlReply(message.id, encode(ResetOutcome(3, len(self.held)))))
-        elif self.refuses and self.activity.missing and not message.activity.missing:
-            self._answers.append(ControlReply(message.id, error=self.refuses, user_error=True))
+        if isinstance(order, ResetPrefixCache):
+            self._answers.append(ControlReply(order.id, encode(ResetOutcome(3, len(self.held)))))
+        elif self.refuses and self.activity.missing and not order.activity.missing:
+            self._answers.append(ControlReply(order.id, error=self.refuses, user_error=True))
         else:
-            self.activity = message.activity
-            self._answers.append(ControlReply(message.id))
+            self.activity = order.activity
+            self._answers.append(ControlReply(order.id))
 
     def answers(self) -> list[ControlReply]:
         answers, self._answers = self._answers, []

@@ -13,7 +13,7 @@ from itertools import accumulate, count
 from time import perf_counter_ns
 from typing import Protocol
 
-from shoal.cluster.routing.capacity import ReplicaCapacity, most_held
+from shoal.cluster.routing.capacity import ReplicaCapacity, max_requests_held
 from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import num_tokens
@@ -49,7 +49,7 @@ class Machine:
     @property
     def room(self) -> ReplicaCapacity:
         return ReplicaCapacity(
-            most_held(self.max_num_seqs), self.blocks * self.block_size, self.block_size, self.blocks
+            max_requests_held(self.max_num_seqs), self.blocks * self.block_size, self.block_size, self.blocks
         )
 
     def seconds(self, prompt: float, output: float) -> float:

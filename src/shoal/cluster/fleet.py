@@ -1,4 +1,4 @@
-"""All replicas behind one address: requests wait for them, go to them, and survive them."""
+"""A fleet: all replicas behind one address. Requests outlive the replicas that have them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,9 +7,10 @@ from typing import Any
 
 from shoal.activity import ActivityState
 from shoal.cluster.limits import FleetLimits
+from shoal.cluster.members.replica_client import ReplicaClient
 from shoal.cluster.members.replica_supervisor import RemoteReplica, ReplicaSupervisor
 from shoal.cluster.operations import Done
-from shoal.cluster.replica_set import ReplicaClient, ReplicaSet
+from shoal.cluster.replica_set import ReplicaSet
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.timers import Timers
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, overflow
@@ -20,74 +21,86 @@ from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, RefusalKind, SeqUpdate
 from shoal.wire.fleet import FleetStatus, Operation
 
-_FOREVER_S = 3600.0
+_IDLE_S = 3600.0  # the longest wait if no timer is set
 
 
 @dataclass(frozen=True, slots=True)
-class About:
-    model: str
-    tp: int
-    pp: int
+class ModelSummary:
+    """What the status of a fleet shows of its model."""
+
+    name: str
+    tp: int  # tensor-parallel size of each replica
+    pp: int  # pipeline-parallel size of each replica
 
 
 class Fleet:
-    """Several replicas as one engine, which come back when they end. Not thread-safe, but for `wake` and `arrive`.
+    """Several replicas as one engine. A replica that ends is started again. Only `wake` and `arrive` are thread-safe.
 
-    Requests wait while no replica is there; `ReplicaSupervisor` decides what becomes of replicas. All requests are cut
-    to one length, which all replicas hold, so that each ends at the same token wherever it runs and goes on.
+    Requests wait while no replica is ready. A `ReplicaSupervisor` starts replicas and decides which of them may come
+    back. Requests are limited to one context length that all replicas hold, so that a request ends at the same token
+    whichever replicas run it.
     """
 
     def __init__(
         self,
         launch: Callable[[int, int], ReplicaClient],
-        room: Callable[[EngineStats], ReplicaCapacity],
+        capacity_of: Callable[[EngineStats], ReplicaCapacity],
         *,
-        about: About,
+        model: ModelSummary,
         limits: FleetLimits,
         local: Sequence[int],
         awaited: Sequence[int] = (),
-        elsewhere: Sequence[int] = (),
-        together: bool = False,
+        served_elsewhere: Sequence[int] = (),
+        in_lockstep: bool = False,
         recorder: Recorder | None = None,
         on_close: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`launch(number, generation)` starts a replica of this host; replicas that compute `together` have the same
-        generation, a new one whenever they are started anew. `room` says how much one can use. The numbers `elsewhere`
-        are taken by replicas that are no part of this fleet."""
-        self._about = about
-        self._needed_elsewhere = together and len(elsewhere) > 0
+        """Start the replicas of this host.
+
+        Args:
+            launch: starts a replica of this host, from its number and the generation. The generation is how many times
+                replicas in lockstep were started again together.
+            capacity_of: returns how much a replica can have at a time, from its first stats.
+            local: the numbers of the replicas of this host.
+            awaited: the numbers of the replicas that other hosts start for this fleet.
+            served_elsewhere: the numbers of replicas that are no part of this fleet.
+            in_lockstep: True if all replicas compute in lockstep, those that are served elsewhere too.
+            on_close: ends what the replicas needed. It may be called more than once.
+        """
+        self._model = model
+        self._needed_elsewhere = in_lockstep and len(served_elsewhere) > 0
         self._limits = limits
         self._clock = clock
         self._began = clock()
-        self._length: int | None = None  # tokens of a prompt and its output
-        self._sources: list[Any] = []  # what else is waited for
+        self._context_length: int | None = None
+        self._sources: list[Any] = []  # what `updates` waits for besides replicas
         self._waker = Waker()
         self._accepting = True
         self._set = ReplicaSet(
             {},
             {},
-            together=together,
+            in_lockstep=in_lockstep,
             on_close=on_close,
             wait_for=self._wait_for_any,
             on_loss=self._lost,
             recorder=recorder,
         )
         self._deadlines = Timers(self._set.is_open)
-        self._patience = Timers(self._set.is_new)  # how long requests wait for a replica
+        self._wait_limits = Timers(self._set.is_new)  # until when requests may wait for their first replica
         self._supervisor = ReplicaSupervisor(
             launch,
-            room,
+            capacity_of,
             self._set,
             limits=limits,
             local=local,
             awaited=awaited,
-            elsewhere=elsewhere,
-            together=together,
-            on_length=self._bound,
+            served_elsewhere=served_elsewhere,
+            in_lockstep=in_lockstep,
+            on_context_length=self._set_context_length,
             clock=clock,
         )
-        self._supervisor.begin()
+        self._supervisor.start()
 
     def _lost(self, number: int, error: EngineError) -> None:
         self._supervisor.lost(number, error)
@@ -95,7 +108,7 @@ class Fleet:
     # --- requests ------------------------------------------------------------------------------------------------
 
     def add(self, request: EngineRequest) -> None:
-        """Takes a request over. One that can't be taken ends at once, with the reason in its update.
+        """Take a request over. If it cannot be accepted, it ends immediately with the reason in its update.
 
         Raises:
             RequestError: its number is in use.
@@ -107,117 +120,120 @@ class Fleet:
             self._set.reject(request, *objection)
             return
         try:
-            request = self._cut(request)
+            request = self._limit_length(request)
         except RequestError as error:
             self._set.reject(request, str(error), RefusalKind.INVALID)
             return
         deadline = float("inf") if request.deadline is None else request.deadline
         if self._limits.timeout is not None:
             deadline = min(deadline, request.arrival + self._limits.timeout)
-        self._set.add(
-            replace_fields(request, deadline=None)
-        )  # it is kept here: another host's clock shows another time
+        # The deadline stays here, because the clocks of other hosts show other times.
+        self._set.add(replace_fields(request, deadline=None))
         if self._set.is_new(request.seq) and self._set.num_waiting > self._limits.max_queued:
-            most = f"{self._limits.max_queued} requests wait already (--max-queued-requests): come again later"
-            self._set.refuse(request.seq, most, RefusalKind.FULL)
+            why = f"{self._limits.max_queued} requests wait already (--max-queued-requests): try again later"
+            self._set.refuse(request.seq, why, RefusalKind.FULL)
             return
         if deadline < float("inf"):
             self._deadlines.add(deadline, request.seq)
         if self._limits.max_wait is not None:
-            self._patience.add(now + self._limits.max_wait, request.seq)
+            self._wait_limits.add(now + self._limits.max_wait, request.seq)
 
     def _objection(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
-        """Why a request is not taken, whatever else waits."""
+        """Return why a request is not accepted, however many others wait; None if it may be."""
         if self._supervisor.failure:
             return self._supervisor.failure, RefusalKind.LOST
         if not self._accepting:
-            return "the server is about to end and takes no new requests", RefusalKind.CLOSING
+            return "the server is shutting down and accepts no new requests", RefusalKind.CLOSING
         if self._set.activity.state is ActivityState.ASLEEP:
-            return "the model is asleep, and takes requests when it was woken up (POST /wake_up)", RefusalKind.ASLEEP
+            return "the model is asleep: wake it up first (POST /wake_up)", RefusalKind.ASLEEP
         objection = self._supervisor.objection(request.replica) if request.replica >= 0 else None
-        return objection or self._too_many(request)
+        return objection or self._too_many_outputs(request)
 
-    def _too_many(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
-        """Why a request can't be taken even if there is no other: one whose outputs don't fit in all."""
-        held, queued = self._supervisor.most_held(request.replica), self._limits.max_queued
+    def _too_many_outputs(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
+        """Return why a request has too many outputs even for a fleet without other requests; None if it has not."""
+        held, queued = self._supervisor.max_held(request.replica), self._limits.max_queued
         if held is None or request.outputs <= held + queued:
             return None
         why = (
-            f"n times prompts makes {request.outputs} outputs, and {held + queued} can be taken at a time: {held} that "
-            f"replicas hold (--max-num-seqs) and {queued} that wait (--max-queued-requests); ask for fewer, or raise "
-            "one of the two"
+            f"n times prompts makes {request.outputs} outputs, but {held + queued} are possible at a time: {held} at "
+            f"replicas (--max-num-seqs) and {queued} waiting (--max-queued-requests); ask for fewer, or raise one of "
+            "the two"
         )
         return why, RefusalKind.INVALID
 
     @property
     def max_model_len(self) -> int | None:
-        """Tokens that a prompt and its output may have together; None before the first replicas are ready."""
-        return self._length
+        """The context length; None before the first replicas are ready."""
+        return self._context_length
 
-    def _bound(self, length: int) -> None:
-        self._length = length
-        self._set.bound(self._cut)
+    def _set_context_length(self, length: int) -> None:
+        self._context_length = length
+        self._set.revise(self._limit_length)
 
-    def _cut(self, request: EngineRequest) -> EngineRequest:
-        """
+    def _limit_length(self, request: EngineRequest) -> EngineRequest:
+        """Return the request with an output limit that fits into the context length.
+
         Raises:
-            RequestError: no replica holds its prompt and a token.
+            RequestError: the prompt leaves no room for an output.
         """
-        if self._length is None:
+        if self._context_length is None:
             return request
         prompt_len = request.num_prompt_tokens
-        if prompt_len >= self._length:
+        if prompt_len >= self._context_length:
             raise RequestError(
-                f"{overflow(self._length)}; the prompt has {prompt_len}, and an output needs one: shorten it, or give "
-                "the replicas more memory for their KV caches"
+                f"{overflow(self._context_length)}; the prompt has {prompt_len}, and an output needs one: shorten it, "
+                "or give the replicas more memory for their KV caches"
             )
-        return replace_fields(request, max_tokens=min(request.max_tokens, self._length - prompt_len))
+        return replace_fields(request, max_tokens=min(request.max_tokens, self._context_length - prompt_len))
 
     def refuse(self, seq: int, why: str) -> bool:
-        """Ends a request that can't be served; False if there is none of that number."""
-        found = self._set.is_open(seq)
+        """End a request that cannot be served. Return False if no request has this number."""
+        is_open = self._set.is_open(seq)
         self._set.refuse(seq, why, RefusalKind.FAILED)
-        return found
+        return is_open
 
     def abort(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
         self._set.abort(seqs, stopped=stopped)
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
-        """Drives everything: waits for replicas, starts those that are due, ends requests whose time is up."""
+        """Drive the fleet: wait for replicas, start those that are due, and end expired requests. Return the updates.
+
+        The wait takes at most `timeout` seconds, and ends early for a timer, a watched source or `wake`.
+        """
         self._tick()
-        updates = self._set.updates(min(timeout, self.pause()))
-        self._supervisor.welcome()
+        updates = self._set.updates(min(timeout, self.seconds_until_due()))
+        self._supervisor.admit_ready()
         return updates
 
     def _tick(self) -> None:
         now = self._clock()
         self._supervisor.tick(now)
-        for seq in self._deadlines.due(now):
+        for seq in self._deadlines.pop_expired(now):
             self._set.refuse(seq, "the request was not finished by its deadline", RefusalKind.LATE)
-        for seq in self._patience.due(now):
-            waited = f"the request waited {self._limits.max_wait:g} s for a replica (--max-queue-wait)"
-            self._set.refuse(seq, waited, RefusalKind.LATE)
+        for seq in self._wait_limits.pop_expired(now):
+            why = f"the request waited {self._limits.max_wait:g} s for a replica (--max-queue-wait)"
+            self._set.refuse(seq, why, RefusalKind.LATE)
 
     def close(self) -> None:
-        """Ends all replicas. Idempotent, never raises."""
-        self._supervisor.closing()
+        """End all replicas. Idempotent, never raises."""
+        self._supervisor.stop_restarts()
         self._set.close()
         self._supervisor.close()
         self._waker.close()
 
     def audit(self) -> None:
-        """Holds the books against each other.
+        """Check that all tables and sums agree.
 
         Raises:
-            EngineError: they differ, or something is left of requests that have ended.
+            EngineError: they differ; or all requests have ended, but some are still in a table.
         """
         self._set.audit()
         self._deadlines.clean()
-        self._patience.clean()
-        if not self.num_unfinished and (self._set.num_waiting or len(self._deadlines) or len(self._patience)):
-            raise EngineError("something is left of requests that have ended")
+        self._wait_limits.clean()
+        if not self.num_unfinished and (self._set.num_waiting or len(self._deadlines) or len(self._wait_limits)):
+            raise EngineError("all requests have ended, but some are still in a queue")
 
-    # --- what a server asks and says -------------------------------------------------------------------------------
+    # --- for servers and their operators ---------------------------------------------------------------------------
 
     @property
     def num_unfinished(self) -> int:
@@ -225,7 +241,7 @@ class Fleet:
 
     @property
     def fatal(self) -> ShoalError | None:
-        """Why no replica is left that could come back; None while one can."""
+        """The reason why no replica can serve or come back; None while one can."""
         return self._supervisor.fatal
 
     @property
@@ -234,72 +250,76 @@ class Fleet:
 
     @property
     def started(self) -> bool:
-        """Can requests be served, by every replica of this host?
+        """True if every replica of this host can serve requests. Replicas that were added later do not count.
 
         Raises:
-            UserError, EngineError: one of them has never been ready, and will not be, before all were up for the
-                first time; or none is left at all.
+            UserError, EngineError: a replica of this host cannot become ready, and not all have been ready once; or no
+                replica is left.
         """
         return self._supervisor.started
 
     def status(self) -> FleetStatus:
         return FleetStatus(
-            model=self._about.model,
-            tp=self._about.tp,
-            pp=self._about.pp,
-            replicas=self._supervisor.states(),
+            model=self._model.name,
+            tp=self._model.tp,
+            pp=self._model.pp,
+            replicas=self._supervisor.statuses(),
             queued=self._set.num_waiting,
             replays=self._set.replays,
             accepting=self._accepting and not self._supervisor.failure,
             uptime_s=self._clock() - self._began,
             failure=self._supervisor.failure,
-            max_model_len=self._length or 0,
+            max_model_len=self._context_length or 0,
             activity=self._set.activity.state.value,
             sleep_level=self._set.activity.level,
             missing=self._set.activity.missing,
         )
 
     def operate(self, wanted: Operation, done: Done) -> None:
-        """Pauses all replicas, lets them go on, sends them to sleep, wakes them up, or empties their prefix caches.
-        `done` is told how it ended, from `updates`; replicas that come up meanwhile do the same.
+        """Begin a pause, resume, sleep, wake-up or cache reset of all replicas.
+
+        `done` is called with the outcome, from within `updates`. Replicas that become ready later are brought to the
+        same activity.
 
         Raises:
-            ConfigError: ranks of replicas that this fleet does not have compute with these.
+            ConfigError: a sleep is not possible, as replicas that are no part of this fleet are in lockstep with these.
         """
         if wanted.verb == "sleep" and wanted.level and self._needed_elsewhere:
             raise ConfigError(
-                "replicas at other addresses compute together with these (--enable-expert-parallel), and can't while "
-                "they are asleep: pause them, or serve all behind one address"
+                "replicas at other addresses compute in lockstep with these (--enable-expert-parallel), and cannot "
+                "while these are asleep: pause instead, or serve all replicas behind one address"
             )
         self._set.operate(wanted, done)
 
     def drain(self) -> None:
-        """Takes nothing new."""
+        """Accept no new requests from now on."""
         self._accepting = False
 
     def scale(self, count: int) -> None:
-        """Has `count` replicas from now on: starts more on this host, or takes out those with the highest numbers,
-        whose requests go on at the others. Those that have failed for good make room for new ones.
+        """Have `count` replicas from now on.
+
+        More replicas are started on this host, in place of failed ones first. Too many are taken out, those with the
+        highest numbers first; their requests go on at the others.
 
         Raises:
-            ConfigError: replicas that compute together can't be more or fewer, or there would be none.
-            UserError, EngineError: none is left.
+            ConfigError: `count` is 0, or the number of replicas in lockstep would change.
+            UserError, EngineError: no replica is left.
         """
         self._supervisor.scale(count)
 
     def arrive(self, number: int, member: RemoteReplica) -> None:
-        """A replica that another host has started, and that says by itself when it is ready. From any thread."""
+        """Add a replica that another host has started. May be called from any thread."""
         self._supervisor.arrive(number, member)
         self.wake()
 
     # --- waiting ---------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Ends the wait of `updates`. From any thread."""
+        """End the wait of `updates`. May be called from any thread."""
         self._waker.wake()
 
     def watch(self, source: Any) -> None:
-        """`updates` returns when this has something to read, too."""
+        """Let `updates` return early when this source is readable, too."""
         self._sources.append(source)
 
     def unwatch(self, source: Any) -> None:
@@ -308,14 +328,14 @@ class Fleet:
 
     @property
     def num_timers(self) -> int:
-        """The number of deadlines and waiting limits that are kept, those of ended requests included."""
-        return len(self._deadlines) + len(self._patience)
+        """The number of deadlines and waiting limits in memory, including those of ended requests."""
+        return len(self._deadlines) + len(self._wait_limits)
 
-    def pause(self) -> float:
-        """Return the seconds until something is due, if nothing happens before."""
+    def seconds_until_due(self) -> float:
+        """Return the seconds until the next timer of a request or replica."""
         now = self._clock()
-        times = (self._deadlines.next, self._patience.next, self._supervisor.next_due)
-        return max(0.0, min((time for time in times if time is not None), default=now + _FOREVER_S) - now)
+        times = (self._deadlines.next_time, self._wait_limits.next_time, self._supervisor.next_due)
+        return max(0.0, min((time for time in times if time is not None), default=now + _IDLE_S) - now)
 
     def _wait_for_any(self, replicas: Sequence[ReplicaClient], timeout: float) -> None:
         channels: list[Any] = [member.channel for member in (*replicas, *self._supervisor.starting())]

@@ -1,19 +1,16 @@
-"""What a fleet of replicas bounds: times, requests that wait, starts."""
+"""The limits of a fleet: waiting requests, times and restarts."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class FleetLimits:
-    """`max_queued` requests may wait for a replica, each for `max_wait` seconds; a request may take `timeout` seconds
-    in all. A replica may be started again `max_restarts` times within an hour, and has `start_timeout` for it; one that
-    has requests and says nothing for `answer_timeout` is lost. Replicas were planned for `max_model_len` tokens of a
-    prompt and its output; what they hold may be less."""
+    """The limits of a fleet. All times are in seconds."""
 
-    max_queued: int
-    max_wait: float | None
-    timeout: float | None
-    max_restarts: int
-    start_timeout: float
-    answer_timeout: float = float("inf")
-    max_model_len: int = 0
+    max_queued: int  # requests that may wait for a replica
+    max_wait: float | None  # how long a request may wait for its first replica; None: without a limit
+    timeout: float | None  # how long a request may take in all; None: without a limit
+    max_restarts: int  # restarts of one replica within an hour
+    start_timeout: float  # how long a replica may take to become ready
+    answer_timeout: float = float("inf")  # how long a replica with requests may be silent before it is given up
+    max_model_len: int = 0  # the context length that replicas were planned for; what they hold may be less

@@ -1,8 +1,8 @@
-"""Pauses, sleep and resets of caches for all replicas together. Free of processes.
+"""Pauses, sleeps and cache resets of all replicas together. This module needs no processes.
 
-An operation has steps, and each is taken by all replicas before any takes the next: of replicas that compute together
-none runs while another one has no weights. Operations follow each other; one that waits for requests to end is called
-off by the next.
+An operation consists of transitions. All replicas complete a transition before any begins the next, so that no replica
+in lockstep computes while another one has no weights. Operations run one after the other. An operation that waits for
+requests to end is cancelled when the next operation arrives.
 """
 
 import itertools
@@ -14,26 +14,33 @@ from typing import Protocol
 from shoal.activity import AWAKE, Activity
 from shoal.errors import ConfigError, EngineError, ShoalError, UserError
 from shoal.wire.base import encode
-from shoal.wire.engine import ControlReply, ResetOutcome, ResetPrefixCache, SetActivity, reset_outcome_decoder
+from shoal.wire.engine import (
+    ControlReply,
+    EngineOrder,
+    ResetOutcome,
+    ResetPrefixCache,
+    SetActivity,
+    reset_outcome_decoder,
+)
 from shoal.wire.fleet import Operation
 
 MODES = ("abort", "wait", "keep")
 
-Message = SetActivity | ResetPrefixCache
-Done = Callable[[bytes | ShoalError], object]  # is told how it ended, once
+Done = Callable[[bytes | ShoalError], object]
+"""A function that is called once, with the outcome of an operation or its error."""
 
 
-class Group(Protocol):
-    """Those who take the steps."""
+class OperatedReplicas(Protocol):
+    """The replicas that carry out operations."""
 
-    def members(self) -> Collection[int]: ...
+    def live_numbers(self) -> Collection[int]: ...
 
-    def tell(self, number: int, message: Message) -> None:
-        """`Operations.told` has the answer, in its time; never raises."""
+    def send_order(self, number: int, order: EngineOrder) -> None:
+        """Send an order to a replica. Its answer is given to `Operations.take_answer` later. Never raises."""
 
     @property
     def num_held(self) -> int:
-        """Requests that replicas have."""
+        """The number of requests that replicas have."""
 
     def abort_all(self) -> None: ...
 
@@ -43,99 +50,109 @@ class Group(Protocol):
 @dataclass(slots=True, eq=False)
 class _Operation:
     verb: str
-    change: Callable[[Activity], Activity]
+    change: Callable[[Activity], Activity]  # from the present activity to the one after the operation
     done: Done
     mode: str = "keep"
-    reset: bool = False  # of the prefix caches, in the end
-    running: bool = False  # ... and of what requests hold
-    before: Activity = AWAKE
-    steps: deque[Activity | None] = field(default_factory=deque)  # None: the reset
-    awaited: set[int] = field(default_factory=set)  # questions
-    draining: bool = False  # it waits for requests to end
-    forgotten: int = 0
-    held: int = 0
-    problem: ShoalError | None = None  # a replica can't
-    failure: ShoalError | None = None  # why all went back to what they were at before
+    reset: bool = False  # True: the last transition empties the prefix caches
+    running: bool = False  # True: a reset makes running requests compute their blocks again too
+    activity_before: Activity = AWAKE
+    transitions: deque[Activity | None] = field(default_factory=deque)  # None: empty the prefix caches
+    awaited: set[int] = field(default_factory=set)  # the orders of the present transition without an answer
+    draining: bool = False  # True: it waits for requests to end
+    forgotten: int = 0  # blocks that were in the prefix caches
+    held: int = 0  # blocks that running requests still use
+    rejected: ShoalError | None = None  # the error of a replica that could not obey in the present transition
+    undone_because: ShoalError | None = None  # the error after which all replicas return to `activity_before`
 
     @property
-    def found(self) -> bytes:
+    def outcome(self) -> bytes:
         return encode(ResetOutcome(self.forgotten, self.held)) if self.reset else b""
 
 
 class Operations:
-    """`activity` is what all replicas are at; on their way they are at the one of both that does less."""
+    """The queue of operations, of which one runs at a time.
 
-    def __init__(self, group: Group) -> None:
+    `activity` is the activity of all replicas. During an operation it is the less active one of before and after.
+    """
+
+    def __init__(self, replicas: OperatedReplicas) -> None:
         self.activity = AWAKE
-        self._group = group
+        self._replicas = replicas
         self._ids = itertools.count()
-        self._asked: dict[int, tuple[int, _Operation | None]] = {}  # questions: the replica, and for what
-        self._said = AWAKE  # to all of them, last
+        self._unanswered: dict[int, tuple[int, _Operation | None]] = {}  # order -> its replica and operation
+        self._last_ordered = AWAKE  # the activity that all replicas were ordered to last
         self._queue: deque[_Operation] = deque()
-        self._now: _Operation | None = None
+        self._current: _Operation | None = None
 
     def begin(self, wanted: Operation, done: Done) -> None:
-        """`done` is given the ResetOutcome of a reset, or the error: a UserError where the operation can't be."""
+        """Begin an operation, or queue it.
+
+        `done` gets a ResetOutcome if the operation resets caches, or an error: a UserError if the operation is not
+        possible.
+        """
         try:
-            self._enter(_operation_of(wanted, done))
+            self._enqueue(_operation_of(wanted, done))
         except UserError as error:
             done(error)
 
     def become(self, activity: Activity, done: Done) -> None:
-        """All are to be at this, whatever they are at."""
-        self._enter(_Operation("become", lambda _: activity, done))
+        """Bring all replicas to this activity, whatever their present one is."""
+        self._enqueue(_Operation("become", lambda _: activity, done))
 
     def reset(self, *, running: bool, done: Done) -> None:
-        self._enter(_Operation("reset_prefix_cache", lambda now: now, done, reset=True, running=running))
+        """Empty the prefix caches of all replicas."""
+        self._enqueue(_Operation("reset_prefix_cache", lambda now: now, done, reset=True, running=running))
 
-    def _enter(self, operation: _Operation) -> None:
+    def _enqueue(self, operation: _Operation) -> None:
         self._queue.append(operation)
-        if self._now is not None and self._now.draining:
-            self.activity = self._now.before
-            self._end(
-                self._now, ConfigError(f"{self._now.verb}: called off by {operation.verb}, before requests ended")
-            )
+        current = self._current
+        if current is not None and current.draining:
+            self.activity = current.activity_before
+            why = f"{current.verb}: cancelled by {operation.verb} before all requests had ended"
+            self._end(current, ConfigError(why))
         self.tick()
 
-    # --- what happens to replicas --------------------------------------------------------------------------------
+    # --- events of replicas --------------------------------------------------------------------------------------
 
     def admitted(self, number: int, activity: Activity) -> None:
-        """A replica is there, and is at `activity`: it is told what the others were told."""
-        if activity != self._said:
-            self._ask(number, None, self._said)
+        """Note that a replica has joined with this activity. It is ordered to the activity of the others."""
+        if activity != self._last_ordered:
+            self._order(number, None, self._last_ordered)
 
     def lost(self, number: int) -> None:
-        """Nobody waits for a replica that is no more."""
-        for question in [question for question, (asked, _) in self._asked.items() if asked == number]:
-            _, operation = self._asked.pop(question)
+        """Note that a replica has left. Its answers are not awaited any more."""
+        for order in [order for order, (replica, _) in self._unanswered.items() if replica == number]:
+            _, operation = self._unanswered.pop(order)
             if operation is not None:
-                operation.awaited.discard(question)
+                operation.awaited.discard(order)
 
-    def told(self, number: int, told: ControlReply) -> None:
-        _, operation = self._asked.pop(told.id, (number, None))
+    def take_answer(self, number: int, answer: ControlReply) -> None:
+        """Take a replica's answer to an order."""
+        _, operation = self._unanswered.pop(answer.id, (number, None))
         if operation is None:
-            if told.error:
-                self._group.lose(number, EngineError(f"replica {number} is not what the others are: {told.error}"))
+            if answer.error:
+                why = f"replica {number} cannot be brought to the activity of the others: {answer.error}"
+                self._replicas.lose(number, EngineError(why))
             return
-        operation.awaited.discard(told.id)
-        if told.error:
-            operation.problem = UserError(told.error) if told.user_error else EngineError(told.error)
-        elif told.payload:
-            found = reset_outcome_decoder.decode(told.payload)
-            operation.forgotten += found.forgotten
-            operation.held += found.held
+        operation.awaited.discard(answer.id)
+        if answer.error:
+            operation.rejected = UserError(answer.error) if answer.user_error else EngineError(answer.error)
+        elif answer.payload:
+            outcome = reset_outcome_decoder.decode(answer.payload)
+            operation.forgotten += outcome.forgotten
+            operation.held += outcome.held
 
-    # --- step by step --------------------------------------------------------------------------------------------
+    # --- transitions ---------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Takes the steps that are due."""
-        while (operation := self._now or self._start_next()) is not None:
-            if operation.draining and self._group.num_held:
+        """Begin all transitions that need not wait for requests or answers."""
+        while (operation := self._current or self._start_next()) is not None:
+            if operation.draining and self._replicas.num_held:
                 return
             operation.draining = False
             if operation.awaited:
                 return
-            self._step(operation)
+            self._begin_transition(operation)
 
     def _start_next(self) -> _Operation | None:
         while self._queue:
@@ -145,51 +162,55 @@ class Operations:
             except UserError as error:
                 operation.done(error)
                 continue
-            operation.before = self.activity
+            operation.activity_before = self.activity
             if target != self.activity:
-                operation.steps.extend(self.activity.way(target))
+                operation.transitions.extend(self.activity.way(target))
             if operation.reset:
-                operation.steps.append(None)
-            if not target.runs:  # nobody is given a request from now on
+                operation.transitions.append(None)
+            if not target.runs:  # no replica is given a request from now on
                 self.activity = self.activity.pause()
                 operation.draining = operation.mode == "wait"
                 if operation.mode == "abort":
-                    self._group.abort_all()
-            self._now = operation
+                    self._replicas.abort_all()
+            self._current = operation
             return operation
         return None
 
-    def _step(self, operation: _Operation) -> None:
-        if operation.problem is not None and operation.failure is None:
-            operation.failure, operation.problem = operation.problem, None
-            operation.steps = deque([operation.before])
-        if not operation.steps:
-            self.activity = self._said
-            self._end(operation, operation.failure or operation.found)
+    def _begin_transition(self, operation: _Operation) -> None:
+        """Order all replicas to the next activity, or end the operation if this was the last one."""
+        if operation.rejected is not None and operation.undone_because is None:
+            operation.undone_because, operation.rejected = operation.rejected, None
+            operation.transitions = deque([operation.activity_before])
+        if not operation.transitions:
+            self.activity = self._last_ordered
+            self._end(operation, operation.undone_because or operation.outcome)
             return
-        step = operation.steps.popleft()
-        if step is not None:
-            self._said = step
-        for number in list(self._group.members()):
-            self._ask(number, operation, step)
+        activity = operation.transitions.popleft()
+        if activity is not None:
+            self._last_ordered = activity
+        for number in list(self._replicas.live_numbers()):
+            self._order(number, operation, activity)
 
-    def _ask(self, number: int, operation: _Operation | None, step: Activity | None) -> None:
-        question = next(self._ids)
-        self._asked[question] = (number, operation)
+    def _order(self, number: int, operation: _Operation | None, activity: Activity | None) -> None:
+        """Order a replica to an activity; None: to empty its prefix cache."""
+        order = next(self._ids)
+        self._unanswered[order] = (number, operation)
         if operation is not None:
-            operation.awaited.add(question)
+            operation.awaited.add(order)
         running = operation is not None and operation.running
-        self._group.tell(number, ResetPrefixCache(question, running) if step is None else SetActivity(question, step))
+        message = ResetPrefixCache(order, running) if activity is None else SetActivity(order, activity)
+        self._replicas.send_order(number, message)
 
     def _end(self, operation: _Operation, outcome: bytes | ShoalError) -> None:
-        self._now = None
+        self._current = None
         operation.done(outcome)
 
 
 def _operation_of(wanted: Operation, done: Done) -> _Operation:
-    """
+    """Return the operation that a client wants.
+
     Raises:
-        ConfigError: there is no such operation, or none with such a mode, level or tag.
+        ConfigError: there is no operation with this verb, or none with this mode, level or tag.
     """
     if wanted.mode not in MODES:
         raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {wanted.mode[:40]!r}")

@@ -1,27 +1,24 @@
-"""Several replicas of an engine, as one EngineClient. A replica that dies leaves its requests to the others."""
+"""Several replicas as one engine. If a replica dies, its requests go on at the others."""
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from shoal.activity import AWAKE, KV_CACHE, Activity
 from shoal.cluster.members.replica import close_all
-from shoal.cluster.operations import Done, Message, Operations
+from shoal.cluster.members.replica_client import ReplicaClient, wait_for_any
+from shoal.cluster.open_requests import OpenRequests
+from shoal.cluster.operations import Done, Operations
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.routing.router import RequestRouter
-from shoal.cluster.stats import merged
+from shoal.cluster.stats import merge_stats
 from shoal.errors import ClosedError, EngineError, ReplicasFailed, RequestError, ShoalError
 from shoal.log import get_logger
-from shoal.protocols import EngineClient, Recorder
-from shoal.transport.channel import Channel, wait
+from shoal.protocols import Recorder
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import (
-    ControlReply,
+    EngineOrder,
     EngineRequest,
     EngineStats,
-    Finish,
     RefusalKind,
     ResetOutcome,
     ResetPrefixCache,
@@ -29,139 +26,58 @@ from shoal.wire.engine import (
     reset_outcome_decoder,
 )
 from shoal.wire.fleet import Operation
-from shoal.wire.ranks import PromptLogprobs
-from shoal.wire.tokens import encode_tokens, num_tokens
 
 log = get_logger("replicas")
 
-_SLICE_S = 0.5
-_SETTLE_S = 1.0
-_MOST_DEATHS = 2  # of replicas, at one place of a request: it is likely what they died of
-_MOST_DEATHS_OF_MANY = 3  # ... where replicas come back, and another death costs little
-_SAME_PLACE = 16  # tokens that it may have come on since
-
-
-class ReplicaClient(EngineClient, Protocol):
-    """One of several: a Replica. `died`: its failure is not what its engine had to say."""
-
-    name: str
-    died: bool
-    snapshot: EngineStats | None
-    num_messages: int  # how many times its engine has sent something
-
-    @property
-    def channel(self) -> Channel: ...
-
-    def ready(self, timeout: float) -> EngineStats | None: ...
-
-    def stats(self, timeout: float | None = None) -> EngineStats: ...
-
-    def tell(self, message: Message) -> None: ...
-
-    def answers(self) -> list[ControlReply]:
-        """To what it was told; those that came with the last `updates`."""
-
-    @property
-    def has_ended(self) -> bool: ...
-
-    def say_goodbye(self) -> None: ...
-
-    def dismiss(self) -> None: ...
-
-    def end(self, deadline: float) -> None: ...
-
-    def abandon(self) -> None: ...
-
-
-def wait_for_any(replicas: Sequence[ReplicaClient], timeout: float) -> None:
-    """Until one has something to say."""
-    wait([replica.channel for replica in replicas], timeout)
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A request, and what its client has been given of its output."""
-
-    request: EngineRequest
-    output: bytearray = field(default_factory=bytearray)  # tokens, as in the request
-    prompt_reported: int = 0  # tokens of the prompt up to which log-probabilities were given
-    cached_tokens: int | None = None  # of the prompt, at the replica that was first to report
-    aborted: bool = False
-    deaths: int = 0  # of replicas that had it, at about the same place
-    died_at: int = 0  # tokens of output that it had then
-    moved: bool = False  # has a replica had it that has it no more?
-
-    def rest(self) -> EngineRequest:
-        """The request as it goes on from the tokens that it has.
-
-        What the prompt's log-probabilities came to is not computed again; a part of them is, and left out of updates.
-        """
-        request = self.request
-        sampling = request.sampling
-        if self.prompt_reported >= request.num_prompt_tokens:
-            sampling = replace_fields(sampling, prompt_logprobs=-1)
-        return replace_fields(request, tokens=request.tokens + bytes(self.output), sampling=sampling)
-
-    def take(self, update: SeqUpdate) -> SeqUpdate:
-        """Note what the client is given, and return it without what the client has already."""
-        self.output += encode_tokens(update.tokens)
-        if self.cached_tokens is None:
-            self.cached_tokens = update.cached_tokens
-        if update.prompt_logprobs is None and update.cached_tokens == self.cached_tokens:
-            return update
-        return replace_fields(
-            update, cached_tokens=self.cached_tokens, prompt_logprobs=self._unseen(update.prompt_logprobs)
-        )
-
-    def note_death(self) -> None:
-        length = num_tokens(self.output)
-        self.deaths = self.deaths + 1 if length - self.died_at < _SAME_PLACE else 1
-        self.died_at = length
-
-    def _unseen(self, found: PromptLogprobs | None) -> PromptLogprobs | None:
-        if found is None:
-            return None
-        start = max(found.start, self.prompt_reported)
-        entries = found.entries[start - found.start :]
-        self.prompt_reported = start + len(entries)
-        return PromptLogprobs(start, entries) if entries else None
+_SLICE_S = 0.5  # how long one wait for an outcome takes
+_LAST_STEPS_S = 1.0  # how long closing waits for each answer of a replica in lockstep
+_MOST_DEATHS = 2  # a request ends after so many deaths without progress in between: it is the likely cause
+_MOST_DEATHS_WITH_RESTARTS = 3  # ... if replicas are started again, so that another death costs little
 
 
 class ReplicaSet:
-    """What one engine is to its client. Replicas are numbered; the numbers of dead ones are not used again."""
+    """Several replicas as one `EngineClient`.
+
+    Replicas have numbers. A number is used again only for a replica that has been started again.
+    """
 
     def __init__(
         self,
         replicas: Mapping[int, ReplicaClient],
-        rooms: Mapping[int, ReplicaCapacity],
+        capacities: Mapping[int, ReplicaCapacity],
         *,
-        together: bool = False,
+        in_lockstep: bool = False,
         on_close: Callable[[], object] = lambda: None,
         wait_for: Callable[[Sequence[ReplicaClient], float], object] = wait_for_any,
         on_loss: Callable[[int, EngineError], object] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """Takes over replicas that are ready; `rooms` says how much each can use at a time. `together`: their ranks
-        compute together, so that none can go on when one has failed. `on_close` ends what they needed, and may be
-        called more than once. `on_loss` is told of each replica that has failed, by whoever brings it back with
-        `admit`: requests wait for that, and nothing ends but by `give_up`."""
+        """Take over replicas that are ready.
+
+        Args:
+            capacities: how much each replica can have at a time.
+            in_lockstep: True if the replicas compute in lockstep, so that none can go on when one has failed.
+            on_close: ends what the replicas needed. It may be called more than once.
+            wait_for: waits until a replica has sent something, or for some seconds.
+            on_loss: is called for each replica that has failed, with its number and error. The owner then starts the
+                replica again and calls `admit`, or calls `end_all`; until then requests wait. None: replicas are not
+                started again, so the set fails with its last replica.
+        """
         self._live = dict(replicas)
-        self._router = RequestRouter(rooms)
+        self._router = RequestRouter(capacities)
         self._ledger = self._router.ledger
         self._operations = Operations(self)
-        self._together = together
+        self._in_lockstep = in_lockstep
         self._on_close = on_close
         self._on_loss = on_loss
-        self._recorder = recorder
-        self._have_drawn: set[int] = set()  # replicas that have given a token since they were started
-        self._most_deaths = _MOST_DEATHS if on_loss is None else _MOST_DEATHS_OF_MANY
-        self.replays = 0  # how often a request went on after its replica's end
         self._wait_for = wait_for
-        self._flights: dict[int, _Flight] = {}
-        self._updates: list[SeqUpdate] = []
-        self._causes: dict[int, str] = {}  # of the ends of dead replicas
+        self._requests = OpenRequests(recorder)
+        self._have_drawn: set[int] = set()  # replicas that have drawn a token in their present run
+        self._most_deaths = _MOST_DEATHS if on_loss is None else _MOST_DEATHS_WITH_RESTARTS
+        self.replays = 0  # how many times a request was continued because its replica had ended
+        self._causes: dict[int, str] = {}  # dead replica -> why it died
         self._failure: ReplicasFailed | None = None
-        self._told = False  # of the failure
+        self._failure_raised = False
         self._closed = False
 
     @property
@@ -170,7 +86,7 @@ class ReplicaSet:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._flights)
+        return len(self._requests)
 
     @property
     def num_held(self) -> int:
@@ -182,364 +98,339 @@ class ReplicaSet:
         """The number of requests that no replica has."""
         return self._ledger.num_waiting
 
-    def held(self, number: int) -> int:
+    def num_held_by(self, number: int) -> int:
         """Return how many requests a replica has."""
-        return self._ledger.held(number)
+        return self._ledger.num_held_by(number)
 
-    def drew(self, number: int) -> bool:
-        """Return whether a replica has given a token since it was started."""
+    def has_drawn(self, number: int) -> bool:
+        """Return whether a replica has drawn a token in its present run."""
         return number in self._have_drawn
 
     def is_new(self, seq: int) -> bool:
         """Return whether no replica has had this request yet."""
-        flight = self._flights.get(seq)
-        return flight is not None and self._ledger.holder(seq) is None and not flight.moved
+        found = self._requests.get(seq)
+        return found is not None and self._ledger.holder(seq) is None and not found.moved
 
     def is_open(self, seq: int) -> bool:
-        """Has this request not ended yet?"""
-        return seq in self._flights
+        """Return whether this request has not ended yet."""
+        return seq in self._requests
 
     def waiting_for(self, number: int) -> list[int]:
-        """Return the requests that wait for this replica, and for no other."""
+        """Return the requests that only this replica may run, and that it does not have yet."""
         return [
             seq
-            for seq, flight in self._flights.items()
-            if flight.request.replica == number and self._ledger.holder(seq) is None
+            for seq in self._requests
+            if self._requests[seq].request.replica == number and self._ledger.holder(seq) is None
         ]
 
-    def expect(self, number: int) -> None:
-        """Note that a replica is being started, which has drawn nothing yet."""
+    # --- replicas ------------------------------------------------------------------------------------------------
+
+    def note_start(self, number: int) -> None:
+        """Note that a replica is being started: its new run has drawn nothing yet."""
         self._have_drawn.discard(number)
 
-    def admit(self, number: int, replica: ReplicaClient, room: ReplicaCapacity, activity: Activity = AWAKE) -> None:
-        """A replica that is ready joins the others, or is back. `activity` is what it is at; it becomes what they are
-        before it is given anything."""
+    def admit(self, number: int, replica: ReplicaClient, capacity: ReplicaCapacity, activity: Activity = AWAKE) -> None:
+        """Add a replica that is ready.
+
+        `activity` is its present activity. Before it gets requests, it is brought to the activity of the others.
+        """
         self._live[number] = replica
-        self._router.admit(number, room)
+        self._router.admit(number, capacity)
         self._causes.pop(number, None)
         self._operations.admitted(number, activity)
 
     def retire(self, number: int) -> ReplicaClient:
-        """Takes a replica out. What it has goes on at the others, as if it had failed; it is given back, still
-        running."""
+        """Take a replica out, and return it still running. Its requests go on at the others."""
         replica = self._live.pop(number)
-        had = self._router.remove(number)
+        requests = self._router.remove(number)
         self._operations.lost(number)
-        self._move_on(had, None)
+        self._requeue(requests, None)
         return replica
+
+    def lose(self, number: int, error: EngineError) -> None:
+        """Kill a replica that has failed. Its requests go on at the others, after the tokens that clients have."""
+        replica = self._live.pop(number, None)
+        if replica is None:
+            return
+        replica.abandon()
+        requests = self._router.remove(number)
+        self._operations.lost(number)
+        self._causes[number] = str(error)
+        if self._on_loss is None and (self._in_lockstep or not self._live):
+            self._fail(replica)
+            return
+        self._log_loss(len(requests), error)
+        self._requeue(requests, error)
+        if self._on_loss is not None:
+            self._on_loss(number, error)
+            if self._in_lockstep:
+                for other in list(self._live):
+                    self.lose(other, EngineError(f"replica {number}, without which it cannot go on, has failed"))
+
+    def _log_loss(self, num_requests: int, error: EngineError) -> None:
+        count = len(self._live)
+        if self._in_lockstep:
+            outlook = "wait until all replicas are back"
+        elif count:
+            outlook = f"go on at the {count} replica{'s' if count > 1 else ''} left"
+        else:
+            outlook = "wait until a replica is back"
+        log.warning("%s; its %d unfinished requests %s", error, num_requests, outlook)
+
+    def _requeue(self, seqs: Sequence[int], error: EngineError | None) -> None:
+        """Let the requests of a replica that has left go on at others. `error`: why it died; None: it was taken out."""
+        for seq in seqs:
+            moving = self._requests[seq]
+            moving.moved = True
+            if error is not None:
+                moving.note_death()
+            if moving.aborted:
+                self._end_request(seq)
+            elif moving.deaths >= self._most_deaths:
+                why = (
+                    f"{moving.deaths} replicas failed one after the other while they had this request, so it is not "
+                    f"tried again; the last failure: {error}"
+                )
+                self._end_request(seq, why, RefusalKind.FAILED)
+            else:
+                self.replays += 1
+                self._router.add(moving.continuation())
 
     # --- pauses, sleep and caches --------------------------------------------------------------------------------
 
     @property
     def activity(self) -> Activity:
-        """What all replicas are at. While they do not run, none is given a request."""
+        """The activity of all replicas. While they do not run, no replica gets a request."""
         return self._operations.activity
 
     def operate(self, wanted: Operation, done: Done) -> None:
-        """Begins an operation, which goes on with `updates`; `done` is told how it ended."""
+        """Begin an operation, which goes on during `updates`. `done` is called with the outcome."""
         self._operations.begin(wanted, done)
 
     def become(self, activity: Activity) -> None:
-        """As of an EngineClient."""
-        self._await(lambda done: self._operations.become(activity, done))
+        """Bring all replicas to an activity, as `Engine.become` says."""
+        self._await_outcome(lambda done: self._operations.become(activity, done))
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
-        """As of an EngineClient."""
-        told = self._await(lambda done: self._operations.reset(running=running, done=done))
-        return reset_outcome_decoder.decode(told)
+        """Empty the prefix caches of all replicas, as `Engine.reset_prefix_cache` says."""
+        outcome = self._await_outcome(lambda done: self._operations.reset(running=running, done=done))
+        return reset_outcome_decoder.decode(outcome)
 
-    def _await(self, begin: Callable[[Done], None]) -> bytes:
-        """Drives the replicas until an operation has ended; their updates are kept."""
+    def _await_outcome(self, begin: Callable[[Done], None]) -> bytes:
+        """Run the replicas until an operation has ended. Updates are kept for the next `updates`."""
         self._check_open()
         outcome: list[bytes | ShoalError] = []
         begin(outcome.append)
         while not outcome:
-            self._turn(_SLICE_S)
+            self._run_once(_SLICE_S)
             if self._failure is not None:
                 self._check_open()
         if isinstance(outcome[0], ShoalError):
             raise outcome[0]
         return outcome[0]
 
-    def members(self) -> Collection[int]:
+    def live_numbers(self) -> Collection[int]:
         return self._live.keys()
 
-    def tell(self, number: int, message: Message) -> None:
-        """Hands a step of an operation to a replica, and forgets what was known of its prefix cache."""
-        if number not in self._live:  # it was lost with another one
+    def send_order(self, number: int, order: EngineOrder) -> None:
+        """Send an order to a replica. If it loses its KV cache by that, the router forgets its prefixes."""
+        if number not in self._live:  # it was lost together with another one
             return
-        if isinstance(message, ResetPrefixCache) or KV_CACHE in message.activity.missing:
+        if isinstance(order, ResetPrefixCache) or KV_CACHE in order.activity.missing:
             self._router.forget_prefixes(number)
         try:
-            self._live[number].tell(message)
+            self._live[number].send_order(order)
         except EngineError as error:
-            self._lose(number, error)
+            self.lose(number, error)
 
     def abort_all(self) -> None:
-        self.abort(list(self._flights))
+        self.abort(list(self._requests))
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def refuse(self, seq: int, error: str, refusal: RefusalKind) -> None:
-        """Ends a request, wherever it is."""
-        flight = self._flights.get(seq)
-        if flight is None:
-            return
-        number = self._ledger.holder(seq)
-        if number is not None and number in self._live and not flight.aborted:
-            try:
-                self._live[number].abort((seq,))
-            except EngineError as failure:
-                self._lose(number, failure)
-        if seq in self._flights:
-            self._end_here(seq, error, refusal)
-
-    def give_up(self, why: str) -> None:
-        """No replica comes back: all requests end."""
-        for seq in list(self._flights):
-            self._end_here(seq, why, RefusalKind.LOST)
-
-    def lose(self, number: int, error: EngineError) -> None:
-        """A replica that is there is of no use any more: it is ended, and its requests go on elsewhere."""
-        self._lose(number, error)
-
-    def bound(self, cut: Callable[[EngineRequest], EngineRequest]) -> None:
-        """Before any replica was there: `cut` gives each request as it is to run, or raises a RequestError, with which
-        it ends."""
-        for seq, flight in list(self._flights.items()):
-            try:
-                found = cut(flight.request)
-            except RequestError as error:
-                self._end_here(seq, str(error), RefusalKind.INVALID)
-                continue
-            if found != flight.request:
-                self._router.ended(seq)
-                flight.request = found
-                self._router.add(found)
-
-    def reject(self, request: EngineRequest, error: str, refusal: RefusalKind) -> None:
-        """Ends a request that is not taken.
-
-        Raises:
-            RequestError: its number is in use.
-        """
-        self._check_new(request)
-        update = SeqUpdate(request.seq, (), finish=Finish.ABORT, error=error, refusal=refusal)
-        self._updates.append(update)
-        if self._recorder is not None:
-            self._recorder.added(request)
-            self._recorder.ended(update)
-
-    def _check_new(self, request: EngineRequest) -> None:
-        if request.seq in self._flights:
-            raise RequestError(f"request {request.seq} exists already")
-
     def add(self, request: EngineRequest) -> None:
-        """
+        """Take a request over, as `EngineClient.add` says.
+
         Raises:
             RequestError: its number is in use.
             EngineError: no replica is left.
         """
         self._check_open()
-        self._check_new(request)
-        self._flights[request.seq] = _Flight(request)
-        if self._recorder is not None:
-            self._recorder.added(request)
+        self._requests.add(request)
         self._router.add(request)
-        self._deal()
+        self._dispatch()
+
+    def reject(self, request: EngineRequest, error: str, refusal: RefusalKind) -> None:
+        """End a request that is not accepted.
+
+        Raises:
+            RequestError: its number is in use.
+        """
+        self._requests.reject(request, error, refusal)
+
+    def refuse(self, seq: int, error: str, refusal: RefusalKind) -> None:
+        """End a request with an error, at its replica too."""
+        found = self._requests.get(seq)
+        if found is None:
+            return
+        number = self._ledger.holder(seq)
+        if number is not None and number in self._live and not found.aborted:
+            try:
+                self._live[number].abort((seq,))
+            except EngineError as failure:
+                self.lose(number, failure)
+        if seq in self._requests:
+            self._end_request(seq, error, refusal)
+
+    def end_all(self, why: str) -> None:
+        """End all requests: no replica will come back."""
+        for seq in list(self._requests):
+            self._end_request(seq, why, RefusalKind.LOST)
+
+    def revise(self, revise: Callable[[EngineRequest], EngineRequest]) -> None:
+        """Replace each request by `revise(request)`, before any replica has one. If a RequestError is raised, the
+        request ends with it."""
+        for seq in list(self._requests):
+            waiting = self._requests[seq]
+            try:
+                revised = revise(waiting.request)
+            except RequestError as error:
+                self._end_request(seq, str(error), RefusalKind.INVALID)
+                continue
+            if revised != waiting.request:
+                self._router.ended(seq)
+                waiting.request = revised
+                self._router.add(revised)
 
     def abort(self, seqs: Sequence[int], *, stopped: bool = False) -> None:
-        """`stopped`: their clients have all they wanted, up to a stop text."""
-        there: dict[int, list[int]] = {}
+        """Abort requests. `stopped`: their outputs are complete, as they have reached a stop text."""
+        by_replica: dict[int, list[int]] = {}
         for seq in seqs:
-            flight = self._flights.get(seq)
-            if flight is None or flight.aborted:
+            found = self._requests.get(seq)
+            if found is None or found.aborted:
                 continue
-            flight.aborted = True
-            if stopped and self._recorder is not None:
-                self._recorder.stopped(seq)
+            self._requests.note_abort(seq, stopped=stopped)
             number = self._ledger.holder(seq)
             if number is None:
-                self._end_here(seq)
+                self._end_request(seq)
             else:
-                there.setdefault(number, []).append(seq)
-        for number, some in there.items():
+                by_replica.setdefault(number, []).append(seq)
+        for number, some in by_replica.items():
             try:
                 if number in self._live:
                     self._live[number].abort(some)
             except EngineError as error:
-                self._lose(number, error)
+                self.lose(number, error)
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
-        self._turn(0.0 if self._updates else timeout)
-        if not self._updates:
+        self._run_once(timeout)
+        if not self._requests.has_updates:
             self._check_open()
-        updates, self._updates = self._updates, []
-        return updates
+        return self._requests.take_updates()
 
-    def _turn(self, timeout: float) -> None:
-        self._deal()
+    def _run_once(self, timeout: float) -> None:
+        """Dispatch requests, wait for replicas unless there are updates already, and take what they have sent."""
+        self._dispatch()
         if self._closed or self._failure is not None:
             return
-        self._wait_for(list(self._live.values()), 0.0 if self._updates else timeout)
+        self._wait_for(list(self._live.values()), 0.0 if self._requests.has_updates else timeout)
         for number in list(self._live):
             self._collect(number)
         self._operations.tick()
-        self._deal()
+        self._dispatch()
 
-    def stats(self) -> EngineStats:
-        """Of the replicas that are left, and what waits here."""
-        self._check_open()
-        found = []
-        for number in list(self._live):
-            try:
-                if number in self._live:  # it may be lost with another one
-                    found.append(self._live[number].stats())
-            except EngineError as error:
-                self._lose(number, error)
-        self._check_open()
-        total = merged(found)
-        return replace_fields(total, waiting=total.waiting + self._ledger.num_waiting)
-
-    def close(self) -> None:
-        """Ends all replicas at the same time. Idempotent, never raises."""
-        if not self._closed and self._together:
-            self._settle()
-        self._closed = True
-        close_all(list(self._live.values()))
-        self._on_close()
-
-    def _settle(self) -> None:
-        """Lets steps end for which the ranks of all replicas are needed. An engine answers when what it had launched
-        has ended; after the first answer it may still tell its ranks what to forget, after the second it rests."""
-        with suppress(EngineError):
-            self.abort(list(self._flights))
-            for replica in [*self._live.values()] * 2:
-                replica.stats(_SETTLE_S)
-
-    def _deal(self) -> None:
+    def _dispatch(self) -> None:
         while self.activity.runs and (found := self._router.next()) is not None:
             request, number = found
-            if self._recorder is not None:
-                self._recorder.dealt(request.seq, number)
+            self._requests.note_dispatch(request.seq, number)
             try:
                 self._live[number].add(request)
             except EngineError as error:
-                self._lose(number, error)
-            except Exception as error:  # what one request brings along ends no other
+                self.lose(number, error)
+            except Exception as error:  # a fault of one request must not end the others
                 log.exception("request %d could not be sent", request.seq)
                 why = f"the request could not be sent: {type(error).__name__}: {error}"
-                self._end_here(request.seq, why, RefusalKind.FAILED)
+                self._end_request(request.seq, why, RefusalKind.FAILED)
 
     def _collect(self, number: int) -> None:
-        if number not in self._live:  # it was lost with another one
+        """Take the updates and answers of a replica."""
+        if number not in self._live:  # it was lost together with another one
             return
         try:
             updates = self._live[number].updates(0)
         except EngineError as error:
-            self._lose(number, error)
+            self.lose(number, error)
             return
-        for told in self._live[number].answers():
-            self._operations.told(number, told)
+        for answer in self._live[number].answers():
+            self._operations.take_answer(number, answer)
         for update in updates:
-            flight = self._flights.get(update.seq)
-            if flight is not None and self._ledger.holder(update.seq) == number:
-                self._router.drew(update.seq, len(update.tokens))
-                if update.tokens:
-                    self._have_drawn.add(number)
-                self._updates.append(flight.take(update))
-                if self._recorder is not None:
-                    self._recorder.updated(number, self._updates[-1])
-                if update.finish is not None:
-                    del self._flights[update.seq]
-                    self._router.ended(update.seq)
+            if self._ledger.holder(update.seq) != number:
+                continue  # the request has ended or moved
+            self._router.drew(update.seq, len(update.tokens))
+            if update.tokens:
+                self._have_drawn.add(number)
+            self._requests.pass_on(update, number)
+            if update.finish is not None:
+                self._router.ended(update.seq)
 
-    def _end_here(self, seq: int, error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
-        """Ends a request that was aborted or can't go on, whatever a replica may still say of it."""
-        flight = self._flights.pop(seq)
-        self._updates.append(
-            SeqUpdate(
-                seq,
-                (),
-                finish=Finish.ABORT,
-                cached_tokens=flight.cached_tokens or 0,
-                error=error,
-                refusal=refusal,
-            )
-        )
-        if self._recorder is not None:
-            self._recorder.ended(self._updates[-1])
+    def _end_request(self, seq: int, error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
+        """End a request here. Later updates of its replica are dropped."""
+        self._requests.end(seq, error, refusal)
         self._router.ended(seq)
 
-    def _lose(self, number: int, error: EngineError) -> None:
-        """A replica is no more. Its requests go on at the others, from the tokens that clients have."""
-        replica = self._live.pop(number, None)
-        if replica is None:
-            return
-        replica.abandon()
-        had = self._router.remove(number)
-        self._operations.lost(number)
-        self._causes[number] = str(error)
-        if self._on_loss is None and (self._together or not self._live):
-            self._fail(replica)
-            return
-        self._log_loss(len(had), error)
-        self._move_on(had, error)
-        if self._on_loss is not None:
-            self._on_loss(number, error)
-            if self._together:
-                for other in list(self._live):
-                    self._lose(other, EngineError(f"replica {number} has failed, without which it can't go on"))
+    # --- the set as a whole --------------------------------------------------------------------------------------
 
-    def _log_loss(self, left: int, error: EngineError) -> None:
-        count = len(self._live)
-        if self._together:
-            where = "wait until all replicas are back"
-        elif count:
-            where = f"go on at the {count} replica{'s' if count > 1 else ''} left"
-        else:
-            where = "wait until one is back"
-        log.warning("%s; its %d unfinished requests %s", error, left, where)
+    def stats(self) -> EngineStats:
+        """Return the sums over the live replicas, with the requests that wait here."""
+        self._check_open()
+        found = []
+        for number in list(self._live):
+            try:
+                if number in self._live:  # it may be lost together with another one
+                    found.append(self._live[number].stats())
+            except EngineError as error:
+                self.lose(number, error)
+        self._check_open()
+        total = merge_stats(found)
+        return replace_fields(total, waiting=total.waiting + self._ledger.num_waiting)
 
-    def _move_on(self, seqs: Sequence[int], error: EngineError | None) -> None:
-        """Have the requests of a replica go on at others. `error`: it died; None: it was asked to leave."""
-        for seq in seqs:
-            flight = self._flights[seq]
-            flight.moved = True
-            if error is not None:
-                flight.note_death()
-            if flight.aborted:
-                self._end_here(seq)
-            elif flight.deaths >= self._most_deaths:
-                self._end_here(
-                    seq,
-                    f"{flight.deaths} replicas failed one after the other while they had this request, and no other "
-                    f"one is given it; the last: {error}",
-                    RefusalKind.FAILED,
-                )
-            else:
-                self.replays += 1
-                self._router.add(flight.rest())
+    def close(self) -> None:
+        """End all replicas at the same time. Idempotent, never raises."""
+        if not self._closed and self._in_lockstep:
+            self._finish_steps()
+        self._closed = True
+        close_all(list(self._live.values()))
+        self._on_close()
+
+    def _finish_steps(self) -> None:
+        """Abort all requests, and wait until the steps in flight, which need the ranks of all replicas, have ended.
+
+        An engine answers after the steps that it had launched. After the first answer it may launch another step, in
+        which ranks forget sequences. After the second answer it launches no more.
+        """
+        with suppress(EngineError):
+            self.abort(list(self._requests))
+            for replica in [*self._live.values()] * 2:
+                replica.stats(_LAST_STEPS_S)
 
     def audit(self) -> None:
-        """Hold the books against each other.
+        """Compare the open requests with those in the ledger, and audit the router.
 
         Raises:
             EngineError: they differ.
         """
-        wrong = [seq for seq in self._flights if not self._ledger.is_open(seq)]
-        if wrong or len(self._flights) != self._ledger.num_open:
+        missing = [seq for seq in self._requests if not self._ledger.is_open(seq)]
+        if missing or len(self._requests) != self._ledger.num_open:
             raise EngineError(
-                f"{len(self._flights)} requests have not ended, but {self._ledger.num_open} are in the ledger; "
-                f"missing there: {wrong}"
+                f"{len(self._requests)} requests have not ended, but {self._ledger.num_open} are in the ledger; "
+                f"missing there: {missing}"
             )
         self._router.audit()
 
     def _fail(self, last: ReplicaClient) -> None:
-        """Nobody can go on."""
-        if self._together:
-            cause = self._cause_of(last)
-            message = f"{cause}; replicas that share experts end together"
+        """Drop all requests and end all replicas: the set cannot go on without the one that was lost `last`."""
+        if self._in_lockstep:
+            message = f"{self._first_cause(last)}; replicas that share experts end together"
         else:
             causes = "; ".join(self._causes[number] for number in sorted(self._causes))
             message = f"no replica is left: {causes}"
@@ -547,15 +438,19 @@ class ReplicaSet:
         for number in self._live:
             self._router.remove(number)
         self._live.clear()
-        for seq in self._flights:
+        for seq in self._requests:
             self._router.ended(seq)
-        self._flights.clear()
+        self._requests.clear()
         self._failure = ReplicasFailed(message)
 
-    def _cause_of(self, first: ReplicaClient) -> str:
-        """What took them all down: one that died before one that reports, as the others lose contact to it."""
+    def _first_cause(self, reported: ReplicaClient) -> str:
+        """Return why replicas in lockstep have failed.
+
+        If one died, that is the cause, even if another one was the first to report an error: it lost its connection to
+        the dead one.
+        """
         causes = list(self._causes.values())
-        if first.died:
+        if reported.died:
             return causes[0]
         for replica in self._live.values():
             try:
@@ -566,39 +461,10 @@ class ReplicaSet:
         return causes[0]
 
     def _check_open(self) -> None:
-        if self._failure is not None and not self._told:
-            self._told = True
+        if self._failure is not None and not self._failure_raised:
+            self._failure_raised = True
             raise self._failure
         if self._failure is not None:
             raise ClosedError(f"the engine has failed: {self._failure}")
         if self._closed:
             raise ClosedError("the engine was closed")
-
-
-def await_ready(replicas: Mapping[int, ReplicaClient], timeout: float) -> dict[int, EngineStats]:
-    """Waits until all of them can take requests; gives what each says of itself. One that fails ends the others.
-
-    Raises:
-        UserError: a replica was asked for something that can't work; it is named.
-        EngineError: one failed, or was not ready within `timeout` seconds.
-    """
-    begun = time.monotonic()
-    found: dict[int, EngineStats] = {}
-    try:
-        while missing := {number: replica for number, replica in replicas.items() if number not in found}:
-            if time.monotonic() - begun > timeout:
-                names = ", ".join(replica.name for replica in missing.values())
-                raise EngineError(f"{names}: not ready within {timeout:g} s")
-            wait_for_any(list(missing.values()), _SLICE_S)
-            for number, replica in missing.items():
-                stats = replica.ready(0)
-                if stats is not None:
-                    found[number] = stats
-                    log.info(
-                        "%s is ready after %.2f s: %d KV blocks, %d of %d",
-                        *(replica.name, time.monotonic() - begun, stats.num_blocks, len(found), len(replicas)),
-                    )
-    except BaseException:
-        close_all(list(replicas.values()))
-        raise
-    return found

@@ -67,7 +67,7 @@ class Deployment:
         return [number for number in range(self.size) if number not in self.local] if self.mode is Mode.HEAD else []
 
     @property
-    def elsewhere(self) -> Sequence[int]:
+    def served_elsewhere(self) -> Sequence[int]:
         """The numbers of the replicas that other hosts serve themselves."""
         return [number for number in range(self.size) if number not in self.local] if self.mode is Mode.PEERS else []
 

@@ -3,7 +3,7 @@
 from collections.abc import Container, Sequence
 
 from shoal.cluster.members.replica import EngineProcess, EngineThread, Replica
-from shoal.cluster.routing.capacity import ReplicaCapacity, most_held
+from shoal.cluster.routing.capacity import ReplicaCapacity, max_requests_held
 from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LocalLockstep, LockstepMember
@@ -75,16 +75,16 @@ class ThreadLauncher:
 
     def __init__(self, model: OpenModel) -> None:
         self._model = model
-        self._together = model.plan.layout.shares_experts
+        self._in_lockstep = model.plan.layout.shares_experts
         self._generation = -1
         self._locksteps: list[LockstepMember] = []
         self._groups = thread_groups(model.plan.timeouts.comm_s)
 
     def __call__(self, number: int, generation: int = 0) -> Replica:
         """Start a replica. Arguments and errors are those of `ProcessLauncher`."""
-        if generation != self._generation or not self._together:
+        if generation != self._generation or not self._in_lockstep:
             self._generation = generation
-            self._locksteps = [*LocalLockstep.make_all(self._model.plan.layout.replicas)] if self._together else []
+            self._locksteps = [*LocalLockstep.make_all(self._model.plan.layout.replicas)] if self._in_lockstep else []
             self._groups = thread_groups(self._model.plan.timeouts.comm_s)
         locksteps, groups = self._locksteps, self._groups
 
@@ -99,12 +99,12 @@ class ThreadLauncher:
 
 
 def capacity_of(model: OpenModel, stats: EngineStats) -> ReplicaCapacity:
-    """Return how much a replica with these stats can have at a time."""
+    """Return how much a replica with these first stats can have at a time."""
     return ReplicaCapacity(
-        requests=most_held(model.plan.max_num_seqs),
+        requests=max_requests_held(model.plan.max_num_seqs),
         tokens=stats.num_blocks * stats.block_size,
         block_size=stats.block_size,
-        prefixes=stats.num_blocks if model.plan.prefix_caching else 0,
+        prefix_blocks=stats.num_blocks if model.plan.prefix_caching else 0,
     )
 
 

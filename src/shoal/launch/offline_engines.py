@@ -6,7 +6,8 @@ from contextlib import ExitStack, suppress
 
 from shoal.addresses import Address
 from shoal.cluster.members.replica import EngineProcess, Replica, close_all
-from shoal.cluster.replica_set import ReplicaSet, await_ready
+from shoal.cluster.members.replica_client import await_ready
+from shoal.cluster.replica_set import ReplicaSet
 from shoal.engine.build import build_engine
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
 from shoal.errors import AddressInUse
@@ -74,7 +75,7 @@ def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
             return ReplicaSet(
                 {place.rank: engine},
                 {place.rank: capacity_of(model, engine.stats())},
-                together=True,
+                in_lockstep=True,
                 on_close=stack.pop_all().close,
             )
         RendezvousLockstep(place, plan.agreement, timeout=plan.timeouts.start_s).close()
@@ -84,14 +85,14 @@ def _start_manual_replica(model: OpenModel, place: ReplicaPlace) -> Engine:
 
 def _start_replicas(model: OpenModel) -> ReplicaSet:
     size = model.options.parallel.data_parallel_size
-    together = model.plan.layout.shares_experts
+    in_lockstep = model.plan.layout.shares_experts
     with ExitStack() as stack:
         rendezvous, key = "", secrets.token_hex(KEY_BYTES)
         launch: ProcessLauncher | ThreadLauncher
         if model.plan.executor == "threads":
             launch = ThreadLauncher(model)
         else:
-            if together:
+            if in_lockstep:
                 rendezvous = stack.enter_context(Rendezvous(key=key)).address
             launch = ProcessLauncher(model, range(size), rendezvous=rendezvous, key=key)
         replicas: dict[int, Replica] = {}
@@ -103,4 +104,4 @@ def _start_replicas(model: OpenModel) -> ReplicaSet:
             raise
         found = await_ready(replicas, start_timeout(model))
         capacities = {number: capacity_of(model, stats) for number, stats in found.items()}
-        return ReplicaSet(replicas, capacities, together=together, on_close=stack.pop_all().close)
+        return ReplicaSet(replicas, capacities, in_lockstep=in_lockstep, on_close=stack.pop_all().close)

@@ -3,7 +3,7 @@
 import secrets
 from contextlib import ExitStack
 
-from shoal.cluster.fleet import About, Fleet
+from shoal.cluster.fleet import Fleet, ModelSummary
 from shoal.cluster.limits import FleetLimits
 from shoal.cluster.members.doors import FleetDoor, PeersDoor
 from shoal.launch.deployment import Deployment, Mode
@@ -36,7 +36,7 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
         fleet = Fleet(
             launch,
             lambda stats: capacity_of(model, stats),
-            about=About(model.name, parallel.tensor_parallel_size, parallel.pipeline_parallel_size),
+            model=ModelSummary(model.name, parallel.tensor_parallel_size, parallel.pipeline_parallel_size),
             limits=FleetLimits(
                 max_queued=serving.max_queued_requests,
                 max_wait=serving.max_queue_wait,
@@ -48,8 +48,8 @@ def start_fleet(model: OpenModel, recorder: Recorder | None = None) -> Fleet:
             ),
             local=deployment.local,
             awaited=deployment.awaited,
-            elsewhere=deployment.elsewhere,
-            together=model.plan.layout.shares_experts,
+            served_elsewhere=deployment.served_elsewhere,
+            in_lockstep=model.plan.layout.shares_experts,
             recorder=recorder,
             on_close=stack.pop_all().close,
         )

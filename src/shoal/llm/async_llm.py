@@ -12,8 +12,8 @@ from contextlib import suppress
 from os import PathLike
 from typing import Any
 
-from shoal.cluster.desk import Answer as Message
-from shoal.cluster.desk import Desk, FleetConnection
+from shoal.cluster.fleet_connections import FleetConnection, FleetMessage
+from shoal.cluster.fleet_server import FleetServer
 from shoal.config.engine_options import EngineOptions, from_environment
 from shoal.errors import ClosedError, EngineError, Overdue, QueueFull, RequestError, ShoalError, Unavailable
 from shoal.launch.open_model import OpenModel, name_of, open_model
@@ -70,7 +70,7 @@ class AsyncLLM(PauseAndSleep):
         *,
         recorder: Recorder | None = None,
         verbs: Mapping[str, Callable[[bytes], bytes]] | None = None,
-        line: Callable[[Callable[[Message], object]], FleetConnection] | None = None,
+        line: Callable[[Callable[[FleetMessage], object]], FleetConnection] | None = None,
         **options: Any,
     ) -> None:
         """Start the replicas, and do not wait for them.
@@ -100,10 +100,10 @@ class AsyncLLM(PauseAndSleep):
         self._arrived: list[tuple[int, SeqUpdate]] = []  # updates, with the numbers that their requests have here
         self._arrived_lock = threading.Lock()
         self._closed = False
-        self._desk: Desk | None = None
+        self._fleet_server: FleetServer | None = None
         if line is None:
-            self._desk = Desk(start_fleet(model, recorder), verbs)
-            line = self._desk.open
+            self._fleet_server = FleetServer(start_fleet(model, recorder), verbs)
+            line = self._fleet_server.open
         self._line = line(self._deliver)
 
     # --- the model -----------------------------------------------------------------------------------------------
@@ -144,9 +144,9 @@ class AsyncLLM(PauseAndSleep):
         return len(self._streams)
 
     @property
-    def desk(self) -> Desk | None:
-        """The desk of the fleet; None if another process has the fleet."""
-        return self._desk
+    def fleet_server(self) -> FleetServer | None:
+        """The thread that drives the fleet; None if another process has the fleet."""
+        return self._fleet_server
 
     def default_sampling_params(self, base: SamplingParams | None = None) -> SamplingParams:
         """Return `base` with the sampling defaults of the model's generation_config.json.
@@ -407,8 +407,8 @@ class AsyncLLM(PauseAndSleep):
             return
         self._closed = True
         self._grammars.close()
-        if self._desk is not None:
-            self._desk.close()
+        if self._fleet_server is not None:
+            self._fleet_server.close()
         else:
             self._line.close()
         if self._loop is not None:
@@ -416,7 +416,7 @@ class AsyncLLM(PauseAndSleep):
                 self._loop.call_soon_threadsafe(self._end_all)
 
     def _end_all(self) -> None:
-        while self._arrived:  # the desk's updates first: they say more
+        while self._arrived:  # the fleet's updates first, because they say more
             self._take()
         for seq in list(self._streams):
             lost = SeqUpdate(seq, (), finish=Finish.ABORT, error=_CLOSED, refusal=RefusalKind.CLOSING)
@@ -428,7 +428,7 @@ class AsyncLLM(PauseAndSleep):
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
-    # --- from the desk's thread to the loop ----------------------------------------------------------------------
+    # --- from the thread of the fleet to the loop ----------------------------------------------------------------
 
     def _bind_loop(self) -> asyncio.AbstractEventLoop:
         self._owner.check()
@@ -448,8 +448,8 @@ class AsyncLLM(PauseAndSleep):
             )
         return loop
 
-    def _deliver(self, message: Message) -> None:
-        """Add a message of the fleet to those that the event loop will take. The desk's thread calls it.
+    def _deliver(self, message: FleetMessage) -> None:
+        """Add a message of the fleet to those that the event loop will take. The thread of the fleet calls it.
 
         The loop is woken only for the first of several messages, and then takes all of them.
         """

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvloop
 
-from shoal.cluster.desk import Answer, Questions
+from shoal.cluster.fleet_connections import FleetMessage, PendingCalls
 from shoal.errors import ClosedError, ShoalError
 from shoal.launch.open_model import OpenModel, open_served_model
 from shoal.llm.async_llm import AsyncLLM
@@ -39,12 +39,14 @@ log = get_logger("serve")
 class ChannelLine:
     """A line to the fleet of another process. A thread reads what it says."""
 
-    def __init__(self, channel: Channel, deliver: Callable[[Answer], object], ended: Callable[[], object]) -> None:
+    def __init__(
+        self, channel: Channel, deliver: Callable[[FleetMessage], object], ended: Callable[[], object]
+    ) -> None:
         """`ended` is called when the other process says so, or has gone."""
         self._channel = channel
         self._deliver = deliver
         self._ended = ended
-        self._questions = Questions()
+        self._calls = PendingCalls()
         self._closed = False
         self._waker = Waker()
         self._thread = threading.Thread(target=self._read, name="shoal-line", daemon=True)
@@ -58,11 +60,11 @@ class ChannelLine:
             raise ClosedError("the engine was closed") from None
 
     def ask(self, verb: str, payload: bytes = b"") -> "Future[bytes]":
-        question, future = self._questions.add(verb, payload)
+        call, future = self._calls.add(verb, payload)
         try:
-            self._send(question)
+            self._send(call)
         except ChannelClosed:
-            self._questions.fail("the engine was closed")
+            self._calls.fail("the engine was closed")
         return future
 
     def close(self) -> None:
@@ -84,16 +86,16 @@ class ChannelLine:
                     continue
                 for frame in self._channel.receive():
                     match to_api.decode(frame):
-                        case ControlReply() as told:
-                            self._questions.answer(told)
-                        case Updates() | ContextLength() as answer:
-                            self._deliver(answer)
+                        case ControlReply() as reply:
+                            self._calls.answer(reply)
+                        case Updates() | ContextLength() as message:
+                            self._deliver(message)
                         case Stop():
                             self._ended()
         except ChannelClosed:
             pass
         finally:
-            self._questions.fail("the engine was closed")
+            self._calls.fail("the engine was closed")
             self._ended()
             self._waker.close()
 

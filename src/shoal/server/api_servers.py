@@ -57,10 +57,10 @@ class ApiServers:
         count: int,
         on_restart: Callable[[], object] = lambda: None,
     ) -> None:
-        """`on_restart` is called on the thread of the `llm`'s desk."""
-        assert llm.desk is not None
+        """`on_restart` is called on the thread of the `llm`'s fleet."""
+        assert llm.fleet_server is not None
         self._llm = llm
-        self._desk = llm.desk
+        self._fleet_server = llm.fleet_server
         self._given = dict(model.given)
         self._setup = ApiSetup(model.options.model, self._given, asdict(settings), asdict(listening), model.served)
         self._sockets = sockets
@@ -121,7 +121,7 @@ class ApiServers:
         log.warning("%s; it %s", error, server.outlook)
 
     async def _start(self, server: ApiServer) -> None:
-        """Start one. The channel belongs to the desk from now on, which closes it."""
+        """Start one. The channel belongs to the fleet server from now on, which closes it."""
         setup = self._setup_of(server)
         passed = [sock.fileno() for sock in self._sockets]
         child = server.child = await asyncio.to_thread(ChildProcess, "shoal.server.api_process", passed=passed)
@@ -132,9 +132,9 @@ class ApiServers:
         with contextlib.suppress(ChannelClosed):  # it has ended already, which is seen in turn
             child.channel.send(encode(setup))
         try:
-            self._desk.connect(child.channel)
+            self._fleet_server.connect(child.channel)
             if server.num_restarts:
-                self._desk.do(self._on_restart)
+                self._fleet_server.do(self._on_restart)
         except ClosedError:
             child.channel.hang_up()
             raise
@@ -153,8 +153,8 @@ class ApiServers:
 
     def _end(self) -> bool:
         running = [server.child for server in self.servers if server.child is not None]
-        with contextlib.suppress(ClosedError):  # then the desk has hung up, which ends them as well
-            self._desk.do(lambda: _say_stop(running))
+        with contextlib.suppress(ClosedError):  # the fleet server has ended, and closed their connections
+            self._fleet_server.do(lambda: _say_stop(running))
         for child in running:
             while not child.wait(_SLICE_S) and time.monotonic() < (self._ends_at or 0.0):
                 pass

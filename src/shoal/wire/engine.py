@@ -156,6 +156,10 @@ class ResetPrefixCache(Wire, frozen=True):
     running: bool = False  # True: running requests compute their blocks again too
 
 
+EngineOrder = SetActivity | ResetPrefixCache
+"""An order to an engine, which it answers with a ControlReply."""
+
+
 class ResetOutcome(Wire, frozen=True):
     """The outcome of emptying a prefix cache."""
 
@@ -180,7 +184,7 @@ class ControlReply(Wire, frozen=True):
     user_error: bool = False  # True: the one who asked can correct the error
 
 
-ToEngine = EnginePlan | EngineRequest | Abort | StatsQuery | Stop | ControlCall | SetActivity | ResetPrefixCache
+ToEngine = EnginePlan | EngineRequest | Abort | StatsQuery | Stop | ControlCall | EngineOrder
 
 FromEngine = Updates | EngineStats | EngineFailure | Snapshot | ControlReply
 

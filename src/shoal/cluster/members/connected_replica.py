@@ -28,13 +28,13 @@ class ConnectedReplica(Replica):
         """
         self.host = hello.host
         self.pid = hello.pid
-        self._other = _RemoteEngine(channel)
+        self._engine = _RemoteEngine(channel)
         name = f"replica {hello.rank} ({hello.host}, process {hello.pid})"
-        super().__init__(self._other, plan, name=name, answer_timeout=answer_timeout, one_of_many=True)
+        super().__init__(self._engine, plan, name=name, answer_timeout=answer_timeout, one_of_many=True)
 
     @property
     def connected(self) -> bool:
-        return not self._other.gone
+        return not self._engine.gone
 
     def say_goodbye(self) -> None:
         """Do nothing: the replica has loaded its weights, and the next front end may need them."""

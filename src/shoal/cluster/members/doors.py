@@ -1,4 +1,4 @@
-"""The doors of a rendezvous at which replicas of other hosts join a front end, or compare their agreement."""
+"""The doors of a rendezvous through which replicas of other hosts join a front end, or compare their agreement."""
 
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +15,7 @@ from shoal.wire.rendezvous import Hello, JoinRefused
 
 log = get_logger("fleet")
 
-_NAMED = 8  # replicas that an error names
+_MAX_NAMED = 8  # replicas that an error names
 
 MakePlan = Callable[[int, int, HostReport], EnginePlan]
 """A function that plans a replica for its host, from its number, the number of all replicas, and the host's report.
@@ -60,15 +60,15 @@ class FleetDoor:
 
     def objection(self, hello: Hello) -> JoinRefused | None:
         if self._arrive is None:
-            return JoinRefused(f"{self._name} has only begun to start", again=True)
+            return JoinRefused(f"{self._name} is still starting", again=True)
         if hello.size != self._size:
             return JoinRefused(
                 f"it counts {hello.size} replicas, {self._name} counts {self._size}: give all the same "
                 "--data-parallel-size"
             )
         if hello.rank not in self._awaited:
-            awaited = ", ".join(map(str, sorted(self._awaited)[:_NAMED]))
-            awaited += ", ..." if len(self._awaited) > _NAMED else ""
+            awaited = ", ".join(map(str, sorted(self._awaited)[:_MAX_NAMED]))
+            awaited += ", ..." if len(self._awaited) > _MAX_NAMED else ""
             return JoinRefused(
                 f"{self._name} does not await replica {hello.rank}, but {awaited}: see --data-parallel-start-rank and "
                 "--data-parallel-size-local"
@@ -79,7 +79,8 @@ class FleetDoor:
         present = self._present.get(hello.rank)
         if present is not None and present.connected:
             # It may have lost its connection without this process having noticed yet.
-            return JoinRefused(f"{present.name} is there already: give every replica a number of its own", again=True)
+            why = f"{present.name} is connected already: give every replica a number of its own"
+            return JoinRefused(why, again=True)
         return self._plan(hello)
 
     def _plan(self, hello: Hello) -> JoinRefused | None:

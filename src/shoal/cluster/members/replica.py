@@ -16,6 +16,7 @@ from shoal.wire.engine import (
     Abort,
     ControlReply,
     EngineFailure,
+    EngineOrder,
     EngineRequest,
     EngineStats,
     ResetOutcome,
@@ -87,7 +88,7 @@ class Replica:
         self._updates: list[SeqUpdate] = []
         self._stats: list[EngineStats] = []
         self._answers: list[ControlReply] = []
-        self._questions = itertools.count()
+        self._order_ids = itertools.count()
         self.snapshot: EngineStats | None = None  # the latest stats that the engine sent without being asked
         self._failure: EngineError | None = None
         self._failure_raised = True  # False: the next call raises the failure
@@ -158,9 +159,9 @@ class Replica:
         self._send(encode(StatsQuery()))
         return self._await_stats("stats", self._answer_timeout if timeout is None else timeout)
 
-    def tell(self, message: SetActivity | ResetPrefixCache) -> None:
+    def send_order(self, order: EngineOrder) -> None:
         """Send an order. `answers` will have the answer."""
-        self._send(encode(message))
+        self._send(encode(order))
 
     def answers(self) -> list[ControlReply]:
         """Return the answers to orders that came with the last `updates`."""
@@ -168,12 +169,12 @@ class Replica:
         return answers
 
     def become(self, activity: Activity) -> None:
-        self._ask(SetActivity(next(self._questions), activity))
+        self._await_answer(SetActivity(next(self._order_ids), activity))
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
-        return reset_outcome_decoder.decode(self._ask(ResetPrefixCache(next(self._questions), running)))
+        return reset_outcome_decoder.decode(self._await_answer(ResetPrefixCache(next(self._order_ids), running)))
 
-    def _ask(self, message: SetActivity | ResetPrefixCache) -> bytes:
+    def _await_answer(self, order: EngineOrder) -> bytes:
         """Send an order, and return the answer.
 
         There is no deadline here, because the engine has one for its ranks.
@@ -182,7 +183,7 @@ class Replica:
             UserError: the engine cannot obey.
             EngineError: the engine has failed.
         """
-        self._send(encode(message))
+        self._send(encode(order))
         while not self._answers:
             self._check_open()
             self._receive(_SLICE_S)

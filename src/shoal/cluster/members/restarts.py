@@ -1,4 +1,4 @@
-"""The rule of restarts: when a process that ended is started again, and when not any more."""
+"""The rule of restarts: whether and when a process that has ended is started again."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ _MOST_USELESS = 5  # runs in a row that did no work
 
 @dataclass(slots=True)
 class Restarts:
-    """The restarts of one process, which are bounded.
+    """The restarts of one process.
 
-    After a useful run, one that did some work or lasted for a while, the next start follows at once. After useless runs
-    the pause doubles. There is no further start after a few useless runs in a row, or after `most` restarts within an
-    hour.
+    A run is useful if it did some work or lasted for a while. After a useful run the process is started again
+    immediately, after useless runs after a pause that doubles. It is not started again after a few useless runs in a
+    row, or after `most` restarts within an hour.
     """
 
     most: int
@@ -24,8 +24,11 @@ class Restarts:
     _useless: int = 0
 
     def pause(self, now: float, *, useful: bool) -> float | None:
-        """Return the seconds to wait before the next start; None if there is none. `useful`: the run that has just
-        ended was."""
+        """Return the seconds until the next start; None if there is none.
+
+        Args:
+            useful: True if the run that has just ended was useful.
+        """
         self._useless = 0 if useful else self._useless + 1
         while self._times and now - self._times[0] > _WINDOW_S:
             self._times.popleft()
@@ -38,7 +41,7 @@ class Restarts:
 
     @property
     def why_not(self) -> str:
-        """The reason why `pause` gave None."""
+        """The reason why `pause` returned None."""
         if self._useless >= _MOST_USELESS:
             return f"it ended {self._useless} times in a row before it had done any work"
         limit = f" ({self.option} {self.most})" if self.option else ""

@@ -1,6 +1,7 @@
-"""One supervised process: started, ready, ended, and started again or given up. Without processes and clocks.
+"""The states of a supervised process, from its start to its end, and the rule for starting it again.
 
-Replicas of a fleet, replicas of a headless host and API servers all follow this one rule.
+The rule holds for replicas of a fleet, replicas of a headless host and API servers. This module starts no processes and
+reads no clock.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from shoal.errors import ShoalError, UserError
 
 
 class RunState(StrEnum):
-    NEW = "new"  # not started yet: a first start is due
+    NEW = "new"  # it was not started yet
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"  # it has ended; the next start is due at `next_start`
     AWAITED = "awaited"  # another host starts it
-    LEAVING = "leaving"  # it was taken out: its end is final
+    LEAVING = "leaving"  # it was taken out, and is not started again
     FAILED = "failed"  # it has ended, and is not started again
 
 
@@ -24,19 +25,19 @@ class RunState(StrEnum):
 class Supervised:
     """A process that is started again when it ends, for as long as that makes sense.
 
-    The owner starts and watches the process, and says here what has happened and when. The answer to `ended` is the new
-    state: RESTARTING with the time of the next start, FAILED with the reason, or AWAITED where another host starts it.
+    The owner starts and watches the process, and reports here what has happened and when. After `ended` the state is
+    RESTARTING, with the time of the next start; FAILED, with the reason; or AWAITED if another host starts it.
     """
 
     restarts: Restarts
-    elsewhere: bool = False  # another host starts it
-    useful_s: float  # a run that was ready for so many seconds was useful, even without work
+    started_elsewhere: bool = False  # True: another host starts it
+    useful_s: float  # a run that was ready for so many seconds was useful, even if it did no work
     state: RunState = RunState.NEW
-    since: float = 0.0  # when it came into this state
-    next_start: float = 0.0
+    since: float = 0.0  # when this state began
+    next_start: float = 0.0  # when it is started again, if it is RESTARTING
     starts: int = 0
-    was_ready: bool = False  # in any run
-    error: ShoalError | None = None  # of the last end
+    was_ready: bool = False  # True: at least one run became ready
+    error: ShoalError | None = None  # why the last run ended
     why_not: str = ""  # the reason why it is not started again
 
     @property
@@ -48,15 +49,15 @@ class Supervised:
         return self.state in (RunState.STARTING, RunState.READY)
 
     def is_due(self, now: float) -> bool:
-        """Return whether it is to be started now."""
+        """Return whether the owner should start it now."""
         return self.state in (RunState.NEW, RunState.RESTARTING) and self.next_start <= now
 
     def was_useful(self, now: float, *, worked: bool) -> bool:
-        """Return whether the present run has been useful so far. `worked`: it has done something for a client."""
+        """Return whether the present run has been useful. `worked`: it has done some work for a client."""
         return worked or (self.state is RunState.READY and now - self.since >= self.useful_s)
 
     def started(self, now: float) -> None:
-        """Note the begin of a start, whether it succeeds or not."""
+        """Note that it is being started, whether that will succeed or not."""
         self._check(RunState.NEW, RunState.RESTARTING, RunState.AWAITED)
         self.starts += 1
         self._enter(RunState.STARTING, now)
@@ -67,20 +68,26 @@ class Supervised:
         self._enter(RunState.READY, now)
 
     def taken_out(self, now: float) -> None:
-        """Note that it is not wanted any more, whatever it is at."""
+        """Note that it is not needed any more, in whatever state it is."""
         self._enter(RunState.LEAVING, now)
 
     def ended(self, error: ShoalError, now: float, *, useful: bool, ever_ready: bool | None = None) -> None:
-        """Decide what follows an end, which may be that of a start. `useful`: the run was. `ever_ready`: it, or one
-        without which it can't work, has been ready; by default, it itself."""
+        """Note that it has ended, or could not be started, and decide what follows.
+
+        Args:
+            error: why it has ended.
+            useful: True if the run was useful.
+            ever_ready: True if it has been ready in any run, or another process without which it cannot work; None: the
+                former is what counts.
+        """
         self._check(RunState.STARTING, RunState.READY)
         self.error = error
-        if self.elsewhere:
+        if self.started_elsewhere:
             self._enter(RunState.AWAITED, now)
             return
         pause = None
         if isinstance(error, UserError):
-            self.why_not = "a restart would not mend that"
+            self.why_not = "a restart would not correct that"
         elif not (self.was_ready if ever_ready is None else ever_ready):
             self.why_not = "it has never been ready"
         elif (pause := self.restarts.pause(now, useful=useful)) is None:
@@ -93,11 +100,11 @@ class Supervised:
 
     @property
     def outlook(self) -> str:
-        """A predicate that says what follows the last end, for log lines: "is started again in 0.5 s"."""
+        """The second half of a log line about what follows the last end, such as "is started again in 0.5 s"."""
         match self.state:
             case RunState.RESTARTING:
                 pause = self.next_start - self.since
-                return f"is started again in {pause:g} s" if pause else "is started again at once"
+                return f"is started again in {pause:g} s" if pause else "is started again immediately"
             case RunState.FAILED:
                 return f"is not started again: {self.why_not}"
             case RunState.AWAITED:

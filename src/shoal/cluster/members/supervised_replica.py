@@ -1,10 +1,10 @@
-"""What a fleet knows of the replica with one number, across its restarts."""
+"""The state that a fleet keeps of a replica across its restarts."""
 
 from dataclasses import dataclass
 
+from shoal.cluster.members.replica_client import ReplicaClient
 from shoal.cluster.members.supervised import Supervised
-from shoal.cluster.replica_set import ReplicaClient
-from shoal.cluster.stats import carried, emptied
+from shoal.cluster.stats import add_past_counters, keep_counters
 from shoal.errors import ShoalError
 from shoal.wire.engine import EngineStats
 from shoal.wire.fleet import ReplicaStatus
@@ -12,33 +12,33 @@ from shoal.wire.fleet import ReplicaStatus
 
 @dataclass(slots=True, kw_only=True)
 class SupervisedReplica(Supervised):
-    """The replica with this number. Its counters go on from run to run."""
+    """The replica with one number, over all its runs. A run lasts from one start to the next."""
 
     number: int
-    past: EngineStats | None = None  # counters of its former runs
-    member: ReplicaClient | None = None  # None: it does not run
+    past: EngineStats | None = None  # counters of its past runs
+    member: ReplicaClient | None = None  # the replica in its present run; None: it does not run
     host: str = ""
     pid: int = 0
-    first: EngineStats | None = None  # its stats when it was ready
-    _before: EngineStats | None = None  # counters of its former runs but for the last one
-    _returning: bool = False  # the engine of the last run is back, with its own counters
-    _latest: EngineStats | None = None  # of this run
-    _messages_seen: int = 0  # `num_messages` when it was last listened to
-    _quiet: float = 0.0  # seconds since then, with requests
+    first_stats: EngineStats | None = None  # its stats when it became ready in this run
+    _past_before_last: EngineStats | None = None  # counters of its past runs without the last one
+    _returning: bool = False  # True: the engine of the last run is back, and counts on
+    _latest: EngineStats | None = None  # the latest stats of this run
+    _messages_seen: int = 0  # the number of messages when `silent_for` was called last
+    _silent_s: float = 0.0  # seconds with requests and without a message
 
     @property
     def local(self) -> bool:
-        """Whether this host starts it."""
-        return not self.elsewhere
+        """True if this host starts it."""
+        return not self.started_elsewhere
 
     @property
     def stats(self) -> EngineStats | None:
         """The newest stats of this run, with the counters of all runs."""
-        if self.first is not None and self.member is not None and self.member.snapshot is not None:
+        if self.first_stats is not None and self.member is not None and self.member.snapshot is not None:
             self._latest = self.member.snapshot
         if self._latest is None:
             return self.past
-        return self._latest if self.past is None else carried(self.past, self._latest)
+        return self._latest if self.past is None else add_past_counters(self.past, self._latest)
 
     def status(self, now: float, held: int) -> ReplicaStatus:
         return ReplicaStatus(
@@ -54,33 +54,41 @@ class SupervisedReplica(Supervised):
         )
 
     def take_over(self, member: ReplicaClient, host: str, pid: int) -> None:
-        """Take a replica that has arrived from another host: a new one, or the last one again, which was cut off."""
+        """Take a replica that has arrived from another host.
+
+        It may be the replica of the last run, whose connection was lost.
+        """
         self._returning = self.was_ready and (self.host, self.pid) == (host, pid)
         self.member, self.host, self.pid = member, host, pid
 
     def note_first(self, stats: EngineStats) -> None:
-        """Note that it says it is ready."""
-        self.first = self._latest = stats
+        """Note the stats with which it reported that it is ready."""
+        self.first_stats = self._latest = stats
 
     def admit(self, member: ReplicaClient, now: float) -> None:
-        """Note that it is given requests from now on."""
+        """Note that it gets requests from now on."""
         if self._returning:
-            self.past, self._returning = self._before, False
-        self._messages_seen, self._quiet = member.num_messages, 0.0
+            self.past, self._returning = self._past_before_last, False
+        self._messages_seen, self._silent_s = member.num_messages, 0.0
         self.became_ready(now)
 
-    def listen(self, member: ReplicaClient, *, held: int, passed: float) -> float:
-        """Return the seconds for which it has held requests and said nothing; `passed` since the last call."""
+    def silent_for(self, member: ReplicaClient, *, held: int, passed: float) -> float:
+        """Return for how many seconds it has had requests and sent no message.
+
+        Args:
+            held: how many requests it has now.
+            passed: the seconds since the last call.
+        """
         if not held or member.num_messages != self._messages_seen:
-            self._messages_seen, self._quiet = member.num_messages, 0.0
+            self._messages_seen, self._silent_s = member.num_messages, 0.0
         else:
-            self._quiet += passed
-        return self._quiet
+            self._silent_s += passed
+        return self._silent_s
 
     def close_run(self, error: ShoalError) -> None:
-        """Keep the counters of a run that has ended, and forget the rest of it."""
+        """Note that the present run has ended. Of its stats only the counters are kept."""
         stats = self.stats
         if self._latest is not None and stats is not None and not self._returning:
-            self._before, self.past = self.past, emptied(stats)
-        self.first = self._latest = self.member = None
+            self._past_before_last, self.past = self.past, keep_counters(stats)
+        self.first_stats = self._latest = self.member = None
         self.error = error

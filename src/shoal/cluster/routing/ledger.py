@@ -1,4 +1,4 @@
-"""The one place where it is noted which replica has which request, and where all that follows from it is counted."""
+"""The ledger of requests: which replica has which request, and the sums of tokens that follow from it."""
 
 import heapq
 from collections.abc import Iterable, Mapping
@@ -9,71 +9,73 @@ import numpy.typing as npt
 
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.routing.prefixes import Node
-from shoal.cluster.routing.waiting_lines import Place
+from shoal.cluster.routing.waiting_queues import Place
 from shoal.errors import EngineError
 
-FULL = 1 << 60  # tokens of work: more than there ever are
-_MEMORY = 1 << 18  # tokens that a replica has done: beyond that the past counts half
+FULL = 1 << 60  # tokens of work: more than a replica ever has
+_MEMORY = 1 << 18  # tokens per replica; when replicas have done twice as many, all that they have done is halved
 
 Work = npt.NDArray[np.int64]  # [slots]
 
 
 @dataclass(slots=True)
 class HeldRequest:
-    """A request that a replica has, as far as the tokens that it costs there."""
+    """A request that a replica has, with the numbers of tokens that it costs there."""
 
     seq: int
-    prompt: int  # tokens to compute before it draws
-    allowed: int  # output tokens that it may draw there
-    before: int  # output tokens that it brought along
-    rest: int  # output tokens that are expected yet
+    prompt: int  # tokens to compute before it draws the first one here
+    allowed: int  # the most tokens that it may draw here
+    earlier: int  # output tokens that other replicas have drawn
+    expected: int  # output tokens that it is expected to draw yet
     group: int
-    end: Node | None  # of its prompt in the index of prefixes
+    prefix_end: Node | None  # the last node of its prompt in the index of prefixes
     drawn: int = 0
 
 
 @dataclass(slots=True)
 class _Account:
-    """A replica's requests, and sums over them. Nobody says when a prompt has been computed: the first token of its
-    output does."""
+    """A replica's requests, and sums over them.
+
+    A prompt counts as computed when the first token of its output arrives, as replicas do not report it earlier.
+    """
 
     slot: int
     capacity: ReplicaCapacity
     held: dict[int, HeldRequest] = field(default_factory=dict)
     prompt: int = 0  # tokens of prompts that are not computed yet
-    rest: int = 0
-    tokens: int = 0  # tokens of its requests, in blocks of their own
+    expected: int = 0  # output tokens that are expected yet
+    tokens: int = 0  # tokens of its requests that take blocks; blocks found in the prefix cache do not count
 
     @property
     def full(self) -> bool:
-        """True if it gets no more. Beside the requests that run one may always wait there: it is the next to run."""
-        most = self.capacity
-        return len(self.held) >= most.requests or (len(self.held) > 1 and self.tokens >= most.tokens)
+        """True if it gets no more requests. Even if tokens are short, one request may wait there, to run next."""
+        limits = self.capacity
+        return len(self.held) >= limits.requests or (len(self.held) > 1 and self.tokens >= limits.tokens)
 
     @property
     def work(self) -> int:
-        """Tokens that it has yet to compute, as far as can be known."""
-        return self.prompt + self.rest
+        """An estimate of the tokens that it has yet to compute."""
+        return self.prompt + self.expected
 
 
 class RequestLedger:
-    """Which requests are open, and which replica has which of them; those that none has wait.
+    """The open requests, and which replica has which of them. The others wait.
 
-    Counts of requests are lengths of these tables. Sums of tokens change in two methods only, `_add` and `_count`;
-    `audit` holds them against the requests. Replicas also have slots, small numbers that are used again, for arrays
-    with an element for each replica.
+    Counts of requests are lengths of these tables. Sums of tokens change in two methods only, `_add_work` and
+    `_add_done`; `audit` compares them with the requests. Each replica has a slot, a small number that is used again
+    after the replica is removed, as an index into arrays with an element for each replica.
     """
 
     def __init__(self) -> None:
         self._places: dict[int, Place] = {}  # of all open requests
         self._holders: dict[int, int] = {}  # request -> the replica that has it
         self._accounts: dict[int, _Account] = {}  # by replica
-        self._groups: dict[int, dict[int, int]] = {}  # group -> slot -> requests of it that are there
+        self._groups: dict[int, dict[int, int]] = {}  # group -> slot -> how many of its requests are there
         self._arrivals = 0
         self._numbers: list[int] = []  # replicas by slot
         self._free: list[int] = []  # slots, a heap
-        self.work: Work = np.full(8, FULL, np.int64)  # of each slot, FULL where nothing can go
-        self.done: Work = np.zeros(8, np.int64)  # tokens that each slot has computed, the past fading
+        self.work: Work = np.full(8, FULL, np.int64)  # tokens to compute, by slot; FULL if it takes no requests
+        self.done: Work = np.zeros(8, np.int64)  # tokens that were computed, by slot; old ones count less
         self._all_work = 0
         self._all_done = 0
 
@@ -100,23 +102,23 @@ class RequestLedger:
         """Return the replica that has a request; None if it waits, or is not open."""
         return self._holders.get(seq)
 
-    def held(self, number: int) -> int:
+    def num_held_by(self, number: int) -> int:
         """Return how many requests a replica has."""
         account = self._accounts.get(number)
         return 0 if account is None else len(account.held)
 
     def work_of(self, number: int) -> int:
-        """Return the tokens that a replica has yet to compute, as far as can be known."""
+        """Return an estimate of the tokens that a replica has yet to compute."""
         return self._accounts[number].work
 
-    def takes(self, number: int) -> bool:
-        """Return whether a replica is there and has room for one more request."""
+    def has_room(self, number: int) -> bool:
+        """Return whether there is a replica with this number that takes one more request."""
         account = self._accounts.get(number)
         return account is not None and not account.full
 
     @property
-    def any_takes(self) -> bool:
-        """True if there is a replica that has room for one more request."""
+    def any_has_room(self) -> bool:
+        """True if there is a replica that takes one more request."""
         return bool(self.work.min() != FULL)
 
     @property
@@ -127,14 +129,14 @@ class RequestLedger:
     def mean_done(self) -> int:
         return self._all_done // max(len(self._accounts), 1)
 
-    def sharers(self, group: int) -> Mapping[int, int]:
-        """Return the slots where requests of a group are, with their numbers."""
+    def slots_of_group(self, group: int) -> Mapping[int, int]:
+        """Return the slots at which requests of a group are, and how many are there."""
         return self._groups.get(group, {})
 
     # --- replicas --------------------------------------------------------------------------------------------------
 
     def admit(self, number: int, capacity: ReplicaCapacity) -> None:
-        """Open the account of a replica. What the others have done before does not count against them."""
+        """Open the account of a replica, which counts as having done as much as the mean of the others."""
         if not self._free:
             self._free.append(len(self._numbers))
             self._numbers.append(number)
@@ -146,19 +148,19 @@ class RequestLedger:
         self.done[slot] = self.mean_done
         self._all_done += int(self.done[slot])
         account = self._accounts[number] = _Account(slot, capacity)
-        self._add(account)
+        self._add_work(account)
 
     def remove(self, number: int) -> list[HeldRequest]:
-        """Close the account of a replica. Return what it had; that waits from now on."""
+        """Close the account of a replica. Return its requests, which wait from now on."""
         account = self._accounts[number]
-        found = list(account.held.values())
-        for held in found:
+        requests = list(account.held.values())
+        for held in requests:
             self._take_back(account, held)
         del self._accounts[number]
         self.work[account.slot] = FULL
         self._all_done -= int(self.done[account.slot])
         heapq.heappush(self._free, account.slot)
-        return found
+        return requests
 
     def has(self, number: int) -> bool:
         return number in self._accounts
@@ -175,34 +177,34 @@ class RequestLedger:
     # --- requests --------------------------------------------------------------------------------------------------
 
     def open(self, seq: int, priority: int) -> Place:
-        """Note a request that waits. One that was open before keeps its place."""
+        """Note a request that waits, and return its place in the queue. A request that is open keeps its place."""
         if seq not in self._places:
             self._arrivals += 1
             self._places[seq] = (priority, self._arrivals, seq)
         return self._places[seq]
 
-    def give(self, number: int, held: HeldRequest) -> None:
+    def assign(self, number: int, held: HeldRequest) -> None:
         """Note that a replica gets a request that waits."""
         account = self._accounts[number]
         account.held[held.seq] = held
         self._holders[held.seq] = number
         if held.group >= 0:
-            sharers = self._groups.setdefault(held.group, {})
-            sharers[account.slot] = sharers.get(account.slot, 0) + 1
-        self._add(account, prompt=held.prompt, rest=held.rest, tokens=held.prompt)
+            slots = self._groups.setdefault(held.group, {})
+            slots[account.slot] = slots.get(account.slot, 0) + 1
+        self._add_work(account, prompt=held.prompt, expected=held.expected, tokens=held.prompt)
 
     def request(self, seq: int) -> HeldRequest:
         """Return a request that a replica has."""
         return self._accounts[self._holders[seq]].held[seq]
 
-    def drew(self, held: HeldRequest, count: int, rest: int) -> None:
-        """Note that a request has drawn `count` more tokens, and that `rest` more are expected."""
+    def drew(self, held: HeldRequest, count: int, expected: int) -> None:
+        """Note that a request has drawn `count` more tokens, and is expected to draw `expected` tokens yet."""
         account = self._accounts[self._holders[held.seq]]
-        prompt = 0 if held.drawn else held.prompt  # it is computed by now
-        self._count(account.slot, count + prompt)
-        before, held.rest = held.rest, rest
+        prompt = 0 if held.drawn else held.prompt  # with the first token, the prompt has been computed
+        self._add_done(account.slot, count + prompt)
+        change, held.expected = expected - held.expected, expected
         held.drawn += count
-        self._add(account, prompt=-prompt, rest=rest - before, tokens=count)
+        self._add_work(account, prompt=-prompt, expected=change, tokens=count)
 
     def close(self, seq: int) -> HeldRequest | None:
         """Note that a request has ended. Return it if a replica had it."""
@@ -219,27 +221,27 @@ class RequestLedger:
         del account.held[held.seq]
         del self._holders[held.seq]
         if held.group >= 0:
-            sharers = self._groups[held.group]
-            sharers[account.slot] -= 1
-            if not sharers[account.slot]:
-                del sharers[account.slot]
-            if not sharers:
+            slots = self._groups[held.group]
+            slots[account.slot] -= 1
+            if not slots[account.slot]:
+                del slots[account.slot]
+            if not slots:
                 del self._groups[held.group]
         prompt = 0 if held.drawn else held.prompt
-        self._add(account, prompt=-prompt, rest=-held.rest, tokens=-held.prompt - held.drawn)
+        self._add_work(account, prompt=-prompt, expected=-held.expected, tokens=-held.prompt - held.drawn)
 
     # --- sums ------------------------------------------------------------------------------------------------------
 
-    def _add(self, account: _Account, *, prompt: int = 0, rest: int = 0, tokens: int = 0) -> None:
+    def _add_work(self, account: _Account, *, prompt: int = 0, expected: int = 0, tokens: int = 0) -> None:
         """Add to a replica's sums, and to the sums over all replicas."""
         account.prompt += prompt
-        account.rest += rest
+        account.expected += expected
         account.tokens += tokens
-        self._all_work += prompt + rest
+        self._all_work += prompt + expected
         self.work[account.slot] = FULL if account.full else account.work
 
-    def _count(self, slot: int, tokens: int) -> None:
-        """Add to what a replica has done."""
+    def _add_done(self, slot: int, tokens: int) -> None:
+        """Add to the tokens that a replica has computed."""
         self.done[slot] += tokens
         self._all_done += tokens
         if self._all_done > 2 * _MEMORY * len(self._accounts):
@@ -250,7 +252,7 @@ class RequestLedger:
         return int(sum(self.done[account.slot] for account in self._accounts.values()))
 
     def audit(self, waiting: Iterable[int]) -> None:
-        """Hold the tables and sums against each other, and against the requests that wait elsewhere.
+        """Compare the tables and sums with each other, and with the requests that are in the waiting queues.
 
         Raises:
             EngineError: they differ.
@@ -268,7 +270,7 @@ class RequestLedger:
         if self._all_done != (done := self._sum_done()):
             wrong.append(f"{done} tokens were computed in all, but {self._all_done} are noted")
         groups = [each.group for account in self._accounts.values() for each in account.held.values()]
-        if sum(group >= 0 for group in groups) != sum(sum(sharers.values()) for sharers in self._groups.values()):
+        if sum(group >= 0 for group in groups) != sum(sum(slots.values()) for slots in self._groups.values()):
             wrong.append(f"requests at replicas are of groups {groups}, but {self._groups} are noted")
         if wrong:
             raise EngineError(f"the ledger of requests is wrong: {'; '.join(wrong)}")
@@ -276,9 +278,9 @@ class RequestLedger:
     def _problems(self, number: int, account: _Account) -> Iterable[str]:
         held = account.held.values()
         prompt = sum(each.prompt for each in held if not each.drawn)
-        sums = (prompt, sum(each.rest for each in held), sum(each.prompt + each.drawn for each in held))
-        if sums != (account.prompt, account.rest, account.tokens):
-            noted = f"{account.prompt} + {account.rest}, {account.tokens} tokens"
+        sums = (prompt, sum(each.expected for each in held), sum(each.prompt + each.drawn for each in held))
+        if sums != (account.prompt, account.expected, account.tokens):
+            noted = f"{account.prompt} + {account.expected}, {account.tokens} tokens"
             yield f"replica {number}: {noted} are noted, not {sums}"
         if self.work[account.slot] != (FULL if account.full else account.work):
             yield f"replica {number}: {self.work[account.slot]} in the table, not {account.work}"

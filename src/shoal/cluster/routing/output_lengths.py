@@ -1,18 +1,20 @@
-"""How many more tokens an output is expected to get, learned from those that have ended."""
+"""An estimate of how many more tokens an output will get, learned from outputs that have ended."""
 
 from math import expm1
 
-_MEMORY = 4096.0  # ends: when there are as many, each counts half from then on
-_PRIOR = 16.0  # tokens: how much drawing it takes at some length to outweigh what is known of all lengths
+_MEMORY = 4096.0  # ends; whenever there are so many, all that is known is halved, so that newer outputs count more
+_PRIOR = 16.0  # drawn tokens at some length that count as much as the rate over all lengths
 
 
 class OutputLengths:
-    """The rate at which outputs end by themselves, piecewise constant over their length: in each piece, which begin at
-    0, 1, 2, 4, 8, ... tokens, the ends over the tokens that were drawn. An output that reached its limit counts as
-    drawn but not as an end: it says nothing about how long it would have become. (The piecewise exponential model with
-    censored observations; Friedman, "Piecewise exponential models for survival data with covariates", 1982.)
+    """The rate at which outputs end by themselves, as a function of their length.
 
-    While nothing has ended by itself, an output is expected to become as long as it may.
+    The rate is constant within pieces of lengths, which begin at 0, 1, 2, 4, 8, ... tokens: the number of ends over the
+    number of tokens drawn there. An output that reached its limit counts as drawn tokens without an end, because it
+    does not show how long it would have become. This is the piecewise exponential model with censored observations
+    (Friedman, "Piecewise exponential models for survival data with covariates", 1982).
+
+    Until an output has ended by itself, every output is expected to reach its limit.
     """
 
     def __init__(self) -> None:
@@ -22,7 +24,11 @@ class OutputLengths:
         self._all_drawn = 0.0
 
     def ended(self, first: int, last: int, by_itself: bool) -> None:
-        """An output was watched growing from `first` tokens to `last`, where it ended, by itself or at its limit."""
+        """Learn from an output that was seen from a length of `first` tokens on, and ended at a length of `last`.
+
+        Args:
+            by_itself: False if it ended at its limit.
+        """
         if last == first:
             return
         pieces = range(first.bit_length(), (last - 1).bit_length() + 1)
@@ -36,10 +42,14 @@ class OutputLengths:
             self._ends[pieces.stop - 1] += 1
             self._all_ends += 1
             if self._all_ends >= _MEMORY:
-                self._fade()
+                self._halve()
 
-    def rest(self, length: int, allowed: int) -> int:
-        """Expected tokens of an output that has `length` and may get `allowed` more; at least one."""
+    def expected_rest(self, length: int, allowed: int) -> int:
+        """Return how many more tokens an output of `length` tokens is expected to get; at least one.
+
+        Args:
+            allowed: the most that it may get.
+        """
         rest, alive = 0.0, 1.0
         while allowed > 0 and alive > 0.01:
             piece = length.bit_length()
@@ -58,7 +68,7 @@ class OutputLengths:
             return overall
         return (self._ends[piece] + _PRIOR * overall) / (self._drawn[piece] + _PRIOR)
 
-    def _fade(self) -> None:
+    def _halve(self) -> None:
         self._ends = [count / 2 for count in self._ends]
         self._drawn = [count / 2 for count in self._drawn]
         self._all_ends /= 2

@@ -1,8 +1,9 @@
-"""Which replicas are likely to have which prefixes in their caches: a radix tree over the blocks of past prompts.
+"""An index of prefixes: which replicas are likely to have which beginnings of prompts in their prefix caches.
 
-A prompt is known by a digest, 8 bytes a block, so that finding a prefix and where two prompts part is comparing bytes.
-A node is a run of blocks that prompts share, with the replicas that have it. Each replica forgets what it has not seen
-for longest, of a prompt its end first, as its own cache does.
+The index is a radix tree over the blocks of past prompts. A prompt is represented by a digest of 8 bytes per block, so
+prompts are compared by comparing bytes. A node is a run of blocks that prompts have in common, with the replicas that
+have these blocks. For each replica the index forgets the least recently used prompts first, and of a prompt the end
+first, as the replica's own cache does.
 """
 
 from collections import OrderedDict
@@ -13,19 +14,22 @@ import numpy.typing as npt
 from shoal.errors import EngineError
 from shoal.wire.tokens import TOKEN_DTYPE, num_tokens
 
-WIDTH = 8  # bytes of a digest for a block
+WIDTH = 8  # bytes of a digest per block
 
 
 class Digester:
-    """Multilinear hashing (Carter and Wegman, 1979) of each block, with random factors: what other prompts look alike
-    can't be foreseen, and costs no more than a request at the wrong replica."""
+    """A hash function for the blocks of prompts.
+
+    It is multilinear hashing (Carter and Wegman, 1979) with random factors, so a client cannot construct prompts with
+    the same digest. An accidental collision only sends a request to a replica that does not have its prefix.
+    """
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._factors = np.random.default_rng().integers(0, 2**64, block_size, dtype=np.uint64) | np.uint64(1)
 
     def digest(self, tokens: bytes, salt: str) -> bytes:
-        """Return the digest of the whole blocks of a prompt; those of different salts have nothing in common."""
+        """Return the digest of the full blocks of a prompt. Prompts with different salts have no common prefix."""
         count = num_tokens(tokens) // self._block_size
         if not count:
             return b""
@@ -37,7 +41,7 @@ class Digester:
 
 
 class Node:
-    """Blocks that follow those of its parent. Whoever holds it holds its parent."""
+    """A run of blocks that follows the blocks of its parent. A replica that has it has the parent too."""
 
     __slots__ = ("active", "children", "holders", "label", "parent")
 
@@ -46,7 +50,7 @@ class Node:
         self.parent = parent
         self.children: dict[bytes, Node] = {}  # by the first block of their labels
         self.holders: dict[int, int] = {}  # replica -> when it was last used there
-        self.active = 0  # requests at replicas that have begun with it
+        self.active = 0  # requests that replicas have and whose prompts begin with it
 
     @property
     def blocks(self) -> int:
@@ -54,16 +58,19 @@ class Node:
 
 
 class PrefixIndex:
-    """Replicas are small numbers."""
+    """The index of prefixes. Replicas are denoted by their slots in the ledger."""
 
     def __init__(self) -> None:
         self._root = Node(b"", None)
-        self._ends: dict[int, OrderedDict[Node, None]] = {}  # replica -> ends of prompts, the longest unused first
-        self._held: dict[int, int] = {}  # replica -> blocks
+        self._ends: dict[int, OrderedDict[Node, None]] = {}  # replica -> last nodes, the oldest first
+        self._num_blocks: dict[int, int] = {}  # by replica
         self._now = 0
 
     def find(self, digest: bytes) -> list[tuple[Node, int]]:
-        """The nodes along a prompt and how many blocks of each are the prompt's; all of them but for the last."""
+        """Return the nodes of the longest known prefix of a prompt.
+
+        Each comes with the number of its blocks that the prompt has. Only the last node may have more blocks than that.
+        """
         found, node, at = [], self._root, 0
         while at < len(digest):
             child = node.children.get(digest[at : at + WIDTH])
@@ -77,59 +84,62 @@ class PrefixIndex:
         return found
 
     def remember(self, replica: int, digest: bytes, capacity: int) -> Node | None:
-        """A replica gets a prompt, and keeps `capacity` blocks in all. Gives the node where it ends, None if it has no
-        whole block."""
+        """Note that a replica computes a prompt. Return the last node of the prompt; None if it has no full block.
+
+        Args:
+            capacity: the number of blocks of all prompts that the replica remembers.
+        """
         end = self._insert(digest[: capacity * WIDTH])
         if end is self._root:
             return None
         ends = self._ends.setdefault(replica, OrderedDict())
-        held = self._held.get(replica, 0)
+        num_blocks = self._num_blocks.get(replica, 0)
         self._now += 1
         node = end
         while node.parent is not None:
             if replica not in node.holders:
-                held += node.blocks
+                num_blocks += node.blocks
             node.holders[replica] = self._now
             ends.pop(node, None)
             node = node.parent
         ends[end] = None
-        self._held[replica] = held
-        while self._held[replica] > capacity:
+        self._num_blocks[replica] = num_blocks
+        while self._num_blocks[replica] > capacity:
             self._forget_oldest(replica)
         return end
 
     def forget(self, replica: int) -> None:
-        """All that a replica had."""
+        """Forget all blocks of a replica."""
         for end in self._ends.pop(replica, ()):
             node = end
             while node.parent is not None and replica in node.holders:
                 self._drop(replica, node)
                 node = node.parent
-        self._held.pop(replica, None)
+        self._num_blocks.pop(replica, None)
 
     def enter(self, end: Node | None) -> None:
-        """Note that a request is at work whose prompt ends with this node."""
+        """Note that a replica gets a request whose prompt ends with this node."""
         while end is not None:
             end.active += 1
             end = end.parent
 
     def leave(self, end: Node | None) -> None:
-        """Note that a request is at work no more whose prompt ends with this node."""
+        """Note that no replica has a request any more that was noted by `enter`."""
         while end is not None:
             end.active -= 1
             end = end.parent
 
-    def held(self, replica: int) -> int:
+    def num_blocks(self, replica: int) -> int:
         """Return how many blocks a replica is believed to have."""
-        return self._held.get(replica, 0)
+        return self._num_blocks.get(replica, 0)
 
     def audit(self) -> None:
-        """Hold the tree against the numbers of blocks that replicas have.
+        """Compare the tree with the numbers of blocks that replicas have.
 
         Raises:
             EngineError: they differ.
         """
-        held = dict.fromkeys(self._held, 0)
+        num_blocks = dict.fromkeys(self._num_blocks, 0)
         nodes = [self._root]
         while nodes:
             node = nodes.pop()
@@ -141,9 +151,9 @@ class PrefixIndex:
                 if child.parent is not node or child.label[:WIDTH] != first or not child.holders or not inherited:
                     raise EngineError(f"prefixes: a node of {child.blocks} blocks with {len(child.holders)} holders")
                 for replica in child.holders:
-                    held[replica] += child.blocks
-        if held != self._held or self._ends.keys() != held.keys():
-            raise EngineError(f"prefixes: replicas have {held} blocks, not {self._held}")
+                    num_blocks[replica] += child.blocks
+        if num_blocks != self._num_blocks or self._ends.keys() != num_blocks.keys():
+            raise EngineError(f"prefixes: replicas have {num_blocks} blocks, but {self._num_blocks} are noted")
 
     def _insert(self, digest: bytes) -> Node:
         node, at = self._root, 0
@@ -157,7 +167,7 @@ class PrefixIndex:
         return end
 
     def _split(self, lower: Node, blocks: int) -> Node:
-        """A new node with the first blocks; the old one keeps the rest, and who ends there."""
+        """Split a node into two. Return the new node with the first `blocks`; the old one keeps the others."""
         assert lower.parent is not None
         cut = blocks * WIDTH
         upper = Node(lower.label[:cut], lower.parent)
@@ -171,9 +181,9 @@ class PrefixIndex:
         ends = self._ends[replica]
         node, _ = ends.popitem(last=False)
         used = node.holders[replica]
-        self._held[replica] -= node.blocks
+        self._num_blocks[replica] -= node.blocks
         self._drop(replica, node)
-        if node.parent is not None and node.parent.holders.get(replica) == used:  # it is the next end of that prompt
+        if node.parent is not None and node.parent.holders.get(replica) == used:  # now that prompt ends here
             ends[node.parent] = None
             ends.move_to_end(node.parent, last=False)
 
@@ -184,7 +194,7 @@ class PrefixIndex:
 
 
 def _common_blocks(label: bytes, digest: bytes, at: int) -> int:
-    """Blocks in which a digest is, from `at` on, like a label. The first one is; the whole label is not."""
+    """Return how many blocks of a label the digest has at the offset `at`: at least the first one, but not all."""
     same, differ = 1, len(label) // WIDTH
     while differ - same > 1:
         middle = (same + differ) // 2
@@ -195,6 +205,6 @@ def _common_blocks(label: bytes, digest: bytes, at: int) -> int:
     return same
 
 
-def slots(node: Node) -> npt.NDArray[np.intp]:
-    """[holders]: the replicas that have a node."""
+def holders_of(node: Node) -> npt.NDArray[np.intp]:
+    """Return the replicas that have a node, as an array: [holders]."""
     return np.fromiter(node.holders, np.intp, len(node.holders))

@@ -1,6 +1,6 @@
 """Responses that clients come back to: kept in memory, for a time, by the process that has the fleet.
 
-So whichever API server is asked finds them: `ResponseStore` answers verbs of the desk, `Shelf` asks them.
+So whichever API server is asked finds them: `ResponseStore` answers verbs of the fleet server, `Shelf` asks them.
 """
 
 import json
@@ -60,7 +60,7 @@ class ResponseStore:
     """What was not used for `seconds` goes; beyond `most` responses, or `most_bytes`, what was not used for longest.
     A response holds all that came before it, so that its conversation can go on whatever else has gone.
 
-    All calls come from the desk's thread.
+    All calls come from the thread of the fleet server.
     """
 
     most: int
@@ -77,7 +77,7 @@ class ResponseStore:
 
     @property
     def verbs(self) -> dict[str, Callable[[bytes], bytes]]:
-        """For a desk."""
+        """For a fleet server."""
         return {_KEEP: self._keep, _READ: self._read, _TURNS: self._turns, _ITEMS: self._find, _DROP: self._drop}
 
     def _keep(self, payload: bytes) -> bytes:

@@ -170,7 +170,7 @@ class RequestMetrics:
     A request that continues on another replica is counted once. Its first token is the first one that the client got;
     tokens are counted at the replica that generated them, its end at the replica that ended it.
 
-    All calls come from the desk's thread; other threads and processes ask through the verbs.
+    All calls come from the thread of the fleet server; other threads and processes ask through the verbs.
     """
 
     def __init__(self, max_model_len: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -192,7 +192,7 @@ class RequestMetrics:
 
     @property
     def verbs(self) -> dict[str, Callable[[bytes], bytes]]:
-        """Handlers for a desk. The payload of both is what an API server has counted since it asked last."""
+        """Handlers for a fleet server. The payload of both is what an API server has counted since it asked last."""
         return {"metrics": self._tell, "http": self._take_http}
 
     def _tell(self, payload: bytes) -> bytes:

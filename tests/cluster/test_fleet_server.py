@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.desk import Answer, Desk
-from shoal.cluster.fleet import About, Fleet
+from shoal.cluster.fleet import Fleet, ModelSummary
+from shoal.cluster.fleet_connections import FleetMessage
+from shoal.cluster.fleet_server import FleetServer
 from shoal.cluster.limits import FleetLimits
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.errors import ClosedError, ConfigError, EngineError, UserError
@@ -60,21 +61,21 @@ class Setting:
         self.fleet = Fleet(
             lambda number, generation: self.replica,
             lambda stats: ReplicaCapacity(100, 10**6, 4, 100),
-            about=About("model", 1, 1),
+            model=ModelSummary("model", 1, 1),
             limits=FleetLimits(1000, None, None, 5, 60.0),
             local=[0],
         )
-        self.desk = Desk(
+        self.server = FleetServer(
             self.fleet, {"shout": bytes.upper, "fail": self._fail, "break": self._break}, unread_s=unread_s
         )
 
         self.channels: list[Channel] = []
 
     def local(self) -> "LocalClient":
-        return LocalClient(self.desk)
+        return LocalClient(self.server)
 
     def remote(self) -> "RemoteClient":
-        client = RemoteClient(self.desk)
+        client = RemoteClient(self.server)
         self.channels.append(client.channel)
         return client
 
@@ -85,9 +86,9 @@ class Setting:
         raise KeyError("a bug")
 
     def now(self, what: Callable[[], Any]) -> Any:
-        """On the desk's thread, what it gives."""
+        """Return what a function returns on the thread of the server."""
         found: queue.Queue[Any] = queue.Queue()
-        self.desk.do(lambda: found.put(what()))
+        self.server.do(lambda: found.put(what()))
         return found.get(timeout=DEADLINE_S)
 
     def until(self, what: Callable[[], bool]) -> None:
@@ -101,7 +102,7 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     """`param`, if there is one, is `unread_s`."""
     found = Setting(getattr(request, "param", 60.0))
     yield found
-    found.desk.close()
+    found.server.close()
     for channel in found.channels:
         channel.close()
 
@@ -112,13 +113,13 @@ def opened(envelope: Updates) -> list[SeqUpdate]:
 
 
 class LocalClient:
-    def __init__(self, desk: Desk) -> None:
-        self.got: queue.Queue[Answer] = queue.Queue()
+    def __init__(self, server: FleetServer) -> None:
+        self.got: queue.Queue[FleetMessage] = queue.Queue()
         self.length: int | None = None
-        self.line = desk.open(self._hear)
+        self.line = server.open(self._hear)
         self.outcomes = Outcomes()
 
-    def _hear(self, answer: Answer) -> None:
+    def _hear(self, answer: FleetMessage) -> None:
         if isinstance(answer, ContextLength):
             self.length = answer.max_model_len
         else:
@@ -140,13 +141,13 @@ class LocalClient:
 
 
 class RemoteClient(LocalClient):
-    def __init__(self, desk: Desk) -> None:
-        self.at_desk, ours = Channel.pair()
+    def __init__(self, server: FleetServer) -> None:
+        self.server_end, ours = Channel.pair()
         self.channel = Channel(ours)
         self.outcomes = Outcomes()
         self.told: dict[int, ControlReply] = {}
         self.length = None
-        desk.connect(self.at_desk)
+        server.connect(self.server_end)
 
     def send(self, *messages: Wire) -> None:
         for message in messages:
@@ -273,7 +274,7 @@ def test_questions(setting: Setting) -> None:
         local.line.ask("fail").result(DEADLINE_S)
     with pytest.raises(EngineError, match="break could not be answered: KeyError: 'a bug'"):
         local.line.ask("break").result(DEADLINE_S)
-    with pytest.raises(EngineError, match="nobody knows 'sing' here"):
+    with pytest.raises(EngineError, match="there is no verb 'sing'"):
         local.line.ask("sing").result(DEADLINE_S)
     for payload in (b"many", b"", b"-1"):
         with pytest.raises(UserError, match="a number of replicas"):
@@ -308,7 +309,7 @@ def test_a_request_with_which_nothing_can_be_done_ends_alone(setting: Setting, m
     client.line.send([request(0, [1, 2]), request(1, [1])])
     (refused,) = client.next()
     assert (refused.seq, refused.refusal) == (0, RefusalKind.FAILED)
-    assert "could not be taken: OverflowError" in refused.error
+    assert "could not be accepted: OverflowError" in refused.error
     while not any(update.finish is Finish.LENGTH for update in client.next()):
         pass
     setting.now(setting.fleet.audit)
@@ -322,9 +323,9 @@ def test_an_api_server_that_goes_is_a_warning_if_it_had_requests(
     if busy:
         remote.send(request(0, [1], 10**7))
         setting.until(lambda: bool(setting.replica.held))
-    setting.until(lambda: bool(setting.desk.num_clients))
+    setting.until(lambda: bool(setting.server.num_clients))
     remote.channel.close()
-    setting.until(lambda: not setting.desk.num_clients)
+    setting.until(lambda: not setting.server.num_clients)
     said = [each for each in caplog.records if "an API server has gone" in each.message]
     assert [each.levelname for each in said] == (["WARNING"] if busy else [])
 
@@ -332,7 +333,7 @@ def test_an_api_server_that_goes_is_a_warning_if_it_had_requests(
 def test_a_question_that_nobody_waits_for_any_more(setting: Setting) -> None:
     client = setting.local()
     held = threading.Event()
-    setting.desk.do(lambda: held.wait(DEADLINE_S))
+    setting.server.do(lambda: held.wait(DEADLINE_S))
     future = client.line.ask("status")
     assert future.cancel()
     held.set()
@@ -345,8 +346,8 @@ def test_when_the_thread_fails_everyone_is_told(setting: Setting, caplog: pytest
     remote.send(request(0, [2], 10**7))
     setting.until(lambda: len(setting.replica.held) == 2)
     held = threading.Event()
-    setting.desk.do(lambda: held.wait(DEADLINE_S))
-    setting.desk.do(lambda: dict[str, str]()["a bug"])
+    setting.server.do(lambda: held.wait(DEADLINE_S))
+    setting.server.do(lambda: dict[str, str]()["a bug"])
     late = local.line.ask("status")
     local.line.send([request(1, [1])])
     held.set()
@@ -366,7 +367,7 @@ def test_when_the_thread_fails_everyone_is_told(setting: Setting, caplog: pytest
         local.line.ask("status").result(DEADLINE_S)
     with pytest.raises(ChannelClosed):
         remote.hang_on()
-    setting.desk.close()
+    setting.server.close()
     assert setting.replica.closed
 
 
@@ -375,8 +376,8 @@ def test_when_it_is_closed_everyone_is_told(setting: Setting) -> None:
     local.line.send([request(0, [1], 10**7)])
     remote.send(request(0, [2], 10**7))
     setting.until(lambda: len(setting.replica.held) == 2)
-    setting.desk.close()
-    setting.desk.close()
+    setting.server.close()
+    setting.server.close()
     for client in (local, remote):
         while not (ends := [update for update in client.next() if update.finish is not None]):
             pass
@@ -396,7 +397,7 @@ def fill(channel: Channel) -> None:
 
 def test_one_that_does_not_read_for_a_while_misses_nothing_and_keeps_nobody_waiting(setting: Setting) -> None:
     remote, local = setting.remote(), setting.local()
-    setting.now(lambda: fill(remote.at_desk))
+    setting.now(lambda: fill(remote.server_end))
     remote.add(*(request(seq, [seq], 60) for seq in range(10)))
     local.add(*(request(seq, [seq], 90) for seq in range(10)))
     local.finish()
@@ -408,11 +409,11 @@ def test_one_that_does_not_read_for_a_while_misses_nothing_and_keeps_nobody_wait
 @pytest.mark.parametrize("setting", [0.05], indirect=True)
 def test_one_that_does_not_read_at_all_is_given_up(setting: Setting) -> None:
     remote = setting.remote()
-    setting.now(lambda: fill(remote.at_desk))
+    setting.now(lambda: fill(remote.server_end))
     remote.send(request(0, [1], 10**7))
     setting.until(lambda: bool(setting.replica.added))
     setting.until(lambda: not setting.replica.held)
-    setting.until(lambda: not setting.desk.num_clients)
+    setting.until(lambda: not setting.server.num_clients)
 
 
 def test_a_channel_that_somebody_else_closes(setting: Setting) -> None:
@@ -420,7 +421,7 @@ def test_a_channel_that_somebody_else_closes(setting: Setting) -> None:
     remote, local = setting.remote(), setting.local()
     remote.send(request(0, [1], 10**7))
     setting.until(lambda: bool(setting.replica.held))
-    remote.at_desk.close()
+    remote.server_end.close()
     setting.until(lambda: not setting.replica.held)
     local.add(request(0, [1]))
     local.finish()
@@ -432,7 +433,7 @@ def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: 
     waiting: list[int] = []
     ended = threading.Event()
 
-    def deliver(answer: Answer) -> None:
+    def deliver(answer: FleetMessage) -> None:
         if isinstance(answer, ContextLength):
             return
         assert isinstance(answer, Updates)
@@ -440,7 +441,7 @@ def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: 
         if any(update.finish is not None for update in answer.updates):
             ended.set()
 
-    line = setting.desk.open(deliver)
+    line = setting.server.open(deliver)
     specs = [request(seq, [seq + 1], 1) for seq in range(1000)]
     entered, go = threading.Event(), threading.Event()
 
@@ -448,7 +449,7 @@ def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: 
         entered.set()
         go.wait(DEADLINE_S)
 
-    setting.desk.do(hold)
+    setting.server.do(hold)
     assert entered.wait(DEADLINE_S)
     if kind == "local":
         line.send(specs)
