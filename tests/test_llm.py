@@ -571,7 +571,7 @@ def test_invalid_model_folders_are_refused_before_the_start(folder: Path, tmp_pa
         LLM(str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         LLM(str(tmp_path))
-    with pytest.raises(CheckpointError, match="there is no shape 'x'; known are"):
+    with pytest.raises(CheckpointError, match="there is no shape 'x'; choose one of"):
         LLM("shape:x")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(CheckpointError, match="has no weights"):

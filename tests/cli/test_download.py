@@ -116,12 +116,12 @@ def test_refusals_are_one_line(hub: FakeHub, tmp_path: Path) -> None:
         "org/gated": "error: org/gated is gated: accept its terms",
         "org/none": "error: org/none has no weights that can be loaded",
         f"{MODEL} --revision v9": "error: org/demo has no revision v9",
-        "./demo": "error: ./demo is no id on the hub",
-        "shape:qwen3-0.6b": "error: shape:qwen3-0.6b is no id on the hub",
+        "./demo": "error: ./demo is not an id on the hub",
+        "shape:qwen3-0.6b": "error: shape:qwen3-0.6b is not an id on the hub",
         "not+an+id": "error: not+an+id is neither a folder nor an id",
-        f"{MODEL} --dir /proc/nowhere": "error: --dir /proc/nowhere can't be written",
-        f"{MODEL} --dir {BUNDLED}": "has files that are of no download",
-        f"{MODEL} --dir {BUNDLED / 'config.json'}": "config.json can't be written",
+        f"{MODEL} --dir /proc/nowhere": "error: --dir /proc/nowhere cannot be written",
+        f"{MODEL} --dir {BUNDLED}": "has files that no download made",
+        f"{MODEL} --dir {BUNDLED / 'config.json'}": "config.json cannot be written",
     }
     code, out, log = run(hub, tmp_path, DOWNLOAD, *refusals)
     assert (code, out) == (2, "")

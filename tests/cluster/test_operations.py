@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from cluster.test_fleet import FakeMember, Hanging, World, world
 from shoal.activity import AWAKE, PARTS, PAUSED, Activity, ActivityState
 from shoal.errors import ConfigError, UserError
 from shoal.wire.base import replace_fields
@@ -19,11 +18,12 @@ from shoal.wire.engine import (
 from shoal.wire.fleet import Operation
 from support.fake_replica import STATS
 from support.fakes import alone, request
+from support.fleet_world import FakeMember, FleetWorld, Hanging, world
 
 ASLEEP = Activity(ActivityState.ASLEEP, 1, PARTS)
 
 
-def operate(found: World, verb: str, **options: Any) -> list[Any]:
+def operate(found: FleetWorld, verb: str, **options: Any) -> list[Any]:
     """What is told when it has ended."""
     told: list[Any] = []
     found.fleet.operate(Operation(verb, **options), told.append)
@@ -34,7 +34,7 @@ def activities(member: FakeMember) -> list[Activity]:
     return [order.activity for order in member.orders if isinstance(order, SetActivity)]
 
 
-def running(found: World, count: int = 4, length: int = 12) -> list[EngineRequest]:
+def running(found: FleetWorld, count: int = 4, length: int = 12) -> list[EngineRequest]:
     """Requests that replicas have begun with."""
     specs = [request(seq, [seq, 1], length) for seq in range(count)]
     found.settle(2)

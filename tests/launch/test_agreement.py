@@ -1,4 +1,4 @@
-"""What processes must have in common, and what each host may choose for itself."""
+"""The agreement: the options and files that hosts must have in common, and those that each may choose."""
 
 from collections.abc import Callable
 from pathlib import Path

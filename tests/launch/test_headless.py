@@ -1,4 +1,4 @@
-"""The replicas of a host without a front end: what one's end means to the others. Processes of a few lines."""
+"""The supervisor of a headless host, with fake processes: what follows the end of a replica, for it and the others."""
 
 import dataclasses
 import socket
@@ -19,25 +19,25 @@ from support.fakes import FakeClock
 
 
 class FakeProcess:
-    """Runs until `ends` is called."""
+    """A process that runs until `ends` is called."""
 
-    def __init__(self, setup: HeadlessSetup, pid: int, *, together: bool) -> None:
+    def __init__(self, setup: HeadlessSetup, pid: int, *, in_lockstep: bool) -> None:
         self.place = setup.place
         self.pid = pid
         self.drew_tokens = False
         self.is_ready = False
-        self.shares_experts = together
+        self.shares_experts = in_lockstep
         self.failure: EngineFailure | None = None
         self.exit_code: int | None = None
         self.is_stopped = False
-        self.is_unread = False  # it has said that it is ready, and nobody has read that yet
+        self.is_unread = False  # True: it has sent that it is ready, and that was not read yet
         self._ended = False
 
     @property
     def channel(self) -> Channel:
         raise NotImplementedError
 
-    def listen(self) -> bool:
+    def read_messages(self) -> bool:
         self.is_ready |= self.is_unread
         return not self._ended
 
@@ -59,36 +59,36 @@ class FakeProcess:
 
 
 class World:
-    """Replicas 1 and 2 of 3."""
+    """A host with replicas 1 and 2 of 3, on a clock of its own."""
 
-    def __init__(self, setups: list[HeadlessSetup], *, together: bool = False, no_room: bool = False) -> None:
-        self.no_room = no_room  # can none be started?
-        self.together = together
+    def __init__(self, setups: list[HeadlessSetup], *, in_lockstep: bool = False, start_fails: bool = False) -> None:
+        self.start_fails = start_fails  # True: no process can be started
+        self.in_lockstep = in_lockstep
         self.clock = FakeClock()
         self.processes: list[FakeProcess] = []  # in the order of their starts
         self.host = HeadlessHost(setups, self._launch, self.clock, max_restarts=20)
         self.host.start()
 
     def _launch(self, setup: HeadlessSetup) -> FakeProcess:
-        if self.no_room:
+        if self.start_fails:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        self.processes.append(FakeProcess(setup, pid=4711 + len(self.processes), together=self.together))
+        self.processes.append(FakeProcess(setup, pid=4711 + len(self.processes), in_lockstep=self.in_lockstep))
         return self.processes[-1]
 
     def replica(self, number: int) -> HeadlessReplica:
         (found,) = (replica for replica in self.host.replicas if replica.number == number)
         return found
 
-    def look(self) -> None:
-        """Twice, with a pause in which all starts have become due."""
-        self.host.look()
+    def tick(self) -> None:
+        """Tick twice, with a pause after which all starts are due."""
+        self.host.tick()
         self.clock.now += 40.0
-        self.host.look()
+        self.host.tick()
 
-    def is_ready(self, *indices: int) -> None:
+    def become_ready(self, *indices: int) -> None:
         for index in indices:
             self.processes[index].is_ready = True
-        self.host.look()
+        self.host.tick()
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,7 @@ def setups() -> list[HeadlessSetup]:
     return headless_setups(options, given, Deployment.of(options))
 
 
-def test_a_host_reports_what_it_has_and_was_given(setups: list[HeadlessSetup]) -> None:
-    """The key is proved, and never sent."""
+def test_a_host_reports_its_hardware_and_its_options(setups: list[HeadlessSetup]) -> None:
     assert [setup.place.rank for setup in setups] == [1, 2]
     assert [(setup.report.local_rank, setup.report.local_size) for setup in setups] == [(0, 2), (1, 2)]
     report = setups[0].report
@@ -114,18 +113,20 @@ def test_a_host_reports_what_it_has_and_was_given(setups: list[HeadlessSetup]) -
 
 
 @pytest.mark.parametrize(("user_error", "kind"), [(True, UserError), (False, EngineError)])
-def test_what_fails_before_any_was_ready_ends_all(
+def test_a_failure_before_any_replica_was_ready_ends_the_host(
     setups: list[HeadlessSetup], user_error: bool, kind: type[Exception]
 ) -> None:
     world = World(setups)
     world.processes[1].ends("refused", user_error=user_error)
     with pytest.raises(kind, match="replica 2: refused"):
-        world.host.look()
+        world.host.tick()
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_one_that_ends_just_after_it_was_ready_comes_back(setups: list[HeadlessSetup], stopped: bool) -> None:
-    """Its word and its end are read in one go."""
+def test_a_replica_that_ends_just_after_it_was_ready_is_started_again(
+    setups: list[HeadlessSetup], stopped: bool
+) -> None:
+    """The message that it is ready and its end are read together."""
     world = World(setups)
     process = world.processes[0]
     process.is_unread = True
@@ -133,90 +134,92 @@ def test_one_that_ends_just_after_it_was_ready_comes_back(setups: list[HeadlessS
         process.is_stopped = True
     else:
         process.ends("rank 0 was killed by SIGKILL")
-    world.look()
+    world.tick()
     assert world.replica(1).state is RunState.STARTING
-    assert len(world.processes) == 3  # the two of the start, and its next one
+    assert len(world.processes) == 3  # two at the start, and one restart
 
 
 @pytest.mark.parametrize("user_error", [True, False])
-def test_what_fails_beside_one_that_was_ready_fails_alone(setups: list[HeadlessSetup], user_error: bool) -> None:
+def test_a_replica_that_fails_does_not_end_one_that_is_ready(setups: list[HeadlessSetup], user_error: bool) -> None:
     world = World(setups)
-    world.is_ready(0)
-    world.processes[1].ends("it is there already", user_error=user_error)
-    world.look()
+    world.become_ready(0)
+    world.processes[1].ends("it is connected already", user_error=user_error)
+    world.tick()
     assert len(world.processes) == 2
     assert world.replica(1).state is RunState.READY
     assert world.replica(2).state is RunState.FAILED
-    assert "it is there already" in str(world.replica(2).error)
+    assert "it is connected already" in str(world.replica(2).error)
     assert world.host.any_left()
 
 
-def test_none_that_is_left_is_an_error_of_the_kind_that_ended_them(setups: list[HeadlessSetup]) -> None:
+def test_if_no_replica_is_left_the_error_is_of_the_same_kind(setups: list[HeadlessSetup]) -> None:
     world = World(setups)
-    world.is_ready(0, 1)
+    world.become_ready(0, 1)
     for process in world.processes:
         process.ends("its --block-size is 16", user_error=True)
-    world.host.look()
+    world.host.tick()
     with pytest.raises(
-        UserError, match=r"no replica is left here: replica 1: its --block-size is 16.*; replica 2: its"
+        UserError, match=r"no replica is left on this host: replica 1: its --block-size is 16.*; replica 2: its"
     ):
         world.host.any_left()
 
 
-def test_a_front_end_may_take_out_all(setups: list[HeadlessSetup]) -> None:
+def test_a_front_end_may_take_out_all_replicas(setups: list[HeadlessSetup]) -> None:
     world = World(setups)
-    world.is_ready(0, 1)
+    world.become_ready(0, 1)
     for process in world.processes:
         process.ends(code=0)
-    world.look()
+    world.tick()
     assert not world.host.any_left()
     assert len(world.processes) == 2
 
 
-def test_who_was_ready_comes_back_and_says_that_it_was_there(setups: list[HeadlessSetup]) -> None:
+def test_a_replica_that_was_ready_comes_back_as_returning(setups: list[HeadlessSetup]) -> None:
     world = World(setups)
     assert [process.place.returning for process in world.processes] == [False, False]
-    world.is_ready(0, 1)
+    world.become_ready(0, 1)
     world.processes[0].ends("the rendezvous has gone")
-    world.look()
+    world.tick()
     assert [(process.place.rank, process.place.returning) for process in world.processes[2:]] == [(1, True)]
 
 
 @pytest.mark.parametrize("drew", [True, False])
-def test_one_that_has_drawn_a_token_comes_back_without_a_pause(setups: list[HeadlessSetup], drew: bool) -> None:
+def test_a_replica_that_has_drawn_a_token_is_started_again_without_a_pause(
+    setups: list[HeadlessSetup], drew: bool
+) -> None:
     world = World(setups)
-    world.is_ready(0, 1)
+    world.become_ready(0, 1)
     world.processes[0].drew_tokens = drew
     world.processes[0].ends("rank 0 was killed by SIGKILL")
-    world.host.look()
+    world.host.tick()
     assert world.host.pause == (0.0 if drew else 0.5)
 
 
-def test_of_those_that_compute_together_one_that_was_ready_is_enough(setups: list[HeadlessSetup]) -> None:
-    world = World(setups, together=True)
-    world.is_ready(0)
+def test_in_lockstep_all_come_back_as_returning_if_one_was_ready(setups: list[HeadlessSetup]) -> None:
+    world = World(setups, in_lockstep=True)
+    world.become_ready(0)
     for process in world.processes:
         process.ends("the rendezvous has gone")
-    world.look()
+    world.tick()
     assert [process.place.returning for process in world.processes[2:]] == [True, True]
     world.processes[3].ends("differs", user_error=True)
     with pytest.raises(UserError, match="replica 2: differs"):
-        world.host.look()
+        world.host.tick()
 
 
-def test_a_process_that_can_not_be_started_is_tried_again(setups: list[HeadlessSetup]) -> None:
+def test_a_process_that_cannot_be_started_is_tried_again(setups: list[HeadlessSetup]) -> None:
     world = World(setups)
-    world.is_ready(0, 1)
+    world.become_ready(0, 1)
     world.processes[0].ends("out of memory")
-    world.no_room = True
-    world.look()
+    world.start_fails = True
+    world.tick()
     assert world.replica(1).state is RunState.RESTARTING
-    world.no_room = False
-    world.look()
+    world.start_fails = False
+    world.tick()
     assert world.replica(1).state is RunState.STARTING
     assert len(world.processes) == 3
 
 
-def test_a_process_that_can_not_be_started_at_all(setups: list[HeadlessSetup]) -> None:
-    with pytest.raises(EngineError, match=r"replica 1 can't be started: .*Resource temporarily unavailable"):
-        World(setups, no_room=True)
+def test_a_process_that_cannot_be_started_at_first_is_an_error(setups: list[HeadlessSetup]) -> None:
+    with pytest.raises(EngineError, match=r"replica 1 cannot be started: .*Resource temporarily unavailable"):
+        World(setups, start_fails=True)

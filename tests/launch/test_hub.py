@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder; downloads themselves are tested in tests/cli/test_download.py."""
+"""The search for a model by its name. Downloads are tested in tests/cli/test_download.py."""
 
 import errno
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from shoal.errors import CheckpointError, ConfigError, UserError
 from shoal.launch import hub
 
 
-def test_what_needs_no_network(tmp_path: Path) -> None:
+def test_names_that_need_no_network(tmp_path: Path) -> None:
     assert hub.locate(None) == hub.BUNDLED
     assert hub.locate("bundled") == hub.locate("bundled:dense") == hub.BUNDLED
     assert hub.locate("bundled:moe") == hub.BUNDLED_MOE
@@ -19,17 +19,19 @@ def test_what_needs_no_network(tmp_path: Path) -> None:
     assert hub.locate("shape:llama-10m", weights=False).name == "llama-10m"
 
 
-def test_what_is_not_bundled() -> None:
-    with pytest.raises(ConfigError, match="no model 'tiny' is bundled; known are bundled, bundled:dense, bundled:moe"):
+def test_names_of_bundled_models() -> None:
+    with pytest.raises(
+        ConfigError, match="no model 'tiny' is bundled; choose one of bundled, bundled:dense, bundled:moe"
+    ):
         hub.locate("bundled:tiny")
     with pytest.raises(ConfigError, match="no model '' is bundled"):
         hub.locate("bundled:")
     for name in ("bundled", "bundled:moe"):
-        with pytest.raises(CheckpointError, match=f"{name} is no id on the hub"):
+        with pytest.raises(CheckpointError, match=f"{name} is not an id on the hub"):
             hub.download(name)
 
 
-def test_the_name_of_the_bundled_model_goes_over_a_folder_of_that_name(
+def test_bundled_means_the_bundled_model_even_beside_a_folder_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -41,14 +43,14 @@ def test_the_name_of_the_bundled_model_goes_over_a_folder_of_that_name(
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("shape:unknown", "there is no shape 'unknown'; known are"),
+        ("shape:unknown", "there is no shape 'unknown'; choose one of"),
         ("shape:llama-10m", "shape:llama-10m has no weights; add --load-format dummy"),
         ("./nowhere", "./nowhere is not a folder"),
         ("a/b/c", "a/b/c is not a folder"),
         (__file__, "is not a folder"),
     ],
 )
-def test_what_is_no_model(model: str, expected: str) -> None:
+def test_a_name_that_is_no_model_is_refused(model: str, expected: str) -> None:
     with pytest.raises(CheckpointError, match=expected):
         hub.locate(model)
 
@@ -63,17 +65,21 @@ def failing(error: Exception) -> Callable[[str], Any]:
 @pytest.mark.parametrize(
     ("error", "kind", "expected"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), ConfigError, "org/name: the disk is full; make room"),
+        (OSError(errno.ENOSPC, "No space left on device"), ConfigError, "org/name: the disk is full; free some space"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/cache"),
             ConfigError,
-            "org/name: /cache can't be written: Permission denied; set HF_HOME or give --dir",
+            "org/name: /cache cannot be written: Permission denied; set HF_HOME or give --dir",
         ),
-        (RuntimeError("connection lost.\nhint"), CheckpointError, "org/name: no folder, and the hub can't be reached"),
-        (ValueError(), CheckpointError, r"can't be reached \(ValueError\)\. Give a local folder, or run"),
+        (
+            RuntimeError("connection lost.\nhint"),
+            CheckpointError,
+            "org/name: there is no such folder, and the hub cannot be reached",
+        ),
+        (ValueError(), CheckpointError, r"cannot be reached \(ValueError\): give a local folder, or run"),
     ],
 )
-def test_a_fetch_that_fails_says_why_in_one_line(
+def test_a_failed_download_gives_its_reason_in_one_line(
     error: Exception, kind: type[UserError], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "load", failing(error))
@@ -83,7 +89,7 @@ def test_a_fetch_that_fails_says_why_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_weights_come_last_and_pickled_ones_only_without_others(
+def test_weights_come_last_and_pickled_ones_only_if_there_are_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Replicas for a front end on another host (`shoal serve --headless`), started and started again when they end."""
+"""A host that runs replicas for a front end on another host (`shoal serve --headless`), and their supervisor."""
 
 import os
 import signal
@@ -26,13 +26,13 @@ from shoal.wire.hosts import HeadlessSetup, HostReport, PlanReceived, ToSupervis
 
 log = get_logger("headless")
 
-_LOOK_S = 1.0  # how often processes are looked at: one may have been stopped
-_USEFUL_S = 60.0  # a run in which a replica was ready for so long was useful, with or without requests
+_CHECK_S = 1.0  # how often processes are checked, as they send nothing when they were stopped
+_USEFUL_S = 60.0  # a run in which a replica was ready for so long was useful, even without requests
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(model: str | None, given: Mapping[str, Any]) -> int:
-    """Run this host's replicas until a signal comes, or the front end wants none of them any more. Return exit code 0.
+    """Run this host's replicas until a signal arrives or the front end has taken all out. Return the exit code, 0.
 
     The front end plans the replicas. This process finds the model, and reports what the host has.
 
@@ -40,28 +40,29 @@ def run(model: str | None, given: Mapping[str, Any]) -> int:
         model, given: as for `open_model`.
 
     Raises:
-        UserError: before any was ready, the front end refuses one, or one can't work; or none is left for that.
-        EngineError: before any was ready, one could not start; or none is left that could be started again.
+        UserError: the front end refused a replica, or a replica cannot work on this host, before any was ready or so
+            that none is left.
+        EngineError: a replica could not start before any was ready; or none is left that may be started again.
     """
     options, given = read_options(model, given, online=True)
     refuse_manual_place(options)
     deployment = Deployment.of(options)
     setups = headless_setups(options, given, deployment)
     log.info(
-        *("replicas %s of %d for the front end at %s", _listed(deployment.local)),
+        *("replicas %s of %d for the front end at %s", _shortened(deployment.local)),
         *(deployment.size, deployment.address),
     )
     with _SignalEvent() as signals:
         host = HeadlessHost(setups, max_restarts=options.serving.max_restarts)
         try:
             host.start()
-            while not signals.came and host.any_left():
+            while not signals.arrived and host.any_left():
                 sources: list[Any] = [signals, *host.channels]
                 wait(sources, host.pause)
-                host.look()
+                host.tick()
         finally:
             host.close()
-    if signals.came:
+    if signals.arrived:
         log.info("ended by a signal")
     else:
         log.info("the front end has taken out all replicas of this host")
@@ -91,12 +92,12 @@ def headless_setups(options: EngineOptions, given: Mapping[str, Any], deployment
 
 
 class HeadlessProcess(Protocol):
-    """One run of a replica, in a process."""
+    """A process with a replica, from its start to its end."""
 
-    drew_tokens: bool  # it has generated at least one token
+    drew_tokens: bool  # True: it has drawn at least one token
     is_ready: bool
     failure: EngineFailure | None  # the failure that it reported before it ended
-    shares_experts: bool  # the front end says that no replica works without the others
+    shares_experts: bool  # True: no replica works without the others, as the front end has planned
 
     @property
     def pid(self) -> int: ...
@@ -104,8 +105,8 @@ class HeadlessProcess(Protocol):
     @property
     def channel(self) -> Channel: ...
 
-    def listen(self) -> bool:
-        """Read its messages. Return False if it has ended."""
+    def read_messages(self) -> bool:
+        """Read its messages. Return False if it has ended or reported a failure."""
 
     def stopped(self) -> bool: ...
 
@@ -138,7 +139,7 @@ class _ReplicaProcess:
     def channel(self) -> Channel:
         return self._child.channel
 
-    def listen(self) -> bool:
+    def read_messages(self) -> bool:
         try:
             for frame in self._child.channel.receive():
                 self._take(to_supervisor.decode(frame))
@@ -177,7 +178,7 @@ class _ReplicaProcess:
 
 @dataclass(slots=True, kw_only=True)
 class HeadlessReplica(Supervised):
-    """A replica of this host, which a front end elsewhere uses."""
+    """A replica of this host, over all its runs. Each run has a process of its own."""
 
     setup: HeadlessSetup
     process: HeadlessProcess | None = None  # None: it does not run
@@ -188,7 +189,7 @@ class HeadlessReplica(Supervised):
 
 
 class HeadlessHost:
-    """The replicas of this host, as their supervisor sees them."""
+    """The supervisor of this host's replicas, which starts them and starts them again when they end."""
 
     def __init__(
         self,
@@ -200,7 +201,7 @@ class HeadlessHost:
     ) -> None:
         self._launch = launch
         self._clock = clock
-        self._together = False  # the replicas share experts, and none works without the others
+        self._in_lockstep = False  # True: the replicas share experts, so none works without the others
         self.replicas = [
             HeadlessReplica(setup=setup, restarts=Restarts(max_restarts, "--max-restarts"), useful_s=_USEFUL_S)
             for setup in setups
@@ -210,35 +211,38 @@ class HeadlessHost:
         """Start all replicas.
 
         Raises:
-            EngineError: one can't be started.
+            EngineError: a replica cannot be started.
         """
         for replica in self.replicas:
             self._start(replica)
 
-    def look(self) -> None:
-        """Start the replicas that are due, and see to those that have ended or were stopped.
+    def tick(self) -> None:
+        """Start the replicas that are due, and handle those that have become ready, have ended or were stopped.
 
         Raises:
-            UserError, EngineError: one can't work, and none of this host has ever been ready, or none works without it.
+            UserError, EngineError: a replica cannot work, and no replica of this host has ever been ready, or none
+                works without it.
         """
         for replica in self.replicas:
             if replica.is_due(self._clock()):
                 self._start(replica)
             if replica.process is not None:
-                self._look_at(replica, replica.process)
+                self._check(replica, replica.process)
 
     def any_left(self) -> bool:
-        """Return whether a replica runs or is to be started again.
+        """Return whether a replica runs or will be started again. False: the front end has taken all out.
 
         Raises:
-            UserError, EngineError: none is left, and not all of them were taken out by the front end.
+            UserError, EngineError: none is left, and at least one has failed.
         """
         if any(replica.runs or replica.state is RunState.RESTARTING for replica in self.replicas):
             return True
         failed = [replica for replica in self.replicas if replica.state is RunState.FAILED]
         if failed:
             kind = UserError if any(isinstance(replica.error, UserError) for replica in failed) else EngineError
-            raise kind(f"no replica is left here: {'; '.join(f'{each.error}; it {each.outlook}' for each in failed)}")
+            raise kind(
+                f"no replica is left on this host: {'; '.join(f'{each.error}; it {each.outlook}' for each in failed)}"
+            )
         return False
 
     @property
@@ -248,9 +252,9 @@ class HeadlessHost:
 
     @property
     def pause(self) -> float:
-        """Seconds after which `look` has something to do, if no replica says anything before."""
+        """The seconds after which `tick` has something to do, unless a replica sends a message earlier."""
         due = [each.next_start for each in self.replicas if each.state is RunState.RESTARTING]
-        return min(_LOOK_S, max(0.0, min(due, default=float("inf")) - self._clock()))
+        return min(_CHECK_S, max(0.0, min(due, default=float("inf")) - self._clock()))
 
     def close(self) -> None:
         """End all replicas. Never raises."""
@@ -261,20 +265,20 @@ class HeadlessHost:
         return any(replica.was_ready for replica in self.replicas)
 
     def _has_worked(self, replica: HeadlessReplica) -> bool:
-        """Return whether it, or those that it works with, has ever been ready."""
-        return self._any_was_ready if self._together else replica.was_ready
+        """Return whether the replica has ever been ready; in lockstep, whether any has."""
+        return self._any_was_ready if self._in_lockstep else replica.was_ready
 
     def _start(self, replica: HeadlessReplica) -> None:
         replica.started(self._clock())
         place = replace_fields(replica.setup.place, returning=self._has_worked(replica))
         try:
             replica.process = self._launch(replace_fields(replica.setup, place=place))
-        except OSError as error:  # no memory for a process, no descriptors
-            self._end(replica, EngineError(f"replica {replica.number} can't be started: {error}"), useful=False)
+        except OSError as error:  # no memory for a process, or no file descriptor left
+            self._end(replica, EngineError(f"replica {replica.number} cannot be started: {error}"), useful=False)
 
-    def _look_at(self, replica: HeadlessReplica, process: HeadlessProcess) -> None:
-        goes_on = process.listen()  # first of all: what follows its end depends on whether it was ready
-        self._together |= process.shares_experts
+    def _check(self, replica: HeadlessReplica, process: HeadlessProcess) -> None:
+        goes_on = process.read_messages()  # first, because what follows an end depends on whether it was ready
+        self._in_lockstep |= process.shares_experts
         if process.is_ready and replica.state is RunState.STARTING:
             replica.became_ready(self._clock())
             log.info("replica %d (process %d) is ready", replica.number, process.pid)
@@ -294,41 +298,41 @@ class HeadlessHost:
         self._end(replica, kind(f"replica {replica.number}: {why}"), useful=useful)
 
     def _end(self, replica: HeadlessReplica, error: ShoalError, *, useful: bool) -> None:
-        """Have a replica that has ended started again. If it is given up, the others of this host go on without it."""
-        if not self._any_was_ready or (isinstance(error, UserError) and self._together):
+        """Decide what follows the end of a replica. If it is given up, the others of this host go on without it."""
+        if not self._any_was_ready or (isinstance(error, UserError) and self._in_lockstep):
             raise error
         replica.ended(error, self._clock(), useful=useful, ever_ready=self._has_worked(replica))
-        say = log.error if replica.state is RunState.FAILED else log.warning
-        say("%s; it %s", error, replica.outlook)
+        log_line = log.error if replica.state is RunState.FAILED else log.warning
+        log_line("%s; it %s", error, replica.outlook)
 
 
 class _SignalEvent:
-    """Something to `wait` for, while it is entered: readable when one has come that asks for the end."""
+    """A context in which a signal to end makes this readable, so that `wait` can include it."""
 
     backlog = False
 
     def __init__(self) -> None:
-        self.came = False
-        self._former: dict[int, Any] = {}
+        self.arrived = False
+        self._former_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_SignalEvent":
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for number in _SIGNALS:
-            self._former[number] = signal.signal(number, self._hear)
+            self._former_handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, former in self._former.items():
+        for number, former in self._former_handlers.items():
             signal.signal(number, former)
         os.close(self._fd)
 
-    def _hear(self, number: int, frame: object) -> None:
-        self.came = True
+    def _note(self, number: int, frame: object) -> None:
+        self.arrived = True
         os.eventfd_write(self._fd, 1)
 
     def fileno(self) -> int:
         return self._fd
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _shortened(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")

@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder on this host."""
+"""The search for a model: from the name that a user gives to a folder on this host, downloaded if necessary."""
 
 import errno
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from shoal.errors import CheckpointError, ConfigError, UserError
 from shoal.lazy import load
 
 _PACKAGE = Path(__file__).parent.parent
-BUNDLED_NAME = "bundled"  # what users, clients and the log call the bundled dense model
+BUNDLED_NAME = "bundled"  # the name of the bundled dense model for users, clients and the log
 BUNDLED = _PACKAGE / "demo_model"
 BUNDLED_MOE = _PACKAGE / "demo_moe_model"
 _BUNDLED = {"dense": BUNDLED, "moe": BUNDLED_MOE}
 _SHAPES = _PACKAGE / "shapes"
 _CONFIGURATION = ["*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt"]
-_WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]  # the first kind that a model has
-# A pattern's * takes / too: what lies in folders (original/, onnx/), and the same weights in another format.
+_WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]  # the first pattern that matches is used, and no other
+# Files in folders (original/, onnx/), as the * of a pattern matches / too, and the same weights in other formats.
 _NEVER = ["*/*.json", "*/*.model", "*/*.safetensors", "*/*.tiktoken", "consolidated*", "pytorch_model*/*"]
 
 
@@ -31,8 +31,8 @@ def locate(model: str | None, revision: str | None = None, *, weights: bool = Tr
     configuration without weights), a folder, or an id on the hub.
 
     Raises:
-        CheckpointError: there is no such model, or it can't be fetched.
-        ConfigError: no model of that name is bundled, the disk is full, or the hub's cache can't be written.
+        CheckpointError: there is no such model, or it cannot be downloaded.
+        ConfigError: no model of that name is bundled, the disk is full, or the hub's cache cannot be written.
     """
     if model is None or is_bundled(model):
         return _bundled(model)
@@ -60,44 +60,47 @@ def _bundled(model: str | None) -> Path:
     name = "dense" if model in (None, BUNDLED_NAME) else str(model).partition(":")[2]
     if name not in _BUNDLED:
         known = ", ".join([BUNDLED_NAME, *(f"{BUNDLED_NAME}:{each}" for each in _BUNDLED)])
-        raise ConfigError(f"no model {name!r} is bundled; known are {known}")
+        raise ConfigError(f"no model {name!r} is bundled; choose one of {known}")
     return _BUNDLED[name]
 
 
 def _shape(name: str, *, weights: bool) -> Path:
     known = sorted(path.name for path in _SHAPES.iterdir() if path.is_dir())
     if name not in known:
-        raise CheckpointError(f"there is no shape {name!r}; known are {', '.join(known)}")
+        raise CheckpointError(f"there is no shape {name!r}; choose one of {', '.join(known)}")
     if weights:
         raise CheckpointError(f"shape:{name} has no weights; add --load-format dummy")
     return _SHAPES / name
 
 
 def download(model: str, revision: str | None = None, directory: Path | None = None) -> Path:
-    """Brings a model of the hub to this host: into the hub's cache, or as plain files into `directory`.
+    """Download a model of the hub, into the hub's cache or as plain files into `directory`, and return its folder.
 
-    What is there already is not fetched again, and an interrupted download is taken up where it was.
+    Files that are there already are not downloaded again, and an interrupted download is resumed.
 
     Raises:
         CheckpointError: there is no such model, or it has no weights that can be loaded.
-        ConfigError: there is no room for it, or `directory` can't be written.
+        ConfigError: the disk has no room for it, or `directory` cannot be written.
     """
     if is_bundled(model) or model.startswith(("shape:", ".", "/", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"{model} is no id on the hub; one looks like Qwen/Qwen3-0.6B")
+        raise CheckpointError(f"{model} is not an id on the hub, such as Qwen/Qwen3-0.6B")
     if directory is not None:
         directory = directory.expanduser().absolute()
-        _make_ready(directory)
+        _check_directory(directory)
     sizes = _list_files(model, revision)
     if not any(_is_weight(name) for name in sizes):
         raise CheckpointError(
             f"{model} has no weights that can be loaded: neither *.safetensors nor pytorch_model*.bin"
         )
-    _check_room(model, revision, sizes, directory)
+    _check_free_space(model, revision, sizes, directory)
     return _fetch(model, revision, weights=True, directory=directory)
 
 
 def _fetch(model: str, revision: str | None, *, weights: bool, directory: Path | None = None) -> Path:
-    """Weights come last: so a folder that has them all has everything, wherever a download was interrupted."""
+    """Download a model, and return its folder.
+
+    Weights come last, so a folder with all weights is complete, even if a download was interrupted before.
+    """
     folder = _snapshot(model, revision, _CONFIGURATION, directory)
     for pattern in _WEIGHTS if weights else ():
         folder = _snapshot(model, revision, [pattern], directory)
@@ -116,7 +119,7 @@ def _snapshot(model: str, revision: str | None, patterns: list[str], directory: 
 
 
 def _list_files(model: str, revision: str | None) -> dict[str, int]:
-    """Name -> bytes, of what would be fetched."""
+    """Return the files that would be downloaded, as name -> size in bytes."""
     try:
         info = load("huggingface_hub:HfApi")().model_info(model, revision=revision, files_metadata=True)
     except Exception as error:  # noqa: BLE001 - as above
@@ -134,18 +137,18 @@ def _is_weight(name: str) -> bool:
     return _matches(name, _WEIGHTS)
 
 
-def _make_ready(directory: Path) -> None:
+def _check_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()) and not (directory / ".cache" / "huggingface").is_dir():
-            raise ConfigError(f"--dir {directory} has files that are of no download; give an empty folder or a new one")
+            raise ConfigError(f"--dir {directory} has files that no download made; give an empty folder or a new one")
         with NamedTemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ConfigError(f"--dir {directory} can't be written: {error.strerror}; give another folder") from None
+        raise ConfigError(f"--dir {directory} cannot be written: {error.strerror}; give another folder") from None
 
 
-def _check_room(model: str, revision: str | None, sizes: Mapping[str, int], directory: Path | None) -> None:
+def _check_free_space(model: str, revision: str | None, sizes: Mapping[str, int], directory: Path | None) -> None:
     if directory is None:
         cached = load("huggingface_hub:try_to_load_from_cache")
         missing = [name for name in sizes if not isinstance(cached(model, name, revision=revision), str)]
@@ -159,29 +162,31 @@ def _check_room(model: str, revision: str | None, sizes: Mapping[str, int], dire
     free = disk_usage(root).free
     if needed > free:
         raise ConfigError(
-            f"{model} needs {format_bytes(needed)}; {root} has {format_bytes(free)} left: "
-            "make room, or give --dir on another disk"
+            f"{model} needs {format_bytes(needed)}, but {root} has only {format_bytes(free)} left: free some space, or "
+            "give --dir on another disk"
         )
 
 
 def _explained(error: Exception, model: str, revision: str | None) -> UserError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ConfigError(f"{model}: the disk is full; make room and run it again, it goes on where it was")
+        return ConfigError(f"{model}: the disk is full; free some space and run this again, which resumes the download")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ConfigError(f"{model}: {error.filename} can't be written: {error.strerror}; set HF_HOME or give --dir")
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: some are not in every version of the library
+        return ConfigError(f"{model}: {error.filename} cannot be written: {error.strerror}; set HF_HOME or give --dir")
+    kinds = {
+        kind.__name__ for kind in type(error).__mro__
+    }  # compared by name, because not every version of the library has all of them
     for kind, why in _REFUSALS.items():
         if kind in kinds:
             return CheckpointError(why.format(model=model, revision=revision, error=_first_line(error)))
     if "IncompleteSnapshotError" in kinds:
-        how = "its download was interrupted, and the hub can't be reached"
+        how = "its download was interrupted, and the hub cannot be reached"
     elif env.hub_offline():
-        how = "HF_HUB_OFFLINE is set and it is not in the cache"
+        how = "it is not in the cache, and HF_HUB_OFFLINE is set"
     else:
-        how = "no folder, and the hub can't be reached"
+        how = "there is no such folder, and the hub cannot be reached"
     return CheckpointError(
-        f"{model}: {how} ({_first_line(error)}). Give a local folder, or run `shoal download {model}` "
-        "where there is a network"
+        f"{model}: {how} ({_first_line(error)}): give a local folder, or run `shoal download {model}` on a host with "
+        "a network"
     )
 
 
@@ -190,7 +195,7 @@ _REFUSALS = {
     "RepositoryNotFoundError": "the hub has no model {model}, or it is private: check the name, and set HF_TOKEN",
     "RevisionNotFoundError": "{model} has no revision {revision}",
     "HFValidationError": "{model} is neither a folder nor an id on the hub: {error}",
-    "HfHubHTTPError": "{model}: the hub refused: {error}",
+    "HfHubHTTPError": "{model}: the hub refused the request: {error}",
 }
 
 

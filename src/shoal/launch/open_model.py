@@ -38,7 +38,7 @@ from shoal.wire.plan import EnginePlan, ModelFiles, ReplicaPlace, ServedModel
 
 log = get_logger("model")
 
-_LEAST_SHARE = 0.9  # of the model's vocabulary, that a tokenizer from elsewhere should have
+_LEAST_SHARE = 0.9  # a tokenizer with a smaller share of the model's vocabulary is likely to be the wrong one
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +216,10 @@ def open_served_model(model: str | None, given: Mapping[str, Any], served: Serve
 def read_options(
     model: str | None, given: Mapping[str, Any], *, online: bool
 ) -> tuple[EngineOptions, Mapping[str, Any]]:
-    """Return the options, and what the user gave in Shoal's own names and forms.
+    """Return the options, and those of them that the user gave, in Shoal's own names and forms.
 
     Raises:
-        ConfigError: an option is unknown, or has a value that it can't have; or options contradict each other.
+        ConfigError: an option is unknown, or has an impossible value; or options contradict each other.
     """
     open_files.occupy_standard()  # before anything opens a socket, which would get one of these descriptors
     if hub.is_shape(model):
@@ -320,7 +320,7 @@ def locate_files(options: EngineOptions) -> ModelFiles:
 
 
 def _warn_of_small_tokenizer(model: OpenModel) -> None:
-    """Warn if a tokenizer from elsewhere has far fewer tokens than the model, more than padding accounts for."""
+    """Warn if a tokenizer that is not the model's own has far fewer tokens than the model."""
     served, tokenizer = model.served, model.tokenizer
     if served.tokenizer_folder == served.folder or tokenizer is None:
         return
