@@ -39,10 +39,10 @@ def _told(outcome: Outcome, requests: int, affinity_hits: int) -> dict[str, Any]
 @click.option("--seed", default=0, show_default=True)
 def main(replicas: int, requests: int, prefixes: int, load: float, seed: int) -> None:
     traffic = Traffic(requests, replicas, load=load, prefixes=prefixes, seed=seed)
-    room, block_size = traffic.machine.room, traffic.machine.block_size
+    capacity, block_size = traffic.machine.capacity, traffic.machine.block_size
     policies: dict[str, Callable[[], Policy]] = {
         "affinity": lambda: Affinity(replicas, block_size),
-        "router": lambda: RequestRouter(dict.fromkeys(range(replicas), room)),
+        "router": lambda: RequestRouter(dict.fromkeys(range(replicas), capacity)),
         "least_loaded": lambda: LeastLoaded(replicas),
         "round_robin": lambda: RoundRobin(replicas),
     }

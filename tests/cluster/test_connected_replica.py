@@ -1,4 +1,4 @@
-"""Replicas of other hosts: which are let in with which plan, and broken connections and malformed messages."""
+"""Replicas of other hosts: the door through which they join, broken connections and malformed messages."""
 
 import os
 import socket
@@ -30,17 +30,17 @@ def hello(rank: int = 2, **changes: Any) -> Hello:
 
 
 @dataclass(slots=True)
-class Line:
+class Connection:
     """A replica, and the engine's end of its connection."""
 
     replica: ConnectedReplica
     engine: Channel
 
-    def says(self, message: Wire | bytes) -> None:
+    def send(self, message: Wire | bytes) -> None:
         self.engine.send(message if isinstance(message, bytes) else encode(message))
 
-    def hears(self) -> list[ToEngine]:
-        """[]: the connection has ended."""
+    def receive(self) -> list[ToEngine]:
+        """Return the messages that the engine receives; [] if the connection has ended."""
         assert wait([self.engine], 60)
         try:
             return [to_engine.decode(frame) for frame in self.engine.receive()]
@@ -49,10 +49,10 @@ class Line:
 
 
 @pytest.fixture
-def line() -> Iterator[Line]:
+def connection() -> Iterator[Connection]:
     ours, theirs = socket.socketpair()
-    found = Line(ConnectedReplica(hello(), Channel(ours), bare_plan(), answer_timeout=60), Channel(theirs))
-    assert found.hears() == [bare_plan()], "its plan comes first"
+    found = Connection(ConnectedReplica(hello(), Channel(ours), bare_plan(), answer_timeout=60), Channel(theirs))
+    assert found.receive() == [bare_plan()], "its plan comes first"
     yield found
     found.replica.close()
     found.engine.close()
@@ -67,83 +67,82 @@ def updates(*tokens: int) -> Updates:
     return Updates((SeqUpdate(1, tokens),))
 
 
-def test_it_is_ready_when_it_says_so(line: Line) -> None:
-    assert line.replica.ready(0) is None
-    line.says(stats())
-    assert line.replica.ready(60) == stats()
-    line.says(updates(5))
-    assert [update.tokens for update in line.replica.updates(60)] == [(5,)]
+def test_a_replica_is_ready_when_it_sends_stats(connection: Connection) -> None:
+    assert connection.replica.ready(0) is None
+    connection.send(stats())
+    assert connection.replica.ready(60) == stats()
+    connection.send(updates(5))
+    assert [update.tokens for update in connection.replica.updates(60)] == [(5,)]
 
 
-def test_a_connection_that_ends_is_the_end_of_the_replica(line: Line) -> None:
-    line.engine.close()
+def test_a_replica_has_failed_if_its_connection_ends(connection: Connection) -> None:
+    connection.engine.close()
     with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\) ended, or lost its connection"):
-        line.replica.updates(60)
-    assert line.replica.died
+        connection.replica.updates(60)
+    assert connection.replica.died
 
 
-@pytest.mark.parametrize("nonsense", [b"", b"\xff" * 40, b"\x81\xa4type\xa4Stop", bytes(range(255, 191, -1))])
-def test_nonsense_is_the_end_of_the_replica(line: Line, nonsense: bytes) -> None:
-    line.says(nonsense)
+@pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x81\xa4type\xa4Stop", bytes(range(255, 191, -1))])
+def test_a_replica_that_sends_malformed_data_has_failed(connection: Connection, data: bytes) -> None:
+    connection.send(data)
     with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\) sent a message that cannot be decoded"):
-        line.replica.updates(60)
-    assert line.hears() == []
+        connection.replica.updates(60)
+    assert connection.receive() == []
 
 
 @pytest.mark.parametrize("token", [-1, 2**31, 2**63])
-def test_a_number_that_is_no_token_is_nonsense(line: Line, token: int) -> None:
-    line.says(updates(3, token))
+def test_a_replica_that_sends_an_impossible_token_has_failed(connection: Connection, token: int) -> None:
+    connection.send(updates(3, token))
     with pytest.raises(EngineError, match=f"sent {token}, which is no token"):
-        line.replica.updates(60)
+        connection.replica.updates(60)
 
 
-def test_a_frame_without_end_is_not_waited_for(line: Line) -> None:
-    os.write(line.engine.fileno(), b"\xff\xff\xff\xff")
+def test_a_frame_of_impossible_length_is_not_waited_for(connection: Connection) -> None:
+    os.write(connection.engine.fileno(), b"\xff\xff\xff\xff")
     with pytest.raises(EngineError, match="ended, or lost its connection"):
-        line.replica.updates(60)
+        connection.replica.updates(60)
 
 
-def test_what_the_engine_reports_is_told_with_its_name(line: Line) -> None:
-    line.says(EngineFailure("no memory", user_error=True))
+def test_an_error_of_the_engine_is_reported_with_the_name_of_the_replica(connection: Connection) -> None:
+    connection.send(EngineFailure("no memory", user_error=True))
     with pytest.raises(UserError, match=r"replica 2 \(there, process 77\): no memory"):
-        line.replica.ready(60)
+        connection.replica.ready(60)
 
 
 @pytest.mark.parametrize("first", [updates(5), stats()])
-def test_a_failure_right_behind_other_words_is_told_next(line: Line, first: Wire) -> None:
-    """By then the connection has been ended."""
+def test_a_failure_right_after_other_messages_is_raised_by_the_next_call(connection: Connection, first: Wire) -> None:
+    """By then the connection is closed."""
     frames = [encode(first), encode(EngineFailure("no memory"))]
-    os.write(line.engine.fileno(), b"".join(struct.pack("<I", len(frame)) + frame for frame in frames))
+    os.write(connection.engine.fileno(), b"".join(struct.pack("<I", len(frame)) + frame for frame in frames))
     if isinstance(first, Updates):
-        assert [update.tokens for update in line.replica.updates(60)] == [(5,)]
+        assert [update.tokens for update in connection.replica.updates(60)] == [(5,)]
     else:
-        assert line.replica.ready(60) == first
-    line.replica.close()
-    assert line.replica.channel.fileno() < 0
-    assert wait([line.replica.channel], 60) == [line.replica.channel]
+        assert connection.replica.ready(60) == first
+    connection.replica.close()
+    assert connection.replica.channel.fileno() < 0
+    assert wait([connection.replica.channel], 60) == [connection.replica.channel]
     with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\): no memory"):
-        line.replica.updates(0) if isinstance(first, Updates) else line.replica.ready(0)
+        connection.replica.updates(0) if isinstance(first, Updates) else connection.replica.ready(0)
 
 
-def test_when_a_front_end_closes_the_engine_goes_on(line: Line) -> None:
-    """It hears nothing but the end of the connection, at once."""
+def test_when_a_front_end_closes_the_engine_only_loses_the_connection(connection: Connection) -> None:
     begun = time.monotonic()
-    line.replica.close()
-    assert line.hears() == []
+    connection.replica.close()
+    assert connection.receive() == []
     assert time.monotonic() - begun < 30
-    assert not line.replica.connected
+    assert not connection.replica.connected
 
 
-def test_one_that_is_dismissed_is_told_to_stop(line: Line) -> None:
-    line.replica.dismiss()
-    assert line.hears() == [Stop()]
-    assert not line.replica.has_ended
-    line.says(updates(3))  # what it was at; nobody wants it any more
-    line.engine.hang_up()
+def test_a_replica_that_is_dismissed_is_told_to_stop(connection: Connection) -> None:
+    connection.replica.dismiss()
+    assert connection.receive() == [Stop()]
+    assert not connection.replica.has_ended
+    connection.send(updates(3))  # of a step that was in flight
+    connection.engine.hang_up()
     for _ in range(600):
-        if line.replica.has_ended:
+        if connection.replica.has_ended:
             return
-        wait([line.replica.channel], 0.1)
+        wait([connection.replica.channel], 0.1)
     raise AssertionError("the end is not noticed")
 
 
@@ -156,7 +155,7 @@ class Arrived:
 
 
 def make_plan(number: int, size: int, report: HostReport) -> EnginePlan:
-    """A plan that shows what it was made from; host `small` is too small."""
+    """Return a plan that shows its arguments; the host `small` is too small for a replica."""
     if report.facts.name == "small":
         raise ConfigError("2 ranks need 4 GiB, 1 GiB more than this host has available")
     place = ReplicaPlace(number, size, local_rank=report.local_rank, local_size=report.local_size)
@@ -167,7 +166,7 @@ def door() -> FleetDoor:
     return FleetDoor(size=4, awaited=[2, 3], agreement=AGREED, make_plan=make_plan, answer_timeout=60)
 
 
-def test_a_door_is_shut_until_the_fleet_is_there() -> None:
+def test_a_door_is_shut_until_the_fleet_opens_it() -> None:
     refused = door().objection(hello())
     assert refused is not None
     assert refused.again
@@ -176,7 +175,10 @@ def test_a_door_is_shut_until_the_fleet_is_there() -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"size": 8}, "it counts 8 replicas, the front end .* counts 4: give all the same --data-parallel-size"),
+        (
+            {"size": 8},
+            "it expects 8 replicas, but the front end .* expects 4: give all hosts the same --data-parallel-size",
+        ),
         ({"rank": 1}, "does not await replica 1, but 2, 3: see --data-parallel-start-rank"),
         ({"rank": -1}, "does not await replica -1"),
         (
@@ -186,7 +188,7 @@ def test_a_door_is_shut_until_the_fleet_is_there() -> None:
         ({"agreement": {"version of Shoal": "1"}}, "its config.json is nothing, that of the front end .* is abc"),
     ],
 )
-def test_who_differs_is_refused_with_the_difference(changes: dict[str, Any], why: str) -> None:
+def test_a_replica_that_differs_is_refused_with_the_difference(changes: dict[str, Any], why: str) -> None:
     found = door()
     found.open(Arrived())
     refused = found.objection(hello(**changes))
@@ -196,7 +198,7 @@ def test_who_differs_is_refused_with_the_difference(changes: dict[str, Any], why
         raise ValueError(refused.why)
 
 
-def test_each_is_sent_the_plan_for_its_host() -> None:
+def test_each_replica_gets_the_plan_for_its_host() -> None:
     found, arrived = door(), Arrived()
     found.open(arrived)
     introduced = hello(3, report=encode(replace_fields(REPORT, local_rank=1)))
@@ -226,19 +228,19 @@ def test_a_host_that_cannot_run_a_replica_is_refused(caplog: pytest.LogCaptureFi
     assert not unreadable.again
 
 
-def test_one_that_hangs_up_before_it_has_its_plan_may_come_again() -> None:
+def test_a_replica_that_hangs_up_before_it_has_its_plan_may_come_again() -> None:
     found, arrived = door(), Arrived()
     found.open(arrived)
     assert found.objection(hello()) is None
     ours, theirs = socket.socketpair()
     theirs.close()
     found.enter(hello(), Channel(ours))
-    for _, replica in arrived.replicas:  # the system may take what is sent, and tell of the end later
+    for _, replica in arrived.replicas:  # the kernel may accept what is sent, and report the end later
         replica.close()
     assert found.objection(hello()) is None
 
 
-def test_a_number_is_free_again_when_its_connection_has_ended() -> None:
+def test_a_number_may_be_used_again_when_its_connection_has_ended() -> None:
     found, arrived = door(), Arrived()
     found.open(arrived)
     assert found.objection(hello()) is None
@@ -258,7 +260,7 @@ def test_a_number_is_free_again_when_its_connection_has_ended() -> None:
     assert found.objection(hello(pid=78)) is None
 
 
-def test_peers_only_compare() -> None:
+def test_peers_compare_their_agreement_and_leave() -> None:
     found = PeersDoor(size=4, agreement=AGREED)
     assert found.objection(hello()) is None
     ours, theirs = socket.socketpair()
@@ -270,4 +272,4 @@ def test_peers_only_compare() -> None:
     assert "its config.json is xyz, that of replica 0" in differs.why
     smaller = found.objection(hello(size=2))
     assert smaller is not None
-    assert "it counts 2 replicas" in smaller.why
+    assert "it expects 2 replicas" in smaller.why

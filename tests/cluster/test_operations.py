@@ -1,4 +1,4 @@
-"""Pauses, sleep and resets of caches, for all replicas of a fleet that is driven by hand."""
+"""Pauses, sleeps and cache resets of all replicas of a fleet, which is driven by hand."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ ASLEEP = Activity(ActivityState.ASLEEP, 1, PARTS)
 
 
 def operate(found: FleetWorld, verb: str, **options: Any) -> list[Any]:
-    """What is told when it has ended."""
-    told: list[Any] = []
-    found.fleet.operate(Operation(verb, **options), told.append)
-    return told
+    """Begin an operation. Return a list that gets its outcome when it has ended."""
+    outcomes: list[Any] = []
+    found.fleet.operate(Operation(verb, **options), outcomes.append)
+    return outcomes
 
 
 def activities(member: FakeMember) -> list[Activity]:
@@ -35,7 +35,7 @@ def activities(member: FakeMember) -> list[Activity]:
 
 
 def running(found: FleetWorld, count: int = 4, length: int = 12) -> list[EngineRequest]:
-    """Requests that replicas have begun with."""
+    """Add requests, and return them when replicas have begun to draw."""
     specs = [request(seq, [seq, 1], length) for seq in range(count)]
     found.settle(2)
     for spec in specs:
@@ -44,12 +44,12 @@ def running(found: FleetWorld, count: int = 4, length: int = 12) -> list[EngineR
     return specs
 
 
-def test_a_pause_keeps_requests_and_lets_new_ones_wait() -> None:
+def test_during_a_pause_requests_are_kept_and_new_ones_wait() -> None:
     with world(2, most=2) as found:
         running(found)
-        told = operate(found, "pause", mode="keep")
+        outcomes = operate(found, "pause", mode="keep")
         found.settle(2)
-        assert told == [b""]
+        assert outcomes == [b""]
         given = {seq: len(tokens) for seq, tokens in found.outcomes.tokens.items()}
         new = request(9, [9], 3)
         found.add(new)
@@ -63,7 +63,7 @@ def test_a_pause_keeps_requests_and_lets_new_ones_wait() -> None:
         assert found.fleet.status().activity == "awake"
 
 
-def test_limits_of_the_queue_and_deadlines_go_on_during_a_pause() -> None:
+def test_queue_limits_and_deadlines_hold_during_a_pause() -> None:
     with world(1, max_queued=1, max_wait=10.0, timeout=30.0) as found:
         running(found, 1)
         operate(found, "pause", mode="keep")
@@ -80,46 +80,46 @@ def test_limits_of_the_queue_and_deadlines_go_on_during_a_pause() -> None:
         found.finish()
 
 
-def test_a_pause_may_abort_what_runs_and_what_waits() -> None:
+def test_a_pause_may_abort_all_requests() -> None:
     with world(1, most=2) as found:
         specs = running(found)
         found.outcomes.may_abort.update(spec.seq for spec in specs)
-        told = operate(found, "pause", mode="abort")
+        outcomes = operate(found, "pause", mode="abort")
         found.settle(3)
-        assert len(told) == 1
+        assert len(outcomes) == 1
         assert not found.outcomes.open
         assert set(found.refusals().values()) == {RefusalKind.NONE}
         assert [type(order) for order in found.members[0].orders] == [SetActivity, ResetPrefixCache]
 
 
-def test_a_pause_may_wait_for_what_replicas_have() -> None:
+def test_a_pause_may_wait_until_replicas_have_finished_their_requests() -> None:
     with world(1, most=2) as found:
         running(found, 3, length=6)
-        told = operate(found, "pause", mode="wait")
+        outcomes = operate(found, "pause", mode="wait")
         found.step()
-        assert told == []
-        assert found.members[0].orders == [], "it computes until the requests have ended"
+        assert outcomes == []
+        assert found.members[0].orders == [], "replicas compute until the requests have ended"
         found.settle(20)
-        assert len(told) == 1
-        assert found.outcomes.open == [2], "nobody had begun with it"
+        assert len(outcomes) == 1
+        assert found.outcomes.open == [2], "no replica had begun with it"
         operate(found, "resume")
         found.finish()
 
 
-def test_a_pause_that_waits_is_called_off_by_what_comes_next() -> None:
+def test_a_pause_that_waits_is_cancelled_by_the_next_operation() -> None:
     with world(1) as found:
         running(found, 1, length=50)
-        told = operate(found, "pause", mode="wait")
+        outcomes = operate(found, "pause", mode="wait")
         assert found.fleet.status().activity == "paused"
         resumed = operate(found, "resume")
         found.settle(2)
-        assert isinstance(told[0], ConfigError)
-        assert "pause: cancelled by resume before all requests had ended" in str(told[0])
+        assert isinstance(outcomes[0], ConfigError)
+        assert "pause: cancelled by resume before all requests had ended" in str(outcomes[0])
         assert resumed == [b""]
         found.finish()
 
 
-def test_who_is_asleep_takes_no_requests_and_is_awake_with_the_last_part() -> None:
+def test_a_fleet_that_is_asleep_refuses_requests_until_all_its_memory_is_back() -> None:
     with world(2) as found:
         specs = running(found)
         slept = operate(found, "sleep", mode="keep", level=2)
@@ -143,7 +143,7 @@ def test_who_is_asleep_takes_no_requests_and_is_awake_with_the_last_part() -> No
         assert [member.activity for member in found.members] == [AWAKE, AWAKE]
 
 
-def test_none_runs_before_all_have_their_memory() -> None:
+def test_no_replica_runs_before_all_have_their_memory() -> None:
     with world(2, in_lockstep=True) as found:
         found.settle(2)
         operate(found, "sleep")
@@ -155,16 +155,16 @@ def test_none_runs_before_all_have_their_memory() -> None:
         assert found.fleet.status().activity == "asleep"
 
 
-def test_if_one_can_not_wake_up_all_are_asleep_again() -> None:
+def test_if_a_replica_cannot_wake_up_all_are_asleep_again() -> None:
     with world(2) as found:
         found.settle(2)
         operate(found, "sleep")
         found.settle(4)
         found.members[1].refuses = "model.safetensors is gone"
-        told = operate(found, "wake_up")
+        outcomes = operate(found, "wake_up")
         found.settle(4)
-        assert isinstance(told[0], UserError)
-        assert str(told[0]) == "model.safetensors is gone"
+        assert isinstance(outcomes[0], UserError)
+        assert str(outcomes[0]) == "model.safetensors is gone"
         assert [member.activity for member in found.members] == [ASLEEP, ASLEEP]
         assert found.fleet.status().activity == "asleep"
         found.members[1].refuses = ""
@@ -173,7 +173,7 @@ def test_if_one_can_not_wake_up_all_are_asleep_again() -> None:
         assert found.fleet.status().activity == "awake"
 
 
-def test_one_that_dies_asleep_comes_back_and_is_put_to_sleep() -> None:
+def test_a_replica_that_is_restarted_during_a_sleep_is_put_to_sleep() -> None:
     with world(2) as found:
         found.settle(2)
         operate(found, "sleep")
@@ -190,19 +190,19 @@ def test_one_that_dies_asleep_comes_back_and_is_put_to_sleep() -> None:
         assert [member.activity for member in found.alive] == [AWAKE, AWAKE]
 
 
-def test_nobody_waits_for_one_that_dies_on_the_way() -> None:
+def test_an_operation_does_not_wait_for_a_dead_replica() -> None:
     with world(2) as found:
         found.settle(2)
         found.members[0].silent = True
-        told = operate(found, "pause")
+        outcomes = operate(found, "pause")
         found.settle(3)
-        assert told == []
+        assert outcomes == []
         found.kill(found.members[0])
         found.settle(3)
-        assert len(told) == 1
+        assert len(outcomes) == 1
 
 
-def test_one_that_arrives_asleep_is_woken_up_before_it_is_given_anything() -> None:
+def test_a_replica_that_arrives_asleep_is_woken_up_before_it_gets_requests() -> None:
     with world(0, awaited=[0]) as found:
         member = FakeMember(0)
         member.activity = ASLEEP
@@ -214,7 +214,7 @@ def test_one_that_arrives_asleep_is_woken_up_before_it_is_given_anything() -> No
         assert activities(member) == [AWAKE]
 
 
-def test_one_that_is_paused_has_nothing_to_say_and_is_not_taken_for_lost() -> None:
+def test_a_paused_replica_may_be_silent() -> None:
     with world(1, answer_timeout=10.0) as found:
         running(found, 1)
         operate(found, "pause", mode="keep")
@@ -228,24 +228,24 @@ def test_one_that_is_paused_has_nothing_to_say_and_is_not_taken_for_lost() -> No
         assert len(found.members) == 1
 
 
-def test_a_reset_says_what_all_replicas_have_forgotten() -> None:
+def test_a_reset_returns_the_sums_over_all_replicas() -> None:
     with world(2) as found:
         found.settle(2)
-        told = operate(found, "reset_prefix_cache", running=True)
+        outcomes = operate(found, "reset_prefix_cache", running=True)
         found.settle(2)
-        assert reset_outcome_decoder.decode(told[0]) == ResetOutcome(forgotten=6, held=0)
+        assert reset_outcome_decoder.decode(outcomes[0]) == ResetOutcome(forgotten=6, held=0)
         assert [member.orders[0].running for member in found.members] == [True, True]  # type: ignore[union-attr]
         assert found.fleet.status().activity == "awake"
 
 
-def test_replicas_that_others_compute_with_can_not_sleep() -> None:
+def test_replicas_in_lockstep_with_other_addresses_cannot_sleep() -> None:
     with world(1, served_elsewhere=[1], in_lockstep=True) as found:
         found.settle(2)
         with pytest.raises(ConfigError, match="replicas at other addresses"):
             operate(found, "sleep")
-        told = operate(found, "pause")
+        outcomes = operate(found, "pause")
         found.settle(2)
-        assert len(told) == 1
+        assert len(outcomes) == 1
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,9 @@ def test_replicas_that_others_compute_with_can_not_sleep() -> None:
         ("dance", {}, "there is no operation 'dance'"),
     ],
 )
-def test_what_can_not_be_is_refused(verb: str, options: dict[str, Any], why: str) -> None:
+def test_an_impossible_operation_is_refused(verb: str, options: dict[str, Any], why: str) -> None:
     with world(1) as found:
         found.settle(2)
-        told = operate(found, verb, **options)
-        assert why in str(told[0])
-        assert isinstance(told[0], ConfigError)
+        outcomes = operate(found, verb, **options)
+        assert why in str(outcomes[0])
+        assert isinstance(outcomes[0], ConfigError)

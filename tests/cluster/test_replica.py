@@ -1,4 +1,4 @@
-"""An engine in a process of its own: the same answers, and an end that names the cause."""
+"""Replicas in processes and threads of their own: requests, failures whose cause is named, and the end."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ from support.plans import bare_plan, engine_plan
 Checkpoint = Callable[[str], Path]
 
 OPTIONS: dict[str, Any] = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20}
-TOO_SMALL: dict[str, Any] = {"asked_model_len": 10**6}  # more than the KV cache holds, which the engine finds out
+TOO_SMALL: dict[str, Any] = {"asked_model_len": 10**6}  # more than the KV cache holds; the engine refuses it
 
 
 def start(
@@ -52,7 +52,7 @@ def finished(engine: Replica, count: int) -> dict[int, SeqUpdate]:
     while len(found) < count:
         for update in engine.updates(1.0):
             if update.finish is not None:
-                assert update.seq not in found, "a request ends once"
+                assert update.seq not in found, "a request ends twice"
                 found[update.seq] = update
     return found
 
@@ -95,7 +95,7 @@ def test_a_request_that_can_never_run_ends_alone(engine: EngineProcess) -> None:
     assert "10000" in found[1].error
 
 
-def test_killed(engine: EngineProcess) -> None:
+def test_a_killed_process_is_named(engine: EngineProcess) -> None:
     engine.add(request(0, max_tokens=250))
     engine.updates(1.0)
     os.kill(engine.pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_killed(engine: EngineProcess) -> None:
     engine.abort([0])  # idempotent in every state
 
 
-def test_stopped(engine: EngineProcess) -> None:
+def test_a_stopped_process_is_named_and_killed(engine: EngineProcess) -> None:
     engine.add(request(0, max_tokens=250))
     os.kill(engine.pid, signal.SIGSTOP)
     begun = time.monotonic()
@@ -116,7 +116,7 @@ def test_stopped(engine: EngineProcess) -> None:
     assert gone(engine.pid, within=5)
 
 
-def test_a_rank_that_dies_while_nothing_is_to_do_is_noticed(checkpoint: Checkpoint) -> None:
+def test_a_rank_that_dies_while_the_engine_is_idle_is_noticed(checkpoint: Checkpoint) -> None:
     engine = start(checkpoint, options={**OPTIONS, "distributed_executor_backend": "mp", "tensor_parallel_size": 2})
     engine.await_ready(120)
     os.kill(engine.stats().ranks[1].pid, signal.SIGKILL)
@@ -131,28 +131,28 @@ def await_failure(engine: Replica, deadline: float) -> None:
         assert not engine.updates(1.0)
 
 
-def test_it_says_how_it_does_while_it_is_busy_and_once_more_when_it_rests(engine: EngineProcess) -> None:
+def test_a_busy_engine_sends_snapshots_and_a_last_one_when_it_becomes_idle(engine: EngineProcess) -> None:
     engine.add(request(0, max_tokens=200))
     finished(engine, 1)
     while engine.snapshot is None or engine.snapshot.running or not engine.snapshot.ranks:
         engine.updates(1.0)
     assert engine.snapshot.generated_tokens == 200
     assert engine.snapshot.free_blocks == engine.snapshot.num_blocks
-    assert sum(engine.snapshot.iteration_tokens) == 200, "steps with tokens"
+    assert sum(engine.snapshot.iteration_tokens) == 200, "each step has one token"
     last = engine.snapshot
     deadline = time.monotonic() + 2.5
     while (left := deadline - time.monotonic()) > 0:
         assert not engine.updates(left)
-    assert engine.snapshot is last, "nothing new to say"
+    assert engine.snapshot is last, "an idle engine sends no snapshots"
 
 
-class Slow:
-    """A process that takes its time to go."""
+class SlowHost:
+    """A process that takes long to end."""
 
     def __init__(self) -> None:
         self.channel, self._theirs = Channel.pair()
-        self.may_go = threading.Event()
-        self.gone = threading.Event()
+        self.may_end = threading.Event()
+        self.has_ended = threading.Event()
 
     def stopped(self) -> bool:
         return False
@@ -164,15 +164,15 @@ class Slow:
         pass
 
     def wait(self, timeout: float) -> bool:
-        return self.gone.is_set()
+        return self.has_ended.is_set()
 
     def kill(self) -> None:
-        assert self.may_go.wait(60)
-        self.gone.set()
+        assert self.may_end.wait(60)
+        self.has_ended.set()
         self.channel.close()
 
-    def answer(self, frame: bytes | None) -> None:
-        """The last word, if any."""
+    def send_last(self, frame: bytes | None) -> None:
+        """Send the last frame, if there is one, and close the channel."""
         end = Channel(self._theirs)
         if frame is not None:
             end.send(frame)
@@ -180,26 +180,26 @@ class Slow:
 
 
 @pytest.mark.parametrize("frame", [None, encode(EngineFailure("it failed")), b"\xff\xff"])
-def test_nobody_waits_for_the_end_of_one_that_failed_but_who_closes_it(frame: bytes | None) -> None:
-    host = Slow()
+def test_only_close_waits_for_the_end_of_a_failed_process(frame: bytes | None) -> None:
+    host = SlowHost()
     replica = Replica(host, bare_plan(), name="replica 0", answer_timeout=60)
-    host.answer(frame)
+    host.send_last(frame)
     with pytest.raises(EngineError, match=r"replica 0 was killed|it failed|cannot be decoded"):
         replica.updates(60)
     replica.abandon()
-    assert not host.gone.is_set()
-    threading.Timer(0.1, host.may_go.set).start()
+    assert not host.has_ended.is_set()
+    threading.Timer(0.1, host.may_end.set).start()
     replica.close()
-    assert host.gone.is_set()
+    assert host.has_ended.is_set()
 
 
-def test_with_no_thread_left_to_wait_for_its_end_one_that_failed_is_ended_all_the_same(
+def test_a_failed_process_is_killed_even_if_no_thread_can_be_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    host = Slow()
-    host.may_go.set()
+    host = SlowHost()
+    host.may_end.set()
     replica = Replica(host, bare_plan(), name="replica 0", answer_timeout=60)
-    host.answer(None)
+    host.send_last(None)
 
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -208,11 +208,11 @@ def test_with_no_thread_left_to_wait_for_its_end_one_that_failed_is_ended_all_th
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(EngineError, match="replica 0 was killed"):
             replica.updates(60)
-    assert host.gone.is_set()
+    assert host.has_ended.is_set()
     replica.close()
 
 
-def test_options_that_cannot_work_are_the_users_to_mend(checkpoint: Checkpoint) -> None:
+def test_options_that_cannot_work_are_a_user_error(checkpoint: Checkpoint) -> None:
     process = start(checkpoint, **TOO_SMALL)
     with pytest.raises(UserError, match="--max-model-len"):
         process.await_ready(120)
@@ -229,10 +229,10 @@ def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> Non
         engine.stats()
 
 
-# --- several at a time -------------------------------------------------------------------------------------------
+# --- the start of several replicas -------------------------------------------------------------------------------
 
 
-def test_one_that_fails_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
+def test_a_replica_that_fails_at_the_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
     options: list[dict[str, Any]] = [{}, TOO_SMALL]
     replicas = {
         number: start(checkpoint, ReplicaPlace(number, 2, number, 2), **changes)
@@ -245,7 +245,7 @@ def test_one_that_fails_at_start_ends_the_others_and_is_named(checkpoint: Checkp
     assert all(gone(replica.pid, within=5) for replica in replicas.values())
 
 
-def test_one_that_is_killed_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
+def test_a_replica_that_is_killed_at_the_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
     replicas = {number: start(checkpoint, ReplicaPlace(number, 2, number, 2)) for number in range(2)}
     os.kill(replicas[0].pid, signal.SIGKILL)
     with pytest.raises(EngineError, match=rf"^replica 0 \(process {replicas[0].pid}\) was killed by SIGKILL"):
@@ -253,7 +253,7 @@ def test_one_that_is_killed_at_start_ends_the_others_and_is_named(checkpoint: Ch
     assert all(gone(replica.pid, within=5) for replica in replicas.values())
 
 
-def test_those_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> None:
+def test_replicas_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> None:
     replicas = {number: start(checkpoint, ReplicaPlace(number, 2, number, 2)) for number in range(2)}
     for replica in replicas.values():
         os.kill(replica.pid, signal.SIGSTOP)
@@ -264,23 +264,23 @@ def test_those_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> N
     assert all(gone(replica.pid, within=5) for replica in replicas.values())
 
 
-def test_an_engine_on_a_thread_speaks_as_one_in_a_process() -> None:
-    def listen(channel: Channel) -> EnginePlan:
+def test_an_engine_on_a_thread_has_the_same_messages_and_errors() -> None:
+    def receive_plan(channel: Channel) -> EnginePlan:
         while not wait([channel], 60) or not (frames := channel.receive()):
             pass
-        setup = to_engine.decode(frames[0])
-        assert isinstance(setup, EnginePlan)
-        return setup
+        plan = to_engine.decode(frames[0])
+        assert isinstance(plan, EnginePlan)
+        return plan
 
     def refuse(channel: Channel) -> None:
-        setup = listen(channel)
-        channel.send(encode(EngineFailure(f"no {setup.name}", user_error=True)))
+        plan = receive_plan(channel)
+        channel.send(encode(EngineFailure(f"no {plan.name}", user_error=True)))
 
     def end(channel: Channel) -> None:
-        listen(channel)
+        receive_plan(channel)
 
     def refuse_later(channel: Channel) -> None:
-        listen(channel)
+        receive_plan(channel)
         channel.send(encode(EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
         refuse_now(channel)
 
@@ -289,7 +289,7 @@ def test_an_engine_on_a_thread_speaks_as_one_in_a_process() -> None:
 
     later = EngineThread(refuse_later, bare_plan(place=ReplicaPlace(3, 4)), answer_timeout=60)
     later.await_ready(60)
-    with pytest.raises(EngineError, match=r"^replica 3 \(thread\): no tokenizer$"):  # as any other end of it
+    with pytest.raises(EngineError, match=r"^replica 3 \(thread\): no tokenizer$"):  # no UserError after the start
         finished(later, 1)
     replica = EngineThread(refuse, bare_plan(place=ReplicaPlace(3, 4)), answer_timeout=60)
     with pytest.raises(UserError, match=r"^replica 3 \(thread\): no model$"):

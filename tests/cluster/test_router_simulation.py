@@ -1,6 +1,6 @@
-"""The router before simulated replicas: as balanced as spreading, nearly as many prefix hits as pure affinity.
+"""The router with simulated replicas: balanced like round robin, with nearly as many prefix hits as pure affinity.
 
-With --matrix also 1,000 replicas and 100,000 requests; `benchmarks/router.py` takes the time of these.
+With --matrix there are also 1,000 replicas with 100,000 requests, which `benchmarks/router.py` times.
 """
 
 import pytest
@@ -10,7 +10,7 @@ from support.simulated_replicas import Affinity, LeastLoaded, Outcome, RoundRobi
 
 
 def routed(traffic: Traffic) -> tuple[Outcome, RequestRouter]:
-    found = RequestRouter(dict.fromkeys(range(traffic.replicas), traffic.machine.room))
+    found = RequestRouter(dict.fromkeys(range(traffic.replicas), traffic.machine.capacity))
     return simulate(traffic, found), found
 
 
@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_balance_and_prefix_hits(replicas: int, load: float) -> None:
-    """At a load of 1.6 most of the prompts must come from caches, or queues grow."""
+    """At a load of 1.6, queues grow unless most prompt tokens come from caches."""
     traffic = Traffic(100 * replicas, replicas, load=load, prefixes=5 * replicas)
     outcome, found = routed(traffic)
     affinity = simulate(traffic, Affinity(replicas, traffic.machine.block_size))
@@ -32,7 +32,7 @@ def test_balance_and_prefix_hits(replicas: int, load: float) -> None:
     assert all(found.ledger.num_held_by(number) == found.ledger.work_of(number) == 0 for number in range(replicas))
 
 
-def test_the_first_token_comes_sooner_than_by_spreading_alone() -> None:
+def test_the_first_token_comes_sooner_than_with_balancing_alone() -> None:
     traffic = Traffic(5000, 50, prefixes=250)
     outcome, _ = routed(traffic)
     for other in (RoundRobin(50), LeastLoaded(50)):
@@ -42,14 +42,14 @@ def test_the_first_token_comes_sooner_than_by_spreading_alone() -> None:
         assert outcome.busiest < spread.busiest
 
 
-def test_one_hot_prefix_does_not_pin_all_traffic_to_one_replica() -> None:
+def test_one_popular_prefix_does_not_send_all_traffic_to_one_replica() -> None:
     outcome, _ = routed(Traffic(2000, 20, prefixes=1))
     assert outcome.busiest <= 1.15
     assert min(outcome.computed) * 20 >= 0.85 * sum(outcome.computed)
 
 
-def test_where_all_wait_in_line_none_is_idle() -> None:
-    """Far more than the replicas can do."""
+def test_no_replica_is_idle_while_requests_wait() -> None:
+    """The load is far more than the replicas can compute."""
     traffic = Traffic(2000, 10, load=20, prefixes=50)
     outcome, _ = routed(traffic)
     assert outcome.busiest <= 1.15

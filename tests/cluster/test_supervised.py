@@ -1,4 +1,4 @@
-"""The state machine of a supervised process: whatever happens in whatever order, one rule of restarts holds."""
+"""The states of a supervised process, and the rule by which it is started again."""
 
 import pytest
 from hypothesis import settings
@@ -33,7 +33,7 @@ def started(most: int = 100, *, ready: bool = True) -> Supervised:
     return found
 
 
-def test_a_first_start_is_due_at_once() -> None:
+def test_the_first_start_is_due_immediately() -> None:
     found = supervised()
     assert found.is_due(0.0)
     found.started(0.0)
@@ -41,7 +41,7 @@ def test_a_first_start_is_due_at_once() -> None:
     assert (found.state, found.num_restarts) == (RunState.STARTING, 0)
 
 
-def test_after_a_useful_run_it_is_started_again_at_once() -> None:
+def test_after_a_useful_run_it_is_started_again_immediately() -> None:
     found = started()
     found.ended(EngineError("killed"), 2.0, useful=True)
     assert found.is_due(2.0)
@@ -65,7 +65,9 @@ def test_after_a_useless_run_there_is_a_pause() -> None:
         (True, ConfigError("it differs"), "a restart would not correct that"),
     ],
 )
-def test_what_a_restart_does_not_mend_is_final(ready: bool, error: EngineError | ConfigError, why: str) -> None:
+def test_a_failure_that_a_restart_would_not_correct_is_final(
+    ready: bool, error: EngineError | ConfigError, why: str
+) -> None:
     found = started(ready=ready)
     found.ended(error, 2.0, useful=True)
     assert found.state is RunState.FAILED
@@ -73,13 +75,13 @@ def test_what_a_restart_does_not_mend_is_final(ready: bool, error: EngineError |
     assert found.outlook == f"is not started again: {why}"
 
 
-def test_one_that_was_never_ready_is_started_again_with_those_that_were() -> None:
+def test_a_process_that_was_never_ready_is_started_again_if_a_connected_one_was() -> None:
     found = started(ready=False)
     found.ended(EngineError("another one was killed"), 2.0, useful=True, ever_ready=True)
     assert found.state is RunState.RESTARTING
 
 
-def test_one_that_another_host_starts_is_awaited_whatever_ended_it() -> None:
+def test_a_process_that_another_host_starts_is_awaited_after_every_end() -> None:
     found = supervised(0, elsewhere=True)
     for start in range(3):
         assert not found.is_due(1e9)
@@ -91,7 +93,7 @@ def test_one_that_another_host_starts_is_awaited_whatever_ended_it() -> None:
 
 def test_a_run_is_useful_by_its_work_or_its_length() -> None:
     found = started(ready=False)
-    assert not found.was_useful(1e6, worked=False), "it is not even ready"
+    assert not found.was_useful(1e6, worked=False), "it is not ready"
     assert found.was_useful(0.0, worked=True)
     found.became_ready(1.0)
     assert not found.was_useful(USEFUL_S, worked=False)
@@ -99,15 +101,15 @@ def test_a_run_is_useful_by_its_work_or_its_length() -> None:
 
 
 class Machine(RuleBasedStateMachine):
-    """Starts, ends and time in any order, beside what must follow from them."""
+    """A process that is started and ends in any order, and a model of the rule."""
 
     @initialize(most=st.integers(0, 8), elsewhere=st.booleans())
     def begin(self, most: int, elsewhere: bool) -> None:
         self.most = most
         self.found = supervised(most, elsewhere=elsewhere)
         self.now = 0.0
-        self.decided_at: list[float] = []  # restarts
-        self.useless = 0  # runs in a row
+        self.decided_at: list[float] = []  # when restarts were decided
+        self.useless = 0  # useless runs in a row
         self.ready_since: float | None = None
 
     @rule(seconds=st.sampled_from([0.0, 0.3, 1.0, 50.0, 700.0, 4000.0]))
@@ -147,9 +149,9 @@ class Machine(RuleBasedStateMachine):
             assert self.found.state is RunState.FAILED
         else:
             self.useless = 0 if useful else self.useless + 1
-            self.follows(useful)
+            self.check_restart(useful)
 
-    def follows(self, useful: bool) -> None:
+    def check_restart(self, useful: bool) -> None:
         if self.useless == 5 or self.recent() >= self.most:
             assert self.found.state is RunState.FAILED
             return
@@ -160,7 +162,7 @@ class Machine(RuleBasedStateMachine):
         assert self.found.is_due(self.now) == useful
 
     def recent(self) -> int:
-        """Restarts within the last hour."""
+        """Return the number of restarts within the last hour."""
         return sum(self.now - at <= HOUR_S for at in self.decided_at)
 
     @precondition(lambda self: self.found.state is not RunState.FAILED)
@@ -170,12 +172,12 @@ class Machine(RuleBasedStateMachine):
             self.found.taken_out(self.now)
 
     @invariant()
-    def restarts_are_bounded(self) -> None:
+    def restarts_are_limited(self) -> None:
         if not hasattr(self, "found"):
             return
         assert self.recent() <= self.most
         if self.found.state in (RunState.FAILED, RunState.LEAVING):
-            assert not self.found.is_due(self.now + 1e9), "that is final"
+            assert not self.found.is_due(self.now + 1e9), "the state is final"
             assert not self.found.runs
         assert (self.found.state is RunState.FAILED) == bool(self.found.why_not) or self.found.started_elsewhere
 

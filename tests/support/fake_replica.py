@@ -1,4 +1,4 @@
-"""A replica of a few lines, which may die at any time."""
+"""A fake replica, which may die at any time."""
 
 import random
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ STATS = EngineStats(0, 0, 0, 0, 0, 1 << 30, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class FakeReplica:
-    """Draws a token of some requests at each `updates`; dies when told, perhaps in the middle of a call."""
+    """A replica that draws a token of some of its requests with each call of `updates`. With `dead` set, calls fail."""
 
     def __init__(self, number: int, seed: int = 0) -> None:
         self.name = f"replica {number}"
@@ -36,11 +36,11 @@ class FakeReplica:
         self.drawn: dict[int, list[int]] = {}
         self.aborted: list[int] = []
         self.added: list[EngineRequest] = []
-        self.dead = ""
+        self.dead = ""  # how it has died
         self.activity = AWAKE
         self.orders: list[EngineOrder] = []
-        self.silent = False  # it answers nothing that it is told
-        self.refuses = ""  # why it does not wake up
+        self.silent = False  # True: it answers no orders
+        self.refuses = ""  # why it cannot wake up
         self._answers: list[ControlReply] = []
         self.closed = False
         self._random = random.Random(seed)

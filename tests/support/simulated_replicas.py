@@ -1,6 +1,6 @@
-"""Replicas that compute nothing but how long it would take, and requests for them: what ways of routing are held up to.
+"""A simulation of replicas and their traffic, to compare ways of routing.
 
-Discrete events; the same seed gives the same run.
+Replicas only compute how long their steps would take. Events are discrete, and the same seed gives the same run.
 """
 
 import heapq
@@ -18,12 +18,12 @@ from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import num_tokens
 
-_ALIKE = 4  # steps that are one event, where nothing but single tokens is computed
+_MERGED_STEPS = 4  # so many steps are one event if all their tokens are single tokens of outputs
 _GREEDY = Sampling(seed=0)
 
 
 class Policy(Protocol):
-    """A way of routing. A Router is one."""
+    """A way of routing. `RequestRouter` is one."""
 
     def add(self, request: EngineRequest) -> None: ...
 
@@ -36,7 +36,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Machine:
-    """What a replica is. A step takes `step_s`, and more for each token."""
+    """The speed and memory of a replica. A step takes `step_s`, and more for each token."""
 
     max_num_seqs: int = 32
     step_tokens: int = 2048
@@ -47,21 +47,24 @@ class Machine:
     block_size: int = 16
 
     @property
-    def room(self) -> ReplicaCapacity:
+    def capacity(self) -> ReplicaCapacity:
         return ReplicaCapacity(
             max_requests_held(self.max_num_seqs), self.blocks * self.block_size, self.block_size, self.blocks
         )
 
     def seconds(self, prompt: float, output: float) -> float:
-        """Of a replica, for a request among as many as can run."""
+        """Return the seconds that a request costs a replica on which as many requests run as can."""
         return prompt * self.prompt_token_s + output * (self.step_s / self.max_num_seqs + self.output_token_s)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests with a shared beginning and an end of their own. Beginnings are as popular as Zipf's law has it, and
-    from 0 to `most_shared` tokens long; arrivals are a Poisson process. Own parts and outputs are exponentially
-    distributed. `load`: of what the replicas can do, if every prompt were computed whole."""
+    """Requests with a shared beginning and an end of their own.
+
+    The popularity of beginnings follows Zipf's law. Their lengths are uniform, from 0 to `most_shared` tokens. Arrivals
+    are a Poisson process. The lengths of ends and of outputs are distributed exponentially. `load` is the share of the
+    replicas' time that is needed if every prompt is computed as a whole.
+    """
 
     requests: int
     replicas: int
@@ -100,30 +103,34 @@ class Arrival:
     request: EngineRequest
     prefix: int
     shared: int
-    length: int  # of its output; nobody knows
+    length: int  # of its output; the router does not know it
     to_compute: int = 0
     drawn: int = 0
 
 
 @dataclass(slots=True)
 class _Simulated:
-    """Requests run in the order in which they came: those that draw first, then prompts in chunks. Prompts and outputs
-    stay in the cache until the blocks are needed, the longest unused first."""
+    """A replica. Requests run in the order of their arrival, drawing ones before prompts, which are computed in chunks.
+
+    Prompts and outputs stay in the cache until their blocks are needed; the least recently used are dropped first.
+    """
 
     machine: Machine
     waiting: deque[Arrival] = field(default_factory=deque)
     prompts: list[Arrival] = field(default_factory=list)
     drawing: list[Arrival] = field(default_factory=list)
-    cache: OrderedDict[int, int] = field(default_factory=OrderedDict)  # -> blocks; what is a request's own: -1 - seq
+    cache: OrderedDict[int, int] = field(
+        default_factory=OrderedDict
+    )  # prefix, or -1 - seq for the rest of a request -> blocks
     cached_blocks: int = 0
     stepping: bool = False
-    steps: int = 0  # that the event in hand is
+    steps: int = 0  # steps of the present event
     chunks: list[tuple[Arrival, int]] = field(default_factory=list)
     computed: int = 0
     hits: int = 0
 
     def begin(self) -> float:
-        """Starts a step, or several that are alike; how long they take."""
+        """Start a step, or several equal ones, and return how long they take."""
         machine = self.machine
         while self.waiting and len(self.prompts) + len(self.drawing) < machine.max_num_seqs:
             self._start(self.waiting.popleft())
@@ -135,13 +142,13 @@ class _Simulated:
                 self.chunks.append((arrival, chunk))
             left -= chunk
         tokens = sum(chunk for _, chunk in self.chunks)
-        self.steps = 1 if tokens else min(_ALIKE, *(each.length - each.drawn for each in self.drawing))
+        self.steps = 1 if tokens else min(_MERGED_STEPS, *(each.length - each.drawn for each in self.drawing))
         self.stepping = True
         one = machine.step_s + tokens * machine.prompt_token_s + len(self.drawing) * machine.output_token_s
         return self.steps * one
 
     def end(self) -> list[tuple[Arrival, int]]:
-        """Who has drawn how much."""
+        """End them, and return the requests that have drawn tokens, with the numbers of tokens."""
         self.stepping = False
         drew = [(each, self.steps) for each in self.drawing]
         self.computed += len(drew) * self.steps
@@ -180,16 +187,16 @@ class _Simulated:
 
 @dataclass
 class Outcome:
-    computed: list[int]  # tokens, of each replica
+    computed: list[int]  # tokens, by replica
     hits: int  # tokens of prompts that were not computed
     first_token_s: list[float]
-    decision_ns: list[int]  # of `add` with the `next` that follows it
-    book_ns: int  # all of `drew` and `ended`
+    decision_ns: list[int]  # the time of each `add` with the `next` after it
+    book_ns: int  # the time of all calls of `drew` and `ended`
     seconds: float  # simulated
 
     @property
     def busiest(self) -> float:
-        """Over the mean."""
+        """The tokens of the busiest replica, over the mean."""
         return max(self.computed) * len(self.computed) / sum(self.computed)
 
 
@@ -201,15 +208,15 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
     arrivals = iter(traffic)
     coming = next(arrivals, None)
 
-    def go_on(number: int) -> None:
+    def start_step(number: int) -> None:
         replica = replicas[number]
         if not replica.stepping and (replica.waiting or replica.prompts or replica.drawing):
             heapq.heappush(events, (outcome.seconds + replica.begin(), number))
 
-    def hand_over(found: tuple[EngineRequest, int] | None) -> None:
+    def deliver(found: tuple[EngineRequest, int] | None) -> None:
         if found is not None:
             replicas[found[1]].waiting.append(known[found[0].seq])
-            go_on(found[1])
+            start_step(found[1])
 
     while coming is not None or events:
         if coming is not None and (not events or coming.at <= events[0][0]):
@@ -219,7 +226,7 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
             policy.add(coming.request)
             found = policy.next()
             outcome.decision_ns.append(perf_counter_ns() - begun)
-            hand_over(found)
+            deliver(found)
             coming = next(arrivals, None)
             continue
         outcome.seconds, number = heapq.heappop(events)
@@ -236,31 +243,31 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
             if arrival.drawn == arrival.length:
                 del known[arrival.request.seq]
         while (found := policy.next()) is not None:
-            hand_over(found)
-        go_on(number)
+            deliver(found)
+        start_step(number)
     assert not known, f"{len(known)} requests are still there"
     outcome.computed = [replica.computed for replica in replicas]
     outcome.hits = sum(replica.hits for replica in replicas)
     return outcome
 
 
-# --- what a Router is compared with ------------------------------------------------------------------------------
+# --- other ways of routing ---------------------------------------------------------------------------------------
 
 
-class _AtOnce:
-    """Requests go out as they come."""
+class _Immediate:
+    """The base of ways of routing that assign each request when it arrives."""
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
-        self.come: deque[EngineRequest] = deque()
+        self.arrived: deque[EngineRequest] = deque()
 
     def add(self, request: EngineRequest) -> None:
-        self.come.append(request)
+        self.arrived.append(request)
 
     def next(self) -> tuple[EngineRequest, int] | None:
-        if not self.come:
+        if not self.arrived:
             return None
-        request = self.come.popleft()
+        request = self.arrived.popleft()
         return request, self.choose(request)
 
     def choose(self, request: EngineRequest) -> int:
@@ -273,7 +280,7 @@ class _AtOnce:
         pass
 
 
-class RoundRobin(_AtOnce):
+class RoundRobin(_Immediate):
     def __init__(self, replicas: int) -> None:
         super().__init__(replicas)
         self._next = count()
@@ -282,8 +289,8 @@ class RoundRobin(_AtOnce):
         return next(self._next) % self.replicas
 
 
-class LeastLoaded(_AtOnce):
-    """The fewest requests that have not ended; the first behind the last one of those."""
+class LeastLoaded(_Immediate):
+    """A way of routing to the replica with the fewest open requests, in turns."""
 
     def __init__(self, replicas: int) -> None:
         super().__init__(replicas)
@@ -305,8 +312,8 @@ class LeastLoaded(_AtOnce):
         self._held[self._holders.pop(seq)] -= 1
 
 
-class Affinity(_AtOnce):
-    """Consistent hashing (Karger et al., 1997) of the first block of a prompt."""
+class Affinity(_Immediate):
+    """A way of routing by consistent hashing (Karger et al., 1997) of the first block of a prompt."""
 
     def __init__(self, replicas: int, block_size: int, points: int = 100) -> None:
         super().__init__(replicas)

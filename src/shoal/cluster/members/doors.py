@@ -63,7 +63,7 @@ class FleetDoor:
             return JoinRefused(f"{self._name} is still starting", again=True)
         if hello.size != self._size:
             return JoinRefused(
-                f"it counts {hello.size} replicas, {self._name} counts {self._size}: give all the same "
+                f"it expects {hello.size} replicas, but {self._name} expects {self._size}: give all hosts the same "
                 "--data-parallel-size"
             )
         if hello.rank not in self._awaited:
@@ -115,7 +115,7 @@ class PeersDoor:
 
     def objection(self, hello: Hello) -> JoinRefused | None:
         if hello.size != self._size:
-            return JoinRefused(f"it counts {hello.size} replicas, {self._name} counts {self._size}")
+            return JoinRefused(f"it expects {hello.size} replicas, but {self._name} expects {self._size}")
         why = difference(hello.agreement, self._agreement, self._name)
         return JoinRefused(why) if why else None
 
