@@ -68,7 +68,7 @@ def test_a_rank_that_fails_is_named_with_its_prompts(job: list[DataParallelRank]
         job[0].gather({})
 
 
-def test_the_environment_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_place_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.data_parallel() is None
     for name, value in {"RANK": "1", "SIZE": "4", "MASTER_IP": "10.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(f"VLLM_DP_{name}", value)
@@ -79,7 +79,7 @@ def test_the_environment_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert env.data_parallel() == env.DataParallel(3, 4, 1, 2, "10.0.0.1", 29500)
     monkeypatch.setenv("SHOAL_DP_MASTER_IP", "127.0.0.1")
     monkeypatch.delenv("SHOAL_DP_SIZE_LOCAL")
-    assert env.data_parallel() == env.DataParallel(3, 4, 3, 4, "127.0.0.1", 29500), "all are on one host"
+    assert env.data_parallel() == env.DataParallel(3, 4, 3, 4, "127.0.0.1", 29500), "all ranks are on one host"
     monkeypatch.setenv("SHOAL_DP_MASTER_IP", "[::1]")
     assert env.data_parallel() == env.DataParallel(3, 4, 3, 4, "::1", 29500)
     monkeypatch.setenv("SHOAL_DP_MASTER_IP", "10.0.0.1:29500")
@@ -96,8 +96,8 @@ def test_the_environment_says_who_one_is(monkeypatch: pytest.MonkeyPatch) -> Non
         env.data_parallel()
 
 
-def test_a_name_that_leads_to_the_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless all are on this host."""
+def test_a_host_name_with_a_loopback_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is accepted if all ranks are on this host."""
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **named: real("127.0.1.1", *more, **named))
     port = hosts.free_port()
@@ -135,7 +135,7 @@ def answers(text: str) -> list[str]:
         (["--tp-size", "0"], "--tp-size must be at least 1, got 0"),
     ],
 )
-def test_numbers_that_do_not_go_together(arguments: list[str], message: str) -> None:
+def test_numbers_that_contradict_each_other_are_refused(arguments: list[str], message: str) -> None:
     process = run_example(*arguments)
     _, log = process.communicate(timeout=120)
     assert process.returncode == 2
@@ -150,7 +150,7 @@ def test_a_master_that_does_not_answer_is_named() -> None:
     assert re.search(rf"no answer from 127.0.0.1:{place['MASTER_PORT']} within 1 s \(.*\), and nobody has arrived", log)
 
 
-def test_two_replicas_give_what_one_gives() -> None:
+def test_two_replicas_give_the_same_answers_as_one() -> None:
     one, two = run_example("--dp-size", "1"), run_example("--dp-size", "2", "--tp-size", "2")
     texts = [process.communicate(timeout=300) for process in (one, two)]
     assert [one.returncode, two.returncode] == [0, 0], texts
@@ -162,8 +162,8 @@ def test_two_replicas_give_what_one_gives() -> None:
 
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
 @pytest.mark.parametrize("first", [0, 1])
-def test_two_hosts_in_either_order(first: int) -> None:
-    """As the example's own text says it."""
+def test_two_hosts_may_start_in_either_order(first: int) -> None:
+    """Run the example with the commands from its docstring."""
     with hosts.two_hosts() as pair:
         common = ["--dp-size", "2", "--tp-size", "2", "--node-size", "2", "--master-port", "29533"]
         common += ["--master-addr", pair[0].address, "--timeout", "240"]
@@ -179,7 +179,7 @@ def test_two_hosts_in_either_order(first: int) -> None:
 
 
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
-def test_hosts_without_a_common_key() -> None:
+def test_hosts_need_a_common_key() -> None:
     with hosts.two_hosts() as (host, _):
         common = ["--dp-size", "2", "--node-size", "2", "--master-port", "29533", "--master-addr", host.address]
         process = run_example(*common, netns=host.netns, SHOAL_CLUSTER_KEY="")
@@ -190,13 +190,13 @@ def test_hosts_without_a_common_key() -> None:
 
 
 def rank_place(rank: int, port: int) -> dict[str, str]:
-    """The example's rank mode."""
+    """Return the environment of the example's mode in which one process is one rank."""
     place = {"RANK": rank, "SIZE": 2, "MASTER_IP": "127.0.0.1", "MASTER_PORT": port}
     return {f"SHOAL_DP_{name}": str(value) for name, value in place.items()}
 
 
-def test_one_number_twice_is_refused() -> None:
-    """Whoever comes second is told, and the other waits on for the one that is missing."""
+def test_a_number_that_is_used_twice_is_refused() -> None:
+    """The second process is refused, and the first one goes on waiting for the missing rank."""
     port = hosts.free_port()
     with Rendezvous(port=port, key=KEY):
         processes = [run_example(SHOAL_CLUSTER_KEY=KEY, **rank_place(1, port)) for _ in range(2)]
@@ -209,13 +209,13 @@ def test_one_number_twice_is_refused() -> None:
     assert "is there already: give every process a rank of its own" in logs[refused]
 
 
-def offspring(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
     found = [int(child) for child in children]
-    return found + [each for child in found for each in offspring(child)]
+    return found + [each for child in found for each in descendants(child)]
 
 
 def until(reached: Callable[[], object], what: str, seconds: float = 120.0) -> None:
@@ -225,15 +225,15 @@ def until(reached: Callable[[], object], what: str, seconds: float = 120.0) -> N
         threading.Event().wait(0.02)
 
 
-def test_ranks_end_with_their_launcher() -> None:
+def test_ranks_end_with_the_process_that_started_them() -> None:
     port = hosts.free_port()
     process = run_example("--dp-size", "2", "--node-size", "2", "--master-port", str(port), SHOAL_CLUSTER_KEY=KEY)
     until(lambda: listens(port), "the rank waits for the other host")
-    ranks = offspring(process.pid)
+    ranks = descendants(process.pid)
     assert ranks
     process.kill()
     process.communicate(timeout=60)
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "a rank lives on")
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "a rank does not end")
 
 
 def listens(port: int) -> bool:
@@ -273,15 +273,17 @@ def test_two_hosts_share_experts(kind: str) -> None:
 
 
 @pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
-def test_a_host_that_dies_takes_the_one_along_that_shares_its_experts(tmp_path: Path) -> None:
+def test_a_host_that_dies_ends_the_host_that_shares_its_experts(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{i} + {i} =\n" for i in range(20_000)))
     with two_moe_hosts("--prompts", str(prompts)) as processes:
         for process in processes:
             assert process.stderr is not None
             assert any("engine ready" in line for line in process.stderr)
-        rank = offspring(processes[1].pid)[0]
+        rank = descendants(processes[1].pid)[0]
         os.kill(rank, signal.SIGKILL)
         _, log = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1, log
-    assert re.search(r"replica 1 \(.*process \d+\) ended(, or lost its connection| while this one has work)", log), log
+    assert re.search(
+        r"replica 1 \(.*process \d+\) ended(, or lost its connection| while this replica has work)", log
+    ), log

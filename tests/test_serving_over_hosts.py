@@ -1,5 +1,4 @@
-"""`shoal serve` over two hosts, which are network namespaces: a front end here, replicas there; and hosts that serve on
-their own."""
+"""`shoal serve` over two hosts (network namespaces): headless hosts, and hosts that serve their own replicas."""
 
 import contextlib
 import http.client
@@ -32,7 +31,7 @@ from support import hosts
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "async_llm_hosts.py"
 KEY = "a key of the test"
-PORT = 29571  # of hosts that nobody shares
+PORT = 29571  # free, because the hosts run nothing else
 SMALL = ["--kv-cache-memory-bytes", "16MiB", "--max-model-len", "256", "--start-timeout", "240"]
 needs_hosts = pytest.mark.skipif(bool(hosts.obstacle()), reason=hosts.obstacle())
 PROMPTS = [f"{i} + 45 =" for i in range(6)]
@@ -40,7 +39,7 @@ PROMPTS = [f"{i} + 45 =" for i in range(6)]
 
 @dataclass(slots=True)
 class Program:
-    """One that was started, and its log, which a thread reads."""
+    """A running program, and its log, which a thread reads."""
 
     process: "subprocess.Popen[str]"
     host: hosts.Host | None
@@ -60,21 +59,21 @@ class Program:
     def close(self) -> None:
         self.process.kill()
         self.process.wait(60)
-        self.reader.join(60)  # its children end with it, and with them what they write to
+        self.reader.join(60)  # until its children, which also write to the log, have ended
 
     @property
     def text(self) -> str:
         return "".join(list(self.log))
 
     def await_line(self, pattern: str) -> str:
-        """What the pattern's first group matches in the log, once it does."""
+        """Wait until a pattern matches in the log. Return what its first group matches."""
         until(lambda: re.search(pattern, self.text) or self.process.poll() is not None, pattern, self)
         found = re.search(pattern, self.text)
         assert found, self.text
         return found[1] if found.groups() else found[0]
 
-    def ends(self) -> int:
-        """Its exit code, once it has said all."""
+    def await_end(self) -> int:
+        """Wait until the program has ended and its log is complete. Return the exit code."""
         until(lambda: self.process.poll() is not None, "it ends", self)
         self.reader.join(60)
         return int(self.process.returncode)
@@ -89,7 +88,7 @@ def until(reached: Callable[[], object], what: str, program: Program, seconds: f
 
 @contextlib.contextmanager
 def programs() -> Iterator[Callable[..., Program]]:
-    """Starts `shoal serve` with arguments, on a host; ends all of them."""
+    """Yield a function that starts `shoal serve` with some arguments on a host. All are killed at the end."""
     started: list[Program] = []
 
     def start(*arguments: str, on: hosts.Host | None = None, environment: Mapping[str, str] | None = None) -> Program:
@@ -116,7 +115,7 @@ def programs() -> Iterator[Callable[..., Program]]:
 
 
 def ask(server: Program, url: str, body: Mapping[str, Any] | None = None) -> str:
-    """A request of a program on the server's own host."""
+    """Send a request from the server's own host, and return the body of the answer."""
     parts = urllib.parse.urlsplit(url)
     assert parts.hostname is not None
     assert parts.port is not None
@@ -135,7 +134,7 @@ def ask(server: Program, url: str, body: Mapping[str, Any] | None = None) -> str
 
 
 def stream(server: Program, url: str, prompt: str, model: str = "bundled", tokens: int = 60) -> str:
-    """Every other prompt is drawn for, with a seed."""
+    """Return the text of a streamed completion. Every other prompt is sampled, with a seed; the others are greedy."""
     number = PROMPTS.index(prompt)
     sampling = {"temperature": 1.0, "seed": number} if number % 2 else {"temperature": 0}
     body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True, **sampling}
@@ -150,12 +149,12 @@ def states(server: Program, url: str) -> list[dict[str, Any]]:
     return found
 
 
-def undisturbed_and_not(server: Program, url: str, disturb: Callable[[], object]) -> None:
-    """The streams of all prompts, once in peace and once disturbed, are the same."""
+def check_disturbed_streams(server: Program, url: str, disturb: Callable[[], object]) -> None:
+    """Check that the streams of all prompts are the same if they are disturbed."""
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         wanted = list(pool.map(lambda prompt: stream(server, url, prompt), PROMPTS))
         futures = [pool.submit(stream, server, url, prompt) for prompt in PROMPTS]
-        until(lambda: all(replica["held"] for replica in states(server, url)), "both have something to do", server)
+        until(lambda: all(replica["held"] for replica in states(server, url)), "both have requests", server)
         disturb()
         assert [future.result() for future in futures] == wanted
 
@@ -169,14 +168,14 @@ def ready_url(server: Program, *, replicas: int) -> str:
 
 
 def head_and_headless(pair: tuple[hosts.Host, hosts.Host]) -> tuple[list[str], list[str]]:
-    """Their arguments."""
+    """Return the arguments of a front end, and of a headless host."""
     common = ["-dp", "2", "--data-parallel-address", pair[0].address, "--data-parallel-rpc-port", str(PORT), *SMALL]
     head = [*common, "--data-parallel-size-local", "1", "--port", "0"]
     return head, [*common, "--headless", "--data-parallel-start-rank", "1"]
 
 
 @needs_hosts
-def test_headless_first_and_a_replica_that_is_killed_there() -> None:
+def test_a_headless_host_may_start_first_and_its_replica_may_be_killed() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         for_head, for_headless = head_and_headless(pair)
         headless = start(*for_headless, on=pair[1])
@@ -184,19 +183,19 @@ def test_headless_first_and_a_replica_that_is_killed_there() -> None:
         head = start(*for_head, on=pair[0])
         url = ready_url(head, replicas=2)
         first = states(head, url)[1]["pid"]
-        undisturbed_and_not(head, url, lambda: os.kill(first, signal.SIGKILL))
+        check_disturbed_streams(head, url, lambda: os.kill(first, signal.SIGKILL))
         ready_url(head, replicas=2)
         assert states(head, url)[1]["pid"] != first
         assert "it is started again immediately" in headless.text
         for program in (headless, head):
             program.process.send_signal(signal.SIGTERM)
-            assert program.ends() == 0, program.text
+            assert program.await_end() == 0, program.text
 
 
 @needs_hosts
 @pytest.mark.parametrize("link_local", [False, True], ids=["unique-local", "link-local"])
-def test_hosts_that_meet_by_ipv6(link_local: bool) -> None:
-    """In a link-local address each host names its own interface."""
+def test_hosts_meet_over_ipv6(link_local: bool) -> None:
+    """Each host puts its own interface into a link-local address."""
     with hosts.two_hosts() as (first, second), programs() as start:
         here = first.link_local if link_local else first.address_v6
         there = f"{here.partition('%')[0]}%{second.link_local.partition('%')[2]}" if link_local else here
@@ -213,21 +212,21 @@ def test_hosts_that_meet_by_ipv6(link_local: bool) -> None:
 
 
 @needs_hosts
-def test_head_first_and_a_host_that_is_cut_off() -> None:
+def test_a_front_end_may_start_first_and_a_host_may_be_cut_off() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         for_head, for_headless = head_and_headless(pair)
         head = start(*for_head, on=pair[0])
         head.await_line("listening at")
         start(*for_headless, on=pair[1])
         url = ready_url(head, replicas=2)
-        undisturbed_and_not(head, url, lambda: hosts.cut(pair[1]))
+        check_disturbed_streams(head, url, lambda: hosts.cut(pair[1]))
         assert [replica["state"] for replica in states(head, url)] == ["ready", "awaited"]
         assert "ended, or lost its connection" in states(head, url)[1]["cause"]
 
 
 @pytest.fixture(scope="module")
 def front_end() -> Iterator[str]:
-    """Only the door of one, which awaits replica 1 of 2 of the bundled model; its port."""
+    """Open the door of a front end that awaits replica 1 of 2 of the bundled model, and yield its port."""
     opened = open_model(None, {"data_parallel_size": 2, "max_model_len": 256}, online=True)
     door = FleetDoor(
         size=2, awaited=[1], agreement=opened.agreement, make_plan=opened.plan_elsewhere, answer_timeout=60
@@ -254,18 +253,20 @@ def front_end() -> Iterator[str]:
         ),
     ],
 )
-def test_who_differs_is_refused_before_it_loads(front_end: str, arguments: list[str], key: str, message: str) -> None:
+def test_a_host_that_differs_is_refused_before_it_loads(
+    front_end: str, arguments: list[str], key: str, message: str
+) -> None:
     with programs() as start:
         where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", front_end]
         which = ["--headless", "--data-parallel-start-rank", "1", "--data-parallel-size-local", "1"]
         program = start(*SMALL, *where, *which, *arguments, environment={"SHOAL_CLUSTER_KEY": key})
-        assert program.ends() == 2
+        assert program.await_end() == 2
         assert re.search(rf"replica 1: rank 1 may not join at 127.0.0.1:{front_end}: {message}", program.text)
         assert "engine ready" not in program.text
 
 
-def test_replicas_come_back_until_they_are_dismissed() -> None:
-    """One that is stopped is started again, and tells the front end so; one that is not wanted any more is not."""
+def test_a_replica_is_started_again_until_it_is_dismissed() -> None:
+    """A stopped replica is started again, and one whose front end has gone connects to the next."""
     opened = open_model(None, {"max_model_len": 256}, online=True)
     door = FleetDoor(
         size=1, awaited=[0], agreement=opened.agreement, make_plan=opened.plan_elsewhere, answer_timeout=60
@@ -286,17 +287,17 @@ def test_replicas_come_back_until_they_are_dismissed() -> None:
         assert re.search(
             rf"process {first.pid} is stopped \(SIGSTOP or a debugger\); it is started again", program.text
         )
-        second.close()  # as a front end that ends
+        second.close()  # as if the front end had ended
         third = arrivals.get(timeout=280)
         third.await_ready(280)
-        assert third.pid == second.pid, "it has kept its weights"
+        assert third.pid == second.pid, "it is the same process, which has kept its weights"
         third.dismiss()
-        assert program.ends() == 0
+        assert program.await_end() == 0
         assert "the front end has taken out all replicas of this host" in program.text
         third.close()
 
 
-def test_a_replica_that_sleeps_says_so_to_the_next_front_end() -> None:
+def test_a_sleeping_replica_reports_its_activity_to_the_next_front_end() -> None:
     opened = open_model(None, {"max_model_len": 256}, online=True)
     door = FleetDoor(
         size=1, awaited=[0], agreement=opened.agreement, make_plan=opened.plan_elsewhere, answer_timeout=60
@@ -309,7 +310,7 @@ def test_a_replica_that_sleeps_says_so_to_the_next_front_end() -> None:
         first = arrivals.get(timeout=280)
         first.await_ready(280)
         first.become(AWAKE.sleep(1))
-        first.close()  # as a front end that ends
+        first.close()  # as if the front end had ended
         second = arrivals.get(timeout=280)
         stats = second.ready(280)
         assert stats is not None
@@ -321,7 +322,7 @@ def test_a_replica_that_sleeps_says_so_to_the_next_front_end() -> None:
 
 
 @needs_hosts
-def test_a_mixture_whose_experts_are_on_two_hosts_sleeps_and_goes_on() -> None:
+def test_experts_on_two_hosts_sleep_and_go_on() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         head, headless = head_and_headless(pair)
         mixture = ["bundled:moe", "--enable-expert-parallel", "--served-model-name", "bundled"]
@@ -332,7 +333,7 @@ def test_a_mixture_whose_experts_are_on_two_hosts_sleeps_and_goes_on() -> None:
         wanted = stream(server, url, PROMPTS[1], tokens=40)
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(stream, server, url, PROMPTS[1], tokens=40)
-            until(lambda: any(replica["held"] for replica in states(server, url)), "one has something to do", server)
+            until(lambda: any(replica["held"] for replica in states(server, url)), "one has requests", server)
             assert json.loads(ask(server, f"{url}/sleep?mode=keep", {}))["status"] == "asleep"
             ranks = [rank for replica in states(server, url) for rank in replica["stats"]["ranks"]]
             assert [rank["weight_bytes"] for rank in ranks] == [0, 0]
@@ -341,16 +342,16 @@ def test_a_mixture_whose_experts_are_on_two_hosts_sleeps_and_goes_on() -> None:
         assert [replica["restarts"] for replica in states(server, url)] == [0, 0]
 
 
-def test_a_front_end_that_never_comes_is_named_with_the_seconds() -> None:
+def test_a_missing_front_end_is_an_error_with_the_address_and_the_seconds() -> None:
     with programs() as start:
         where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", "9"]
         program = start("--headless", *where, "--start-timeout", "1")
-        assert program.ends() == 2
+        assert program.await_end() == 2
         assert re.search(r"no answer from 127.0.0.1:9 within 1 s", program.text)
 
 
 @needs_hosts
-def test_each_host_serves_its_own_replica_of_a_mixture_whose_experts_they_share() -> None:
+def test_each_host_serves_its_own_replica_and_they_share_experts() -> None:
     with hosts.two_hosts() as pair, programs() as start:
         where = ["--data-parallel-address", pair[0].address, "--data-parallel-rpc-port", str(PORT)]
         common = ["bundled:moe", "-dp", "2", "--enable-expert-parallel", "--port", "0", *where, *SMALL]
@@ -362,23 +363,23 @@ def test_each_host_serves_its_own_replica_of_a_mixture_whose_experts_they_share(
             assert [replica["number"] for replica in states(server, url)] == [number]
         with ThreadPoolExecutor(2 * len(PROMPTS)) as pool:
 
-            def begun() -> list[Future[str]]:
+            def start_streams() -> list[Future[str]]:
                 return [
                     pool.submit(stream, server, url, prompt, "bundled:moe")
                     for server, url in places
                     for prompt in PROMPTS
                 ]
 
-            wanted = [future.result() for future in begun()]
-            futures = begun()
-            until(lambda: all(states(*place)[0]["held"] for place in places), "both have something to do", second)
+            wanted = [future.result() for future in start_streams()]
+            futures = start_streams()
+            until(lambda: all(states(*place)[0]["held"] for place in places), "both have requests", second)
             os.kill(states(*places[1])[0]["pid"], signal.SIGKILL)
-            assert [future.result() for future in futures] == wanted  # once both have met anew
+            assert [future.result() for future in futures] == wanted  # after both replicas have started again
         assert [states(*place)[0]["restarts"] for place in places] == [1, 1]
 
 
 def test_each_host_serves_its_own_replica_of_a_model_without_experts() -> None:
-    """Once they have compared what they serve, they need nothing of one another: not even whoever has replica 0."""
+    """After the hosts have compared their agreement, neither needs the other, not even the one with replica 0."""
     with programs() as start:
         where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(hosts.free_port())]
         common = ["-dp", "2", "--data-parallel-size-local", "1", "--port", "0", *where, *SMALL]
@@ -393,11 +394,11 @@ def test_each_host_serves_its_own_replica_of_a_model_without_experts() -> None:
         os.kill(states(second, urls[1])[0]["pid"], signal.SIGKILL)
         assert [stream(second, urls[1], prompt) for prompt in PROMPTS[:2]] == wanted
         second.process.send_signal(signal.SIGTERM)
-        assert second.ends() == 0, second.text
+        assert second.await_end() == 0, second.text
 
 
-def test_an_async_llm_feeds_replicas_that_are_all_elsewhere() -> None:
-    """The example, as its own text says it."""
+def test_an_async_llm_uses_replicas_on_other_hosts_only() -> None:
+    """Run the example with the command from its docstring."""
     with programs() as start:
         port = str(hosts.free_port())
         where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port]
@@ -411,4 +412,4 @@ def test_an_async_llm_feeds_replicas_that_are_all_elsewhere() -> None:
         assert "82" in answers[0]
         headless.await_line("the front end has gone; requests are dropped, and the next front end is awaited")
         headless.process.send_signal(signal.SIGTERM)
-        assert headless.ends() == 0, headless.text
+        assert headless.await_end() == 0, headless.text

@@ -1,4 +1,4 @@
-"""Engines that sleep and wake up, with real ranks: the same tokens, and memory that is really given back."""
+"""Sleep and wake-up with real ranks: tokens stay the same, and memory is given back to the system."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_tokens_are_the_same_after_a_sleep(checkpoint: Checkpoint, model: str, l
         assert tokens(llm) == before
         stats = llm.stats()
         assert stats.free_blocks == stats.num_blocks
-        assert sum(rank.busy_us for rank in stats.ranks) > busy, "counters go on"
+        assert sum(rank.busy_us for rank in stats.ranks) > busy, "counters start again"
 
 
 def test_a_draft_model_sleeps_and_wakes_up_too(checkpoint: Checkpoint) -> None:
@@ -94,7 +94,7 @@ def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("executor", ["threads", "mp"])
-def test_who_finds_other_weights_stays_asleep_and_wakes_up_when_they_are_back(folder: Path, executor: str) -> None:
+def test_an_engine_stays_asleep_until_its_weights_are_back_unchanged(folder: Path, executor: str) -> None:
     file = next(folder.glob("*.safetensors"))
     with LLM(folder, **SIZE, tensor_parallel_size=2, distributed_executor_backend=executor) as llm:
         before = tokens(llm)
@@ -111,7 +111,7 @@ def test_who_finds_other_weights_stays_asleep_and_wakes_up_when_they_are_back(fo
         assert tokens(llm) == before
 
 
-def test_what_can_not_be_is_refused(checkpoint: Checkpoint) -> None:
+def test_an_impossible_sleep_or_wake_up_is_refused(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama"), **SIZE) as llm:
         with pytest.raises(ConfigError, match="0, 1 or 2"):
             llm.sleep(level=3)
@@ -131,7 +131,7 @@ def test_what_can_not_be_is_refused(checkpoint: Checkpoint) -> None:
 
 @pytest.fixture(scope="module")
 def large(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    """A vocabulary that takes memory, and hardly any time."""
+    """A model whose vocabulary takes much memory and little time."""
     folder = tmp_path_factory.mktemp("large")
     config = json.loads((checkpoint("llama") / "config.json").read_text())
     sizes = {"vocab_size": 100_000, "tie_word_embeddings": False}
@@ -143,7 +143,7 @@ def large(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def fill(llm: LLM) -> None:
-    """Writes the whole of the KV cache."""
+    """Write into all of the KV cache."""
     stats = llm.stats()
     longest = stats.max_model_len - 1
     count = stats.num_blocks * stats.block_size // longest
@@ -155,20 +155,23 @@ def ranks(llm: LLM) -> tuple[RankStats, ...]:
     return llm.stats().ranks
 
 
-def test_a_rank_that_sleeps_has_given_back_weights_and_cache_and_ten_rounds_leak_nothing(large: LLM) -> None:
-    """Awake a rank holds its weights, its cache, and what importing and computing take. Asleep nine tenths of the first
-    two must be gone; a tenth is left to allocators, whose chunks are not given back while anything in them lives."""
+def test_sleeping_ranks_give_memory_back_and_ten_sleeps_leak_none(large: LLM) -> None:
+    """An awake rank holds its weights, its cache, and what importing and computing take.
+
+    Asleep, at least nine tenths of weights and cache must be gone. The rest may stay with allocators, which give a
+    chunk back only if nothing in it is used.
+    """
     fill(large)
     awake = ranks(large)
     held = [rank.weight_bytes + rank.kv_bytes for rank in awake]
-    assert min(held) > 20 * MIB, "enough to be seen among what Python and PyTorch take"
+    assert min(held) > 20 * MIB, "too little to be seen beside the memory of Python and PyTorch"
     asleep, again = [], []
     for round_ in range(10):
         large.sleep()
         asleep.append(ranks(large))
         large.wake_up()
         if round_ in (1, 9):
-            again.append(ranks(large))  # before its steps' working memory, which differs from time to time
+            again.append(ranks(large))  # before a step, whose working memory differs from time to time
             fill(large)
     for i, bytes_ in enumerate(held):
         assert all(found[i].anonymous < awake[i].anonymous - 0.9 * bytes_ for found in asleep)
@@ -176,7 +179,7 @@ def test_a_rank_that_sleeps_has_given_back_weights_and_cache_and_ten_rounds_leak
             assert found[-1][i].anonymous < found[0][i].anonymous + 0.1 * bytes_
 
 
-def test_a_rank_that_dies_asleep_ends_the_engine_with_its_name(checkpoint: Checkpoint) -> None:
+def test_a_rank_that_dies_asleep_ends_the_engine_and_is_named(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama"), **SIZE, tensor_parallel_size=2) as llm:
         llm.sleep()
         os.kill(ranks(llm)[1].pid, signal.SIGKILL)

@@ -26,7 +26,7 @@ steady = settings(derandomize=True, deadline=None, suppress_health_check=[Health
 
 
 def next_token(tokens: Sequence[int]) -> int:
-    """What every fake model says after these tokens."""
+    """Return the next token of every fake model after these tokens."""
     return zlib.crc32(encode_tokens(list(tokens))) % VOCABULARY
 
 
@@ -41,7 +41,7 @@ def request(
     salt: str = "",
     group: int = -1,
 ) -> EngineRequest:
-    """The salt is put into the seed too, which reaches the ranks: see `FakeExecutor.origin`."""
+    """Return a request. The salt sets the seed too, which ranks see (`FakeExecutor.origin`)."""
     return EngineRequest(
         seq,
         encode_tokens(list(prompt)),
@@ -57,18 +57,18 @@ def request(
 
 
 def begun(spec: EngineRequest, count: int) -> EngineRequest:
-    """The request as it goes on elsewhere, behind the first `count` tokens of its output."""
+    """Return a request that continues after the first `count` tokens of its output."""
     return msgspec.structs.replace(spec, tokens=spec.tokens + encode_tokens(alone(spec)[:count]))
 
 
 def prompt_and_output(spec: EngineRequest) -> tuple[list[int], list[int]]:
-    """What a request comes with; the output is empty, unless it was begun elsewhere."""
+    """Return the prompt of a request, and the output that it has; [] unless it is continued."""
     tokens = decode_tokens(spec.tokens)
     return tokens[: spec.num_prompt_tokens], tokens[spec.num_prompt_tokens :]
 
 
 def alone(spec: EngineRequest) -> list[int]:
-    """The output of a request when nobody aborts it, what it comes with included."""
+    """Return the whole output of a request that is not aborted."""
     prompt, out = prompt_and_output(spec)
     while len(out) < spec.max_tokens and not (out and out[-1] in token_set(spec.stop_ids)):
         out.append(next_token(prompt + out))
@@ -76,7 +76,7 @@ def alone(spec: EngineRequest) -> list[int]:
 
 
 class Outcomes:
-    """What clients were told, checked as it comes: right tokens, one end each, nothing after it."""
+    """The updates that clients got, checked when they arrive: right tokens, one end each, and nothing after it."""
 
     def __init__(self) -> None:
         self.specs: dict[int, EngineRequest] = {}
@@ -105,7 +105,7 @@ class Outcomes:
                 continue
             self.finished[seq] = update
             if update.finish is Finish.ABORT:
-                assert seq in self.may_abort, f"nobody aborted sequence {seq}"
+                assert seq in self.may_abort, f"sequence {seq} was not aborted by its client"
             else:
                 stopped = expected[-1] in token_set(self.specs[seq].stop_ids)
                 assert self.tokens[seq] == expected
@@ -113,7 +113,7 @@ class Outcomes:
 
 
 class FakeClock:
-    """`tick`: seconds that go by whenever somebody looks."""
+    """A clock that goes on by `tick` seconds with every look."""
 
     def __init__(self, tick: float = 0.0) -> None:
         self.now = 1000.0
@@ -130,9 +130,9 @@ class _Sequence:
     tokens: list[int]
     blocks: list[int]
     computed: int
-    shared: int  # positions before it are in the cache already, and not written again
+    shared: int  # positions before this one are in the cache already, and are not written again
     contents: list["_Content"] = field(default_factory=list)  # what its cache must hold, by position
-    asked_for: int = 0  # blocks that its tokens and guesses have taken
+    asked_for: int = 0  # blocks that its tokens and drafts have needed
 
 
 # One token's keys and values depend on it, on its position and on all tokens before it.
@@ -140,10 +140,10 @@ _Content = tuple[int, int, int]
 
 
 class FakeExecutor:
-    """Computes at once in a simulated KV cache, and fails a test whose plans a real rank could not run rightly.
+    """An executor that computes immediately in a simulated KV cache, and checks that a real rank could run each plan.
 
-    One result comes back a poll. `origin` is what the keys of a sequence depend on besides its tokens. `stages`: a
-    plan must not make the first of them wait for a token while there are others that it could work on.
+    Each poll returns one result. `origin` is what the keys of a sequence depend on besides its tokens. With several
+    `stages`, a plan must not make the first stage wait for a token while it could work on other sequences.
     """
 
     def __init__(
@@ -164,8 +164,8 @@ class FakeExecutor:
         self.masks: list[StepMask] = []
         self.most_in_flight = 0
         self.closed = 0
-        self.missing: set[str] = set()  # parts of its memory that were given back
-        self.refuses = ""  # why they can't be taken again
+        self.missing: set[str] = set()  # parts of memory that were given back
+        self.refuses = ""  # why they cannot be taken again
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -220,14 +220,14 @@ class FakeExecutor:
                     return [self.refuses.encode()]
                 self.missing -= parts
             case _:
-                raise AssertionError(f"no rank knows {verb}")
+                raise AssertionError(f"ranks have no verb {verb}")
         return [b""]
 
     def close(self) -> None:
         self.closed += 1
 
     def _check_turns(self, plan: StepPlan) -> None:
-        """A token that is not known holds nobody up but those who need one."""
+        """Check that only sequences that need an unknown token wait for it."""
         early = [
             work.seq
             for work in plan.work
@@ -247,7 +247,7 @@ class FakeExecutor:
         assert len({work.seq for work in plan.work}) == len(plan.work), "a sequence twice in a plan"
         for work in plan.work:
             self._sequences[work.seq].blocks += work.blocks
-        # All of a step's keys are written before any are read, layer by layer.
+        # In each layer, all keys of a step are written before any is read.
         self._check_writes(plan)
         for work in plan.work:
             self._write(work)
@@ -268,7 +268,7 @@ class FakeExecutor:
 
     def _check_writes(self, plan: StepPlan) -> None:
         holders = Counter(block for sequence in self._sequences.values() for block in self._needed(sequence))
-        # Who is admitted may read what this very step writes.
+        # A new sequence may read blocks that this step writes.
         holders.subtract(block for new in plan.new for block in self._found(new))
         for work in plan.work:
             sequence, size = self._sequences[work.seq], self._block_size
@@ -277,29 +277,29 @@ class FakeExecutor:
             assert work.start == sequence.computed
             known = stop - len(work.drafts)
             assert known > work.start
-            assert known <= len(sequence.tokens), "tokens that nobody knows yet"
+            assert known <= len(sequence.tokens), "tokens that are not drawn yet"
             assert work.sample == (known == len(sequence.tokens))
             assert work.sample or not work.drafts
             ahead = self._lookahead if work.sample else 0
             sequence.asked_for = max(sequence.asked_for, -(-(stop + ahead) // size))
             assert -(-stop // size) <= len(sequence.blocks) <= sequence.asked_for, "the block table does not fit"
             written = sequence.blocks[max(work.start, sequence.shared) // size :]
-            assert all(holders[block] == 1 for block in written), "somebody else holds a block that is written"
+            assert all(holders[block] == 1 for block in written), "another sequence has a block that is written"
             needed = self._needed(sequence)
             assert len(set(needed)) == len(needed)
 
     def _needed(self, sequence: _Sequence) -> list[int]:
-        """Its blocks, but those that no query will look at again."""
+        """Return the blocks that a later query may look at."""
         first_seen = 0 if self._window is None else max(sequence.computed - self._window + 1, 0)
         return sequence.blocks[first_seen // self._block_size :]
 
     def _found(self, new: NewSeq) -> list[int]:
-        """Blocks of its prefix that it needs."""
+        """Return the blocks from the prefix cache that a new sequence needs."""
         sequence = self._sequences[new.seq]
         return sequence.blocks[len(sequence.blocks) - len(self._needed(sequence)) : len(new.blocks)]
 
     def _contents(self, work: Work) -> list[_Content]:
-        """By position, guesses included."""
+        """Return the contents of a sequence's cache by position, including drafts."""
         sequence = self._sequences[work.seq]
         known = work.start + work.count - len(work.drafts)
         tokens = [*sequence.tokens[:known], *work.drafts]
@@ -331,9 +331,9 @@ class FakeExecutor:
     def _sample(self, work: Work) -> SeqOut:
         sequence = self._sequences[work.seq]
         drawn: list[int] = []
-        for guess in (*work.drafts, None):
+        for draft in (*work.drafts, None):
             drawn.append(next_token([*sequence.tokens, *drawn]))
-            if drawn[-1] != guess:
+            if drawn[-1] != draft:
                 break
         sequence.tokens += drawn
         sequence.computed = len(sequence.tokens) - 1
@@ -341,9 +341,9 @@ class FakeExecutor:
 
 
 class FakePipeline(FakeExecutor):
-    """Stages that take time: `step_cost` for each step with work and `token_cost` for each of its tokens, on each.
+    """A pipeline whose stages take time: `step_cost` for each step with work, and `token_cost` for each of its tokens.
 
-    Time stands still for the engine. It goes on when a result is waited for.
+    Time only goes on while a result is waited for.
     """
 
     def __init__(
@@ -367,13 +367,13 @@ class FakePipeline(FakeExecutor):
         self.now = 0.0
         self.busy = [0.0] * stages
         self._step_cost, self._token_cost = step_cost, token_cost
-        self._free = [0.0] * stages  # when each has ended what it was given
+        self._free = [0.0] * stages  # when each stage has finished its work
         self._token_at: dict[int, float] = {}  # when the last token of a sequence is known
         self._answers: deque[float] = deque()
 
     @property
     def idle_share(self) -> float:
-        """Of all stages' time, up to now."""
+        """The share of all stages' time that was idle."""
         return 1 - sum(self.busy) / (len(self.busy) * self.now)
 
     def launch(self, plan: StepPlan) -> None:
@@ -394,7 +394,7 @@ class FakePipeline(FakeExecutor):
 
 
 class FakeLockstep:
-    """Replicas in one process. `peers[i]` is the end of replica i."""
+    """A lockstep of replicas in one process. `peers[i]` is the end of replica i."""
 
     def __init__(self, size: int) -> None:
         self.counts = [0] * size
@@ -418,7 +418,7 @@ class _LockstepEnd:
 
 
 class FaultyExecutor:
-    """Any executor, with trouble: results that take `delays[step]` polls longer, or are lost, or a rank that dies."""
+    """An executor with faults: results that take `delays[step]` polls longer, a lost result, or a rank that dies."""
 
     def __init__(
         self,
@@ -477,16 +477,16 @@ class FaultyExecutor:
 
 
 def this_rank() -> int:
-    """The number of the rank that calls this, where ranks are threads of one process."""
+    """Return the number of the calling rank. Ranks must be threads of one process."""
     return int(threading.current_thread().name.removeprefix("shoal-rank-"))
 
 
 def on_threads(size: int, work: Callable[[int], T]) -> list[T]:
-    """`work(rank)` on a thread a rank, all at the same time."""
-    together = threading.Barrier(size, timeout=30)
+    """Call `work(rank)` for each rank at the same time, on a thread of its own, and return the results."""
+    barrier = threading.Barrier(size, timeout=30)
 
     def run(rank: int) -> T:
-        together.wait()
+        barrier.wait()
         return work(rank)
 
     with ThreadPoolExecutor(size) as pool:
