@@ -320,7 +320,7 @@ def test_what_the_server_refuses(shoal: Shoal, capsys: Capture) -> None:
         return error(404, "no such model")
 
     with OpenAIServer(unwilling, key="k", max_model_len=100) as server:
-        assert "answers 401: a key is wanted" in refused(shoal, capsys, server.url)
+        assert "answers 401: a key is needed" in refused(shoal, capsys, server.url)
         key = [server.url, "--api-key", "k"]
         assert "has no model 'x'; it serves fake" in refused(shoal, capsys, *key, "--model", "x")
         assert "up to 192 tokens with their outputs, but the model takes 100" in refused(shoal, capsys, *key)

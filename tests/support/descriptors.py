@@ -1,4 +1,4 @@
-"""File descriptors as a process with many open files has them."""
+"""File descriptors with large numbers."""
 
 import contextlib
 import os
@@ -7,21 +7,21 @@ from collections.abc import Iterator
 
 import pytest
 
-_SELECT_TAKES = 1024
+_SELECT_LIMIT = 1024  # select() takes only smaller numbers
 
 
 @contextlib.contextmanager
 def many_open_files() -> Iterator[None]:
-    """Whatever is opened meanwhile has a number that select() does not take."""
+    """Open so many files that the next ones get numbers that select() does not take."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _SELECT_TAKES + 256
+    wanted = _SELECT_LIMIT + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
             pytest.skip(f"needs {wanted} file descriptors")
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     opened = [os.open(os.devnull, os.O_RDONLY)]
     try:
-        while opened[-1] < _SELECT_TAKES:
+        while opened[-1] < _SELECT_LIMIT:
             opened.append(os.dup(opened[0]))
         yield
     finally:

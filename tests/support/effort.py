@@ -1,8 +1,8 @@
-"""How much tests try: less with `scripts/test --quick`."""
+"""The effort of tests, which is less with `scripts/test --quick`."""
 
 quick = False  # set by tests/conftest.py, before any test is read
 
 
 def examples(count: int) -> int:
-    """The number of examples for hypothesis where a whole run takes `count`."""
+    """Return the number of examples for hypothesis; `count` in a full run."""
     return max(count // 10, 5) if quick else count

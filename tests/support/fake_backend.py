@@ -1,4 +1,4 @@
-"""The fake of `shoal.server.backend.Backend`: it says what it is told to, in pieces, at once or when it is let."""
+"""A fake of `shoal.server.backend.Backend`, whose answers a test scripts."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from support.fleet_status import fleet, replica
 DEMO = Path(shoal.__file__).parent / "demo_model"
 VOCAB_SIZE = 4096
 T = TypeVar("T")
-Script = Callable[[Job], Sequence[str]]  # what is said to a job, in pieces; each is cut into tokens
+Script = Callable[[Job], Sequence[str]]  # job -> the pieces of its text, each of which is made into tokens
 
 
 @cache
@@ -102,12 +102,15 @@ class FakeStream:
 
 
 class FakeBackend:
-    """A model of the bundled tokenizer that says `says(job)`, and a fleet whose status is `status()`.
+    """A backend with the bundled tokenizer, whose outputs are `says(job)`, and whose fleet has the status `status()`.
 
-    `error` ends each stream after `fail_after` pieces. With a `gate`, each piece takes a permit of it. `last_first`: a
-    prompt's outputs come in reverse, one after the other; its log-probabilities come with output 0 in any case.
-    `verbs` are answered by `ask`, beside those of a store of responses. `refusal` is raised by `scale` and `operate`;
-    what they were called with is in `scaled` and `operations`.
+    Args:
+        error: ends each stream after `fail_after` pieces.
+        gate: each piece waits for a permit of it.
+        last_first: True: the outputs of a prompt come one after the other in reverse order. Log-probabilities of the
+            prompt come with output 0 in any case.
+        verbs: are answered by `ask`, beside those of a store of responses.
+        refusal: is raised by `scale` and `operate`, which note their arguments in `scaled` and `operations`.
     """
 
     model_name = "demo"
@@ -191,7 +194,7 @@ class FakeBackend:
         return self._reader.prepare_chat(0, messages, params, **template)
 
     async def check_grammar(self, job: Job) -> None:
-        """In this process: nothing here is hostile."""
+        """Compile the grammar in this process, as tests have no hostile grammars."""
         if job.grammar:
             GrammarState.compile(job.grammar, vocabulary())
 
@@ -222,7 +225,7 @@ class FakeBackend:
         return found
 
     def logprobs(self, token: int, count: int) -> Logprobs:
-        """The token itself is second to token 5."""
+        """Return log-probabilities in which the token itself is second to token 5."""
         return {token: self._logprob(token, -1.5, 2)} | ({5: self._logprob(5, -0.5, 1)} if count and token != 5 else {})
 
     def _logprob(self, token: int, value: float, rank: int) -> Logprob:

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are characters: the simplest there is. Those below 32 are special."""
+"""A tokenizer whose tokens are characters. Those below 32 are special tokens."""
 
 from collections.abc import Sequence
 

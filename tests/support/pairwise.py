@@ -1,4 +1,4 @@
-"""Few cases that have every pair of values of any two options."""
+"""Pairwise combinations: a small set of cases in which all pairs of values of any two options occur."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,10 @@ from typing import Any
 
 
 def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Cases that cover all pairs: greedy, each case the one that covers most of what is left. Always the same.
+    """Return cases that cover all pairs, the same in every call.
 
-    (In the manner of AETG; Cohen et al., 1997.) Ties are broken by chance, so that higher products are mixed too.
+    Each case is built greedily to cover most of the pairs that are left, like AETG (Cohen et al., 1997). Ties are
+    broken at random, so that combinations of more than two options vary too.
     """
     names, chance = list(options), random.Random(0)
     left = {

@@ -1,4 +1,4 @@
-"""Plans of replicas, for tests: of a real model on a made-up host, or of no model at all."""
+"""Plans of replicas for tests: plans of a real model on a made-up host, and plans without a model."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def host(**changes: Any) -> Hardware:
-    """Two CPU cores and 20 GiB of free memory."""
+    """Return the hardware of a made-up host: two CPU cores and 20 GiB of free memory."""
     facts: dict[str, Any] = {
         "device": "cpu",
         "num_devices": 2,
@@ -31,14 +31,14 @@ def host(**changes: Any) -> Hardware:
 
 
 def facts(hardware: Hardware | None = None, **changes: Any) -> HostFacts:
-    """The facts about a made-up host, which is `host()` if no hardware is given, and has our environment."""
+    """Return the facts about a made-up host with our environment. The default hardware is `host()`."""
     return replace_fields(HostFacts("here", hardware or host(), env.cpu_kv_cache_bytes()), **changes)
 
 
 def planner_of(
     folder: Path | str, place: ReplicaPlace | None = None, hardware: Hardware | None = None, **options: Any
 ) -> Planner:
-    """The planner of a host for the model in a folder; without a place, for all replicas that the options ask for."""
+    """Return the planner of a host. Without a place, it plans all replicas that the options ask for."""
     parsed = EngineOptions.from_flat(str(folder), options)
     count = parsed.parallel.data_parallel_size
     place = place or ReplicaPlace(size=count, local_size=count)
@@ -49,7 +49,7 @@ def planner_of(
 def engine_plan(
     folder: Path | str, place: ReplicaPlace | None = None, hardware: Hardware | None = None, **options: Any
 ) -> EnginePlan:
-    """The plan of one replica of the model in a folder."""
+    """Return the plan of one replica of the model in a folder."""
     return planner_of(folder, place, hardware, **options).first_plan
 
 
@@ -57,7 +57,7 @@ SHARD = ShardPlan(0, 0, 1, (0, 1), (0, 1), (0, 1), (0,), {}, None, (1,))
 
 
 def bare_rank(rank: int = 0, **changes: Any) -> RankPlan:
-    """A rank that holds nothing."""
+    """Return the plan of a rank that holds nothing."""
     plain: dict[str, Any] = {
         "rank": rank,
         "host": "here",
@@ -77,7 +77,7 @@ def bare_rank(rank: int = 0, **changes: Any) -> RankPlan:
 
 
 def bare_plan(*ranks: RankPlan, **changes: Any) -> EnginePlan:
-    """A plan of no model; without ranks, of one that holds nothing."""
+    """Return a plan without a model. Without `ranks`, it has one rank that holds nothing."""
     plain: dict[str, Any] = {
         "name": "model",
         "place": ReplicaPlace(),
@@ -105,10 +105,10 @@ def bare_plan(*ranks: RankPlan, **changes: Any) -> EnginePlan:
 
 
 def setup_of(plan: EnginePlan, rank: int = 0) -> RankSetup:
-    """The first message to a rank of a plan."""
+    """Return the first message to a rank of a plan."""
     return RankSetup(WIRE_VERSION, 1, rank, plan)
 
 
 def with_cache(plan: EnginePlan, kv_budget: int) -> EnginePlan:
-    """The same plan with so many bytes for the KV cache of each rank."""
+    """Return the plan with another size of each rank's KV cache, in bytes."""
     return replace_fields(plan, ranks=tuple(replace_fields(rank, kv_budget=kv_budget) for rank in plan.ranks))

@@ -1,10 +1,10 @@
-"""What a test sees of processes."""
+"""Processes of the operating system, as tests see them."""
 
 from pathlib import Path
 
 
 def children(parent: int) -> list[int]:
-    """The processes that `parent` has started, by any of its threads."""
+    """Return the children of a process, started by any of its threads."""
     found = []
     for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
         try:

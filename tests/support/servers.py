@@ -1,4 +1,4 @@
-"""Real servers, as processes of their own."""
+"""Servers in processes of their own."""
 
 import os
 import re
@@ -21,7 +21,7 @@ _POLL_S = 0.05
 
 
 class ShoalServer:
-    """`shoal serve --port 0 ...` in a session of its own, ready when it is made."""
+    """A `shoal serve --port 0 ...` in a process session of its own. It is ready when this is made."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class ShoalServer:
         folder: Path | None = None,
         program: Sequence[str] = ("-m", "shoal"),
     ) -> None:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as the server runs
         self.process = subprocess.Popen(
             [*prefix, sys.executable, *program, "serve", "--port", "0", *arguments],
             stdout=subprocess.PIPE,
@@ -50,13 +50,13 @@ class ShoalServer:
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
         os.set_blocking(fd, False)
-        told, deadline = b"", time.monotonic() + _START_S
-        while not (found := re.search(rb" at (https?://\S+)\n", told)):
+        output, deadline = b"", time.monotonic() + _START_S
+        while not (found := re.search(rb" at (https?://\S+)\n", output)):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"no server came up (exit code {self.process.poll()}): {self.log()}")
+                raise AssertionError(f"the server did not start (exit code {self.process.poll()}): {self.log()}")
             time.sleep(_POLL_S)
             try:
-                told += os.read(fd, 65536)
+                output += os.read(fd, 65536)
             except BlockingIOError:
                 continue
         return found[1].decode()
@@ -73,7 +73,7 @@ class ShoalServer:
         return self.get("/v1/admin/status")
 
     def pids(self) -> set[int]:
-        """Of all processes of its session."""
+        """Return the ids of all processes of its session."""
         found = set()
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -86,7 +86,7 @@ class ShoalServer:
         return found
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = _END_S) -> int:
-        """Gives the exit code."""
+        """Send a signal, wait for the end, and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout)
 

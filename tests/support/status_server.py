@@ -1,4 +1,4 @@
-"""A server that says of itself what a test tells it to: the real routes over a made-up fleet."""
+"""A server with the real status routes and a made-up fleet, whose status a test sets."""
 
 import asyncio
 import socket
@@ -17,10 +17,10 @@ from support.fake_backend import FakeBackend
 
 
 class StatusServer:
-    """Listens on loopback, in a thread, inside `with`; `close` and `open` make it go away and come back.
+    """A server on a thread, which listens on the loopback interface within `with`, or between `open` and `close`.
 
-    `now` is asked at each reading. `key`: what must be given; `metrics`: makes the text at /metrics. `scale` is what is
-    done when replicas are asked for, and `broken` refuses to.
+    `now` returns the status. `key` is the API key; `metrics` makes the text of /metrics; `scale` is called with the
+    number of replicas that a client asks for, unless `broken` is set, with which the request is refused.
     """
 
     def __init__(self, now: Callable[[], FleetStatus]) -> None:
@@ -87,7 +87,7 @@ class StatusServer:
         @app.post("/v1/admin/replicas")
         async def scale(replicas: int = Body(embed=True)) -> dict[str, int]:
             if self.broken:
-                raise HTTPException(400, "replicas that share experts can't be added or removed")
+                raise HTTPException(400, "replicas that share experts cannot be added or removed")
             self.scale(replicas)
             return {"replicas": replicas}
 

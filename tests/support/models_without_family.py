@@ -1,4 +1,4 @@
-"""Small models that no family of ours reads, by transformers' names, with what each is here for."""
+"""Small models that no family of ours reads, by their names in transformers. Comments say what is special in each."""
 
 from pathlib import Path
 from typing import Any
@@ -7,27 +7,34 @@ from support.checkpoints import SIZES, save_model
 
 _THREE = ["sliding_attention", "full_attention", "sliding_attention"]
 
-# Without a plan.
+# Models without a tensor-parallel plan in transformers.
 ALONE: dict[str, dict[str, Any]] = {
-    "StableLm": {"use_qkv_bias": True},  # a quarter of each head is rotated; it hands its attention nothing on
+    "StableLm": {"use_qkv_bias": True},  # a quarter of each head is rotated; no further arguments reach its attention
     "HunYuanDenseV1": {"head_dim": 8},  # norms of queries and keys after the rotation
     "GPTBigCode": {"multi_query": True},  # learned positions, one KV head
 }
-# With a plan that cuts attention and MLP.
+# Models with a plan that cuts attention and MLP.
 CUT: dict[str, dict[str, Any]] = {
     "Granite": {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
-    "Cohere2": {"sliding_window": 8, "layer_types": _THREE, "logit_scale": 2.0},  # parallel, turns without halves
+    "Cohere2": {
+        "sliding_window": 8,
+        "layer_types": _THREE,
+        "logit_scale": 2.0,
+    },  # parallel layers, interleaved rotation
     "Starcoder2": {"sliding_window": 8},  # biases everywhere
-    "Exaone4": {"sliding_window": 8, "layer_types": _THREE},  # norms behind, no positions in layers without window
+    "Exaone4": {
+        "sliding_window": 8,
+        "layer_types": _THREE,
+    },  # norms after sublayers, no positions in layers without a window
     "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "VaultGemma": {"head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 5.0},  # soft caps, scaled embedding
-    "Apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},  # parameters that are one number
-    "Glm": {"head_dim": 8, "partial_rotary_factor": 0.5},  # its plan gathers in the MLP: that stays whole
+    "Apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},  # parameters with a single element
+    "Glm": {"head_dim": 8, "partial_rotary_factor": 0.5},  # its plan gathers within the MLP, which therefore is not cut
 }
-# With a plan that cuts no more than the MLP.
+# Models with a plan that cuts only the MLP.
 WHOLE_ATTENTION: dict[str, dict[str, Any]] = {
     "Olmo2": {},  # a norm over all query heads together
-    "Cohere": {"use_qk_norm": True, "logit_scale": 2.0},  # norms with a weight a head
+    "Cohere": {"use_qk_norm": True, "logit_scale": 2.0},  # norms with a weight per head
 }
 ALL = ALONE | CUT | WHOLE_ATTENTION
 
@@ -40,5 +47,5 @@ def make(name: str, **changes: Any) -> Any:
 
 
 def save(name: str, folder: Path, **changes: Any) -> Path:
-    """Writes a checkpoint of the model `name`, the same at every call."""
+    """Write a checkpoint of a model. It is the same in every call."""
     return save_model(lambda: make(name, **changes), folder)
