@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.activity import PARTS, Activity, ActivityState
-from shoal.config.engine_options import SpeculativeConfig
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.wire.base import Stop, Wire, encode
 from shoal.wire.engine import (
     EngineRequest,

@@ -7,17 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.config.engine_options import (
-    EngineOptions,
-    Option,
-    SpeculativeConfig,
-    format_bytes,
-    from_environment,
-    options,
-    parse_bytes,
-    strange_variables,
-)
+from shoal.config.engine_options import EngineOptions, from_environment, options, strange_variables
+from shoal.config.option import Option
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.errors import ConfigError
+from shoal.values import format_bytes, parse_bytes
 from support.fakes import steady
 
 HUGE = 10**5000  # too long for Python to print, and larger than every float
