@@ -7,7 +7,7 @@ import pytest
 
 from shoal.cluster.members.arrival import PEERS, PeersDoor
 from shoal.engine import process
-from shoal.engine.process import join
+from shoal.engine.process import join_lockstep
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
@@ -35,22 +35,22 @@ def plan(rendezvous: Rendezvous, number: int = 1, model: str | None = None, **ch
 
 
 def test_replicas_that_share_nothing_compare_and_part(rendezvous: Rendezvous) -> None:
-    assert join(plan(rendezvous)) is None
-    assert join(plan(rendezvous)) is None, "one that is started again meets nobody who minds"
+    assert join_lockstep(plan(rendezvous)) is None
+    assert join_lockstep(plan(rendezvous)) is None, "one that is started again meets nobody who minds"
 
 
 def test_one_that_differs_is_refused(rendezvous: Rendezvous) -> None:
     with pytest.raises(ConfigError, match=r"its --block-size is 32, that of replica 0 \(.*\) is 16"):
-        join(plan(rendezvous, block_size=32))
+        join_lockstep(plan(rendezvous, block_size=32))
 
 
 def test_replicas_that_share_experts_stay_together() -> None:
     with Rendezvous(key="key", renewing=True) as meeting:
         plans = [plan(meeting, number, "bundled:moe", enable_expert_parallel=True) for number in range(2)]
         found: list[object] = []
-        other = threading.Thread(target=lambda: found.append(join(plans[1])))
+        other = threading.Thread(target=lambda: found.append(join_lockstep(plans[1])))
         other.start()
-        lockstep = join(plans[0])
+        lockstep = join_lockstep(plans[0])
         other.join(60)
         assert lockstep is not None
         assert lockstep.formation == 0

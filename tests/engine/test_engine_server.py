@@ -9,7 +9,7 @@ import pytest
 from shoal.cluster.lockstep.local import Joined
 from shoal.engine.core import EngineCore
 from shoal.engine.scheduler.limits import SchedulerLimits
-from shoal.engine.server import answer, serve
+from shoal.engine.server import serve, serve_client
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import Stop, encode
@@ -117,7 +117,7 @@ def test_an_abort_frees_its_blocks_before_the_step_that_runs_has_ended() -> None
     engine = EngineCore(ranks, SchedulerLimits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2)
     client, theirs = Channel.pair()
     server = Channel(theirs)
-    serving = threading.Thread(target=answer, args=(server, engine, None))
+    serving = threading.Thread(target=serve_client, args=(server, engine, None))
     serving.start()
 
     def heard(kind: type[T], timeout: float = 60.0) -> T:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shoal.engine.remote_process import return_to
+from shoal.engine.remote_process import await_front_end
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import Channel
 
@@ -45,7 +45,7 @@ def supervisor() -> Iterator[tuple[Channel, Channel]]:
 
 
 def back(answers: list[Any], supervisor: Channel, engine: FakeEngine | None = None) -> Any:
-    return return_to(FakeFrontEnd(answers), supervisor, engine)  # type: ignore[arg-type]
+    return await_front_end(FakeFrontEnd(answers), supervisor, engine)  # type: ignore[arg-type]
 
 
 def test_it_is_looked_for_as_long_as_it_takes(
@@ -54,7 +54,7 @@ def test_it_is_looked_for_as_long_as_it_takes(
     engine = FakeEngine()
     assert back([EngineError("no answer")] * 50 + ["there"], supervisor[0], engine) == "there"
     assert engine.checks == 50, "its ranks are looked at meanwhile"
-    assert caplog.messages.count("the front end at 10.0.0.1:29550 is still awaited: no answer") == 50
+    assert caplog.messages.count("still waiting for the front end at 10.0.0.1:29550: no answer") == 50
     assert back([EngineError("no answer"), "there"], supervisor[0]) == "there", "nothing is loaded yet"
 
 

@@ -156,7 +156,7 @@ class Replica:
         answers, self._answers = self._answers, []
         return answers
 
-    def become(self, activity: Activity) -> None:
+    def set_activity(self, activity: Activity) -> None:
         """As of an EngineClient."""
         self._ask(SetActivity(next(self._questions), activity))
 
