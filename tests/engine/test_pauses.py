@@ -1,4 +1,4 @@
-"""An engine that pauses, sleeps and wakes up, over fake ranks: its clients' tokens are those of one that never did."""
+"""An engine over fake ranks that pauses, sleeps and wakes up gives the same tokens as one that always runs."""
 
 import pytest
 from hypothesis import settings
@@ -17,7 +17,7 @@ NO_CACHE = Activity(ActivityState.ASLEEP, 1, ("kv_cache",))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_paused_engine_launches_nothing_and_goes_on_with_the_same_tokens(depth: int) -> None:
+def test_a_paused_engine_launches_nothing_and_resumes_with_the_same_tokens(depth: int) -> None:
     engine = Engine(depth=depth)
     spec = request(1, [1, 2, 3], 9)
     engine.add(spec)
@@ -41,7 +41,7 @@ def test_requests_can_be_aborted_during_a_pause() -> None:
     engine.step()
     engine.core.set_activity(PAUSED)
     engine.abort(1)
-    assert engine.core.busy, "there is something to say"
+    assert engine.core.busy, "the last updates are still to be taken"
     engine.step()
     assert engine.outcomes.finished[1].finish is Finish.ABORT
     assert not engine.core.busy
@@ -49,7 +49,7 @@ def test_requests_can_be_aborted_during_a_pause() -> None:
     engine.drain()
 
 
-def test_a_sleeping_engine_has_no_block_in_use_and_requests_go_on_behind_what_they_have() -> None:
+def test_a_sleeping_engine_holds_no_block_and_requests_resume_with_their_tokens() -> None:
     engine = Engine()
     specs = [request(seq, [seq, 2, 3, 4, 5], 9) for seq in range(3)]
     for spec in specs:
@@ -70,7 +70,7 @@ def test_a_sleeping_engine_has_no_block_in_use_and_requests_go_on_behind_what_th
     assert {engine.outcomes.finished[spec.seq].preemptions for spec in specs} == {1}
 
 
-def test_an_engine_that_can_not_wake_up_is_as_asleep_as_before() -> None:
+def test_an_engine_that_can_not_wake_up_stays_asleep() -> None:
     engine = Engine()
     engine.core.set_activity(ASLEEP)
     engine.ranks.refuses = "model.safetensors is gone"
@@ -86,7 +86,7 @@ def test_an_engine_that_can_not_wake_up_is_as_asleep_as_before() -> None:
     assert engine.outcomes.tokens[1] == alone(spec)
 
 
-def test_a_prefix_that_was_forgotten_is_computed_again() -> None:
+def test_a_forgotten_prefix_is_computed_again() -> None:
     engine = Engine()
     prompt = list(range(8))
     engine.add(request(1, prompt, 2))
@@ -99,7 +99,7 @@ def test_a_prefix_that_was_forgotten_is_computed_again() -> None:
 
 
 @pytest.mark.parametrize("running", [False, True])
-def test_requests_that_run_survive_a_reset_and_nobody_finds_their_blocks(running: bool) -> None:
+def test_running_requests_survive_a_reset_and_their_blocks_are_not_found(running: bool) -> None:
     engine = Engine()
     spec = request(1, list(range(8)), 9)
     engine.add(spec)
@@ -116,7 +116,7 @@ def test_requests_that_run_survive_a_reset_and_nobody_finds_their_blocks(running
         assert engine.outcomes.finished[2].cached_tokens == 0
 
 
-def test_in_lockstep_one_that_is_paused_takes_part_in_the_steps_of_the_others() -> None:
+def test_a_paused_replica_takes_part_in_the_steps_of_its_lockstep() -> None:
     replicas = Replicas(2)
     replicas.add(0, request(1, [1, 2, 3], 5))
     replicas.add(1, request(2, [4, 5, 6], 5))
@@ -130,7 +130,7 @@ def test_in_lockstep_one_that_is_paused_takes_part_in_the_steps_of_the_others() 
 
 
 class Restless(RuleBasedStateMachine):
-    """Pauses and sleeps at any time, over ranks that check every plan against what they hold."""
+    """An engine that pauses and sleeps at any time, over ranks that check every plan against what they hold."""
 
     def __init__(self) -> None:
         super().__init__()
