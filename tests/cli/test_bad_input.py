@@ -497,7 +497,7 @@ def test_unreadable_prompts_file(refused: Refused, tmp_path: Path) -> None:
     has(refused("--prompts-file", tmp_path / "nowhere"), "--prompts-file", "nowhere", "can't be read", "No such file")
     has(refused("--prompts-file", tmp_path), "--prompts-file", tmp_path, "can't be read", "directory")
     (tmp_path / "latin").write_bytes(b'{"prompt": "caf\xe9"}\n')
-    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "utf-8")
+    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "UTF-8")
 
 
 @pytest.mark.parametrize(
