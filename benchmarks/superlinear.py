@@ -16,7 +16,7 @@ import click
 
 from checkpoint import make
 from measured import measure
-from shoal.bench.engine_speed import Shape
+from shoal.bench.engine_speed import BatchShape
 from shoal.launch.open_model import open_model
 from shoal.values import format_bytes
 
@@ -42,7 +42,7 @@ def main(
     plot: Path | None,
 ) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    shape = Shape(requests, input_len, output_len)
+    shape = BatchShape(requests, input_len, output_len)
     options: dict[str, Any] = {
         "max_num_seqs": requests,
         "max_num_batched_tokens": 512,

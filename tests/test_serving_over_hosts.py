@@ -307,13 +307,13 @@ def test_a_replica_that_sleeps_says_so_to_the_next_front_end() -> None:
         start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
         first = arrivals.get(timeout=280)
         first.await_ready(280)
-        first.become(AWAKE.sleep(1))
+        first.set_activity(AWAKE.sleep(1))
         first.close()  # as a front end that ends
         second = arrivals.get(timeout=280)
         stats = second.ready(280)
         assert stats is not None
         assert stats.activity == AWAKE.sleep(1)
-        second.become(AWAKE)
+        second.set_activity(AWAKE)
         assert all(rank.weight_bytes for rank in second.stats(280).ranks)
         second.dismiss()
         second.close()
@@ -408,6 +408,6 @@ def test_an_async_llm_feeds_replicas_that_are_all_elsewhere() -> None:
         answers = done.stdout.splitlines()
         assert len(answers) == 7
         assert "82" in answers[0]
-        headless.await_line("the front end has gone; requests are dropped, and the next front end is awaited")
+        headless.await_line("the front end is gone: its requests are dropped; waiting for a front end to come back")
         headless.process.send_signal(signal.SIGTERM)
         assert headless.ends() == 0, headless.text

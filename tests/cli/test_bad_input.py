@@ -498,14 +498,14 @@ def test_unreadable_prompts_file(refused: Refused, tmp_path: Path) -> None:
     has(refused("--prompts-file", tmp_path / "nowhere"), "--prompts-file", "nowhere", "can't be read", "No such file")
     has(refused("--prompts-file", tmp_path), "--prompts-file", tmp_path, "can't be read", "directory")
     (tmp_path / "latin").write_bytes(b'{"prompt": "caf\xe9"}\n')
-    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "utf-8")
+    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "UTF-8")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("p.jsonl", '{"prompt": "a"', "line 1: it is no JSON"),
-        ("p.jsonl", "\n\nhello", "line 3: it is no JSON"),
+        ("p.jsonl", '{"prompt": "a"', "line 1: it is not JSON"),
+        ("p.jsonl", "\n\nhello", "line 3: it is not JSON"),
         ("p.jsonl", '{"text": "a"}', "neither a text `prompt` nor a list `prompt_token_ids` nor `messages`"),
         ("p", '{"prompt": 7}', "`prompt` must be a text"),
         ("p.csv", "text\na\n", "no column 'prompt'"),
@@ -525,7 +525,7 @@ def test_lines_that_are_broken_fail_alone(tmp_path: Path) -> None:
     written = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
     assert [written[index].get("error") is not None for index in range(4)] == [False, True, True, False]
     broken, unknown = err.splitlines()
-    has(broken, f"error: prompt 1 ({prompts}, line 2): it is no JSON", written[1]["error"])
+    has(broken, f"error: prompt 1 ({prompts}, line 2): it is not JSON", written[1]["error"])
     has(unknown, f"error: prompt 2 ({prompts}, line 3): unknown sampling parameter 'topp'; did you mean top_p?")
 
 

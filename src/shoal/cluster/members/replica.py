@@ -167,7 +167,7 @@ class Replica:
         answers, self._answers = self._answers, []
         return answers
 
-    def become(self, activity: Activity) -> None:
+    def set_activity(self, activity: Activity) -> None:
         self._ask(SetActivity(next(self._questions), activity))
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
