@@ -46,7 +46,7 @@ ALLOWED = {
     "structured": {"transport", "wire"},
     "planner": {"models", "parallel", "devices", "wire"},
     "cluster": {"transport", "protocols", "wire"},
-    "engine": {"cluster", "executors", "planner", "devices", "text", "transport", "protocols", "wire"},
+    "engine": {"executors", "planner", "devices", "text", "transport", "protocols", "wire"},
     "executors": {"transport", "protocols", "wire", "devices"},
     "executors.inprocess": {"transport", "protocols", "wire", "devices", "worker", "comm"},
     "executors.threads": {"transport", "protocols", "wire", "devices", "worker", "comm"},

@@ -124,17 +124,17 @@ class Recorder(Protocol):
 
 
 class Lockstep(Protocol):
-    """One replica's view of replicas whose ranks exchange tensors within a step, so that all must launch every step.
+    """A replica's end of a lockstep: replicas whose ranks exchange tensors within a step all launch the same steps.
 
-    No replica decides when to stop. A replica with work launches steps, and every other one launches as many as the
-    replica that is furthest ahead. When none has work, all stop after the same number of steps.
+    Each replica launches as many steps as the replica that has launched most, if need be without work of its own. A
+    replica with work launches further steps. So when no replica has work, all rest after the same number of steps.
     """
 
     def launched(self, count: int) -> None:
-        """Tell the other replicas that this replica has launched `count` steps so far."""
+        """Tell the other replicas that this one has launched `count` steps so far."""
 
-    def due(self) -> int:
-        """Return how many steps the replica that is furthest ahead has launched. Never blocks.
+    def steps_due(self) -> int:
+        """Return how many steps this replica must have launched: the most that any replica has. Never blocks.
 
         Raises:
             EngineError: another replica has failed; the message names it.

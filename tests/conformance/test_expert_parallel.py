@@ -43,7 +43,7 @@ class LocalLockstep:
     def launched(self, count: int) -> None:
         self.counts[self.rank] = count
 
-    def due(self) -> int:
+    def steps_due(self) -> int:
         return max(self.counts)
 
 

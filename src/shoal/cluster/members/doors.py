@@ -15,9 +15,6 @@ from shoal.wire.rendezvous import Hello, JoinRefused
 
 log = get_logger("fleet")
 
-FRONT_END = "front end"  # the names of the doors, as the room in a Hello
-PEERS = "peers"
-
 _NAMED = 8  # replicas that an error names
 
 MakePlan = Callable[[int, int, HostReport], EnginePlan]
