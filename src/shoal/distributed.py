@@ -24,7 +24,7 @@ from torch import Tensor
 from shoal.addresses import resolved
 from shoal.comm.base import Communicator
 from shoal.comm.local import LocalComm
-from shoal.comm.torch_dist import TorchComm
+from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import ConfigError
 
 _c10d: Any = torch.distributed  # its bindings carry no usable types

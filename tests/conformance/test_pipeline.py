@@ -115,7 +115,7 @@ def test_one_after_the_other(checkpoint: Checkpoint) -> None:
                 assert_same(folder, [prompt], run(llm, [prompt], steps))
         stats = llm.stats()
     sent, read = (
-        next(each.count for each in rank.traffic if (each.axis, each.operation) == ("back", operation))
+        next(each.count for each in rank.traffic if (each.axis, each.operation) == ("token_return", operation))
         for rank, operation in ((stats.ranks[1], "send"), (stats.ranks[0], "recv"))
     )
     assert 0 <= sent - read <= 3  # the plans in flight, at most
@@ -256,9 +256,9 @@ def test_two_sums_a_layer_and_one_send_a_boundary(checkpoint: Checkpoint, monkey
         assert (
             set(counts) - {("tp", "all_reduce"), ("pp", "send"), ("pp", "recv")}
             == {
-                0: {("back", "recv")},
+                0: {("token_return", "recv")},
                 1: set(),
-                2: {("back", "send"), ("tp", "all_gather")},  # what is drawn
+                2: {("token_return", "send"), ("tp", "all_gather")},  # what is drawn
             }[stage]
         )
     sent = [{each.operation: each.sent_bytes for each in rank.traffic if each.axis == "pp"} for rank in after.ranks]

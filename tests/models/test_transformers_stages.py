@@ -11,7 +11,7 @@ from shoal.models.spec import AttentionSpec, NormSpec
 from shoal.models.transformers.cut_plan import stage_of
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.stages import NotSplittable, ResidualStream, StageProbe, stand_ins
-from shoal.parallel.stages import stages
+from shoal.parallel.stages import make_stages
 
 LAYERS, HIDDEN, TOKENS = 3, 8, 5
 SPEC = FallbackSpec(
@@ -116,7 +116,7 @@ def test_all_stages_together_compute_the_same_as_the_module(cut: tuple[int, ...]
     tokens, positions = inputs()
     expected = model_of(in_tuple=in_tuple).get_submodule("model")(tokens, positions)
     found = None
-    for stage in stages(cut):
+    for stage in make_stages(cut):
         model, stream = model_of(in_tuple=in_tuple), ResidualStream(found)
         for path, module in stand_ins(spec, model, stage, stream).items():
             parent, _, name = path.rpartition(".")

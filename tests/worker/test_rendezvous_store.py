@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from shoal.comm.torch_dist import TorchComm
+from shoal.comm.torch_distributed import TorchComm
 from shoal.errors import CommError, CommTimeout, ConfigError
 from shoal.transport.rendezvous import Rendezvous
 from shoal.worker.rendezvous_store import RendezvousStore

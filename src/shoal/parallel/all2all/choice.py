@@ -1,22 +1,24 @@
-"""What the backends send, and which one a layout takes. Free of torch."""
+"""The choice of a dispatch backend by the bytes that each would send. This module is free of torch."""
 
 import math
 from dataclasses import dataclass
 
 from shoal.config.engine_options import format_bytes
 
-_WORTHWHILE = 0.75  # of the bytes; between processes of one host both take about as long then
+# `all_to_all` is chosen if it sends at most this part of the other backend's bytes. At this ratio both take about the
+# same time between processes of one host.
+_WORTHWHILE = 0.75
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
-    """A layer's experts on the ranks of several replicas. `held`: how many of them each rank holds."""
+class ExpertExchange:
+    """The sizes that decide how many bytes a layer's dispatch sends."""
 
-    held: tuple[int, ...]
-    top_k: int  # experts of a token
+    held: tuple[int, ...]  # how many experts each rank holds
+    top_k: int  # experts per token
     hidden: int
-    item_bytes: int  # of an activation
-    tp: int = 1  # ranks of a replica's stage
+    item_bytes: int  # bytes of one element of the hidden state
+    tp: int = 1  # ranks of one stage of a replica
 
     @property
     def ranks(self) -> int:
@@ -24,27 +26,32 @@ class Exchange:
 
     @property
     def row_bytes(self) -> int:
-        """Of a token's hidden state."""
+        """The bytes of a token's hidden state."""
         return self.hidden * self.item_bytes
 
     @property
     def routing_bytes(self) -> int:
-        """Of its experts' numbers and weights, which go with it."""
+        """The bytes of a token's expert numbers and weights, which are sent with it."""
         return 8 * self.top_k
 
     @property
     def remote_ranks(self) -> float:
-        """Other ranks that hold one of a token's experts: expected, with every choice of experts equally likely and the
-        token on any rank."""
+        """The expected number of other ranks that hold one of a token's experts.
+
+        All choices of experts are taken as equally likely, and the token may be on any rank.
+        """
         experts = sum(self.held)
         choices = math.comb(experts, self.top_k)
         reached = sum(1 - math.comb(experts - held, self.top_k) / choices for held in self.held)
         return reached * (1 - 1 / self.ranks)
 
 
-def bytes_per_token(exchange: Exchange) -> dict[str, float]:
-    """What all ranks together send for one token in one layer, by backend: to its experts, back, and the sum to the
-    replica's other ranks. Ahead of a layer's tokens `all_to_all` sends 8 bytes more from each rank to each other."""
+def bytes_per_token(exchange: ExpertExchange) -> dict[str, float]:
+    """Return, by backend, the bytes that all ranks together send for one token in one layer.
+
+    They are the token to its experts, the results back, and the sum to the replica's other ranks. `all_to_all` also
+    sends counts, 8 bytes from each rank to each other rank per layer, which are not included.
+    """
     there_and_back = 2 * exchange.row_bytes + exchange.routing_bytes
     to_own_replica = (exchange.tp - 1) * exchange.row_bytes
     return {
@@ -53,11 +60,10 @@ def bytes_per_token(exchange: Exchange) -> dict[str, float]:
     }
 
 
-def choose(exchange: Exchange) -> tuple[str, str]:
-    """The backend for a layout, and why, in one line.
+def choose_backend(exchange: ExpertExchange) -> tuple[str, str]:
+    """Return the backend for a layout, and the reason in one line.
 
-    Sending each token only where it has to go is worth it where that is clearly less: counts go first, so that every
-    layer waits for other ranks once more.
+    `all_to_all` must send clearly fewer bytes to be chosen, because it also exchanges counts: one more wait a layer.
     """
     sent = bytes_per_token(exchange)
     everywhere, needed = sent["allgather_reducescatter"], sent["all_to_all"]
