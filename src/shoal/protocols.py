@@ -1,4 +1,4 @@
-"""The seams of the engine, without implementations."""
+"""The interfaces around the engine, without implementations."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,59 +11,59 @@ from shoal.wire.ranks import StepMask, StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """Starts ranks and carries messages. A fake is a few lines; see tests/support/fakes.py."""
+    """Starts the ranks, and carries messages between engine and ranks. tests/support/fakes.py has a short fake."""
 
-    num_blocks: int  # KV blocks that every rank holds, agreed on at start
-    start_times: dict[str, float]  # seconds a start phase took
+    num_blocks: int  # the number of KV blocks of every rank, which the ranks agree on at the start
+    start_times: dict[str, float]  # the seconds of each phase of the start
 
     def launch(self, plan: StepPlan) -> None:
-        """Hands a plan to every rank, in the order of the calls. Never blocks.
+        """Send a step plan to every rank, in the order of the calls. Never blocks.
 
         Raises:
             EngineError: a rank has failed.
         """
 
     def mask(self, mask: StepMask) -> None:
-        """Hands out the mask of the plan that was launched last. Never blocks.
+        """Send the mask of the step plan that was launched last. Never blocks.
 
         Raises:
             EngineError: a rank has failed.
         """
 
     def poll(self, timeout: float) -> list[StepResult]:
-        """Results that have arrived, waiting up to `timeout` seconds for the first; [] when there was none.
+        """Return the results that have arrived, after a wait of up to `timeout` seconds for the first.
 
         Raises:
-            EngineError: a rank died, stood still or reported an error.
+            EngineError: a rank has died, hangs or has reported an error.
         """
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
-        """Has every rank do `verb` after all plans launched so far. One answer a rank, by rank."""
+        """Have every rank execute `verb` after all step plans launched so far. Return the answers by rank."""
 
     def close(self) -> None:
-        """Ends every rank. Idempotent, never raises."""
+        """End all ranks. Never raises; may be called again."""
 
 
 class Grammars(Protocol):
-    """Follows outputs that must obey a grammar. Nothing blocks but `poll`."""
+    """Follows outputs that must obey a grammar. Only `poll` blocks."""
 
-    words: int  # 32-bit words in a row of a mask
+    words: int  # the number of 32-bit words in a row of a mask
 
     def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
-        """Begins to follow an output, whose tokens so far are given. A Verdict comes in any case."""
+        """Start to follow an output, given its tokens so far. A Verdict comes in any case."""
 
     def ask(self, asks: Sequence[GrammarAsk]) -> None:
-        """Tells of new tokens. A Verdict comes for each output that is followed."""
+        """Pass on new tokens. A Verdict comes for each output that is followed."""
 
     def forget(self, seqs: Sequence[int]) -> None:
-        """Idempotent in every state."""
+        """Stop to follow these sequences, if they are followed."""
 
     @property
     def pending(self) -> bool:
-        """Is a Verdict on its way?"""
+        """True if a Verdict has been asked for and has not come."""
 
     def poll(self, timeout: float) -> list[Verdict]:
-        """The verdicts that have come, waiting up to `timeout` seconds for the first."""
+        """Return the verdicts that have come, after a wait of up to `timeout` seconds for the first."""
 
     def close(self) -> None: ...
 
@@ -72,16 +72,16 @@ class EngineClient(Protocol):
     """One engine, in this process or in another."""
 
     def add(self, request: EngineRequest) -> None:
-        """Takes a request over. Every request ends in an update with `finish` set, or the engine fails."""
+        """Add a request. Its last update has `finish` set, unless the engine fails."""
 
     def abort(self, seqs: Sequence[int]) -> None:
-        """Idempotent in every state, unknown sequences included."""
+        """End these sequences. Unknown and ended ones are ignored."""
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
-        """What has happened, waiting up to `timeout` seconds.
+        """Return the updates since the last call, after a wait of up to `timeout` seconds for the first.
 
         Raises:
-            EngineError: the engine failed; nothing more will come.
+            EngineError: the engine has failed, and no more updates will come.
         """
 
     def stats(self) -> EngineStats: ...
@@ -90,58 +90,58 @@ class EngineClient(Protocol):
 
 
 class Engine(EngineClient, Protocol):
-    """A client that may also say what the engine is at."""
+    """An engine whose activity and prefix cache its client may change, too."""
 
     def become(self, activity: Activity) -> None:
-        """Pauses, goes on, gives memory back or takes it again, and waits until that is done.
+        """Change the activity: pause, resume, free memory or allocate it again. Returns when that is done.
 
         Raises:
-            UserError: it can't; it is as before.
-            EngineError: the engine failed.
+            UserError: the change is not possible, and nothing has changed.
+            EngineError: the engine has failed.
         """
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
-        """No block is found by its prefix any more. `running`: requests that run compute theirs again, too."""
+        """Empty the prefix cache. With `running`, running requests are preempted and compute their blocks again."""
 
 
 class Recorder(Protocol):
-    """Is told of every request's way, for metrics. Calls come from one thread."""
+    """Records the events in the life of each request, for metrics. All calls come from one thread."""
 
     def added(self, request: EngineRequest) -> None:
-        """`request.arrival` is when it came."""
+        """Record a new request, which came at `request.arrival`."""
 
     def dealt(self, seq: int, replica: int) -> None:
-        """A replica has it now; after a failure another one, or the same again."""
+        """Record that a replica has got the request. After a failure this happens again."""
 
     def updated(self, replica: int, update: SeqUpdate) -> None:
-        """What its client is given; with `finish` it is the last."""
+        """Record an update that the client gets. The last one has `finish` set."""
 
     def stopped(self, seq: int) -> None:
-        """Its output has reached a stop text. What still comes is its end, as that of an aborted one."""
+        """Record that the output has reached a stop text. Its last update will be that of an aborted request."""
 
     def ended(self, update: SeqUpdate) -> None:
-        """It has ended without a replica's doing: refused, aborted, given up."""
+        """Record that the request was refused, aborted or given up before a replica ended it."""
 
 
 class Lockstep(Protocol):
-    """Replicas whose ranks exchange tensors within a step: every one launches every step, with or without work.
+    """Replicas whose ranks exchange tensors within a step, so that all of them launch every step, even without work.
 
-    Nobody decides who stops: each launches as many steps as the one that is furthest ahead, and whoever has work goes
-    ahead. So without work all rest, with the same number of steps behind them.
+    Each replica launches as many steps as the one that is furthest ahead, and a replica with work goes ahead. So when
+    no replica has work, all are idle after the same number of steps.
     """
 
     def launched(self, count: int) -> None:
-        """Tells the others that this replica has launched `count` steps so far."""
+        """Tell the other replicas that this one has launched `count` steps so far."""
 
     def due(self) -> int:
-        """Steps that the replica furthest ahead has launched. Never blocks.
+        """Return how many steps the replica that is furthest ahead has launched. Never blocks.
 
         Raises:
-            EngineError: another replica has failed; it is named.
+            EngineError: another replica has failed; the error names it.
         """
 
 
 class Policy(Protocol):
-    """The order of requests: the one with the lowest key is served first, the one with the highest is preempted."""
+    """The order of requests: the request with the lowest key is served first, and the highest is preempted first."""
 
     def sort_key(self, request: EngineRequest, arrival: int) -> tuple[int, ...]: ...

@@ -1,4 +1,4 @@
-"""Showing values in messages, suggesting names, and reading the numbers that people write. Free of torch."""
+"""Helpers for values from users: show them in messages, suggest similar names, parse numbers. Free of torch."""
 
 import difflib
 import math
@@ -10,7 +10,7 @@ _SHOWN = 200  # characters of a wrong value
 
 
 def shown(value: object) -> str:
-    """A wrong value in an error, however long it is."""
+    """Return the text that shows a wrong value in an error: its repr, shortened if it is long."""
     try:
         text = repr(value) if _is_short(value) else _shortened.repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -19,7 +19,7 @@ def shown(value: object) -> str:
 
 
 def _is_short(value: object) -> bool:
-    """Spelling it out takes no time to speak of."""
+    """Tell whether the repr of a value is fast to compute."""
     pending, left = [value], 10_000
     while pending and left > 0:
         each = pending.pop()
@@ -31,15 +31,15 @@ def _is_short(value: object) -> bool:
     return left > 0
 
 
-_LIKENESS = 0.75  # from 0 to 1; at difflib's own 0.6 words come up that have nothing to do with each other
-_SHORTEST_START = 4
+_MIN_SIMILARITY = 0.75  # from 0 to 1; with difflib's own 0.6 unrelated words would be suggested
+_MIN_PREFIX = 4
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that someone who wrote `name` may have meant; None if there is none like it."""
+    """Return the known name that is most similar to `name`, or None if no name is similar."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, 1, _LIKENESS)
-    if not near and len(name) >= _SHORTEST_START:
+    near = difflib.get_close_matches(name, names, 1, _MIN_SIMILARITY)
+    if not near and len(name) >= _MIN_PREFIX:
         near = [each for each in names if each.startswith(name)]
     return near[0] if near else None
 
@@ -49,8 +49,11 @@ _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def whole_number(text: str, *, canonical: bool = False) -> int | None:
-    """The integer that a text writes in digits; None if it writes none. Python's own `int` would also take "1_0", " 5"
-    and the digits of any script. `canonical`: as JSON writes integers, which leaves "+5" and "05" out too."""
+    """Parse an integer in decimal digits; None if the text is no integer.
+
+    Unlike Python's `int` this refuses "1_0", " 5" and digits of other scripts. `canonical`: as in JSON, which refuses
+    "+5" and "05" too.
+    """
     if not _DIGITS.fullmatch(text):
         return None
     number = int(text)
@@ -58,11 +61,11 @@ def whole_number(text: str, *, canonical: bool = False) -> int | None:
 
 
 def decimal_number(text: str) -> float | None:
-    """As `whole_number`, for a number with or without a point: never infinite, and never no number."""
+    """Parse a finite number with or without a decimal point; None if the text is none. See `whole_number`."""
     number = float(text) if _DECIMAL.fullmatch(text) else math.inf
     return number if math.isfinite(number) else None
 
 
 _shortened = reprlib.Repr()
 _shortened.maxlist = _shortened.maxdict = _shortened.maxtuple = _SHOWN
-_shortened.maxstring = 2 * _SHOWN + 10  # what is left out is in the middle, behind what is shown
+_shortened.maxstring = 2 * _SHOWN + 10  # so that the omitted middle begins after the characters that are shown

@@ -32,8 +32,8 @@ def test_who_is_behind_is_woken_until_it_has_listened() -> None:
     a.launched(1)
     assert readable(b)
     assert not readable(a)
-    b.quiet()
-    b.quiet()
+    b.clear()
+    b.clear()
     assert not readable(b)
     b.launched(1)
     assert not readable(a), "it is there already"
@@ -50,8 +50,8 @@ def test_a_process_may_have_many_files_open() -> None:
     poller.register(b.fileno(), select.POLLIN)
     a.launched(1)
     assert poller.poll(0)
-    b.quiet()
-    b.quiet()
+    b.clear()
+    b.clear()
     assert not poller.poll(0)
     for each in (a, b):
         each.close()
@@ -91,7 +91,7 @@ def test_idle_ones_follow_whoever_has_work_and_all_rest_at_the_same_step() -> No
             if counts[number] == max(work):
                 return
             assert select.select([mine], [], [], 60)[0], "nobody wakes it"
-            mine.quiet()
+            mine.clear()
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(places))]
     for thread in threads:

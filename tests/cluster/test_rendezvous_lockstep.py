@@ -72,7 +72,7 @@ def await_due(replica: RendezvousLockstep, count: int) -> None:
         if replica.due() == count:
             return
         assert wait([replica], 60)  # type: ignore[list-item]
-        replica.quiet()
+        replica.clear()
     raise AssertionError(f"due stays at {replica.due()}, not {count}")
 
 
@@ -85,7 +85,7 @@ def test_the_furthest_ahead_counts(replicas: list[RendezvousLockstep]) -> None:
 
 
 def test_it_wakes_whoever_waits(replicas: list[RendezvousLockstep]) -> None:
-    replicas[0].quiet()
+    replicas[0].clear()
     assert not wait([replicas[0]], 0)  # type: ignore[list-item]
     timer = threading.Timer(0.05, lambda: replicas[1].launched(7))
     timer.start()
@@ -114,7 +114,7 @@ def test_whoever_leaves_is_missed_by_those_that_have_work(replicas: list[Rendezv
     while 2 not in replicas[0].gone() or 2 not in replicas[1].gone():
         assert wait([replicas[0], replicas[1]], 60)  # type: ignore[list-item]
         for each in replicas[:2]:
-            each.quiet()
+            each.clear()
     assert [each.due() for each in replicas[:2]] == [1, 1], "at rest nobody minds"
     replicas[0].launched(2)
     await_end(replicas[0], r"^replica 2 \(.*\) ended while this one has work$")

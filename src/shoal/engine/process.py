@@ -60,7 +60,7 @@ def start(plan: EnginePlan, lockstep: Joined | None) -> EngineCore:
         place = replace_fields(plan.place, address=lockstep.host_address, meeting=lockstep.formation)
         plan = replace_fields(plan, place=place)
     engine = build_engine(plan, own_process=True, lockstep=lockstep)
-    garbage_collector.settle()
+    garbage_collector.freeze()
     return engine
 
 

@@ -101,7 +101,7 @@ def answer(channel: Channel, engine: EngineCore, lockstep: Joined | None, superv
                     return
                 _handle(channel, engine, message)
         if lockstep is not None:
-            lockstep.quiet()
+            lockstep.clear()
         if engine.busy and (updates := engine.updates(_POLL_S)):
             channel.send(encode(Updates(tuple(updates))))
 

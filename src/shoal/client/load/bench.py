@@ -42,7 +42,7 @@ def measure(settings: LoadSettings) -> dict[str, Any]:
     entries = [] if settings.request_log_in is None else read_log(settings.request_log_in)
     if settings.chat and any(isinstance(entry.prompt, list) for entry in entries):
         raise ConfigError(f"--request-log-in {settings.request_log_in} has token ids, which no chat takes")
-    open_files.allow()
+    open_files.raise_limit()
     return asyncio.run(_measure(settings, entries))
 
 

@@ -16,7 +16,7 @@ class Joined(Lockstep, Protocol):
 
     def fileno(self) -> int: ...
 
-    def quiet(self) -> None:
+    def clear(self) -> None:
         """Not readable until something new comes."""
 
     def close(self, why: str = "") -> None:
@@ -55,7 +55,7 @@ class LocalLockstep:
         waker = self._shared.wakers[self._number]
         return -1 if waker is None else waker
 
-    def quiet(self) -> None:
+    def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fileno())
 

@@ -116,9 +116,9 @@ class RendezvousLockstep:
     def fileno(self) -> int:
         return self._member.fileno()
 
-    def quiet(self) -> None:
+    def clear(self) -> None:
         """Not readable until something new comes."""
-        self._member.quiet()
+        self._member.clear()
 
     def close(self, why: str = "") -> None:
         """`why`: the failure that the others are told of."""

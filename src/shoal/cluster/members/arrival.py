@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from shoal.cluster.members.replica import Replica
 from shoal.transport.channel import Channel, ChannelClosed, wait
-from shoal.transport.rendezvous import difference
+from shoal.transport.rendezvous import describe_difference
 from shoal.wire.engine import SeqUpdate
 from shoal.wire.rendezvous import Hello, JoinRefused
 
@@ -15,7 +15,7 @@ FRONT_END = "front end"  # what the doors are called in a Hello
 PEERS = "peers"
 
 _LARGEST_TOKEN = 2**31 - 1
-_LONGEST = 1 << 30  # bytes of a frame that is taken
+_MAX_FRAME_BYTES = 1 << 30
 
 
 class _OtherHost:
@@ -23,7 +23,7 @@ class _OtherHost:
     connection can be ended."""
 
     def __init__(self, channel: Channel) -> None:
-        channel.longest = _LONGEST
+        channel.max_frame_bytes = _MAX_FRAME_BYTES
         self.channel = channel
         self.gone = False
         self._asked = False  # to end
@@ -31,7 +31,7 @@ class _OtherHost:
     def stopped(self) -> bool:
         return False  # its own supervisor looks after that
 
-    def death(self, patience: float = 1.0) -> str:
+    def describe_exit(self, patience: float = 1.0) -> str:
         return "ended, or lost its connection"
 
     def say(self, goodbye: bytes) -> None:
@@ -128,7 +128,7 @@ class FleetDoor:
                 "--data-parallel-size-local"
             )
         told = {name: value for name, value in hello.agreement.items() if name not in self._uncompared}
-        why = difference(told, self._agreement, self._whose)
+        why = describe_difference(told, self._agreement, self._whose)
         if why:
             return JoinRefused(why)
         there = self._present.get(hello.rank)
@@ -155,7 +155,7 @@ class PeersDoor:
     def objection(self, hello: Hello) -> JoinRefused | None:
         if hello.size != self._size:
             return JoinRefused(f"it counts {hello.size} replicas, {self._whose} counts {self._size}")
-        why = difference(hello.agreement, self._agreement, self._whose)
+        why = describe_difference(hello.agreement, self._agreement, self._whose)
         return JoinRefused(why) if why else None
 
     def enter(self, hello: Hello, channel: Channel) -> None:

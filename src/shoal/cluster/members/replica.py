@@ -44,7 +44,7 @@ class EngineHost(Protocol):
 
     def stopped(self) -> bool: ...
 
-    def death(self, patience: float = ...) -> str: ...
+    def describe_exit(self, patience: float = ...) -> str: ...
 
     def say(self, goodbye: bytes) -> None: ...
 
@@ -252,7 +252,7 @@ class Replica:
             frames = self._host.channel.receive()
             messages = [from_engine.decode(frame) for frame in frames]
         except ChannelClosed:
-            self._fail(f"{self.name} {self._host.death(self._patience)}")
+            self._fail(f"{self.name} {self._host.describe_exit(self._patience)}")
         except WireError as error:
             self._fail(f"{self.name} says what nobody understands: {error}")
         for message in messages:
@@ -275,7 +275,7 @@ class Replica:
             self._host.channel.send(frame)
         except ChannelClosed:
             self._receive(0)  # its last words, if it had any
-            self._fail(f"{self.name} {self._host.death(self._patience)}")
+            self._fail(f"{self.name} {self._host.describe_exit(self._patience)}")
 
     def _fail(self, message: str, *, reported: bool = False, user_error: bool = False) -> NoReturn:
         self._failure = EngineError(message)
