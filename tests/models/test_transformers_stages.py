@@ -92,7 +92,7 @@ def watched(model: nn.Module) -> FallbackSpec:
 
 
 @pytest.mark.parametrize("in_tuple", [False, True])
-def test_the_places_where_a_module_can_be_cut_are_found_by_watching_a_run(*, in_tuple: bool) -> None:
+def test_the_cut_points_of_a_module_are_found_by_observing_a_run(*, in_tuple: bool) -> None:
     spec = watched(model_of(in_tuple=in_tuple))
     assert (spec.layers, spec.layers_give_tuples) == ("model.layers", in_tuple)
     assert spec.modules_before == (("model.tokens", HIDDEN), ("model.positions", HIDDEN), ("model.norm_in", HIDDEN))
