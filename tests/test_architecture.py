@@ -75,7 +75,7 @@ TORCH_FREE = [
     "shoal.models.checkpoint.checkpoint", "shoal.models.checkpoint.stored_file", "shoal.models.checkpoint.pickled",
     "shoal.models.transformers.fallback_spec",
     "shoal.models.transformers.read_spec", "shoal.parallel.topology", "shoal.parallel.partition",
-    "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",
+    "shoal.parallel.stages", "shoal.parallel.expert_placement", "shoal.parallel.all2all.choice",
 ]  # fmt: skip
 
 # What `load` may bring in, beside what follows from the table above.

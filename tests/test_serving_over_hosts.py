@@ -243,7 +243,7 @@ def front_end() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("arguments", "key", "message"),
     [
-        (["-dp", "2"], "another key", "the shared key is another one: set SHOAL_CLUSTER_KEY"),
+        (["-dp", "2"], "another key", "the shared key differs: set SHOAL_CLUSTER_KEY"),
         (["-dp", "2", "bundled:moe"], KEY, r"its config.json is \w+, that of the front end \(.*\) is \w+"),
         (["-dp", "2", "--block-size", "32"], KEY, "its --block-size is 32, that of the front end .* is 16"),
         (["-dp", "3"], KEY, "it counts 3 replicas, the front end .* counts 2"),

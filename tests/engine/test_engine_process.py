@@ -46,7 +46,7 @@ def test_a_replica_with_other_options_is_refused(rendezvous: Rendezvous) -> None
 
 
 def test_replicas_that_share_experts_stay_connected() -> None:
-    with Rendezvous(key="key", renewing=True) as meeting:
+    with Rendezvous(key="key", reopen_rooms=True) as meeting:
         plans = [plan(meeting, number, "bundled:moe", enable_expert_parallel=True) for number in range(2)]
         found: list[object] = []
         other = threading.Thread(target=lambda: found.append(join_lockstep(plans[1])))

@@ -42,7 +42,7 @@ class Peers:
     def fileno(self) -> int:
         raise NotImplementedError
 
-    def clear_signal(self) -> None:
+    def clear(self) -> None:
         raise NotImplementedError
 
     def close(self, why: str = "") -> None:

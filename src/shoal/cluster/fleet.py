@@ -321,4 +321,4 @@ class Fleet:
         channels: list[Any] = [member.channel for member in (*replicas, *self._supervisor.starting())]
         channels += [self._waker, *(source for source in self._sources if source.fileno() >= 0)]
         wait(channels, timeout)
-        self._waker.quiet()
+        self._waker.clear()

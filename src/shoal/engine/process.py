@@ -67,7 +67,7 @@ def start_engine(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCor
         place = replace_fields(plan.place, address=lockstep.host_address, meeting=lockstep.formation)
         plan = replace_fields(plan, place=place)
     engine = build_engine(plan, own_process=True, lockstep=lockstep)
-    garbage_collector.settle()
+    garbage_collector.freeze()
     return engine
 
 

@@ -117,7 +117,7 @@ def serve_client(
                     return
                 _handle_message(channel, engine, message)
         if lockstep is not None:
-            lockstep.clear_signal()
+            lockstep.clear()
         if engine.busy and (updates := engine.updates(_POLL_S)):
             channel.send(encode(Updates(tuple(updates))))
 

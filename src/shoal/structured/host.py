@@ -65,7 +65,7 @@ class GrammarHost:
         """Serve requests until told to stop or until the other end is closed; return an exit code."""
         try:
             vocabulary = make_vocabulary()
-            garbage_collector.settle()  # otherwise the collector would write to memory pages that forks share
+            garbage_collector.freeze()  # otherwise the collector would write to memory pages that forks share
             self._channel.send(encode(GrammarHostReady()))
             while self._handle_events(vocabulary):
                 pass

@@ -179,7 +179,7 @@ class GrammarPool:
         try:
             frames = host.channel.receive()
         except ChannelClosed:
-            self._lose_host(f"the process that compiles grammars {host.death()}")
+            self._lose_host(f"the process that compiles grammars {host.describe_exit()}")
             return
         for frame in frames:
             match from_grammar_host.decode(frame):

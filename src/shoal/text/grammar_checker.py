@@ -115,7 +115,7 @@ class GrammarChecker:
         number = 0
         try:
             while True:
-                waker.quiet()
+                waker.clear()
                 if self._closed:  # checked after `quiet`, else the wake-up of `close` could be lost
                     return
                 with self._lock:

@@ -259,7 +259,7 @@ class BoundedProtocol(HttpToolsProtocol):
 def protocol_with(limits: RequestLimits) -> type[BoundedProtocol]:
     """Return a class for `uvicorn.Config(http=...)`. It takes no more connections than the process may have open
     files."""
-    files = open_files.allow()
+    files = open_files.raise_limit()
     room = max(files - _OTHER_FILES, files // 2)
     limits = dataclasses.replace(limits, connections=min(limits.connections, room))
     return type("Protocol", (BoundedProtocol,), {"limits": limits, "idle": {}, "fresh": {}})
