@@ -27,7 +27,7 @@ ALLOWED = {
     "server": {"llm", "openai", "launch", "text", "structured", "cluster", "transport", "protocols", "wire"},
     "client": set(),
     "jobs": {"openai", "text"},
-    "openai": {"text"},
+    "openai": {"text", "structured"},
     "bench": {"launch", "engine", "planner", "devices", "worker", "transport", "protocols", "wire"},
     "llm": {"launch", "cluster", "engine", "planner", "text", "transport", "protocols", "wire"},
     "launch": {

@@ -44,21 +44,21 @@ class StructuredOutputsParams:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "strict"}
         given = [name for name, value in values.items() if value is not None and value is not False]
         if len(given) != 1:
-            raise RequestError(
-                f"structured_outputs takes exactly one of {', '.join(values)}, got {', '.join(given) or 'none'}"
+            raise RequestError.about(
+                "structured_outputs", f"takes exactly one of {', '.join(values)}, got {', '.join(given) or 'none'}"
             )
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise RequestError(f"structured_outputs.{name} must be a text, got {shown(value)}")
+                raise _structured_error(name, f"must be a text, got {shown(value)}")
         if self.json is not None and not isinstance(self.json, str | Mapping):
-            raise RequestError(f"structured_outputs.json must be a JSON schema, got {shown(self.json)}")
+            raise _structured_error("json", f"must be a JSON schema, got {shown(self.json)}")
         if self.choice is not None:
-            object.__setattr__(self, "choice", _texts("structured_outputs.choice", self.choice))
+            object.__setattr__(self, "choice", _texts("structured_outputs", self.choice, "structured_outputs.choice"))
         if self.json_object is not None and not isinstance(self.json_object, bool):
-            raise RequestError(f"structured_outputs.json_object must be true or false, got {shown(self.json_object)}")
+            raise _structured_error("json_object", f"must be true or false, got {shown(self.json_object)}")
         if not isinstance(self.strict, bool):
-            raise RequestError(f"structured_outputs.strict must be true or false, got {shown(self.strict)}")
+            raise _structured_error("strict", f"must be true or false, got {shown(self.strict)}")
 
 
 _LARGEST = sys.float_info.max
@@ -75,8 +75,11 @@ class _Range:
     also: tuple[int, ...] = ()
     note: str = ""
 
-    def read(self, name: str, value: object) -> float:
+    def read(self, name: str, value: object, subject: str | None = None) -> float:
         """The value in the range's own type: as an integer, 10^30 fits into a float and into no message.
+
+        Args:
+            subject: what the value is called in an error, if it is a part of the parameter `name`.
 
         Raises:
             RequestError: it is outside of the range, or no number.
@@ -85,10 +88,10 @@ class _Range:
         wanted = int if self.integer else int | float
         # An integer may be larger than every finite number, and too long to be printed.
         if isinstance(value, bool) or not isinstance(value, wanted) or not (self.integer or abs(value) <= _LARGEST):
-            raise RequestError(f"{name} must be {kind} {self}, got {shown(value)}")
+            raise RequestError.about(name, f"must be {kind} {self}, got {shown(value)}", subject=subject)
         inside = (value > self.low if self.above_low else value >= self.low) and value <= self.high
         if not inside and value not in self.also:
-            raise RequestError(f"{name} must be {self}, got {shown(value)}")
+            raise RequestError.about(name, f"must be {self}, got {shown(value)}", subject=subject)
         return value if self.integer else float(value)
 
     def __str__(self) -> str:
@@ -169,7 +172,7 @@ class SamplingParams:
                 self._set(name, allowed.read(name, value))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+                raise RequestError.about(name, f"must be true or false, got {shown(getattr(self, name))}")
         self._set("seed", None if self.seed == -1 else self.seed)
         self._set("stop", _texts("stop", [self.stop] if isinstance(self.stop, str) else self.stop))
         self._set("bad_words", _texts("bad_words", self.bad_words))
@@ -177,7 +180,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
-                raise RequestError("allowed_token_ids must hold at least one id, or be None for all")
+                raise RequestError.about("allowed_token_ids", "must hold at least one id, or be None for all")
         if self.logit_bias is not None:
             self._set("logit_bias", _bias(self.logit_bias))
         self._check_together()
@@ -185,14 +188,15 @@ class SamplingParams:
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             most = shown(self.max_tokens)
-            raise RequestError(f"min_tokens must be at most max_tokens, {most}, got {shown(self.min_tokens)}")
+            raise RequestError.about("min_tokens", f"must be at most max_tokens, {most}, got {shown(self.min_tokens)}")
         if self.n > 1 and self.temperature == 0:
-            raise RequestError(f"n must be 1 where temperature is 0, got {self.n}: greedy outputs are all the same")
+            why = f"must be 1 where temperature is 0, got {self.n}: greedy outputs are all the same"
+            raise RequestError.about("n", why)
         if self.stop and not self.detokenize:
-            raise RequestError("stop takes texts, which detokenize=False does not make: use stop_token_ids")
+            raise RequestError.about("stop", "takes texts, which detokenize=False does not make: use stop_token_ids")
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
-            raise RequestError(
-                f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}"
+            raise RequestError.about(
+                "structured_outputs", f"must be StructuredOutputsParams, got {shown(self.structured_outputs)}"
             )
 
     def _set(self, name: str, value: object) -> None:
@@ -215,7 +219,7 @@ class SamplingParams:
         structured = given.get("structured_outputs")
         if isinstance(structured, Mapping):
             names = {f.name for f in dataclasses.fields(StructuredOutputsParams)}
-            _check_names(structured, names, "kind of structured_outputs")
+            _check_names(structured, names, "kind of structured_outputs", "structured_outputs")
             given["structured_outputs"] = StructuredOutputsParams(**structured)
         return dataclasses.replace(defaults or cls(), **given)
 
@@ -244,28 +248,34 @@ class BeamSearchParams:
         for name, allowed in ranges.items():
             object.__setattr__(self, name, allowed.read(name, getattr(self, name)))
         if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
+            raise RequestError.about("ignore_eos", f"must be true or false, got {shown(self.ignore_eos)}")
 
 
-def _check_names(values: object, known: set[str], what: str) -> None:
+def _check_names(values: object, known: set[str], what: str, param: str | None = None) -> None:
+    """Refuse names that are not known. `param`: what they are parts of; None: each is a parameter itself."""
     if not isinstance(values, Mapping):
-        raise RequestError(f"{what}s must be an object of names and values, got {shown(values)}")
+        raise RequestError(f"{what}s must be an object of names and values, got {shown(values)}", param)
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise RequestError(f"unknown {what} {shown(name)}; {hint}")
+            raise RequestError(f"unknown {what} {shown(name)}; {hint}", param or str(name))
 
 
-def _texts(name: str, values: object) -> tuple[str, ...]:
+def _structured_error(kind: str, problem: str) -> RequestError:
+    return RequestError.about("structured_outputs", problem, subject=f"structured_outputs.{kind}")
+
+
+def _texts(name: str, values: object, subject: str | None = None) -> tuple[str, ...]:
     """Each once, in the order given."""
     if values is None:
         return ()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise RequestError(f"{name} must be a list of texts, got {shown(values)}")
+        raise RequestError.about(name, f"must be a list of texts, got {shown(values)}", subject=subject)
     for value in values:
         if not isinstance(value, str) or not value:
-            raise RequestError(f"{name} must be a list of texts that are not empty, got {shown(value)}")
+            why = f"must be a list of texts that are not empty, got {shown(value)}"
+            raise RequestError.about(name, why, subject=subject)
     return tuple(dict.fromkeys(values))
 
 
@@ -278,23 +288,23 @@ def _token_ids(name: str, values: object) -> tuple[int, ...]:
     if values is None:
         return ()
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise RequestError(f"{name} must be a list of token ids, got {shown(values)}")
+        raise RequestError.about(name, f"must be a list of token ids, got {shown(values)}")
     for value in values:
         if not _is_token_id(value):
-            raise RequestError(f"{name} must be a list of token ids, integers in [0, 2^31), got {shown(value)}")
+            raise RequestError.about(name, f"must be a list of token ids, integers in [0, 2^31), got {shown(value)}")
     return tuple(dict.fromkeys(values))
 
 
 def _bias(values: object) -> dict[int, float]:
     if not isinstance(values, Mapping):
-        raise RequestError(f"logit_bias must map token ids to numbers, got {shown(values)}")
+        raise RequestError.about("logit_bias", f"must map token ids to numbers, got {shown(values)}")
     found: dict[int, float] = {}
     for key, value in values.items():
         token = whole_number(key, canonical=True) if isinstance(key, str) else key
         if not _is_token_id(token):
-            raise RequestError(
-                f"logit_bias must map token ids, integers in [0, 2^31), to numbers, got the key {shown(key)}"
+            raise RequestError.about(
+                "logit_bias", f"must map token ids, integers in [0, 2^31), to numbers, got the key {shown(key)}"
             )
         assert isinstance(token, int)
-        found[token] = _Range(-_LARGEST_BIAS, _LARGEST_BIAS).read(f"logit_bias of token {token}", value)
+        found[token] = _Range(-_LARGEST_BIAS, _LARGEST_BIAS).read("logit_bias", value, f"logit_bias of token {token}")
     return found

@@ -39,22 +39,24 @@ def defaults(*, chat: bool) -> SamplingParams:
     return SamplingParams(max_tokens=None if chat else COMPLETION_TOKENS)
 
 
-def sampling_of(body: Mapping[str, Any], *, chat: bool, read: Collection[str] = (), inside: str = "") -> dict[str, Any]:
-    """The body's parameters by our names; null is as good as not given.
+def read_sampling(
+    body: Mapping[str, Any], *, chat: bool, read: Collection[str] = (), inside: str = ""
+) -> dict[str, Any]:
+    """Return the sampling parameters of a body, by the names of `SamplingParams`. A null is like a missing field.
 
     Args:
-        read: names of the body that the caller sees to.
-        inside: what stands before a name in messages, such as "body.".
+        read: fields of the body that the caller reads itself.
+        inside: stands before the names of fields in errors, such as "body.".
 
     Raises:
-        RequestError: a name that can't be obeyed, or a value of the wrong form. Ranges are checked by SamplingParams.
+        RequestError: a field is not supported, or its value has the wrong form. `SamplingParams` checks the ranges.
     """
     for name, value in body.items():
         known = name in _SAME or name in _WITHOUT_EFFECT or name in _READ or name in GUIDED or name in read
         if not known and value not in _OFF and value != _SERVED.get(name):
-            raise RequestError(f"`{inside}{name}` can't be obeyed; leave it out")
+            raise _field_error(inside, name, "is not supported; leave it out")
     found = {name: body[name] for name in _SAME if body.get(name) is not None}
-    for name in ("max_tokens", "max_completion_tokens"):  # the second is the first's successor
+    for name in ("max_tokens", "max_completion_tokens"):  # if both are given, the newer name counts
         if body.get(name) is not None:
             found["max_tokens"] = body[name]
     found |= _logprobs(body, chat=chat, inside=inside)
@@ -66,42 +68,48 @@ def _logprobs(body: Mapping[str, Any], *, chat: bool, inside: str) -> dict[str, 
     if not chat:
         return {} if wanted is None else {"logprobs": wanted}
     if wanted is not None and not isinstance(wanted, bool):
-        raise RequestError(f"`{inside}logprobs` must be true or false, got {wanted!r}; how many is `top_logprobs`")
+        raise _field_error(
+            inside, "logprobs", f"must be true or false, got {wanted!r}; `top_logprobs` says how many are wanted"
+        )
     if not wanted and top:
-        raise RequestError(f"`{inside}top_logprobs` needs `logprobs` to be true")
+        raise _field_error(inside, "top_logprobs", "needs `logprobs` to be true")
     return {"logprobs": top or 0} if wanted else {}
 
 
 def _structured(body: Mapping[str, Any], inside: str) -> dict[str, Any]:
-    """What the output must look like, of which a body may say one thing."""
+    """Return the structured output that a body asks for. It has several ways to ask, of which it may use one."""
     given = {name: {kind: body[name]} for name, kind in GUIDED.items() if body.get(name) is not None}
     if body.get("response_format") is not None:
-        wanted = structured_of(body["response_format"], f"{inside}response_format")
+        wanted = read_response_format(body["response_format"], f"{inside}response_format")
         given |= {} if wanted is None else {"response_format": wanted}
     if body.get("structured_outputs") is not None:
         given["structured_outputs"] = body["structured_outputs"]
     if len(given) > 1:
-        raise RequestError(f"`{inside}{'` and `'.join(given)}` don't go together: give one of them")
+        names = list(given)
+        raise RequestError(f"`{inside}{'` and `'.join(names)}` don't go together: give one of them", inside + names[0])
     return {"structured_outputs": next(iter(given.values()))} if given else {}
 
 
-def strict_of(described: object, where: str) -> dict[str, bool]:
-    """Whether a schema is to be obeyed in every keyword or refused, as `structured_outputs` has it.
+def _strict(described: object, where: str) -> dict[str, bool]:
+    """Return the field `strict` of `structured_outputs`, if a schema asks for it.
 
     Raises:
-        RequestError: it is neither.
+        RequestError: the value is neither true nor false.
     """
     strict = described.get("strict") if isinstance(described, Mapping) else None
     if strict is not None and not isinstance(strict, bool):
-        raise RequestError(f"`{where}.strict` must be true or false, got {shown(strict)}")
+        raise _field_error(where, ".strict", f"must be true or false, got {shown(strict)}")
     return {"strict": True} if strict else {}
 
 
-def structured_of(wanted: object, where: str) -> dict[str, Any] | None:
-    """A `response_format`, as `structured_outputs` has it; None for any text.
+def read_response_format(wanted: object, where: str) -> dict[str, Any] | None:
+    """Return a `response_format` in the form of `structured_outputs`; None if any text is allowed.
+
+    Args:
+        where: the name of the field in errors.
 
     Raises:
-        RequestError: it is none.
+        RequestError: it is not a response format.
     """
     kind = wanted.get("type") if isinstance(wanted, dict) else None
     if kind == "text":
@@ -112,6 +120,11 @@ def structured_of(wanted: object, where: str) -> dict[str, Any] | None:
         described = wanted.get("json_schema")
         schema = described.get("schema") if isinstance(described, dict) else None
         if not isinstance(schema, dict):
-            raise RequestError(f"`{where}.json_schema.schema` must be a JSON schema")
-        return {"json": schema, **strict_of(described, f"{where}.json_schema")}
-    raise RequestError(f"`{where}.type` must be text, json_object or json_schema, got {kind!r}")
+            raise _field_error(where, ".json_schema.schema", "must be a JSON schema")
+        return {"json": schema, **_strict(described, f"{where}.json_schema")}
+    raise _field_error(where, ".type", f"must be text, json_object or json_schema, got {kind!r}")
+
+
+def _field_error(inside: str, name: str, problem: str) -> RequestError:
+    """Return an error that names a field of the body."""
+    return RequestError.about(inside + name, problem, subject=f"`{inside}{name}`")

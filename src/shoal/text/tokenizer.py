@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
-from shoal.errors import CheckpointError, ConfigError, RequestError
+from shoal.errors import CheckpointError, ConfigError, structured_outputs_error
 from shoal.git_lfs import refuse_pointer
 from shoal.lazy import load
 from shoal.text.text_stream import INCOMPLETE, ByteStream, FallbackStream, RedecodingStream, TextStream
@@ -214,8 +214,8 @@ class SlowTokenizer:
         return None
 
     def serialized(self) -> str:
-        raise RequestError(
-            f"structured outputs need a tokenizer.json; {type(self._tokenizer).__name__} can't be written as one"
+        raise structured_outputs_error(
+            f"needs a tokenizer.json; {type(self._tokenizer).__name__} can't be written as one"
         )
 
 

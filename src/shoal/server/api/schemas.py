@@ -105,6 +105,7 @@ def _biases(value: Any) -> Any:
 
 
 MOST_OUTPUTS = 2048  # of a request; making them takes the time of all others
+MOST_REPLICAS = 1 << 31
 _LEAST_INT64, _MOST_INT64 = -(1 << 63), (1 << 63) - 1
 
 
@@ -113,15 +114,15 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"additionalProperties": False})
 
-    _weight: int = PrivateAttr(default=0)
+    _size: int = PrivateAttr(default=0)
 
-    def weigh(self, size: int) -> None:
-        self._weight = size
+    def set_size(self, size: int) -> None:
+        self._size = size
 
     @property
-    def weight(self) -> int:
-        """Bytes that it was read from: about the work that it makes."""
-        return self._weight
+    def size(self) -> int:
+        """The number of bytes of the body, and so a measure of the work with it."""
+        return self._size
 
     def given(self) -> dict[str, Any]:
         """What the client wrote, as it wrote it."""
@@ -166,7 +167,7 @@ class SamplingFields(Body):
     guided_choice: Annotated[list[str], _FIRST_ERROR] | None = None
     guided_grammar: str | None = None
     priority: Annotated[Integer, Field(ge=_LEAST_INT64, le=_MOST_INT64)] | None = None
-    data_parallel_rank: Annotated[Integer, Field(ge=0, lt=1 << 31)] | None = None
+    data_parallel_rank: Annotated[Integer, Field(ge=0, lt=MOST_REPLICAS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     request_id: RequestId | None = None
     user: str | None = None  # this one, and those below, have no effect
