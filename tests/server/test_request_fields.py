@@ -181,6 +181,45 @@ def test_a_request_goes_over_the_flag() -> None:
     assert "token_id:" not in answer.text
 
 
+# --- parameters that vLLM has -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+def test_spaces_between_special_tokens(path: str) -> None:
+    backend = FakeBackend()
+    for wanted in (None, True, False):
+        assert ask(path, backend, spaces_between_special_tokens=wanted).status_code == 200
+    kept = [stream.job.params.spaces_between_special_tokens for stream in backend.streams]
+    assert kept == [True, True, False]
+    answer = ask(path, spaces_between_special_tokens=1)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "spaces_between_special_tokens")
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"vllm_xargs": {"kv_transfer": 1}}, "`vllm_xargs` has 'kv_transfer', which Shoal does not read: leave it out"),
+        ({"vllm_xargs": [1]}, "`vllm_xargs` must be an object"),
+        ({"logits_processors": ["a.b"]}, "logits_processors is not supported: tokens are drawn in other processes"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget is not supported: Shoal does not know where"),
+    ],
+)
+def test_what_shoal_lacks_is_refused_by_name(path: str, body: dict[str, Any], message: str) -> None:
+    answer = ask(path, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, next(iter(body)))
+    assert error["message"].startswith(message)
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+@pytest.mark.parametrize(
+    "body", [{"vllm_xargs": {}}, {"vllm_xargs": None}, {"logits_processors": []}, {"thinking_token_budget": None}]
+)
+def test_empty_values_of_what_shoal_lacks_are_accepted(path: str, body: dict[str, Any]) -> None:
+    assert ask(path, **body).status_code == 200
+
+
 # --- prompts that are cut --------------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ _RETRY_S = {  # seconds after which a client should try again, by the kind of th
     RefusalKind.ASLEEP: 10.0,
 }
 _PRIORITIES = range(-(1 << 63), 1 << 63)  # the integers that a message can hold
-_MOST_REPLICAS = 1 << 31
+_MAX_REPLICAS = 1 << 31
 
 
 class AsyncLLM(PauseAndSleep):
@@ -226,7 +226,7 @@ class AsyncLLM(PauseAndSleep):
             raise RequestError.about(
                 "priority", f"must be 0 with --scheduling-policy fcfs, got {priority}: leave it out"
             )
-        if replica is not None and not 0 <= replica < _MOST_REPLICAS:
+        if replica is not None and not 0 <= replica < _MAX_REPLICAS:
             why = f"there is no replica {shown(replica)}: replicas are numbered from 0"
             raise RequestError(why, "data_parallel_rank")
         self._bind_loop()

@@ -1,32 +1,28 @@
-"""Sampling parameters from the body of an OpenAI request.
+"""Sampling parameters in the bodies of OpenAI's requests.
 
-Keys are those of OpenAI's API reference, "Completions" and "Chat", with vLLM's additions.
+The fields are those of OpenAI's API reference, "Completions" and "Chat", and vLLM's additions to them.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from shoal.errors import RequestError
-from shoal.params import SamplingParams
+from shoal.params import SAMPLING_TABLE, SamplingParams
 from shoal.values import shown
 
-COMPLETION_TOKENS = 16  # what OpenAI's completions give where nobody says max_tokens
-# Named as in SamplingParams, vLLM's additions included.
-_SAME = [
-    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "seed", "stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids", "ignore_eos", "min_tokens",
-    "skip_special_tokens", "include_stop_str_in_output", "prompt_logprobs", "structured_outputs",
-    "truncate_prompt_tokens",
-]  # fmt: skip
+COMPLETION_TOKENS = 16  # max_tokens of OpenAI's completions, where nobody says it
+# Fields that have the name of their parameter in all requests that have them.
+_SAME_NAME = [name for name, row in SAMPLING_TABLE.items() if row.http and set(row.http.values()) == {name}]
 _WITHOUT_EFFECT = [
     "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "stream_options", "parallel_tool_calls",
 ]  # fmt: skip
-_READ = [
+_READ_BELOW = [
     "prompt", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "response_format",
-    "cache_salt",
+    "cache_salt", "vllm_xargs",
 ]  # fmt: skip
-_SERVED: dict[str, object] = {"modalities": ["text"], "include_reasoning": True, "spaces_between_special_tokens": True}
+# Values of fields that are not supported, but that ask for nothing else than what Shoal does.
+_AS_SERVED: dict[str, object] = {"modalities": ["text"], "include_reasoning": True}
 _OFF: tuple[object, ...] = (None, False, [], {}, "", "none")
 # vLLM's older names for structured outputs.
 GUIDED = {
@@ -35,7 +31,7 @@ GUIDED = {
 
 
 def defaults(*, chat: bool) -> SamplingParams:
-    """What holds where neither the request nor a flag nor the model says anything."""
+    """Return the parameters where neither a request nor a flag nor the model says anything."""
     return SamplingParams(max_tokens=None if chat else COMPLETION_TOKENS)
 
 
@@ -52,15 +48,26 @@ def read_sampling(
         RequestError: a field is not supported, or its value has the wrong form. `SamplingParams` checks the ranges.
     """
     for name, value in body.items():
-        known = name in _SAME or name in _WITHOUT_EFFECT or name in _READ or name in GUIDED or name in read
-        if not known and value not in _OFF and value != _SERVED.get(name):
+        known = name in _SAME_NAME or name in _WITHOUT_EFFECT or name in _READ_BELOW or name in GUIDED or name in read
+        if not known and value not in _OFF and value != _AS_SERVED.get(name):
             raise _field_error(inside, name, "is not supported; leave it out")
-    found = {name: body[name] for name in _SAME if body.get(name) is not None}
+    _check_extra_args(body.get("vllm_xargs"), inside)
+    found = {name: body[name] for name in _SAME_NAME if body.get(name) is not None}
     for name in ("max_tokens", "max_completion_tokens"):  # if both are given, the newer name counts
         if body.get(name) is not None:
             found["max_tokens"] = body[name]
     found |= _logprobs(body, chat=chat, inside=inside)
     return found | _structured(body, inside)
+
+
+def _check_extra_args(given: object, inside: str) -> None:
+    """Refuse vLLM's field for values of plugins. In a request such values could have no effect."""
+    if given is not None and not isinstance(given, Mapping):
+        raise _field_error(inside, "vllm_xargs", f"must be an object of names and values, got {shown(given)}")
+    if given:
+        raise _field_error(
+            inside, "vllm_xargs", f"has {shown(next(iter(given)))}, which Shoal does not read: leave it out"
+        )
 
 
 def _logprobs(body: Mapping[str, Any], *, chat: bool, inside: str) -> dict[str, Any]:

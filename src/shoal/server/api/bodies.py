@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from shoal.errors import RequestError
-from shoal.server.api.schemas import Body
+from shoal.server.api.request_schemas import Body
 from shoal.server.http.errors import HttpError
 from shoal.server.http.json_reader import JsonReader, may_have_halves, refuse_halves
 from shoal.server.http.limits import RequestLimits

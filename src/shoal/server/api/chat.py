@@ -17,6 +17,7 @@ from shoal.openai.tools.tool_plan import ToolPlan, plan_tools
 from shoal.outputs import CompletionOutput, RequestOutput
 from shoal.params import SamplingParams
 from shoal.server.api import bodies
+from shoal.server.api.answer_schemas import ChatAnswer
 from shoal.server.api.output_streams import (
     TokenForms,
     begin,
@@ -35,7 +36,7 @@ from shoal.server.api.request_parameters import (
     sampling_params,
     stream_usage,
 )
-from shoal.server.api.schemas import ChatAnswer, ChatBody, TemplateFields
+from shoal.server.api.request_schemas import ChatBody, TemplateFields
 from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_id, respond
 from shoal.server.backend import TokenStream
 from shoal.server.http.errors import GENERATION_ERRORS, named_by_client
@@ -110,7 +111,7 @@ def _read(service: Service, body: ChatBody) -> _ChatRequest:
         body.tools, body.tool_choice, service.settings.tool_call_parser, parallel=body.parallel_tool_calls is not False
     )
     given = body.given()
-    names = client_names(given, chat=True)
+    names = client_names(given, "chat")
     params = sampling_params(service, given, names, chat=True, read=_READ_HERE, plan=plan)
     check_outputs(1, params)
     template = template_arguments(service, body) | {

@@ -16,6 +16,7 @@ from shoal.openai.answers import completion_choice, completion_logprobs, legacy_
 from shoal.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
 from shoal.params import Prompt, SamplingParams
 from shoal.server.api import bodies
+from shoal.server.api.answer_schemas import CompletionAnswer
 from shoal.server.api.output_streams import (
     TokenForms,
     begin,
@@ -35,7 +36,7 @@ from shoal.server.api.request_parameters import (
     sampling_params,
     stream_usage,
 )
-from shoal.server.api.schemas import MOST_OUTPUTS, CompletionAnswer, CompletionBody
+from shoal.server.api.request_schemas import MAX_OUTPUTS, CompletionBody
 from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_id, respond
 from shoal.server.api.token_positions import TokenPositions
 from shoal.server.backend import TokenStream
@@ -123,7 +124,7 @@ def _read(service: Service, body: CompletionBody) -> _CompletionRequest:
     given |= {"max_tokens": 1} if empty else {}
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         given["prompt_logprobs"] = body.logprobs
-    names = client_names(given, chat=False)
+    names = client_names(given, "completions")
     params = sampling_params(service, given, names, chat=False, read=("echo", "best_of", "add_special_tokens"))
     check_outputs(len(prompts), params)
     jobs = []
@@ -158,8 +159,8 @@ def _prompts(given: Any) -> list[Prompt]:
         raise RequestError(why, "prompt")
     if _is_id(given[0]):
         return [{"prompt_token_ids": given}]
-    if len(given) > MOST_OUTPUTS:
-        why = f"a request may have {MOST_OUTPUTS} outputs, got {len(given)} prompts: send several"
+    if len(given) > MAX_OUTPUTS:
+        why = f"a request may have {MAX_OUTPUTS} outputs, got {len(given)} prompts: send several"
         raise RequestError(why, "prompt")
     return [_prompt(each, f"prompt[{i}]") for i, each in enumerate(given)]
 

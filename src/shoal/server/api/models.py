@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from shoal.server.api.schemas import Model, ModelList
+from shoal.server.api.answer_schemas import Model, ModelList
 from shoal.server.api.service import Service, json_response
 from shoal.server.http.errors import documented
 

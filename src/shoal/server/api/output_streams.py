@@ -8,7 +8,7 @@ from typing import Any
 
 from shoal.llm.deltas import Delta
 from shoal.outputs import RequestOutput
-from shoal.server.api.schemas import GenerationFields
+from shoal.server.api.request_schemas import GenerationFields
 from shoal.server.api.service import RequestPlacement, Service
 from shoal.server.backend import Backend, TokenStream
 from shoal.text.prompts import Job

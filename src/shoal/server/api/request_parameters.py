@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 from shoal.errors import RequestError
 from shoal.openai import parameters
 from shoal.openai.tools.tool_plan import ToolPlan
-from shoal.params import SamplingParams
-from shoal.server.api.schemas import MOST_OUTPUTS, GenerationFields, SamplingFields
+from shoal.params import SAMPLING_TABLE, SamplingParams
+from shoal.sampling_table import Endpoint
+from shoal.server.api.request_schemas import MAX_OUTPUTS, GenerationFields, SamplingFields
 from shoal.server.api.service import Service
 from shoal.server.http.errors import named_by_client
 from shoal.server.http.work_threads import apart
@@ -92,8 +93,8 @@ def check_outputs(prompts: int, params: SamplingParams) -> None:
         RequestError: it is more than one request may have.
     """
     outputs = prompts * params.n
-    if outputs > MOST_OUTPUTS:
-        why = f"a request may have {MOST_OUTPUTS} outputs, got {prompts} prompts with n {params.n}: send several"
+    if outputs > MAX_OUTPUTS:
+        why = f"a request may have {MAX_OUTPUTS} outputs, got {prompts} prompts with n {params.n}: send several"
         raise RequestError(why, "n" if prompts == 1 else "prompt")
     listed = {
         "allowed_token_ids": (len(params.allowed_token_ids or ()), _MAX_ALLOWED),
@@ -150,11 +151,20 @@ def stream_usage(body: GenerationFields) -> tuple[bool, bool]:
     return wanted, wanted and bool(options.continuous_usage_stats)
 
 
-def client_names(body: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
+# Endpoint -> our name of what the prompt is made of -> the field of a request that has it.
+_PROMPT_FIELDS: dict[Endpoint, dict[str, str]] = {
+    "completions": {},
+    "chat": {"prompt": "messages"},
+    "responses": {"prompt": "input", "messages": "input"},
+}
+
+
+def client_names(body: Mapping[str, Any], endpoint: Endpoint) -> dict[str, str]:
     """Return the names that this client has for parameters, by our names, where they differ."""
-    names = {"logprobs": "top_logprobs", "prompt": "messages"} if chat else {}
-    if body.get("max_completion_tokens") is not None:
-        names["max_tokens"] = "max_completion_tokens"
+    names = {name: theirs for name, row in SAMPLING_TABLE.items() if (theirs := row.http.get(endpoint, name)) != name}
+    names |= _PROMPT_FIELDS[endpoint]
+    if endpoint == "chat" and body.get("max_completion_tokens") is None:  # the client uses the older name
+        del names["max_tokens"]
     if body.get("structured_outputs") is None:
         forms = ["response_format", *parameters.GUIDED, "text", "tools"]
         written = next((name for name in forms if body.get(name) is not None), None)

@@ -18,6 +18,7 @@ from shoal.openai.tools.tool_plan import ToolPlan, plan_tools
 from shoal.outputs import RequestOutput
 from shoal.params import SamplingParams
 from shoal.server.api import bodies
+from shoal.server.api.answer_schemas import ResponsesAnswer
 from shoal.server.api.chat import may_cut_calls
 from shoal.server.api.output_streams import begin, check_grammars, finished, json_size, merged
 from shoal.server.api.request_parameters import (
@@ -27,9 +28,9 @@ from shoal.server.api.request_parameters import (
     read_apart,
     sampling_params,
 )
+from shoal.server.api.request_schemas import ResponsesBody
 from shoal.server.api.response_input import items_of, messages_of, references, resolved, stored_form
 from shoal.server.api.response_output import OutputItems
-from shoal.server.api.schemas import ResponsesAnswer, ResponsesBody
 from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_id, respond
 from shoal.server.api.stored_conversations import StoredConversations
 from shoal.server.backend import TokenStream
@@ -50,10 +51,6 @@ _FOREIGN = (
 )  # fmt: skip
 _LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # the second one is accepted, but there never is any
-
-
-# Our names of parameters -> the names in the body of a response, where they differ.
-_NAMES = {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs", "prompt": "input", "messages": "input"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +130,13 @@ def _read(service: Service, body: ResponsesBody, before: list[Any], said: list[A
     parallel = body.parallel_tool_calls is not False
     plan = plan_tools(tools, _choice(body.tool_choice), service.settings.tool_call_parser, parallel=parallel)
     given = {name: value for name, value in body.given().items() if name not in ("top_logprobs", "max_output_tokens")}
-    names = dict(_NAMES)
     given["max_tokens"] = body.max_output_tokens
     if _LOGPROBS in (body.include or ()):
         given |= {"logprobs": True, "top_logprobs": body.top_logprobs}
     structured = _structured_outputs(body.text)
     if structured is not None:
         given["structured_outputs"] = structured
-    names |= {"structured_outputs": "text.format"} if structured else client_names(given, chat=False)
+    names = client_names(given, "responses") | ({"structured_outputs": "text.format"} if structured else {})
     params = sampling_params(service, given, names, chat=True, read=_READ_HERE, plan=plan)
     check_outputs(1, params)
     messages = messages_of(before, said, body.instructions)

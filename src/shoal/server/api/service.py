@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from shoal.server.api.schemas import MOST_REPLICAS, SamplingFields
+from shoal.server.api.request_schemas import MAX_REPLICAS, SamplingFields
 from shoal.server.backend import Backend
 from shoal.server.http.errors import HttpError
 from shoal.server.http.json_encoding import bytes_of
@@ -35,7 +35,7 @@ RankHeader = Annotated[
     Header(
         alias="X-data-parallel-rank",
         ge=0,
-        lt=MOST_REPLICAS,
+        lt=MAX_REPLICAS,
         description="The number of the only replica that may run the request, like the field `data_parallel_rank`.",
     ),
 ]

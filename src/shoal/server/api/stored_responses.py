@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
 from shoal.errors import RequestError
-from shoal.server.api.schemas import Deleted, InputItems, ResponsesAnswer
+from shoal.server.api.answer_schemas import Deleted, InputItems, ResponsesAnswer
 from shoal.server.api.service import Service, json_response
 from shoal.server.api.stored_conversations import StoredConversations
 from shoal.server.http.errors import documented

@@ -8,8 +8,9 @@ from starlette.responses import Response
 
 from shoal.errors import RequestError
 from shoal.server.api import bodies
+from shoal.server.api.answer_schemas import Detokenized, Tokenized
 from shoal.server.api.chat import template_arguments
-from shoal.server.api.schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
+from shoal.server.api.request_schemas import DetokenizeBody, TokenizeBody
 from shoal.server.api.service import Service, respond
 from shoal.server.http.errors import documented, named_by_client
 from shoal.text.tokenizer import Tokenizer
