@@ -16,8 +16,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 # Every room may import these. None of them imports a room.
 COMMON = {
-    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "outputs", "params", "process",
-    "values", "shoal",
+    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "outputs", "parameter_forms",
+    "params", "process", "sampling_table", "values", "shoal",
 }  # fmt: skip
 
 # room -> what else of ours it may import: what lies below it.
@@ -27,7 +27,7 @@ ALLOWED = {
     "server": {"llm", "openai", "launch", "text", "structured", "cluster", "transport", "protocols", "wire"},
     "client": set(),
     "jobs": {"openai", "text"},
-    "openai": {"text"},
+    "openai": {"text", "structured"},
     "bench": {"launch", "engine", "planner", "devices", "worker", "transport", "protocols", "wire"},
     "llm": {"launch", "cluster", "engine", "planner", "text", "transport", "protocols", "wire"},
     "launch": {
@@ -65,7 +65,8 @@ ALLOWED = {
 
 # Free of torch, transitively. What needs torch is named in a call of `load`, where a rank lives in its process.
 TORCH_FREE = [
-    "shoal", "shoal.params", "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
+    "shoal", "shoal.params", "shoal.parameter_forms", "shoal.sampling_table",
+    "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
     "shoal.protocols", "shoal.activity", "shoal.process", "shoal.log", "shoal.devices", "shoal.transport",
     "shoal.engine", "shoal.planner", "shoal.cluster", "shoal.launch", "shoal.llm", "shoal.text", "shoal.jobs",
     "shoal.openai", "shoal.bench", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli",

@@ -14,8 +14,6 @@ from shoal.wire.engine import (
     ControlReply,
     EngineFailure,
     EngineRequest,
-    Finish,
-    RefusalKind,
     ResetPrefixCache,
     SeqUpdate,
     SetActivity,
@@ -162,8 +160,7 @@ def _handle_message(channel: Channel, engine: EngineCore, message: ToEngine) -> 
             try:
                 engine.add(message)
             except RequestError as error:  # only this request ends
-                refused = SeqUpdate(message.seq, (), finish=Finish.ABORT, error=str(error), refusal=RefusalKind.INVALID)
-                channel.send(encode(Updates((refused,))))
+                channel.send(encode(Updates((SeqUpdate.invalid(message.seq, error),))))
         case Abort():
             engine.abort(message.seqs)
         case StatsQuery():

@@ -20,6 +20,7 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
 from shoal.wire.grammars import GrammarEnded, GrammarHostFailed, GrammarHostReady, to_grammar_host
+from shoal.wire.request_refusal import RequestRefusal
 
 log = get_logger("grammars")
 
@@ -70,7 +71,7 @@ class GrammarHost:
             while self._handle_events(vocabulary):
                 pass
         except RequestError as error:
-            self._channel.send(encode(GrammarHostFailed(str(error))))
+            self._channel.send(encode(GrammarHostFailed(RequestRefusal.of(error))))
             self._channel.flush(1.0)
             return error.exit_code
         except ChannelClosed:
