@@ -55,7 +55,7 @@ def open_model(
         overrides = {**overrides, **changes}
         spec = read_model(folder, wanted, overrides)
     params = params_of(spec, checkpoint.shapes)
-    manifest.check(params, checkpoint.shapes, str(folder))
+    manifest.check_shapes(params, checkpoint.shapes, str(folder))
     checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
     return OpenedModel(spec, params, checkpoint.state, overrides, (*notes, *found))
 

@@ -105,7 +105,7 @@ def shards_as_cut(spec: FallbackSpec, shards: Sequence[Shard]) -> tuple[Shard, .
     return tuple(found)
 
 
-def manifest(spec: FallbackSpec, names: Iterable[str]) -> tuple[Param, ...]:
+def make_manifest(spec: FallbackSpec, names: Iterable[str]) -> tuple[Param, ...]:
     """Return all parameters, with the names that a checkpoint with the tensors `names` has for them.
 
     A checkpoint of the backbone alone has no prefix, that of a multimodal model has a longer one than the module.
