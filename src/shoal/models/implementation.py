@@ -115,7 +115,7 @@ def shards_of(spec: ModelSpec, ranks: int, weights: Sequence[int] | None = None)
     """Return the shard of each tensor-parallel rank, even or in proportion to `weights`.
 
     Raises:
-        ConfigError: the model can't be cut over so many ranks.
+        ConfigError: the model can't be cut over this number of ranks.
     """
     shares = manifest.make_shards(spec, ranks, weights)
     if not isinstance(spec, FallbackSpec):

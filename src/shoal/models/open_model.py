@@ -26,8 +26,8 @@ class OpenedModel:
     spec: ModelSpec
     params: tuple[Param, ...]
     state: str  # digest of the state of its files (`Checkpoint.state`); "" for dummy weights
-    overrides: Mapping[str, Any]  # overrides of config.json under which everybody must read it again
-    notes: tuple[str, ...] = ()  # lines for the log: where the weights differ from what config.json says
+    overrides: Mapping[str, Any]  # overrides of config.json; every process that reads it again must use them
+    notes: tuple[str, ...] = ()  # lines for the log: how the weights differ from config.json
 
 
 def open_model(

@@ -115,7 +115,7 @@ def replaced_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iter
 
 
 def add_manifest(spec: FallbackSpec, model: Any, trial: Trial) -> FallbackSpec:
-    """Return the spec with all tensors, cut as the plan says as far as trials with cut layers succeed.
+    """Return the spec with all tensors. They are cut by the plan, as far as trials with cut layers succeed.
 
     Args:
         trial: runs the backbone of `model`, as it is then.
