@@ -60,7 +60,7 @@ ALLOWED = {
     "devices": set(),
     "transport": {"wire"},
     "protocols": {"wire"},
-    "wire": set(),
+    "wire": {"devices"},
 }
 
 # These modules do not import torch, even indirectly. Code that needs torch is imported with `load` in a rank's process.
@@ -89,7 +89,7 @@ LOADABLE = {
     "shoal.cli.commands": {"cli"},
     "shoal.client.top": {"cli"},
     "shoal.client.scale": {"cli"},
-    "shoal.client.load.bench": {"cli"},
+    "shoal.client.load.load_test": {"cli"},
     "shoal.executors.inprocess": {"executors"},
     "shoal.executors.threads": {"executors"},
     "shoal.executors.multiprocess": {"executors"},

@@ -1,4 +1,4 @@
-"""The interfaces around the engine, without implementations."""
+"""The seams of the engine, without implementations."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,77 +11,77 @@ from shoal.wire.ranks import StepMask, StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """Starts the ranks, and carries messages between engine and ranks. tests/support/fakes.py has a short fake."""
+    """Starts ranks and carries messages to and from them. tests/support/fakes.py has a fake of a few lines."""
 
-    num_blocks: int  # the number of KV blocks of every rank, which the ranks agree on at the start
-    start_times: dict[str, float]  # the seconds of each phase of the start
+    num_blocks: int  # KV blocks that every rank holds, agreed on at start
+    start_times: dict[str, float]  # start phase -> seconds
 
     def launch(self, plan: StepPlan) -> None:
-        """Send a step plan to every rank, in the order of the calls. Never blocks.
+        """Send a plan to every rank, in the order of the calls. Never blocks.
 
         Raises:
             EngineError: a rank has failed.
         """
 
     def mask(self, mask: StepMask) -> None:
-        """Send the mask of the step plan that was launched last. Never blocks.
+        """Send the mask of the plan that was launched last. Never blocks.
 
         Raises:
             EngineError: a rank has failed.
         """
 
     def poll(self, timeout: float) -> list[StepResult]:
-        """Return the results that have arrived, after a wait of up to `timeout` seconds for the first.
+        """Return the results that have arrived. Wait up to `timeout` seconds for the first.
 
         Raises:
-            EngineError: a rank has died, hangs or has reported an error.
+            EngineError: a rank died, stood still or reported an error.
         """
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
-        """Have every rank execute `verb` after all step plans launched so far. Return the answers by rank."""
+        """Have every rank do `verb` after all plans launched so far. Return the answers in the order of the ranks."""
 
     def close(self) -> None:
-        """End all ranks. Never raises; may be called again."""
+        """End every rank. Idempotent, never raises."""
 
 
 class Grammars(Protocol):
-    """Follows outputs that must obey a grammar. Only `poll` blocks."""
+    """Follows outputs that must obey a grammar. Only `poll` may block."""
 
-    words: int  # the number of 32-bit words in a row of a mask
+    words: int  # 32-bit words in a row of a mask
 
     def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
-        """Start to follow an output, given its tokens so far. A Verdict comes in any case."""
+        """Begin to follow an output that has the tokens `output` so far. A `Verdict` comes in any case."""
 
     def ask(self, asks: Sequence[GrammarAsk]) -> None:
-        """Pass on new tokens. A Verdict comes for each output that is followed."""
+        """Report new tokens. A `Verdict` comes for each of these outputs that is followed."""
 
     def forget(self, seqs: Sequence[int]) -> None:
-        """Stop to follow these sequences, if they are followed."""
+        """Stop following outputs. Outputs that are not followed are ignored."""
 
     @property
     def pending(self) -> bool:
-        """True if a Verdict has been asked for and has not come."""
+        """Return whether a `Verdict` will come."""
 
     def poll(self, timeout: float) -> list[Verdict]:
-        """Return the verdicts that have come, after a wait of up to `timeout` seconds for the first."""
+        """Return the verdicts that have come. Wait up to `timeout` seconds for the first."""
 
     def close(self) -> None: ...
 
 
 class EngineClient(Protocol):
-    """One engine, in this process or in another."""
+    """An engine, in this process or in another."""
 
     def add(self, request: EngineRequest) -> None:
-        """Add a request. Its last update has `finish` set, unless the engine fails."""
+        """Add a request. Every request ends with an update that has `finish` set, unless the engine fails."""
 
     def abort(self, seqs: Sequence[int]) -> None:
-        """End these sequences. Unknown and ended ones are ignored."""
+        """End requests. Requests that have ended, or never existed, are ignored."""
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
-        """Return the updates since the last call, after a wait of up to `timeout` seconds for the first.
+        """Return the new updates of requests. Wait up to `timeout` seconds for the first.
 
         Raises:
-            EngineError: the engine has failed, and no more updates will come.
+            EngineError: the engine has failed; no more updates will come.
         """
 
     def stats(self) -> EngineStats: ...
@@ -90,58 +90,58 @@ class EngineClient(Protocol):
 
 
 class Engine(EngineClient, Protocol):
-    """An engine whose activity and prefix cache its client may change, too."""
+    """An engine client that can also pause the engine, put it to sleep and empty its prefix cache."""
 
-    def become(self, activity: Activity) -> None:
-        """Change the activity: pause, resume, free memory or allocate it again. Returns when that is done.
+    def set_activity(self, activity: Activity) -> None:
+        """Pause, resume, free memory or allocate it again, and wait until this is done.
 
         Raises:
-            UserError: the change is not possible, and nothing has changed.
+            UserError: the engine can't change to this activity; it is as before.
             EngineError: the engine has failed.
         """
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
-        """Empty the prefix cache. With `running`, running requests are preempted and compute their blocks again."""
+        """Empty the prefix cache. `running`: also preempt the running requests, so that they free their blocks."""
 
 
 class Recorder(Protocol):
-    """Records the events in the life of each request, for metrics. All calls come from one thread."""
+    """Hears of every event of every request, for metrics. All calls come from one thread."""
 
     def added(self, request: EngineRequest) -> None:
-        """Record a new request, which came at `request.arrival`."""
+        """A request has arrived, at the time `request.arrival`."""
 
     def dealt(self, seq: int, replica: int) -> None:
-        """Record that a replica has got the request. After a failure this happens again."""
+        """A request was given to a replica; after a failure it may be given to another or to the same again."""
 
     def updated(self, replica: int, update: SeqUpdate) -> None:
-        """Record an update that the client gets. The last one has `finish` set."""
+        """A client gets an update; it is the last one if `finish` is set."""
 
     def stopped(self, seq: int) -> None:
-        """Record that the output has reached a stop text. Its last update will be that of an aborted request."""
+        """An output has reached a stop text. The request is aborted; its last update is still to come."""
 
     def ended(self, update: SeqUpdate) -> None:
-        """Record that the request was refused, aborted or given up before a replica ended it."""
+        """A request has ended without an update of a replica: it was refused, aborted or given up."""
 
 
 class Lockstep(Protocol):
-    """Replicas whose ranks exchange tensors within a step, so that all of them launch every step, even without work.
+    """One replica's view of replicas whose ranks exchange tensors within a step, so that all must launch every step.
 
-    Each replica launches as many steps as the one that is furthest ahead, and a replica with work goes ahead. So when
-    no replica has work, all are idle after the same number of steps.
+    No replica decides when to stop. A replica with work launches steps, and every other one launches as many as the
+    replica that is furthest ahead. When none has work, all stop after the same number of steps.
     """
 
     def launched(self, count: int) -> None:
-        """Tell the other replicas that this one has launched `count` steps so far."""
+        """Tell the other replicas that this replica has launched `count` steps so far."""
 
     def due(self) -> int:
         """Return how many steps the replica that is furthest ahead has launched. Never blocks.
 
         Raises:
-            EngineError: another replica has failed; the error names it.
+            EngineError: another replica has failed; the message names it.
         """
 
 
 class Policy(Protocol):
-    """The order of requests: the request with the lowest key is served first, and the highest is preempted first."""
+    """The order of requests: the one with the lowest key is served first, the one with the highest is preempted."""
 
     def sort_key(self, request: EngineRequest, arrival: int) -> tuple[int, ...]: ...

@@ -88,7 +88,7 @@ def test_every_parameter_has_a_flag_of_its_own() -> None:
         ("--stop", "", "stop must be a list of texts that are not empty"),
         ("--stop-token-ids", "1,x", "'1,x' is no list of token ids"),
         ("--stop-token-ids", "-1", "stop_token_ids must be a list of token ids"),
-        ("--logit-bias", "{", "is no JSON"),
+        ("--logit-bias", "{", "is not JSON"),
         ("--logit-bias", "5", "logit_bias must map token ids"),
         ("--logit-bias", '{"5": 101}', "logit_bias of token 5 must be in [-100, 100]"),
         ("--logprobs", "-2", "logprobs must be at least 0"),

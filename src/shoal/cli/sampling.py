@@ -62,7 +62,7 @@ class Json(click.ParamType):  # type: ignore[type-arg]
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+            self.fail(f"{value!r} is not JSON: {error}", param, ctx)
 
 
 class TokenIds(click.ParamType):  # type: ignore[type-arg]
@@ -169,6 +169,6 @@ def _content(name: str, value: Any) -> Any:
         path = Path(value)
         return path.read_text("utf-8") if path.is_file() else value
     except UnicodeDecodeError:
-        raise UserError(f"--{name.replace('_', '-')} {value} can't be read: it is no utf-8") from None
+        raise UserError(f"--{name.replace('_', '-')} {value} can't be read: it is not UTF-8") from None
     except (OSError, ValueError):  # too long for a path, or has a NUL
         return value

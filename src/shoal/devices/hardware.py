@@ -15,5 +15,6 @@ class Hardware:
     host_memory_available: int
     device_memory: int | None  # of the smallest device; None if it is not known yet
     devices_shareable: bool  # True if several ranks may use one device
+    visible_devices: str | None = None  # the value of CUDA_VISIBLE_DEVICES; None: it is not set
     visible: tuple[str, ...] = ()  # the names of the devices in CUDA_VISIBLE_DEVICES, if that is set
     limits: tuple[str, ...] = ()  # for the user: why there is less than the machine has

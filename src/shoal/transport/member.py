@@ -69,6 +69,7 @@ def connect(
     rank: int = 0,
     size: int = 0,
     agreement: Mapping[str, str] | None = None,
+    report: bytes = b"",
     timeout: float,
     returning: bool = False,
 ) -> Channel:
@@ -87,7 +88,7 @@ def connect(
     """
     require_key(key, address.host)
     host, pid = this_process()
-    hello = Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
+    hello = Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}), report)
     begun = time.monotonic()
     last_report = begun
     refused_since: float | None = None

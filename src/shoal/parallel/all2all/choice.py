@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from shoal.config.engine_options import format_bytes
+from shoal.values import format_bytes
 
 # `all_to_all` is chosen if it sends at most this part of the other backend's bytes. At this ratio both take about the
 # same time between processes of one host.
