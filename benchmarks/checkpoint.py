@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from shoal.launch.hub import locate
-from shoal.models.manifest import manifest
+from shoal.models.manifest import make_manifest
 from shoal.models.registry import read_spec, tensor_names
 
 _SHARD_BYTES = 512 * 2**20
@@ -25,7 +25,7 @@ def make(shape: str, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 22, generator=generator)
     shards: list[dict[str, torch.Tensor]] = [{}]
-    for param in manifest(spec, tensor_names(spec)):
+    for param in make_manifest(spec, tensor_names(spec)):
         for piece in param.pieces:
             if any(piece.source in shard for shard in shards):  # a tied head
                 continue

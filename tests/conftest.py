@@ -47,9 +47,7 @@ def _gpus_only_for_gpu_tests(request: pytest.FixtureRequest, monkeypatch: pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="every combination of families, layouts and options")
-    parser.addoption(
-        "--quick", action="store_true", help="a subset: no processes, and few cases of each test"
-    )
+    parser.addoption("--quick", action="store_true", help="a subset: no processes, and few cases of each test")
 
 
 def pytest_configure(config: pytest.Config) -> None:

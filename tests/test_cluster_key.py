@@ -1,4 +1,4 @@
-"""The shared key, from the environment or from a file."""
+"""Tests of the shared key, from the environment or from a file."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_a_file_has_it(key_file: Path) -> None:
+def test_the_key_of_a_file(key_file: Path) -> None:
     key_file.write_text("secret of the file\n")
     assert env.cluster_key() == "secret of the file"
 
@@ -42,14 +42,14 @@ def test_an_error_without_a_key_names_both_variables() -> None:
         require_key("", "192.0.2.1")
 
 
-def test_nobody_has_said_any(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_key_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SHOAL_CLUSTER_KEY", "SHOAL_CLUSTER_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
     assert env.cluster_key() == ""
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
-def test_a_file_that_is_open_to_others_is_refused(key_file: Path, mode: int) -> None:
+def test_a_file_that_others_may_read_is_refused(key_file: Path, mode: int) -> None:
     key_file.write_text("secret")
     key_file.chmod(mode)
     with pytest.raises(
@@ -58,7 +58,7 @@ def test_a_file_that_is_open_to_others_is_refused(key_file: Path, mode: int) -> 
         env.cluster_key()
 
 
-def test_a_file_that_is_no_use_is_named(key_file: Path) -> None:
+def test_an_unusable_file_is_refused(key_file: Path) -> None:
     with pytest.raises(ConfigError, match="key is empty"):
         env.cluster_key()
     key_file.write_bytes(b"\xff\xfe")

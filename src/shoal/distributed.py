@@ -32,7 +32,7 @@ _DEFAULT_TIMEOUT_S = 600.0
 
 
 @dataclass(slots=True)
-class _ProcessGroups:
+class _DistributedState:
     """The groups of this process, None before they are initialized."""
 
     tp: Communicator | None = None
@@ -40,7 +40,7 @@ class _ProcessGroups:
     starts: int = 0  # the number of initializations; each has a prefix of its own in the store
 
 
-_process = _ProcessGroups()
+_process = _DistributedState()
 
 
 def init_distributed_environment(

@@ -11,7 +11,7 @@ from shoal.process import import_path
 from shoal.values import whole_number
 
 PREFIX = "SHOAL_"
-_LONGEST_KEY = 1 << 16
+_MAX_KEY_CHARS = 1 << 16
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
@@ -24,7 +24,7 @@ class Variable:
 
 API_KEY = ("SHOAL_API_KEY", "VLLM_API_KEY")  # flags read them; child processes do not inherit them
 _CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
-_MOST_GIB = 1 << 20
+_MAX_GIB = 1 << 20
 
 SETTINGS: tuple[Variable, ...] = (
     Variable(
@@ -160,7 +160,7 @@ def _key_in(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
-            key = file.read(_LONGEST_KEY).strip()
+            key = file.read(_MAX_KEY_CHARS).strip()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text"
         raise ConfigError(f"SHOAL_CLUSTER_KEY_FILE={path} can't be read: {why}") from None
@@ -193,8 +193,8 @@ def cpu_kv_cache_bytes() -> int | None:
         number = float(text)
     except ValueError:
         number = -1.0
-    if not 0 <= number <= _MOST_GIB:
-        raise ConfigError(f"{_CPU_KV_CACHE} must be a number of GiB from 0 to {_MOST_GIB}, got {text!r}")
+    if not 0 <= number <= _MAX_GIB:
+        raise ConfigError(f"{_CPU_KV_CACHE} must be a number of GiB from 0 to {_MAX_GIB}, got {text!r}")
     return int(number * 2**30) or None
 
 

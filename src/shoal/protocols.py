@@ -1,4 +1,4 @@
-"""The interfaces around the engine, without implementations."""
+"""The seams of the engine, without implementations."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,7 +34,7 @@ class Executor(Protocol):
         """Return the results that have arrived. Wait up to `timeout` seconds for the first.
 
         Raises:
-            EngineError: a rank has died, hangs or has reported an error.
+            EngineError: a rank died, stood still or reported an error.
         """
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
@@ -47,7 +47,7 @@ class Executor(Protocol):
 class Grammars(Protocol):
     """Follows outputs that must obey a grammar. Only `poll` may block."""
 
-    words: int  # the number of 32-bit words in a row of a mask
+    words: int  # 32-bit words in a row of a mask
 
     def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
         """Begin to follow an output that has the tokens `output` so far. A `Verdict` comes in any case."""
@@ -131,7 +131,7 @@ class Lockstep(Protocol):
     """
 
     def launched(self, count: int) -> None:
-        """Tell the other replicas that this one has launched `count` steps so far."""
+        """Tell the other replicas that this replica has launched `count` steps so far."""
 
     def steps_due(self) -> int:
         """Return how many steps this replica must have launched: the most that any replica has. Never blocks.
@@ -142,6 +142,6 @@ class Lockstep(Protocol):
 
 
 class Policy(Protocol):
-    """The order of requests: the request with the lowest key is served first, and the highest is preempted first."""
+    """The order of requests: the one with the lowest key is served first, the one with the highest is preempted."""
 
     def sort_key(self, request: EngineRequest, arrival: int) -> tuple[int, ...]: ...

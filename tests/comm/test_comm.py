@@ -175,7 +175,7 @@ def test_send_and_recv_keep_their_order(comms: list[Communicator]) -> None:
     assert all(torch.equal(x, y) for x, y in zip(received, expected, strict=True))
 
 
-def test_a_barrier_lets_nobody_through_before_the_last(comms: list[Communicator]) -> None:
+def test_no_rank_leaves_a_barrier_before_the_last_has_entered(comms: list[Communicator]) -> None:
     arrived: list[int] = []
 
     def run(comm: Communicator) -> int:

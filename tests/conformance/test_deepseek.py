@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conformance.test_sameness import assert_same, generate, make_prompts, run
 from shoal import LLM, SamplingParams
-from shoal.models.manifest import kv_block_bytes, shards
+from shoal.models.manifest import kv_block_bytes, make_shards
 from shoal.models.registry import read_spec
 from shoal.worker.kv_cache import allocate
 
@@ -89,7 +89,7 @@ def test_weights_that_predict_further_tokens_are_not_read(checkpoint: Checkpoint
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_a_token_takes_its_latent_and_one_key_on_each_rank(checkpoint: Checkpoint, tp: int) -> None:
     spec = read_spec(checkpoint("deepseek_v3"))
-    for shard in shards(spec, tp):
+    for shard in make_shards(spec, tp):
         assert kv_block_bytes(spec, shard, 16, 2) == 3 * 16 * (32 + 8) * 2
         memory = allocate(spec, shard, 5, 16, torch.bfloat16, torch.device("cpu"))
         assert len(memory.pool) == 3 * (5 * 16 + 1) * (32 + 8) * 2

@@ -16,7 +16,7 @@ from shoal.kernels.reference import ReferenceKernels
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights
 from shoal.models.implementation import implementation_of, params_of, read_model, shards_of
-from shoal.models.manifest import Cut, check, weight_bytes
+from shoal.models.manifest import Cut, check_shapes, weight_bytes
 from shoal.models.spec import AttentionSpec, NormSpec, Unsupported
 from shoal.models.transformers import read_spec
 from shoal.models.transformers.cut_plan import logits_are_elementwise
@@ -132,14 +132,14 @@ def test_the_manifest_names_exactly_the_tensors_of_the_checkpoint(tmp_path: Path
     shapes = open_checkpoint(others.save("Starcoder2", tmp_path)).shapes
     spec = read_model(tmp_path, "auto")
     found = params_of(spec, shapes)
-    check(found, shapes, "here")
+    check_shapes(found, shapes, "here")
     assert {piece.source for param in found for piece in param.pieces} == set(shapes)
     assert weight_bytes(spec, found, shards_of(spec, 1)[0], 4, embedding_kept=True) >= 4 * sum(
         torch.Size(shape).numel() for shape in shapes.values()
     )
     some = {name: shape for name, shape in shapes.items() if "layers.2.mlp.c_fc" not in name}
     with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.2\.mlp\.c_fc\.weight of shape"):
-        check(params_of(spec, some), some, "here")
+        check_shapes(params_of(spec, some), some, "here")
 
 
 def test_names_without_the_prefix() -> None:

@@ -161,7 +161,7 @@ def test_outputs_of_a_grammar_share_its_process(client: PoolClient) -> None:
     assert len(client.grammar_processes()) == 1
 
 
-def test_a_compilation_that_nobody_waits_for_is_stopped(client: PoolClient) -> None:
+def test_a_compilation_without_waiting_outputs_is_stopped(client: PoolClient) -> None:
     client.verdict(1, PLAIN)
     known = client.grammar_processes()
     client.pool.follow(2, HOSTILE["endless to compile"])
@@ -191,7 +191,7 @@ def test_grammars_wait_while_there_are_as_many_processes_as_allowed() -> None:
         client.pool.close()
 
 
-def test_an_output_can_be_followed_anew_after_its_process_was_killed(client: PoolClient) -> None:
+def test_an_output_can_be_followed_again_after_its_process_was_killed(client: PoolClient) -> None:
     client.verdict(1, PLAIN)
     [pid] = client.grammar_processes()
     os.kill(pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ class OperationTotal:
     """How often a rank called one operation, and how many bytes it sent in it."""
 
     count: int = 0
-    sent_bytes: int = 0  # to other ranks; the least that the operation needs, whatever the backend really sends
+    sent_bytes: int = 0  # to other ranks: the least that the operation needs; a backend may send more
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ class Linear(Protocol):
 
 
 class PlainLinear:
-    """A linear layer that PyTorch computes with the weight as it is: [out_features, in_features]."""
+    """A linear layer that PyTorch computes with an unpacked weight: [out_features, in_features]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
@@ -78,7 +78,7 @@ class HeadLinear(Protocol):
 
 
 class PlainHeadLinear:
-    """A linear layer per head by PyTorch's batched product, with the weights as they are: [heads, out, in]."""
+    """A linear layer per head that PyTorch's batched product computes, with unpacked weights: [heads, out, in]."""
 
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights

@@ -62,7 +62,7 @@ class Decoder:
         self.kernels = kernels
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        """Compute one step, as `CausalModel.hidden` says. The last stage returns [m, embedding width]."""
+        """Compute one step (see `CausalModel.hidden`). The last stage returns [m, embedding width]."""
         self.dispatch.begin_step(len(inputs))
         residual = inputs if self.embedding is None else self.embedding(inputs, batch.positions)
         x = torch.zeros_like(residual)
@@ -76,7 +76,7 @@ class Decoder:
         return self.project_out(x) if self.project_out else x
 
     def join(self) -> None:
-        """Take part in a step without tokens, as `CausalModel.join` says. Only mixtures of experts have work."""
+        """Take part in a step without tokens (see `CausalModel.join`). Only mixtures of experts have work."""
         self.dispatch.begin_step(0)
         for layer in self.layers:
             layer.join()

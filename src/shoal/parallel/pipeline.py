@@ -53,7 +53,7 @@ class Pipeline:
             return self._pp.comm.recv(stream, self._pp.rank - 1)
 
     def send(self, stream: Tensor) -> None:
-        """Send a residual stream to the next stage; nobody may write to it afterwards.
+        """Send a residual stream to the next stage. It must not be changed afterwards.
 
         Waits while more than `MAX_PENDING_SENDS` sends are pending.
         """

@@ -25,7 +25,7 @@ from shoal.wire.request_refusal import RequestRefusal
 log = get_logger("grammars")
 
 _IDLE_S = 3600.0  # length of one wait for messages, which is then repeated
-# A process that one of these signals ended was killed by somebody, not because of its grammar.
+# A process that was ended by one of these signals was killed from outside, not because of its grammar.
 _KILLS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -63,7 +63,7 @@ class GrammarHost:
         self._numbers: dict[int, int] = {}  # pid -> number
 
     def run(self, make_vocabulary: Callable[[], Vocabulary]) -> int:
-        """Serve requests until told to stop or until the other end is closed; return an exit code."""
+        """Serve requests until a Stop or until the other end is closed; return an exit code."""
         try:
             vocabulary = make_vocabulary()
             garbage_collector.freeze()  # otherwise the collector would write to memory pages that forks share
@@ -79,7 +79,7 @@ class GrammarHost:
         return 0
 
     def _handle_events(self, vocabulary: Vocabulary) -> bool:
-        """Wait for events and handle them; return False if told to stop."""
+        """Wait for events and handle them; return False after a Stop."""
         sources: list[Any] = [self._channel, self._fork_requests, self._child_exits]
         readable: list[Any] = list(wait(sources, _IDLE_S))
         if self._child_exits in readable:

@@ -81,7 +81,7 @@ class AllowedTokens:
 
 
 class GrammarState:
-    """The state of one output that must obey a grammar: it takes tokens and says which tokens may follow."""
+    """The state of one output that must obey a grammar: it accepts tokens and gives the tokens that may follow."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher = matcher
@@ -215,7 +215,7 @@ def _add_end_token(tokenizer_json: str) -> tuple[str, int]:
 
 
 def _shorten_error(error: str) -> str:
-    """Return the line of the library's report that says what is wrong, in our words if its own would mislead."""
+    """Return the line of the library's report with the error, in our words if its own would mislead."""
     lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unknown"]
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     for start, plain in _REPLACED_ERRORS.items():

@@ -120,7 +120,7 @@ class GrammarPool:
             if process.following or process.compiled:
                 self._send(process, GrammarForget(seq))
             else:
-                self._drop(process)  # nobody waits for the grammar that it compiles
+                self._drop(process)  # no output waits for the grammar that it compiles
         self._start_waiting()
 
     # --- answers -------------------------------------------------------------------------------------------------
@@ -133,8 +133,8 @@ class GrammarPool:
     def poll(self, timeout: float, besides: Sequence[Any] = ()) -> list[Verdict]:
         """Return the verdicts that have come.
 
-        Waits up to `timeout` seconds for the first one, or until one of `besides` (whatever `channel.wait` takes) has
-        something to read.
+        Waits up to `timeout` seconds for the first one, or until one of `besides` has something to read
+        (anything that `channel.wait` accepts).
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -254,7 +254,7 @@ class GrammarPool:
         self._end_with(process, lambda seq: Verdict(seq, refusal=why))
 
     def _end_lost(self, process: _ProcessHandle, why: str) -> None:
-        """End a process that died through no fault of its grammar, so that its outputs can be followed anew."""
+        """End a process that died through no fault of its grammar, so that its outputs can be followed again."""
         if process.following:
             log.warning("%d outputs lost the process that checks their grammar: %s", len(process.following), why)
         self._end_with(process, lambda seq: Verdict(seq, lost=why))

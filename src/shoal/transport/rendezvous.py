@@ -76,9 +76,9 @@ _KEEPALIVE = (
 )
 
 
-def proof(key: str, role: str, nonce: bytes, said: bytes) -> bytes:
+def proof(key: str, role: str, nonce: bytes, message: bytes) -> bytes:
     """Return the proof that `role` ("member" or "rendezvous") knows the key, for this nonce and this message."""
-    return hmac.digest(key.encode(), role.encode() + nonce + said, hashlib.sha256)
+    return hmac.digest(key.encode(), role.encode() + nonce + message, hashlib.sha256)
 
 
 def require_key(key: str, address: str) -> None:

@@ -1,4 +1,4 @@
-"""The worker: what one rank does, from its setup to its steps. It is the same for every executor."""
+"""The worker: the state and the operations of one rank, from its setup to its steps, for every executor."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -72,7 +72,7 @@ class MLP:
         return self.down(self.expand(x))
 
     def join(self) -> None:
-        """Return at once: ranks of different replicas do not compute an MLP together."""
+        """Do nothing: ranks of different replicas do not compute an MLP together."""
 
 
 class FeedForward(Protocol):
@@ -92,7 +92,7 @@ class Layer(Protocol):
         """Compute the layer. Of arguments and of results the sum, x + residual, is the residual stream."""
 
     def join(self) -> None:
-        """Take part in a step without tokens, as `FeedForward.join` says."""
+        """Take part in a step without tokens (see `FeedForward.join`)."""
 
 
 class Norms:

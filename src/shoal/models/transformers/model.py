@@ -83,7 +83,7 @@ class TransformersModel:
         self._context = context
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        """Compute one step, as `CausalModel.hidden` says. The last stage returns [m, hidden]."""
+        """Compute one step (see `CausalModel.hidden`). The last stage returns [m, hidden]."""
         tokens = inputs
         if not self._stage.first:
             self._stream.received = inputs.unsqueeze(0)
@@ -98,7 +98,7 @@ class TransformersModel:
         return hidden if rows is None else hidden[rows]
 
     def join(self) -> None:
-        """Return at once: such a model exchanges nothing with other replicas."""
+        """Do nothing: such a model exchanges nothing with other replicas."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of this rank's share of the vocabulary, float32 [m, rows of the head].
