@@ -1,8 +1,8 @@
-"""Many streaming clients for a while: `python benchmarks/soak.py [--clients 256] [--seconds 60]`. JSON on stdout.
+"""Serve many streaming clients for some time: `python benchmarks/soak.py [--clients 256] [--seconds 60]` prints JSON.
 
-The bundled model; each client streams one completion after the other, of random lengths, and goes away in the middle of
-one in eight. Told are errors, memory of the server process (the last quarter against the second), and KV blocks that
-are still taken when all is over.
+The server has the bundled model. Each client streams one completion after the other, with random lengths, and
+disconnects in the middle of one in eight. The report has the errors, the memory of the server process (the last quarter
+of the time and the second), and the KV blocks that are still held at the end.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import click
 
-from served import Served, served, stream
+from running_server import RunningServer, start_server, stream
 
 _SAMPLE_S = 0.5
 _REST_S = 20.0
@@ -50,7 +50,7 @@ async def _leave_early(session: aiohttp.ClientSession, url: str, body: dict[str,
         answer.close()
 
 
-async def _run(server: Served, clients: int, seconds: float) -> dict[str, Any]:
+async def _run(server: RunningServer, clients: int, seconds: float) -> dict[str, Any]:
     told: dict[str, Any] = {"requests": 0, "tokens": 0, "left": 0, "errors": []}
     samples: list[int] = []
 
@@ -79,7 +79,7 @@ async def _run(server: Served, clients: int, seconds: float) -> dict[str, Any]:
 
 
 def _blocks_taken(url: str) -> int:
-    """When the engine has rested; what the prefix cache keeps counts as free."""
+    """Return the KV blocks that are held once the engine is idle. Cached blocks count as free."""
     deadline = time.monotonic() + _REST_S
     while True:
         with urllib.request.urlopen(f"{url}/v1/admin/status") as answer:
@@ -95,8 +95,8 @@ def _blocks_taken(url: str) -> int:
 @click.option("--seconds", default=60.0, show_default=True)
 @click.argument("rest", nargs=-1)
 def main(clients: int, seconds: float, rest: tuple[str, ...]) -> None:
-    """REST are options of the server."""
-    with served(None, *rest) as server:
+    """Run the clients. REST are options of the server."""
+    with start_server(None, *rest) as server:
         print(json.dumps({"clients": clients, **asyncio.run(_run(server, clients, seconds))}, indent=2))
 
 
