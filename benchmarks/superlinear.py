@@ -18,8 +18,8 @@ import click
 from checkpoint import make
 from isolated_engine import measure
 from shoal.bench.engine_speed import BatchShape
-from shoal.config.engine_options import format_bytes
 from shoal.launch.open_model import open_model
+from shoal.values import format_bytes
 
 _SHAPE = "shape:qwen3-0.6b"
 _LAYOUTS = {"tp 1, pp 1": (1, 1), "tp 2, pp 1": (2, 1), "tp 1, pp 2": (1, 2), "tp 2, pp 2": (2, 2)}

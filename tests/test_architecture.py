@@ -60,7 +60,7 @@ ALLOWED = {
     "devices": set(),
     "transport": {"wire"},
     "protocols": {"wire"},
-    "wire": set(),
+    "wire": {"devices"},
 }
 
 # Free of torch, transitively. What needs torch is named in a call of `load`, where a rank lives in its process.

@@ -15,6 +15,7 @@ import pytest
 
 from shoal.cli import main as cli_main
 from shoal.config import engine_options
+from shoal.config.option import Option
 from shoal.llm import llm as llm_module
 from support import checkpoints
 
@@ -352,12 +353,12 @@ def test_max_model_len_beyond_the_model(refused: Refused) -> None:
 SIZES = [option for option in engine_options.options() if option.minimum is not None]
 
 
-def _command_with(option: engine_options.Option) -> str:
+def _command_with(option: Option) -> str:
     return "serve" if option.online else "generate"
 
 
 @pytest.mark.parametrize("option", SIZES, ids=lambda option: option.name)
-def test_sizes_of_flags(refused: Refused, option: engine_options.Option) -> None:
+def test_sizes_of_flags(refused: Refused, option: Option) -> None:
     assert option.minimum is not None
     for value in {option.minimum - 1, -1, -(10**12)}:
         line = refused(f"{option.flag}={value:.0f}", command=_command_with(option))
@@ -380,7 +381,7 @@ def test_numbers_that_are_none(refused: Refused, flag: str, value: str) -> None:
     [option for option in engine_options.options() if option.type in {int, float} or option.choices],
     ids=lambda option: option.name,
 )
-def test_types_of_flags(refused: Refused, option: engine_options.Option) -> None:
+def test_types_of_flags(refused: Refused, option: Option) -> None:
     command = _command_with(option)
     has(refused(f"{option.flag}=something", command=command), option.flag, "something", *option.choices)
     if option.type is int and not option.bytes:

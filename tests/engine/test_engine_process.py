@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shoal.cluster.members.arrival import PEERS, PeersDoor
+from shoal.cluster.members.doors import PEERS, PeersDoor
 from shoal.engine import process
 from shoal.engine.process import join_lockstep
 from shoal.errors import ConfigError

@@ -1,6 +1,6 @@
 """Drafters, and which of them a configuration selects."""
 
-from shoal.config.engine_options import SpeculativeConfig
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.engine.speculation import ModelDrafter, NgramDrafter, make_drafters
 
 NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=4, prompt_lookup_max=3, prompt_lookup_min=2)

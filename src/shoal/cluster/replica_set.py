@@ -47,7 +47,7 @@ class ReplicaClient(EngineClient, Protocol):
     name: str
     died: bool
     snapshot: EngineStats | None
-    words: int  # how often it has said something
+    num_messages: int  # how many times its engine has sent something
 
     @property
     def channel(self) -> Channel: ...

@@ -8,7 +8,7 @@ import click
 from shoal.addresses import Address
 from shoal.cluster.lockstep.local import Joined
 from shoal.cluster.lockstep.rendezvous import RendezvousLockstep
-from shoal.cluster.members.arrival import PEERS
+from shoal.cluster.members.doors import PEERS
 from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
 from shoal.engine.server import serve

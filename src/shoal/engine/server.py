@@ -46,7 +46,7 @@ def serve(channel: Channel, join: JoinLockstep, start: StartEngine) -> int:
         start: starts the engine of a plan.
     """
     try:
-        plan = receive_plan(channel)
+        plan = _receive_plan(channel)
         lockstep = join(plan)
     except ChannelClosed:
         return 0
@@ -69,10 +69,19 @@ def serve(channel: Channel, join: JoinLockstep, start: StartEngine) -> int:
     return 0
 
 
-def receive_plan(channel: Channel) -> EnginePlan:
+def receive_first(channel: Channel) -> bytes:
+    """Return the first message to this process, still encoded.
+
+    Raises:
+        ChannelClosed: the other end has gone.
+    """
     while not wait([channel], _IDLE_S) or not (frames := channel.receive()):
         pass
-    plan = to_engine.decode(frames[0])
+    return frames[0]
+
+
+def _receive_plan(channel: Channel) -> EnginePlan:
+    plan = to_engine.decode(receive_first(channel))
     if not isinstance(plan, EnginePlan):
         raise ShoalError(f"the first message to an engine must be its plan, got {type(plan).__name__}")
     return plan

@@ -8,7 +8,7 @@ sampled. A wrong draft costs only its computation.
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from shoal.config.engine_options import SpeculativeConfig
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.engine.ngram import NgramIndex
 from shoal.wire.base import Ids
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from shoal.config.engine_options import nearest
+from shoal.config.option import nearest
 from shoal.errors import RequestError, UserError
 from shoal.jobs import entries, openai_batch
 from shoal.jobs.entries import JobEntry
