@@ -229,7 +229,7 @@ def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> Non
         engine.stats()
 
 
-# --- several engines at a time -------------------------------------------------------------------------------------------
+# --- several engines at a time -----------------------------------------------------------------------------------
 
 
 def test_an_engine_that_fails_to_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
