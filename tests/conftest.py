@@ -10,13 +10,13 @@ import pytest
 
 from support import checkpoints, effort
 
-QUICK_S = 1.0  # CPU time that a test may take in a quick run without being named at its end
+QUICK_S = 1.0  # tests of a quick run that take more CPU time are named at its end
 SLOW_MODULE = re.compile(r"^pytestmark = (pytest\.mark\.slow|\[.*pytest\.mark\.slow\b.*\])$", re.MULTILINE)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """name -> folder of a small checkpoint, made once a session."""
+    """Return name -> folder of a small checkpoint, which is made once per session."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -29,26 +29,26 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(autouse=True)
 def _log_of_a_library() -> Iterator[None]:
-    """Each test finds the log as a library leaves it: what a program sets up for its own process is undone."""
+    """Undo the setup of the log by programs, so that each test finds the log as a library leaves it."""
     logger = logging.getLogger("shoal")
     logger.setLevel(logging.WARNING)
     yield
     logger.propagate = True
     for handler in logger.handlers[:]:
-        if type(handler) is logging.StreamHandler:  # pytest's own, of classes of its own, come and go by themselves
+        if type(handler) is logging.StreamHandler:  # not pytest's handlers, which have other classes
             logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
 def _gpus_only_for_gpu_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything else shows what it shows on a host without one."""
+    """Hide GPUs from all other tests, so that these behave as on a host without one."""
     if "gpu" not in request.keywords:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)
 def _quick_tests_start_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that `scripts/test --quick` stays quick: whatever starts processes gets its mark when it is written."""
+    """Refuse to start processes in a quick run, so that such tests get the mark for slow tests."""
     if not effort.quick or "quick_process" in request.keywords:
         return
 
@@ -92,7 +92,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"{report.nodeid} took {seconds:.1f} s of CPU time: mark it slow, or mend it")
 
 
-# Begun first, where several files run at a time: what takes long at the end has the other workers wait.
+# These files start first if several run at a time, since other workers would wait for long tests at the end.
 LONGEST = (
     "test_matrix.py",
     "test_serving_over_hosts.py",
