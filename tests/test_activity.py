@@ -1,4 +1,4 @@
-"""All changes between the activities awake, paused and asleep."""
+"""Awake, paused, asleep: every way from one to another."""
 
 from collections.abc import Callable
 
@@ -59,7 +59,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("before", "change", "after"), TABLE)
-def test_each_change_gives_the_activity_of_the_table(before: Activity, change: str, after: Activity | None) -> None:
+def test_each_change_leads_where_the_table_says(before: Activity, change: str, after: Activity | None) -> None:
     if after is None:
         with pytest.raises(ConfigError, match="asleep"):
             CHANGES[change](before)
@@ -68,7 +68,7 @@ def test_each_change_gives_the_activity_of_the_table(before: Activity, change: s
 
 
 @given(st.lists(st.sampled_from(list(CHANGES))))
-def test_it_is_asleep_exactly_while_memory_is_missing(names: list[str]) -> None:
+def test_whatever_happens_it_is_asleep_exactly_while_something_is_missing(names: list[str]) -> None:
     now = AWAKE
     for name in names:
         try:
@@ -78,25 +78,25 @@ def test_it_is_asleep_exactly_while_memory_is_missing(names: list[str]) -> None:
         assert (now.state is ActivityState.ASLEEP) == bool(now.missing) == (now.level > 0)
         assert now.runs == (now.state is ActivityState.AWAKE)
         if name != "resume":
-            assert CHANGES[name](now) == now, "repeating a change has no effect"
+            assert CHANGES[name](now) == now, "the same again changes nothing"
 
 
 @pytest.mark.parametrize("before", ALL)
 @pytest.mark.parametrize("after", ALL)
-def test_no_replica_runs_next_to_one_without_memory(before: Activity, after: Activity) -> None:
+def test_on_no_way_one_runs_right_before_or_behind_another_without_memory(before: Activity, after: Activity) -> None:
     way = before.way(after)
     assert way[-1] == after
     for one, next_ in zip((before, *way), way, strict=False):
-        assert not (one.runs and next_.missing), "all replicas stop first"
-        assert not (one.missing and next_.runs), "all replicas have their memory first"
+        assert not (one.runs and next_.missing), "all come to rest first"
+        assert not (one.missing and next_.runs), "all have their memory first"
 
 
 @pytest.mark.parametrize("level", [-1, 3])
-def test_invalid_levels_are_refused(level: int) -> None:
+def test_other_levels_are_refused(level: int) -> None:
     with pytest.raises(ConfigError, match=f"0, 1 or 2, got {level}"):
         AWAKE.sleep(level)
 
 
-def test_invalid_parts_are_refused() -> None:
+def test_other_parts_are_refused() -> None:
     with pytest.raises(ConfigError, match="weights, kv_cache, scheduling; got activations"):
         ASLEEP.wake_up(["weights", "activations"])

@@ -1,4 +1,4 @@
-"""Hosts and ports, IPv4 and IPv6: reading, resolving, listening and showing."""
+"""Hosts and ports of both kinds: read, resolved, listened at, shown."""
 
 import socket
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Resolve = Callable[..., None]
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Resolve:
-    """Return a dictionary of names and their addresses, which replaces the resolver."""
+    """Gives names of the test's own their addresses."""
     known: dict[str, list[str]] = {}
     real = socket.getaddrinfo
 
@@ -36,7 +36,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Resolve:
     [("a:1", "a", 1), ("10.0.0.1:29550", "10.0.0.1", 29550), ("[fd02::1]:80", "fd02::1", 80)]
     + [("[fe80::1%eth0]:80", "fe80::1%eth0", 80)],
 )
-def test_addresses_are_shown_as_they_were_read(text: str, host: str, port: int) -> None:
+def test_what_is_read_is_shown_as_it_was(text: str, host: str, port: int) -> None:
     assert Address.parse(text) == Address(host, port)
     assert str(Address(host, port)) == joined(host, port) == text
 
@@ -44,7 +44,7 @@ def test_addresses_are_shown_as_they_were_read(text: str, host: str, port: int) 
 @pytest.mark.parametrize(
     "text", ["host", "host:", ":1", "host:0", "host:65536", "host:x", "fd02::1:80", "[]:80", "[x:y]:80"]
 )
-def test_invalid_addresses(text: str) -> None:
+def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ConfigError):
         Address.parse(text)
 
@@ -52,12 +52,12 @@ def test_invalid_addresses(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "host"), [("fd02::1", "fd02::1"), ("[fd02::1]", "fd02::1"), (" a ", "a"), ("10.0.0.1", "10.0.0.1")]
 )
-def test_hosts_without_a_port(text: str, host: str) -> None:
+def test_a_host_alone(text: str, host: str) -> None:
     assert host_of(text, "--x") == host
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a:1", "10.0.0.1:80", "[::1]:80", "http://a"])
-def test_invalid_hosts(text: str) -> None:
+def test_what_is_no_host(text: str) -> None:
     with pytest.raises(ConfigError, match="--x takes the name or the address of a host, without a port"):
         host_of(text, "--x")
 
@@ -88,7 +88,7 @@ def test_listening_and_connecting(names: Resolve, host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["::", ""])
-def test_listening_everywhere_covers_ipv4_and_ipv6(host: str) -> None:
+def test_all_addresses_are_those_of_both_kinds(host: str) -> None:
     listeners = addresses.listen(host, 0)
     try:
         for each in ("::1", "127.0.0.1"):
@@ -118,7 +118,7 @@ def test_a_server_listens_at_all_addresses_of_a_name(names: Resolve) -> None:
                 sock.close()
 
 
-def test_addresses_of_other_hosts_are_skipped(names: Resolve) -> None:
+def test_a_name_with_one_address_of_another_host_is_listened_at_by_the_other(names: Resolve) -> None:
     names(moved=["192.0.2.1", "::1"])
     (listener,) = addresses.listen("moved", 0)
     with listener:

@@ -1,6 +1,6 @@
-"""The rules of import in docs/architecture.md, checked on the code.
+"""The rules of import, as docs/architecture.md states them, held against the code.
 
-Imports are found in the syntax trees, also in functions, and in the arguments of `load("module:Name")`.
+Edges come from the syntax trees, function-local imports included, and from the arguments of `load("module:Name")`.
 """
 
 import ast
@@ -14,13 +14,13 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-# Every package may import these. None of them imports a package.
+# Every room may import these. None of them imports a room.
 COMMON = {
     "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "outputs", "params", "process",
     "values", "shoal",
 }  # fmt: skip
 
-# package -> the other packages that it may import.
+# room -> what else of ours it may import: what lies below it.
 ALLOWED = {
     "__main__": {"cli"},
     "cli": {"server", "client", "jobs", "bench", "llm", "launch", "text", "wire"},
@@ -63,7 +63,7 @@ ALLOWED = {
     "wire": {"devices"},
 }
 
-# Free of torch, transitively. Modules that need torch are imported with `load`, in processes that have ranks.
+# Free of torch, transitively. What needs torch is named in a call of `load`, where a rank lives in its process.
 TORCH_FREE = [
     "shoal", "shoal.params", "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
     "shoal.protocols", "shoal.activity", "shoal.process", "shoal.log", "shoal.devices", "shoal.transport",
@@ -78,7 +78,7 @@ TORCH_FREE = [
     "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",
 ]  # fmt: skip
 
-# Modules that `load` may import, besides those that the table above allows.
+# What `load` may bring in, beside what follows from the table above.
 LOADABLE = {
     "shoal.llm.llm": {"shoal"},
     "shoal.llm.async_llm": {"shoal"},
@@ -105,10 +105,10 @@ LOADABLE = {
     "matplotlib.figure": {"client"},
 }
 
-# Prefixes of names of metrics, which look like `module:Name`.
+# What names of metrics begin with; they look like `module:Name`.
 METRICS = {"vllm", "shoal"}
 
-# Libraries, and the packages that may import them.
+# Libraries that stay where they are needed.
 CONFINED = {
     "click": {"cli", "worker", "engine", "text"},
     "tqdm": {"cli", "launch", "llm"},
@@ -135,7 +135,7 @@ CONFINED = {
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """Return dotted name -> syntax tree."""
+    """Dotted name -> syntax tree."""
     found = {}
     for path in sorted((SOURCE / "shoal").rglob("*.py")):
         name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
@@ -153,7 +153,7 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def loads(tree: ast.Module) -> Iterator[str]:
-    """Yield the modules that are named in `load(...)` and in tables of `module:Name`."""
+    """Modules named in `load(...)` and in tables of `module:Name`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             module, colon, name = node.value.partition(":")
@@ -164,14 +164,14 @@ def loads(tree: ast.Module) -> Iterator[str]:
 
 
 def package(name: str) -> str:
-    """Return the package of a module: `shoal.engine.core` -> `engine`. The root package is `shoal`."""
+    """`shoal.engine.core` -> `engine`; the root package is `shoal`."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else "shoal"
 
 
 @cache
 def uses() -> dict[str, set[str]]:
-    """Return module -> the modules that it imports, loads or names in a string (to start a process)."""
+    """Module -> the modules that it imports, loads or names in a string, as a process to be started is."""
     found: dict[str, set[str]] = {}
     for name, tree in modules().items():
         targets = {target if target in modules() else target.rpartition(".")[0] for target in imports(tree)}
@@ -182,8 +182,8 @@ def uses() -> dict[str, set[str]]:
     return found
 
 
-def find_cycles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Return the cycles of a graph. Nodes without successors or without predecessors are removed first."""
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """The circles of a graph, found by taking away whatever leads nowhere else, and whatever nothing leads to."""
     left = {name: set(targets) for name, targets in edges.items()}
     while True:
         reached = {target for targets in left.values() for target in targets}
@@ -204,31 +204,31 @@ def test_imports_run_one_way(name: str) -> None:
         assert package(target) in allowed(name), f"{name} uses {target}"
 
 
-def test_modules_have_no_import_cycles() -> None:
-    assert find_cycles(uses()) == []
+def test_no_module_uses_itself_by_way_of_others() -> None:
+    assert circles(uses()) == []
 
 
-def test_packages_have_no_import_cycles() -> None:
-    """This holds for packages at any depth. A package and its modules count as one, without its sub-packages."""
+def test_no_room_uses_itself_by_way_of_others() -> None:
+    """Rooms are packages in any depth. A package and its own modules count as one, apart from its sub-packages."""
     for parent in {name.rpartition(".")[0] for name in modules()} - {""}:
         edges: dict[str, set[str]] = {}
         for name, targets in uses().items():
             room = _room(name, parent)
             if room:
                 edges.setdefault(room, set()).update({_room(each, parent) for each in targets} - {room, ""})
-        assert find_cycles(edges) == [], parent
+        assert circles(edges) == [], parent
 
 
 def _room(name: str, parent: str) -> str:
-    """Return the sub-package of `parent` that has a module; "" if there is none."""
+    """The sub-package of `parent` that a module is in; "" if it is in none."""
     inner = name.removeprefix(f"{parent}.")
     first, dot, _ = inner.partition(".")
     return f"{parent}.{first}" if inner != name and dot else ""
 
 
-def test_cycles_are_found() -> None:
-    assert find_cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
-    assert find_cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("name", modules())
@@ -281,4 +281,4 @@ def test_torch_free_modules_do_not_load_torch() -> None:
 def test_the_document_names_every_package() -> None:
     text = (SOURCE.parent / "docs" / "architecture.md").read_text("utf-8")
     for name in {package(name) for name in modules()} - {"shoal"}:
-        assert f"`{name}" in text, f"docs/architecture.md does not mention {name}"
+        assert f"`{name}" in text, f"docs/architecture.md does not speak of {name}"

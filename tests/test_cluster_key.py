@@ -1,4 +1,4 @@
-"""The shared key of a cluster, from the environment or from a file."""
+"""The shared key, from the environment or from a file."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_the_key_may_be_in_a_file(key_file: Path) -> None:
+def test_a_file_has_it(key_file: Path) -> None:
     key_file.write_text("secret of the file\n")
     assert env.cluster_key() == "secret of the file"
 
 
-def test_key_and_file_must_agree(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_must_say_the_same(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CLUSTER_KEY", "secret")
     key_file.write_text("secret\n")
     assert env.cluster_key() == "secret"
@@ -35,12 +35,12 @@ def test_key_and_file_must_agree(key_file: Path, monkeypatch: pytest.MonkeyPatch
         env.cluster_key()
 
 
-def test_the_error_of_a_missing_key_names_both_variables() -> None:
+def test_who_has_none_is_told_of_both() -> None:
     with pytest.raises(ConfigError, match=r"set SHOAL_CLUSTER_KEY, or what the file of SHOAL_CLUSTER_KEY_FILE holds"):
         require_key("", "192.0.2.1")
 
 
-def test_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_has_said_any(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SHOAL_CLUSTER_KEY", "SHOAL_CLUSTER_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
     assert env.cluster_key() == ""
@@ -54,7 +54,7 @@ def test_a_file_that_is_open_to_others_is_refused(key_file: Path, mode: int) -> 
         env.cluster_key()
 
 
-def test_an_unusable_file_is_named(key_file: Path) -> None:
+def test_a_file_that_is_no_use_is_named(key_file: Path) -> None:
     with pytest.raises(ConfigError, match="key is empty"):
         env.cluster_key()
     key_file.write_bytes(b"\xff\xfe")

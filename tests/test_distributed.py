@@ -1,4 +1,4 @@
-"""The operations of `shoal.distributed`, in a real job under torchrun and in a single process."""
+"""The names that people know, in a real job under torchrun and in one process."""
 
 import json
 import os
@@ -48,7 +48,7 @@ print("FOUND" + json.dumps([rank, found]), flush=True)
 
 
 def run_under_torchrun(job: Path, text: str) -> dict[int, Any]:
-    """Run a program under torchrun, and return the results of each rank."""
+    """What each rank has found."""
     job.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--log-dir", str(job.parent / "logs"), str(job)]
@@ -91,7 +91,7 @@ print("FOUND" + json.dumps([rank, found]), flush=True)
 """
 
 
-def test_groups_can_be_destroyed_and_started_again(tmp_path: Path) -> None:
+def test_destroyed_and_started_again_over_one_store(tmp_path: Path) -> None:
     expected = [[1, 1], [3, 3], [5, 5]]
     assert run_under_torchrun(tmp_path / "job.py", AGAIN) == {0: expected, 1: expected}
 
@@ -139,7 +139,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_single_process() -> None:
+def test_one_process_alone() -> None:
     x = torch.arange(6.0).view(2, 3)
     assert torch.equal(distributed.tensor_model_parallel_all_reduce(x), x)
     assert torch.equal(distributed.tensor_model_parallel_all_gather(x), x)

@@ -31,5 +31,5 @@ assert 0.9 < gc.get_freeze_count() / before < 1.1, "settled again"
 
 
 @pytest.mark.parametrize("program", [UNSETTLED, SETTLED], ids=["unsettled", "settled"])
-def test_settled_objects_are_skipped_until_a_full_collection(program: str) -> None:
+def test_what_was_settled_is_left_out_until_all_is_asked_for(program: str) -> None:
     subprocess.run([sys.executable, "-c", CYCLE + program], check=True)

@@ -1,4 +1,4 @@
-"""Processes that Shoal starts do not import files from the working directory or beside a script."""
+"""Files that are called like modules, in the working directory or beside a script: none is run by what we start."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from support.servers import ShoalServer
 
 HOME = Path(shoal.__file__).parent.parent
 NAMES = ("queue", "torch", "types", "json", "numpy", "click", "runpy", "shoal", "sitecustomize")
-# Starts Python as a ChildProcess does, and prints the outcome.
+# Starts a Python as a ChildProcess does, and says what came of it.
 START = """
 import subprocess, sys
 from shoal import env
@@ -27,7 +27,7 @@ print(done.stdout + done.stderr)
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
-    """A folder with such files. Each leaves a mark when it is run."""
+    """A folder of such files. Each leaves a mark when it is run."""
     folder = tmp_path / "trap"
     folder.mkdir()
     for name in NAMES:
@@ -55,7 +55,7 @@ def run(*arguments: str, folder: Path, python_path: str = str(HOME)) -> str:
     return done.stdout
 
 
-# The ways in which a parent gets the folder onto its path, after it has imported what it needs.
+# The parent gets them onto its path in each way that there is, after it has loaded what it needs itself.
 WAYS = {
     "interactive": "sys.path.insert(0, '')",
     "by its name": "sys.path.insert(0, {trap!r})",
@@ -84,7 +84,7 @@ def archive_of_the_package(folder: Path) -> Path:
 
 
 def installed_into(folder: Path) -> Path:
-    """Install the package as `pip install --target` does."""
+    """As `pip install --target` does it."""
     (folder / "shoal").symlink_to(HOME / "shoal")
     (folder / "shoal-0.1.0.dist-info").mkdir()
     return folder
@@ -92,10 +92,10 @@ def installed_into(folder: Path) -> Path:
 
 @pytest.mark.parametrize("place", [lambda folder: HOME, archive_of_the_package, installed_into])
 @pytest.mark.parametrize("flags", [("-I",), ("-P",), ()])
-def test_a_child_imports_shoal_from_the_same_place_as_its_parent(
+def test_a_child_finds_shoal_where_its_parent_has(
     tmp_path: Path, place: Callable[[Path], Path], flags: tuple[str, ...]
 ) -> None:
-    """Shoal is in a folder that is on no default path, or in the working directory, where nothing else is found."""
+    """In no folder that is on a path by itself; and in the working directory, where nothing else is found."""
     found = place(tmp_path)
     program = f"import sys; sys.path.insert(0, {str(found)!r})\n{START}\nprint(import_path.__file__)"
     told = run(*flags, "-c", program, folder=found if found.is_dir() else tmp_path, python_path="")
@@ -113,7 +113,7 @@ def test_folders_that_a_parent_has_added_are_kept_in_order(tmp_path: Path) -> No
 
 
 def test_a_model_in_the_working_directory(trap: Path) -> None:
-    """Ranks, engines and API servers do not import files beside the model."""
+    """Ranks, engines and API servers: none of them is what lies beside the model."""
     (trap / "shoal.py").unlink()
     for file in (HOME / "shoal" / "demo_model").iterdir():
         (trap / file.name).symlink_to(file)

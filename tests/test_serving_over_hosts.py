@@ -408,6 +408,6 @@ def test_an_async_llm_feeds_replicas_that_are_all_elsewhere() -> None:
         answers = done.stdout.splitlines()
         assert len(answers) == 7
         assert "82" in answers[0]
-        headless.await_line("the front end has gone; requests are dropped, and the next front end is awaited")
+        headless.await_line("the front end is gone: its requests are dropped; waiting for a front end to come back")
         headless.process.send_signal(signal.SIGTERM)
         assert headless.ends() == 0, headless.text

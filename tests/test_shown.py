@@ -1,4 +1,4 @@
-"""Wrong values in messages are short and made quickly, and no value raises an error."""
+"""A wrong value in a message: short, at once, and without an error whatever it is."""
 
 from typing import Any
 
@@ -22,11 +22,11 @@ def deep(levels: int) -> Any:
     [[[]] * 5_000_000, {str(i): i for i in range(1_000_000)}, [[1] * 5_000_000], "a" * 50_000_000, 10**5000, deep(900)],
     ids=["lists", "names", "a list", "characters", "digits", "levels"],
 )
-def test_a_large_value_is_shortened(value: Any) -> None:
+def test_a_large_value_is_cut(value: Any) -> None:
     assert len(shown(value)) <= 300
 
 
-def test_a_large_value_is_not_converted_completely() -> None:
+def test_a_large_value_is_not_spelled_out() -> None:
     spelled = 0
 
     class Part:
@@ -47,6 +47,6 @@ values = st.recursive(
 
 @steady
 @given(values)
-def test_a_small_value_is_shown_completely(value: Any) -> None:
+def test_a_small_value_is_as_it_is(value: Any) -> None:
     text = repr(value)
     assert shown(value) == (text if len(text) <= 200 else text[:200] + "...")

@@ -1,4 +1,4 @@
-"""The desk: the thread that drives a fleet, with clients in this process and clients over channels."""
+"""The thread that drives a fleet, between clients in this process and others at channels."""
 
 import os
 import queue
@@ -25,7 +25,7 @@ DEADLINE_S = 60.0
 
 
 class Ready:
-    """A channel that is always readable."""
+    """A channel on which there is always something."""
 
     backlog = False
 
@@ -85,7 +85,7 @@ class Setting:
         raise KeyError("a bug")
 
     def now(self, what: Callable[[], Any]) -> Any:
-        """Call `what` on the desk's thread and return its result."""
+        """On the desk's thread, what it gives."""
         found: queue.Queue[Any] = queue.Queue()
         self.desk.do(lambda: found.put(what()))
         return found.get(timeout=DEADLINE_S)
@@ -98,7 +98,7 @@ class Setting:
 
 @pytest.fixture
 def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
-    """A desk with a fleet. The parameter of the fixture, if there is one, is `unread_s`."""
+    """`param`, if there is one, is `unread_s`."""
     found = Setting(getattr(request, "param", 60.0))
     yield found
     found.desk.close()
@@ -107,7 +107,7 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
 
 
 def opened(envelope: Updates) -> list[SeqUpdate]:
-    """Return the updates with the numbers that the client uses."""
+    """Updates with the client's own numbers."""
     return [replace_fields(update, seq=update.seq - envelope.base) for update in envelope.updates]
 
 
@@ -186,8 +186,8 @@ class RemoteClient(LocalClient):
         return self.told[number]
 
 
-def test_each_client_gets_only_its_updates(setting: Setting) -> None:
-    """All clients number their requests and groups from 0."""
+def test_each_client_gets_its_own(setting: Setting) -> None:
+    """They all number their requests and groups from 0."""
     clients = [setting.local(), setting.remote(), setting.local()]
     clients.append(setting.remote())
     for number, client in enumerate(clients):
@@ -199,8 +199,8 @@ def test_each_client_gets_only_its_updates(setting: Setting) -> None:
     setting.now(setting.fleet.audit)
 
 
-def test_clients_hear_of_the_context_length(setting: Setting) -> None:
-    """Clients hear of it as soon as the fleet knows it; later clients at once."""
+def test_clients_are_told_how_long_requests_may_be(setting: Setting) -> None:
+    """As soon as the fleet knows; one that comes later at once."""
     for client in (setting.local(), setting.remote(), setting.local()):
         client.add(request(0, [1], 5))
         client.finish()
@@ -208,7 +208,7 @@ def test_clients_hear_of_the_context_length(setting: Setting) -> None:
         assert client.length is not None
 
 
-def test_updates_are_passed_on_without_copies(setting: Setting) -> None:
+def test_updates_are_handed_on_and_not_copied(setting: Setting) -> None:
     first, second = setting.local(), setting.local()
     for client in (first, second):
         client.line.send([request(3, [1], 5)])
@@ -224,7 +224,7 @@ def test_updates_are_passed_on_without_copies(setting: Setting) -> None:
         got.clear()
 
 
-def test_an_abort_affects_only_requests_of_its_client(setting: Setting) -> None:
+def test_an_abort_is_the_clients_own(setting: Setting) -> None:
     local, remote = setting.local(), setting.remote()
     local.add(request(0, [1], 200))
     remote.outcomes.may_abort.add(0)
@@ -236,7 +236,7 @@ def test_an_abort_affects_only_requests_of_its_client(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("garbage", [None, b"\xff\xff", encode(Stop()), encode(Abort((-1,)))])
-def test_requests_of_a_client_that_disconnects_or_sends_nonsense_end(setting: Setting, garbage: bytes | None) -> None:
+def test_a_client_that_goes_or_talks_nonsense_frees_what_it_had(setting: Setting, garbage: bytes | None) -> None:
     gone, stays = setting.remote(), setting.remote()
     gone.send(*(request(seq, [seq], 10**7) for seq in range(5)))
     stays.add(request(0, [3], 20))
@@ -254,7 +254,7 @@ def test_requests_of_a_client_that_disconnects_or_sends_nonsense_end(setting: Se
             gone.hang_on()
 
 
-def test_requests_of_a_closed_line_end(setting: Setting) -> None:
+def test_a_line_that_is_closed_frees_what_it_had(setting: Setting) -> None:
     client = setting.local()
     client.line.send([request(0, [1], 10**7)])
     setting.until(lambda: bool(setting.replica.held))
@@ -263,7 +263,7 @@ def test_requests_of_a_closed_line_end(setting: Setting) -> None:
     setting.until(lambda: not setting.replica.held)
 
 
-def test_control_calls(setting: Setting) -> None:
+def test_questions(setting: Setting) -> None:
     local, remote = setting.local(), setting.remote()
     assert local.line.ask("shout", b"abc").result(DEADLINE_S) == b"ABC"
     assert remote.ask(7, "shout", b"x") == ControlReply(7, b"X")
@@ -285,7 +285,7 @@ def test_control_calls(setting: Setting) -> None:
     assert local.next()[0].refusal is RefusalKind.CLOSING
 
 
-def test_a_second_request_with_a_used_number_is_refused(setting: Setting) -> None:
+def test_a_number_that_is_used_twice_ends_the_second_and_not_the_first(setting: Setting) -> None:
     client = setting.local()
     client.line.send([request(0, [1], 10**7), request(0, [2])])
     while not (refused := [update for update in client.next() if update.error]):
@@ -295,7 +295,7 @@ def test_a_second_request_with_a_used_number_is_refused(setting: Setting) -> Non
     setting.until(lambda: not setting.replica.held)
 
 
-def test_a_request_that_can_not_be_added_ends_alone(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_with_which_nothing_can_be_done_ends_alone(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     client = setting.local()
     add = setting.fleet.add
 
@@ -315,7 +315,7 @@ def test_a_request_that_can_not_be_added_ends_alone(setting: Setting, monkeypatc
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_the_end_of_an_api_server_with_requests_is_a_warning(
+def test_an_api_server_that_goes_is_a_warning_if_it_had_requests(
     setting: Setting, caplog: pytest.LogCaptureFixture, busy: bool
 ) -> None:
     remote = setting.remote()
@@ -329,7 +329,7 @@ def test_the_end_of_an_api_server_with_requests_is_a_warning(
     assert [each.levelname for each in said] == (["WARNING"] if busy else [])
 
 
-def test_the_answer_to_a_client_that_is_gone_is_dropped(setting: Setting) -> None:
+def test_a_question_that_nobody_waits_for_any_more(setting: Setting) -> None:
     client = setting.local()
     held = threading.Event()
     setting.desk.do(lambda: held.wait(DEADLINE_S))
@@ -339,7 +339,7 @@ def test_the_answer_to_a_client_that_is_gone_is_dropped(setting: Setting) -> Non
     assert client.line.ask("shout", b"a").result(DEADLINE_S) == b"A"
 
 
-def test_all_clients_hear_of_a_failure_of_the_thread(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
+def test_when_the_thread_fails_everyone_is_told(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
     local, remote = setting.local(), setting.remote()
     local.line.send([request(0, [1], 10**7)])
     remote.send(request(0, [2], 10**7))
@@ -370,7 +370,7 @@ def test_all_clients_hear_of_a_failure_of_the_thread(setting: Setting, caplog: p
     assert setting.replica.closed
 
 
-def test_all_clients_hear_when_the_desk_is_closed(setting: Setting) -> None:
+def test_when_it_is_closed_everyone_is_told(setting: Setting) -> None:
     local, remote = setting.local(), setting.remote()
     local.line.send([request(0, [1], 10**7)])
     remote.send(request(0, [2], 10**7))
@@ -389,12 +389,12 @@ def test_all_clients_hear_when_the_desk_is_closed(setting: Setting) -> None:
 
 
 def fill(channel: Channel) -> None:
-    """Fill the channel, so that nothing more can be sent until it is read."""
+    """Nothing more goes out until somebody reads."""
     while not channel.backlog:
         channel.send(encode(ControlReply(10**6, bytes(1 << 16))))
 
 
-def test_a_slow_reader_misses_nothing_and_delays_no_other(setting: Setting) -> None:
+def test_one_that_does_not_read_for_a_while_misses_nothing_and_keeps_nobody_waiting(setting: Setting) -> None:
     remote, local = setting.remote(), setting.local()
     setting.now(lambda: fill(remote.at_desk))
     remote.add(*(request(seq, [seq], 60) for seq in range(10)))
@@ -406,7 +406,7 @@ def test_a_slow_reader_misses_nothing_and_delays_no_other(setting: Setting) -> N
 
 
 @pytest.mark.parametrize("setting", [0.05], indirect=True)
-def test_a_client_that_does_not_read_is_disconnected(setting: Setting) -> None:
+def test_one_that_does_not_read_at_all_is_given_up(setting: Setting) -> None:
     remote = setting.remote()
     setting.now(lambda: fill(remote.at_desk))
     remote.send(request(0, [1], 10**7))
@@ -415,8 +415,8 @@ def test_a_client_that_does_not_read_is_disconnected(setting: Setting) -> None:
     setting.until(lambda: not setting.desk.num_clients)
 
 
-def test_a_channel_that_is_closed_from_outside(setting: Setting) -> None:
-    """The process that started an API server may end it and its channel at any time."""
+def test_a_channel_that_somebody_else_closes(setting: Setting) -> None:
+    """Whoever started an API server ends it, and its channel, at any time."""
     remote, local = setting.remote(), setting.local()
     remote.send(request(0, [1], 10**7))
     setting.until(lambda: bool(setting.replica.held))
@@ -427,8 +427,8 @@ def test_a_channel_that_is_closed_from_outside(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "remote"])
-def test_many_requests_at_once_do_not_delay_updates(setting: Setting, kind: str) -> None:
-    """A limited number is taken at a time, and updates of replicas are sent in between."""
+def test_many_requests_at_once_leave_others_their_turns(setting: Setting, kind: str) -> None:
+    """They are taken some at a time, and what replicas say is handed out in between."""
     waiting: list[int] = []
     ended = threading.Event()
 
@@ -459,4 +459,4 @@ def test_many_requests_at_once_do_not_delay_updates(setting: Setting, kind: str)
             remote.channel.send(encode(spec))
     go.set()
     assert ended.wait(DEADLINE_S)
-    assert waiting[0] < 200, "all requests were taken before an update was sent"
+    assert waiting[0] < 200, "all were taken before anything was handed out"

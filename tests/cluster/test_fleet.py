@@ -1,4 +1,4 @@
-"""A fleet of fake replicas on a fake clock. Whatever dies at any time, every request has exactly one end."""
+"""A fleet of engines of a few lines, on a clock of its own: whatever dies whenever, every request has one end."""
 
 import os
 from collections import Counter
@@ -21,11 +21,11 @@ from support.fake_replica import STATS, FakeReplica
 from support.fakes import FakeClock, Outcomes, request, steady
 
 NEVER = 10**9
-LONG = 300  # more tokens than are drawn
+LONG = 300  # tokens: more than are drawn
 
 
 class Quiet:
-    """A channel that is never readable."""
+    """A channel on which nothing comes."""
 
     backlog = False
 
@@ -40,7 +40,7 @@ QUIET = Quiet()
 
 
 class FakeMember(FakeReplica):
-    """A fake replica that is ready, and later gone, after `polls` checks."""
+    """Takes `polls` looks to become ready, and as many to leave."""
 
     def __init__(self, number: int, generation: int = 0, polls: int = 0) -> None:
         super().__init__(number, seed=number)
@@ -49,17 +49,17 @@ class FakeMember(FakeReplica):
         self.polls = polls
         self.host, self.pid = "elsewhere", 4711
         self.leaving = False
-        self.error: ShoalError | None = None  # the error with which it fails to start
-        self.may_wait = False  # whether `end` may be called
-        self.holds = STATS.max_model_len  # its context length
+        self.error: ShoalError | None = None  # at its start
+        self.may_wait = False  # may somebody wait for its end?
+        self.holds = STATS.max_model_len  # tokens of a request
 
     @property
     def channel(self) -> Any:
-        assert not self.closed, "the channel of an ended replica is not used"
+        assert not self.closed, "nobody listens to one that was ended"
         return QUIET
 
     def ready(self, timeout: float) -> EngineStats | None:
-        assert timeout == 0, "a fleet never waits for a single replica"
+        assert timeout == 0, "whoever drives a fleet waits for all of it"
         self._check_alive()
         if self.error is not None:
             raise self.error
@@ -75,12 +75,12 @@ class FakeMember(FakeReplica):
         self.leaving = True
 
     def end(self, deadline: float) -> None:
-        assert self.may_wait, "a fleet never waits for the end of a single replica"
+        assert self.may_wait, "nobody waits for the end of one replica while there are others"
         super().end(deadline)
 
 
 class Recorded:
-    """A recorder that checks that each request has one beginning and one end."""
+    """What a recorder is told: one beginning and one end of each."""
 
     def __init__(self) -> None:
         self.begun: set[int] = set()
@@ -108,7 +108,7 @@ class Recorded:
 
 
 class World:
-    """A fleet and all replicas that it has started."""
+    """A fleet, and all that it has started."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class World:
         **limits: Any,
     ) -> None:
         self.clock = FakeClock()
-        self.members: list[FakeMember] = []  # in the order in which they were started
+        self.members: list[FakeMember] = []  # in the order of their starts
         self.outcomes = Outcomes()
         self.recorded = Recorded()
         self.deaths: Counter[int] = Counter()
@@ -165,7 +165,7 @@ class World:
         return self.members[-1]
 
     def member(self, number: int) -> FakeMember:
-        """Return the latest replica with this number."""
+        """The latest of a number."""
         return [member for member in self.members if member.number == number][-1]
 
     @property
@@ -209,7 +209,7 @@ class World:
             if not self.outcomes.open:
                 break
             self.step(seconds)
-        assert not self.outcomes.open, "a request did not end"
+        assert not self.outcomes.open, "a request has no end"
         self.fleet.audit()
         assert self.recorded.begun == self.recorded.ends == set(self.outcomes.specs)
 
@@ -234,7 +234,7 @@ def pinned(seq: int, replica: int, max_tokens: int = 4) -> EngineRequest:
     return replace_fields(request(seq, [seq, 1], max_tokens), replica=replica)
 
 
-# --- random failures --------------------------------------------------------------------------------------------
+# --- whatever happens --------------------------------------------------------------------------------------------
 
 
 OPERATIONS = [
@@ -251,7 +251,7 @@ OPERATIONS = [
 
 
 class Chaos:
-    """Random operations, requests, failures and pauses."""
+    """Does what is drawn."""
 
     def __init__(self, data: st.DataObject) -> None:
         self.data = data
@@ -275,7 +275,7 @@ class Chaos:
         self.sick = False
         self.scaled = self.drained = self.slept = self.aborts = False
         self.seqs = self.asked = 0
-        self.told: list[Any] = []  # the results of operations
+        self.told: list[Any] = []  # of operations, how they ended
 
     def fails(self, number: int, generation: int) -> Exception | None:
         if not getattr(self, "sick", False) or self.data.draw(st.integers(0, 5), "fails"):
@@ -292,7 +292,7 @@ class Chaos:
         self.slept |= wanted.verb == "sleep"
         if wanted.mode == "abort" and wanted.verb in ("pause", "sleep"):
             self.aborts = True
-        if self.aborts:  # requests that come before the operation begins are aborted, too
+        if self.aborts:  # those that come before it begins are aborted as well
             self.world.outcomes.may_abort.update(self.world.outcomes.specs)
         self.asked += 1
         self.world.fleet.operate(wanted, self.told.append)
@@ -362,7 +362,7 @@ class Chaos:
                 assert self.slept
 
     def end(self) -> None:
-        """Let all requests end, without more failures. Replicas of other hosts arrive, so that none waits for them."""
+        """Nothing dies any more: all that can end, ends; who waits for another host is told when it comes."""
         self.sick = False
         self.asked += 1
         self.world.fleet.operate(Operation("wake_up"), self.told.append)
@@ -380,7 +380,7 @@ class Chaos:
 
 @given(data=st.data())
 @settings(steady, max_examples=300)
-def test_every_request_has_one_end_with_any_failures(data: st.DataObject) -> None:
+def test_whatever_dies_whenever_every_request_has_one_end(data: st.DataObject) -> None:
     chaos = Chaos(data)
     try:
         chaos.sick = True
@@ -395,24 +395,24 @@ def test_every_request_has_one_end_with_any_failures(data: st.DataObject) -> Non
 
 @given(data=st.data())
 @settings(steady, max_examples=40)
-def test_restarts_change_no_output(data: st.DataObject) -> None:
-    """With unlimited restarts and no deadlines, all outputs are the same as without failures."""
+def test_deaths_with_pauses_between_them_cost_nothing(data: st.DataObject) -> None:
+    """Restarts without a bound and requests without a deadline: all outputs are those of undisturbed twins."""
     with world(data.draw(st.integers(1, 3)), together=data.draw(st.booleans()), max_restarts=NEVER) as found:
         found.settle(3)
         for seq in range(data.draw(st.integers(1, 8))):
             found.add(request(seq, [seq % 3, 1], data.draw(st.integers(60, 90))))
         for _ in range(data.draw(st.integers(1, 6))):
-            found.settle(40, 1.0)  # at least 16 tokens for each running request
+            found.settle(40, 1.0)  # at least 16 tokens for each that runs
             if found.alive:
                 found.kill(data.draw(st.sampled_from(found.alive)))
         found.finish()
         assert not any(found.refusals().values())
 
 
-# --- restarts ---------------------------------------------------------------------------------------------------
+# --- lives --------------------------------------------------------------------------------------------------------
 
 
-def test_a_useful_replica_is_restarted_at_once() -> None:
+def test_one_that_was_of_use_is_started_again_at_once() -> None:
     with world(1) as found:
         found.add(request(0, [1], 50))
         found.settle(5)
@@ -425,7 +425,7 @@ def test_a_useful_replica_is_restarted_at_once() -> None:
         found.finish()
 
 
-def test_a_useless_replica_waits_longer_each_time_and_is_given_up() -> None:
+def test_one_that_is_of_no_use_waits_longer_each_time_and_is_given_up() -> None:
     with world(1) as found:
         pauses = []
         for life in range(1, 6):
@@ -447,7 +447,7 @@ def test_a_useless_replica_waits_longer_each_time_and_is_given_up() -> None:
             _ = found.fleet.started
 
 
-def test_a_run_that_ends_before_it_is_ready_is_useless() -> None:
+def test_a_life_that_ends_before_it_is_ready_is_of_no_use_whatever_the_one_before_did() -> None:
     with world(1) as found:
         found.add(request(0, [1], 500))
         found.settle(40)
@@ -458,14 +458,14 @@ def test_a_run_that_ends_before_it_is_ready_is_useless() -> None:
             assert len(found.members) == life
             found.kill(found.member(0))
             found.settle(2)
-            assert len(found.members) == life, "the restart must not be immediate"
+            assert len(found.members) == life, "not at once"
             found.step(40)
         found.kill(found.member(0))
         found.settle(2)
         assert "replica 0 was killed" in found.error(0)
 
 
-def test_restarts_within_an_hour_are_limited() -> None:
+def test_restarts_within_an_hour_are_bounded() -> None:
     with world(1, max_restarts=2) as found:
         for seq in range(3):
             found.add(request(seq, [1], 50))
@@ -478,7 +478,7 @@ def test_restarts_within_an_hour_are_limited() -> None:
         assert len(found.members) == 3
 
 
-def test_a_replica_that_was_never_ready_is_not_restarted() -> None:
+def test_one_that_was_never_ready_is_not_started_again() -> None:
     with world(1, polls=lambda: 5) as found:
         found.add(request(0, [1]))
         found.step()
@@ -488,14 +488,14 @@ def test_a_replica_that_was_never_ready_is_not_restarted() -> None:
         assert found.refusals() == {0: RefusalKind.LOST}
 
 
-def test_a_mistake_of_the_user_is_a_user_error() -> None:
+def test_what_the_user_must_mend_is_told_as_such() -> None:
     with world(2, fails=lambda number, _: CheckpointError("no weights") if number else EngineError("lost")) as found:
         found.settle(2)
         with pytest.raises(CheckpointError, match="no replica is left: replica 0: lost; replica 1: no weights"):
             _ = found.fleet.started
 
 
-def test_a_replica_that_can_not_start_does_not_affect_others() -> None:
+def test_one_that_can_not_be_started_leaves_the_others_alone() -> None:
     with world(2, fails=lambda number, _: None if number else OSError(11, "no processes")) as found:
         found.settle(2)
         assert found.fleet.fatal is None
@@ -506,7 +506,7 @@ def test_a_replica_that_can_not_start_does_not_affect_others() -> None:
         assert found.refusals() == {0: RefusalKind.NONE}
 
 
-def test_a_replica_that_starts_too_slowly_is_ended() -> None:
+def test_one_that_takes_too_long_to_start_is_ended() -> None:
     with world(2, polls=lambda: NEVER, start_timeout=10.0) as found:
         found.members[1].polls = 0
         found.settle(3, 5.0)
@@ -515,8 +515,8 @@ def test_a_replica_that_starts_too_slowly_is_ended() -> None:
         assert "was not ready within 10 s" in found.fleet.status().replicas[0].cause
 
 
-def test_a_fleet_without_replicas_does_not_poll() -> None:
-    """A fleet without a next start must not wake up again and again."""
+def test_a_fleet_in_which_all_were_given_up_rests() -> None:
+    """Whoever waits for the next start would wait for nothing, again and again."""
     with world(2, together=True) as found:
         found.settle(3)
         found.fails = lambda number, _: CheckpointError("gone") if number else None
@@ -529,7 +529,7 @@ def test_a_fleet_without_replicas_does_not_poll() -> None:
         assert found.fleet.pause() > 100
 
 
-def test_counters_continue_after_restarts() -> None:
+def test_counters_go_on_over_lives() -> None:
     with world(1) as found:
         found.add(request(0, [1], 60))
         found.settle(30)
@@ -544,10 +544,10 @@ def test_counters_continue_after_restarts() -> None:
         assert state.stats.iteration_tokens == (1, 3, 1)
 
 
-# --- replicas in lockstep ---------------------------------------------------------------------------------------
+# --- replicas that compute together --------------------------------------------------------------------------------
 
 
-def test_replicas_in_lockstep_restart_together() -> None:
+def test_those_that_compute_together_start_again_together() -> None:
     with world(3, together=True) as found:
         for seq in range(6):
             found.add(request(seq, [seq], 60))
@@ -560,7 +560,7 @@ def test_replicas_in_lockstep_restart_together() -> None:
         assert not any(found.refusals().values())
 
 
-def test_a_replica_that_fails_to_start_ends_its_lockstep() -> None:
+def test_one_that_ends_at_its_start_takes_those_along_that_start_with_it() -> None:
     with world(2, together=True) as found:
         found.add(request(0, [1], 100))
         found.settle(40)
@@ -575,12 +575,12 @@ def test_a_replica_that_fails_to_start_ends_its_lockstep() -> None:
         assert found.member(0).generation == found.member(1).generation == 2
 
 
-# --- limits of the queue and deadlines --------------------------------------------------------------------------
+# --- who is taken, and how long they wait ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("replicas", "replica", "most"), [(1, -1, 3), (2, -1, 4), (2, 1, 3)])
-def test_a_request_that_can_never_be_accepted_is_refused(replicas: int, replica: int, most: int) -> None:
-    """Each replica can have one request, and two may wait."""
+def test_what_can_never_be_taken_is_told_so(replicas: int, replica: int, most: int) -> None:
+    """Each replica holds one request, and two may wait."""
     with world(replicas, most=1, max_queued=2) as found:
         found.settle(replicas + 1)
         for seq, outputs in enumerate((most + 1, most)):
@@ -591,14 +591,14 @@ def test_a_request_that_can_never_be_accepted_is_refused(replicas: int, replica:
         found.finish()
 
 
-def test_before_a_replica_is_ready_no_request_has_too_many_outputs() -> None:
+def test_before_a_replica_was_ready_nobody_knows_what_is_too_many() -> None:
     with world(1, most=1, max_queued=2) as found:
         found.add(replace_fields(request(0, [0]), outputs=9))
         assert not found.refusals()
         found.finish()
 
 
-def test_requests_beyond_the_queue_are_refused() -> None:
+def test_beyond_the_queue_nobody_is_taken_and_nobody_is_disturbed() -> None:
     with world(1, most=1, max_queued=2) as found:
         found.settle(2)
         for seq in range(6):
@@ -610,7 +610,7 @@ def test_requests_beyond_the_queue_are_refused() -> None:
         found.finish()
 
 
-def test_refused_requests_do_not_delay_others() -> None:
+def test_those_that_are_refused_do_not_keep_the_others_waiting() -> None:
     with world(1, most=1, max_queued=0) as found:
         found.settle(2)
         found.add(request(0, [1], 5))
@@ -620,7 +620,7 @@ def test_refused_requests_do_not_delay_others() -> None:
         assert found.outcomes.finished[0].finish is Finish.LENGTH
 
 
-def test_a_request_waits_for_a_limited_time() -> None:
+def test_a_request_waits_so_long_for_a_replica_and_no_longer() -> None:
     with world(1, most=1, max_wait=3.0) as found:
         found.settle(2)
         found.add(request(0, [1], LONG))
@@ -632,7 +632,7 @@ def test_a_request_waits_for_a_limited_time() -> None:
         assert "waited 3 s for a replica (--max-queue-wait)" in found.error(1)
 
 
-def test_a_request_that_had_a_replica_may_wait_longer() -> None:
+def test_one_that_a_replica_has_had_is_not_late_for_it() -> None:
     with world(1, max_wait=3.0) as found:
         found.add(request(0, [1], 60))
         found.settle(20)
@@ -643,7 +643,7 @@ def test_a_request_that_had_a_replica_may_wait_longer() -> None:
 
 
 @pytest.mark.parametrize("options", [{"timeout": 5.0}, {}])
-def test_a_request_ends_at_its_deadline_in_any_state(options: dict[str, float]) -> None:
+def test_a_request_ends_at_its_deadline_wherever_it_is(options: dict[str, float]) -> None:
     with world(1, most=1, **options) as found:
         deadline = None if options else found.clock.now + 5
         found.settle(2)
@@ -654,11 +654,11 @@ def test_a_request_ends_at_its_deadline_in_any_state(options: dict[str, float]) 
         found.settle(2, 0.5)
         assert found.refusals() == {0: RefusalKind.LATE, 1: RefusalKind.LATE}
         found.settle(2)
-        assert not found.members[0].held, "the replica was told to abort it"
+        assert not found.members[0].held, "it was told"
         assert all(spec.deadline is None for spec in found.members[0].added)
 
 
-def test_deadlines_of_ended_requests_are_dropped() -> None:
+def test_nothing_is_kept_of_those_that_ended_long_before_their_time() -> None:
     with world(1, timeout=1e6, max_wait=1e6) as found:
         found.add(request(0, [1], LONG))
         for seq in range(1, 2000):
@@ -668,7 +668,7 @@ def test_deadlines_of_ended_requests_are_dropped() -> None:
         assert found.fleet.num_timers < 300
 
 
-def test_a_draining_fleet_refuses_new_requests() -> None:
+def test_one_that_drains_takes_nothing_new() -> None:
     with world(1) as found:
         found.add(request(0, [1]))
         found.fleet.drain()
@@ -679,7 +679,7 @@ def test_a_draining_fleet_refuses_new_requests() -> None:
         assert [spec.seq for spec in found.members[0].added] == [0]
 
 
-def test_a_used_number_is_refused() -> None:
+def test_a_number_that_is_in_use() -> None:
     with world(1) as found:
         found.add(request(0, [1], 50))
         with pytest.raises(RequestError, match="request 0 exists already"):
@@ -697,7 +697,7 @@ class Deadly(FakeMember):
         return super().updates(timeout)
 
 
-def test_a_request_that_kills_replicas_ends_alone_after_three_deaths() -> None:
+def test_a_request_that_kills_ends_alone_after_three_deaths() -> None:
     with world(2, most=1) as found:
         launch = found.launch
 
@@ -718,10 +718,10 @@ def test_a_request_that_kills_replicas_ends_alone_after_three_deaths() -> None:
         assert found.fleet.fatal is None
 
 
-# --- requests that name their replica ---------------------------------------------------------------------------
+# --- requests that name their replica ---------------------------------------------------------------------------------
 
 
-def test_a_request_that_names_a_replica_waits_for_it() -> None:
+def test_one_that_names_a_replica_waits_for_it() -> None:
     with world(2) as found:
         found.settle(2)
         found.add(request(9, [1], 40))
@@ -737,7 +737,7 @@ def test_a_request_that_names_a_replica_waits_for_it() -> None:
         assert not any(found.refusals().values())
 
 
-def test_a_request_that_names_an_unknown_replica_is_refused() -> None:
+def test_one_that_names_a_replica_that_never_was() -> None:
     with world(2) as found:
         found.add(pinned(0, 5))
         found.finish()
@@ -745,7 +745,7 @@ def test_a_request_that_names_an_unknown_replica_is_refused() -> None:
         assert found.error(0) == "there is no replica 5; known are 0, 1"
 
 
-def test_a_request_that_names_a_failed_replica_ends() -> None:
+def test_one_that_names_a_replica_that_does_not_come_back() -> None:
     with world(2, max_restarts=0) as found:
         found.settle(2)
         found.add(pinned(0, 1, 60))
@@ -759,7 +759,7 @@ def test_a_request_that_names_a_failed_replica_ends() -> None:
         assert "was killed by SIGKILL" in found.error(1)
 
 
-def test_a_request_that_names_a_removed_replica_ends() -> None:
+def test_one_that_names_a_replica_that_is_taken_out() -> None:
     with world(2) as found:
         found.settle(2)
         found.add(pinned(0, 1, LONG))
@@ -770,10 +770,10 @@ def test_a_request_that_names_a_removed_replica_ends() -> None:
         assert found.refusals() == {0: RefusalKind.LOST, 1: RefusalKind.INVALID}
 
 
-# --- scaling ----------------------------------------------------------------------------------------------------
+# --- more and fewer ------------------------------------------------------------------------------------------------
 
 
-def test_replicas_are_added_and_removed_under_load() -> None:
+def test_replicas_are_added_and_taken_out_under_load() -> None:
     with world(2, polls=lambda: 2, most=2) as found:
         for seq in range(30):
             found.add(request(seq, [seq % 5], 20))
@@ -786,7 +786,7 @@ def test_replicas_are_added_and_removed_under_load() -> None:
         assert [each.state for each in found.fleet.status().replicas] == ["ready"] * 2
 
 
-def test_a_leaving_replica_is_watched_and_does_not_block() -> None:
+def test_one_that_leaves_is_seen_to_and_its_end_is_not_waited_for() -> None:
     with world(2) as found:
         found.settle(2)
         leaving = found.member(1)
@@ -804,7 +804,7 @@ def test_a_leaving_replica_is_watched_and_does_not_block() -> None:
         assert found.state(1) == ""
 
 
-def test_the_number_of_replicas_in_lockstep_can_not_change() -> None:
+def test_the_number_of_those_that_compute_together_stays() -> None:
     with world(2, together=True) as found:
         found.fleet.scale(2)
         with pytest.raises(ConfigError, match="their number stays as it is"):
@@ -813,7 +813,7 @@ def test_the_number_of_replicas_in_lockstep_can_not_change() -> None:
             found.fleet.scale(0)
 
 
-def test_failed_replicas_are_replaced_when_scaling() -> None:
+def test_those_that_failed_make_room_for_new_ones() -> None:
     with world(2, max_restarts=0) as found:
         found.settle(2)
         found.kill(found.member(1))
@@ -825,7 +825,7 @@ def test_failed_replicas_are_replaced_when_scaling() -> None:
         assert found.fleet.status().replicas[1].restarts == 0
 
 
-def test_added_replicas_take_no_number_of_another_host() -> None:
+def test_added_ones_take_no_number_of_another_host() -> None:
     with world(1, elsewhere=[1, 2]) as found:
         found.settle(2)
         found.fleet.scale(3)
@@ -838,10 +838,10 @@ def test_added_replicas_take_no_number_of_another_host() -> None:
         assert [each.number for each in found.fleet.status().replicas if each.state == "ready"] == [0, 3]
 
 
-# --- other hosts ------------------------------------------------------------------------------------------------
+# --- other hosts ----------------------------------------------------------------------------------------------------
 
 
-def test_replicas_of_other_hosts_are_awaited_without_a_limit() -> None:
+def test_those_of_other_hosts_are_awaited_again_and_again() -> None:
     with world(0, awaited=[0, 1]) as found:
         found.add(request(0, [1], 60))
         found.settle(3)
@@ -862,8 +862,8 @@ def test_replicas_of_other_hosts_are_awaited_without_a_limit() -> None:
         assert found.refusals() == {0: RefusalKind.NONE}
 
 
-def test_tokens_of_an_earlier_run_do_not_make_a_run_useful() -> None:
-    """Replicas in lockstep end together. They restart without a pause only if one has drawn tokens in its last run."""
+def test_what_another_hosts_replica_drew_in_an_earlier_life_is_no_use_later() -> None:
+    """Those that compute together end together; one that has drawn since is all that spares them the pause."""
     with world(1, awaited=[1], together=True) as found:
         pauses: list[float] = []
         for life in range(3):
@@ -883,7 +883,7 @@ def test_tokens_of_an_earlier_run_do_not_make_a_run_useful() -> None:
         assert pauses[2] > 0
 
 
-def test_an_unexpected_replica_is_sent_away() -> None:
+def test_one_that_nobody_awaits_is_sent_away() -> None:
     with world(1, awaited=[1]) as found:
         found.settle(2)
         strangers = [FakeMember(7), FakeMember(0)]
@@ -895,7 +895,7 @@ def test_an_unexpected_replica_is_sent_away() -> None:
         assert not found.members[0].closed
 
 
-def test_a_replica_that_reconnects_is_counted_once() -> None:
+def test_one_that_was_cut_off_and_is_back_is_counted_once() -> None:
     with world(0, awaited=[0]) as found:
         for generated, pid in [(10, 1), (25, 1), (30, 1), (5, 2), (8, 2)]:
             member = FakeMember(0)
@@ -911,11 +911,11 @@ def test_a_replica_that_reconnects_is_counted_once() -> None:
             found.settle(3)
 
 
-# --- the context length -----------------------------------------------------------------------------------------
+# --- how long requests may be -----------------------------------------------------------------------------------------
 
 
-def test_requests_are_limited_to_the_smallest_context_length() -> None:
-    """This holds for requests that come at any time."""
+def test_requests_are_cut_to_what_all_replicas_hold() -> None:
+    """Whenever they come."""
     with world(2, polls=iter([2, 6]).__next__, holds={0: 24, 1: 20}, max_model_len=100) as found:
         early, too_long = request(0, [1] * 5, 50), request(1, [1] * 20, 1)
         for spec in (early, too_long):
@@ -923,7 +923,7 @@ def test_requests_are_limited_to_the_smallest_context_length() -> None:
         updates = found.fleet.updates(0)
         for _ in range(4):
             updates += found.fleet.updates(0)
-            assert not found.members[0].added, "a replica that starts at the same time may have a shorter length"
+            assert not found.members[0].added, "one that starts with it may hold less"
         for _ in range(9):
             updates += found.fleet.updates(0)
         assert found.fleet.status().max_model_len == 20
@@ -947,13 +947,13 @@ def test_requests_are_limited_to_the_smallest_context_length() -> None:
         found.fleet.audit()
 
 
-def test_a_replica_with_the_planned_length_does_not_wait_for_others() -> None:
+def test_one_that_holds_what_was_planned_waits_for_nobody() -> None:
     with world(2, polls=iter([0, NEVER]).__next__, holds={0: 100}, max_model_len=100) as found:
         found.add(request(0, [1]))
         found.finish()
 
 
-def test_a_starting_added_replica_does_not_interrupt_service() -> None:
+def test_one_that_is_added_takes_nobody_out_of_service_while_it_starts() -> None:
     with world(1, polls=iter([0, 5]).__next__) as found:
         found.settle(2)
         assert found.fleet.started
@@ -965,10 +965,10 @@ def test_a_starting_added_replica_does_not_interrupt_service() -> None:
         found.settle(9)
         found.kill(found.member(1))
         found.settle(1)
-        assert not found.fleet.started, "the fleet was ready and is not any more"
+        assert not found.fleet.started, "it was up, and is not"
 
 
-def test_an_added_replica_with_a_shorter_length_is_refused() -> None:
+def test_an_added_replica_that_holds_less_is_not_taken_in() -> None:
     with world(1, holds={0: 100, 1: 60}, max_model_len=100) as found:
         found.settle(2)
         assert found.fleet.started
@@ -983,10 +983,10 @@ def test_an_added_replica_with_a_shorter_length_is_refused() -> None:
         )
         assert found.members[1].closed
         assert not found.members[1].added
-        assert found.fleet.started, "an added replica must not end the service"
+        assert found.fleet.started, "what was up once is not undone by one that was added"
 
 
-def test_a_replica_of_another_host_with_a_shorter_length_is_sent_away() -> None:
+def test_an_arrival_that_holds_less_is_sent_away() -> None:
     with world(1, awaited=[1], holds={0: 100}, max_model_len=100) as found:
         found.settle(2)
         member = FakeMember(1)
@@ -998,23 +998,23 @@ def test_a_replica_of_another_host_with_a_shorter_length_is_sent_away() -> None:
         assert found.state(1) == "awaited"
 
 
-# --- silence ----------------------------------------------------------------------------------------------------
+# --- silence ---------------------------------------------------------------------------------------------------------
 
 
 class Hanging(FakeMember):
-    """A replica that takes requests and sends nothing."""
+    """Takes requests, and says nothing."""
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_alive()
         return []
 
 
-def test_a_silent_replica_with_requests_is_lost() -> None:
+def test_one_that_has_requests_and_says_nothing_is_lost() -> None:
     with world(1, answer_timeout=10.0) as found:
         found.settle(2)
         found.members[0].__class__ = Hanging
         found.settle(40, 1.0)
-        assert found.state(0) == "ready", "it has no requests, so it may be silent"
+        assert found.state(0) == "ready", "it has nothing to say"
         found.add(request(0, [1]))
         found.settle(9, 1.0)
         assert len(found.members) == 1
@@ -1025,7 +1025,7 @@ def test_a_silent_replica_with_requests_is_lost() -> None:
         assert found.refusals() == {0: RefusalKind.NONE}
 
 
-def test_time_in_which_the_head_was_stopped_does_not_count() -> None:
+def test_time_in_which_the_head_was_stopped_is_held_against_nobody() -> None:
     with world(1, answer_timeout=10.0) as found:
         found.settle(2)
         found.members[0].__class__ = Hanging
@@ -1037,10 +1037,10 @@ def test_time_in_which_the_head_was_stopped_does_not_count() -> None:
         assert len(found.members) == 1
 
 
-# --- the effects of earlier runs --------------------------------------------------------------------------------
+# --- what lives leave behind ------------------------------------------------------------------------------------------
 
 
-def test_a_replica_that_was_ready_for_long_was_useful() -> None:
+def test_a_replica_that_was_ready_for_long_was_of_use() -> None:
     with world(1) as found:
         for life in range(1, 9):
             found.settle(3)
@@ -1048,10 +1048,10 @@ def test_a_replica_that_was_ready_for_long_was_useful() -> None:
             found.step(100_000.0)
             found.kill(found.members[-1])
             found.settle(3)
-            assert len(found.members) == life + 1, "the restart is immediate"
+            assert len(found.members) == life + 1, "at once"
 
 
-def test_counters_continue_when_a_number_is_used_again() -> None:
+def test_counters_go_on_when_a_number_is_used_again() -> None:
     with world(2) as found:
         found.settle(2)
         for count, generated in enumerate([7, 11, 13]):
@@ -1073,7 +1073,7 @@ class Choosy(FakeMember):
         super().add(spec)
 
 
-def test_a_request_that_can_not_be_sent_fails_alone() -> None:
+def test_a_request_that_can_not_be_sent_ends_alone() -> None:
     with world(1, most=1) as found:
         found.settle(2)
         found.members[0].__class__ = Choosy

@@ -1,4 +1,4 @@
-"""The ledger of requests, compared with a model of a few dictionaries, and its audit of wrong counts."""
+"""The ledger of requests against a model of a few dictionaries, and its audit against books that are wrong."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def held(seq: int, prompt: int = 5, rest: int = 7, group: int = -1) -> HeldReque
 
 
 class Machine(RuleBasedStateMachine):
-    """Replicas and requests that start and end in any order."""
+    """Replicas and requests come and go in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Machine(RuleBasedStateMachine):
     def give(self, data: st.DataObject, prompt: int, rest: int, group: int) -> None:
         number = data.draw(st.sampled_from(sorted(self.held)))
         seq = data.draw(st.sampled_from(sorted(self.waiting)))
-        assert self.ledger.open(seq, 9) == self.places[seq], "it keeps its place in the queue"
+        assert self.ledger.open(seq, 9) == self.places[seq], "it keeps its place"
         self.held[number][seq] = held(seq, prompt, rest, group)
         self.ledger.give(number, self.held[number][seq])
         self.waiting.discard(seq)
@@ -95,7 +95,7 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(steady, stateful_step_count=40)
 
 
-def test_requests_of_a_removed_replica_wait() -> None:
+def test_what_a_replica_had_waits_when_it_is_removed() -> None:
     ledger = RequestLedger()
     ledger.admit(4, CAPACITY)
     for seq in range(2):
@@ -134,7 +134,7 @@ def do_more(ledger: RequestLedger) -> list[int]:
         (do_more, "1 tokens were computed in all, but 0 are noted"),
     ],
 )
-def test_the_audit_finds_every_error(spoil: Callable[[RequestLedger], list[int]], why: str) -> None:
+def test_an_audit_finds_what_is_wrong(spoil: Callable[[RequestLedger], list[int]], why: str) -> None:
     ledger = RequestLedger()
     ledger.admit(4, CAPACITY)
     for seq in range(2):

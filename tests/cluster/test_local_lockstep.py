@@ -14,12 +14,12 @@ def readable(lockstep: LocalLockstep) -> bool:
     return bool(select.select([lockstep], [], [], 0)[0])
 
 
-def test_the_replica_furthest_ahead_sets_the_steps_of_all() -> None:
+def test_all_are_due_what_the_furthest_has_launched() -> None:
     a, b, c = LocalLockstep.of(3)
     assert a.due() == 0
     a.launched(1)
     a.launched(2)
-    b.launched(1)  # it follows the others
+    b.launched(1)  # it follows
     assert [each.due() for each in (a, b, c)] == [2, 2, 2]
     b.launched(3)
     assert [each.due() for each in (a, b, c)] == [3, 3, 3]
@@ -27,7 +27,7 @@ def test_the_replica_furthest_ahead_sets_the_steps_of_all() -> None:
         each.close()
 
 
-def test_a_replica_that_is_behind_is_woken() -> None:
+def test_who_is_behind_is_woken_until_it_has_listened() -> None:
     a, b = LocalLockstep.of(2)
     a.launched(1)
     assert readable(b)
@@ -36,7 +36,7 @@ def test_a_replica_that_is_behind_is_woken() -> None:
     b.quiet()
     assert not readable(b)
     b.launched(1)
-    assert not readable(a), "it has launched the step already"
+    assert not readable(a), "it is there already"
     a.close()
     b.launched(2)
     b.close()
@@ -57,7 +57,7 @@ def test_a_process_may_have_many_files_open() -> None:
         each.close()
 
 
-def test_all_replicas_get_the_first_failure() -> None:
+def test_a_failure_reaches_the_others_and_the_first_one_counts() -> None:
     a, b, c = LocalLockstep.of(3)
     a.close("replica 0: out of memory")
     b.close("replica 1: lost contact")
@@ -67,7 +67,7 @@ def test_all_replicas_get_the_first_failure() -> None:
     c.close()
 
 
-def test_a_replica_that_closes_does_not_end_others() -> None:
+def test_whoever_ends_its_work_takes_nobody_along() -> None:
     a, b = LocalLockstep.of(2)
     a.launched(4)
     a.close()
@@ -75,7 +75,7 @@ def test_a_replica_that_closes_does_not_end_others() -> None:
     b.close()
 
 
-def test_idle_replicas_follow_and_all_stop_at_the_same_step() -> None:
+def test_idle_ones_follow_whoever_has_work_and_all_rest_at_the_same_step() -> None:
     places = LocalLockstep.of(4)
     work = [0, 30, 0, 7]
     ready = threading.Barrier(len(places), timeout=60)
@@ -90,7 +90,7 @@ def test_idle_replicas_follow_and_all_stop_at_the_same_step() -> None:
                 mine.launched(counts[number])
             if counts[number] == max(work):
                 return
-            assert select.select([mine], [], [], 60)[0], "the replica is not woken"
+            assert select.select([mine], [], [], 60)[0], "nobody wakes it"
             mine.quiet()
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(places))]

@@ -24,7 +24,7 @@ ASLEEP = Activity(ActivityState.ASLEEP, 1, PARTS)
 
 
 def operate(found: World, verb: str, **options: Any) -> list[Any]:
-    """Begin an operation. Return a list that gets its result."""
+    """What is told when it has ended."""
     told: list[Any] = []
     found.fleet.operate(Operation(verb, **options), told.append)
     return told
@@ -35,7 +35,7 @@ def activities(member: FakeMember) -> list[Activity]:
 
 
 def running(found: World, count: int = 4, length: int = 12) -> list[EngineRequest]:
-    """Add requests, and let replicas begin with them."""
+    """Requests that replicas have begun with."""
     specs = [request(seq, [seq, 1], length) for seq in range(count)]
     found.settle(2)
     for spec in specs:
@@ -63,7 +63,7 @@ def test_a_pause_keeps_requests_and_lets_new_ones_wait() -> None:
         assert found.fleet.status().activity == "awake"
 
 
-def test_queue_limits_and_deadlines_apply_during_a_pause() -> None:
+def test_limits_of_the_queue_and_deadlines_go_on_during_a_pause() -> None:
     with world(1, max_queued=1, max_wait=10.0, timeout=30.0) as found:
         running(found, 1)
         operate(found, "pause", mode="keep")
@@ -80,7 +80,7 @@ def test_queue_limits_and_deadlines_apply_during_a_pause() -> None:
         found.finish()
 
 
-def test_a_pause_may_abort_all_requests() -> None:
+def test_a_pause_may_abort_what_runs_and_what_waits() -> None:
     with world(1, most=2) as found:
         specs = running(found)
         found.outcomes.may_abort.update(spec.seq for spec in specs)
@@ -92,7 +92,7 @@ def test_a_pause_may_abort_all_requests() -> None:
         assert [type(message) for message in found.members[0].told] == [SetActivity, ResetPrefixCache]
 
 
-def test_a_pause_may_wait_for_requests_of_replicas() -> None:
+def test_a_pause_may_wait_for_what_replicas_have() -> None:
     with world(1, most=2) as found:
         running(found, 3, length=6)
         told = operate(found, "pause", mode="wait")
@@ -101,12 +101,12 @@ def test_a_pause_may_wait_for_requests_of_replicas() -> None:
         assert found.members[0].told == [], "it computes until the requests have ended"
         found.settle(20)
         assert len(told) == 1
-        assert found.outcomes.open == [2], "no replica had begun with it"
+        assert found.outcomes.open == [2], "nobody had begun with it"
         operate(found, "resume")
         found.finish()
 
 
-def test_a_waiting_pause_is_cancelled_by_the_next_operation() -> None:
+def test_a_pause_that_waits_is_called_off_by_what_comes_next() -> None:
     with world(1) as found:
         running(found, 1, length=50)
         told = operate(found, "pause", mode="wait")
@@ -119,7 +119,7 @@ def test_a_waiting_pause_is_cancelled_by_the_next_operation() -> None:
         found.finish()
 
 
-def test_a_sleeping_fleet_refuses_requests_and_wakes_up_with_the_last_part() -> None:
+def test_who_is_asleep_takes_no_requests_and_is_awake_with_the_last_part() -> None:
     with world(2) as found:
         specs = running(found)
         slept = operate(found, "sleep", mode="keep", level=2)
@@ -143,7 +143,7 @@ def test_a_sleeping_fleet_refuses_requests_and_wakes_up_with_the_last_part() -> 
         assert [member.activity for member in found.members] == [AWAKE, AWAKE]
 
 
-def test_no_replica_runs_before_all_have_their_memory() -> None:
+def test_none_runs_before_all_have_their_memory() -> None:
     with world(2, together=True) as found:
         found.settle(2)
         operate(found, "sleep")
@@ -155,7 +155,7 @@ def test_no_replica_runs_before_all_have_their_memory() -> None:
         assert found.fleet.status().activity == "asleep"
 
 
-def test_if_one_replica_can_not_wake_up_all_sleep_again() -> None:
+def test_if_one_can_not_wake_up_all_are_asleep_again() -> None:
     with world(2) as found:
         found.settle(2)
         operate(found, "sleep")
@@ -173,7 +173,7 @@ def test_if_one_replica_can_not_wake_up_all_sleep_again() -> None:
         assert found.fleet.status().activity == "awake"
 
 
-def test_a_replica_that_dies_asleep_is_restarted_and_put_to_sleep() -> None:
+def test_one_that_dies_asleep_comes_back_and_is_put_to_sleep() -> None:
     with world(2) as found:
         found.settle(2)
         operate(found, "sleep")
@@ -190,7 +190,7 @@ def test_a_replica_that_dies_asleep_is_restarted_and_put_to_sleep() -> None:
         assert [member.activity for member in found.alive] == [AWAKE, AWAKE]
 
 
-def test_an_operation_does_not_wait_for_a_dead_replica() -> None:
+def test_nobody_waits_for_one_that_dies_on_the_way() -> None:
     with world(2) as found:
         found.settle(2)
         found.members[0].silent = True
@@ -202,7 +202,7 @@ def test_an_operation_does_not_wait_for_a_dead_replica() -> None:
         assert len(told) == 1
 
 
-def test_a_replica_that_arrives_asleep_is_woken_before_it_gets_requests() -> None:
+def test_one_that_arrives_asleep_is_woken_up_before_it_is_given_anything() -> None:
     with world(0, awaited=[0]) as found:
         member = FakeMember(0)
         member.activity = ASLEEP
@@ -214,7 +214,7 @@ def test_a_replica_that_arrives_asleep_is_woken_before_it_gets_requests() -> Non
         assert activities(member) == [AWAKE]
 
 
-def test_a_silent_paused_replica_is_not_lost() -> None:
+def test_one_that_is_paused_has_nothing_to_say_and_is_not_taken_for_lost() -> None:
     with world(1, answer_timeout=10.0) as found:
         running(found, 1)
         operate(found, "pause", mode="keep")
@@ -228,7 +228,7 @@ def test_a_silent_paused_replica_is_not_lost() -> None:
         assert len(found.members) == 1
 
 
-def test_a_reset_reports_what_all_replicas_have_forgotten() -> None:
+def test_a_reset_says_what_all_replicas_have_forgotten() -> None:
     with world(2) as found:
         found.settle(2)
         told = operate(found, "reset_prefix_cache", running=True)
@@ -238,7 +238,7 @@ def test_a_reset_reports_what_all_replicas_have_forgotten() -> None:
         assert found.fleet.status().activity == "awake"
 
 
-def test_replicas_in_lockstep_with_other_addresses_can_not_sleep() -> None:
+def test_replicas_that_others_compute_with_can_not_sleep() -> None:
     with world(1, elsewhere=[1], together=True) as found:
         found.settle(2)
         with pytest.raises(ConfigError, match="replicas at other addresses"):
@@ -257,7 +257,7 @@ def test_replicas_in_lockstep_with_other_addresses_can_not_sleep() -> None:
         ("dance", {}, "there is no operation 'dance'"),
     ],
 )
-def test_invalid_operations_are_refused(verb: str, options: dict[str, Any], why: str) -> None:
+def test_what_can_not_be_is_refused(verb: str, options: dict[str, Any], why: str) -> None:
     with world(1) as found:
         found.settle(2)
         told = operate(found, verb, **options)

@@ -1,4 +1,4 @@
-"""The index of prefixes, compared with a model that remembers every block of every replica."""
+"""The index of prefixes against a model that remembers every block of every replica."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
 
 @given(steps=st.lists(st.tuples(st.integers(0, 2), PROMPTS), max_size=30), asked=PROMPTS)
 @steady
-def test_prefixes_are_found_block_by_block(steps: list[tuple[int, list[int]]], asked: list[int]) -> None:
+def test_what_fits_is_found_block_by_block(steps: list[tuple[int, list[int]]], asked: list[int]) -> None:
     index = PrefixIndex()
     had: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
     for replica, prompt in steps:
@@ -47,25 +47,27 @@ def test_prefixes_are_found_block_by_block(steps: list[tuple[int, list[int]]], a
 
 @given(steps=st.lists(st.tuples(st.integers(0, 2), PROMPTS), max_size=40), capacity=st.integers(1, 12))
 @steady
-def test_the_longest_unused_blocks_are_forgotten_first(steps: list[tuple[int, list[int]]], capacity: int) -> None:
+def test_what_does_not_fit_is_forgotten_the_longest_unused_first(
+    steps: list[tuple[int, list[int]]], capacity: int
+) -> None:
     index = PrefixIndex()
     had: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
     for replica, prompt in steps:
         index.remember(replica, digest(prompt), capacity)
         index.audit()
         had[replica].append(prompt)
-        assert found(index, replica, prompt) == min(len(prompt), capacity), "the latest prefix is there"
-        recent: set[tuple[int, ...]] = set()  # blocks, each with the blocks before it
+        assert found(index, replica, prompt) == min(len(prompt), capacity), "the latest one is there"
+        recent: set[tuple[int, ...]] = set()  # blocks, each with what comes before it
         for earlier in reversed(had[replica]):
             recent |= {tuple(earlier[: i + 1]) for i in range(len(earlier))}
             if len(recent) > capacity:
                 break
-            assert found(index, replica, earlier) == len(earlier), "and all later ones that fit"
+            assert found(index, replica, earlier) == len(earlier), "and all since which nothing was too much"
         assert index.held(replica) <= capacity
     for replica in had:
         index.forget(replica)
         assert index.held(replica) == 0
-    index.audit()  # without replicas no block is left
+    index.audit()  # with no replica no block is left
 
 
 def test_the_end_of_a_prompt_is_forgotten_before_its_beginning() -> None:
@@ -78,7 +80,7 @@ def test_the_end_of_a_prompt_is_forgotten_before_its_beginning() -> None:
     assert [found(index, 0, [1, 2, last]) for last in (3, 4)] == [2, 2]
 
 
-def test_the_audit_finds_every_error() -> None:
+def test_the_audit_finds_what_is_wrong() -> None:
     index = PrefixIndex()
     index.remember(0, digest([1, 2]), 6)
     ((node, _),) = index.find(digest([1, 2]))
@@ -89,7 +91,7 @@ def test_the_audit_finds_every_error() -> None:
 
 @given(tokens=st.lists(st.integers(0, 2**31 - 1), max_size=20), other=st.integers(0, 2**31 - 1), at=st.integers(0, 19))
 @steady
-def test_different_blocks_have_different_digests(tokens: list[int], other: int, at: int) -> None:
+def test_a_digest_tells_blocks_apart(tokens: list[int], other: int, at: int) -> None:
     digester = Digester(4)
     one = digester.digest(encode_tokens(tokens), "")
     assert len(one) == len(tokens) // 4 * WIDTH

@@ -1,4 +1,4 @@
-"""An engine in a separate process gives the same answers, and its end names the cause."""
+"""An engine in a process of its own: the same answers, and an end that names the cause."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ from support.plans import bare_plan, engine_plan
 Checkpoint = Callable[[str], Path]
 
 OPTIONS: dict[str, Any] = {"distributed_executor_backend": "uni", "kv_cache_memory_bytes": 2**20}
-TOO_SMALL: dict[str, Any] = {"asked_model_len": 10**6}  # more than the KV cache can hold, which the engine notices
+TOO_SMALL: dict[str, Any] = {"asked_model_len": 10**6}  # more than the KV cache holds, which the engine finds out
 
 
 def start(
@@ -95,7 +95,7 @@ def test_a_request_that_can_never_run_ends_alone(engine: EngineProcess) -> None:
     assert "10000" in found[1].error
 
 
-def test_a_killed_engine(engine: EngineProcess) -> None:
+def test_killed(engine: EngineProcess) -> None:
     engine.add(request(0, max_tokens=250))
     engine.updates(1.0)
     os.kill(engine.pid, signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_a_killed_engine(engine: EngineProcess) -> None:
     engine.abort([0])  # idempotent in every state
 
 
-def test_a_stopped_engine(engine: EngineProcess) -> None:
+def test_stopped(engine: EngineProcess) -> None:
     engine.add(request(0, max_tokens=250))
     os.kill(engine.pid, signal.SIGSTOP)
     begun = time.monotonic()
@@ -116,7 +116,7 @@ def test_a_stopped_engine(engine: EngineProcess) -> None:
     assert gone(engine.pid, within=5)
 
 
-def test_a_rank_that_dies_while_idle_is_noticed(checkpoint: Checkpoint) -> None:
+def test_a_rank_that_dies_while_nothing_is_to_do_is_noticed(checkpoint: Checkpoint) -> None:
     engine = start(checkpoint, options={**OPTIONS, "distributed_executor_backend": "mp", "tensor_parallel_size": 2})
     engine.await_ready(120)
     os.kill(engine.stats().ranks[1].pid, signal.SIGKILL)
@@ -131,7 +131,7 @@ def await_failure(engine: Replica, deadline: float) -> None:
         assert not engine.updates(1.0)
 
 
-def test_snapshots_come_while_it_is_busy_and_once_when_it_becomes_idle(engine: EngineProcess) -> None:
+def test_it_says_how_it_does_while_it_is_busy_and_once_more_when_it_rests(engine: EngineProcess) -> None:
     engine.add(request(0, max_tokens=200))
     finished(engine, 1)
     while engine.snapshot is None or engine.snapshot.running or not engine.snapshot.ranks:
@@ -143,11 +143,11 @@ def test_snapshots_come_while_it_is_busy_and_once_when_it_becomes_idle(engine: E
     deadline = time.monotonic() + 2.5
     while (left := deadline - time.monotonic()) > 0:
         assert not engine.updates(left)
-    assert engine.snapshot is last, "there is nothing new to report"
+    assert engine.snapshot is last, "nothing new to say"
 
 
 class Slow:
-    """A process that ends slowly."""
+    """A process that takes its time to go."""
 
     def __init__(self) -> None:
         self.channel, self._theirs = Channel.pair()
@@ -172,7 +172,7 @@ class Slow:
         self.channel.close()
 
     def answer(self, frame: bytes | None) -> None:
-        """Send the last message, if there is one, and close the channel."""
+        """The last word, if any."""
         end = Channel(self._theirs)
         if frame is not None:
             end.send(frame)
@@ -180,7 +180,7 @@ class Slow:
 
 
 @pytest.mark.parametrize("frame", [None, encode(EngineFailure("it failed")), b"\xff\xff"])
-def test_only_close_waits_for_the_end_of_a_failed_engine(frame: bytes | None) -> None:
+def test_nobody_waits_for_the_end_of_one_that_failed_but_who_closes_it(frame: bytes | None) -> None:
     host = Slow()
     replica = Replica(host, bare_plan(), name="replica 0", answer_timeout=60)
     host.answer(frame)
@@ -193,7 +193,7 @@ def test_only_close_waits_for_the_end_of_a_failed_engine(frame: bytes | None) ->
     assert host.gone.is_set()
 
 
-def test_a_failed_engine_is_ended_even_if_no_thread_can_be_started(
+def test_with_no_thread_left_to_wait_for_its_end_one_that_failed_is_ended_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     host = Slow()
@@ -212,7 +212,7 @@ def test_a_failed_engine_is_ended_even_if_no_thread_can_be_started(
     replica.close()
 
 
-def test_options_that_cannot_work_are_a_user_error(checkpoint: Checkpoint) -> None:
+def test_options_that_cannot_work_are_the_users_to_mend(checkpoint: Checkpoint) -> None:
     process = start(checkpoint, **TOO_SMALL)
     with pytest.raises(UserError, match="--max-model-len"):
         process.await_ready(120)
@@ -229,10 +229,10 @@ def test_close_ends_the_process_and_is_idempotent(checkpoint: Checkpoint) -> Non
         engine.stats()
 
 
-# --- several engines at a time -----------------------------------------------------------------------------------
+# --- several at a time -------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_fails_to_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
+def test_one_that_fails_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
     options: list[dict[str, Any]] = [{}, TOO_SMALL]
     replicas = {
         number: start(checkpoint, ReplicaPlace(number, 2, number, 2), **changes)
@@ -245,7 +245,7 @@ def test_an_engine_that_fails_to_start_ends_the_others_and_is_named(checkpoint: 
     assert all(gone(replica.pid, within=5) for replica in replicas.values())
 
 
-def test_an_engine_killed_at_its_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
+def test_one_that_is_killed_at_start_ends_the_others_and_is_named(checkpoint: Checkpoint) -> None:
     replicas = {number: start(checkpoint, ReplicaPlace(number, 2, number, 2)) for number in range(2)}
     os.kill(replicas[0].pid, signal.SIGKILL)
     with pytest.raises(EngineError, match=rf"^replica 0 \(process {replicas[0].pid}\) was killed by SIGKILL"):
@@ -253,7 +253,7 @@ def test_an_engine_killed_at_its_start_ends_the_others_and_is_named(checkpoint: 
     assert all(gone(replica.pid, within=5) for replica in replicas.values())
 
 
-def test_engines_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> None:
+def test_those_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) -> None:
     replicas = {number: start(checkpoint, ReplicaPlace(number, 2, number, 2)) for number in range(2)}
     for replica in replicas.values():
         os.kill(replica.pid, signal.SIGSTOP)
@@ -264,7 +264,7 @@ def test_engines_that_are_not_ready_in_time_are_named(checkpoint: Checkpoint) ->
     assert all(gone(replica.pid, within=5) for replica in replicas.values())
 
 
-def test_an_engine_on_a_thread_behaves_like_one_in_a_process() -> None:
+def test_an_engine_on_a_thread_speaks_as_one_in_a_process() -> None:
     def listen(channel: Channel) -> EnginePlan:
         while not wait([channel], 60) or not (frames := channel.receive()):
             pass
@@ -289,7 +289,7 @@ def test_an_engine_on_a_thread_behaves_like_one_in_a_process() -> None:
 
     later = EngineThread(refuse_later, bare_plan(place=ReplicaPlace(3, 4)), answer_timeout=60)
     later.await_ready(60)
-    with pytest.raises(EngineError, match=r"^replica 3 \(thread\): no tokenizer$"):  # like any other end of the engine
+    with pytest.raises(EngineError, match=r"^replica 3 \(thread\): no tokenizer$"):  # as any other end of it
         finished(later, 1)
     replica = EngineThread(refuse, bare_plan(place=ReplicaPlace(3, 4)), answer_timeout=60)
     with pytest.raises(UserError, match=r"^replica 3 \(thread\): no model$"):

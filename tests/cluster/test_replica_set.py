@@ -1,4 +1,4 @@
-"""A set of fake replicas that may die at any time. Requests get the same outputs as without failures."""
+"""A set of replicas over engines of a few lines, which may die at any time: requests get what they would have had."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def finish_all(found: ReplicaSet, outcomes: Outcomes, each_round: Callable[[], N
 
 @given(data=st.data(), size=st.integers(1, 4), seed=st.integers(0, 99))
 @steady
-def test_every_request_gets_the_tokens_that_it_gets_without_failures(data: st.DataObject, size: int, seed: int) -> None:
+def test_every_request_gets_the_tokens_of_its_undisturbed_twin(data: st.DataObject, size: int, seed: int) -> None:
     replicas = [FakeReplica(number, seed + number) for number in range(size)]
     found, outcomes = replica_set(replicas, data.draw(st.integers(1, 5))), Outcomes()
     logprobs: dict[int, list[float]] = {}
@@ -71,12 +71,12 @@ def test_every_request_gets_the_tokens_that_it_gets_without_failures(data: st.Da
 
 
 def poll(found: ReplicaSet, take: Callable[[list[SeqUpdate]], object] = lambda _: None) -> None:
-    """Poll the set until it must have seen all events."""
+    """Until everything that has happened must have been seen."""
     for _ in range(20):
         take(found.updates(0))
 
 
-def test_a_request_continues_from_its_tokens() -> None:
+def test_a_request_goes_on_from_the_tokens_that_it_has() -> None:
     replicas = [FakeReplica(number) for number in range(2)]
     found, outcomes = replica_set(replicas), Outcomes()
     spec = request(7, [1, 2, 3], max_tokens=9)
@@ -93,7 +93,7 @@ def test_a_request_continues_from_its_tokens() -> None:
     assert first.closed
 
 
-def test_the_warning_names_the_dead_replica_and_the_continued_requests(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_says_who_died_and_what_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     replicas = [FakeReplica(number) for number in range(3)]
     found = replica_set(replicas)
     for seq in range(6):
@@ -108,7 +108,7 @@ def test_the_warning_names_the_dead_replica_and_the_continued_requests(caplog: p
     assert found.num_live == 2
 
 
-def test_without_replicas_finished_outputs_come_before_an_error_with_all_causes() -> None:
+def test_with_none_left_the_error_names_every_cause_after_what_had_finished() -> None:
     replicas = [FakeReplica(number) for number in range(2)]
     found, outcomes = replica_set(replicas), Outcomes()
     for seq, length in enumerate([1, 1, 50, 50]):
@@ -130,7 +130,7 @@ def test_without_replicas_finished_outputs_come_before_an_error_with_all_causes(
 
 
 class Scripted(FakeReplica):
-    """A replica that returns given updates."""
+    """Says what it is told to."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -141,8 +141,8 @@ class Scripted(FakeReplica):
         return self.script.pop(0) if self.script else []
 
 
-def test_updates_before_the_last_death_come_before_the_error() -> None:
-    """The replica returns the end of a request, and dies before it can get the next one."""
+def test_what_came_before_the_last_one_died_is_handed_out_before_the_error() -> None:
+    """It gives the end of a request, and can't be given the next one any more."""
 
     class Dying(Scripted):
         def updates(self, timeout: float) -> list[SeqUpdate]:
@@ -160,7 +160,7 @@ def test_updates_before_the_last_death_come_before_the_error() -> None:
         found.updates(0)
 
 
-def test_replicas_that_share_experts_end_together_and_the_error_names_the_dead_one() -> None:
+def test_those_that_share_experts_end_together_with_the_name_of_the_one_that_died() -> None:
     replicas = [FakeReplica(number) for number in range(3)]
     found = replica_set(replicas, together=True)
     for seq in range(9):
@@ -176,7 +176,7 @@ def test_replicas_that_share_experts_end_together_and_the_error_names_the_dead_o
         found.updates(0)
 
 
-def test_a_replica_that_shares_experts_may_fail_when_asked_for_stats() -> None:
+def test_one_of_those_that_share_experts_fails_when_it_is_asked_how_it_is() -> None:
     replicas = [FakeReplica(number) for number in range(3)]
     found = replica_set(replicas, together=True)
     replicas[1].dead = "was killed by SIGKILL"
@@ -185,7 +185,7 @@ def test_a_replica_that_shares_experts_may_fail_when_asked_for_stats() -> None:
 
 
 class Poisoned(FakeReplica):
-    """A replica that dies when request 0 has drawn a number of tokens."""
+    """Dies of request 0, once that has drawn so many tokens."""
 
     deadly = 0
 
@@ -196,7 +196,7 @@ class Poisoned(FakeReplica):
 
 
 @pytest.mark.parametrize("deadly", [0, 5])
-def test_a_request_that_kills_replicas_ends_alone(deadly: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_kills_ends_alone(deadly: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Poisoned, "deadly", deadly)
     replicas = [Poisoned(number) for number in range(3)]
     found, outcomes = replica_set(replicas, most=1), Outcomes()
@@ -213,7 +213,7 @@ def test_a_request_that_kills_replicas_ends_alone(deadly: int, monkeypatch: pyte
     assert all(outcomes.finished[seq].finish is Finish.LENGTH for seq in range(1, 6))
 
 
-def test_a_request_that_makes_progress_between_deaths_is_not_blamed() -> None:
+def test_a_request_that_comes_on_between_deaths_is_not_blamed() -> None:
     replicas = [FakeReplica(number) for number in range(4)]
     found, outcomes = replica_set(replicas), Outcomes()
     spec = request(0, [1], max_tokens=80)
@@ -252,7 +252,7 @@ def test_log_probabilities_of_a_prompt_are_given_once(reported: int) -> None:
     assert got[-1].cached_tokens == (3 if reported else 0)
 
 
-def test_updates_of_a_request_that_has_moved_are_dropped() -> None:
+def test_what_a_replica_says_of_a_request_that_is_elsewhere_is_dropped() -> None:
     replicas = [Scripted(number) for number in range(2)]
     found = replica_set(replicas)
     found.add(request(0, [1]))
@@ -261,7 +261,7 @@ def test_updates_of_a_request_that_has_moved_are_dropped() -> None:
     assert found.updates(0) == []
 
 
-def test_a_waiting_request_is_aborted_without_a_replica() -> None:
+def test_a_request_that_waits_is_aborted_here() -> None:
     replica = FakeReplica(0)
     found = replica_set([replica], most=1)
     for seq in range(3):
@@ -273,7 +273,7 @@ def test_a_waiting_request_is_aborted_without_a_replica() -> None:
         found.add(request(1, [1]))
 
 
-def test_a_closed_set_refuses_calls() -> None:
+def test_closed() -> None:
     closed = []
     found = replica_set([FakeReplica(0)], on_close=lambda: closed.append(1))
     found.close()
@@ -283,7 +283,7 @@ def test_a_closed_set_refuses_calls() -> None:
     assert closed
 
 
-def test_stats_are_sums_and_all_ranks_are_numbered() -> None:
+def test_stats_are_sums_with_all_ranks_numbered_through() -> None:
     rank = RankStats(0, 1, 2, 3, 4, 5)
     one = replace_fields(
         STATS, num_blocks=10, block_size=16, max_model_len=64, steps=3, start_s=(("load", 1.0),), ranks=(rank, rank)

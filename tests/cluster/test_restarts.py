@@ -8,20 +8,20 @@ from shoal.cluster.timers import Timers
 from support.fakes import steady
 
 
-def test_pauses_double_after_useless_runs_and_start_again_after_a_useful_one() -> None:
+def test_pauses_double_after_useless_runs_and_are_forgotten_after_a_useful_one() -> None:
     restarts = Restarts(100)
     assert [restarts.pause(float(at), useful=False) for at in range(4)] == [0.5, 1.0, 2.0, 4.0]
     assert restarts.pause(5.0, useful=True) == 0.0
     assert restarts.pause(6.0, useful=False) == 0.5
 
 
-def test_useless_runs_in_a_row_are_limited() -> None:
+def test_useless_runs_in_a_row_are_bounded() -> None:
     restarts = Restarts(100)
     assert [restarts.pause(0.0, useful=False) is None for _ in range(5)] == [False] * 4 + [True]
     assert restarts.why_not == "it ended 5 times in a row before it had done any work"
 
 
-def test_restarts_within_an_hour_are_limited() -> None:
+def test_restarts_within_an_hour_are_bounded_and_then_there_are_more() -> None:
     restarts = Restarts(2, "--max-restarts")
     assert [restarts.pause(at, useful=True) for at in (0.0, 10.0, 20.0)] == [0.0, 0.0, None]
     assert restarts.why_not == "it was started again 2 times within an hour (--max-restarts 2)"
@@ -30,7 +30,7 @@ def test_restarts_within_an_hour_are_limited() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=300), st.integers(0, 25))
 @steady
-def test_timers_agree_with_a_list_of_open_requests(entries: list[tuple[int, bool]], now: int) -> None:
+def test_timers_are_as_a_list_of_those_that_are_open(entries: list[tuple[int, bool]], now: int) -> None:
     still_open = {seq for seq, (_, stays) in enumerate(entries) if stays}
     timers = Timers(still_open.__contains__)
     for seq, (when, _) in enumerate(entries):

@@ -1,4 +1,4 @@
-"""The router assigns every request once, within limits, balances replicas, and keeps prefixes together."""
+"""Which replica a request goes to: nothing lost, nothing twice, bounded, balanced, and prefixes kept together."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def router(replicas: int, each: ReplicaCapacity | None = None) -> RequestRouter:
 
 
 def dealt(found: RequestRouter) -> list[tuple[int, int]]:
-    """Return (request, replica) of all requests that can be assigned now."""
+    """(request, replica) of all that can go now."""
     pairs = []
     while (pair := found.next()) is not None:
         pairs.append((pair[0].seq, pair[1]))
@@ -37,7 +37,7 @@ def dealt(found: RequestRouter) -> list[tuple[int, int]]:
 
 
 def spread(found: RequestRouter, requests: Sequence[EngineRequest]) -> dict[int, int]:
-    """Return request -> replica. Each request is assigned when it comes."""
+    """request -> replica, each dealt out as it comes."""
     where: dict[int, int] = {}
     for each in requests:
         found.add(each)
@@ -45,12 +45,12 @@ def spread(found: RequestRouter, requests: Sequence[EngineRequest]) -> dict[int,
     return where
 
 
-# --- bookkeeping -------------------------------------------------------------------------------------------------
+# --- the books ---------------------------------------------------------------------------------------------------
 
 
 @given(data=st.data(), replicas=st.integers(1, 4), most=st.integers(1, 5), tokens=st.integers(1, 60))
 @steady
-def test_every_request_is_assigned_once_and_no_replica_has_too_many(
+def test_nothing_is_lost_nothing_goes_twice_and_nobody_holds_too_much(
     data: st.DataObject, replicas: int, most: int, tokens: int
 ) -> None:
     found = router(replicas, room(most, tokens))
@@ -104,7 +104,7 @@ def test_every_request_is_assigned_once_and_no_replica_has_too_many(
     assert found.next() is None
 
 
-def test_waiting_requests_go_by_priority_and_arrival() -> None:
+def test_those_who_wait_go_by_priority_and_arrival_and_keep_their_place() -> None:
     found = router(2, room(1))
     for seq, priority in enumerate([0, 0, 0, 5, -1]):
         found.add(request(seq, [1], priority=priority))
@@ -119,7 +119,7 @@ def test_waiting_requests_go_by_priority_and_arrival() -> None:
     assert order == [0, 1, 2, 9, 3]
 
 
-def test_a_waiting_request_that_is_aborted_is_not_assigned() -> None:
+def test_a_request_that_is_given_up_while_it_waits_goes_nowhere() -> None:
     found = router(1, room(1))
     for seq in range(3):
         found.add(request(seq, [1]))
@@ -129,7 +129,7 @@ def test_a_waiting_request_that_is_aborted_is_not_assigned() -> None:
     assert dealt(found) == [(2, 0)]
 
 
-def test_tokens_are_limited_except_for_one_request_that_waits() -> None:
+def test_tokens_bound_too_but_for_one_that_waits() -> None:
     found = router(1, room(tokens=10))
     for seq in range(4):
         found.add(request(seq, [seq] * 9))
@@ -150,7 +150,7 @@ def test_equal_requests_are_shared_evenly(replicas: int, count: int) -> None:
 
 @given(replicas=st.integers(1, 4), lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40))
 @steady
-def test_loads_differ_at_most_by_the_largest_request(replicas: int, lengths: list[int]) -> None:
+def test_loads_differ_by_no_more_than_the_largest_request(replicas: int, lengths: list[int]) -> None:
     requests = [request(seq, [seq + 100] * length, max_tokens=5) for seq, length in enumerate(lengths)]
     loads = dict.fromkeys(range(replicas), 0)
     for seq, number in spread(router(replicas), requests).items():
@@ -164,8 +164,8 @@ def test_loads_differ_at_most_by_the_largest_request(replicas: int, lengths: lis
     shared=st.booleans(),
 )
 @steady
-def test_replicas_of_different_speed_end_at_about_the_same_time(speeds: list[int], count: int, shared: bool) -> None:
-    """Each replica computes one request after the other."""
+def test_all_end_at_about_the_same_time(speeds: list[int], count: int, shared: bool) -> None:
+    """Replicas of different speed, each of which computes one request after the other."""
     found = router(len(speeds), room(2))
     for seq in range(count):
         found.add(request(seq, [7 if shared else seq] * 8, max_tokens=12))
@@ -190,32 +190,30 @@ def test_replicas_of_different_speed_end_at_about_the_same_time(speeds: list[int
     assert now <= optimum + 3 * 12 / min(speeds) + 1
 
 
-def test_the_remaining_work_counts() -> None:
+def test_what_is_left_to_do_counts_not_what_was_given() -> None:
     found = router(2)
     where = spread(found, [request(0, [1] * 40, max_tokens=40), request(1, [2] * 8, max_tokens=8)])
     found.drew(0, 39)
     assert spread(found, [request(2, [3], max_tokens=4)]) == {2: where[0]}
 
 
-def test_outputs_are_expected_to_be_as_long_as_earlier_ones() -> None:
+def test_outputs_are_expected_to_be_as_long_as_those_that_have_ended() -> None:
     found = router(2)
     where = spread(found, [request(seq, [seq], max_tokens=1000) for seq in range(2)])
     found.drew(0, 10)
     found.ended(0)
     found.drew(1, 1)
     assert spread(found, [request(2, [2] * 100, max_tokens=1000)]) == {2: where[0]}
-    # The prompt of 100 tokens is more than the few tokens that are expected of each output.
+    # The prompt of 100 is more than the few tokens that are to be expected of either.
     assert spread(found, [request(3, [3], max_tokens=1000), request(4, [4], max_tokens=1000)]) == {
         3: where[1],
         4: where[1],
     }
 
 
-def test_late_assignment_favours_the_replica_with_shorter_outputs() -> None:
-    """Two replicas run 16 requests each, and draw a token of each in a step.
-
-    All requests may draw 64 tokens, but those of the first replica end sooner.
-    """
+def test_what_is_bound_late_goes_to_the_one_whose_outputs_are_short() -> None:
+    """Two replicas that run 16 requests each, a token of each a step. All may draw 64; what the first one gets ends
+    sooner."""
     runs, count, lengths = 16, 600, [8, 64]
     found = router(2, room(most_held(runs)))
     for seq in range(count):
@@ -239,7 +237,7 @@ def test_late_assignment_favours_the_replica_with_shorter_outputs() -> None:
     assert abs(last[0] - last[1]) <= 2 * 64
 
 
-def test_ties_are_assigned_in_turn() -> None:
+def test_ties_go_round() -> None:
     found = router(3)
     order = []
     for seq in range(6):
@@ -253,7 +251,7 @@ def test_ties_are_assigned_in_turn() -> None:
 
 
 def prompts_of(topic: int, count: int, first: int) -> list[EngineRequest]:
-    """Return requests that share three blocks and then differ."""
+    """They share three blocks, and end differently."""
     return [request(first + i, [topic] * 3 * BLOCK + [first + i], max_tokens=4) for i in range(count)]
 
 
@@ -266,31 +264,31 @@ def test_prompts_that_share_a_prefix_go_to_one_replica() -> None:
     assert len(set(where.values())) == 2
 
 
-def test_no_replica_is_idle_because_of_a_prefix() -> None:
+def test_nobody_is_idle_for_the_sake_of_a_prefix() -> None:
     where = spread(router(3), prompts_of(50, 3, 0))
     assert sorted(where.values()) == [0, 1, 2]
 
 
-def test_a_prefix_does_not_justify_any_imbalance() -> None:
+def test_a_prefix_is_not_worth_any_imbalance() -> None:
     found = router(2)
     where = spread(found, [*prompts_of(50, 1, 0), *prompts_of(60, 1, 100), *prompts_of(50, 20, 1)])
     assert Counter(where.values())[where[100]] > 4
 
 
-def test_outputs_of_one_prompt_go_to_one_replica_even_without_a_prefix_cache() -> None:
+def test_the_outputs_of_one_prompt_share_its_work_even_without_a_prefix_cache() -> None:
     found = router(2, room(prefixes=0))
     spread(found, [request(seq, [seq] * 5) for seq in range(2)])
     outputs = [request(10 + i, [5] * 60, group=10) for i in range(4)]
     where = spread(found, outputs[:1])
     found.drew(10, 1)
     where |= spread(found, outputs[1:])
-    assert Counter(where.values()) == {where[10]: 4}, "three more outputs cost less than computing the prompt again"
+    assert Counter(where.values()) == {where[10]: 4}, "three more outputs are less than the prompt once more"
     assert found.ledger.work_of(where[10]) == 9 + 3 + 3 * (1 + 4)
     free = router(2, room(prefixes=0))
     assert len(set(spread(free, [request(10 + i, [5, 6], group=10) for i in range(2)]).values())) == 2
 
 
-def test_a_popular_prefix_gets_copies_on_idle_replicas_and_one_conversation_does_not() -> None:
+def test_a_hot_prefix_gets_copies_where_replicas_are_idle_and_one_conversation_does_not() -> None:
     found = router(4)
     begun = request(0, [7] * 40, max_tokens=9)
     where = spread(found, [begun])
@@ -301,14 +299,14 @@ def test_a_popular_prefix_gets_copies_on_idle_replicas_and_one_conversation_does
     spread(found, [request(0, [7] * 40, max_tokens=1)])
     found.drew(0, 1)
     found.ended(0)
-    # Another request keeps the replica busy for a shorter time than computing the conversation again would take.
+    # Somebody else's request keeps its replica busy for a short time: less than the conversation's past would take.
     found.add(replace_fields(request(1, [9], max_tokens=3), replica=0))
     assert dealt(found) == [(1, 0)]
     assert spread(found, [request(2, [7] * 44, max_tokens=3)]) == {2: 0}
 
 
 def computed(found: RequestRouter, spec: EngineRequest) -> int:
-    """Return how many prompt tokens replica 0 has to compute for a request."""
+    """Prompt tokens that replica 0 has to compute for it."""
     before = found.ledger.work_of(0)
     assert spread(found, [spec]) == {spec.seq: 0}
     return found.ledger.work_of(0) - before - spec.max_tokens
@@ -321,7 +319,7 @@ def test_a_prefix_is_whole_blocks_of_the_same_salt() -> None:
     assert computed(found, request(2, [51] + [50] * 39)) == 40
     assert computed(found, request(3, [50] * 3 * BLOCK, salt="b")) == 3 * BLOCK
     assert computed(found, request(4, [50] * 40, salt="b")) == 40 - 3 * BLOCK
-    assert computed(found, request(5, [50] * 40, salt="b")) == 1, "the last token must be computed for its logits"
+    assert computed(found, request(5, [50] * 40, salt="b")) == 1, "the last token's logits must come from somewhere"
 
 
 def test_the_oldest_prefixes_are_forgotten() -> None:
@@ -332,7 +330,7 @@ def test_the_oldest_prefixes_are_forgotten() -> None:
     assert computed(found, request(2, [60] * 12 + [2])) == 13
 
 
-def test_a_prompt_with_log_probabilities_counts_as_uncached() -> None:
+def test_a_prompt_whose_log_probabilities_are_wanted_is_computed() -> None:
     found = router(1)
     spread(found, prompts_of(50, 1, 0))
     wanted = EngineRequest(5, encode_tokens([50] * 13), 13, Sampling(seed=0, prompt_logprobs=1), 1, group=3)
@@ -340,7 +338,7 @@ def test_a_prompt_with_log_probabilities_counts_as_uncached() -> None:
     assert computed(found, replace_fields(wanted, seq=6)) == 13
 
 
-# --- added and removed replicas ----------------------------------------------------------------------------------
+# --- replicas that come and go -----------------------------------------------------------------------------------
 
 
 def test_a_router_may_start_without_replicas() -> None:
@@ -357,7 +355,7 @@ def test_a_router_may_start_without_replicas() -> None:
     found.audit()
 
 
-def test_a_restarted_replica_has_an_empty_cache() -> None:
+def test_a_replica_that_is_back_has_nothing_in_its_cache() -> None:
     found = router(1)
     spread(found, prompts_of(50, 1, 0))
     found.remove(0)
@@ -370,8 +368,8 @@ def test_a_restarted_replica_has_an_empty_cache() -> None:
         found.admit(1, ReplicaCapacity(1, 1, 8, 1))
 
 
-def test_a_new_replica_does_not_get_all_requests() -> None:
-    """The past work of the other replicas does not count."""
+def test_a_replica_that_joins_is_not_flooded() -> None:
+    """What the others have done before does not count against them."""
     found = router(2)
     for seq in range(100):
         where = spread(found, [request(seq, [seq] * 50, max_tokens=50)])
@@ -389,20 +387,20 @@ def pinned(seq: int, number: int, priority: int = 0) -> EngineRequest:
     return replace_fields(request(seq, [seq], priority=priority), replica=number)
 
 
-def test_a_request_that_waits_for_its_replica_delays_no_other() -> None:
+def test_one_that_waits_for_its_replica_holds_up_nobody() -> None:
     found = router(2, room(1))
     assert spread(found, [pinned(0, 1), pinned(1, 1), pinned(2, 5)]) == {0: 1}
     assert spread(found, [request(3, [3]), request(4, [4])]) == {3: 0}
     assert found.ledger.num_waiting == 3
     found.ended(0)
-    assert dealt(found) == [(1, 1)], "it came before the requests without a replica"
+    assert dealt(found) == [(1, 1)], "it came before those that may go anywhere"
     found.ended(1)
     assert dealt(found) == [(4, 1)]
     found.admit(5, room(1))
     assert dealt(found) == [(2, 5)]
 
 
-def test_requests_that_wait_for_their_replica_go_by_priority_and_arrival() -> None:
+def test_one_that_waits_for_its_replica_goes_by_priority_and_arrival() -> None:
     found = router(1, room(1))
     assert spread(found, [request(0, [0]), request(1, [1]), pinned(2, 0), request(3, [3]), pinned(4, 0, -1)]) == {0: 0}
     order = [0]
@@ -412,7 +410,7 @@ def test_requests_that_wait_for_their_replica_go_by_priority_and_arrival() -> No
     assert order == [0, 4, 1, 2, 3]
 
 
-def test_a_request_that_waits_for_a_missing_replica_may_be_aborted() -> None:
+def test_one_that_waits_for_a_replica_that_is_away_may_be_given_up() -> None:
     found = router(2, room(1))
     spread(found, [pinned(0, 1)])
     found.remove(1)
@@ -425,7 +423,7 @@ def test_a_request_that_waits_for_a_missing_replica_may_be_aborted() -> None:
     found.audit()
 
 
-def test_millions_of_aborted_requests_leave_nothing() -> None:
+def test_millions_that_give_up_leave_nothing_behind() -> None:
     found = router(1, room(1))
     spread(found, [request(0, [1])])
     for seq in range(1, 3000):
@@ -436,7 +434,7 @@ def test_millions_of_aborted_requests_leave_nothing() -> None:
     found.audit()
 
 
-def test_places_of_aborted_requests_are_forgotten() -> None:
+def test_places_that_were_left_are_forgotten() -> None:
     lines = WaitingLines()
     for seq in range(3000):
         lines.add(request(seq, [1]) if seq % 2 else pinned(seq, seq % 4), (0, seq, seq))
@@ -446,18 +444,16 @@ def test_places_of_aborted_requests_are_forgotten() -> None:
     assert lines.kept <= 2 * 10 + 3
 
 
-# --- random sequences --------------------------------------------------------------------------------------------
+# --- anything at all ---------------------------------------------------------------------------------------------
 
 
 class Machine(RuleBasedStateMachine):
-    """Requests and replicas that start and end in any order. The counts are audited after each step."""
+    """Requests and replicas come and go in any order; the books are audited after each step."""
 
     @initialize(numbers=st.sets(st.integers(0, 4)))
     def begin(self, numbers: set[int]) -> None:
         self.found = RequestRouter({number: room(2, 30, 6) for number in numbers})
-        self.held: dict[int, dict[int, int]] = {
-            number: {} for number in numbers
-        }  # replica -> request -> tokens drawn there
+        self.held: dict[int, dict[int, int]] = {number: {} for number in numbers}  # replica -> request -> drawn there
         self.waiting: dict[int, EngineRequest] = {}
         self.specs: dict[int, EngineRequest] = {}
 
@@ -517,7 +513,7 @@ class Machine(RuleBasedStateMachine):
             self.found.add(spec)
 
     def take(self, spec: EngineRequest, number: int) -> None:
-        """Check that a request is assigned in its turn and to an allowed replica."""
+        """In its turn, to where it may go."""
 
         def place(seq: int) -> tuple[int, int]:
             return self.specs[seq].priority, seq

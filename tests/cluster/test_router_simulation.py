@@ -1,6 +1,6 @@
-"""The router before simulated replicas is as balanced as round robin, with nearly as many prefix hits as pure affinity.
+"""The router before simulated replicas: as balanced as spreading, nearly as many prefix hits as pure affinity.
 
---matrix adds 1,000 replicas and 100,000 requests; `benchmarks/router.py` measures the time of these.
+With --matrix also 1,000 replicas and 100,000 requests; `benchmarks/router.py` takes the time of these.
 """
 
 import pytest
@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_balance_and_prefix_hits(replicas: int, load: float) -> None:
-    """With a load of 1.6 most prompt tokens must come from caches, or queues grow."""
+    """At a load of 1.6 most of the prompts must come from caches, or queues grow."""
     traffic = Traffic(100 * replicas, replicas, load=load, prefixes=5 * replicas)
     outcome, found = routed(traffic)
     affinity = simulate(traffic, Affinity(replicas, traffic.machine.block_size))
@@ -32,7 +32,7 @@ def test_balance_and_prefix_hits(replicas: int, load: float) -> None:
     assert all(found.ledger.held(number) == found.ledger.work_of(number) == 0 for number in range(replicas))
 
 
-def test_the_first_token_comes_sooner_than_with_balancing_alone() -> None:
+def test_the_first_token_comes_sooner_than_by_spreading_alone() -> None:
     traffic = Traffic(5000, 50, prefixes=250)
     outcome, _ = routed(traffic)
     for other in (RoundRobin(50), LeastLoaded(50)):
@@ -48,8 +48,8 @@ def test_one_hot_prefix_does_not_pin_all_traffic_to_one_replica() -> None:
     assert min(outcome.computed) * 20 >= 0.85 * sum(outcome.computed)
 
 
-def test_under_overload_no_replica_is_idle() -> None:
-    """There are many more requests than the replicas can compute."""
+def test_where_all_wait_in_line_none_is_idle() -> None:
+    """Far more than the replicas can do."""
     traffic = Traffic(2000, 10, load=20, prefixes=50)
     outcome, _ = routed(traffic)
     assert outcome.busiest <= 1.15

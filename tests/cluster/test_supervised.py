@@ -1,4 +1,4 @@
-"""The state machine of a supervised process. One rule of restarts holds for all events in any order."""
+"""The state machine of a supervised process: whatever happens in whatever order, one rule of restarts holds."""
 
 import pytest
 from hypothesis import settings
@@ -37,7 +37,7 @@ def test_a_first_start_is_due_at_once() -> None:
     assert (found.state, found.num_restarts) == (RunState.STARTING, 0)
 
 
-def test_after_a_useful_run_the_restart_is_immediate() -> None:
+def test_after_a_useful_run_it_is_started_again_at_once() -> None:
     found = started()
     found.ended(EngineError("killed"), 2.0, useful=True)
     assert found.is_due(2.0)
@@ -46,7 +46,7 @@ def test_after_a_useful_run_the_restart_is_immediate() -> None:
     assert found.num_restarts == 1
 
 
-def test_after_a_useless_run_the_restart_has_a_pause() -> None:
+def test_after_a_useless_run_there_is_a_pause() -> None:
     found = started()
     found.ended(EngineError("killed"), 2.0, useful=False)
     assert not found.is_due(2.4)
@@ -61,9 +61,7 @@ def test_after_a_useless_run_the_restart_has_a_pause() -> None:
         (True, ConfigError("it differs"), "a restart would not mend that"),
     ],
 )
-def test_an_error_that_a_restart_does_not_correct_is_final(
-    ready: bool, error: EngineError | ConfigError, why: str
-) -> None:
+def test_what_a_restart_does_not_mend_is_final(ready: bool, error: EngineError | ConfigError, why: str) -> None:
     found = started(ready=ready)
     found.ended(error, 2.0, useful=True)
     assert found.state is RunState.FAILED
@@ -71,13 +69,13 @@ def test_an_error_that_a_restart_does_not_correct_is_final(
     assert found.outlook == f"is not started again: {why}"
 
 
-def test_a_process_that_was_never_ready_restarts_with_those_that_were() -> None:
+def test_one_that_was_never_ready_is_started_again_with_those_that_were() -> None:
     found = started(ready=False)
     found.ended(EngineError("another one was killed"), 2.0, useful=True, ever_ready=True)
     assert found.state is RunState.RESTARTING
 
 
-def test_a_process_of_another_host_is_always_awaited() -> None:
+def test_one_that_another_host_starts_is_awaited_whatever_ended_it() -> None:
     found = supervised(0, elsewhere=True)
     for start in range(3):
         assert not found.is_due(1e9)
@@ -89,7 +87,7 @@ def test_a_process_of_another_host_is_always_awaited() -> None:
 
 def test_a_run_is_useful_by_its_work_or_its_length() -> None:
     found = started(ready=False)
-    assert not found.was_useful(1e6, worked=False), "it is not ready yet"
+    assert not found.was_useful(1e6, worked=False), "it is not even ready"
     assert found.was_useful(0.0, worked=True)
     found.became_ready(1.0)
     assert not found.was_useful(USEFUL_S, worked=False)
@@ -97,7 +95,7 @@ def test_a_run_is_useful_by_its_work_or_its_length() -> None:
 
 
 class Machine(RuleBasedStateMachine):
-    """Starts, ends and pauses in any order, compared with a simple model."""
+    """Starts, ends and time in any order, beside what must follow from them."""
 
     @initialize(most=st.integers(0, 8), elsewhere=st.booleans())
     def begin(self, most: int, elsewhere: bool) -> None:
@@ -158,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         assert self.found.is_due(self.now) == useful
 
     def recent(self) -> int:
-        """Return the restarts within the last hour."""
+        """Restarts within the last hour."""
         return sum(self.now - at <= HOUR_S for at in self.decided_at)
 
     @precondition(lambda self: self.found.state is not RunState.FAILED)
@@ -173,7 +171,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert self.recent() <= self.most
         if self.found.state in (RunState.FAILED, RunState.LEAVING):
-            assert not self.found.is_due(self.now + 1e9), "a failure is final"
+            assert not self.found.is_due(self.now + 1e9), "that is final"
             assert not self.found.runs
         assert (self.found.state is RunState.FAILED) == bool(self.found.why_not) or self.found.elsewhere
 

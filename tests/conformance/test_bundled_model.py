@@ -1,4 +1,4 @@
-"""The bundled model, whose answers can be checked by eye, gives the same answers in every layout."""
+"""The bundled model: a person sees that the output is right, and it is the same in every layout."""
 
 from typing import Any
 
@@ -31,14 +31,14 @@ def test_the_same_answers_in_every_layout(model: str | None, tp: int, pp: int, d
     assert answers(model, distributed_executor_backend=backend, **layout) == list(QUESTIONS.values())
 
 
-def test_process_ranks() -> None:
+def test_by_processes() -> None:
     layout = {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True}
     assert answers("bundled:moe", **layout) == list(QUESTIONS.values())
 
 
 @pytest.mark.parametrize("strategy", ["linear", "round_robin"])
 @pytest.mark.parametrize("backend", ["allgather_reducescatter", "all_to_all"])
-def test_the_same_answers_with_shared_experts(strategy: str, backend: str) -> None:
+def test_the_same_answers_with_experts_shared_by_replicas(strategy: str, backend: str) -> None:
     layout = {"data_parallel_size": 3, "enable_expert_parallel": True, "distributed_executor_backend": "threads"}
     found = answers("bundled:moe", all2all_backend=backend, expert_placement_strategy=strategy, **layout)
     assert found == list(QUESTIONS.values())

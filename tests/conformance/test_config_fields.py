@@ -1,4 +1,4 @@
-"""Fields of config.json that change the arithmetic. Each family obeys the same fields as transformers does."""
+"""Fields of config.json that change the arithmetic: each family obeys what transformers obeys, and ignores the rest."""
 
 import json
 from pathlib import Path
@@ -87,9 +87,7 @@ def name_of(value: object) -> str | None:
 
 
 @pytest.mark.parametrize(("family", "changes"), ROPES + OTHERS, ids=name_of)
-def test_a_field_has_the_effect_that_it_has_in_transformers(
-    tmp_path: Path, family: str, changes: dict[str, Any]
-) -> None:
+def test_a_field(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     folder = save_raw(family, changes, tmp_path / "model")
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS))
 
@@ -110,9 +108,7 @@ def test_ropes_in_other_layouts(tmp_path: Path, options: Any, model_impl: str, r
         ("phi3", {"rope_scaling": LINEAR}, "rope scaling 'linear' is not supported for phi3"),
     ],
 )
-def test_fields_that_transformers_does_not_support(
-    tmp_path: Path, family: str, changes: dict[str, Any], says: str
-) -> None:
+def test_what_transformers_can_not_run_either(tmp_path: Path, family: str, changes: dict[str, Any], says: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw_config(family, changes)))
     with pytest.raises(CheckpointError, match=says):
         LLM(str(tmp_path), load_format="dummy")
@@ -149,8 +145,8 @@ def test_longrope_within_the_original_length(
 
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
 @pytest.mark.parametrize("scaling", [LINEAR, {**LLAMA3, "original_max_position_embeddings": 32}, {**YARN, "factor": 8}])
-def test_scaling_allows_longer_texts(tmp_path: Path, scaling: dict[str, Any], model_impl: str) -> None:
-    """An override in --hf-overrides acts like a field of config.json. The base of the rope stays."""
+def test_scaling_lets_texts_be_longer(tmp_path: Path, scaling: dict[str, Any], model_impl: str) -> None:
+    """Said in --hf-overrides, it is as if config.json had it; the base stays."""
     positions = {"max_position_embeddings": 32, "rope_parameters": OWN_BASE}
     folder = save_raw("llama", positions, tmp_path / "model")
     said = {**positions, "rope_parameters": {**scaling, "rope_theta": 500.0}}

@@ -1,4 +1,4 @@
-"""Structured outputs of the bundled model, drawn at temperature 1, obey their grammars in every layout."""
+"""Structured outputs of the bundled model, drawn at temperature 1: every one is what was asked for, in every layout."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def samples(llm: LLM, *, max_tokens: int = 200, seed: int | None = 7, **kind: An
 
 
 def finished(outputs: Sequence[CompletionOutput], max_tokens: int = 200) -> list[str]:
-    """Return the texts of complete outputs. The others, which must be few, were cut at the maximum length."""
+    """Their texts. What was cut was cut by its length, and only a few are."""
     for output in outputs:
         assert output.finish_reason in ("stop", "length")
         assert (output.finish_reason == "length") <= (len(output.token_ids) == max_tokens)
@@ -77,8 +77,8 @@ def test_a_schema_that_allows_one_text_is_that_text(llm: LLM) -> None:
     assert {json.loads(text) for text in finished(samples(llm, json={"const": 'a "b"\n'}))} == {'a "b"\n'}
 
 
-def test_json_object_gives_objects(llm: LLM) -> None:
-    # Nothing limits its length, so outputs that are not complete are left out.
+def test_any_object(llm: LLM) -> None:
+    # Nothing keeps this one short: what is not finished at its length is left out.
     outputs = samples(llm, json_object=True, max_tokens=120)
     texts = [output.text for output in outputs if output.finish_reason == "stop"]
     assert all(isinstance(json.loads(text), dict) for text in texts)
@@ -99,7 +99,7 @@ def test_every_sample_is_one_of_the_choices(llm: LLM) -> None:
 
 
 def depth(text: str) -> int:
-    """Return the depth of the parentheses of a nested sum. Fail if they do not match."""
+    """How deep the parentheses of a nested sum go; fails where they do not match."""
     level = deepest = 0
     for char in text:
         level += (char == "(") - (char == ")")
@@ -120,15 +120,15 @@ def test_every_sample_obeys_a_grammar(llm: LLM) -> None:
         assert depth(text) in (1, 2)
 
 
-def test_the_seed_determines_the_outputs(llm: LLM) -> None:
-    """A few tokens of each sample are enough, since outputs need not be complete."""
+def test_other_seeds_give_other_outputs_and_the_same_seed_the_same(llm: LLM) -> None:
+    """A few tokens of each sample will do: it is a matter of what is drawn, not of what is complete."""
     drawn = (samples(llm, max_tokens=20, json=SCHEMA, seed=seed) for seed in (1, 1, 2))
     first, again, other = ([sample.text for sample in each] for each in drawn)
     assert first == again
     assert first != other
 
 
-def test_greedy_outputs_obey_too(llm: LLM) -> None:
+def test_greedy_outputs_obey_as_well(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=200, structured_outputs=StructuredOutputsParams(json=SCHEMA))
     for output in llm.generate(PROMPTS, params, use_tqdm=False):
         if output.outputs[0].finish_reason == "stop":

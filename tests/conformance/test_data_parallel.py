@@ -1,4 +1,4 @@
-"""Several replicas give the same outputs as one, even if some die."""
+"""Replicas side by side: the answers of one, whoever dies on the way."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[tuple[int, ...]]]:
     return [[each.token_ids for each in output.outputs] for output in outputs]
 
 
-def test_replicas_give_the_outputs_of_one(alone: LLM, replicas: LLM) -> None:
+def test_the_answers_of_one(alone: LLM, replicas: LLM) -> None:
     expected = alone.generate(PROMPTS, MIXED, use_tqdm=False)
     found = replicas.generate(PROMPTS, MIXED, use_tqdm=False)
     assert [output.request_id for output in found] == [str(i) for i in range(len(PROMPTS))]
@@ -75,7 +75,7 @@ def test_replicas_give_the_outputs_of_one(alone: LLM, replicas: LLM) -> None:
         assert (mine.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
         assert len(mine.prompt_logprobs or ()) == len(theirs.prompt_logprobs or ())
     stats = replicas.stats()
-    assert all(replica.steps for replica in stats.replicas), "each replica had requests"
+    assert all(replica.steps for replica in stats.replicas), "each had something to do"
     assert [rank.rank for rank in stats.ranks] == list(range(len(stats.ranks)))
     assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
 
@@ -92,7 +92,7 @@ def test_beam_search(alone: LLM, replicas: LLM) -> None:
     assert [each.tokens for each in mine.sequences] == [each.tokens for each in theirs.sequences]
 
 
-def test_an_abandoned_run_leaves_all_replicas_usable(replicas: LLM) -> None:
+def test_a_run_that_is_given_up_leaves_all_replicas_usable(replicas: LLM) -> None:
     jobs = [replicas.prepare(i, PROMPTS[i % len(PROMPTS)], GREEDY) for i in range(40)]
     run = replicas.run(jobs)
     next(run)
@@ -103,7 +103,7 @@ def test_an_abandoned_run_leaves_all_replicas_usable(replicas: LLM) -> None:
 
 
 def test_jobs_over_a_window(folder: Path) -> None:
-    """There are more jobs than one replica takes at a time."""
+    """More than one replica would take at a time."""
     params = SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True)
     entries = [JobEntry(i, f"line {i}", prompt={"prompt_token_ids": [5 + i % 200, 7, i % 11]}) for i in range(2500)]
 
@@ -146,7 +146,7 @@ def expected(folder: Path) -> list[list[tuple[int, ...]]]:
     ],
     ids=["engine-killed", "rank-killed", "engine-stopped"],
 )
-def test_a_replica_that_dies_changes_no_output(
+def test_a_replica_dies_half_way(
     folder: Path,
     expected: list[list[tuple[int, ...]]],
     number: int,
@@ -170,10 +170,10 @@ def test_a_replica_that_dies_changes_no_output(
         assert "unfinished requests go on at the 1 replica left" in warning
         assert len(llm.stats().replicas) == 1
         again = llm.generate(prompts(3), HALF_WAY, use_tqdm=False)
-        assert len(again) == 3, "the set continues with fewer replicas"
+        assert len(again) == 3, "and goes on with fewer"
 
 
-def test_without_replicas_finished_outputs_are_kept(
+def test_with_no_replica_left_what_had_finished_is_kept(
     folder: Path, expected: list[list[tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LLM(folder, **MANY) as llm:
@@ -218,15 +218,15 @@ def test_replicas_that_share_experts(checkpoint: Checkpoint, options: dict[str, 
         expected = tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False))
     with LLM(folder, **SIZE, **TOGETHER, **options) as llm:
         assert tokens_of(llm.generate(PROMPTS, MIXED, use_tqdm=False)) == expected
-        # One replica has no requests, and takes part in every step.
+        # One has nothing to do, and takes part in every step.
         assert tokens_of(llm.generate(PROMPTS[:1], MIXED[:1], use_tqdm=False)) == expected[:1]
         stats = llm.stats()
         assert max(replica.steps for replica in stats.replicas) - min(replica.steps for replica in stats.replicas) <= 2
         again = llm.stats()
-        assert again.steps - stats.steps <= 2, "without work no replica launches steps"
+        assert again.steps - stats.steps <= 2, "at rest nobody takes steps"
 
 
-def test_a_dead_replica_ends_those_that_share_its_experts(checkpoint: Checkpoint) -> None:
+def test_one_that_dies_takes_those_along_that_share_its_experts(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("mixtral"), **SIZE, **TOGETHER) as llm:
         pids = [rank.pid for rank in llm.stats().ranks]
         jobs = [llm.prepare(i, prompt, GREEDY) for i, prompt in enumerate(prompts(50))]

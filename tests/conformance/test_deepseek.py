@@ -1,4 +1,4 @@
-"""Latent attention in all ways to compute a sequence, and features that only DeepSeek's files have."""
+"""Latent attention in every way in which a sequence can be computed, and what belongs to DeepSeek's files alone."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def test_budget_smaller_than_a_prompt(checkpoint: Checkpoint, name: str, tp: int
 
 @pytest.mark.parametrize("shares", [None, (1, 3, 2, 1), (9, 1, 1, 1)])
 def test_six_heads_over_four_ranks(checkpoint: Checkpoint, shares: Sequence[int] | None) -> None:
-    """Some ranks have two heads, others have none and no cache."""
+    """Some ranks have two heads, or none and no cache."""
     folder = checkpoint("deepseek_v2_lite")
     outputs = generate(folder, PROMPTS, steps=8, tensor_parallel_size=4, tensor_parallel_split=shares)
     assert_same(folder, PROMPTS, outputs)
@@ -50,7 +50,7 @@ def test_prefix_hits(checkpoint: Checkpoint, tp: int) -> None:
     assert [output.num_cached_tokens for output in outputs] == [48, 48, 47]
 
 
-def test_drafts(checkpoint: Checkpoint) -> None:
+def test_guesses(checkpoint: Checkpoint) -> None:
     folder = checkpoint("deepseek_v2")
     prompts = [[5, 6, 7, 8] * 6, *PROMPTS]
     guessing = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
@@ -58,7 +58,7 @@ def test_drafts(checkpoint: Checkpoint) -> None:
 
 
 def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkpoint) -> None:
-    """The log-probabilities are equal in all bits, which the products of latent attention by head must not change."""
+    """Down to the bits of the log-probability, which latent attention's products by head must not change."""
     folder = checkpoint("deepseek_v2")
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in make_prompts([5 + i for i in range(12)], seed=8)]
     params = [SamplingParams(seed=i, max_tokens=12, ignore_eos=True, logprobs=0) for i in range(12)]
@@ -71,8 +71,8 @@ def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkp
             assert alone.cumulative_logprob == batch[i].outputs[0].cumulative_logprob
 
 
-def test_weights_for_multi_token_prediction_are_not_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """They are in a layer after the last one, as in files on the hub."""
+def test_weights_that_predict_further_tokens_are_not_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """They stand in a layer behind the last, as on the hub."""
     folder = checkpoint("deepseek_v3")
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
@@ -87,7 +87,7 @@ def test_weights_for_multi_token_prediction_are_not_read(checkpoint: Checkpoint,
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_a_token_needs_a_latent_and_one_key_on_each_rank(checkpoint: Checkpoint, tp: int) -> None:
+def test_a_token_takes_its_latent_and_one_key_on_each_rank(checkpoint: Checkpoint, tp: int) -> None:
     spec = read_spec(checkpoint("deepseek_v3"))
     for shard in shards(spec, tp):
         assert kv_block_bytes(spec, shard, 16, 2) == 3 * 16 * (32 + 8) * 2
@@ -100,7 +100,7 @@ def test_a_token_needs_a_latent_and_one_key_on_each_rank(checkpoint: Checkpoint,
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_blocks_of_a_budget(checkpoint: Checkpoint, tp: int) -> None:
-    """There are as many blocks with two ranks as with one, since each rank has the whole cache."""
+    """As many with two ranks as with one: each holds the whole cache."""
     options: Any = {"tensor_parallel_size": tp, "distributed_executor_backend": "uni" if tp == 1 else "threads"}
     with LLM(str(checkpoint("deepseek_v2")), kv_cache_memory_bytes=3 * 16 * 40 * 4 * 21 + 5, **options) as llm:
         run(llm, PROMPTS[:1], 1)

@@ -1,4 +1,4 @@
-"""Whole experts on the ranks of several replicas in lockstep give the same tokens as a single rank."""
+"""Whole experts on the ranks of several replicas, which run in lockstep: the tokens of the model alone."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ TIMEOUT_S = 120.0
 
 
 class LocalLockstep:
-    """The lockstep of replicas in one process."""
+    """Replicas of one process."""
 
     def __init__(self, counts: list[int], rank: int) -> None:
         self.counts = counts
@@ -54,11 +54,11 @@ class Layout:
     stages: tuple[int, ...] = ()
     experts: str = "linear"
     all2all: str = "all_to_all"
-    budget: int = 64  # the most tokens in a step
+    budget: int = 64  # tokens in a step
 
 
 class Replicas:
-    """Several engines over thread ranks, driven by hand."""
+    """Engines over thread ranks, driven by hand."""
 
     def __init__(self, engines: Sequence[EngineCore], executors: Sequence[RankExecutor]) -> None:
         self.engines = engines
@@ -78,14 +78,14 @@ class Replicas:
                     assert not update.error
 
     def traffic(self, replica: int) -> dict[tuple[str, str], int]:
-        """Return how often a replica's first rank has done each operation on each axis."""
+        """How often its first rank has done what, by axis and operation."""
         rank = self.engines[replica].stats().ranks[0]
         return {(each.axis, each.operation): each.count for each in rank.traffic}
 
 
 @contextmanager
 def replicas(folder: Path, layout: Layout, meeting: Rendezvous | None = None) -> Iterator[Replicas]:
-    """Start replicas with ranks as threads, or as processes if a rendezvous is given."""
+    """Over threads; as processes if there is somewhere for them to meet."""
     groups = ThreadGroups(TIMEOUT_S)
     counts = [0] * layout.dp
     spec = read_spec(folder)
@@ -158,7 +158,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", ["qwen2_moe", "mixtral"])
 def test_replicas_with_uneven_work(checkpoint: Callable[[str], Path], name: str, layout: Layout) -> None:
-    """One replica has three prompts, another has a short one, and the others have none."""
+    """One has three prompts, another a short one, others none."""
     folder = checkpoint(name)
     prompts = make_prompts([1, 40, 9, 17])
     with replicas(folder, layout) as running:
@@ -187,7 +187,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", MIXTURES)
-def test_all_families_of_mixtures(checkpoint: Callable[[str], Path], name: str, options: dict[str, Any]) -> None:
+def test_every_mixture(checkpoint: Callable[[str], Path], name: str, options: dict[str, Any]) -> None:
     folder = checkpoint(name)
     whole = {"enable_expert_parallel": True, "distributed_executor_backend": "threads"}
     assert_same(folder, FEW, generate(folder, FEW, steps=STEPS, **whole, **options))
@@ -204,7 +204,7 @@ def test_process_ranks_meet_at_the_rendezvous(checkpoint: Callable[[str], Path])
 
 
 def test_collectives_of_a_step(checkpoint: Callable[[str], Path]) -> None:
-    """A step exchanges counts of tokens once, then counts of rows, rows and results for each of two mixtures."""
+    """Counts of tokens once, then for each mixture (two of the three layers) counts of rows, rows, and results."""
     with replicas(checkpoint("qwen2_moe"), Layout()) as running:
         before = [running.traffic(replica) for replica in (0, 1)]
         running.add(0, 0, make_prompts([5])[0])
@@ -227,7 +227,7 @@ def test_a_replica_that_fails_releases_the_others(checkpoint: Callable[[str], Pa
 
 
 def test_one_replica_has_whole_experts_on_its_own_ranks(checkpoint: Callable[[str], Path]) -> None:
-    """No token is sent. There is one all-reduce for each attention, MLP and mixture, and one for the embedding."""
+    """No token travels: one all-reduce for each attention, MLP and mixture, and one for the embedding."""
     folder, prompt = checkpoint("qwen2_moe"), make_prompts([9])[0]
     with replicas(folder, Layout(dp=1, tp=3, all2all="")) as running:
         before = running.traffic(0)

@@ -1,4 +1,4 @@
-"""Folders like those of the hub give transformers' greedy tokens, with one to three ranks."""
+"""Folders as the hub has them give transformers' greedy tokens, at one to three ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def spelled(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """Return name -> a folder like the hub's, and a folder with the same weights as transformers saves it."""
+    """name -> the folder as the hub has it, and one of the same weights as transformers saves it."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def get(name: str) -> tuple[Path, Path]:
@@ -69,13 +69,13 @@ def test_thread_ranks(spelled: Spelled, name: str, tp: int) -> None:
     assert_same(saved, PROMPTS, generate(hub, PROMPTS, STEPS, tensor_parallel_size=tp, dtype="float32"))
 
 
-def test_every_family_has_hub_files(spelled: Spelled) -> None:
+def test_every_family_is_spelled(spelled: Spelled) -> None:
     assert {read_spec(spelled(name)[0]).family for name in SPELLINGS} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_the_spec_is_the_same(checkpoint: Checkpoint, spelled: Spelled, name: str) -> None:
-    """Old and new keys give the same spec, except for the type."""
+    """But for the type: old and new keys say the same."""
     hub, saved = spelled(name)
     ours, theirs = read_spec(hub), read_spec(saved)
     assert ours.dtype == str(SPELLINGS[name].dtype).removeprefix("torch.")
@@ -86,7 +86,7 @@ def test_the_spec_is_the_same(checkpoint: Checkpoint, spelled: Spelled, name: st
     assert [ours.attention_of(i) for i in layers] == [theirs.attention_of(i) for i in layers]
 
 
-def test_process_ranks(spelled: Spelled) -> None:
+def test_a_process_of_its_own(spelled: Spelled) -> None:
     hub, saved = spelled("gpt2")
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     assert_same(saved, PROMPTS, generate(hub, PROMPTS, STEPS, dtype="float32", **options))
@@ -100,7 +100,7 @@ def test_unequal_ranks(spelled: Spelled) -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 def test_types_in_memory(spelled: Spelled, dtype: str) -> None:
-    """With 8 or 11 bits log-probabilities change by some hundredths, with a wrong conversion by whole units."""
+    """8 and 11 bits: three layers move log-probabilities by some hundredths, a wrong conversion by whole units."""
     hub, saved = spelled("llama")
     for prompt, output in zip(PROMPTS, generate(hub, PROMPTS, 1, dtype=dtype), strict=True):
         _, rows = reference(saved, tuple(prompt), 1)
@@ -110,8 +110,8 @@ def test_types_in_memory(spelled: Spelled, dtype: str) -> None:
         assert abs(logprobs[0][token].logprob - float(rows[0, token])) < 0.25
 
 
-def test_several_end_of_text_tokens(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The second token of generation_config.json ends an output, too."""
+def test_several_ends_of_text(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The second one of generation_config.json ends an output too."""
     prompt = PROMPTS[2]
     expected, _ = reference(checkpoint("llama"), tuple(prompt), STEPS)
     stop = expected[4]

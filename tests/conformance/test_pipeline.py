@@ -1,4 +1,4 @@
-"""The stages of a pipeline give the same outputs as the whole model, with all features of requests."""
+"""Stages of a pipeline say together what the whole model says, with everything that a request can ask for."""
 
 import logging
 from collections import defaultdict
@@ -43,7 +43,7 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[tuple[int, ...]]]:
     return [[sample.token_ids for sample in output.outputs] for output in outputs]
 
 
-@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (3, 2)])  # test_matrix.py has all others
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (3, 2)])  # all others: test_matrix.py
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_every_family(checkpoint: Checkpoint, name: str, pp: int, tp: int) -> None:
     folder = checkpoint(name)
@@ -57,12 +57,12 @@ def test_modules_of_transformers(tmp_path_factory: pytest.TempPathFactory, name:
 
 
 @pytest.mark.parametrize("name", ["Granite", "Starcoder2"])
-def test_modules_of_transformers_with_tensor_and_pipeline_parallelism(tmp_path: Path, name: str) -> None:
+def test_modules_of_transformers_cut_both_ways(tmp_path: Path, name: str) -> None:
     folder = other_models.save(name, tmp_path)
     assert_same(folder, FEW, staged(folder, FEW, 2, 2, steps=8))
 
 
-def test_a_module_that_can_not_be_cut_is_refused(checkpoint: Checkpoint) -> None:
+def test_a_module_that_can_not_be_cut_is_refused_by_name(checkpoint: Checkpoint) -> None:
     with pytest.raises(
         ConfigError,
         match=r"--pipeline-parallel-size 2: OPTForCausalLM can run through transformers as one stage only, because its "
@@ -77,7 +77,7 @@ def test_any_partition(checkpoint: Checkpoint, partition: tuple[int, ...]) -> No
     assert_same(folder, FEW, staged(folder, FEW, len(partition), pipeline_layer_partition=partition))
 
 
-def test_process_ranks(checkpoint: Checkpoint) -> None:
+def test_processes(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama3")
     outputs = generate(
         folder, MIXED, 12, pipeline_parallel_size=2, tensor_parallel_size=2, distributed_executor_backend="mp"
@@ -85,7 +85,7 @@ def test_process_ranks(checkpoint: Checkpoint) -> None:
     assert_same(folder, MIXED, outputs)
 
 
-# --- steps in flight -------------------------------------------------------------------------------------------
+# --- what is in flight -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -96,8 +96,8 @@ def test_any_number_of_plans_in_flight_and_prompts_in_chunks(checkpoint: Checkpo
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_preempted_requests_resume(checkpoint: Checkpoint, depth: int) -> None:
-    """A token that is drawn for a sequence that has ended must not become another sequence's next token."""
+def test_preempted_requests_come_back(checkpoint: Checkpoint, depth: int) -> None:
+    """What is drawn for a sequence that has gone meanwhile is nobody's next token."""
     folder, prompts = checkpoint("llama"), make_prompts([20, 30, 25, 33, 8, 14], seed=3)
     block = 2 * 2 * 16 * 4 * 8 * 4  # of the stage with two layers
     with open_llm(folder, 2, kv_cache_memory_bytes=6 * block, max_in_flight=depth, max_model_len=96) as llm:
@@ -106,8 +106,8 @@ def test_preempted_requests_resume(checkpoint: Checkpoint, depth: int) -> None:
     assert_same(folder, prompts, outputs)
 
 
-def test_requests_one_after_the_other(checkpoint: Checkpoint) -> None:
-    """Tokens that are no longer needed are still received in their order."""
+def test_one_after_the_other(checkpoint: Checkpoint) -> None:
+    """Tokens that nobody asks for any more are read in their turn all the same."""
     folder = checkpoint("llama")
     with open_llm(folder, 2) as llm:
         for prompt in MIXED:
@@ -118,11 +118,11 @@ def test_requests_one_after_the_other(checkpoint: Checkpoint) -> None:
         next(each.count for each in rank.traffic if (each.axis, each.operation) == ("back", operation))
         for rank, operation in ((stats.ranks[1], "send"), (stats.ranks[0], "recv"))
     )
-    assert 0 <= sent - read <= 3  # the most plans in flight
+    assert 0 <= sent - read <= 3  # the plans in flight, at most
 
 
-def test_requests_that_end_while_their_steps_are_in_flight(checkpoint: Checkpoint) -> None:
-    """They end by a stop token that the engine sees late, or are aborted."""
+def test_requests_that_end_while_their_steps_are_on_the_way(checkpoint: Checkpoint) -> None:
+    """By a stop token that the engine sees late, or because nobody wants them any more."""
     folder = checkpoint("llama")
     with open_llm(folder, 2) as llm:
         whole = run(llm, MIXED, 12)
@@ -143,7 +143,7 @@ def test_requests_that_end_while_their_steps_are_in_flight(checkpoint: Checkpoin
         assert_same(folder, MIXED, run(llm, MIXED, 12))
 
 
-# --- features of requests -----------------------------------------------------------------------
+# --- everything that a request can ask for -----------------------------------------------------------------------
 
 
 def seeded(i: int) -> SamplingParams:
@@ -171,7 +171,7 @@ def test_draws_are_those_of_one_stage(checkpoint: Checkpoint, speculative: Any) 
 
 
 @pytest.mark.parametrize(("pp", "tp"), [(2, 1), (2, 2), (3, 1)])
-def test_a_draft_model_is_on_the_last_stage(checkpoint: Checkpoint, pp: int, tp: int) -> None:
+def test_a_draft_model_lives_on_the_last_stage(checkpoint: Checkpoint, pp: int, tp: int) -> None:
     folder = checkpoint("llama")
     with open_llm(folder, pp, tp) as llm:
         plain = [rank.weight_bytes for rank in llm.stats().ranks]
@@ -213,11 +213,11 @@ def test_structured_outputs() -> None:
     assert found[1:] == found[:1] * 3
 
 
-# --- what each rank holds and sends ------------------------------------------------------------------------------
+# --- who holds and says what -------------------------------------------------------------------------------------
 
 
 def said(before: EngineStats, after: EngineStats) -> list[dict[tuple[str, str], int]]:
-    """Return for each rank (axis, operation) -> how often it was done between two statistics."""
+    """By rank: (axis, operation) -> how often."""
 
     def counts(stats: RankStats) -> dict[tuple[str, str], int]:
         return {(each.axis, each.operation): each.count for each in stats.traffic}
@@ -228,7 +228,7 @@ def said(before: EngineStats, after: EngineStats) -> list[dict[tuple[str, str], 
     ]
 
 
-def test_two_sums_per_layer_and_one_send_per_boundary(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_sums_a_layer_and_one_send_a_boundary(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: dict[int, int] = defaultdict(int)  # steps with work, by stage, of one of its ranks
     execute = Runner.execute
 
@@ -272,7 +272,7 @@ def embedding_of(params: Sequence[Param]) -> str:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "opt_350m", "gpt2"])
-def test_a_stage_reads_and_holds_only_its_tensors(
+def test_a_stage_reads_and_holds_its_own_tensors(
     checkpoint: Checkpoint, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: dict[int, set[str]] = defaultdict(set)
@@ -300,8 +300,8 @@ def test_a_stage_reads_and_holds_only_its_tensors(
     assert sum(held) == whole
 
 
-def test_a_stage_has_the_cache_of_its_layers(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocated bytes are compared; how many are in memory depends on the kernel's large pages."""
+def test_the_cache_is_that_of_the_stages_layers(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what is allocated; what of it is in memory depends on where the kernel puts large pages."""
     sizes: list[int] = []
 
     def noting(*arguments: Any) -> kv_cache.KVMemory:

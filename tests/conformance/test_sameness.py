@@ -1,4 +1,4 @@
-"""In float32 every layout gives transformers' greedy tokens, except for near-ties."""
+"""Every layout gives transformers' greedy tokens, in float32, but for near-ties."""
 
 import math
 import random
@@ -13,7 +13,7 @@ import torch
 from shoal import LLM, RequestOutput, SamplingParams
 from support.checkpoints import MAKERS, Reference
 
-# The two likeliest tokens of the reference may be exchanged if their log-probabilities differ by less than this.
+# The reference's two likeliest tokens may change places below this difference of their log-probabilities.
 NEAR_TIE = 1e-3
 # float32 sums in another order: 3 layers of width 64 differ by less than 3e-5 here; 1e-4 leaves room for more ranks.
 LOGPROB_TOLERANCE = 1e-4
@@ -56,10 +56,8 @@ def rows_of(folder: Path, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> t
 
 
 def assert_same(folder: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> None:
-    """Assert that each token is the one that the reference chooses after the prompt and the tokens before it.
-
-    So all tokens together are the greedy continuation of the reference.
-    """
+    """Each token is the one that the reference would choose after the prompt and the tokens before it: so all of them
+    are its greedy continuation."""
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = tuple(output.outputs[0].token_ids)
         rows = rows_of(folder, tuple(prompt), tokens)
@@ -84,13 +82,13 @@ def test_thread_ranks(checkpoint: Checkpoint, name: str, tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 3, 4])
 @pytest.mark.parametrize("name", ["llama", "llama_6_2", "gemma3", "opt_350m"])
 def test_many_prompts(checkpoint: Checkpoint, name: str, tp: int) -> None:
-    """Some prompts are computed while others decode, and some end at the end of a block."""
+    """Prefilling and decoding side by side, blocks that end and do not end with a prompt."""
     folder = checkpoint(name)
     assert_same(folder, MIXED, generate(folder, MIXED, tensor_parallel_size=tp))
 
 
 def test_process_ranks(checkpoint: Checkpoint) -> None:
-    """More families and layouts are in test_matrix.py."""
+    """Other families, and more layouts: test_matrix.py."""
     folder = checkpoint("phi")
     outputs = generate(folder, FEW, steps=8, tensor_parallel_size=2, distributed_executor_backend="mp")
     assert_same(folder, FEW, outputs)
@@ -109,14 +107,14 @@ def test_unequal_shares(checkpoint: Checkpoint, name: str, shares: tuple[int, ..
     assert_same(folder, FEW, outputs)
 
 
-def test_engine_in_a_separate_process(checkpoint: Checkpoint) -> None:
+def test_engine_in_a_process_of_its_own(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     assert_same(folder, MIXED, generate(folder, MIXED, engine_process=True))
 
 
 @pytest.mark.parametrize("tp", [7, 9])
 def test_more_ranks_than_heads(checkpoint: Checkpoint, tp: int) -> None:
-    """Some ranks have no query head, and contribute zeros."""
+    """Some ranks hold no query head, and take part with zeros."""
     folder = checkpoint("llama_6_2")
     assert_same(folder, MIXED[:5], generate(folder, MIXED[:5], steps=8, tensor_parallel_size=tp))
 
@@ -148,7 +146,7 @@ def test_prefix_hits(checkpoint: Checkpoint, block_size: int) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_preemption(checkpoint: Checkpoint, depth: int, tp: int) -> None:
-    """The cache has room for one request of the greatest length, so others are preempted and compute again."""
+    """A cache that holds one request of the longest length: the others make room and compute again."""
     folder = checkpoint("llama")
     prompts = make_prompts([20, 30, 25, 33, 8, 14], seed=3)
     options: dict[str, Any] = {"tensor_parallel_size": tp, "max_in_flight": depth, "max_model_len": 96}
@@ -181,7 +179,7 @@ def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(checkpoint: Checkp
     assert len({o.outputs[0].token_ids for o in batch}) == 32
 
 
-def test_outputs_end_at_eos_and_at_max_tokens(checkpoint: Checkpoint) -> None:
+def test_stops_at_eos_and_at_length(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     prompt = MIXED[3]
     produced, _ = reference(folder, tuple(prompt), STEPS)
@@ -201,7 +199,7 @@ def test_outputs_end_at_eos_and_at_max_tokens(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_neox", "opt_350m"])
 def test_bfloat16_stays_near_float32(checkpoint: Checkpoint, name: str) -> None:
-    """With 8 bits log-probabilities change by some hundredths, with a wrong cast by whole units."""
+    """bfloat16 has 8 bits: three layers move log-probabilities by some hundredths, a wrong cast by whole units."""
     folder = checkpoint(name)
     for output, prompt in zip(generate(folder, MIXED, steps=4, dtype="bfloat16"), MIXED, strict=True):
         tokens = output.outputs[0].token_ids
@@ -222,7 +220,7 @@ def test_cuda(checkpoint: Checkpoint, name: str) -> None:
 
 @pytest.mark.gpu
 def test_cuda_draws_the_same_in_a_cache_that_it_measured(checkpoint: Checkpoint) -> None:
-    """There are more decoding sequences than one gather takes, with all parameters of the sampler."""
+    """More decoding sequences than one gather takes in turn, with every parameter that the sampler has."""
     folder = checkpoint("llama")
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in make_prompts([3 + i % 40 for i in range(64)], seed=4)]
     params = SamplingParams(temperature=0.8, top_k=30, top_p=0.9, seed=5, max_tokens=16, ignore_eos=True, logprobs=2)

@@ -1,7 +1,5 @@
-"""Tied heads that are stored in the files, and types of weights that config.json does not name.
-
-If config.json ties the head and the files have a different one, it is not tied, as in transformers.
-"""
+"""A tied head that is stored all the same: what config.json ties, and the files don't, is not tied, as in transformers.
+And the type of weights of which config.json says nothing."""
 
 import json
 import logging
@@ -27,18 +25,11 @@ PROMPTS = make_prompts([1, 40], seed=5)
 STEPS = 8
 SMALL: Any = {"kv_cache_memory_bytes": 2**20, "distributed_executor_backend": "uni"}
 EMBEDDINGS = {"gpt2": "transformer.wte.weight", "opt": "model.decoder.embed_tokens.weight"}
-TIED = [
-    "gemma2",
-    "gpt2",
-    "granitemoe",
-    "llama3",
-    "opt_350m",
-    "qwen3",
-]  # three of these are tied by the default of their family
+TIED = ["gemma2", "gpt2", "granitemoe", "llama3", "opt_350m", "qwen3"]  # three of them by their family's default
 
 
 def changed(source: Path, target: Path, change: Callable[[dict[str, Tensor]], None], **config: Any) -> Path:
-    """Write the checkpoint with changed tensors and fields of config.json; None removes a field."""
+    """The checkpoint with other tensors, and with these fields of config.json; None: without the field."""
     target.mkdir(parents=True)
     said = {**json.loads((source / "config.json").read_text()), **config}
     kept = {key: value for key, value in said.items() if value is not None or key not in config}
@@ -92,7 +83,7 @@ def test_the_stored_head_is_used(checkpoint: Checkpoint, tmp_path: Path, name: s
     assert_same(folder, PROMPTS, outputs)
     _, tied = reference(source, tuple(PROMPTS[1]), 1)
     _, stored = reference(folder, tuple(PROMPTS[1]), 1)
-    assert float((tied - stored).abs().max()) > 0.01, "otherwise this test could not fail"
+    assert float((tied - stored).abs().max()) > 0.01, "else this test could not fail"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +96,7 @@ def test_the_stored_head_is_used(checkpoint: Checkpoint, tmp_path: Path, name: s
     ],
 )
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
-def test_the_stored_head_is_used_in_all_layouts(llama3: Path, layout: dict[str, int], model_impl: str) -> None:
+def test_layouts(llama3: Path, layout: dict[str, int], model_impl: str) -> None:
     assert_same(llama3, PROMPTS, generate(llama3, PROMPTS, STEPS, model_impl=model_impl, **layout))
 
 
@@ -121,7 +112,7 @@ def test_a_model_that_no_family_reads(tmp_path: Path) -> None:
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS, tensor_parallel_size=2))
 
 
-def test_the_log_mentions_it_once(llama3: Path, checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_said_once(llama3: Path, checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     said = "lm_head.weight is stored and is not model.embed_tokens.weight: the stored head is used"
     with logged(caplog), LLM(str(llama3), **SMALL):
         assert caplog.text.count(said) == 1
@@ -130,7 +121,7 @@ def test_the_log_mentions_it_once(llama3: Path, checkpoint: Checkpoint, caplog: 
 
 
 def test_files_of_torch_save(llama3: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """In these files both names have one storage, so nothing needs to be compared."""
+    """Where both names are one storage, as they are in these files, there is nothing to compare."""
     for source, differs in ((llama3, True), (checkpoint("llama3"), False)):
         folder = tmp_path / f"differs-{differs}"
         folder.mkdir()
@@ -143,8 +134,8 @@ def test_files_of_torch_save(llama3: Path, checkpoint: Checkpoint, tmp_path: Pat
         assert planned(folder).model.spec.tie_embeddings is not differs
 
 
-def test_a_stored_head_that_is_equal_stays_tied(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """It takes no more memory than without the stored head."""
+def test_an_equal_head_stays_tied(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """And takes no more memory than it did."""
     source = checkpoint("llama3")
     folder = changed(source, tmp_path / "model", with_equal_head)
     assert planned(folder).model.spec.tie_embeddings
@@ -161,7 +152,7 @@ def test_only_the_head_is_stored(checkpoint: Checkpoint, tmp_path: Path, name: s
 
 
 def test_a_draft_model(llama3: Path, checkpoint: Checkpoint) -> None:
-    """As its own draft model it is always right, so both read the same head."""
+    """As its own draft it is right always, whichever head was read twice."""
     speculative = {"model": str(llama3), "num_speculative_tokens": 3}
     with LLM(str(llama3), speculative_config=speculative, **SMALL) as llm:
         assert_same(llama3, PROMPTS, run(llm, PROMPTS, STEPS))
@@ -170,8 +161,8 @@ def test_a_draft_model(llama3: Path, checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
-def test_unused_tensors(checkpoint: Checkpoint, tmp_path: Path, model_impl: str) -> None:
-    """These are multi-token prediction, image towers and tables of angles, in types that are not computed in."""
+def test_tensors_that_nobody_needs(checkpoint: Checkpoint, tmp_path: Path, model_impl: str) -> None:
+    """Layers that predict further tokens, towers for images, tables of angles, in types that nobody computes in."""
 
     def more(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=torch.float64)
@@ -199,10 +190,10 @@ def in_type(dtype: torch.dtype, but: str = "\0") -> Callable[[dict[str, Tensor]]
 @pytest.mark.parametrize("said", [{"dtype": None, "torch_dtype": None}, {"dtype": "auto"}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("model_impl", ["shoal", "transformers"])
-def test_the_type_of_the_weights_is_found(
+def test_weights_say_their_type(
     checkpoint: Checkpoint, tmp_path: Path, dtype: torch.dtype, said: dict[str, Any], model_impl: str
 ) -> None:
-    """It is the type of most bytes, since norms are often wider."""
+    """The type of most bytes: norms are often wider."""
     folder = changed(checkpoint("llama"), tmp_path / "model", in_type(dtype, "norm.weight"), **said)
     found = planned(folder, model_impl=model_impl).first_plan
     assert found.dtype == str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The text part of models that also see images gives the same tokens as the whole model in transformers."""
+"""Models that see images too are served as models of text: the same tokens as transformers' whole gives for a text."""
 
 import json
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def mistral3() -> Any:
 
 
 def published(folder: Path) -> None:
-    """Rename tensors from the names in transformers' memory to those on the hub."""
+    """Renames the tensors, where they are called as transformers has them in memory, to what the hub has."""
     tensors = load_file(folder / "model.safetensors")
     renamed = {name.replace(SAVED, PUBLISHED): tensor for name, tensor in tensors.items()}
     if "lm_head.weight" in renamed:
@@ -86,7 +86,7 @@ def assert_same(folder: Path, outputs: list[RequestOutput]) -> None:
 
 @pytest.mark.parametrize("names", ["saved", "published"])
 @pytest.mark.parametrize("make", [gemma3, llava, mistral3])
-def test_texts_give_the_tokens_of_the_whole_model(tmp_path: Path, make: Callable[[], Any], names: str) -> None:
+def test_a_text(tmp_path: Path, make: Callable[[], Any], names: str) -> None:
     folder = save_model(make, tmp_path / "model")
     if names == "published":
         published(folder)
@@ -95,8 +95,8 @@ def test_texts_give_the_tokens_of_the_whole_model(tmp_path: Path, make: Callable
         assert_same(folder, generate(folder, PROMPTS, STEPS, **options))
 
 
-def test_a_text_config_with_few_fields(tmp_path: Path) -> None:
-    """Like that of google/gemma-3-4b-it: missing fields have the defaults of transformers."""
+def test_a_text_config_says_little(tmp_path: Path) -> None:
+    """As google/gemma-3-4b-it has it: what is left out is what transformers takes."""
     text = {
         "hidden_size": 2560,
         "intermediate_size": 10240,

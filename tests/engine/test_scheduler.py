@@ -619,7 +619,7 @@ def test_a_preempted_request_of_a_pipeline_resumes() -> None:
     assert bench.scheduler.counters.preemptions > 0
 
 
-# --- requests that another engine began --------------------------------------------------------------------------
+# --- requests that another engine began ----------------------------------------------------------------------------
 
 
 def test_ranks_learn_where_the_prompt_of_a_continued_request_ends() -> None:

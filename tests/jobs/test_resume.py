@@ -269,7 +269,7 @@ def test_no_more_entries_than_the_window_are_pending() -> None:
     assert run.unfinished == 0
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
+# --- writing -----------------------------------------------------------------------------------------------------
 
 
 def test_a_line_that_does_not_fit_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_real_checkpoints(checkpoint: Callable[[str], Path], name: str) -> None:
             assert all(torch.equal(f, wholes[p.source]) for f, p in zip(found, param.pieces, strict=True))
 
 
-# --- other forms in the file -------------------------------------------------------------------------------------
+# --- other forms in the file --------------------------------------------------------------------------------------
 
 
 def rows_of(piece: Piece, stored: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Files of torch.save: the offsets of their tensors are found without running code of the file.
+"""Files of torch.save: where their tensors lie, found out without running anything of them.
 
-Most cases call `list_tensors`, in this process, as ranks do. Files that could take forever or crash a process are read
-with `read_pickled`, which starts a child process; one case of each kind is read in both ways.
+Most cases ask `list_tensors`, in this process, as ranks do. What could take for ever, or end a process, goes through
+`read_pickled` and the child process that it starts; so does one case of each kind.
 """
 
 import functools
@@ -51,7 +51,7 @@ both = pytest.mark.parametrize("save", [zipped, legacy])
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:
-    """Return the tensors at the reported offsets, or as PyTorch loads them if only PyTorch can read the file."""
+    """What lies where it is said to lie, or what PyTorch has loaded, where only PyTorch can read the file."""
     data = file.read_bytes()
     found = {}
     for name, entry in list_tensors(file).items():
@@ -112,7 +112,7 @@ def some_tensors() -> dict[str, Tensor]:
 
 
 @both
-def test_reported_offsets_have_the_tensors(file: Path, save: Save) -> None:
+def test_tensors_lie_where_they_are_said_to(file: Path, save: Save) -> None:
     tensors = some_tensors()
     save(OrderedDict(tensors), file)
     assert_read(file, tensors)
@@ -122,7 +122,7 @@ def test_reported_offsets_have_the_tensors(file: Path, save: Save) -> None:
     assert (found["turned"].shape, found["turned"].strides) == ((6, 4), (1, 6))
 
 
-def test_types_of_eight_bits(file: Path) -> None:
+def test_numbers_of_eight_bits(file: Path) -> None:
     tensors = {"a": torch.arange(6.0).to(torch.float8_e4m3fn), "b": torch.arange(6.0).to(torch.float8_e4m3fn)[3:]}
     torch.save(tensors, file)
     data = file.read_bytes()
@@ -135,21 +135,21 @@ def test_types_of_eight_bits(file: Path) -> None:
 
 @both
 def test_a_modules_state_dict(file: Path, save: Save) -> None:
-    """Its OrderedDict has the attribute `_metadata`."""
+    """Its OrderedDict has an attribute, `_metadata`."""
     state = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).state_dict()
     save(state, file)
     assert_read(file, state)
 
 
 @both
-def test_the_child_process_gives_the_same_result(file: Path, save: Save) -> None:
+def test_the_child_process_says_the_same(file: Path, save: Save) -> None:
     save(OrderedDict(some_tensors()), file)
     assert in_child(file) == list_tensors(file) == list_here({file: FileState.of(file)})[file]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_pickle_protocols(file: Path) -> None:
-    """With weights_only, PyTorch reads only protocol 2, which it writes."""
+def test_protocols(file: Path) -> None:
+    """Of pickle PyTorch reads for strangers only its own, version 2."""
     torch.save({"a": torch.ones(2)}, file, pickle_protocol=4)
     assert "Unsupported operand" in refusal(file)
 
@@ -176,18 +176,18 @@ def test_a_state_dict_in_a_training_checkpoint(file: Path, save: Save) -> None:
     ],
     ids=str,
 )
-def test_files_without_a_state_dict(file: Path, save: Save, content: Any, message: str) -> None:
+def test_no_state_dict(file: Path, save: Save, content: Any, message: str) -> None:
     save(content, file)
     assert message in refusal(file)
 
 
 @both
-def test_values_that_are_not_tensors_are_left_out(file: Path, save: Save) -> None:
+def test_values_that_are_no_tensors_are_left_out(file: Path, save: Save) -> None:
     save({"a": torch.ones(2), "version": 3, "nothing": None, "list": [1.5, "x", (True,)]}, file)
     assert_read(file, {"a": torch.ones(2)})
 
 
-# --- refused files ---------------------------------------------------------------------------------------------
+# --- what is refused ---------------------------------------------------------------------------------------------
 
 
 class Attack:
@@ -199,7 +199,7 @@ class Attack:
 
 
 @both
-def test_no_code_of_a_file_is_run(file: Path, tmp_path: Path, save: Save) -> None:
+def test_nothing_is_run(file: Path, tmp_path: Path, save: Save) -> None:
     marker = tmp_path / "run"
     save({"a": torch.ones(2), "b": Attack(os.system, f"touch {marker}")}, file)
     for read in (list_tensors, in_child):
@@ -214,14 +214,14 @@ def test_no_code_of_a_file_is_run(file: Path, tmp_path: Path, save: Save) -> Non
 
 @both
 @pytest.mark.parametrize("name", ["torch.load", "torch._utils.eval", "collections.deque", "os.FloatStore", "a\tb.c"])
-def test_names_that_look_like_allowed_ones(file: Path, save: Save, name: str) -> None:
+def test_names_that_look_familiar(file: Path, save: Save, name: str) -> None:
     module, _, what = name.rpartition(".")
     write_program(file, save, f"c{module}\n{what}\n.".encode())
     assert "which weights do not need" in refusal(file)
 
 
 def write_program(file: Path, save: Save, program: bytes) -> None:
-    """Write a file with this pickle program and without storages."""
+    """A file that has this program in place of a pickle, and no storages."""
     if save is legacy:
         file.write_bytes(legacy_file(program, pickle.dumps([], 2), b""))
         return
@@ -240,23 +240,23 @@ def number(value: int) -> bytes:
 
 
 def bomb_of_hashes() -> bytes:
-    """Return a program with a key of nested tuples, 60 deep, of which Python computes 2**60 hashes."""
+    """A key of tuples of tuples, 60 deep: Python hashes each as often as it is reached."""
     return b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s."
 
 
 def bomb_of_sharing() -> bytes:
-    """Return a program of nested lists, each with the one before twice: 2**60 lists if they are expanded."""
+    """A list of lists, each twice the one before: 2**60 of them, if anyone counted."""
     return b"\x80\x02]" + b"q\x00]h\x00ah\x00a" * 60 + b"."
 
 
 def bomb_of_copies() -> bytes:
-    """Return a program that makes many dicts from one list of pairs: 400 KB need 20,000 times 20,000 entries."""
+    """One list of pairs in the memo, and many dicts made of it: 400 KB ask for 20,000 times 20,000 entries."""
     pairs = b"".join(number(i) + b"N\x86" for i in range(20_000))
     return b"\x80\x02](](" + pairs + b"e\x85q\x00" + b"ccollections\nOrderedDict\nh\x00R" * 20_000 + b"e."
 
 
 def bomb_of_numbers(name: str) -> bytes:
-    """Return a program that makes 8 Gi elements from a few bytes."""
+    """Something of 8 Gi elements, made out of nothing."""
     module, _, what = name.rpartition(".")
     return b"\x80\x02}" + text("a") + f"c{module}\n{what}\n".encode() + number(2**33) + b"\x85Rs."
 
@@ -306,7 +306,7 @@ def bomb_of_numbers(name: str) -> bytes:
     ids=lambda program: repr(program[:24]),
 )
 @both
-def test_malformed_pickle_programs(file: Path, save: Save, program: bytes) -> None:
+def test_programs_that_make_no_sense(file: Path, save: Save, program: bytes) -> None:
     write_program(file, save, program)
     refusal(file)
 
@@ -322,8 +322,8 @@ def test_malformed_pickle_programs(file: Path, save: Save, program: bytes) -> No
     ],
     ids=["hashes", "nesting", "copies", "bytes", "tensor"],
 )
-def test_pickle_bombs(file: Path, program: bytes, message: str) -> None:
-    """Files that would block, crash or fill this process affect only the child."""
+def test_bombs(file: Path, program: bytes, message: str) -> None:
+    """What would hold up, end or fill this process does so to the child."""
     write_program(file, zipped, program)
     found = refusal(file, lambda file: in_child(file, 2 if program == bomb_of_hashes() else 60))
     assert message in found
@@ -331,8 +331,8 @@ def test_pickle_bombs(file: Path, program: bytes, message: str) -> None:
 
 
 @both
-def test_tensors_with_the_negative_bit(file: Path, save: Save) -> None:
-    """`conj().imag` shares the numbers of the original tensor, with a bit that they must be negated."""
+def test_numbers_that_are_to_be_negated(file: Path, save: Save) -> None:
+    """`conj().imag` shares its numbers with what it was made of; that they are to be negated is said beside them."""
     tensor = torch.ones(3, dtype=torch.complex64).conj().imag
     assert tensor.is_neg()
     save({"a": tensor}, file)
@@ -357,8 +357,8 @@ def test_tensors_that_are_not_plain(file: Path, save: Save, make: Callable[[], T
     assert "save a dense copy of it" in refusal(file)
 
 
-def test_a_tensor_without_a_storage_in_the_file(file: Path) -> None:
-    """PyTorch calls its constructor with weights_only, too, and it takes memory of the process."""
+def test_a_tensor_that_does_not_lie_in_the_file(file: Path) -> None:
+    """Its constructor is among those that PyTorch calls for a stranger's file, and takes memory of the process."""
     write_program(file, zipped, bomb_of_numbers("torch.FloatTensor").replace(number(2**33), number(6)))
     assert "the numbers of a are not in the file" in refusal(file)
 
@@ -371,7 +371,7 @@ def tensor_program(
     strides: str = "K\x03K\x01",
     view: bytes = b"",
 ) -> bytes:
-    """Return a program for a dict of one tensor. `view`: in a legacy file a storage also names the viewed part."""
+    """Of a dict of one tensor. In a legacy file a storage says too of which part of it the tensor is a view: `view`."""
     storage = (
         b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(count) + view + b"tQ"
     )
@@ -407,8 +407,8 @@ def tensor_program(
     ],
     ids=str,
 )
-def test_a_tensor_beyond_its_storage_is_refused(file: Path, save: Save, change: dict[str, Any]) -> None:
-    """In an archive another member follows, and no tensor may reach into it."""
+def test_a_tensor_lies_within_its_storage(file: Path, save: Save, change: dict[str, Any]) -> None:
+    """In an archive another member follows, which none reaches into."""
     if save is zipped:
         torch.save({"a": torch.arange(6.0), "b": torch.ones(1000)}, file)
     for program, right in ((tensor_program, True), (functools.partial(tensor_program, **change), False)):
@@ -438,8 +438,8 @@ def child_time() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def test_one_child_reads_all_files_once(tmp_path: Path) -> None:
-    """The child takes far more time to import PyTorch than to read small files."""
+def test_one_child_reads_all_files_and_once(tmp_path: Path) -> None:
+    """To load PyTorch takes it far more time than to read small files."""
 
     def time_of(*files: Path) -> float:
         before = child_time()
@@ -458,7 +458,7 @@ def test_one_child_reads_all_files_once(tmp_path: Path) -> None:
     assert time_of(*files) > alone / 2
 
 
-def test_a_refused_file_is_named(tmp_path: Path) -> None:
+def test_the_file_that_is_refused_is_named(tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.bin" for number in range(3)]
     for file in files:
         torch.save({"a": torch.ones(2)}, file)
@@ -472,7 +472,7 @@ def test_a_refused_file_is_named(tmp_path: Path) -> None:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, bytes]], None], *, compressed: str = "") -> None:
-    """Write the archive again with changed members."""
+    """The archive again, with other members."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
@@ -503,8 +503,8 @@ def archive(file: Path) -> Path:
     return file
 
 
-def test_an_archive_written_by_another_program(archive: Path) -> None:
-    """It has no padding between members, so tensors need not be aligned."""
+def test_an_archive_written_by_somebody_else(archive: Path) -> None:
+    """Without padding between members: tensors need not be aligned."""
     rewrite(archive, nothing)
     assert_read(archive, some_tensors())
 
@@ -533,7 +533,7 @@ def test_a_member_shorter_than_its_storage(archive: Path) -> None:
 
 
 def test_a_script_module(archive: Path) -> None:
-    """A module that torch.jit saved contains its own classes."""
+    """As torch.jit saves it, it has classes of its own."""
     rewrite(archive, with_member("data.pkl", b"c__torch__.Model\nModel\n."))
     assert "asks for '__torch__.Model.Model'" in refusal(archive)
 
@@ -551,13 +551,13 @@ KEYS = pickle.dumps(["0"], 2)
 NUMBERS = struct.pack("<q6f", 6, *range(6))
 
 
-def test_a_legacy_file_written_by_hand(file: Path) -> None:
+def test_a_legacy_file_by_hand(file: Path) -> None:
     file.write_bytes(legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS))
     assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
 
 
 def test_a_view_of_a_storage(file: Path) -> None:
-    """PyTorch before 0.4 wrote the key, the start and the size of a view."""
+    """As PyTorch before 0.4 wrote it: the key of the view, its start, its size."""
     view = b"(" + text("1") + b"K\x02K\x04t"
     program = tensor_program(shape="K\x02K\x02", strides="K\x02K\x01", view=view)
     file.write_bytes(legacy_file(program, KEYS, NUMBERS))
@@ -583,17 +583,17 @@ def test_legacy_files_that_are_refused(file: Path, data: bytes, message: str) ->
     assert message in refusal(file)
 
 
-def test_a_legacy_file_of_a_big_endian_machine(file: Path) -> None:
-    """PyTorch writes the numbers of this format in little-endian order on every machine."""
+def test_a_legacy_file_of_another_machine(file: Path) -> None:
+    """PyTorch writes the numbers of this format in the order of a little-endian machine, on every machine."""
     file.write_bytes(legacy_file(tensor_program(view=b"N"), KEYS, NUMBERS, little=False))
     assert_read(file, {"a": torch.arange(6.0).view(2, 3)})
 
 
-# --- damaged files ----------------------------------------------------------------------------------------------
+# --- whatever comes ----------------------------------------------------------------------------------------------
 
 
 def reads_or_refuses(file: Path) -> None:
-    """Assert that the file is read or refused, and that all tensors are within the file."""
+    """Nothing else may happen. What is read, lies within the file."""
     try:
         found = list_tensors(file)
     except CheckpointError:
@@ -615,7 +615,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 
 @both
-def test_every_truncated_file(file: Path, samples: list[bytes], save: Save) -> None:
+def test_every_truncation(file: Path, samples: list[bytes], save: Save) -> None:
     data = samples[save is legacy]
     for length in range(0, len(data), 1 if save is legacy else 7):
         file.write_bytes(data[:length])
@@ -627,7 +627,7 @@ def test_every_truncated_file(file: Path, samples: list[bytes], save: Save) -> N
 @_FUZZ
 @given(st.data())
 def test_mutated_files(file: Path, samples: list[bytes], data: st.DataObject) -> None:
-    """Bytes are changed, inserted or removed, mostly in the pickle or the directory."""
+    """Bytes changed, put in or left out, mostly where the pickle or the directory is."""
     content = bytearray(data.draw(st.sampled_from(samples)))
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(content) - 1))

@@ -61,7 +61,7 @@ def serve(supervisor: Channel) -> int:
     engine: EngineCore | None = None
     try:
         if setup.place.returning:
-            plan = reconnect(front_end, supervisor)
+            plan = await_front_end(front_end, supervisor)
         else:
             plan = front_end.connect()
         if plan is None:
@@ -163,7 +163,7 @@ def differences(old: EnginePlan, new: EnginePlan) -> list[str]:
     return [name for name in fields if getattr(old, name) != getattr(new, name)]
 
 
-def reconnect(front_end: FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> EnginePlan | None:
+def await_front_end(front_end: FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> EnginePlan | None:
     """Look for the next front end without a deadline, and return its plan. None: the supervisor ends this process.
 
     Raises:
@@ -198,7 +198,7 @@ def _serve(
     supervisor: Channel,
 ) -> None:
     """Serve one front end after the other, until one of them or the supervisor ends this engine."""
-    while front_end.relay is not None or reconnect(front_end, supervisor, engine) is not None:
+    while front_end.relay is not None or await_front_end(front_end, supervisor, engine) is not None:
         assert front_end.relay is not None
         channel = front_end.relay.channel
         stats = encode(engine.stats())
@@ -209,8 +209,10 @@ def _serve(
             return
         except ChannelClosed:
             if lockstep is not None:  # the other replicas are about to end too, and to meet again
-                raise EngineError("the front end, through which this replica meets the others, has gone") from None
-            log.warning("the front end has gone; requests are dropped, and the next front end is awaited")
+                raise EngineError(
+                    "the front end, where this replica meets the others, is gone: it must restart"
+                ) from None
+            log.warning("the front end is gone: its requests are dropped; waiting for a front end to come back")
         front_end.disconnect()
         engine.drop()
         time.sleep(_PAUSE_S)
