@@ -84,13 +84,14 @@ def main() -> None:
 def beside(outputs: int, tokens: int, rounds: int) -> None:
     plain = {"prompt": "x", "n": outputs, "max_tokens": tokens, "temperature": 1, "ignore_eos": True}
     loads = {"plain": plain, "ambiguous": plain | {"guided_grammar": AMBIGUOUS}}
-    told: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
     with start_server(None) as server:
         for _ in range(rounds):
             for name, load in loads.items():
-                told[name].append(asyncio.run(_beside(server, load)))
+                results[name].append(asyncio.run(_beside(server, load)))
     medians = {
-        name: {key: statistics.median(each[key] for each in found) for key in found[0]} for name, found in told.items()
+        name: {key: statistics.median(each[key] for each in found) for key in found[0]}
+        for name, found in results.items()
     }
     slower = medians["plain"]["stream_tokens_per_s"] / medians["ambiguous"]["stream_tokens_per_s"]
     print(json.dumps({"outputs": outputs, **medians, "stream_slower_by": slower}, indent=2))

@@ -21,9 +21,11 @@ def measure(model: Path | str, cores: Sequence[int], shape: BatchShape, options:
     that has imported torch. `idle_share` has for each stage the share of time in which its ranks computed nothing, the
     mean over them.
     """
-    told = json.dumps([str(model), list(cores), [shape.batch_size, shape.input_len, shape.output_len], dict(options)])
+    arguments = json.dumps(
+        [str(model), list(cores), [shape.batch_size, shape.input_len, shape.output_len], dict(options)]
+    )
     done = subprocess.run(
-        [sys.executable, __file__, told], stdout=subprocess.PIPE, check=True, text=True, timeout=_TIMEOUT_S
+        [sys.executable, __file__, arguments], stdout=subprocess.PIPE, check=True, text=True, timeout=_TIMEOUT_S
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

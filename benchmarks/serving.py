@@ -33,8 +33,10 @@ def _prompts(count: int, length: int) -> list[list[int]]:
 
 def _offline(model: str, count: int, input_len: int, output_len: int, streams: int, rest: Sequence[str]) -> float:
     """Return the output tokens per second of `LLM.generate`, in a separate process and after a warm-up."""
-    told = json.dumps([model, count, input_len, output_len, streams, list(rest)])
-    done = subprocess.run([sys.executable, __file__, "--inner", told], stdout=subprocess.PIPE, check=True, text=True)
+    arguments = json.dumps([model, count, input_len, output_len, streams, list(rest)])
+    done = subprocess.run(
+        [sys.executable, __file__, "--inner", arguments], stdout=subprocess.PIPE, check=True, text=True
+    )
     return float(done.stdout.splitlines()[-1])
 
 
@@ -88,7 +90,7 @@ def main(
         sizes = (model, num_prompts, input_len, output_len, streams, rest)
         found = [(_offline(*sizes), _online(*sizes)) for _ in range(rounds)]
     ratios = [online["output_tokens_per_s"] / offline for offline, online in found]
-    told = {
+    report = {
         "streams": streams,
         "offline_tokens_per_s": statistics.median(offline for offline, _ in found),
         "served_tokens_per_s": statistics.median(online["output_tokens_per_s"] for _, online in found),
@@ -96,7 +98,7 @@ def main(
         "ratio": statistics.median(ratios),
         "ratios": ratios,
     }
-    print(json.dumps(told, indent=2))
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

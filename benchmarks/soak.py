@@ -22,7 +22,7 @@ _SAMPLE_S = 0.5
 _REST_S = 20.0
 
 
-async def _client(session: aiohttp.ClientSession, url: str, number: int, until: float, told: dict[str, Any]) -> None:
+async def _client(session: aiohttp.ClientSession, url: str, number: int, until: float, counts: dict[str, Any]) -> None:
     draw = random.Random(number)
     while time.monotonic() < until:
         first = draw.randrange(1, 500)
@@ -35,13 +35,13 @@ async def _client(session: aiohttp.ClientSession, url: str, number: int, until: 
         try:
             if draw.random() < 0.125:
                 await _leave_early(session, url, body)
-                told["left"] += 1
+                counts["left"] += 1
             else:
                 answer = await stream(session, url, body)
-                told["requests"] += 1
-                told["tokens"] += answer.tokens
+                counts["requests"] += 1
+                counts["tokens"] += answer.tokens
         except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
-            told["errors"].append(str(error) or type(error).__name__)
+            counts["errors"].append(str(error) or type(error).__name__)
 
 
 async def _leave_early(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ async def _leave_early(session: aiohttp.ClientSession, url: str, body: dict[str,
 
 
 async def _run(server: RunningServer, clients: int, seconds: float) -> dict[str, Any]:
-    told: dict[str, Any] = {"requests": 0, "tokens": 0, "left": 0, "errors": []}
+    counts: dict[str, Any] = {"requests": 0, "tokens": 0, "left": 0, "errors": []}
     samples: list[int] = []
 
     async def watch() -> None:
@@ -63,14 +63,14 @@ async def _run(server: RunningServer, clients: int, seconds: float) -> dict[str,
     timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         watcher = asyncio.create_task(watch())
-        await asyncio.gather(*(_client(session, server.url, number, until, told) for number in range(clients)))
+        await asyncio.gather(*(_client(session, server.url, number, until, counts) for number in range(clients)))
         watcher.cancel()
     quarter = len(samples) // 4
     second, last = (statistics.mean(samples[i * quarter : (i + 1) * quarter]) for i in (1, 3))
-    return told | {
-        "errors": len(told["errors"]),
-        "first_errors": told["errors"][:3],
-        "tokens_per_s": told["tokens"] / seconds,
+    return counts | {
+        "errors": len(counts["errors"]),
+        "first_errors": counts["errors"][:3],
+        "tokens_per_s": counts["tokens"] / seconds,
         "memory_second_quarter_bytes": second,
         "memory_last_quarter_bytes": last,
         "memory_growth": last / second - 1,

@@ -402,7 +402,7 @@ async def _run(url: str, case: Case) -> tuple[str, float]:
 
 def _measure(url: str, cases: list[Case], rounds: int) -> dict[str, Any]:
     gaps: dict[str, list[float]] = {case.name: [] for case in cases}
-    told: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     alone: list[float] = []
     watcher = _Watcher(url)
     for _ in range(rounds):
@@ -413,11 +413,15 @@ def _measure(url: str, cases: list[Case], rounds: int) -> dict[str, Any]:
             watcher.mark()
             status, seconds = asyncio.run(_run(url, case))
             gaps[case.name].append(watcher.mark())
-            told[case.name] = {"answer": status, "seconds": round(seconds, 2)}
+            results[case.name] = {"answer": status, "seconds": round(seconds, 2)}
             print(f"{case.name}: {status}, {seconds:.2f} s, gap {gaps[case.name][-1]:.3f} s", file=sys.stderr)
     watcher.close()
     worst = {
-        name: {"gap_s": round(statistics.median(each), 3), "all_gaps_s": [round(gap, 3) for gap in each], **told[name]}
+        name: {
+            "gap_s": round(statistics.median(each), 3),
+            "all_gaps_s": [round(gap, 3) for gap in each],
+            **results[name],
+        }
         for name, each in gaps.items()
     }
     return {"alone_gap_s": round(statistics.median(alone), 3), "cases": worst}
