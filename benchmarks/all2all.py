@@ -1,6 +1,7 @@
-"""Bytes that tokens take to their experts and back, by backend and number of ranks: `python benchmarks/all2all.py`.
+"""Count the bytes that carry tokens to their experts and back, for each backend and number of ranks.
 
-JSON on stdout. Ranks are threads: bytes are counted, not timed (`shoal bench comm` takes the time, between processes).
+`python benchmarks/all2all.py` prints JSON. Ranks are threads, so only bytes are measured; `shoal bench comm` measures
+the time, between processes.
 """
 
 import json
@@ -27,7 +28,7 @@ _MODELS = {"mixtral-8x7b": (8, 2, 4096), "qwen3-30b-a3b": (128, 8, 2048), "deeps
 
 
 def _sent_bytes(backend: str, ranks: int, experts: int, top_k: int, hidden: int) -> int:
-    """By all ranks together, for one layer's dispatch and combine."""
+    """Return the bytes that all ranks together send for one layer's dispatch and combine."""
     groups, placement = ThreadGroups(_TIMEOUT_S), place_experts(experts, ranks, "linear")
 
     def rank(number: int) -> int:

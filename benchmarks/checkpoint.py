@@ -1,4 +1,4 @@
-"""Writes a random checkpoint of a real model's sizes: `python benchmarks/checkpoint.py shape:qwen3-0.6b FOLDER`."""
+"""Write a random checkpoint with a real model's sizes: `python benchmarks/checkpoint.py shape:qwen3-0.6b FOLDER`."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ _SHARD_BYTES = 512 * 2**20
 
 
 def make(shape: str, folder: Path) -> Path:
-    """Seeded normal weights in the shape's dtype, in shards; nothing is done where the folder has them."""
+    """Write seeded normal weights in the shape's dtype, in several files, unless the folder has them already."""
     if (folder / "model.safetensors.index.json").exists():
         return folder
     source = locate(shape, weights=False)

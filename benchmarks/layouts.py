@@ -1,7 +1,8 @@
-"""What two cores make of a model that one core can run: `python benchmarks/layouts.py [--checkpoint FOLDER]`.
+"""Compare layouts on two cores with one core that has the whole model.
 
-JSON on stdout. A rank has one core, but where there are four. Layouts run one after the other, `--rounds` times; ratios
-to one core with the whole model are taken round by round, figures are medians.
+`python benchmarks/layouts.py [--checkpoint FOLDER]` prints JSON. A rank has one core, except in layouts of four ranks,
+where two ranks share a core. Layouts run one after the other, `--rounds` times. Ratios are computed round by round, and
+figures are medians.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from checkpoint import make
-from measured import measure
+from isolated_engine import measure
 from shoal.bench.engine_speed import BatchShape
 
 _SHAPE = "shape:qwen3-0.6b"

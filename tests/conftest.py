@@ -15,7 +15,7 @@ QUICK_S = 1.0  # CPU time that a test may take in a quick run without being name
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """name -> folder of a small checkpoint, made once a session."""
+    """Return name -> folder of a small checkpoint, which is made once per session."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -28,19 +28,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(autouse=True)
 def _log_of_a_library() -> Iterator[None]:
-    """Each test finds the log as a library leaves it: what a program sets up for its own process is undone."""
+    """Undo the setup of the log by programs, so that each test finds the log as a library leaves it."""
     logger = logging.getLogger("shoal")
     logger.setLevel(logging.WARNING)
     yield
     logger.propagate = True
     for handler in logger.handlers[:]:
-        if type(handler) is logging.StreamHandler:  # pytest's own, of classes of its own, come and go by themselves
+        if type(handler) is logging.StreamHandler:  # not pytest's handlers, which have other classes
             logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
 def _gpus_only_for_gpu_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything else shows what it shows on a host without one."""
+    """Hide GPUs from all other tests, so that these behave as on a host without one."""
     if "gpu" not in request.keywords:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
@@ -97,7 +97,7 @@ def _quick_subset(items: list[pytest.Item]) -> Iterator[pytest.Item]:
         yield from (found[index * (len(found) - 1) // max(count - 1, 1)] for index in range(count))
 
 
-# Begun first, where several files run at a time: what takes long at the end has the other workers wait.
+# These files start first if several run at a time, since other workers would wait for long tests at the end.
 LONGEST = (
     "test_matrix.py",
     "test_serving_over_hosts.py",

@@ -69,7 +69,7 @@ def test_schemas_and_grammars_from_files(tmp_path: Path) -> None:
     )
 
 
-def test_every_parameter_has_a_flag_of_its_own() -> None:
+def test_every_parameter_has_a_flag() -> None:
     names = {parameter.name for parameter in command.params}
     rows = [row for row in SAMPLING_TABLE.values() if row.flag is not None]
     assert {row.name for row in SAMPLING_TABLE.values() if row.flag is None} == {
@@ -107,16 +107,14 @@ def test_every_parameter_has_a_flag_of_its_own() -> None:
         ("--json-schema", "5", "--json-schema must be a JSON object"),
     ],
 )
-def test_values_that_can_not_be(
-    shoal: Shoal, capsys: pytest.CaptureFixture[str], flag: str, value: str, says: str
-) -> None:
+def test_invalid_values(shoal: Shoal, capsys: pytest.CaptureFixture[str], flag: str, value: str, says: str) -> None:
     assert shoal("generate", f"{flag}={value}") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert says.removeprefix("n must be an integer") in line
 
 
-def test_one_form_of_output_at_a_time(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_one_form_of_structured_output(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
     assert shoal("generate", "--regex", "a", "--choice", "b") == 2
     assert "give one of --regex and --choice" in capsys.readouterr().err
     assert shoal("generate", "--regex", "a", "--structured-outputs", '{"choice": ["b"]}') == 2

@@ -120,7 +120,7 @@ def test_texts_have_the_given_number_of_tokens(costs: dict[str, int], overhead: 
     """A text has at least one word, and ends when no other word fits."""
     prompts = WordPrompts(costs, {word: cost + overhead for word, cost in costs.items()})
     for behind in (False, True):
-        words = str(prompts.make(tokens, random.Random(seed), behind=behind)).split(" ")
+        words = str(prompts.make(tokens, random.Random(seed), joined=behind)).split(" ")
         total = sum(costs[word] for word in words) + (0 if behind else overhead)
         assert total <= tokens or (len(words) == 1 and costs[words[0]] == min(costs.values()))
         assert total > tokens - min(costs.values())

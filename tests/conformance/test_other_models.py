@@ -10,7 +10,7 @@ import pytest
 from conformance.test_sameness import MIXED, Checkpoint, assert_same, generate
 from shoal import LLM
 from shoal.errors import ConfigError
-from support import others
+from support import other_models
 
 STEPS = 12
 SMALL: Any = {"kv_cache_memory_bytes": 2**20}
@@ -23,20 +23,20 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Other:
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = others.save(name, tmp_path_factory.mktemp(name))
+            made[name] = other_models.save(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return get
 
 
-@pytest.mark.parametrize("name", sorted(others.ALL))
+@pytest.mark.parametrize("name", sorted(other_models.ALL))
 def test_one_rank(other: Other, name: str) -> None:
     folder = other(name)
     assert_same(folder, MIXED, generate(folder, MIXED, STEPS, max_num_batched_tokens=64))
 
 
 @pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("name", sorted(others.CUT | others.WHOLE_ATTENTION))
+@pytest.mark.parametrize("name", sorted(other_models.CUT | other_models.WHOLE_ATTENTION))
 def test_thread_ranks(other: Other, name: str, tp: int) -> None:
     folder = other(name)
     assert_same(folder, MIXED, generate(folder, MIXED, STEPS, tensor_parallel_size=tp))

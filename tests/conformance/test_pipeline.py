@@ -22,7 +22,7 @@ from shoal.wire.plan import Layout
 from shoal.wire.ranks import RankStats, StepPlan, StepResult
 from shoal.worker import kv_cache
 from shoal.worker.runner import Runner
-from support import others
+from support import other_models
 from support.checkpoints import MAKERS
 from support.fakes import this_rank
 
@@ -50,15 +50,15 @@ def test_every_family(checkpoint: Checkpoint, name: str, pp: int, tp: int) -> No
     assert_same(folder, FEW, staged(folder, FEW, pp, tp))
 
 
-@pytest.mark.parametrize("name", sorted(others.ALL))
+@pytest.mark.parametrize("name", sorted(other_models.ALL))
 def test_modules_of_transformers(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
-    folder = others.save(name, tmp_path_factory.mktemp(name))
+    folder = other_models.save(name, tmp_path_factory.mktemp(name))
     assert_same(folder, FEW, staged(folder, FEW, 3, steps=8))
 
 
 @pytest.mark.parametrize("name", ["Granite", "Starcoder2"])
 def test_modules_of_transformers_cut_both_ways(tmp_path: Path, name: str) -> None:
-    folder = others.save(name, tmp_path)
+    folder = other_models.save(name, tmp_path)
     assert_same(folder, FEW, staged(folder, FEW, 2, 2, steps=8))
 
 

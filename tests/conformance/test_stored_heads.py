@@ -18,7 +18,7 @@ from torch import Tensor
 from conformance.test_sameness import assert_same, generate, make_prompts, reference, run
 from shoal import LLM
 from shoal.planner.planner import Planner
-from support import others
+from support import other_models
 from support.plans import planner_of
 
 Checkpoint = Callable[[str], Path]
@@ -116,7 +116,7 @@ def test_process_ranks(llama3: Path) -> None:
 
 def test_a_model_that_no_family_reads(tmp_path: Path) -> None:
     folder = changed(
-        others.save("Granite", tmp_path / "saved"), tmp_path / "model", with_head, tie_word_embeddings=True
+        other_models.save("Granite", tmp_path / "saved"), tmp_path / "model", with_head, tie_word_embeddings=True
     )
     assert_same(folder, PROMPTS, generate(folder, PROMPTS, STEPS, tensor_parallel_size=2))
 

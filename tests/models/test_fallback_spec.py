@@ -26,7 +26,7 @@ from shoal.models.transformers.read_spec import read_fallback_spec
 from shoal.models.transformers.trial import NotRunnable, materialize_buffers, window_of_mask
 from shoal.parallel.mesh import Axis
 from shoal.planner.memory import StepSize, rank_memory
-from support import checkpoints, others
+from support import checkpoints, other_models
 
 ONE = Axis("tp", 0, 1, LocalComm())
 CPU = torch.device("cpu")
@@ -36,7 +36,9 @@ def config_of(name: str, kind: str = "ForCausalLM", **changes: Any) -> dict[str,
     """Return the config.json of a small model."""
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**{**checkpoints.SIZES, **others.ALL.get(name, {}), **changes})
+    config = getattr(transformers, f"{name}Config")(
+        **{**checkpoints.SIZES, **other_models.ALL.get(name, {}), **changes}
+    )
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [f"{name}{kind}"]}
 
 
@@ -83,7 +85,7 @@ def test_a_plan_is_followed_with_cuts_by_heads_columns_and_vocabulary() -> None:
     assert spec.describe(1).endswith("on one rank")
 
 
-@pytest.mark.parametrize("name", sorted(others.WHOLE_ATTENTION))
+@pytest.mark.parametrize("name", sorted(other_models.WHOLE_ATTENTION))
 def test_attention_that_takes_all_heads_stays_whole(name: str) -> None:
     """The plan of Olmo2 says so. That of Cohere does not, but a trial with fewer heads fails."""
     spec = read(name)
@@ -129,7 +131,7 @@ def test_two_ranks_take_half_the_memory_each() -> None:
 
 def test_the_manifest_names_exactly_the_tensors_of_the_checkpoint(tmp_path: Path) -> None:
     """Each has its shape, and one that is missing is named in the error."""
-    shapes = open_checkpoint(others.save("Starcoder2", tmp_path)).shapes
+    shapes = open_checkpoint(other_models.save("Starcoder2", tmp_path)).shapes
     spec = read_model(tmp_path, "auto")
     found = params_of(spec, shapes)
     check_shapes(found, shapes, "here")
@@ -331,7 +333,7 @@ def test_a_buffer_that_the_module_does_not_compute_is_named() -> None:
 
 
 def test_every_tensor_of_a_loaded_model_has_numbers(tmp_path: Path) -> None:
-    others.save("StableLm", tmp_path)
+    other_models.save("StableLm", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     spec = read_model(tmp_path, "auto")
     assert isinstance(spec, FallbackSpec)

@@ -1,4 +1,4 @@
-"""File descriptors as a process with many open files has them."""
+"""Large numbers of file descriptors, as in a process with many open files."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ _SELECT_TAKES = 1024
 
 @contextlib.contextmanager
 def many_open_files() -> Iterator[None]:
-    """Whatever is opened meanwhile has a number that select() does not take."""
+    """Give files that are opened inside a number that is too large for select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _SELECT_TAKES + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,8 +1,8 @@
-"""How much tests try: less with `scripts/test --quick`."""
+"""The number of examples that tests try, which is lower with `scripts/test --quick`."""
 
 quick = False  # set by tests/conftest.py, before any test is read
 
 
 def examples(count: int) -> int:
-    """The number of examples for hypothesis where a whole run takes `count`."""
+    """Return the number of examples for Hypothesis. A full run takes `count`."""
     return max(count // 10, 5) if quick else count

@@ -1,4 +1,4 @@
-"""The fake of `shoal.server.backend.Backend`: it says what it is told to, in pieces, at once or when it is let."""
+"""A fake `shoal.server.backend.Backend`. It answers with given texts, in pieces, at once or when a test allows it."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -102,12 +102,12 @@ class FakeStream:
 
 
 class FakeBackend:
-    """A model of the bundled tokenizer that says `says(job)`, and a fleet whose status is `status()`.
+    """A model with the bundled tokenizer that answers a job with `says(job)`, and a fleet whose status is `status()`.
 
-    `error` ends each stream after `fail_after` pieces. With a `gate`, each piece takes a permit of it. `last_first`: a
-    prompt's outputs come in reverse, one after the other; its log-probabilities come with output 0 in any case.
-    `verbs` are answered by `ask`, beside those of a store of responses. `refusal` is raised by `scale` and `operate`;
-    what they were called with is in `scaled` and `operations`.
+    `error` ends each stream after `fail_after` pieces. With a `gate`, each piece needs a permit of it. `last_first`:
+    the outputs of a prompt come in reverse order, one after the other; prompt log-probabilities still come with output
+    0. `ask` answers `verbs`, and those of a store of responses. `scale` and `operate` raise `refusal`, and record their
+    arguments in `scaled` and `operations`.
     """
 
     model_name = "demo"
@@ -191,7 +191,7 @@ class FakeBackend:
         return self._reader.prepare_chat(0, messages, params, **template)
 
     async def check_grammar(self, job: Job) -> None:
-        """In this process: nothing here is hostile."""
+        """Check the grammar in this process, since tests do not use hostile ones."""
         if job.grammar:
             GrammarState.compile(job.grammar, vocabulary())
 
@@ -222,7 +222,7 @@ class FakeBackend:
         return found
 
     def logprobs(self, token: int, count: int) -> Logprobs:
-        """The token itself is second to token 5."""
+        """Return the log-probabilities of a draw in which the token comes second, after token 5."""
         return {token: self._logprob(token, -1.5, 2)} | ({5: self._logprob(5, -0.5, 1)} if count and token != 5 else {})
 
     def _logprob(self, token: int, value: float, rank: int) -> Logprob:

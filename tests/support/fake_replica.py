@@ -1,4 +1,4 @@
-"""A replica of a few lines, which may die at any time."""
+"""A fake replica of a few lines, which may die at any time."""
 
 import random
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ STATS = EngineStats(0, 0, 0, 0, 0, 1 << 30, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class FakeReplica:
-    """Draws a token of some requests at each `updates`; dies when told, perhaps in the middle of a call."""
+    """A replica that draws a token of some requests in each call of `updates`, and dies when a test says so."""
 
     def __init__(self, number: int, seed: int = 0) -> None:
         self.name = f"replica {number}"
@@ -39,7 +39,7 @@ class FakeReplica:
         self.dead = ""
         self.activity = AWAKE
         self.told: list[Message] = []
-        self.silent = False  # it answers nothing that it is told
+        self.silent = False  # it answers no control call
         self.refuses = ""  # why it does not wake up
         self._answers: list[ControlReply] = []
         self.closed = False

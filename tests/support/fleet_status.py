@@ -1,4 +1,4 @@
-"""What a fleet says of itself, made up: ranks, engines, replicas and the whole."""
+"""Made-up statuses of ranks, engines, replicas and fleets."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A host with GPUs that are not there."""
+"""A fake host with GPUs."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def pose_as_host_with(listing: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on `nvidia-smi` is a program that prints `listing`: lines of index, UUID and MiB."""
+    """Replace `nvidia-smi` by a program that prints `listing`: lines of index, UUID and MiB."""
     program = folder / "nvidia-smi"
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{listing.rstrip()}\nEND\n")
     program.chmod(0o755)

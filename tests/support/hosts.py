@@ -1,4 +1,4 @@
-"""Hosts of their own on one machine: network namespaces with an address of each kind, joined by a cable."""
+"""Several hosts on one machine: network namespaces with IPv4 and IPv6 addresses, joined by a virtual cable."""
 
 import ctypes
 import os
@@ -19,16 +19,16 @@ class Host:
     netns: str
     address: str
     address_v6: str
-    link_local: str  # with the name of its end of the cable
+    link_local: str  # with the name of the interface
 
     @property
     def inside(self) -> list[str]:
-        """What a command that runs on it starts with."""
+        """The beginning of a command that runs on this host."""
         return ["ip", "netns", "exec", self.netns]
 
     def connect(self, address: tuple[str, int], timeout: float) -> socket.socket:
-        """A connection that one of its programs would have."""
-        with ThreadPoolExecutor(1) as pool:  # a thread moves there alone, and its sockets stay there
+        """Return a connection that starts on this host."""
+        with ThreadPoolExecutor(1) as pool:  # only this thread moves to the host, and its sockets stay there
             return pool.submit(self._connect, address, timeout).result()
 
     def _connect(self, address: tuple[str, int], timeout: float) -> socket.socket:
@@ -39,13 +39,13 @@ class Host:
 
 
 def free_port() -> int:
-    """On loopback, where others listen too."""
+    """Return a free port on the loopback, where other programs may listen too."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])
 
 
 def obstacle() -> str:
-    """Why there can be none here; "" if they can be made."""
+    """Return why such hosts can't be made here; "" if they can."""
     if shutil.which("ip") is None:
         return "needs iproute2"
     name = f"shoal-try-{os.getpid()}"
@@ -81,7 +81,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def cut(host: Host) -> None:
-    """Takes a host off the network."""
+    """Cut a host off from the network."""
     links = subprocess.run(["ip", "-n", host.netns, "-o", "link"], capture_output=True, text=True, check=True).stdout
     for line in links.splitlines():
         name = line.split(": ")[1].split("@")[0]

@@ -1,4 +1,4 @@
-"""A hub on the loopback: the few addresses of huggingface.co that huggingface_hub asks when it fetches a model."""
+"""A fake hub on the loopback, with the few paths of huggingface.co that huggingface_hub uses to fetch a model."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ COMMIT = hashlib.sha1(b"the only commit").hexdigest()
 
 @dataclass
 class FakeHub:
-    """`models`: id -> file name -> content. `broken`: names of files that can't be fetched now."""
+    """The contents of a hub. `models`: id -> file name -> content. `broken`: files that can't be fetched now."""
 
     models: Mapping[str, Mapping[str, bytes]]
     broken: set[str] = field(default_factory=set)
     gated: set[str] = field(default_factory=set)
-    sizes: dict[str, int] = field(default_factory=dict)  # what is said of a file's size, where it is not the truth
+    sizes: dict[str, int] = field(default_factory=dict)  # false sizes of files that the hub reports
     fetched: list[str] = field(default_factory=list)
     endpoint: str = ""
 

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are characters: the simplest there is. Those below 32 are special."""
+"""The simplest tokenizer: tokens are characters, and those below 32 are special."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A small server of OpenAI's interface on a thread of its own, whose answers a test scripts."""
+"""A small server with OpenAI's API on a separate thread, whose answers a test scripts."""
 
 import asyncio
 import json
@@ -15,9 +15,9 @@ Answer = Callable[[web.Request, Body], Awaitable[web.StreamResponse]]
 
 
 class OpenAIServer:
-    """Tokens are characters: a prompt has as many as it is long, and one more for its begin.
+    """A server whose tokens are characters. A prompt has one more token for its beginning.
 
-    `answer` makes the answer to a request for text; `bodies` are all those that came.
+    `answer` makes the answer to a request for text; `bodies` has the bodies of all requests.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class OpenAIServer:
 
     @property
     def texts(self) -> list[Body]:
-        """Without the first request, by which a client tries the server."""
+        """The bodies without that of the first request, with which a client tries the server."""
         return self.bodies[1:]
 
     def __enter__(self) -> "OpenAIServer":
@@ -126,7 +126,7 @@ async def begin(request: web.Request) -> web.StreamResponse:
 
 
 async def answer_all(request: web.Request, body: Body) -> web.StreamResponse:
-    """As many tokens as are allowed, one a chunk."""
+    """Answer with as many tokens as are allowed, one per chunk."""
     response = await begin(request)
     count = body["max_tokens"]
     if "messages" in body:

@@ -1,4 +1,4 @@
-"""Few cases that have every pair of values of any two options."""
+"""A small number of cases that contain every pair of values of any two options."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,10 @@ from typing import Any
 
 
 def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Cases that cover all pairs: greedy, each case the one that covers most of what is left. Always the same.
+    """Return cases that cover all pairs, always the same ones.
 
-    (In the manner of AETG; Cohen et al., 1997.) Ties are broken by chance, so that higher products are mixed too.
+    The search is greedy, like AETG (Cohen et al., 1997): each case covers most of the pairs that are left. Ties are
+    broken at random, so that combinations of more options are mixed, too.
     """
     names, chance = list(options), random.Random(0)
     left = {

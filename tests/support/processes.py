@@ -1,4 +1,4 @@
-"""What a test sees of processes."""
+"""Processes, as tests see them."""
 
 from pathlib import Path
 

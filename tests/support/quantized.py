@@ -1,4 +1,4 @@
-"""Checkpoints in FP8, block by block, as DeepSeek's are; and the same numbers in float32."""
+"""Checkpoints in FP8 with a scale for each block, like DeepSeek's, and the same numbers in float32."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ LARGEST = 448.0  # of float8_e4m3
 
 
 def quantize(whole: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """[.., rows, columns] as FP8 numbers, a float32 scale for each block, and what the two mean in float32."""
+    """Return a tensor [.., rows, columns] as FP8 numbers, a float32 scale for each block, and their float32 values."""
     *before, height, width = whole.shape
     down, across = -(-height // block[0]), -(-width // block[1])
     padded = whole.new_zeros((*before, down * block[0], across * block[1]))
@@ -24,7 +24,7 @@ def quantize(whole: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
 
 
 def write_quantized(source: Path, folder: Path, block: tuple[int, int]) -> tuple[Path, Path]:
-    """The layers' matrices of a checkpoint in FP8, all else as it is; and the same numbers in float32."""
+    """Write a checkpoint with the layers' matrices in FP8, and another with the same numbers in float32."""
     config = json.loads((source / "config.json").read_text())
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
     quantized, widened = folder / "quantized", folder / "widened"

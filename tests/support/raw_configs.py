@@ -1,4 +1,4 @@
-"""Small random checkpoints under a config.json as people write it, fields that nobody reads included."""
+"""Small random checkpoints with a config.json as people write it, with unused fields."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def raw_config(family: str, changes: Mapping[str, Any], without: Collection[str]
 
 
 def save_raw(family: str, changes: Mapping[str, Any], folder: Path, without: Collection[str] = ()) -> Path:
-    """Writes a checkpoint whose weights are made for this config.json, and which keeps it as it is."""
+    """Write a checkpoint with weights for this config.json, which is kept unchanged."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     config = raw_config(family, changes, without)

@@ -1,4 +1,4 @@
-"""Real servers, as processes of their own."""
+"""Real servers, as separate processes."""
 
 import os
 import re
@@ -21,7 +21,7 @@ _POLL_S = 0.05
 
 
 class ShoalServer:
-    """`shoal serve --port 0 ...` in a session of its own, ready when it is made."""
+    """`shoal serve --port 0 ...` in a separate session. The constructor waits until it is ready."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class ShoalServer:
         return self.get("/v1/admin/status")
 
     def pids(self) -> set[int]:
-        """Of all processes of its session."""
+        """Return the ids of all processes of its session."""
         found = set()
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -86,7 +86,7 @@ class ShoalServer:
         return found
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = _END_S) -> int:
-        """Gives the exit code."""
+        """Send the signal `number`, wait for the end, and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout)
 

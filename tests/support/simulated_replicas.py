@@ -1,7 +1,4 @@
-"""Replicas that compute nothing but how long it would take, and requests for them: what ways of routing are held up to.
-
-Discrete events; the same seed gives the same run.
-"""
+"""A discrete-event simulation of replicas and requests, to compare ways of routing. A seed determines the run."""
 
 import heapq
 import random
@@ -18,12 +15,12 @@ from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import num_tokens
 
-_ALIKE = 4  # steps that are one event, where nothing but single tokens is computed
+_STEPS_PER_EVENT = 4  # steps that are one event, if they compute only single tokens
 _GREEDY = Sampling(seed=0)
 
 
 class Policy(Protocol):
-    """A way of routing. A Router is one."""
+    """A way of routing, such as `Router`."""
 
     def add(self, request: EngineRequest) -> None: ...
 
@@ -36,7 +33,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Machine:
-    """What a replica is. A step takes `step_s`, and more for each token."""
+    """The speed and size of a replica. A step takes `step_s`, and more for each token."""
 
     max_num_seqs: int = 32
     step_tokens: int = 2048
@@ -53,15 +50,18 @@ class Machine:
         )
 
     def seconds(self, prompt: float, output: float) -> float:
-        """Of a replica, for a request among as many as can run."""
+        """Return how many seconds of a full replica a request takes."""
         return prompt * self.prompt_token_s + output * (self.step_s / self.max_num_seqs + self.output_token_s)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests with a shared beginning and an end of their own. Beginnings are as popular as Zipf's law has it, and
-    from 0 to `most_shared` tokens long; arrivals are a Poisson process. Own parts and outputs are exponentially
-    distributed. `load`: of what the replicas can do, if every prompt were computed whole."""
+    """Requests with shared prefixes.
+
+    The popularity of prefixes follows Zipf's law, and they have 0 to `most_shared` tokens. The rest of a prompt and the
+    output have exponentially distributed lengths. Arrivals are a Poisson process. `load` is a share of what the
+    replicas can do without cached prompts.
+    """
 
     requests: int
     replicas: int
@@ -100,30 +100,35 @@ class Arrival:
     request: EngineRequest
     prefix: int
     shared: int
-    length: int  # of its output; nobody knows
+    length: int  # of its output; the policy does not know it
     to_compute: int = 0
     drawn: int = 0
 
 
 @dataclass(slots=True)
 class _Simulated:
-    """Requests run in the order in which they came: those that draw first, then prompts in chunks. Prompts and outputs
-    stay in the cache until the blocks are needed, the longest unused first."""
+    """A simulated replica.
+
+    Requests run in the order in which they came: those that draw tokens first, then prompts in chunks. Prompts and
+    outputs stay in the cache until their blocks are needed; those that were unused longest are dropped first.
+    """
 
     machine: Machine
     waiting: deque[Arrival] = field(default_factory=deque)
     prompts: list[Arrival] = field(default_factory=list)
     drawing: list[Arrival] = field(default_factory=list)
-    cache: OrderedDict[int, int] = field(default_factory=OrderedDict)  # -> blocks; what is a request's own: -1 - seq
+    cache: OrderedDict[int, int] = field(
+        default_factory=OrderedDict
+    )  # prefix -> blocks; the rest of a request has the key -1 - seq
     cached_blocks: int = 0
     stepping: bool = False
-    steps: int = 0  # that the event in hand is
+    steps: int = 0  # steps of the current event
     chunks: list[tuple[Arrival, int]] = field(default_factory=list)
     computed: int = 0
     hits: int = 0
 
     def begin(self) -> float:
-        """Starts a step, or several that are alike; how long they take."""
+        """Start a step, or several equal ones. Return how long they take."""
         machine = self.machine
         while self.waiting and len(self.prompts) + len(self.drawing) < machine.max_num_seqs:
             self._start(self.waiting.popleft())
@@ -135,13 +140,13 @@ class _Simulated:
                 self.chunks.append((arrival, chunk))
             left -= chunk
         tokens = sum(chunk for _, chunk in self.chunks)
-        self.steps = 1 if tokens else min(_ALIKE, *(each.length - each.drawn for each in self.drawing))
+        self.steps = 1 if tokens else min(_STEPS_PER_EVENT, *(each.length - each.drawn for each in self.drawing))
         self.stepping = True
         one = machine.step_s + tokens * machine.prompt_token_s + len(self.drawing) * machine.output_token_s
         return self.steps * one
 
     def end(self) -> list[tuple[Arrival, int]]:
-        """Who has drawn how much."""
+        """End the step. Return the requests that have drawn tokens, and how many."""
         self.stepping = False
         drew = [(each, self.steps) for each in self.drawing]
         self.computed += len(drew) * self.steps
@@ -180,16 +185,16 @@ class _Simulated:
 
 @dataclass
 class Outcome:
-    computed: list[int]  # tokens, of each replica
-    hits: int  # tokens of prompts that were not computed
+    computed: list[int]  # tokens that each replica computed
+    hits: int  # prompt tokens that were cached
     first_token_s: list[float]
-    decision_ns: list[int]  # of `add` with the `next` that follows it
-    book_ns: int  # all of `drew` and `ended`
-    seconds: float  # simulated
+    decision_ns: list[int]  # time of `add` and the next call of `next`
+    book_ns: int  # time of all calls of `drew` and `ended`
+    seconds: float  # simulated time
 
     @property
     def busiest(self) -> float:
-        """Over the mean."""
+        """The tokens of the busiest replica over the mean."""
         return max(self.computed) * len(self.computed) / sum(self.computed)
 
 
@@ -244,11 +249,11 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
     return outcome
 
 
-# --- what a Router is compared with ------------------------------------------------------------------------------
+# --- simpler ways of routing ------------------------------------------------------------------------------
 
 
 class _AtOnce:
-    """Requests go out as they come."""
+    """Ways of routing that assign a request when it arrives."""
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
@@ -283,7 +288,7 @@ class RoundRobin(_AtOnce):
 
 
 class LeastLoaded(_AtOnce):
-    """The fewest requests that have not ended; the first behind the last one of those."""
+    """Chooses the replica with the fewest unfinished requests; among equal ones, the next after the last choice."""
 
     def __init__(self, replicas: int) -> None:
         super().__init__(replicas)
@@ -306,7 +311,7 @@ class LeastLoaded(_AtOnce):
 
 
 class Affinity(_AtOnce):
-    """Consistent hashing (Karger et al., 1997) of the first block of a prompt."""
+    """Chooses by consistent hashing (Karger et al., 1997) of the first block of a prompt."""
 
     def __init__(self, replicas: int, block_size: int, points: int = 100) -> None:
         super().__init__(replicas)

@@ -1,4 +1,4 @@
-"""A server that says of itself what a test tells it to: the real routes over a made-up fleet."""
+"""A server with the real routes for status and scaling, over a made-up fleet."""
 
 import asyncio
 import socket
@@ -17,10 +17,10 @@ from support.fake_backend import FakeBackend
 
 
 class StatusServer:
-    """Listens on loopback, in a thread, inside `with`; `close` and `open` make it go away and come back.
+    """A server that listens on loopback, on a thread, inside `with`. `close` and `open` make it go away and come back.
 
-    `now` is asked at each reading. `key`: what must be given; `metrics`: makes the text at /metrics. `scale` is what is
-    done when replicas are asked for, and `broken` refuses to.
+    `now` returns the status for each reading. `key`: the API key that is needed. `metrics` makes the text at /metrics.
+    `scale` is called when a number of replicas is requested, unless `broken` is true; then the request is refused.
     """
 
     def __init__(self, now: Callable[[], FleetStatus]) -> None:

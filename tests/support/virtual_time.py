@@ -1,4 +1,4 @@
-"""An event loop whose time passes only while everybody sleeps, and then at once."""
+"""An event loop whose time passes only while all tasks sleep, and then at once."""
 
 import asyncio
 import selectors
@@ -14,7 +14,7 @@ class _Selector(selectors.SelectSelector):
         self.now = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        assert timeout is not None, "everybody waits for what never comes"
+        assert timeout is not None, "all tasks wait for events that never come"
         self.now += max(timeout, 0.0)
         return super().select(0)
 

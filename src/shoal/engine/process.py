@@ -1,4 +1,4 @@
-"""An engine in a process of its own: `python -m shoal.engine.process --fd N --parent PID`."""
+"""An engine in a separate process: `python -m shoal.engine.process --fd N --parent PID`."""
 
 import os
 import signal

@@ -62,16 +62,16 @@ class OutputFile:
         """
         with self._convert_errors(UserError):
             target = self.path.resolve()
-            beside = target.with_name(f".{target.name}.{os.getpid()}")
+            temporary = target.with_name(f".{target.name}.{os.getpid()}")
             try:
-                with beside.open("xb") as file:
+                with temporary.open("xb") as file:
                     file.writelines(lines)
                     size = file.tell()
-                beside.chmod(stat.S_IMODE(os.fstat(self._fd).st_mode))
-                beside.replace(target)
+                temporary.chmod(stat.S_IMODE(os.fstat(self._fd).st_mode))
+                temporary.replace(target)
             finally:
                 with contextlib.suppress(OSError):
-                    beside.unlink()
+                    temporary.unlink()
         os.close(self._fd)
         self._fd = self._open()
         self._lock()

@@ -16,8 +16,8 @@ _FIRST_SAFE_ID = 4  # ids below are often special tokens, such as those for the 
 
 
 class Prompts(Protocol):
-    def make(self, tokens: int, draw: random.Random, *, behind: bool = False) -> Prompt:
-        """Return a prompt of `tokens` tokens. `behind`: it will be joined to the end of another."""
+    def make(self, tokens: int, draw: random.Random, *, joined: bool = False) -> Prompt:
+        """Return a prompt of `tokens` tokens. `joined`: it will be joined to the end of another."""
         ...
 
     def join(self, first: Prompt, second: Prompt) -> Prompt: ...
@@ -29,7 +29,7 @@ class IdPrompts:
     def __init__(self, vocab_size: int) -> None:
         self._ids = range(min(_FIRST_SAFE_ID, vocab_size - 1), vocab_size)
 
-    def make(self, tokens: int, draw: random.Random, *, behind: bool = False) -> Prompt:
+    def make(self, tokens: int, draw: random.Random, *, joined: bool = False) -> Prompt:
         return draw.choices(self._ids, k=tokens)
 
     def join(self, first: Prompt, second: Prompt) -> Prompt:
@@ -48,11 +48,11 @@ class WordPrompts:
         self._words = list(costs)
         self._max_cost = max(costs.values())
 
-    def make(self, tokens: int, draw: random.Random, *, behind: bool = False) -> Prompt:
+    def make(self, tokens: int, draw: random.Random, *, joined: bool = False) -> Prompt:
         """Return a text of about `tokens` tokens; the shortest word if none fits."""
         words: list[str] = []
         left = float(tokens)
-        costs = self._costs if behind else self._starts
+        costs = self._costs if joined else self._starts
         while fitting := [word for word, cost in costs.items() if cost <= left]:
             words.append(draw.choice(fitting))
             left -= costs[words[-1]]

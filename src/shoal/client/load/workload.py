@@ -84,7 +84,7 @@ class Workload:
         shared = [prompts.make(self.shared_prefix_len, texts) for _ in range(self.num_prefixes)] if prefixed else []
         drawn = zip(arrivals, self.sizes(), self.prefixes(), strict=False)
         for index, (arrival, (input_len, output_len), prefix) in enumerate(drawn):
-            prompt = prompts.make(input_len, texts, behind=prefixed)
+            prompt = prompts.make(input_len, texts, joined=prefixed)
             if prefixed:
                 prompt = prompts.join(shared[prefix], prompt)
             yield PlannedRequest(index, arrival, prompt, self.shared_prefix_len + input_len, output_len)

@@ -1,6 +1,6 @@
-"""What this machine allows, to read other figures by: `python benchmarks/ceilings.py`. JSON on stdout.
+"""Measure the limits of this machine, to compare other figures with: `python benchmarks/machine_limits.py` prints JSON.
 
-Bind the threads as the engine does: GOMP_CPU_AFFINITY="0 1" OMP_NUM_THREADS=2 python benchmarks/ceilings.py
+Bind the threads as the engine does: GOMP_CPU_AFFINITY="0 1" OMP_NUM_THREADS=2 python benchmarks/machine_limits.py
 """
 
 import json
@@ -14,11 +14,11 @@ from shoal.kernels.linear import make_linear
 
 _REPEAT = 9
 _OUT_FEATURES, _IN_FEATURES = 6144, 1024
-_WEIGHTS = 24  # linear layers that take turns: together larger than any cache
+_WEIGHTS = 24  # linear layers that are used in turn; together they are larger than any cache
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Median over some calls, after one that does not count."""
+    """Return the median time of several calls, after a first call that does not count."""
     times = []
     for _ in range(_REPEAT + 1):
         begun = time.perf_counter()

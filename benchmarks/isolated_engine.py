@@ -1,4 +1,4 @@
-"""One engine with its own cores, measured in a process of its own: what the benchmarks of layouts share."""
+"""Measuring an engine on given cores, in a separate process. Benchmarks of layouts use it."""
 
 import json
 import os
@@ -15,15 +15,17 @@ _TIMEOUT_S = 1800
 
 
 def measure(model: Path | str, cores: Sequence[int], shape: BatchShape, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs a batch twice on these cores alone, in a process of its own, and tells of the second time.
+    """Run a batch twice in a separate process that may use only these cores. Return the figures of the second run.
 
-    output_tokens_per_s, time_to_first_token_s, num_blocks, by rank the bytes of weights and of anonymous memory beyond
-    an interpreter's that has imported torch, the KV cache left out, and the share of the time in which each stage was
-    idle (the mean of its ranks).
+    `memory_bytes` has for each rank the anonymous memory without the KV cache and without the memory of an interpreter
+    that has imported torch. `idle_share` has for each stage the share of time in which its ranks computed nothing, the
+    mean over them.
     """
-    told = json.dumps([str(model), list(cores), [shape.batch_size, shape.input_len, shape.output_len], dict(options)])
+    arguments = json.dumps(
+        [str(model), list(cores), [shape.batch_size, shape.input_len, shape.output_len], dict(options)]
+    )
     done = subprocess.run(
-        [sys.executable, __file__, told], stdout=subprocess.PIPE, check=True, text=True, timeout=_TIMEOUT_S
+        [sys.executable, __file__, arguments], stdout=subprocess.PIPE, check=True, text=True, timeout=_TIMEOUT_S
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

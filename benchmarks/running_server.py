@@ -1,4 +1,4 @@
-"""A server as a process of its own, and streams from it: what the benchmarks of serving share."""
+"""A server in a separate process, and streams from it. Benchmarks of serving use it."""
 
 import asyncio
 import json
@@ -20,25 +20,25 @@ _END_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class RunningServer:
     url: str
     process: "subprocess.Popen[bytes]"
 
     def memory(self) -> int:
-        """Bytes of the server process that no file backs."""
+        """Return the bytes of anonymous memory of the server process."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 @contextmanager
-def served(model: Path | str | None, *arguments: str) -> Iterator[Served]:
-    """`shoal serve` on a free port, ready; ended by SIGTERM."""
+def start_server(model: Path | str | None, *arguments: str) -> Iterator[RunningServer]:
+    """Start `shoal serve` on a free port and wait until it is ready. End it with SIGTERM."""
     command = [sys.executable, "-m", "shoal", "serve", *([str(model)] if model is not None else [])]
     process = subprocess.Popen(
         [*command, "--port", "0", *arguments], stdout=subprocess.PIPE, env={**os.environ, "SHOAL_LOG_LEVEL": "warning"}
     )
     try:
-        yield Served(_url(process), process)
+        yield RunningServer(_url(process), process)
         process.terminate()
         assert process.wait(_END_S) == 0
     finally:
@@ -56,23 +56,23 @@ def _url(process: "subprocess.Popen[bytes]") -> str:
             return found[1]
         if process.poll() is not None:
             break
-    raise SystemExit(f"the server did not come up (exit code {process.poll()})")
+    raise SystemExit(f"the server did not start (exit code {process.poll()})")
 
 
 @dataclass(slots=True)
-class Streamed:
-    tokens: int = 0  # by the usage that the server tells at the end
+class StreamResult:
+    tokens: int = 0  # from the usage that the server reports at the end
     first_s: float = 0.0
     seconds: float = 0.0
 
 
-async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Streamed:
-    """One streaming completion.
+async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> StreamResult:
+    """Run one streaming completion.
 
     Raises:
-        RuntimeError: it is refused, or breaks off.
+        RuntimeError: it is refused or has an error.
     """
-    found, begun = Streamed(), time.perf_counter()
+    found, begun = StreamResult(), time.perf_counter()
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     async with session.post(f"{url}/v1/completions", json=asked) as answer:
         if answer.status != 200:
@@ -89,13 +89,13 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any])
     return found
 
 
-async def stream_all(url: str, bodies: Sequence[dict[str, Any]], at_a_time: int) -> list[Streamed]:
-    """All of them, so many at a time."""
-    gate = asyncio.Semaphore(at_a_time)
+async def stream_all(url: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> list[StreamResult]:
+    """Run a completion for each body, `concurrency` at a time."""
+    gate = asyncio.Semaphore(concurrency)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=_START_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def one(body: dict[str, Any]) -> Streamed:
+        async def one(body: dict[str, Any]) -> StreamResult:
             async with gate:
                 return await stream(session, url, body)
 
