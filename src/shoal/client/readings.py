@@ -1,6 +1,5 @@
 """What a server's status says, and what two readings of it say together: rates and shares of time."""
 
-import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -127,8 +126,3 @@ class Readings:
         """None where nothing is known of the replica."""
         replicas = self._readings[at]["replicas"]
         return next((each["stats"] for each in replicas if each["number"] == number), None)
-
-
-def cause(replica: Mapping[str, Any]) -> str:
-    """Why it ended last, without its own name in front; "" if it never did."""
-    return re.sub(r"^replica \d+ \(process \d+\): ", "", replica["cause"])

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shoal.client.http import ServerClient
-from shoal.client.readings import cause
 from shoal.errors import EngineError
 
 _PERIOD_S = 0.25
@@ -49,7 +48,7 @@ def changes(before: Sequence[Replica], now: Sequence[Replica]) -> list[str]:
     for each in now:
         was = old.pop(each["number"], None)
         if was is None or was["state"] != each["state"]:
-            ended = each["state"] in {"restarting", "failed"} and cause(each)
+            ended = each["state"] in {"restarting", "failed"} and each["cause"]
             lines.append(f"replica {each['number']} is {each['state']}{f': {ended}' if ended else ''}")
     return lines + [f"replica {number} has left" for number in old]
 
@@ -61,7 +60,7 @@ def settled(replicas: Sequence[Replica], count: int) -> bool:
     """
     for each in replicas:
         if each["state"] == "failed":
-            raise EngineError(f"replica {each['number']} is given up: {cause(each) or 'it does not start'}")
+            raise EngineError(f"replica {each['number']} is given up: {each['cause'] or 'it does not start'}")
     return len(replicas) == count and all(each["state"] == "ready" for each in replicas)
 
 

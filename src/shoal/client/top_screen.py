@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shoal.client.readings import ALIVE, Readings, Status, cause
+from shoal.client.readings import ALIVE, Readings, Status
 
 _COLOURS = {
     "ready": "green",
@@ -126,7 +126,7 @@ def _causes(replicas: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
         (each for each in replicas if each["cause"]), key=lambda each: (each["state"] == "ready", each["since_s"])
     )
     return [
-        Text(f"replica {each['number']} ended: {cause(each)}", style="" if each["state"] == "ready" else "red")
+        Text(f"replica {each['number']} ended: {each['cause']}", style="" if each["state"] == "ready" else "red")
         for each in ended[:_CAUSES]
     ]
 

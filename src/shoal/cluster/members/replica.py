@@ -267,7 +267,12 @@ class Replica:
                 case ControlReply():
                     self._answers.append(message)
                 case EngineFailure():
-                    self._fail(self._signature + message.error, reported=True, user_error=message.user_error)
+                    self._fail(
+                        self._signature + message.error,
+                        reason=message.error,
+                        reported=True,
+                        user_error=message.user_error,
+                    )
 
     def _send(self, frame: bytes) -> None:
         self._check_open()
@@ -277,8 +282,10 @@ class Replica:
             self._receive(0)  # its last words, if it had any
             self._fail(f"{self.name} {self._host.death(self._patience)}")
 
-    def _fail(self, message: str, *, reported: bool = False, user_error: bool = False) -> NoReturn:
-        self._failure = EngineError(message)
+    def _fail(
+        self, message: str, *, reason: str | None = None, reported: bool = False, user_error: bool = False
+    ) -> NoReturn:
+        self._failure = EngineError(message, reason)
         self.died = not reported
         self._kill()
         if user_error and not self._started:  # later it is this replica's end, and no one call's fault
