@@ -15,7 +15,7 @@ import click
 
 from checkpoint import make
 from measured import measure
-from shoal.bench.engine_speed import Shape
+from shoal.bench.engine_speed import BatchShape
 
 _SHAPE = "shape:qwen3-0.6b"
 _LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # cores, and options
@@ -40,7 +40,7 @@ def main(
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise click.UsageError("two cores are needed")
-    shape = Shape(batch_size, input_len, output_len)
+    shape = BatchShape(batch_size, input_len, output_len)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in layouts or _LAYOUTS}
     with tempfile.TemporaryDirectory() as folder:
         model = make(_SHAPE, checkpoint or Path(folder))

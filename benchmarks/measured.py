@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shoal import LLM
-from shoal.bench.engine_speed import Meter, Shape
+from shoal.bench.engine_speed import BatchShape, SpeedMeter
 
 _TIMEOUT_S = 1800
 
 
-def measure(model: Path | str, cores: Sequence[int], shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
+def measure(model: Path | str, cores: Sequence[int], shape: BatchShape, options: Mapping[str, Any]) -> dict[str, Any]:
     """Runs a batch twice on these cores alone, in a process of its own, and tells of the second time.
 
     output_tokens_per_s, time_to_first_token_s, num_blocks, by rank the bytes of weights and of anonymous memory beyond
@@ -29,11 +29,11 @@ def measure(model: Path | str, cores: Sequence[int], shape: Shape, options: Mapp
     return found
 
 
-def _run(model: str, cores: Sequence[int], shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
+def _run(model: str, cores: Sequence[int], shape: BatchShape, options: dict[str, Any]) -> dict[str, Any]:
     os.sched_setaffinity(0, cores)
     with LLM(model, **options) as llm:
-        meter = Meter(llm.engine, llm.vocab_size)
-        meter.run(Shape(shape.batch_size, 16, 4))
+        meter = SpeedMeter(llm.engine, llm.vocab_size)
+        meter.run(BatchShape(shape.batch_size, 16, 4))
         before = llm.stats()
         run = meter.run(shape)
         after = llm.stats()
@@ -53,4 +53,4 @@ def _run(model: str, cores: Sequence[int], shape: Shape, options: dict[str, Any]
 
 if __name__ == "__main__":
     model, cores, sizes, options = json.loads(sys.argv[1])
-    print(json.dumps(_run(model, cores, Shape(*sizes), options)))
+    print(json.dumps(_run(model, cores, BatchShape(*sizes), options)))

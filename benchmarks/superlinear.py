@@ -16,9 +16,9 @@ import click
 
 from checkpoint import make
 from measured import measure
-from shoal.bench.engine_speed import Shape
-from shoal.config.engine_options import format_bytes
+from shoal.bench.engine_speed import BatchShape
 from shoal.launch.open_model import open_model
+from shoal.values import format_bytes
 
 _SHAPE = "shape:qwen3-0.6b"
 _LAYOUTS = {"tp 1, pp 1": (1, 1), "tp 2, pp 1": (2, 1), "tp 1, pp 2": (1, 2), "tp 2, pp 2": (2, 2)}
@@ -42,7 +42,7 @@ def main(
     plot: Path | None,
 ) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    shape = Shape(requests, input_len, output_len)
+    shape = BatchShape(requests, input_len, output_len)
     options: dict[str, Any] = {
         "max_num_seqs": requests,
         "max_num_batched_tokens": 512,

@@ -60,7 +60,7 @@ ALLOWED = {
     "devices": set(),
     "transport": {"wire"},
     "protocols": {"wire"},
-    "wire": set(),
+    "wire": {"devices"},
 }
 
 # Free of torch, transitively. What needs torch is named in a call of `load`, where a rank lives in its process.
@@ -90,7 +90,7 @@ LOADABLE = {
     "shoal.cli.commands": {"cli"},
     "shoal.client.top": {"cli"},
     "shoal.client.scale": {"cli"},
-    "shoal.client.load.bench": {"cli"},
+    "shoal.client.load.load_test": {"cli"},
     "shoal.executors.inprocess": {"executors"},
     "shoal.executors.threads": {"executors"},
     "shoal.executors.multiprocess": {"executors"},

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from shoal.activity import AWAKE
-from shoal.cluster.members.arrival import FRONT_END, Arrival, FleetDoor
+from shoal.cluster.members.connected_replica import ConnectedReplica
+from shoal.cluster.members.doors import FRONT_END, FleetDoor
 from shoal.errors import EngineError
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
@@ -227,8 +228,10 @@ def test_head_first_and_a_host_that_is_cut_off() -> None:
 def front_end() -> Iterator[str]:
     """Only the door of one, which awaits replica 1 of 2 of the bundled model; its port."""
     opened = open_model(None, {"data_parallel_size": 2, "max_model_len": 256}, online=True)
-    door = FleetDoor(size=2, awaited=[1], agreement=opened.agreement, answer_timeout=60)
-    arrived: list[Arrival] = []
+    door = FleetDoor(
+        size=2, awaited=[1], agreement=opened.agreement, make_plan=opened.plan_elsewhere, answer_timeout=60
+    )
+    arrived: list[ConnectedReplica] = []
     door.open(lambda _, arrival: arrived.append(arrival))
     with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous:
         yield rendezvous.address.rpartition(":")[2]
@@ -240,16 +243,21 @@ def front_end() -> Iterator[str]:
     ("arguments", "key", "message"),
     [
         (["-dp", "2"], "another key", "the shared key is another one: set SHOAL_CLUSTER_KEY"),
-        (["bundled:moe", "-dp", "2"], KEY, r"its config.json is \w+, that of the front end \(.*\) is \w+"),
+        (["-dp", "2", "bundled:moe"], KEY, r"its config.json is \w+, that of the front end \(.*\) is \w+"),
         (["-dp", "2", "--block-size", "32"], KEY, "its --block-size is 32, that of the front end .* is 16"),
         (["-dp", "3"], KEY, "it counts 3 replicas, the front end .* counts 2"),
+        (
+            ["-dp", "2", "--kv-cache-memory-bytes", "9000TiB"],
+            KEY,
+            r"1 rank needs? .* more than this host has available: lower",
+        ),
     ],
 )
 def test_who_differs_is_refused_before_it_loads(front_end: str, arguments: list[str], key: str, message: str) -> None:
     with programs() as start:
         where = ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", front_end]
         which = ["--headless", "--data-parallel-start-rank", "1", "--data-parallel-size-local", "1"]
-        program = start(*arguments, *where, *which, *SMALL, environment={"SHOAL_CLUSTER_KEY": key})
+        program = start(*SMALL, *where, *which, *arguments, environment={"SHOAL_CLUSTER_KEY": key})
         assert program.ends() == 2
         assert re.search(rf"replica 1: rank 1 may not join at 127.0.0.1:{front_end}: {message}", program.text)
         assert "engine ready" not in program.text
@@ -258,8 +266,10 @@ def test_who_differs_is_refused_before_it_loads(front_end: str, arguments: list[
 def test_replicas_come_back_until_they_are_dismissed() -> None:
     """One that is stopped is started again, and tells the front end so; one that is not wanted any more is not."""
     opened = open_model(None, {"max_model_len": 256}, online=True)
-    door = FleetDoor(size=1, awaited=[0], agreement=opened.agreement, answer_timeout=60)
-    arrivals: SimpleQueue[Arrival] = SimpleQueue()
+    door = FleetDoor(
+        size=1, awaited=[0], agreement=opened.agreement, make_plan=opened.plan_elsewhere, answer_timeout=60
+    )
+    arrivals: SimpleQueue[ConnectedReplica] = SimpleQueue()
     door.open(lambda _, arrival: arrivals.put(arrival))
     with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous, programs() as start:
         port = rendezvous.address.rpartition(":")[2]
@@ -287,21 +297,23 @@ def test_replicas_come_back_until_they_are_dismissed() -> None:
 
 def test_a_replica_that_sleeps_says_so_to_the_next_front_end() -> None:
     opened = open_model(None, {"max_model_len": 256}, online=True)
-    door = FleetDoor(size=1, awaited=[0], agreement=opened.agreement, answer_timeout=60)
-    arrivals: SimpleQueue[Arrival] = SimpleQueue()
+    door = FleetDoor(
+        size=1, awaited=[0], agreement=opened.agreement, make_plan=opened.plan_elsewhere, answer_timeout=60
+    )
+    arrivals: SimpleQueue[ConnectedReplica] = SimpleQueue()
     door.open(lambda _, arrival: arrivals.put(arrival))
     with Rendezvous(key=KEY, doors={FRONT_END: door}) as rendezvous, programs() as start:
         port = rendezvous.address.rpartition(":")[2]
         start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
         first = arrivals.get(timeout=280)
         first.await_ready(280)
-        first.become(AWAKE.sleep(1))
+        first.set_activity(AWAKE.sleep(1))
         first.close()  # as a front end that ends
         second = arrivals.get(timeout=280)
         stats = second.ready(280)
         assert stats is not None
         assert stats.activity == AWAKE.sleep(1)
-        second.become(AWAKE)
+        second.set_activity(AWAKE)
         assert all(rank.weight_bytes for rank in second.stats(280).ranks)
         second.dismiss()
         second.close()
@@ -396,6 +408,6 @@ def test_an_async_llm_feeds_replicas_that_are_all_elsewhere() -> None:
         answers = done.stdout.splitlines()
         assert len(answers) == 7
         assert "82" in answers[0]
-        headless.await_line("the front end has gone; requests are dropped, and the next front end is awaited")
+        headless.await_line("the front end is gone: its requests are dropped; waiting for a front end to come back")
         headless.process.send_signal(signal.SIGTERM)
         assert headless.ends() == 0, headless.text

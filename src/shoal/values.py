@@ -6,6 +6,8 @@ import re
 import reprlib
 from collections.abc import Iterable
 
+from shoal.errors import ConfigError
+
 _SHOWN = 200  # characters of a wrong value
 
 
@@ -49,8 +51,13 @@ _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def whole_number(text: str, *, canonical: bool = False) -> int | None:
-    """The integer that a text writes in digits; None if it writes none. Python's own `int` would also take "1_0", " 5"
-    and the digits of any script. `canonical`: as JSON writes integers, which leaves "+5" and "05" out too."""
+    """Return the integer that a text writes in ASCII digits; None if it is no integer.
+
+    Python's own `int` would also take "1_0", " 5" and the digits of any script.
+
+    Args:
+        canonical: take only the form that JSON has, so neither "+5" nor "05".
+    """
     if not _DIGITS.fullmatch(text):
         return None
     number = int(text)
@@ -58,7 +65,7 @@ def whole_number(text: str, *, canonical: bool = False) -> int | None:
 
 
 def decimal_number(text: str) -> float | None:
-    """As `whole_number`, for a number with or without a point: never infinite, and never no number."""
+    """Return the finite number that a text writes in ASCII digits, with or without a point; None if it is none."""
     number = float(text) if _DECIMAL.fullmatch(text) else math.inf
     return number if math.isfinite(number) else None
 
@@ -66,3 +73,27 @@ def decimal_number(text: str) -> float | None:
 _shortened = reprlib.Repr()
 _shortened.maxlist = _shortened.maxdict = _shortened.maxtuple = _SHOWN
 _shortened.maxstring = 2 * _SHOWN + 10  # what is left out is in the middle, behind what is shown
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Read a number of bytes: `1500000`, `512MiB`, `2GiB`, `1.5g`.
+
+    Raises:
+        ConfigError: the text is something else.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower(), re.ASCII)
+    if not match:
+        raise ConfigError(f"{flag} takes a number of bytes such as 512MiB or 2GiB, got {text!r}")
+    unit = _UNITS[match[2] or ""]
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as people read it: `1.50 GiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"

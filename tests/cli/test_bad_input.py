@@ -15,6 +15,7 @@ import pytest
 
 from shoal.cli import main as cli_main
 from shoal.config import engine_options
+from shoal.config.option import Option
 from shoal.llm import llm as llm_module
 from support import checkpoints
 
@@ -352,12 +353,12 @@ def test_max_model_len_beyond_the_model(refused: Refused) -> None:
 SIZES = [option for option in engine_options.options() if option.minimum is not None]
 
 
-def _command_with(option: engine_options.Option) -> str:
+def _command_with(option: Option) -> str:
     return "serve" if option.online else "generate"
 
 
 @pytest.mark.parametrize("option", SIZES, ids=lambda option: option.name)
-def test_sizes_of_flags(refused: Refused, option: engine_options.Option) -> None:
+def test_sizes_of_flags(refused: Refused, option: Option) -> None:
     assert option.minimum is not None
     for value in {option.minimum - 1, -1, -(10**12)}:
         line = refused(f"{option.flag}={value:.0f}", command=_command_with(option))
@@ -380,7 +381,7 @@ def test_numbers_that_are_none(refused: Refused, flag: str, value: str) -> None:
     [option for option in engine_options.options() if option.type in {int, float} or option.choices],
     ids=lambda option: option.name,
 )
-def test_types_of_flags(refused: Refused, option: engine_options.Option) -> None:
+def test_types_of_flags(refused: Refused, option: Option) -> None:
     command = _command_with(option)
     has(refused(f"{option.flag}=something", command=command), option.flag, "something", *option.choices)
     if option.type is int and not option.bytes:
@@ -497,14 +498,14 @@ def test_unreadable_prompts_file(refused: Refused, tmp_path: Path) -> None:
     has(refused("--prompts-file", tmp_path / "nowhere"), "--prompts-file", "nowhere", "can't be read", "No such file")
     has(refused("--prompts-file", tmp_path), "--prompts-file", tmp_path, "can't be read", "directory")
     (tmp_path / "latin").write_bytes(b'{"prompt": "caf\xe9"}\n')
-    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "utf-8")
+    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "UTF-8")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("p.jsonl", '{"prompt": "a"', "line 1: it is no JSON"),
-        ("p.jsonl", "\n\nhello", "line 3: it is no JSON"),
+        ("p.jsonl", '{"prompt": "a"', "line 1: it is not JSON"),
+        ("p.jsonl", "\n\nhello", "line 3: it is not JSON"),
         ("p.jsonl", '{"text": "a"}', "neither a text `prompt` nor a list `prompt_token_ids` nor `messages`"),
         ("p", '{"prompt": 7}', "`prompt` must be a text"),
         ("p.csv", "text\na\n", "no column 'prompt'"),
@@ -524,7 +525,7 @@ def test_lines_that_are_broken_fail_alone(tmp_path: Path) -> None:
     written = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
     assert [written[index].get("error") is not None for index in range(4)] == [False, True, True, False]
     broken, unknown = err.splitlines()
-    has(broken, f"error: prompt 1 ({prompts}, line 2): it is no JSON", written[1]["error"])
+    has(broken, f"error: prompt 1 ({prompts}, line 2): it is not JSON", written[1]["error"])
     has(unknown, f"error: prompt 2 ({prompts}, line 3): unknown sampling parameter 'topp'; did you mean top_p?")
 
 

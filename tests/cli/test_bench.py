@@ -85,4 +85,4 @@ def test_comm(tmp_path: Path) -> None:
 
 def test_comm_counts_experts(shoal: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert shoal("bench", "comm", "--experts", 4, "--top-k", 8) == 2
-    assert capsys.readouterr().err == "error: --top-k 8 is more than --experts 4: take fewer, or have more\n"
+    assert capsys.readouterr().err == "error: --top-k 8 is more than --experts 4: lower --top-k or raise --experts\n"

@@ -195,7 +195,7 @@ def test_failures_are_counted(bench: Bench, tmp_path: Path) -> None:
     }
     assert report["errors"]["HTTP 500"]["example"] == "out of luck"
     assert report["errors"]["error in stream"]["example"] == "rank 1 died"
-    assert report["errors"]["timeout"]["example"] == "no end after 2 s and 1 chunks"
+    assert report["errors"]["timeout"]["example"] == "not complete after 2 s and 1 chunks"
     assert "HTTP 500: out of luck" in {json.loads(line)["error"] for line in log.read_text().splitlines()}
 
 
@@ -255,19 +255,19 @@ def refused(shoal: Shoal, capsys: Capture, *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--length-mix", "5"], "'5' is no mix of lengths"),
+        (["--length-mix", "5"], "'5' is not a mix of lengths"),
         (["--length-mix", "5:5", "--random-input-len", 5], "leave out --random-input-len"),
-        (["--slo", "ttft"], "--slo 'ttft' is no limit"),
+        (["--slo", "ttft"], "--slo 'ttft' is not a limit"),
         (["--slo", "x:5"], "NAME is ttft, tpot, e2e"),
-        (["--slo", "ttft:nan"], "is no limit"),
+        (["--slo", "ttft:nan"], "is not a limit"),
         (["--percentiles", "50,x"], "--percentiles has 'x'"),
         (["--percentiles", "101"], "--percentiles has '101'"),
         (["--request-rate", "nan"], "--request-rate nan"),
         (["--request-rate", "0"], "0.0 is not in the range"),
         (["--timeout", "inf"], "--timeout inf"),
-        (["--duration", "5"], "give --request-rate, --max-concurrency or --num-prompts"),
-        (["--token-ids", "--endpoint", "chat"], "--token-ids goes with --endpoint completions"),
-        (["--plot", "x.bmp"], "--plot x.bmp has to end with"),
+        (["--duration", "5"], "add --request-rate, --max-concurrency or --num-prompts"),
+        (["--token-ids", "--endpoint", "chat"], "--token-ids needs --endpoint completions"),
+        (["--plot", "x.bmp"], "--plot x.bmp must end with"),
         (["--output", "/nowhere/x"], "--output /nowhere/x can't be written"),
         (["--request-log-in", "/nowhere/x"], "can't be read: No such file"),
     ],
@@ -277,7 +277,7 @@ def test_bad_flags(shoal: Shoal, capsys: Capture, flags: list[object], said: str
 
 
 def test_bad_addresses(shoal: Shoal, capsys: Capture) -> None:
-    assert "is no address of a server" in refused(shoal, capsys, "ftp://x")
+    assert "is not the address of a server" in refused(shoal, capsys, "ftp://x")
     with socket.socket() as taken:  # bound, and not listening
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -286,7 +286,7 @@ def test_bad_addresses(shoal: Shoal, capsys: Capture) -> None:
 
 def test_a_server_without_a_list_of_models(shoal: Shoal, capsys: Capture) -> None:
     with OpenAIServer(models=False) as server:
-        assert "has no list of models: name one by --model" in refused(shoal, capsys, server.url)
+        assert "has no list of models: give the model's name with --model" in refused(shoal, capsys, server.url)
         assert shoal("bench", "serve", server.url, "--model", "any", "--num-prompts", 1) == 0
         assert server.texts[0]["model"] == "any"
 
@@ -301,7 +301,7 @@ def test_token_ids_are_no_chat(shoal: Shoal, capsys: Capture, tmp_path: Path) ->
     log = tmp_path / "log.jsonl"
     log.write_text('{"arrival_s": 0, "prompt": [1], "max_tokens": 1}\n')
     flags = ["--endpoint", "chat", "--request-log-in", log]
-    assert "has token ids, which no chat takes" in refused(shoal, capsys, "http://127.0.0.1:1", *flags)
+    assert "has token ids, which --endpoint chat can't send" in refused(shoal, capsys, "http://127.0.0.1:1", *flags)
 
 
 def test_duration(bench: Bench) -> None:
@@ -323,7 +323,7 @@ def test_what_the_server_refuses(shoal: Shoal, capsys: Capture) -> None:
         assert "answers 401: a key is wanted" in refused(shoal, capsys, server.url)
         key = [server.url, "--api-key", "k"]
         assert "has no model 'x'; it serves fake" in refused(shoal, capsys, *key, "--model", "x")
-        assert "up to 192 tokens with their outputs, but the model takes 100" in refused(shoal, capsys, *key)
+        assert "up to 192 tokens with their outputs, but the model takes at most 100" in refused(shoal, capsys, *key)
         short = ["--random-input-len", 9, "--random-output-len", 9]
         assert "fails a first request: HTTP 404: no such model" in refused(shoal, capsys, *key, *short)
 

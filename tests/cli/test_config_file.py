@@ -163,7 +163,7 @@ def test_names_of_vllm_come_behind_ours(seen: Any, monkeypatch: pytest.MonkeyPat
         ("chat: 1", "chat takes true or false, got 1"),
         ("output: 1", "output takes a text, got 1"),
         ("model: 1", "model takes a text, got 1"),
-        ("logit-bias: '{'", "logit-bias: '{' is no JSON"),
+        ("logit-bias: '{'", "logit-bias: '{' is not JSON"),
         ("stop-token-ids: a,b", "'a,b' is no list of token ids"),
         ("top-p: 1\ntop_p: 0.5", "top_p is given twice"),
         ("seed: 1\nseed: 2", ", line 2: seed is given twice"),

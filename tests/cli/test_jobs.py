@@ -179,7 +179,7 @@ def test_a_resume_file_of_other_prompts(
     monkeypatch.setattr("shoal.cli.generate.LLM", no_engine)
     for change, flags, says in [
         ("1 + 1 =\n2 + 3 =\n", [], "line 2 (index 1) answers another prompt than"),
-        ("1 + 1 =\n", [], "answers 1 more than there are"),
+        ("1 + 1 =\n", [], "has 1 more answers than there are prompts"),
         ("1 + 1 =\n2 + 2 =\n", ["--top-k", 3], "line 1 (index 0) was made with other sampling parameters"),
     ]:
         prompts.write_text(change)

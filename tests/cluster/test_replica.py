@@ -184,7 +184,7 @@ def test_nobody_waits_for_the_end_of_one_that_failed_but_who_closes_it(frame: by
     host = Slow()
     replica = Replica(host, bare_plan(), name="replica 0", answer_timeout=60)
     host.answer(frame)
-    with pytest.raises(EngineError, match=r"replica 0 was killed|it failed|nobody understands"):
+    with pytest.raises(EngineError, match=r"replica 0 was killed|it failed|cannot be decoded"):
         replica.updates(60)
     replica.abandon()
     assert not host.gone.is_set()

@@ -7,18 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.config.engine_options import (
-    EngineOptions,
-    Option,
-    SpeculativeConfig,
-    agreed,
-    format_bytes,
-    from_environment,
-    options,
-    parse_bytes,
-    strange_variables,
-)
+from shoal.config.engine_options import EngineOptions, from_environment, options, strange_variables
+from shoal.config.option import Option
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.errors import ConfigError
+from shoal.values import format_bytes, parse_bytes
 from support.fakes import steady
 
 HUGE = 10**5000  # too long for Python to print, and larger than every float
@@ -140,12 +133,6 @@ def test_speculation_takes_the_keys_of_its_method() -> None:
 def test_the_largest_values_are_taken() -> None:
     assert KNOWN["seed"].check(2**63 - 1) == 2**63 - 1
     assert KNOWN["tensor_parallel_split"].check([10**6, 1]) == (10**6, 1)
-
-
-def test_processes_of_a_job_must_have_the_same_tokenizer() -> None:
-    """Grammars are compiled for it where replicas run, and texts are read with it at the front end."""
-    told = agreed(EngineOptions.from_flat("m", {"tokenizer": "org/other", "tokenizer_revision": "a"}))
-    assert (told["--tokenizer"], told["--tokenizer-revision"]) == ("org/other", "a")
 
 
 def test_near_types_are_taken() -> None:

@@ -12,7 +12,7 @@ from conformance.test_sameness import make_prompts
 from shoal import LLM, RequestOutput, SamplingParams
 from shoal.errors import ClosedError, ReplicasFailed
 from shoal.jobs.entries import JobEntry
-from shoal.jobs.parameters import Parameters
+from shoal.jobs.parameters import JobParameters
 from shoal.jobs.run_job import JobRun
 from shoal.params import BeamSearchParams
 
@@ -108,7 +108,7 @@ def test_jobs_over_a_window(folder: Path) -> None:
     entries = [JobEntry(i, f"line {i}", prompt={"prompt_token_ids": [5 + i % 200, 7, i % 11]}) for i in range(2500)]
 
     def run(llm: LLM) -> dict[int, tuple[int, ...]]:
-        parameters = Parameters(params, {}, llm.default_sampling_params)
+        parameters = JobParameters(params, {}, llm.default_sampling_params)
         results = list(JobRun(llm, parameters, seed=3)(iter(entries), ordered=True))
         assert [entry.index for entry, _, _ in results] == list(range(len(entries)))
         return {entry.index: output.outputs[0].token_ids for entry, _, output in results}

@@ -1,26 +1,32 @@
 """The replicas of a host without a front end: what one's end means to the others. Processes of a few lines."""
 
+import dataclasses
+import socket
+from pathlib import Path
+
 import pytest
 
 from shoal.cluster.members.supervised import RunState
+from shoal.config.engine_options import EngineOptions
+from shoal.devices import cpu
 from shoal.errors import EngineError, UserError
 from shoal.launch.deployment import Deployment
-from shoal.launch.headless import HeadlessHost, HeadlessReplica
-from shoal.launch.open_model import OpenModel, open_model
+from shoal.launch.headless import HeadlessHost, HeadlessReplica, headless_setups
 from shoal.transport.channel import Channel
 from shoal.wire.engine import EngineFailure
-from shoal.wire.plan import EnginePlan
+from shoal.wire.hosts import HeadlessSetup, HostFacts
 from support.fakes import FakeClock
 
 
 class FakeProcess:
     """Runs until `ends` is called."""
 
-    def __init__(self, plan: EnginePlan, pid: int) -> None:
-        self.place = plan.place
+    def __init__(self, setup: HeadlessSetup, pid: int, *, together: bool) -> None:
+        self.place = setup.place
         self.pid = pid
-        self.drew = False
+        self.drew_tokens = False
         self.is_ready = False
+        self.shares_experts = together
         self.failure: EngineFailure | None = None
         self.exit_code: int | None = None
         self.is_stopped = False
@@ -55,17 +61,18 @@ class FakeProcess:
 class World:
     """Replicas 1 and 2 of 3."""
 
-    def __init__(self, model: OpenModel, *, together: bool = False, no_room: bool = False) -> None:
+    def __init__(self, setups: list[HeadlessSetup], *, together: bool = False, no_room: bool = False) -> None:
         self.no_room = no_room  # can none be started?
+        self.together = together
         self.clock = FakeClock()
         self.processes: list[FakeProcess] = []  # in the order of their starts
-        self.host = HeadlessHost(model, Deployment.of(model.options), self._launch, self.clock, together=together)
+        self.host = HeadlessHost(setups, self._launch, self.clock, max_restarts=20)
         self.host.start()
 
-    def _launch(self, plan: EnginePlan) -> FakeProcess:
+    def _launch(self, setup: HeadlessSetup) -> FakeProcess:
         if self.no_room:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        self.processes.append(FakeProcess(plan, pid=4711 + len(self.processes)))
+        self.processes.append(FakeProcess(setup, pid=4711 + len(self.processes), together=self.together))
         return self.processes[-1]
 
     def replica(self, number: int) -> HeadlessReplica:
@@ -85,23 +92,41 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def model() -> OpenModel:
+def setups() -> list[HeadlessSetup]:
     where = {"data_parallel_address": "127.0.0.1", "data_parallel_size": 3, "data_parallel_start_rank": 1}
-    return open_model(None, {"headless": True, "max_model_len": 256, **where}, online=True)
+    given = {"headless": True, "max_model_len": 256, **where}
+    options = EngineOptions.from_flat(None, given)
+    return headless_setups(options, given, Deployment.of(options))
+
+
+def test_a_host_reports_what_it_has_and_was_given(setups: list[HeadlessSetup]) -> None:
+    """The key is proved, and never sent."""
+    assert [setup.place.rank for setup in setups] == [1, 2]
+    assert [(setup.report.local_rank, setup.report.local_size) for setup in setups] == [(0, 2), (1, 2)]
+    report = setups[0].report
+    hardware = dataclasses.replace(cpu.discover(), host_memory_available=report.facts.hardware.host_memory_available)
+    assert report.facts == HostFacts(socket.gethostname(), hardware)
+    assert report.options["max_model_len"] == 256
+    assert Path(report.files.folder).is_absolute()
+    assert {"version of Shoal", "--block-size", "config.json", "set of weights", "tokenizer"} <= setups[
+        0
+    ].agreement.keys()
 
 
 @pytest.mark.parametrize(("user_error", "kind"), [(True, UserError), (False, EngineError)])
-def test_what_fails_before_any_was_ready_ends_all(model: OpenModel, user_error: bool, kind: type[Exception]) -> None:
-    world = World(model)
+def test_what_fails_before_any_was_ready_ends_all(
+    setups: list[HeadlessSetup], user_error: bool, kind: type[Exception]
+) -> None:
+    world = World(setups)
     world.processes[1].ends("refused", user_error=user_error)
     with pytest.raises(kind, match="replica 2: refused"):
         world.host.look()
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_one_that_ends_just_after_it_was_ready_comes_back(model: OpenModel, stopped: bool) -> None:
+def test_one_that_ends_just_after_it_was_ready_comes_back(setups: list[HeadlessSetup], stopped: bool) -> None:
     """Its word and its end are read in one go."""
-    world = World(model)
+    world = World(setups)
     process = world.processes[0]
     process.is_unread = True
     if stopped:
@@ -114,8 +139,8 @@ def test_one_that_ends_just_after_it_was_ready_comes_back(model: OpenModel, stop
 
 
 @pytest.mark.parametrize("user_error", [True, False])
-def test_what_fails_beside_one_that_was_ready_fails_alone(model: OpenModel, user_error: bool) -> None:
-    world = World(model)
+def test_what_fails_beside_one_that_was_ready_fails_alone(setups: list[HeadlessSetup], user_error: bool) -> None:
+    world = World(setups)
     world.is_ready(0)
     world.processes[1].ends("it is there already", user_error=user_error)
     world.look()
@@ -126,8 +151,8 @@ def test_what_fails_beside_one_that_was_ready_fails_alone(model: OpenModel, user
     assert world.host.any_left()
 
 
-def test_none_that_is_left_is_an_error_of_the_kind_that_ended_them(model: OpenModel) -> None:
-    world = World(model)
+def test_none_that_is_left_is_an_error_of_the_kind_that_ended_them(setups: list[HeadlessSetup]) -> None:
+    world = World(setups)
     world.is_ready(0, 1)
     for process in world.processes:
         process.ends("its --block-size is 16", user_error=True)
@@ -138,8 +163,8 @@ def test_none_that_is_left_is_an_error_of_the_kind_that_ended_them(model: OpenMo
         world.host.any_left()
 
 
-def test_a_front_end_may_take_out_all(model: OpenModel) -> None:
-    world = World(model)
+def test_a_front_end_may_take_out_all(setups: list[HeadlessSetup]) -> None:
+    world = World(setups)
     world.is_ready(0, 1)
     for process in world.processes:
         process.ends(code=0)
@@ -148,8 +173,8 @@ def test_a_front_end_may_take_out_all(model: OpenModel) -> None:
     assert len(world.processes) == 2
 
 
-def test_who_was_ready_comes_back_and_says_that_it_was_there(model: OpenModel) -> None:
-    world = World(model)
+def test_who_was_ready_comes_back_and_says_that_it_was_there(setups: list[HeadlessSetup]) -> None:
+    world = World(setups)
     assert [process.place.returning for process in world.processes] == [False, False]
     world.is_ready(0, 1)
     world.processes[0].ends("the rendezvous has gone")
@@ -158,17 +183,17 @@ def test_who_was_ready_comes_back_and_says_that_it_was_there(model: OpenModel) -
 
 
 @pytest.mark.parametrize("drew", [True, False])
-def test_one_that_has_drawn_a_token_comes_back_without_a_pause(model: OpenModel, drew: bool) -> None:
-    world = World(model)
+def test_one_that_has_drawn_a_token_comes_back_without_a_pause(setups: list[HeadlessSetup], drew: bool) -> None:
+    world = World(setups)
     world.is_ready(0, 1)
-    world.processes[0].drew = drew
+    world.processes[0].drew_tokens = drew
     world.processes[0].ends("rank 0 was killed by SIGKILL")
     world.host.look()
     assert world.host.pause == (0.0 if drew else 0.5)
 
 
-def test_of_those_that_compute_together_one_that_was_ready_is_enough(model: OpenModel) -> None:
-    world = World(model, together=True)
+def test_of_those_that_compute_together_one_that_was_ready_is_enough(setups: list[HeadlessSetup]) -> None:
+    world = World(setups, together=True)
     world.is_ready(0)
     for process in world.processes:
         process.ends("the rendezvous has gone")
@@ -179,8 +204,8 @@ def test_of_those_that_compute_together_one_that_was_ready_is_enough(model: Open
         world.host.look()
 
 
-def test_a_process_that_can_not_be_started_is_tried_again(model: OpenModel) -> None:
-    world = World(model)
+def test_a_process_that_can_not_be_started_is_tried_again(setups: list[HeadlessSetup]) -> None:
+    world = World(setups)
     world.is_ready(0, 1)
     world.processes[0].ends("out of memory")
     world.no_room = True
@@ -192,6 +217,6 @@ def test_a_process_that_can_not_be_started_is_tried_again(model: OpenModel) -> N
     assert len(world.processes) == 3
 
 
-def test_a_process_that_can_not_be_started_at_all(model: OpenModel) -> None:
+def test_a_process_that_can_not_be_started_at_all(setups: list[HeadlessSetup]) -> None:
     with pytest.raises(EngineError, match=r"replica 1 can't be started: .*Resource temporarily unavailable"):
-        World(model, no_room=True)
+        World(setups, no_room=True)

@@ -17,6 +17,7 @@ from shoal.errors import CheckpointError
 from shoal.models.checkpoint.checkpoint import PICKLED_SINGLE, SINGLE, Checkpoint, open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights
 from shoal.models.checkpoint.stored_file import split_into_reads
+from shoal.models.checkpoint.torch_files import list_here
 from shoal.models.manifest import Cut, Param, Piece, Shard, keeps_embedding, manifest, shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import (
@@ -249,7 +250,7 @@ def test_pickled_weights(tmp_path: Path, stored: torch.dtype, legacy: bool) -> N
     turned = "model.layers.0.mlp.down_proj.weight"
     saved = {**wholes, turned: wholes[turned].t().contiguous().t(), "mask": torch.ones(1, dtype=torch.uint8).expand(9)}
     torch.save(saved, tmp_path / PICKLED_SINGLE, _use_new_zipfile_serialization=not legacy)
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path, read_pickled=list_here)
     assert (checkpoint.tensors[turned].strides or ())[0] == 1
     for tp in (1, 3):
         ranks = [(shard, CheckpointWeights(checkpoint, params, shard, stored)) for shard in shards(SPEC, tp)]

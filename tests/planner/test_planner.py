@@ -22,12 +22,13 @@ from shoal.models.registry import read_spec
 from shoal.parallel.mesh import make_mesh
 from shoal.parallel.topology import Topology
 from shoal.planner.host_devices import discover
+from shoal.planner.model_reader import ModelReader
 from shoal.planner.planner import Planner
 from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ReplicaPlace
 from shoal.worker.rank_model import RankModel
 from support.checkpoints import SIZES
 from support.gpus import pose_as_host_with
-from support.plans import GIB, engine_plan, host, planner_of, setup_of
+from support.plans import GIB, engine_plan, facts, host, planner_of, setup_of
 
 Checkpoint = Callable[[str], Path]
 
@@ -563,7 +564,8 @@ def test_flags_of_experts_without_effect_give_a_warning(checkpoint: Checkpoint) 
 def with_draft(folder: Path, draft: Path, **options: Any) -> EnginePlan:
     options = {"speculative_config": {"model": str(draft), "num_speculative_tokens": 3}, **options}
     parsed = EngineOptions.from_flat(str(folder), options)
-    return Planner(parsed, ModelFiles(str(folder), str(draft)), host(), ReplicaPlace()).first_plan
+    reader = ModelReader(parsed.model_options, ModelFiles(str(folder), str(draft)))
+    return Planner(parsed, reader, facts(), ReplicaPlace()).first_plan
 
 
 def test_a_draft_model_is_counted(checkpoint: Checkpoint) -> None:
@@ -602,9 +604,9 @@ def test_a_draft_model_must_fit_the_model(checkpoint: Checkpoint, tmp_path: Path
 # --- visible GPUs -------------------------------------------------------------------------------------------------
 
 
-def test_ranks_get_visible_gpus(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab,9")
-    gpus = host(device="cuda", device_memory=80 * GIB, devices_shareable=False, visible=("3", "GPU-ab"))
+def test_ranks_get_visible_gpus(checkpoint: Checkpoint) -> None:
+    visible: dict[str, Any] = {"visible_devices": "3,GPU-ab,9", "visible": ("3", "GPU-ab")}
+    gpus = host(device="cuda", device_memory=80 * GIB, devices_shareable=False, **visible)
     found = plan(checkpoint("llama"), gpus, tensor_parallel_size=2)
     assert "rank 0 on cuda:0 (CUDA_VISIBLE_DEVICES entry 3)" in found.reasons
     assert "rank 1 on cuda:1 (CUDA_VISIBLE_DEVICES entry GPU-ab)" in found.reasons

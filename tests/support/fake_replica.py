@@ -31,7 +31,7 @@ class FakeReplica:
         self.name = f"replica {number}"
         self.died = True
         self.snapshot: EngineStats | None = None
-        self.words = 0
+        self.num_messages = 0
         self.held: dict[int, EngineRequest] = {}
         self.drawn: dict[int, list[int]] = {}
         self.aborted: list[int] = []
@@ -69,7 +69,7 @@ class FakeReplica:
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_alive()
-        self.words += 1
+        self.num_messages += 1
         found = [SeqUpdate(seq, (), finish=Finish.ABORT) for seq in self.aborted if seq in self.held]
         for update in found:
             del self.held[update.seq]
@@ -111,7 +111,7 @@ class FakeReplica:
         answers, self._answers = self._answers, []
         return answers
 
-    def become(self, activity: Activity) -> None:
+    def set_activity(self, activity: Activity) -> None:
         self.activity = activity
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from shoal import env
 from shoal.config.engine_options import EngineOptions
 from shoal.devices.hardware import Hardware
+from shoal.planner.model_reader import ModelReader
 from shoal.planner.planner import Planner
 from shoal.wire.base import WIRE_VERSION, replace_fields
+from shoal.wire.hosts import HostFacts
 from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ModelPlan, RankPlan, ReplicaPlace, ShardPlan, Timeouts
 from shoal.wire.ranks import RankSetup
 
@@ -27,6 +30,11 @@ def host(**changes: Any) -> Hardware:
     return Hardware(**{**facts, **changes})
 
 
+def facts(hardware: Hardware | None = None, **changes: Any) -> HostFacts:
+    """The facts about a made-up host, which is `host()` if no hardware is given, and has our environment."""
+    return replace_fields(HostFacts("here", hardware or host(), env.cpu_kv_cache_bytes()), **changes)
+
+
 def planner_of(
     folder: Path | str, place: ReplicaPlace | None = None, hardware: Hardware | None = None, **options: Any
 ) -> Planner:
@@ -34,7 +42,8 @@ def planner_of(
     parsed = EngineOptions.from_flat(str(folder), options)
     count = parsed.parallel.data_parallel_size
     place = place or ReplicaPlace(size=count, local_size=count)
-    return Planner(parsed, ModelFiles(str(folder)), hardware or host(), place)
+    reader = ModelReader(parsed.model_options, ModelFiles(str(folder)))
+    return Planner(parsed, reader, facts(hardware), place)
 
 
 def engine_plan(

@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
-from shoal.config.engine_options import format_bytes
-from shoal.launch.deployment import Deployment
-from shoal.launch.launchers import place_of
+from shoal.launch.deployment import Deployment, place_of
 from shoal.launch.open_model import OpenModel, open_model
+from shoal.values import format_bytes
 from shoal.wire.base import as_json
 from shoal.wire.plan import EnginePlan, RankPlan
 
@@ -41,7 +40,7 @@ def plan(model: str | None, as_objects: bool, **flags: Any) -> None:
 def plans_of(model: OpenModel) -> list[EnginePlan]:
     """Return the plan of every replica of this host; of a front end without replicas, the one that it goes by."""
     local = Deployment.of(model.options).local
-    return [model.plan_at(place_of(model, number, local)) for number in local] or [model.plan]
+    return [model.plan_at(place_of(model.num_replicas, number, local)) for number in local] or [model.plan]
 
 
 def _public(plan: EnginePlan) -> dict[str, Any]:

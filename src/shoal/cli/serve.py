@@ -9,10 +9,9 @@ import click
 from shoal import env
 from shoal.cli.numbers import FloatRange, IntRange
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
-from shoal.config.engine_options import parse_bytes
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
-from shoal.values import shown
+from shoal.values import parse_bytes, shown
 
 _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -184,11 +183,12 @@ def serve(
         allowed_origins=_origins(allowed_origins),
     )
     listening = Listening(host, port, uvicorn_log_level, ssl_keyfile, ssl_certfile)
-    opened = open_model(model, engine_values(flags), own_process=True, online=True)
-    if opened.options.hosts.headless:
+    values = engine_values(flags)
+    if values.get("headless"):
         from shoal.launch import headless
 
-        return headless.run(opened)
+        return headless.run(model, values)
+    opened = open_model(model, values, own_process=True, online=True)
     return run(opened, settings, listening, api_server_count=api_server_count, shutdown_timeout=shutdown_timeout)
 
 

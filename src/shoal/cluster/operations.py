@@ -81,7 +81,7 @@ class Operations:
         except UserError as error:
             done(error)
 
-    def become(self, activity: Activity, done: Done) -> None:
+    def set_activity(self, activity: Activity, done: Done) -> None:
         """All are to be at this, whatever they are at."""
         self._enter(_Operation("become", lambda _: activity, done))
 

@@ -48,7 +48,7 @@ class ReplicaClient(EngineClient, Protocol):
     name: str
     died: bool
     snapshot: EngineStats | None
-    words: int  # how often it has said something
+    num_messages: int  # how many times its engine has sent something
 
     @property
     def channel(self) -> Channel: ...
@@ -240,9 +240,9 @@ class ReplicaSet:
         """Begins an operation, which goes on with `updates`; `done` is told how it ended."""
         self._operations.begin(wanted, done)
 
-    def become(self, activity: Activity) -> None:
+    def set_activity(self, activity: Activity) -> None:
         """As of an EngineClient."""
-        self._await(lambda done: self._operations.become(activity, done))
+        self._await(lambda done: self._operations.set_activity(activity, done))
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
         """As of an EngineClient."""

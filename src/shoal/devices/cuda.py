@@ -47,6 +47,7 @@ def discover(num_devices: int | None = None) -> Hardware | None:
         device_memory=min(memories) if len(memories) == len(gpus) else None,
         devices_shareable=False,
         limits=host.limits,
+        visible_devices=variable,
         visible=() if variable is None else tuple(gpu.name for gpu in gpus),
     )
 

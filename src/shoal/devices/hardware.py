@@ -15,5 +15,6 @@ class Hardware:
     host_memory_available: int
     device_memory: int | None
     devices_shareable: bool  # may several ranks use one device?
+    visible_devices: str | None = None  # the value of CUDA_VISIBLE_DEVICES; None: it is not set
     visible: tuple[str, ...] = ()  # how CUDA_VISIBLE_DEVICES names the devices, where it is set
     limits: tuple[str, ...] = ()  # why it is less than the machine has, in words

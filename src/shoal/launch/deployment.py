@@ -88,6 +88,21 @@ class Deployment:
         return ReplicaPlace(self.local[0] if self.local else 0, self.size, local_size=len(self.local))
 
 
+def place_of(size: int, number: int, local: Sequence[int] | None = None) -> ReplicaPlace:
+    """Return the place of one replica.
+
+    Args:
+        size: the number of replicas that were planned.
+        number: the number of the replica. One that was not planned belongs to a replica that was added later.
+        local: the numbers of the replicas on this host; None: all replicas are here.
+    """
+    size = max(size, number + 1)
+    if local is None or len(local) == size:
+        return ReplicaPlace(number, size, local_rank=number, local_size=size)
+    position = local.index(number) if number in local else len(local)
+    return ReplicaPlace(number, size, local_rank=position, local_size=max(len(local), position + 1))
+
+
 def _mode(hosts: HostOptions, size: int) -> Mode:
     number, start = hosts.data_parallel_rank, hosts.data_parallel_start_rank
     if hosts.headless and hosts.data_parallel_hybrid_lb:

@@ -3,23 +3,26 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.cluster.members.replica import close_all
 from shoal.cluster.members.restarts import Restarts
 from shoal.cluster.members.supervised import RunState, Supervised
+from shoal.config.engine_options import EngineOptions
 from shoal.errors import EngineError, ShoalError, UserError
-from shoal.launch.deployment import Deployment
-from shoal.launch.launchers import place_of
-from shoal.launch.open_model import OpenModel
+from shoal.launch.agreement import host_agreement
+from shoal.launch.deployment import Deployment, place_of
+from shoal.launch.open_model import locate_files, locate_tokenizer, read_options, refuse_manual_place
 from shoal.log import get_logger
+from shoal.planner.host_devices import describe_host
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import ChildProcess
 from shoal.wire.base import Stop, encode, replace_fields
-from shoal.wire.engine import EngineFailure, EngineStats, FromEngine, Snapshot, from_engine
-from shoal.wire.plan import EnginePlan
+from shoal.wire.engine import EngineFailure, EngineStats, Snapshot
+from shoal.wire.hosts import HeadlessSetup, HostReport, PlanReceived, ToSupervisor, to_supervisor
 
 log = get_logger("headless")
 
@@ -28,19 +31,28 @@ _USEFUL_S = 60.0  # a run in which a replica was ready for so long was useful, w
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def run(model: OpenModel) -> int:
+def run(model: str | None, given: Mapping[str, Any]) -> int:
     """Run this host's replicas until a signal comes, or the front end wants none of them any more. Return exit code 0.
+
+    The front end plans the replicas. This process finds the model, and reports what the host has.
+
+    Args:
+        model, given: as for `open_model`.
 
     Raises:
         UserError: before any was ready, the front end refuses one, or one can't work; or none is left for that.
         EngineError: before any was ready, one could not start; or none is left that could be started again.
     """
-    model.log_plan()
-    deployment = Deployment.of(model.options)
-    numbers = _listed(deployment.local)
-    log.info("replicas %s of %d for the front end at %s", numbers, deployment.size, deployment.address)
+    options, given = read_options(model, given, online=True)
+    refuse_manual_place(options)
+    deployment = Deployment.of(options)
+    setups = headless_setups(options, given, deployment)
+    log.info(
+        *("replicas %s of %d for the front end at %s", _listed(deployment.local)),
+        *(deployment.size, deployment.address),
+    )
     with _SignalEvent() as signals:
-        host = HeadlessHost(model, deployment, together=model.plan.layout.shares_experts)
+        host = HeadlessHost(setups, max_restarts=options.serving.max_restarts)
         try:
             host.start()
             while not signals.came and host.any_left():
@@ -50,18 +62,41 @@ def run(model: OpenModel) -> int:
         finally:
             host.close()
     if signals.came:
-        log.info("ends, as it was told to")
+        log.info("ended by a signal")
     else:
         log.info("the front end has taken out all replicas of this host")
     return 0
 
 
+def headless_setups(options: EngineOptions, given: Mapping[str, Any], deployment: Deployment) -> list[HeadlessSetup]:
+    """Return the first message to the process of each replica of this host.
+
+    Raises:
+        UserError: the model cannot be found or read, or this host does not have the devices that the options name.
+    """
+    files = locate_files(options)
+    tokenizer = str(locate_tokenizer(options, Path(files.folder)))
+    facts = describe_host(options)
+    agreement = host_agreement(options, files, tokenizer)
+    places = [place_of(deployment.size, number, deployment.local) for number in deployment.local]
+    return [
+        HeadlessSetup(
+            place=replace_fields(place, rendezvous=str(deployment.address), key=deployment.key),
+            report=HostReport(facts, files, tokenizer, dict(given), place.local_rank, place.local_size),
+            agreement=agreement,
+            start_s=options.parallel.start_timeout,
+        )
+        for place in places
+    ]
+
+
 class HeadlessProcess(Protocol):
     """One run of a replica, in a process."""
 
-    drew: bool  # a token
+    drew_tokens: bool  # it has generated at least one token
     is_ready: bool
-    failure: EngineFailure | None  # its last words
+    failure: EngineFailure | None  # the failure that it reported before it ended
+    shares_experts: bool  # the front end says that no replica works without the others
 
     @property
     def pid(self) -> int: ...
@@ -70,7 +105,7 @@ class HeadlessProcess(Protocol):
     def channel(self) -> Channel: ...
 
     def listen(self) -> bool:
-        """Take in what it has said. False: it has ended."""
+        """Read its messages. Return False if it has ended."""
 
     def stopped(self) -> bool: ...
 
@@ -87,12 +122,13 @@ class HeadlessProcess(Protocol):
 class _ReplicaProcess:
     """A child process with a replica."""
 
-    def __init__(self, plan: EnginePlan) -> None:
-        self.drew = False
+    def __init__(self, setup: HeadlessSetup) -> None:
+        self.drew_tokens = False
+        self.shares_experts = False
         self.is_ready = False
         self.failure: EngineFailure | None = None
         self._child = ChildProcess("shoal.engine.remote_process")
-        self._child.say(encode(plan))
+        self._child.say(encode(setup))
 
     @property
     def pid(self) -> int:
@@ -105,17 +141,19 @@ class _ReplicaProcess:
     def listen(self) -> bool:
         try:
             for frame in self._child.channel.receive():
-                self._take(from_engine.decode(frame))
+                self._take(to_supervisor.decode(frame))
         except ChannelClosed:
             return False
         return self.failure is None
 
-    def _take(self, message: FromEngine) -> None:
+    def _take(self, message: ToSupervisor) -> None:
         match message:
+            case PlanReceived():
+                self.shares_experts = message.shares_experts
             case EngineStats():
                 self.is_ready = True
             case Snapshot():
-                self.drew |= message.stats.generated_tokens > 0
+                self.drew_tokens |= message.stats.generated_tokens > 0
             case EngineFailure():
                 self.failure = message
 
@@ -141,9 +179,12 @@ class _ReplicaProcess:
 class HeadlessReplica(Supervised):
     """A replica of this host, which a front end elsewhere uses."""
 
-    number: int
-    plan: EnginePlan
+    setup: HeadlessSetup
     process: HeadlessProcess | None = None  # None: it does not run
+
+    @property
+    def number(self) -> int:
+        return self.setup.place.rank
 
 
 class HeadlessHost:
@@ -151,26 +192,18 @@ class HeadlessHost:
 
     def __init__(
         self,
-        model: OpenModel,
-        deployment: Deployment,
-        launch: Callable[[EnginePlan], HeadlessProcess] = _ReplicaProcess,
+        setups: Sequence[HeadlessSetup],
+        launch: Callable[[HeadlessSetup], HeadlessProcess] = _ReplicaProcess,
         clock: Callable[[], float] = time.monotonic,
         *,
-        together: bool = False,
+        max_restarts: int,
     ) -> None:
-        """`together`: the replicas share experts, and none works without the others."""
         self._launch = launch
         self._clock = clock
-        self._together = together
-        where = {"rendezvous": str(deployment.address), "key": deployment.key}
+        self._together = False  # the replicas share experts, and none works without the others
         self.replicas = [
-            HeadlessReplica(
-                number=number,
-                plan=model.plan_at(replace_fields(place_of(model, number, deployment.local), **where)),
-                restarts=Restarts(model.options.serving.max_restarts, "--max-restarts"),
-                useful_s=_USEFUL_S,
-            )
-            for number in deployment.local
+            HeadlessReplica(setup=setup, restarts=Restarts(max_restarts, "--max-restarts"), useful_s=_USEFUL_S)
+            for setup in setups
         ]
 
     def start(self) -> None:
@@ -233,14 +266,15 @@ class HeadlessHost:
 
     def _start(self, replica: HeadlessReplica) -> None:
         replica.started(self._clock())
-        place = replace_fields(replica.plan.place, returning=self._has_worked(replica))
+        place = replace_fields(replica.setup.place, returning=self._has_worked(replica))
         try:
-            replica.process = self._launch(replace_fields(replica.plan, place=place))
+            replica.process = self._launch(replace_fields(replica.setup, place=place))
         except OSError as error:  # no memory for a process, no descriptors
             self._end(replica, EngineError(f"replica {replica.number} can't be started: {error}"), useful=False)
 
     def _look_at(self, replica: HeadlessReplica, process: HeadlessProcess) -> None:
         goes_on = process.listen()  # first of all: what follows its end depends on whether it was ready
+        self._together |= process.shares_experts
         if process.is_ready and replica.state is RunState.STARTING:
             replica.became_ready(self._clock())
             log.info("replica %d (process %d) is ready", replica.number, process.pid)
@@ -256,7 +290,7 @@ class HeadlessHost:
             return
         kind = UserError if process.failure is not None and process.failure.user_error else EngineError
         why = f"process {process.pid} {why}" if process.failure is None else process.failure.error
-        useful = replica.was_useful(self._clock(), worked=process.drew)
+        useful = replica.was_useful(self._clock(), worked=process.drew_tokens)
         self._end(replica, kind(f"replica {replica.number}: {why}"), useful=useful)
 
     def _end(self, replica: HeadlessReplica, error: ShoalError, *, useful: bool) -> None:

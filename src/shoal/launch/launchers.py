@@ -9,11 +9,12 @@ from shoal.engine.build import build_engine
 from shoal.engine.core import EngineCore
 from shoal.engine.server import serve
 from shoal.executors.table import thread_groups
+from shoal.launch.deployment import place_of
 from shoal.launch.open_model import OpenModel
 from shoal.transport.channel import Channel
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineStats
-from shoal.wire.plan import EnginePlan, ReplicaPlace
+from shoal.wire.plan import EnginePlan
 
 ENGINE_PROCESS = "shoal.engine.process"
 _START_PHASES = 5  # each of which may take --start-timeout
@@ -59,7 +60,7 @@ class ProcessLauncher:
         Raises:
             ConfigError: this host does not have enough memory or devices for it.
         """
-        place, again = place_of(self._model, number, self._local), number in self._started
+        place, again = place_of(self._model.num_replicas, number, self._local), number in self._started
         if self._model.plan.layout.shares_experts or (number in self._compared and not again):
             place = replace_fields(place, rendezvous=self._rendezvous, key=self._key, returning=again)
         self._started.add(number)
@@ -93,22 +94,8 @@ class ThreadLauncher:
         def run(channel: Channel) -> None:
             serve(channel, lambda plan: locksteps[plan.place.rank] if locksteps else None, start)
 
-        plan = self._model.plan_at(place_of(self._model, number))
+        plan = self._model.plan_at(place_of(self._model.num_replicas, number))
         return EngineThread(run, plan, answer_timeout=answer_timeout(self._model))
-
-
-def place_of(model: OpenModel, number: int, local: Sequence[int] | None = None) -> ReplicaPlace:
-    """Return the place of one replica.
-
-    Args:
-        number: the number of the replica. One that was not planned belongs to a replica that was added later.
-        local: the numbers of the replicas on this host; None: all replicas are here.
-    """
-    size = max(model.options.parallel.data_parallel_size, number + 1)
-    if local is None or len(local) == size:
-        return ReplicaPlace(number, size, local_rank=number, local_size=size)
-    position = local.index(number) if number in local else len(local)
-    return ReplicaPlace(number, size, local_rank=position, local_size=max(len(local), position + 1))
 
 
 def capacity_of(model: OpenModel, stats: EngineStats) -> ReplicaCapacity:

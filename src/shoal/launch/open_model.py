@@ -14,15 +14,15 @@ from shoal import env
 from shoal.addresses import joined, refuse_hidden_loopback
 from shoal.config import vllm_options
 from shoal.config.engine_options import EngineOptions, refuse_online
-from shoal.devices import cpu
 from shoal.errors import ConfigError
 from shoal.launch import hub
+from shoal.launch.agreement import host_agreement, replica_agreement
 from shoal.launch.deployment import Deployment
 from shoal.log import get_logger
 from shoal.models.checkpoint.checkpoint import check_files
 from shoal.params import SamplingParams
-from shoal.planner.agreement import agreement
-from shoal.planner.host_devices import discover
+from shoal.planner.host_devices import describe_host
+from shoal.planner.model_reader import ModelReader
 from shoal.planner.planner import Planner
 from shoal.process import open_files
 from shoal.text.chat_template import ChatTemplate
@@ -33,6 +33,7 @@ from shoal.text.prompts import PromptReader
 from shoal.text.tokenizer import Tokenizer, open_other_tokenizer, open_tokenizer
 from shoal.values import shown
 from shoal.wire.base import replace_fields
+from shoal.wire.hosts import HostReport
 from shoal.wire.plan import EnginePlan, ModelFiles, ReplicaPlace, ServedModel
 
 log = get_logger("model")
@@ -69,19 +70,39 @@ class OpenModel:
         Raises:
             ConfigError: this host does not have enough memory or devices for it.
         """
-        plan = self._own_planner.plan(place)
-        compared = self.agreement if place.rendezvous else {}
-        return replace_fields(self._completed(plan), agreement=compared)
+        plan = self._completed(self._own_planner.plan(place))
+        return replace_fields(plan, agreement=replica_agreement(self.agreement, plan)) if place.rendezvous else plan
 
-    def _completed(self, plan: EnginePlan) -> EnginePlan:
+    def plan_elsewhere(self, number: int, size: int, report: HostReport) -> EnginePlan:
+        """Return the plan of a replica of another host, from the report of that host.
+
+        Args:
+            number: the number of the replica.
+            size: the number of all replicas.
+
+        Raises:
+            UserError: that host does not have enough memory or devices for it, or its options contradict each other.
+        """
+        options = EngineOptions.from_flat(self.options.model, report.options)
+        place = ReplicaPlace(number, size, local_rank=report.local_rank, local_size=report.local_size)
+        planner = self._own_planner.for_host(options, report.facts, place, report.files)
+        plan = self._completed(planner.first_plan, report.tokenizer_folder)
+        return replace_fields(plan, agreement=replica_agreement(self.agreement, plan))
+
+    def _completed(self, plan: EnginePlan, tokenizer_folder: str = "") -> EnginePlan:
         """Return the plan with what the planner does not read: names and texts."""
-        folder = self.served.tokenizer_folder
+        folder = tokenizer_folder or self.served.tokenizer_folder
         return replace_fields(plan, name=self.name, eos=self.generation.eos, tokenizer_folder=folder)
 
     @property
     def agreement(self) -> dict[str, str]:
-        """The versions, options and digests that all replicas must have in common (see `planner.agreement`)."""
-        return agreement(self.options, self._own_planner.first_plan)
+        """The versions, options and digests that all hosts must have in common (see `launch.agreement`)."""
+        return host_agreement(self.options, self._own_planner.files, self.served.tokenizer_folder)
+
+    @property
+    def num_replicas(self) -> int:
+        """The number of replicas on all hosts, as the options say."""
+        return self.options.parallel.data_parallel_size
 
     def log_plan(self) -> None:
         """Log the reasons and warnings of the plan."""
@@ -160,19 +181,15 @@ def open_model(
     Raises:
         UserError: model, options and host do not fit together; the message says why, and what to do.
     """
-    options, given = _read_options(model, given, online=online)
+    options, given = read_options(model, given, online=online)
+    if online:
+        refuse_manual_place(options)
     manual_place = _read_manual_place(options)
-    if online and manual_place is not None:
-        raise ConfigError(
-            f"SHOAL_DP_RANK={manual_place.rank} is for programs of which each is one replica: to serve one replica, "
-            f"use --data-parallel-size {manual_place.size} --data-parallel-rank {manual_place.rank}, and unset the "
-            "variable"
-        )
     planner = plan_host(options, manual_place or Deployment.of(options).place, files)
     plan = planner.first_plan
     served = ServedModel(
         folder=plan.model.folder,
-        tokenizer_folder=str(_find_tokenizer(options, Path(plan.model.folder))),
+        tokenizer_folder=str(locate_tokenizer(options, Path(plan.model.folder))),
         file_state=plan.model.file_state,
         overrides=plan.model.overrides,
         vocab_size=plan.vocab_size,
@@ -190,15 +207,20 @@ def open_served_model(model: str | None, given: Mapping[str, Any], served: Serve
     Raises:
         UserError: the model is missing, or its files have changed since it was planned.
     """
-    options, given = _read_options(model, given, online=True)
+    options, given = read_options(model, given, online=True)
     if served.file_state:
         check_files(Path(served.folder), served.file_state)
     return _open_served(options, given, served)
 
 
-def _read_options(
+def read_options(
     model: str | None, given: Mapping[str, Any], *, online: bool
 ) -> tuple[EngineOptions, Mapping[str, Any]]:
+    """Return the options, and what the user gave in Shoal's own names and forms.
+
+    Raises:
+        ConfigError: an option is unknown, or has a value that it can't have; or options contradict each other.
+    """
     open_files.occupy_standard()  # before anything opens a socket, which would get one of these descriptors
     if hub.is_shape(model):
         given = {"load_format": "dummy", **given}
@@ -224,6 +246,20 @@ def _open_served(options: EngineOptions, given: Mapping[str, Any], served: Serve
     else:
         tokenizer = open_other_tokenizer(Path(served.tokenizer_folder), served.vocab_size)
     return OpenModel(options, given, served, tokenizer, generation, planner=None)
+
+
+def refuse_manual_place(options: EngineOptions) -> None:
+    """Check that the variables SHOAL_DP_* are not set, for a server.
+
+    Raises:
+        ConfigError: they are set.
+    """
+    place = _read_manual_place(options)
+    if place is not None:
+        raise ConfigError(
+            f"SHOAL_DP_RANK={place.rank} is for programs of which each is one replica: to serve one replica, "
+            f"use --data-parallel-size {place.size} --data-parallel-rank {place.rank}, and unset the variable"
+        )
 
 
 def _read_manual_place(options: EngineOptions) -> ReplicaPlace | None:
@@ -265,12 +301,11 @@ def plan_host(options: EngineOptions, place: ReplicaPlace, files: ModelFiles | N
     Raises:
         UserError: model, options and host do not fit together.
     """
-    # A front end without replicas needs no devices, so it does not matter which are found.
-    hardware = discover(options) if place.local_size else cpu.discover()
-    return Planner(options, files or _locate_files(options), hardware, place)
+    reader = ModelReader(options.model_options, files or locate_files(options))
+    return Planner(options, reader, describe_host(options, has_replicas=place.local_size > 0), place)
 
 
-def _locate_files(options: EngineOptions) -> ModelFiles:
+def locate_files(options: EngineOptions) -> ModelFiles:
     """Find the folders of the model and its draft model, and download them if necessary.
 
     Raises:
@@ -296,7 +331,7 @@ def _warn_of_small_tokenizer(model: OpenModel) -> None:
         )
 
 
-def _find_tokenizer(options: EngineOptions, folder: Path) -> Path:
+def locate_tokenizer(options: EngineOptions, folder: Path) -> Path:
     """Return the folder of the tokenizer: the model's `folder`, unless the options name another one.
 
     Raises:

@@ -5,12 +5,11 @@ from contextlib import ExitStack
 
 from shoal.cluster.fleet import About, Fleet
 from shoal.cluster.limits import FleetLimits
-from shoal.cluster.members.arrival import FRONT_END, PEERS, FleetDoor, PeersDoor
+from shoal.cluster.members.doors import FRONT_END, PEERS, FleetDoor, PeersDoor
 from shoal.launch.deployment import Deployment, Mode
 from shoal.launch.launchers import ProcessLauncher, ThreadLauncher, answer_timeout, capacity_of, start_timeout
 from shoal.launch.offline_engines import KEY_BYTES
 from shoal.launch.open_model import OpenModel
-from shoal.planner.agreement import RANK_KEYS
 from shoal.protocols import Recorder
 from shoal.transport.rendezvous import Rendezvous
 
@@ -66,8 +65,8 @@ def _front_door(model: OpenModel, deployment: Deployment) -> FleetDoor | None:
         size=deployment.size,
         awaited=deployment.awaited,
         agreement=model.agreement,
+        make_plan=model.plan_elsewhere,
         answer_timeout=answer_timeout(model),
-        uncompared=() if deployment.local else RANK_KEYS,
     )
 
 

@@ -281,7 +281,7 @@ class LLM:
                 stats = self._client.stats()
                 if unfinished := stats.running + stats.waiting:
                     raise RequestError(f"{unfinished} requests are not finished: iterate over all their outputs first")
-            self._client.become(activity)
+            self._client.set_activity(activity)
             self._activity = activity
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:

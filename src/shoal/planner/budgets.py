@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from shoal import env
-from shoal.config.engine_options import EngineOptions, format_bytes
+from shoal.config.engine_options import EngineOptions
 from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
 from shoal.planner.memory import RankMemory
+from shoal.values import format_bytes
+from shoal.wire.hosts import HostFacts
 
 _CPU_KV_CEILING = 4 * 2**30  # the most that the KV caches of a CPU host get together by default, in bytes
 _CPU_KV_SHARE = 0.4  # ... and the most as a share of the available memory
@@ -15,7 +16,7 @@ _MORE_RANKS = "raise --tensor-parallel-size or --pipeline-parallel-size"
 
 def kv_budgets(
     options: EngineOptions,
-    hardware: Hardware,
+    host: HostFacts,
     ranks: Sequence[RankMemory],
     reasons: list[str],
     *,
@@ -35,7 +36,7 @@ def kv_budgets(
     Raises:
         ConfigError: it does not fit; the message says how much is missing, and which flags help.
     """
-    cache = options.cache
+    cache, hardware = options.cache, host.hardware
     budgets: tuple[int, ...]
     if cache.kv_cache_memory_bytes is not None:
         reasons.append(
@@ -50,7 +51,8 @@ def kv_budgets(
             _check_cuda_memory(options, hardware, number, rank)
         reasons.append("KV cache: what each GPU has left after weights and the largest step, which is measured")
         return (None,) * len(ranks)
-    elif (asked := env.cpu_kv_cache_bytes()) is not None:
+    elif host.cpu_kv_bytes is not None:
+        asked = host.cpu_kv_bytes
         reasons.append(f"KV cache of {format_bytes(asked)} per rank: as VLLM_CPU_KVCACHE_SPACE asks")
         budgets, way_out = (asked,) * len(ranks), "lower VLLM_CPU_KVCACHE_SPACE"
     else:
@@ -66,7 +68,7 @@ def kv_budgets(
 
 
 def budgets_of_added_replica(
-    options: EngineOptions, hardware: Hardware, ranks: Sequence[RankMemory], *, planned: int, replicas: int
+    options: EngineOptions, host: HostFacts, ranks: Sequence[RankMemory], *, planned: int, replicas: int
 ) -> tuple[int | None, ...] | None:
     """Return the sizes of the KV caches of a replica that is added on a CPU host: the same as those of the others.
 
@@ -80,11 +82,11 @@ def budgets_of_added_replica(
         None if the user has set a size, or if the host does not have enough memory for all `replicas`.
     """
     asked = options.cache.kv_cache_memory_bytes is not None or options.cache.device_memory is not None
-    if hardware.device != "cpu" or asked:
+    if host.hardware.device != "cpu" or asked:
         return None
-    budgets = kv_budgets(options, hardware, ranks, [], replicas=planned)
+    budgets = kv_budgets(options, host, ranks, [], replicas=planned)
     needs = sum(rank.weights + rank.activations for rank in ranks) + sum(budget or 0 for budget in budgets)
-    return budgets if replicas * needs <= hardware.host_memory_available else None
+    return budgets if replicas * needs <= host.hardware.host_memory_available else None
 
 
 def num_blocks(ranks: Sequence[RankMemory], budgets: Sequence[int | None]) -> int | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import socket
 
 from shoal import env
 from shoal.config.engine_options import EngineOptions
@@ -9,6 +10,7 @@ from shoal.devices import cpu, cuda
 from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
 from shoal.wire.base import Ids
+from shoal.wire.hosts import HostFacts
 from shoal.wire.plan import ReplicaPlace
 
 
@@ -28,6 +30,20 @@ def discover(options: EngineOptions) -> Hardware:
         hidden = cuda.because_of(env.visible_cuda_devices())
         raise ConfigError(f"--device cuda: this host shows no CUDA device{hidden}; use --device cpu")
     return found or cpu.discover(count)
+
+
+def describe_host(options: EngineOptions, *, has_replicas: bool = True) -> HostFacts:
+    """Return this host, as a planner needs to know it.
+
+    Args:
+        has_replicas: False for a front end without replicas of its own: it needs no devices, so it does not matter
+            which are found.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none; or VLLM_CPU_KVCACHE_SPACE is no size.
+    """
+    hardware = discover(options) if has_replicas else cpu.discover()
+    return HostFacts(socket.gethostname(), hardware, env.cpu_kv_cache_bytes())
 
 
 def restrict_cores(options: EngineOptions, place: ReplicaPlace, hardware: Hardware, reasons: list[str]) -> Hardware:
@@ -91,7 +107,7 @@ def check_devices(
         warnings.append(f"{product} ranks share {count} {kind}: they are oversubscribed, and steps will be slow")
     else:
         asked = " x ".join(f"{flag} {size}" for flag, size in named.items())
-        shown = cuda.because_of(env.visible_cuda_devices()) if hardware.device == "cuda" else ""
+        shown = cuda.because_of(hardware.visible_devices)
         less = f"Use {next(iter(named))} {count} or fewer" if len(named) == 1 else f"Lower them to {count} or fewer"
         way_out = "raise --num-devices" if hardware.device == "cpu" else "use --device cpu"
         raise ConfigError(

@@ -1,21 +1,19 @@
 """The planner of the replicas of one host: it turns options, model and hardware into plans, with the reasons.
 
-The process that starts the replicas makes the plans, once. The planner starts nothing, and engines and ranks decide
-nothing that is in a plan.
+The process that leads makes the plans of all hosts, once, with one planner per host. A planner starts nothing, and
+engines and ranks decide nothing that is in a plan.
 """
 
 import json
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from shoal.config.engine_options import EngineOptions, Executor
 from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
-from shoal.models.implementation import implementation_of, rank_shards, read_model
+from shoal.models.implementation import implementation_of, rank_shards
 from shoal.models.manifest import ITEM_BYTES, Cut, Shard
-from shoal.models.open_model import OpenedModel, open_model
+from shoal.models.open_model import OpenedModel
 from shoal.models.spec import ModelSpec
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.planner.all2all import choose_all2all
@@ -25,7 +23,9 @@ from shoal.planner.costs import cost_shares, draft_cost
 from shoal.planner.host_devices import check_devices, rank_cores, restrict_cores
 from shoal.planner.layout import plan_layout
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
+from shoal.planner.model_reader import ModelReader
 from shoal.wire.base import replace_fields
+from shoal.wire.hosts import HostFacts
 from shoal.wire.plan import EnginePlan, Layout, ModelFiles, ModelPlan, RankPlan, ReplicaPlace, ShardPlan, Timeouts
 
 _DTYPES = {"float": "float32", "half": "float16"}  # names that vLLM has for types -> ours
@@ -52,44 +52,66 @@ class _RankShares:
 class Planner:
     """The planner of all replicas of one host, including those that are added later.
 
-    It reads the files of the models once. `first_plan` is the plan of the first replica.
+    `first_plan` is the plan of the first replica.
     """
 
-    def __init__(self, options: EngineOptions, files: ModelFiles, hardware: Hardware, place: ReplicaPlace) -> None:
-        """Read the models, and plan the first replica.
+    def __init__(
+        self,
+        options: EngineOptions,
+        reader: ModelReader,
+        host: HostFacts,
+        place: ReplicaPlace,
+        files: ModelFiles | None = None,
+    ) -> None:
+        """Plan the first replica.
 
         Args:
-            files: the folders of the models, and the state in which their files must be if they were read before.
-            hardware: the hardware of this host, before any replica is started.
-            place: the place of this host's first replica. If its `local_size` is 0, the plans are for a front end
+            options: those that were given on the host.
+            reader: the models, as this process reads them.
+            host: the host, before any replica is started there.
+            place: the place of the host's first replica. If its `local_size` is 0, the plans are for a front end
                 without replicas of its own: they need no devices and no memory, and have no size of a KV cache.
+            files: where the models lie on the host; None: where the reader reads them.
 
         Raises:
             UserError: the models cannot be read, or options, models and hardware do not fit together.
         """
         self.options = options
-        self.hardware = hardware
-        self._host = socket.gethostname()
+        self.hardware = host.hardware
+        self._reader = reader
         self._local_size = place.local_size
         self._reasons: list[str] = []
         self._warnings: list[str] = []
-        spec, draft_spec = self._read(files)
+        spec, draft_spec = reader.spec, reader.draft_spec
+        if options.model_options.hf_overrides:
+            replaced = ", ".join(options.model_options.hf_overrides)
+            self._reasons.append(f"--hf-overrides replaces fields of config.json: {replaced}")
         self._layout = plan_layout(options, spec, draft_spec, place, self._reasons, self._warnings)
         if place.local_size:
-            self._reasons += hardware.limits
-            self.hardware = restrict_cores(options, place, hardware, self._reasons)
+            self._reasons += self.hardware.limits
+            self.hardware = restrict_cores(options, place, self.hardware, self._reasons)
             check_devices(options, place, self.hardware, [], [])
         else:
             self._reasons.append("no replica runs on this host: its memory and devices are not planned")
+        self._facts = replace_fields(host, hardware=self.hardware)
         self._executor = _executor(options, self._layout, self.hardware, self._reasons)
-        self.model, self.draft = self._open(files, spec, draft_spec)
+        opened = reader.open()
+        self.model, self.draft = opened.model, opened.draft
+        self._reasons += self.model.notes
+        self._reasons += [f"draft model: {note}" for note in self.draft.notes] if self.draft else []
         self._dtype = _dtype(options, self.model.spec, self._reasons)
         self._add_model_reasons()
         self._all2all = _all2all(options, self.model.spec, self._layout, self._dtype, self._reasons)
-        self.files = ModelFiles(
-            files.folder, files.draft_folder, self.model.state, "" if self.draft is None else self.draft.state
-        )
+        self.files = files or opened.files
         self.first_plan = self.plan(place)
+
+    def for_host(self, options: EngineOptions, host: HostFacts, place: ReplicaPlace, files: ModelFiles) -> "Planner":
+        """Return a planner of the replicas of another host, which has the same models (see `__init__`).
+
+        Raises:
+            UserError: options, models and hardware do not fit together.
+        """
+        return Planner(options, self._reader, host, place, files)
 
     def plan(self, place: ReplicaPlace) -> EnginePlan:
         """Return the plan of the replica at this place.
@@ -111,7 +133,7 @@ class Planner:
         return EnginePlan(
             name=options.model or "",
             place=place,
-            model=_model_plan(self.files.folder, self.model),
+            model=_model_plan(self.files.folder, self.files.state, self.model),
             layout=layout,
             ranks=self._rank_plans(place, layout, shares, budgets),
             executor=self._executor,
@@ -136,7 +158,9 @@ class Planner:
             ),
             bind_cores=parallel.cpu_cores != (),
             all2all=self._all2all,
-            draft=None if self.draft is None else _model_plan(self.files.draft_folder, self.draft),
+            draft=None
+            if self.draft is None
+            else _model_plan(self.files.draft_folder, self.files.draft_state, self.draft),
             speculative=options.model_options.speculative_config,
             grammar_cores=self.hardware.cores,
             reasons=tuple(reasons),
@@ -148,41 +172,6 @@ class Planner:
     @property
     def _draft_spec(self) -> ModelSpec | None:
         return None if self.draft is None else self.draft.spec
-
-    def _read(self, files: ModelFiles) -> tuple[ModelSpec, ModelSpec | None]:
-        """Return the specs of the model and of the draft model, as config.json describes them."""
-        options = self.options.model_options
-        spec = read_model(Path(files.folder), options.model_impl, options.hf_overrides or {})
-        if options.hf_overrides:
-            self._reasons.append(f"--hf-overrides replaces fields of config.json: {', '.join(options.hf_overrides)}")
-        draft = read_model(Path(files.draft_folder), "auto") if files.draft_folder else None
-        if draft is not None and draft.vocab_size != spec.vocab_size:
-            raise ConfigError(
-                f"the draft model {files.draft_folder} has a vocabulary of {draft.vocab_size} tokens, but the model "
-                f"has one of {spec.vocab_size}: choose a draft model with the same vocabulary"
-            )
-        return spec, draft
-
-    def _open(
-        self, files: ModelFiles, spec: ModelSpec, draft_spec: ModelSpec | None
-    ) -> tuple[OpenedModel, OpenedModel | None]:
-        """Return both models, with the headers of their weights.
-
-        Raises:
-            CheckpointError: the weights are missing or damaged, do not fit config.json, or have changed.
-        """
-        options, weights = self.options.model_options, self.options.model_options.load_format != "dummy"
-        model = open_model(
-            *(Path(files.folder), spec, options.model_impl, options.hf_overrides or {}),
-            weights=weights,
-            state=files.state,
-        )
-        self._reasons += model.notes
-        if draft_spec is None:
-            return model, None
-        draft = open_model(Path(files.draft_folder), draft_spec, "auto", {}, weights=weights, state=files.draft_state)
-        self._reasons += [f"draft model: {note}" for note in draft.notes]
-        return model, draft
 
     def _add_model_reasons(self) -> None:
         """Append to the reasons how transformers' modules are cut, and what each rank gets of an uneven split."""
@@ -248,11 +237,11 @@ class Planner:
         """Return the size of each rank's KV cache in bytes; None for ranks that measure it."""
         if place.local_rank >= self._local_size:
             found = budgets_of_added_replica(
-                self.options, self.hardware, memories, planned=self._local_size, replicas=place.local_rank + 1
+                self.options, self._facts, memories, planned=self._local_size, replicas=place.local_rank + 1
             )
             if found is not None:
                 return found
-        return kv_budgets(self.options, self.hardware, memories, reasons, replicas=place.local_size)
+        return kv_budgets(self.options, self._facts, memories, reasons, replicas=place.local_size)
 
     def _rank_plans(
         self, place: ReplicaPlace, layout: Layout, shares: _RankShares, budgets: Sequence[int | None]
@@ -265,7 +254,7 @@ class Planner:
         return tuple(
             RankPlan(
                 rank=rank,
-                host=self._host,
+                host=self._facts.name,
                 device=self.hardware.device,
                 device_index=place.local_rank * layout.num_ranks + rank,
                 cores=cores[rank],
@@ -282,9 +271,9 @@ class Planner:
         )
 
 
-def _model_plan(folder: str, model: OpenedModel) -> ModelPlan:
+def _model_plan(folder: str, state: str, model: OpenedModel) -> ModelPlan:
     overrides = json.dumps(dict(model.overrides))
-    return ModelPlan(folder, implementation_of(model.spec), overrides, model.state)
+    return ModelPlan(folder, implementation_of(model.spec), overrides, state)
 
 
 def _shard_plans(shards: Sequence[Shard], tp: int) -> list[ShardPlan]:

@@ -6,6 +6,9 @@ bytes are not complete has to wait. With any other decoder, a token is decoded t
 
 Every stream also gets the last tokens of the prompt. So a space at the beginning of the output is kept, and a character
 that the prompt begins belongs to the output.
+
+The `tokenizers` library has a `DecodeStream` of its own. It is not used, because it cannot be ended: the rest of an
+output that stops inside a character would be lost.
 """
 
 import codecs

@@ -24,6 +24,7 @@ from shoal.text.text_stream import (
 from shoal.text.vocabulary import ByteFallback, ByteLevel, decoder_of, longest_token, raw_bytes
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json")
 _OTHERS = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MANY = 1000  # tokens
@@ -109,6 +110,12 @@ def open_other_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             "choose the tokenizer that the model was trained with"
         )
     return found
+
+
+def vocabulary_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that say which token is which text, in a fixed order."""
+    named = [folder / name for name in ("tokenizer.json", *_SENTENCEPIECE, *_VOCABULARIES)]
+    return [file for file in [*named, *sorted(folder.glob("*.tiktoken"))] if file.exists()]
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def connect(
     rank: int = 0,
     size: int = 0,
     agreement: Mapping[str, str] | None = None,
+    report: bytes = b"",
     timeout: float,
     returning: bool = False,
 ) -> Channel:
@@ -76,7 +77,7 @@ def connect(
     """
     require_key(key, address.host)
     host, pid = this_process()
-    hello = Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}))
+    hello = Hello(room, rank, size, host, pid, secrets.token_bytes(32), dict(agreement or {}), report)
     begun = time.monotonic()
     said = begun
     refused_since: float | None = None

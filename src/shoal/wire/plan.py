@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from shoal.config.engine_options import SpeculativeConfig
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.wire.base import Ids, Wire
 
 Span = tuple[int, int]  # a range of numbers: the first, and the one after the last
@@ -114,8 +114,8 @@ class Timeouts(Wire, frozen=True):
 class EnginePlan(Wire, frozen=True):
     """All decisions about one replica. Its engine and its ranks obey them, and decide none of this themselves.
 
-    The process that starts the replica makes the plan (`planner.planner`) and sends it to the engine as the first
-    message.
+    The process that leads makes the plan (`planner.planner`), also for replicas that other hosts start, and sends it to
+    the engine as the first message.
     """
 
     name: str  # the model, as the user named it
@@ -146,7 +146,7 @@ class EnginePlan(Wire, frozen=True):
     eos: Ids = ()  # tokens that end a text
     tokenizer_folder: str = ""  # folder of the tokenizer that grammars are compiled for; "": the model's folder
     grammar_cores: Ids = ()  # the CPU cores for the processes that follow grammars
-    # Name -> value or digest of what must be the same in all processes of the job (`planner.agreement`).
+    # Name -> value or digest of what must be the same in all processes of the job (`launch.agreement`).
     agreement: dict[str, str] = msgspec.field(default_factory=dict)
     reasons: tuple[str, ...] = ()  # lines for the log, which explain the decisions
     warnings: tuple[str, ...] = ()  # lines for the log

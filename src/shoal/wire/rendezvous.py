@@ -23,7 +23,9 @@ class Hello(Wire, frozen=True):
     host: str
     pid: int
     nonce: bytes  # signed by the rendezvous in its Welcome
-    agreement: dict[str, str]  # what all members must have in common (`planner.agreement`): name -> value or digest
+    agreement: dict[str, str]  # what all members must have in common (`launch.agreement`): name -> value or digest
+    # An encoded `HostReport`, for the door of a front end. It is decoded after the versions were compared.
+    report: bytes = b""
 
 
 class Signed(Wire, frozen=True):

@@ -1,4 +1,4 @@
-"""A thread that an engine runs on, and the channel to it: the same messages as to a process, and nothing isolated."""
+"""A thread on which an engine runs, and the channel to it, with the same messages as to a process."""
 
 import contextlib
 import threading
@@ -8,7 +8,7 @@ from shoal.transport.channel import Channel, ChannelClosed
 
 
 class ThreadHost:
-    """As a ChildProcess. Nobody can end a thread from outside: it ends when its channel does."""
+    """A thread as an `EngineHost`. A thread cannot be killed: it ends when its channel is closed."""
 
     def __init__(self, serve: Callable[[Channel], None], name: str) -> None:
         self.channel, theirs = Channel.pair()

@@ -1,4 +1,4 @@
-"""An engine that runs by itself, in a process or on a thread, as an EngineClient."""
+"""A replica whose engine runs in a process or thread of its own."""
 
 import itertools
 import threading
@@ -31,45 +31,55 @@ from shoal.wire.engine import (
 from shoal.wire.plan import EnginePlan
 
 _SLICE_S = 0.5
-_QUIET_S = 3.0  # without a word for so long while one is awaited, the process is looked at: was it stopped?
+_QUIET_S = 3.0  # after so long without the awaited message, check whether the process was stopped
 _END_S = 1.5
-_PATIENCE_S = 1.0  # to learn how a process ended
-_PATIENCE_OF_MANY_S = 0.25  # ... while others have tokens to hand out
+_PATIENCE_S = 1.0  # how long to wait for the exit status of a process that has closed its channel
+_PATIENCE_OF_MANY_S = 0.25  # ... if other replicas have tokens to hand out meanwhile
 
 
 class EngineHost(Protocol):
-    """Where an engine runs, and the way to it: a ChildProcess, or a thread."""
+    """The process or thread in which an engine runs, and the channel to it."""
 
     channel: Channel
 
-    def stopped(self) -> bool: ...
+    def stopped(self) -> bool:
+        """Return whether it was stopped, by SIGSTOP or a debugger."""
 
-    def death(self, patience: float = ...) -> str: ...
+    def death(self, patience: float = ...) -> str:
+        """Return how it ended, in words, after at most `patience` seconds."""
 
-    def say(self, goodbye: bytes) -> None: ...
+    def say(self, goodbye: bytes) -> None:
+        """Send the message that ends it. Never raises."""
 
-    def wait(self, timeout: float) -> bool: ...
+    def wait(self, timeout: float) -> bool:
+        """Wait until it has ended, for at most `timeout` seconds. Return whether it has."""
 
     def kill(self) -> None: ...
 
 
 class Replica:
-    """The engine starts when this is made, and is ready when `ready` gives something. It answers between steps, within
-    `answer_timeout` seconds."""
+    """A replica whose engine runs in a process or thread of its own, as an EngineClient.
+
+    The engine starts when this is made. It answers between two steps, within `answer_timeout` seconds.
+    """
 
     def __init__(
         self,
         host: EngineHost,
-        plan: EnginePlan | None,
+        plan: EnginePlan,
         *,
         name: str,
         answer_timeout: float,
         one_of_many: bool = False,
     ) -> None:
-        """`name` is for errors; also for those that the engine reports itself, if it is one of many. Without
-        a `plan` it has one already."""
+        """Send the plan to the engine.
+
+        Args:
+            name: the name of the replica in errors.
+            one_of_many: True if there are other replicas: then errors that the engine reports get the name too.
+        """
         self.name = name
-        self.died = False  # the failure is not what the engine had to say
+        self.died = False  # True: it has failed, and the engine itself has not reported the failure
         self._host = host
         self._signature = f"{name}: " if one_of_many else ""
         self._patience = _PATIENCE_OF_MANY_S if one_of_many else _PATIENCE_S
@@ -78,31 +88,30 @@ class Replica:
         self._stats: list[EngineStats] = []
         self._answers: list[ControlReply] = []
         self._questions = itertools.count()
-        self.snapshot: EngineStats | None = None  # what it said of itself last, unasked
+        self.snapshot: EngineStats | None = None  # the latest stats that the engine sent without being asked
         self._failure: EngineError | None = None
-        self._told = True  # has somebody been told of the failure?
+        self._failure_raised = True  # False: the next call raises the failure
         self._started = False
         self._closed = False
         self._killing: threading.Thread | None = None
         self._heard = time.monotonic()
-        self.words = 0  # how often it has said something
+        self.num_messages = 0  # how many times the engine has sent something
         try:
-            if plan is not None:
-                self._send(encode(plan))
+            self._send(encode(plan))
         except BaseException:
             self.close()
             raise
 
     @property
     def channel(self) -> Channel:
-        """Readable when it has something to say."""
+        """The channel to the engine. It is readable when the engine has sent something."""
         return self._host.channel
 
     def ready(self, timeout: float) -> EngineStats | None:
-        """What it starts with, once it can take requests; None if that is not within `timeout` seconds.
+        """Return the first stats of the engine once it can take requests; None if that takes over `timeout` seconds.
 
         Raises:
-            UserError: the engine was asked for something that can't work.
+            UserError: the engine was asked for something that cannot work.
             EngineError: it failed.
         """
         if not self._stats:
@@ -110,9 +119,10 @@ class Replica:
         return self._stats.pop() if self._stats else None
 
     def await_ready(self, timeout: float) -> None:
-        """
+        """Wait until the engine can take requests.
+
         Raises:
-            UserError, EngineError: as `ready`, or it was not ready within `timeout` seconds.
+            UserError, EngineError: as `ready`; or it was not ready within `timeout` seconds.
         """
         try:
             self._await_stats("start", timeout)
@@ -133,43 +143,44 @@ class Replica:
             try:
                 self._receive(timeout)
             except EngineError:
-                self._told = not self._updates
-                if self._told:
-                    raise  # otherwise next time: what came before is handed out first
+                self._failure_raised = not self._updates
+                if self._failure_raised:
+                    raise  # otherwise the next call raises it: the updates before it are handed out first
         updates, self._updates = self._updates, []
         return updates
 
     def stats(self, timeout: float | None = None) -> EngineStats:
-        """
+        """Return the present stats of the engine.
+
         Raises:
-            EngineError: it has failed, or does not answer within `timeout` seconds, for which it is ended.
+            EngineError: the engine has failed; or it did not answer within `timeout` seconds, and is killed for it.
         """
         self._send(encode(StatsQuery()))
         return self._await_stats("stats", self._answer_timeout if timeout is None else timeout)
 
     def tell(self, message: SetActivity | ResetPrefixCache) -> None:
-        """`answers` has what it says to that, in its time."""
+        """Send an order. `answers` will have the answer."""
         self._send(encode(message))
 
     def answers(self) -> list[ControlReply]:
-        """Those that came with the last `updates`."""
+        """Return the answers to orders that came with the last `updates`."""
         answers, self._answers = self._answers, []
         return answers
 
-    def become(self, activity: Activity) -> None:
-        """As of an EngineClient."""
+    def set_activity(self, activity: Activity) -> None:
         self._ask(SetActivity(next(self._questions), activity))
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
-        """As of an EngineClient."""
         return reset_outcome_decoder.decode(self._ask(ResetPrefixCache(next(self._questions), running)))
 
     def _ask(self, message: SetActivity | ResetPrefixCache) -> bytes:
-        """Waits as long as it takes: the engine has a deadline for its ranks.
+        """Send an order, and return the answer.
+
+        There is no deadline here, because the engine has one for its ranks.
 
         Raises:
-            UserError: it can't do that.
-            EngineError: it has failed.
+            UserError: the engine cannot obey.
+            EngineError: the engine has failed.
         """
         self._send(encode(message))
         while not self._answers:
@@ -184,7 +195,7 @@ class Replica:
         close_all([self])
 
     def abandon(self) -> None:
-        """Ends it at once, and does not wait: a process with much memory takes seconds to go. Idempotent."""
+        """Kill the engine without waiting for its end: a process with much memory takes seconds to end. Idempotent."""
         self._closed = True
         self._kill()
 
@@ -194,7 +205,7 @@ class Replica:
         reaper = threading.Thread(target=self._host.kill, name="shoal-reaper", daemon=True)
         try:
             reaper.start()
-        except RuntimeError:  # the system has no thread left for it: the end of one must not be that of all
+        except RuntimeError:  # the system has no thread left: the end of one replica must not end the others
             self._host.kill()
             return
         self._killing = reaper
@@ -204,16 +215,16 @@ class Replica:
         return self._closed or self._host.wait(0)
 
     def say_goodbye(self) -> None:
-        """What ends it, without waiting for the end."""
+        """Tell the engine to end, without waiting for its end."""
         if not self._closed and self._failure is None:
             self._host.say(encode(Stop()))
 
     def dismiss(self) -> None:
-        """Has it end for good, and does not wait: it is not needed any more."""
+        """Tell the engine to end, as the replica is not needed any more. Does not wait for its end."""
         self.say_goodbye()
 
     def end(self, deadline: float) -> None:
-        """Waits until `deadline` (time.monotonic()) at most, and kills what is left. Idempotent, never raises."""
+        """Wait for the end until `deadline` (time.monotonic()), then kill the engine. Idempotent, never raises."""
         if not self._closed:
             self._closed = True
             if self._failure is None:
@@ -231,30 +242,30 @@ class Replica:
         return self._stats.pop()
 
     def _receive_stats(self, timeout: float) -> None:
-        """A failure right behind them is told next."""
+        """Receive stats. If a failure follows them, the next call raises it."""
         self._check_open()
         try:
             self._receive(timeout)
         except EngineError:
             if not self._stats:
                 raise
-            self._told = False
+            self._failure_raised = False
 
     def _receive(self, timeout: float) -> None:
-        """Sorts what arrives within `timeout` seconds."""
+        """Receive what arrives within `timeout` seconds, and sort it by type."""
         if not wait([self._host.channel], timeout):
             if time.monotonic() - self._heard > _QUIET_S and self._host.stopped():
                 self._fail(f"{self.name} is stopped (SIGSTOP or a debugger)")
             return
         self._heard = time.monotonic()
-        self.words += 1
+        self.num_messages += 1
         try:
             frames = self._host.channel.receive()
             messages = [from_engine.decode(frame) for frame in frames]
         except ChannelClosed:
             self._fail(f"{self.name} {self._host.death(self._patience)}")
         except WireError as error:
-            self._fail(f"{self.name} says what nobody understands: {error}")
+            self._fail(f"{self.name} sent a message that cannot be decoded: {error}")
         for message in messages:
             match message:
                 case Updates():
@@ -279,7 +290,7 @@ class Replica:
         try:
             self._host.channel.send(frame)
         except ChannelClosed:
-            self._receive(0)  # its last words, if it had any
+            self._receive(0)  # raises the failure that the engine reported last, if it did
             self._fail(f"{self.name} {self._host.death(self._patience)}")
 
     def _fail(
@@ -288,13 +299,15 @@ class Replica:
         self._failure = EngineError(message, reason)
         self.died = not reported
         self._kill()
-        if user_error and not self._started:  # later it is this replica's end, and no one call's fault
+        if (
+            user_error and not self._started
+        ):  # after the start it is a failure of the replica, not a mistake of a caller
             raise UserError(message)
         raise self._failure
 
     def _check_open(self) -> None:
-        if self._failure is not None and not self._told:
-            self._told = True
+        if self._failure is not None and not self._failure_raised:
+            self._failure_raised = True
             raise self._failure
         if self._failure is not None:
             raise ClosedError(f"the engine has failed: {self._failure}")
@@ -306,7 +319,7 @@ class EngineProcess(Replica):
     """An engine in a child process, which ends when this process does."""
 
     def __init__(self, module: str, plan: EnginePlan, *, answer_timeout: float) -> None:
-        """Starts the child: `python -m` with this module, which serves an engine at its channel."""
+        """Start `python -m module`, which serves an engine on its channel."""
         child = ChildProcess(module)
         alone = plan.place.size == 1
         name = f"engine process {child.pid}" if alone else f"replica {plan.place.rank} (process {child.pid})"
@@ -315,7 +328,7 @@ class EngineProcess(Replica):
 
 
 class EngineThread(Replica):
-    """Starts `serve` with the other end of the channel on a thread of this process; it ends when the channel does."""
+    """An engine on a thread of this process: `serve` with the other end of the channel. It ends with the channel."""
 
     def __init__(self, serve: Callable[[Channel], None], plan: EnginePlan, *, answer_timeout: float) -> None:
         name = f"replica {plan.place.rank} (thread)"
@@ -330,7 +343,7 @@ class _Ending(Protocol):
 
 
 def close_all(replicas: Sequence[_Ending]) -> None:
-    """Ends all of them at the same time. Idempotent, never raises."""
+    """End all replicas at the same time. Idempotent, never raises."""
     for replica in replicas:
         replica.say_goodbye()
     deadline = time.monotonic() + _END_S

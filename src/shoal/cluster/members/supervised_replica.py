@@ -23,7 +23,7 @@ class SupervisedReplica(Supervised):
     _before: EngineStats | None = None  # counters of its former runs but for the last one
     _returning: bool = False  # the engine of the last run is back, with its own counters
     _latest: EngineStats | None = None  # of this run
-    _words: int = 0  # how often it had said something when it was listened to last
+    _messages_seen: int = 0  # `num_messages` when it was last listened to
     _quiet: float = 0.0  # seconds since then, with requests
 
     @property
@@ -66,13 +66,13 @@ class SupervisedReplica(Supervised):
         """Note that it is given requests from now on."""
         if self._returning:
             self.past, self._returning = self._before, False
-        self._words, self._quiet = member.words, 0.0
+        self._messages_seen, self._quiet = member.num_messages, 0.0
         self.became_ready(now)
 
     def listen(self, member: ReplicaClient, *, held: int, passed: float) -> float:
         """Return the seconds for which it has held requests and said nothing; `passed` since the last call."""
-        if not held or member.words != self._words:
-            self._words, self._quiet = member.words, 0.0
+        if not held or member.num_messages != self._messages_seen:
+            self._messages_seen, self._quiet = member.num_messages, 0.0
         else:
             self._quiet += passed
         return self._quiet

@@ -1,4 +1,4 @@
-"""The check of new requests."""
+"""Checks of new requests."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from shoal.wire.tokens import decode_tokens, token_set
 
 
 class Intake:
-    """Checks new requests and asks the policy for their place in the order."""
+    """Checks new requests and has the policy decide their order."""
 
     def __init__(
         self,
@@ -37,16 +37,16 @@ class Intake:
         self._arrivals = 0
 
     def receive(self, message: EngineRequest) -> Request:
-        """Make a request of what a client sends.
+        """Make a `Request` from a client's message.
 
         Raises:
-            RequestError: it can never run. The front end checks prompts before; this is the engine's own guard.
+            RequestError: the request can never run. The front end checks prompts too; the engine does not rely on it.
         """
         tokens = decode_tokens(message.tokens)
         prompt = message.num_prompt_tokens
         if not 0 < prompt <= len(tokens):
             raise RequestError(
-                f"request {message.seq}: its prompt has {prompt} tokens, must have 1 to {len(tokens)}", "prompt"
+                f"request {message.seq}: its prompt has {prompt} tokens; it must have 1 to {len(tokens)}", "prompt"
             )
         if prompt + message.max_tokens > self._limits.max_model_len or message.max_tokens < 1:
             raise RequestError(
@@ -75,7 +75,7 @@ class Intake:
         )
 
     def _salt(self, message: EngineRequest) -> str | None:
-        """Return what requests must have in common to share blocks: their salt; without a prefix cache their group."""
+        """Return the salt that requests must have in common to share blocks. Without a prefix cache it is the group."""
         if self._prefix_caching:
             return message.cache_salt
         return f"group {message.group}" if message.group >= 0 else None

@@ -1,4 +1,4 @@
-"""Taking in tokens of steps and verdicts of grammars, and ending requests by them."""
+"""Results of steps and verdicts of grammars, and the end of requests."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from shoal.wire.ranks import PromptLogprobs, SeqOut, TokenLogprobs
 
 
 class Results:
-    """Takes in what ranks and grammars say, and keeps what clients are to be told of it."""
+    """Takes in results of ranks and verdicts of grammars, and keeps the updates for clients."""
 
     def __init__(self, books: Books, tables: BlockTables, queue: WaitingQueue, verdicts: Verdicts) -> None:
         self._books = books
@@ -35,7 +35,7 @@ class Results:
         self._updates.append(update)
 
     def accept(self, out: SeqOut) -> None:
-        """Append drawn tokens to their request. What comes from an older epoch is dropped."""
+        """Append drawn tokens to their request. Results of an older epoch are dropped."""
         request = self._books.find(out.seq)
         if request is None or request.epoch != out.epoch:
             return
@@ -66,8 +66,8 @@ class Results:
             )
         )
 
-    def judge(self, verdict: Verdict) -> None:
-        """Take in what a grammar says of an output."""
+    def apply_verdict(self, verdict: Verdict) -> None:
+        """Take in the verdict of a grammar on an output."""
         request = self._verdicts.take(verdict)
         if request is None:
             return
@@ -89,7 +89,12 @@ class Results:
         refusal: RefusalKind = RefusalKind.NONE,
         prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
-        """End a request, with its last tokens. `refusal` is the kind of an error that is given as a message."""
+        """End a request, and give its client the last tokens.
+
+        Args:
+            error: a message, if the error is of another kind than INVALID.
+            refusal: the kind of an error that is given as a message.
+        """
         self._books.remove(request)
         self._verdicts.forget(request)
         self._updates.append(
@@ -107,7 +112,10 @@ class Results:
         )
 
     def _settle_drafts(self, request: Request, right: int) -> None:
-        """Note that what was asked for has come; behind the drafts that were right nothing is computed."""
+        """Note that a planned token is known, and that `right` drafts before it were right.
+
+        The positions after the right drafts must be computed again.
+        """
         request.pending -= 1
         if request.num_drafts:
             self._books.counters.count_drafts(request.num_drafts, right)
@@ -119,16 +127,17 @@ class Results:
 def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Finish | None, RequestError | None]:
     """Append drawn tokens up to the end of the output.
 
-    Returns the tokens that were appended, why the output ends with them if it does, and the error if that is one.
+    Return the tokens that were appended, why the output ends after them (None if it does not), and the error if there
+    is one.
     """
     constraint = request.constraint
     for place, token in enumerate(drawn):
-        error = constraint.objection(place, token) if constraint is not None else None
+        error = constraint.why_forbidden(place, token) if constraint is not None else None
         if error is not None:
             return tuple(drawn[:place]), Finish.ABORT, error
         request.tokens.append(token)
         finish = end_of_output(request)
-        drafted = place + 1 < len(drawn)  # only behind a right draft was anything else drawn
+        drafted = place + 1 < len(drawn)  # another token was drawn after this one, which was a right draft
         if finish is None and drafted and constraint is not None and constraint.is_complete_behind(place + 1):
             finish = Finish.STOP
         if finish is not None:
@@ -137,16 +146,16 @@ def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Fi
 
 
 def end_of_output(request: Request) -> Finish | None:
-    """Return why an output ends with its last token, as far as that is known without its grammar."""
+    """Return why an output ends with its last token, as far as this is known without its grammar."""
     if request.tokens[-1] in request.stop_ids:
         return Finish.STOP
-    if request.constraint is not None:  # it may be complete with this token, which is no end for want of room
+    if request.constraint is not None:  # the grammar may say that it is complete, which is STOP and not LENGTH
         return None
     return Finish.LENGTH if request.num_output_tokens >= request.message.max_tokens else None
 
 
 def _end_by(verdict: Verdict, request: Request) -> tuple[Finish | None, RequestError | None]:
-    """Return why an output ends by its grammar, and the error if that is one."""
+    """Return why an output ends after a verdict (None if it does not), and the error if there is one."""
     full = request.num_output_tokens >= request.message.max_tokens
     if verdict.refusal is not None:
         return Finish.ABORT, verdict.refusal.error()

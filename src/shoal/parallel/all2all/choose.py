@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from shoal.config.engine_options import format_bytes
+from shoal.values import format_bytes
 
 _WORTHWHILE = 0.75  # of the bytes; between processes of one host both take about as long then
 

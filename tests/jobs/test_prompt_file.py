@@ -1,4 +1,4 @@
-"""Prompts from files: every format, line by line, and lines that fail alone."""
+"""Prompts from files of every format. A broken line fails alone."""
 
 import csv
 import io
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from shoal.errors import UserError
 from shoal.jobs.entries import JobEntry
-from shoal.jobs.output_lines import failure
-from shoal.jobs.reading import PromptFile
+from shoal.jobs.output_lines import failed_line
+from shoal.jobs.prompt_file import PromptFile
 from support.fakes import steady
 
-# What a line can hold: anything but what ends it, and halves of surrogate pairs, which UTF-8 does not have.
+# A line may contain anything but line breaks and halves of surrogate pairs, which UTF-8 can't encode.
 lines = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\r\n"), min_size=1, max_size=20)
 texts = lines.filter(lambda text: text.strip() and text.encode().strip() and text[0] != "\ufeff")
 
@@ -43,7 +43,7 @@ def read(path: Path, **options: Any) -> list[JobEntry]:
 
 @steady
 @given(st.lists(texts), st.sampled_from(["\n", "\r\n", "\n\n  \n"]), st.booleans())
-def test_a_text_file_has_a_prompt_a_line(
+def test_a_text_file_has_one_prompt_per_line(
     tmp_path_factory: pytest.TempPathFactory, prompts: list[str], end: str, ended: bool
 ) -> None:
     content = end.join(prompts) + (end if ended else "")
@@ -85,14 +85,14 @@ def test_a_csv_column_gives_prompts(
 
 @steady
 @given(st.binary(max_size=200), st.sampled_from(["p.jsonl", "p.txt", "p.csv", "p"]))
-def test_no_bytes_upset_a_reader(tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str) -> None:
+def test_any_bytes_can_be_read(tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str) -> None:
     head = {"p.csv": b"prompt\na\n", "p.jsonl": b'{"prompt": "a"}\n'}.get(name, b"a\n")
     path = write(tmp_path_factory.mktemp("any"), name, head + content)
     for entry in read(path):
         assert (entry.error is None) != (entry.prompt is None and entry.messages is None)
 
 
-def test_a_line_keeps_what_belongs_to_it(tmp_path: Path) -> None:
+def test_an_entry_has_the_parameters_and_ids_of_its_line(tmp_path: Path) -> None:
     line = {"prompt": "a", "custom_id": "x", "id": 7, "sampling_params": {"n": 2}, "label": 3}
     (entry,) = read(write(tmp_path, "p.jsonl", json.dumps(line)))
     assert entry == JobEntry(0, f"{tmp_path}/p.jsonl, line 1", "a", sampling={"n": 2}, ids={"custom_id": "x", "id": 7})
@@ -106,7 +106,7 @@ def test_messages_and_chat(tmp_path: Path) -> None:
     assert [entry.messages for entry in read(write(tmp_path, "p.txt", "hi\n"), chat=True)] == [talk]
 
 
-def test_the_first_line_decides_where_the_name_does_not(tmp_path: Path) -> None:
+def test_the_first_line_decides_the_format_if_the_name_does_not(tmp_path: Path) -> None:
     assert [entry.text for entry in read(write(tmp_path, "one", '{"prompt": "a"}\n'))] == ["a"]
     assert [entry.text for entry in read(write(tmp_path, "two", "a\nb\n"))] == ["a", "b"]
     assert [entry.text for entry in read(write(tmp_path, "bom.txt", b"\xef\xbb\xbfa\nb"))] == ["a", "b"]
@@ -114,9 +114,9 @@ def test_the_first_line_decides_where_the_name_does_not(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    ('{"prompt": "a"', "is no JSON"),
-    ("hello", "is no JSON"),
-    ("[" * 100_000, "is no JSON"),
+    ('{"prompt": "a"', "is not JSON"),
+    ("hello", "is not JSON"),
+    ("[" * 100_000, "is not JSON"),
     ("{}", "`prompt_token_ids`"),
     ("7", "JSON object"),
     ('["a"]', "JSON object"),
@@ -128,7 +128,7 @@ BROKEN = [
     ('{"messages": [{}], "prompt": "a"}', "give one of them"),
     ('{"prompt": "a", "prompt_token_ids": [1]}', "has `prompt` and `prompt_token_ids`: give one"),
     ('{"prompt": "a", "sampling_params": 3}', "`sampling_params` must be"),
-    (b'{"prompt": "caf\xe9"}', "no utf-8"),
+    (b'{"prompt": "caf\xe9"}', "not UTF-8"),
 ]
 
 
@@ -153,18 +153,18 @@ def test_a_broken_first_line_is_refused(tmp_path: Path, line: str | bytes, says:
     assert says in str(refused.value)
 
 
-def test_rows_that_fail_alone(tmp_path: Path) -> None:
+def test_a_broken_csv_row_fails_alone(tmp_path: Path) -> None:
     content = b'prompt,custom_id\na,1\nonly\n"q"x,2\n"two\nlines",3\n\xff,4\n\nb,5\n,6\n'
     found = read(write(tmp_path, "p.csv", content))
     assert [entry.text for entry in found] == ["a", None, None, "two\nlines", None, "b", ""]
     assert [entry.ids.get("custom_id") for entry in found] == ["1", None, None, "3", "4", "5", "6"]
     errors = [entry.error for entry in found if entry.error]
     assert (found[1].where, found[4].where) == (f"{tmp_path}/p.csv, line 3", f"{tmp_path}/p.csv, line 7")
-    for error, says in zip(errors, ["has 1 columns", "no row of CSV", "no utf-8"], strict=True):
+    for error, says in zip(errors, ["has 1 columns", "not a row of CSV", "not UTF-8"], strict=True):
         assert says in error
 
 
-def test_a_table_without_the_column(tmp_path: Path) -> None:
+def test_a_csv_file_without_the_column(tmp_path: Path) -> None:
     path = write(tmp_path, "p.csv", "id,promt\n1,a\n")
     with pytest.raises(UserError, match="no column 'prompt'; did you mean promt"):
         PromptFile(path)
@@ -172,19 +172,19 @@ def test_a_table_without_the_column(tmp_path: Path) -> None:
         PromptFile(path, column="xyzzy")
 
 
-def test_a_table_cut_by_something_else(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no column 'prompt': its columns are separated by ';', where .* has ','"):
+def test_a_csv_file_with_another_delimiter(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no column 'prompt': its columns are separated by ';', but .* must use ','"):
         PromptFile(write(tmp_path, "p.csv", "id;prompt\n1;a\n"))
-    with pytest.raises(UserError, match=r"separated by ',', where .* has '\\t'"):
+    with pytest.raises(UserError, match=r"separated by ',', but .* must use '\\t'"):
         PromptFile(write(tmp_path, "p.tsv", "id,prompt\n1,a\n"))
 
 
 @pytest.mark.parametrize("blank", ["\n", "\r\n\n", "  \n", ",\n", "\ufeff\n"])
-def test_a_table_whose_first_line_is_blank(tmp_path: Path, blank: str) -> None:
+def test_a_csv_file_whose_first_line_is_blank(tmp_path: Path, blank: str) -> None:
     found = read(write(tmp_path, "p.csv", blank + "id,prompt\n1,a\n"))
     assert [(entry.text, entry.ids) for entry in found] == [("a", {"id": "1"})]
     path = write(tmp_path, "q.csv", blank + '"id"x,prompt\n')
-    with pytest.raises(UserError, match=f"line {blank.count(chr(10)) + 1}: it is no row of CSV"):
+    with pytest.raises(UserError, match=f"line {blank.count(chr(10)) + 1}: it is not a row of CSV"):
         PromptFile(path)
 
 
@@ -192,7 +192,7 @@ def test_a_refused_line_keeps_its_ids(tmp_path: Path) -> None:
     content = '{"prompt": "a"}\n{"prompt": 7, "custom_id": "x", "id": 3}\n'
     _, refused = read(write(tmp_path, "p.jsonl", content))
     assert refused.error is not None
-    answer = failure(refused, "why")
+    answer = failed_line(refused, "why")
     assert (answer["index"], answer["custom_id"], answer["id"], answer["error"]) == (1, "x", 3, "why")
 
 

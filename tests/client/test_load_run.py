@@ -8,22 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.client.http import ServerClient
-from shoal.client.load.drive import LoadRun, Requester
+from shoal.client.load.load_run import LoadRun, Requester
 from shoal.client.load.outcome import LoadOutcome
-from shoal.client.load.workload import Planned
+from shoal.client.load.workload import PlannedRequest
 from support.fakes import steady
 from support.virtual_time import run_virtually
 
 
 class SlowRequester(Requester):
-    """The answer to request i takes `seconds[i]`."""
+    """A requester whose answer to request i takes `seconds[i]`."""
 
     def __init__(self, client: ServerClient, seconds: list[float]) -> None:
         super().__init__(client, chat=False, model="m", extra={}, clock=asyncio.get_running_loop().time)
         self._seconds = seconds
         self.running = self.peak = 0
 
-    async def send(self, request: Planned) -> LoadOutcome:
+    async def send(self, request: PlannedRequest) -> LoadOutcome:
         sent = self.now()
         self.running += 1
         self.peak = max(self.peak, self.running)
@@ -49,14 +49,14 @@ def drive(
     async def main() -> tuple[LoadRun, SlowRequester, bool]:
         async with ServerClient("http://nowhere") as client:
             requester = SlowRequester(client, seconds)
-            planned = (Planned(index, at, "", 0, 1) for index, at in enumerate(arrivals))
+            planned = (PlannedRequest(index, at, "", 0, 1) for index, at in enumerate(arrivals))
             run = LoadRun(
                 requester, planned, done or outcomes.append, max_concurrency=max_concurrency, duration=duration
             )
             stop = asyncio.Event()
             if stop_at is not None:
                 asyncio.get_running_loop().call_later(stop_at, stop.set)
-            return run, requester, await run.to_the_end(stop)
+            return run, requester, await run.run(stop)
 
     return outcomes, *run_virtually(main())
 
@@ -66,7 +66,7 @@ durations = st.lists(st.floats(0.01, 5), min_size=1, max_size=30)
 
 @steady
 @given(durations, st.data())
-def test_slow_answers_hold_nobody_back(seconds: list[float], data: st.DataObject) -> None:
+def test_slow_answers_delay_no_other_request(seconds: list[float], data: st.DataObject) -> None:
     count = len(seconds)
     arrivals = sorted(data.draw(st.lists(st.floats(0, 10), min_size=count, max_size=count)))
     outcomes, run, requester, complete = drive(arrivals, seconds)
@@ -81,12 +81,12 @@ def test_slow_answers_hold_nobody_back(seconds: list[float], data: st.DataObject
 
 @steady
 @given(durations, st.integers(1, 8))
-def test_a_closed_loop_keeps_its_places_full(seconds: list[float], places: int) -> None:
+def test_a_closed_loop_keeps_all_places_taken(seconds: list[float], places: int) -> None:
     arrivals: list[None] = [None] * len(seconds)
     outcomes, run, requester, complete = drive(arrivals, seconds, max_concurrency=places)
     assert complete
     assert run.peak == requester.peak == min(places, len(seconds))
-    free = [0.0] * places  # a place is taken as soon as it is free, in the requests' order
+    free = [0.0] * places  # a free place is taken at once, in the order of requests
     for each in sorted(outcomes, key=lambda each: each.request.index):
         free.sort()
         assert each.sent == pytest.approx(free[0], abs=1e-6)
@@ -104,29 +104,29 @@ def test_waiting_for_a_place_counts_as_latency(seconds: list[float], places: int
     assert max(each.late for each in outcomes) > 0 or len(seconds) <= places
 
 
-def test_duration_of_a_closed_loop() -> None:
-    """Two places, answers of 3 s: the third pair begins at 6 s, the last, and is seen to its end."""
+def test_a_closed_loop_ends_after_its_duration() -> None:
+    """With two places and answers of 3 s, the third and last pair starts at 6 s and is completed."""
     outcomes, _, _, complete = drive([None] * 99, [3.0] * 99, max_concurrency=2, duration=7.0)
     assert complete
     assert len(outcomes) == 6
     assert max(each.ended for each in outcomes) == pytest.approx(9.0, abs=1e-6)
 
 
-def test_stopped() -> None:
+def test_a_stop_breaks_off_running_requests() -> None:
     outcomes, run, requester, complete = drive([0.0, 1.0, 2.0, 9.0], [0.5, 9.0, 9.0, 9.0], stop_at=3.0)
     assert not complete
     assert [each.request.index for each in outcomes] == [0]
     assert (run.broken_off, run.running, requester.running) == (2, 0, 0)
 
 
-def test_what_was_overdue_is_broken_off_too() -> None:
-    """A server that is too slow does not look better for it."""
+def test_overdue_requests_are_broken_off_too() -> None:
+    """Otherwise a server that is too slow would look better."""
     outcomes, run, _, complete = drive([0.0] * 5, [2.0] * 5, max_concurrency=2, stop_at=3.0)
     assert not complete
     assert (len(outcomes), run.broken_off, run.running) == (2, 3, 0)
 
 
-def test_what_done_raises_ends_the_run() -> None:
+def test_an_error_of_done_ends_the_run() -> None:
     def full(outcome: LoadOutcome) -> None:
         raise OSError("no space left")
 

@@ -1,4 +1,4 @@
-"""Replicas of other hosts: who is let in, and what a connection that ends, or talks nonsense, comes to."""
+"""Replicas of other hosts: which are let in with which plan, and broken connections and malformed messages."""
 
 import os
 import socket
@@ -10,25 +10,30 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.members.arrival import Arrival, FleetDoor, PeersDoor
-from shoal.errors import EngineError, UserError
+from shoal.cluster.members.connected_replica import ConnectedReplica
+from shoal.cluster.members.doors import FleetDoor, PeersDoor
+from shoal.errors import ConfigError, EngineError, UserError
 from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.wire.base import Stop, Wire, encode, replace_fields
 from shoal.wire.engine import EngineFailure, EngineStats, SeqUpdate, ToEngine, Updates, to_engine
+from shoal.wire.hosts import HostFacts, HostReport
+from shoal.wire.plan import EnginePlan, ModelFiles, ModelPlan, ReplicaPlace
 from shoal.wire.rendezvous import Hello
+from support.plans import bare_plan, host
 
 AGREED = {"version of Shoal": "1", "config.json": "abc"}
+REPORT = HostReport(HostFacts("there", host()), ModelFiles("/there"), "/there", {}, 0, 2)
 
 
 def hello(rank: int = 2, **changes: Any) -> Hello:
-    return replace_fields(Hello("front end", rank, 4, "there", 77, b"", AGREED), **changes)
+    return replace_fields(Hello("front end", rank, 4, "there", 77, b"", AGREED, encode(REPORT)), **changes)
 
 
 @dataclass(slots=True)
 class Line:
     """A replica, and the engine's end of its connection."""
 
-    replica: Arrival
+    replica: ConnectedReplica
     engine: Channel
 
     def says(self, message: Wire | bytes) -> None:
@@ -46,7 +51,8 @@ class Line:
 @pytest.fixture
 def line() -> Iterator[Line]:
     ours, theirs = socket.socketpair()
-    found = Line(Arrival(hello(), Channel(ours), answer_timeout=60), Channel(theirs))
+    found = Line(ConnectedReplica(hello(), Channel(ours), bare_plan(), answer_timeout=60), Channel(theirs))
+    assert found.hears() == [bare_plan()], "its plan comes first"
     yield found
     found.replica.close()
     found.engine.close()
@@ -79,7 +85,7 @@ def test_a_connection_that_ends_is_the_end_of_the_replica(line: Line) -> None:
 @pytest.mark.parametrize("nonsense", [b"", b"\xff" * 40, b"\x81\xa4type\xa4Stop", bytes(range(255, 191, -1))])
 def test_nonsense_is_the_end_of_the_replica(line: Line, nonsense: bytes) -> None:
     line.says(nonsense)
-    with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\) says what nobody understands"):
+    with pytest.raises(EngineError, match=r"replica 2 \(there, process 77\) sent a message that cannot be decoded"):
         line.replica.updates(60)
     assert line.hears() == []
 
@@ -87,7 +93,7 @@ def test_nonsense_is_the_end_of_the_replica(line: Line, nonsense: bytes) -> None
 @pytest.mark.parametrize("token", [-1, 2**31, 2**63])
 def test_a_number_that_is_no_token_is_nonsense(line: Line, token: int) -> None:
     line.says(updates(3, token))
-    with pytest.raises(EngineError, match=f"sent what is no token: {token}"):
+    with pytest.raises(EngineError, match=f"sent {token}, which is no token"):
         line.replica.updates(60)
 
 
@@ -143,14 +149,22 @@ def test_one_that_is_dismissed_is_told_to_stop(line: Line) -> None:
 
 @dataclass(slots=True)
 class Arrived:
-    replicas: list[tuple[int, Arrival]] = field(default_factory=list)
+    replicas: list[tuple[int, ConnectedReplica]] = field(default_factory=list)
 
-    def __call__(self, number: int, replica: Arrival) -> None:
+    def __call__(self, number: int, replica: ConnectedReplica) -> None:
         self.replicas.append((number, replica))
 
 
+def make_plan(number: int, size: int, report: HostReport) -> EnginePlan:
+    """A plan that shows what it was made from; host `small` is too small."""
+    if report.facts.name == "small":
+        raise ConfigError("2 ranks need 4 GiB, 1 GiB more than this host has available")
+    place = ReplicaPlace(number, size, local_rank=report.local_rank, local_size=report.local_size)
+    return bare_plan(place=place, model=ModelPlan(report.files.folder))
+
+
 def door() -> FleetDoor:
-    return FleetDoor(size=4, awaited=[2, 3], agreement=AGREED, answer_timeout=60)
+    return FleetDoor(size=4, awaited=[2, 3], agreement=AGREED, make_plan=make_plan, answer_timeout=60)
 
 
 def test_a_door_is_shut_until_the_fleet_is_there() -> None:
@@ -182,13 +196,46 @@ def test_who_differs_is_refused_with_the_difference(changes: dict[str, Any], why
         raise ValueError(refused.why)
 
 
-def test_what_a_front_end_without_ranks_does_not_know_may_differ() -> None:
-    told = {**AGREED, "size of the KV cache": "given"}
-    door = FleetDoor(size=4, awaited=[2], agreement=AGREED, answer_timeout=60, uncompared=["size of the KV cache"])
-    door.open(lambda number, arrival: None)
-    assert door.objection(hello(agreement=told)) is None
-    assert door.objection(hello(agreement={**told, "config.json": "def"})) is not None
-    assert door.objection(hello(agreement={**told, "more": "1"})) is not None
+def test_each_is_sent_the_plan_for_its_host() -> None:
+    found, arrived = door(), Arrived()
+    found.open(arrived)
+    introduced = hello(3, report=encode(replace_fields(REPORT, local_rank=1)))
+    assert found.objection(introduced) is None
+    ours, theirs = socket.socketpair()
+    with theirs:
+        found.enter(introduced, Channel(ours))
+        (plan,) = (to_engine.decode(frame) for frame in Channel(theirs).receive())
+    assert isinstance(plan, EnginePlan)
+    assert plan.place == ReplicaPlace(3, 4, local_rank=1, local_size=2)
+    assert plan.model.folder == "/there"
+    ((_, replica),) = arrived.replicas
+    replica.close()
+
+
+def test_a_host_that_cannot_run_a_replica_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    found = door()
+    found.open(Arrived())
+    small = replace_fields(REPORT, facts=HostFacts("small", host()))
+    refused = found.objection(hello(report=encode(small)))
+    assert refused is not None
+    assert not refused.again
+    assert refused.why == "2 ranks need 4 GiB, 1 GiB more than this host has available"
+    assert caplog.messages == [f"replica 2 cannot run on there: {refused.why}"]
+    unreadable = found.objection(hello(report=b"\xff"))
+    assert unreadable is not None
+    assert not unreadable.again
+
+
+def test_one_that_hangs_up_before_it_has_its_plan_may_come_again() -> None:
+    found, arrived = door(), Arrived()
+    found.open(arrived)
+    assert found.objection(hello()) is None
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    found.enter(hello(), Channel(ours))
+    for _, replica in arrived.replicas:  # the system may take what is sent, and tell of the end later
+        replica.close()
+    assert found.objection(hello()) is None
 
 
 def test_a_number_is_free_again_when_its_connection_has_ended() -> None:

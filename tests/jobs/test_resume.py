@@ -1,4 +1,4 @@
-"""Jobs that end half-way and go on: whatever was lost, the file has each prompt's line in the end, once."""
+"""Jobs that end half-way and are resumed. Whatever was lost, in the end the file has one line for each prompt."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import RequestError, UserError
-from shoal.jobs import resuming
 from shoal.jobs.entries import JobEntry, digest, same_prompt
-from shoal.jobs.output_lines import line_of
-from shoal.jobs.parameters import Parameters
+from shoal.jobs.output_file import OutputFailed, OutputFile
+from shoal.jobs.output_lines import output_line
+from shoal.jobs.parameters import JobParameters
+from shoal.jobs.resume import AnsweredPrompts, ResumeCheck, drop_failed_lines, scan_answers, verify_answers
 from shoal.jobs.run_job import JobRun
-from shoal.jobs.writing import OutputFailed, OutputFile
 from shoal.outputs import CompletionOutput, RequestOutput
 from shoal.params import Message, Prompt, SamplingParams
 from shoal.text.prompts import Job, RefusedPrompt
@@ -24,7 +24,7 @@ from support.fakes import steady
 
 
 class FakeEngine:
-    """Answers each prompt with its text backwards, the last of a window first; refuses those that say so."""
+    """Answers each prompt with its text backwards, the last of a window first. Refuses the prompt "refuse"."""
 
     def __init__(self, window: int = 3) -> None:
         self.window = window
@@ -55,26 +55,26 @@ class FakeEngine:
         return job.index, RequestOutput("", job.prompt, job.tokens, (CompletionOutput(0, text, (3,), "stop"),))
 
 
-PARAMETERS = Parameters(SamplingParams(temperature=0), {})
+PARAMETERS = JobParameters(SamplingParams(temperature=0), {})
 
 
 def entries_of(prompts: Iterable[str]) -> list[JobEntry]:
     return [JobEntry(index, f"line {index + 1}", prompt=prompt) for index, prompt in enumerate(prompts)]
 
 
-def go_on(
-    path: Path, entries: list[JobEntry], parameters: Parameters = PARAMETERS, *, ordered: bool = False, seed: int = 0
+def run_resume(
+    path: Path, entries: list[JobEntry], parameters: JobParameters = PARAMETERS, *, ordered: bool = False, seed: int = 0
 ) -> list[str]:
-    """What `shoal generate --resume` does. Gives the prompts that were run."""
+    """Do what `shoal generate --resume` does, and return the prompts that were run."""
     engine = FakeEngine()
     with OutputFile(path) as output:
-        answered = resuming.scan(output)
-        resuming.verify(entries, resuming.Check(output, answered, parameters, seed=seed))
-        output.start(resuming.compact(output, answered))
-        check = resuming.Check(output, answered, parameters, seed=seed)
+        answered = scan_answers(output)
+        verify_answers(entries, ResumeCheck(output, answered, parameters, seed=seed))
+        output.start(drop_failed_lines(output, answered))
+        check = ResumeCheck(output, answered, parameters, seed=seed)
         run = JobRun(engine, parameters, seed=seed)
         for entry, found, result in run(entries, ordered=ordered, skip=check.answered, finish=check.finish):
-            output.write(line_of(entry, found, result, "m"))
+            output.write(output_line(entry, found, result, "m"))
     return [str(job.prompt) for job in engine.jobs]
 
 
@@ -88,94 +88,93 @@ PROMPTS = ["a", "b\u2028", "refuse", "c", "d" * 9, "e", "refuse", "f"]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("whole") / "out.jsonl"
-    assert len(go_on(path, entries_of(PROMPTS))) == 6
+    assert len(run_resume(path, entries_of(PROMPTS))) == 6
     return path.read_bytes()
 
 
 @steady
 @given(st.data())
-def test_a_file_cut_anywhere_goes_on_to_the_same_lines(
+def test_a_file_cut_anywhere_is_completed_to_the_same_lines(
     tmp_path_factory: pytest.TempPathFactory, whole: bytes, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "out.jsonl"
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
     kept = [line for line in whole[:cut].splitlines(keepends=True) if line.endswith(b"\n") and b'"error"' not in line]
-    ran = go_on(path, entries_of(PROMPTS))
+    ran = run_resume(path, entries_of(PROMPTS))
     assert len(ran) == 6 - len(kept)
-    assert path.read_bytes().startswith(b"".join(kept)), "what was finished is as it was"
+    assert path.read_bytes().startswith(b"".join(kept)), "finished lines are unchanged"
     assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
-    assert go_on(path, entries_of(PROMPTS)) == []
+    assert run_resume(path, entries_of(PROMPTS)) == []
 
 
-def test_every_cut_of_a_small_file(tmp_path: Path) -> None:
-    """The same, not by chance but at each byte."""
+def test_a_small_file_cut_at_every_byte_is_completed_to_the_same_lines(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    go_on(path, entries_of("ab"))
+    run_resume(path, entries_of("ab"))
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        go_on(path, entries_of("ab"))
+        run_resume(path, entries_of("ab"))
         assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
 def test_ordered_lines_are_in_order(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    go_on(path, entries_of("abcdefg"))
+    run_resume(path, entries_of("abcdefg"))
     assert indices(path) != list(range(7))
     path.unlink()
-    go_on(path, entries_of("abcd"), ordered=True)
-    go_on(path, entries_of("abcdefg"), ordered=True)
+    run_resume(path, entries_of("abcd"), ordered=True)
+    run_resume(path, entries_of("abcdefg"), ordered=True)
     assert indices(path) == list(range(7))
 
 
 def test_lines_with_errors_run_again(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    go_on(path, entries_of(["a", "refuse", "b"]))
+    run_resume(path, entries_of(["a", "refuse", "b"]))
     assert [json.loads(line).get("error") for line in path.read_text().splitlines()].count("refused") == 1
-    assert go_on(path, entries_of(["a", "mended", "b"])) == ["mended"]
+    assert run_resume(path, entries_of(["a", "mended", "b"])) == ["mended"]
     assert sorted(indices(path)) == [0, 1, 2]
     assert "refused" not in path.read_text()
 
 
-def test_another_prompt_is_refused_and_the_file_is_left(tmp_path: Path) -> None:
+def test_another_prompt_is_refused_and_the_file_is_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    go_on(path, entries_of("abc"), ordered=True)
+    run_resume(path, entries_of("abc"), ordered=True)
     before = path.read_bytes() + b'{"index": 2, "ha'
     path.write_bytes(before)
     with pytest.raises(UserError, match=r"out.jsonl, line 2 \(index 1\) answers another prompt than line 2: give the"):
-        go_on(path, entries_of("axc"))
+        run_resume(path, entries_of("axc"))
     assert path.read_bytes() == before
 
 
 def test_other_parameters_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    go_on(path, entries_of("abc"), ordered=True)
+    run_resume(path, entries_of("abc"), ordered=True)
     with pytest.raises(UserError, match=r"line 1 \(index 0\) was made with other sampling parameters"):
-        go_on(path, entries_of("abc"), Parameters(SamplingParams(temperature=0), {"max_tokens": 5}))
+        run_resume(path, entries_of("abc"), JobParameters(SamplingParams(temperature=0), {"max_tokens": 5}))
 
 
-def test_another_seed_is_refused_where_it_is_drawn_by(tmp_path: Path) -> None:
+def test_another_seed_is_refused_for_prompts_that_use_it(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    warm = Parameters(SamplingParams(temperature=1), {})
+    warm = JobParameters(SamplingParams(temperature=1), {})
     mine = [JobEntry(0, "line 1", prompt="a", sampling={"seed": 7}), JobEntry(1, "line 2", prompt="b")]
     for entries, parameters in [(mine[:1], warm), (entries_of("a"), PARAMETERS)]:  # own seed; greedy
         path.unlink(missing_ok=True)
-        go_on(path, entries, parameters, seed=1)
-        assert go_on(path, entries, parameters, seed=2) == []
+        run_resume(path, entries, parameters, seed=1)
+        assert run_resume(path, entries, parameters, seed=2) == []
     path.unlink()
-    go_on(path, mine, warm, ordered=True, seed=1)
-    assert go_on(path, mine, warm, seed=1) == []
+    run_resume(path, mine, warm, ordered=True, seed=1)
+    assert run_resume(path, mine, warm, seed=1) == []
     for seed in (0, 2):
         with pytest.raises(UserError, match=r"line 2 \(index 1\) was made with .* another --seed"):
-            go_on(path, mine, warm, seed=seed)
+            run_resume(path, mine, warm, seed=seed)
 
 
 def test_more_answers_than_prompts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    go_on(path, entries_of("abcd"))
-    with pytest.raises(UserError, match="answers 2 more than there are, the last with index 3"):
-        go_on(path, entries_of("ab"))
+    run_resume(path, entries_of("abcd"))
+    with pytest.raises(UserError, match="has 2 more answers than there are prompts, the last with index 3"):
+        run_resume(path, entries_of("ab"))
 
 
 @pytest.mark.parametrize(
@@ -184,42 +183,42 @@ def test_more_answers_than_prompts_are_refused(tmp_path: Path) -> None:
      b'{"index": 0, "digest": "xyz"}\n', b'{"index": 0, "digest": 5}\n', b"\xff\n", b"\n", b"[" * 100_000 + b"\n",
      b'{"index": 0, "digest": "11112222333344445"}\n', b"notes", b"{}", b'{"id": 5', b'{"indices'],
 )  # fmt: skip
-def test_files_of_others_are_refused(tmp_path: Path, line: bytes) -> None:
+def test_files_that_shoal_did_not_write_are_refused(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(line)
     with pytest.raises(UserError, match="line 1 was not written by `shoal generate`"):
-        go_on(path, entries_of("a"))
+        run_resume(path, entries_of("a"))
     assert path.read_bytes() == line
 
 
 @pytest.mark.parametrize("cut", [b"{", b'{"index": 0', b'{"id": "batch_req-0000', b'{"id'])
-def test_a_cut_line_of_ours_is_taken_off(tmp_path: Path, cut: bytes) -> None:
+def test_an_incomplete_last_line_of_ours_is_removed(tmp_path: Path, cut: bytes) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(cut)
-    assert go_on(path, entries_of("a")) == ["a"]
+    assert run_resume(path, entries_of("a")) == ["a"]
     assert indices(path) == [0]
 
 
-def test_second_answers_are_taken_out(tmp_path: Path) -> None:
+def test_second_answers_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    go_on(path, entries_of("ab"))
+    run_resume(path, entries_of("ab"))
     whole = path.read_bytes()
     path.write_bytes(whole + whole)
-    assert go_on(path, entries_of("ab")) == []
+    assert run_resume(path, entries_of("ab")) == []
     assert path.read_bytes() == whole
 
 
-def test_memory_does_not_grow_with_what_lines_hold(tmp_path: Path) -> None:
-    """A page holds 4096 indices in 32 KiB, however far apart they are."""
-    answered = resuming.Answered()
+def test_memory_does_not_grow_with_the_length_of_lines(tmp_path: Path) -> None:
+    """A page has 4096 indices in 32 KiB, however far apart they are."""
+    answered = AnsweredPrompts()
     for index in (0, 5, 4096, 10**12):
         answered.add(index, f"{index:016x}")
     assert [index in answered for index in (0, 1, 4096, 10**12, 10**12 + 1)] == [True, False, True, True, False]
     assert (answered.has(4096, f"{4096:016x}"), answered.has(4096, f"{5:016x}")) == (True, False)
-    assert (answered.count, answered.last, answered.held_bytes) == (4, 10**12, 3 * 32 << 10)
+    assert (answered.count, answered.largest_index, answered.held_bytes) == (4, 10**12, 3 * 32 << 10)
 
 
-# --- what tells prompts apart ------------------------------------------------------------------------------------
+# --- digests of prompts -----------------------------------------------------------------------------------------
 
 TALK: list[Message] = [{"role": "user", "content": "a"}]
 
@@ -241,12 +240,12 @@ def test_digests() -> None:
     assert same_prompt(warmer, digest(same[0], params, 0))
 
 
-def test_draws_hang_on_the_index(tmp_path: Path) -> None:
-    """So a resumed job draws what it would have drawn, and another engine seed draws something else."""
+def test_draws_depend_on_seed_and_index(tmp_path: Path) -> None:
+    """So a resumed job draws the same tokens, and with another seed it draws others."""
 
     def seeds(entries: list[JobEntry], seed: int) -> dict[int, int | None]:
         engine = FakeEngine()
-        list(JobRun(engine, Parameters(SamplingParams(temperature=1), {}), seed=seed)(entries))
+        list(JobRun(engine, JobParameters(SamplingParams(temperature=1), {}), seed=seed)(entries))
         return {job.index: job.params.seed for job in engine.jobs}
 
     entries = [*entries_of("abc"), JobEntry(3, "", prompt="d", sampling={"seed": 7})]
@@ -260,7 +259,7 @@ def test_draws_hang_on_the_index(tmp_path: Path) -> None:
     assert greedy.jobs[0].params.seed is None
 
 
-def test_what_is_pending_is_no_more_than_the_window() -> None:
+def test_no_more_entries_than_the_window_are_pending() -> None:
     engine = FakeEngine(window=4)
     run = JobRun(engine, PARAMETERS, seed=0)
     most = 0
@@ -273,7 +272,7 @@ def test_what_is_pending_is_no_more_than_the_window() -> None:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_does_not_fit_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.jsonl"
     write, room = os.write, 40
 
@@ -294,7 +293,7 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, monkeypatch: pyt
     assert path.read_text() == '{"index": 0}\n'
 
 
-def test_stdout_is_not_cut_or_locked(tmp_path: Path) -> None:
+def test_stdout_is_not_truncated_or_locked(tmp_path: Path) -> None:
     """It may be a file that holds something else: `shoal generate ... --output - >> file`."""
     path = tmp_path / "file"
     path.write_text("x\n")
@@ -321,14 +320,14 @@ def test_a_file_may_be_called_like_stdout(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "-").read_text() == '{"index": 0}\n'
 
 
-def test_surrogates_are_written_as_json_has_them(tmp_path: Path) -> None:
+def test_surrogates_are_written_as_json_escapes(tmp_path: Path) -> None:
     with OutputFile(tmp_path / "out") as output:
         output.start()
         output.write({"text": "half \ud800 caf\xe9"})
     assert json.loads((tmp_path / "out").read_text("utf-8")) == {"text": "half \ud800 caf\xe9"}
 
 
-def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
+def test_two_runs_can_not_write_to_one_file(tmp_path: Path) -> None:
     with OutputFile(tmp_path / "out"), pytest.raises(UserError, match="being written by another run"):
         OutputFile(tmp_path / "out")
     OutputFile(tmp_path / "out").close()

@@ -1,32 +1,32 @@
-"""Reading an answer as it streams in, and taking the time of its tokens."""
+"""Reading an answer as it streams in, and measuring the times of its tokens."""
 
 import json
 from array import array
 from typing import Any
 
-from shoal.client.http import said
+from shoal.client.http import error_message
 
-_BROKEN_OFF = {"abort", "error"}  # not OpenAI's, but what engines say of what they have dropped
+_BROKEN_OFF = {"abort", "error"}  # finish reasons of dropped requests; OpenAI does not have them, but engines do
 
 
-class BadStream(Exception):
-    """What came is no answer; `kind` is a short name for reports."""
+class BrokenAnswer(Exception):
+    """The server sent something that is not a complete answer. `kind` is a short name for reports."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
-class Tally:
-    """Takes in the bytes of server-sent events (WHATWG HTML, section 9.2), with the time at which they came.
+class StreamedAnswer:
+    """An answer of server-sent events (WHATWG HTML, section 9.2), with the times at which its bytes came.
 
-    What came together has one time. An event counts as one with tokens if it has text, of whatever kind: the role at
-    a chat's begin and the usage at the end are none.
+    Bytes that came together have one time. An event counts as a chunk if it has text of any kind; the role at the
+    beginning of a chat and the usage at its end do not count.
     """
 
     __slots__ = (
-        "_answered", "_data", "_rest", "chunks", "finish_reason", "finished", "first", "gaps", "last", "output",
-        "prompt", "stopped",
+        "_answered", "_data", "_rest", "chunks", "finish_reason", "finished", "first", "gaps", "last", "output_tokens",
+        "prompt_tokens", "stopped",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -34,18 +34,20 @@ class Tally:
         self._data: list[bytes] = []
         self.first: float | None = None
         self.last: float | None = None
-        self.stopped: float | None = None  # when the end was told: tokens without text came by then
-        self.gaps = array("d")  # between events with tokens
-        self.chunks = 0  # events with tokens
-        self.prompt: int | None = None  # tokens, as the server counts them
-        self.output: int | None = None
+        self.stopped: float | None = None  # when the finish reason came, after tokens without text
+        self.gaps = array("d")  # seconds between chunks
+        self.chunks = 0
+        self.prompt_tokens: int | None = None  # as the server counts them
+        self.output_tokens: int | None = None
         self.finish_reason: str | None = None
         self.finished = False
         self._answered = False
 
     def feed(self, data: bytes, now: float) -> None:
-        """Raises:
-        BadStream: an event is an error, or is not what OpenAI's interface has.
+        """Take in the next bytes.
+
+        Raises:
+            BrokenAnswer: an event is an error, or does not have the form of OpenAI's API.
         """
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
@@ -58,16 +60,16 @@ class Tally:
                 self._event(payload, now)
 
     def close(self, now: float) -> None:
-        """The stream has ended.
+        """Take in the end of the stream.
 
         Raises:
-            BadStream: before its answer had.
+            BrokenAnswer: the answer is not complete.
         """
         if not self.finished or not self._answered:
-            raise BadStream("broken stream", f"the stream ended after {self.chunks} chunks, without an end")
+            raise BrokenAnswer("broken stream", f"the stream ended after {self.chunks} chunks, before the answer")
         if self.finish_reason in _BROKEN_OFF:
-            raise BadStream("broken off", f"the server ended it after {self.chunks} chunks: {self.finish_reason}")
-        if self.first is None and self.output:  # tokens without text, such as an end-of-text token alone
+            raise BrokenAnswer("broken off", f"the server ended it after {self.chunks} chunks: {self.finish_reason}")
+        if self.first is None and self.output_tokens:  # tokens without text, such as an end-of-text token alone
             self.first = self.last = now
 
     def _event(self, payload: bytes, now: float) -> None:
@@ -77,7 +79,7 @@ class Tally:
         try:
             event = json.loads(payload)
             if event.get("error"):
-                raise BadStream("error in stream", said(json.dumps(event)))
+                raise BrokenAnswer("error in stream", error_message(json.dumps(event)))
             if event.get("usage"):
                 self._count(event["usage"])
             choices = event.get("choices") or ()
@@ -89,19 +91,21 @@ class Tally:
                     self.finished = True
                     self.stopped = now
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            raise BadStream("broken stream", f"this is no event: {payload[:80].decode(errors='replace')}") from None
+            raise BrokenAnswer(
+                "broken stream", f"not an event of the API: {payload[:80].decode(errors='replace')}"
+            ) from None
         if has_text:
-            self._tokens(now)
+            self._add_chunk(now)
 
     def _count(self, usage: dict[str, Any]) -> None:
-        """Either of the counts may be missing or null, but not both."""
+        """Take in the counts of tokens. One of them may be missing or null, but not both."""
         prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if prompt is None and output is None:
             raise KeyError("completion_tokens")
-        self.prompt = self.prompt if prompt is None else int(prompt)
-        self.output = self.output if output is None else int(output)
+        self.prompt_tokens = self.prompt_tokens if prompt is None else int(prompt)
+        self.output_tokens = self.output_tokens if output is None else int(output)
 
-    def _tokens(self, now: float) -> None:
+    def _add_chunk(self, now: float) -> None:
         if self.last is None:
             self.first = now
         else:

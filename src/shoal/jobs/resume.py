@@ -1,8 +1,8 @@
-"""`--resume`: which prompts an output file has answered, and whether they are these prompts.
+"""`--resume`: which prompts an output file has answered, and whether these are the prompts of the job.
 
-A line is an answer if it is whole (a line break ends it), has an `index` and a `digest`, and no `error`. Lines with an
-error are taken out, so that their prompts run again; so is what follows the last line break, if it begins like a line
-of ours.
+A line is an answer if it is complete (a line break ends it), has an `index` and a `digest`, and no `error`. Lines with
+an error are removed, so that their prompts run again. The rest after the last line break is removed if it begins like a
+line of ours.
 """
 
 import json
@@ -12,21 +12,21 @@ from typing import Any
 
 from shoal.errors import RequestError, UserError
 from shoal.jobs.entries import JobEntry, digest, same_prompt
-from shoal.jobs.parameters import Parameters
-from shoal.jobs.writing import OutputFile
+from shoal.jobs.output_file import OutputFile
+from shoal.jobs.parameters import JobParameters
 
 _PAGE = 4096
-_BEGINNINGS = (b'{"index": ', b'{"id": "batch_req-')  # of a line: ours, and that of a batch
+_BEGINNINGS = (b'{"index": ', b'{"id": "batch_req-')  # of a line in our format, and in OpenAI's batch format
 
 
-class Answered:
-    """What a file holds: eight bytes for each index, whatever its lines hold."""
+class AnsweredPrompts:
+    """The prompts that an output file has answered. It takes eight bytes for each index, however long the lines are."""
 
     def __init__(self) -> None:
         self._pages: dict[int, array[int]] = {}
         self.count = 0
-        self.last = -1  # the largest index
-        self.bytes = 0  # of whole lines
+        self.largest_index = -1
+        self.complete_bytes = 0  # bytes of complete lines
         self.dropped = 0  # lines with an error, and second answers
 
     def add(self, index: int, found: str) -> None:
@@ -36,11 +36,11 @@ class Answered:
             return
         page[index % _PAGE] = _number(found)
         self.count += 1
-        self.last = max(self.last, index)
+        self.largest_index = max(self.largest_index, index)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that the indices take in memory."""
+        """The number of bytes that the indices take in memory."""
         return sum(len(page) * page.itemsize for page in self._pages.values())
 
     def __contains__(self, index: int) -> bool:
@@ -48,26 +48,28 @@ class Answered:
         return page is not None and page[index % _PAGE] != 0
 
     def has(self, index: int, wanted: str) -> bool:
+        """Return whether the answer with this index has the digest `wanted`."""
         page = self._pages.get(index // _PAGE)
         return page is not None and page[index % _PAGE] == _number(wanted)
 
 
 def _number(text: str) -> int:
-    return int(text, 16) or 1  # 0 stands for none
+    return int(text, 16) or 1  # 0 means that there is no answer
 
 
-def scan(output: OutputFile) -> Answered:
-    """
+def scan_answers(output: OutputFile) -> AnsweredPrompts:
+    """Read the answers of an output file.
+
     Raises:
-        UserError: a line is none that `shoal generate` writes; of a cut last one, its beginning.
+        UserError: a line, or the beginning of an incomplete last line, was not written by `shoal generate`.
     """
-    answered = Answered()
+    answered = AnsweredPrompts()
     for number, line in enumerate(output.lines(), 1):
         if not line.endswith(b"\n"):
             if not any(line.startswith(own) or own.startswith(line) for own in _BEGINNINGS):
                 raise _foreign(output, number)
             break
-        answered.bytes += len(line)
+        answered.complete_bytes += len(line)
         index, found = _read(output, number, line)
         if found is None:
             answered.dropped += 1
@@ -77,7 +79,7 @@ def scan(output: OutputFile) -> Answered:
 
 
 def _read(output: OutputFile, number: int, line: bytes) -> tuple[int, str | None]:
-    """Index and digest; no digest where the line has an error."""
+    """Return the index and the digest of a line; the digest is None if the line has an error."""
     try:
         values = json.loads(line)
         index, failed = values["index"], values.get("error") is not None
@@ -91,22 +93,22 @@ def _read(output: OutputFile, number: int, line: bytes) -> tuple[int, str | None
 
 def _foreign(output: OutputFile, number: int) -> UserError:
     return UserError(
-        f"{output.name}, line {number} was not written by `shoal generate`, which numbers its lines: "
-        "it can't be resumed; give another --output, or --overwrite"
+        f"{output.name}, line {number} was not written by `shoal generate`, so the job can't be resumed: "
+        "give another --output, or --overwrite"
     )
 
 
-def compact(output: OutputFile, answered: Answered) -> int:
-    """Takes out what is no answer. Gives the bytes to keep.
+def drop_failed_lines(output: OutputFile, answered: AnsweredPrompts) -> int:
+    """Remove lines with an error and second answers. Return the number of bytes to keep.
 
     Raises:
-        UserError: there is no room for the copy that this takes; the file is as it was.
+        UserError: the disk has no room for the copy that this needs; the file is unchanged.
     """
-    return output.replace(_answers(output)) if answered.dropped else answered.bytes
+    return output.replace(_answers(output)) if answered.dropped else answered.complete_bytes
 
 
 def _answers(output: OutputFile) -> Iterator[bytes]:
-    seen = Answered()
+    seen = AnsweredPrompts()
     for number, line in enumerate(output.lines(), 1):
         if not line.endswith(b"\n"):
             return
@@ -116,10 +118,10 @@ def _answers(output: OutputFile) -> Iterator[bytes]:
             yield line
 
 
-class Check:
-    """Holds prompts, as they are read, against the answers that are there. `seed` is the job's, as for a `JobRun`."""
+class ResumeCheck:
+    """Compares prompts, as they are read, with the answers in an output file. `seed` is the job's (see `JobRun`)."""
 
-    def __init__(self, output: OutputFile, answered: Answered, parameters: Parameters, *, seed: int) -> None:
+    def __init__(self, output: OutputFile, answered: AnsweredPrompts, parameters: JobParameters, *, seed: int) -> None:
         self._output = output
         self._answered = answered
         self._parameters = parameters
@@ -127,9 +129,10 @@ class Check:
         self._known = 0
 
     def answered(self, entry: JobEntry) -> bool:
-        """
+        """Return whether the file has an answer to this prompt.
+
         Raises:
-            UserError: there is an answer, to another prompt or to one with other parameters.
+            UserError: the file has an answer with this index, to another prompt or with other parameters.
         """
         if entry.index not in self._answered:
             return False
@@ -140,35 +143,36 @@ class Check:
         return True
 
     def finish(self) -> None:
-        """All prompts were read.
+        """Check, after all prompts were read, that every answer belongs to one of them.
 
         Raises:
-            UserError: there are answers to prompts that do not exist.
+            UserError: the file has answers to prompts that do not exist.
         """
         if self._known < self._answered.count:
             more = self._answered.count - self._known
             raise UserError(
-                f"{self._output.name} belongs to other prompts: it answers {more} more than there are, the last "
-                f"with index {self._answered.last}; give the prompts it was made from, or another --output"
+                f"{self._output.name} belongs to other prompts: it has {more} more answers than there are prompts, the "
+                f"last with index {self._answered.largest_index}; give the prompts that it was made from, or another "
+                "--output"
             )
 
     def _digest(self, entry: JobEntry) -> str | None:
         if entry.error is not None:
             return None
         try:
-            return digest(entry, self._parameters.of(entry), self._seed)
+            return digest(entry, self._parameters.for_entry(entry), self._seed)
         except RequestError:
             return None
 
     def _refusal(self, entry: JobEntry, wanted: str | None) -> UserError:
         number, line = self._line(entry.index)
         if wanted is not None and same_prompt(str(line["digest"]), wanted):
-            what = f"was made with other sampling parameters, or another --seed, than {entry.where} asks for now"
+            what = f"was made with other sampling parameters or another --seed than {entry.where} has now"
         else:
             what = f"answers another prompt than {entry.where}"
         return UserError(
-            f"{self._output.name}, line {number} (index {entry.index}) {what}: give the prompts and flags it was made "
-            "from, or another --output, or --overwrite"
+            f"{self._output.name}, line {number} (index {entry.index}) {what}: give the prompts and flags that it was "
+            "made from, or another --output, or --overwrite"
         )
 
     def _line(self, index: int) -> tuple[int, Any]:
@@ -180,11 +184,11 @@ class Check:
         return 0, {"digest": ""}
 
 
-def verify(entries: Iterable[JobEntry], check: Check) -> int:
-    """Reads all prompts, and gives how many have no answer yet.
+def verify_answers(entries: Iterable[JobEntry], check: ResumeCheck) -> int:
+    """Read all prompts and return how many have no answer yet.
 
     Raises:
-        UserError: as `Check`.
+        UserError: the answers belong to other prompts or parameters.
     """
     left = sum(1 for entry in entries if not check.answered(entry))
     check.finish()

@@ -1,4 +1,4 @@
-"""The file of --output: a JSON object a line, each written as a whole as soon as it is there."""
+"""The file of --output. Each line is a JSON object, written completely as soon as it is known."""
 
 import contextlib
 import fcntl
@@ -14,20 +14,20 @@ from shoal.errors import ShoalError, UserError
 
 
 class OutputFailed(ShoalError):
-    """A line could not be written, most often because the disk is full. The lines before it are whole."""
+    """A line could not be written, most often because the disk is full. The lines before it are complete."""
 
 
 class OutputFile:
-    """Lines are appended, and nothing that is there is touched before `start`. `-` is stdout: even where that is a
-    file it is another's, and so never cut or locked.
-
-    Raises:
-        UserError: it can't be opened, or another run writes it.
-    """
+    """A file to which lines are appended. Its contents are unchanged until `start`."""
 
     def __init__(self, path: str | Path) -> None:
+        """Open and lock the file. `-` is stdout, which is never truncated or locked, even if it is a file.
+
+        Raises:
+            UserError: it can't be opened, or another run writes to it.
+        """
         self.path = Path(path)
-        self._stdout = str(path) == "-"  # `./-`, which Path makes the same, is a file
+        self._stdout = str(path) == "-"  # tested before Path turns `./-`, which is a file, into `-`
         self._fd = self._open()
         self._size = 0
         self.regular = not self._stdout and stat.S_ISREG(os.fstat(self._fd).st_mode)
@@ -43,24 +43,24 @@ class OutputFile:
         return not self.regular or os.fstat(self._fd).st_size == 0
 
     def start(self, keep: int = 0) -> None:
-        """Begins behind the first `keep` bytes; the rest is cut off."""
+        """Truncate the file to its first `keep` bytes; lines are written after them."""
         self._size = keep
         if self.regular:
-            with self._named(UserError):
+            with self._convert_errors(UserError):
                 os.ftruncate(self._fd, keep)
 
     def lines(self) -> Iterator[bytes]:
-        """What the file holds, line by line, the last one perhaps cut."""
-        with self._named(UserError), self.path.open("rb") as file:
+        """Yield the lines of the file. The last one may be incomplete."""
+        with self._convert_errors(UserError), self.path.open("rb") as file:
             yield from file
 
     def replace(self, lines: Iterator[bytes]) -> int:
-        """Puts other contents in the file's place, all or nothing. Gives the bytes.
+        """Replace the contents of the file, all or nothing. Return the number of bytes.
 
         Raises:
-            UserError: it can't be written; the file is as it was.
+            UserError: the new contents can't be written; the file is unchanged.
         """
-        with self._named(UserError):
+        with self._convert_errors(UserError):
             target = self.path.resolve()
             beside = target.with_name(f".{target.name}.{os.getpid()}")
             try:
@@ -78,13 +78,14 @@ class OutputFile:
         return size
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """
+        """Append a line.
+
         Raises:
-            OutputFailed: the disk is full, or the like; what was written of this line is taken back.
+            OutputFailed: the line can't be written, for example because the disk is full; no part of it is left.
         """
-        # The one thing that UTF-8 can't hold is half of a surrogate pair; JSON has an escape for it, the same.
+        # Only half of a surrogate pair can't be encoded in UTF-8; `backslashreplace` writes it as JSON escapes it.
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        with self._named(OutputFailed):
+        with self._convert_errors(OutputFailed):
             try:
                 written = 0
                 while written < len(data):
@@ -101,7 +102,7 @@ class OutputFile:
     def close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            with self._named(OutputFailed):
+            with self._convert_errors(OutputFailed):
                 os.close(fd)
 
     def __enter__(self) -> "OutputFile":
@@ -111,7 +112,7 @@ class OutputFile:
         self.close()
 
     def _open(self) -> int:
-        with self._named(UserError):
+        with self._convert_errors(UserError):
             if self._stdout:
                 return os.dup(1)
             return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -124,10 +125,11 @@ class OutputFile:
                 raise UserError(f"--output {self.name} is being written by another run") from None
 
     @contextmanager
-    def _named(self, kind: type[ShoalError]) -> Iterator[None]:
+    def _convert_errors(self, kind: type[ShoalError]) -> Iterator[None]:
+        """Raise errors of the operating system inside as errors of `kind` that name the file."""
         try:
             yield
-        except BrokenPipeError:  # whoever read it has gone
+        except BrokenPipeError:  # the reader of stdout is gone; the command handles it
             raise
         except OSError as error:
             raise kind(f"--output {self.path} can't be written: {error.strerror}") from None
