@@ -4,7 +4,14 @@ import pickle
 
 import pytest
 
-from shoal.errors import UNPROCESSABLE, RequestError, context_length_exceeded, structured_outputs_error
+from shoal.errors import (
+    UNPROCESSABLE,
+    EngineError,
+    QueueFull,
+    RequestError,
+    context_length_exceeded,
+    structured_outputs_error,
+)
 from shoal.wire.base import encode
 from shoal.wire.engine import Finish, RefusalKind, SeqUpdate, Updates, error_fields, from_engine
 from shoal.wire.request_refusal import RequestRefusal
@@ -66,3 +73,10 @@ def test_the_kind_of_an_error_that_is_only_a_message() -> None:
         "refusal": RefusalKind.FULL,
     }
     assert error_fields(ERRORS[5])["code"] == UNPROCESSABLE
+
+
+def test_an_engine_error_may_say_its_reason_without_a_name() -> None:
+    error = EngineError("replica 1 (process 7): out of memory", "out of memory")
+    assert (str(error), error.reason) == ("replica 1 (process 7): out of memory", "out of memory")
+    assert EngineError("out of memory").reason == "out of memory"
+    assert QueueFull("full", 3.0).reason == "full"

@@ -83,7 +83,15 @@ class RequestError(UserError, ValueError):
 
 
 class EngineError(ShoalError):
-    pass
+    """The engine could not go on.
+
+    Args:
+        reason: the message without the name of the replica that it begins with; None: it begins with no name.
+    """
+
+    def __init__(self, message: str = "", reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class RankFailed(EngineError):

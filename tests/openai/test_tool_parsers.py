@@ -1,4 +1,4 @@
-"""Tool calls as models write them: read piece by piece they are what they are in one."""
+"""Tool calls as models write them, read piece by piece or all at once."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ PARSERS: list[Callable[[], ToolParser]] = [hermes, llama3_json, mistral, call_li
 
 
 def read(parser: ToolParser, pieces: list[str]) -> tuple[str, list[Call]]:
-    """Content and calls."""
+    """Return the content and the calls of a text."""
     content, calls = "", []
     for piece in [each for text in pieces for each in parser.feed(text)] + parser.finish():
         match piece:
@@ -85,7 +85,9 @@ def cut(text: str, at: list[int]) -> list[str]:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
-def test_forms(make: Callable[[], ToolParser], text: str, content: str, calls: list[Call], size: int) -> None:
+def test_formats_of_tool_calls(
+    make: Callable[[], ToolParser], text: str, content: str, calls: list[Call], size: int
+) -> None:
     assert read(make(), [text[i : i + size] for i in range(0, len(text), size)]) == (content, calls)
 
 
@@ -98,7 +100,7 @@ PARTS = [
 
 @steady
 @given(st.lists(st.sampled_from(PARTS), max_size=14).map("".join), st.lists(st.integers(0, 300), max_size=8))
-def test_any_text_reads_the_same_however_it_is_cut(text: str, at: list[int]) -> None:
+def test_the_result_does_not_depend_on_how_the_text_is_cut(text: str, at: list[int]) -> None:
     for make in PARSERS:
         assert read(make(), cut(text, at)) == read(make(), [text])
 
@@ -117,7 +119,7 @@ CALLS = st.lists(
 
 @steady
 @given(CALLS, st.lists(st.integers(0, 1000), max_size=8), st.booleans())
-def test_what_is_written_is_read(calls: list[tuple[str, Any]], at: list[int], ascii_only: bool) -> None:
+def test_calls_are_read_as_they_were_written(calls: list[tuple[str, Any]], at: list[int], ascii_only: bool) -> None:
     objects = [json.dumps({"name": n, "arguments": a}, ensure_ascii=ascii_only) for n, a in calls]
     for make, text in (
         (hermes, "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in objects)),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shoal.client.http import ServerClient
-from shoal.client.status_history import last_failure
 from shoal.errors import EngineError
 
 _PERIOD_S = 0.25
@@ -52,7 +51,7 @@ def changes(before: Sequence[Replica], now: Sequence[Replica]) -> list[str]:
     for each in now:
         was = old.pop(each["number"], None)
         if was is None or was["state"] != each["state"]:
-            ended = each["state"] in {"restarting", "failed"} and last_failure(each)
+            ended = each["state"] in {"restarting", "failed"} and each["cause"]
             lines.append(f"replica {each['number']} is {each['state']}{f': {ended}' if ended else ''}")
     return lines + [f"replica {number} has left" for number in old]
 
@@ -65,7 +64,7 @@ def settled(replicas: Sequence[Replica], count: int) -> bool:
     """
     for each in replicas:
         if each["state"] == "failed":
-            raise EngineError(f"replica {each['number']} was given up: {last_failure(each) or 'it does not start'}")
+            raise EngineError(f"replica {each['number']} was given up: {each['cause'] or 'it does not start'}")
     return len(replicas) == count and all(each["state"] == "ready" for each in replicas)
 
 

@@ -1,6 +1,5 @@
 """The last statuses of a server, and the rates and shares of time that follow from them."""
 
-import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -134,8 +133,3 @@ class StatusHistory:
         """Return the statistics of a replica in the status at position `at`; None if there are none."""
         replicas = self._statuses[at]["replicas"]
         return next((each["stats"] for each in replicas if each["number"] == number), None)
-
-
-def last_failure(replica: Mapping[str, Any]) -> str:
-    """Return why a replica ended the last time, without its number and process; "" if it never ended."""
-    return re.sub(r"^replica \d+ \(process \d+\): ", "", replica["cause"])

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shoal.client.status_history import ALIVE, Status, StatusHistory, last_failure
+from shoal.client.status_history import ALIVE, Status, StatusHistory
 
 _COLOURS = {
     "ready": "green",
@@ -133,7 +133,7 @@ def _failures(replicas: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
         (each for each in replicas if each["cause"]), key=lambda each: (each["state"] == "ready", each["since_s"])
     )
     return [
-        Text(f"replica {each['number']} ended: {last_failure(each)}", style="" if each["state"] == "ready" else "red")
+        Text(f"replica {each['number']} ended: {each['cause']}", style="" if each["state"] == "ready" else "red")
         for each in ended[:_MAX_FAILURES]
     ]
 

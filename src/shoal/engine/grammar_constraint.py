@@ -36,8 +36,8 @@ class Constraint:
         assert verdict is not None
         return verdict.masks[: places * (len(verdict.masks) // len(verdict.ended))]
 
-    def objection(self, place: int, token: int) -> RequestError | None:
-        """Return why the output may not have a token that was drawn after `place` drafts; None if it may.
+    def why_forbidden(self, place: int, token: int) -> RequestError | None:
+        """Return why the output may not have `token`, which was drawn after `place` drafts; None if it may.
 
         Ranks draw a token that is not allowed if the mask and the other parameters together allow none.
         """

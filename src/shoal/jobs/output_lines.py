@@ -4,7 +4,7 @@ from typing import Any
 
 from shoal.jobs import openai_batch
 from shoal.jobs.entries import JobEntry
-from shoal.openai.answers import positions
+from shoal.openai.answers import logprobs_by_id
 from shoal.outputs import CompletionOutput, RequestOutput
 
 
@@ -26,7 +26,7 @@ def output_line(entry: JobEntry, digest: str, output: RequestOutput, model: str)
         "outputs": [_completion(each) for each in output.outputs],
     }
     if output.prompt_logprobs is not None:
-        line["prompt_logprobs"] = positions(output.prompt_logprobs, [])
+        line["prompt_logprobs"] = logprobs_by_id(output.prompt_logprobs, [])
     return {**line, "digest": digest}
 
 
@@ -47,5 +47,5 @@ def _completion(output: CompletionOutput) -> dict[str, Any]:
     }
     if output.logprobs is not None:
         line["cumulative_logprob"] = output.cumulative_logprob
-        line["logprobs"] = positions(output.logprobs, [])
+        line["logprobs"] = logprobs_by_id(output.logprobs, [])
     return line

@@ -146,7 +146,7 @@ class LLM:
             EngineError: the engine failed.
         """
         if not isinstance(params, BeamSearchParams):
-            raise RequestError(f"beam_search takes BeamSearchParams, got {shown(params)}")
+            raise RequestError(f"beam_search takes BeamSearchParams, got {shown(params)}", "params")
         one_token = SamplingParams(temperature=0, max_tokens=1)
         jobs = [_prepare_numbered(i, self.prepare, prompt, one_token) for i, prompt in enumerate(_as_list(prompts))]
         return beam_search(
@@ -190,7 +190,7 @@ class LLM:
             RequestError: `base` is not a SamplingParams.
         """
         if base is not None and not isinstance(base, SamplingParams):
-            raise RequestError(f"default_sampling_params takes SamplingParams or None, got {shown(base)}")
+            raise RequestError(f"default_sampling_params takes SamplingParams or None, got {shown(base)}", "base")
         return self._model.default_sampling_params(base)
 
     def _run_all(self, jobs: Sequence[Job], use_tqdm: bool) -> list[RequestOutput]:

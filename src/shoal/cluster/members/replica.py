@@ -278,7 +278,12 @@ class Replica:
                 case ControlReply():
                     self._answers.append(message)
                 case EngineFailure():
-                    self._fail(self._signature + message.error, reported=True, user_error=message.user_error)
+                    self._fail(
+                        self._signature + message.error,
+                        reason=message.error,
+                        reported=True,
+                        user_error=message.user_error,
+                    )
 
     def _send(self, frame: bytes) -> None:
         self._check_open()
@@ -288,8 +293,10 @@ class Replica:
             self._receive(0)  # raises the failure that the engine reported last, if it did
             self._fail(f"{self.name} {self._host.describe_exit(self._patience)}")
 
-    def _fail(self, message: str, *, reported: bool = False, user_error: bool = False) -> NoReturn:
-        self._failure = EngineError(message)
+    def _fail(
+        self, message: str, *, reason: str | None = None, reported: bool = False, user_error: bool = False
+    ) -> NoReturn:
+        self._failure = EngineError(message, reason)
         self.died = not reported
         self._kill()
         if (

@@ -92,7 +92,8 @@ class Results:
         """End a request, and give its client the last tokens.
 
         Args:
-            refusal: the kind of an error that is given as a text.
+            error: a message, if the error is of another kind than INVALID.
+            refusal: the kind of an error that is given as a message.
         """
         self._books.remove(request)
         self._verdicts.forget(request)
@@ -131,7 +132,7 @@ def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Fi
     """
     constraint = request.constraint
     for place, token in enumerate(drawn):
-        error = constraint.objection(place, token) if constraint is not None else None
+        error = constraint.why_forbidden(place, token) if constraint is not None else None
         if error is not None:
             return tuple(drawn[:place]), Finish.ABORT, error
         request.tokens.append(token)

@@ -16,9 +16,9 @@ from starlette.responses import Response
 from shoal.errors import RequestError
 from shoal.server.api.request_schemas import Body
 from shoal.server.http.errors import HttpError
-from shoal.server.http.json_reader import JsonReader, may_have_halves, refuse_halves
+from shoal.server.http.json_reader import JsonReader, may_have_surrogates, refuse_surrogates
 from shoal.server.http.limits import RequestLimits
-from shoal.server.http.work_threads import apart
+from shoal.server.http.work_threads import off_loop
 
 B = TypeVar("B", bound=BaseModel)
 _LIMITS = RequestLimits()
@@ -70,7 +70,7 @@ class BodyRoute(APIRoute):
             body = await request.body()
             if body and _is_json(request.headers.get("content-type", "")):
                 with _unread.hold(len(body)):
-                    found = await apart(partial(read_body, body, model), len(body))
+                    found = await off_loop(partial(read_body, body, model), len(body))
                 request = _ReadRequest(request.scope, request.receive, found)
             return await handler(request)
 
@@ -142,6 +142,6 @@ def read_json(body: bytes, limits: RequestLimits = _LIMITS) -> Any:
     except json.JSONDecodeError as error:
         told = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}}
         raise RequestValidationError([{**told, "ctx": {"error": error.msg}}]) from None
-    if may_have_halves(text):
-        refuse_halves(found)
+    if may_have_surrogates(text):
+        refuse_surrogates(found)
     return found

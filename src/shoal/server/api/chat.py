@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from shoal.errors import RequestError
 from shoal.llm.deltas import Delta
-from shoal.openai.answers import chat_choice, chat_logprobs, positions, usage
+from shoal.openai.answers import chat_choice, chat_logprobs, logprobs_by_id, usage
 from shoal.openai.tools.call_deltas import CallDeltas, message_of
 from shoal.openai.tools.tool_plan import ToolPlan, plan_tools
 from shoal.outputs import CompletionOutput, RequestOutput
@@ -40,9 +40,9 @@ from shoal.server.api.request_schemas import ChatBody, TemplateFields
 from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_id, respond
 from shoal.server.backend import TokenStream
 from shoal.server.http.errors import GENERATION_ERRORS, named_by_client
-from shoal.server.http.event_streams import STREAMED, ChunkWriter, EventStream, answered
-from shoal.server.http.json_encoding import EncodedList, pieces, text_of
-from shoal.server.http.work_threads import apart
+from shoal.server.http.event_streams import STREAM_DESCRIPTION, ChunkWriter, EventStream, while_connected
+from shoal.server.http.json_encoding import EncodedList, json_pieces, json_text
+from shoal.server.http.work_threads import off_loop
 from shoal.text.prompts import Job
 
 _READ_HERE = (
@@ -73,12 +73,12 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/chat/completions",
-        responses={200: {"model": ChatAnswer, **STREAMED}, **GENERATION_ERRORS},
+        responses={200: {"model": ChatAnswer, **STREAM_DESCRIPTION}, **GENERATION_ERRORS},
         response_class=Response,
     )
     async def create_chat_completion(body: ChatBody, request: Request, rank: RankHeader = None) -> Response:
         """Generate the next message of a conversation, `n` times."""
-        return await answered(request, _chat(service, body, RequestPlacement.of(body, rank)))
+        return await while_connected(request, _chat(service, body, RequestPlacement.of(body, rank)))
 
     return router
 
@@ -172,7 +172,7 @@ def _answer(asked: _ChatRequest, output: RequestOutput) -> dict[str, Any]:
         "usage": _usage(asked, sum(len(each.token_ids) for each in output.outputs), output.num_cached_tokens),
     }
     if asked.prompt_logprobs:
-        body["prompt_logprobs"] = positions(output.prompt_logprobs or (), EncodedList())
+        body["prompt_logprobs"] = logprobs_by_id(output.prompt_logprobs or (), EncodedList())
     if asked.forms.ids:
         body["prompt_token_ids"] = output.prompt_token_ids
     return body
@@ -219,7 +219,7 @@ async def _events(asked: _ChatRequest, stream: TokenStream) -> AsyncGenerator[by
     begun: set[int] = set()
     output_tokens = 0
     no_usage = "null" if asked.usage else None
-    prompt = f',"prompt_token_ids":{text_of(asked.job.tokens)}' if asked.forms.ids else ""
+    prompt = f',"prompt_token_ids":{json_text(asked.job.tokens)}' if asked.forms.ids else ""
     try:
         with named_by_client(asked.names):
             async for _, deltas in merged([stream]):
@@ -227,17 +227,17 @@ async def _events(asked: _ChatRequest, stream: TokenStream) -> AsyncGenerator[by
                     new = sorted({delta.index for delta in part} - begun)
                     begun.update(new)
                     output_tokens += sum(len(delta.token_ids) for delta in part)
-                    choices = await apart(partial(_encoded_choices, asked, readers, part), size)
+                    choices = await off_loop(partial(_encoded_choices, asked, readers, part), size)
                     used = no_usage
                     if asked.usage_in_all:
-                        used = text_of(_usage(asked, output_tokens, stream.cached_tokens))
+                        used = json_text(_usage(asked, output_tokens, stream.cached_tokens))
                     heads = [_chunk_choice(index, {"role": "assistant", "content": ""}) for index in new]
-                    chunks = [writer.chunk(text_of(head), used, prompt) for head in heads]
+                    chunks = [writer.chunk(json_text(head), used, prompt) for head in heads]
                     chunks += [writer.chunk(choice, used) for choice in choices]
                     if chunks:
                         yield "".join(chunks).encode("utf-8", "replace")
         if asked.usage:
-            yield writer.chunk("", text_of(_usage(asked, output_tokens, stream.cached_tokens))).encode()
+            yield writer.chunk("", json_text(_usage(asked, output_tokens, stream.cached_tokens))).encode()
     finally:
         stream.close()
 
@@ -249,7 +249,9 @@ def _delta_size(asked: _ChatRequest, delta: Delta) -> int:
 def _encoded_choices(asked: _ChatRequest, readers: Mapping[int, CallDeltas], deltas: Sequence[Delta]) -> list[str]:
     """Return the choices of deltas as JSON."""
     return [
-        "".join(pieces(choice)) for delta in deltas for choice in _chunk_choices(asked, readers.get(delta.index), delta)
+        "".join(json_pieces(choice))
+        for delta in deltas
+        for choice in _chunk_choices(asked, readers.get(delta.index), delta)
     ]
 
 

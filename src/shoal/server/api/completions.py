@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from shoal.errors import RequestError
 from shoal.llm.deltas import Delta
-from shoal.openai.answers import completion_choice, completion_logprobs, legacy_name, positions, usage
+from shoal.openai.answers import completion_choice, completion_logprobs, legacy_name, logprobs_by_id, usage
 from shoal.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
 from shoal.params import Prompt, SamplingParams
 from shoal.server.api import bodies
@@ -41,9 +41,9 @@ from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_
 from shoal.server.api.token_positions import TokenPositions
 from shoal.server.backend import TokenStream
 from shoal.server.http.errors import GENERATION_ERRORS, named_by_client
-from shoal.server.http.event_streams import STREAMED, ChunkWriter, EventStream, answered
-from shoal.server.http.json_encoding import EncodedList, pieces, text_of
-from shoal.server.http.work_threads import apart
+from shoal.server.http.event_streams import STREAM_DESCRIPTION, ChunkWriter, EventStream, while_connected
+from shoal.server.http.json_encoding import EncodedList, json_pieces, json_text
+from shoal.server.http.work_threads import off_loop
 from shoal.text.prompts import Job, salted
 from shoal.text.token_offsets import prompt_offsets, prompt_text
 from shoal.values import shown
@@ -83,12 +83,12 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/completions",
-        responses={200: {"model": CompletionAnswer, **STREAMED}, **GENERATION_ERRORS},
+        responses={200: {"model": CompletionAnswer, **STREAM_DESCRIPTION}, **GENERATION_ERRORS},
         response_class=Response,
     )
     async def create_completion(body: CompletionBody, request: Request, rank: RankHeader = None) -> Response:
         """Continue each prompt `n` times. Choices are numbered prompt by prompt."""
-        return await answered(request, _complete(service, body, RequestPlacement.of(body, rank)))
+        return await while_connected(request, _complete(service, body, RequestPlacement.of(body, rank)))
 
     return router
 
@@ -242,7 +242,7 @@ def _choice(asked: _CompletionRequest, output: RequestOutput, each: CompletionOu
     if asked.forms.ids:
         choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": each.token_ids}
     if asked.prompt_logprobs:
-        choice["prompt_logprobs"] = positions(output.prompt_logprobs or (), EncodedList())
+        choice["prompt_logprobs"] = logprobs_by_id(output.prompt_logprobs or (), EncodedList())
     return choice
 
 
@@ -303,7 +303,7 @@ async def _events(asked: _CompletionRequest, streams: Sequence[TokenStream]) -> 
             choice["index"] = index
             begun[index] = True
             if _has_content(choice):
-                choices.append("".join(pieces(choice)))
+                choices.append("".join(json_pieces(choice)))
         return choices
 
     try:
@@ -315,16 +315,16 @@ async def _events(asked: _CompletionRequest, streams: Sequence[TokenStream]) -> 
                     continue
                 ready, held[number] = held[number], []
                 for part, size in in_parts(ready, partial(size_of, number)):
-                    choices = await apart(partial(encoded_choices, number, part), size)
+                    choices = await off_loop(partial(encoded_choices, number, part), size)
                     output_tokens += 0 if asked.empty else sum(len(delta.token_ids) for delta in part)
                     used = no_usage
                     if asked.usage_in_all:
-                        used = text_of(_usage(asked, output_tokens, _cached(streams)))
+                        used = json_text(_usage(asked, output_tokens, _cached(streams)))
                     chunks = "".join([writer.chunk(choice, used) for choice in choices])
                     if chunks:
                         yield chunks.encode("utf-8", "replace")
         if asked.usage:
-            yield writer.chunk("", text_of(_usage(asked, output_tokens, _cached(streams)))).encode()
+            yield writer.chunk("", json_text(_usage(asked, output_tokens, _cached(streams)))).encode()
     finally:
         close(streams)
 
@@ -382,7 +382,7 @@ def _chunk_choice(
         if asked.forms.ids:
             choice["prompt_token_ids"] = echo.tokens
         if asked.prompt_logprobs:
-            choice["prompt_logprobs"] = positions(stream.prompt_logprobs or (), EncodedList())
+            choice["prompt_logprobs"] = logprobs_by_id(stream.prompt_logprobs or (), EncodedList())
     return choice
 
 

@@ -11,7 +11,7 @@ from shoal.sampling_table import Endpoint
 from shoal.server.api.request_schemas import MAX_OUTPUTS, GenerationFields, SamplingFields
 from shoal.server.api.service import Service
 from shoal.server.http.errors import named_by_client
-from shoal.server.http.work_threads import apart
+from shoal.server.http.work_threads import off_loop
 from shoal.structured.schema.prepare import summarize_keywords
 from shoal.text.prompts import Job
 
@@ -36,7 +36,7 @@ _MAX_TOKENS = 1 << 25  # tokens of the prompts
 
 async def read_apart(work: Callable[[], T], body: SamplingFields) -> T:
     """Return what `work` reads from a body. Work that takes long is done on another thread."""
-    return await apart(work, body.size, quick=body.model_fields_set.isdisjoint(_SLOW))
+    return await off_loop(work, body.size, quick=body.model_fields_set.isdisjoint(_SLOW))
 
 
 def sampling_params(

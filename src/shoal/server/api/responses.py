@@ -35,9 +35,9 @@ from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_
 from shoal.server.api.stored_conversations import StoredConversations
 from shoal.server.backend import TokenStream
 from shoal.server.http.errors import GENERATION_ERRORS, http_error, named_by_client
-from shoal.server.http.event_streams import STREAMED, EventStream, answered
-from shoal.server.http.json_encoding import pieces
-from shoal.server.http.work_threads import apart
+from shoal.server.http.event_streams import STREAM_DESCRIPTION, EventStream, while_connected
+from shoal.server.http.json_encoding import json_pieces
+from shoal.server.http.work_threads import off_loop
 from shoal.text.prompts import Job
 from shoal.values import shown
 
@@ -76,12 +76,12 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/responses",
-        responses={200: {"model": ResponsesAnswer, **STREAMED}, **GENERATION_ERRORS},
+        responses={200: {"model": ResponsesAnswer, **STREAM_DESCRIPTION}, **GENERATION_ERRORS},
         response_class=Response,
     )
     async def create_response(body: ResponsesBody, request: Request, rank: RankHeader = None) -> Response:
         """Answer a text or a conversation, which may continue a stored response."""
-        return await answered(request, _respond(service, stored, body, RequestPlacement.of(body, rank)))
+        return await while_connected(request, _respond(service, stored, body, RequestPlacement.of(body, rank)))
 
     return router
 
@@ -100,7 +100,7 @@ async def _respond(
             return EventStream(await anext(events), events, last=b"", headers=ignored_headers([asked.job]))
         (output,) = await finished(streams)
     size = body.size + json_size(len(output.outputs[0].token_ids), asked.params.logprobs)
-    answer = await apart(partial(_whole_answer, asked, output), size)
+    answer = await off_loop(partial(_whole_answer, asked, output), size)
     answer = await _kept(asked, stored, answer)
     return await respond(lambda: answer, size, ignored_headers([asked.job]))
 
@@ -308,7 +308,9 @@ async def _events(
         nonlocal sequence
         texts = []
         for event in events:
-            texts.append(f"event: {event['type']}\ndata: {''.join(pieces(event | {'sequence_number': sequence}))}\n\n")
+            texts.append(
+                f"event: {event['type']}\ndata: {''.join(json_pieces(event | {'sequence_number': sequence}))}\n\n"
+            )
             sequence += 1
         return "".join(texts).encode("utf-8", "replace")
 

@@ -15,8 +15,8 @@ from starlette.responses import Response
 from shoal.server.api.request_schemas import MAX_REPLICAS, SamplingFields
 from shoal.server.backend import Backend
 from shoal.server.http.errors import HttpError
-from shoal.server.http.json_encoding import bytes_of
-from shoal.server.http.work_threads import apart
+from shoal.server.http.json_encoding import json_bytes
+from shoal.server.http.work_threads import off_loop
 from shoal.server.settings import ServerSettings
 from shoal.values import shown, whole_number
 
@@ -89,12 +89,12 @@ def new_id(kind: str, asked: str | None = None) -> str:
 
 async def respond(make: Callable[[], Any], size: int, headers: Mapping[str, str] | None = None) -> Response:
     """Return the answer that `make` gives, as JSON. `size`: about how many bytes it has."""
-    return await apart(lambda: json_response(make(), headers), size)
+    return await off_loop(lambda: json_response(make(), headers), size)
 
 
 def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(bytes_of(value), headers=dict(headers or {}), media_type="application/json")
+    return Response(json_bytes(value), headers=dict(headers or {}), media_type="application/json")
 
 
-def client_gone(_: Request, __: Exception) -> Response:
+def client_disconnected(_: Request, __: Exception) -> Response:
     return Response(status_code=499)

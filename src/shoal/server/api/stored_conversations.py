@@ -9,7 +9,7 @@ from shoal.log import get_logger
 from shoal.server.api.response_store import DROP, ITEMS, KEEP, KEPT, LOST, MAX_BYTES, READ, TURNS
 from shoal.server.backend import Backend
 from shoal.server.http.errors import HttpError
-from shoal.server.http.json_encoding import bytes_of, size_of
+from shoal.server.http.json_encoding import json_bytes, text_length
 from shoal.server.settings import ServerSettings
 from shoal.values import shown
 from shoal.wire.base import encode, replace_fields
@@ -53,9 +53,9 @@ class StoredConversations:
             previous: the id of the response that it continues.
             before: all items of the conversation up to that one.
         """
-        if size_of(said) + size_of(answer) > MAX_BYTES:  # found out without the time that encoding it would take
+        if text_length(said) + text_length(answer) > MAX_BYTES:  # checked first, since encoding takes long
             return False
-        asked = StoreResponse(name, bytes_of(response), _turn(said), _turn(answer), previous)
+        asked = StoreResponse(name, json_bytes(response), _turn(said), _turn(answer), previous)
         try:
             outcome = await self._llm.ask(KEEP, encode(asked))
             if outcome == LOST:  # the earlier response was removed in the meantime
@@ -92,7 +92,7 @@ class StoredConversations:
 
 
 def _turn(items: Sequence[Any]) -> StoredTurn:
-    return StoredTurn(bytes_of(items), tuple(_valid_unicode(item.get("id") for item in items)))
+    return StoredTurn(json_bytes(items), tuple(_valid_unicode(item.get("id") for item in items)))
 
 
 def _valid_unicode(names: Iterable[object]) -> list[str]:

@@ -10,7 +10,7 @@ from shoal.errors import RequestError
 from shoal.server.api.answer_schemas import Deleted, InputItems, ResponsesAnswer
 from shoal.server.api.service import Service, json_response
 from shoal.server.api.stored_conversations import StoredConversations
-from shoal.server.http.errors import documented
+from shoal.server.http.errors import error_responses
 from shoal.values import shown
 
 _PATH = "/v1/responses/{response_id}"
@@ -22,7 +22,9 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
     stored = StoredConversations(service.llm, service.settings)
 
-    @router.get(_PATH, responses={200: {"model": ResponsesAnswer}, **documented(404, 503)}, response_class=Response)
+    @router.get(
+        _PATH, responses={200: {"model": ResponsesAnswer}, **error_responses(404, 503)}, response_class=Response
+    )
     async def retrieve_response(response_id: Name, stream: bool = False) -> Response:
         """Return a stored response."""
         if stream:
@@ -30,7 +32,7 @@ def routes(service: Service) -> APIRouter:
             raise RequestError(why, "stream")
         return Response(await _read_stored(stored, response_id), media_type="application/json")
 
-    @router.delete(_PATH, responses={200: {"model": Deleted}, **documented(404, 503)}, response_class=Response)
+    @router.delete(_PATH, responses={200: {"model": Deleted}, **error_responses(404, 503)}, response_class=Response)
     async def delete_response(response_id: Name) -> Response:
         """Delete a response. Others that continued it keep their conversations."""
         if not await stored.drop(response_id):
@@ -39,7 +41,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get(
         f"{_PATH}/input_items",
-        responses={200: {"model": InputItems}, **documented(404, 503)},
+        responses={200: {"model": InputItems}, **error_responses(404, 503)},
         response_class=Response,
     )
     async def list_input_items(
@@ -56,7 +58,7 @@ def routes(service: Service) -> APIRouter:
         items = [item for turn in turns[:-1] for item in turn]
         return json_response(_page(items if order == "asc" else items[::-1], limit, after, before))
 
-    @router.post(f"{_PATH}/cancel", responses=documented(404, 503), response_class=Response)
+    @router.post(f"{_PATH}/cancel", responses=error_responses(404, 503), response_class=Response)
     async def cancel_response(response_id: Name) -> Response:
         """Refuse: a stored response has ended."""
         await _read_stored(stored, response_id)

@@ -12,7 +12,7 @@ from shoal.server.api.answer_schemas import Detokenized, Tokenized
 from shoal.server.api.chat import template_arguments
 from shoal.server.api.request_schemas import DetokenizeBody, TokenizeBody
 from shoal.server.api.service import Service, respond
-from shoal.server.http.errors import documented, named_by_client
+from shoal.server.http.errors import error_responses, named_by_client
 from shoal.text.tokenizer import Tokenizer
 from shoal.values import shown
 
@@ -22,13 +22,15 @@ _MAX_CHARACTERS = 1 << 23  # of a text that is cut into tokens in one call
 def routes(service: Service) -> APIRouter:
     router = bodies.router("tokens")
 
-    @router.post("/tokenize", responses={200: {"model": Tokenized}, **documented(404)}, response_class=Response)
+    @router.post("/tokenize", responses={200: {"model": Tokenized}, **error_responses(404)}, response_class=Response)
     async def tokenize(body: TokenizeBody) -> Response:
         """Return the tokens of a `prompt`, or of `messages` as the chat template writes them."""
         service.model(body.model)
         return await respond(partial(_tokenized, service, body), body.size)
 
-    @router.post("/detokenize", responses={200: {"model": Detokenized}, **documented(404)}, response_class=Response)
+    @router.post(
+        "/detokenize", responses={200: {"model": Detokenized}, **error_responses(404)}, response_class=Response
+    )
     async def detokenize(body: DetokenizeBody) -> Response:
         """Return the text of tokens, special tokens included."""
         service.model(body.model)

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from shoal.errors import UNPROCESSABLE, ClosedError, EngineError, QueueFull, RequestError, Unavailable
 from shoal.log import get_logger
 from shoal.server.http import request_ids
-from shoal.server.http.json_encoding import bytes_of
+from shoal.server.http.json_encoding import json_bytes
 from shoal.server.http.methods import allowed
 from shoal.values import shown
 
@@ -92,10 +92,10 @@ class HttpError(Exception):
         found = dict(headers or {})
         if self.retry_after is not None:
             found["retry-after"] = str(max(1, math.ceil(self.retry_after)))
-        return Response(bytes_of(self.body()), self.status, found, media_type="application/json")
+        return Response(json_bytes(self.body()), self.status, found, media_type="application/json")
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the errors of an endpoint, for its description. Those that every endpoint may answer with are added."""
     return {
         status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase}
@@ -103,7 +103,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-GENERATION_ERRORS = documented(404, 422, 429, 503)  # of an endpoint that generates text
+GENERATION_ERRORS = error_responses(404, 422, 429, 503)  # of an endpoint that generates text
 
 
 def http_error(error: BaseException) -> HttpError:

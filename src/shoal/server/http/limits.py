@@ -48,8 +48,10 @@ PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"}) 
 
 
 def add_limits(app: FastAPI, settings: ServerSettings, limits: RequestLimits | None = None) -> None:
-    """Add the middleware. Keys are checked before a body is read; web pages of `allowed_origins` can read
-    refusals too."""
+    """Add the middleware.
+
+    Keys are checked before a body is read. Web pages of `allowed_origins` can read error answers too.
+    """
     app.add_middleware(BodyLimit, limits=limits or RequestLimits(body_bytes=settings.max_request_bytes))
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=settings.api_keys)
@@ -64,8 +66,10 @@ def add_limits(app: FastAPI, settings: ServerSettings, limits: RequestLimits | N
 
 
 class KeyCheck:
-    """ASGI middleware that checks `Authorization: Bearer KEY` (RFC 6750). A wrong key takes the same time whether it is
-    nearly right or not."""
+    """ASGI middleware that checks `Authorization: Bearer KEY` (RFC 6750).
+
+    A wrong key takes the same time to check, however similar it is to the right one.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -75,8 +79,8 @@ class KeyCheck:
         if scope["type"] != "http" or route_of(scope) in PUBLIC or self._knows(_header(scope, b"authorization")):
             await self._app(scope, receive, send)
             return
-        refused = HttpError(401, "this server needs an API key: send it as `Authorization: Bearer KEY`")
-        await refused.response({"www-authenticate": "Bearer"})(scope, receive, send)
+        error = HttpError(401, "this server needs an API key: send it as `Authorization: Bearer KEY`")
+        await error.response({"www-authenticate": "Bearer"})(scope, receive, send)
 
     def _knows(self, given: bytes | None) -> bool:
         scheme, _, key = (given or b"").partition(b" ")
@@ -87,8 +91,10 @@ class KeyCheck:
 
 
 class BodyLimit:
-    """ASGI middleware that reads the whole body and hands it on in one piece. Reading on after it waits for the client
-    to disconnect."""
+    """ASGI middleware that reads the whole body and passes it on in one piece.
+
+    Whoever reads on after the body waits for the client to disconnect.
+    """
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app = app
@@ -101,8 +107,8 @@ class BodyLimit:
             return
         try:
             replay = await self._take(scope, receive)
-        except HttpError as refused:
-            await refused.response()(scope, receive, send)
+        except HttpError as error:
+            await error.response()(scope, receive, send)
             return
         if replay is not None:
             await self._app(scope, replay, send)
@@ -156,8 +162,10 @@ class BodyLimit:
 
 
 class _Replay:
-    """A `receive` that gives a body that was read already, then what follows. It keeps the body no longer than that: an
-    answer may take minutes."""
+    """A `receive` that gives a body that was read already, and then whatever follows.
+
+    It does not keep the body after that, since an answer may take minutes.
+    """
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body

@@ -67,7 +67,7 @@ class Listening:
         try:
             found = addresses.listen(host, self.port, _BACKLOG)
         except socket.gaierror as error:
-            raise ConfigError(f"--host {self.host} is no address of this host: {error.strerror}") from None
+            raise ConfigError(f"--host {self.host} is not an address of this host: {error.strerror}") from None
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             hint = "choose another --port, or 0 for a free one" if taken else "choose another --host or --port"
@@ -96,8 +96,12 @@ class Server(uvicorn.Server):
         yield
 
     def stop(self, patience: float | None) -> None:
-        """End the server. Clients have `patience` seconds to read what is left, with None as long as they need; 0 ends
-        it at once, even if `stop` was called before."""
+        """End the server.
+
+        Args:
+            patience: seconds that clients have to read the rest of their answers; None: as long as they need; 0: the
+                server ends immediately, even if `stop` was called before.
+        """
         self.config.timeout_graceful_shutdown = None if patience is None else math.ceil(patience)
         self.force_exit = patience == 0
         self.should_exit = True
@@ -109,8 +113,10 @@ class Server(uvicorn.Server):
         self.complete = not self._unread
 
     async def _leave_when_read(self) -> None:
-        """Stop waiting for connections on which nothing is left to read: a sleeping client never answers the end of
-        TLS."""
+        """Stop waiting for connections on which nothing is left to read.
+
+        A client that sleeps never answers the end of TLS.
+        """
         since = time.monotonic()
         while time.monotonic() - since < _GOODBYE_S:
             await asyncio.sleep(_LOOK_S)
@@ -121,10 +127,10 @@ class Server(uvicorn.Server):
     @property
     def _unread(self) -> bool:
         """True if some answer was not given or read to its end."""
-        return any(_owes(cast(HttpToolsProtocol, each)) for each in self.server_state.connections)
+        return any(_has_unread_answer(cast(HttpToolsProtocol, each)) for each in self.server_state.connections)
 
 
-def _owes(connection: HttpToolsProtocol) -> bool:
+def _has_unread_answer(connection: HttpToolsProtocol) -> bool:
     cycle = connection.cycle
     answering = cycle is not None and not cycle.response_complete
     return answering or bool(connection.pipeline) or connection.transport.get_write_buffer_size() > 0

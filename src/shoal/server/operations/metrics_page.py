@@ -19,7 +19,7 @@ from shoal.activity import ActivityState
 from shoal.config.engine_options import EngineOptions
 from shoal.errors import ShoalError
 from shoal.server.backend import Backend
-from shoal.server.http.errors import HttpError, documented
+from shoal.server.http.errors import HttpError, error_responses
 from shoal.server.operations import cache_config
 from shoal.server.operations.exposition import Histogram, MetricFamily, as_histogram, as_metric
 from shoal.server.operations.http_counts import DURATION, FINE_DURATION, REQUESTS, CountRequests, HandOver, HttpCounts
@@ -368,7 +368,7 @@ def _routes(llm: Backend, model_name: str, counts: HandOver) -> APIRouter:
         "/metrics",
         summary="Counts and durations, for Prometheus",
         response_class=PlainTextResponse,
-        responses=documented(503),
+        responses=error_responses(503),
     )
     async def metrics() -> Response:
         try:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from shoal.errors import RequestError, UserError
 from shoal.server.api import bodies
 from shoal.server.backend import Backend
-from shoal.server.http.errors import documented
+from shoal.server.http.errors import error_responses
 from shoal.server.operations.status import status_json
 
 _MOST = 4096
@@ -26,7 +26,7 @@ def routes(llm: Backend) -> APIRouter:
         description="Returns before added replicas are ready: see /v1/admin/status. Requests of replicas that are "
         "removed continue on the others.",
         response_class=JSONResponse,
-        responses=documented(503),
+        responses=error_responses(503),
     )
     async def scale(wanted: ReplicasWanted) -> Response:
         try:
