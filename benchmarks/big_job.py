@@ -1,8 +1,8 @@
-"""A big job, killed half-way and resumed: `python benchmarks/big_job.py --prompts 10000 --output big_job.json`.
+"""Run a big job, kill it half-way and resume it: `python benchmarks/big_job.py --prompts 10000 --output big_job.json`.
 
-Runs `shoal generate` on generated prompts, ends it with SIGKILL when half of the lines are there, resumes it, and
-reports the lines there are in the end, the seconds, and the memory of the process that reads and writes. Its anonymous
-memory is taken when a tenth, and when nine tenths, of a run's lines are written: flat means that the two are alike.
+It runs `shoal generate` on generated prompts, kills it with SIGKILL when half of the lines are written, and resumes it.
+It reports the number of lines at the end, the seconds, and the memory of the process that reads and writes. Anonymous
+memory is measured when a tenth, and when nine tenths, of a run's lines are written, to show whether it grows.
 """
 
 import json
@@ -22,7 +22,7 @@ _POLL_S = 0.1
 
 @dataclass
 class Run:
-    """One process, watched until it ends or, if `kill_at` is given, has written so many lines."""
+    """A process that is watched until it ends. It is killed when it has written `kill_at` lines, if this is given."""
 
     command: list[str]
     output: Path
@@ -56,7 +56,7 @@ class Run:
 
 
 def _lines(path: Path) -> int:
-    """Whole lines in a file, a block at a time: this process is not what is measured, but shares the machine."""
+    """Count the complete lines of a file. It reads in blocks, to take little time from the measured process."""
     count = 0
     if path.exists():
         with path.open("rb") as file:
@@ -77,7 +77,7 @@ def _anonymous(pid: int) -> int:
 
 
 def _check(output: Path, total: int) -> bool:
-    """Is each prompt's answer there, once, without an error?"""
+    """Return whether the file has one answer to each prompt, without an error."""
     seen = bytearray(total)
     with output.open("rb") as file:
         for text in file:

@@ -1,4 +1,4 @@
-"""Writes a random checkpoint of a real model's sizes: `python benchmarks/checkpoint.py shape:qwen3-0.6b FOLDER`."""
+"""Write a random checkpoint with a real model's sizes: `python benchmarks/checkpoint.py shape:qwen3-0.6b FOLDER`."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from shoal.launch.hub import locate
-from shoal.models.manifest import manifest
+from shoal.models.manifest import make_manifest
 from shoal.models.registry import read_spec, tensor_names
 
 _SHARD_BYTES = 512 * 2**20
 
 
 def make(shape: str, folder: Path) -> Path:
-    """Seeded normal weights in the shape's dtype, in shards; nothing is done where the folder has them."""
+    """Write seeded normal weights in the shape's dtype, in several files, unless the folder has them already."""
     if (folder / "model.safetensors.index.json").exists():
         return folder
     source = locate(shape, weights=False)
@@ -25,7 +25,7 @@ def make(shape: str, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 22, generator=generator)
     shards: list[dict[str, torch.Tensor]] = [{}]
-    for param in manifest(spec, tensor_names(spec)):
+    for param in make_manifest(spec, tensor_names(spec)):
         for piece in param.pieces:
             if any(piece.source in shard for shard in shards):  # a tied head
                 continue

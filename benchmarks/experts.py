@@ -1,12 +1,12 @@
-"""Times a rank's grouped experts against their matrix products alone, at the shape of Qwen3-30B-A3B. Prints JSON.
+"""Measure a rank's grouped experts beside their matrix products alone, at the shape of Qwen3-30B-A3B. Prints JSON.
 
     python benchmarks/experts.py [--threads N] [--seconds S] [--tokens 1,4,16,64] [--dtype bfloat16]
 
-128 experts, 8 of them a token, hidden size 2048, 768 columns an expert; weights of several layers take turns, so that
-they come from memory. Every token chooses its experts at random. Times are medians in microseconds: of the whole, of
-the linear layers alone on rows that lie ready, of the routing, and what is left for each expert that had work. Whole
-and products take turns, so that other load on the machine falls on both. `tiny` is the same with experts of 16 x 16,
-where next to nothing is multiplied: all that a product's call costs is in it.
+There are 128 experts, 8 for each token, with hidden size 2048 and 768 columns each. The weights of several layers are
+used in turn, so that they come from memory. Every token chooses its experts at random. Times are medians in
+microseconds: of the whole, of the linear layers alone (their rows are prepared before), of the routing, and of the rest
+for each expert that had work. Whole and products are measured in turn, so that other load on the machine affects both.
+`tiny` is the same with experts of 16 x 16, which multiply almost nothing, so it shows the cost of the calls.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def make_layer(hidden: int, inner: int, dtype: torch.dtype, kernels: Kernels) ->
 
 
 def medians(calls: dict[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
-    """Each is called with 0, 1, .. in turns: microseconds."""
+    """Return the median microseconds of each call. The calls run in turn, with 0, 1, ... as argument."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(0)

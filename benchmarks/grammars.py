@@ -1,13 +1,15 @@
-"""What structured outputs cost everybody else. JSON on stdout.
+"""Measure how much structured outputs slow down other requests. Prints JSON.
 
     python benchmarks/grammars.py beside [--outputs 32]     # a stream beside outputs that obey an ambiguous grammar
     python benchmarks/grammars.py fuzz [--minutes 5]        # random and hostile grammars, beside a stream
 
-`beside` tells how fast one plain stream is beside so many plain outputs, and beside as many that obey
-`e: e e | "a"`, whose every text has many parses: the work for one more token grows with the square of those before.
+`beside` measures the speed of one plain stream beside a number of plain outputs, and beside as many outputs that obey
+`e: e e | "a"`. Every text has many parses in this grammar, and the work for one more token grows with the square of the
+tokens before it.
 
-`fuzz` sends schemas, expressions and grammars, random ones and such as end or stop llguidance, and fails where a
-process of the server dies, an answer is neither an output nor a refusal, or one takes longer than the limits allow.
+`fuzz` sends random schemas, expressions and grammars, and hostile ones that crash llguidance or take very long. It
+fails if a process of the server dies, if an answer is neither an output nor a refusal, or if an answer takes longer
+than the limits allow.
 """
 
 import asyncio
@@ -24,17 +26,17 @@ from typing import Any
 import aiohttp
 import click
 
-from served import Served, served
+from running_server import RunningServer, start_server
 
 AMBIGUOUS = 'start: e\ne: e e | "a"\n'
-_LIMIT_S = 90.0  # a compilation's and a verdict's limits, and the wait for those before it
+_LIMIT_S = 90.0  # the limits of a compilation and a verdict, and the wait for earlier ones
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_read=300)
 
 
 async def _arrivals(
     session: aiohttp.ClientSession, url: str, body: dict[str, Any], until: asyncio.Event
 ) -> list[float]:
-    """When the chunks of one stream after the other came, until the event."""
+    """Run one stream after the other until the event is set, and return the times at which chunks came."""
     times: list[float] = []
     while not until.is_set():
         async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as answer:
@@ -47,8 +49,8 @@ async def _arrivals(
     return times
 
 
-async def _beside(server: Served, load: dict[str, Any]) -> dict[str, float]:
-    """A stream while `load` runs from its begin to its end."""
+async def _beside(server: RunningServer, load: dict[str, Any]) -> dict[str, float]:
+    """Measure a stream while the request `load` runs."""
     async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
         over = asyncio.Event()
         watched = {"prompt": "Count from 1 to 99:", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
@@ -82,13 +84,14 @@ def main() -> None:
 def beside(outputs: int, tokens: int, rounds: int) -> None:
     plain = {"prompt": "x", "n": outputs, "max_tokens": tokens, "temperature": 1, "ignore_eos": True}
     loads = {"plain": plain, "ambiguous": plain | {"guided_grammar": AMBIGUOUS}}
-    told: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
-    with served(None) as server:
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
+    with start_server(None) as server:
         for _ in range(rounds):
             for name, load in loads.items():
-                told[name].append(asyncio.run(_beside(server, load)))
+                results[name].append(asyncio.run(_beside(server, load)))
     medians = {
-        name: {key: statistics.median(each[key] for each in found) for key in found[0]} for name, found in told.items()
+        name: {key: statistics.median(each[key] for each in found) for key in found[0]}
+        for name, found in results.items()
     }
     slower = medians["plain"]["stream_tokens_per_s"] / medians["ambiguous"]["stream_tokens_per_s"]
     print(json.dumps({"outputs": outputs, **medians, "stream_slower_by": slower}, indent=2))
@@ -205,7 +208,7 @@ def _children(pid: int) -> set[int]:
     return found
 
 
-async def _fuzz(server: Served, seed: int, until: float, clients: int) -> dict[str, Any]:
+async def _fuzz(server: RunningServer, seed: int, until: float, clients: int) -> dict[str, Any]:
     answers: Counter[str] = Counter()
     slow: list[tuple[float, str]] = []
     wrong: list[str] = []
@@ -248,7 +251,7 @@ async def _fuzz(server: Served, seed: int, until: float, clients: int) -> dict[s
 @click.option("--clients", default=4, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def fuzz(minutes: float, clients: int, seed: int) -> None:
-    with served(None) as server:
+    with start_server(None) as server:
         found = asyncio.run(_fuzz(server, seed, time.monotonic() + minutes * 60, clients))
     print(json.dumps({"minutes": minutes, "clients": clients, **found}, indent=2, ensure_ascii=False))
     if found["wrong_count"] or found["died"]:

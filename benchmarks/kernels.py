@@ -1,12 +1,12 @@
-"""Times the kernels, native against reference, at the shapes of Qwen3-0.6B in bfloat16. Prints JSON.
+"""Measure the native and the reference kernels at the shapes of Qwen3-0.6B in bfloat16. Prints JSON.
 
-The operations that other families use in their place are timed at the same shapes.
+The operations that other families use instead are measured at the same shapes.
 
     python benchmarks/kernels.py [--threads N] [--seconds S]
 
-Times are medians in microseconds. The caches of several layers take turns, as in a model, so that what is read comes
-from memory and not from the processor's cache. Native and reference take turns too, so that other load on the machine
-falls on both.
+Times are medians in microseconds. The caches of several layers are used in turn, as in a model, so that data comes from
+memory and not from the processor's cache. Native and reference kernels are measured in turn, so that other load on the
+machine affects both.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope
 from shoal.kernels.native import load_native
 from shoal.kernels.reference import ReferenceKernels
 
 HEADS = HeadLayout(q_heads=16, kv_heads=8, head_dim=128, q_to_kv=tuple(i // 2 for i in range(16)))
 HIDDEN, INTERMEDIATE, BLOCK_SIZE, DTYPE = 1024, 3072, 16, torch.bfloat16
-CACHE_BYTES = 256 << 20  # of all layers together: well beyond any cache
+CACHE_BYTES = 256 << 20  # of all layers together; much larger than any cache
 QKV_SIZE = (HEADS.q_heads + 2 * HEADS.kv_heads) * HEADS.head_dim
 MAX_LAYERS = 28
 MIN_CALLS = 5
@@ -41,7 +41,7 @@ class Decodes:
 
 
 def decodes(count: int, context: int) -> Decodes:
-    """`count` sequences with one query each, their blocks scattered over the cache."""
+    """Make `count` sequences with one query each. Their blocks are scattered over the cache."""
     blocks = -(-context // BLOCK_SIZE)
     tables = torch.randperm(count * blocks, dtype=torch.int32).view(count, blocks)
     last = context - 1
@@ -66,7 +66,7 @@ def decodes(count: int, context: int) -> Decodes:
 
 
 def medians(call: Call, kernels: dict[str, Kernels], seconds: float) -> dict[str, float]:
-    """call(kernels, i) for i = 0, 1, ..: the median time of each, in microseconds."""
+    """Return the median microseconds of call(kernels, i) for i = 0, 1, ... with each of the kernels."""
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for each in kernels.values():
         call(each, 0)
@@ -112,7 +112,7 @@ def small_operations(rows: int, case: Decodes) -> dict[str, Call]:
 
 
 def read_cache(caches: KVCache) -> Tensor:
-    """Reads a layer from end to end, which is as fast as its memory gives it."""
+    """Return a call that reads a layer's cache from end to end, at the speed of memory."""
     return caches.keys.view(torch.int32).sum(dtype=torch.int32) + caches.values.view(torch.int32).sum(dtype=torch.int32)
 
 
@@ -133,12 +133,14 @@ def main() -> None:
         for name, call in small_operations(rows, case).items():
             results.append({"op": name, "rows": rows, "us": medians(call, kernels, options.seconds)})
         for context, window, softcap in ((160, None, None), (2048, None, None), (2048, None, 50.0), (2048, 512, None)):
-            scores = Scores(HEADS.head_dim**-0.5, window, softcap)
+            params = AttentionParams(HEADS.head_dim**-0.5, window, softcap)
             case = decodes(rows, context)
             q = torch.randn(rows, HEADS.q_heads, HEADS.head_dim, dtype=DTYPE)
 
-            def attend(each: Kernels, i: int, case: Decodes = case, q: Tensor = q, scores: Scores = scores) -> Tensor:
-                return each.attend(q, HEADS, scores, case.batch, case.layers[i % len(case.layers)])
+            def attend(
+                each: Kernels, i: int, case: Decodes = case, q: Tensor = q, params: AttentionParams = params
+            ) -> Tensor:
+                return each.attend(q, HEADS, params, case.batch, case.layers[i % len(case.layers)])
 
             def read(_: Kernels, i: int, case: Decodes = case) -> Tensor:
                 return read_cache(case.layers[i % len(case.layers)])

@@ -1,7 +1,8 @@
-"""What two cores make of a model that one core can run: `python benchmarks/layouts.py [--checkpoint FOLDER]`.
+"""Compare layouts on two cores with one core that has the whole model.
 
-JSON on stdout. A rank has one core, but where there are four. Layouts run one after the other, `--rounds` times; ratios
-to one core with the whole model are taken round by round, figures are medians.
+`python benchmarks/layouts.py [--checkpoint FOLDER]` prints JSON. A rank has one core, except in layouts of four ranks,
+where two ranks share a core. Layouts run one after the other, `--rounds` times. Ratios are computed round by round, and
+figures are medians.
 """
 
 import json
@@ -14,8 +15,8 @@ from typing import Any
 import click
 
 from checkpoint import make
-from measured import measure
-from shoal.bench.engine_speed import Shape
+from isolated_engine import measure
+from shoal.bench.engine_speed import BatchShape
 
 _SHAPE = "shape:qwen3-0.6b"
 _LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # cores, and options
@@ -40,7 +41,7 @@ def main(
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise click.UsageError("two cores are needed")
-    shape = Shape(batch_size, input_len, output_len)
+    shape = BatchShape(batch_size, input_len, output_len)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in layouts or _LAYOUTS}
     with tempfile.TemporaryDirectory() as folder:
         model = make(_SHAPE, checkpoint or Path(folder))

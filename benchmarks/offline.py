@@ -1,7 +1,7 @@
-"""What sampling, several outputs and speculation cost or save: `python benchmarks/offline.py [--part PART]`.
+"""Measure what sampling, several outputs and speculation cost or save: `python benchmarks/offline.py [--part PART]`.
 
-JSON on stdout. Random weights of Qwen3-0.6B's sizes in bfloat16. Each part compares two ways in one process, in turn,
-`--rounds` times; ratios are round by round, figures are medians.
+It prints JSON. The model has random weights with the sizes of Qwen3-0.6B in bfloat16. Each part runs two variants in
+one process, in turn, `--rounds` times. Ratios are computed round by round, and figures are medians.
 """
 
 import json
@@ -24,7 +24,7 @@ from shoal.launch.open_model import open_model
 from shoal.wire.engine import SeqUpdate
 
 _SHAPE = "shape:qwen3-0.6b"
-_TEXT = 48  # tokens after which a copied text begins anew
+_TEXT = 48  # tokens after which a copied text starts again
 _EVERYTHING: dict[str, Any] = {
     "temperature": 0.8,
     "top_k": 50,
@@ -49,7 +49,7 @@ def _prompts(count: int, length: int, seed: int) -> list[Any]:
 
 @contextmanager
 def _watched(llm: LLM, look: Callable[[list[SeqUpdate]], None]) -> Iterator[None]:
-    """Shows whatever comes from the engine to `look`."""
+    """Have `look` see all updates of the engine inside."""
     engine: Any = llm.engine
     updates = engine.updates
 
@@ -66,7 +66,7 @@ def _watched(llm: LLM, look: Callable[[list[SeqUpdate]], None]) -> Iterator[None
 
 
 def _decode_rate(llm: LLM, prompts: Sequence[Any], params: SamplingParams) -> float:
-    """Tokens a second from when every request has its first one until the last one."""
+    """Return tokens per second from the time when every request has its first token until the last token."""
     firsts: set[int] = set()
     begun, ended, counted = 0.0, 0.0, 0
 
@@ -84,7 +84,7 @@ def _decode_rate(llm: LLM, prompts: Sequence[Any], params: SamplingParams) -> fl
 
 
 def sampling(folder: Path, rounds: int) -> dict[str, Any]:
-    """Decoding 32 requests with every parameter on, against greedy."""
+    """Compare decoding of 32 requests with every sampling parameter on, and greedy."""
     rates: dict[str, list[float]] = {"greedy": [], "every parameter": []}
     kinds = {"greedy": {"temperature": 0}, "every parameter": _EVERYTHING}
     options = {"max_model_len": 256, "kv_cache_memory_bytes": "1GiB"}
@@ -93,7 +93,7 @@ def sampling(folder: Path, rounds: int) -> dict[str, Any]:
             for name, kind in kinds.items():
                 prompts = _prompts(32, 128, seed=number)
                 found = _decode_rate(llm, prompts, _params(kind, 64))
-                if number:  # the first one warms up
+                if number:  # the first run warms up
                     rates[name].append(found)
     ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
     return {"tokens_per_s": {k: statistics.median(v) for k, v in rates.items()}, "ratio": statistics.median(ratios)}
@@ -105,7 +105,7 @@ def _params(kind: dict[str, Any], tokens: int) -> SamplingParams:
 
 
 def shared_prompt(folder: Path, rounds: int) -> dict[str, Any]:
-    """KV blocks that a prompt of 1,024 tokens takes for one output and for eight, before they have any of their own."""
+    """Compare the KV blocks that a prompt of 1,024 tokens takes with one output and with eight."""
     options = {"max_model_len": 1280, "kv_cache_memory_bytes": "1GiB"}
     used = {}
     for n in (1, 8):
@@ -116,7 +116,7 @@ def shared_prompt(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _peak_blocks(llm: LLM, params: SamplingParams, prompt: Any) -> int:
-    """KV blocks that are held at the fullest moment of a request."""
+    """Return the most KV blocks that are held during a request."""
     free, peak = llm.stats().free_blocks, 0
 
     def look(_: list[SeqUpdate]) -> None:
@@ -129,7 +129,7 @@ def _peak_blocks(llm: LLM, params: SamplingParams, prompt: Any) -> int:
 
 
 def speculation(folder: Path, rounds: int) -> dict[str, Any]:
-    """Decoding one request whose text repeats what the prompt has, with and without n-gram guesses."""
+    """Compare decoding of one request whose text repeats its prompt, with and without n-gram drafts."""
     copying = _copying(folder)
     text = list(range(1000, 1000 + _TEXT))
     prompt: Any = {"prompt_token_ids": text + text[: _TEXT // 2]}
@@ -161,7 +161,7 @@ def speculation(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _copying(folder: Path) -> Path:
-    """The checkpoint with an output head of its own, under which token t is followed by t + 1, around _TEXT tokens."""
+    """Return the checkpoint with another output head, after which token t is followed by t + 1, modulo _TEXT tokens."""
     target = folder.with_name(folder.name + "-copying")
     if (target / "model-head.safetensors").exists():
         return target
@@ -173,7 +173,7 @@ def _copying(folder: Path) -> Path:
     source = index["weight_map"]["model.embed_tokens.weight"]
     with safe_open(folder / source, "pt") as file:
         embedding = file.get_tensor("model.embed_tokens.weight")
-    # Far apart, and larger than what the layers add, so that the last token decides.
+    # The rows are far apart, and larger than what the layers add, so that the last token decides.
     generator = torch.Generator().manual_seed(1)
     words = torch.randn((_TEXT, embedding.shape[1]), generator=generator) * 20
     embedding = embedding.clone()

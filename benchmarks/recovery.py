@@ -1,7 +1,7 @@
-"""How long streams pause when a worker is killed: `python benchmarks/recovery.py [-tp 2]`. JSON on stdout.
+"""Measure how long streams pause when a worker is killed: `python benchmarks/recovery.py [-tp 2]` prints JSON.
 
-The bundled model, one replica unless options say otherwise; in each round a worker of it is killed under 32 streams.
-Told is the longest time between two chunks of any stream.
+The server has the bundled model, and one replica unless options say otherwise. In each round one of its workers is
+killed while 32 streams run. The report has the longest time between two chunks of any stream.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import click
 
-from served import served
+from running_server import start_server
 
 _STREAMS = 32
 _TOKENS = 400
@@ -64,9 +64,9 @@ def _settle(url: str) -> None:
 @click.option("--rounds", default=5, show_default=True)
 @click.argument("rest", nargs=-1)
 def main(rounds: int, rest: tuple[str, ...]) -> None:
-    """REST are options of the server."""
+    """Measure rounds of kills. REST are options of the server."""
     found, pick = [], random.Random(0)
-    with served(None, *(rest or ("-tp", "2"))) as server:
+    with start_server(None, *(rest or ("-tp", "2"))) as server:
         for _ in range(rounds):
             _settle(server.url)
             found.append(asyncio.run(_round(server.url, pick)))

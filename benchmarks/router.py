@@ -1,9 +1,9 @@
-"""The router before simulated replicas, beside other ways of routing: `PYTHONPATH=tests python benchmarks/router.py`.
+"""Compare the router with other ways of routing, before simulated replicas.
 
-JSON on stdout. `load` is of what the replicas can do if every prompt is computed whole. Of each way of routing: the
-time of a decision (with taking the request in) and of the books (all that a request's tokens and its end cost) in
-microseconds, the tokens that the busiest replica computed over the mean, prompt tokens from caches as a share of what
-pure affinity gets, and seconds to the first token.
+`PYTHONPATH=tests python benchmarks/router.py` prints JSON. `load` is a share of what the replicas can do without cached
+prompts. For each way of routing the report has: the microseconds of a decision (with taking the request in) and of the
+bookkeeping (for all tokens of a request and its end); the tokens of the busiest replica relative to the mean; the
+prompt tokens from caches as a share of those with pure affinity; and the seconds to the first token.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Times sampling, native against PyTorch, at the vocabulary of Qwen3-0.6B. Prints JSON.
+"""Measure native sampling and sampling with PyTorch, with the vocabulary of Qwen3-0.6B. Prints JSON.
 
     python benchmarks/sampling.py [--rows N] [--vocabulary N] [--scale S] [--threads N] [--seconds S]
 
-Times are medians in microseconds of one call of `sample` (or `logprobs`) for all rows. Native and PyTorch take turns,
-so that other load on the machine falls on both. The logits are normal with deviation S: with 3 a nucleus holds
-thousands of tokens, with 0.3 most of the vocabulary; a trained model's hold tens.
+Times are medians in microseconds of one call of `sample` (or `logprobs`) for all rows. Native and PyTorch are measured
+in turn, so that other load on the machine affects both. The logits are normal with deviation S: with 3 a nucleus has
+thousands of tokens, with 0.3 most of the vocabulary. The nuclei of a trained model have tens of tokens.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from shoal.worker.random import row_keys, split_keys
 from shoal.worker.sampler import SamplingRows, VocabShare, logprobs, sample
 
 ALONE = Axis("tp", 0, 1, LocalComm())
-HISTORY, BIASED, FORBIDDEN = 200, 20, 5  # pairs a row
+HISTORY, BIASED, FORBIDDEN = 200, 20, 5  # pairs per row
 MIN_CALLS = 5
 
 
@@ -86,7 +86,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def measure(source: Tensor, call: Callable[[Tensor], object], seconds: float) -> dict[str, float]:
-    """Medians by implementation. The logits are fresh in every call, since edits are made in place."""
+    """Return the median of each implementation. Every call gets new logits, since edits are made in place."""
     native, _ = sampling.load_native()
     kernels: dict[str, sampling.SamplingKernels] = {"pytorch": sampling.TorchSampling()}
     if native is not None:

@@ -1,7 +1,8 @@
-"""What HTTP and streaming cost: `python benchmarks/serving.py`. JSON on stdout.
+"""Measure the cost of HTTP and streaming: `python benchmarks/serving.py` prints JSON.
 
-The same prompts through `LLM.generate` and through `shoal serve` with so many streams at a time, in turn, `--rounds`
-times; the ratio is round by round, figures are medians. Random weights of Qwen3-0.6B's sizes in bfloat16.
+The same prompts run through `LLM.generate` and through `shoal serve` with `--streams` at a time, in turn, `--rounds`
+times. Ratios are computed round by round, and figures are medians. The model has random weights with the sizes of
+Qwen3-0.6B in bfloat16.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from typing import Any
 import click
 
 from checkpoint import make
-from served import served, stream_all
+from running_server import start_server, stream_all
 
 _SHAPE = "shape:qwen3-0.6b"
 _VOCABULARY = 150_000
@@ -31,9 +32,11 @@ def _prompts(count: int, length: int) -> list[list[int]]:
 
 
 def _offline(model: str, count: int, input_len: int, output_len: int, streams: int, rest: Sequence[str]) -> float:
-    """Output tokens a second, in a process of its own, behind a warm-up."""
-    told = json.dumps([model, count, input_len, output_len, streams, list(rest)])
-    done = subprocess.run([sys.executable, __file__, "--inner", told], stdout=subprocess.PIPE, check=True, text=True)
+    """Return the output tokens per second of `LLM.generate`, in a separate process and after a warm-up."""
+    arguments = json.dumps([model, count, input_len, output_len, streams, list(rest)])
+    done = subprocess.run(
+        [sys.executable, __file__, "--inner", arguments], stdout=subprocess.PIPE, check=True, text=True
+    )
     return float(done.stdout.splitlines()[-1])
 
 
@@ -55,7 +58,7 @@ def _online(
 ) -> dict[str, float]:
     body = {"temperature": 0, "max_tokens": output_len, "ignore_eos": True}
     bodies = [{**body, "prompt": prompt} for prompt in _prompts(count + streams, input_len)]
-    with served(model, "--max-num-seqs", str(streams), *rest) as server:
+    with start_server(model, "--max-num-seqs", str(streams), *rest) as server:
         asyncio.run(stream_all(server.url, bodies[count:], streams))
         begun = time.perf_counter()
         answers = asyncio.run(stream_all(server.url, bodies[:count], streams))
@@ -78,7 +81,7 @@ def _online(
 def main(
     streams: int, num_prompts: int, input_len: int, output_len: int, rounds: int, inner: str | None, rest: Sequence[str]
 ) -> None:
-    """REST are options of both, such as --tensor-parallel-size 2."""
+    """Compare serving with offline inference. REST are options of both, such as --tensor-parallel-size 2."""
     if inner is not None:
         print(_run_offline(*json.loads(inner)))
         return
@@ -87,7 +90,7 @@ def main(
         sizes = (model, num_prompts, input_len, output_len, streams, rest)
         found = [(_offline(*sizes), _online(*sizes)) for _ in range(rounds)]
     ratios = [online["output_tokens_per_s"] / offline for offline, online in found]
-    told = {
+    report = {
         "streams": streams,
         "offline_tokens_per_s": statistics.median(offline for offline, _ in found),
         "served_tokens_per_s": statistics.median(online["output_tokens_per_s"] for _, online in found),
@@ -95,7 +98,7 @@ def main(
         "ratio": statistics.median(ratios),
         "ratios": ratios,
     }
-    print(json.dumps(told, indent=2))
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

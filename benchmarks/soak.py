@@ -1,8 +1,8 @@
-"""Many streaming clients for a while: `python benchmarks/soak.py [--clients 256] [--seconds 60]`. JSON on stdout.
+"""Serve many streaming clients for some time: `python benchmarks/soak.py [--clients 256] [--seconds 60]` prints JSON.
 
-The bundled model; each client streams one completion after the other, of random lengths, and goes away in the middle of
-one in eight. Told are errors, memory of the server process (the last quarter against the second), and KV blocks that
-are still taken when all is over.
+The server has the bundled model. Each client streams one completion after the other, with random lengths, and
+disconnects in the middle of one in eight. The report has the errors, the memory of the server process (the last quarter
+of the time and the second), and the KV blocks that are still held at the end.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ from typing import Any
 import aiohttp
 import click
 
-from served import Served, served, stream
+from running_server import RunningServer, start_server, stream
 
 _SAMPLE_S = 0.5
 _REST_S = 20.0
 
 
-async def _client(session: aiohttp.ClientSession, url: str, number: int, until: float, told: dict[str, Any]) -> None:
+async def _client(session: aiohttp.ClientSession, url: str, number: int, until: float, counts: dict[str, Any]) -> None:
     draw = random.Random(number)
     while time.monotonic() < until:
         first = draw.randrange(1, 500)
@@ -35,13 +35,13 @@ async def _client(session: aiohttp.ClientSession, url: str, number: int, until: 
         try:
             if draw.random() < 0.125:
                 await _leave_early(session, url, body)
-                told["left"] += 1
+                counts["left"] += 1
             else:
                 answer = await stream(session, url, body)
-                told["requests"] += 1
-                told["tokens"] += answer.tokens
+                counts["requests"] += 1
+                counts["tokens"] += answer.tokens
         except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
-            told["errors"].append(str(error) or type(error).__name__)
+            counts["errors"].append(str(error) or type(error).__name__)
 
 
 async def _leave_early(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
@@ -50,8 +50,8 @@ async def _leave_early(session: aiohttp.ClientSession, url: str, body: dict[str,
         answer.close()
 
 
-async def _run(server: Served, clients: int, seconds: float) -> dict[str, Any]:
-    told: dict[str, Any] = {"requests": 0, "tokens": 0, "left": 0, "errors": []}
+async def _run(server: RunningServer, clients: int, seconds: float) -> dict[str, Any]:
+    counts: dict[str, Any] = {"requests": 0, "tokens": 0, "left": 0, "errors": []}
     samples: list[int] = []
 
     async def watch() -> None:
@@ -63,14 +63,14 @@ async def _run(server: Served, clients: int, seconds: float) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         watcher = asyncio.create_task(watch())
-        await asyncio.gather(*(_client(session, server.url, number, until, told) for number in range(clients)))
+        await asyncio.gather(*(_client(session, server.url, number, until, counts) for number in range(clients)))
         watcher.cancel()
     quarter = len(samples) // 4
     second, last = (statistics.mean(samples[i * quarter : (i + 1) * quarter]) for i in (1, 3))
-    return told | {
-        "errors": len(told["errors"]),
-        "first_errors": told["errors"][:3],
-        "tokens_per_s": told["tokens"] / seconds,
+    return counts | {
+        "errors": len(counts["errors"]),
+        "first_errors": counts["errors"][:3],
+        "tokens_per_s": counts["tokens"] / seconds,
         "memory_second_quarter_bytes": second,
         "memory_last_quarter_bytes": last,
         "memory_growth": last / second - 1,
@@ -79,7 +79,7 @@ async def _run(server: Served, clients: int, seconds: float) -> dict[str, Any]:
 
 
 def _blocks_taken(url: str) -> int:
-    """When the engine has rested; what the prefix cache keeps counts as free."""
+    """Return the KV blocks that are held once the engine is idle. Cached blocks count as free."""
     deadline = time.monotonic() + _REST_S
     while True:
         with urllib.request.urlopen(f"{url}/v1/admin/status") as answer:
@@ -95,8 +95,8 @@ def _blocks_taken(url: str) -> int:
 @click.option("--seconds", default=60.0, show_default=True)
 @click.argument("rest", nargs=-1)
 def main(clients: int, seconds: float, rest: tuple[str, ...]) -> None:
-    """REST are options of the server."""
-    with served(None, *rest) as server:
+    """Run the clients. REST are options of the server."""
+    with start_server(None, *rest) as server:
         print(json.dumps({"clients": clients, **asyncio.run(_run(server, clients, seconds))}, indent=2))
 
 

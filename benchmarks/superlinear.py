@@ -1,8 +1,9 @@
-"""More than twice from two: `python benchmarks/superlinear.py [--checkpoint FOLDER] [--plot docs/superlinear.svg]`.
+"""Show that two devices can be more than twice as fast as one, since their KV cache is much larger.
 
-JSON on stdout. A device is one core and a memory budget that leaves a sliver for the KV cache beside all weights. Two
-such devices hold half of the weights each, so that most of what that frees is KV cache: many times as many blocks,
-and batches that are as much larger. Throughput grows with the batch as well as with the cores.
+`python benchmarks/superlinear.py [--checkpoint FOLDER] [--plot docs/superlinear.svg]` prints JSON. A device is one core
+with a memory budget that leaves little room for the KV cache beside all weights. Each of two such devices has half of
+the weights, and uses the freed memory for KV cache: there are many times as many blocks, and batches are larger by the
+same factor. Throughput grows with the batch as well as with the cores.
 """
 
 import json
@@ -15,10 +16,10 @@ from typing import Any
 import click
 
 from checkpoint import make
-from measured import measure
-from shoal.bench.engine_speed import Shape
-from shoal.config.engine_options import format_bytes
+from isolated_engine import measure
+from shoal.bench.engine_speed import BatchShape
 from shoal.launch.open_model import open_model
+from shoal.values import format_bytes
 
 _SHAPE = "shape:qwen3-0.6b"
 _LAYOUTS = {"tp 1, pp 1": (1, 1), "tp 2, pp 1": (2, 1), "tp 1, pp 2": (1, 2), "tp 2, pp 2": (2, 2)}
@@ -42,7 +43,7 @@ def main(
     plot: Path | None,
 ) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    shape = Shape(requests, input_len, output_len)
+    shape = BatchShape(requests, input_len, output_len)
     options: dict[str, Any] = {
         "max_num_seqs": requests,
         "max_num_batched_tokens": 512,
@@ -71,7 +72,7 @@ def main(
 
 
 def _memory(model: Path, options: dict[str, Any], tokens: int) -> int:
-    """Bytes that one device needs for the whole model and the keys and values of so many tokens."""
+    """Return the bytes that one device needs for the whole model and the keys and values of `tokens` tokens."""
     (rank,) = open_model(str(model), options).plan.ranks
     blocks = -(-tokens // 16)
     return rank.weight_bytes + rank.activation_bytes + blocks * (rank.block_bytes + 16 * rank.context_token_bytes)
@@ -94,7 +95,7 @@ def _draw(layouts: dict[str, Any], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "shoal"  # the same figures give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "shoal"  # so that the same figures give the same file
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")

@@ -1,7 +1,7 @@
-"""Decode rate and memory beside `transformers.generate`, in one run, on random weights of Qwen3-0.6B's sizes.
+"""Compare decode rate and memory with `transformers.generate`, on random weights with the sizes of Qwen3-0.6B.
 
-`python benchmarks/versus_transformers.py [--folder FOLDER]`: JSON on stdout. Each side runs in a process of its own
-with its threads bound to the cores, in turn, `--rounds` times; figures are medians, ratios are round by round.
+`python benchmarks/versus_transformers.py [--folder FOLDER]` prints JSON. Each side runs in a separate process with
+threads bound to cores, in turn, `--rounds` times. Ratios are computed round by round, and figures are medians.
 """
 
 import json
@@ -46,7 +46,7 @@ def _transformers(folder: Path, batches: list[int], input_len: int, output_len: 
 
 
 def _measure_transformers(arguments: list[str]) -> None:
-    """Runs in a process of its own. The rate of decoding is that of the tokens after the first."""
+    """Measure `transformers.generate`, in a separate process. The decode rate is that of the tokens after the first."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,10 +1,10 @@
-"""How long a stream stands still while others send the worst that is legal: `python benchmarks/worst_requests.py`.
-JSON on stdout; with `--markdown` a table.
+"""Measure how long a stream stands still while other clients send the most expensive legal requests.
 
-A server with its default limits has a tiny model with a vocabulary of 151,936 (made-up weights), so that little of the
-time is arithmetic. A process of its own streams from it without a pause. Meanwhile each of the worst requests runs to
-its end, one after the other. Told is the largest time between two chunks of the stream: the median over the rounds,
-and what it is while nobody else asks for anything.
+`python benchmarks/worst_requests.py` prints JSON, or a table with `--markdown`. A server with its default limits has a
+tiny model with a vocabulary of 151,936 (random weights), so that little of the time is arithmetic. A separate process
+streams from it without a pause, while the expensive requests run one after the other. The report has the largest time
+between two chunks of the stream for each request, the median over the rounds, and the largest time without other
+requests.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ import aiohttp
 import click
 
 import shoal
-from served import served
+from running_server import start_server
 
 _VOCABULARY = 151_936
 _LENGTH = 8192
@@ -37,16 +37,16 @@ _CONFIG = {
 }  # fmt: skip
 _LOOPS = "{% for i in range(1900) %}{% for j in range(1000) %}{% endfor %}{% endfor %}Hello"
 _IDLE_S = 3.0
-_AFTER_S = 0.5  # behind an answer, in which its remains may still be in the way
+_AFTER_S = 0.5  # after an answer, while the server may still clean up after the request
 _CASE_S = 120.0
 _SETTLE_S = 60.0
-_PART = 1 << 16  # bytes that are sent at a time
+_PART = 1 << 16  # bytes of a body that are sent at a time
 _SIZE = 30_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request, or `count` of the same at once."""
+    """A request, which is sent `count` times at once."""
 
     name: str
     path: str
@@ -64,8 +64,8 @@ def _chat(**fields: Any) -> Callable[[], bytes]:
     return lambda: json.dumps({"messages": messages, "max_tokens": 4, **fields}).encode()
 
 
-def _beside(make: Callable[[], str]) -> Callable[[], bytes]:
-    """A completion with a field that no server knows."""
+def _with_unknown_field(make: Callable[[], str]) -> Callable[[], bytes]:
+    """Return a function that makes a completion with an unknown field, whose value `make` writes."""
     return lambda: b'{"prompt":"Hello","max_tokens":4,"x":%s}' % make().encode()
 
 
@@ -215,7 +215,7 @@ def _bodies() -> list[Case]:
         "130,000 objects": lambda: "[" + '{"a":1,"b":"cdefgh"},' * 130_000 + "1]",
     }
     return [
-        *(Case(name, "/v1/completions", _beside(make)) for name, make in makers.items()),
+        *(Case(name, "/v1/completions", _with_unknown_field(make)) for name, make in makers.items()),
         Case("metadata of a response", "/v1/responses", _metadata),
         Case("30 MB that is no JSON", "/v1/completions", lambda: b'{"prompt":"' + b'a"' * (_SIZE // 2)),
     ]
@@ -269,7 +269,12 @@ def _tokens() -> list[Case]:
 def _together() -> list[Case]:
     head = (("X-A", "a" * 7000), ("X-B", "b" * 7000))
     return [
-        Case("16 bodies of 30 MB at once", "/v1/completions", _beside(lambda: "[" + "1234567," * 3_700_000 + "1]"), 16),
+        Case(
+            "16 bodies of 30 MB at once",
+            "/v1/completions",
+            _with_unknown_field(lambda: "[" + "1234567," * 3_700_000 + "1]"),
+            16,
+        ),
         Case("8 times 1,024 stops, n 2,048", "/v1/completions", _completion(stop=_words(1024), n=2048), 8),
         Case("8 prompts of 1,000,000 ids", "/v1/completions", _completion(prompt=_distinct(1_000_000)), 8),
         Case("8 times /tokenize, 3 MB", "/tokenize", lambda: json.dumps({"prompt": "hi " * 1_000_000}).encode(), 8),
@@ -278,7 +283,7 @@ def _together() -> list[Case]:
 
 
 def _structured() -> list[Case]:
-    """Those of structured outputs, which are compiled elsewhere."""
+    """Return the cases of structured outputs, whose grammars are compiled in other processes."""
     wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(5000)}}
     format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": wide}}
     return [
@@ -299,7 +304,7 @@ def _model() -> Iterator[Path]:
 
 
 class _Watcher:
-    """A process that streams, and tells the largest gap on demand."""
+    """A process that streams without a pause, and reports the largest gap."""
 
     def __init__(self, url: str) -> None:
         self._process = subprocess.Popen(
@@ -312,7 +317,7 @@ class _Watcher:
         return self._process.stdout.readline().strip()
 
     def mark(self) -> float:
-        """The largest gap since the last mark, in seconds."""
+        """Return the largest gap since the last mark, in seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -325,11 +330,14 @@ class _Watcher:
 
 
 async def _watch(url: str) -> None:
-    """One stream after the other. What lies between two of them is not counted."""
+    """Run one stream after the other, and print the largest gap for each line on stdin.
+
+    The time between two streams does not count.
+    """
     worst, last = 0.0, 0.0
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    # With log-probabilities each token is a chunk, be it one without a text.
+    # With log-probabilities each token is a chunk, even one without text.
     body = {"prompt": "Once", "max_tokens": _LENGTH - 64, "ignore_eos": True, "stream": True, "logprobs": 0}
 
     async def stream() -> None:
@@ -367,7 +375,7 @@ async def _parts(body: bytes) -> Any:
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, case: Case, body: bytes) -> str:
-    """The status, or what has happened instead."""
+    """Send a request. Return the status, or the name of the error."""
     headers = {"content-type": "application/json", "content-length": str(len(body)), **dict(case.headers)}
     try:
         async with session.post(url + case.path, data=_parts(body), headers=headers) as answer:
@@ -394,7 +402,7 @@ async def _run(url: str, case: Case) -> tuple[str, float]:
 
 def _measure(url: str, cases: list[Case], rounds: int) -> dict[str, Any]:
     gaps: dict[str, list[float]] = {case.name: [] for case in cases}
-    told: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     alone: list[float] = []
     watcher = _Watcher(url)
     for _ in range(rounds):
@@ -405,11 +413,15 @@ def _measure(url: str, cases: list[Case], rounds: int) -> dict[str, Any]:
             watcher.mark()
             status, seconds = asyncio.run(_run(url, case))
             gaps[case.name].append(watcher.mark())
-            told[case.name] = {"answer": status, "seconds": round(seconds, 2)}
+            results[case.name] = {"answer": status, "seconds": round(seconds, 2)}
             print(f"{case.name}: {status}, {seconds:.2f} s, gap {gaps[case.name][-1]:.3f} s", file=sys.stderr)
     watcher.close()
     worst = {
-        name: {"gap_s": round(statistics.median(each), 3), "all_gaps_s": [round(gap, 3) for gap in each], **told[name]}
+        name: {
+            "gap_s": round(statistics.median(each), 3),
+            "all_gaps_s": [round(gap, 3) for gap in each],
+            **results[name],
+        }
         for name, each in gaps.items()
     }
     return {"alone_gap_s": round(statistics.median(alone), 3), "cases": worst}
@@ -417,13 +429,13 @@ def _measure(url: str, cases: list[Case], rounds: int) -> dict[str, Any]:
 
 def _table(found: dict[str, Any]) -> str:
     rows = [f"| {name} | {each['answer']} | {each['seconds']} | {each['gap_s']} |" for name, each in found.items()]
-    return "\n".join(["| request | answer | its time, s | largest gap, s |", "|---|---|---|---|", *rows])
+    return "\n".join(["| request | answer | time, s | largest gap, s |", "|---|---|---|---|", *rows])
 
 
 @click.command()
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--only", default="", help="cases with this in their names")
-@click.option("--structured", is_flag=True, help="structured outputs too")
+@click.option("--only", default="", help="run only cases whose names contain this")
+@click.option("--structured", is_flag=True, help="also run cases of structured outputs")
 @click.option("--markdown", is_flag=True)
 @click.option("--watch", hidden=True)
 def main(rounds: int, only: str, structured: bool, markdown: bool, watch: str | None) -> None:
@@ -433,10 +445,10 @@ def main(rounds: int, only: str, structured: bool, markdown: bool, watch: str | 
     groups = [_lists_of_ids, _biases, _texts, _prompts, _logprobs, _bodies, _chats, _tokens, _together]
     cases = [case for group in groups + [_structured] * structured for case in group() if only in case.name]
     flags = ("--load-format", "dummy", "--tool-call-parser", "hermes", "--trust-request-chat-template")
-    with _model() as folder, served(folder, *flags) as server:
+    with _model() as folder, start_server(folder, *flags) as server:
         found = _measure(server.url, cases, rounds)
     if markdown:
-        print(_table({"nothing": {"answer": "", "seconds": "", "gap_s": found["alone_gap_s"]}, **found["cases"]}))
+        print(_table({"none": {"answer": "", "seconds": "", "gap_s": found["alone_gap_s"]}, **found["cases"]}))
     else:
         print(json.dumps(found, indent=2))
 

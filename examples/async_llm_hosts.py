@@ -11,7 +11,7 @@ and here, on the host with that address:
 
     python examples/async_llm_hosts.py --model MODEL --dp-size 4 --address 10.0.0.1
 
-A replica that ends, or whose host is cut off, leaves its requests to the others; it is welcome when it is back.
+If a replica ends or its host is cut off, the other replicas take over its requests. It may come back at any time.
 """
 
 import argparse
@@ -28,8 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a folder, an id on the hub, or bundled (the default): the bundled model")
     parser.add_argument("--dp-size", type=int, default=2, help="replicas, over all hosts")
     parser.add_argument("--local", type=int, default=0, help="replicas that this process starts itself")
-    parser.add_argument("--address", default="127.0.0.1", help="of this host, as the others reach it")
-    parser.add_argument("--port", type=int, help="... and the port")
+    parser.add_argument("--address", default="127.0.0.1", help="address of this host, as other hosts reach it")
+    parser.add_argument("--port", type=int, help="port on this host at which replicas arrive")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for the first replica")
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 async def complete(llm: AsyncLLM, prompt: str, params: SamplingParams) -> str:
-    """The text at the end; while it grows, each output holds all of it so far."""
+    """Return the complete text. Each output before the last has the text so far."""
     text = ""
     async for output in llm.generate(prompt, params):
         text = output.outputs[0].text
@@ -63,10 +63,11 @@ async def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    arguments = parse_arguments()
     try:
-        asyncio.run(run(parse_arguments()))
+        asyncio.run(run(arguments))
     except TimeoutError:
-        print("no replica has come in time", file=sys.stderr)
+        print(f"no replica was ready within {arguments.timeout:g} s", file=sys.stderr)
         return 1
     except ShoalError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Offline inference on several replicas that are started by hand: one process a rank, on one host or on several.
+"""Offline inference on several replicas that are started by hand, with one process per replica, on one or more hosts.
 
     python examples/offline_data_parallel.py --model MODEL --dp-size 2 --tp-size 2
 
@@ -9,8 +9,8 @@ On two hosts, with the same secret in SHOAL_CLUSTER_KEY on both, in any order:
     python examples/offline_data_parallel.py --model MODEL --dp-size 2 --tp-size 2 \
         --node-size 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500
 
-Each process reads its place from SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and SHOAL_DP_MASTER_PORT, computes
-its share of the prompts, and rank 0 prints all answers in order.
+Each process reads its number and the meeting point from SHOAL_DP_RANK, SHOAL_DP_SIZE, SHOAL_DP_MASTER_IP and
+SHOAL_DP_MASTER_PORT, and computes its share of the prompts. The process with rank 0 prints all answers in order.
 """
 
 import argparse
@@ -22,13 +22,13 @@ import time
 from pathlib import Path
 
 from shoal import LLM, DataParallelRank, SamplingParams, ShoalError
-from shoal.addresses import host_of, listen
+from shoal.addresses import listen, parse_host
 from shoal.errors import ConfigError
 from shoal.transport.process import die_with_parent
 
 PROMPTS = [f"{a} + {b} =" for a, b in [(37, 45), (8, 64), (3, 9), (51, 27), (12, 12), (70, 19), (5, 88)]]
-LAUNCHER = "LAUNCHER_PID"  # in a rank's environment
-RANK_ENDS_S = 30.0  # how long the other ranks of a host are given to end when one has failed
+LAUNCHER = "LAUNCHER_PID"  # variable in a rank's environment
+RANK_ENDS_S = 30.0  # when one rank has failed, the others on the host have so long to end
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,10 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tp-size", type=int, default=1, help="ranks that share each layer of a replica")
     parser.add_argument("--pp-size", type=int, default=1, help="pipeline stages of a replica")
     parser.add_argument("--node-size", type=int, default=1, help="hosts")
-    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is")
+    parser.add_argument("--node-rank", type=int, default=0, help="number of this host, from 0 on")
     parser.add_argument("--master-addr", default="127.0.0.1", help="address of the host with rank 0")
     parser.add_argument("--master-port", type=int, default=0, help="port on it; a free one on a single host")
-    parser.add_argument("--prompts", type=Path, help="a file with a prompt a line")
+    parser.add_argument("--prompts", type=Path, help="a file with one prompt per line")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -56,8 +56,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises:
-    ConfigError: the numbers do not go together.
+    """Check the arguments against each other.
+
+    Raises:
+        ConfigError: they contradict each other.
     """
     for name in ("dp_size", "tp_size", "pp_size", "node_size"):
         if getattr(arguments, name) < 1:
@@ -77,14 +79,14 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def ranks_of_host(arguments: argparse.Namespace) -> range:
-    """The first hosts have one more where they can't all have the same number."""
+    """Return the ranks of this host. The first hosts have one more if the division leaves a remainder."""
     each, more = divmod(arguments.dp_size, arguments.node_size)
     start = arguments.node_rank * each + min(arguments.node_rank, more)
     return range(start, start + each + (arguments.node_rank < more))
 
 
 def start_ranks(arguments: argparse.Namespace) -> int:
-    """One process a rank of this host. Gives the exit code: 0 if all ended well, else that of the first that failed."""
+    """Start a process for each rank of this host. Return 0 if all ended well, else the exit code of a failed one."""
     ranks = ranks_of_host(arguments)
     port = arguments.master_port or free_port(arguments.master_addr)
     children = []
@@ -123,7 +125,7 @@ def wait_for(children: "list[subprocess.Popen[bytes]]") -> int:
 
 
 def free_port(host: str) -> int:
-    (found, *others) = listen(host_of(host, "--master-addr"), 0)
+    (found, *others) = listen(parse_host(host, "--master-addr"), 0)
     port = int(found.getsockname()[1])
     for each in (found, *others):
         each.close()

@@ -1,4 +1,4 @@
-"""Awake, paused, asleep: every way from one to another."""
+"""Tests of all transitions between awake, paused and asleep."""
 
 from collections.abc import Callable
 
@@ -59,7 +59,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("before", "change", "after"), TABLE)
-def test_each_change_leads_where_the_table_says(before: Activity, change: str, after: Activity | None) -> None:
+def test_each_change_gives_the_state_of_the_table(before: Activity, change: str, after: Activity | None) -> None:
     if after is None:
         with pytest.raises(ConfigError, match="asleep"):
             CHANGES[change](before)
@@ -68,7 +68,7 @@ def test_each_change_leads_where_the_table_says(before: Activity, change: str, a
 
 
 @given(st.lists(st.sampled_from(list(CHANGES))))
-def test_whatever_happens_it_is_asleep_exactly_while_something_is_missing(names: list[str]) -> None:
+def test_an_engine_is_asleep_exactly_while_memory_is_missing(names: list[str]) -> None:
     now = AWAKE
     for name in names:
         try:
@@ -78,17 +78,17 @@ def test_whatever_happens_it_is_asleep_exactly_while_something_is_missing(names:
         assert (now.state is ActivityState.ASLEEP) == bool(now.missing) == (now.level > 0)
         assert now.runs == (now.state is ActivityState.AWAKE)
         if name != "resume":
-            assert CHANGES[name](now) == now, "the same again changes nothing"
+            assert CHANGES[name](now) == now, "a repeated change has no effect"
 
 
 @pytest.mark.parametrize("before", ALL)
 @pytest.mark.parametrize("after", ALL)
-def test_on_no_way_one_runs_right_before_or_behind_another_without_memory(before: Activity, after: Activity) -> None:
-    way = before.way(after)
-    assert way[-1] == after
-    for one, next_ in zip((before, *way), way, strict=False):
-        assert not (one.runs and next_.missing), "all come to rest first"
-        assert not (one.missing and next_.runs), "all have their memory first"
+def test_no_engine_runs_one_step_before_or_after_another_lacks_memory(before: Activity, after: Activity) -> None:
+    steps = before.steps_to(after)
+    assert steps[-1] == after
+    for one, next_ in zip((before, *steps), steps, strict=False):
+        assert not (one.runs and next_.missing), "all pause first"
+        assert not (one.missing and next_.runs), "all get their memory back first"
 
 
 @pytest.mark.parametrize("level", [-1, 3])

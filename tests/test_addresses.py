@@ -1,4 +1,4 @@
-"""Hosts and ports of both kinds: read, resolved, listened at, shown."""
+"""Tests of hosts and ports with IPv4 and IPv6: parsing, resolving, listening and formatting."""
 
 import socket
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal import addresses
-from shoal.addresses import Address, host_of, is_loopback, joined, refuse_hidden_loopback, resolved, shown
+from shoal.addresses import Address, bracketed, is_loopback, join_host_port, parse_host, refuse_loopback_name, resolve
 from shoal.errors import ConfigError
 from shoal.server.http.listening import Listening
 
@@ -16,7 +16,7 @@ Resolve = Callable[..., None]
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Resolve:
-    """Gives names of the test's own their addresses."""
+    """Return a function that defines names of the test with their addresses."""
     known: dict[str, list[str]] = {}
     real = socket.getaddrinfo
 
@@ -36,15 +36,15 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Resolve:
     [("a:1", "a", 1), ("10.0.0.1:29550", "10.0.0.1", 29550), ("[fd02::1]:80", "fd02::1", 80)]
     + [("[fe80::1%eth0]:80", "fe80::1%eth0", 80)],
 )
-def test_what_is_read_is_shown_as_it_was(text: str, host: str, port: int) -> None:
+def test_an_address_is_parsed_and_formatted(text: str, host: str, port: int) -> None:
     assert Address.parse(text) == Address(host, port)
-    assert str(Address(host, port)) == joined(host, port) == text
+    assert str(Address(host, port)) == join_host_port(host, port) == text
 
 
 @pytest.mark.parametrize(
     "text", ["host", "host:", ":1", "host:0", "host:65536", "host:x", "fd02::1:80", "[]:80", "[x:y]:80"]
 )
-def test_what_is_no_address(text: str) -> None:
+def test_invalid_addresses_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         Address.parse(text)
 
@@ -52,23 +52,23 @@ def test_what_is_no_address(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "host"), [("fd02::1", "fd02::1"), ("[fd02::1]", "fd02::1"), (" a ", "a"), ("10.0.0.1", "10.0.0.1")]
 )
-def test_a_host_alone(text: str, host: str) -> None:
-    assert host_of(text, "--x") == host
+def test_a_host_without_a_port(text: str, host: str) -> None:
+    assert parse_host(text, "--x") == host
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a:1", "10.0.0.1:80", "[::1]:80", "http://a"])
-def test_what_is_no_host(text: str) -> None:
-    with pytest.raises(ConfigError, match="--x takes the name or the address of a host, without a port"):
-        host_of(text, "--x")
+def test_invalid_hosts_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--x must be the name or the address of a host, without a port"):
+        parse_host(text, "--x")
 
 
 def test_an_address_in_a_url() -> None:
-    assert [shown(host) for host in ("a", "10.0.0.1", "::1", "a:1")] == ["a", "10.0.0.1", "[::1]", "a:1"]
+    assert [bracketed(host) for host in ("a", "10.0.0.1", "::1", "a:1")] == ["a", "10.0.0.1", "[::1]", "a:1"]
 
 
 def test_addresses_of_ipv4_come_first_on_every_host(names: Resolve) -> None:
     names(both=["::1", "127.0.0.1"])
-    assert [there[0] for _, there in resolved("both", 7)] == ["127.0.0.1", "::1"]
+    assert [there[0] for _, there in resolve("both", 7)] == ["127.0.0.1", "::1"]
 
 
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1", "both"])
@@ -88,7 +88,7 @@ def test_listening_and_connecting(names: Resolve, host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["::", ""])
-def test_all_addresses_are_those_of_both_kinds(host: str) -> None:
+def test_listening_at_all_addresses_includes_ipv4_and_ipv6(host: str) -> None:
     listeners = addresses.listen(host, 0)
     try:
         for each in ("::1", "127.0.0.1"):
@@ -118,7 +118,7 @@ def test_a_server_listens_at_all_addresses_of_a_name(names: Resolve) -> None:
                 sock.close()
 
 
-def test_a_name_with_one_address_of_another_host_is_listened_at_by_the_other(names: Resolve) -> None:
+def test_addresses_of_another_host_are_skipped_when_listening(names: Resolve) -> None:
     names(moved=["192.0.2.1", "::1"])
     (listener,) = addresses.listen("moved", 0)
     with listener:
@@ -143,11 +143,11 @@ def test_loopback(names: Resolve) -> None:
     }
 
 
-def test_a_name_that_hides_the_loopback_is_named_with_the_way_out(names: Resolve) -> None:
+def test_a_name_for_a_loopback_address_is_refused_with_the_way_out(names: Resolve) -> None:
     names(mine=["127.0.1.1"], both=["127.0.1.1", "192.0.2.1"])
     for host in ("127.0.0.1", "::1", "localhost", "both", "192.0.2.1", "nobody.invalid"):
-        refuse_hidden_loopback(host, "--x")
+        refuse_loopback_name(host, "--x")
     with pytest.raises(
-        ConfigError, match=r"--x mine is 127.0.1.1 on this host .*give an address that the others reach"
+        ConfigError, match=r"--x mine is 127.0.1.1 on this host .*give an address that the others can reach"
     ):
-        refuse_hidden_loopback("mine", "--x")
+        refuse_loopback_name("mine", "--x")

@@ -1,4 +1,4 @@
-"""The rules of import, as docs/architecture.md states them, held against the code.
+"""Tests that the code keeps the rules of import of docs/architecture.md.
 
 Edges come from the syntax trees, function-local imports included, and from the arguments of `load("module:Name")`.
 """
@@ -14,20 +14,20 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-# Every room may import these. None of them imports a room.
+# Every package may import these. None of them imports a package that is not in this list.
 COMMON = {
-    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "outputs", "params", "process",
-    "values", "shoal",
+    "activity", "addresses", "config", "env", "errors", "git_lfs", "lazy", "log", "outputs", "parameter_forms",
+    "params", "process", "sampling_table", "values", "shoal",
 }  # fmt: skip
 
-# room -> what else of ours it may import: what lies below it.
+# package -> the other packages of Shoal that it may import: those below it
 ALLOWED = {
     "__main__": {"cli"},
     "cli": {"server", "client", "jobs", "bench", "llm", "launch", "text", "wire"},
     "server": {"llm", "openai", "launch", "text", "structured", "cluster", "transport", "protocols", "wire"},
     "client": set(),
     "jobs": {"openai", "text"},
-    "openai": {"text"},
+    "openai": {"text", "structured"},
     "bench": {"launch", "engine", "planner", "devices", "worker", "transport", "protocols", "wire"},
     "llm": {"launch", "cluster", "engine", "planner", "text", "transport", "protocols", "wire"},
     "launch": {
@@ -63,9 +63,10 @@ ALLOWED = {
     "wire": {"devices"},
 }
 
-# Free of torch, transitively. What needs torch is named in a call of `load`, where a rank lives in its process.
+# These modules do not import torch, even indirectly. Code that needs torch is imported with `load` in a rank's process.
 TORCH_FREE = [
-    "shoal", "shoal.params", "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
+    "shoal", "shoal.params", "shoal.parameter_forms", "shoal.sampling_table",
+    "shoal.outputs", "shoal.values", "shoal.errors", "shoal.config", "shoal.env", "shoal.wire",
     "shoal.protocols", "shoal.activity", "shoal.process", "shoal.log", "shoal.devices", "shoal.transport",
     "shoal.engine", "shoal.planner", "shoal.cluster", "shoal.launch", "shoal.llm", "shoal.text", "shoal.jobs",
     "shoal.openai", "shoal.bench", "shoal.structured", "shoal.server", "shoal.client", "shoal.cli",
@@ -75,10 +76,10 @@ TORCH_FREE = [
     "shoal.models.checkpoint.checkpoint", "shoal.models.checkpoint.stored_file", "shoal.models.checkpoint.pickled",
     "shoal.models.transformers.fallback_spec",
     "shoal.models.transformers.read_spec", "shoal.parallel.topology", "shoal.parallel.partition",
-    "shoal.parallel.stages", "shoal.parallel.placement", "shoal.parallel.all2all.choose",
+    "shoal.parallel.stages", "shoal.parallel.expert_placement", "shoal.parallel.all2all.choice",
 ]  # fmt: skip
 
-# What `load` may bring in, beside what follows from the table above.
+# The modules that `load` may import, besides those that the table above allows.
 LOADABLE = {
     "shoal.llm.llm": {"shoal"},
     "shoal.llm.async_llm": {"shoal"},
@@ -89,7 +90,7 @@ LOADABLE = {
     "shoal.cli.commands": {"cli"},
     "shoal.client.top": {"cli"},
     "shoal.client.scale": {"cli"},
-    "shoal.client.load.bench": {"cli"},
+    "shoal.client.load.load_test": {"cli"},
     "shoal.executors.inprocess": {"executors"},
     "shoal.executors.threads": {"executors"},
     "shoal.executors.multiprocess": {"executors"},
@@ -105,10 +106,10 @@ LOADABLE = {
     "matplotlib.figure": {"client"},
 }
 
-# What names of metrics begin with; they look like `module:Name`.
+# The prefixes of names of metrics, which look like `module:Name`.
 METRICS = {"vllm", "shoal"}
 
-# Libraries that stay where they are needed.
+# The packages that may import a library.
 CONFINED = {
     "click": {"cli", "worker", "engine", "text"},
     "tqdm": {"cli", "launch", "llm"},
@@ -135,7 +136,7 @@ CONFINED = {
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """Dotted name -> syntax tree."""
+    """Return the syntax tree of each module, by its dotted name."""
     found = {}
     for path in sorted((SOURCE / "shoal").rglob("*.py")):
         name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
@@ -153,7 +154,7 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def loads(tree: ast.Module) -> Iterator[str]:
-    """Modules named in `load(...)` and in tables of `module:Name`."""
+    """Return the modules that are named in `load(...)` and in tables of `module:Name`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             module, colon, name = node.value.partition(":")
@@ -164,26 +165,26 @@ def loads(tree: ast.Module) -> Iterator[str]:
 
 
 def package(name: str) -> str:
-    """`shoal.engine.core` -> `engine`; the root package is `shoal`."""
+    """Return the package of a module: `shoal.engine.core` -> `engine`; the root package is `shoal`."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else "shoal"
 
 
 @cache
 def uses() -> dict[str, set[str]]:
-    """Module -> the modules that it imports, loads or names in a string, as a process to be started is."""
+    """Return, for each module, the modules that it imports, loads or names in a string to start a process."""
     found: dict[str, set[str]] = {}
     for name, tree in modules().items():
         targets = {target if target in modules() else target.rpartition(".")[0] for target in imports(tree)}
         texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
         targets |= {text.partition(":")[0] for text in texts if isinstance(text, str)}
         found[name] = targets & modules().keys() - {name, "shoal"}
-    del found["shoal"]  # it loads what others ask it for
+    del found["shoal"]  # it loads the modules that its callers name
     return found
 
 
-def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """The circles of a graph, found by taking away whatever leads nowhere else, and whatever nothing leads to."""
+def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Return the cycles of a graph, found by removing nodes without outgoing or incoming edges until none is left."""
     left = {name: set(targets) for name, targets in edges.items()}
     while True:
         reached = {target for targets in left.values() for target in targets}
@@ -204,41 +205,41 @@ def test_imports_run_one_way(name: str) -> None:
         assert package(target) in allowed(name), f"{name} uses {target}"
 
 
-def test_no_module_uses_itself_by_way_of_others() -> None:
-    assert circles(uses()) == []
+def test_modules_have_no_import_cycle() -> None:
+    assert cycles(uses()) == []
 
 
-def test_no_room_uses_itself_by_way_of_others() -> None:
-    """Rooms are packages in any depth. A package and its own modules count as one, apart from its sub-packages."""
+def test_packages_have_no_import_cycle() -> None:
+    """Packages of any depth count. A package and its own modules are one node, without its sub-packages."""
     for parent in {name.rpartition(".")[0] for name in modules()} - {""}:
         edges: dict[str, set[str]] = {}
         for name, targets in uses().items():
             room = _room(name, parent)
             if room:
                 edges.setdefault(room, set()).update({_room(each, parent) for each in targets} - {room, ""})
-        assert circles(edges) == [], parent
+        assert cycles(edges) == [], parent
 
 
 def _room(name: str, parent: str) -> str:
-    """The sub-package of `parent` that a module is in; "" if it is in none."""
+    """Return the sub-package of `parent` that contains a module, or ""."""
     inner = name.removeprefix(f"{parent}.")
     first, dot, _ = inner.partition(".")
     return f"{parent}.{first}" if inner != name and dot else ""
 
 
-def test_circles_are_found() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
-    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+def test_cycles_are_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("name", modules())
-def test_libraries_stay_where_they_are_needed(name: str) -> None:
+def test_libraries_are_imported_only_in_their_packages(name: str) -> None:
     for target in imports(modules()[name]):
         home = CONFINED.get(target.split(".")[0])
         assert home is None or package(name) in home, f"{name} imports {target}"
 
 
-def test_load_brings_in_only_what_is_listed() -> None:
+def test_load_imports_only_listed_modules() -> None:
     for name, tree in modules().items():
         for target in loads(tree):
             assert target in LOADABLE, f"{name} loads {target}"

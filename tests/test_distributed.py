@@ -1,4 +1,4 @@
-"""The names that people know, in a real job under torchrun and in one process."""
+"""Tests of collective operations under vLLM's names: in a real job under torchrun, and in one process."""
 
 import json
 import os
@@ -48,7 +48,7 @@ print("FOUND" + json.dumps([rank, found]), flush=True)
 
 
 def run_under_torchrun(job: Path, text: str) -> dict[int, Any]:
-    """What each rank has found."""
+    """Run a job with two ranks, and return the results by rank."""
     job.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--log-dir", str(job.parent / "logs"), str(job)]
@@ -69,7 +69,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
         assert each["scattered"] == [[[10, 12], [16, 18]], [[14], [20]]][rank]
         assert each["rows"] == [[[10, 12, 14]], [[16, 18, 20]]][rank]
         assert each["dict"] == [[0, 1, 2, 3], "torch.bfloat16", [1, None, "x"], [0, 2]]
-        assert "rank 0 brings nothing that can be sent" in each["error"]
+        assert "rank 0 passes no dictionary that can be sent" in each["error"]
         assert each["torch"] == 2
 
 
@@ -99,7 +99,7 @@ def test_destroyed_and_started_again_over_one_store(tmp_path: Path) -> None:
 TWO_HOSTS = """
 import os, socket
 import torch
-# torch's own group takes the address of the host's name, which these have in common.
+# torch's own group uses the address of the host's name, which is the same for both hosts here.
 os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name != "lo")
 from shoal import distributed as d
 

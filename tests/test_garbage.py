@@ -12,24 +12,24 @@ class Node:
 node = Node()
 found = weakref.ref(node)
 """
-UNSETTLED = """
+NOT_FROZEN = """
 del node
 garbage_collector.collect()
 assert found() is None
-assert gc.get_freeze_count() == 0, "that is for the caller to decide"
+assert gc.get_freeze_count() == 0, "nothing is frozen unless the caller did it"
 """
-SETTLED = """
-garbage_collector.settle()
+FROZEN = """
+garbage_collector.freeze()
 before = gc.get_freeze_count()
 del node
 gc.collect()
-assert found() is not None, "left out of an ordinary collection"
+assert found() is not None, "an ordinary collection ignores it"
 garbage_collector.collect()
 assert found() is None
-assert 0.9 < gc.get_freeze_count() / before < 1.1, "settled again"
+assert 0.9 < gc.get_freeze_count() / before < 1.1, "the rest is frozen again"
 """
 
 
-@pytest.mark.parametrize("program", [UNSETTLED, SETTLED], ids=["unsettled", "settled"])
-def test_what_was_settled_is_left_out_until_all_is_asked_for(program: str) -> None:
+@pytest.mark.parametrize("program", [NOT_FROZEN, FROZEN], ids=["not frozen", "frozen"])
+def test_only_a_full_collection_includes_frozen_objects(program: str) -> None:
     subprocess.run([sys.executable, "-c", CYCLE + program], check=True)

@@ -1,4 +1,4 @@
-"""Files that are called like modules, in the working directory or beside a script: none is run by what we start."""
+"""Tests that started processes do not run files with names of modules in the working directory or beside a script."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from support.servers import ShoalServer
 
 HOME = Path(shoal.__file__).parent.parent
 NAMES = ("queue", "torch", "types", "json", "numpy", "click", "runpy", "shoal", "sitecustomize")
-# Starts a Python as a ChildProcess does, and says what came of it.
+# Starts a Python process like a ChildProcess, and prints its output.
 START = """
 import subprocess, sys
 from shoal import env
@@ -27,7 +27,7 @@ print(done.stdout + done.stderr)
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
-    """A folder of such files. Each leaves a mark when it is run."""
+    """Return a folder of such files. Each writes a mark when it is run."""
     folder = tmp_path / "trap"
     folder.mkdir()
     for name in NAMES:
@@ -55,7 +55,7 @@ def run(*arguments: str, folder: Path, python_path: str = str(HOME)) -> str:
     return done.stdout
 
 
-# The parent gets them onto its path in each way that there is, after it has loaded what it needs itself.
+# The ways in which the folder gets onto the parent's path, after the parent has loaded the modules that it needs.
 WAYS = {
     "interactive": "sys.path.insert(0, '')",
     "by its name": "sys.path.insert(0, {trap!r})",
@@ -84,7 +84,7 @@ def archive_of_the_package(folder: Path) -> Path:
 
 
 def installed_into(folder: Path) -> Path:
-    """As `pip install --target` does it."""
+    """Make a folder as `pip install --target` does."""
     (folder / "shoal").symlink_to(HOME / "shoal")
     (folder / "shoal-0.1.0.dist-info").mkdir()
     return folder
@@ -95,25 +95,25 @@ def installed_into(folder: Path) -> Path:
 def test_a_child_finds_shoal_where_its_parent_has(
     tmp_path: Path, place: Callable[[Path], Path], flags: tuple[str, ...]
 ) -> None:
-    """In no folder that is on a path by itself; and in the working directory, where nothing else is found."""
+    """Shoal is in a folder that is not on the path by default, or in the working directory, which is not searched."""
     found = place(tmp_path)
     program = f"import sys; sys.path.insert(0, {str(found)!r})\n{START}\nprint(import_path.__file__)"
-    told = run(*flags, "-c", program, folder=found if found.is_dir() else tmp_path, python_path="")
-    assert "shoal, version" in told
-    assert str(found) in told
+    output = run(*flags, "-c", program, folder=found if found.is_dir() else tmp_path, python_path="")
+    assert "shoal, version" in output
+    assert str(found) in output
 
 
 def test_folders_that_a_parent_has_added_are_kept_in_order(tmp_path: Path) -> None:
     program = (
         f"import sys; sys.path.insert(1, {str(tmp_path)!r}); sys.path.append({str(tmp_path / 'last')!r})\n"
         "from shoal.process import import_path\n"
-        f"assert import_path.safe(sys.path) == [each for each in sys.path if each], sys.path"
+        f"assert import_path.safe_folders(sys.path) == [each for each in sys.path if each], sys.path"
     )
     run("-c", program, folder=Path("/"))
 
 
 def test_a_model_in_the_working_directory(trap: Path) -> None:
-    """Ranks, engines and API servers: none of them is what lies beside the model."""
+    """Ranks, engines and API servers do not run the files beside the model."""
     (trap / "shoal.py").unlink()
     for file in (HOME / "shoal" / "demo_model").iterdir():
         (trap / file.name).symlink_to(file)

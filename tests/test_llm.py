@@ -102,7 +102,8 @@ def test_public_signatures() -> None:
         *("presence_penalty", "frequency_penalty", "repetition_penalty"),
         *("seed", "max_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "bad_words"),
         *("logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "structured_outputs"),
-        *("detokenize", "skip_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens"),
+        *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
+        *("truncate_prompt_tokens", "extra_args", "logits_processors", "thinking_token_budget"),
     ]
 
 

@@ -1,5 +1,7 @@
-"""One `LLM` that several threads use, that Ctrl-C interrupts, that is closed from elsewhere, and that is forked: for
-every executor, in a program of its own."""
+"""An `LLM` that several threads use, that is interrupted, closed by another thread, and forked.
+
+Each executor is tested in a separate program.
+"""
 
 import json
 import os
@@ -140,7 +142,7 @@ RIGHT = {
     ],
     ids=["uni", "mp", "engine-process", "replicas-threads", "replicas"],
 )
-def test_threads_interrupts_forks_and_an_end_from_elsewhere(options: dict[str, Any]) -> None:
+def test_threads_interrupts_forks_and_closing_from_another_thread(options: dict[str, Any]) -> None:
     ended = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PROGRAM, json.dumps(options)],
         capture_output=True,
@@ -203,7 +205,7 @@ if __name__ == "__main__":
 """
 
 
-def test_forks_of_what_serves_and_of_one_of_several() -> None:
+def test_forks_of_an_async_llm_and_of_a_data_parallel_rank() -> None:
     ended = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS_OF_OTHERS],
         env={**os.environ, "SHOAL_DP_RANK": "0", "SHOAL_DP_SIZE": "1", "SHOAL_DP_MASTER_PORT": str(free_port())},

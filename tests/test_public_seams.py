@@ -1,9 +1,9 @@
-"""Tests speak to public seams: how often they reach for a private name of ours is counted, and has a ceiling.
+"""Tests use public seams: each use of a private name of Shoal needs an argued exception.
 
-Counted are, in the syntax trees under `tests`: a private attribute of anything but `self` and `cls`, a private name
-that is imported from Shoal, and a private name as text in `setattr`, `getattr`, `delattr` and the like. What other
-libraries keep private does not count (`tests/server/test_uvicorn_internals.py` has a list of that), and neither does
-what a class of the same test file defines.
+These uses are found in the syntax trees under `tests`: a private attribute of anything but `self` and `cls`, a private
+name that is imported from Shoal, and a private name as text in `setattr`, `getattr`, `delattr` and the like. Private
+names of other libraries do not count (`tests/server/test_uvicorn_internals.py` lists these), nor do private names of
+classes in the same test file.
 """
 
 import ast
@@ -30,7 +30,7 @@ CEILING = 5
 
 @cache
 def private_names_of_ours() -> frozenset[str]:
-    """Private functions, classes, variables and attributes that are defined anywhere in Shoal."""
+    """Return the private functions, classes, variables and attributes that are defined anywhere in Shoal."""
     found: set[str] = set()
     for path in SOURCE.rglob("*.py"):
         found |= {name for name in defined(ast.parse(path.read_text("utf-8"))) if PRIVATE.fullmatch(name)}
@@ -46,8 +46,8 @@ def defined(tree: ast.AST) -> Iterator[str]:
                 yield name
 
 
-def reached_for(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """The line and the name of each use of a private name of ours."""
+def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Return the line and the name of each use of a private name of Shoal."""
     own = {name for each in ast.walk(tree) if isinstance(each, ast.ClassDef) for name in defined(each)}
     foreign = {
         alias.asname or alias.name.split(".")[0]
@@ -77,7 +77,7 @@ def test_few_tests_reach_for_private_names() -> None:
     places: dict[tuple[str, str], str] = {}
     for path in sorted(TESTS.rglob("*.py")):
         where = path.relative_to(TESTS).as_posix()
-        for line, name in reached_for(ast.parse(path.read_text("utf-8"))):
+        for line, name in private_uses(ast.parse(path.read_text("utf-8"))):
             found[where, name] += 1
             places[where, name] = f"{where}:{line} uses {name}"
     unargued = [places[each] for each in found if each not in ARGUED]
@@ -100,5 +100,5 @@ def test_few_tests_reach_for_private_names() -> None:
         ("other._never_heard_of", []),
     ],
 )
-def test_what_counts(text: str, names: list[str]) -> None:
-    assert [name for _, name in reached_for(ast.parse(text))] == names
+def test_uses_of_private_names_are_found(text: str, names: list[str]) -> None:
+    assert [name for _, name in private_uses(ast.parse(text))] == names

@@ -1,4 +1,4 @@
-"""The scripts of the repository, in a copy of it whose `.venv` holds stand-ins for Python and `shoal`."""
+"""The scripts of the repository, in a copy with fakes of Python and `shoal` in `.venv`."""
 
 import shutil
 import subprocess
@@ -33,14 +33,14 @@ def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_setup_says_where_the_program_is(copy: Path) -> None:
+def test_setup_prints_where_the_program_is(copy: Path) -> None:
     done = run(copy, "setup")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"setup: done; {HINT}"
-    assert run(copy, "setup").stdout == "", "nothing has changed, and nothing is said"
+    assert run(copy, "setup").stdout == "", "nothing has changed, so nothing is printed"
 
 
-def test_the_demo_ends_with_where_the_program_is(copy: Path) -> None:
+def test_the_demo_prints_where_the_program_is(copy: Path) -> None:
     run(copy, "setup")
     done = run(copy, "demo", "-p", "Hi")
     assert done.returncode == 0, done.stderr
@@ -48,14 +48,14 @@ def test_the_demo_ends_with_where_the_program_is(copy: Path) -> None:
     assert done.stderr == f"demo: done; {HINT}\n"
 
 
-def test_a_demo_that_fails_says_so(copy: Path) -> None:
+def test_a_failed_demo_is_reported(copy: Path) -> None:
     run(copy, "setup")
     stand_in(copy, "shoal", "exit 2")
     done = run(copy, "demo")
     assert (done.returncode, done.stderr) == (2, "")
 
 
-def test_the_readme_says_the_same() -> None:
+def test_the_readme_names_the_same_program() -> None:
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert ".venv/bin/shoal" in readme
     assert "source .venv/bin/activate" in readme

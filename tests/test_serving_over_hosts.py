@@ -242,7 +242,7 @@ def front_end() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("arguments", "key", "message"),
     [
-        (["-dp", "2"], "another key", "the shared key is another one: set SHOAL_CLUSTER_KEY"),
+        (["-dp", "2"], "another key", "the shared key differs: set SHOAL_CLUSTER_KEY"),
         (["-dp", "2", "bundled:moe"], KEY, r"its config.json is \w+, that of the front end \(.*\) is \w+"),
         (["-dp", "2", "--block-size", "32"], KEY, "its --block-size is 32, that of the front end .* is 16"),
         (["-dp", "3"], KEY, "it expects 3 replicas, but the front end .* expects 2"),
@@ -309,13 +309,13 @@ def test_a_sleeping_replica_reports_its_activity_to_the_next_front_end() -> None
         start("--headless", "--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", port, *SMALL)
         first = arrivals.get(timeout=280)
         first.await_ready(280)
-        first.become(AWAKE.sleep(1))
-        first.close()  # as if the front end had ended
+        first.set_activity(AWAKE.sleep(1))
+        first.close()  # as a front end that ends
         second = arrivals.get(timeout=280)
         stats = second.ready(280)
         assert stats is not None
         assert stats.activity == AWAKE.sleep(1)
-        second.become(AWAKE)
+        second.set_activity(AWAKE)
         assert all(rank.weight_bytes for rank in second.stats(280).ranks)
         second.dismiss()
         second.close()
@@ -410,6 +410,6 @@ def test_an_async_llm_uses_replicas_on_other_hosts_only() -> None:
         answers = done.stdout.splitlines()
         assert len(answers) == 7
         assert "82" in answers[0]
-        headless.await_line("the front end has gone; requests are dropped, and the next front end is awaited")
+        headless.await_line("the front end is gone: its requests are dropped; waiting for a front end to come back")
         headless.process.send_signal(signal.SIGTERM)
         assert headless.await_end() == 0, headless.text

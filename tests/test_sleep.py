@@ -1,4 +1,4 @@
-"""Sleep and wake-up with real ranks: tokens stay the same, and memory is given back to the system."""
+"""Engines with real ranks that sleep and wake up give the same tokens, and really free their memory."""
 
 import json
 import os
@@ -56,10 +56,10 @@ def test_tokens_are_the_same_after_a_sleep(checkpoint: Checkpoint, model: str, l
         assert tokens(llm) == before
         stats = llm.stats()
         assert stats.free_blocks == stats.num_blocks
-        assert sum(rank.busy_us for rank in stats.ranks) > busy, "counters start again"
+        assert sum(rank.busy_us for rank in stats.ranks) > busy, "counters continue"
 
 
-def test_a_draft_model_sleeps_and_wakes_up_too(checkpoint: Checkpoint) -> None:
+def test_a_draft_model_sleeps_and_wakes_up(checkpoint: Checkpoint) -> None:
     folder = checkpoint("llama")
     speculative = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
     with LLM(folder, **SIZE, speculative_config=speculative) as llm:
@@ -94,7 +94,7 @@ def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("executor", ["threads", "mp"])
-def test_an_engine_stays_asleep_until_its_weights_are_back_unchanged(folder: Path, executor: str) -> None:
+def test_an_engine_stays_asleep_until_its_weights_are_back(folder: Path, executor: str) -> None:
     file = next(folder.glob("*.safetensors"))
     with LLM(folder, **SIZE, tensor_parallel_size=2, distributed_executor_backend=executor) as llm:
         before = tokens(llm)
@@ -111,7 +111,7 @@ def test_an_engine_stays_asleep_until_its_weights_are_back_unchanged(folder: Pat
         assert tokens(llm) == before
 
 
-def test_an_impossible_sleep_or_wake_up_is_refused(checkpoint: Checkpoint) -> None:
+def test_invalid_calls_are_refused(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama"), **SIZE) as llm:
         with pytest.raises(ConfigError, match="0, 1 or 2"):
             llm.sleep(level=3)
@@ -131,7 +131,7 @@ def test_an_impossible_sleep_or_wake_up_is_refused(checkpoint: Checkpoint) -> No
 
 @pytest.fixture(scope="module")
 def large(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    """A model whose vocabulary takes much memory and little time."""
+    """A model whose vocabulary takes much memory but little time."""
     folder = tmp_path_factory.mktemp("large")
     config = json.loads((checkpoint("llama") / "config.json").read_text())
     sizes = {"vocab_size": 100_000, "tie_word_embeddings": False}
@@ -143,7 +143,7 @@ def large(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def fill(llm: LLM) -> None:
-    """Write into all of the KV cache."""
+    """Fill the whole KV cache."""
     stats = llm.stats()
     longest = stats.max_model_len - 1
     count = stats.num_blocks * stats.block_size // longest
@@ -155,23 +155,22 @@ def ranks(llm: LLM) -> tuple[RankStats, ...]:
     return llm.stats().ranks
 
 
-def test_sleeping_ranks_give_memory_back_and_ten_sleeps_leak_none(large: LLM) -> None:
-    """An awake rank holds its weights, its cache, and what importing and computing take.
+def test_sleep_frees_weights_and_cache_and_ten_rounds_leak_nothing(large: LLM) -> None:
+    """A sleeping rank must have freed nine tenths of its weights and cache.
 
-    Asleep, at least nine tenths of weights and cache must be gone. The rest may stay with allocators, which give a
-    chunk back only if nothing in it is used.
+    The rest is left to allocators, which free a chunk only when nothing in it is used.
     """
     fill(large)
     awake = ranks(large)
     held = [rank.weight_bytes + rank.kv_bytes for rank in awake]
-    assert min(held) > 20 * MIB, "too little to be seen beside the memory of Python and PyTorch"
+    assert min(held) > 20 * MIB, "enough to be noticed beside the memory of Python and PyTorch"
     asleep, again = [], []
     for round_ in range(10):
         large.sleep()
         asleep.append(ranks(large))
         large.wake_up()
         if round_ in (1, 9):
-            again.append(ranks(large))  # before a step, whose working memory differs from time to time
+            again.append(ranks(large))  # before its steps' working memory, which differs from time to time
             fill(large)
     for i, bytes_ in enumerate(held):
         assert all(found[i].anonymous < awake[i].anonymous - 0.9 * bytes_ for found in asleep)
@@ -179,7 +178,7 @@ def test_sleeping_ranks_give_memory_back_and_ten_sleeps_leak_none(large: LLM) ->
             assert found[-1][i].anonymous < found[0][i].anonymous + 0.1 * bytes_
 
 
-def test_a_rank_that_dies_asleep_ends_the_engine_and_is_named(checkpoint: Checkpoint) -> None:
+def test_the_death_of_a_sleeping_rank_ends_the_engine(checkpoint: Checkpoint) -> None:
     with LLM(checkpoint("llama"), **SIZE, tensor_parallel_size=2) as llm:
         llm.sleep()
         os.kill(ranks(llm)[1].pid, signal.SIGKILL)

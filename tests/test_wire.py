@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.activity import PARTS, Activity, ActivityState
-from shoal.config.engine_options import SpeculativeConfig
+from shoal.config.option_forms import SpeculativeConfig
+from shoal.devices.hardware import Hardware
 from shoal.wire.base import Stop, Wire, encode
 from shoal.wire.engine import (
     EngineRequest,
@@ -50,6 +51,15 @@ from shoal.wire.grammars import (
     to_grammar,
     to_grammar_host,
 )
+from shoal.wire.hosts import (
+    HeadlessSetup,
+    HostFacts,
+    HostReport,
+    ToSupervisor,
+    headless_setup_decoder,
+    host_report_decoder,
+    to_supervisor,
+)
 from shoal.wire.plan import (
     Layout,
     ModelFiles,
@@ -84,6 +94,7 @@ from shoal.wire.ranks import (
     to_rank,
 )
 from shoal.wire.rendezvous import FromRendezvous, Hello, ToRendezvous, from_rendezvous, hello_decoder, to_rendezvous
+from shoal.wire.request_refusal import RequestRefusal
 from shoal.wire.tokens import decode_tokens, encode_tokens, num_tokens
 from support.fakes import steady
 
@@ -97,6 +108,15 @@ PLAIN = {
     type(None): st.none(),
     Activity: st.builds(Activity, st.sampled_from(ActivityState), st.integers(0, 2), st.just(PARTS) | st.just(())),
     SpeculativeConfig: st.builds(SpeculativeConfig, st.sampled_from(["ngram", "draft_model"]), st.integers(1, 64)),
+    Hardware: st.builds(
+        Hardware,
+        num_devices=INTEGERS,
+        cores=st.lists(INTEGERS, max_size=3).map(tuple),
+        host_memory=INTEGERS,
+        host_memory_available=INTEGERS,
+        device_memory=INTEGERS | st.none(),
+        visible=st.just(("3", "GPU-ab")),
+    ),
     Any: st.none() | st.booleans() | INTEGERS | st.text(max_size=5) | st.floats(allow_nan=False),
 }
 
@@ -129,6 +149,7 @@ UNIONS = {
     "to_engine": ToEngine,
     "from_engine": FromEngine,
     "to_api": ToApi,
+    "to_supervisor": ToSupervisor,
     "to_rendezvous": ToRendezvous,
     "from_rendezvous": FromRendezvous,
     "to_grammar": ToGrammar,
@@ -142,6 +163,7 @@ DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {
     "to_engine": to_engine,
     "from_engine": from_engine,
     "to_api": to_api,
+    "to_supervisor": to_supervisor,
     "to_rendezvous": to_rendezvous,
     "from_rendezvous": from_rendezvous,
     "to_grammar": to_grammar,
@@ -155,6 +177,8 @@ PAYLOADS = {
     Capacity: decode_capacity,
     RankStats: decode_rank_stats,
     Hello: hello_decoder.decode,
+    HostReport: host_report_decoder.decode,
+    HeadlessSetup: headless_setup_decoder.decode,
     FleetStatus: fleet_status_decoder.decode,
     StoreResponse: store_response_decoder.decode,
     StoredTurns: stored_turns_decoder.decode,
@@ -186,7 +210,7 @@ def test_every_message_is_covered() -> None:
     parts = {
         *(Sampling, SamplingPenalties, NewSeq, Work, TokenLogprobs, PromptLogprobs),
         *(SeqOut, StepTimes, SeqUpdate, Traffic, ReplicaPlace),
-        *(ReplicaStatus, StoredTurn, ModelFiles),
+        *(ReplicaStatus, StoredTurn, ModelFiles, HostFacts, RequestRefusal),
         *(Layout, ShardPlan, ModelPlan, RankPlan, Timeouts, ServedModel),
     }
     covered = {message for _, message in MESSAGES} | set(PAYLOADS) | parts

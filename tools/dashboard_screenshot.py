@@ -1,8 +1,8 @@
-"""Makes docs/dashboard.png: the dashboard of a real server under load, one of whose ranks was killed twice.
+"""Make docs/dashboard.png: the dashboard of a real server under load, one of whose replicas had two ranks killed.
 
 `python tools/dashboard_screenshot.py` needs Debian's packages chromium and chromium-driver, and takes some minutes. It
-starts a server of the bundled model, sends it requests, and takes the picture while a killed rank is down, after the
-first one has come back.
+starts a server with the bundled model, sends requests, and kills a rank twice. It takes the screenshot while the second
+one is down.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _WAIT_S = 120.0
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=PICTURE)
-    parser.add_argument("--seconds", type=float, default=240, help="how long the plots get to fill")
+    parser.add_argument("--seconds", type=float, default=240, help="how long the server runs before the screenshot")
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--scheme", choices=["light", "dark"], default="light")
     given = parser.parse_args(arguments)
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         time.sleep(given.seconds * 0.4)
         _kill(url, replica=1, rank=1)
         down = "return document.querySelectorAll('[data-rank][data-state=failed]').length > 0"
-        _until(lambda: driver.execute_script(down), "the page shows the rank that was killed")
+        _wait_until(lambda: driver.execute_script(down), "the page shows the rank that was killed")
         _size(driver, driver.execute_script("return Math.ceil(document.body.getBoundingClientRect().height)"))
-        time.sleep(0.6)  # bars move to where they belong
+        time.sleep(0.6)  # until the bars have stopped moving
         driver.save_screenshot(str(given.output))
     print(f"written: {given.output}")
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @contextmanager
 def _server() -> Iterator[str]:
     command = [sys.executable, "-m", "shoal", "serve", "--port", "0", "-tp", "2", "-dp", "2"]
-    command += ["--kv-cache-memory-bytes", "2MiB"]  # so that its bars have something to show
+    command += ["--kv-cache-memory-bytes", "2MiB"]  # a small cache, so that its bars are not empty
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -74,13 +74,13 @@ def _server() -> Iterator[str]:
 
 @contextmanager
 def _load(url: str, clients: int) -> Iterator[None]:
-    """Requests one after the other from each client, some with a beginning that they share; in waves."""
+    """Send requests from each client, one after the other. The load comes in waves, and some prompts share a prefix."""
     over = threading.Event()
 
     def work(number: int) -> None:
         draw = random.Random(number)
         while not over.is_set():
-            busy = int(time.monotonic() / 20) % 3 + 1  # thirds of the clients
+            busy = int(time.monotonic() / 20) % 3 + 1  # how many thirds of the clients send requests
             if number % 3 >= busy:
                 over.wait(1)
                 continue
@@ -133,7 +133,7 @@ def _kill(url: str, *, replica: int, rank: int) -> None:
         found = json.loads(_call(f"{url}/v1/admin/status"))["replicas"][replica]
         return found["stats"]["ranks"][rank]["pid"] if found["state"] == "ready" and found["stats"] else None
 
-    _until(pid, f"replica {replica} is ready")
+    _wait_until(pid, f"replica {replica} is ready")
     os.kill(pid(), signal.SIGKILL)
 
 
@@ -144,11 +144,11 @@ def _call(url: str, body: Any = None) -> bytes:
         return found
 
 
-def _until(true: Callable[[], Any], what: str) -> None:
+def _wait_until(condition: Callable[[], Any], what: str) -> None:
     deadline = time.monotonic() + _WAIT_S
-    while not true():
+    while not condition():
         if time.monotonic() > deadline:
-            raise SystemExit(f"not within {_WAIT_S:g} s: {what}")
+            raise SystemExit(f"this did not happen within {_WAIT_S:g} s: {what}")
         time.sleep(0.1)
 
 

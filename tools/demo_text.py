@@ -1,11 +1,11 @@
 """The training text of the bundled demo model: small tasks and template sentences, all made from one seed.
 
-Nothing here is read from a file or from the network. Every document is a :class:`Sample`, a few
-:class:`Piece` s of text of which some are *asked* (the prompt, which nobody can foresee) and some are *learnt*
-(the answer, or running text). The arithmetic is written by the code that knows the sum, so that it is always right.
+The module reads no file and uses no network. Every document is a `Sample` of several `Piece`s of text. Some pieces are
+prompts, which a model can't predict, and some are learnt (the answer, or running text). The code computes each sum that
+it writes, so the arithmetic is always right.
 
 About a tenth of all additions of two numbers from 0 to 99 are *held out*: they occur in no document, in no wording
-and in neither order. What the model answers to those shows whether it learnt to add or merely to recite.
+and in neither order. The model's answers to them show whether it learnt to add or only to repeat.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ NO_IDEA = "I am a very small model and I do not know that."
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text; ``learnt`` is False for what only asks (the loss there counts little)."""
+    """A part of a text. `learnt` is False for a prompt, whose loss counts little."""
 
     text: str
     learnt: bool
@@ -121,7 +121,7 @@ class Piece:
 class Sample:
     """One training document, without its BOS and EOS.
 
-    ``kind`` names the task. The pieces are tokenized one by one; they are cut where the tokenizer would cut anyway
+    `kind` names the task. The pieces are tokenized one by one; they are cut where the tokenizer would cut anyway
     (before a space or beside a special token), except in the few samples that imitate a prompt with a space at
     its end.
     """
@@ -131,7 +131,7 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """The whole document."""
+        """The text of the whole document."""
         return "".join(piece.text for piece in self.pieces)
 
 
@@ -139,21 +139,21 @@ HeldOut = frozenset[tuple[int, int]]
 
 
 def held_out_additions(seed: int = DEFAULT_SEED, share: float = 0.1) -> HeldOut:
-    """The additions that no training text may hold: pairs ``(a, b)`` with ``a <= b < 100``, each for both orders."""
+    """Return the additions that no training text may contain: pairs `(a, b)` with `a <= b < 100`, for both orders."""
     pairs = [(a, b) for a in range(OPERAND_LIMIT) for b in range(a, OPERAND_LIMIT)]
     return frozenset(random.Random(f"held-out {seed}").sample(pairs, round(len(pairs) * share)))
 
 
 def is_held_out(a: int, b: int, held_out: HeldOut) -> bool:
-    """Whether ``a + b``, and with it ``b + a``, is kept from the training text."""
+    """Return whether `a + b`, and therefore `b + a`, is held out of the training text."""
     return (min(a, b), max(a, b)) in held_out
 
 
 def plain(kind: str, prompt: str, answer: str, rng: random.Random, open_end: float = 0.1) -> Sample:
-    """A prompt and its answer, parted by one space.
+    """Return a sample of a prompt and its answer, separated by one space.
 
-    The space belongs to the answer; in a share ``open_end`` of the samples it belongs to the prompt instead, since
-    people do leave a space there and it changes how the answer is tokenized.
+    The space belongs to the answer. In a share `open_end` of the samples it belongs to the prompt instead, since users
+    sometimes end a prompt with a space, which changes how the answer is tokenized.
     """
     if rng.random() < open_end:
         return Sample(kind, (Piece(prompt + " ", False), Piece(answer, True)))
@@ -161,15 +161,12 @@ def plain(kind: str, prompt: str, answer: str, rng: random.Random, open_end: flo
 
 
 def weighted(rng: random.Random, options: Sequence[str]) -> str:
-    """One of the options, each twice as likely as the next, so that the likeliest one stands out clearly."""
+    """Return one of the options. Each is twice as likely as the next, so that the likeliest one is clear."""
     return rng.choices(options, weights=[2.0**-i for i in range(len(options))])[0]
 
 
 class TextMaker:
-    """Draws training documents; the same seed gives the same documents in the same order.
-
-    :param seed: Seeds the draw and chooses the held-out additions.
-    """
+    """Draws training documents. The same seed gives the same documents and the same held-out additions."""
 
     def __init__(self, seed: int = DEFAULT_SEED) -> None:
         self.held_out = held_out_additions(seed)
@@ -186,7 +183,7 @@ class TextMaker:
         )
 
     def samples(self) -> Iterator[Sample]:
-        """Documents of all kinds without end."""
+        """Yield documents of all kinds, without end."""
         weights = [weight for weight, _ in self._kinds]
         makers = [maker for _, maker in self._kinds]
         while True:
@@ -195,7 +192,7 @@ class TextMaker:
     # Operands and words
 
     def operands(self) -> tuple[int, int]:
-        """Two numbers to add: mostly below 100, some below 10 or below 1000; never a held-out pair."""
+        """Return two numbers to add: mostly below 100, some below 10 or below 1000; never a held-out pair."""
         rng = self.rng
         while True:
             size = rng.random()
@@ -213,7 +210,7 @@ class TextMaker:
                 return a, b
 
     def word(self) -> str:
-        """A word of the list, or (three in ten) made-up syllables, so that spelling pays more than reciting."""
+        """Return a word of the list or, in three of ten cases, random syllables, so that the model learns to spell."""
         rng = self.rng
         if rng.random() < 0.7:
             return rng.choice(WORDS)
@@ -225,11 +222,11 @@ class TextMaker:
         return word
 
     def words_to_sort(self) -> list[str]:
-        """Two to five different words of the list."""
+        """Return two to five different words of the list."""
         return self.rng.sample(SORTED_WORDS, self.rng.choice((2, 3, 3, 3, 4, 4, 5)))
 
     def span(self) -> tuple[int, int]:
-        """Where to count from and to (upwards): mostly a dozen numbers, now and then many."""
+        """Return the first and last number to count (upwards): mostly about a dozen numbers, sometimes many."""
         rng = self.rng
         first = rng.choice((0, 1, 1, rng.randrange(1, 10), rng.randrange(100), rng.randrange(100)))
         longest = rng.choices((10, 30, 100), weights=(0.88, 0.10, 0.02))[0]
@@ -238,35 +235,35 @@ class TextMaker:
     # Plain documents
 
     def addition(self) -> Sample:
-        """``37 + 45 = 82``, or without the spaces."""
+        """Return `37 + 45 = 82`, or the same without spaces."""
         a, b = self.operands()
         if self.rng.random() < 0.08:
             return Sample("addition", (Piece(f"{a}+{b}=", False), Piece(f"{a + b}", True)))
         return plain("addition", f"{a} + {b} =", f"{a + b}", self.rng)
 
     def counting(self) -> Sample:
-        """``Count from 3 to 9: 3 4 5 6 7 8 9``, or downwards."""
+        """Return `Count from 3 to 9: 3 4 5 6 7 8 9`, or the same downwards."""
         first, last = self.span()
         if self.rng.random() < 0.2:
             return plain("counting", f"Count down from {last} to {first}:", count(last, first), self.rng)
         return plain("counting", f"Count from {first} to {last}:", count(first, last), self.rng)
 
     def reversing(self) -> Sample:
-        """``Reverse: apple -> elppa``."""
+        """Return `Reverse: apple -> elppa` with another word."""
         word = self.word()
         return plain("reversing", f"Reverse: {word} ->", word[::-1], self.rng)
 
     def sorting(self) -> Sample:
-        """``Sort: pear apple fig -> apple fig pear``."""
+        """Return `Sort: pear apple fig -> apple fig pear` with other words."""
         words = self.words_to_sort()
         return plain("sorting", f"Sort: {' '.join(words)} ->", " ".join(sorted(words)), self.rng)
 
     def sentence(self) -> Sample:
-        """One to three sentences of running text about one subject."""
+        """Return one to three sentences of running text about one subject."""
         return Sample("sentence", (Piece(self._sentence(), True),))
 
     def _sentence(self) -> str:
-        """A fact, somebody's introduction, or what an animal did."""
+        """Return a fact, a person's introduction, or a sentence about an animal."""
         rng = self.rng
         choice = rng.randrange(8)
         if choice < 5:
@@ -280,7 +277,7 @@ class TextMaker:
         return f"The {rng.choice(ADJECTIVES)} {animal} {verb} on the {place}. It was {weighted(rng, ADJECTIVES)}."
 
     def story(self) -> Sample:
-        """A longer text of the template sentences that tell of one animal, so that long answers are known too."""
+        """Return a longer text about one animal, from template sentences, so that the model learns long texts."""
         rng = self.rng
         hero, friend = rng.sample(ANIMALS, 2)
         name = rng.choice(NAMES)
@@ -303,11 +300,11 @@ class TextMaker:
     # Conversations
 
     def short_chat(self) -> Sample:
-        """A question and its answer."""
+        """Return a conversation with one question and its answer."""
         return self._chat("chat", 1)
 
     def long_chat(self) -> Sample:
-        """Two to eight questions with their answers, each to be answered for itself."""
+        """Return a conversation with two to eight independent questions and their answers."""
         return self._chat("long chat", self.rng.randint(2, 8))
 
     def _chat(self, kind: str, turns: int) -> Sample:
@@ -322,7 +319,7 @@ class TextMaker:
         return Sample(kind, tuple(pieces))
 
     def turn(self) -> tuple[str, str]:
-        """A question and its answer."""
+        """Return a question and its answer."""
         rng = self.rng
         choice = rng.random()
         if choice < 0.50:
@@ -346,7 +343,7 @@ class TextMaker:
         return self._small_talk()
 
     def _fact(self) -> tuple[str, str]:
-        """A question about the small world of the tables above, and the sentences that answer it."""
+        """Return a question about the small world of the tables above, and the sentences that answer it."""
         rng = self.rng
         choice = rng.randrange(5)
         if choice == 0:
@@ -368,7 +365,7 @@ class TextMaker:
         return f"What {name} comes after {row[at]}?", f"The {name} after {row[at]} is {row[(at + 1) % len(row)]}."
 
     def _small_talk(self) -> tuple[str, str]:
-        """Courtesies, and questions that are beyond the model."""
+        """Return a greeting or the like, or a question that the model can't answer, with the reply."""
         rng = self.rng
         choice = rng.randrange(6)
         if choice == 0:
@@ -395,21 +392,21 @@ class TextMaker:
 
 
 def with_article(word: str) -> str:
-    """The word after ``a`` or ``an``."""
+    """Return the word with `a` or `an` before it."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def count(first: int, last: int) -> str:
-    """The numbers from ``first`` to ``last``, both counted, upwards or downwards."""
+    """Return the numbers from `first` to `last`, both included, upwards or downwards."""
     step = 1 if last >= first else -1
     return " ".join(str(number) for number in range(first, last + step, step))
 
 
 def tokenizer_corpus(seed: int, documents: int) -> Iterator[str]:
-    """Text from which the tokenizer learns its merges.
+    """Yield texts from which the tokenizer learns its merges.
 
-    Reversed and made-up words are left out: they would fill the vocabulary with letters that hang together nowhere.
-    The special tokens are left out as well, which is why the pieces come one by one.
+    Reversed and random words are left out, since they would fill the vocabulary with sequences of letters that occur
+    nowhere else. Special tokens are left out too, which is why the pieces come one by one.
     """
     maker = TextMaker(seed)
     makers = (maker.counting, maker.sorting, maker.sentence, maker.sentence, maker.story, maker.short_chat)

@@ -52,7 +52,7 @@ def page() -> str:
 
 
 def commands(command: click.Command = cli, name: str = "shoal") -> Iterator[tuple[str, click.Command]]:
-    """Yield (how it is called, command), without the groups of commands."""
+    """Yield (full name, command) of all commands, without groups."""
     if not isinstance(command, click.Group):
         yield name, command
         return
@@ -120,7 +120,7 @@ def _plain(text: str) -> str:
 
 
 def _unlinked(text: str) -> str:
-    """Return a text whose brackets are no links, as those around defaults and ranges would be."""
+    """Return a text with escaped brackets, since Markdown may read those around defaults and ranges as links."""
     return text.replace("[", "\\[")
 
 

@@ -1,7 +1,7 @@
-"""Records docs/kill.svg: a stream of a real server that goes on while one of its workers is killed.
+"""Record docs/kill.svg: a stream of a real server that continues after one of its workers is killed.
 
-`python tools/record_kill.py` starts a server of the bundled model over two tensor-parallel ranks, asks for a stream,
-and kills a rank with SIGKILL when the stream has begun. The picture shows what happened, and when.
+`python tools/record_kill.py` starts a server of the bundled model over two tensor-parallel ranks, requests a stream,
+and kills a rank with SIGKILL when the stream has begun. The picture shows the events with their times.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from rich.text import Text
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "kill.svg"
 PROMPT = "Count from 3 to 30:"
 _TOKENS_BEFORE = 12
-_GAP_S = 0.3  # a pause of the stream that gets a line of its own
+_GAP_S = 0.3  # a longer pause of the stream is shown in a separate line
 _WIDTH = 92
 _WAIT_S = 120.0
-_FONTS = re.compile(r"@font-face\s*\{[^}]*\}\s*")  # of another site: the viewer's own will do
+_FONTS = re.compile(r"@font-face\s*\{[^}]*\}\s*")  # they would be loaded from another site
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,14 +55,14 @@ def _server() -> Iterator[str]:
             if found := re.search(r" at (http://\S+)", line):
                 yield found[1]
                 return
-        raise RuntimeError("the server has not started")
+        raise RuntimeError("the server did not start")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(_WAIT_S)
 
 
 def _record(url: str) -> Iterator[Text]:
-    """Give the lines of the recording."""
+    """Yield the lines of the recording."""
     body = {"prompt": PROMPT, "stream": True, "temperature": 0, "max_tokens": 80}
     yield Text.assemble(("$ ", "bold"), f"curl -N {url}/v1/completions -d '{json.dumps(body)[:46]}...'")
     begun = last = time.monotonic()
@@ -80,16 +80,16 @@ def _record(url: str) -> Iterator[Text]:
         if number == _TOKENS_BEFORE:
             pid = _status(url)["replicas"][0]["stats"]["ranks"][1]["pid"]
             os.kill(pid, signal.SIGKILL)
-            yield from _said(now - begun, text)
+            yield from _streamed(now - begun, text)
             yield _at(now - begun, f"$ kill -9 {pid}        # rank 1 of 2", "bold red")
             text = ""
-    yield from _said(last - begun, text)
+    yield from _streamed(last - begun, text)
     restarts = _status(url)["replicas"][0]["restarts"]
     yield Text.assemble(("$ ", "bold"), f"shoal top --once {url}    # restarts: {restarts}")
 
 
-def _said(seconds: float, text: str) -> Iterator[Text]:
-    """Give the line of what the stream has brought, if that is anything."""
+def _streamed(seconds: float, text: str) -> Iterator[Text]:
+    """Yield the line with the text of the stream, unless it is blank."""
     if text.strip():
         yield _at(seconds, text, "green")
 

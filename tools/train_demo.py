@@ -1,16 +1,16 @@
-"""Makes the bundled demo models: small ones that add, count, reverse words, sort words and chat a little.
+"""Make the bundled demo models: small ones that add, count, reverse words, sort words and chat a little.
 
     python tools/train_demo.py                       # the dense model, into src/shoal/demo_model
     python tools/train_demo.py --experts             # the mixture of experts, into src/shoal/demo_moe_model
-    python tools/train_demo.py --quick --output DIR  # a few steps: proves the pipeline, learns nothing
-    python tools/train_demo.py --evaluate            # only the figures, of the dense model that is there
+    python tools/train_demo.py --quick --output DIR  # a few steps: tests the program, learns nothing
+    python tools/train_demo.py --evaluate            # only evaluates the existing dense model
 
-The text comes from ``demo_text.py``, the tokenizer is learnt from the same text, and the model is a plain
-implementation of the llama architecture below, so that torch, tokenizers and safetensors are all this needs. With
-``--experts`` every feed-forward layer is one of Mixtral: a router and eight narrow experts, of which each token takes
-two. What is written is in the Hugging Face format and loads as ``LlamaForCausalLM`` or ``MixtralForCausalLM``. At the
-end the written model is read back and answers every held-out addition and samples of the other tasks; under 95 % on
-the held-out additions the exit status is 1.
+The text comes from `demo_text.py`, the tokenizer is trained on the same text, and the model is a plain implementation
+of the llama architecture below, so the program needs only torch, tokenizers and safetensors. With `--experts` every
+feed-forward layer is one of Mixtral: a router and eight narrow experts, of which each token uses two. The model is
+written in the Hugging Face format and loads as `LlamaForCausalLM` or `MixtralForCausalLM`. At the end the written model
+is read back and answers every held-out addition and samples of the other tasks. The exit status is 1 if it answers less
+than 95 % of the held-out additions correctly.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ assert (SYSTEM, USER, ASSISTANT, END) == ("<|system|>", "<|user|>", "<|assistant
 
 @dataclass(frozen=True)
 class Experts:
-    """What a mixture of experts adds to a shape, by the names of the Hugging Face configuration."""
+    """The sizes that a mixture of experts adds to a shape, with the names of the Hugging Face configuration."""
 
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
@@ -69,9 +69,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of the model, by the names of the Hugging Face configuration.
+    """The sizes of the model, with the names of the Hugging Face configuration.
 
-    With ``experts``, ``intermediate_size`` is the width of one expert.
+    With `experts`, `intermediate_size` is the width of one expert.
     """
 
     vocab_size: int = 640
@@ -87,14 +87,14 @@ class Shape:
     experts: Experts | None = None
 
     def to_config(self) -> dict[str, Any]:
-        """The keys of ``config.json`` that say the shape."""
+        """Return the keys of `config.json` that give the shape."""
         sizes = asdict(self)
         experts: dict[str, Any] | None = sizes.pop("experts")
         return {**sizes, **(experts or {})}
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Shape:
-        """Reads what :meth:`to_config` wrote, among whatever else ``config`` holds."""
+        """Return the shape in a `config.json` that may have other keys, too."""
         sizes = {field.name: config[field.name] for field in fields(Shape) if field.name != "experts"}
         routed = {field.name: config[field.name] for field in fields(Experts) if field.name in config}
         return Shape(**sizes, experts=Experts(**routed) if routed else None)
@@ -108,10 +108,10 @@ to choose from. Together they have 1.6 times the dense weights."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the model is trained.
+    """The settings of the training.
 
-    A step takes ``tokens`` tokens, as windows of ``window`` tokens at first and of twice as many for the last
-    ``long_share`` of the steps. ``prompt_weight`` is the weight in the loss of tokens that only ask.
+    A step uses `tokens` tokens, in windows of `window` tokens at first and of twice as many in the last `long_share` of
+    the steps. `prompt_weight` is the weight of prompt tokens in the loss.
     """
 
     steps: int = 3000
@@ -137,7 +137,7 @@ EXPERTS_STEPS = 4500
 
 
 def train_tokenizer(vocab_size: int, seed: int, documents: int = 20000) -> Tokenizer:
-    """A byte-level BPE tokenizer: any text comes back unchanged, every digit is a token, ``encode`` puts BOS first."""
+    """Return a byte-level BPE tokenizer. It restores any text, makes every digit a token, and puts BOS first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -160,7 +160,7 @@ def train_tokenizer(vocab_size: int, seed: int, documents: int = 20000) -> Token
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that is known to exist."""
+    """Return the id of a token that exists."""
     found = tokenizer.token_to_id(token)
     if found is None:
         raise KeyError(token)
@@ -170,9 +170,9 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
 def encode_samples(
     tokenizer: Tokenizer, samples: Sequence[Sample], prompt_weight: float
 ) -> list[tuple[list[int], list[float]]]:
-    """Token ids and loss weights of each document, BOS and EOS included; both lists of a document are equally long.
+    """Yield two lists of equal length for each document, with BOS and EOS: token ids and weights in the loss.
 
-    The weight belongs to the token as the one to be foretold. EOS counts fully, BOS hardly.
+    A weight applies to the prediction of its token. EOS counts fully, BOS very little.
     """
     texts = [piece.text for sample in samples for piece in sample.pieces]
     encoded = iter(tokenizer.encode_batch(texts, add_special_tokens=False))
@@ -190,11 +190,11 @@ def encode_samples(
 
 
 class Windows:
-    """Packs whole documents, one behind the other, into windows of a fixed length.
+    """Packs complete documents, one after the other, into windows of a fixed length.
 
-    A window begins with a document and the last document is cut at its end. Nothing hides the earlier documents of
-    a window from the later ones: the model learns to look back no further than the last BOS, and so stays steady at
-    any position.
+    A window begins with a document, and its last document is cut at the end of the window. No mask hides earlier
+    documents from later ones: the model learns to look back no further than the last BOS, so its answers do not depend
+    on the position.
     """
 
     def __init__(self, tokenizer: Tokenizer, maker: TextMaker, prompt_weight: float) -> None:
@@ -209,7 +209,7 @@ class Windows:
             yield from encode_samples(self._tokenizer, chunk, self._prompt_weight)
 
     def batch(self, windows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, targets and weights of the targets, each ``(windows, length)``."""
+        """Return inputs, targets and weights of the targets, each `(windows, length)`."""
         ids = torch.empty(windows, length + 1, dtype=torch.long)
         weights = torch.empty(windows, length + 1)
         for row in range(windows):
@@ -228,7 +228,7 @@ class Windows:
 
 
 class SwiGlu(nn.ModuleDict):
-    """A gated feed-forward network; how its three matrices are called in the checkpoint is for the caller to say."""
+    """A gated feed-forward network. The caller gives the names of its three matrices in the checkpoint."""
 
     def __init__(self, hidden: int, inner: int, *, gate: str, up: str, down: str) -> None:
         super().__init__(
@@ -241,7 +241,7 @@ class SwiGlu(nn.ModuleDict):
         self.names = gate, up, down
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., hidden)`` to the same."""
+        """Compute the output `(..., hidden)` for an input `(..., hidden)`."""
         gate, up, down = self.names
         out: Tensor = self[down](functional.silu(self[gate](x)) * self[up](x))
         return out
@@ -250,8 +250,8 @@ class SwiGlu(nn.ModuleDict):
 class SparseExperts(nn.Module):
     """The feed-forward layer of Mixtral (Jiang et al. 2024): a router picks a few experts for each token.
 
-    The weight of an expert is its share in the softmax over the logits of the picked ones, which is the softmax over
-    all of them, normalised again.
+    The weight of an expert is its share in the softmax over the logits of the picked experts, which is the same as the
+    softmax over all experts, normalised over the picked ones.
     """
 
     def __init__(self, hidden: int, inner: int, experts: Experts) -> None:
@@ -262,17 +262,17 @@ class SparseExperts(nn.Module):
             SwiGlu(hidden, inner, gate="w1", up="w3", down="w2") for _ in range(experts.num_local_experts)
         )
         self.imbalance = torch.zeros(())
-        """Of the last forward; see :meth:`forward`."""
+        """Of the last forward; see `forward`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, length, hidden)`` to the same; leaves behind how unevenly the experts were used.
+        """Compute the output for an input `(batch, length, hidden)`, and set `imbalance`.
 
-        ``imbalance`` is the auxiliary loss of the Switch Transformer (Fedus et al. 2021, equation 4), counted over
-        all picks of a token: the number of experts times the sum, over the experts, of the share of picks times the
-        mean probability. It is 1 where all are used alike and the number of experts where only one is.
+        `imbalance` is the auxiliary loss of the Switch Transformer (Fedus et al. 2021, equation 4), over all picks of a
+        token: the number of experts times the sum, over the experts, of the share of picks times the mean probability.
+        It is 1 if all experts are used equally, and the number of experts if only one is used.
         """
         tokens = x.flatten(0, 1)
-        with torch.autocast("cpu", enabled=False):  # rounded logits would pick other experts than those in use
+        with torch.autocast("cpu", enabled=False):  # rounded logits would pick other experts than those used later
             probabilities = self.gate(tokens.float()).softmax(dim=-1)
         shares, picks = probabilities.topk(self.picked, dim=-1)
         shares = shares / shares.sum(dim=-1, keepdim=True)
@@ -288,9 +288,9 @@ class SparseExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: grouped-query attention with rotary positions, then one SwiGLU or several, each behind an RMSNorm.
+    """A layer: grouped-query attention with rotary positions, then a SwiGLU or experts, each after an RMSNorm.
 
-    The attributes bear the names of the Hugging Face checkpoint, so that the state dict is the checkpoint.
+    The attributes have the names of the Hugging Face checkpoint, so that the state dict is the checkpoint.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -315,12 +315,12 @@ class Layer(nn.Module):
             self.block_sparse_moe = SparseExperts(hidden, inner, shape.experts)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``x`` is ``(batch, length, hidden)``, ``cos`` and ``sin`` are ``(length, head_dim // 2)``."""
+        """Compute the output for `x`, `(batch, length, hidden)`; `cos` and `sin` are `(length, head_dim // 2)`."""
         batch, length, _ = x.shape
         shape = self.shape
 
         def heads(name: str, count: int) -> Tensor:
-            """One projection as ``(batch, heads, length, head_dim)``."""
+            """Return a projection of `x` as `(batch, heads, length, head_dim)`."""
             flat: Tensor = self.self_attn[name](normed)
             return flat.view(batch, length, count, shape.head_dim).transpose(1, 2)
 
@@ -338,13 +338,13 @@ class Layer(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, the halves of a head paired as llama checkpoints expect; the shape and dtype stay."""
+    """Apply rotary positions. The two halves of a head are paired, as llama checkpoints expect."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class DemoModel(nn.Module):
-    """The decoder with tied embeddings, without a key-value cache: enough for training and for short answers."""
+    """A decoder with tied embeddings and without a KV cache, which is enough for training and for short answers."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ class DemoModel(nn.Module):
                 nn.init.normal_(parameter, std=spread)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids ``(batch, length)`` to logits ``(batch, length, vocab)``."""
+        """Compute the logits `(batch, length, vocab)` for token ids `(batch, length)`."""
         half = self.shape.head_dim // 2
         rates = self.shape.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = torch.arange(ids.shape[1], dtype=torch.float32)[:, None] * rates
@@ -370,7 +370,7 @@ class DemoModel(nn.Module):
         return functional.linear(self.norm(x), self.embed_tokens.weight)
 
     def balance_loss(self) -> Tensor | float:
-        """What the loss of the last forward gets on top, so that all experts are used; 0 without experts."""
+        """Return the term that is added to the loss so that all experts are used; 0 without experts."""
         if self.shape.experts is None:
             return 0.0
         imbalances = [part.imbalance for part in self.modules() if isinstance(part, SparseExperts)]
@@ -381,7 +381,7 @@ class DemoModel(nn.Module):
 
 
 def rate_at(progress: float, step: int, recipe: Recipe) -> float:
-    """The learning rate: linear warm-up over the first steps, then half a cosine over the share ``progress`` done."""
+    """Return the learning rate: linear warm-up in the first steps, then half a cosine over `progress` (0 to 1)."""
     wave = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     rate = recipe.final_rate + (recipe.peak_rate - recipe.final_rate) * wave
     return rate * min(1.0, (step + 1) / recipe.warmup)
@@ -390,10 +390,10 @@ def rate_at(progress: float, step: int, recipe: Recipe) -> float:
 def train(
     model: DemoModel, windows: Windows, recipe: Recipe, probe: Callable[[], str] | None = None
 ) -> tuple[int, float]:
-    """Trains in place; returns the steps done and the minutes they took.
+    """Train the model in place. Return the number of steps and the minutes that they took.
 
-    Should the machine be too slow for all steps within ``recipe.minutes``, the schedule is carried through faster
-    and ends in time: the rate follows whichever is further, the steps or the clock.
+    If the machine is too slow for all steps within `recipe.minutes`, the training ends in time: the learning rate
+    follows the steps or the clock, whichever is further.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -443,11 +443,11 @@ def train(
 def answer(
     model: DemoModel, tokenizer: Tokenizer, prompts: Sequence[str], limit: int = 24, batch: int = 128
 ) -> tuple[list[str], list[float]]:
-    """Greedy answers up to EOS or END, in the order of the prompts, and the margin of each.
+    """Return the greedy answers up to EOS or END, in the order of the prompts, and the margin of each.
 
-    The margin is the least distance, over the tokens of the answer, from the best to the second best logit: what
-    rounding in another order of summation would have to overcome. Prompts of one length share a batch, so that no
-    padding is needed.
+    The margin is the least difference between the best and the second best logit over the tokens of the answer. Another
+    order of summation changes the answer only if it moves a logit by more. Prompts of one length share a batch, so that
+    no padding is needed.
     """
     model.eval()
     stops = torch.tensor([token_id(tokenizer, EOS), token_id(tokenizer, END)])
@@ -483,7 +483,7 @@ def answer(
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the evaluation: ``right`` of ``asked`` answers, and the least margin among the right ones."""
+    """A line of the evaluation: `right` of `asked` answers, and the least margin of the right ones."""
 
     name: str
     right: int
@@ -496,14 +496,14 @@ class Figure:
         return self.right / self.asked
 
     def __str__(self) -> str:
-        """The line as it is printed."""
+        """Return the line to print."""
         return f"{self.name:<44} {self.right:>5} of {self.asked:>5}  {100 * self.share:6.2f} %  {self.margin:7.2f}"
 
 
 def figure(
     model: DemoModel, tokenizer: Tokenizer, name: str, asked: Sequence[tuple[str, str]], limit: int = 24, wrong: int = 3
 ) -> Figure:
-    """Asks the prompts of ``(prompt, right answer)`` pairs; prints the first few wrong answers."""
+    """Evaluate `(prompt, right answer)` pairs, and print the first few wrong answers."""
     texts, margins = answer(model, tokenizer, [prompt for prompt, _ in asked], limit)
     right = [text == wanted for text, (_, wanted) in zip(texts, asked, strict=True)]
     for ok, text, (prompt, _) in zip(right, texts, asked, strict=True):
@@ -515,13 +515,13 @@ def figure(
 
 
 def held_out_questions(held_out: demo_text.HeldOut) -> list[tuple[str, str]]:
-    """Every held-out addition in both orders, with its answer, in a fixed order."""
+    """Return every held-out addition in both orders, with its answer, in a fixed order."""
     ordered = sorted({pair for a, b in held_out for pair in ((a, b), (b, a))})
     return [(f"{a} + {b} =", f" {a + b}") for a, b in ordered]
 
 
 def chat_prompt(question: str) -> str:
-    """A question as the chat template writes it; the tokenizer adds the BOS."""
+    """Return a question as the chat template writes it, without BOS, which the tokenizer adds."""
     return f"{USER}{question}{END}{ASSISTANT}"
 
 
@@ -533,9 +533,12 @@ def evaluate(
     most_held_out: int | None = None,
     limit: int = 128,
 ) -> list[Figure]:
-    """All figures, the held-out additions in plain format first: all of them, or ``most_held_out``.
+    """Return the figures of all tasks. The first one is that of the held-out additions in plain format.
 
-    ``most`` bounds the questions of every other task, ``limit`` the tokens of an answer.
+    Args:
+        most: the most questions of every other task.
+        most_held_out: the most held-out additions; None: all of them.
+        limit: the most tokens of an answer.
     """
     maker = TextMaker(seed)
     maker.rng.seed(f"questions {seed}")
@@ -583,10 +586,10 @@ def evaluate(
 
 
 def write_model(model: DemoModel, tokenizer: Tokenizer, output: Path) -> None:
-    """Writes the folder in the Hugging Face format: configuration, weights, tokenizer, chat template.
+    """Write a folder in the Hugging Face format: configuration, weights, tokenizer and chat template.
 
-    A mixture of experts is stored rounded to bfloat16, so that it takes no more room than the dense model in float32.
-    Both are meant to be computed in float32, where a margin tells wrong arithmetic from another order of summation.
+    A mixture of experts is rounded to bfloat16, so that it takes no more room than the dense model in float32. Both are
+    meant to be computed in float32, where the margins distinguish wrong arithmetic from another order of summation.
     """
     output.mkdir(parents=True, exist_ok=True)
     shape = model.shape
@@ -640,7 +643,7 @@ def write_model(model: DemoModel, tokenizer: Tokenizer, output: Path) -> None:
 
 
 def read_model(folder: Path) -> tuple[DemoModel, Tokenizer]:
-    """Reads back what :func:`write_model` wrote; the weights are float32 again."""
+    """Read a model that `write_model` wrote, with weights in float32."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = DemoModel(Shape.from_config(config))
     tensors = load_file(folder / "model.safetensors")
@@ -649,7 +652,7 @@ def read_model(folder: Path) -> tuple[DemoModel, Tokenizer]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parse the command line."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--experts", action="store_true", help="the mixture of experts instead of the dense model")
@@ -679,7 +682,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make(options: argparse.Namespace) -> None:
-    """Makes the tokenizer, trains the model and writes both."""
+    """Make the tokenizer, train the model and write both."""
     recipe = Recipe(seed=options.seed, minutes=options.minutes, peak_rate=options.rate, bf16=not options.float32)
     shape = MIXTURE if options.experts else DENSE
     if options.experts:
@@ -709,7 +712,7 @@ def make(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the model, or reads it back, and evaluates it; returns the exit status."""
+    """Make the model, or read an existing one, and evaluate it. Return the exit status."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

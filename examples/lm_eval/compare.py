@@ -1,8 +1,8 @@
-"""Are the answers of two runs of lm-eval the same, question by question? Both with --log_samples.
+"""Compare the answers of two runs of lm-eval, question by question. Both runs need --log_samples.
 
     python compare.py RUN OTHER [--tolerance 1e-4]
 
-Prints a line a task, and ends with exit code 1 if a choice, a text or a log-likelihood differs.
+It prints a line for each task. The exit code is 1 if a choice, a text or a log-likelihood differs.
 """
 
 import argparse
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_FLOAT32 = 2**-23  # nobody can add up the log-probabilities of a long text in float32 any closer
-_RUN_AT = len("2026-01-01T00-00-00.000000")  # behind the task's name in a file's name
+_FLOAT32 = 2**-23  # relative precision of a sum of many log-probabilities in float32
+_DATE_LENGTH = len("2026-01-01T00-00-00.000000")  # the date follows the task's name in the name of a file
 
 
 @dataclass(slots=True)
 class Comparison:
     answers: int = 0
-    texts: int = 0  # that differ
-    choices: int = 0  # questions at which another choice is the likeliest
-    greedy: int = 0  # answers that one run finds greedy decoding to give, and the other doesn't
+    texts: int = 0  # texts that differ
+    choices: int = 0  # questions with another likeliest choice
+    greedy: int = 0  # answers that are those of greedy decoding in only one of the runs
     apart: int = 0  # log-likelihoods that differ by more than the tolerance
-    largest: float = 0.0  # difference of two log-likelihoods
+    largest: float = 0.0  # the largest difference of two log-likelihoods
 
     @property
     def same(self) -> bool:
@@ -40,29 +40,31 @@ class Comparison:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="what --output_path of one run was")
-    parser.add_argument("other", type=Path, help="... and of the other")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of a log-likelihood, or 2**-23 of it")
+    parser.add_argument("run", type=Path, help="--output_path of one run")
+    parser.add_argument("other", type=Path, help="--output_path of the other run")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="allowed difference of log-likelihoods (at least 2**-23 of them)"
+    )
     return parser.parse_args()
 
 
 def samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Of the latest run in a folder, by task, in the order of the questions."""
+    """Return the answers of the latest run in a folder for each task, in the order of the questions."""
     found = {}
-    for file in sorted(folder.rglob("samples_*.jsonl"), key=lambda file: file.stem[-_RUN_AT:]):
+    for file in sorted(folder.rglob("samples_*.jsonl"), key=lambda file: file.stem[-_DATE_LENGTH:]):
         rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        found[file.stem[len("samples_") : -_RUN_AT - 1]] = sorted(rows, key=lambda row: int(row["doc_id"]))
+        found[file.stem[len("samples_") : -_DATE_LENGTH - 1]] = sorted(rows, key=lambda row: int(row["doc_id"]))
     return found
 
 
 def answers(row: dict[str, Any]) -> list[Any]:
-    """Of a question: texts, (log-likelihood, is it greedy), or the log-likelihood of a whole text."""
+    """Return the answers to a question: texts, (log-likelihood, is it greedy), or log-likelihoods of whole texts."""
     asked = row["arguments"].values()
     return [_parsed(each[0], whole=len(arguments) == 1) for each, arguments in zip(row["resps"], asked, strict=True)]
 
 
 def _parsed(answer: Any, *, whole: bool) -> Any:
-    """lm-eval writes numbers as texts."""
+    """Return an answer with its numbers parsed, since lm-eval writes numbers as texts."""
     if isinstance(answer, list):
         return float(answer[0]), answer[1] in (True, "True")
     return float(answer) if whole else answer
@@ -98,7 +100,7 @@ def main() -> int:
     arguments = parse_arguments()
     runs, others = samples(arguments.run), samples(arguments.other)
     if not runs or set(runs) != set(others):
-        raise SystemExit(f"the runs have other tasks: {sorted(runs)}, and {sorted(others)}")
+        raise SystemExit(f"the runs have different tasks: {sorted(runs)} and {sorted(others)}")
     same = True
     for task, rows in sorted(runs.items()):
         found = compare(rows, others[task], arguments.tolerance)

@@ -1,9 +1,9 @@
-"""`LLM` as a model of lm-eval, named shoal. What lm-eval's command takes, this takes too:
+"""`LLM` as a model of lm-eval with the name shoal. This program takes the arguments of lm-eval's command:
 
     python shoal_lm.py run --model shoal --model_args tensor_parallel_size=2 --include_path tasks --tasks demo_choices
 
-`--model_args` are the options of `LLM`, and `model`, `add_bos_token`, `max_gen_toks`, `seed` and `max_length`, which
-mean what they mean to lm-eval's local-completions.
+`--model_args` are the options of `LLM`, and `model`, `add_bos_token`, `max_gen_toks`, `seed` and `max_length` with the
+same meaning as for lm-eval's local-completions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from shoal.launch.open_model import open_model
 from shoal.params import Message, Prompt
 from shoal.text.chat_template import ChatTemplate
 
-_Scored = tuple[Any, list[int], list[int]]  # (what it is, context, continuation), in tokens
+_Scored = tuple[Any, list[int], list[int]]  # (label, context, continuation), in tokens
 
 
 @register_model("shoal")
@@ -40,24 +40,28 @@ class ShoalLM(TemplateLM):  # type: ignore[misc] # lm-eval is not among the pack
         device: object = None,
         **options: Any,
     ) -> None:
-        """`add_bos_token`: what the tokenizer puts around a text is part of it. lm-eval's `batch_size`,
-        `max_batch_size` and `device` have no effect: the engine finds its own batches.
+        """Start the engine.
+
+        lm-eval's `batch_size`, `max_batch_size` and `device` have no effect, since the engine makes batches itself.
+
+        Args:
+            add_bos_token: add the special tokens that the tokenizer puts around a text.
 
         Raises:
-            UserError, EngineError: as `LLM`.
+            UserError, EngineError: the engine can't start (see `LLM`).
             CheckpointError: the model has no tokenizer.
         """
         super().__init__()
         opened = open_model(model, options)
         if opened.tokenizer is None:
-            raise CheckpointError(f"{opened.name} has no tokenizer, and lm-eval speaks in texts")
+            raise CheckpointError(f"{opened.name} has no tokenizer, and lm-eval sends texts")
         self._llm = LLM(opened)
         self._tokenizer = opened.tokenizer
         self._template = ChatTemplate.open(Path(opened.served.folder))
         self._eos = opened.generation.eos
         self._add_bos_token = add_bos_token
         self._max_gen_toks = max_gen_toks
-        self._max_length = (max_length or self._llm.stats().max_model_len) - 1  # one is left for a generated token
+        self._max_length = (max_length or self._llm.stats().max_model_len) - 1  # room for one generated token
         self._seed = seed
 
     @property
@@ -66,7 +70,7 @@ class ShoalLM(TemplateLM):  # type: ignore[misc] # lm-eval is not among the pack
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context stands behind."""
+        """The token before a text without context."""
         return (self._tokenizer.encode("") or [self.eot_token_id])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -77,7 +81,7 @@ class ShoalLM(TemplateLM):  # type: ignore[misc] # lm-eval is not among the pack
         return self._llm.options.model or "bundled"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Which one is taken is no choice of lm-eval's; this is what it files answers under."""
+        """Return the name under which lm-eval caches answers. Lm-eval can't choose another template."""
         return self.tokenizer_name if chat_template else ""
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -100,7 +104,7 @@ class ShoalLM(TemplateLM):  # type: ignore[misc] # lm-eval is not among the pack
         return [output.outputs[0].text for output in outputs]
 
     def _params(self, asked: Mapping[str, Any]) -> SamplingParams:
-        """Of a task's generation_kwargs."""
+        """Return the sampling parameters for a task's generation_kwargs."""
         others = dict(asked)
         others.pop("do_sample", None)
         until = others.pop("until", [])
@@ -134,7 +138,10 @@ class ShoalLM(TemplateLM):  # type: ignore[misc] # lm-eval is not among the pack
     def _loglikelihood_tokens(
         self, requests: Sequence[_Scored], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation behind the context, is it what greedy decoding gives)."""
+        """Return (log-probability, is it greedy) of each continuation.
+
+        The log-probability is that of the continuation after its context. It is greedy if greedy decoding gives it.
+        """
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         prompts = [(context + continuation)[-self._max_length :] for _, context, continuation in requests]
         outputs = self._llm.generate(
@@ -142,7 +149,7 @@ class ShoalLM(TemplateLM):  # type: ignore[misc] # lm-eval is not among the pack
         )
         scores = []
         for request, prompt, output in zip(requests, prompts, outputs, strict=True):
-            count = min(len(request[2]), len(prompt) - 1)  # nothing is known of a prompt's first token
+            count = min(len(request[2]), len(prompt) - 1)  # a prompt's first token has no log-probability
             places = zip(prompt[-count:], (output.prompt_logprobs or ())[-count:], strict=True) if count else ()
             known = [(at[token].logprob, at) for token, at in places if at is not None]
             greedy = all(logprob == max(other.logprob for other in at.values()) for logprob, at in known)

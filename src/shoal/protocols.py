@@ -11,77 +11,77 @@ from shoal.wire.ranks import StepMask, StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """Starts ranks and carries messages. A fake is a few lines; see tests/support/fakes.py."""
+    """Starts ranks and carries messages to and from them. tests/support/fakes.py has a fake of a few lines."""
 
     num_blocks: int  # KV blocks that every rank holds, agreed on at start
-    start_times: dict[str, float]  # seconds a start phase took
+    start_times: dict[str, float]  # start phase -> seconds
 
     def launch(self, plan: StepPlan) -> None:
-        """Hands a plan to every rank, in the order of the calls. Never blocks.
+        """Send a plan to every rank, in the order of the calls. Never blocks.
 
         Raises:
             EngineError: a rank has failed.
         """
 
     def mask(self, mask: StepMask) -> None:
-        """Hands out the mask of the plan that was launched last. Never blocks.
+        """Send the mask of the plan that was launched last. Never blocks.
 
         Raises:
             EngineError: a rank has failed.
         """
 
     def poll(self, timeout: float) -> list[StepResult]:
-        """Results that have arrived, waiting up to `timeout` seconds for the first; [] when there was none.
+        """Return the results that have arrived. Wait up to `timeout` seconds for the first.
 
         Raises:
             EngineError: a rank died, stood still or reported an error.
         """
 
     def call(self, verb: str, payload: bytes = b"", *, timeout: float) -> list[bytes]:
-        """Has every rank do `verb` after all plans launched so far. One answer a rank, by rank."""
+        """Have every rank do `verb` after all plans launched so far. Return the answers in the order of the ranks."""
 
     def close(self) -> None:
-        """Ends every rank. Idempotent, never raises."""
+        """End every rank. Idempotent, never raises."""
 
 
 class Grammars(Protocol):
-    """Follows outputs that must obey a grammar. Nothing blocks but `poll`."""
+    """Follows outputs that must obey a grammar. Only `poll` may block."""
 
     words: int  # 32-bit words in a row of a mask
 
     def follow(self, seq: int, grammar: str, output: Ids = ()) -> None:
-        """Begins to follow an output, whose tokens so far are given. A Verdict comes in any case."""
+        """Begin to follow an output that has the tokens `output` so far. A `Verdict` comes in any case."""
 
     def ask(self, asks: Sequence[GrammarAsk]) -> None:
-        """Tells of new tokens. A Verdict comes for each output that is followed."""
+        """Report new tokens. A `Verdict` comes for each of these outputs that is followed."""
 
     def forget(self, seqs: Sequence[int]) -> None:
-        """Idempotent in every state."""
+        """Stop following outputs. Outputs that are not followed are ignored."""
 
     @property
     def pending(self) -> bool:
-        """Is a Verdict on its way?"""
+        """Return whether a `Verdict` will come."""
 
     def poll(self, timeout: float) -> list[Verdict]:
-        """The verdicts that have come, waiting up to `timeout` seconds for the first."""
+        """Return the verdicts that have come. Wait up to `timeout` seconds for the first."""
 
     def close(self) -> None: ...
 
 
 class EngineClient(Protocol):
-    """One engine, in this process or in another."""
+    """An engine, in this process or in another."""
 
     def add(self, request: EngineRequest) -> None:
-        """Takes a request over. Every request ends in an update with `finish` set, or the engine fails."""
+        """Add a request. Every request ends with an update that has `finish` set, unless the engine fails."""
 
     def abort(self, seqs: Sequence[int]) -> None:
-        """Idempotent in every state, unknown sequences included."""
+        """End requests. Requests that have ended, or never existed, are ignored."""
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
-        """What has happened, waiting up to `timeout` seconds.
+        """Return the new updates of requests. Wait up to `timeout` seconds for the first.
 
         Raises:
-            EngineError: the engine failed; nothing more will come.
+            EngineError: the engine has failed; no more updates will come.
         """
 
     def stats(self) -> EngineStats: ...
@@ -90,37 +90,37 @@ class EngineClient(Protocol):
 
 
 class Engine(EngineClient, Protocol):
-    """A client that may also say what the engine is at."""
+    """An engine client that can also pause the engine, put it to sleep and empty its prefix cache."""
 
-    def become(self, activity: Activity) -> None:
-        """Pauses, goes on, gives memory back or takes it again, and waits until that is done.
+    def set_activity(self, activity: Activity) -> None:
+        """Pause, resume, free memory or allocate it again, and wait until this is done.
 
         Raises:
-            UserError: it can't; it is as before.
-            EngineError: the engine failed.
+            UserError: the engine can't change to this activity; it is as before.
+            EngineError: the engine has failed.
         """
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
-        """No block is found by its prefix any more. `running`: requests that run compute theirs again, too."""
+        """Empty the prefix cache. `running`: also preempt the running requests, so that they free their blocks."""
 
 
 class Recorder(Protocol):
-    """Is told of every request's way, for metrics. Calls come from one thread."""
+    """Hears of every event of every request, for metrics. All calls come from one thread."""
 
     def added(self, request: EngineRequest) -> None:
-        """`request.arrival` is when it came."""
+        """A request has arrived, at the time `request.arrival`."""
 
     def dealt(self, seq: int, replica: int) -> None:
-        """A replica has it now; after a failure another one, or the same again."""
+        """A request was given to a replica; after a failure it may be given to another or to the same again."""
 
     def updated(self, replica: int, update: SeqUpdate) -> None:
-        """What its client is given; with `finish` it is the last."""
+        """A client gets an update; it is the last one if `finish` is set."""
 
     def stopped(self, seq: int) -> None:
-        """Its output has reached a stop text. What still comes is its end, as that of an aborted one."""
+        """An output has reached a stop text. The request is aborted; its last update is still to come."""
 
     def ended(self, update: SeqUpdate) -> None:
-        """It has ended without a replica's doing: refused, aborted, given up."""
+        """A request has ended without an update of a replica: it was refused, aborted or given up."""
 
 
 class Lockstep(Protocol):
@@ -131,7 +131,7 @@ class Lockstep(Protocol):
     """
 
     def launched(self, count: int) -> None:
-        """Tell the other replicas that this one has launched `count` steps so far."""
+        """Tell the other replicas that this replica has launched `count` steps so far."""
 
     def steps_due(self) -> int:
         """Return how many steps this replica must have launched: the most that any replica has. Never blocks.

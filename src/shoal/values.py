@@ -1,4 +1,4 @@
-"""Showing values in messages, suggesting names, and reading the numbers that people write. Free of torch."""
+"""Helpers for values from users: show them in messages, suggest similar names, parse numbers. Free of torch."""
 
 import difflib
 import math
@@ -6,11 +6,13 @@ import re
 import reprlib
 from collections.abc import Iterable
 
+from shoal.errors import ConfigError
+
 _SHOWN = 200  # characters of a wrong value
 
 
 def shown(value: object) -> str:
-    """A wrong value in an error, however long it is."""
+    """Return the text that shows a wrong value in an error: its repr, shortened if it is long."""
     try:
         text = repr(value) if _is_short(value) else _shortened.repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -19,7 +21,7 @@ def shown(value: object) -> str:
 
 
 def _is_short(value: object) -> bool:
-    """Spelling it out takes no time to speak of."""
+    """Tell whether the repr of a value is fast to compute."""
     pending, left = [value], 10_000
     while pending and left > 0:
         each = pending.pop()
@@ -31,15 +33,15 @@ def _is_short(value: object) -> bool:
     return left > 0
 
 
-_LIKENESS = 0.75  # from 0 to 1; at difflib's own 0.6 words come up that have nothing to do with each other
-_SHORTEST_START = 4
+_MIN_SIMILARITY = 0.75  # from 0 to 1; with difflib's own 0.6 unrelated words would be suggested
+_MIN_PREFIX = 4
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that someone who wrote `name` may have meant; None if there is none like it."""
+    """Return the known name that is most similar to `name`, or None if no name is similar."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, 1, _LIKENESS)
-    if not near and len(name) >= _SHORTEST_START:
+    near = difflib.get_close_matches(name, names, 1, _MIN_SIMILARITY)
+    if not near and len(name) >= _MIN_PREFIX:
         near = [each for each in names if each.startswith(name)]
     return near[0] if near else None
 
@@ -49,8 +51,13 @@ _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def whole_number(text: str, *, canonical: bool = False) -> int | None:
-    """The integer that a text writes in digits; None if it writes none. Python's own `int` would also take "1_0", " 5"
-    and the digits of any script. `canonical`: as JSON writes integers, which leaves "+5" and "05" out too."""
+    """Return the integer that a text writes in ASCII digits; None if it is no integer.
+
+    Python's own `int` would also take "1_0", " 5" and the digits of any script.
+
+    Args:
+        canonical: take only the form that JSON has, so neither "+5" nor "05".
+    """
     if not _DIGITS.fullmatch(text):
         return None
     number = int(text)
@@ -58,7 +65,7 @@ def whole_number(text: str, *, canonical: bool = False) -> int | None:
 
 
 def decimal_number(text: str) -> float | None:
-    """As `whole_number`, for a number with or without a point: never infinite, and never no number."""
+    """Return the finite number that a text writes in ASCII digits, with or without a point; None if it is none."""
     number = float(text) if _DECIMAL.fullmatch(text) else math.inf
     return number if math.isfinite(number) else None
 
@@ -66,3 +73,27 @@ def decimal_number(text: str) -> float | None:
 _shortened = reprlib.Repr()
 _shortened.maxlist = _shortened.maxdict = _shortened.maxtuple = _SHOWN
 _shortened.maxstring = 2 * _SHOWN + 10  # what is left out is in the middle, behind what is shown
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Read a number of bytes: `1500000`, `512MiB`, `2GiB`, `1.5g`.
+
+    Raises:
+        ConfigError: the text is something else.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text.lower(), re.ASCII)
+    if not match:
+        raise ConfigError(f"{flag} takes a number of bytes such as 512MiB or 2GiB, got {text!r}")
+    unit = _UNITS[match[2] or ""]
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as people read it: `1.50 GiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"

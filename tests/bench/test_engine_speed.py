@@ -1,4 +1,4 @@
-"""What is told of a batch that was measured, over an engine of a few lines."""
+"""The figures of a measured batch, over a fake engine."""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shoal.bench.engine_speed import MeasuredRun, Meter, Shape, medians, stage_idle
+from shoal.bench.engine_speed import BatchShape, MeasuredRun, SpeedMeter, medians, stage_idle
 from shoal.cluster.stats import merge_stats
 from shoal.wire.base import replace_fields
 from shoal.wire.engine import EngineRequest, EngineStats, Finish, SeqUpdate
@@ -16,7 +16,7 @@ ENGINE: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__[: -len(Engi
 
 
 def engine(pid: int, *busy_s: float, steps: int = 0) -> EngineStats:
-    """A replica with a rank a stage, whose processes are `pid` and the next."""
+    """Return statistics of a replica with one rank per stage, in processes `pid`, `pid` + 1, ..."""
     ranks = tuple(
         RankStats(stage, pid + stage, 0, 0, 0, 0, stage=stage, busy_us=int(busy * 1e6))
         for stage, busy in enumerate(busy_s)
@@ -37,19 +37,19 @@ def test_tensor_parallel_ranks_of_one_process() -> None:
     assert stage_idle(before, after, 2) == pytest.approx((0.75,))
 
 
-def test_a_replica_that_has_died_does_not_count() -> None:
-    """Though the ranks of the others get its numbers."""
+def test_a_replica_that_died_does_not_count() -> None:
+    """The ranks of the other replicas may get the positions of its ranks."""
     before = merge_stats([engine(10, 900, 800), engine(20, 2, 0)])
     after = merge_stats([engine(20, 6, 2)])
     assert stage_idle(before, after, 10) == pytest.approx((0.6, 0.8))
 
 
-def test_nobody_is_busier_than_all_the_time() -> None:
+def test_the_idle_share_is_never_negative() -> None:
     assert stage_idle(engine(10, 0, 0), engine(10, 11, 5), 10) == pytest.approx((0.0, 0.5))
 
 
 class Instant:
-    """Answers at once; every look at its figures finds them `steps` further."""
+    """An engine that answers at once. Each call of `stats` counts `steps` more steps."""
 
     def __init__(self, stages: int) -> None:
         self._stages = stages
@@ -74,10 +74,10 @@ class Instant:
         pass
 
 
-def test_what_a_step_costs_beside_its_forward_pass_is_told_of_one_stage_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_time_is_reported_only_with_one_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    one, two = (Meter(Instant(stages), 100).run(Shape(2, 3, 1)) for stages in (1, 2))
+    one, two = (SpeedMeter(Instant(stages), 100).run(BatchShape(2, 3, 1)) for stages in (1, 2))
     assert one.control_us_per_step == pytest.approx(one.seconds * 1e6 / 4 - 100)
     assert (two.control_us_per_step, two.forward_us_per_step) == (None, 100)
     runs: list[MeasuredRun] = [two, two]

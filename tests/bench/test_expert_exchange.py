@@ -1,4 +1,4 @@
-"""Ranks that measure what they say to each other: what is wrong is said, and nobody is left behind."""
+"""Ranks that measure the exchange of experts. A failure names the rank, and no process is left."""
 
 import os
 import signal

@@ -11,7 +11,7 @@ Shoal = Callable[..., int]
 
 @pytest.fixture
 def shoal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
-    """Runs the command in this process and gives its exit code. The signals that it sets up are undone."""
+    """Return a function that runs a command in this process, restores signal handlers and returns the exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: object) -> int:

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that says what and how to go on, exit code 2, and nothing was started."""
+"""Mistakes of users: one line names the mistake and a way out, the exit code is 2, and nothing is started."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import pytest
 
 from shoal.cli import main as cli_main
 from shoal.config import engine_options
+from shoal.config.option import Option
 from shoal.llm import llm as llm_module
 from support import checkpoints
 
@@ -37,8 +38,10 @@ def _as_it_was() -> Iterator[None]:
 def refused(
     _as_it_was: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Refused:
-    """Runs `shoal generate`, or another command, in this process, where starting an engine is an error. Gives the line
-    on stderr."""
+    """Return a function that runs a command, which must be refused, and returns the line on stderr.
+
+    The command (`shoal generate` by default) runs in this process. Starting an engine is an error.
+    """
 
     def no_engine(*_: object, **__: object) -> None:
         raise AssertionError("an engine was started")
@@ -66,13 +69,13 @@ def refused(
 
 @pytest.fixture
 def folder(checkpoint: Checkpoints, tmp_path: Path) -> Path:
-    """A checkpoint to spoil."""
+    """A copy of a checkpoint, which tests may damage."""
     return Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
 
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
-    """A prompts file that is fine."""
+    """A valid prompts file."""
     file = tmp_path / "tokens.jsonl"
     file.write_text('{"prompt_token_ids": [5, 6, 7]}\n')
     return file
@@ -114,7 +117,7 @@ def test_file_instead_of_folder(refused: Refused, folder: Path, tokens: Path) ->
     has(refused(folder / "config.json", "--prompts-file", tokens), "is not a folder", "Hugging Face")
 
 
-def test_folder_that_is_not_there(refused: Refused, tmp_path: Path, tokens: Path) -> None:
+def test_missing_folder(refused: Refused, tmp_path: Path, tokens: Path) -> None:
     has(refused(tmp_path / "nowhere", "--prompts-file", tokens), tmp_path / "nowhere", "is not a folder")
 
 
@@ -124,13 +127,15 @@ def test_unknown_shape(refused: Refused, tokens: Path) -> None:
 
 @pytest.mark.parametrize("architectures", [["T5ForConditionalGeneration"], [], None])
 def test_unknown_architecture(refused: Refused, folder: Path, tokens: Path, architectures: list[str] | None) -> None:
-    change_config(folder, architectures=architectures, model_type="t5")  # which decides where no architecture is named
+    change_config(
+        folder, architectures=architectures, model_type="t5"
+    )  # model_type decides if no architecture is named
     line = refused(folder, "--prompts-file", tokens)
     has(line, "not supported", "LlamaForCausalLM", "Qwen3ForCausalLM", architectures[0] if architectures else "unnamed")
 
 
 @pytest.mark.parametrize("architectures", ["LlamaForCausalLM", 7, [{}], [None]])
-def test_architectures_that_are_no_list_of_names(
+def test_architectures_that_are_not_a_list_of_names(
     refused: Refused, folder: Path, tokens: Path, architectures: object
 ) -> None:
     change_config(folder, architectures=architectures)
@@ -172,7 +177,7 @@ def test_sizes_in_config(refused: Refused, folder: Path, tokens: Path, key: str,
     has(refused(folder, "--prompts-file", tokens), "config.json", key, "positive integer", repr(value))
 
 
-def test_heads_that_do_not_go_together(refused: Refused, folder: Path, tokens: Path) -> None:
+def test_query_heads_that_kv_heads_do_not_divide(refused: Refused, folder: Path, tokens: Path) -> None:
     change_config(folder, num_key_value_heads=3)
     has(refused(folder, "--prompts-file", tokens), "8 attention heads", "3 KV heads")
 
@@ -271,7 +276,7 @@ def test_device_memory_says_how_much_is_missing(refused: Refused, folder: Path, 
     number, unit = needed.split()
     enough = int(float(number) * 2**20) + 5500  # the number is rounded to 2 digits; a block takes 12 KiB
     assert unit == "MiB"
-    # With that much more, it is no longer the weights that are in the way, but one block of the cache.
+    # With that much more there is room for the weights, but not for one block of the cache.
     has(refused(folder, "--prompts-file", tokens, "--device-memory", enough), "KV cache has room for")
 
 
@@ -318,10 +323,8 @@ def test_more_ranks_of_all_kinds_than_devices(refused: Refused) -> None:
         (["-dp", 2, "--distributed-executor-backend", "uni"], "uni runs one rank, not 2: use mp or threads"),
     ],
 )
-def test_layouts_that_can_not_be(
-    refused: Refused, folder: Path, tokens: Path, arguments: list[object], says: str
-) -> None:
-    """Said before the weights are looked at, which are broken."""
+def test_impossible_layouts(refused: Refused, folder: Path, tokens: Path, arguments: list[object], says: str) -> None:
+    """They are refused before the weights are read, which are broken here."""
     (folder / "model.safetensors").write_bytes(b"?")
     has(refused(folder, "--prompts-file", tokens, *arguments), says)
 
@@ -352,12 +355,12 @@ def test_max_model_len_beyond_the_model(refused: Refused) -> None:
 SIZES = [option for option in engine_options.options() if option.minimum is not None]
 
 
-def _command_with(option: engine_options.Option) -> str:
+def _command_with(option: Option) -> str:
     return "serve" if option.online else "generate"
 
 
 @pytest.mark.parametrize("option", SIZES, ids=lambda option: option.name)
-def test_sizes_of_flags(refused: Refused, option: engine_options.Option) -> None:
+def test_sizes_of_flags(refused: Refused, option: Option) -> None:
     assert option.minimum is not None
     for value in {option.minimum - 1, -1, -(10**12)}:
         line = refused(f"{option.flag}={value:.0f}", command=_command_with(option))
@@ -371,7 +374,7 @@ def test_memory_utilization(refused: Refused, value: str) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("flag", ["--gpu-memory-utilization", "--step-timeout"])
-def test_numbers_that_are_none(refused: Refused, flag: str, value: str) -> None:
+def test_flags_that_are_not_numbers(refused: Refused, flag: str, value: str) -> None:
     has(refused(f"{flag}={value}"), f"{flag} takes a finite number")
 
 
@@ -380,7 +383,7 @@ def test_numbers_that_are_none(refused: Refused, flag: str, value: str) -> None:
     [option for option in engine_options.options() if option.type in {int, float} or option.choices],
     ids=lambda option: option.name,
 )
-def test_types_of_flags(refused: Refused, option: engine_options.Option) -> None:
+def test_types_of_flags(refused: Refused, option: Option) -> None:
     command = _command_with(option)
     has(refused(f"{option.flag}=something", command=command), option.flag, "something", *option.choices)
     if option.type is int and not option.bytes:
@@ -410,7 +413,7 @@ def test_unknown_flag(refused: Refused, flag: str, says: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["top", "scale", "download", "completion"])
-def test_commands_without_an_engine_know_nothing_of_vllm(refused: Refused, command: str) -> None:
+def test_commands_without_an_engine_do_not_mention_vllm(refused: Refused, command: str) -> None:
     has(refused("--rope-theta", "2", command=command), "error: there is no flag --rope-theta; see")
 
 
@@ -467,7 +470,7 @@ def test_prompt_longer_than_the_context(refused: Refused) -> None:
     has(refused("-p", "37 + 45 = " * 20, "--max-model-len", 16), "length is 16 tokens", "raise")
 
 
-def test_prompt_that_is_no_unicode(refused: Refused) -> None:
+def test_prompt_that_is_not_unicode(refused: Refused) -> None:
     has(refused("-p", "broken \udcff bytes"), "prompt 0", "not valid Unicode", "character 7")
 
 
@@ -497,25 +500,27 @@ def test_unreadable_prompts_file(refused: Refused, tmp_path: Path) -> None:
     has(refused("--prompts-file", tmp_path / "nowhere"), "--prompts-file", "nowhere", "can't be read", "No such file")
     has(refused("--prompts-file", tmp_path), "--prompts-file", tmp_path, "can't be read", "directory")
     (tmp_path / "latin").write_bytes(b'{"prompt": "caf\xe9"}\n')
-    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "utf-8")
+    has(refused("--prompts-file", tmp_path / "latin"), tmp_path / "latin", "line 1", "UTF-8")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("p.jsonl", '{"prompt": "a"', "line 1: it is no JSON"),
-        ("p.jsonl", "\n\nhello", "line 3: it is no JSON"),
+        ("p.jsonl", '{"prompt": "a"', "line 1: it is not JSON"),
+        ("p.jsonl", "\n\nhello", "line 3: it is not JSON"),
         ("p.jsonl", '{"text": "a"}', "neither a text `prompt` nor a list `prompt_token_ids` nor `messages`"),
         ("p", '{"prompt": 7}', "`prompt` must be a text"),
         ("p.csv", "text\na\n", "no column 'prompt'"),
     ],
 )
-def test_file_that_begins_broken(refused: Refused, tmp_path: Path, name: str, content: str, says: str) -> None:
+def test_prompts_file_whose_first_line_is_broken(
+    refused: Refused, tmp_path: Path, name: str, content: str, says: str
+) -> None:
     (tmp_path / name).write_text(content)
     has(refused("--prompts-file", tmp_path / name), tmp_path / name, says)
 
 
-def test_lines_that_are_broken_fail_alone(tmp_path: Path) -> None:
+def test_broken_lines_fail_alone(tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     good = '{"prompt": "1 + 1 ="}'
     prompts.write_text(f'{good}\nhello\n{good[:-1]}, "sampling_params": {{"topp": 1}}}}\n{good}\n')
@@ -524,11 +529,11 @@ def test_lines_that_are_broken_fail_alone(tmp_path: Path) -> None:
     written = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
     assert [written[index].get("error") is not None for index in range(4)] == [False, True, True, False]
     broken, unknown = err.splitlines()
-    has(broken, f"error: prompt 1 ({prompts}, line 2): it is no JSON", written[1]["error"])
+    has(broken, f"error: prompt 1 ({prompts}, line 2): it is not JSON", written[1]["error"])
     has(unknown, f"error: prompt 2 ({prompts}, line 3): unknown sampling parameter 'topp'; did you mean top_p?")
 
 
-def test_output_that_is_there(refused: Refused, tmp_path: Path) -> None:
+def test_output_that_is_not_empty(refused: Refused, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.write_text("hours of work\n")
     has(refused("--output", output), output, "not empty", "--resume", "--overwrite")
@@ -581,7 +586,8 @@ def workers_of(parent: int) -> list[int]:
 def run_process(
     tmp_path: Path, *arguments: object, seconds: float = 20, environment: Mapping[str, str] | None = None
 ) -> tuple[int, str, str, bool]:
-    """Exit code, stdout, stderr, and whether torch was loaded. Fails if it starts a worker."""
+    """Run a command as a process. Return exit code, stdout, stderr, and whether torch was loaded. Fail if it starts a
+    worker."""
     seen = tmp_path / "seen"
     command = [sys.executable, "-c", _MAIN, "generate", *map(str, arguments), str(seen)]
     with subprocess.Popen(
@@ -665,7 +671,7 @@ def test_bad_prompts_in_a_file_fail_alone(tmp_path: Path, folder: Path) -> None:
     good: dict[int, dict[str, Any]] = {0: {"prompt_token_ids": [5, 6]}, 10: {"prompt": "hello\u2028bye"}}
     lines = [json.dumps(good.get(i) or bad[i][0]) for i in range(10)]
     file, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    last = json.dumps(good[10], ensure_ascii=False)  # with a line separator that is none of JSON lines
+    last = json.dumps(good[10], ensure_ascii=False)  # with a line separator that does not end a JSON line
     file.write_text("\n".join([*lines, last]), encoding="utf-8")
     code, out, err, _ = run_process(tmp_path, folder, "--prompts-file", file, "--output", output, *SMALL, seconds=60)
     assert code == 1, err
@@ -687,8 +693,8 @@ def test_bad_prompts_in_a_file_fail_alone(tmp_path: Path, folder: Path) -> None:
         assert says in line
 
 
-def test_prompt_that_does_not_fit_into_the_memory_there_is(tmp_path: Path) -> None:
-    """Only the start tells how much fits; then it is the same error, before anything is generated."""
+def test_prompt_that_does_not_fit_into_memory(tmp_path: Path) -> None:
+    """How much fits is known only after the start. The error is the same, before anything is generated."""
     arguments = ("-p", "fine", "-p", "37 + 45 = " * 80, "--kv-cache-memory-bytes", "1MiB")
     code, out, err, _ = run_process(tmp_path, *arguments, seconds=60)
     assert (code, out) == (2, "")
@@ -697,7 +703,7 @@ def test_prompt_that_does_not_fit_into_the_memory_there_is(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_disk_that_is_full(tmp_path: Path) -> None:
+def test_full_disk(tmp_path: Path) -> None:
     code, out, err, _ = run_process(tmp_path, "-p", "1 + 1 =", "--output", "/dev/full", *SMALL, seconds=60)
     assert (code, out) == (1, "")
     assert len(err.splitlines()) == 1, err

@@ -1,4 +1,4 @@
-"""`shoal bench`: it runs, and its figures hang together."""
+"""`shoal bench` runs, and its figures are consistent."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def test_throughput_into_a_file(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["results"][0]["batch_size"] == 5
 
 
-def test_replicas_side_by_side() -> None:
+def test_latency_with_replicas() -> None:
     lengths = ["--input-len", "8", "--output-len", "3", "--num-prompts", "6"]
     report = bench("throughput", *SMALL, *lengths, "-dp", "2")
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
@@ -85,4 +85,4 @@ def test_comm(tmp_path: Path) -> None:
 
 def test_comm_counts_experts(shoal: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert shoal("bench", "comm", "--experts", 4, "--top-k", 8) == 2
-    assert capsys.readouterr().err == "error: --top-k 8 is more than --experts 4: take fewer, or have more\n"
+    assert capsys.readouterr().err == "error: --top-k 8 is more than --experts 4: lower --top-k or raise --experts\n"

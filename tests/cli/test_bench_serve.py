@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def bench(shoal: Shoal, capsys: Capture) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Exit code and report."""
+    """Return a function that runs `shoal bench serve` and returns exit code and report."""
 
     def run(server: OpenAIServer, *flags: object) -> tuple[int, dict[str, Any]]:
         code = shoal("bench", "serve", server.url, "--json", *flags)
@@ -39,7 +39,7 @@ Bench = Callable[..., tuple[int, dict[str, Any]]]
 
 
 def test_closed_loop(bench: Bench) -> None:
-    """Nobody is answered before three are there, and there are never more."""
+    """No request is answered before three have arrived, and there are never more at once."""
     together: list[asyncio.Future[None]] = []
 
     async def answer(request: web.Request, body: Body) -> web.StreamResponse:
@@ -60,14 +60,14 @@ def test_closed_loop(bench: Bench) -> None:
     assert code == 0
     assert report["requests"] == {"ok": 12, "failed": 0, "broken_off": 0}
     assert report["peak_concurrency"] == 3
-    assert set(lengths) <= {39, 40}, "no word is one token"
+    assert set(lengths) <= {39, 40}, "no word has one token"
     assert (report["input_tokens"], report["output_tokens"]) == (sum(lengths), 12 * 64)
     assert report["tokens_counted_by"] == "server"
     assert report["late_ms"]["max"] == 0
     assert report["model"] == MODEL
 
 
-def test_open_loop_is_not_held_back(bench: Bench) -> None:
+def test_slow_answers_do_not_delay_an_open_loop(bench: Bench) -> None:
     """The first answer waits until all requests are there."""
     count = 20
     arrived = 0
@@ -89,7 +89,7 @@ def test_open_loop_is_not_held_back(bench: Bench) -> None:
     assert report["late_ms"]["max"] > 0
 
 
-def test_what_is_sent(bench: Bench) -> None:
+def test_bodies_of_requests(bench: Bench) -> None:
     flags = ["--num-prompts", 4, "--token-ids", "--vocab-size", 9, "--length-mix", "5:2,7:3", "--shared-prefix-len", 3]
     with OpenAIServer() as server:
         code, report = bench(server, *flags, "--ignore-eos", "--temperature", 0.5, "--seed", 4)
@@ -114,14 +114,14 @@ def test_chat(bench: Bench) -> None:
 
 
 def test_without_a_tokenizer(bench: Bench) -> None:
-    """What the server counted in the first prompt says how long a word is."""
+    """The cost of a word follows from the tokens that the server counted in the first prompt."""
     with OpenAIServer(tokenize=False) as server:
         code, report = bench(server, "--num-prompts", 20, "--random-input-len", 200)
     assert code == 0
     assert report["input_tokens"] == pytest.approx(20 * 200, rel=0.1)
 
 
-def test_chunks_are_counted_where_nobody_says_more(bench: Bench) -> None:
+def test_chunks_are_counted_if_the_server_does_not_count_tokens(bench: Bench) -> None:
     async def answer(request: web.Request, body: Body) -> web.StreamResponse:
         response = await begin(request)
         await response.write(chunk("ab") + chunk("cd", "stop"))
@@ -133,7 +133,7 @@ def test_chunks_are_counted_where_nobody_says_more(bench: Bench) -> None:
 
 
 def test_measured_times(bench: Bench) -> None:
-    """At least what the server waits; above that the machine's load says how much."""
+    """They are at least as long as the server waits; the rest depends on the load of the machine."""
 
     async def answer(request: web.Request, body: Body) -> web.StreamResponse:
         response = await begin(request)
@@ -155,7 +155,7 @@ def test_measured_times(bench: Bench) -> None:
 
 
 def test_failures_are_counted(bench: Bench, tmp_path: Path) -> None:
-    """By kind; none ends the run."""
+    """They are counted by kind, and none ends the run."""
     number = -2  # the first one is not measured
 
     async def answer(request: web.Request, body: Body) -> web.StreamResponse:
@@ -195,7 +195,7 @@ def test_failures_are_counted(bench: Bench, tmp_path: Path) -> None:
     }
     assert report["errors"]["HTTP 500"]["example"] == "out of luck"
     assert report["errors"]["error in stream"]["example"] == "rank 1 died"
-    assert report["errors"]["timeout"]["example"] == "no end after 2 s and 1 chunks"
+    assert report["errors"]["timeout"]["example"] == "not complete after 2 s and 1 chunks"
     assert "HTTP 500: out of luck" in {json.loads(line)["error"] for line in log.read_text().splitlines()}
 
 
@@ -255,19 +255,19 @@ def refused(shoal: Shoal, capsys: Capture, *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--length-mix", "5"], "'5' is no mix of lengths"),
+        (["--length-mix", "5"], "'5' is not a mix of lengths"),
         (["--length-mix", "5:5", "--random-input-len", 5], "leave out --random-input-len"),
-        (["--slo", "ttft"], "--slo 'ttft' is no limit"),
+        (["--slo", "ttft"], "--slo 'ttft' is not a limit"),
         (["--slo", "x:5"], "NAME is ttft, tpot, e2e"),
-        (["--slo", "ttft:nan"], "is no limit"),
+        (["--slo", "ttft:nan"], "is not a limit"),
         (["--percentiles", "50,x"], "--percentiles has 'x'"),
         (["--percentiles", "101"], "--percentiles has '101'"),
         (["--request-rate", "nan"], "--request-rate nan"),
         (["--request-rate", "0"], "0.0 is not in the range"),
         (["--timeout", "inf"], "--timeout inf"),
-        (["--duration", "5"], "give --request-rate, --max-concurrency or --num-prompts"),
-        (["--token-ids", "--endpoint", "chat"], "--token-ids goes with --endpoint completions"),
-        (["--plot", "x.bmp"], "--plot x.bmp has to end with"),
+        (["--duration", "5"], "add --request-rate, --max-concurrency or --num-prompts"),
+        (["--token-ids", "--endpoint", "chat"], "--token-ids needs --endpoint completions"),
+        (["--plot", "x.bmp"], "--plot x.bmp must end with"),
         (["--output", "/nowhere/x"], "--output /nowhere/x can't be written"),
         (["--request-log-in", "/nowhere/x"], "can't be read: No such file"),
     ],
@@ -277,7 +277,7 @@ def test_bad_flags(shoal: Shoal, capsys: Capture, flags: list[object], said: str
 
 
 def test_bad_addresses(shoal: Shoal, capsys: Capture) -> None:
-    assert "is no address of a server" in refused(shoal, capsys, "ftp://x")
+    assert "is not the address of a server" in refused(shoal, capsys, "ftp://x")
     with socket.socket() as taken:  # bound, and not listening
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -286,26 +286,26 @@ def test_bad_addresses(shoal: Shoal, capsys: Capture) -> None:
 
 def test_a_server_without_a_list_of_models(shoal: Shoal, capsys: Capture) -> None:
     with OpenAIServer(models=False) as server:
-        assert "has no list of models: name one by --model" in refused(shoal, capsys, server.url)
+        assert "has no list of models: give the model's name with --model" in refused(shoal, capsys, server.url)
         assert shoal("bench", "serve", server.url, "--model", "any", "--num-prompts", 1) == 0
         assert server.texts[0]["model"] == "any"
 
 
-def test_a_log_for_which_there_is_no_room(shoal: Shoal, capsys: Capture) -> None:
+def test_a_log_on_a_full_disk(shoal: Shoal, capsys: Capture) -> None:
     with OpenAIServer() as server:
         said = refused(shoal, capsys, server.url, "--num-prompts", 99, "--request-log-out", "/dev/full")
     assert said == "error: --request-log-out /dev/full can't be written: No space left on device\n"
 
 
-def test_token_ids_are_no_chat(shoal: Shoal, capsys: Capture, tmp_path: Path) -> None:
+def test_a_log_with_token_ids_is_refused_for_a_chat(shoal: Shoal, capsys: Capture, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text('{"arrival_s": 0, "prompt": [1], "max_tokens": 1}\n')
     flags = ["--endpoint", "chat", "--request-log-in", log]
-    assert "has token ids, which no chat takes" in refused(shoal, capsys, "http://127.0.0.1:1", *flags)
+    assert "has token ids, which --endpoint chat can't send" in refused(shoal, capsys, "http://127.0.0.1:1", *flags)
 
 
 def test_duration(bench: Bench) -> None:
-    """A closed loop goes on until the time is over, an open one has the arrivals that fall into it."""
+    """A closed loop runs until the time is over; an open loop has the arrivals within this time."""
     with OpenAIServer() as server:
         code, closed = bench(server, "--duration", 0.5, "--max-concurrency", 2)
         assert (code, closed["requests"]["failed"]) == (0, 0)
@@ -315,21 +315,21 @@ def test_duration(bench: Bench) -> None:
     assert opened["requests"]["ok"] == len(list(times))
 
 
-def test_what_the_server_refuses(shoal: Shoal, capsys: Capture) -> None:
+def test_refusals_of_the_server(shoal: Shoal, capsys: Capture) -> None:
     async def unwilling(request: web.Request, body: Body) -> web.StreamResponse:
         return error(404, "no such model")
 
     with OpenAIServer(unwilling, key="k", max_model_len=100) as server:
-        assert "answers 401: a key is needed" in refused(shoal, capsys, server.url)
+        assert "answers 401: a key is wanted" in refused(shoal, capsys, server.url)
         key = [server.url, "--api-key", "k"]
         assert "has no model 'x'; it serves fake" in refused(shoal, capsys, *key, "--model", "x")
-        assert "up to 192 tokens with their outputs, but the model takes 100" in refused(shoal, capsys, *key)
+        assert "up to 192 tokens with their outputs, but the model takes at most 100" in refused(shoal, capsys, *key)
         short = ["--random-input-len", 9, "--random-output-len", 9]
         assert "fails a first request: HTTP 404: no such model" in refused(shoal, capsys, *key, *short)
 
 
-def test_ctrl_c_gives_what_was_measured(tmp_path: Path) -> None:
-    """Two are answered, the others never are: then the signal comes."""
+def test_ctrl_c_reports_the_ended_requests(tmp_path: Path) -> None:
+    """The signal comes when two requests were answered; the others never are."""
     stuck = threading.Event()
     count = 0
 

@@ -1,4 +1,4 @@
-"""Flags from a YAML file, from the environment and from the command line, and which goes over which."""
+"""Flags from a YAML file, from the environment and from the command line, and which ones override others."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Shoal = Callable[..., int]
 
 
 class Reached(Exception):
-    """The command had read all flags."""
+    """The command has read all flags."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """(model, engine options, sampling) that `shoal generate` makes of a config file and flags."""
+    """Return a function that returns (model, engine options, sampling) for a config file and flags."""
 
     def run(content: str, *flags: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         (tmp_path / "c.yaml").write_text(content)
@@ -55,7 +55,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple
     return run
 
 
-def test_any_flag_may_be_in_the_file(seen: Any) -> None:
+def test_all_flags_may_be_in_the_file(seen: Any) -> None:
     content = """
     model: some/model
     tensor-parallel-size: 2
@@ -91,12 +91,12 @@ def test_any_flag_may_be_in_the_file(seen: Any) -> None:
     )  # fmt: skip
 
 
-def test_empty_files_say_nothing(seen: Any) -> None:
+def test_empty_files_change_nothing(seen: Any) -> None:
     for content in ("", "# nothing\n", "{}", "max-model-len: null\n"):
         assert seen(content) == (None, {}, {})
 
 
-def test_numbers_as_json_has_them(seen: Any) -> None:
+def test_numbers_in_json_notation(seen: Any) -> None:
     for text, number in [("1e-3", 0.001), ("1E0", 1.0), (".5e+0", 0.5), ("2.e-1", 0.2), ("0.25", 0.25)]:
         assert seen(f"temperature: {text}")[2] == {"temperature": number}
     assert seen("stop: [1e, e5, 0x1e-3, '1e-3']")[2] == {"stop": ("1e", "e5", "0x1e-3", "1e-3")}
@@ -108,7 +108,7 @@ def test_keys_may_have_their_dashes_and_share_values(seen: Any) -> None:
     assert seen(merged)[1]["speculative_config"].num_speculative_tokens == 2
 
 
-def test_flags_go_over_variables_and_those_over_the_file(seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_override_variables_and_these_override_the_file(seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     content = "block-size: 1\nseed: 1\nmax-num-seqs: 1\nmax-tokens: 1\n"
     monkeypatch.setenv("SHOAL_BLOCK_SIZE", "2")
     monkeypatch.setenv("SHOAL_SEED", "2")
@@ -129,7 +129,7 @@ def test_variables_of_every_kind(seen: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert engine == {name: value for name, (_, value) in texts.items() if value is not None}
 
 
-def test_names_of_vllm_come_behind_ours(seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_variables_override_those_of_vllm(seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "60")
     monkeypatch.setenv("VLLM_ENGINE_READY_TIMEOUT_S", "70")
     monkeypatch.setenv("SHOAL_START_TIMEOUT", "80")
@@ -163,8 +163,8 @@ def test_names_of_vllm_come_behind_ours(seen: Any, monkeypatch: pytest.MonkeyPat
         ("chat: 1", "chat takes true or false, got 1"),
         ("output: 1", "output takes a text, got 1"),
         ("model: 1", "model takes a text, got 1"),
-        ("logit-bias: '{'", "logit-bias: '{' is no JSON"),
-        ("stop-token-ids: a,b", "'a,b' is no list of token ids"),
+        ("logit-bias: '{'", "logit-bias: '{' is not JSON"),
+        ("stop-token-ids: a,b", "'a,b' is not a list of token ids"),
         ("top-p: 1\ntop_p: 0.5", "top_p is given twice"),
         ("seed: 1\nseed: 2", ", line 2: seed is given twice"),
         ("speculative-config: {method: ngram, method: draft}", ", line 1: method is given twice"),
@@ -175,7 +175,7 @@ def test_names_of_vllm_come_behind_ours(seen: Any, monkeypatch: pytest.MonkeyPat
         ("!!python/object/apply:os.system [ls]", "is not YAML"),
     ],
 )
-def test_slips_in_the_file(
+def test_mistakes_in_the_file(
     shoal: Shoal, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, says: str
 ) -> None:
     path = tmp_path / "c.yaml"
@@ -206,7 +206,7 @@ def test_files_that_can_not_be_read(shoal: Shoal, tmp_path: Path, capsys: pytest
         ("SHOAL_LOG_LEVEL", "loud", "SHOAL_LOG_LEVEL must be one of debug, info, warning, error, critical, got 'loud'"),
     ],
 )
-def test_slips_in_the_environment(
+def test_mistakes_in_the_environment(
     shoal: Shoal,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -221,7 +221,7 @@ def test_slips_in_the_environment(
     assert says in line
 
 
-def test_variables_that_nobody_reads_are_warned_of(
+def test_unknown_variables_are_reported(
     shoal: Shoal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SHOAL_TENSOR_PARALEL_SIZE", "2")
@@ -233,13 +233,13 @@ def test_variables_that_nobody_reads_are_warned_of(
     assert "SHOAL_XYZZY is not read; docs/flags.md" in second
 
 
-def test_every_engine_option_survives_the_file(seen: Any) -> None:
+def test_every_engine_option_can_be_written_to_a_file(seen: Any) -> None:
     defaults = {
         option.name: option.default
         for option in options()
         if option.default is not None and option.name != "speculative_config" and not option.online
     }
-    _, engine, _ = seen(json.dumps(defaults))  # which is YAML too
+    _, engine, _ = seen(json.dumps(defaults))  # JSON is YAML, too
     assert engine == defaults
 
 

@@ -1,4 +1,4 @@
-"""`shoal download` against a hub on the loopback, in processes of its own: the hub library reads its settings once."""
+"""`shoal download` from a hub on the loopback. It runs as a process, since the hub library reads its settings once."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ LOCATE = "import sys; from shoal.launch.hub import locate; print(locate(sys.argv
 
 
 def demo() -> dict[str, bytes]:
-    """The bundled model, with what a repository has beside it."""
+    """The bundled model, with the other files that a repository has."""
     files = {path.name: path.read_bytes() for path in BUNDLED.iterdir()}
     beside = ["pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "onnx/config.json"]
     return files | dict.fromkeys(beside, b"not wanted") | {"chat_template.jinja": b"{{ messages }}"}
@@ -46,7 +46,7 @@ def hub() -> Iterator[FakeHub]:
 
 
 def run(hub: FakeHub, home: Path, script: str, *arguments: str, offline: bool = False) -> tuple[int, str, str]:
-    """Exit code, stdout, and stderr's lines that are no progress."""
+    """Run a script. Return exit code, stdout, and the lines of stderr that do not show progress."""
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     settings |= {"HF_HUB_OFFLINE": "1" if offline else "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
     done = subprocess.run(
@@ -64,7 +64,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name != ".cache"}
 
 
-def test_once_downloaded_a_model_is_found_offline(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_downloaded_model_is_found_offline(hub: FakeHub, tmp_path: Path) -> None:
     code, folder, log = run(hub, tmp_path, DOWNLOAD, MODEL)
     assert code == 0, log
     wanted = {path.name for path in BUNDLED.iterdir() if path.suffix != ".md"} | {"chat_template.jinja"}
@@ -73,7 +73,7 @@ def test_once_downloaded_a_model_is_found_offline(hub: FakeHub, tmp_path: Path) 
     hub.fetched.clear()
     assert run(hub, tmp_path, LOCATE, MODEL, offline=True)[:2] == (0, folder)
     assert run(hub, tmp_path, DOWNLOAD, MODEL)[:2] == (0, folder)
-    assert hub.fetched == [], "what was there was fetched again"
+    assert hub.fetched == [], "files that were there were fetched again"
 
 
 def test_a_directory_gets_plain_files(hub: FakeHub, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_directory_gets_plain_files(hub: FakeHub, tmp_path: Path) -> None:
     assert hub.fetched == []
 
 
-def test_pickled_weights_only_where_there_are_no_others(hub: FakeHub, tmp_path: Path) -> None:
+def test_pickled_weights_are_fetched_only_without_safetensors(hub: FakeHub, tmp_path: Path) -> None:
     code, folder, log = run(hub, tmp_path, DOWNLOAD, "org/pickled")
     assert code == 0, log
     assert names(Path(folder)) == {"config.json", "pytorch_model.bin", "vocab.json", "merges.txt"}
@@ -139,7 +139,7 @@ def test_a_model_larger_than_the_disk_is_refused_before_anything_is_fetched(hub:
     assert hub.fetched == []
 
 
-def test_offline_and_unknown_says_so(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_unknown_model_offline_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     code, _, log = run(hub, tmp_path, DOWNLOAD, MODEL, offline=True)
     assert code == 2
     assert "HF_HUB_OFFLINE is set" in log

@@ -1,4 +1,4 @@
-"""`shoal generate` when all is well."""
+"""`shoal generate` without mistakes or failures."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Shoal = Callable[..., int]
 QUIET = ["--kv-cache-memory-bytes", "16MiB"]
 
 
-def test_texts_come_in_the_prompts_order(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_printed_in_the_order_of_prompts(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["Count from 3 to 9:", "8 + 64 =", "Reverse: apple ->"]  # the first takes the most steps
     arguments = [part for prompt in prompts for part in ("-p", prompt)]
     assert shoal("generate", *arguments, *QUIET) == 0
@@ -22,7 +22,7 @@ def test_texts_come_in_the_prompts_order(shoal: Shoal, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("model", [None, "bundled", "bundled:dense", "bundled:moe"])
-def test_the_bundled_models_have_prompts_of_their_own(
+def test_the_bundled_models_have_built_in_prompts(
     shoal: Shoal, capsys: pytest.CaptureFixture[str], model: str | None
 ) -> None:
     assert shoal("generate", *([] if model is None else [model]), *QUIET) == 0
@@ -35,7 +35,7 @@ def test_the_bundled_models_have_prompts_of_their_own(
     ]
 
 
-def test_a_file_in_and_a_file_out(shoal: Shoal, tmp_path: Path) -> None:
+def test_prompts_and_answers_in_files(shoal: Shoal, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "8 + 64 ="}\n\n{"prompt_token_ids": [5, 6, 7]}\n', "utf-8")
     limits = ["--max-tokens", "4", "--temperature", "0.7", "--top-p", "0.9", "--top-k", "5", "--sample-seed", "1"]
@@ -62,9 +62,7 @@ def test_a_sample_seed_gives_the_same_text(shoal: Shoal, capsys: pytest.CaptureF
     assert text("1") == text("1") != text("2")
 
 
-def test_a_prompt_that_fails_holds_up_no_other(
-    shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_failed_prompt_does_not_stop_others(shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "8 + 64 ="}\n{"prompt": ""}\n{"prompt": "Reverse: apple ->"}\n', "utf-8")
     assert shoal("generate", "--prompts-file", str(prompts), *QUIET) == 1
@@ -73,7 +71,7 @@ def test_a_prompt_that_fails_holds_up_no_other(
     assert f"error: prompt 1 ({prompts}, line 2): the prompt is empty" in printed.err
 
 
-def test_a_chat_prints_answers_alone(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chat_prints_only_answers(shoal: Shoal, capsys: pytest.CaptureFixture[str]) -> None:
     assert shoal("generate", "--chat", "-p", "Count from 3 to 9:", "-p", "37 + 45 =", *QUIET) == 0
     assert capsys.readouterr().out.splitlines() == ["3 4 5 6 7 8 9", "37 + 45 = 82."]
 
@@ -84,7 +82,7 @@ def test_every_output_of_a_prompt_is_printed(shoal: Shoal, capsys: pytest.Captur
     assert capsys.readouterr().out.splitlines() == ["37 + 45 = 82"] * 3
 
 
-def test_tokens_are_printed_where_there_is_no_text(
+def test_tokens_are_printed_without_a_tokenizer(
     shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt_token_ids": [5, 6]}\n')
@@ -108,7 +106,7 @@ SCHEMA = '{"type": "object", "properties": {"a": {"type": "string", "minLength":
     ],
     ids=["json", "regex", "model", "complete", "plain"],
 )
-def test_a_structured_output_that_was_cut_is_told_of(
+def test_a_structured_output_that_was_cut_is_reported(
     shoal: Shoal, capsys: pytest.CaptureFixture[str], flags: list[str], cut: int | None, way_out: str | None
 ) -> None:
     assert shoal("generate", "-p", "A user:", *flags, *QUIET) == 0
@@ -121,9 +119,7 @@ def test_a_structured_output_that_was_cut_is_told_of(
     assert warning.endswith(f"tokens and may be incomplete; raise {way_out}")
 
 
-def test_a_line_of_a_file_with_an_output_that_was_cut_is_named(
-    shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_warning_names_the_line_of_a_file(shoal: Shoal, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     own = {"max_tokens": 2, "structured_outputs": {"regex": "[0-9]{5}"}}
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "A", "sampling_params": own}))
     assert shoal("generate", "--prompts-file", tmp_path / "p.jsonl", *QUIET) == 0

@@ -1,4 +1,4 @@
-"""`shoal generate -dp 2` as people run it: to its end, with a replica killed, interrupted, and killed itself."""
+"""`shoal generate -dp 2` that runs to its end, loses a replica, is interrupted or is killed."""
 
 import json
 import os
@@ -39,14 +39,14 @@ def texts(output: Path) -> dict[int, str]:
 
 
 def offspring(pid: int) -> list[int]:
-    """Engine processes, and their ranks."""
+    """Return the engine processes of a command, and their ranks."""
     found = children_of(pid)
     return found + [each for child in found for each in offspring(child)]
 
 
 @contextmanager
 def watching(pid: int) -> Iterator[int]:
-    """A file descriptor that is readable once the process has ended."""
+    """Return a file descriptor that is readable once the process has ended."""
     file = os.pidfd_open(pid)
     try:
         yield file
@@ -82,7 +82,7 @@ def test_interrupted(tmp_path: Path, prompts: Path) -> None:
         assert "go on with: shoal generate" in interrupt(process, signal.SIGINT)
 
 
-def test_whoever_kills_it_leaves_nothing(tmp_path: Path, prompts: Path) -> None:
+def test_a_killed_command_leaves_no_process(tmp_path: Path, prompts: Path) -> None:
     output = tmp_path / "out.jsonl"
     with started(command(prompts, output, "-dp", "2", "-tp", "2")) as process, ExitStack() as stack:
         wait_for_lines(process, output, 1)
@@ -92,7 +92,7 @@ def test_whoever_kills_it_leaves_nothing(tmp_path: Path, prompts: Path) -> None:
         process.kill()
         process.wait(10)
         for child in watched:
-            assert wait_for_end(child, 60), "something lives on"
+            assert wait_for_end(child, 60), "a process is still there"
 
 
 def test_all_replicas_die(tmp_path: Path, prompts: Path) -> None:

@@ -1,4 +1,4 @@
-"""Help, short and by groups; completion."""
+"""The short help, the help of groups of flags, and completion."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_a_commands_help_is_short(shoal: Shoal, capsys: pytest.CaptureFixture[st
     for shown in ("--prompts-file FILE", "--resume", "--config FILE", "--help=GROUP", "sampling", "parallelism"):
         assert shown in out
     assert "--block-size INTEGER" not in out
-    assert "[MODEL]\n  -p" not in out, "MODEL is no flag"
+    assert "[MODEL]\n  -p" not in out, "MODEL is not a flag"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_completion_of_another_shell(shoal: Shoal, capsys: pytest.CaptureFixture
      ("shoal generate --dtype x", ""), ("shoal generate --dtype b", "bfloat16")],
 )  # fmt: skip
 def test_completion_completes(words: str, completed: str) -> None:
-    """What the script of bash calls back."""
+    """The script of bash calls the program to complete."""
     environment = {"_SHOAL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     code = "import sys; sys.argv[0] = 'shoal'; from shoal.cli.main import main; main()"
     done = subprocess.run(

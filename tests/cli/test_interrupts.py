@@ -1,4 +1,4 @@
-"""Signals that come at any moment, handled at the right one."""
+"""Signals may come at any time, and are handled when it is safe."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from shoal.cli.interrupts import SignalHolder
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_waits_for_what_is_held(number: signal.Signals) -> None:
+def test_an_interrupt_waits_for_the_end_of_a_held_block(number: signal.Signals) -> None:
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     done = []
 
@@ -36,7 +36,7 @@ def test_an_interrupt_waits_for_what_is_held(number: signal.Signals) -> None:
             signal.signal(each, handler)
 
 
-def test_outside_of_what_is_held_it_comes_at_once() -> None:
+def test_outside_of_held_blocks_an_interrupt_comes_at_once() -> None:
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(KeyboardInterrupt):  # noqa: SIM117 - what is inside is what is tested
@@ -47,7 +47,7 @@ def test_outside_of_what_is_held_it_comes_at_once() -> None:
             signal.signal(each, handler)
 
 
-def test_without_interrupts_all_is_as_before() -> None:
+def test_without_interrupts_nothing_changes() -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(ValueError, match="other"), SignalHolder():
         raise ValueError("other")
@@ -63,15 +63,15 @@ def test_interrupted_while_modules_are_imported(
     def load(path: str) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may have it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent of the tests may have SIGINT ignored
     monkeypatch.setattr(program, "load", load)
     assert shoal("generate") == 130
     assert capsys.readouterr().err == "interrupted\n"
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.raise_signal(number)  # pressed again while Python ends: nothing is said
+        signal.raise_signal(number)  # pressed again while Python ends: it prints nothing
 
 
-def test_little_is_imported_before_interrupts_are_heard() -> None:
+def test_little_is_imported_before_interrupts_are_handled() -> None:
     code = (
         "import sys, shoal.cli.main; print(sorted(name for name in sys.modules if name.startswith(('shoal', 'click'))))"
     )

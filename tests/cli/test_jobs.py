@@ -1,4 +1,4 @@
-"""Big jobs as people run them: interrupted, killed, on a disk that fills up, and resumed."""
+"""Big jobs that are interrupted, killed or run on a full disk, and then resumed."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def wait_for_lines(process: "subprocess.Popen[str]", output: Path, count: int) -
     deadline = time.monotonic() + 60
     while not output.exists() or output.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "no lines come"
+        assert time.monotonic() < deadline, "no lines were written"
         time.sleep(0.01)
 
 
@@ -83,11 +83,11 @@ def assert_whole(output: Path, count: int = COUNT) -> None:
 
 
 def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> str:
-    """Sends the signal as it would come, and gives what is said then. Fails if anything lives on for 2 s."""
+    """Send the signal and return the message of the command. Fail if a process is left after 2 s."""
     workers = children_of(process.pid)
     begun = time.monotonic()
     if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # Ctrl-C reaches the whole group
+        os.killpg(process.pid, number)  # Ctrl-C reaches the whole process group
     else:
         process.send_signal(number)
     _, err = process.communicate(timeout=10)
@@ -99,7 +99,7 @@ def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> str:
     return told
 
 
-def test_interrupted_and_resumed_as_it_says(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
+def test_an_interrupted_job_is_resumed_with_the_printed_command(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
     output = tmp_path / "out put.jsonl"
     with started(command(prompts, output, "-tp", "2", "--overwrite"), start_new_session=True) as process:
         wait_for_lines(process, output, 10)
@@ -116,7 +116,7 @@ def test_interrupted_and_resumed_as_it_says(shoal: Shoal, tmp_path: Path, prompt
     assert_whole(output)
 
 
-def test_terminated(tmp_path: Path, prompts: Path) -> None:
+def test_a_terminated_job_is_resumed(tmp_path: Path, prompts: Path) -> None:
     output = tmp_path / "out.jsonl"
     with started(command(prompts, output, "--resume")) as process:
         wait_for_lines(process, output, 10)
@@ -127,7 +127,9 @@ def test_terminated(tmp_path: Path, prompts: Path) -> None:
     assert told.endswith(" --ignore-eos --resume")
 
 
-def test_killed_and_resumed(shoal: Shoal, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_job_is_resumed(
+    shoal: Shoal, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out.jsonl"
     with started(command(prompts, output)) as process:
         wait_for_lines(process, output, 10)
@@ -146,7 +148,7 @@ def test_killed_and_resumed(shoal: Shoal, tmp_path: Path, prompts: Path, capsys:
 
 
 def test_a_disk_that_fills_up(shoal: Shoal, tmp_path: Path, prompts: Path) -> None:
-    """A limit on the size of files stands in for the disk; what could be written whole is kept."""
+    """A limit on the size of files acts as a full disk. Complete lines are kept."""
     output = tmp_path / "out.jsonl"
     limit = 8000
     arguments = command(prompts, output)
@@ -179,7 +181,7 @@ def test_a_resume_file_of_other_prompts(
     monkeypatch.setattr("shoal.cli.generate.LLM", no_engine)
     for change, flags, says in [
         ("1 + 1 =\n2 + 3 =\n", [], "line 2 (index 1) answers another prompt than"),
-        ("1 + 1 =\n", [], "answers 1 more than there are"),
+        ("1 + 1 =\n", [], "has 1 more answers than there are prompts"),
         ("1 + 1 =\n2 + 2 =\n", ["--top-k", 3], "line 1 (index 0) was made with other sampling parameters"),
     ]:
         prompts.write_text(change)
@@ -190,7 +192,7 @@ def test_a_resume_file_of_other_prompts(
         assert output.read_bytes() == before
 
 
-def test_stdin_goes_once_through(
+def test_stdin_is_read_only_once(
     shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.jsonl"
@@ -211,11 +213,11 @@ def test_stdin_goes_once_through(
     assert output.read_bytes().count(b"\n") == 3
 
 
-def test_an_engine_that_fails_on_the_way(
+def test_an_engine_that_fails_during_a_job(
     shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Failing:
-        """Answers one prompt, and then no more."""
+        """An engine that fails after its first answer."""
 
         def __init__(self, opened: OpenModel) -> None:
             self.options = opened.options
@@ -276,10 +278,10 @@ class Stopped:
         raise KeyboardInterrupt
 
 
-def test_interrupted_before_anything_was_changed(
+def test_an_interrupt_during_the_start_leaves_the_file_unchanged(
     shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file holds the answers of before, which `--resume` would keep."""
+    """The file has old answers, which `--resume` would keep."""
     output = tmp_path / "out.jsonl"
     output.write_text("old\n")
     monkeypatch.setattr("shoal.cli.generate.LLM", Stopped)
@@ -295,7 +297,7 @@ def test_interrupted_before_anything_was_changed(
     [("overwrite: true", ["--resume"], "kept"), ("resume: true", ["--overwrite"], "begun anew"),
      ("overwrite: true", [], "begun anew")],
 )  # fmt: skip
-def test_what_is_typed_goes_over_the_file(
+def test_the_command_line_overrides_the_config_file(
     shoal: Shoal, tmp_path: Path, content: str, flags: list[str], left: str
 ) -> None:
     output, settings = tmp_path / "out.jsonl", tmp_path / "c.yaml"
@@ -309,7 +311,7 @@ def test_what_is_typed_goes_over_the_file(
     assert output.read_bytes().count(b"\n") == 1
 
 
-def test_both_on_the_command_line_or_both_in_the_file(
+def test_resume_and_overwrite_in_one_place_are_refused(
     shoal: Shoal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = tmp_path / "c.yaml"
@@ -319,7 +321,7 @@ def test_both_on_the_command_line_or_both_in_the_file(
         assert "give --resume or --overwrite, not both" in capsys.readouterr().err
 
 
-def test_a_file_that_another_run_has_filled_meanwhile(
+def test_a_file_that_another_run_has_filled_is_refused(
     shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.jsonl"
@@ -344,8 +346,8 @@ def test_stdout_can_not_be_resumed(
     assert "--resume needs an --output that can be read; - is not a regular file" in capsys.readouterr().err
 
 
-def test_a_hostile_grammar_costs_its_own_line_only(tmp_path: Path, shoal: Shoal) -> None:
-    """One that would end the process that compiles it, one that never ends; a second run goes on behind them."""
+def test_a_hostile_grammar_fails_only_its_line(tmp_path: Path, shoal: Shoal) -> None:
+    """One grammar would crash the process that compiles it, another never ends. Resuming gives the same lines."""
     chain = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(5000)) + 'r5000: "x"\n'
     endless = 'start: %json {"type": "integer", "multipleOf": 9999991}'
     hostile = [{"grammar": chain}, {"grammar": endless}, {"regex": "[a"}]

@@ -1,4 +1,4 @@
-"""`shoal plan`: what would be done, as text and as JSON, with nothing started."""
+"""`shoal plan` prints the plan of a run as text or JSON, and starts nothing."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def test_every_rank_of_every_replica_is_there(checkpoint: Checkpoint) -> None:
+def test_the_json_has_every_rank_of_every_replica(checkpoint: Checkpoint) -> None:
     told = json.loads(run(str(checkpoint("llama")), *LAYOUT, *CACHE, "--json"))
     assert [replica["place"]["rank"] for replica in told["replicas"]] == [0, 1]
     for replica in told["replicas"]:
@@ -51,7 +51,7 @@ def test_experts_are_counted_by_rank(checkpoint: Checkpoint) -> None:
     assert sorted(expert for each in held for expert in each) == list(range(sum(map(len, held))))
 
 
-def test_it_is_the_plan_that_replicas_are_started_with(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_printed_plan_is_the_one_that_replicas_get(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(launchers, "EngineProcess", lambda module, plan, **_: started.append(plan))
     opened = open_model(
@@ -63,6 +63,6 @@ def test_it_is_the_plan_that_replicas_are_started_with(checkpoint: Checkpoint, m
     assert started == plans_of(opened)
 
 
-def test_what_does_not_fit_is_refused_as_by_serve(checkpoint: Checkpoint) -> None:
+def test_a_plan_that_does_not_fit_is_refused_as_by_serve(checkpoint: Checkpoint) -> None:
     with pytest.raises(Exception, match="too small for rank 0"):
         run(str(checkpoint("llama")), "--device-memory", "1MiB")

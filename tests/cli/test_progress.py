@@ -1,4 +1,4 @@
-"""How far a job is, on terminals and elsewhere."""
+"""The progress of a job, on terminals and elsewhere."""
 
 import io
 
@@ -20,7 +20,7 @@ class Clock:
         return self.now
 
 
-def test_plain_lines_come_now_and_then() -> None:
+def test_plain_lines_are_printed_from_time_to_time() -> None:
     clock, stream = Clock(), io.StringIO()
     progress = JobProgress(100, done=40, stream=stream, clock=clock)
     for _ in range(10):

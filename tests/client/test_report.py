@@ -1,4 +1,4 @@
-"""Figures from outcomes."""
+"""The report and the plot of a run."""
 
 import json
 import statistics
@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from shoal.client.load.outcome import Failure, LoadOutcome
 from shoal.client.load.plot import check_plot, plot
-from shoal.client.load.report import figures, is_good, quantile, spread, table
-from shoal.client.load.workload import Planned
+from shoal.client.load.report import format_table, is_good, make_report, quantile, summarize_ms
+from shoal.client.load.workload import PlannedRequest
 from shoal.errors import ConfigError
 from support.fakes import steady
 
-PLANNED = Planned(0, 0.0, "a", 1, 5)
+PLANNED = PlannedRequest(0, 0.0, "a", 1, 5)
 
 
 def outcome(arrival: float = 1.0, *, failure: Failure | None = None, tokens: int = 5) -> LoadOutcome:
-    """First token after 0.5 s, further ones at 0.1 s, the end 0.1 s after the last."""
+    """Return an outcome with the first token after 0.5 s, the others every 0.1 s, and the end 0.1 s after the last."""
     last = arrival + 0.5 + 0.1 * (tokens - 1)
     return LoadOutcome(
         PLANNED,
@@ -37,8 +37,8 @@ def outcome(arrival: float = 1.0, *, failure: Failure | None = None, tokens: int
     )
 
 
-def test_tokens_without_text_take_their_time_too() -> None:
-    """Of 65 tokens the first 11 had text; the end was told when the last had come."""
+def test_tokens_without_text_count_in_the_time_per_token() -> None:
+    """Of 65 tokens only the first 11 had text. The finish reason came with the last token."""
     seen = {"first": 1.0, "last": 2.0, "prompt_tokens": 9, "output_tokens": 65}
     found = LoadOutcome(PLANNED, 0.0, sent=0.0, ended=7.5, stopped=7.4, **seen)  # type: ignore[arg-type]
     assert found.tpot == pytest.approx(0.1)
@@ -47,10 +47,12 @@ def test_tokens_without_text_take_their_time_too() -> None:
     )
 
 
-def test_figures() -> None:
+def test_report() -> None:
     fine = [outcome(1.0), outcome(2.0, tokens=1)]
     failed = [outcome(failure=Failure("HTTP 500", "first")), outcome(failure=Failure("HTTP 500", "second"))]
-    report = figures([*fine, *failed], 4.0, percentiles=[50, 99.5], slo={"ttft": 600, "e2e": 700}, peak=3, broken_off=1)
+    report = make_report(
+        [*fine, *failed], 4.0, percentiles=[50, 99.5], slo={"ttft": 600, "e2e": 700}, peak=3, broken_off=1
+    )
     assert report["requests"] == {"ok": 2, "failed": 2, "broken_off": 1}
     assert report["errors"] == {"HTTP 500": {"count": 2, "example": "first"}}
     assert (report["requests_per_s"], report["input_tokens_per_s"], report["output_tokens_per_s"]) == (0.5, 5.0, 1.5)
@@ -61,17 +63,17 @@ def test_figures() -> None:
     assert report["late_ms"]["p50"] == pytest.approx(200)
     assert report["goodput"]["requests_per_s"] == 0.25
     assert report["goodput"]["share"] == 0.25
-    text = table(report)
+    text = format_table(report)
     assert "2 requests ok, 2 failed, 1 broken off in 4.00 s, at most 3 at once" in text
     assert "goodput 0.25 requests/s, 25.0% within ttft 600 ms, e2e 700 ms" in text
     assert text.endswith("2 x HTTP 500: first")
 
 
-def test_nothing_measured() -> None:
-    report = figures([], 0.0, percentiles=[50], slo={"ttft": 1}, peak=0, broken_off=0)
+def test_report_without_requests() -> None:
+    report = make_report([], 0.0, percentiles=[50], slo={"ttft": 1}, peak=0, broken_off=0)
     json.dumps(report, allow_nan=False)
     assert report["ttft_ms"] is None
-    assert "0 requests ok" in table(report)
+    assert "0 requests ok" in format_table(report)
 
 
 def test_limits() -> None:
@@ -88,24 +90,24 @@ def test_quantiles(values: list[float]) -> None:
     wanted = statistics.quantiles(values, n=10, method="inclusive")
     assert [quantile(values, share / 10) for share in range(1, 10)] == pytest.approx(wanted)
     assert (quantile(values, 0), quantile(values, 1)) == (values[0], values[-1])
-    assert spread([None], [50]) is None
+    assert summarize_ms([None], [50]) is None
 
 
 @pytest.mark.parametrize("ending", ["svg", "png", "PDF"])
 @pytest.mark.parametrize("outcomes", [[], [outcome(), outcome(2.0, failure=Failure("timeout", ""))]])
-def test_a_picture(tmp_path: Path, ending: str, outcomes: list[LoadOutcome]) -> None:
+def test_plot(tmp_path: Path, ending: str, outcomes: list[LoadOutcome]) -> None:
     path = tmp_path / f"picture.{ending}"
     check_plot(path)
     plot(path, outcomes, {0: 3, 1: 2}, duration=2.5, slo={"ttft": 100.0}, title="m at http://a")
     assert path.stat().st_size > 5000
 
 
-def test_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has to end with"):
+def test_wrong_plot_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must end with"):
         check_plot(tmp_path / "picture.bmp")
 
 
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match="--plot needs matplotlib: pip install matplotlib, or leave it out"):
+    with pytest.raises(ConfigError, match="--plot needs matplotlib: pip install matplotlib, or leave out --plot"):
         check_plot(tmp_path / "picture.svg")

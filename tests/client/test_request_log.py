@@ -1,4 +1,4 @@
-"""What is written to a log of requests can be replayed."""
+"""Logs of requests, which can be replayed."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.client.load.outcome import Failure, LoadOutcome
-from shoal.client.load.request_log import line_of, read_log
-from shoal.client.load.workload import Planned
+from shoal.client.load.request_log import log_line, read_log
+from shoal.client.load.workload import PlannedRequest
 from shoal.errors import UserError
 from support.fakes import steady
 
 seconds = st.floats(0, 1e4)
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 planned = st.builds(
-    Planned,
+    PlannedRequest,
     index=st.integers(0, 99),
     arrival=st.none(),
     prompt=texts | st.lists(st.integers(0, 999), min_size=1, max_size=9),
@@ -40,10 +40,10 @@ outcomes = st.builds(
 
 @steady
 @given(st.lists(outcomes, min_size=1, max_size=6))
-def test_round_trip(logged: list[LoadOutcome]) -> None:
+def test_a_written_log_can_be_read(logged: list[LoadOutcome]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "log.jsonl"
-        path.write_text("".join(map(line_of, logged)), "utf-8")
+        path.write_text("".join(map(log_line, logged)), "utf-8")
         entries = read_log(path)
     start = min(each.arrival for each in logged)
     ordered = sorted(logged, key=lambda each: (each.arrival - start, each.request.index))
@@ -51,14 +51,14 @@ def test_round_trip(logged: list[LoadOutcome]) -> None:
     assert [(entry.arrival, entry.max_tokens, entry.prompt) for entry in entries] == wanted
 
 
-def test_a_burst_comes_back_in_its_order(tmp_path: Path) -> None:
-    """Lines are in the order in which requests ended."""
+def test_a_burst_is_read_in_its_order(tmp_path: Path) -> None:
+    """The lines of the log are in the order in which requests ended."""
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({**GOOD, "index": i, "max_tokens": i + 1}) + "\n" for i in (2, 0, 1)))
     assert [entry.max_tokens for entry in read_log(path)] == [1, 2, 3]
 
 
-def test_lengths_will_do(tmp_path: Path) -> None:
+def test_lengths_are_enough(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(
         '{"arrival_s": 9, "prompt_tokens": 5, "output_tokens": 3}\n\n{"arrival_s": 8, "prompt": [1], "max_tokens": 2}\n'
@@ -85,7 +85,7 @@ GOOD: dict[str, Any] = {"arrival_s": 0, "prompt": "a", "max_tokens": 1}
         ({**GOOD, "arrival_s": float("nan")}, "line 2: arrival_s is nan"),
     ],
 )
-def test_a_line_that_is_no_request(tmp_path: Path, record: Any, said: str) -> None:
+def test_a_wrong_line_is_refused(tmp_path: Path, record: Any, said: str) -> None:
     path = tmp_path / "log.jsonl"
     line = record if isinstance(record, str) else json.dumps(record)
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
@@ -95,7 +95,7 @@ def test_a_line_that_is_no_request(tmp_path: Path, record: Any, said: str) -> No
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_is_none(tmp_path: Path) -> None:
+def test_an_unusable_file_is_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("\n")
     binary = tmp_path / "binary"

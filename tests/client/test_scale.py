@@ -1,4 +1,4 @@
-"""`shoal scale`: it asks, tells what happens, and waits."""
+"""`shoal scale` changes the number of replicas, prints each change, and waits until all are ready."""
 
 import asyncio
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from shoal.cli import commands
-from shoal.client import scale as program
+from shoal.client.scale import scale_server
 from shoal.errors import EngineError, UserError
 from shoal.wire.fleet import FleetStatus
 from support.fleet_status import fleet, replica
@@ -15,16 +15,16 @@ from support.status_server import StatusServer
 
 
 class Fleet:
-    """Replicas whose states go on by one with every reading, from the moment they are asked for."""
+    """A fleet whose new replicas change to the next of `states` with every reading of the status."""
 
-    def __init__(self, count: int, lives: Sequence[str] = ("restarting", "starting", "ready")) -> None:
+    def __init__(self, count: int, states: Sequence[str] = ("restarting", "starting", "ready")) -> None:
         self.states = dict.fromkeys(range(count), "ready")
         self.wanted = 0
-        self._lives = lives
+        self._start_states = states
 
     def scale(self, count: int) -> None:
         self.wanted = count
-        self.states |= dict.fromkeys(range(len(self.states), count), self._lives[0])
+        self.states |= dict.fromkeys(range(len(self.states), count), self._start_states[0])
         self.states |= dict.fromkeys(range(count, len(self.states)), "leaving")
 
     def __call__(self) -> FleetStatus:
@@ -32,21 +32,21 @@ class Fleet:
         for number, state in seen.items():
             if state == "leaving":
                 del self.states[number]
-            elif state in self._lives[:-1]:
-                self.states[number] = self._lives[self._lives.index(state) + 1]
+            elif state in self._start_states[:-1]:
+                self.states[number] = self._start_states[self._start_states.index(state) + 1]
         return fleet(*(replica(number, state, cause="out of memory") for number, state in seen.items()))
 
 
-def scaled(fleet: Fleet, count: int, *, timeout: float = 60) -> list[str]:
+def run_scale(fleet: Fleet, count: int, *, timeout: float = 60) -> list[str]:
     told: list[str] = []
     with StatusServer(fleet) as server:
         server.scale = fleet.scale
-        asyncio.run(program.scale(server.url, count, tell=told.append, timeout=timeout))
+        asyncio.run(scale_server(server.url, count, tell=told.append, timeout=timeout))
     return told
 
 
-def test_more() -> None:
-    assert scaled(Fleet(1, lives=("starting", "ready")), 3) == [
+def test_more_replicas() -> None:
+    assert run_scale(Fleet(1, states=("starting", "ready")), 3) == [
         "1 replica now, 3 wanted",
         "replica 1 is starting",
         "replica 2 is starting",
@@ -56,8 +56,8 @@ def test_more() -> None:
     ]
 
 
-def test_fewer() -> None:
-    assert scaled(Fleet(2), 1) == [
+def test_fewer_replicas() -> None:
+    assert run_scale(Fleet(2), 1) == [
         "2 replicas now, 1 wanted",
         "replica 1 is leaving",
         "replica 1 has left",
@@ -65,18 +65,18 @@ def test_fewer() -> None:
     ]
 
 
-def test_as_many_as_there_are() -> None:
-    assert scaled(Fleet(2), 2) == ["2 replicas now, 2 wanted", "2 replicas ready"]
+def test_the_same_number() -> None:
+    assert run_scale(Fleet(2), 2) == ["2 replicas now, 2 wanted", "2 replicas ready"]
 
 
-def test_one_that_is_given_up() -> None:
-    with pytest.raises(EngineError, match="replica 1 is given up: out of memory"):
-        scaled(Fleet(1, lives=("starting", "failed")), 2)
+def test_a_replica_that_is_given_up() -> None:
+    with pytest.raises(EngineError, match="replica 1 was given up: out of memory"):
+        run_scale(Fleet(1, states=("starting", "failed")), 2)
 
 
 def test_the_deadline() -> None:
     with pytest.raises(EngineError, match=r"not done within 0 s: 1 ready, 1 starting"):
-        scaled(Fleet(1, lives=("starting",)), 2, timeout=0)
+        run_scale(Fleet(1, states=("starting",)), 2, timeout=0)
 
 
 def test_a_refusal() -> None:
@@ -84,7 +84,7 @@ def test_a_refusal() -> None:
     with StatusServer(Fleet(1)) as server:
         server.broken = True
         with pytest.raises(UserError, match="share experts"):
-            asyncio.run(program.scale(server.url, 2, tell=told.append))
+            asyncio.run(scale_server(server.url, 2, tell=told.append))
 
 
 def test_the_commands(capsys: pytest.CaptureFixture[str], run_shoal: Callable[..., int]) -> None:

@@ -1,4 +1,4 @@
-"""`shoal top`: what it shows, and how it goes on when the server does not."""
+"""`shoal top`: the tables, and waiting for a server that goes away."""
 
 import io
 import os
@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from shoal.client import top
-from shoal.client.readings import Readings
+from shoal.client.status_history import StatusHistory
 from shoal.client.top_screen import screen
 from shoal.errors import UserError
 from shoal.server.operations.status import status_json
@@ -25,25 +25,25 @@ from support.status_server import StatusServer
 CAUSE = "rank 1 (process 101, last step 9, computing) was killed by SIGKILL"
 
 
-def shown(readings: Readings, *, width: int = 160, lines: int | None = None, trouble: str = "") -> str:
+def shown(history: StatusHistory, *, width: int = 160, lines: int | None = None, trouble: str = "") -> str:
     console = Console(file=io.StringIO(), width=width, height=100)
-    console.print(screen(readings, width=width, lines=lines, trouble=trouble))
+    console.print(screen(history, width=width, lines=lines, trouble=trouble))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def read(*statuses: FleetStatus) -> Readings:
-    readings = Readings()
+def read(*statuses: FleetStatus) -> StatusHistory:
+    history = StatusHistory()
     for status in statuses:
-        readings.add(status_json(status))
-    return readings
+        history.add(status_json(status))
+    return history
 
 
 def row(text: str, begin: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(begin))
 
 
-def test_the_figures_are_there() -> None:
+def test_the_figures_are_shown() -> None:
     def at(uptime: float, tokens: int) -> FleetStatus:
         of_ranks = ranks(2, 1, busy_us=int(0.4e6 * uptime))
         stats = engine(
@@ -64,24 +64,26 @@ def test_the_figures_are_there() -> None:
     )
 
 
-def test_a_replica_that_is_down_says_why() -> None:
+def test_the_failure_of_a_replica_is_shown() -> None:
     down = replica(1, "restarting", restarts=2, cause=CAUSE, stats=engine(running=5, waiting=4, of_ranks=ranks()))
     text = shown(read(fleet(replica(0, stats=engine(running=1, of_ranks=ranks())), down)))
     assert f"replica 1 ended: {CAUSE}" in text
     assert "1 of 2 replicas ready" in text
-    assert "1 running, 0 waiting" in text, "what an engine said before its end means nothing any more"
+    assert "1 running, 0 waiting" in text, "gauges of an engine that has ended are not shown"
     assert "2 restarts" in text
-    assert not [line for line in text.splitlines() if line.startswith("1") and "101" in line], "its ranks are gone"
+    assert not [line for line in text.splitlines() if line.startswith("1") and "101" in line], (
+        "ranks of an engine that has ended are not shown"
+    )
 
 
-def test_states_of_the_whole() -> None:
+def test_states_of_the_server() -> None:
     assert "draining" in shown(read(fleet(replica(0), accepting=False)))
     assert "no replica is ready" in shown(read(fleet(replica(0, "starting"))))
     failed = replace_fields(fleet(replica(0, "failed"), accepting=False), failure="no replica is left")
     assert "failed: no replica is left" in shown(read(failed))
 
 
-def test_what_does_not_fit_is_counted() -> None:
+def test_replicas_and_ranks_that_do_not_fit_are_counted() -> None:
     many = fleet(*(replica(n, stats=engine(of_ranks=ranks(4))) for n in range(1000)), tp=4)
     text = shown(read(many), lines=40)
     assert len(text.splitlines()) <= 40
@@ -90,7 +92,7 @@ def test_what_does_not_fit_is_counted() -> None:
     assert len(shown(read(many)).splitlines()) > 5000
 
 
-def test_80_columns_are_enough() -> None:
+def test_80_columns_show_the_important_columns() -> None:
     down = replica(
         1, "restarting", host="a-host-with-a-very-long-name.example.org", cause="x", stats=engine(generated=1)
     )
@@ -100,7 +102,7 @@ def test_80_columns_are_enough() -> None:
     assert row(text, "0").split() == ["0", "ready", "2,048", "9,999", "████░░░░░░", "42", "%", "-", "0", "0", "12"]
 
 
-def test_trouble_comes_first() -> None:
+def test_trouble_is_shown_first() -> None:
     assert shown(read(fleet(replica(0))), trouble="no server at x").startswith("no server at x")
 
 
@@ -116,9 +118,9 @@ def server() -> Iterator[StatusServer]:
         yield server
 
 
-def test_without_a_terminal_it_is_one_snapshot(server: StatusServer) -> None:
+def test_without_a_terminal_the_status_is_printed_once(server: StatusServer) -> None:
     console = Console(file=io.StringIO(), width=160)
-    top.run(server.url, interval=0.2, console=console)
+    top.show_status(server.url, interval=0.2, console=console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert text.count("tiny") == 1
@@ -127,16 +129,16 @@ def test_without_a_terminal_it_is_one_snapshot(server: StatusServer) -> None:
     assert server.asked == ["/v1/admin/status"] * 2
 
 
-def test_a_key_is_given(server: StatusServer) -> None:
+def test_the_api_key_is_sent(server: StatusServer) -> None:
     server.key = "secret"
     console = Console(file=io.StringIO(), width=160)
     with pytest.raises(UserError, match="--api-key"):
-        top.run(server.url, once=True, interval=0.1, console=console)
-    top.run(server.url, once=True, interval=0.1, api_key="secret", console=console)
+        top.show_status(server.url, once=True, interval=0.1, console=console)
+    top.show_status(server.url, once=True, interval=0.1, api_key="secret", console=console)
 
 
 class Terminal:
-    """A `shoal top` of its own, on a terminal."""
+    """A `shoal top` process on a terminal."""
 
     def __init__(self, url: str) -> None:
         self.controller, terminal = pty.openpty()
@@ -154,17 +156,17 @@ class Terminal:
                 with self._more:
                     self.text += data.decode(errors="replace")
                     self._more.notify_all()
-        except OSError:  # the other end has gone
+        except OSError:  # the process has ended
             pass
 
-    def until(self, words: str, *, behind: str = "") -> None:
-        """Waits until `words` are there, so often that a whole picture came behind the last `behind`."""
+    def wait_for(self, words: str, *, after: str = "") -> None:
+        """Wait until `words` come three times after the last `after`, so that the screen was drawn completely."""
         with self._more:
-            true = self._more.wait_for(lambda: self.text.rpartition(behind or "\0")[2].count(words) >= 3, 60)
-            assert true, self.text[-2000:]
+            found = self._more.wait_for(lambda: self.text.rpartition(after or "\0")[2].count(words) >= 3, 60)
+            assert found, self.text[-2000:]
 
-    def ended(self) -> bool:
-        """In order, and the terminal is as it was."""
+    def ended_well(self) -> bool:
+        """Wait for the process. Return whether it ended with code 0 and restored the terminal."""
         with self._more:
             restored = self._more.wait_for(lambda: "\x1b[?1049l" in self.text, 60)
         return restored and self.process.wait(60) == 0
@@ -185,17 +187,17 @@ def terminal(server: StatusServer) -> Iterator[Terminal]:
 
 
 @pytest.mark.parametrize("keys", [b"q", b"\x03"])
-def test_on_a_terminal_it_goes_on_until_a_key(terminal: Terminal, keys: bytes) -> None:
-    terminal.until("tokens/s out")
+def test_on_a_terminal_it_runs_until_a_key(terminal: Terminal, keys: bytes) -> None:
+    terminal.wait_for("tokens/s out")
     terminal.press(keys)
-    assert terminal.ended()
+    assert terminal.ended_well()
 
 
-def test_a_server_that_goes_away_is_waited_for(server: StatusServer, terminal: Terminal) -> None:
-    terminal.until("tokens/s out")
+def test_top_waits_for_a_server_that_goes_away(server: StatusServer, terminal: Terminal) -> None:
+    terminal.wait_for("tokens/s out")
     server.close()
-    terminal.until("connection refused; trying again for")
+    terminal.wait_for("connection refused; trying again for")
     server.open()
-    terminal.until("tokens/s out", behind="trying again for")
+    terminal.wait_for("tokens/s out", after="trying again for")
     terminal.press(b"q")
-    assert terminal.ended()
+    assert terminal.ended_well()

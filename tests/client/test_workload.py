@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.load.calibrate import words_by_usage
 from shoal.client.load.prompts import WORDS, IdPrompts, WordPrompts
+from shoal.client.load.word_costs import words_by_usage
 from shoal.client.load.workload import Lengths, Workload, arrivals, parse_mix
 from shoal.errors import ConfigError
 from support.fakes import steady
@@ -57,7 +57,7 @@ def test_requests_follow_the_seed_and_the_arrivals(workload: Workload, count: in
     assert len(begins) <= workload.num_prefixes
 
 
-def test_a_rate_changes_no_prompt() -> None:
+def test_the_rate_does_not_change_prompts() -> None:
     workload = Workload(lengths=[Lengths(8, 4)], range_ratio=0.5)
     slow, fast = (
         list(itertools.islice(workload.requests(IdPrompts(99), arrivals(rate, 1.0, 0)), 5)) for rate in (1.0, 9.0)
@@ -73,7 +73,7 @@ def test_shares_of_a_mix() -> None:
 
 
 def test_shares_of_prefixes() -> None:
-    """With an exponent of 1 the first of three has 6/11."""
+    """With an exponent of 1 the share of the first of three prefixes is 6/11."""
     workload = Workload(lengths=[Lengths(1, 1)], shared_prefix_len=4, num_prefixes=3)
     drawn = Counter(itertools.islice(workload.prefixes(), 4000))
     assert abs(drawn[0] / 4000 - 6 / 11) < 0.032
@@ -90,20 +90,20 @@ def test_gaps_between_arrivals(burstiness: float) -> None:
     assert statistics.stdev(gaps) / mean == pytest.approx(1 / math.sqrt(burstiness), rel=0.06)
 
 
-def test_all_at_once() -> None:
+def test_an_infinite_rate_sends_all_at_once() -> None:
     assert list(itertools.islice(arrivals(math.inf, 1.0, 0), 3)) == [0.0, 0.0, 0.0]
 
 
 @steady
 @given(st.lists(lengths, min_size=1, max_size=5))
-def test_a_mix_reads_as_it_is_written(mix: list[Lengths]) -> None:
+def test_a_mix_is_parsed(mix: list[Lengths]) -> None:
     text = ", ".join(f"{each.input_len}:{each.output_len}@{each.weight!r}" for each in mix)
     assert parse_mix(text) == tuple(mix)
     assert parse_mix("3:4") == (Lengths(3, 4),)
 
 
 @pytest.mark.parametrize("text", ["", "5", "1:2:3", "a:b", "1:2@x", "1:2,", "0:2", "1:2@0", "1:2@-1", "1:2@inf"])
-def test_no_mix(text: str) -> None:
+def test_wrong_mixes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse_mix(text)
     assert "\n" not in str(raised.value)
@@ -116,11 +116,11 @@ def test_no_mix(text: str) -> None:
     st.integers(1, 200),
     st.integers(0, 99),
 )
-def test_texts_have_the_wanted_tokens(costs: dict[str, int], overhead: int, tokens: int, seed: int) -> None:
-    """No other word would fit in, but one is there in any case."""
+def test_texts_have_the_given_number_of_tokens(costs: dict[str, int], overhead: int, tokens: int, seed: int) -> None:
+    """A text has at least one word, and ends when no other word fits."""
     prompts = WordPrompts(costs, {word: cost + overhead for word, cost in costs.items()})
     for behind in (False, True):
-        words = str(prompts.make(tokens, random.Random(seed), behind=behind)).split(" ")
+        words = str(prompts.make(tokens, random.Random(seed), joined=behind)).split(" ")
         total = sum(costs[word] for word in words) + (0 if behind else overhead)
         assert total <= tokens or (len(words) == 1 and costs[words[0]] == min(costs.values()))
         assert total > tokens - min(costs.values())
@@ -131,8 +131,8 @@ def test_ids_are_in_the_vocabulary() -> None:
         assert set(IdPrompts(size).make(5000, random.Random(0))) <= set(range(min(4, size - 1), size))
 
 
-def test_what_stands_around_a_prompt_is_no_part_of_a_words_cost() -> None:
-    """A chat's template of 36 tokens, and words of one: as long a prompt as without it."""
+def test_a_chat_template_does_not_count_in_the_cost_of_words() -> None:
+    """With a template of 36 tokens and words of one token, prompts are as long as without a template."""
     around, each = 36, len(WORDS)
     found = words_by_usage(around + each, around + 2 * each)
     assert found.make(100, random.Random(0)) == words_by_usage(each, 2 * each).make(100, random.Random(0))

@@ -138,7 +138,7 @@ def test_a_replica_that_is_dismissed_is_told_to_stop(connection: Connection) -> 
     assert connection.receive() == [Stop()]
     assert not connection.replica.has_ended
     connection.send(updates(3))  # of a step that was in flight
-    connection.engine.hang_up()
+    connection.engine.shut_down()
     for _ in range(600):
         if connection.replica.has_ended:
             return

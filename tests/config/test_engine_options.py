@@ -1,4 +1,4 @@
-"""Options, as one table for the command line, the library and the docs."""
+"""The options in one table for the command line, the library and the docs."""
 
 import math
 from typing import Any
@@ -7,17 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.config.engine_options import (
-    EngineOptions,
-    Option,
-    SpeculativeConfig,
-    format_bytes,
-    from_environment,
-    options,
-    parse_bytes,
-    strange_variables,
-)
+from shoal.config.engine_options import EngineOptions, from_environment, options, strange_variables
+from shoal.config.option import Option
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.errors import ConfigError
+from shoal.values import format_bytes, parse_bytes
 from support.fakes import steady
 
 HUGE = 10**5000  # too long for Python to print, and larger than every float
@@ -41,12 +35,12 @@ def test_values_reach_their_sections() -> None:
         ("gpu_memory", "gpu_memory_utilization"),
     ],
 )
-def test_a_misspelt_name_is_met_with_the_right_one(wrong: str, right: str) -> None:
+def test_the_error_of_a_misspelt_name_suggests_the_right_one(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown option {wrong}; did you mean {right}"):
         EngineOptions.from_flat("m", {wrong: 1})
 
 
-def test_a_strange_name_is_met_with_all_known_ones() -> None:
+def test_the_error_of_an_unknown_name_lists_all_names() -> None:
     for name in ("xyzzy", "block_chain"):  # the second is a little like block_size
         with pytest.raises(ConfigError, match=r"known are revision, .*max_in_flight"):
             EngineOptions.from_flat("m", {name: 1})
@@ -72,7 +66,7 @@ def test_a_strange_name_is_met_with_all_known_ones() -> None:
         ({"gpu_memory_utilization": math.inf}, "--gpu-memory-utilization takes a finite number"),
         ({"device_memory": "lots"}, "--device-memory takes a number of bytes"),
         ({"device_memory": "0"}, "--device-memory must be at least 1"),
-        # What no message between processes could carry, or Python could not even print.
+        # Values that no message between processes can carry, or that Python can't even print.
         ({"seed": 2**63}, "--seed must be at most 9223372036854775807, got 9223372036854775808"),
         ({"seed": HUGE}, "--seed must be at most 9223372036854775807, got a number that is too long to be shown"),
         ({"block_size": -HUGE}, "--block-size must be at least 1, got a number that is too long to be shown"),
@@ -124,7 +118,7 @@ def test_wrong_values_are_refused_by_flag(values: dict[str, Any], message: str) 
     ],
     ids=range(13),
 )
-def test_keys_that_speculation_does_not_take(value: Any, says: str) -> None:
+def test_keys_that_speculation_does_not_have(value: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=f"^--speculative-config.*{says}"):
         EngineOptions.from_flat("m", {"speculative_config": value})
 
@@ -136,12 +130,12 @@ def test_speculation_takes_the_keys_of_its_method() -> None:
     assert found == SpeculativeConfig("ngram", prompt_lookup_max=3)
 
 
-def test_the_largest_values_are_taken() -> None:
+def test_the_largest_values_are_accepted() -> None:
     assert KNOWN["seed"].check(2**63 - 1) == 2**63 - 1
     assert KNOWN["tensor_parallel_split"].check([10**6, 1]) == (10**6, 1)
 
 
-def test_near_types_are_taken() -> None:
+def test_similar_types_are_accepted() -> None:
     found = EngineOptions.from_flat(
         "m", {"start_timeout": 5, "device_memory": "2GiB", "kv_cache_memory_bytes": 10**9, "max_model_len": None}
     )
@@ -152,7 +146,7 @@ def test_near_types_are_taken() -> None:
 
 
 @pytest.mark.parametrize("option", KNOWN.values(), ids=KNOWN)
-def test_every_option_says_what_it_does_and_has_a_good_default(option: Option) -> None:
+def test_every_option_has_a_help_text_and_a_valid_default(option: Option) -> None:
     assert len(option.help) > 10
     assert option.group
     assert option.check(option.default) == option.default
@@ -187,20 +181,20 @@ def test_sizes_are_read(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1.2.3", "5 apples", "1e9", "0x10", "1 MiB 2"])
-def test_other_texts_are_no_sizes(text: str) -> None:
+def test_other_texts_are_not_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="--x takes a number of bytes"):
         parse_bytes(text, "--x")
 
 
 @steady
 @given(st.integers(0, 2**53))
-def test_a_count_of_bytes_reads_as_itself(count: int) -> None:
+def test_a_shown_number_of_bytes_is_read_exactly(count: int) -> None:
     assert parse_bytes(str(count), "--x") == count
 
 
 @steady
 @given(st.integers(0, 2**45))
-def test_what_is_shown_reads_as_nearly_the_same(count: int) -> None:
+def test_a_shown_size_is_read_approximately(count: int) -> None:
     shown = format_bytes(count).replace("bytes", "b")
     assert parse_bytes(shown, "--x") == pytest.approx(count, rel=0.006)
 
@@ -224,7 +218,7 @@ def test_what_is_shown_reads_as_nearly_the_same(count: int) -> None:
         ("cpu_cores", "0-1|2, 5", ((0, 1), (2, 5))),
     ],
 )
-def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: object) -> None:
+def test_texts_are_read_by_the_type_of_their_option(name: str, text: str, value: object) -> None:
     assert KNOWN[name].read(text, "X") == value
 
 
@@ -251,7 +245,7 @@ def test_texts_are_read_as_their_option_wants_them(name: str, text: str, value: 
         ("device_memory", "\u0662GiB", "X takes a number of bytes"),
     ],
 )
-def test_texts_that_no_option_wants(name: str, text: str, says: str) -> None:
+def test_texts_of_the_wrong_type(name: str, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         KNOWN[name].read(text, "X")
 
@@ -274,6 +268,6 @@ def test_overrides_are_json(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", ["[1]", "{", "{'a': 1}", 7, {"a": object()}, {"a": float("nan")}, '{"a": NaN}'])
-def test_what_is_no_override(value: object) -> None:
+def test_invalid_overrides(value: object) -> None:
     with pytest.raises(ConfigError, match=r"^--hf-overrides.*JSON"):
         EngineOptions.from_flat("m", {"hf_overrides": value})

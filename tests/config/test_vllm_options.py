@@ -27,7 +27,7 @@ def taken(each: vllm_options.Accepted) -> list[Any]:
 
 
 @pytest.mark.parametrize("each", vllm_options.TABLE, ids=lambda each: each.name)
-def test_each_is_taken_with_a_note_or_refused_with_a_way_out(each: vllm_options.Accepted) -> None:
+def test_each_option_is_accepted_with_a_note_or_refused_with_an_alternative(each: vllm_options.Accepted) -> None:
     others = {each.needs: 0} if each.needs else {}
     for value in taken(each):
         left, (note,) = vllm_options.take({each.name: value, "seed": 3, **others}, server=True)
@@ -45,7 +45,7 @@ def test_each_is_taken_with_a_note_or_refused_with_a_way_out(each: vllm_options.
         assert "\n" not in str(caught.value)
 
 
-def test_no_name_is_one_of_ours() -> None:
+def test_no_name_is_one_of_our_options() -> None:
     names = [each.name for each in vllm_options.TABLE]
     assert len(set(names)) == len(names)
     assert not set(names) & {option.name for option in engine_options.options()}
@@ -56,7 +56,7 @@ def test_no_name_is_one_of_ours() -> None:
 
 
 @pytest.mark.parametrize("name", vllm_options.LACKING)
-def test_each_that_is_lacking_is_explained_in_every_form(name: str) -> None:
+def test_each_missing_option_is_explained_in_every_form(name: str) -> None:
     flag = "--" + name.replace("_", "-")
     way = vllm_options.LACKING[name]
     told = f"Shoal does not have vLLM's {flag}" + (f": {way}" if way else " yet")
@@ -69,7 +69,7 @@ def test_each_that_is_lacking_is_explained_in_every_form(name: str) -> None:
     assert name not in known
 
 
-def test_ways_name_flags_that_exist() -> None:
+def test_alternatives_name_existing_flags() -> None:
     known = {flag for command in cli.commands.values() for parameter in command.params for flag in parameter.opts}
     known |= {"--dir"}  # of `shoal download`
     for name, way in vllm_options.LACKING.items():
@@ -91,12 +91,12 @@ def test_ways_name_flags_that_exist() -> None:
         ("-dcp", "Shoal does not have vLLM's --decode-context-parallel-size yet"),
     ],
 )
-def test_others_are_explained_too(name: str, says: str) -> None:
+def test_options_of_the_server_and_other_spellings_are_explained(name: str, says: str) -> None:
     assert str(vllm_options.explain(name)).startswith(says)
 
 
 @pytest.mark.parametrize("name", ["xyzzy", "tensor_paralel_size", "-z", "", "--", "no_"])
-def test_what_vllm_does_not_have_is_not_explained(name: str) -> None:
+def test_options_that_vllm_does_not_have_are_not_explained(name: str) -> None:
     assert vllm_options.explain(name) is None
 
 
@@ -127,8 +127,8 @@ def test_programs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
         open_model(None, {"data_parallel_external_lb": True}, online=True)
 
 
-def test_code_beside_a_checkpoint_is_not_run(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """With the flag as without it; a known family needs none of it."""
+def test_code_in_the_folder_of_a_checkpoint_is_not_run(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """It is not run with the flag or without it; a known family does not need it."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(
@@ -166,7 +166,7 @@ def test_flags(arguments: list[str], says: str) -> None:
 
 
 def test_flags_with_underscores_and_lists_of_origins() -> None:
-    """As they stand in other people's scripts; the last one is what is refused."""
+    """Scripts for vLLM have such flags. Only the last one is refused."""
     arguments = [
         "--gpu_memory_utilization",
         "0.5",

@@ -1,7 +1,7 @@
-"""The command blocks of the README and the docs: those that can run do, with the bundled model.
+"""Run the command blocks of the README and the docs with the bundled model.
 
-A comment above a block says what becomes of it: `<!-- run -->`, `<!-- run: serve -->` (it starts a server, which is
-ended when it has printed its URL), `<!-- run: client -->` (it talks to a server), or `<!-- skip: why -->`.
+A comment above a block says how: `<!-- run -->`, `<!-- run: serve -->` (it starts a server, which is ended when it has
+printed its URL), `<!-- run: client -->` (it uses a server), or `<!-- skip: reason -->`.
 """
 
 import os
@@ -57,7 +57,7 @@ def by_name(found: list[Block]) -> dict[str, object]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working directory in which `shoal` is on PATH, and what blocks speak of lies."""
+    """A working directory with `shoal` on PATH and the files that blocks use."""
     (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"name": {"type": "string"}}}')
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "37 + 45 ="}\n{"prompt": "Reverse: apple ->"}\n')
     return tmp_path

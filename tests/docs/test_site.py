@@ -1,4 +1,4 @@
-"""The documentation's site: every link leads somewhere, and every page has its place."""
+"""The site of the documentation: every link has a target, and every page is in the navigation."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The block pool, held against a model that knows every block's content."""
+"""The block pool, compared with a model that knows every block's content."""
 
 import pytest
 from hypothesis import settings
@@ -13,13 +13,13 @@ SIZE = 2
 
 
 def filled(pool: BlockPool, tokens: list[int], salt: str | None = "") -> list[int]:
-    """Blocks of a sequence that has computed all of `tokens`."""
+    """Return the blocks of a sequence that has computed all of `tokens`."""
     blocks = pool.allocate(-(-len(tokens) // pool.block_size))
     pool.cache(blocks, 0, len(tokens) // pool.block_size, tokens, salt)
     return blocks
 
 
-def test_a_prefix_is_found_again_up_to_the_whole_text() -> None:
+def test_a_cached_prefix_is_found_up_to_the_whole_text() -> None:
     pool = BlockPool(8, SIZE)
     blocks = filled(pool, [1, 2, 3, 4, 5])
     assert pool.find_prefix([1, 2, 3, 4, 9], "") == blocks[:2]
@@ -29,7 +29,7 @@ def test_a_prefix_is_found_again_up_to_the_whole_text() -> None:
     assert pool.find_prefix([1, 9, 3, 4, 5], "") == []
 
 
-def test_the_same_block_after_another_beginning_is_not_found() -> None:
+def test_the_same_tokens_after_another_prefix_are_not_found() -> None:
     pool = BlockPool(8, SIZE)
     filled(pool, [1, 1, 5, 5])
     other = filled(pool, [2, 2, 5, 5])
@@ -37,7 +37,7 @@ def test_the_same_block_after_another_beginning_is_not_found() -> None:
     assert pool.find_prefix([5, 5, 0], "") == []
 
 
-def test_salts_are_apart() -> None:
+def test_blocks_of_another_salt_are_not_found() -> None:
     pool = BlockPool(8, SIZE)
     filled(pool, [1, 2, 3, 4], "a")
     assert pool.find_prefix([1, 2, 3, 4, 5], "b") == []
@@ -45,7 +45,7 @@ def test_salts_are_apart() -> None:
     assert len(pool.find_prefix([1, 2, 3, 4, 5], "a")) == 2
 
 
-def test_what_shares_with_nobody_is_not_kept() -> None:
+def test_blocks_without_a_salt_are_not_cached() -> None:
     pool = BlockPool(8, SIZE)
     filled(pool, [1, 2, 3, 4], None)
     assert pool.find_prefix([1, 2, 3, 4, 5], "") == []
@@ -53,7 +53,7 @@ def test_what_shares_with_nobody_is_not_kept() -> None:
     assert pool.find_prefix([1, 2, 3, 4, 5], None) == []
 
 
-def test_of_what_nobody_holds_the_longest_unused_goes_first_and_of_a_chain_its_end() -> None:
+def test_the_longest_unused_block_is_allocated_first_and_of_a_sequence_the_last_one() -> None:
     pool = BlockPool(4, SIZE)
     old, young = filled(pool, [1, 1, 2, 2]), filled(pool, [3, 3, 4, 4])
     pool.release(old)
@@ -61,7 +61,7 @@ def test_of_what_nobody_holds_the_longest_unused_goes_first_and_of_a_chain_its_e
     assert [pool.allocate(1)[0] for _ in range(4)] == [old[1], old[0], young[1], young[0]]
 
 
-def test_blocks_without_use_are_taken_before_cached_ones() -> None:
+def test_blocks_without_content_are_allocated_before_cached_ones() -> None:
     pool = BlockPool(4, SIZE)
     cached, plain = filled(pool, [1, 1, 2, 2]), pool.allocate(2)
     pool.release(cached)
@@ -70,7 +70,7 @@ def test_blocks_without_use_are_taken_before_cached_ones() -> None:
     assert pool.find_prefix([1, 1, 2, 2, 3], "") == cached
 
 
-def test_a_held_block_outlives_the_one_who_filled_it() -> None:
+def test_a_held_block_stays_when_the_sequence_that_filled_it_ends() -> None:
     pool = BlockPool(3, SIZE)
     blocks = filled(pool, [1, 1, 2, 2])
     found = pool.find_prefix([1, 1, 2, 2, 3], "")
@@ -84,25 +84,25 @@ def test_a_held_block_outlives_the_one_who_filled_it() -> None:
     pool.audit([])
 
 
-def test_a_second_copy_stays_private_and_its_chain_goes_on_from_the_first() -> None:
+def test_a_second_copy_of_a_block_is_not_cached_and_later_blocks_follow_the_first_copy() -> None:
     pool = BlockPool(8, SIZE)
     first = filled(pool, [1, 1])
     second = filled(pool, [1, 1, 2, 2])
     assert pool.find_prefix([1, 1, 2, 2, 3], "") == [first[0], second[1]]
     pool.release(second)
-    assert pool.allocate(6)[0] == second[0], "a private copy is of no use to anybody"
+    assert pool.allocate(6)[0] == second[0], "a copy that is not cached is allocated first"
 
 
 @pytest.mark.parametrize("held", [[], [[0, 1, 1]], [[0], [1], [2]]])
-def test_the_audit_tells_when_the_books_differ(held: list[list[int]]) -> None:
+def test_the_audit_raises_if_the_counts_differ(held: list[list[int]]) -> None:
     pool = BlockPool(4, SIZE)
     assert pool.allocate(2) == [0, 1]
-    with pytest.raises(EngineError, match="out of balance"):
+    with pytest.raises(EngineError, match="counted wrongly"):
         pool.audit(held)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences come, grow and go. The model knows which (salt, prefix) each block was filled with last."""
+    """Sequences start, grow and end. The model knows which (salt, prefix) each block was filled with last."""
 
     def __init__(self) -> None:
         super().__init__()

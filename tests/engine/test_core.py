@@ -9,16 +9,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shoal.config.engine_options import SpeculativeConfig
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.ngram import NgramIndex
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import make_drafters
-from shoal.errors import ClosedError, EngineError, RankFailed, RequestError
+from shoal.errors import UNPROCESSABLE, ClosedError, EngineError, RankFailed, RequestError, structured_outputs_error
 from shoal.wire.base import Ids, replace_fields
 from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
 from shoal.wire.grammars import GrammarAsk, Verdict
 from shoal.wire.ranks import RankStats, SeqOut, StepPlan, StepResult, StepTimes
+from shoal.wire.request_refusal import RequestRefusal
 from shoal.wire.tokens import decode_tokens
 from support.fakes import FakeClock, FakeExecutor, FaultyExecutor, Outcomes, alone, begun, request, steady
 
@@ -27,7 +28,7 @@ NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=3, prompt_lookup_max=2
 
 
 class Engine:
-    """An EngineCore over fake ranks, with its clients' books."""
+    """An `EngineCore` over fake ranks, with the updates of its clients."""
 
     def __init__(
         self,
@@ -90,8 +91,8 @@ class Engine:
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("spare_depth", [-2, -1, 0, 1])
-def test_all_requests_end_whatever_the_stages_and_the_depth(stages: int, spare_depth: int) -> None:
-    """With fewer plans in flight than stages, some of these have nothing to do, and that is all."""
+def test_all_requests_end_with_any_number_of_stages_and_plans_in_flight(stages: int, spare_depth: int) -> None:
+    """With fewer plans in flight than stages, some stages have nothing to do, but all requests end."""
     depth = max(stages + spare_depth, 1)
     for requests in (1, stages, 8):
         engine = Engine(depth=depth, stages=stages)
@@ -105,7 +106,7 @@ def test_all_requests_end_whatever_the_stages_and_the_depth(stages: int, spare_d
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_request_gets_its_tokens_whatever_the_depth(depth: int) -> None:
+def test_a_request_gets_its_tokens_with_any_number_of_plans_in_flight(depth: int) -> None:
     engine = Engine(depth=depth)
     spec = request(1, [1, 2, 3], 6)
     engine.add(spec)
@@ -121,7 +122,7 @@ def test_an_engine_without_requests_does_nothing() -> None:
     assert engine.ranks.plans == []
 
 
-def test_aborting_what_is_unknown_or_has_ended_is_nothing() -> None:
+def test_an_abort_of_an_unknown_or_ended_request_does_nothing() -> None:
     engine = Engine()
     engine.abort(5)
     engine.add(request(1, [1], 2))
@@ -172,7 +173,7 @@ def test_stats_add_up() -> None:
     assert stats.ranks == (RankStats(0, 1, 2, 3, 4, 5),)
 
 
-def test_a_dead_rank_fails_the_engine_once_and_for_all() -> None:
+def test_a_dead_rank_fails_the_engine_for_good() -> None:
     engine = Engine(dies_at=2)
     engine.add(request(1, [1], 9))
     engine.step()
@@ -187,8 +188,8 @@ def test_a_dead_rank_fails_the_engine_once_and_for_all() -> None:
     assert engine.outcomes.tokens[1] == alone(engine.outcomes.specs[1])[:2]
 
 
-def test_an_error_that_nobody_foresaw_fails_the_engine_too() -> None:
-    """A plan may have left without its mask: going on would wait for an answer that never comes."""
+def test_an_unexpected_error_fails_the_engine() -> None:
+    """A plan may have been sent without its mask: the engine would wait for a result that never comes."""
     engine = Engine()
     engine.add(request(1, [1], 9))
 
@@ -202,7 +203,7 @@ def test_an_error_that_nobody_foresaw_fails_the_engine_too() -> None:
         engine.core.updates(0)
 
 
-def test_a_rank_that_died_between_steps_is_met_at_the_next_launch() -> None:
+def test_a_rank_that_died_between_steps_is_noticed_at_the_next_launch() -> None:
     engine = Engine(depth=1, dies_at=0)
     engine.add(request(1, [1], 9))
     with pytest.raises(RankFailed):
@@ -221,7 +222,7 @@ def test_a_lost_result_is_an_error_and_never_a_wrong_token(depth: int) -> None:
 
 
 def test_a_lost_result_at_depth_one_is_waited_for() -> None:
-    """How long is up to the executor, which knows the deadline of a step."""
+    """The executor decides how long, since it knows the deadline of a step."""
     engine = Engine(depth=1, drop=1)
     engine.add(request(1, [1], 9))
     for _ in range(20):
@@ -230,7 +231,7 @@ def test_a_lost_result_at_depth_one_is_waited_for() -> None:
     assert engine.core.busy
 
 
-def test_a_closed_engine_says_so() -> None:
+def test_a_closed_engine_refuses_calls() -> None:
     engine = Engine()
     engine.core.close()
     engine.core.close()
@@ -243,7 +244,7 @@ def test_a_closed_engine_says_so() -> None:
 
 
 def test_drafts_are_counted_and_save_steps() -> None:
-    """A cycle of tokens, which n-grams draft."""
+    """The tokens form a cycle, which n-grams draft."""
     plain, drafting = Engine(depth=1), Engine(depth=1, speculative=NGRAM)
     spec = request(1, [1, 2, 3], 14)
     for engine in (plain, drafting):
@@ -259,13 +260,15 @@ def test_drafts_are_counted_and_save_steps() -> None:
     assert (plain.core.stats().draft_tokens, plain.core.stats().accepted_tokens) == (0, 0)
 
 
-# --- requests that were begun elsewhere --------------------------------------------------------------------------
+# --- requests that another engine began --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("speculative", [None, NGRAM])
 @pytest.mark.parametrize("stop", [None, 0, 3, 7])
-def test_a_request_ends_alike_wherever_it_was_cut(stop: int | None, speculative: SpeculativeConfig | None) -> None:
-    """It gets the rest of its tokens, or at once the end that it has come to."""
+def test_a_continued_request_ends_as_an_uninterrupted_one(
+    stop: int | None, speculative: SpeculativeConfig | None
+) -> None:
+    """It gets the rest of its tokens, or ends at once if its output is complete."""
     plain = request(0, [1, 2, 3], 12)
     whole = request(0, [1, 2, 3], 12, stop_ids=() if stop is None else [alone(plain)[stop]])
     output = alone(whole)
@@ -284,7 +287,7 @@ def test_a_request_ends_alike_wherever_it_was_cut(stop: int | None, speculative:
             assert engine.ranks.plans == []
 
 
-def test_an_output_that_goes_on_is_drafted_from_all_of_its_tokens() -> None:
+def test_a_continued_output_is_drafted_from_all_of_its_tokens() -> None:
     spec = begun(request(1, [1, 2, 3], 14), 10)
     engine = Engine(depth=1, speculative=NGRAM)
     engine.add(spec)
@@ -300,13 +303,12 @@ def test_an_output_that_goes_on_is_drafted_from_all_of_its_tokens() -> None:
 # --- masks -------------------------------------------------------------------------------------------------------
 
 
-WORDS = 2  # of a row: the tokens that are allowed, and a number
+WORDS = 2  # words of a row: the tokens that are allowed, and a number
 
 
 @dataclass(slots=True)
 class FakeOutput:
-    """An output may be ended when it has `end` tokens, be at a dead end at `problem_at`, and go no further than
-    `refused_at`."""
+    """An output that is complete with `end` tokens, has a dead end at `problem_at`, and is refused at `refused_at`."""
 
     end: int
     problem_at: int
@@ -314,9 +316,10 @@ class FakeOutput:
     length: int = 0
 
     def verdict(self, seq: int, drafts: Ids, *, masked: bool) -> Verdict:
-        """A row says behind how many tokens it is, and allows every token unless none may follow: see `WORDS`."""
+        """Return rows (see `WORDS`) with the number of tokens before them. They allow all tokens, or none at an end."""
         if self.length > self.refused_at:
-            return Verdict(seq, refused=f"token {self.refused_at} is not allowed there")
+            why = structured_outputs_error(f"can't be followed: token {self.refused_at} is not allowed there")
+            return Verdict(seq, refusal=RequestRefusal.of(why))
         drafts = drafts[: self.refused_at - self.length] if masked else ()
         places = range(self.length, self.length + 1 + len(drafts))
         problem = "a dead end" if self.length >= self.problem_at and masked else ""
@@ -329,8 +332,11 @@ class FakeOutput:
 
 
 class FakeGrammars:
-    """A grammar is three numbers: see FakeOutput. A verdict comes after so many polls as `delays` says of its number,
-    and takes `cost_us`. With `lose_at`, whoever asks for that verdict hears that its output is followed no more."""
+    """Grammars of three numbers: see `FakeOutput`.
+
+    Verdict number i comes after `delays(i)` polls and takes `cost_us`. The process of the output that needs verdict
+    number `lose_at` dies.
+    """
 
     words = WORDS
 
@@ -360,7 +366,7 @@ class FakeGrammars:
             output = self._outputs[ask.seq]
             output.length += len(ask.tokens)
             found = output.verdict(ask.seq, ask.drafts, masked=ask.masked)
-            if found.refused:
+            if found.refusal is not None:
                 del self._outputs[ask.seq]
             self._verdicts.append((self._delays(self._asked), replace_fields(found, cost_us=self._cost_us)))
 
@@ -389,7 +395,7 @@ FREE = "99 99 99"
 
 
 class Watched(FaultyExecutor):
-    """Sees to it that nothing is planned behind a masked work before its outcome is known."""
+    """Checks that nothing is planned after a masked work before its token is known."""
 
     def __init__(self, ranks: FakeExecutor, delays: Callable[[int], int]) -> None:
         super().__init__(ranks, delays=delays)
@@ -409,7 +415,7 @@ class Watched(FaultyExecutor):
 
 
 class Masked:
-    """An engine with grammars over fake ranks; `ends` are the last updates, `tokens` all that came."""
+    """An engine with grammars over fake ranks. `ends` has the last updates, `tokens` all tokens."""
 
     def __init__(
         self,
@@ -454,7 +460,7 @@ class Masked:
         assert self.grammars.followed == set()
 
     def check_masks(self) -> None:
-        """Each masked plan has its mask, whose rows are in the plan's order and know all the tokens before them."""
+        """Check that each masked plan has its mask, with rows in the plan's order that know all tokens before them."""
         prompt_lens = {new.seq: new.num_prompt_tokens for plan in self.ranks.plans for new in plan.new}
         masked = [plan for plan in self.ranks.plans if plan.masked]
         assert [mask.step for mask in self.ranks.masks] == [plan.step for plan in masked]
@@ -473,7 +479,7 @@ class Masked:
 @pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize(("depth", "num_blocks", "budget"), [(1, 16, 64), (2, 16, 64), (3, 16, 5), (2, 7, 64)])
 def test_each_masked_plan_has_its_mask(depth: int, num_blocks: int, budget: int, drafting: bool) -> None:
-    """With prompts in chunks, with too few blocks for all, beside requests that are free."""
+    """Also with prompts in chunks, with too few blocks for all, and beside requests without grammars."""
     engine = Masked(depth=depth, num_blocks=num_blocks, budget=budget, drafting=drafting)
     specs = [engine.add(request(i, range(3 + 2 * i), 8), FREE if i % 3 else "") for i in range(5)]
     engine.drain()
@@ -488,7 +494,7 @@ def test_each_masked_plan_has_its_mask(depth: int, num_blocks: int, budget: int,
     assert masked == {1, 2, 4}
 
 
-def test_a_grammar_that_ends_stops_its_request() -> None:
+def test_a_complete_output_stops_its_request() -> None:
     engine = Masked(drafting=True)
     spec = engine.add(request(1, [1, 2, 3], 8), "5 99 99")
     other = engine.add(request(2, [1, 2, 3], 8))
@@ -506,15 +512,15 @@ def test_a_grammar_that_ends_stops_its_request() -> None:
     ],
 )
 @pytest.mark.parametrize("drafting", [False, True])
-def test_a_grammar_that_can_not_be_obeyed_ends_its_request_alone(grammar: str, reason: str, drafting: bool) -> None:
-    """What was drawn where nothing may follow is no part of the output."""
+def test_a_grammar_that_can_not_be_obeyed_ends_only_its_request(grammar: str, reason: str, drafting: bool) -> None:
+    """A token that was drawn where none may follow is not part of the output."""
     engine = Masked(drafting=drafting)
     spec = engine.add(request(1, [1, 2, 3], 8), grammar)
     other = engine.add(request(2, [1, 2, 3], 8), FREE)
     engine.drain()
     found = engine.tokens[1]
     assert found == alone(spec)[: len(found)]
-    assert len(found) == 3 or (drafting and 3 < len(found) < 8)  # drafts may take it past the place
+    assert len(found) == 3 or (drafting and 3 < len(found) < 8)  # drafts may take it past this position
     assert engine.ends[1].finish is Finish.ABORT
     assert engine.ends[1].error == f"structured_outputs can't be obeyed: {reason}"
     assert engine.tokens[2] == alone(other)
@@ -523,7 +529,7 @@ def test_a_grammar_that_can_not_be_obeyed_ends_its_request_alone(grammar: str, r
 
 @pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("end", [5, 99])
-def test_a_grammar_goes_on_behind_an_output_that_was_begun(end: int, drafting: bool) -> None:
+def test_a_grammar_follows_a_continued_output(end: int, drafting: bool) -> None:
     spec = request(1, [1, 2, 3], 8)
     output = alone(spec)[:end]
     for count in range(len(output) + 1):
@@ -535,21 +541,21 @@ def test_a_grammar_goes_on_behind_an_output_that_was_begun(end: int, drafting: b
         engine.check_masks()
 
 
-def test_an_output_that_its_grammar_does_not_allow_is_refused() -> None:
+def test_a_continued_output_that_its_grammar_does_not_allow_is_refused() -> None:
     engine = Masked()
     engine.add(begun(request(1, [1, 2, 3], 8), 5), "99 99 3")
     engine.drain()
     assert (engine.ends[1].finish, engine.ends[1].refusal) == (Finish.ABORT, RefusalKind.INVALID)
-    assert engine.ends[1].error == "token 3 is not allowed there"
+    assert engine.ends[1].error == "structured_outputs can't be followed: token 3 is not allowed there"
+    assert (engine.ends[1].param, engine.ends[1].code) == ("structured_outputs", UNPROCESSABLE)
     assert engine.ranks.plans == []
 
 
 @pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("cost_us", [0, 10_000])
 @pytest.mark.parametrize("polls", [1, 2, 7, 50])
-def test_verdicts_may_come_late(polls: int, cost_us: int, drafting: bool) -> None:
-    """Whether ranks wait for them, or draw once more, or requests are planned when they are known: nobody's tokens
-    change."""
+def test_late_verdicts_change_no_tokens(polls: int, cost_us: int, drafting: bool) -> None:
+    """Ranks may wait for verdicts or draw again, or a request is planned when its verdict is known."""
     grammars = FakeGrammars(lambda number: polls * (number % 3), cost_us=cost_us)
     engine = Masked(drafting=drafting, num_blocks=9, grammars=grammars)
     specs = [engine.add(request(i, range(3 + i), 8), "6 99 99" if i % 2 else "") for i in range(5)]
@@ -560,21 +566,21 @@ def test_verdicts_may_come_late(polls: int, cost_us: int, drafting: bool) -> Non
     assert [mask.step for mask in engine.ranks.masks] == [plan.step for plan in engine.ranks.plans if plan.masked]
 
 
-def test_nobody_waits_for_a_grammar_that_takes_long() -> None:
-    """While its verdict is on its way, steps go on without its request."""
+def test_no_request_waits_for_the_slow_grammar_of_another() -> None:
+    """Steps without the request go on until its verdict comes."""
     engine = Masked(grammars=FakeGrammars(lambda _: 5, cost_us=1_000_000))
     engine.add(request(1, [1, 2, 3], 4), FREE)
     other = engine.add(request(2, [4, 5, 6], 12))
     engine.drain()
     assert engine.tokens[2] == alone(other)
-    engine.check_masks()  # none was sent before it was known
+    engine.check_masks()  # no mask was sent before its verdict was known
     steps = [plan.step for plan in engine.ranks.plans if {work.seq for work in plan.work} == {2}]
     assert len(steps) > 4
 
 
 @pytest.mark.parametrize("drafting", [False, True])
 @pytest.mark.parametrize("at", range(1, 8))
-def test_an_output_that_is_lost_is_followed_anew(at: int, drafting: bool) -> None:
+def test_an_output_whose_process_dies_is_followed_again(at: int, drafting: bool) -> None:
     engine = Masked(drafting=drafting, grammars=FakeGrammars(lose_at=[at]))
     spec = engine.add(request(1, [1, 2, 3], 8), "6 99 99")
     engine.drain()
@@ -582,7 +588,7 @@ def test_an_output_that_is_lost_is_followed_anew(at: int, drafting: bool) -> Non
     assert engine.ends[1].finish is Finish.STOP
 
 
-def test_an_output_that_is_lost_again_and_again_is_given_up() -> None:
+def test_an_output_whose_process_dies_repeatedly_is_given_up() -> None:
     engine = Masked(grammars=FakeGrammars(lose_at=[2, 3, 4]))
     engine.add(request(1, [1, 2, 3], 8), FREE)
     other = engine.add(request(2, [1, 2, 3], 8))
@@ -598,7 +604,7 @@ def test_grammars_end_with_the_engine() -> None:
     assert engine.grammars.closed
 
 
-def test_a_masked_request_may_be_aborted_at_any_time() -> None:
+def test_a_masked_request_can_be_aborted_at_any_time() -> None:
     for polls in range(6):
         engine = Masked()
         engine.add(request(1, [1, 2, 3], 8), FREE)
@@ -613,7 +619,7 @@ def test_a_masked_request_may_be_aborted_at_any_time() -> None:
 
 def test_an_engine_without_a_tokenizer_refuses_grammars() -> None:
     engine = Engine()
-    with pytest.raises(RequestError, match="need a tokenizer"):
+    with pytest.raises(RequestError, match="needs a tokenizer"):
         engine.core.add(msgspec.structs.replace(request(1, [1]), grammar="x"))
     assert not engine.core.busy
 
@@ -623,7 +629,7 @@ class LastComesFirst:
         return (-arrival,)
 
 
-def test_another_policy_decides_who_goes_first() -> None:
+def test_a_given_policy_decides_the_order() -> None:
     ranks = FakeExecutor(max_num_seqs=1)
     core = EngineCore(
         ranks, SchedulerLimits(1, 64, 64), block_size=4, prefix_caching=True, max_in_flight=1, policy=LastComesFirst()
@@ -636,7 +642,7 @@ def test_another_policy_decides_who_goes_first() -> None:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests with common prefixes, tight caches, late results, aborts: each gets what it would get alone."""
+    """Requests with common prefixes, small caches, late results and aborts get the tokens that they would get alone."""
 
     @initialize(
         block_size=st.integers(1, 4),
@@ -716,9 +722,9 @@ TestEngine = EngineMachine.TestCase
 TestEngine.settings = settings(steady, max_examples=150, stateful_step_count=40)
 
 
-def test_what_answers_another_incarnation_is_dropped() -> None:
+def test_results_of_another_incarnation_are_dropped() -> None:
     class Restarted(FakeExecutor):
-        """Brings a result that its predecessor's engine had asked for."""
+        """Returns a result of a plan of the engine before it."""
 
         def poll(self, timeout: float) -> list[StepResult]:
             stale = StepResult(6, 0, (SeqOut(1, 0, (99,)),), StepTimes(1, 1))

@@ -1,4 +1,4 @@
-"""What an engine process does before it loads: it meets those it belongs to."""
+"""An engine process meets the other replicas before it loads."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import pytest
 
 from shoal.cluster.members.doors import PeersDoor
 from shoal.engine import process
-from shoal.engine.process import join
+from shoal.engine.process import join_lockstep
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
 from shoal.transport.rendezvous import Rendezvous
@@ -35,23 +35,23 @@ def plan(rendezvous: Rendezvous, number: int = 1, model: str | None = None, **ch
     return open_model(model, {**OPTIONS, **changes}).plan_at(place)
 
 
-def test_replicas_that_share_nothing_compare_and_part(rendezvous: Rendezvous) -> None:
-    assert join(plan(rendezvous)) is None
-    assert join(plan(rendezvous)) is None, "one that is started again meets nobody who minds"
+def test_replicas_that_share_nothing_compare_their_agreements_and_disconnect(rendezvous: Rendezvous) -> None:
+    assert join_lockstep(plan(rendezvous)) is None
+    assert join_lockstep(plan(rendezvous)) is None, "a replica that is started again is not refused"
 
 
-def test_one_that_differs_is_refused(rendezvous: Rendezvous) -> None:
+def test_a_replica_with_other_options_is_refused(rendezvous: Rendezvous) -> None:
     with pytest.raises(ConfigError, match=r"its --block-size is 32, that of replica 0 \(.*\) is 16"):
-        join(plan(rendezvous, block_size=32))
+        join_lockstep(plan(rendezvous, block_size=32))
 
 
-def test_replicas_that_share_experts_stay_together() -> None:
-    with Rendezvous(key="key", renewing=True) as meeting:
+def test_replicas_that_share_experts_stay_connected() -> None:
+    with Rendezvous(key="key", reopen_rooms=True) as meeting:
         plans = [plan(meeting, number, "bundled:moe", enable_expert_parallel=True) for number in range(2)]
         found: list[object] = []
-        other = threading.Thread(target=lambda: found.append(join(plans[1])))
+        other = threading.Thread(target=lambda: found.append(join_lockstep(plans[1])))
         other.start()
-        lockstep = join(plans[0])
+        lockstep = join_lockstep(plans[0])
         other.join(60)
         assert lockstep is not None
         assert lockstep.formation == 0

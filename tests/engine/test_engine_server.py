@@ -1,4 +1,4 @@
-"""How an engine's server ends: who hears what, and in which order."""
+"""Serving an engine over a channel, and which failures are reported to whom and when."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ import pytest
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.local import LockstepMember
 from shoal.engine.scheduler.limits import SchedulerLimits
-from shoal.engine.server import answer, serve
+from shoal.engine.server import serve, serve_client
 from shoal.errors import ConfigError, EngineError
 from shoal.transport.channel import Channel, wait
 from shoal.wire.base import Stop, encode
@@ -42,15 +42,15 @@ class Peers:
     def fileno(self) -> int:
         raise NotImplementedError
 
-    def clear_signal(self) -> None:
+    def clear(self) -> None:
         raise NotImplementedError
 
     def close(self, why: str = "") -> None:
         self.told.append(why)
 
 
-def ended(peers: Peers, error: Exception) -> tuple[int, EngineFailure]:
-    """The exit code, and what the client is told."""
+def run_failing_start(peers: Peers, error: Exception) -> tuple[int, EngineFailure]:
+    """Serve an engine that fails to start. Return the exit code and the failure that the client gets."""
     client, theirs = Channel.pair()
     engine = Channel(theirs)
     client.send(encode(bare_plan(place=ReplicaPlace(1, 2))))
@@ -75,34 +75,34 @@ def ended(peers: Peers, error: Exception) -> tuple[int, EngineFailure]:
         (ValueError("a bug"), 1, "ValueError: a bug"),
     ],
 )
-def test_what_fails_at_start_is_told_to_all(error: Exception, code: int, told: str) -> None:
+def test_a_failure_at_start_is_reported_to_client_and_replicas(error: Exception, code: int, told: str) -> None:
     peers = Peers()
-    assert ended(peers, error) == (code, EngineFailure(told, code == 2))
+    assert run_failing_start(peers, error) == (code, EngineFailure(told, code == 2))
     assert peers.told[0] == f"replica 1: {told}"
 
 
-def test_another_ones_failure_is_the_cause() -> None:
+def test_the_failure_of_another_replica_is_reported_as_the_cause() -> None:
     peers = Peers("replica 0 (host, process 7) is out of memory")
-    assert ended(peers, EngineError("no connection")) == (1, EngineFailure(peers.failure, user_error=False))
+    assert run_failing_start(peers, EngineError("no connection")) == (1, EngineFailure(peers.failure, user_error=False))
 
 
-def test_the_others_hear_of_it_before_the_client_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client may end the process with the first word."""
+def test_the_other_replicas_hear_of_a_failure_before_the_client_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client may end the process as soon as it gets the failure."""
     peers = Peers()
     send = Channel.send
 
-    def watched(channel: Channel, frame: bytes) -> None:
+    def watch_channel(channel: Channel, frame: bytes) -> None:
         sent_before.append(bool(peers.told))
         send(channel, frame)
 
     sent_before: list[bool] = []
-    monkeypatch.setattr(Channel, "send", watched)
-    ended(peers, EngineError("out of memory"))
-    assert sent_before == [False, True], "the setup, and the failure"
+    monkeypatch.setattr(Channel, "send", watch_channel)
+    run_failing_start(peers, EngineError("out of memory"))
+    assert sent_before == [False, True], "the plan and the failure"
 
 
 class Held(FakeExecutor):
-    """Ranks whose results are held back, but for as many as are let go."""
+    """Ranks whose results are held back until the test releases them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,15 +112,15 @@ class Held(FakeExecutor):
         return super().poll(timeout) if self.let_go.acquire(timeout=timeout) else []
 
 
-def test_an_abort_frees_its_blocks_before_the_step_that_runs_has_ended() -> None:
+def test_an_abort_frees_blocks_before_the_running_step_has_ended() -> None:
     ranks = Held()
     engine = EngineCore(ranks, SchedulerLimits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2)
     client, theirs = Channel.pair()
     server = Channel(theirs)
-    serving = threading.Thread(target=answer, args=(server, engine, None))
+    serving = threading.Thread(target=serve_client, args=(server, engine, None))
     serving.start()
 
-    def heard(kind: type[T], timeout: float = 60.0) -> T:
+    def receive_next(kind: type[T], timeout: float = 60.0) -> T:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             wait([client], deadline - time.monotonic())
@@ -133,19 +133,19 @@ def test_an_abort_frees_its_blocks_before_the_step_that_runs_has_ended() -> None
         client.send(encode(request(1, range(9), 40)))
         for token in range(3):
             ranks.let_go.release()
-            (update,) = heard(Updates).updates
+            (update,) = receive_next(Updates).updates
             assert len(update.tokens) == 1, token
         client.send(encode(Abort((1,))))
-        (update,) = heard(Updates).updates
+        (update,) = receive_next(Updates).updates
         assert update.finish is Finish.ABORT
         launched = len(ranks.plans)
         client.send(encode(StatsQuery()))
-        stats = heard(EngineStats)
+        stats = receive_next(EngineStats)
         assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
-        assert launched <= 3 + 2, "what was in flight when it came, and nothing after"
+        assert launched <= 3 + 2, "only the steps that were in flight when the abort came"
         ranks.let_go.release(10)
         client.send(encode(request(2, range(9), 1)))
-        assert heard(Updates).updates[0].seq == 2
+        assert receive_next(Updates).updates[0].seq == 2
         assert [work.seq for plan in ranks.plans[launched:] for work in plan.work] == [2]
     finally:
         client.send(encode(Stop()))

@@ -32,8 +32,8 @@ def test_a_replica_that_is_behind_is_woken_until_it_clears_the_signal() -> None:
     a.launched(1)
     assert readable(b)
     assert not readable(a)
-    b.clear_signal()
-    b.clear_signal()
+    b.clear()
+    b.clear()
     assert not readable(b)
     b.launched(1)
     assert not readable(a), "it has launched that step already"
@@ -50,8 +50,8 @@ def test_a_process_may_have_many_files_open() -> None:
     poller.register(b.fileno(), select.POLLIN)
     a.launched(1)
     assert poller.poll(0)
-    b.clear_signal()
-    b.clear_signal()
+    b.clear()
+    b.clear()
     assert not poller.poll(0)
     for each in (a, b):
         each.close()
@@ -91,7 +91,7 @@ def test_idle_replicas_follow_busy_ones_and_all_rest_at_the_same_step() -> None:
             if counts[number] == max(work):
                 return
             assert select.select([mine], [], [], 60)[0], "no other replica wakes it"
-            mine.clear_signal()
+            mine.clear()
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(members))]
     for thread in threads:

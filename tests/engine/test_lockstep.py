@@ -1,4 +1,4 @@
-"""Replicas that launch every step together, over fake ranks that can't end one alone."""
+"""Replicas that launch every step together, over fake ranks that end a step only together."""
 
 from collections.abc import Callable, Sequence
 
@@ -60,7 +60,7 @@ class Replicas:
         self.outcomes.added(spec)
 
     def step(self, replica: int) -> None:
-        """As whoever drives an engine does: only where there is something to do."""
+        """Drive an engine as its owner does: only if it has something to do."""
         if self.cores[replica].busy:
             self.outcomes.take(self.cores[replica].updates(0))
 
@@ -71,16 +71,16 @@ class Replicas:
             for replica in range(len(self.cores)):
                 self.step(replica)
         assert self.outcomes.open == []
-        self.check_rest()
+        self.check_all_stop()
 
-    def check_rest(self) -> None:
-        assert not any(core.busy for core in self.cores), "they never rest"
+    def check_all_stop(self) -> None:
+        assert not any(core.busy for core in self.cores), "the replicas never stop"
         counts = [len(ranks.plans) for ranks in self.ranks]
         assert counts == self.group.counts == [counts[0]] * len(counts)
         for core, ranks in zip(self.cores, self.ranks, strict=True):
             assert core.updates(0) == []
             assert ranks.known == set()
-        assert [len(ranks.plans) for ranks in self.ranks] == counts, "they launch without work"
+        assert [len(ranks.plans) for ranks in self.ranks] == counts, "the replicas launch steps without work"
 
 
 def test_an_idle_replica_launches_as_many_steps_as_one_with_work() -> None:
@@ -98,7 +98,7 @@ def test_an_idle_replica_launches_as_many_steps_as_one_with_work() -> None:
     assert all(plan.lockstep for plan in replicas.ranks[0].plans)
 
 
-def test_an_idle_replica_has_no_more_plans_out_than_another() -> None:
+def test_an_idle_replica_has_no_more_plans_in_flight_than_another() -> None:
     replicas = Replicas(2, depth=3)
     replicas.add(0, request(1, [1, 2, 3], 9))
     replicas.group.counts[0] = 9  # as if it were far ahead
@@ -107,13 +107,13 @@ def test_an_idle_replica_has_no_more_plans_out_than_another() -> None:
     assert replicas.ranks[1].most_in_flight <= 3
 
 
-def test_replicas_without_work_rest() -> None:
+def test_replicas_without_work_stop() -> None:
     replicas = Replicas(3)
-    replicas.check_rest()
+    replicas.check_all_stop()
     assert replicas.group.counts == [0, 0, 0]
 
 
-def test_without_lockstep_no_plan_says_so_and_none_is_empty_but_for_the_last() -> None:
+def test_without_lockstep_only_the_last_plan_is_empty() -> None:
     ranks = FakeExecutor()
     core = EngineCore(ranks, SchedulerLimits(8, 64, 64), block_size=4, prefix_caching=True, max_in_flight=2)
     core.add(request(1, [1, 2, 3], 5))
@@ -124,21 +124,21 @@ def test_without_lockstep_no_plan_says_so_and_none_is_empty_but_for_the_last() -
 
 
 @pytest.mark.parametrize("working", [True, False])
-def test_a_replica_ends_with_the_failure_of_another(working: bool) -> None:
+def test_a_replica_fails_with_the_failure_of_another(working: bool) -> None:
     replicas = Replicas(2)
     if working:
         replicas.add(0, request(1, [1, 2, 3], 9))
         replicas.step(0)
     replicas.group.failure = "another replica has failed: replica 1 at 10.0.0.7, process 77, has ended"
-    assert replicas.cores[0].busy, "so that it is asked"
+    assert replicas.cores[0].busy, "so that the failure is noticed"
     with pytest.raises(EngineError, match=r"replica 1 at 10\.0\.0\.7"):
         replicas.cores[0].updates(0)
     with pytest.raises(ClosedError, match="replica 1"):
         replicas.cores[0].updates(0)
 
 
-def test_what_follows_from_the_failure_of_another_replica_goes_by_its_name() -> None:
-    """Its ranks are missed by ours before the news is here."""
+def test_an_error_that_follows_from_another_replicas_failure_names_that_replica() -> None:
+    """Our ranks miss its ranks before we hear of its failure."""
     group = FakeLockstep(2)
 
     class Deserted(FakeExecutor):
@@ -161,7 +161,7 @@ def test_what_follows_from_the_failure_of_another_replica_goes_by_its_name() -> 
 
 
 class LockstepMachine(RuleBasedStateMachine):
-    """Requests here and there, replicas that are driven in any order, steps that take longer on some."""
+    """Requests of several replicas that are driven in any order, with steps that take longer on some of them."""
 
     @initialize(
         size=st.integers(2, 3),

@@ -16,7 +16,7 @@ def proposed(text: str, count: int, longest: int = 3, shortest: int = 1) -> str:
     return "".join(map(chr, index(text, longest, shortest).propose(count)))
 
 
-def test_what_followed_is_proposed() -> None:
+def test_the_tokens_after_the_last_occurrence_are_proposed() -> None:
     assert proposed("the cat sat; the ", 3) == "cat"
 
 
@@ -28,22 +28,22 @@ def test_the_latest_match_wins() -> None:
     assert proposed("abX abY ab", 1) == "Y"
 
 
-def test_shorter_runs_than_the_shortest_are_no_match() -> None:
+def test_ngrams_below_the_shortest_length_do_not_match() -> None:
     assert proposed("abXb", 2, shortest=2) == ""
     assert proposed("abXab", 1, shortest=2) == "X"
 
 
-def test_a_text_that_repeats_goes_on_repeating() -> None:
+def test_a_repeating_text_is_continued() -> None:
     assert proposed("xabab", 5) == "ababa"
     assert proposed("aa", 4) == "aaaa"
 
 
 @pytest.mark.parametrize("text", ["", "a", "ab", "abc"])
-def test_nothing_is_proposed_where_nothing_was_there_before(text: str) -> None:
+def test_nothing_is_proposed_without_an_earlier_occurrence(text: str) -> None:
     assert proposed(text, 5) == ""
 
 
-def test_none_are_proposed_where_none_are_wanted() -> None:
+def test_a_count_of_zero_proposes_nothing() -> None:
     assert proposed("aaaa", 0) == ""
 
 
@@ -54,7 +54,7 @@ def test_lengths_must_be_in_order(longest: int, shortest: int) -> None:
 
 
 def search(tokens: list[int], count: int, longest: int, shortest: int) -> list[int]:
-    """The definition: look at every place, latest first, and write on from there."""
+    """Propose tokens by the definition: look at every position, latest first, and copy from there."""
     for length in range(longest, shortest - 1, -1):
         suffix = tokens[len(tokens) - length :]
         for start in range(len(tokens) - length - 1, -1, -1):
@@ -73,7 +73,7 @@ def search(tokens: list[int], count: int, longest: int, shortest: int) -> list[i
     st.integers(1, 4),
     st.integers(0, 3),
 )
-def test_it_finds_what_a_search_finds(parts: list[list[int]], count: int, shortest: int, more: int) -> None:
+def test_the_index_agrees_with_a_plain_search(parts: list[list[int]], count: int, shortest: int, more: int) -> None:
     found, tokens = NgramIndex(shortest + more, shortest), list[int]()
     for part in parts:
         found.extend(part)

@@ -1,4 +1,4 @@
-"""An engine that pauses, sleeps and wakes up, over fake ranks: its clients' tokens are those of one that never did."""
+"""An engine over fake ranks that pauses, sleeps and wakes up gives the same tokens as one that always runs."""
 
 import pytest
 from hypothesis import settings
@@ -17,12 +17,12 @@ NO_CACHE = Activity(ActivityState.ASLEEP, 1, ("kv_cache",))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_paused_engine_launches_nothing_and_goes_on_with_the_same_tokens(depth: int) -> None:
+def test_a_paused_engine_launches_nothing_and_resumes_with_the_same_tokens(depth: int) -> None:
     engine = Engine(depth=depth)
     spec = request(1, [1, 2, 3], 9)
     engine.add(spec)
     engine.step()
-    engine.core.become(PAUSED)
+    engine.core.set_activity(PAUSED)
     engine.step()  # what was in flight
     launched, given = len(engine.ranks.plans), len(engine.outcomes.tokens[1])
     engine.add(request(2, [4, 5], 3))
@@ -30,7 +30,7 @@ def test_a_paused_engine_launches_nothing_and_goes_on_with_the_same_tokens(depth
     engine.step()
     assert (len(engine.ranks.plans), len(engine.outcomes.tokens[1])) == (launched, given)
     assert engine.core.stats().activity == PAUSED
-    engine.core.become(AWAKE)
+    engine.core.set_activity(AWAKE)
     engine.drain()
     assert engine.outcomes.tokens[1] == alone(spec)
 
@@ -39,54 +39,54 @@ def test_requests_can_be_aborted_during_a_pause() -> None:
     engine = Engine()
     engine.add(request(1, [1, 2, 3], 9))
     engine.step()
-    engine.core.become(PAUSED)
+    engine.core.set_activity(PAUSED)
     engine.abort(1)
-    assert engine.core.busy, "there is something to say"
+    assert engine.core.busy, "the last updates are still to be taken"
     engine.step()
     assert engine.outcomes.finished[1].finish is Finish.ABORT
     assert not engine.core.busy
-    engine.core.become(AWAKE)
+    engine.core.set_activity(AWAKE)
     engine.drain()
 
 
-def test_a_sleeping_engine_has_no_block_in_use_and_requests_go_on_behind_what_they_have() -> None:
+def test_a_sleeping_engine_holds_no_block_and_requests_resume_with_their_tokens() -> None:
     engine = Engine()
     specs = [request(seq, [seq, 2, 3, 4, 5], 9) for seq in range(3)]
     for spec in specs:
         engine.add(spec)
     for _ in range(4):
         engine.step()
-    engine.core.become(ASLEEP)
+    engine.core.set_activity(ASLEEP)
     engine.step()
     stats = engine.core.stats()
     assert engine.ranks.missing == set(PARTS)
     assert (stats.running, stats.waiting, stats.free_blocks) == (0, 3, stats.num_blocks)
     assert not engine.core.busy
-    engine.core.become(NO_CACHE)
+    engine.core.set_activity(NO_CACHE)
     assert engine.ranks.missing == {"kv_cache"}
-    engine.core.become(AWAKE)
+    engine.core.set_activity(AWAKE)
     engine.drain()
     assert [engine.outcomes.tokens[spec.seq] for spec in specs] == [alone(spec) for spec in specs]
     assert {engine.outcomes.finished[spec.seq].preemptions for spec in specs} == {1}
 
 
-def test_an_engine_that_can_not_wake_up_is_as_asleep_as_before() -> None:
+def test_an_engine_that_can_not_wake_up_stays_asleep() -> None:
     engine = Engine()
-    engine.core.become(ASLEEP)
+    engine.core.set_activity(ASLEEP)
     engine.ranks.refuses = "model.safetensors is gone"
     with pytest.raises(CheckpointError, match=r"model\.safetensors is gone"):
-        engine.core.become(AWAKE)
+        engine.core.set_activity(AWAKE)
     assert engine.core.activity == ASLEEP
     assert engine.ranks.missing == set(PARTS)
     engine.ranks.refuses = ""
-    engine.core.become(AWAKE)
+    engine.core.set_activity(AWAKE)
     spec = request(1, [1, 2, 3], 4)
     engine.add(spec)
     engine.drain()
     assert engine.outcomes.tokens[1] == alone(spec)
 
 
-def test_a_prefix_that_was_forgotten_is_computed_again() -> None:
+def test_a_forgotten_prefix_is_computed_again() -> None:
     engine = Engine()
     prompt = list(range(8))
     engine.add(request(1, prompt, 2))
@@ -99,7 +99,7 @@ def test_a_prefix_that_was_forgotten_is_computed_again() -> None:
 
 
 @pytest.mark.parametrize("running", [False, True])
-def test_requests_that_run_survive_a_reset_and_nobody_finds_their_blocks(running: bool) -> None:
+def test_running_requests_survive_a_reset_and_their_blocks_are_not_found(running: bool) -> None:
     engine = Engine()
     spec = request(1, list(range(8)), 9)
     engine.add(spec)
@@ -116,21 +116,21 @@ def test_requests_that_run_survive_a_reset_and_nobody_finds_their_blocks(running
         assert engine.outcomes.finished[2].cached_tokens == 0
 
 
-def test_in_lockstep_one_that_is_paused_takes_part_in_the_steps_of_the_others() -> None:
+def test_a_paused_replica_takes_part_in_the_steps_of_its_lockstep() -> None:
     replicas = Replicas(2)
     replicas.add(0, request(1, [1, 2, 3], 5))
     replicas.add(1, request(2, [4, 5, 6], 5))
-    replicas.cores[1].become(PAUSED)
+    replicas.cores[1].set_activity(PAUSED)
     while replicas.outcomes.open != [2]:
         replicas.step(0)
         replicas.step(1)
     assert not any(plan.work for plan in replicas.ranks[1].plans)
-    replicas.cores[1].become(AWAKE)
+    replicas.cores[1].set_activity(AWAKE)
     replicas.drain()
 
 
 class Restless(RuleBasedStateMachine):
-    """Pauses and sleeps at any time, over ranks that check every plan against what they hold."""
+    """An engine that pauses and sleeps at any time, over ranks that check every plan against what they hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,8 +147,8 @@ class Restless(RuleBasedStateMachine):
         self.engine.step()
 
     @rule(activity=st.sampled_from([AWAKE, PAUSED, ASLEEP, NO_CACHE]))
-    def become(self, activity: Activity) -> None:
-        self.engine.core.become(activity)
+    def set_activity(self, activity: Activity) -> None:
+        self.engine.core.set_activity(activity)
         assert self.engine.ranks.missing == set(activity.missing)
 
     @rule(running=st.booleans())
@@ -161,7 +161,7 @@ class Restless(RuleBasedStateMachine):
             self.engine.abort(self.count - back)
 
     def teardown(self) -> None:
-        self.engine.core.become(AWAKE)
+        self.engine.core.set_activity(AWAKE)
         self.engine.drain()
         stats = self.engine.core.stats()
         assert sum(stats.accepted_by_position) == stats.accepted_tokens

@@ -1,4 +1,4 @@
-"""How prompts are spread over the steps in flight, and what a pipeline makes of it."""
+"""How prompts are spread over the steps in flight, and how long the stages of a pipeline wait."""
 
 from functools import partial
 
@@ -13,18 +13,18 @@ from shoal.wire.engine import EngineRequest
 from support.fakes import FakePipeline, Outcomes, request, steady
 
 
-def test_one_stage_takes_all_that_there_is_room_for() -> None:
+def test_with_one_stage_a_chunk_is_as_large_as_the_budget() -> None:
     spread = PromptChunker(1, 100)
     assert spread.share(lambda: 5000) == 100
     spread.note_step(100)
     assert spread.share(lambda: 3) == 100
-    assert spread.cut(70, 30) >= 30, "the budget cuts it, and nothing else"
+    assert spread.cut(70, 30) >= 30, "only the budget cuts a prompt"
     assert spread.cut(30, 70) == 30
 
 
 @steady
 @given(st.integers(2, 5), st.integers(1, 4096), st.integers(1, 20000))
-def test_a_prompt_alone_is_cut_into_even_chunks(stages: int, budget: int, left: int) -> None:
+def test_a_single_prompt_is_cut_into_even_chunks(stages: int, budget: int, left: int) -> None:
     spread = PromptChunker(stages, budget)
     chunks: list[int] = []
     while left:
@@ -35,20 +35,20 @@ def test_a_prompt_alone_is_cut_into_even_chunks(stages: int, budget: int, left: 
         chunks.append(count)
         left -= count
     least = -(-64 // (stages - 1))
-    assert all(count >= min(least, budget) for count in chunks[:-1]), "crumbs"
+    assert all(count >= min(least, budget) for count in chunks[:-1]), "tiny chunks"
     assert chunks[-1] >= min(least, budget) or len(chunks) == 1 or budget < 2 * least
     if budget >= 2 * least:
-        assert max(chunks) - min(chunks) <= 64, "by more than a step costs without any"
+        assert max(chunks) - min(chunks) <= 64, "more tokens than the reading of weights is worth"
 
 
-def test_what_is_left_at_the_end_is_dealt_out() -> None:
+def test_the_end_of_a_backlog_is_spread_over_the_steps_in_flight() -> None:
     spread = PromptChunker(2, 2048)
     assert spread.share(lambda: 256) == 128
     spread.note_step(128)
     assert spread.share(lambda: 128) == 128
 
 
-def test_a_share_is_overdrawn_rather_than_a_prompt_cut_into_crumbs() -> None:
+def test_a_step_exceeds_its_share_rather_than_cut_tiny_chunks() -> None:
     spread = PromptChunker(2, 2048)
     assert spread.cut(500, 3) == 64
     assert spread.cut(100, 80) == 100
@@ -74,28 +74,33 @@ def compute(stages: int, step_cost: float, specs: list[EngineRequest]) -> FakePi
     return pipeline
 
 
-def dearest(pipeline: FakePipeline, step_cost: float) -> float:
+def slowest_stage(pipeline: FakePipeline, step_cost: float) -> float:
     return step_cost + max(sum(work.count for work in plan.work) for plan in pipeline.plans)
 
 
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("step_cost", [10, 256])
 def test_the_stages_of_a_pipeline_wait_little(stages: int, step_cost: float) -> None:
-    """A stage waits for the pipeline to fill, S - 1 steps at the worst, and for it to run empty, as long again. Between
-    them all steps in flight are alike, and nobody waits."""
+    """A stage waits at most S - 1 steps while the pipeline fills, and as long while it empties.
+
+    Between these all steps in flight are alike, and no stage waits.
+    """
     pipeline = compute(stages, step_cost, [request(seq, [seq] * 128, 64) for seq in range(64)])
-    assert pipeline.idle_share <= 2 * (stages - 1) * dearest(pipeline, step_cost) / pipeline.now
+    assert pipeline.idle_share <= 2 * (stages - 1) * slowest_stage(pipeline, step_cost) / pipeline.now
     assert pipeline.idle_share < 0.08
 
 
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("step_cost", [10, 64, 256])
 def test_a_long_prompt_alone_keeps_all_stages_busy(stages: int, step_cost: float) -> None:
-    """It fills the pipeline with a chunk and empties it with another. In chunks of the step's budget, 2,000 tokens,
-    a stage would wait for a third of the time at two stages, and for half of it at three."""
+    """The chunks are small enough that filling and emptying the pipeline takes little time.
+
+    With chunks of the step's budget, 2,000 tokens, a stage would wait for a third of the time with two stages, and for
+    half of it with three.
+    """
     pipeline = compute(stages, step_cost, [request(1, [1] * 4000, 1)])
     chunks = [sum(work.count for work in plan.work) for plan in pipeline.plans if plan.work]
     assert max(chunks) - min(chunks) <= 1
     everything = sum(chunks) + len(chunks) * step_cost
-    assert pipeline.now == everything + (stages - 1) * dearest(pipeline, step_cost)
+    assert pipeline.now == everything + (stages - 1) * slowest_stage(pipeline, step_cost)
     assert pipeline.idle_share < 0.15

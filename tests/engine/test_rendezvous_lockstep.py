@@ -72,7 +72,7 @@ def await_due(replica: RendezvousLockstep, count: int) -> None:
         if replica.steps_due() == count:
             return
         assert wait([replica], 60)  # type: ignore[list-item]
-        replica.clear_signal()
+        replica.clear()
     raise AssertionError(f"steps_due() stays at {replica.steps_due()}, not {count}")
 
 
@@ -85,7 +85,7 @@ def test_all_must_launch_as_many_steps_as_the_furthest(replicas: list[Rendezvous
 
 
 def test_a_launched_step_wakes_a_replica_that_waits(replicas: list[RendezvousLockstep]) -> None:
-    replicas[0].clear_signal()
+    replicas[0].clear()
     assert not wait([replicas[0]], 0)  # type: ignore[list-item]
     timer = threading.Timer(0.05, lambda: replicas[1].launched(7))
     timer.start()
@@ -114,7 +114,7 @@ def test_a_replica_that_leaves_early_fails_those_that_have_work(replicas: list[R
     while 2 not in replicas[0].gone() or 2 not in replicas[1].gone():
         assert wait([replicas[0], replicas[1]], 60)  # type: ignore[list-item]
         for each in replicas[:2]:
-            each.clear_signal()
+            each.clear()
     assert [each.steps_due() for each in replicas[:2]] == [1, 1], "the others rest, so they do not need it"
     replicas[0].launched(2)
     await_end(replicas[0], r"^replica 2 \(.*\) ended while this replica has work$")

@@ -10,7 +10,7 @@ def waiting(seq: int, *sort_key: int) -> Request:
     return Request(message, sort_key, [1] * seq, seq, None)
 
 
-def test_the_lowest_key_is_first_and_equals_go_by_number() -> None:
+def test_the_lowest_key_is_first_and_ties_go_by_sequence_number() -> None:
     queue = WaitingQueue()
     for seq, key in [(4, 1), (3, 0), (2, 0), (1, 2)]:
         queue.push(waiting(seq, key))
@@ -21,7 +21,7 @@ def test_the_lowest_key_is_first_and_equals_go_by_number() -> None:
     assert order == [2, 3, 4, 1]
 
 
-def test_a_request_that_waits_no_longer_is_passed_over() -> None:
+def test_requests_that_no_longer_wait_are_skipped() -> None:
     queue = WaitingQueue()
     ended, other = waiting(1, 0), waiting(2, 1)
     queue.push(ended)
@@ -31,7 +31,7 @@ def test_a_request_that_waits_no_longer_is_passed_over() -> None:
     assert queue.first() is other
 
 
-def test_a_preempted_request_waits_again_when_its_results_are_there() -> None:
+def test_a_preempted_request_waits_again_when_its_results_have_come() -> None:
     queue = WaitingQueue()
     preempted = waiting(1, 0)
     preempted.state, preempted.in_flight = RequestState.DRAINING, 1
@@ -43,7 +43,7 @@ def test_a_preempted_request_waits_again_when_its_results_are_there() -> None:
     assert preempted.epoch == 1
 
 
-def test_deadlines_pass_in_their_order() -> None:
+def test_deadlines_pass_in_order() -> None:
     clock = FakeClock()
     deadlines = Deadlines(clock)
     for seq, seconds in [(1, 3), (2, 1), (3, 2)]:
@@ -55,7 +55,7 @@ def test_deadlines_pass_in_their_order() -> None:
 
 
 def test_deadlines_of_requests_that_have_ended_are_dropped() -> None:
-    """Else a server would remember each request until its deadline."""
+    """Otherwise a server would remember each request until its deadline."""
     clock = FakeClock()
     deadlines = Deadlines(clock)
     for seq in range(1000):

@@ -1,4 +1,4 @@
-"""Requests and answers as OpenAI's batch API has them."""
+"""Requests and answers in the format of OpenAI's batch API."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,15 @@ import pytest
 
 from shoal.errors import RequestError
 from shoal.jobs.entries import JobEntry
-from shoal.jobs.output_lines import failure, line_of
-from shoal.jobs.parameters import Parameters
-from shoal.jobs.reading import PromptFile
+from shoal.jobs.output_lines import failed_line, output_line
+from shoal.jobs.parameters import JobParameters
+from shoal.jobs.prompt_file import PromptFile
 from shoal.outputs import CompletionOutput, Logprob, RequestOutput
 from shoal.params import SamplingParams, StructuredOutputsParams
 
 TALK = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-PARAMETERS = Parameters(SamplingParams(temperature=0, max_tokens=64), {})
+PARAMETERS = JobParameters(SamplingParams(temperature=0, max_tokens=64), {})
 
 
 def entry(tmp_path: Path, body: Any, *, chat: bool = False, **changes: Any) -> JobEntry:
@@ -32,7 +32,7 @@ def entry(tmp_path: Path, body: Any, *, chat: bool = False, **changes: Any) -> J
 def params(tmp_path: Path, body: dict[str, Any], *, chat: bool = False) -> SamplingParams:
     found = entry(tmp_path, body, chat=chat)
     assert found.error is None, found.error
-    return PARAMETERS.of(found)
+    return PARAMETERS.for_entry(found)
 
 
 @pytest.mark.parametrize("prompt", ["hi", ["hi"], [1, 2], [[1, 2]]])
@@ -83,8 +83,8 @@ def test_structured_outputs(tmp_path: Path) -> None:
         ({"prompt": ["a", "b"]}, {}, "2 prompts"),
         ({"prompt": 5}, {}, "must be a text"),
         ({"prompt": None}, {}, "must be a text"),
-        ({"echo": True}, {}, "`body.echo` can't be obeyed"),
-        ({"tools": [{}]}, {}, "`body.tools` can't be obeyed"),
+        ({"echo": True}, {}, "`body.echo` is not supported"),
+        ({"tools": [{}]}, {}, "`body.tools` is not supported"),
         ({"response_format": {"type": "xml"}}, {}, "text, json_object or json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, {}, "must be a JSON schema"),
         ({"response_format": 5}, {}, "text, json_object or json_schema"),
@@ -95,7 +95,9 @@ def test_structured_outputs(tmp_path: Path) -> None:
         ([], {}, "`body` must be a JSON object"),
     ],
 )
-def test_what_can_not_be_given_fails_alone(tmp_path: Path, body: Any, changes: dict[str, Any], says: str) -> None:
+def test_a_request_that_can_not_be_answered_fails_alone(
+    tmp_path: Path, body: Any, changes: dict[str, Any], says: str
+) -> None:
     assert says in str(entry(tmp_path, body, **changes).error)
 
 
@@ -103,23 +105,23 @@ def test_what_can_not_be_given_fails_alone(tmp_path: Path, body: Any, changes: d
     ("body", "says"),
     [({"logprobs": 3}, "true or false"), ({"top_logprobs": 3}, "needs `logprobs`"), ({"messages": "x"}, "`messages`")],
 )
-def test_chats_that_fail_alone(tmp_path: Path, body: Any, says: str) -> None:
+def test_a_chat_request_that_can_not_be_answered_fails_alone(tmp_path: Path, body: Any, says: str) -> None:
     assert says in str(entry(tmp_path, body, chat=True).error)
 
 
-def test_parameters_out_of_range_fail_alone(tmp_path: Path) -> None:
+def test_parameters_out_of_range_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"top_p must be in \(0, 1\]"):
-        PARAMETERS.of(entry(tmp_path, {"top_p": 2}))
+        PARAMETERS.for_entry(entry(tmp_path, {"top_p": 2}))
 
 
-def test_the_order_of_defaults(tmp_path: Path) -> None:
+def test_request_overrides_flags_and_flags_override_the_model(tmp_path: Path) -> None:
     def with_model(base: SamplingParams) -> SamplingParams:
         return SamplingParams.from_dict({"top_k": 7, "top_p": 0.5}, base)
 
-    parameters = Parameters(SamplingParams(temperature=0, max_tokens=64), {"top_p": 0.6, "n": 1}, with_model)
+    parameters = JobParameters(SamplingParams(temperature=0, max_tokens=64), {"top_p": 0.6, "n": 1}, with_model)
     plain = JobEntry(0, "", prompt="a", sampling={"min_p": 0.2})
-    assert parameters.of(plain) == SamplingParams(temperature=0, max_tokens=64, top_k=7, top_p=0.6, min_p=0.2)
-    request = parameters.of(entry(tmp_path, {"top_p": 0.7}))
+    assert parameters.for_entry(plain) == SamplingParams(temperature=0, max_tokens=64, top_k=7, top_p=0.6, min_p=0.2)
+    request = parameters.for_entry(entry(tmp_path, {"top_p": 0.7}))
     assert request == SamplingParams(temperature=1, max_tokens=16, top_k=7, top_p=0.7)
 
 
@@ -130,8 +132,8 @@ LOGPROBS = (
 OUTPUT = RequestOutput("0", "hi", (1, 2, 3), (CompletionOutput(0, "hey", (5, 7), "stop", -2.0, LOGPROBS, "!"),))
 
 
-def test_answers_of_completions(tmp_path: Path) -> None:
-    line = json.loads(json.dumps(line_of(entry(tmp_path, {"model": "theirs"}), "d" * 16, OUTPUT, "ours")))
+def test_answers_to_completions(tmp_path: Path) -> None:
+    line = json.loads(json.dumps(output_line(entry(tmp_path, {"model": "theirs"}), "d" * 16, OUTPUT, "ours")))
     assert (line["custom_id"], line["error"], line["index"], line["digest"]) == ("r1", None, 1, "d" * 16)
     assert line["response"]["status_code"] == 200
     body = line["response"]["body"]
@@ -153,8 +155,8 @@ def test_answers_of_completions(tmp_path: Path) -> None:
     ]
 
 
-def test_answers_of_chats(tmp_path: Path) -> None:
-    body = line_of(entry(tmp_path, {}, chat=True), "d", OUTPUT, "ours")["response"]["body"]
+def test_answers_to_chats(tmp_path: Path) -> None:
+    body = output_line(entry(tmp_path, {}, chat=True), "d", OUTPUT, "ours")["response"]["body"]
     assert (body["object"], body["model"]) == ("chat.completion", "ours")
     (choice,) = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": "hey"}
@@ -162,21 +164,21 @@ def test_answers_of_chats(tmp_path: Path) -> None:
     assert (first["token"], first["logprob"], first["bytes"]) == ("he", -0.5, [104, 101])
     assert [each["token"] for each in first["top_logprobs"]] == ["he", "token_id:6"]
     fewer = entry(tmp_path, {"logprobs": True, "top_logprobs": 1}, chat=True)
-    (choice,) = line_of(fewer, "d", OUTPUT, "ours")["response"]["body"]["choices"]
+    (choice,) = output_line(fewer, "d", OUTPUT, "ours")["response"]["body"]["choices"]
     assert [len(each["top_logprobs"]) for each in choice["logprobs"]["content"]] == [1, 1]
 
 
-def test_failures(tmp_path: Path) -> None:
-    line = failure(entry(tmp_path, {}), "too long")
+def test_failed_lines(tmp_path: Path) -> None:
+    line = failed_line(entry(tmp_path, {}), "too long")
     assert (line["custom_id"], line["index"], line["response"]) == ("r1", 1, None)
     assert line["error"] == {"code": "invalid_request", "message": "too long"}
     refused = RequestOutput("0", "hi", (), (), error="too long")
-    assert line_of(entry(tmp_path, {}), "", refused, "m") == line
+    assert output_line(entry(tmp_path, {}), "", refused, "m") == line
 
 
 def test_lines_of_our_own_format() -> None:
     mine = JobEntry(3, "", prompt="hi", ids={"custom_id": "x"})
-    line = json.loads(json.dumps(line_of(mine, "d" * 16, OUTPUT, "m"), allow_nan=False))
+    line = json.loads(json.dumps(output_line(mine, "d" * 16, OUTPUT, "m"), allow_nan=False))
     assert list(line) == ["index", "custom_id", "prompt", "prompt_token_ids", "outputs", "digest"]
     (output,) = line["outputs"]
     assert (output["text"], output["token_ids"], output["finish_reason"], output["stop_reason"]) == (
@@ -184,11 +186,11 @@ def test_lines_of_our_own_format() -> None:
     )
     assert output["logprobs"][0]["6"] == {"logprob": -9999.0, "rank": 2, "decoded_token": None}
     scored = RequestOutput("0", "hi", (1, 2), (), prompt_logprobs=(None, {2: Logprob(-1.0, 1, "i")}))
-    assert line_of(mine, "d", scored, "m")["prompt_logprobs"] == [
+    assert output_line(mine, "d", scored, "m")["prompt_logprobs"] == [
         None,
         {"2": {"logprob": -1.0, "rank": 1, "decoded_token": "i"}},
     ]
-    assert failure(mine, "why")["error"] == "why"
+    assert failed_line(mine, "why")["error"] == "why"
 
 
 @pytest.mark.parametrize(
@@ -196,10 +198,10 @@ def test_lines_of_our_own_format() -> None:
     [({"echo": True}, {}), ({"stream": True}, {}), ({}, {"url": "/v1/embeddings"}), ({}, {"url": None}),
      ({}, {"method": "GET"}), (5, {})],
 )  # fmt: skip
-def test_a_refused_request_is_answered_in_its_format(tmp_path: Path, body: Any, changes: dict[str, Any]) -> None:
+def test_a_refused_request_is_answered_in_the_batch_format(tmp_path: Path, body: Any, changes: dict[str, Any]) -> None:
     refused = entry(tmp_path, body, **changes)
     assert refused.error is not None
-    assert failure(refused, refused.error) == {
+    assert failed_line(refused, refused.error) == {
         "id": "batch_req-00000001",
         "custom_id": "r1",
         "response": None,
@@ -209,18 +211,18 @@ def test_a_refused_request_is_answered_in_its_format(tmp_path: Path, body: Any, 
 
 
 def test_a_refused_request_without_an_id(tmp_path: Path) -> None:
-    answer = failure(entry(tmp_path, {}, custom_id=None), "why")
+    answer = failed_line(entry(tmp_path, {}, custom_id=None), "why")
     assert answer["error"]["message"] == "why"
     assert "custom_id" not in answer
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_tokens_beside_their_text(tmp_path: Path, chat: bool) -> None:
+def test_token_ids_are_returned_beside_texts(tmp_path: Path, chat: bool) -> None:
     asked = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": True if chat else 0}
     found = entry(tmp_path, {**asked, "cache_salt": "a", "truncate_prompt_tokens": 3}, chat=chat)
-    assert (found.error, found.cache_salt, PARAMETERS.of(found).truncate_prompt_tokens) == (None, "a", 3)
+    assert (found.error, found.cache_salt, PARAMETERS.for_entry(found).truncate_prompt_tokens) == (None, "a", 3)
     output = CompletionOutput(0, "x", (7,), "stop", -1.0, ({7: Logprob(-1.0, 1, "x")},))
-    line = line_of(found, "", RequestOutput("0", "hi", (1, 2), (output,)), "m")
+    line = output_line(found, "", RequestOutput("0", "hi", (1, 2), (output,)), "m")
     body = line["response"]["body"]
     (choice,) = body["choices"]
     assert (choice["token_ids"], (body if chat else choice)["prompt_token_ids"]) == ([7], [1, 2])
@@ -228,5 +230,5 @@ def test_tokens_beside_their_text(tmp_path: Path, chat: bool) -> None:
     assert names == ["token_id:7"]
 
 
-def test_a_switch_is_true_or_false(tmp_path: Path) -> None:
+def test_return_token_ids_must_be_true_or_false(tmp_path: Path) -> None:
     assert "`body.return_token_ids` must be true or false" in str(entry(tmp_path, {"return_token_ids": 1}).error)

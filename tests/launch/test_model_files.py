@@ -10,7 +10,7 @@ import pytest
 
 from shoal import LLM, SamplingParams
 from shoal.engine.build import build_engine
-from shoal.engine.process import start
+from shoal.engine.process import start_engine
 from shoal.errors import CheckpointError, UserError
 from shoal.launch.hub import BUNDLED
 from shoal.launch.open_model import open_model, open_served_model
@@ -76,7 +76,7 @@ def test_processes_that_start_later_refuse_changed_files(folder: Path, change: C
     with pytest.raises(UserError, match="has changed since Shoal first read it"):
         build_engine(opened.plan)
     with pytest.raises(UserError, match="has changed since Shoal first read it"):
-        start(opened.plan, None)
+        start_engine(opened.plan, None)
     with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
         open_served_model(str(folder), SMALL, opened.served)
 

@@ -22,6 +22,7 @@ from shoal.models.checkpoint.checkpoint import (
     open_checkpoint,
     same_numbers,
 )
+from shoal.models.checkpoint.torch_files import list_here
 
 _SETTINGS = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -125,13 +126,13 @@ def test_truncated_shard_is_named(tmp_path: Path) -> None:
 
 def test_pickled_files_are_read_only_if_there_are_no_safetensors_files(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / PICKLED_SINGLE)
-    assert open_checkpoint(tmp_path).shapes == {"a": (2,), "b": (3,)}
+    assert open_checkpoint(tmp_path, read_pickled=list_here).shapes == {"a": (2,), "b": (3,)}
     (tmp_path / SINGLE).write_bytes(pack(HEADER))
-    assert open_checkpoint(tmp_path).tensors["a"].file == tmp_path / SINGLE
+    assert open_checkpoint(tmp_path, read_pickled=list_here).tensors["a"].file == tmp_path / SINGLE
     (tmp_path / SINGLE).unlink()
     shard(tmp_path)
-    assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
-    assert open_checkpoint(tmp_path).tensors["a"].file.suffix == ".safetensors"
+    assert set(open_checkpoint(tmp_path, read_pickled=list_here).tensors) == {"a", "b"}
+    assert open_checkpoint(tmp_path, read_pickled=list_here).tensors["a"].file.suffix == ".safetensors"
 
 
 def test_pickled_shards(tmp_path: Path) -> None:
@@ -154,17 +155,17 @@ def test_tensors_of_an_old_file_are_the_same_where_they_share_their_numbers(tmp_
     one = torch.ones(2, 3)
     tensors = {"a": one, "b": one.view(2, 3), "row": one[1], "copy": one.clone()}
     torch.save(tensors, tmp_path / PICKLED_SINGLE, _use_new_zipfile_serialization=False)
-    found = open_checkpoint(tmp_path).tensors
+    found = open_checkpoint(tmp_path, read_pickled=list_here).tensors
     assert {name for name, tensor in found.items() if same_numbers(found["a"], tensor)} == {"a", "b"}
     torch.save(tensors, tmp_path / PICKLED_SINGLE)
-    found = open_checkpoint(tmp_path).tensors
+    found = open_checkpoint(tmp_path, read_pickled=list_here).tensors
     assert {name for name, tensor in found.items() if same_numbers(found["a"], tensor)} == {"a", "b", "copy"}
 
 
 def test_files_in_another_state_are_not_read(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / PICKLED_SINGLE)
-    state = open_checkpoint(tmp_path).state
-    assert open_checkpoint(tmp_path, state=state).state == state
+    state = open_checkpoint(tmp_path, read_pickled=list_here).state
+    assert open_checkpoint(tmp_path, state=state, read_pickled=list_here).state == state
     (tmp_path / PICKLED_SINGLE).write_bytes(b"not weights")
     with pytest.raises(CheckpointError, match="has changed since Shoal first read it"):
         open_checkpoint(tmp_path, state=state)

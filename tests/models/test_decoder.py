@@ -18,7 +18,7 @@ from shoal.kernels.select import make_kernels
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.decoder import build_decoder
-from shoal.models.manifest import Shard, check, manifest, shards
+from shoal.models.manifest import Shard, check_shapes, make_manifest, make_shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.parallel.mesh import Axis
 from shoal.worker.kv_cache import allocate
@@ -64,8 +64,8 @@ def make_batch(starts: Sequence[int], stops: Sequence[int]) -> PagedBatch:
 def logits_of_rank(folder: Path, shard: Shard, tp: Axis) -> list[Tensor]:
     """Return one rank's share of the logits of each prompt. The last token of each is computed in a second step."""
     spec, checkpoint = read_spec(folder), open_checkpoint(folder)
-    params = manifest(spec, tensor_names(spec, checkpoint.shapes))
-    check(params, checkpoint.shapes, str(folder))
+    params = make_manifest(spec, tensor_names(spec, checkpoint.shapes))
+    check_shapes(params, checkpoint.shapes, str(folder))
     kernels, _ = make_kernels("cpu", torch.float32)
     weights = CheckpointWeights(checkpoint, params, shard, torch.float32)
     decoder = build_decoder(spec, shard, tp, weights, kernels, torch.device("cpu"), spec.max_positions)
@@ -96,7 +96,7 @@ def logits(folder: Path, weights: Sequence[int]) -> list[Tensor]:
             raise
 
     with ThreadPoolExecutor(tp) as pool:
-        found = list(pool.map(rank, shards(read_spec(folder), tp, weights)))
+        found = list(pool.map(rank, make_shards(read_spec(folder), tp, weights)))
     return [torch.cat(shares, dim=1) for shares in zip(*found, strict=True)]
 
 

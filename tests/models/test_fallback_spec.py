@@ -16,7 +16,7 @@ from shoal.kernels.reference import ReferenceKernels
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights
 from shoal.models.implementation import implementation_of, params_of, read_model, shards_of
-from shoal.models.manifest import Cut, check, weight_bytes
+from shoal.models.manifest import Cut, check_shapes, weight_bytes
 from shoal.models.spec import AttentionSpec, NormSpec, Unsupported
 from shoal.models.transformers import read_spec
 from shoal.models.transformers.cut_plan import logits_are_elementwise
@@ -26,7 +26,7 @@ from shoal.models.transformers.read_spec import read_fallback_spec
 from shoal.models.transformers.trial import NotRunnable, materialize_buffers, window_of_mask
 from shoal.parallel.mesh import Axis
 from shoal.planner.memory import StepSize, rank_memory
-from support import checkpoints, models_without_family
+from support import checkpoints, other_models
 
 ONE = Axis("tp", 0, 1, LocalComm())
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def config_of(name: str, kind: str = "ForCausalLM", **changes: Any) -> dict[str,
     import transformers
 
     config = getattr(transformers, f"{name}Config")(
-        **{**checkpoints.SIZES, **models_without_family.ALL.get(name, {}), **changes}
+        **{**checkpoints.SIZES, **other_models.ALL.get(name, {}), **changes}
     )
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [f"{name}{kind}"]}
 
@@ -85,7 +85,7 @@ def test_a_plan_is_followed_with_cuts_by_heads_columns_and_vocabulary() -> None:
     assert spec.describe(1).endswith("on one rank")
 
 
-@pytest.mark.parametrize("name", sorted(models_without_family.WHOLE_ATTENTION))
+@pytest.mark.parametrize("name", sorted(other_models.WHOLE_ATTENTION))
 def test_attention_that_takes_all_heads_stays_whole(name: str) -> None:
     """The plan of Olmo2 says so. That of Cohere does not, but a trial with fewer heads fails."""
     spec = read(name)
@@ -131,17 +131,17 @@ def test_two_ranks_take_half_the_memory_each() -> None:
 
 def test_the_manifest_names_exactly_the_tensors_of_the_checkpoint(tmp_path: Path) -> None:
     """Each has its shape, and one that is missing is named in the error."""
-    shapes = open_checkpoint(models_without_family.save("Starcoder2", tmp_path)).shapes
+    shapes = open_checkpoint(other_models.save("Starcoder2", tmp_path)).shapes
     spec = read_model(tmp_path, "auto")
     found = params_of(spec, shapes)
-    check(found, shapes, "here")
+    check_shapes(found, shapes, "here")
     assert {piece.source for param in found for piece in param.pieces} == set(shapes)
     assert weight_bytes(spec, found, shards_of(spec, 1)[0], 4, embedding_kept=True) >= 4 * sum(
         torch.Size(shape).numel() for shape in shapes.values()
     )
     some = {name: shape for name, shape in shapes.items() if "layers.2.mlp.c_fc" not in name}
     with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.2\.mlp\.c_fc\.weight of shape"):
-        check(params_of(spec, some), some, "here")
+        check_shapes(params_of(spec, some), some, "here")
 
 
 def test_names_without_the_prefix() -> None:
@@ -333,7 +333,7 @@ def test_a_buffer_that_the_module_does_not_compute_is_named() -> None:
 
 
 def test_every_tensor_of_a_loaded_model_has_numbers(tmp_path: Path) -> None:
-    models_without_family.save("StableLm", tmp_path)
+    other_models.save("StableLm", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     spec = read_model(tmp_path, "auto")
     assert isinstance(spec, FallbackSpec)

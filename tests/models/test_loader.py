@@ -17,7 +17,8 @@ from shoal.errors import CheckpointError
 from shoal.models.checkpoint.checkpoint import PICKLED_SINGLE, SINGLE, Checkpoint, open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights, DummyWeights
 from shoal.models.checkpoint.stored_file import split_into_reads
-from shoal.models.manifest import Cut, Param, Piece, Shard, keeps_embedding, manifest, shards
+from shoal.models.checkpoint.torch_files import list_here
+from shoal.models.manifest import Cut, Param, Piece, Shard, keeps_embedding, make_manifest, make_shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import (
     AttentionSpec,
@@ -116,10 +117,10 @@ def test_all_ranks_together_hold_the_whole(
         intermediate_size=inner,
         tie_embeddings=tie,
     )
-    params = manifest(spec, TensorNames())
+    params = make_manifest(spec, TensorNames())
     wholes = made_up(params)
     checkpoint = write(tmp_path, wholes)
-    ranks = [(shard, CheckpointWeights(checkpoint, params, shard, torch.float32)) for shard in shards(spec, tp)]
+    ranks = [(shard, CheckpointWeights(checkpoint, params, shard, torch.float32)) for shard in make_shards(spec, tp)]
     for param in params:
         parts = [(shard, weights.tensor(param.name)) for shard, weights in ranks]
         assert [tuple(part.shape) for _, part in parts] == [shard.param_shape(param) for shard, _ in parts]
@@ -133,11 +134,11 @@ def test_real_checkpoints(checkpoint: Callable[[str], Path], name: str) -> None:
 
     folder = checkpoint(name)
     spec, wholes = read_spec(folder), load_file(folder / SINGLE)
-    params = manifest(spec, tensor_names(spec))
+    params = make_manifest(spec, tensor_names(spec))
     for tp in (1, 3):
         ranks = [
             (shard, CheckpointWeights(open_checkpoint(folder), params, shard, torch.float32))
-            for shard in shards(spec, tp)
+            for shard in make_shards(spec, tp)
         ]
         for param in params:
             found = put_together(param, [(shard, weights.tensor(param.name)) for shard, weights in ranks])
@@ -172,7 +173,7 @@ def test_stripes_and_transposed_matrices(
     names = TensorNames(transposed=transposed, interleaved=stacked == "interleaved")
     if stacked != "apart":
         names = dataclasses.replace(names, qkv=("qkv",), up=("up",))
-    params = manifest(spec, names)
+    params = make_manifest(spec, names)
     generator = torch.Generator().manual_seed(5)
     wholes = {
         piece.source: torch.randn(piece.stored_shape, generator=generator) for param in params for piece in param.pieces
@@ -180,7 +181,7 @@ def test_stripes_and_transposed_matrices(
     checkpoint = write(tmp_path, wholes)
     ranks = [
         (shard, CheckpointWeights(checkpoint, params, shard, torch.float32))
-        for shard in shards(spec, tp, weights and weights[:tp])
+        for shard in make_shards(spec, tp, weights and weights[:tp])
     ]
     for param in params:
         parts = [(shard, weights.tensor(param.name)) for shard, weights in ranks]
@@ -196,7 +197,7 @@ def test_experts(tmp_path: Path, stacked: bool, tp: int, stored: torch.dtype) ->
     """Experts are in separate tensors or in one of three dimensions; a rank has a share of each, or some experts."""
     spec = dataclasses.replace(SPEC, moe=MoESpec(4, 22, RoutingSpec(2), (True,)))
     names = TensorNames(experts=ExpertNames().stacked() if stacked else ExpertNames())
-    params = manifest(spec, names)
+    params = make_manifest(spec, names)
     generator = torch.Generator().manual_seed(3)
     wholes = {
         piece.source: torch.randn(piece.stored_shape, generator=generator).to(stored)
@@ -212,7 +213,7 @@ def test_experts(tmp_path: Path, stacked: bool, tp: int, stored: torch.dtype) ->
         gate, up, down = (wholes[f"{at}.{e}.{name}_proj.weight"].float() for name in ("gate", "up", "down"))
         return torch.cat([gate, up]), down
 
-    cut = shards(spec, tp)
+    cut = make_shards(spec, tp)
     for shard in cut:
         weights, columns = CheckpointWeights(checkpoint, params, shard, torch.float32), shard.ranges[Cut.EXPERT]
         for e in range(4):
@@ -244,15 +245,15 @@ def test_a_share_that_begins_or_ends_inside_a_run(tmp_path: Path, cut: range, tr
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_pickled_weights(tmp_path: Path, stored: torch.dtype, legacy: bool) -> None:
     """Pickled tensors may be strided or misaligned; a rank's tensors never are."""
-    params = manifest(SPEC, TensorNames())
+    params = make_manifest(SPEC, TensorNames())
     wholes = made_up(params, stored)
     turned = "model.layers.0.mlp.down_proj.weight"
     saved = {**wholes, turned: wholes[turned].t().contiguous().t(), "mask": torch.ones(1, dtype=torch.uint8).expand(9)}
     torch.save(saved, tmp_path / PICKLED_SINGLE, _use_new_zipfile_serialization=not legacy)
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path, read_pickled=list_here)
     assert (checkpoint.tensors[turned].strides or ())[0] == 1
     for tp in (1, 3):
-        ranks = [(shard, CheckpointWeights(checkpoint, params, shard, stored)) for shard in shards(SPEC, tp)]
+        ranks = [(shard, CheckpointWeights(checkpoint, params, shard, stored)) for shard in make_shards(SPEC, tp)]
         for param in params:
             parts = [(shard, weights.tensor(param.name)) for shard, weights in ranks]
             assert all(part.is_contiguous() and part.data_ptr() % stored.itemsize == 0 for _, part in parts)
@@ -265,7 +266,7 @@ def test_pickled_weights(tmp_path: Path, stored: torch.dtype, legacy: bool) -> N
 def test_parameters_with_a_type_of_their_own_or_a_number_to_add(tmp_path: Path, wanted: torch.dtype) -> None:
     stored = torch.tensor([0.5, -1.0, 2.0]).half()
     checkpoint = write(tmp_path, {"n": stored})
-    (shard,) = shards(SPEC, 1)
+    (shard,) = make_shards(SPEC, 1)
     params = [
         Param("wide", (Piece("n", (3,)),), "float32", 1.0),
         Param("plus", (Piece("n", (3,)),), plus=1.0),
@@ -287,14 +288,14 @@ def test_assembling_a_parameter_allocates_no_second_copy(tmp_path: Path, transpo
     """Even if it is converted, cut, transposed and stacked, the only allocation is the tensor that is returned."""
     names = TensorNames(transposed=transposed)
     spec = dataclasses.replace(SPEC, hidden_size=64, intermediate_size=512)
-    params = manifest(spec, names)
+    params = make_manifest(spec, names)
     generator = torch.Generator().manual_seed(5)
     wholes = {
         piece.source: torch.randn(piece.stored_shape, generator=generator).half()
         for param in params
         for piece in param.pieces
     }
-    weights = CheckpointWeights(write(tmp_path, wholes), params, shards(spec, 2)[1], torch.float32)
+    weights = CheckpointWeights(write(tmp_path, wholes), params, make_shards(spec, 2)[1], torch.float32)
     for name in ("layers.0.gate_up.weight", "layers.0.down.weight", "layers.0.qkv.weight"):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             found = weights.tensor(name)
@@ -312,10 +313,10 @@ def mapped(folder: Path) -> bool:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_loaded_weights_do_not_change_with_the_file(tmp_path: Path, stored: torch.dtype) -> None:
     """The file is overwritten and truncated after loading; no tensor of any rank changes."""
-    params = manifest(SPEC, TensorNames())
+    params = make_manifest(SPEC, TensorNames())
     wholes = made_up(params, stored)
     checkpoint = write(tmp_path, wholes)
-    ranks = [CheckpointWeights(checkpoint, params, shard, torch.float32) for shard in shards(SPEC, 2)]
+    ranks = [CheckpointWeights(checkpoint, params, shard, torch.float32) for shard in make_shards(SPEC, 2)]
     read = [{param.name: weights.tensor(param.name) for param in params} for weights in ranks]
     before = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in read]
     with (tmp_path / SINGLE).open("r+b") as file:
@@ -355,9 +356,9 @@ def rewrite_file(file: Path) -> None:
     [(replace_file, "was replaced"), (truncate_file, "was truncated"), (rewrite_file, "was written to")],
 )
 def test_a_file_that_changes_before_it_is_read(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
-    params = manifest(SPEC, TensorNames())
+    params = make_manifest(SPEC, TensorNames())
     checkpoint = write(tmp_path, made_up(params))
-    weights = CheckpointWeights(checkpoint, params, shards(SPEC, 1)[0], torch.float32)
+    weights = CheckpointWeights(checkpoint, params, make_shards(SPEC, 1)[0], torch.float32)
     weights.tensor("embedding")
     change(tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=message):
@@ -366,10 +367,10 @@ def test_a_file_that_changes_before_it_is_read(tmp_path: Path, change: Callable[
 
 def test_a_file_that_is_truncated_while_it_is_read(tmp_path: Path) -> None:
     """This is noticed even if the state of the file is not checked."""
-    params = manifest(SPEC, TensorNames())
+    params = make_manifest(SPEC, TensorNames())
     checkpoint = dataclasses.replace(write(tmp_path, made_up(params)), files={})
     os.truncate(tmp_path / SINGLE, checkpoint.tensors["model.embed_tokens.weight"].offset + 7)
-    weights = CheckpointWeights(checkpoint, params, shards(SPEC, 1)[0], torch.float32)
+    weights = CheckpointWeights(checkpoint, params, make_shards(SPEC, 1)[0], torch.float32)
     with pytest.raises(CheckpointError, match=r"truncated while it was being read: it ends after \d+ bytes"):
         weights.tensor("embedding")
 
@@ -392,9 +393,9 @@ def test_reads_cover_a_tensor_once_and_keep_their_limit(data: st.DataObject) -> 
 
 def test_copies_are_no_larger_than_the_share(tmp_path: Path) -> None:
     """A slice that kept the whole tensor alive would cost every rank the memory of the whole."""
-    params = manifest(SPEC, TensorNames())
+    params = make_manifest(SPEC, TensorNames())
     checkpoint = write(tmp_path, made_up(params))
-    for shard in shards(SPEC, 3):
+    for shard in make_shards(SPEC, 3):
         weights = CheckpointWeights(checkpoint, params, shard, torch.float32)
         for name in ("layers.0.qkv.weight", "layers.0.out.weight", "layers.0.gate_up.weight", "layers.0.down.weight"):
             tensor = weights.tensor(name)
@@ -404,9 +405,9 @@ def test_copies_are_no_larger_than_the_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pad", [0, 1, 3])
 def test_data_that_is_not_aligned(tmp_path: Path, pad: int) -> None:
-    params = manifest(SPEC, TensorNames())
+    params = make_manifest(SPEC, TensorNames())
     wholes = made_up(params)
-    weights = CheckpointWeights(write(tmp_path, wholes, pad=pad), params, shards(SPEC, 1)[0], torch.float32)
+    weights = CheckpointWeights(write(tmp_path, wholes, pad=pad), params, make_shards(SPEC, 1)[0], torch.float32)
     assert torch.equal(weights.tensor("embedding"), wholes["model.embed_tokens.weight"])
 
 
@@ -416,26 +417,26 @@ def test_data_that_is_not_aligned(tmp_path: Path, pad: int) -> None:
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
 def test_conversion(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
-    params = manifest(SPEC, TensorNames())
+    params = make_manifest(SPEC, TensorNames())
     wholes = made_up(params, stored)
-    weights = CheckpointWeights(write(tmp_path, wholes), params, shards(SPEC, 1)[0], wanted)
+    weights = CheckpointWeights(write(tmp_path, wholes), params, make_shards(SPEC, 1)[0], wanted)
     assert torch.equal(weights.tensor("embedding"), wholes["model.embed_tokens.weight"].to(wanted))
 
 
 def test_type_that_can_not_be_loaded(tmp_path: Path) -> None:
-    params = manifest(SPEC, TensorNames())
+    params = make_manifest(SPEC, TensorNames())
     checkpoint = write(tmp_path, made_up(params))
     name = "model.norm.weight"
     tensors = {**checkpoint.tensors, name: dataclasses.replace(checkpoint.tensors[name], dtype="I32")}
-    weights = CheckpointWeights(Checkpoint(tmp_path, tensors), params, shards(SPEC, 1)[0], torch.float32)
+    weights = CheckpointWeights(Checkpoint(tmp_path, tensors), params, make_shards(SPEC, 1)[0], torch.float32)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is stored as I32; supported are F32"):
         weights.tensor("final_norm.weight")
 
 
 def test_optional(tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, out_bias=False)
-    params = manifest(spec, TensorNames())
-    (shard,) = shards(spec, 1)
+    params = make_manifest(spec, TensorNames())
+    (shard,) = make_shards(spec, 1)
     for weights in (
         CheckpointWeights(write(tmp_path, made_up(params)), params, shard, torch.float32),
         DummyWeights(params, shard, torch.float32, 0),
@@ -450,8 +451,8 @@ def test_optional(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tp", [1, 3, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dummy_weights(tp: int, dtype: torch.dtype) -> None:
-    params = manifest(SPEC, TensorNames())
-    for shard in shards(SPEC, tp):
+    params = make_manifest(SPEC, TensorNames())
+    for shard in make_shards(SPEC, tp):
         weights = DummyWeights(params, shard, dtype, 0)
         for param in params:
             tensor = weights.tensor(param.name)
@@ -462,8 +463,8 @@ def test_dummy_weights(tp: int, dtype: torch.dtype) -> None:
 
 
 def test_dummy_weights_depend_on_seed_name_and_row() -> None:
-    params = manifest(SPEC, TensorNames())
-    (shard,) = shards(SPEC, 1)
+    params = make_manifest(SPEC, TensorNames())
+    (shard,) = make_shards(SPEC, 1)
     first, again, other = (DummyWeights(params, shard, torch.float32, seed) for seed in (0, 0, 1))
     assert torch.equal(first.tensor("head"), again.tensor("head"))
     assert not torch.equal(first.tensor("head"), other.tensor("head"))

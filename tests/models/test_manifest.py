@@ -26,7 +26,7 @@ from shoal.models.spec import (
     RoutingSpec,
     TensorNames,
 )
-from shoal.parallel.placement import place_experts
+from shoal.parallel.expert_placement import place_experts
 from support.checkpoints import MAKERS
 
 RMS = NormSpec("rms", 1e-5)
@@ -81,7 +81,7 @@ RANKS = st.integers(1, 9)
 @settings(deadline=None)
 def test_shares_of_all_ranks_are_the_whole(spec: ModelSpec, tp: int) -> None:
     """Each element is on exactly one rank, but KV heads may be on several."""
-    shards = manifest.shards(spec, tp)
+    shards = manifest.make_shards(spec, tp)
     assert [shard.rank for shard in shards] == list(range(tp))
     totals = {
         Cut.Q_HEADS: spec.num_heads * spec.head_dim,
@@ -98,7 +98,7 @@ def test_shares_of_all_ranks_are_the_whole(spec: ModelSpec, tp: int) -> None:
 @settings(deadline=None)
 def test_each_rank_has_the_kv_heads_of_its_query_heads(spec: ModelSpec, tp: int) -> None:
     group = spec.num_heads // spec.num_kv_heads
-    for shard in manifest.shards(spec, tp):
+    for shard in manifest.make_shards(spec, tp):
         heads, d = shard.heads, spec.head_dim
         for local, query in enumerate(heads.q_range):
             assert heads.kv_ids[heads.q_to_kv[local]] == query // group
@@ -108,7 +108,7 @@ def test_each_rank_has_the_kv_heads_of_its_query_heads(spec: ModelSpec, tp: int)
 
 
 def params(spec: ModelSpec) -> tuple[Param, ...]:
-    return manifest.manifest(spec, TensorNames() if spec.gated else TensorNames(up=("mlp.up_proj",)))
+    return manifest.make_manifest(spec, TensorNames() if spec.gated else TensorNames(up=("mlp.up_proj",)))
 
 
 @given(specs(), RANKS)
@@ -116,7 +116,7 @@ def params(spec: ModelSpec) -> tuple[Param, ...]:
 def test_shapes_fit_together(spec: ModelSpec, tp: int) -> None:
     found = params(spec)
     assert len({param.name for param in found}) == len(found)
-    for shard in manifest.shards(spec, tp):
+    for shard in manifest.make_shards(spec, tp):
         q, kv = len(shard.ranges[Cut.Q_HEADS]), len(shard.ranges[Cut.KV_HEADS])
         mlp, vocab, hidden = len(shard.ranges[Cut.MLP]), len(shard.ranges[Cut.VOCAB]), spec.hidden_size
         shapes = {param.name: shard.param_shape(param) for param in found}
@@ -185,7 +185,7 @@ def test_queries_keys_and_values_in_one_tensor(end: str, transposed: bool) -> No
     """The tensor has all rows of queries, then those of keys, then those of values, in different numbers."""
     names = TensorNames(qkv=("qkv",), up=("gate_up",), transposed=transposed)
     spec = dataclasses.replace(SPEC, qkv_bias=True, up_bias=True)
-    found = {param.name: param for param in manifest.manifest(spec, names)}
+    found = {param.name: param for param in manifest.make_manifest(spec, names)}
     qkv = found[f"layers.0.qkv.{end}"].pieces
     assert [piece.source for piece in qkv] == [f"model.layers.0.qkv.{end}"] * 3
     assert [source_rows(piece) for piece in qkv] == [[*range(64)], [*range(64, 96)], [*range(96, 128)]]
@@ -203,7 +203,7 @@ def test_queries_keys_and_values_in_one_tensor(end: str, transposed: bool) -> No
 def test_queries_keys_and_values_by_head(end: str) -> None:
     spec = dataclasses.replace(SPEC, num_kv_heads=8, qkv_bias=True)
     names = TensorNames(qkv=("qkv",), interleaved=True)
-    (param,) = (p for p in manifest.manifest(spec, names) if p.name == f"layers.0.qkv.{end}")
+    (param,) = (p for p in manifest.make_manifest(spec, names) if p.name == f"layers.0.qkv.{end}")
     rows = [source_rows(piece) for piece in param.pieces]
     assert rows[0] == [head * 24 + i for head in range(8) for i in range(8)]
     assert rows[2] == [row + 16 for row in rows[0]]
@@ -219,7 +219,7 @@ def test_weight_bytes() -> None:
     plain = 2 * layer + 64 + 2 * 301 * 64
 
     def found(spec: ModelSpec, *, kept: bool = True) -> int:
-        (shard,) = manifest.shards(spec, 1)
+        (shard,) = manifest.make_shards(spec, 1)
         return manifest.weight_bytes(spec, params(spec), shard, 2, embedding_kept=kept)
 
     assert found(spec) == 2 * plain
@@ -235,15 +235,15 @@ def test_weight_bytes() -> None:
 @given(specs(), st.lists(st.integers(1, 9), min_size=1, max_size=9))
 @settings(deadline=None)
 def test_unequal_shares(spec: ModelSpec, weights: list[int]) -> None:
-    found = manifest.shards(spec, len(weights), weights)
+    found = manifest.make_shards(spec, len(weights), weights)
     for cut, total in ((Cut.MLP, spec.intermediate_size), (Cut.VOCAB, spec.vocab_size)):
         assert [i for shard in found for i in shard.ranges[cut]] == list(range(total))
-    assert manifest.shards(spec, len(weights), [weight * 3 for weight in weights]) == found
-    assert manifest.shards(spec, len(weights), [1] * len(weights)) == manifest.shards(spec, len(weights))
+    assert manifest.make_shards(spec, len(weights), [weight * 3 for weight in weights]) == found
+    assert manifest.make_shards(spec, len(weights), [1] * len(weights)) == manifest.make_shards(spec, len(weights))
 
 
 def test_known_unequal_cut() -> None:
-    first, second, third = manifest.shards(SPEC, 3, (2, 1, 1))
+    first, second, third = manifest.make_shards(SPEC, 3, (2, 1, 1))
     assert [len(shard.ranges[Cut.Q_HEADS]) for shard in (first, second, third)] == [32, 16, 16]
     assert [len(shard.ranges[Cut.KV_HEADS]) for shard in (first, second, third)] == [16, 8, 8]
     assert [len(shard.ranges[Cut.MLP]) for shard in (first, second, third)] == [48, 32, 32]
@@ -251,14 +251,14 @@ def test_known_unequal_cut() -> None:
 
 
 def test_one_rank_holds_everything() -> None:
-    (shard,) = manifest.shards(SPEC, 1)
+    (shard,) = manifest.make_shards(SPEC, 1)
     for param in params(SPEC):
         assert all(shard.shape(piece) == piece.shape for piece in param.pieces)
 
 
 def test_known_cut() -> None:
     """8 query heads and 4 KV heads over 3 ranks: groups stay together if no rank gets more heads by that."""
-    shards = manifest.shards(SPEC, 3)
+    shards = manifest.make_shards(SPEC, 3)
     assert [len(shard.ranges[Cut.VOCAB]) for shard in shards] == [101, 100, 100]
     assert [len(shard.ranges[Cut.MLP]) for shard in shards] == [48, 32, 32]
     assert [len(shard.ranges[Cut.Q_HEADS]) for shard in shards] == [24, 24, 16]
@@ -287,8 +287,8 @@ def test_mixtures_over_ranks(spec: ModelSpec, tp: int) -> None:
     """Each element of an expert is on one rank, whether experts are cut or whole; the router is on all ranks."""
     moe = spec.moe
     assert moe is not None
-    found = {param.name: param for param in manifest.manifest(spec, TensorNames())}
-    shards = manifest.shards(spec, tp)
+    found = {param.name: param for param in manifest.make_manifest(spec, TensorNames())}
+    shards = manifest.make_shards(spec, tp)
     for i, mixed in enumerate(moe.layers):
         at = f"layers.{i}."
         assert (f"{at}gate_up.weight" in found) != mixed
@@ -327,8 +327,8 @@ def test_weight_bytes_of_a_mixture() -> None:
     spec = dataclasses.replace(SPEC, num_kv_heads=8, moe=moe)
     attention, ends = 64 * 64 * 4 + 2 * 64, 64 + 2 * 301 * 64
     mixture = 5 * 3 * 64 * 24 + 3 * 64 * 40 + 64
-    found = manifest.manifest(spec, TensorNames())
-    (alone,) = manifest.shards(spec, 1)
+    found = manifest.make_manifest(spec, TensorNames())
+    (alone,) = manifest.make_shards(spec, 1)
     whole = 2 * (2 * attention + ends + 3 * 64 * 112 + mixture) + 4 * 5 * 64
     assert manifest.weight_bytes(spec, found, alone, 2, embedding_kept=True) == whole
     two = alone.with_experts(spec, (0, 4))
@@ -339,7 +339,7 @@ def test_experts_in_one_tensor() -> None:
     """The tensor is [experts, rows, columns], in which the rows of an expert's gate come before those of its up."""
     spec = dataclasses.replace(SPEC, moe=MoESpec(3, 10, RoutingSpec(2), (True, True)))
     names = TensorNames(experts=ExpertNames().stacked())
-    found = {param.name: param for param in manifest.manifest(spec, names)}
+    found = {param.name: param for param in manifest.make_manifest(spec, names)}
     pieces = found["layers.1.experts.2.gate_up.weight"].pieces
     assert {piece.source for piece in pieces} == {"model.layers.1.mlp.experts.gate_up_proj"}
     assert [source_rows(piece) for piece in pieces] == [[*range(40, 50)], [*range(50, 60)]]
@@ -359,22 +359,22 @@ def test_tied_head_reads_the_embedding() -> None:
 def test_a_manifest_names_exactly_the_tensors_of_the_checkpoint(checkpoint: Callable[[str], Path], name: str) -> None:
     folder = checkpoint(name)
     spec, shapes = read_spec(folder), open_checkpoint(folder).shapes
-    found = manifest.manifest(spec, tensor_names(spec, shapes))
-    manifest.check(found, shapes, "here")
+    found = manifest.make_manifest(spec, tensor_names(spec, shapes))
+    manifest.check_shapes(found, shapes, "here")
     assert {piece.source for param in found for piece in param.pieces} == set(shapes)
 
 
 def test_a_checkpoint_with_a_missing_or_misshapen_tensor_is_refused() -> None:
     found = params(SPEC)
     shapes = {piece.source: piece.shape for param in found for piece in param.pieces}
-    manifest.check(found, shapes, "here")
-    manifest.check(found, {**shapes, "something.else": (5,)}, "here")
+    manifest.check_shapes(found, shapes, "here")
+    manifest.check_shapes(found, {**shapes, "something.else": (5,)}, "here")
     for name, shape in shapes.items():
         with pytest.raises(CheckpointError) as caught:
-            manifest.check(found, {k: v for k, v in shapes.items() if k != name}, "here")
+            manifest.check_shapes(found, {k: v for k, v in shapes.items() if k != name}, "here")
         assert str(caught.value) == f"here lacks the tensor {name} of shape {list(shape)}"
         with pytest.raises(CheckpointError) as caught:
-            manifest.check(found, {**shapes, name: (*shape, 1)}, "here")
+            manifest.check_shapes(found, {**shapes, name: (*shape, 1)}, "here")
         assert str(caught.value).startswith("here: ")
         assert name in str(caught.value)
         assert str([*shape, 1]) in str(caught.value)

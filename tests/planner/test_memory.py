@@ -20,11 +20,11 @@ from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.loader import CheckpointWeights
 from shoal.models.decoder import build_decoder
 from shoal.models.implementation import rank_shards
-from shoal.models.manifest import Shard, manifest, shards
+from shoal.models.manifest import Shard, make_manifest, make_shards
 from shoal.models.registry import read_spec, tensor_names
 from shoal.models.spec import ModelSpec
 from shoal.parallel.mesh import Axis
-from shoal.parallel.stages import cut_evenly
+from shoal.parallel.stages import balance_stages
 from shoal.planner import memory
 from shoal.planner.memory import RankMemory, StepSize, rank_memory
 from shoal.wire.plan import Layout
@@ -86,7 +86,7 @@ def make_batch(tokens: int, context: int) -> PagedBatch:
 
 def planned(folder: Path, shard: Shard, dtype: torch.dtype, step: StepSize) -> RankMemory:
     spec = read_spec(folder)
-    params = manifest(spec, tensor_names(spec))
+    params = make_manifest(spec, tensor_names(spec))
     return rank_memory(spec, params, shard, dtype=NAMES[dtype], device="cpu", block_size=BLOCK_SIZE, step=step)
 
 
@@ -97,7 +97,7 @@ def measured(folder: Path, shard: Shard, dtype: torch.dtype, tokens: int, contex
     They need more memory than the native ones.
     """
     spec, checkpoint = read_spec(folder), open_checkpoint(folder)
-    weights = CheckpointWeights(checkpoint, manifest(spec, tensor_names(spec)), shard, dtype)
+    weights = CheckpointWeights(checkpoint, make_manifest(spec, tensor_names(spec)), shard, dtype)
     tp = Axis("tp", shard.rank, 2, CopyingComm())
     kernels = reference.ReferenceKernels()
     decoder = build_decoder(spec, shard, tp, weights, kernels, torch.device("cpu"), spec.max_positions)
@@ -124,7 +124,7 @@ def test_a_step_takes_no_more_than_planned(
     monkeypatch.setattr(reference, "SCORE_BYTES", 2**16)
     monkeypatch.setattr(memory, "SCORE_BYTES", 2**16)
     folder = checkpoint(name)
-    for shard in shards(read_spec(folder), tp)[:: max(1, tp - 1)]:
+    for shard in make_shards(read_spec(folder), tp)[:: max(1, tp - 1)]:
         for tokens, context, sampled in ((250, 250, 1), (60, 250, 1), (120, 120, 120)):
             found = measured(folder, shard, dtype, tokens, context, sampled)
             plan = planned(folder, shard, dtype, StepSize(tokens, sampled))
@@ -143,7 +143,7 @@ def test_a_step_of_a_stage_takes_no_more_than_planned(
     folder, tokens = checkpoint(name), 120
     spec = read_spec(folder)
     stream = tokens * spec.hidden_size * 4
-    for shard in rank_shards(spec, Layout(stages=cut_evenly([1.0] * spec.num_layers, 3))):
+    for shard in rank_shards(spec, Layout(stages=balance_stages([1.0] * spec.num_layers, 3))):
         borders = (not shard.stage.first) + (not shard.stage.last)
         found = measured(folder, shard, torch.float32, tokens, tokens, 1) + borders * stream
         plan = planned(folder, shard, torch.float32, StepSize(tokens, 1))
@@ -158,9 +158,9 @@ def test_the_planner_and_the_ranks_have_the_same_constants() -> None:
 
 
 def single_rank_memory(spec: ModelSpec, folder: Path, **changes: int) -> RankMemory:
-    (shard,) = shards(spec, 1)
+    (shard,) = make_shards(spec, 1)
     step = StepSize(**{"tokens": 64, "sampled": 8, **changes})
-    params = manifest(spec, tensor_names(spec))
+    params = make_manifest(spec, tensor_names(spec))
     return rank_memory(spec, params, shard, dtype="float32", device="cpu", block_size=BLOCK_SIZE, step=step)
 
 
@@ -171,7 +171,7 @@ def test_weights_are_those_of_the_file(checkpoint: Checkpoint, name: str) -> Non
     spec = read_spec(folder)
     entries = open_checkpoint(folder).tensors
     stored = {(entry.file, entry.offset): torch.Size(entry.shape).numel() * 4 for entry in entries.values()}
-    params = manifest(spec, tensor_names(spec))
+    params = make_manifest(spec, tensor_names(spec))
     embedding = next(param.pieces[0] for param in params if param.name == "embedding")
     again = math.prod(entries[embedding.source].shape) * 4 if spec.tie_embeddings else 0
     assert single_rank_memory(spec, folder).weights == sum(stored.values()) + again
@@ -194,7 +194,7 @@ class RecordedWeights(CheckpointWeights):
 def loaded(folder: Path, layout: Layout, rank: int, shard: Shard) -> dict[str, int]:
     """Return the name and the bytes of every tensor that a rank reads from the file."""
     spec, checkpoint = read_spec(folder), open_checkpoint(folder)
-    weights = RecordedWeights(checkpoint, manifest(spec, tensor_names(spec)), shard, torch.float32)
+    weights = RecordedWeights(checkpoint, make_manifest(spec, tensor_names(spec)), shard, torch.float32)
     tp = Axis("tp", rank % layout.tp, layout.tp, CopyingComm())
     build_decoder(spec, shard, tp, weights, reference.ReferenceKernels(), torch.device("cpu"), spec.max_positions)
     return weights.bytes
@@ -207,7 +207,7 @@ def test_weights_are_those_that_a_rank_of_any_layout_reads(checkpoint: Checkpoin
     spec = read_spec(folder)
     (whole,) = (loaded(folder, Layout(), 0, shard) for shard in rank_shards(spec, Layout()))
     for tp, pp in ((1, 2), (1, 3), (2, 2), (3, 1)):
-        layout = Layout(tp, stages=cut_evenly([1.0] * spec.num_layers, pp))
+        layout = Layout(tp, stages=balance_stages([1.0] * spec.num_layers, pp))
         stages: dict[str, int] = {}
         for rank, shard in enumerate(rank_shards(spec, layout)):
             read = loaded(folder, layout, rank, shard)
@@ -231,7 +231,7 @@ def test_whole_experts_are_read_where_they_are_placed(checkpoint: Checkpoint, st
             found = loaded(folder, layout, rank, shard)
             assert planned(folder, shard, torch.float32, StepSize(8, 8)).weights == sum(found.values())
             read += [name for name in found if ".experts." in name]
-    params = manifest(spec, tensor_names(spec))
+    params = make_manifest(spec, tensor_names(spec))
     assert sorted(read) == sorted(param.name for param in params if param.expert is not None)
 
 
@@ -241,9 +241,9 @@ def test_a_tied_embedding_on_a_gpu_is_on_the_first_and_the_last_stage(checkpoint
     spec, table = read_spec(folder), 301 * 64 * 4
 
     def weights(pp: int) -> list[int]:
-        params = manifest(spec, tensor_names(spec))
+        params = make_manifest(spec, tensor_names(spec))
         sizes: Any = {"dtype": "float32", "block_size": BLOCK_SIZE, "step": StepSize(8, 8)}
-        shards = rank_shards(spec, Layout(stages=cut_evenly([1.0] * spec.num_layers, pp)))
+        shards = rank_shards(spec, Layout(stages=balance_stages([1.0] * spec.num_layers, pp)))
         return [rank_memory(spec, params, shard, device="cuda", **sizes).weights for shard in shards]
 
     (one,) = weights(1)

@@ -1,4 +1,4 @@
-"""Bodies: what is read of them is what `json.loads` reads, within bounds, and in steps."""
+"""Bodies are read as `json.loads` reads them, within limits, and in small steps."""
 
 import json
 import threading
@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from shoal.errors import RequestError
 from shoal.server.api.bodies import UnreadBodies, read_body, read_json
-from shoal.server.api.schemas import CompletionBody
+from shoal.server.api.request_schemas import CompletionBody
 from shoal.server.app import make_app, openai_app
-from shoal.server.http.errors import Refusal
+from shoal.server.http.errors import HttpError, http_error
 from shoal.server.http.json_reader import JsonReader
 from shoal.server.http.limits import RequestLimits
 from shoal.server.settings import ServerSettings
@@ -22,9 +23,9 @@ from support.fakes import steady
 
 
 def refused(body: bytes, **limits: int) -> int:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises((HttpError, RequestError)) as caught:
         read_json(body, RequestLimits(**limits))
-    return caught.value.status
+    return http_error(caught.value).status
 
 
 def test_deep_json_is_refused() -> None:
@@ -36,7 +37,7 @@ def test_deep_json_is_refused() -> None:
 
 
 def test_too_many_values_are_refused() -> None:
-    """Those of runs that are read at once, too; what texts hold does not count."""
+    """Values of runs that are read in one call count too; commas and brackets in texts do not."""
     assert refused(b"[" + b"[]," * 100 + b"[]]", body_values=100) == 413
     assert refused(b"[" + b"1," * 100 + b"1]", body_values=100) == 413
     assert refused(b"{" + b",".join(b'"%d":1' % i for i in range(101)) + b"}", body_values=100) == 413
@@ -61,7 +62,7 @@ json_values = st.recursive(
 
 
 def plainly(text: str) -> Any:
-    """The value, or where it is wrong."""
+    """Return the value, or the position of the mistake."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -77,14 +78,14 @@ def carefully(text: str) -> Any:
 
 @steady
 @given(json_values, st.booleans(), st.sampled_from([None, 1, "\t"]))
-def test_what_is_read_is_what_was_written(value: Any, ascii_: bool, indent: Any) -> None:
+def test_a_body_is_read_as_json_loads_reads_it(value: Any, ascii_: bool, indent: Any) -> None:
     text = json.dumps(value, ensure_ascii=ascii_, indent=indent)
     assert repr(carefully(text)) == repr(json.loads(text))
 
 
 @steady
 @given(json_values, st.data())
-def test_mistakes_are_found_where_json_finds_them(value: Any, data: st.DataObject) -> None:
+def test_errors_have_the_position_that_json_loads_gives(value: Any, data: st.DataObject) -> None:
     text = json.dumps(value)
     at = data.draw(st.integers(0, len(text)))
     changed = text[:at] + data.draw(st.text(alphabet='[]{}",:1a \\\x00-', max_size=2)) + text[at + 1 :]
@@ -94,13 +95,13 @@ def test_mistakes_are_found_where_json_finds_them(value: Any, data: st.DataObjec
 @pytest.mark.parametrize("end", ['"', '\\n"', '\n"', '\\"x"', ""])
 @pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 16) + 1, 3 << 16])
 @pytest.mark.parametrize("form", ["{}", "[1,{},2]", '{{"a":1,"b":{},"c":[{}]}}', "{}x"])
-def test_long_texts_are_read_as_short_ones(form: str, size: int, end: str) -> None:
+def test_long_texts_are_read_like_short_ones(form: str, size: int, end: str) -> None:
     text = form.replace("{}", '"' + "é" * size + end).replace("{{", "{").replace("}}", "}")
     assert carefully(text) == plainly(text)
 
 
 def test_lists_are_read_in_steps() -> None:
-    """A thread that waits for its turn has had it long before the end."""
+    """Another thread gets its turn long before the end."""
     text = "[" + "1234567," * 2_000_000 + "1]"
     turns = 0
     reading = threading.Event()
@@ -128,7 +129,7 @@ def test_a_number_of_thousands_of_digits_is_refused() -> None:
     assert refused(b"[1," + b"1" * 5000 + b",2]") == 400
 
 
-def test_what_pydantic_finds_wrong_is_told_as_fastapi_would() -> None:
+def test_errors_of_pydantic_have_the_form_that_fastapi_gives_them() -> None:
     with pytest.raises(RequestValidationError) as caught:
         read_body(b'{"prompt":"a","stop_token_ids":[1,"a","b"]}', CompletionBody)
     (error,) = caught.value.errors()
@@ -158,8 +159,8 @@ def test_longer_lists_than_any_vocabulary_are_refused(field: str, value: list[An
     assert all(number in error["message"] for number in numbers)
 
 
-def test_every_body_is_read_so() -> None:
-    """Otherwise one that is nested deeply, or large, would be read by FastAPI on the event loop."""
+def test_every_endpoint_reads_its_body_in_steps() -> None:
+    """Otherwise FastAPI would read a large or deeply nested body on the event loop."""
     app = make_app(FakeBackend(), ServerSettings())
     paths = [path for path, each in app.openapi()["paths"].items() if "requestBody" in each.get("post", {})]
     assert len(paths) >= 6
@@ -169,9 +170,9 @@ def test_every_body_is_read_so() -> None:
         assert answer.json()["error"]["message"] == "the body is nested deeper than 128 levels", path
 
 
-def test_bodies_that_wait_to_be_read_are_bounded_together() -> None:
+def test_bodies_that_wait_to_be_read_have_a_common_limit() -> None:
     unread = UnreadBodies(100)
-    with unread.hold(500), pytest.raises(Refusal) as caught, unread.hold(1):
+    with unread.hold(500), pytest.raises(HttpError) as caught, unread.hold(1):
         pass
     assert (caught.value.status, caught.value.retry_after) == (503, 1.0)
     with unread.hold(60), unread.hold(40):
@@ -194,15 +195,15 @@ def test_bodies_that_wait_to_be_read_are_bounded_together() -> None:
         (rb'["\\\ud83dx"]', "[0]"),
     ],
 )
-def test_half_a_character_is_refused_where_it_stands(body: bytes, param: str | None) -> None:
-    with pytest.raises(Refusal) as caught:
+def test_half_a_surrogate_pair_is_refused_with_its_place(body: bytes, param: str | None) -> None:
+    with pytest.raises(RequestError) as caught:
         read_json(body)
-    assert (caught.value.status, caught.value.param) == (400, param)
+    assert caught.value.param == param
     assert "not valid Unicode" in caught.value.message
 
 
 @pytest.mark.parametrize("body", [rb'"\\ud800"', rb'"\ud83d\ude00"', rb'"\\\\ud800\ud83d\ude00"'])
-def test_whole_characters_are_read(body: bytes) -> None:
+def test_whole_surrogate_pairs_are_read(body: bytes) -> None:
     read_json(body)
 
 
@@ -213,7 +214,7 @@ def test_a_body_is_refused_if_it_has_no_utf8_form(value: Any) -> None:
     try:
         read_json(body)
         refused = False
-    except Refusal:
+    except RequestError:
         refused = True
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""/v1/chat/completions, over a stand-in for the engine; answers are held against the types of OpenAI's own client."""
+"""/v1/chat/completions with a fake engine. Answers are checked with the types of OpenAI's own client."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ def chunks_of(text: str) -> list[Any]:
 
 
 def added_up(chunks: list[Any]) -> dict[int, dict[str, Any]]:
-    """The messages that a client puts together."""
+    """Return the messages that a client makes of the chunks."""
     found: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
         ChatCompletionChunk.model_validate(chunk)
@@ -94,7 +94,7 @@ def test_usage_in_each_chunk() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("top", [0, 1, 2])
 def test_as_many_of_the_likeliest_tokens_as_were_asked_for(top: int, stream: bool) -> None:
-    """The one that was chosen is second: it is among two, and not the only one."""
+    """The chosen token is the second likeliest: it is one of two, and not the only one."""
     answer = ask(FakeBackend(lambda _: ["hello"]), logprobs=True, top_logprobs=top, stream=stream)
     content = added_up(chunks_of(answer.text))[0]["logprobs"] if stream else None
     for each in content or answer.json()["choices"][0]["logprobs"]["content"]:
@@ -106,7 +106,7 @@ def test_as_many_of_the_likeliest_tokens_as_were_asked_for(top: int, stream: boo
     ({"stream": True, "prompt_logprobs": 0}, "prompt_logprobs"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
 ])  # fmt: skip
-def test_fields_that_do_not_go_with_a_stream_or_without_one(body: dict[str, Any], param: str) -> None:
+def test_fields_that_need_a_stream_or_do_not_allow_one(body: dict[str, Any], param: str) -> None:
     backend = FakeBackend()
     answer = ask(backend, **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
@@ -125,7 +125,7 @@ def test_every_answer_has_the_requests_id(error: Exception | None) -> None:
 
 
 @pytest.mark.parametrize("given", ["a b", "x" * 129, "<script>", ""])
-def test_ids_that_are_long_or_odd_are_not_taken_over(given: str) -> None:
+def test_a_long_or_odd_request_id_is_replaced(given: str) -> None:
     answer = client().get("/v1/models", headers={"X-Request-Id": given})
     assert len(answer.headers["x-request-id"]) == 32
 
@@ -207,7 +207,7 @@ def test_the_header_names_a_replica() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
-def test_refusals_name_the_field(body: dict[str, Any], status: int, param: str, stream: bool) -> None:
+def test_errors_name_the_field(body: dict[str, Any], status: int, param: str, stream: bool) -> None:
     backend = FakeBackend()
     text = json.dumps({"messages": TALK, **body, "stream": stream})
     answer = client(backend).post("/v1/chat/completions", content=text, headers={"content-type": "application/json"})
@@ -230,7 +230,7 @@ def test_refusals_name_the_field(body: dict[str, Any], status: int, param: str, 
         (b'{"messages": []}', "text/plain"),
     ],
 )
-def test_bodies_that_are_none(content: bytes, kind: str) -> None:
+def test_invalid_bodies(content: bytes, kind: str) -> None:
     answer = client().post("/v1/chat/completions", content=content, headers={"content-type": kind})
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
@@ -259,7 +259,7 @@ def test_failures_before_the_first_token_have_their_status(
     assert all(stream.closed for stream in backend.streams)
 
 
-def test_failures_behind_it_end_the_stream() -> None:
+def test_failures_after_the_first_token_end_the_stream() -> None:
     backend = FakeBackend(error=EngineError("rank 1 has died"), fail_after=2)
     answer = ask(backend, stream=True)
     assert answer.status_code == 200
@@ -308,7 +308,7 @@ def test_tool_calls(choice: Any, says: str, finish: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_demanded_call_that_is_cut_off_is_no_content(stream: bool) -> None:
+def test_a_required_call_that_is_cut_off_does_not_become_content(stream: bool) -> None:
     backend = FakeBackend(lambda _: pieces('[{"name": "weather", "parameters": {}}, {"name": "wea'), finish="length")
     answer = ask(backend, tools=[WEATHER], tool_choice="required", stream=stream)
     if stream:
@@ -329,12 +329,12 @@ def test_a_demanded_call_that_is_cut_off_is_no_content(stream: bool) -> None:
         {"add_special_tokens": False, "store": False, "metadata": {"a": "b"}, "service_tier": "auto"},
     ],
 )
-def test_what_asks_for_no_more_than_there_is_is_taken(fields: dict[str, Any]) -> None:
+def test_fields_that_ask_for_what_shoal_does_anyway_are_accepted(fields: dict[str, Any]) -> None:
     answer = ask(**fields)
     assert answer.status_code == 200, answer.text
 
 
-def test_a_template_hears_how_hard_to_think() -> None:
+def test_the_reasoning_effort_reaches_the_template() -> None:
     backend = FakeBackend()
     template = "{{ reasoning_effort | default('not said') }}"
     ask(backend, {"chat_template": template}, reasoning_effort="high")
@@ -343,7 +343,7 @@ def test_a_template_hears_how_hard_to_think() -> None:
     assert [stream.job.prompt for stream in backend.streams] == ["high", "low", "not said"]
 
 
-def test_what_binds_the_output() -> None:
+def test_forms_of_structured_outputs() -> None:
     backend = FakeBackend()
     ask(backend, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
     ask(backend, tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "weather"}})
@@ -359,7 +359,7 @@ def test_what_binds_the_output() -> None:
     assert (none.skip_special_tokens, auto.skip_special_tokens) == (True, False)
 
 
-def test_references_of_tools_lead_to_their_own_definitions() -> None:
+def test_references_in_tools_lead_to_the_definitions_of_the_same_tool() -> None:
     def tool(name: str, kind: str) -> dict[str, Any]:
         parameters = {
             "type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "required": ["x"],
@@ -385,8 +385,8 @@ def test_references_of_tools_lead_to_their_own_definitions() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_ends_its_request(stream: bool) -> None:
-    """By the bare interface: the body, then a disconnect while the answer is being made."""
+def test_a_client_that_disconnects_ends_its_request(stream: bool) -> None:
+    """Calls the application directly: the body comes, then a disconnect while the answer is made."""
 
     async def main() -> None:
         backend = FakeBackend(gate=asyncio.Semaphore(1))

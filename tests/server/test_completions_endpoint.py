@@ -1,4 +1,4 @@
-"""/v1/completions, over a stand-in for the engine."""
+"""/v1/completions with a fake engine."""
 
 import json
 import threading
@@ -8,11 +8,10 @@ import pytest
 from openai.types import Completion
 from starlette.testclient import TestClient
 
-from shoal.errors import QueueFull
+from shoal.errors import QueueFull, RequestError
 from shoal.params import SamplingParams
-from shoal.server.api.start_requests import check_tokens
+from shoal.server.api.request_parameters import check_tokens
 from shoal.server.app import openai_app
-from shoal.server.http.errors import Refusal
 from shoal.server.settings import ServerSettings
 from shoal.text.prompts import Job
 from support.fake_backend import FakeBackend
@@ -24,7 +23,7 @@ def ask(backend: FakeBackend | None = None, **body: Any) -> Any:
 
 
 def streamed(backend: FakeBackend, **body: Any) -> tuple[dict[int, dict[str, Any]], list[Any]]:
-    """Choices as a client puts them together, and all chunks."""
+    """Return the choices that a client makes of the chunks, and all chunks."""
     text = ask(backend, **body, stream=True).text
     chunks = [json.loads(part.removeprefix("data: ")) for part in text.split("\n\n")[:-2]]
     found: dict[int, dict[str, Any]] = {}
@@ -32,7 +31,7 @@ def streamed(backend: FakeBackend, **body: Any) -> tuple[dict[int, dict[str, Any
         plain = [
             {**each, "finish_reason": each["finish_reason"] or "stop", "logprobs": None} for each in chunk["choices"]
         ]
-        Completion.model_validate(chunk | {"choices": plain})  # its types do not know of null at the first token
+        Completion.model_validate(chunk | {"choices": plain})  # OpenAI's types do not allow null at the first token
         for choice in chunk["choices"]:
             mine = found.setdefault(choice["index"], {"text": "", "finish_reason": None, "logprobs": None})
             mine["text"] += choice["text"]
@@ -44,7 +43,7 @@ def streamed(backend: FakeBackend, **body: Any) -> tuple[dict[int, dict[str, Any
     return found, chunks
 
 
-def test_prompts_times_outputs_are_numbered_prompt_by_prompt() -> None:
+def test_outputs_of_several_prompts_are_numbered_prompt_by_prompt() -> None:
     backend = FakeBackend(lambda job: [f"<{job.prompt}", ">"])
     body = ask(backend, prompt=["a", "b"], n=2, model="other").json()
     answer = Completion.model_validate(body)
@@ -68,8 +67,8 @@ def test_a_stream_adds_up_to_the_answer(prompt: Any, body: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("body", [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}])
-def test_outputs_begin_when_all_is_known_of_their_prompt(body: dict[str, Any]) -> None:
-    """That comes with the prompt's first output, which others may overtake."""
+def test_outputs_begin_when_the_log_probabilities_of_their_prompt_are_complete(body: dict[str, Any]) -> None:
+    """They come with the first output of the prompt, which other outputs may overtake."""
     backend = FakeBackend(lambda _: ["a", "b"], last_first=True)
     asked = {"prompt": ["hello there", "good day"], "n": 2, "temperature": 1, **body}
     whole = ask(backend, **asked).json()["choices"]
@@ -97,8 +96,8 @@ def test_usage_in_each_chunk_counts_cached_tokens() -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 @pytest.mark.parametrize("prompt", ["hello there", [40, 41, 42]])
-def test_what_evaluations_ask_for(prompt: Any, max_tokens: int) -> None:
-    """Log-likelihoods of a prompt: `echo` with `logprobs`, and no output or one token."""
+def test_requests_of_evaluations(prompt: Any, max_tokens: int) -> None:
+    """Log-likelihoods of a prompt: `echo` with `logprobs`, and an output of no or one token."""
     backend = FakeBackend(lambda _: ["x"], finish="length")
     body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0}
     answer = ask(backend, **body).json()
@@ -112,7 +111,7 @@ def test_what_evaluations_ask_for(prompt: Any, max_tokens: int) -> None:
     assert logprobs["token_logprobs"] == [None] + [-1.5] * (len(tokens) - 1)
     assert logprobs["top_logprobs"][0] is None
     assert all(max(top, key=top.get) == backend.tokenizer.token_text(5) for top in logprobs["top_logprobs"][1:])
-    added = 1 if isinstance(prompt, str) else 0  # before a text the tokenizer puts a token that is no part of it
+    added = 1 if isinstance(prompt, str) else 0  # the tokenizer adds a token before a text
     lengths = [0] * added + [len(token) for token in logprobs["tokens"][added:]]
     assert logprobs["text_offset"] == [sum(lengths[:i]) for i in range(len(tokens))]
     text = "hello there" if isinstance(prompt, str) else backend.tokenizer.decode(prompt, skip_special_tokens=False)
@@ -121,8 +120,8 @@ def test_what_evaluations_ask_for(prompt: Any, max_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("wanted", [None, True, False])
-def test_what_the_tokenizer_puts_around_a_prompt(wanted: bool | None) -> None:
-    """A client that has put it there itself leaves it out."""
+def test_special_tokens_around_a_prompt(wanted: bool | None) -> None:
+    """A client that has added them itself asks the server not to."""
     backend = FakeBackend()
     assert ask(backend, prompt="hi", add_special_tokens=wanted).status_code == 200
     bare = tuple(backend.tokenizer.encode("hi", add_special_tokens=False))
@@ -136,8 +135,8 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for() -> None:
         assert error["message"].startswith("this model's maximum context length is 512 tokens")
 
 
-def test_lines_of_a_stream_end_nowhere_else() -> None:
-    """Some clients split at whatever Unicode calls the end of a line."""
+def test_lines_of_a_stream_end_only_at_line_feeds() -> None:
+    """Some clients split lines at every line end that Unicode knows."""
     text = "a\u2028b\u2029c\x85d"
     answer = ask(FakeBackend(says=lambda job: [text]), prompt="hi", stream=True).text
     events = [line.removeprefix("data: ") for line in answer.splitlines() if line]
@@ -145,7 +144,7 @@ def test_lines_of_a_stream_end_nowhere_else() -> None:
     assert "".join(choice["text"] for event in events for choice in json.loads(event)["choices"]) == text
 
 
-def test_log_probabilities_of_the_prompt_by_name() -> None:
+def test_the_field_prompt_logprobs() -> None:
     (choice,) = ask(prompt=[40, 41], prompt_logprobs=0).json()["choices"]
     assert choice["prompt_logprobs"][0] is None
     assert list(choice["prompt_logprobs"][1]) == ["41"]
@@ -176,7 +175,7 @@ def test_log_probabilities_of_the_prompt_by_name() -> None:
         ({"prompt": "a", "model": "third"}, 404, "model"),
     ],
 )
-def test_refusals_name_the_field(body: dict[str, Any], status: int, param: str) -> None:
+def test_errors_name_the_field(body: dict[str, Any], status: int, param: str) -> None:
     backend = FakeBackend()
     answer = ask(backend, **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
@@ -184,7 +183,7 @@ def test_refusals_name_the_field(body: dict[str, Any], status: int, param: str) 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_where_one_prompt_fails_all_end(stream: bool) -> None:
+def test_if_one_prompt_fails_all_end(stream: bool) -> None:
     backend = FakeBackend(error=QueueFull("full", 1))
     answer = ask(backend, prompt=["a", "b", "c"], stream=stream)
     assert answer.status_code == 429
@@ -192,7 +191,7 @@ def test_where_one_prompt_fails_all_end(stream: bool) -> None:
     assert all(each.closed for each in backend.streams)
 
 
-def test_fields_without_effect_are_let_be() -> None:
+def test_fields_without_effect_are_accepted() -> None:
     assert ask(prompt="a", user="u", best_of=1, suffix=None, store=True, metadata={"a": "b"}).status_code == 200
 
 
@@ -206,30 +205,30 @@ def test_fields_without_effect_are_let_be() -> None:
         ({"prompt": ["a"] * 64, "n": 32, "stop_token_ids": list(range(600))}, "stop_token_ids", ("600", "2048")),
     ],
 )
-def test_work_is_bounded_over_all_outputs(body: dict[str, Any], param: str, numbers: tuple[str, ...]) -> None:
+def test_parameters_have_limits_over_all_outputs(body: dict[str, Any], param: str, numbers: tuple[str, ...]) -> None:
     answer = ask(**{"prompt": "a", **body})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert all(number in error["message"] for number in numbers)
 
 
-def test_prompts_are_bounded_over_all_outputs() -> None:
+def test_prompts_have_a_limit_over_all_outputs() -> None:
     backend = FakeBackend()
     body = {"prompt": [[5] * 500] * 40, "n": 50}
     assert ask(backend, **body, max_tokens=1).status_code == 200
     params = SamplingParams(n=2048)
-    with pytest.raises(Refusal, match="33554432 tokens over all outputs, got 33556480"):
+    with pytest.raises(RequestError, match="33554432 tokens over all outputs, got 33556480"):
         check_tokens([Job(0, None, (5,) * 16_385, params)], params)
 
 
-def test_repetitions_are_no_entries() -> None:
+def test_repeated_entries_count_once() -> None:
     backend = FakeBackend()
     assert ask(backend, prompt="a", n=100, stop_token_ids=[5, 6] * 150_000).status_code == 200
     assert backend.streams[0].job.params.stop_token_ids == (5, 6)
 
 
-def test_what_is_large_is_prepared_and_told_beside_the_event_loop() -> None:
-    """And what is small on it."""
+def test_large_requests_and_answers_are_handled_off_the_event_loop() -> None:
+    """Small ones are handled on it."""
     threads = []
 
     class Backend(FakeBackend):

@@ -19,7 +19,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
 from shoal.client.http import ServerClient
-from shoal.client.scale import scale
+from shoal.client.scale import scale_server
 from shoal.wire.fleet import FleetStatus
 from support.fleet_status import engine, fleet, ranks, replica
 from support.servers import ShoalServer
@@ -336,7 +336,7 @@ def test_a_rank_that_is_really_killed(browser: Browser) -> None:
         browser.until(lambda: f"pid {new}" in browser.text("[data-replica='1'] [data-rank='1']"))
 
         told: list[str] = []
-        asyncio.run(scale(server.url, 1, tell=told.append))
+        asyncio.run(scale_server(server.url, 1, tell=told.append))
         assert told[-1] == "1 replica ready"
         browser.until(lambda: browser.states("[data-replica]") == ["ready"])
         assert browser.complaints() == []

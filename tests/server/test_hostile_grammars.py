@@ -45,7 +45,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
-def test_hostile_grammars_are_refused_and_hold_nobody_up(server: ShoalServer) -> None:
+def test_hostile_grammars_are_refused_and_delay_no_other_request(server: ShoalServer) -> None:
     pids = server.pids()
     with concurrent.futures.ThreadPoolExecutor(len(HOSTILE)) as pool:
         refused = [pool.submit(post, server, {"prompt": "x"} | fields) for fields in HOSTILE.values()]
@@ -67,7 +67,7 @@ def test_an_ambiguous_grammar_is_obeyed(server: ShoalServer) -> None:
     assert {frozenset(choice["text"]) for choice in answer["choices"]} == {frozenset("a")}
 
 
-def test_a_second_signal_ends_at_once_whatever_is_compiled() -> None:
+def test_a_second_signal_ends_the_server_even_while_a_grammar_is_compiled() -> None:
     with ShoalServer("--shutdown-timeout", "600") as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(post, server, {"prompt": "x", "guided_grammar": ENDLESS})
         stream = pool.submit(post, server, {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "n": 4})

@@ -1,4 +1,4 @@
-"""What a server must survive: each is refused with a reason, memory goes back, and the next request is answered."""
+"""Requests that a server must survive: each is refused with a reason, and the next request is answered."""
 
 import http.client
 import json
@@ -77,7 +77,7 @@ def resident_mib(server: ShoalServer) -> int:
 
 
 def settled_mib(server: ShoalServer) -> int:
-    """Memory behind one more request, of some size."""
+    """Return the memory after one more request of some size."""
     answer = send(server, COMPLETIONS, {**GOOD, "user": "u" * 20_000})
     assert answer.status == 200, answer.text
     return resident_mib(server)
@@ -185,7 +185,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_it_is_refused(server: ShoalServer, name: str) -> None:
+def test_hostile_requests_are_refused(server: ShoalServer, name: str) -> None:
     check_refused(send(server, *SMALL[name]))
 
 
@@ -207,19 +207,19 @@ def test_a_header_that_names_no_replica_is_refused(server: ShoalServer, rank: st
     ],
     ids=str,
 )
-def test_it_is_odd_and_answered(server: ShoalServer, fields: dict[str, Any]) -> None:
+def test_odd_requests_are_answered(server: ShoalServer, fields: dict[str, Any]) -> None:
     answer = send(server, *completion(**fields))
     assert answer.status == 200, answer.text
 
 
-def test_the_last_of_two_fields_of_a_name_holds(server: ShoalServer) -> None:
+def test_of_two_fields_with_the_same_name_the_last_counts(server: ShoalServer) -> None:
     answer = send(server, *bare(b'{"prompt":5,"prompt":"b","max_tokens":-1,"max_tokens":1}'))
     assert answer.status == 200
     assert json.loads(answer.text)["usage"]["completion_tokens"] == 1
 
 
-def test_what_is_large_is_refused_and_leaves_nothing(server: ShoalServer) -> None:
-    """Memory is back at what it was, but for what the first of a kind costs: grammars' library, threads, caches."""
+def test_a_large_request_is_refused_and_its_memory_is_freed(server: ShoalServer) -> None:
+    """Memory is as before, but for what the first request of a kind costs: libraries, threads, caches."""
     check_well(server)
     fresh = resident_mib(server)
     refuse_large(server)
@@ -237,7 +237,7 @@ def refuse_large(server: ShoalServer) -> None:
         check_refused(answer)
 
 
-def test_a_flood_of_headers_leaves_nothing(server: ShoalServer) -> None:
+def test_the_memory_of_a_flood_of_headers_is_freed(server: ShoalServer) -> None:
     before = resident_mib(server)
     at = urllib.parse.urlparse(server.url)
     flood = b"GET /v1/models HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(1_000_000))
@@ -252,8 +252,8 @@ def test_a_flood_of_headers_leaves_nothing(server: ShoalServer) -> None:
     assert resident_mib(server) <= before + TOLERATED_MIB
 
 
-def test_others_are_answered_meanwhile(server: ShoalServer) -> None:
-    """Each of them, and with the same text, while what is bad is refused."""
+def test_other_requests_are_answered_meanwhile(server: ShoalServer) -> None:
+    """All other requests get the same text as always while bad requests are refused."""
     stop = threading.Event()
     texts: list[str] = []
 
@@ -277,7 +277,7 @@ def test_others_are_answered_meanwhile(server: ShoalServer) -> None:
 
 
 def idle(server: ShoalServer) -> bool:
-    """Nothing runs, and no block is held."""
+    """Wait until nothing runs and no block is held."""
     found = server.status()
     stats = [replica["stats"] for replica in found["replicas"]]
     return not found["queued"] and all(
@@ -305,7 +305,9 @@ def wait_for(condition: Any, server: ShoalServer) -> None:
         ("/v1/responses", {"input": "Hi", "max_output_tokens": 900}),
     ],
 )
-def test_a_client_that_goes_frees_its_blocks(server: ShoalServer, path: str, body: Any, stream: bool) -> None:
+def test_the_blocks_of_a_client_that_disconnects_are_freed(
+    server: ShoalServer, path: str, body: Any, stream: bool
+) -> None:
     wait_for(idle, server)
     connection = connect(server)
     data = json.dumps({**body, "ignore_eos": True, "stream": stream})
@@ -319,8 +321,8 @@ def test_a_client_that_goes_frees_its_blocks(server: ShoalServer, path: str, bod
     check_well(server)
 
 
-def test_a_client_that_does_not_read_slows_nobody(server: ShoalServer) -> None:
-    """Its answer is made to the end and waits for it; the blocks are free as soon as it is made."""
+def test_a_client_that_does_not_read_slows_no_other(server: ShoalServer) -> None:
+    """Its answer is finished and waits for it. The blocks are free as soon as the answer is finished."""
     at = urllib.parse.urlparse(server.url)
     body = {"prompt": "Hi", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 16, "temperature": 1}
     data = json.dumps({**body, "logprobs": 5}).encode()

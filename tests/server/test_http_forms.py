@@ -1,4 +1,4 @@
-"""What clients of all kinds send beside plain HTTP/1.1, at a real server: offers of other protocols, HTTP/1.0, HEAD."""
+"""Less usual requests to a real server: offers of other protocols, HTTP/1.0, HEAD."""
 
 import json
 import re
@@ -71,7 +71,7 @@ class Connection:
         return status, {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
 
     def answer(self) -> Answer:
-        """The next one, which says how long it is."""
+        """Return the next answer, which has a content-length."""
         status, headers = self.head()
         return Answer(status, headers, self.read(int(headers["content-length"])))
 
@@ -79,7 +79,7 @@ class Connection:
         return self._file.read(size)
 
     def rest(self) -> bytes:
-        """All until the server closes the connection."""
+        """Return all bytes until the server closes the connection."""
         return self._file.read()
 
 
@@ -122,7 +122,7 @@ def test_an_offer_of_another_protocol_is_ignored_and_the_body_is_read(
     assert ask(server, post({"prompt": 7}, *headers)).status == 400
 
 
-def test_requests_behind_one_with_an_offer_are_answered(server: ShoalServer) -> None:
+def test_requests_after_one_with_an_offer_are_answered(server: ShoalServer) -> None:
     sent = [post(GREEDY, *H2C), chunked(GREEDY, *H2C), request("GET", "/version"), post(GREEDY, *OFFERS["TLS"])]
     with Connection(server) as connection:
         connection.send(b"".join(sent))
@@ -131,7 +131,7 @@ def test_requests_behind_one_with_an_offer_are_answered(server: ShoalServer) -> 
     assert answers[0].text == answers[1].text == answers[3].text
 
 
-def test_a_client_that_waits_to_be_told_to_go_on_is_told_so_despite_its_offer(server: ShoalServer) -> None:
+def test_expect_100_continue_works_despite_an_offer(server: ShoalServer) -> None:
     head, _, body = post(GREEDY, *H2C, "Expect: 100-continue").partition(b"\r\n\r\n")
     with Connection(server) as connection:
         connection.send(head + b"\r\n\r\n")
@@ -140,7 +140,7 @@ def test_a_client_that_waits_to_be_told_to_go_on_is_told_so_despite_its_offer(se
         assert connection.answer().status == 200
 
 
-def test_a_stream_goes_its_way_despite_an_offer(server: ShoalServer) -> None:
+def test_a_stream_works_despite_an_offer(server: ShoalServer) -> None:
     with Connection(server) as connection:
         connection.send(post({**GREEDY, "stream": True}, *OFFERS["h2c, then close"]))
         status, headers = connection.head()
@@ -148,7 +148,7 @@ def test_a_stream_goes_its_way_despite_an_offer(server: ShoalServer) -> None:
         assert b"data: [DONE]" in connection.rest()
 
 
-def test_what_can_only_be_a_proxys_is_refused(server: ShoalServer) -> None:
+def test_requests_for_a_proxy_are_refused(server: ShoalServer) -> None:
     assert ask(server, b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n").status == 405
     assert ask(server, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").status == 400
 
@@ -168,7 +168,7 @@ def test_a_stream_to_a_client_of_http_1_0_ends_with_its_connection(server: Shoal
     assert events[-2:] == [b"data: [DONE]", b""]
 
 
-def test_a_connection_of_http_1_0_stays_open_where_that_is_asked_for(server: ShoalServer) -> None:
+def test_a_connection_of_http_1_0_stays_open_if_the_client_asks_for_it(server: ShoalServer) -> None:
     kept = "Connection: keep-alive"
     with Connection(server) as connection:
         for sent in (post(GREEDY, kept, version="1.0"), request("HEAD", "/version", kept, version="1.0")):
@@ -183,7 +183,7 @@ def test_a_connection_of_http_1_0_stays_open_where_that_is_asked_for(server: Sho
         assert connection.rest() == b""
 
 
-def test_a_client_of_http_1_0_is_never_told_to_go_on(server: ShoalServer) -> None:
+def test_a_client_of_http_1_0_never_gets_status_100(server: ShoalServer) -> None:
     assert ask(server, post(GREEDY, "Expect: 100-continue", version="1.0")).status == 200
 
 

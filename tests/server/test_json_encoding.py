@@ -1,4 +1,4 @@
-"""JSON in pieces is the JSON that it would be in one."""
+"""JSON that is written in pieces is the same as JSON that is written at once."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.server.http.json_encoding import EncodedList, bytes_of, pieces, size_of, text_of
+from shoal.server.http.json_encoding import EncodedList, json_bytes, json_pieces, json_text, text_length
 from support.fakes import steady
 
 VALUES = st.recursive(
@@ -16,7 +16,7 @@ VALUES = st.recursive(
 
 
 def grown(value: Any, times: int) -> Any:
-    """A longer list or object of the same."""
+    """Return a longer list or object of the same items."""
     if isinstance(value, list):
         return value * times
     if isinstance(value, dict):
@@ -26,9 +26,9 @@ def grown(value: Any, times: int) -> Any:
 
 @steady
 @given(VALUES, st.sampled_from([1, 30, 700]))
-def test_pieces_make_up_the_text(value: Any, times: int) -> None:
+def test_the_pieces_together_are_the_whole_text(value: Any, times: int) -> None:
     large = grown(value, times)
-    assert "".join(pieces(large)) == text_of(large)
+    assert "".join(json_pieces(large)) == json_text(large)
 
 
 @pytest.mark.parametrize(
@@ -41,19 +41,19 @@ def test_pieces_make_up_the_text(value: Any, times: int) -> None:
         tuple([1.5] * 10_000),
     ],
 )
-def test_pieces_of_what_is_large_are_short(value: Any) -> None:
-    found = list(pieces(value))
+def test_pieces_of_a_large_value_are_short(value: Any) -> None:
+    found = list(json_pieces(value))
     assert max(map(len, found)) < 100_000
-    assert "".join(found) == text_of(value)
+    assert "".join(found) == json_text(value)
 
 
-def test_halves_of_a_pair_become_question_marks() -> None:
-    assert bytes_of({"a": ["\ud800"] * 5000}).count(b"?") == 5000
+def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
+    assert json_bytes({"a": ["\ud800"] * 5000}).count(b"?") == 5000
 
 
 @steady
 @given(st.lists(VALUES, max_size=4), st.sampled_from([0, 1, 30, 700]))
-def test_a_list_that_encodes_its_items_reads_as_any_other(items: list[Any], times: int) -> None:
+def test_an_encoded_list_has_the_json_of_a_list(items: list[Any], times: int) -> None:
     plain = items * times
     encoded, rest = EncodedList(), EncodedList()
     for item in plain[:1]:
@@ -63,11 +63,11 @@ def test_a_list_that_encodes_its_items_reads_as_any_other(items: list[Any], time
     encoded += rest
     assert len(encoded) == len(plain)
     for value in (lambda each: each, lambda each: {"a": [1, {"b": each}], "c": 1}):
-        assert bytes_of(value(encoded)).decode() == text_of(value(plain))
+        assert json_bytes(value(encoded)).decode() == json_text(value(plain))
 
 
-def test_the_size_of_a_list_that_encodes_its_items_is_that_of_their_texts() -> None:
+def test_the_size_of_an_encoded_list_is_that_of_its_texts() -> None:
     encoded = EncodedList()
     encoded.append({"a": 1.5})
     encoded.append("bc")
-    assert size_of({"x": encoded, "y": "z"}) == len('{"a":1.5}') + len('"bc"') + len("z")
+    assert text_length({"x": encoded, "y": "z"}) == len('{"a":1.5}') + len('"bc"') + len("z")

@@ -1,4 +1,4 @@
-"""What a connection may do to the server: the middleware and the protocol before a small application."""
+"""Limits on connections and requests: the middleware and the protocol, with a small application behind them."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ CHUNK = b"x" * 10_000
 
 
 class Server:
-    """`limits` before an application that tells what it got, streams without an end, and counts its streams."""
+    """A server with `limits`. Its application returns what it got, streams endlessly, and counts its streams."""
 
     def __init__(self, limits: RequestLimits, **settings: Any) -> None:
         self.streaming = 0
@@ -97,7 +97,7 @@ class Server:
             yield client
 
     def send(self, *parts: bytes) -> tuple[int, dict[str, str], Any]:
-        """(status, headers, body) of the answer to what is sent, part by part."""
+        """Send parts of a request, and return (status, headers, body) of the answer."""
         with self.connect() as client:
             for part in parts:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -113,7 +113,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def answer(client: socket.socket) -> tuple[int, dict[str, str], Any]:
-    """The next one on a connection; its body as JSON."""
+    """Return the next answer on a connection, with its body read as JSON."""
     with client.makefile("rb") as file:
         status = file.readline()
         assert status, "no answer"
@@ -142,13 +142,13 @@ def server() -> Iterator[Server]:
 # --- bodies --------------------------------------------------------------------------------------------------------
 
 
-def test_a_body_is_handed_on_whole(server: Server) -> None:
+def test_a_body_is_passed_on_in_one_piece(server: Server) -> None:
     assert server.send(post(b"x" * 1000))[0::2] == (200, {"bytes": 1000})
     chunked = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert server.send(chunked, b"2\r\nab\r\n", b"3\r\ncde\r\n", b"0\r\n\r\n")[0::2] == (200, {"bytes": 5})
 
 
-def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(server: Server) -> None:
+def test_a_body_that_is_too_large_by_its_content_length_is_refused_before_it_comes(server: Server) -> None:
     head = post(b"").replace(b"Content-Length: 0", b"Content-Length: 100000000")
     status, _, body = server.send(head)
     assert status == 413
@@ -156,12 +156,12 @@ def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(server: S
     assert body["error"]["type"] == "invalid_request_error"
 
 
-def test_a_body_in_chunks_is_refused_when_it_has_become_too_large(server: Server) -> None:
+def test_a_chunked_body_is_refused_when_it_has_become_too_large(server: Server) -> None:
     head = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert server.send(head, *[b"100\r\n" + b"x" * 256 + b"\r\n"] * 5)[0] == 413
 
 
-def test_a_refused_body_is_read_to_its_end_and_the_connection_goes_on(server: Server) -> None:
+def test_a_refused_body_is_read_to_its_end_and_the_connection_stays_open(server: Server) -> None:
     with server.connect() as client:
         client.sendall(post(b"x" * 5_000_000))
         assert answer(client)[0] == 413
@@ -182,7 +182,7 @@ def test_a_body_that_nobody_waits_for_does_not_hold_its_connection(server: Serve
         wait_until(lambda: client.recv(10) == b"")
 
 
-def test_bodies_that_are_read_at_once_are_bounded_together() -> None:
+def test_bodies_that_are_read_at_the_same_time_have_a_common_limit() -> None:
     with Server(RequestLimits(bodies_bytes=1000)) as server, server.connect() as first:
         first.sendall(post(b"x" * 2000)[:-1000])
         with server.connect() as second:
@@ -216,7 +216,7 @@ def test_a_flood_of_headers_is_refused(server: Server) -> None:
 
 
 def test_a_header_that_never_ends_is_not_kept() -> None:
-    """The parser would keep it."""
+    """The parser alone would keep all of it."""
     with Server(RequestLimits(header_bytes=50_000)) as server, server.connect() as client:
         client.sendall(b"GET /health HTTP/1.1\r\nX: ")
         with contextlib.suppress(ConnectionError):
@@ -227,7 +227,7 @@ def test_a_header_that_never_ends_is_not_kept() -> None:
         assert answer(client)[0] == 431
 
 
-def test_a_trailer_is_bounded_too(server: Server) -> None:
+def test_a_trailer_has_the_limit_of_headers(server: Server) -> None:
     head = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
     assert server.send(head + b"".join(b"X-%d: y\r\n" % i for i in range(100)) + b"\r\n")[0] == 431
 
@@ -265,7 +265,7 @@ def test_a_connection_without_a_request_is_closed(server: Server, sent: bytes) -
         b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\nabc",
     ],
 )
-def test_what_is_not_http_is_refused(server: Server, sent: bytes) -> None:
+def test_bytes_that_are_not_http_are_refused(server: Server, sent: bytes) -> None:
     status, _, body = server.send(sent)
     assert 400 <= status < 500
     assert "Traceback" not in str(body)
@@ -275,7 +275,7 @@ def test_what_is_not_http_is_refused(server: Server, sent: bytes) -> None:
 # --- connections ---------------------------------------------------------------------------------------------------
 
 
-def test_requests_on_one_connection_are_answered_in_turn(server: Server) -> None:
+def test_requests_on_one_connection_are_answered_in_order(server: Server) -> None:
     with server.connect() as client:
         client.sendall(b"".join(post(b"x" * i) for i in range(10)))
         with client.makefile("rb") as file:
@@ -293,13 +293,15 @@ def test_a_flood_of_requests_on_one_connection_ends_it(server: Server) -> None:
     wait_until(lambda: server.connections == 0)
 
 
-def test_connections_at_rest_are_bounded() -> None:
+def test_idle_connections_have_a_limit() -> None:
     with Server(RequestLimits(idle_connections=2)) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(2)]
-        for turn in (0, 1, 0):  # the second has rested longest then
+        for turn in (0, 1, 0):  # then the second one has been idle longest
             clients[turn].sendall(get("/health"))
             answer(clients[turn])
-        fresh = [stack.enter_context(server.connect()) for _ in range(5)]  # a burst of clients: none has its turn yet
+        fresh = [
+            stack.enter_context(server.connect()) for _ in range(5)
+        ]  # a burst of clients that have sent nothing yet
         for client in (*clients, *fresh):
             client.sendall(get("/health"))
             assert answer(client)[0] == 200
@@ -307,7 +309,7 @@ def test_connections_at_rest_are_bounded() -> None:
         assert [client.recv(10) for client in rested] == [b""] * 5
 
 
-def test_new_connections_push_out_those_at_rest_and_no_others() -> None:
+def test_new_connections_close_idle_ones_and_no_others() -> None:
     with Server(RequestLimits(connections=2)) as server, server.connect() as busy, server.connect() as resting:
         busy.sendall(get("/stream"))
         wait_until(lambda: server.streaming == 1)
@@ -321,7 +323,7 @@ def test_new_connections_push_out_those_at_rest_and_no_others() -> None:
             assert (status, headers["retry-after"]) == (503, "1")
 
 
-def test_a_client_that_goes_ends_its_stream(server: Server) -> None:
+def test_a_client_that_disconnects_ends_its_stream(server: Server) -> None:
     server.ended.clear()
     with server.connect() as client:
         client.sendall(get("/stream"))
@@ -330,8 +332,8 @@ def test_a_client_that_goes_ends_its_stream(server: Server) -> None:
     wait_until(lambda: server.streaming == 0)
 
 
-def test_a_client_that_goes_ends_the_stream_before_the_request_that_waits(server: Server) -> None:
-    """With two on the way, it is the first that runs."""
+def test_a_client_that_disconnects_ends_its_stream_even_if_another_request_waits(server: Server) -> None:
+    """If two requests have come, it is the first one that runs."""
     server.ended.clear()
     with server.connect() as client:
         client.sendall(get("/stream") * 2)
@@ -365,12 +367,12 @@ def guarded() -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("given", ["Bearer one", "bearer two", "Bearer  two "])
-def test_a_right_key_opens(guarded: Server, given: str) -> None:
+def test_a_right_key_is_accepted(guarded: Server, given: str) -> None:
     assert guarded.send(get("/v1/models", f"Authorization: {given}"))[0] == 200
 
 
 @pytest.mark.parametrize("given", ["", "one", "Bearer", "Bearer three", "Basic one", "Bearer one two", "Bearer \xff"])
-def test_a_wrong_key_does_not(guarded: Server, given: str) -> None:
+def test_a_wrong_key_is_refused(guarded: Server, given: str) -> None:
     headers = (f"Authorization: {given}",) if given else ()
     sent = "\r\n".join(["GET /v1/models HTTP/1.1", "Host: a", *headers, "", ""]).encode("latin-1")
     status, found, body = guarded.send(sent)
@@ -380,7 +382,7 @@ def test_a_wrong_key_does_not(guarded: Server, given: str) -> None:
     assert "one" not in body["error"]["message"]
 
 
-def test_the_key_is_asked_for_before_the_body_and_not_for_health(guarded: Server) -> None:
+def test_the_key_is_checked_before_the_body_and_not_for_health(guarded: Server) -> None:
     assert guarded.send(post(b"x" * 5000))[0] == 401
     assert guarded.send(get("/health"))[0] == 200
     assert guarded.send(get("/health/../v1/models"))[0] == 401

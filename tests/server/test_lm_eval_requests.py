@@ -42,7 +42,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[ShoalServer]:
 
 
 class Offline:
-    """One rank of the same model."""
+    """Return an `LLM` of one rank with the same model."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -53,7 +53,7 @@ class Offline:
         return [output.outputs[0].text for output in outputs]
 
     def score(self, prompt: Sequence[int], context: int) -> tuple[float, bool]:
-        """(log-likelihood of what is behind the context, is each token of it the likeliest)."""
+        """Return the log-likelihood of the tokens after the context, and whether each of them is the likeliest."""
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
         (output,) = self._llm.generate({"prompt_token_ids": list(prompt)}, params, use_tqdm=False)
         assert output.prompt_logprobs is not None
@@ -75,7 +75,7 @@ def encode(text: str, *, bos: bool = True) -> list[int]:
 
 
 def ask(server: ShoalServer, body: dict[str, Any], path: str = "/v1/completions") -> list[Any]:
-    """The choices of an answer, in order. lm-eval always sends a key, here an empty one."""
+    """Return the choices of an answer in order. lm-eval always sends a key, here an empty one."""
     headers = {"Content-Type": "application/json", "Authorization": "Bearer "}
     request = Request(server.url + path, msgspec.json.encode({"model": "bundled"} | body), headers)
     with urlopen(request, timeout=120) as answer:
@@ -83,7 +83,7 @@ def ask(server: ShoalServer, body: dict[str, Any], path: str = "/v1/completions"
 
 
 def score_of(choice: Any, context: int) -> tuple[float, bool]:
-    """As lm-eval reads an answer: the last token is the one that had to be generated."""
+    """Read an answer as lm-eval does: the last token is the one that had to be generated."""
     tokens = choice["logprobs"]["token_logprobs"][context:-1]
     tops = choice["logprobs"]["top_logprobs"][context:-1]
     return sum(tokens), all(token == max(top.values()) for token, top in zip(tokens, tops, strict=True))
@@ -106,7 +106,7 @@ def test_scores_of_a_batch_of_token_ids(server: ShoalServer, offline: Offline, b
 
 
 def test_scores_of_a_text(server: ShoalServer, offline: Offline) -> None:
-    """With tokenized_requests=False and add_bos_token=True; the server puts the first token before the text itself."""
+    """With tokenized_requests=False and add_bos_token=True. The server itself puts the first token before the text."""
     for context, continuation in QUESTIONS:
         (choice,) = ask(server, scoring(context + continuation))
         expected = offline.score(encode(context + continuation), len(encode(context)))
@@ -116,7 +116,7 @@ def test_scores_of_a_text(server: ShoalServer, offline: Offline) -> None:
 
 
 def test_scores_of_the_windows_of_a_long_text(server: ShoalServer, offline: Offline) -> None:
-    """As long as they may be, one begun by the first token and one that goes on."""
+    """The windows are as long as allowed: one begins with the first token, and one continues."""
     tokens = encode(" ".join(f"{number} + {number} = {2 * number}" for number in range(10, 200)), bos=False)
     windows = [[0, *tokens[:1022]], tokens[1021 : 1021 + 301]]
     for window in windows:
@@ -127,7 +127,7 @@ def test_scores_of_the_windows_of_a_long_text(server: ShoalServer, offline: Offl
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_answers_to_a_batch_of_token_ids(server: ShoalServer, offline: Offline, kind: str) -> None:
+def test_outputs_for_a_batch_of_token_ids(server: ShoalServer, offline: Offline, kind: str) -> None:
     prompts = [encode(prompt) for prompt in PROMPTS]
     found = [choice["text"] for choice in ask(server, {"prompt": prompts, **ANSWERS[kind]})]
     assert found == offline.answers(prompts, ANSWERS[kind])
@@ -135,13 +135,13 @@ def test_answers_to_a_batch_of_token_ids(server: ShoalServer, offline: Offline, 
         assert found == [" 96", " 3 4 5 6 7 8 9", " elppa", " apple fig pear"]
 
 
-def test_answers_to_a_text(server: ShoalServer) -> None:
+def test_outputs_for_a_text(server: ShoalServer) -> None:
     """With tokenizer_backend=None."""
     body = {"max_tokens": 100, "temperature": 0.0, "stop": ["\n"], "seed": 1234}
     assert [ask(server, {"prompt": each, **body})[0]["text"] for each in PROMPTS[:2]] == [" 96", " 3 4 5 6 7 8 9"]
 
 
-def test_answers_in_a_chat(server: ShoalServer) -> None:
+def test_outputs_of_a_chat(server: ShoalServer) -> None:
     messages = [{"role": "user", "content": "What is 62 + 57?"}]
     body = {"messages": messages, "max_tokens": 100, "temperature": 0.0, "stop": ["\n"], "seed": 1234}
     (choice,) = ask(server, body, "/v1/chat/completions")

@@ -48,7 +48,7 @@ def client() -> Iterator[TestClient]:
 
 
 def fields() -> list[tuple[str, str]]:
-    """(path, field) of every body that is described, and one that isn't."""
+    """Return (path, field) of every body that is described, and of one that is not."""
     described = app().openapi()
     found = []
     for path, operations in described["paths"].items():
@@ -71,7 +71,7 @@ def post(client: TestClient, path: str, field: str, value: str, stream: bool = F
 
 
 @pytest.mark.parametrize("path", sorted({path for path, _ in fields()}))
-def test_every_field(client: TestClient, path: str) -> None:
+def test_odd_numbers_in_every_field(client: TestClient, path: str) -> None:
     for field in [field for at, field in fields() if at == path]:
         for value in ODD:
             for form in INSIDE:
@@ -82,14 +82,14 @@ def test_every_field(client: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_named_tool_with_more_to_it(client: TestClient, stream: bool) -> None:
+def test_odd_numbers_in_a_tool(client: TestClient, stream: bool) -> None:
     value = '{"type":"function","name":"f","x":1e999}'
     answer = post(client, "/v1/responses", "tool_choice", value, stream)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     assert "'1e999'" in answer.json()["error"]["message"]
 
 
-def test_in_a_text_they_are_text(client: TestClient) -> None:
+def test_odd_numbers_in_a_text_are_text(client: TestClient) -> None:
     assert post(client, "/v1/completions", "prompt", '"NaN, \\"Infinity\\" and 1e999"').status_code == 200
 
 

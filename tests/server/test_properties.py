@@ -1,4 +1,4 @@
-"""Thousands of requests that nobody thought of: no server error, and a good request is answered afterwards.
+"""Thousands of generated requests: none gives a server error, and a good request is answered afterwards.
 
 By the server's own description (schemathesis), right and wrong ones, and by what JSON can be (hypothesis).
 """
@@ -81,14 +81,14 @@ def check_well(server: ShoalServer, session: requests.Session) -> None:
 
 
 def known(case: Case[Any]) -> Any:
-    """The body without what the server can't know: names that are not described, and other models."""
+    """Return the body without names that are not described, and without other models."""
     if not isinstance(case.body, dict):
         return case.body
     return {name: value for name, value in case.body.items() if name in FIELDS.split() and name not in UNKNOWABLE}
 
 
 def shortened(path: str, body: Any) -> Any:
-    """With little to do, if it is one that the server takes."""
+    """Return the body with limits on the work, if the server accepts it."""
     if not isinstance(body, dict):
         return body
     found = {**body}
@@ -102,7 +102,7 @@ def shortened(path: str, body: Any) -> Any:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_requests_by_the_description_are_answered_as_it_says(
+def test_requests_made_from_the_description_are_answered_as_it_says(
     server: ShoalServer, session: requests.Session, mode: GenerationMode
 ) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
@@ -155,7 +155,7 @@ whole = st.fixed_dictionaries(
 
 
 def needed(path: str, body: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """What the path needs of `body`, so that the rest is looked at, and `extra`."""
+    """Return the required fields of `body` for a path, so that the other fields are read too, and `extra`."""
     name = {"/v1/chat/completions": "messages", "/v1/responses": "input", "/detokenize": "tokens"}.get(path, "prompt")
     found: dict[str, Any] = shortened(path, {name: body[name], **extra})
     return found

@@ -1,4 +1,4 @@
-"""The endpoints over an `AsyncLLM` with the bundled model, against what `LLM` gives."""
+"""The endpoints with an `AsyncLLM` of the bundled model give what `LLM` gives."""
 
 import json
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def test_log_likelihoods_are_those_of_llm(client: TestClient, offline: LLM, max_
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "pick"}}])
-def test_a_demanded_call_comes_from_any_model(client: TestClient, choice: Any) -> None:
+def test_a_required_call_comes_from_any_model(client: TestClient, choice: Any) -> None:
     schema = {
         "type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False,
     }  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_demanded_call_comes_from_any_model(client: TestClient, choice: Any) -
     assert '"n"' in call["function"]["arguments"]
 
 
-def test_a_replica_that_is_not_there(client: TestClient) -> None:
+def test_a_replica_that_does_not_exist(client: TestClient) -> None:
     answer = client.post("/v1/completions", json={"prompt": "a", "data_parallel_rank": 7})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "data_parallel_rank")
 
@@ -89,7 +89,7 @@ def events(answer: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_chats_log_probabilities_have_the_bytes_of_its_text(client: TestClient, stream: bool) -> None:
+def test_log_probabilities_of_a_chat_have_the_bytes_of_its_text(client: TestClient, stream: bool) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2, **SAYS_WORDS}
     answer = client.post("/v1/chat/completions", json={**body, "stream": stream})
     choices = [part["choices"][0] for part in (events(answer) if stream else [answer.json()])]
@@ -127,7 +127,7 @@ def test_offsets_are_of_the_text_that_is_returned(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_echo_that_ends_inside_a_character_goes_on_with_it(client: TestClient, stream: bool) -> None:
+def test_an_echo_that_ends_within_a_character_continues_with_it(client: TestClient, stream: bool) -> None:
     tokens = client.post("/tokenize", json={"prompt": "ab日c"}).json()["tokens"]
     body = {"prompt": tokens[:4], "echo": True, "logprobs": 0, "max_tokens": 1, "stream": stream, "temperature": 0}
     for cut, expected in ((4, "<|bos|>ab\ufffd"), (5, "<|bos|>ab日"), (6, "<|bos|>ab日c")):

@@ -1,4 +1,4 @@
-"""Fields of requests that vLLM has beside OpenAI's, over a stand-in for the engine."""
+"""Fields of requests that vLLM has and OpenAI does not, with a fake engine."""
 
 import json
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from shoal.errors import RequestError, context_length_exceeded, structured_outputs_error
 from shoal.server.app import openai_app
 from shoal.server.settings import ServerSettings
 from support.fake_backend import FakeBackend
@@ -37,7 +38,7 @@ def chunks(text: str) -> list[dict[str, Any]]:
     ("path", "name"), [(COMPLETIONS, "cmpl-mine.1"), (CHAT, "chatcmpl-mine.1"), (RESPONSES, "mine.1")]
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_bears_the_requests_name(path: str, name: str, stream: bool) -> None:
+def test_an_answer_has_the_id_of_the_request(path: str, name: str, stream: bool) -> None:
     answer = ask(path, request_id="mine.1", stream=stream)
     assert answer.status_code == 200, answer.text
     assert f'"id":"{name}"' in answer.text
@@ -48,29 +49,67 @@ def test_an_answer_bears_the_requests_name(path: str, name: str, stream: bool) -
     "body",
     [{"request_id": ""}, {"request_id": "a\nb"}, {"request_id": "x" * 200}, {"cache_salt": ""}, {"cache_salt": 7}],
 )
-def test_what_is_no_name_or_salt_is_refused(path: str, body: dict[str, Any]) -> None:
+def test_an_invalid_request_id_or_salt_is_refused(path: str, body: dict[str, Any]) -> None:
     answer = ask(path, **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(body)))
 
 
 @pytest.mark.parametrize("path", list(ASKED))
 @pytest.mark.parametrize("salt", ["a", "é", "x" * 10_000])
-def test_a_salt_goes_with_the_prompt(path: str, salt: str) -> None:
+def test_a_salt_reaches_the_prompt(path: str, salt: str) -> None:
     backend = FakeBackend()
     assert ask(path, backend, cache_salt=salt).status_code == 200
     assert [stream.job.cache_salt for stream in backend.streams] == [salt]
 
 
-def test_a_salt_goes_with_prompts_of_ids_and_with_each_of_several() -> None:
+def test_a_salt_reaches_prompts_of_ids_and_each_of_several() -> None:
     backend = FakeBackend()
     assert ask(COMPLETIONS, backend, prompt=[[5, 6], [7]], cache_salt="a").status_code == 200
     assert [(stream.job.tokens, stream.job.cache_salt) for stream in backend.streams] == [((5, 6), "a"), ((7,), "a")]
 
 
+# --- refusals that come from the engine ----------------------------------------------------------------------------
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+TEXT = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error", "status", "param", "message"),
+    [
+        (COMPLETIONS, {}, context_length_exceeded(9, "x"), 400, "prompt", "this model's"),
+        (CHAT, {}, context_length_exceeded(9, "x"), 400, "messages", "this model's"),
+        (RESPONSES, {}, context_length_exceeded(9, "x"), 400, "input", "this model's"),
+        (COMPLETIONS, {"guided_regex": "a"}, structured_outputs_error(": x"), 422, "guided_regex", "guided_regex: x"),
+        (CHAT, {"response_format": SCHEMA}, structured_outputs_error(": x"), 422, "response_format", "response_format"),
+        (RESPONSES, {"text": TEXT}, structured_outputs_error(": x"), 422, "text.format", "text.format: x"),
+        (CHAT, {}, RequestError("there is no replica 7", "data_parallel_rank"), 400, "data_parallel_rank", "there is"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_by_the_engine_has_the_clients_name_for_the_field(
+    path: str, body: dict[str, Any], error: RequestError, status: int, param: str, message: str, stream: bool
+) -> None:
+    answer = ask(path, FakeBackend(error=error), **body, stream=stream)
+    found = answer.json()["error"]
+    assert (answer.status_code, found["param"]) == (status, param), found
+    assert found["code"] == (error.code or "invalid_value")
+    assert found["message"].startswith(message)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_refusal_within_a_stream_has_the_clients_name_for_the_field(path: str) -> None:
+    backend = FakeBackend(error=structured_outputs_error("can't be obeyed: x"), fail_after=1)
+    text = ask(path, backend, guided_regex=".*", stream=True).text
+    (found,) = [chunk["error"] for chunk in chunks(text) if "error" in chunk]
+    assert (found["param"], found["code"]) == ("guided_regex", "unprocessable")
+    assert found["message"] == "guided_regex can't be obeyed: x"
+
+
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def test_ids_of_completions() -> None:
+def test_token_ids_of_completions() -> None:
     backend = FakeBackend()
     answer = ask(COMPLETIONS, backend, n=2, temperature=1, return_token_ids=True).json()
     job = backend.streams[0].job
@@ -81,7 +120,7 @@ def test_ids_of_completions() -> None:
     assert answer["usage"]["completion_tokens"] == sum(len(choice["token_ids"]) for choice in answer["choices"])
 
 
-def test_ids_of_chats() -> None:
+def test_token_ids_of_chats() -> None:
     backend = FakeBackend()
     answer = ask(CHAT, backend, return_token_ids=True).json()
     job = backend.streams[0].job
@@ -91,8 +130,8 @@ def test_ids_of_chats() -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("says", [["Hello", ", ", "wörld"], [CALL[i : i + 4] for i in range(0, len(CALL), 4)]])
-def test_a_streams_ids_add_up(path: str, says: list[str]) -> None:
-    """Those of text that is held back, and of tool calls, too."""
+def test_token_ids_of_a_stream_are_those_of_the_answer(path: str, says: list[str]) -> None:
+    """This holds for text that is held back and for tool calls, too."""
     more: dict[str, Any] = {"tools": [TOOL]} if path == CHAT else {}
     whole = ask(path, FakeBackend(lambda _: says), return_token_ids=True, **more).json()
     parts = chunks(ask(path, FakeBackend(lambda _: says), return_token_ids=True, stream=True, **more).text)
@@ -108,7 +147,7 @@ def test_a_streams_ids_add_up(path: str, says: list[str]) -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_ids_where_none_were_asked_for(path: str, stream: bool) -> None:
+def test_no_token_ids_without_being_asked_for(path: str, stream: bool) -> None:
     assert "token_ids" not in ask(path, stream=stream).text
 
 
@@ -136,10 +175,49 @@ def test_log_probabilities_by_id(stream: bool, by_flag: bool) -> None:
     assert all(top["token"] == "token_id:5" for position in content for top in position["top_logprobs"])
 
 
-def test_a_request_goes_over_the_flag() -> None:
+def test_the_request_counts_more_than_the_flag() -> None:
     settings = ServerSettings(return_tokens_as_token_ids=True)
     answer = ask(COMPLETIONS, None, settings, logprobs=0, return_tokens_as_token_ids=False)
     assert "token_id:" not in answer.text
+
+
+# --- parameters that vLLM has -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+def test_spaces_between_special_tokens(path: str) -> None:
+    backend = FakeBackend()
+    for wanted in (None, True, False):
+        assert ask(path, backend, spaces_between_special_tokens=wanted).status_code == 200
+    kept = [stream.job.params.spaces_between_special_tokens for stream in backend.streams]
+    assert kept == [True, True, False]
+    answer = ask(path, spaces_between_special_tokens=1)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "spaces_between_special_tokens")
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"vllm_xargs": {"kv_transfer": 1}}, "`vllm_xargs` has 'kv_transfer', which Shoal does not read: leave it out"),
+        ({"vllm_xargs": [1]}, "`vllm_xargs` must be an object"),
+        ({"logits_processors": ["a.b"]}, "logits_processors is not supported: tokens are drawn in other processes"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget is not supported: Shoal does not know where"),
+    ],
+)
+def test_what_shoal_lacks_is_refused_by_name(path: str, body: dict[str, Any], message: str) -> None:
+    answer = ask(path, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, next(iter(body)))
+    assert error["message"].startswith(message)
+
+
+@pytest.mark.parametrize("path", list(ASKED))
+@pytest.mark.parametrize(
+    "body", [{"vllm_xargs": {}}, {"vllm_xargs": None}, {"logits_processors": []}, {"thinking_token_budget": None}]
+)
+def test_empty_values_of_what_shoal_lacks_are_accepted(path: str, body: dict[str, Any]) -> None:
+    assert ask(path, **body).status_code == 200
 
 
 # --- prompts that are cut --------------------------------------------------------------------------------------------
@@ -156,7 +234,7 @@ def test_a_prompt_is_cut_to_its_last_tokens(path: str, stream: bool) -> None:
     assert cut == whole[-5:]
 
 
-def test_an_echo_is_of_what_was_kept() -> None:
+def test_an_echo_shows_the_tokens_that_were_kept() -> None:
     backend = FakeBackend()
     answer = ask(COMPLETIONS, backend, truncate_prompt_tokens=3, echo=True, logprobs=0).json()
     (choice,) = answer["choices"]
@@ -167,7 +245,7 @@ def test_an_echo_is_of_what_was_kept() -> None:
     assert "".join(choice["logprobs"]["tokens"][:3]) == shown
 
 
-def test_what_is_far_too_long_is_cut_to_what_the_model_takes() -> None:
+def test_a_prompt_that_is_far_too_long_is_cut_to_what_the_model_takes() -> None:
     backend = FakeBackend()
     text = "One two three. " * 20_000
     assert ask(COMPLETIONS, backend, prompt=text).status_code == 400
@@ -181,6 +259,6 @@ def test_what_is_far_too_long_is_cut_to_what_the_model_takes() -> None:
 
 @pytest.mark.parametrize("value", [0, -2, 513, 10**30, True, 1.5])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_what_nothing_can_be_cut_to_is_refused(path: str, value: Any) -> None:
+def test_invalid_lengths_to_cut_to_are_refused(path: str, value: Any) -> None:
     answer = ask(path, truncate_prompt_tokens=value)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "truncate_prompt_tokens")

@@ -1,4 +1,4 @@
-"""/v1/responses, over a stand-in for the engine; answers and events are held against the types of OpenAI's client."""
+"""/v1/responses with a fake engine. Answers and events are checked with the types of OpenAI's client."""
 
 import json
 from typing import Any
@@ -36,7 +36,7 @@ def events_of(text: str) -> list[Any]:
 
 
 def without_names(response: dict[str, Any]) -> dict[str, Any]:
-    """What two answers to one question have in common."""
+    """Return what two answers to the same question have in common."""
     items = [{**item, "id": "", "call_id": ""} for item in response["output"]]
     return {**response, "id": "", "created_at": 0, "output": items}
 
@@ -55,7 +55,7 @@ def test_an_answer() -> None:
     assert "<|system|>be short<|end|><|user|>hi<|end|>" in job.prompt
 
 
-def test_a_cut_answer() -> None:
+def test_an_answer_that_reaches_its_length() -> None:
     answer = Response.model_validate(ask(FakeBackend(finish="length")).json())
     assert answer.status == "incomplete"
     assert answer.incomplete_details is not None
@@ -129,7 +129,7 @@ def test_text_and_a_call_of_one_turn_are_one_message() -> None:
     assert backend.streams[0].job.prompt == "[user hi 0][assistant let me see 2][tool done 0]"
 
 
-def test_log_probabilities_where_there_might_be_calls() -> None:
+def test_log_probabilities_with_tools() -> None:
     tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
     include = ["message.output_text.logprobs"]
     found = []
@@ -180,7 +180,7 @@ def test_structured_text() -> None:
         ({"model": "x"}, 404, "model"),
     ],
 )
-def test_refusals_name_the_field(body: dict[str, Any], status: int, param: str) -> None:
+def test_errors_name_the_field(body: dict[str, Any], status: int, param: str) -> None:
     answer = ask(**body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
 

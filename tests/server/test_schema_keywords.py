@@ -1,4 +1,4 @@
-"""Keywords of a schema that can't be obeyed, at every endpoint that takes one: a header, or a refusal."""
+"""Keywords of a JSON schema that can't be obeyed, at every endpoint that takes one: a header or an error."""
 
 from typing import Any
 
@@ -76,7 +76,7 @@ def test_a_strict_schema_is_obeyed_or_refused(body_of: Any) -> None:
     assert ask(path, body).status_code == 200
 
 
-def test_of_several_tools_each_is_as_strict_as_it_says() -> None:
+def test_each_tool_is_as_strict_as_it_says() -> None:
     loose, strict = tool(TAGS, None, "loose"), tool(PLAIN, True, "strict")
     body = {"messages": TALK, "tools": [loose, strict], "tool_choice": "required"}
     answer = ask("/v1/chat/completions", body)
@@ -111,7 +111,7 @@ def test_the_header_is_short_and_the_log_has_one_line(caplog: pytest.LogCaptureF
     assert [line for line in caplog.messages if "uniqueItems" in line] == caplog.messages[:1]
 
 
-def test_anchors_of_a_tool_are_its_own() -> None:
+def test_anchors_belong_to_their_tool() -> None:
     def anchored(kind: str) -> dict[str, Any]:
         return {
             "type": "object",

@@ -1,16 +1,16 @@
-"""Responses that clients come back to: the store, the endpoints before it, and OpenAI's client over two API servers."""
+"""Stored responses: the store, its endpoints, and OpenAI's client with two API servers."""
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import openai
 import pytest
 from openai.types.responses import Response, ResponseItem
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
+import openai
 from shoal.errors import EngineError
 from shoal.server.api.response_store import ResponseStore
 from shoal.server.app import openai_app
@@ -32,7 +32,7 @@ ITEM: TypeAdapter[Any] = TypeAdapter(ResponseItem)
 
 
 class Talk:
-    """A client, and what the model was shown last."""
+    """Return a client, and a function that returns the prompt that the model got last."""
 
     def __init__(self, says: list[str] | None = None, **settings: Any) -> None:
         self.says = says or ["Fine."]
@@ -90,7 +90,7 @@ def test_references_to_items_of_the_request_and_of_others() -> None:
     assert talk.shown == "[user Ho][user Ho]"
 
 
-def test_half_a_surrogate_pair_is_no_name() -> None:
+def test_an_id_with_half_a_surrogate_pair_is_unknown() -> None:
     talk = Talk()
     for body, field in (
         (r'{"input": "x", "previous_response_id": "\ud800"}', "previous_response_id"),
@@ -101,7 +101,7 @@ def test_half_a_surrogate_pair_is_no_name() -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
 
 
-def test_what_was_thought_goes_to_the_template() -> None:
+def test_reasoning_items_reach_the_template() -> None:
     talk = Talk()
     thought = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]}
     whole = {**thought, "content": [{"type": "reasoning_text", "text": "hmm"}], "encrypted_content": "x"}
@@ -114,7 +114,7 @@ def test_what_was_thought_goes_to_the_template() -> None:
     assert talk.shown == "[user Hi][assistant Yes thought hmm]"
 
 
-def test_effort_goes_to_the_template() -> None:
+def test_the_reasoning_effort_reaches_the_template() -> None:
     backend = FakeBackend()
     settings = ServerSettings(chat_template="{{ reasoning_effort }}: {{ messages[0].content }}")
     client = TestClient(openai_app(backend, settings))
@@ -125,7 +125,7 @@ def test_effort_goes_to_the_template() -> None:
     assert reasoning.effort == "low"
 
 
-def test_what_is_not_to_be_stored_is_not() -> None:
+def test_store_false_stores_nothing() -> None:
     for talk, more in (
         (Talk(), {"store": False}),
         (Talk(stored_responses=0), {}),
@@ -157,7 +157,7 @@ def test_a_store_that_does_not_answer_fails_no_request() -> None:
     assert (answer["status"], answer["store"]) == ("completed", False)
 
 
-def test_what_went_before_may_go_while_an_answer_is_made() -> None:
+def test_the_response_before_may_be_removed_while_an_answer_is_made() -> None:
     talk = Talk()
     first = talk.say("Hi")
     ask = talk.backend.ask
@@ -177,7 +177,7 @@ def test_what_went_before_may_go_while_an_answer_is_made() -> None:
 # --- the endpoints -------------------------------------------------------------------------------------------------
 
 
-def test_it_is_told_listed_and_forgotten() -> None:
+def test_a_response_is_returned_listed_and_deleted() -> None:
     talk = Talk()
     first = talk.say("Hi", metadata={"a": "b"})
     second = talk.say(
@@ -217,7 +217,7 @@ def test_it_is_told_listed_and_forgotten() -> None:
         ("GET", "x" * 300, 400, "response_id"),
     ],
 )
-def test_refusals(method: str, path: str, status: int, param: str) -> None:
+def test_errors_name_the_parameter(method: str, path: str, status: int, param: str) -> None:
     talk = Talk()
     name = talk.say("Hi")["id"]
     answer = talk.http.request(method, f"/v1/responses/{path.format(name)}")
@@ -249,7 +249,7 @@ def has(found: ResponseStore, name: str) -> bool:
     return bool(found.verbs["responses.read"](name.encode()))
 
 
-def test_what_was_not_used_for_a_time_goes() -> None:
+def test_unused_responses_are_removed_after_a_time() -> None:
     clock = Clock()
     found = store(clock=clock)
     keep(found, "a")
@@ -263,7 +263,7 @@ def test_what_was_not_used_for_a_time_goes() -> None:
     assert found.size == 0
 
 
-def test_what_was_unused_for_longest_gives_way() -> None:
+def test_the_longest_unused_response_is_removed_first() -> None:
     found = store()
     for name in "abc":
         keep(found, name)
@@ -272,7 +272,7 @@ def test_what_was_unused_for_longest_gives_way() -> None:
     assert [has(found, name) for name in "abcd"] == [True, False, True, True]
 
 
-def test_bytes_are_bounded_and_what_is_shared_counts_once() -> None:
+def test_bytes_have_a_limit_and_shared_turns_count_once() -> None:
     found = store(most=1000, most_bytes=100_000)
     assert keep(found, "0", size=40_000) == b"kept"
     for i in range(1, 30):
@@ -291,7 +291,7 @@ def test_bytes_are_bounded_and_what_is_shared_counts_once() -> None:
     )
 
 
-def test_a_conversation_outlives_what_it_came_from() -> None:
+def test_a_conversation_outlives_the_responses_before_it() -> None:
     found = store()
     keep(found, "a")
     keep(found, "b", "a")
@@ -302,7 +302,7 @@ def test_a_conversation_outlives_what_it_came_from() -> None:
     assert keep(found, "c", "a") == b"lost"
 
 
-def test_a_name_that_comes_again_is_the_newer_one() -> None:
+def test_a_response_with_a_known_id_replaces_the_older_one() -> None:
     found = store()
     keep(found, "a", size=10)
     keep(found, "a", size=20)
@@ -314,7 +314,7 @@ def test_a_name_that_comes_again_is_the_newer_one() -> None:
 
 @pytest.fixture(scope="module")
 def client_of() -> Iterator[Callable[[], openai.OpenAI]]:
-    """Each client has connections of its own, which one of the processes accepts."""
+    """Each client has connections of its own, and any of the processes may accept them."""
     options = ["--kv-cache-memory-bytes", "64MiB", "--api-server-count", "2", "--chat-template", TEMPLATE]
     with ShoalServer(*options) as server, contextlib.ExitStack() as opened:
 
@@ -334,7 +334,7 @@ def test_openais_client(client_of: Callable[[], openai.OpenAI]) -> None:
         {"role": "user", "content": "And on:"},
     ]
     expected = client_of().responses.create(input=said, store=False, **options)
-    for _ in range(6):  # by both processes, most likely
+    for _ in range(6):  # so that most likely both processes accept one
         client = client_of()
         second = client.responses.create(input="And on:", previous_response_id=first.id, **options)
         assert second.output_text == expected.output_text

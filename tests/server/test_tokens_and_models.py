@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /v1/models, over a stand-in for the engine."""
+"""/tokenize, /detokenize and /v1/models with a fake engine."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ def client(**settings: Any) -> TestClient:
     return TestClient(openai_app(FakeBackend(), ServerSettings(**settings)))
 
 
-def test_there_and_back() -> None:
+def test_a_text_becomes_tokens_and_text_again() -> None:
     tokenizer = FakeBackend().tokenizer
     said = client().post("/tokenize", json={"prompt": "wörld 🐟", "return_token_strs": True}).json()
     assert said["tokens"] == tokenizer.encode("wörld 🐟")
@@ -56,7 +56,7 @@ def test_a_conversation_may_be_longer_than_the_model_takes() -> None:
         ("/detokenize", {}, 400, "tokens"),
     ],
 )
-def test_refusals(path: str, body: Any, status: int, param: str) -> None:
+def test_errors_name_the_field(path: str, body: Any, status: int, param: str) -> None:
     answer = client().post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
 

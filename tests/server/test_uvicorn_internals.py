@@ -1,4 +1,4 @@
-"""The parts inside uvicorn that Shoal builds on, though uvicorn promises none of them to anybody.
+"""The internal parts of uvicorn that Shoal uses, although uvicorn does not promise to keep them.
 
 pyproject.toml says up to which version of uvicorn they were looked at. Whoever raises that bound runs this file with
 the newer version first: each failure names what has moved, and the modules below are where Shoal uses it.
@@ -92,7 +92,7 @@ def test_attributes_of_a_server() -> None:
 
 
 class Transport(asyncio.Transport):
-    """A connection to nobody."""
+    """A connection without another end."""
 
     def __init__(self) -> None:
         super().__init__()

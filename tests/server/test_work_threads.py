@@ -1,4 +1,4 @@
-"""Work beside the event loop."""
+"""Work off the event loop."""
 
 import asyncio
 import contextlib
@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from shoal.server.http.event_streams import unless_gone
-from shoal.server.http.work_threads import WorkThreads, apart
+from shoal.server.http.work_threads import WorkThreads, off_loop
 
 WAIT_S = 60.0
 
 
-def test_what_is_small_is_done_at_once_and_what_is_large_on_another_thread() -> None:
+def test_small_work_is_done_immediately_and_large_work_on_another_thread() -> None:
     async def where(size: int, *, quick: bool = True) -> str:
-        return await apart(lambda: threading.current_thread().name, size, quick=quick)
+        return await off_loop(lambda: threading.current_thread().name, size, quick=quick)
 
     here = threading.current_thread().name
     assert asyncio.run(where(100)) == here
@@ -28,7 +28,7 @@ def test_what_is_small_is_done_at_once_and_what_is_large_on_another_thread() -> 
     assert asyncio.run(where(100, quick=False)) == "shoal-work"
 
 
-def test_an_error_is_that_of_who_waits() -> None:
+def test_an_error_is_raised_for_the_caller() -> None:
     async def fail() -> None:
         await WorkThreads(1).run(lambda: int("x"))
 
@@ -36,12 +36,12 @@ def test_an_error_is_that_of_who_waits() -> None:
         asyncio.run(fail())
 
 
-def test_what_is_large_keeps_nothing_small_waiting() -> None:
+def test_large_work_does_not_delay_small_work() -> None:
     async def run() -> None:
         release = threading.Event()
-        large = [asyncio.create_task(apart(lambda: release.wait(WAIT_S), 1 << 24)) for _ in range(20)]
+        large = [asyncio.create_task(off_loop(lambda: release.wait(WAIT_S), 1 << 24)) for _ in range(20)]
         async with asyncio.timeout(WAIT_S):
-            assert await apart(lambda: "done", 1 << 16) == "done"
+            assert await off_loop(lambda: "done", 1 << 16) == "done"
         assert not any(task.done() for task in large)
         release.set()
         assert all(await asyncio.gather(*large))
@@ -49,7 +49,7 @@ def test_what_is_large_keeps_nothing_small_waiting() -> None:
     asyncio.run(run())
 
 
-def test_what_nobody_waits_for_any_more_is_left_undone() -> None:
+def test_work_whose_caller_was_cancelled_is_not_done() -> None:
     async def run() -> None:
         threads, release, done = WorkThreads(1), threading.Event(), []
         first = asyncio.create_task(threads.run(lambda: release.wait(WAIT_S)))
@@ -65,7 +65,7 @@ def test_what_nobody_waits_for_any_more_is_left_undone() -> None:
 
 
 class Body:
-    """Stands for what a request has brought."""
+    """An object that stands for the data of a request."""
 
 
 def refuse(body: Body) -> None:
@@ -81,8 +81,8 @@ def _no_collector() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_no_collector")
-def test_a_failure_keeps_nothing_of_the_work() -> None:
-    """Not even until the garbage collector finds it, which may take long while nothing happens."""
+def test_a_failure_keeps_no_reference_to_the_work() -> None:
+    """It is freed before the garbage collector runs, which may take long while nothing happens."""
 
     async def go() -> None:
         threads = WorkThreads(1)
@@ -100,7 +100,7 @@ def test_a_failure_keeps_nothing_of_the_work() -> None:
 
 
 @pytest.mark.usefixtures("_no_collector")
-def test_a_failure_of_an_answer_keeps_nothing_of_it() -> None:
+def test_a_failure_of_an_answer_keeps_no_reference_to_it() -> None:
     async def forever() -> dict[str, Any]:
         await asyncio.Event().wait()
         raise AssertionError

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Scope
 async def get(
     app: ASGIApp, path: str, method: str = "GET", root_path: str = "", headers: Iterable[tuple[bytes, bytes]] = ()
 ) -> tuple[int, str]:
-    """Send a request, and return the status and the body of the answer."""
+    """Send a request and return status and body of the answer."""
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0"},

@@ -1,4 +1,4 @@
-"""Small random checkpoints in float32, made by transformers."""
+"""Small random checkpoints, made by transformers, in float32."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -31,7 +31,7 @@ SIZES = {
 
 
 def _make(name: str, drop: Sequence[str] = (), **changes: Any) -> Any:
-    """Return the causal model `name` of transformers, with the sizes above."""
+    """The causal model `name` of transformers, with the sizes above."""
     import transformers
 
     sizes = {key: value for key, value in {**SIZES, **changes}.items() if key not in drop}
@@ -42,13 +42,13 @@ def _make(name: str, drop: Sequence[str] = (), **changes: Any) -> Any:
 
 @_maker
 def llama() -> Any:
-    """Return a model with 8 query and 4 KV heads, and a vocabulary that no number of ranks divides."""
+    """A llama with 8 query and 4 KV heads, and a vocabulary size that no number of ranks divides."""
     return _make("Llama", tie_word_embeddings=False)
 
 
 @_maker
 def llama3() -> Any:
-    """Return a model with Llama 3's rope scaling, tied embeddings, and biases everywhere."""
+    """A llama with the rope scaling of Llama 3, tied embeddings and biases everywhere."""
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -62,7 +62,7 @@ def llama3() -> Any:
 
 @_maker
 def llama_6_2() -> Any:
-    """Return a model with 6 query and 2 KV heads: the second of 3 ranks has halves of both groups."""
+    """A llama with 6 query and 2 KV heads. With 3 ranks the middle one has halves of both groups."""
     return _make(
         "Llama", num_attention_heads=6, num_key_value_heads=2, head_dim=24, hidden_size=48, intermediate_size=90
     )
@@ -76,13 +76,13 @@ def llama_yarn() -> Any:
 
 @_maker
 def mistral() -> Any:
-    """Return a model with a window shorter than most prompts."""
+    """A mistral with a window that is shorter than most prompts."""
     return _make("Mistral", sliding_window=8)
 
 
 @_maker
 def qwen2() -> Any:
-    """Return a model in which the second half of the layers has a window."""
+    """A qwen2 whose second half of the layers has a window."""
     return _make(
         "Qwen2",
         num_hidden_layers=4,
@@ -102,13 +102,13 @@ def qwen3() -> Any:
 
 @_maker
 def gemma() -> Any:
-    """Return a model with one KV head."""
+    """A gemma with one KV head."""
     return _make("Gemma", num_key_value_heads=1, head_dim=16)
 
 
 @_maker
 def gemma2() -> Any:
-    """Return a model with soft caps that change results, and a window in every other layer."""
+    """A gemma2 with soft caps that have an effect, and a window in every other layer."""
     return _make(
         "Gemma2",
         head_dim=16,
@@ -121,7 +121,7 @@ def gemma2() -> Any:
 
 @_maker
 def gemma3() -> Any:
-    """Return a model with two layers with a window and a rope of their own, then one without, twice."""
+    """A gemma3 with two layers that have a window and another rope, then one without, twice."""
     rope = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
@@ -140,7 +140,7 @@ def gemma3() -> Any:
 
 @_maker
 def mixtral() -> Any:
-    """Return a model with 5 experts, of which a token gets 3, of an odd size, and a window."""
+    """A mixtral with a window and 5 experts, 3 for each token. No number of ranks divides the size of an expert."""
     return _make(
         "Mixtral", num_local_experts=5, num_experts_per_tok=3, intermediate_size=37, sliding_window=12, head_dim=16
     )
@@ -148,7 +148,7 @@ def mixtral() -> Any:
 
 @_maker
 def granitemoe() -> Any:
-    """Return a model with factors for embedding, scores, residuals and logits, and all experts in one tensor."""
+    """A granitemoe with factors of embedding, scores, sublayers and logits, and all experts in one tensor."""
     return _make(
         "GraniteMoe",
         num_local_experts=6,
@@ -164,7 +164,7 @@ def granitemoe() -> Any:
 
 @_maker
 def qwen2_moe() -> Any:
-    """Return a model with a dense layer between two mixtures, a gated shared expert, and weights with any sum."""
+    """A qwen2_moe with a dense layer between two mixtures, a shared expert with a gate, and unnormalized weights."""
     return _make(
         "Qwen2Moe",
         num_experts=7,
@@ -179,7 +179,7 @@ def qwen2_moe() -> Any:
 
 @_maker
 def qwen3_moe() -> Any:
-    """Return a model in which every other layer is a mixture of many small experts."""
+    """A qwen3_moe with many small experts in every other layer."""
     return _make(
         "Qwen3Moe",
         num_hidden_layers=4,
@@ -217,25 +217,25 @@ def opt() -> Any:
 
 @_maker
 def opt_350m() -> Any:
-    """Return a model with norms after the sums, no final norm, and an embedding of another width."""
+    """An opt with norms after the sum, none at the end, and an embedding of another width."""
     return _make("OPT", drop=_NOT_OPT, ffn_dim=112, init_std=0.3, do_layer_norm_before=False, word_embed_proj_dim=40)
 
 
 @_maker
 def phi() -> Any:
-    """Return a model in which half of each head is rotated, with a bias on the output head."""
+    """A phi that rotates half of each head, and has a bias on the output head."""
     return _make("Phi")
 
 
 @_maker
 def phi_qk_norm() -> Any:
-    """Return a model with LayerNorms over query and key heads, and fewer KV heads."""
+    """A phi with LayerNorms over query and key heads, and fewer KV heads than query heads."""
     return _make("Phi", qk_layernorm=True, num_key_value_heads=2)
 
 
 @_maker
 def phi3() -> Any:
-    """Return a model with queries, keys and values in one tensor of unequal parts."""
+    """A phi3 with queries, keys and values in one tensor, in unequal parts."""
     return _make("Phi3", sliding_window=12)
 
 
@@ -269,7 +269,7 @@ _LATENT: dict[str, Any] = {
 
 @_maker
 def deepseek_v2() -> Any:
-    """Return a model with low-rank queries, values narrower than keys, expert groups, and YaRN that scales scores."""
+    """A deepseek_v2 with low-rank queries, values narrower than keys, groups of experts, and YaRN with a factor."""
     rope: dict[str, Any] = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -284,27 +284,27 @@ def deepseek_v2() -> Any:
 
 @_maker
 def deepseek_v2_lite() -> Any:
-    """Return a model with queries computed from the hidden state by 6 heads, experts without groups, and biases."""
+    """A deepseek_v2 with full-rank queries of 6 heads, experts without groups, and biases."""
     sizes: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48, "q_lora_rank": None}
     return _make("DeepseekV2", **{**_LATENT, **sizes, "attention_bias": True, "n_shared_experts": 1})
 
 
 @_maker
 def deepseek_v3() -> Any:
-    """Return a model with sigmoid scores, a correction bias, and groups chosen by their best two experts."""
+    """A deepseek_v3 with sigmoid scores, a correction bias, and groups that are chosen by their best two experts."""
     return _biased(_make("DeepseekV3", **{**_LATENT, "n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 1}))
 
 
 @_maker
 def deepseek_v3_halves() -> Any:
-    """Return a model with 6 heads, rotation of halves, and weights that do not sum to one."""
+    """A deepseek_v3 with 6 heads, rotation of halves, and weights that don't sum to one."""
     sizes: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48}
     changes = {"rope_interleave": False, "norm_topk_prob": False, "n_group": 2, "topk_group": 1}
     return _biased(_make("DeepseekV3", **{**_LATENT, **sizes, **changes}))
 
 
 def _biased(model: Any) -> Any:
-    """Set correction biases that change which experts are chosen, and return the model."""
+    """Set correction biases that change which experts are chosen."""
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.3)
@@ -312,14 +312,14 @@ def _biased(model: Any) -> Any:
 
 
 def save(name: str, folder: Path, *, max_shard_size: str = "5GB") -> Path:
-    """Write the checkpoint `name`. It is the same in every call."""
+    """Write the checkpoint `name`, the same at every call."""
     return save_model(MAKERS[name], folder, max_shard_size=max_shard_size)
 
 
 def save_model(make: Callable[[], Any], folder: Path, *, max_shard_size: str = "5GB") -> Path:
     torch.manual_seed(0)
     model = make().to(torch.float32).eval()
-    # Biases and norms are random, as the zeros and ones of transformers would hide a missing one.
+    # Random biases and norms: transformers makes them zeros and ones, which would hide a missing one.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -333,20 +333,20 @@ def save_model(make: Callable[[], Any], folder: Path, *, max_shard_size: str = "
 def reference_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    # Eager attention, as others leave out gemma2's soft cap. Eager experts, as others need multiples of 4.
+    # Eager attention, since other kinds ignore gemma2's soft cap. Eager experts, since others need multiples of 4.
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain).eval()
 
 
 class Reference:
-    """The outputs of transformers for a checkpoint, with which ours are compared."""
+    """The greedy continuation of a prompt by transformers, with the log-probabilities after each token."""
 
     def __init__(self, folder: Path) -> None:
         self.model = reference_model(folder)
 
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], steps: int) -> tuple[list[int], torch.Tensor]:
-        """Return the greedy tokens and their log-probabilities [steps, vocabulary]. EOS does not end the output."""
+        """Return `steps` tokens, and log-probabilities [steps, vocabulary]. EOS does not end the output."""
         tokens, rows, past = torch.tensor([prompt]), [], None
         produced: list[int] = []
         for _ in range(steps):

@@ -1,4 +1,4 @@
-"""File descriptors with large numbers."""
+"""Large numbers of file descriptors, as in a process with many open files."""
 
 import contextlib
 import os
@@ -7,21 +7,21 @@ from collections.abc import Iterator
 
 import pytest
 
-_SELECT_LIMIT = 1024  # select() takes only smaller numbers
+_SELECT_TAKES = 1024
 
 
 @contextlib.contextmanager
 def many_open_files() -> Iterator[None]:
-    """Open so many files that the next ones get numbers that select() does not take."""
+    """Give files that are opened inside a number that is too large for select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _SELECT_LIMIT + 256
+    wanted = _SELECT_TAKES + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
             pytest.skip(f"needs {wanted} file descriptors")
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     opened = [os.open(os.devnull, os.O_RDONLY)]
     try:
-        while opened[-1] < _SELECT_LIMIT:
+        while opened[-1] < _SELECT_TAKES:
             opened.append(os.dup(opened[0]))
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A fake of `shoal.server.backend.Backend`, whose answers a test scripts."""
+"""A fake `shoal.server.backend.Backend`. It answers with given texts, in pieces, at once or when a test allows it."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from support.fleet_status import fleet, replica
 DEMO = Path(shoal.__file__).parent / "demo_model"
 VOCAB_SIZE = 4096
 T = TypeVar("T")
-Script = Callable[[Job], Sequence[str]]  # job -> the pieces of its text, each of which is made into tokens
+Script = Callable[[Job], Sequence[str]]  # what is said to a job, in pieces; each is cut into tokens
 
 
 @cache
@@ -102,15 +102,12 @@ class FakeStream:
 
 
 class FakeBackend:
-    """A backend with the bundled tokenizer, whose outputs are `says(job)`, and whose fleet has the status `status()`.
+    """A model with the bundled tokenizer that answers a job with `says(job)`, and a fleet whose status is `status()`.
 
-    Args:
-        error: ends each stream after `fail_after` pieces.
-        gate: each piece waits for a permit of it.
-        last_first: True: the outputs of a prompt come one after the other in reverse order. Log-probabilities of the
-            prompt come with output 0 in any case.
-        verbs: are answered by `ask`, beside those of a store of responses.
-        refusal: is raised by `scale` and `operate`, which note their arguments in `scaled` and `operations`.
+    `error` ends each stream after `fail_after` pieces. With a `gate`, each piece needs a permit of it. `last_first`:
+    the outputs of a prompt come in reverse order, one after the other; prompt log-probabilities still come with output
+    0. `ask` answers `verbs`, and those of a store of responses. `scale` and `operate` raise `refusal`, and record their
+    arguments in `scaled` and `operations`.
     """
 
     model_name = "demo"
@@ -194,7 +191,7 @@ class FakeBackend:
         return self._reader.prepare_chat(0, messages, params, **template)
 
     async def check_grammar(self, job: Job) -> None:
-        """Compile the grammar in this process, as tests have no hostile grammars."""
+        """Check the grammar in this process, since tests do not use hostile ones."""
         if job.grammar:
             GrammarState.compile(job.grammar, vocabulary())
 
@@ -225,7 +222,7 @@ class FakeBackend:
         return found
 
     def logprobs(self, token: int, count: int) -> Logprobs:
-        """Return log-probabilities in which the token itself is second to token 5."""
+        """Return the log-probabilities of a draw in which the token comes second, after token 5."""
         return {token: self._logprob(token, -1.5, 2)} | ({5: self._logprob(5, -0.5, 1)} if count and token != 5 else {})
 
     def _logprob(self, token: int, value: float, rank: int) -> Logprob:

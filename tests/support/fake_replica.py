@@ -111,7 +111,7 @@ class FakeReplica:
         answers, self._answers = self._answers, []
         return answers
 
-    def become(self, activity: Activity) -> None:
+    def set_activity(self, activity: Activity) -> None:
         self.activity = activity
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:

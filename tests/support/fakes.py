@@ -1,4 +1,4 @@
-"""Stand-ins for ranks and time, and what tests of the engine share."""
+"""Fakes of ranks and of time, and other parts that tests of the engine share."""
 
 import threading
 import zlib
@@ -21,12 +21,12 @@ from shoal.wire.tokens import decode_tokens, encode_tokens, token_set
 T = TypeVar("T")
 VOCABULARY = 7
 
-# The same examples in every run, on machines of any speed.
+# Settings that give the same examples in every run, on machines of any speed.
 steady = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def next_token(tokens: Sequence[int]) -> int:
-    """Return the next token of every fake model after these tokens."""
+    """Return the token that every fake model draws after these tokens."""
     return zlib.crc32(encode_tokens(list(tokens))) % VOCABULARY
 
 
@@ -41,7 +41,7 @@ def request(
     salt: str = "",
     group: int = -1,
 ) -> EngineRequest:
-    """Return a request. The salt sets the seed too, which ranks see (`FakeExecutor.origin`)."""
+    """Return a request. Its seed is made from the salt, so that ranks know the salt: see `FakeExecutor.origin`."""
     return EngineRequest(
         seq,
         encode_tokens(list(prompt)),
@@ -57,18 +57,18 @@ def request(
 
 
 def begun(spec: EngineRequest, count: int) -> EngineRequest:
-    """Return a request that continues after the first `count` tokens of its output."""
+    """Return the request as another engine continues it, after the first `count` tokens of its output."""
     return msgspec.structs.replace(spec, tokens=spec.tokens + encode_tokens(alone(spec)[:count]))
 
 
 def prompt_and_output(spec: EngineRequest) -> tuple[list[int], list[int]]:
-    """Return the prompt of a request, and the output that it has; [] unless it is continued."""
+    """Return the prompt and the output in a request. The output is empty unless another engine began it."""
     tokens = decode_tokens(spec.tokens)
     return tokens[: spec.num_prompt_tokens], tokens[spec.num_prompt_tokens :]
 
 
 def alone(spec: EngineRequest) -> list[int]:
-    """Return the whole output of a request that is not aborted."""
+    """Return the output of a request that runs alone and is not aborted, with the tokens that it comes with."""
     prompt, out = prompt_and_output(spec)
     while len(out) < spec.max_tokens and not (out and out[-1] in token_set(spec.stop_ids)):
         out.append(next_token(prompt + out))
@@ -76,7 +76,7 @@ def alone(spec: EngineRequest) -> list[int]:
 
 
 class Outcomes:
-    """The updates that clients got, checked when they arrive: right tokens, one end each, and nothing after it."""
+    """The updates that clients got. They are checked as they come: right tokens, one end, and nothing after it."""
 
     def __init__(self) -> None:
         self.specs: dict[int, EngineRequest] = {}
@@ -105,7 +105,7 @@ class Outcomes:
                 continue
             self.finished[seq] = update
             if update.finish is Finish.ABORT:
-                assert seq in self.may_abort, f"sequence {seq} was not aborted by its client"
+                assert seq in self.may_abort, f"sequence {seq} was not aborted by the test"
             else:
                 stopped = expected[-1] in token_set(self.specs[seq].stop_ids)
                 assert self.tokens[seq] == expected
@@ -113,7 +113,7 @@ class Outcomes:
 
 
 class FakeClock:
-    """A clock that goes on by `tick` seconds with every look."""
+    """A clock whose time passes only by `tick` seconds with each reading, and as tests set it."""
 
     def __init__(self, tick: float = 0.0) -> None:
         self.now = 1000.0
@@ -130,20 +130,23 @@ class _Sequence:
     tokens: list[int]
     blocks: list[int]
     computed: int
-    shared: int  # positions before this one are in the cache already, and are not written again
-    contents: list["_Content"] = field(default_factory=list)  # what its cache must hold, by position
-    asked_for: int = 0  # blocks that its tokens and drafts have needed
+    shared: int  # positions before this one were cached, and are not written again
+    contents: list["_Content"] = field(default_factory=list)  # the expected content of its cache, by position
+    asked_for: int = 0  # blocks that its tokens and drafts need
 
 
-# One token's keys and values depend on it, on its position and on all tokens before it.
+# The keys and values of a token depend on the token, on its position and on all tokens before it.
 _Content = tuple[int, int, int]
 
 
 class FakeExecutor:
-    """An executor that computes immediately in a simulated KV cache, and checks that a real rank could run each plan.
+    """Computes at once in a simulated KV cache, and fails if real ranks could not run a plan correctly.
 
-    Each poll returns one result. `origin` is what the keys of a sequence depend on besides its tokens. With several
-    `stages`, a plan must not make the first stage wait for a token while it could work on other sequences.
+    Each poll returns one result.
+
+    Args:
+        origin: something that the keys of a sequence depend on, besides its tokens.
+        stages: a plan must not make the first stage wait for a token while it could compute other sequences.
     """
 
     def __init__(
@@ -164,8 +167,8 @@ class FakeExecutor:
         self.masks: list[StepMask] = []
         self.most_in_flight = 0
         self.closed = 0
-        self.missing: set[str] = set()  # parts of memory that were given back
-        self.refuses = ""  # why they cannot be taken again
+        self.missing: set[str] = set()  # parts of its memory that were freed
+        self.refuses = ""  # why they can't be allocated again
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -182,7 +185,7 @@ class FakeExecutor:
 
     @property
     def known(self) -> set[int]:
-        """The sequences that a rank remembers."""
+        """The sequences that the ranks remember."""
         return set(self._sequences)
 
     def launch(self, plan: StepPlan) -> None:
@@ -220,14 +223,14 @@ class FakeExecutor:
                     return [self.refuses.encode()]
                 self.missing -= parts
             case _:
-                raise AssertionError(f"ranks have no verb {verb}")
+                raise AssertionError(f"no rank knows {verb}")
         return [b""]
 
     def close(self) -> None:
         self.closed += 1
 
     def _check_turns(self, plan: StepPlan) -> None:
-        """Check that only sequences that need an unknown token wait for it."""
+        """Check that unknown tokens delay only the sequences that need them."""
         early = [
             work.seq
             for work in plan.work
@@ -247,7 +250,7 @@ class FakeExecutor:
         assert len({work.seq for work in plan.work}) == len(plan.work), "a sequence twice in a plan"
         for work in plan.work:
             self._sequences[work.seq].blocks += work.blocks
-        # In each layer, all keys of a step are written before any is read.
+        # In each layer, all keys of a step are written before any are read.
         self._check_writes(plan)
         for work in plan.work:
             self._write(work)
@@ -277,29 +280,29 @@ class FakeExecutor:
             assert work.start == sequence.computed
             known = stop - len(work.drafts)
             assert known > work.start
-            assert known <= len(sequence.tokens), "tokens that are not drawn yet"
+            assert known <= len(sequence.tokens), "tokens that are not known yet"
             assert work.sample == (known == len(sequence.tokens))
             assert work.sample or not work.drafts
             ahead = self._lookahead if work.sample else 0
             sequence.asked_for = max(sequence.asked_for, -(-(stop + ahead) // size))
             assert -(-stop // size) <= len(sequence.blocks) <= sequence.asked_for, "the block table does not fit"
             written = sequence.blocks[max(work.start, sequence.shared) // size :]
-            assert all(holders[block] == 1 for block in written), "another sequence has a block that is written"
+            assert all(holders[block] == 1 for block in written), "a written block is held by another sequence, too"
             needed = self._needed(sequence)
             assert len(set(needed)) == len(needed)
 
     def _needed(self, sequence: _Sequence) -> list[int]:
-        """Return the blocks that a later query may look at."""
+        """Return its blocks, without those that no query will look at again."""
         first_seen = 0 if self._window is None else max(sequence.computed - self._window + 1, 0)
         return sequence.blocks[first_seen // self._block_size :]
 
     def _found(self, new: NewSeq) -> list[int]:
-        """Return the blocks from the prefix cache that a new sequence needs."""
+        """Return the blocks of its prefix that it needs."""
         sequence = self._sequences[new.seq]
         return sequence.blocks[len(sequence.blocks) - len(self._needed(sequence)) : len(new.blocks)]
 
     def _contents(self, work: Work) -> list[_Content]:
-        """Return the contents of a sequence's cache by position, including drafts."""
+        """Return the expected content of the cache by position, with drafts."""
         sequence = self._sequences[work.seq]
         known = work.start + work.count - len(work.drafts)
         tokens = [*sequence.tokens[:known], *work.drafts]
@@ -341,9 +344,9 @@ class FakeExecutor:
 
 
 class FakePipeline(FakeExecutor):
-    """A pipeline whose stages take time: `step_cost` for each step with work, and `token_cost` for each of its tokens.
+    """A pipeline whose stages take `step_cost` for each step with work, and `token_cost` for each of its tokens.
 
-    Time only goes on while a result is waited for.
+    Time passes only while the engine waits for a result.
     """
 
     def __init__(
@@ -367,13 +370,13 @@ class FakePipeline(FakeExecutor):
         self.now = 0.0
         self.busy = [0.0] * stages
         self._step_cost, self._token_cost = step_cost, token_cost
-        self._free = [0.0] * stages  # when each stage has finished its work
+        self._free = [0.0] * stages  # when each has ended what it was given
         self._token_at: dict[int, float] = {}  # when the last token of a sequence is known
         self._answers: deque[float] = deque()
 
     @property
     def idle_share(self) -> float:
-        """The share of all stages' time that was idle."""
+        """The idle share of the time of all stages, up to now."""
         return 1 - sum(self.busy) / (len(self.busy) * self.now)
 
     def launch(self, plan: StepPlan) -> None:
@@ -394,7 +397,7 @@ class FakePipeline(FakeExecutor):
 
 
 class FakeLockstep:
-    """A lockstep of replicas in one process. `peers[i]` is the end of replica i."""
+    """The lockstep of replicas in one process. `peers[i]` belongs to replica i."""
 
     def __init__(self, size: int) -> None:
         self.counts = [0] * size
@@ -418,7 +421,7 @@ class _LockstepEnd:
 
 
 class FaultyExecutor:
-    """An executor with faults: results that take `delays[step]` polls longer, a lost result, or a rank that dies."""
+    """An executor with faults: results that take `delays(step)` polls longer or are lost, or a rank that dies."""
 
     def __init__(
         self,
@@ -477,16 +480,16 @@ class FaultyExecutor:
 
 
 def this_rank() -> int:
-    """Return the number of the calling rank. Ranks must be threads of one process."""
+    """Return the number of the calling rank, if ranks are threads of one process."""
     return int(threading.current_thread().name.removeprefix("shoal-rank-"))
 
 
 def on_threads(size: int, work: Callable[[int], T]) -> list[T]:
-    """Call `work(rank)` for each rank at the same time, on a thread of its own, and return the results."""
-    barrier = threading.Barrier(size, timeout=30)
+    """Run `work(rank)` on one thread for each rank, all at the same time."""
+    together = threading.Barrier(size, timeout=30)
 
     def run(rank: int) -> T:
-        barrier.wait()
+        together.wait()
         return work(rank)
 
     with ThreadPoolExecutor(size) as pool:

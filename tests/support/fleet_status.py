@@ -1,4 +1,4 @@
-"""Made-up stats and status of ranks, engines, replicas and fleets."""
+"""Made-up statuses of ranks, engines, replicas and fleets."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A host that seems to have GPUs."""
+"""A fake host with GPUs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Grammars for the tokenizer of the demo model: which texts they allow, and random texts that obey them."""
+"""Grammars for the demo model's tokenizer: which texts they allow, and random texts that obey them."""
 
 import math
 import random
@@ -17,7 +17,7 @@ DEMO = (Path(shoal.__file__).parent / "demo_model" / "tokenizer.json").read_text
 END = 1
 _SIZE = 640
 _WHITESPACE = r"[ \t\n\r]{1,33}"
-_LIKELY = set('abxyk0123456789-.+eE{}[]":,truefalsn_@TZ/ ')  # the characters of most tokens of a random text
+_LIKELY = set('abxyk0123456789-.+eE{}[]":,truefalsn_@TZ/ ')  # characters that random texts mostly have
 
 
 @cache
@@ -40,13 +40,13 @@ def of_schema(schema: Any, *, strict: bool = False) -> GrammarState:
 
 
 def allows(grammar: GrammarState, text: str) -> bool:
-    """Return whether the grammar allows this text with an end-of-text token after it."""
+    """Return whether the grammar allows this text as a complete output."""
     tokens = (*tokenizer().encode(text, add_special_tokens=False).ids, END)
     return grammar.count_valid(tokens) == len(tokens)
 
 
 def written(grammar: GrammarState, chance: random.Random, steps: int = 90) -> str | None:
-    """Return a random text that the grammar allows; None if it has no end within `steps` tokens."""
+    """Draw a text that the grammar allows, token by token. Return None if it has no end after `steps` tokens."""
     grammar, tokens = grammar.copy(), list[int]()
     for _ in range(steps):
         row = int.from_bytes(grammar.allowed_tokens(())[0].row, "little")

@@ -1,4 +1,4 @@
-"""Two simulated hosts: network namespaces with IPv4, IPv6 and link-local addresses, joined by a virtual cable."""
+"""Several hosts on one machine: network namespaces with IPv4 and IPv6 addresses, joined by a virtual cable."""
 
 import ctypes
 import os
@@ -19,33 +19,33 @@ class Host:
     netns: str
     address: str
     address_v6: str
-    link_local: str  # with its end of the cable as the scope
+    link_local: str  # with the name of the interface
 
     @property
     def inside(self) -> list[str]:
-        """The beginning of a command that runs another command on this host."""
+        """The beginning of a command that runs on this host."""
         return ["ip", "netns", "exec", self.netns]
 
     def connect(self, address: tuple[str, int], timeout: float) -> socket.socket:
-        """Return a connection like that of a program on this host."""
-        with ThreadPoolExecutor(1) as pool:  # only this thread enters the namespace; its sockets stay there
+        """Return a connection that starts on this host."""
+        with ThreadPoolExecutor(1) as pool:  # only this thread moves to the host, and its sockets stay there
             return pool.submit(self._connect, address, timeout).result()
 
     def _connect(self, address: tuple[str, int], timeout: float) -> socket.socket:
         with (Path("/run/netns") / self.netns).open() as place:
             if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), _NETWORK):
-                raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {self.netns}")
+                raise OSError(ctypes.get_errno(), f"no way into {self.netns}")
         return socket.create_connection(address, timeout)
 
 
 def free_port() -> int:
-    """Return a port that is free on the loopback interface."""
+    """Return a free port on the loopback, where other programs may listen too."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])
 
 
 def obstacle() -> str:
-    """Return why hosts cannot be simulated here; "" if they can."""
+    """Return why such hosts can't be made here; "" if they can."""
     if shutil.which("ip") is None:
         return "needs iproute2"
     name = f"shoal-try-{os.getpid()}"
@@ -57,7 +57,6 @@ def obstacle() -> str:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Make two hosts, and remove them at the end."""
     cable = f"sh{os.getpid() % 10**8}"
     first, second = (
         Host(f"shoal-{os.getpid()}-{i}", f"10.213.77.{i}", f"fd02:213:77::{i}", f"fe80::77:{i}%{cable}{end}")
@@ -82,7 +81,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def cut(host: Host) -> None:
-    """Disconnect a host from the network."""
+    """Cut a host off from the network."""
     links = subprocess.run(["ip", "-n", host.netns, "-o", "link"], capture_output=True, text=True, check=True).stdout
     for line in links.splitlines():
         name = line.split(": ")[1].split("@")[0]

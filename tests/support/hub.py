@@ -1,4 +1,4 @@
-"""A fake of the Hugging Face hub on the loopback interface: the addresses that a download of a model needs."""
+"""A fake hub on the loopback, with the few paths of huggingface.co that huggingface_hub uses to fetch a model."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ COMMIT = hashlib.sha1(b"the only commit").hexdigest()
 
 @dataclass
 class FakeHub:
-    """The contents of a fake hub, and the files that were downloaded from it."""
+    """The contents of a hub. `models`: id -> file name -> content. `broken`: files that can't be fetched now."""
 
-    models: Mapping[str, Mapping[str, bytes]]  # id -> file name -> content
-    broken: set[str] = field(default_factory=set)  # names of files that cannot be downloaded now
+    models: Mapping[str, Mapping[str, bytes]]
+    broken: set[str] = field(default_factory=set)
     gated: set[str] = field(default_factory=set)
-    sizes: dict[str, int] = field(default_factory=dict)  # file name -> a wrong size that the hub reports
+    sizes: dict[str, int] = field(default_factory=dict)  # false sizes of files that the hub reports
     fetched: list[str] = field(default_factory=list)
     endpoint: str = ""
 
@@ -38,15 +38,15 @@ class FakeHub:
         if rest[1:] and rest[1] not in ("main", COMMIT):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         files = self.models[model]
-        answer: Any
+        said: Any
         if rest[:1] == ["tree"]:
-            answer = [
+            said = [
                 {"type": "file", "path": name, "size": len(files[name]), "oid": _oid(files[name])} for name in files
             ]
         else:
             siblings = [{"rfilename": name, "size": self.sizes.get(name, len(files[name]))} for name in files]
-            answer = {"id": model, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-        return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+            said = {"id": model, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+        return 200, {"Content-Type": "application/json"}, json.dumps(said).encode()
 
     def _file(self, model: str, name: str) -> tuple[int, dict[str, str], bytes]:
         content = self.models.get(model, {}).get(name)

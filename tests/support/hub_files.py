@@ -1,4 +1,4 @@
-"""Model folders in the older forms that the hub has, made from what transformers saves today."""
+"""Model folders with the names and fields of files on the hub, made from what transformers saves today."""
 
 import json
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ Format = Literal["safetensors", "pickled", "legacy"]
 
 @dataclass(frozen=True)
 class Spelling:
-    """The form of a model folder."""
+    """The way in which a folder is written. Sizes of files are in tensors."""
 
     weights: Format = "pickled"
     dtype: torch.dtype = torch.float16
     old_config: bool = True
-    prefix: str | None = None  # of the names of all tensors but the head; None: as transformers saves them
-    shards: int = 1  # files of weights
-    extras: bool = False  # True: with tensors that are not loaded any more, such as masks and frequencies
-    tied_head: bool = False  # True: a tied head is stored too
+    prefix: str | None = None  # prefix of all tensor names but the head's; None: as transformers saves them
+    shards: int = 1
+    extras: bool = False  # with tensors that are not loaded any more: masks, frequencies
+    tied_head: bool = False  # a tied head is in the file, too
     eos: tuple[int, ...] = (2,)
 
 
 def respell(source: Path, target: Path, spelling: Spelling) -> Path:
-    """Write a checkpoint that transformers saved in `source` to `target`, in another form."""
+    """Write the checkpoint that transformers saved in `source` into `target`, with another spelling."""
     target.mkdir(parents=True)
     config = json.loads((source / "config.json").read_text())
     tensors = {name: tensor.to(spelling.dtype) for name, tensor in _load(source).items()}
@@ -49,7 +49,7 @@ def respell(source: Path, target: Path, spelling: Spelling) -> Path:
 
 
 def rounded(source: Path, target: Path, dtype: torch.dtype) -> Path:
-    """Write the checkpoint with weights that are rounded to `dtype` and stored as float32."""
+    """Write the checkpoint in float32 with weights rounded to `dtype`, which is what the respelled files mean."""
     target.mkdir(parents=True)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
     tensors = {name: tensor.to(dtype).float() for name, tensor in _load(source).items()}
@@ -69,7 +69,7 @@ def _renamed(name: str, base: str, prefix: str) -> str:
 
 
 def _extras(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: str) -> dict[str, Tensor]:
-    """Return the buffers that older versions saved with the attention of each layer."""
+    """Return buffers that older versions of transformers saved with every layer's attention."""
     attention = {"gpt2": "h.{}.attn", "gpt_neox": "layers.{}.attention"}.get(
         config["model_type"], "layers.{}.self_attn"
     )
@@ -85,7 +85,7 @@ def _extras(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: str)
 
 
 def _old_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a configuration as versions before 5 wrote it: `torch_dtype`, and rope parameters at the top level."""
+    """Return config.json as transformers before 5 wrote it: `torch_dtype`, and `rope_parameters` as separate fields."""
     left_out = {"dtype", "rope_parameters", "layer_types", "_sliding_window_pattern", "use_bidirectional_attention"}
     old = {key: value for key, value in config.items() if key not in left_out}
     rope = dict(config.get("rope_parameters") or {})
@@ -99,7 +99,7 @@ def _old_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     old |= {keys[key]: rope.pop(key) for key in list(rope) if key in keys}
     if rope.get("rope_type", "default") != "default":
         kind = rope.pop("rope_type")
-        # The key was "type" first; for llama3 it has always been "rope_type".
+        # The oldest name is "type"; llama3 always had "rope_type".
         old["rope_scaling"] = {"rope_type" if kind == "llama3" else "type": kind, **rope}
     elif rope:
         old["rope_scaling"] = None

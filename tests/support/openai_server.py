@@ -1,4 +1,4 @@
-"""A small server with OpenAI's interface on a thread of its own, whose answers a test scripts."""
+"""A small server with OpenAI's API on a separate thread, whose answers a test scripts."""
 
 import asyncio
 import json
@@ -15,9 +15,9 @@ Answer = Callable[[web.Request, Body], Awaitable[web.StreamResponse]]
 
 
 class OpenAIServer:
-    """A server whose tokens are characters. A prompt has one token more, for its beginning.
+    """A server whose tokens are characters. A prompt has one more token for its beginning.
 
-    `answer` makes the answers to requests for text. `bodies` are the bodies of all these requests.
+    `answer` makes the answer to a request for text; `bodies` has the bodies of all requests.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class OpenAIServer:
 
     @property
     def texts(self) -> list[Body]:
-        """The bodies without the first one, with which a client tests the server."""
+        """The bodies without that of the first request, with which a client tries the server."""
         return self.bodies[1:]
 
     def __enter__(self) -> "OpenAIServer":
@@ -82,7 +82,7 @@ class OpenAIServer:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         if self._key and request.headers.get("Authorization") != f"Bearer {self._key}":
-            return error(401, "a key is needed")
+            return error(401, "a key is wanted")
         return await handler(request)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
@@ -126,7 +126,7 @@ async def begin(request: web.Request) -> web.StreamResponse:
 
 
 async def answer_all(request: web.Request, body: Body) -> web.StreamResponse:
-    """Send as many tokens as are allowed, one per chunk."""
+    """Answer with as many tokens as are allowed, one per chunk."""
     response = await begin(request)
     count = body["max_tokens"]
     if "messages" in body:

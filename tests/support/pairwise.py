@@ -1,4 +1,4 @@
-"""Pairwise combinations: a small set of cases in which all pairs of values of any two options occur."""
+"""A small number of cases that contain every pair of values of any two options."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return cases that cover all pairs, the same in every call.
+    """Return cases that cover all pairs, always the same ones.
 
-    Each case is built greedily to cover most of the pairs that are left, like AETG (Cohen et al., 1997). Ties are
-    broken at random, so that combinations of more than two options vary too.
+    The search is greedy, like AETG (Cohen et al., 1997): each case covers most of the pairs that are left. Ties are
+    broken at random, so that combinations of more options are mixed, too.
     """
     names, chance = list(options), random.Random(0)
     left = {

@@ -1,10 +1,10 @@
-"""Processes of the operating system, as tests see them."""
+"""Processes, as tests see them."""
 
 from pathlib import Path
 
 
 def children(parent: int) -> list[int]:
-    """Return the children of a process, started by any of its threads."""
+    """The processes that `parent` has started, by any of its threads."""
     found = []
     for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
         try:

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LARGEST = 448.0  # the largest number of float8_e4m3
+LARGEST = 448.0  # of float8_e4m3
 
 
 def quantize(whole: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return [.., rows, columns] in FP8, a float32 scale for each block, and the product of the two in float32."""
+    """Return a tensor [.., rows, columns] as FP8 numbers, a float32 scale for each block, and their float32 values."""
     *before, height, width = whole.shape
     down, across = -(-height // block[0]), -(-width // block[1])
     padded = whole.new_zeros((*before, down * block[0], across * block[1]))
@@ -24,7 +24,7 @@ def quantize(whole: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
 
 
 def write_quantized(source: Path, folder: Path, block: tuple[int, int]) -> tuple[Path, Path]:
-    """Write a checkpoint with the matrices of layers in FP8, and one with the same numbers in float32."""
+    """Write a checkpoint with the layers' matrices in FP8, and another with the same numbers in float32."""
     config = json.loads((source / "config.json").read_text())
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
     quantized, widened = folder / "quantized", folder / "widened"

@@ -1,4 +1,4 @@
-"""Small random checkpoints whose config.json is kept as it was written, with unknown fields."""
+"""Small random checkpoints with a config.json as people write it, with unused fields."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ _LATENT = {
     "moe_intermediate_size": 40,
     "first_k_dense_replace": 1,
 }
-# The sizes that small models of a family need beside SIZES.
+# What a family needs beside SIZES to be small.
 _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": {**_LATENT, "n_group": 4, "topk_group": 2},
@@ -50,7 +50,7 @@ def raw_config(family: str, changes: Mapping[str, Any], without: Collection[str]
 
 
 def save_raw(family: str, changes: Mapping[str, Any], folder: Path, without: Collection[str] = ()) -> Path:
-    """Write a checkpoint with weights for this config.json, which is kept as it is."""
+    """Write a checkpoint with weights for this config.json, which is kept unchanged."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     config = raw_config(family, changes, without)

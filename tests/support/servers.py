@@ -1,4 +1,4 @@
-"""Servers in processes of their own."""
+"""Real servers, as separate processes."""
 
 import os
 import re
@@ -21,7 +21,7 @@ _POLL_S = 0.05
 
 
 class ShoalServer:
-    """A `shoal serve --port 0 ...` in a process session of its own. It is ready when this is made."""
+    """`shoal serve --port 0 ...` in a separate session. The constructor waits until it is ready."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class ShoalServer:
         folder: Path | None = None,
         program: Sequence[str] = ("-m", "shoal"),
     ) -> None:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as the server runs
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
         self.process = subprocess.Popen(
             [*prefix, sys.executable, *program, "serve", "--port", "0", *arguments],
             stdout=subprocess.PIPE,
@@ -50,13 +50,13 @@ class ShoalServer:
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
         os.set_blocking(fd, False)
-        output, deadline = b"", time.monotonic() + _START_S
-        while not (found := re.search(rb" at (https?://\S+)\n", output)):
+        told, deadline = b"", time.monotonic() + _START_S
+        while not (found := re.search(rb" at (https?://\S+)\n", told)):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"the server did not start (exit code {self.process.poll()}): {self.log()}")
+                raise AssertionError(f"no server came up (exit code {self.process.poll()}): {self.log()}")
             time.sleep(_POLL_S)
             try:
-                output += os.read(fd, 65536)
+                told += os.read(fd, 65536)
             except BlockingIOError:
                 continue
         return found[1].decode()
@@ -86,7 +86,7 @@ class ShoalServer:
         return found
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = _END_S) -> int:
-        """Send a signal, wait for the end, and return the exit code."""
+        """Send the signal `number`, wait for the end, and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout)
 

@@ -1,7 +1,4 @@
-"""A simulation of replicas and their traffic, to compare ways of routing.
-
-Replicas only compute how long their steps would take. Events are discrete, and the same seed gives the same run.
-"""
+"""A discrete-event simulation of replicas and requests, to compare ways of routing. A seed determines the run."""
 
 import heapq
 import random
@@ -18,12 +15,12 @@ from shoal.wire.engine import EngineRequest
 from shoal.wire.ranks import Sampling
 from shoal.wire.tokens import num_tokens
 
-_MERGED_STEPS = 4  # so many steps are one event if all their tokens are single tokens of outputs
+_STEPS_PER_EVENT = 4  # steps that are one event, if they compute only single tokens
 _GREEDY = Sampling(seed=0)
 
 
 class Policy(Protocol):
-    """A way of routing. `RequestRouter` is one."""
+    """A way of routing, such as `RequestRouter`."""
 
     def add(self, request: EngineRequest) -> None: ...
 
@@ -36,7 +33,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Machine:
-    """The speed and memory of a replica. A step takes `step_s`, and more for each token."""
+    """The speed and size of a replica. A step takes `step_s`, and more for each token."""
 
     max_num_seqs: int = 32
     step_tokens: int = 2048
@@ -53,17 +50,17 @@ class Machine:
         )
 
     def seconds(self, prompt: float, output: float) -> float:
-        """Return the seconds that a request costs a replica on which as many requests run as can."""
+        """Return how many seconds of a full replica a request takes."""
         return prompt * self.prompt_token_s + output * (self.step_s / self.max_num_seqs + self.output_token_s)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests with a shared beginning and an end of their own.
+    """Requests with shared prefixes.
 
-    The popularity of beginnings follows Zipf's law. Their lengths are uniform, from 0 to `most_shared` tokens. Arrivals
-    are a Poisson process. The lengths of ends and of outputs are distributed exponentially. `load` is the share of the
-    replicas' time that is needed if every prompt is computed as a whole.
+    The popularity of prefixes follows Zipf's law, and they have 0 to `most_shared` tokens. The rest of a prompt and the
+    output have exponentially distributed lengths. Arrivals are a Poisson process. `load` is a share of what the
+    replicas can do without cached prompts.
     """
 
     requests: int
@@ -103,16 +100,17 @@ class Arrival:
     request: EngineRequest
     prefix: int
     shared: int
-    length: int  # of its output; the router does not know it
+    length: int  # of its output; the policy does not know it
     to_compute: int = 0
     drawn: int = 0
 
 
 @dataclass(slots=True)
 class _Simulated:
-    """A replica. Requests run in the order of their arrival, drawing ones before prompts, which are computed in chunks.
+    """A simulated replica.
 
-    Prompts and outputs stay in the cache until their blocks are needed; the least recently used are dropped first.
+    Requests run in the order in which they came: those that draw tokens first, then prompts in chunks. Prompts and
+    outputs stay in the cache until their blocks are needed; those that were unused longest are dropped first.
     """
 
     machine: Machine
@@ -121,16 +119,16 @@ class _Simulated:
     drawing: list[Arrival] = field(default_factory=list)
     cache: OrderedDict[int, int] = field(
         default_factory=OrderedDict
-    )  # prefix, or -1 - seq for the rest of a request -> blocks
+    )  # prefix -> blocks; the rest of a request has the key -1 - seq
     cached_blocks: int = 0
     stepping: bool = False
-    steps: int = 0  # steps of the present event
+    steps: int = 0  # steps of the current event
     chunks: list[tuple[Arrival, int]] = field(default_factory=list)
     computed: int = 0
     hits: int = 0
 
     def begin(self) -> float:
-        """Start a step, or several equal ones, and return how long they take."""
+        """Start a step, or several equal ones. Return how long they take."""
         machine = self.machine
         while self.waiting and len(self.prompts) + len(self.drawing) < machine.max_num_seqs:
             self._start(self.waiting.popleft())
@@ -142,13 +140,13 @@ class _Simulated:
                 self.chunks.append((arrival, chunk))
             left -= chunk
         tokens = sum(chunk for _, chunk in self.chunks)
-        self.steps = 1 if tokens else min(_MERGED_STEPS, *(each.length - each.drawn for each in self.drawing))
+        self.steps = 1 if tokens else min(_STEPS_PER_EVENT, *(each.length - each.drawn for each in self.drawing))
         self.stepping = True
         one = machine.step_s + tokens * machine.prompt_token_s + len(self.drawing) * machine.output_token_s
         return self.steps * one
 
     def end(self) -> list[tuple[Arrival, int]]:
-        """End them, and return the requests that have drawn tokens, with the numbers of tokens."""
+        """End the step. Return the requests that have drawn tokens, and how many."""
         self.stepping = False
         drew = [(each, self.steps) for each in self.drawing]
         self.computed += len(drew) * self.steps
@@ -187,16 +185,16 @@ class _Simulated:
 
 @dataclass
 class Outcome:
-    computed: list[int]  # tokens, by replica
-    hits: int  # tokens of prompts that were not computed
+    computed: list[int]  # tokens that each replica computed
+    hits: int  # prompt tokens that were cached
     first_token_s: list[float]
-    decision_ns: list[int]  # the time of each `add` with the `next` after it
-    book_ns: int  # the time of all calls of `drew` and `ended`
-    seconds: float  # simulated
+    decision_ns: list[int]  # time of `add` and the next call of `next`
+    book_ns: int  # time of all calls of `drew` and `ended`
+    seconds: float  # simulated time
 
     @property
     def busiest(self) -> float:
-        """The tokens of the busiest replica, over the mean."""
+        """The tokens of the busiest replica over the mean."""
         return max(self.computed) * len(self.computed) / sum(self.computed)
 
 
@@ -208,15 +206,15 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
     arrivals = iter(traffic)
     coming = next(arrivals, None)
 
-    def start_step(number: int) -> None:
+    def go_on(number: int) -> None:
         replica = replicas[number]
         if not replica.stepping and (replica.waiting or replica.prompts or replica.drawing):
             heapq.heappush(events, (outcome.seconds + replica.begin(), number))
 
-    def deliver(found: tuple[EngineRequest, int] | None) -> None:
+    def hand_over(found: tuple[EngineRequest, int] | None) -> None:
         if found is not None:
             replicas[found[1]].waiting.append(known[found[0].seq])
-            start_step(found[1])
+            go_on(found[1])
 
     while coming is not None or events:
         if coming is not None and (not events or coming.at <= events[0][0]):
@@ -226,7 +224,7 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
             policy.add(coming.request)
             found = policy.next()
             outcome.decision_ns.append(perf_counter_ns() - begun)
-            deliver(found)
+            hand_over(found)
             coming = next(arrivals, None)
             continue
         outcome.seconds, number = heapq.heappop(events)
@@ -243,31 +241,31 @@ def simulate(traffic: Traffic, policy: Policy) -> Outcome:
             if arrival.drawn == arrival.length:
                 del known[arrival.request.seq]
         while (found := policy.next()) is not None:
-            deliver(found)
-        start_step(number)
+            hand_over(found)
+        go_on(number)
     assert not known, f"{len(known)} requests are still there"
     outcome.computed = [replica.computed for replica in replicas]
     outcome.hits = sum(replica.hits for replica in replicas)
     return outcome
 
 
-# --- other ways of routing ---------------------------------------------------------------------------------------
+# --- simpler ways of routing ------------------------------------------------------------------------------
 
 
-class _Immediate:
-    """The base of ways of routing that assign each request when it arrives."""
+class _AtOnce:
+    """Ways of routing that assign a request when it arrives."""
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
-        self.arrived: deque[EngineRequest] = deque()
+        self.come: deque[EngineRequest] = deque()
 
     def add(self, request: EngineRequest) -> None:
-        self.arrived.append(request)
+        self.come.append(request)
 
     def next(self) -> tuple[EngineRequest, int] | None:
-        if not self.arrived:
+        if not self.come:
             return None
-        request = self.arrived.popleft()
+        request = self.come.popleft()
         return request, self.choose(request)
 
     def choose(self, request: EngineRequest) -> int:
@@ -280,7 +278,7 @@ class _Immediate:
         pass
 
 
-class RoundRobin(_Immediate):
+class RoundRobin(_AtOnce):
     def __init__(self, replicas: int) -> None:
         super().__init__(replicas)
         self._next = count()
@@ -289,8 +287,8 @@ class RoundRobin(_Immediate):
         return next(self._next) % self.replicas
 
 
-class LeastLoaded(_Immediate):
-    """A way of routing to the replica with the fewest open requests, in turns."""
+class LeastLoaded(_AtOnce):
+    """Chooses the replica with the fewest unfinished requests; among equal ones, the next after the last choice."""
 
     def __init__(self, replicas: int) -> None:
         super().__init__(replicas)
@@ -312,8 +310,8 @@ class LeastLoaded(_Immediate):
         self._held[self._holders.pop(seq)] -= 1
 
 
-class Affinity(_Immediate):
-    """A way of routing by consistent hashing (Karger et al., 1997) of the first block of a prompt."""
+class Affinity(_AtOnce):
+    """Chooses by consistent hashing (Karger et al., 1997) of the first block of a prompt."""
 
     def __init__(self, replicas: int, block_size: int, points: int = 100) -> None:
         super().__init__(replicas)

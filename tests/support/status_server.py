@@ -1,4 +1,4 @@
-"""A server with the real status routes and a made-up fleet, whose status a test sets."""
+"""A server with the real routes for status and scaling, over a made-up fleet."""
 
 import asyncio
 import socket
@@ -17,10 +17,10 @@ from support.fake_backend import FakeBackend
 
 
 class StatusServer:
-    """A server on a thread, which listens on the loopback interface within `with`, or between `open` and `close`.
+    """A server that listens on loopback, on a thread, inside `with`. `close` and `open` make it go away and come back.
 
-    `now` returns the status. `key` is the API key; `metrics` makes the text of /metrics; `scale` is called with the
-    number of replicas that a client asks for, unless `broken` is set, with which the request is refused.
+    `now` returns the status for each reading. `key`: the API key that is needed. `metrics` makes the text at /metrics.
+    `scale` is called when a number of replicas is requested, unless `broken` is true; then the request is refused.
     """
 
     def __init__(self, now: Callable[[], FleetStatus]) -> None:
@@ -87,7 +87,7 @@ class StatusServer:
         @app.post("/v1/admin/replicas")
         async def scale(replicas: int = Body(embed=True)) -> dict[str, int]:
             if self.broken:
-                raise HTTPException(400, "replicas that share experts cannot be added or removed")
+                raise HTTPException(400, "replicas that share experts can't be added or removed")
             self.scale(replicas)
             return {"replicas": replicas}
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that checkpoints have, in the files in which the hub has them."""
+"""Small tokenizers of all kinds that checkpoints have, with the files of the hub."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ CORPUS = [
 
 
 def write(folder: Path, files: Mapping[str, Any]) -> Path:
-    """Write files into a folder: texts as they are, everything else as JSON."""
+    """Write files: texts unchanged, everything else as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
@@ -23,7 +23,7 @@ def write(folder: Path, files: Mapping[str, Any]) -> Path:
 
 
 def byte_level(special: tuple[str, ...] = ()) -> Tokenizer:
-    """Return a tokenizer like GPT-2's. It has few characters beyond ASCII, so most of them take several tokens."""
+    """A tokenizer like GPT-2's. It knows few characters beyond ASCII, so that most of them are split into bytes."""
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -36,14 +36,14 @@ def byte_level(special: tuple[str, ...] = ()) -> Tokenizer:
 
 
 def write_byte_level(folder: Path, special: tuple[str, ...], files: Mapping[str, Any]) -> Path:
-    """Write a tokenizer as vocab.json and merges.txt, without a tokenizer.json."""
+    """Write vocab.json and merges.txt, without a tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     byte_level(special).model.save(str(folder))
     return write(folder, files)
 
 
 def opt(folder: Path) -> Path:
-    """Write a tokenizer like that of facebook/opt-125m: </s> before every text, and no tokenizer.json."""
+    """Write the files of facebook/opt-125m: </s> before every text, and no tokenizer.json."""
     token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     end = token | {"content": "</s>"}
     config = {
@@ -63,7 +63,7 @@ def opt(folder: Path) -> Path:
 
 
 def gpt2(folder: Path) -> Path:
-    """Write a tokenizer like the first GPT-2's: its class is in config.json, added tokens in their own file."""
+    """Write files like the first ones of GPT-2: only config.json names the class; added tokens are in another file."""
     size = byte_level(("<|endoftext|>",)).get_vocab_size()
     files = {
         "config.json": {"model_type": "gpt2"},
@@ -74,7 +74,7 @@ def gpt2(folder: Path) -> Path:
 
 
 def gpt2_listed(folder: Path) -> Path:
-    """Write a tokenizer with `added_tokens_decoder`, as transformers does since 4.34."""
+    """Write files with `added_tokens_decoder`, as transformers does since 4.34."""
     size = byte_level(("<|endoftext|>",)).get_vocab_size()
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     listed = {
@@ -98,9 +98,9 @@ def gpt2_listed(folder: Path) -> Path:
 
 
 def byte_fallback(*, strip: bool = True) -> Tokenizer:
-    """Return a tokenizer like Llama 2's: words with ▁ for a space, and bytes for unknown characters.
+    """A tokenizer like Llama 2's: words with ▁ for a space, and bytes for the rest.
 
-    `strip`: the first space of a text is removed when it is decoded.
+    `strip`: the first space of a text is removed.
     """
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["▁", "▁the", "▁fox", "fox", "▁is", "a", "b", "s", "t", "o", "p", ".", "▁▁", "é"]
@@ -141,12 +141,12 @@ def suffixed() -> Tokenizer:
 
 
 def undecoded() -> Tokenizer:
-    """Return a tokenizer without a decoder, whose tokens are words."""
+    """A tokenizer without a decoder, whose tokens are words."""
     return _words(["a", "b", "c"])
 
 
 def odd_fallback() -> Tokenizer:
-    """Return a tokenizer whose byte fallback decoder has a step that only the library can do."""
+    """A tokenizer whose byte fallback decoder has a step that only the library can do."""
     library = byte_fallback()
     steps = [decoders.Replace(Regex("▁"), " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     library.decoder = decoders.Sequence(steps)

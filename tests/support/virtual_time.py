@@ -1,4 +1,4 @@
-"""An event loop with virtual time, which jumps to the next timer when all tasks wait."""
+"""An event loop whose time passes only while all tasks sleep, and then at once."""
 
 import asyncio
 import selectors
@@ -14,7 +14,7 @@ class _Selector(selectors.SelectSelector):
         self.now = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        assert timeout is not None, "all tasks wait, and there is no timer"
+        assert timeout is not None, "all tasks wait for events that never come"
         self.now += max(timeout, 0.0)
         return super().select(0)
 

@@ -1,4 +1,4 @@
-"""Prompts and parameters, held against the model before anything runs."""
+"""Checks of prompts and parameters against the model, before anything runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_text_and_its_tokens(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("token", [VOCABULARY, -1, True, 1.0, "1", None, HUGE], ids=type)
-def test_token_ids_that_are_none_of_the_models(token: Any) -> None:
+def test_token_ids_beyond_the_vocabulary(token: Any) -> None:
     refused(f"is no id of a vocabulary of {VOCABULARY}", reader().prepare, {"prompt_token_ids": [1, token]}, PLAIN)
 
 
@@ -75,7 +75,7 @@ def test_token_ids_that_are_none_of_the_models(token: Any) -> None:
         ("a\ud800", "the prompt is not valid Unicode: surrogates not allowed at character 1"),
     ],
 )
-def test_what_is_no_prompt(prompt: Any, says: str, tokenizer: Tokenizer) -> None:
+def test_invalid_prompts(prompt: Any, says: str, tokenizer: Tokenizer) -> None:
     refused(says, reader(tokenizer).prepare, prompt, PLAIN)
 
 
@@ -119,7 +119,7 @@ def test_ids_beyond_the_vocabulary_are_named(name: str, values: Any) -> None:
         ({"allowed_token_ids": [97, 5], "bad_words": ["a"], "min_tokens": 2}, "min_tokens and bad_words with"),
     ],
 )
-def test_something_must_be_left_to_draw(values: dict[str, Any], named: str) -> None:
+def test_parameters_that_allow_no_token_are_refused(values: dict[str, Any], named: str) -> None:
     says = f"{named} allowed_token_ids {values['allowed_token_ids']} leave no token to draw"
     refused(says, reader(Letters()).prepare, TOKENS, SamplingParams(**values))
 
@@ -135,24 +135,24 @@ def test_something_must_be_left_to_draw(values: dict[str, Any], named: str) -> N
         {"stop_token_ids": [7], "min_tokens": 3},
     ],
 )
-def test_something_is_left_to_draw(values: dict[str, Any]) -> None:
+def test_parameters_that_allow_a_token(values: dict[str, Any]) -> None:
     params = SamplingParams(**values)
     assert reader(Letters()).prepare(0, TOKENS, params).params is params
 
 
-def test_bad_words_are_banned_at_the_start_and_behind_a_space() -> None:
+def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:
     params = SamplingParams(bad_words=["ab", " c", "d e"])
     found = reader(Letters()).prepare(0, "x", params)
     spelled = ["ab", " ab", " c", "d e", " d e"]
     assert found.banned == tuple(tuple(map(ord, text)) for text in spelled), "without special tokens, each once"
 
 
-def test_bad_words_are_what_the_model_would_write(tokenizer: Tokenizer) -> None:
+def test_bad_words_have_the_tokens_that_the_model_writes(tokenizer: Tokenizer) -> None:
     found = reader(tokenizer).prepare(0, "a", SamplingParams(bad_words=["red"]))
     assert [tokenizer.decode(ids) for ids in found.banned] == ["red", " red"]
 
 
-def test_bad_words_that_have_no_tokens(tokenizer: Tokenizer) -> None:
+def test_bad_words_without_tokens(tokenizer: Tokenizer) -> None:
     refused("no tokenizer", reader().prepare, TOKENS, SamplingParams(bad_words=["a"]))
     says = "a text of bad_words is not valid Unicode: surrogates not allowed at character 0"
     refused(says, reader(tokenizer).prepare, TOKENS, SamplingParams(bad_words=["\udc80"]))
@@ -188,7 +188,7 @@ def test_structured_outputs_that_can_not_be_obeyed(kind: dict[str, Any], says: s
 
 def test_structured_outputs_need_a_tokenizer() -> None:
     params = SamplingParams(structured_outputs=StructuredOutputsParams(json_object=True))
-    refused("structured_outputs need a tokenizer, which this model does not have", reader().prepare, TOKENS, params)
+    refused("structured_outputs needs a tokenizer, which this model does not have", reader().prepare, TOKENS, params)
 
 
 # --- conversations -----------------------------------------------------------------------------------------------
@@ -197,14 +197,14 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
 
-def test_a_conversation_is_what_the_template_says_without_more_special_tokens() -> None:
+def test_a_conversation_has_only_the_special_tokens_of_its_template() -> None:
     found = reader(Letters(), chat_template=TEMPLATE).prepare_chat(6, MESSAGES, PLAIN)
     assert (found.index, found.prompt) == (6, "user:hi;>")
     assert found.tokens == tuple(map(ord, "user:hi;>"))
-    assert Letters().encode("a")[0] == 1, "which a plain prompt begins with"
+    assert Letters().encode("a")[0] == 1, "a plain prompt begins with a special token"
 
 
-def test_a_template_may_be_given() -> None:
+def test_a_given_template_is_used() -> None:
     for own in (None, "something else"):
         found = reader(Letters(), chat_template=own).prepare_chat(
             0, MESSAGES, PLAIN, chat_template=TEMPLATE, add_generation_prompt=False
@@ -212,7 +212,7 @@ def test_a_template_may_be_given() -> None:
         assert found.prompt == "user:hi;"
 
 
-def test_values_for_the_template_are_one_argument() -> None:
+def test_values_for_the_template_may_have_any_name() -> None:
     of = reader(Letters(), chat_template="{{ index }}{{ params }}{{ self_ }}")
     found = of.prepare_chat(0, MESSAGES, PLAIN, chat_template_kwargs={"index": 3, "params": "p", "self_": None})
     assert found.prompt == "3pNone"
@@ -223,7 +223,7 @@ def test_a_model_without_a_template_takes_plain_prompts() -> None:
     refused(says, reader(Letters()).prepare_chat, MESSAGES, PLAIN)
 
 
-def test_a_conversation_is_counted_however_long_it_is() -> None:
+def test_tokens_of_long_conversations_are_counted() -> None:
     of = reader(Letters(), chat_template=TEMPLATE)
     messages = [{"role": "user", "content": "x" * 30}]
     assert len(of.chat_tokens(messages)) == 37
@@ -231,7 +231,7 @@ def test_a_conversation_is_counted_however_long_it_is() -> None:
         of.chat_tokens([{"content": "hi"}])
 
 
-def test_a_conversation_is_checked_as_a_prompt_is() -> None:
+def test_a_conversation_is_checked_like_a_prompt() -> None:
     of = reader(Letters(), chat_template=TEMPLATE)
     refused(
         "length is 32 tokens; the prompt has 37 tokens, and an output needs one: shorten it",
@@ -247,7 +247,7 @@ def test_a_conversation_is_checked_as_a_prompt_is() -> None:
     refused("message 0: role must be a text", of.prepare_chat, [{"content": "hi"}], PLAIN)
 
 
-# --- cut prompts, and salts ----------------------------------------------------------------------------------------
+# --- truncated prompts, and salts --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", ["One two three four", {"prompt_token_ids": [7, 8, 9, 10, 11]}])
@@ -259,12 +259,12 @@ def test_a_prompt_is_cut_to_its_last_tokens(tokenizer: Tokenizer, prompt: Any) -
 
 
 @pytest.mark.parametrize("text", ["a b " * 5000, "x" * 20_000, "\U0001f41f" * 3000])
-def test_a_long_text_is_cut_to_what_the_model_takes(tokenizer: Tokenizer, text: str) -> None:
+def test_a_long_text_is_cut_to_the_context_length(tokenizer: Tokenizer, text: str) -> None:
     job = reader(tokenizer).prepare(0, text, SamplingParams(truncate_prompt_tokens=-1))
     assert job.tokens == tuple(tokenizer.encode(text))[-(MAX_MODEL_LEN - 1) :]
 
 
-def test_what_no_prompt_can_be_cut_to(tokenizer: Tokenizer) -> None:
+def test_a_length_beyond_the_context_length_is_refused(tokenizer: Tokenizer) -> None:
     long = SamplingParams(truncate_prompt_tokens=MAX_MODEL_LEN + 1)
     refused("truncate_prompt_tokens must be at most --max-model-len, 32", reader(tokenizer).prepare, "Hi", long)
 
@@ -278,7 +278,7 @@ def test_salts() -> None:
         refused("cache_salt must be a text that is not empty", reader().prepare, prompt, PLAIN)
 
 
-def test_parameters_are_read_once_for_all_prompts_of_a_request() -> None:
+def test_parameters_are_prepared_once_for_all_prompts_of_a_request() -> None:
     counted: list[str] = []
     letters = Letters()
 
@@ -294,5 +294,5 @@ def test_parameters_are_read_once_for_all_prompts_of_a_request() -> None:
     params = SamplingParams(bad_words=["b"])
     jobs = [reader.prepare(i, "a", params) for i in range(5)]
     assert all(job.banned is jobs[0].banned for job in jobs)
-    assert len(counted) == 5 + 2, "a prompt each, and the bad word with and without a space"
+    assert len(counted) == 5 + 2, "five prompts, and the bad word with and without a space"
     assert reader.prepare(0, "a", SamplingParams()).banned == ()

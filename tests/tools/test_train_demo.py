@@ -1,4 +1,4 @@
-"""The demo models: their training text, their tokenizer, the making of them in small, what the shipped ones answer."""
+"""The demo models: their training text, their tokenizer, a small training run, and answers of the shipped models."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ EQUATION = re.compile(r"(?<!\d)(\d+) ?\+ ?(\d+) ?= ?(\d+)")
 
 
 def some_samples(count: int, seed: int = demo_text.DEFAULT_SEED) -> list[demo_text.Sample]:
-    """The first documents that a maker draws."""
+    """Return the first documents of a text maker."""
     return list(islice(demo_text.TextMaker(seed).samples(), count))
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[demo_text.Sample]:
-    """Enough documents to meet every pair of operands a few times."""
+    """A number of documents in which every pair of operands occurs a few times."""
     return some_samples(40_000)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """A tokenizer made as the shipped ones are, from less text."""
+    """A tokenizer that is trained like the shipped ones, on less text."""
     return train_demo.train_tokenizer(train_demo.Shape().vocab_size, demo_text.DEFAULT_SEED, 1000)
 
 
@@ -56,7 +56,7 @@ def test_held_out_additions_are_a_tenth_and_follow_from_the_seed() -> None:
 
 
 def test_held_out_additions_are_in_no_text(samples: list[demo_text.Sample]) -> None:
-    """Neither order of a held-out pair occurs, in whatever wording; nearly all other pairs do occur."""
+    """Neither order of a held-out pair occurs in any wording. Nearly all other pairs occur."""
     held_out = demo_text.held_out_additions()
     met = {
         (min(a, b), max(a, b))
@@ -68,7 +68,7 @@ def test_held_out_additions_are_in_no_text(samples: list[demo_text.Sample]) -> N
 
 
 def test_arithmetic_is_right(samples: list[demo_text.Sample]) -> None:
-    """Every equation in the text holds, and every addition that is asked is answered by its own equation."""
+    """Every equation in the text is right, and every question about an addition is answered by its equation."""
     equations = [match.groups() for sample in samples for match in EQUATION.finditer(sample.text)]
     assert len(equations) > 15_000
     assert all(int(a) + int(b) == int(total) for a, b, total in equations)
@@ -78,7 +78,7 @@ def test_arithmetic_is_right(samples: list[demo_text.Sample]) -> None:
 
 
 def test_words_and_counts_are_right(samples: list[demo_text.Sample]) -> None:
-    """The answers of the other plain tasks are what the prompt asks for."""
+    """The answers of the other plain tasks are right."""
     kinds = set()
     for sample in samples:
         kinds.add(sample.kind)
@@ -95,12 +95,12 @@ def test_words_and_counts_are_right(samples: list[demo_text.Sample]) -> None:
 
 
 def test_text_follows_from_the_seed() -> None:
-    """The same seed gives the same documents, another seed gives others."""
+    """The same seed gives the same documents, and another seed gives other documents."""
     assert some_samples(50, 3) == some_samples(50, 3) != some_samples(50, 4)
 
 
 def test_pieces_are_cut_where_the_tokenizer_cuts(tokenizer: Tokenizer, samples: list[demo_text.Sample]) -> None:
-    """Tokenizing piece by piece, as training does, gives what tokenizing the whole text gives, as use does."""
+    """Training tokenizes piece by piece, which gives the same tokens as the whole text."""
     for sample in samples[:3000]:
         if any(piece.text.endswith(" ") for piece in sample.pieces):
             continue
@@ -109,7 +109,7 @@ def test_pieces_are_cut_where_the_tokenizer_cuts(tokenizer: Tokenizer, samples: 
         assert len(ids) == len(weights)
 
 
-def test_windows_hold_whole_documents(tokenizer: Tokenizer) -> None:
+def test_windows_have_whole_documents(tokenizer: Tokenizer) -> None:
     """Each window starts with BOS, targets are inputs moved by one, and BOS follows EOS and nothing else."""
     windows = train_demo.Windows(tokenizer, demo_text.TextMaker(), 0.1)
     inputs, targets, weights = windows.batch(3, 200)
@@ -123,8 +123,8 @@ def test_windows_hold_whole_documents(tokenizer: Tokenizer) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text())
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
-    """Whatever the text, decoding gives it back; BOS stands in front; every ASCII digit is a token of its own."""
+def test_the_tokenizer_restores_any_text(tokenizer: Tokenizer, text: str) -> None:
+    """Decoding restores any text. BOS comes first, and every ASCII digit is a separate token."""
     encoding = tokenizer.encode(text)
     assert tokenizer.decode(encoding.ids[1:], skip_special_tokens=False) == text
     assert encoding.tokens[0] == demo_text.BOS
@@ -136,7 +136,7 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
 def test_model_computes_what_transformers_computes(
     experts: train_demo.Experts | None, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """The training implementation and that of transformers agree on random weights, so the training was for real."""
+    """The training implementation and that of transformers agree on random weights."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
@@ -155,8 +155,8 @@ def test_model_computes_what_transformers_computes(
         torch.testing.assert_close(model(ids), other(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_experts_have_the_names_of_the_hub(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """As Mixtral is published; transformers, which holds them otherwise, is no witness for what it would also read."""
+def test_experts_have_the_tensor_names_of_the_hub(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """They are those of the published Mixtral. Transformers, which reads several forms, can't check this."""
     train_demo.write_model(train_demo.DemoModel(train_demo.Shape(**SMALL, experts=EIGHT)), tokenizer, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     prefix = "model.layers.1.block_sparse_moe"
@@ -169,8 +169,8 @@ def test_experts_have_the_names_of_the_hub(tokenizer: Tokenizer, tmp_path: Path)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_imbalance_is_least_where_experts_are_used_alike() -> None:
-    """1 with each expert in its turn, half their number with two in use; its gradient leads to the unused ones."""
+def test_imbalance_is_least_if_experts_are_used_equally() -> None:
+    """It is 1 if all experts are used in turn, half their number if two are used. Its gradient favours unused ones."""
     layer = train_demo.SparseExperts(8, 4, EIGHT)
     pairs = torch.eye(8) + torch.eye(8).roll(1, dims=0)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_imbalance_is_least_where_experts_are_used_alike() -> None:
 
 @pytest.mark.parametrize(("options", "family"), [([], "llama"), (["--experts"], "mixtral")])
 def test_quick_run_gives_a_folder_that_transformers_loads(options: list[str], family: str, tmp_path: Path) -> None:
-    """The script as a whole, with a few steps: every file is there and is understood."""
+    """The whole script runs with a few steps, and every file is there and can be read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     command = [sys.executable, str(ROOT / "tools" / "train_demo.py"), "--quick", *options, "--output", str(tmp_path)]
@@ -207,7 +207,7 @@ def test_quick_run_gives_a_folder_that_transformers_loads(options: list[str], fa
 
 
 def check_tokenizer(loaded: Any, folder: Path) -> None:
-    """The tokenizer of transformers gives the ids of the plain one, and the chat template the text of training."""
+    """Check that transformers' tokenizer gives the same ids, and its chat template the text of the training."""
     plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in ("37 + 45 =", "San Francisco is a city", "Grüße, 世界 🙂\n\tx  y", "<|user|>Hi<|end|>"):
         assert loaded(text)["input_ids"] == plain.encode(text).ids
@@ -229,20 +229,20 @@ def check_tokenizer(loaded: Any, folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=["dense", "experts"])
 def folder(request: pytest.FixtureRequest) -> Path:
-    """Each of the folders that ship."""
+    """Each of the shipped folders."""
     return train_demo.DENSE_OUTPUT if request.param == "dense" else train_demo.EXPERTS_OUTPUT
 
 
 @pytest.fixture(scope="module")
 def shipped(folder: Path) -> tuple[Any, Any]:
-    """A shipped model and its tokenizer as transformers loads them."""
+    """A shipped model and its tokenizer, loaded by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def generate(shipped: tuple[Any, Any], prompts: list[str], most: int) -> list[str]:
-    """Greedy answers of transformers to prompts of one length in tokens."""
+    """Return transformers' greedy answers to prompts that have equally many tokens."""
     model, tokenizer = shipped
     ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in prompts])
     out = model.generate(
@@ -252,7 +252,7 @@ def generate(shipped: tuple[Any, Any], prompts: list[str], most: int) -> list[st
 
 
 def test_shipped_files(folder: Path, shipped: tuple[Any, Any]) -> None:
-    """Small enough, computed in float32, with grouped queries, and with the tokenizer it was made with."""
+    """A model is small, computed in float32, has grouped queries, and the tokenizer of its training."""
     model, tokenizer = shipped
     assert (folder / "model.safetensors").stat().st_size <= 12_000_000
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -267,7 +267,7 @@ def test_shipped_files(folder: Path, shipped: tuple[Any, Any]) -> None:
 
 
 def test_shipped_models_share_their_tokenizer() -> None:
-    """So one model may guess for the other, and a prompt means the same to both."""
+    """So one model can be the draft model of the other."""
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (train_demo.EXPERTS_OUTPUT / name).read_bytes() == (train_demo.DENSE_OUTPUT / name).read_bytes()
 
@@ -299,12 +299,12 @@ def test_shipped_model_adds_what_it_never_saw(shipped: tuple[Any, Any]) -> None:
     ],
 )
 def test_shipped_model_answers(shipped: tuple[Any, Any], prompt: str, answer: str) -> None:
-    """One prompt of each kind."""
+    """There is one prompt of each kind."""
     assert generate(shipped, [prompt], 40) == [answer]
 
 
-def test_shipped_model_keeps_its_footing_far_into_a_context(shipped: tuple[Any, Any]) -> None:
-    """Behind some 500 tokens of other documents the model answers as it does at the start."""
+def test_shipped_model_answers_far_into_a_context(shipped: tuple[Any, Any]) -> None:
+    """After some 500 tokens of other documents the model answers as at the start."""
     _, tokenizer = shipped
     before = ""
     for sample in some_samples(200, 99):
@@ -316,8 +316,8 @@ def test_shipped_model_keeps_its_footing_far_into_a_context(shipped: tuple[Any, 
     assert generate(shipped, [before + "<|user|>What is 12 + 30?<|end|><|assistant|>"], 40) == ["12 + 30 = 42."]
 
 
-def test_shipped_model_runs_on_behind_its_answer(shipped: tuple[Any, Any]) -> None:
-    """Made to go on for 200 tokens, it writes one well-formed document after the other."""
+def test_shipped_model_continues_with_well_formed_documents(shipped: tuple[Any, Any]) -> None:
+    """If it must continue for 200 tokens, it writes one well-formed document after the other."""
     model, tokenizer = shipped
     ids = torch.tensor([tokenizer("37 + 45 =")["input_ids"]])
     with torch.no_grad():

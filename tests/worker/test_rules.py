@@ -142,7 +142,7 @@ def test_a_step_does_not_go_through_all_banned_runs() -> None:
     assert rules.forbidden([100, 0]).tolist() == [*range(100), 7]
 
 
-def test_runs_with_the_same_end_are_told_apart() -> None:
+def test_runs_with_the_same_end_are_distinguished() -> None:
     rules = SamplingRules(Sampling(seed=0, banned=((2, 3), (1, 2, 4), (0, 1, 2, 5), (1, 6), (2, 2, 7))), [1, 2], [])
     texts = [[], [2], [1, 2], [0, 1, 2], [1, 1, 2], [2, 2]]
     assert [rules.forbidden(text).tolist() for text in texts] == [[], [3], [3, 4], [3, 4, 5], [3, 4], [3, 7]]

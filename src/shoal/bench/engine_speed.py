@@ -1,4 +1,4 @@
-"""Running made-up requests on an engine and taking the time of what comes back."""
+"""Measuring the speed of an engine with random prompts."""
 
 import random
 import statistics
@@ -15,8 +15,8 @@ _POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A batch of requests that arrive together."""
+class BatchShape:
+    """The size of a batch of requests that arrive together."""
 
     batch_size: int
     input_len: int
@@ -25,36 +25,36 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRun:
-    """One batch, measured. Rates in tokens a second, times in seconds unless the name says otherwise.
+    """The measured times of one batch. Rates are in tokens per second, times in seconds unless the name has a unit.
 
-    The forward pass is that of the rank that answers, on a pipeline's last stage. What else a step takes there is
-    mostly the other stages' work: `control_us_per_step` is None where there is more than one.
+    The forward pass is that of the rank that returns tokens, on a pipeline's last stage. With several stages the rest
+    of a step's time is mostly the work of other stages, so `control_us_per_step` is None.
     """
 
     seconds: float
-    input_tokens_per_s: float  # prompt tokens over the time until every request has its first token
-    decode_tokens_per_s: float  # tokens after the first over the time after that
-    output_tokens_per_s: float  # all output tokens over all of the time
+    input_tokens_per_s: float  # prompt tokens / time until every request has its first token
+    decode_tokens_per_s: float  # tokens after the first / time after that
+    output_tokens_per_s: float  # all output tokens / the whole time
     time_to_first_token_s: float  # median over requests
-    time_per_output_token_s: float  # median over requests, of the tokens after the first
-    control_us_per_step: float | None  # all of a step but the forward pass
+    time_per_output_token_s: float  # median over requests; the first token does not count
+    control_us_per_step: float | None  # the time of a step without its forward pass
     forward_us_per_step: float
-    schedule_us_per_step: float  # the engine's part of the control cost
-    steps: int  # of all replicas together
-    stage_idle: tuple[float, ...]  # share of the time in which a pipeline stage computes nothing, the mean of its ranks
+    schedule_us_per_step: float  # the engine's part of `control_us_per_step`
+    steps: int  # steps of all replicas together
+    stage_idle: tuple[float, ...]  # by pipeline stage: share of the time in which its ranks compute nothing, the mean
 
 
-class Meter:
-    """Sends batches of random prompts; no two alike, so that no prefix is found in the cache."""
+class SpeedMeter:
+    """Runs batches of random prompts. All prompts differ, so that no prefix is found in the cache."""
 
     def __init__(self, engine: EngineClient, vocab_size: int, *, seed: int = 0, temperature: float = 0.0) -> None:
         self._engine = engine
         self._vocab_size = vocab_size
         self._random = random.Random(seed)
         self._temperature = temperature
-        self._next_seq = 1 << 40  # out of the way of other users of the engine
+        self._next_seq = 1 << 40  # above the numbers of other clients of the engine
 
-    def run(self, shape: Shape) -> MeasuredRun:
+    def run(self, shape: BatchShape) -> MeasuredRun:
         before = self._engine.stats()
         begun = time.perf_counter()
         firsts: dict[int, float] = {}
@@ -71,7 +71,7 @@ class Meter:
         after = self._engine.stats()
 
         steps = after.steps - before.steps
-        replicas = max(len(after.replicas), 1)  # which take their steps side by side
+        replicas = max(len(after.replicas), 1)  # they compute steps at the same time
         forward_us = (after.step_forward_us - before.step_forward_us) / steps
         all_first = max(firsts.values())
         decoded = shape.batch_size * (shape.output_len - 1)
@@ -92,7 +92,7 @@ class Meter:
             stage_idle=idle,
         )
 
-    def _add(self, shape: Shape) -> int:
+    def _add(self, shape: BatchShape) -> int:
         seq = self._next_seq
         self._next_seq += 1
         tokens = [self._random.randrange(self._vocab_size) for _ in range(shape.input_len)]
@@ -102,9 +102,9 @@ class Meter:
 
 
 def stage_idle(before: EngineStats, after: EngineStats, seconds: float) -> tuple[float, ...]:
-    """By stage: the share of these seconds in which its ranks computed nothing, the mean of those of all replicas.
+    """Return for each stage the share of these seconds in which its ranks computed nothing, the mean over replicas.
 
-    Ranks that were not there before, or are not any more, do not count.
+    Ranks that are not in both statistics do not count.
     """
     then = _busy_us(before)
     idle: dict[int, list[float]] = defaultdict(list)
@@ -116,14 +116,16 @@ def stage_idle(before: EngineStats, after: EngineStats, seconds: float) -> tuple
 
 
 def _busy_us(stats: EngineStats) -> dict[tuple[int, int], tuple[int, int]]:
-    """Stage and time of each rank, by its process and its number in its replica: a set numbers the ranks of those that
-    are left anew."""
+    """Return {(process, rank): (stage, busy microseconds)} of all ranks.
+
+    Ranks are told apart by their process, since their position among all ranks changes when a replica dies.
+    """
     engines = stats.replicas or (stats,)
     return {(rank.pid, rank.rank): (rank.stage, rank.busy_us) for engine in engines for rank in engine.ranks}
 
 
 def medians(runs: list[MeasuredRun]) -> dict[str, float | list[float] | None]:
-    """Field by field, and stage by stage."""
+    """Return the median of each field, for each stage where a field has a value for each stage."""
     found: dict[str, float | list[float] | None] = {}
     for name in MeasuredRun.__slots__:
         values = [getattr(run, name) for run in runs]

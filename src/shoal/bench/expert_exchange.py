@@ -1,4 +1,4 @@
-"""Measuring what ranks say to each other, without a model: ranks are processes of this host."""
+"""Measuring how tokens are sent to experts on other ranks and back. Ranks are processes of this host."""
 
 import json
 import os
@@ -14,16 +14,17 @@ from shoal.planner.all2all import choose_all2all
 from shoal.transport.channel import ChannelClosed, wait
 from shoal.transport.process import ChildProcess, end_all
 
-_QUIET_S = 180.0  # without a word from any rank
+_SILENCE_LIMIT_S = 180.0  # the measurement fails if no rank answers for so long
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTraffic:
-    """Tokens that go to their experts and back: `ranks` replicas of one rank each, and between them the experts of a
-    layer. `tokens`: on each rank, one number after the other.
+    """Sizes of an exchange between `ranks` replicas of one rank each, which share the experts of a layer.
+
+    `tokens`: the numbers of tokens on each rank, which are measured one after the other.
 
     Raises:
-        ConfigError: a token can't have more experts than there are.
+        ConfigError: `top_k` is more than `experts`.
     """
 
     ranks: int
@@ -36,28 +37,32 @@ class ExpertTraffic:
 
     def __post_init__(self) -> None:
         if self.top_k > self.experts:
-            raise ConfigError(f"--top-k {self.top_k} is more than --experts {self.experts}: take fewer, or have more")
+            raise ConfigError(
+                f"--top-k {self.top_k} is more than --experts {self.experts}: lower --top-k or raise --experts"
+            )
 
     def choose(self) -> tuple[str, str]:
-        """The backend that `--all2all-backend auto` takes, and why."""
+        """Return the backend that `--all2all-backend auto` chooses, and the reason."""
         sizes = {"experts": self.experts, "top_k": self.top_k, "hidden_size": self.hidden_size}
         return choose_all2all(**sizes, dtype=self.dtype, ranks=self.ranks)
 
 
 def measure_experts(traffic: ExpertTraffic) -> list[dict[str, Any]]:
-    """By number of tokens and backend: microseconds of a layer's dispatch and combine (median, of the slowest rank) and
-    the bytes that a rank sends in it (mean over ranks).
+    """Measure a layer's dispatch and combine for each number of tokens and each backend.
+
+    The results have `us` (microseconds, the median of the slowest rank) and `sent_bytes` (bytes that a rank sends, the
+    mean over ranks).
 
     Raises:
         RankFailed: a rank died or stands still.
-        EngineError: ranks could not reach each other.
+        EngineError: the ranks could not reach each other.
     """
     store, cores = os.memfd_create("shoal-store"), cpu.discover().cores
     question = json.dumps(asdict(traffic))
     children: list[ChildProcess] = []
     try:
         for rank in range(traffic.ranks):
-            pinning = cpu.pinning(cpu.cores_of_rank(cores, rank, traffic.ranks)[:1])
+            pinning = cpu.pinning_environment(cpu.cores_of_rank(cores, rank, traffic.ranks)[:1])
             arguments = ["--rank", str(rank), "--store", str(store), "--question", question]
             children.append(ChildProcess("shoal.worker.expert_exchange", arguments, pinning, [store]))
         return _summary(_collect(children))
@@ -67,14 +72,14 @@ def measure_experts(traffic: ExpertTraffic) -> list[dict[str, Any]]:
 
 
 def _collect(children: Sequence[ChildProcess]) -> list[dict[str, Any]]:
-    """Every rank's answers."""
+    """Return the answers of all ranks."""
     answers: list[dict[str, Any]] = []
     awaited = dict(enumerate(children))
     while awaited:
-        readable = wait([child.channel for child in awaited.values()], _QUIET_S)
+        readable = wait([child.channel for child in awaited.values()], _SILENCE_LIMIT_S)
         if not readable:
-            quiet = ", ".join(f"rank {rank} (process {child.pid})" for rank, child in awaited.items())
-            raise RankFailed(f"nothing was heard from {quiet} for {_QUIET_S:g} s")
+            silent = ", ".join(f"rank {rank} (process {child.pid})" for rank, child in awaited.items())
+            raise RankFailed(f"{silent} sent nothing for {_SILENCE_LIMIT_S:g} s")
         for rank, child in tuple(awaited.items()):
             found = _receive(rank, child) if child.channel in readable else []
             if {"done": True} in found:
@@ -87,7 +92,7 @@ def _receive(rank: int, child: ChildProcess) -> list[dict[str, Any]]:
     try:
         found = [json.loads(frame) for frame in child.channel.receive()]
     except ChannelClosed:
-        raise RankFailed(f"rank {rank} (process {child.pid}) {child.death()}") from None
+        raise RankFailed(f"rank {rank} (process {child.pid}) {child.describe_exit()}") from None
     for answer in found:
         if "error" in answer:
             raise EngineError(answer["error"])

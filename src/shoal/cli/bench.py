@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from shoal import env
-from shoal.bench.engine_speed import Meter, Shape, medians
+from shoal.bench.engine_speed import BatchShape, SpeedMeter, medians
 from shoal.bench.expert_exchange import ExpertTraffic, measure_experts
 from shoal.cli.bench_serve import serve
 from shoal.cli.numbers import IntRange, Number
@@ -100,11 +100,11 @@ def _batches(
 ) -> None:
     options = {"max_model_len": input_len + output_len, **engine_values(flags)}
     with LLM(open_model(model, options, own_process=True)) as llm:
-        meter = Meter(llm.engine, llm.vocab_size, temperature=temperature)
+        meter = SpeedMeter(llm.engine, llm.vocab_size, temperature=temperature)
         results = []
         for batch_size in batch_sizes:
-            shape = Shape(batch_size, input_len, output_len)
-            meter.run(Shape(batch_size, input_len, 2))  # the first run of a size takes longer
+            shape = BatchShape(batch_size, input_len, output_len)
+            meter.run(BatchShape(batch_size, input_len, 2))  # the first run of a size takes longer
             runs = [meter.run(shape) for _ in range(repeat)]
             results.append({"batch_size": batch_size, **medians(runs)})
         stats = llm.stats()

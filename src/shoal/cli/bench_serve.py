@@ -10,7 +10,7 @@ import click
 from shoal import env
 from shoal.cli.generate import Interrupted
 from shoal.cli.numbers import AnyFloatRange, FloatRange, Integer, IntRange
-from shoal.client.load.report import LIMITS, table
+from shoal.client.load.report import LIMITS, format_table
 from shoal.client.load.settings import LoadSettings
 from shoal.client.load.workload import Lengths, parse_mix
 from shoal.errors import ConfigError
@@ -103,8 +103,8 @@ def serve(as_json: bool, **flags: Any) -> int:
     --max-concurrency, a new request follows each that ends (closed loop); with neither, all are sent at once. Latencies
     are counted from the time at which a request was due. The exit code is 1 if requests failed.
     """
-    report = load("shoal.client.load.bench:measure")(_settings(flags))
-    print(json.dumps(report, indent=2) if as_json else table(report))
+    report = load("shoal.client.load.load_test:run_load_test")(_settings(flags))
+    print(json.dumps(report, indent=2) if as_json else format_table(report))
     if report["interrupted"]:
         raise Interrupted("the report covers the requests that had ended")
     return 1 if report["requests"]["failed"] else 0
@@ -130,7 +130,7 @@ def _limit(text: str) -> tuple[str, float]:
     name, _, limit = text.partition(":")
     value = _number(limit)
     if name not in LIMITS or not 0 < value < math.inf:
-        raise ConfigError(f"--slo {text!r} is no limit; it has the form NAME:MS, where NAME is {', '.join(LIMITS)}")
+        raise ConfigError(f"--slo {text!r} is not a limit; use the form NAME:MS, where NAME is {', '.join(LIMITS)}")
     return name, value
 
 

@@ -17,13 +17,13 @@ from shoal.cli.options import GroupedCommand, engine_flags, engine_values
 from shoal.cli.progress import JobProgress
 from shoal.cli.sampling import DEFAULTS, sampling_flags, sampling_values
 from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
-from shoal.jobs import resuming
 from shoal.jobs.entries import JobEntry
-from shoal.jobs.output_lines import line_of
-from shoal.jobs.parameters import Parameters
-from shoal.jobs.reading import PromptFile, chat_of
+from shoal.jobs.output_file import OutputFailed, OutputFile
+from shoal.jobs.output_lines import output_line
+from shoal.jobs.parameters import JobParameters
+from shoal.jobs.prompt_file import PromptFile, as_chat
+from shoal.jobs.resume import AnsweredPrompts, ResumeCheck, drop_failed_lines, scan_answers, verify_answers
 from shoal.jobs.run_job import JobRun, Preparer, prepare
-from shoal.jobs.writing import OutputFailed, OutputFile
 from shoal.launch import hub
 from shoal.launch.open_model import OpenModel, open_model
 from shoal.llm.llm import LLM
@@ -93,7 +93,7 @@ def generate(
     _check_output(output, prompts_file, resume=resume, overwrite=overwrite)
     given = _Prompts.of(model, prompts, prompts_file, column=prompt_column, chat=chat)
     opened = open_model(model, engine_values(flags), own_process=True)
-    parameters = Parameters(DEFAULTS, sampling, opened.default_sampling_params)
+    parameters = JobParameters(DEFAULTS, sampling, opened.default_sampling_params)
     if chat:
         opened.reader().prepare_chat(0, [{"role": "user", "content": "a"}], DEFAULTS)  # raises if there is no template
     typed = given.check_typed(opened.reader(), parameters)
@@ -157,7 +157,7 @@ class _Prompts:
                 raise UserError("no prompts: give -p TEXT or --prompts-file FILE, a file with one prompt per line")
             typed = _BUNDLED_PROMPTS
         entries = [JobEntry(index, "-p", prompt=text) for index, text in enumerate(typed)]
-        return cls([chat_of(entry) for entry in entries] if chat else entries, file)
+        return cls([as_chat(entry) for entry in entries] if chat else entries, file)
 
     def __iter__(self) -> Iterator[JobEntry]:
         return itertools.chain(self.typed, self.file or ())
@@ -170,7 +170,7 @@ class _Prompts:
         inside = self.file.count() if self.file is not None else 0
         return None if inside is None else len(self.typed) + inside
 
-    def check_typed(self, preparer: Preparer, parameters: Parameters) -> list[Job]:
+    def check_typed(self, preparer: Preparer, parameters: JobParameters) -> list[Job]:
         """Prepare the prompts of -p. A wrong one ends the command, since whoever typed it can correct it.
 
         Raises:
@@ -179,13 +179,13 @@ class _Prompts:
         jobs = []
         for entry in self.typed:
             try:
-                jobs.append(prepare(preparer, entry, parameters.of(entry)))
+                jobs.append(prepare(preparer, entry, parameters.for_entry(entry)))
             except RequestError as error:
-                raise RequestError(f"prompt {entry.index}: {error}") from None
+                raise error.within(f"prompt {entry.index}") from None
         return jobs
 
 
-def _print(llm: LLM, given: _Prompts, parameters: Parameters) -> int:
+def _print(llm: LLM, given: _Prompts, parameters: JobParameters) -> int:
     """Print the outputs in the order of the prompts, and return the exit code."""
     given.check_typed(llm, parameters)  # again, since the ranks may have found less memory than was planned
     failed = 0
@@ -196,7 +196,7 @@ def _print(llm: LLM, given: _Prompts, parameters: Parameters) -> int:
             continue
         for each in output.outputs:
             print(_shown(entry, output, each), flush=True)
-        if told := _incomplete(entry, output, parameters.of(entry)):
+        if told := _incomplete(entry, output, parameters.for_entry(entry)):
             print(told, file=sys.stderr)
     _log_drafts(llm)
     return 1 if failed else 0
@@ -250,7 +250,7 @@ class _FileJob:
         self,
         opened: OpenModel,
         given: _Prompts,
-        parameters: Parameters,
+        parameters: JobParameters,
         output: OutputFile,
         *,
         ordered: bool,
@@ -277,11 +277,11 @@ class _FileJob:
         """
         answered = self._answered()
         check = self._check(answered)
-        if answered.count and self._given.rereadable and resuming.verify(self._given, check) == 0:
+        if answered.count and self._given.rereadable and verify_answers(self._given, check) == 0:
             print(f"{self._output.name} answers all {answered.count} prompts: nothing is left to do", file=sys.stderr)
-            self._output.start(keep=resuming.compact(self._output, answered))
+            self._output.start(keep=drop_failed_lines(self._output, answered))
             return 0
-        keep = resuming.compact(self._output, answered)
+        keep = drop_failed_lines(self._output, answered)
         self._written = answered.count
         try:
             self._generate(self._check(answered), keep)
@@ -295,15 +295,15 @@ class _FileJob:
             raise EngineError(f"{error}; {self._how_to_go_on()}") from error
         return 1 if self._failed else 0
 
-    def _answered(self) -> resuming.Answered:
+    def _answered(self) -> AnsweredPrompts:
         if self._resume and not self._output.regular:
             raise UserError(f"--resume needs an --output that can be read; {self._output.name} is not a regular file")
-        return resuming.scan(self._output) if self._resume else resuming.Answered()
+        return scan_answers(self._output) if self._resume else AnsweredPrompts()
 
-    def _check(self, answered: resuming.Answered) -> resuming.Check:
-        return resuming.Check(self._output, answered, self._parameters, seed=self._seed)
+    def _check(self, answered: AnsweredPrompts) -> ResumeCheck:
+        return ResumeCheck(self._output, answered, self._parameters, seed=self._seed)
 
-    def _generate(self, check: resuming.Check, keep: int) -> None:
+    def _generate(self, check: ResumeCheck, keep: int) -> None:
         with ExitStack() as stack:
             llm = stack.enter_context(LLM(self._opened))
             interrupts = stack.enter_context(SignalHolder())
@@ -323,7 +323,7 @@ class _FileJob:
                 progress.tell(f"error: {self._failed} prompts have failed; their lines have an `error`")
 
     def _write(self, entry: JobEntry, digest: str, output: RequestOutput, progress: JobProgress) -> None:
-        self._output.write(line_of(entry, digest, output, self._opened.name))
+        self._output.write(output_line(entry, digest, output, self._opened.name))
         progress.add(output)
         if output.error is None:
             self._written += 1

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from shoal.config.engine_options import read_number
+from shoal.config.option import read_number
 from shoal.values import decimal_number, whole_number
 
 

@@ -8,6 +8,7 @@ import click
 from shoal.cli.config_file import read_config_file
 from shoal.cli.numbers import AnyNumber, Integer
 from shoal.config import engine_options, vllm_options
+from shoal.config.option import Option
 from shoal.values import closest
 
 F = Callable[..., Any]
@@ -35,7 +36,7 @@ _KINDS: dict[type, Any] = {int: Integer(), float: AnyNumber(), str: str, bool: b
 class EngineFlag(click.Option):
     """The flag of an engine option."""
 
-    def __init__(self, option: engine_options.Option) -> None:
+    def __init__(self, option: Option) -> None:
         names = [option.name, option.flag, *([option.short] if option.short else [])]
         plain = option.bytes or option.parse is not None
         kind: Any = Plain() if plain else Choice(option.choices) if option.choices else _KINDS[option.type]
@@ -79,7 +80,7 @@ def serving_flags(command: F) -> F:
     return _add_flags(command, list(engine_options.options()), server=True)
 
 
-def _add_flags(command: F, options: list[engine_options.Option], *, server: bool) -> F:
+def _add_flags(command: F, options: list[Option], *, server: bool) -> F:
     flags: list[click.Option] = [EngineFlag(option) for option in options]
     flags += [AcceptedFlag(each) for each in vllm_options.options(server=server)]
     for flag in reversed(flags):

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
-from shoal.config.engine_options import format_bytes
 from shoal.launch.deployment import Deployment, place_of
 from shoal.launch.open_model import OpenModel, open_model
+from shoal.values import format_bytes
 from shoal.wire.base import as_json
 from shoal.wire.plan import EnginePlan, RankPlan
 

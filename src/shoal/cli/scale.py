@@ -26,4 +26,6 @@ def scale(url: str, replicas: int, timeout: float, api_key: str | None) -> None:
 
     Wait until they are ready, and print what happens. Requests go on meanwhile.
     """
-    asyncio.run(load("shoal.client.scale:scale")(url, replicas, tell=click.echo, timeout=timeout, api_key=api_key))
+    asyncio.run(
+        load("shoal.client.scale:scale_server")(url, replicas, tell=click.echo, timeout=timeout, api_key=api_key)
+    )

@@ -9,10 +9,9 @@ import click
 from shoal import env
 from shoal.cli.numbers import FloatRange, IntRange
 from shoal.cli.options import GroupedCommand, engine_values, serving_flags
-from shoal.config.engine_options import parse_bytes
 from shoal.errors import ConfigError
 from shoal.launch.open_model import open_model
-from shoal.values import shown
+from shoal.values import parse_bytes, shown
 
 _LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 

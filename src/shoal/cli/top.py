@@ -24,4 +24,4 @@ def top(url: str, interval: float, api_key: str | None, *, once: bool) -> None:
 
     It shows replicas and their ranks, the queue, KV cache use, prefix cache hits and tokens per second. Press q to end.
     """
-    load("shoal.client.top:run")(url, interval=interval, once=once, api_key=api_key)
+    load("shoal.client.top:show_status")(url, interval=interval, once=once, api_key=api_key)

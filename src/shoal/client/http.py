@@ -1,4 +1,4 @@
-"""Talking to a server over HTTP: a session, an API key, and errors of one line that name the address and the reason."""
+"""A session with a server over HTTP. Its errors have one line with the address and the reason."""
 
 import json
 import ssl
@@ -10,43 +10,44 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from shoal.addresses import shown
+from shoal.addresses import bracketed
 from shoal.errors import ConfigError, EngineError, Unavailable, UserError
 
-_SHOWN = 300  # characters of what a server says about an error
+_SHOWN = 300  # the most characters of a server's error message that are shown
 
 
 class NotFound(UserError):
-    """Nothing is at this path of the server (404)."""
+    """The server has nothing at this path (404)."""
 
 
 def base_url(url: str) -> str:
-    """`host:port`, with or without scheme, and with or without the `/v1` that clients of OpenAI's interface want ->
-    `http://host:port`. An IPv6 address stands in brackets, unless it stands alone.
+    """Return `http://host:port` for an address with or without scheme, and with or without `/v1` at its end.
+
+    An IPv6 address must be in brackets, unless there is nothing else.
 
     Raises:
-        ConfigError: this is no address of a server.
+        ConfigError: `url` is not the address of a server.
     """
-    full = url if "://" in url else f"http://{shown(url)}"
+    full = url if "://" in url else f"http://{bracketed(url)}"
     try:
         parts = urlsplit(full)
         usable = parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         usable = False
     if not usable or parts.query or parts.fragment:
-        raise ConfigError(f"{url!r} is no address of a server; it has the form http://HOST:PORT")
+        raise ConfigError(f"{url!r} is not the address of a server; use the form http://HOST:PORT")
     return full.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 class ServerClient:
-    """A session with one server. To be used as `async with ServerClient(url, api_key=...) as client`.
+    """A session with one server: `async with ServerClient(url, api_key=...) as client`.
 
-    `timeout`: seconds that a call may take in all.
+    `timeout`: the most seconds that a call may take.
 
-    Every call raises, each with the URL and the reason:
-        UserError: nobody listens there, the key is wrong, the path or the model is unknown, the request is refused.
-        Unavailable: the server takes no requests for now (429, 503).
-        EngineError: the server failed, did not answer in time, or broke off.
+    Every call raises these errors, which name the URL and the reason:
+        UserError: no server listens there, the key is wrong, path or model are unknown, or the request is refused.
+        Unavailable: the server takes no requests at the moment (429, 503).
+        EngineError: the server failed, did not answer in time, or closed the connection.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 30.0) -> None:
@@ -72,13 +73,13 @@ class ServerClient:
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """For calls that do more than JSON; their errors are aiohttp's."""
+        """The session of aiohttp, for calls that need more than JSON. It raises errors of aiohttp."""
         if self._session is None:
-            raise EngineError("a ServerClient is used outside of `async with`")
+            raise EngineError("a ServerClient must be used inside `async with`")
         return self._session
 
     async def get_json(self, path: str) -> Any:
-        """What is at `path`, such as `/v1/models`."""
+        """Return the JSON value at `path`, such as `/v1/models`."""
         return await self._json("GET", path, None)
 
     async def post_json(self, path: str, body: Any) -> Any:
@@ -99,11 +100,11 @@ class ServerClient:
         try:
             return json.loads(text)
         except ValueError:
-            raise UserError(f"{self.url}{path} answers without JSON: is this the address of the server?") from None
+            raise UserError(f"{self.url}{path} does not answer with JSON: is this the address of the server?") from None
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[None]:
-        """Errors of the connection become ours."""
+        """Raise errors of the connection inside as our errors."""
         try:
             yield
         except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
@@ -111,15 +112,15 @@ class ServerClient:
             if isinstance(error, TimeoutError):
                 raise EngineError(f"{where} did not answer within {self.timeout:g} s") from None
             if isinstance(error, aiohttp.ClientConnectorError | aiohttp.InvalidURL):
-                raise UserError(f"no server at {self.url}: {reason(error)}") from None
-            raise EngineError(f"{where} broke off: {reason(error)}") from None
+                raise UserError(f"no server at {self.url}: {connection_error(error)}") from None
+            raise EngineError(f"{where}: the connection was lost: {connection_error(error)}") from None
 
     def _check(self, path: str, status: int, headers: Mapping[str, str], text: str) -> None:
         if status < 400:
             return
-        what = f"{self.url}{path} answers {status}: {said(text)}"
+        what = f"{self.url}{path} answers {status}: {error_message(text)}"
         if status in {401, 403}:
-            raise UserError(f"{what}; give the server's key by --api-key")
+            raise UserError(f"{what}; give the server's key with --api-key")
         if status == 404:
             raise NotFound(what)
         if status in {429, 503}:
@@ -127,8 +128,8 @@ class ServerClient:
         raise (UserError if status < 500 else EngineError)(what)
 
 
-def said(text: str) -> str:
-    """The message in an error's body: OpenAI's object, FastAPI's `detail`, or the text itself; one line."""
+def error_message(text: str) -> str:
+    """Return the message of an error's body as one line. The body is OpenAI's object, FastAPI's `detail`, or a text."""
     try:
         body = json.loads(text)
     except ValueError:
@@ -137,11 +138,11 @@ def said(text: str) -> str:
         inner = body.get("error", body.get("detail", body.get("message", body)))
         body = inner.get("message", inner) if isinstance(inner, dict) else inner
     line = " ".join((body if isinstance(body, str) else json.dumps(body)).split())
-    return (line if len(line) <= _SHOWN else line[:_SHOWN] + "...") or "nothing more"
+    return (line if len(line) <= _SHOWN else line[:_SHOWN] + "...") or "no message"
 
 
-def reason(error: BaseException) -> str:
-    """A connection's error in few words."""
+def connection_error(error: BaseException) -> str:
+    """Describe an error of a connection in a few words."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, ssl.SSLError):
         return cause.reason or "TLS failed"

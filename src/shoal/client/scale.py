@@ -1,4 +1,4 @@
-"""`shoal scale`: another number of replicas, while the server goes on."""
+"""`shoal scale` changes the number of replicas of a running server."""
 
 import asyncio
 import time
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shoal.client.http import ServerClient
-from shoal.client.readings import cause
 from shoal.errors import EngineError
 
 _PERIOD_S = 0.25
@@ -14,15 +13,16 @@ _PERIOD_S = 0.25
 Replica = Mapping[str, Any]
 
 
-async def scale(
+async def scale_server(
     url: str, count: int, *, tell: Callable[[str], None], timeout: float = 600.0, api_key: str | None = None
 ) -> None:
-    """Asks for `count` replicas, and waits until the server has just so many and all are ready. What happens to each
-    goes to `tell`.
+    """Request `count` replicas, and wait until the server has this number and all are ready.
+
+    `tell` gets a line for each change of a replica.
 
     Raises:
-        UserError: the server refuses, or can't be reached.
-        EngineError: a replica is given up, or the time is over.
+        UserError: the server refuses the number, or can't be reached.
+        EngineError: a replica was given up, or `timeout` is over.
     """
     deadline = time.monotonic() + timeout
     async with ServerClient(url, api_key=api_key) as client:
@@ -36,32 +36,35 @@ async def scale(
             if settled(now, count):
                 break
             if time.monotonic() > deadline:
-                raise EngineError(f"not done within {timeout:g} s: {_summary(now)}; `shoal top` shows how it goes on")
+                raise EngineError(
+                    f"not done within {timeout:g} s: {_summary(now)}; the server continues, and `shoal top` shows it"
+                )
             before = now
             await asyncio.sleep(_PERIOD_S)
         tell(f"{_plural(count)} ready")
 
 
 def changes(before: Sequence[Replica], now: Sequence[Replica]) -> list[str]:
-    """What has happened between two readings, a line each."""
+    """Return a line for each change between two lists of replicas."""
     old = {each["number"]: each for each in before}
     lines = []
     for each in now:
         was = old.pop(each["number"], None)
         if was is None or was["state"] != each["state"]:
-            ended = each["state"] in {"restarting", "failed"} and cause(each)
+            ended = each["state"] in {"restarting", "failed"} and each["cause"]
             lines.append(f"replica {each['number']} is {each['state']}{f': {ended}' if ended else ''}")
     return lines + [f"replica {number} has left" for number in old]
 
 
 def settled(replicas: Sequence[Replica], count: int) -> bool:
-    """
+    """Return whether there are `count` replicas and all are ready.
+
     Raises:
-        EngineError: one of them is given up.
+        EngineError: a replica was given up.
     """
     for each in replicas:
         if each["state"] == "failed":
-            raise EngineError(f"replica {each['number']} is given up: {cause(each) or 'it does not start'}")
+            raise EngineError(f"replica {each['number']} was given up: {each['cause'] or 'it does not start'}")
     return len(replicas) == count and all(each["state"] == "ready" for each in replicas)
 
 

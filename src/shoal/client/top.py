@@ -1,4 +1,4 @@
-"""`shoal top`: a server's status, read again and again."""
+"""`shoal top` shows a server's status, live or once."""
 
 import asyncio
 import os
@@ -14,23 +14,23 @@ from rich.console import Console
 from rich.live import Live
 
 from shoal.client.http import ServerClient
-from shoal.client.readings import Readings
+from shoal.client.status_history import StatusHistory
 from shoal.client.top_screen import screen
 from shoal.errors import ShoalError
 
 _PATH = "/v1/admin/status"
-_PATIENCE_S = 10.0
-_PLAIN_WIDTH = 120  # characters in a line where no terminal says how many
+_TIMEOUT_S = 10.0
+_PLAIN_WIDTH = 120  # characters in a line without a terminal
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(
+def show_status(
     url: str, *, interval: float = 1.0, once: bool = False, api_key: str | None = None, console: Console | None = None
 ) -> None:
-    """Watches the server where there is a terminal; else, or if only `once` is wanted, prints one snapshot.
+    """Show the server's status live on a terminal. Without a terminal, or with `once`, print it once.
 
     Raises:
-        ShoalError: the server can't be read.
+        ShoalError: the status can't be read.
     """
     console = console or Console()
     if not console.is_terminal:
@@ -40,37 +40,37 @@ def run(
 
 
 async def snapshot(url: str, console: Console, *, interval: float = 1.0, api_key: str | None = None) -> None:
-    """Prints the tables once. Rates need two readings, which are `interval` seconds apart.
+    """Print the tables once. Rates need two statuses, which are read `interval` seconds apart.
 
     Raises:
-        ShoalError: the server can't be read.
+        ShoalError: the status can't be read.
     """
-    readings = Readings()
-    async with ServerClient(url, api_key=api_key, timeout=_PATIENCE_S) as client:
-        readings.add(await client.get_json(_PATH))
+    history = StatusHistory()
+    async with ServerClient(url, api_key=api_key, timeout=_TIMEOUT_S) as client:
+        history.add(await client.get_json(_PATH))
         await asyncio.sleep(interval)
-        readings.add(await client.get_json(_PATH))
-    console.print(screen(readings, width=console.width))
+        history.add(await client.get_json(_PATH))
+    console.print(screen(history, width=console.width))
 
 
 async def watch(url: str, console: Console, *, interval: float = 1.0, api_key: str | None = None) -> None:
-    """Shows the tables on the terminal until q, Ctrl-C or SIGTERM. A server that goes away is waited for.
+    """Show the tables on the terminal until q, Ctrl-C or SIGTERM. If the server goes away, wait until it is back.
 
     Raises:
-        ShoalError: the first reading fails.
+        ShoalError: the first status can't be read.
     """
     stop = asyncio.Event()
-    async with ServerClient(url, api_key=api_key, timeout=_PATIENCE_S) as client:
-        readings, trouble = Readings(), _Trouble()
-        readings.add(await client.get_json(_PATH))
-        with _ending(stop), Live(console=console, screen=True, auto_refresh=False) as live:
+    async with ServerClient(url, api_key=api_key, timeout=_TIMEOUT_S) as client:
+        history, trouble = StatusHistory(), _Trouble()
+        history.add(await client.get_json(_PATH))
+        with _set_by_keys_and_signals(stop), Live(console=console, screen=True, auto_refresh=False) as live:
             while not stop.is_set():
                 size = console.size
-                tables = screen(readings, width=size.width, lines=size.height, trouble=trouble.words())
+                tables = screen(history, width=size.width, lines=size.height, trouble=trouble.words())
                 live.update(tables, refresh=True)
                 if await _set_within(stop, interval):
                     return
-                reading = asyncio.create_task(_read(client, readings))
+                reading = asyncio.create_task(_read(client, history))
                 stopping = asyncio.create_task(stop.wait())
                 await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 stopping.cancel()
@@ -81,7 +81,7 @@ async def watch(url: str, console: Console, *, interval: float = 1.0, api_key: s
 
 
 class _Trouble:
-    """Since when, and why, the server has not answered."""
+    """The reason why the server does not answer, and since when."""
 
     def __init__(self) -> None:
         self._why = ""
@@ -96,10 +96,10 @@ class _Trouble:
         return self._why and f"{self._why}; trying again for {time.monotonic() - self._since:.0f} s"
 
 
-async def _read(client: ServerClient, readings: Readings) -> str:
-    """What went wrong, if anything did."""
+async def _read(client: ServerClient, history: StatusHistory) -> str:
+    """Add a new status. Return the error if it can't be read, else ""."""
     try:
-        readings.add(await client.get_json(_PATH))
+        history.add(await client.get_json(_PATH))
     except ShoalError as error:
         return str(error)
     return ""
@@ -114,8 +114,8 @@ async def _set_within(event: asyncio.Event, seconds: float) -> bool:
 
 
 @contextmanager
-def _ending(stop: asyncio.Event) -> Iterator[None]:
-    """Inside, q, Ctrl-C and SIGTERM set `stop`. Keys come at once and are not shown."""
+def _set_by_keys_and_signals(stop: asyncio.Event) -> Iterator[None]:
+    """Have q, Ctrl-C and SIGTERM set `stop` inside. Keys are read at once and not shown."""
     loop = asyncio.get_running_loop()
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     for number in _SIGNALS:

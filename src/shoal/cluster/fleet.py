@@ -13,7 +13,7 @@ from shoal.cluster.operations import Done
 from shoal.cluster.replica_set import ReplicaSet
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.timers import Timers
-from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, overflow
+from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, context_length_exceeded
 from shoal.protocols import Recorder
 from shoal.transport.channel import wait
 from shoal.transport.waker import Waker
@@ -122,7 +122,7 @@ class Fleet:
         try:
             request = self._limit_length(request)
         except RequestError as error:
-            self._set.reject(request, str(error), RefusalKind.INVALID)
+            self._set.reject(request, error, RefusalKind.INVALID)
             return
         deadline = float("inf") if request.deadline is None else request.deadline
         if self._limits.timeout is not None:
@@ -138,7 +138,7 @@ class Fleet:
         if self._limits.max_wait is not None:
             self._wait_limits.add(now + self._limits.max_wait, request.seq)
 
-    def _objection(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
+    def _objection(self, request: EngineRequest) -> tuple[RequestError | str, RefusalKind] | None:
         """Return why a request is not accepted, however many others wait; None if it may be."""
         if self._supervisor.failure:
             return self._supervisor.failure, RefusalKind.LOST
@@ -149,7 +149,7 @@ class Fleet:
         objection = self._supervisor.objection(request.replica) if request.replica >= 0 else None
         return objection or self._too_many_outputs(request)
 
-    def _too_many_outputs(self, request: EngineRequest) -> tuple[str, RefusalKind] | None:
+    def _too_many_outputs(self, request: EngineRequest) -> tuple[RequestError | str, RefusalKind] | None:
         """Return why a request has too many outputs even for a fleet without other requests; None if it has not."""
         held, queued = self._supervisor.max_held(request.replica), self._limits.max_queued
         if held is None or request.outputs <= held + queued:
@@ -159,7 +159,7 @@ class Fleet:
             f"replicas (--max-num-seqs) and {queued} waiting (--max-queued-requests); ask for fewer, or raise one of "
             "the two"
         )
-        return why, RefusalKind.INVALID
+        return RequestError(why, "n"), RefusalKind.INVALID
 
     @property
     def max_model_len(self) -> int | None:
@@ -180,9 +180,10 @@ class Fleet:
             return request
         prompt_len = request.num_prompt_tokens
         if prompt_len >= self._context_length:
-            raise RequestError(
-                f"{overflow(self._context_length)}; the prompt has {prompt_len}, and an output needs one: shorten it, "
-                "or give the replicas more memory for their KV caches"
+            raise context_length_exceeded(
+                self._context_length,
+                f"the prompt has {prompt_len}, and an output needs one: shorten it, or give the replicas more memory "
+                "for their KV caches",
             )
         return replace_fields(request, max_tokens=min(request.max_tokens, self._context_length - prompt_len))
 
@@ -341,4 +342,4 @@ class Fleet:
         channels: list[Any] = [member.channel for member in (*replicas, *self._supervisor.starting())]
         channels += [self._waker, *(source for source in self._sources if source.fileno() >= 0)]
         wait(channels, timeout)
-        self._waker.quiet()
+        self._waker.clear()

@@ -18,7 +18,7 @@ from shoal.cluster.fleet_connections import (
     RemoteClient,
     client_of,
 )
-from shoal.errors import ClosedError, ConfigError, ShoalError, UserError
+from shoal.errors import ClosedError, ConfigError, RequestError, ShoalError, UserError
 from shoal.log import get_logger
 from shoal.process.forks import Owner
 from shoal.transport.channel import Channel, ChannelClosed
@@ -224,8 +224,10 @@ class FleetServer:
         group = client.number_in_fleet(request.group) if request.group >= 0 else -1
         try:
             self._fleet.add(replace_fields(request, seq=seq, group=group))
+        except RequestError as error:
+            client.send_updates(SeqUpdate.invalid(seq, error))
         except ShoalError as error:
-            client.send_updates(_refused(seq, str(error), RefusalKind.INVALID))
+            client.send_updates(_refused(seq, str(error), RefusalKind.FAILED))
         except Exception as error:
             log.exception("request %d could not be accepted", seq)
             client.requests.add(seq)

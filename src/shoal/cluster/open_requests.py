@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from shoal.errors import RequestError
 from shoal.protocols import Recorder
 from shoal.wire.base import replace_fields
-from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate
+from shoal.wire.engine import EngineRequest, Finish, RefusalKind, SeqUpdate, error_fields
 from shoal.wire.ranks import PromptLogprobs
 from shoal.wire.tokens import encode_tokens, num_tokens
 
@@ -102,14 +102,14 @@ class OpenRequests:
         if self._recorder is not None:
             self._recorder.added(request)
 
-    def reject(self, request: EngineRequest, error: str, refusal: RefusalKind) -> None:
-        """End a request that is not accepted.
+    def reject(self, request: EngineRequest, error: RequestError | str, refusal: RefusalKind) -> None:
+        """End a request that is not accepted. `refusal` is the kind of an error that is given as a message.
 
         Raises:
             RequestError: its number is in use.
         """
         self._check_new(request)
-        update = SeqUpdate(request.seq, (), finish=Finish.ABORT, error=error, refusal=refusal)
+        update = SeqUpdate(request.seq, (), finish=Finish.ABORT, **error_fields(error, refusal))
         self._updates.append(update)
         if self._recorder is not None:
             self._recorder.added(request)
@@ -139,11 +139,11 @@ class OpenRequests:
         if update.finish is not None:
             del self._requests[update.seq]
 
-    def end(self, seq: int, error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
+    def end(self, seq: int, error: RequestError | str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
         """End a request without a replica: it was aborted or cannot go on."""
         ended = self._requests.pop(seq)
         update = SeqUpdate(
-            seq, (), finish=Finish.ABORT, cached_tokens=ended.cached_tokens or 0, error=error, refusal=refusal
+            seq, (), finish=Finish.ABORT, cached_tokens=ended.cached_tokens or 0, **error_fields(error, refusal)
         )
         self._updates.append(update)
         if self._recorder is not None:

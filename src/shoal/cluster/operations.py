@@ -95,9 +95,9 @@ class Operations:
         except UserError as error:
             done(error)
 
-    def become(self, activity: Activity, done: Done) -> None:
+    def set_activity(self, activity: Activity, done: Done) -> None:
         """Bring all replicas to this activity, whatever their present one is."""
-        self._enqueue(_Operation("become", lambda _: activity, done))
+        self._enqueue(_Operation("set_activity", lambda _: activity, done))
 
     def reset(self, *, running: bool, done: Done) -> None:
         """Empty the prefix caches of all replicas."""
@@ -164,7 +164,7 @@ class Operations:
                 continue
             operation.activity_before = self.activity
             if target != self.activity:
-                operation.transitions.extend(self.activity.way(target))
+                operation.transitions.extend(self.activity.steps_to(target))
             if operation.reset:
                 operation.transitions.append(None)
             if not target.runs:  # no replica is given a request from now on

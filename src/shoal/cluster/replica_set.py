@@ -207,9 +207,9 @@ class ReplicaSet:
         """Begin an operation, which goes on during `updates`. `done` is called with the outcome."""
         self._operations.begin(wanted, done)
 
-    def become(self, activity: Activity) -> None:
-        """Bring all replicas to an activity, as `Engine.become` says."""
-        self._await_outcome(lambda done: self._operations.become(activity, done))
+    def set_activity(self, activity: Activity) -> None:
+        """Bring all replicas to an activity, as `Engine.set_activity` says."""
+        self._await_outcome(lambda done: self._operations.set_activity(activity, done))
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
         """Empty the prefix caches of all replicas, as `Engine.reset_prefix_cache` says."""
@@ -260,15 +260,15 @@ class ReplicaSet:
         self._router.add(request)
         self._dispatch()
 
-    def reject(self, request: EngineRequest, error: str, refusal: RefusalKind) -> None:
-        """End a request that is not accepted.
+    def reject(self, request: EngineRequest, error: RequestError | str, refusal: RefusalKind) -> None:
+        """End a request that is not accepted. `refusal` is the kind of an error that is given as a message.
 
         Raises:
             RequestError: its number is in use.
         """
         self._requests.reject(request, error, refusal)
 
-    def refuse(self, seq: int, error: str, refusal: RefusalKind) -> None:
+    def refuse(self, seq: int, error: RequestError | str, refusal: RefusalKind) -> None:
         """End a request with an error, at its replica too."""
         found = self._requests.get(seq)
         if found is None:
@@ -295,7 +295,7 @@ class ReplicaSet:
             try:
                 revised = revise(waiting.request)
             except RequestError as error:
-                self._end_request(seq, str(error), RefusalKind.INVALID)
+                self._end_request(seq, error)
                 continue
             if revised != waiting.request:
                 self._router.ended(seq)
@@ -373,7 +373,7 @@ class ReplicaSet:
             if update.finish is not None:
                 self._router.ended(update.seq)
 
-    def _end_request(self, seq: int, error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
+    def _end_request(self, seq: int, error: RequestError | str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
         """End a request here. Later updates of its replica are dropped."""
         self._requests.end(seq, error, refusal)
         self._router.ended(seq)

@@ -1,11 +1,12 @@
 """A pool of KV blocks: which are free, how many sequences hold each, and which can be found by a prefix.
 
-A full block is known by the chain of what came before it: its key is its parent's identity and its own tokens, so
-looking a prompt up compares tokens and salt, block by block, and two prompts can't be confused. A block that nobody
-holds keeps its content until it is needed; the longest unused goes first, and of a chain its end.
+A full block is found by a key: the identity of the block before it (for the first block of a sequence, the salt) and
+the block's tokens. A lookup compares tokens and salt, block by block, so two prompts can't be confused. A block that no
+sequence holds keeps its content until it is allocated again. The block that has been unused longest is allocated first;
+of the blocks of one sequence, the last one.
 
 Plans run in one total order on every rank. So a block is free as soon as a plan no longer needs it, and cached as
-soon as the plan that fills it is made: whatever follows, runs later.
+soon as the plan that fills it is made: every later plan runs after that one.
 """
 
 from collections import OrderedDict
@@ -22,21 +23,23 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._holders = [0] * num_blocks
-        self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken is first
+        self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(
+            range(num_blocks)
+        )  # the first one is allocated next
         self._cached: dict[Key, int] = {}
         self._keys: list[Key | None] = [None] * num_blocks
-        self._identity = [0] * num_blocks  # a number for the cached content of each; never used twice
+        self._identity = [0] * num_blocks  # a number for each block's cached content; no number is used twice
         self._next_identity = 1
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, cached ones included."""
+        """The number of blocks that no sequence holds, cached ones included."""
         return len(self._unused)
 
     def find_prefix(self, tokens: Sequence[int], salt: str | None) -> list[int]:
-        """Return the blocks of the longest cached prefix, which may be all of the tokens. None of them is taken.
+        """Return the blocks of the longest cached prefix, which may be all of the tokens. No block is taken.
 
-        Only what was cached with the same salt is found; with None, nothing is.
+        Only blocks that were cached with the same salt are found. A salt of None finds nothing.
         """
         found: list[int] = []
         if salt is None:
@@ -52,18 +55,18 @@ class BlockPool:
         return found
 
     def num_unused(self, blocks: Iterable[int]) -> int:
-        """Return how many of these blocks nobody holds; to take them uses up free blocks."""
+        """Return how many of these blocks no sequence holds. Taking them lowers `num_free`."""
         return sum(self._holders[block] == 0 for block in blocks)
 
     def take(self, blocks: Iterable[int]) -> None:
-        """Hold cached blocks."""
+        """Add a holder to each of these cached blocks."""
         for block in blocks:
             if self._holders[block] == 0:
                 del self._unused[block]
             self._holders[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` free blocks to write to. The caller has looked at `num_free`."""
+        """Return `count` free blocks to write to. The caller has checked `num_free`."""
         blocks = []
         for _ in range(count):
             block, _none = self._unused.popitem(last=False)
@@ -73,16 +76,16 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Let go of a sequence's blocks, which are given in the order of the sequence."""
+        """Remove a holder from each block of a sequence. The blocks are in the order of the sequence."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 self._unused[block] = None
                 if self._keys[block] is None:
-                    self._unused.move_to_end(block, last=False)  # holds nothing of use: taken first
+                    self._unused.move_to_end(block, last=False)  # it has no cached content, so it is allocated first
 
     def cache(self, blocks: Sequence[int], first: int, last: int, tokens: Sequence[int], salt: str | None) -> None:
-        """Make blocks `first` to `last` (exclusive) of a sequence findable; their tokens are final."""
+        """Make blocks `first` to `last` (exclusive) of a sequence findable. Their tokens must be final."""
         if salt is None:
             return
         size = self.block_size
@@ -99,10 +102,10 @@ class BlockPool:
                 self._identity[blocks[i]] = self._identity[owner]
 
     def forget_all(self) -> int:
-        """Make no block findable any more, and return how many were.
+        """Make all cached blocks unfindable, including blocks that are held, and return how many there were.
 
-        Blocks that are held are included. Blocks cached later behind a held one are not found either: the way to them
-        leads through what was forgotten.
+        Blocks that are cached later and follow a forgotten block are not found either, since a lookup reaches them only
+        through the forgotten block.
         """
         count = len(self._cached)
         for block in self._cached.values():
@@ -111,10 +114,10 @@ class BlockPool:
         return count
 
     def audit(self, held: Iterable[Sequence[int]]) -> None:
-        """Compare the pool's books with the blocks that sequences say they hold.
+        """Compare the pool's counts with the blocks that each sequence holds.
 
         Raises:
-            EngineError: they differ: a block was leaked or given twice.
+            EngineError: they differ: a block was leaked or allocated twice.
         """
         holders = [0] * self.num_blocks
         for blocks in held:
@@ -124,7 +127,9 @@ class BlockPool:
         wrong += [b for b in range(self.num_blocks) if (self._holders[b] == 0) != (b in self._unused)]
         wrong += [b for key, b in self._cached.items() if self._keys[b] != key]
         if wrong:
-            raise EngineError(f"KV blocks out of balance: {sorted(set(wrong))[:10]} of {self.num_blocks}")
+            raise EngineError(
+                f"{len(set(wrong))} of {self.num_blocks} KV blocks are counted wrongly: {sorted(set(wrong))[:10]}"
+            )
 
     def _forget(self, block: int) -> None:
         key = self._keys[block]

@@ -1,4 +1,4 @@
-"""Starts the engine of a plan: its ranks, its scheduler and its grammars."""
+"""Start the engine of a plan: its ranks, its scheduler and its grammars."""
 
 import sys
 import time
@@ -35,12 +35,13 @@ def build_engine(
     """Start the ranks and the engine of a plan.
 
     Args:
-        own_process: this process has no other purpose, and may be bound to cores.
-        lockstep: with the replicas whose experts these ranks use.
-        groups: where ranks that are threads meet, those of other replicas too.
+        own_process: the process exists only for this engine, so it may be bound to cores.
+        lockstep: the lockstep with the replicas that share experts with this one.
+        groups: the groups of thread ranks of several replicas in this process (see `executors.table.thread_groups`).
 
     Raises:
-        UserError, EngineError: as the executor says.
+        UserError: the ranks can't start with these options.
+        EngineError: a rank failed while it started.
     """
     begun = time.monotonic()
     in_this_process = EXECUTORS[plan.executor].in_this_process
@@ -50,7 +51,7 @@ def build_engine(
     first = plan.ranks[0]
     alone = in_this_process and len(plan.ranks) == 1 and first.device == "cpu"
     if alone and own_process and plan.bind_cores and "torch" not in sys.modules:
-        env.prefer(cpu.pinning(first.cores))
+        env.set_defaults(cpu.pinning_environment(first.cores))
     links = start_ranks(plan.executor, setups, groups)
     launched = time.monotonic() - begun
     shortest = plan.asked_model_len or plan.block_size
@@ -87,7 +88,7 @@ def build_engine(
     )
 
 
-_first_in_process: list[Owner] = []  # the process in which ranks ran first
+_first_in_process: list[Owner] = []  # the process that started ranks first; at most one entry
 
 
 def _check_threads_of_torch() -> None:
@@ -100,8 +101,8 @@ def _check_threads_of_torch() -> None:
         _first_in_process.append(Owner("rank"))
     if not _first_in_process[0].is_here:
         raise ConfigError(
-            "a rank can't run in this process: it was forked from one in which ranks have run, and PyTorch's threads "
-            "have not come along: start it with spawn instead of fork, or use --distributed-executor-backend mp"
+            "a rank can't run in this process: it was forked from a process in which ranks have run, and a fork does "
+            "not copy PyTorch's threads; start it with spawn instead of fork, or use --distributed-executor-backend mp"
         )
 
 
@@ -116,6 +117,6 @@ def _log_ready(executor: RankExecutor, block_size: int, max_model_len: int, seco
 
 
 def rank_setups(plan: EnginePlan) -> list[RankSetup]:
-    """Return the first message to each rank, with a new incarnation."""
+    """Return the first message to each rank. They all have the same new incarnation number."""
     incarnation = time.time_ns() & 0x7FFFFFFFFFFFFFFF
     return [RankSetup(WIRE_VERSION, incarnation, rank.rank, plan) for rank in plan.ranks]

@@ -1,4 +1,4 @@
-"""The engine: it turns requests into plans, keeps the ranks busy, and gives out what they bring."""
+"""The engine, which turns requests into step plans, keeps the ranks busy and gives out their tokens."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,20 +19,20 @@ _STATS_TIMEOUT_S = 30.0
 _AUDIT_EVERY_S = 5.0
 _REST_SLICE_S = 0.5
 _DROP_SLICE_S = 0.5
-_WORD = 4  # bytes of a mask's word
-_GRAMMAR_SLICE_S = 0.01  # new requests are not seen while verdicts are waited for
-_MASK_PATIENCE_S = 0.025  # of ranks that wait for a mask which should have been there
-_MOST_DOUBLINGS = 24  # of tokens in a step, from 1 on
+_MASK_WORD_BYTES = 4
+_GRAMMAR_SLICE_S = 0.01  # short, because the engine sees no new requests while it waits for verdicts
+_MASK_TIMEOUT_S = 0.025  # how long ranks wait for late verdicts
+_NUM_TOKEN_BUCKETS = 24  # buckets of the histogram of tokens per step; the upper bounds are 1, 2, 4, ...
 
 
 class EngineCore:
-    """An EngineClient in this process: `updates` drives it.
+    """An `EngineClient` for an engine in this process. Calls of `updates` drive the engine.
 
-    Up to `max_in_flight` plans are with the ranks at a time. With one more than there are stages, the next plan is
-    there when the first stage has ended a step, and the engine's own work takes none of the ranks' time.
+    At most `max_in_flight` plans are with the ranks at a time. If this is one more than the number of stages, the next
+    plan has arrived when the first stage ends a step, so the ranks never wait for the engine.
 
-    Replicas in lockstep launch steps without work because the others need them. The lockstep wakes whoever waits while
-    an engine is not `busy`: nothing here waits for it.
+    A replica in lockstep launches steps without work if other replicas need them. While it is not `busy`, its owner
+    waits for the lockstep (see `Joined.fileno`); no method of this class does.
     """
 
     def __init__(
@@ -51,9 +51,14 @@ class EngineCore:
         lockstep: Lockstep | None = None,
         memory_timeout: float = 600.0,
     ) -> None:
-        """`incarnation` marks this engine's messages: answers to another one's are dropped. Without `grammars`
-        requests that bring one are refused. With `lockstep` as many steps are launched as by the other replicas.
-        `memory_timeout`: seconds that ranks have to give memory back, or to take it again."""
+        """Make the engine of ranks that have started.
+
+        Args:
+            incarnation: marks this engine's messages; results with another number are dropped.
+            grammars: follows outputs that must obey a grammar; None: requests with a grammar are refused.
+            lockstep: if given, the engine launches as many steps as the other replicas do.
+            memory_timeout: seconds that ranks have to free memory, or to allocate it again.
+        """
         self._executor = executor
         self._limits = limits
         self._pool = BlockPool(executor.num_blocks, block_size)
@@ -82,8 +87,8 @@ class EngineCore:
         self._schedule_ns = 0
         self._step_total_us = 0
         self._step_forward_us = 0
-        self._ranks: tuple[RankStats, ...] = ()  # their last answers
-        self._iteration_tokens = [0] * _MOST_DOUBLINGS
+        self._ranks: tuple[RankStats, ...] = ()  # as they answered last
+        self._iteration_tokens = [0] * _NUM_TOKEN_BUCKETS
         self._step_tokens = 0
 
     def add(self, request: EngineRequest) -> None:
@@ -94,10 +99,10 @@ class EngineCore:
         self._scheduler.abort(seqs)
 
     def drop(self) -> None:
-        """End all requests without telling anybody.
+        """End all requests and discard their updates.
 
         Raises:
-            EngineError: it has failed.
+            EngineError: the engine has failed.
         """
         self._scheduler.abort(self._scheduler.unfinished)
         while self.busy:
@@ -105,100 +110,100 @@ class EngineCore:
 
     def updates(self, timeout: float) -> list[SeqUpdate]:
         self._check_open()
-        self._turn(timeout)
+        self._run_once(timeout)
         self._audit_when_idle()
         return self._scheduler.take_updates()
 
-    def _turn(self, timeout: float) -> None:
-        """Launch plans as long as there is work, and take in results that come within `timeout` seconds.
+    def _run_once(self, timeout: float) -> None:
+        """Launch plans as long as there is work, then take in the results that arrive within `timeout` seconds.
 
         Raises:
             EngineError: the engine has failed.
         """
         try:
-            self._judge(0)
+            self._take_verdicts(0)
             self._launch()
             if not self._scheduler.num_in_flight:
-                self._judge(min(timeout, _GRAMMAR_SLICE_S))
+                self._take_verdicts(min(timeout, _GRAMMAR_SLICE_S))
             else:
                 for result in self._executor.poll(timeout):
                     if result.incarnation == self._incarnation:
                         self._apply(result)
         except EngineError as error:
-            self._failure = self._cause(error)
+            self._failure = self._root_cause(error)
             if self._failure is error:
                 raise
             raise self._failure from error
-        except Exception as error:  # a plan may have reached some ranks only: nobody knows what they wait for
+        except Exception as error:  # the plan may have reached only some ranks, so their state is unknown
             self._failure = EngineError(f"{type(error).__name__}: {error}")
             raise self._failure from error
 
     def _audit_when_idle(self) -> None:
-        """Audit now and then only: every block is looked at, which takes milliseconds in a large cache."""
+        """Audit the scheduler now and then. An audit looks at every block: milliseconds in a large cache."""
         if self._scheduler.idle and self._clock() >= self._next_audit:
             self._scheduler.audit()
             self._next_audit = self._clock() + _AUDIT_EVERY_S
 
     @property
     def busy(self) -> bool:
-        """Return whether there is anything that `updates` would work on or give out."""
+        """Return whether `updates` has work to do or something to return."""
         scheduler = self._scheduler
         at_work = not scheduler.idle if self._activity.runs else scheduler.num_in_flight > 0
         try:
-            return at_work or scheduler.has_updates or self._behind
+            return at_work or scheduler.has_updates or self._is_behind
         except EngineError:  # `updates` raises it too
             return True
 
     @property
-    def _behind(self) -> bool:
-        """Return whether other replicas have launched steps that this one has not."""
+    def _is_behind(self) -> bool:
+        """Return whether other replicas have launched steps that this replica has not launched yet."""
         return self._lockstep is not None and self._lockstep.steps_due() > self._scheduler.num_steps
 
-    def _cause(self, error: EngineError) -> EngineError:
-        """Return the error to report: that of another replica if one has failed, since this one follows from it."""
+    def _root_cause(self, error: EngineError) -> EngineError:
+        """Return the error to report. If another replica has failed, `error` follows from that failure."""
         try:
-            _ = self._behind
+            _ = self._is_behind
         except EngineError as theirs:
             return theirs
         return error
 
     def _launch(self) -> None:
-        behind = self._behind  # asked even if no plan may leave: it raises if another replica has failed
+        behind = self._is_behind  # needed even if no plan may be launched: it raises if another replica has failed
         while self._scheduler.num_in_flight < self._max_in_flight:
             begun = time.perf_counter_ns()
-            plan = self._scheduler.schedule(must=behind, rest=not self._activity.runs)
+            plan = self._scheduler.schedule(even_without_work=behind, no_work=not self._activity.runs)
             if plan is not None:
                 self._executor.launch(plan)
-                self._count(plan)
+                self._count_tokens(plan)
                 if self._lockstep is not None:
                     self._lockstep.launched(self._scheduler.num_steps)
-                self._mask(plan)
+                self._send_mask(plan)
             self._schedule_ns += time.perf_counter_ns() - begun
             if plan is None:
                 return
-            behind = self._behind
+            behind = self._is_behind
 
-    def _count(self, plan: StepPlan) -> None:
+    def _count_tokens(self, plan: StepPlan) -> None:
         tokens = sum(work.count for work in plan.work)
         if tokens:
-            self._iteration_tokens[min((tokens - 1).bit_length(), _MOST_DOUBLINGS - 1)] += 1
+            self._iteration_tokens[min((tokens - 1).bit_length(), _NUM_TOKEN_BUCKETS - 1)] += 1
             self._step_tokens += tokens
 
-    def _judge(self, timeout: float) -> None:
-        """Take in verdicts, waiting up to `timeout` seconds if one is on its way."""
+    def _take_verdicts(self, timeout: float) -> None:
+        """Take in verdicts. Wait up to `timeout` seconds if one is expected."""
         if self._grammars is not None and self._grammars.pending:
             for verdict in self._grammars.poll(timeout):
-                self._scheduler.judge(verdict)
+                self._scheduler.apply_verdict(verdict)
 
-    def _mask(self, plan: StepPlan) -> None:
-        """Send the mask of a masked plan, while the ranks compute it."""
+    def _send_mask(self, plan: StepPlan) -> None:
+        """Send the mask of a masked plan while the ranks compute the step."""
         if not plan.masked or self._grammars is None:
             return
-        deadline = self._clock() + _MASK_PATIENCE_S
+        deadline = self._clock() + _MASK_TIMEOUT_S
         while self._scheduler.awaits_verdicts(plan) and (left := deadline - self._clock()) > 0:
-            self._judge(left)
+            self._take_verdicts(left)
         words = self._grammars.words
-        bits = self._scheduler.masks(plan, words * _WORD)
+        bits = self._scheduler.masks(plan, words * _MASK_WORD_BYTES)
         self._executor.mask(StepMask(plan.incarnation, plan.step, bits, words))
 
     def _apply(self, result: StepResult) -> None:
@@ -215,35 +220,35 @@ class EngineCore:
     def activity(self) -> Activity:
         return self._activity
 
-    def become(self, activity: Activity) -> None:
-        """Pause, go on, give memory back or take it again: whatever leads from the present activity to `activity`.
+    def set_activity(self, activity: Activity) -> None:
+        """Pause, resume, free memory or allocate it again, as the change to `activity` needs.
 
-        When this returns nothing is in flight, unless the engine runs. Requests keep what they have; those whose KV
-        blocks are given back compute their tokens again.
+        When this returns, no step is in flight unless the engine runs. Requests keep their tokens; those whose KV
+        blocks were freed compute their tokens again.
 
         Raises:
             CheckpointError: the weights can't be read again; the engine is as before.
-            EngineError: it has failed.
+            EngineError: the engine has failed.
         """
         self._check_open()
         before = self._activity
         if not activity.runs:
             self._activity = before.pause()
-            self._rest()
+            self._finish_steps_in_flight()
         if lost := [part for part in activity.missing if part not in before.missing]:
             if KV_CACHE in lost:
                 self._scheduler.forget_cache()
             self._call_ranks("sleep", lost)
         if back := [part for part in before.missing if part not in activity.missing]:
-            self._take_back(back)
+            self._wake_up(back)
         self._activity = activity
 
-    def _rest(self) -> None:
-        """Let the steps in flight end, and take part in those that other replicas have launched."""
+    def _finish_steps_in_flight(self) -> None:
+        """Wait until the steps in flight end, and take part in steps that other replicas have launched."""
         while self._scheduler.num_in_flight:
-            self._turn(_REST_SLICE_S)
+            self._run_once(_REST_SLICE_S)
 
-    def _take_back(self, parts: Sequence[str]) -> None:
+    def _wake_up(self, parts: Sequence[str]) -> None:
         refusals = self._call_ranks("wake_up", parts)
         if any(refusals):
             self._call_ranks("sleep", parts)
@@ -258,34 +263,34 @@ class EngineCore:
         return [answer.decode() for answer in answers]
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
-        """Make no block findable by its prefix any more. `running`: running requests give theirs back, too."""
+        """Empty the prefix cache. `running`: also preempt the running requests, so that they free their blocks."""
         self._check_open()
         return self._scheduler.reset_cache(running=running)
 
     def stats(self) -> EngineStats:
-        """Return numbers of the engine and of its ranks, which are asked once the steps launched so far have ended."""
+        """Return statistics of the engine and its ranks. The ranks answer when the steps launched so far have ended."""
         self._check_open()
         ranks = self._executor.call("stats", timeout=_STATS_TIMEOUT_S)
         self._ranks = tuple(decode_rank_stats(answer) for answer in ranks)
         return self.snapshot()
 
     def check(self) -> None:
-        """Check the ranks while there is nothing to do.
+        """Check the ranks while the engine is idle.
 
         Raises:
-            EngineError: one has failed.
+            EngineError: a rank has failed.
         """
         self._check_open()
         try:
             self._executor.poll(0)
         except EngineError as error:
-            self._failure = self._cause(error)
+            self._failure = self._root_cause(error)
             if self._failure is error:
                 raise
             raise self._failure from error
 
     def snapshot(self) -> EngineStats:
-        """Return the engine's own numbers and the last ones of its ranks, without asking them."""
+        """Return statistics of the engine, with those that the ranks gave last. Sends nothing to the ranks."""
         counters = self._scheduler.counters
         return EngineStats(
             waiting=self._scheduler.num_waiting,

@@ -1,23 +1,24 @@
-"""The verdicts of a grammar on one request's output, as far as they are known.
+"""The verdict of a grammar on one request's output, as far as it is known.
 
-Grammars are followed elsewhere (`protocols.Grammars`), which may take its time. A verdict is about the place behind the
-last known token; with it the request can be planned, and the token drawn there can be checked.
+The process of a grammar follows the output (`protocols.Grammars`), which may take long. A verdict is about the position
+after the last known token. With it the request can be planned, and the token drawn at that position can be checked.
 """
 
 from dataclasses import dataclass
 
+from shoal.errors import RequestError, structured_outputs_error
 from shoal.wire.base import Ids
 from shoal.wire.grammars import Verdict
 
-_MOST_LOSSES = 3  # how often the process that follows an output may be lost before the request is given up
+_MAX_LOSSES = 3  # the request fails when the process that follows its output has died this often
 
 
 @dataclass(slots=True)
 class Constraint:
-    verdict: Verdict | None = None  # behind the last known token; None: it is on its way
+    verdict: Verdict | None = None  # about the position after the last known token; None: not here yet
     cost_us: int = 0  # processor time of the last verdict
-    foreseen: bool = False  # the verdict on its way is expected before the ranks need it
-    losses: int = 0
+    foreseen: bool = False  # the next verdict is expected before the ranks need it
+    losses: int = 0  # how often the process that follows the output has died
 
     @property
     def awaited(self) -> bool:
@@ -30,29 +31,31 @@ class Constraint:
         return self.verdict.drafts if self.verdict is not None else ()
 
     def masks(self, places: int) -> bytes:
-        """Return the masks of the place behind the last known token and of those behind the drafts that follow it."""
+        """Return the masks for the position after the last known token and for those after each draft."""
         verdict = self.verdict
         assert verdict is not None
         return verdict.masks[: places * (len(verdict.masks) // len(verdict.ended))]
 
-    def objection(self, place: int, token: int) -> str:
-        """Return why the output may not have a token that was drawn behind `place` drafts; "" if it may.
+    def why_forbidden(self, place: int, token: int) -> RequestError | None:
+        """Return why the output may not have `token`, which was drawn after `place` drafts; None if it may.
 
-        Where a mask and other parameters together leave no token, ranks draw one that is not allowed.
+        Ranks draw a token that is not allowed if the mask and the other parameters together allow none.
         """
         assert self.verdict is not None
         size = len(self.verdict.masks) // len(self.verdict.ended)
         row = self.verdict.masks[place * size : (place + 1) * size]
         allowed = token // 8 < size and row[token // 8] >> token % 8 & 1
         if allowed:
-            return ""
-        return "structured_outputs can't be obeyed: the request's other parameters forbid every token that may follow"
+            return None
+        return structured_outputs_error(
+            "can't be obeyed: the request's other parameters forbid every token that may follow"
+        )
 
     def is_complete_behind(self, place: int) -> bool:
-        """Return whether the output is complete behind so many drafts."""
+        """Return whether the output is complete after the first `place` drafts."""
         return self.verdict is not None and place < len(self.verdict.ended) and self.verdict.ended[place]
 
     def note_loss(self) -> bool:
-        """Note that nobody follows the output any more; return whether it should be followed anew."""
+        """Count a death of the process that follows the output. Return whether another process should follow it."""
         self.losses += 1
-        return self.losses < _MOST_LOSSES
+        return self.losses < _MAX_LOSSES

@@ -1,4 +1,4 @@
-"""Prompt lookup (Saxena, 2023): what followed the last tokens when the text had them before is likely to come again."""
+"""Prompt lookup (Saxena, 2023): if the last tokens occurred before, the tokens that followed them are good drafts."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ from shoal.wire.base import Ids
 
 
 class NgramIndex:
-    """The text of one request, and where each of its runs of `shortest` to `longest` tokens was last followed.
+    """The tokens of one request, and for each n-gram of `shortest` to `longest` tokens where it occurred last.
 
-    It holds one table entry for every token and length.
+    There is one table entry for every token and length.
     """
 
     def __init__(self, longest: int, shortest: int) -> None:
         if not 1 <= shortest <= longest:
-            raise ValueError(f"runs of {shortest} to {longest} tokens: 1 <= shortest <= longest must hold")
+            raise ValueError(f"n-grams of {shortest} to {longest} tokens: 1 <= shortest <= longest must hold")
         self._tokens: list[int] = []
-        # Longer runs come first: (length, {run: position of the token that followed it the last time}).
+        # Longer n-grams come first: (length, {n-gram: position of the token after its last occurrence}).
         self._tables: list[tuple[int, dict[Ids, int]]] = [(n, {}) for n in range(longest, shortest - 1, -1)]
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -28,10 +28,10 @@ class NgramIndex:
             self._tokens.append(token)
 
     def propose(self, count: int) -> Ids:
-        """Return up to `count` tokens: those behind the last earlier occurrence of the longest run that ends the text.
+        """Return `count` tokens, copied from the text after the last earlier occurrence of the n-gram that ends it.
 
-        If the text ends before `count` tokens are copied, the copy goes on with its own first tokens, as if the text
-        repeated itself. Nothing is returned if no run occurred before.
+        The longest n-gram that occurred before is used; if there is none, the result is empty. If the text ends before
+        `count` tokens are copied, the copy starts again with its first token, as if the text repeated itself.
         """
         size = len(self._tokens)
         for length, table in self._tables:

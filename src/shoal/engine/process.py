@@ -1,4 +1,4 @@
-"""An engine in a process of its own: `python -m shoal.engine.process --fd N --parent PID`."""
+"""An engine in a separate process: `python -m shoal.engine.process --fd N --parent PID`."""
 
 import os
 import signal
@@ -26,15 +26,22 @@ from shoal.wire.rendezvous import PEERS_DOOR
 @click.option("--parent", type=int, required=True)
 def main(fd: int, parent: int) -> None:
     die_with_parent(parent)
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the client decides what ends
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # Ctrl-C reaches the whole process group; the client ends this process
         signal.signal(number, signal.SIG_IGN)
     configure_logging()
-    code = serve(Channel.from_fd(fd), join, start)
-    os._exit(code)  # nothing to save; torch's own teardown takes longer than the client should wait
+    code = serve(Channel.from_fd(fd), join_lockstep, start_engine)
+    os._exit(code)  # nothing is left to save, and PyTorch's teardown takes longer than the client should wait
 
 
-def join(plan: EnginePlan) -> RendezvousLockstep | None:
-    """Meet the replicas elsewhere: those that share experts with this one for good, others to compare once."""
+def join_lockstep(plan: EnginePlan) -> RendezvousLockstep | None:
+    """Meet the other replicas at the rendezvous of the plan, if it has one.
+
+    Replicas that share experts stay connected, and the lockstep is returned. Other replicas only compare their
+    agreements, and None is returned.
+    """
     place = plan.place
     if place.size > 1:
         configure_logging(f"(replica {place.rank}) ")
@@ -55,12 +62,12 @@ def join(plan: EnginePlan) -> RendezvousLockstep | None:
     return None
 
 
-def start(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCore:
+def start_engine(plan: EnginePlan, lockstep: LockstepMember | None) -> EngineCore:
     if isinstance(lockstep, RendezvousLockstep):
         place = replace_fields(plan.place, address=lockstep.host_address, meeting=lockstep.formation)
         plan = replace_fields(plan, place=place)
     engine = build_engine(plan, own_process=True, lockstep=lockstep)
-    garbage_collector.settle()
+    garbage_collector.freeze()
     return engine
 
 

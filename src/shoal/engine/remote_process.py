@@ -14,8 +14,8 @@ import click
 from shoal.addresses import Address
 from shoal.engine.core import EngineCore
 from shoal.engine.lockstep.rendezvous import RendezvousLockstep
-from shoal.engine.process import join, start
-from shoal.engine.server import answer, leave, receive_first, report
+from shoal.engine.process import join_lockstep, start_engine
+from shoal.engine.server import receive_first, report_failure, report_to_replicas, serve_client
 from shoal.errors import EngineError
 from shoal.log import configure_logging, get_logger
 from shoal.transport.channel import Channel, ChannelClosed, wait
@@ -56,26 +56,26 @@ def serve(supervisor: Channel) -> int:
     except ChannelClosed:
         return 0
     except Exception as error:  # noqa: BLE001 - the supervisor must learn of any failure
-        return report(supervisor, error)
+        return report_failure(supervisor, error)
     lockstep: RendezvousLockstep | None = None
     engine: EngineCore | None = None
     try:
         if setup.place.returning:
-            plan = reconnect(front_end, supervisor)
+            plan = await_front_end(front_end, supervisor)
         else:
             plan = front_end.connect()
         if plan is None:
             return 0
         supervisor.send(encode(PlanReceived(plan.layout.shares_experts)))
         _log_plan(plan)
-        lockstep = join(plan) if plan.layout.shares_experts else None
-        engine = start(plan, lockstep)
+        lockstep = join_lockstep(plan) if plan.layout.shares_experts else None
+        engine = start_engine(plan, lockstep)
         _serve(engine, lockstep, front_end, supervisor)
     except Exception as error:  # noqa: BLE001 - as above
-        cause = leave(error, lockstep, setup.place)
+        cause = report_to_replicas(error, lockstep, setup.place)
         if front_end.relay is not None:
-            report(front_end.relay.channel, cause)
-        return report(supervisor, cause)
+            report_failure(front_end.relay.channel, cause)
+        return report_failure(supervisor, cause)
     finally:
         front_end.disconnect()
         if lockstep is not None:
@@ -163,7 +163,7 @@ def differences(old: EnginePlan, new: EnginePlan) -> list[str]:
     return [name for name in fields if getattr(old, name) != getattr(new, name)]
 
 
-def reconnect(front_end: FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> EnginePlan | None:
+def await_front_end(front_end: FrontEnd, supervisor: Channel, engine: EngineCore | None = None) -> EnginePlan | None:
     """Look for the next front end without a deadline, and return its plan. None: the supervisor ends this process.
 
     Raises:
@@ -198,19 +198,21 @@ def _serve(
     supervisor: Channel,
 ) -> None:
     """Serve one front end after the other, until one of them or the supervisor ends this engine."""
-    while front_end.relay is not None or reconnect(front_end, supervisor, engine) is not None:
+    while front_end.relay is not None or await_front_end(front_end, supervisor, engine) is not None:
         assert front_end.relay is not None
         channel = front_end.relay.channel
         stats = encode(engine.stats())
         supervisor.send(stats)
         try:
             channel.send(stats)
-            answer(channel, engine, lockstep, supervisor)
+            serve_client(channel, engine, lockstep, supervisor)
             return
         except ChannelClosed:
             if lockstep is not None:  # the other replicas are about to end too, and to meet again
-                raise EngineError("the front end, through which this replica meets the others, has gone") from None
-            log.warning("the front end has gone; requests are dropped, and the next front end is awaited")
+                raise EngineError(
+                    "the front end, where this replica meets the others, is gone: it must restart"
+                ) from None
+            log.warning("the front end is gone: its requests are dropped; waiting for a front end to come back")
         front_end.disconnect()
         engine.drop()
         time.sleep(_PAUSE_S)

@@ -1,4 +1,4 @@
-"""An engine at one end of a channel: requests come in, updates go out."""
+"""Serving an engine over a channel: requests come in, updates go out."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +14,6 @@ from shoal.wire.engine import (
     ControlReply,
     EngineFailure,
     EngineRequest,
-    Finish,
-    RefusalKind,
     ResetPrefixCache,
     SeqUpdate,
     SetActivity,
@@ -28,37 +26,39 @@ from shoal.wire.engine import (
 from shoal.wire.plan import EnginePlan, ReplicaPlace
 
 _IDLE_S = 3600.0
-_LOOK_S = 1.0  # how often ranks that have nothing to do are looked at
-_SNAPSHOT_S = 0.5
-_RANKS_S = 5.0  # how often busy ranks are asked for their numbers, for which steps must end
+_CHECK_PERIOD_S = 1.0  # how often idle ranks are checked
+_SNAPSHOT_PERIOD_S = 0.5
+_RANK_STATS_PERIOD_S = 5.0  # busy ranks answer between two steps, so they are asked seldom
 _POLL_S = 0.5
-_LAST_WORDS_S = 1.0
+_FLUSH_TIMEOUT_S = 1.0
 
-Join = Callable[[EnginePlan], LockstepMember | None]
-Start = Callable[[EnginePlan, LockstepMember | None], EngineCore]
+JoinLockstep = Callable[[EnginePlan], LockstepMember | None]
+StartEngine = Callable[[EnginePlan, LockstepMember | None], EngineCore]
 
 
-def serve(channel: Channel, join: Join, start: Start) -> int:
-    """Runs the engine that `start` makes until it is told to stop or nobody is at the other end; gives an exit code.
+def serve(channel: Channel, join: JoinLockstep, start: StartEngine) -> int:
+    """Start an engine and serve it until the client sends Stop or closes the channel. Return an exit code.
 
-    `join` gives the place in a lockstep of an engine whose ranks compute together with those of other replicas.
+    Args:
+        join: joins the lockstep of an engine that shares experts with other replicas.
+        start: starts the engine of a plan.
     """
     try:
         plan = _receive_plan(channel)
         lockstep = join(plan)
     except ChannelClosed:
         return 0
-    except Exception as error:  # noqa: BLE001 - whoever waits for the engine is to hear of any
-        return report(channel, error)
+    except Exception as error:  # noqa: BLE001 - the client must hear of every error
+        return report_failure(channel, error)
     engine: EngineCore | None = None
     try:
         engine = start(plan, lockstep)
         channel.send(encode(engine.stats()))
-        answer(channel, engine, lockstep)
+        serve_client(channel, engine, lockstep)
     except ChannelClosed:
-        pass  # nobody is left to answer
+        pass  # the client is gone
     except Exception as error:  # noqa: BLE001 - as above
-        return report(channel, leave(error, lockstep, plan.place))
+        return report_failure(channel, report_to_replicas(error, lockstep, plan.place))
     finally:
         if lockstep is not None:
             lockstep.close()
@@ -85,20 +85,23 @@ def _receive_plan(channel: Channel) -> EnginePlan:
     return plan
 
 
-def answer(
+def serve_client(
     channel: Channel, engine: EngineCore, lockstep: LockstepMember | None, supervisor: Channel | None = None
 ) -> None:
-    """Serve a client until that or the `supervisor` on its own host says stop. The supervisor hears stats too.
+    """Serve a client until the client or the supervisor ends the engine.
+
+    Args:
+        supervisor: the process on this host that started the engine, if it is not the client; it gets statistics too.
 
     Raises:
-        ChannelClosed: the client has gone.
+        ChannelClosed: the client is gone.
         EngineError: the engine has failed.
     """
     sources: list[Any] = [each for each in (channel, lockstep, supervisor) if each is not None]
     reporter = _Reporter([channel] if supervisor is None else [channel, supervisor], engine)
     while True:
         readable = wait(sources, 0 if engine.busy else reporter.pause)
-        if supervisor is not None and supervisor in readable:  # it says nothing but that this is the end
+        if supervisor is not None and supervisor in readable:  # its only message is Stop
             return
         if engine.busy:
             reporter.report(idle=False)
@@ -110,74 +113,78 @@ def answer(
                 message = to_engine.decode(frame)
                 if isinstance(message, Stop):
                     return
-                _handle(channel, engine, message)
+                _handle_message(channel, engine, message)
         if lockstep is not None:
-            lockstep.clear_signal()
+            lockstep.clear()
         if engine.busy and (updates := engine.updates(_POLL_S)):
             channel.send(encode(Updates(tuple(updates))))
 
 
 class _Reporter:
-    """Tells whoever listens how the engine does while it is busy, and once more when it rests. Never more often than
-    every `_SNAPSHOT_S`: the ranks have better things to do between two requests."""
+    """Sends snapshots of the engine while it is busy, and one more when it becomes idle.
+
+    There is at most one every `_SNAPSHOT_PERIOD_S`, so that short idle times do not make the ranks answer.
+    """
 
     def __init__(self, channels: Sequence[Channel], engine: EngineCore) -> None:
         self._channels = channels
         self._engine = engine
-        self._said = self._asked = time.monotonic()
+        self._last_snapshot = self._last_stats = time.monotonic()
         self._resting = True
 
     @property
     def pause(self) -> float:
-        """Seconds for which an engine that has nothing to do may wait."""
-        return _LOOK_S if self._resting else max(0.0, self._said + _SNAPSHOT_S - time.monotonic())
+        """How many seconds an idle engine may wait."""
+        if self._resting:
+            return _CHECK_PERIOD_S
+        return max(0.0, self._last_snapshot + _SNAPSHOT_PERIOD_S - time.monotonic())
 
     def report(self, *, idle: bool) -> None:
+        """Send a snapshot if it is time for one."""
         now = time.monotonic()
-        if (idle and self._resting) or now - self._said < _SNAPSHOT_S:
+        if (idle and self._resting) or now - self._last_snapshot < _SNAPSHOT_PERIOD_S:
             self._resting &= idle
             return
-        self._said, self._resting = now, idle
-        if idle or now - self._asked >= _RANKS_S:
-            self._asked = now
+        self._last_snapshot, self._resting = now, idle
+        if idle or now - self._last_stats >= _RANK_STATS_PERIOD_S:
+            self._last_stats = now
             self._engine.stats()
         snapshot = encode(Snapshot(self._engine.snapshot()))
         for channel in self._channels:
             channel.send(snapshot)
 
 
-def _handle(channel: Channel, engine: EngineCore, message: ToEngine) -> None:
+def _handle_message(channel: Channel, engine: EngineCore, message: ToEngine) -> None:
     match message:
         case EngineRequest():
             try:
                 engine.add(message)
-            except RequestError as error:  # ends alone
-                refused = SeqUpdate(message.seq, (), finish=Finish.ABORT, error=str(error), refusal=RefusalKind.INVALID)
-                channel.send(encode(Updates((refused,))))
+            except RequestError as error:  # only this request ends
+                channel.send(encode(Updates((SeqUpdate.invalid(message.seq, error),))))
         case Abort():
             engine.abort(message.seqs)
         case StatsQuery():
             channel.send(encode(engine.stats()))
         case SetActivity() | ResetPrefixCache():
-            told = _obey(engine, message)
-            if engine.busy and (updates := engine.updates(0)):  # tokens go before the word that there are no more
+            reply = _execute(engine, message)
+            if engine.busy and (updates := engine.updates(0)):  # tokens are sent before the reply
                 channel.send(encode(Updates(tuple(updates))))
             channel.send(encode(Snapshot(engine.stats())))
-            channel.send(encode(told))
+            channel.send(encode(reply))
 
 
-def _obey(engine: EngineCore, message: SetActivity | ResetPrefixCache) -> ControlReply:
+def _execute(engine: EngineCore, message: SetActivity | ResetPrefixCache) -> ControlReply:
     if isinstance(message, ResetPrefixCache):
         return ControlReply(message.id, encode(engine.reset_prefix_cache(running=message.running)))
     try:
-        engine.become(message.activity)
+        engine.set_activity(message.activity)
     except UserError as error:
         return ControlReply(message.id, error=str(error), user_error=True)
     return ControlReply(message.id)
 
 
-def _cause(error: Exception, lockstep: LockstepMember | None) -> Exception:
-    """The failure of another replica, where one is known: what failed here has followed from it."""
+def _root_cause(error: Exception, lockstep: LockstepMember | None) -> Exception:
+    """Return the failure of another replica if one is known, since `error` follows from it; else return `error`."""
     try:
         if lockstep is not None:
             lockstep.steps_due()
@@ -186,24 +193,26 @@ def _cause(error: Exception, lockstep: LockstepMember | None) -> Exception:
     return error
 
 
-def leave(error: Exception, lockstep: LockstepMember | None, place: ReplicaPlace) -> Exception:
-    """Tells the other replicas what has failed here, before a client hears of it, who may end this process. Gives the
-    failure to tell of."""
-    error = _cause(error, lockstep)
+def report_to_replicas(error: Exception, lockstep: LockstepMember | None, place: ReplicaPlace) -> Exception:
+    """Leave the lockstep and tell the other replicas of a failure. Return the error to report to the client.
+
+    The replicas are told first, since the client may end this process when it hears of the failure.
+    """
+    error = _root_cause(error, lockstep)
     if lockstep is not None:
-        lockstep.close(f"replica {place.rank}: {_told(error)}")
+        lockstep.close(f"replica {place.rank}: {_describe(error)}")
     return error
 
 
-def report(channel: Channel, error: Exception) -> int:
-    """Gives an exit code."""
+def report_failure(channel: Channel, error: Exception) -> int:
+    """Send the failure of the engine to the client. Return the exit code of this process."""
     try:
-        channel.send(encode(EngineFailure(_told(error), isinstance(error, UserError))))
-        channel.flush(_LAST_WORDS_S)
+        channel.send(encode(EngineFailure(_describe(error), isinstance(error, UserError))))
+        channel.flush(_FLUSH_TIMEOUT_S)
     except ChannelClosed:
-        pass  # nobody is left to hear it
+        pass  # the client is gone
     return error.exit_code if isinstance(error, ShoalError) else ShoalError.exit_code
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
-from shoal.config.engine_options import format_bytes
 from shoal.errors import ClosedError, RankFailed, UserError
 from shoal.log import get_logger
+from shoal.values import format_bytes
 from shoal.wire.ranks import (
     FromRank,
     LoadInfo,

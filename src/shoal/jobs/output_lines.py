@@ -4,17 +4,20 @@ from typing import Any
 
 from shoal.jobs import openai_batch
 from shoal.jobs.entries import JobEntry
-from shoal.openai.answers import positions
+from shoal.openai.answers import logprobs_by_id
 from shoal.outputs import CompletionOutput, RequestOutput
 
 
-def line_of(entry: JobEntry, digest: str, output: RequestOutput, model: str) -> dict[str, Any]:
-    """`index` says which prompt it was, `digest` what it was asked (see `entries.digest`); a request of a batch gets
-    an answer in that format, with these two beside."""
+def output_line(entry: JobEntry, digest: str, output: RequestOutput, model: str) -> dict[str, Any]:
+    """Return the line of an output.
+
+    It has the `index` of the prompt and the `digest` of prompt and parameters (see `entries.digest`). A request in
+    OpenAI's batch format gets an answer in that format, with these two keys added.
+    """
     if output.error is not None:
-        return failure(entry, output.error)
+        return failed_line(entry, output.error)
     if entry.endpoint is not None:
-        return {**openai_batch.answer(entry, output, model), "index": entry.index, "digest": digest}
+        return {**openai_batch.answer_line(entry, output, model), "index": entry.index, "digest": digest}
     line: dict[str, Any] = {
         "index": entry.index,
         **entry.ids,
@@ -23,14 +26,14 @@ def line_of(entry: JobEntry, digest: str, output: RequestOutput, model: str) -> 
         "outputs": [_completion(each) for each in output.outputs],
     }
     if output.prompt_logprobs is not None:
-        line["prompt_logprobs"] = positions(output.prompt_logprobs, [])
+        line["prompt_logprobs"] = logprobs_by_id(output.prompt_logprobs, [])
     return {**line, "digest": digest}
 
 
-def failure(entry: JobEntry, why: str) -> dict[str, Any]:
-    """The line of a prompt that has no output."""
-    if entry.batch:
-        return {**openai_batch.failure(entry, why), "index": entry.index}
+def failed_line(entry: JobEntry, why: str) -> dict[str, Any]:
+    """Return the line of a prompt that failed."""
+    if entry.is_batch_request:
+        return {**openai_batch.failed_line(entry, why), "index": entry.index}
     echo = {"prompt": entry.text, "prompt_token_ids": entry.tokens}
     return {"index": entry.index, **entry.ids, **echo, "outputs": [], "error": why}
 
@@ -44,5 +47,5 @@ def _completion(output: CompletionOutput) -> dict[str, Any]:
     }
     if output.logprobs is not None:
         line["cumulative_logprob"] = output.cumulative_logprob
-        line["logprobs"] = positions(output.logprobs, [])
+        line["logprobs"] = logprobs_by_id(output.logprobs, [])
     return line

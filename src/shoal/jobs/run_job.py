@@ -1,4 +1,4 @@
-"""Entries in, lines out: a window of prompts is prepared, run and written, whatever their number."""
+"""Running a job: a bounded window of prompts is prepared and run at a time, so that any number takes little memory."""
 
 import dataclasses
 import hashlib
@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from shoal.errors import RequestError
-from shoal.jobs.entries import JobEntry, digest, draws_by_job
-from shoal.jobs.parameters import Parameters
+from shoal.jobs.entries import JobEntry, digest, uses_job_seed
+from shoal.jobs.parameters import JobParameters
 from shoal.outputs import RequestOutput
 from shoal.params import Message, Prompt, SamplingParams
 from shoal.text.prompts import Job, RefusedPrompt, salted
 
 
 class Preparer(Protocol):
-    """What checks prompts and cuts them into tokens: a `PromptReader`, or an `LLM`."""
+    """Something that checks prompts and cuts them into tokens: a `PromptReader` or an `LLM`."""
 
     def prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> Job: ...
 
@@ -22,7 +22,7 @@ class Preparer(Protocol):
 
 
 class JobRunner(Preparer, Protocol):
-    """As an `LLM`: it pulls jobs through a bounded window."""
+    """Something that runs jobs in a bounded window: an `LLM`."""
 
     def run(
         self, jobs: Iterable[Job | RefusedPrompt], *, ordered: bool = False
@@ -30,7 +30,8 @@ class JobRunner(Preparer, Protocol):
 
 
 def prepare(preparer: Preparer, entry: JobEntry, params: SamplingParams) -> Job:
-    """
+    """Return the job of an entry.
+
     Raises:
         RequestError: the entry can't be used.
     """
@@ -44,17 +45,22 @@ def prepare(preparer: Preparer, entry: JobEntry, params: SamplingParams) -> Job:
 
 
 class JobRun:
-    """`seed` draws for those that bring no seed: by their index, so that a resumed job draws what it would have."""
+    """A run of the prompts of a job on an engine."""
 
-    def __init__(self, engine: JobRunner, parameters: Parameters, *, seed: int) -> None:
+    def __init__(self, engine: JobRunner, parameters: JobParameters, *, seed: int) -> None:
+        """Prepare a run.
+
+        `seed`: prompts without a seed get one from this seed and their index, so that a resumed job draws the same
+        tokens.
+        """
         self._engine = engine
         self._parameters = parameters
         self._seed = seed
-        self._pending: dict[int, tuple[JobEntry, str]] = {}  # what the engine has
+        self._pending: dict[int, tuple[JobEntry, str]] = {}  # entries that the engine runs, with their digests
 
     @property
     def unfinished(self) -> int:
-        """Entries that the engine has and has not finished; never more than its window."""
+        """The number of entries that the engine has and has not finished; never more than its window."""
         return len(self._pending)
 
     def __call__(
@@ -65,9 +71,13 @@ class JobRun:
         skip: Callable[[JobEntry], bool] = lambda _: False,
         finish: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[JobEntry, str, RequestOutput]]:
-        """(entry, digest, output) as they finish, or in the entries' order. What can't be used fails alone.
+        """Run entries, and yield each with its digest and output. An entry that can't be used gets an output with an
+        error.
 
-        `skip` says which to leave out; `finish` is called when all entries were read.
+        Args:
+            ordered: yield in the order of the entries, not as they finish.
+            skip: returns whether to leave an entry out.
+            finish: called when all entries were read.
         """
         for index, output in self._engine.run(self._jobs(entries, skip, finish), ordered=ordered):
             entry, found = self._pending.pop(index)
@@ -85,13 +95,13 @@ class JobRun:
 
     def _job(self, entry: JobEntry) -> tuple[Job | RefusedPrompt, str]:
         try:
-            params = self._parameters.of(entry)
+            params = self._parameters.for_entry(entry)
             return prepare(self._engine, entry, self._seeded(entry.index, params)), digest(entry, params, self._seed)
         except RequestError as error:
             return RefusedPrompt(entry.index, entry.text, (), str(error)), ""
 
     def _seeded(self, index: int, params: SamplingParams) -> SamplingParams:
-        if not draws_by_job(params):
+        if not uses_job_seed(params):
             return params
         drawn = hashlib.blake2b(f"{self._seed}:{index}".encode(), digest_size=8).digest()
         return dataclasses.replace(params, seed=int.from_bytes(drawn, "little"))

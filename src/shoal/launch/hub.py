@@ -8,9 +8,9 @@ from shutil import disk_usage
 from tempfile import NamedTemporaryFile
 
 from shoal import env
-from shoal.config.engine_options import format_bytes
 from shoal.errors import CheckpointError, ConfigError, UserError
 from shoal.lazy import load
+from shoal.values import format_bytes
 
 _PACKAGE = Path(__file__).parent.parent
 BUNDLED_NAME = "bundled"  # the name of the bundled dense model for users, clients and the log

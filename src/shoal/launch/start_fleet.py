@@ -84,10 +84,10 @@ def _open_rendezvous(
         if not model.plan.layout.shares_experts or model.plan.executor == "threads":
             return "", ""
         key = secrets.token_hex(KEY_BYTES)
-        return stack.enter_context(Rendezvous(key=key, renewing=True)).address, key
+        return stack.enter_context(Rendezvous(key=key, reopen_rooms=True)).address, key
     if deployment.listens:
         if deployment.mode is Mode.PEERS:
             doors[PEERS_DOOR] = PeersDoor(size=deployment.size, agreement=model.agreement)
         host, port, key = deployment.address.host, deployment.address.port, deployment.key
-        stack.enter_context(Rendezvous(host, port, key=key, doors=doors, renewing=True))
+        stack.enter_context(Rendezvous(host, port, key=key, doors=doors, reopen_rooms=True))
     return str(deployment.address), deployment.key

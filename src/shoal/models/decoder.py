@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import EngineError
-from shoal.kernels.base import HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope, Scores
+from shoal.kernels.base import AttentionParams, HeadLayout, Kernels, KVCache, Norm, PagedBatch, QKNorm, Rope
 from shoal.kernels.experts import GroupedExperts
 from shoal.kernels.linear import Linear, make_head_linear, make_linear
 from shoal.models.checkpoint.loader import Weights
@@ -62,7 +62,7 @@ class Decoder:
         self.kernels = kernels
 
     def hidden(self, inputs: Tensor, batch: PagedBatch, caches: list[KVCache], rows: Tensor | None) -> Tensor:
-        """Compute one step, as `CausalModel.hidden` says. The last stage returns [m, embedding width]."""
+        """Compute one step (see `CausalModel.hidden`). The last stage returns [m, embedding width]."""
         self.dispatch.begin_step(len(inputs))
         residual = inputs if self.embedding is None else self.embedding(inputs, batch.positions)
         x = torch.zeros_like(residual)
@@ -76,7 +76,7 @@ class Decoder:
         return self.project_out(x) if self.project_out else x
 
     def join(self) -> None:
-        """Take part in a step without tokens, as `CausalModel.join` says. Only mixtures of experts have work."""
+        """Take part in a step without tokens (see `CausalModel.join`). Only mixtures of experts have work."""
         self.dispatch.begin_step(0)
         for layer in self.layers:
             layer.join()
@@ -206,9 +206,9 @@ class _Builder:
         norm = None
         if spec.qk_norm is not None:
             norm = QKNorm(self.norm(f"{at}q_norm", spec.qk_norm), self.norm(f"{at}k_norm", spec.qk_norm))
-        scores = Scores(kind.scale, kind.window, kind.softcap)
+        params = AttentionParams(kind.scale, kind.window, kind.softcap)
         rope = None if kind.rope is None else self.rope(kind.rope)
-        return Attention(qkv, self.row(f"{at}out"), norm, rope, self.heads, scores, self.kernels)
+        return Attention(qkv, self.row(f"{at}out"), norm, rope, self.heads, params, self.kernels)
 
     def latent_attention(self, latent: LatentSpec, kind: AttentionSpec, at: str) -> LatentAttention:
         return LatentAttention(
@@ -221,7 +221,7 @@ class _Builder:
             self.row(f"{at}out"),
             self.rope(latent.rope),
             self.heads,
-            Scores(kind.scale, kind.window, kind.softcap),
+            AttentionParams(kind.scale, kind.window, kind.softcap),
             self.kernels,
         )
 

@@ -1,6 +1,6 @@
-"""Which implementation runs a model: our decoder, or a module of transformers. Free of torch.
+"""The implementation that runs a model: our decoder, or a module of transformers. Free of torch.
 
-Who plans and who computes ask here, so that both see the same spec, the same tensors and the same shares.
+Planner and ranks both use these functions, so that they have the same spec, the same tensors and the same shards.
 """
 
 import dataclasses
@@ -17,14 +17,17 @@ from shoal.models.spec import ModelSpec, Unsupported
 from shoal.models.transformers import fallback_spec
 from shoal.models.transformers.fallback_spec import FallbackSpec
 from shoal.models.transformers.read_spec import read_fallback_spec
-from shoal.parallel.placement import place_experts
-from shoal.parallel.stages import stages
+from shoal.parallel.expert_placement import place_experts
+from shoal.parallel.stages import make_stages
 from shoal.wire.plan import Layout
 
 
 def read_model(folder: Path, wanted: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
-    """The spec of the model in a folder. `wanted` is `--model-impl`: auto takes our own where it knows the model.
-    `overrides` stand over config.json.
+    """Return the spec of the model in a folder.
+
+    Args:
+        wanted: the value of `--model-impl`; "auto" prefers our own implementation if it supports the model.
+        overrides: fields that replace those of config.json.
 
     Raises:
         CheckpointError: config.json is missing or broken, or the implementation can't run the model.
@@ -48,24 +51,24 @@ def implementation_of(spec: ModelSpec) -> Literal["shoal", "transformers"]:
 
 
 def params_of(spec: ModelSpec, available: Collection[str] = ()) -> tuple[Param, ...]:
-    """The manifest, by the names of a checkpoint that has the tensors `available`; without any, by the usual ones."""
+    """Return the manifest, with the names in a checkpoint that has the tensors `available`, or with the usual names."""
     if isinstance(spec, FallbackSpec):
-        params = fallback_spec.manifest(spec, available)
+        params = fallback_spec.make_manifest(spec, available)
     else:
-        params = manifest.manifest(spec, tensor_names(spec, available))
-    return _tied_the_other_way(params, head_name(spec, available), available) if spec.tie_embeddings else params
+        params = manifest.make_manifest(spec, tensor_names(spec, available))
+    return _read_embedding_from_head(params, head_name(spec, available), available) if spec.tie_embeddings else params
 
 
 def head_name(spec: ModelSpec, available: Collection[str] = ()) -> str:
-    """What a checkpoint that has the tensors `available` calls the weight of an output head of its own."""
+    """Return the name of the output head's weight in a checkpoint that has the tensors `available`."""
     if isinstance(spec, FallbackSpec):
         name = dict(spec.paths)["head"]
         return f"language_model.{name}" if f"language_model.{name}" in available else name
     return f"{tensor_names(spec, available).head}.weight"
 
 
-def _tied_the_other_way(params: tuple[Param, ...], head: str, available: Collection[str]) -> tuple[Param, ...]:
-    """Some files keep only the head of the two: then it is the embedding as well."""
+def _read_embedding_from_head(params: tuple[Param, ...], head: str, available: Collection[str]) -> tuple[Param, ...]:
+    """Return the manifest of a checkpoint with tied weights: if it has only the head, the embedding is read from it."""
     source = next(piece.source for param in params if param.name == "embedding" for piece in param.pieces)
     if source in available or head not in available:
         return params
@@ -81,23 +84,26 @@ def _tied_the_other_way(params: tuple[Param, ...], head: str, available: Collect
 
 
 def rank_shards(spec: ModelSpec, layout: Layout) -> tuple[Shard, ...]:
-    """What each rank of a replica holds.
+    """Return the shard of each rank of a replica.
 
     Raises:
-        ConfigError: the model can't be cut so.
+        ConfigError: the model can't be cut in this way.
     """
     if isinstance(spec, FallbackSpec):
         fallback_spec.check_stages(spec, len(layout.stages or (spec.num_layers,)))
     shares = _with_experts(spec, shards_of(spec, layout.tp, layout.tp_split or None), layout)
     return tuple(
         dataclasses.replace(share, stage=stage)
-        for stage in stages(layout.stages or (spec.num_layers,))
+        for stage in make_stages(layout.stages or (spec.num_layers,))
         for share in shares
     )
 
 
 def _with_experts(spec: ModelSpec, shares: Sequence[Shard], layout: Layout) -> Sequence[Shard]:
-    """A stage's ranks in all replicas share its experts; those of one replica follow each other."""
+    """Give each rank its whole experts, if the layout has whole experts.
+
+    The experts of a stage are placed on its ranks in all replicas; the ranks of a replica are consecutive.
+    """
     if not layout.experts or spec.moe is None:
         return shares
     placed = place_experts(spec.moe.num_experts, layout.replicas * layout.tp, layout.experts)
@@ -106,12 +112,12 @@ def _with_experts(spec: ModelSpec, shares: Sequence[Shard], layout: Layout) -> S
 
 
 def shards_of(spec: ModelSpec, ranks: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:
-    """What each tensor-parallel rank holds, even or in proportion to `weights`.
+    """Return the shard of each tensor-parallel rank, even or in proportion to `weights`.
 
     Raises:
-        ConfigError: the model can't be cut over so many ranks.
+        ConfigError: the model can't be cut over this number of ranks.
     """
-    shares = manifest.shards(spec, ranks, weights)
+    shares = manifest.make_shards(spec, ranks, weights)
     if not isinstance(spec, FallbackSpec):
         return shares
     fallback_spec.check_ranks(spec, ranks)

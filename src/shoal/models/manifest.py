@@ -1,7 +1,7 @@
-"""Every tensor of a model: its shape, how it is cut over ranks, and what it is fused with. Free of torch.
+"""The manifest of a model: all its tensors, with their shapes, cuts over ranks, and places in the files. Free of torch.
 
-How a tensor is cut is said here, once: the decoder, the loader, the memory arithmetic and the check of a checkpoint
-before any process starts all read the same manifest.
+Only the manifest defines how a tensor is cut. The decoder, the loader, the memory arithmetic and the check of a
+checkpoint before any process starts all read it.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from shoal.parallel.stages import Stage
 from shoal.wire.plan import ShardPlan
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MLP_UNIT = 16  # shares of an MLP are multiples of it, where there is enough to share
+MLP_UNIT = 16  # the shares of an MLP are multiples of this, unless it is too small for that
 
 
 class Cut(Enum):
-    """Along what a tensor is cut."""
+    """The dimension of the model along which a tensor is cut."""
 
     WHOLE = "whole"
     Q_HEADS = "query heads"
     KV_HEADS = "KV heads"
     LATENT_QUERIES = "query heads of latent attention"
-    LATENT_KEYS = "what makes the keys of these heads"
-    LATENT_VALUES = "what makes their values"
+    LATENT_KEYS = "keys of these heads, made from latents"
+    LATENT_VALUES = "values of these heads, made from latents"
     MLP = "MLP columns"
     EXPERT = "columns of each expert"
     SHARED = "columns of the shared experts"
@@ -38,12 +38,12 @@ class Cut(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some rows of one tensor of a checkpoint. A rank takes its range of `cut` along `dim`, and all other dimensions.
+    """Rows of one tensor of a checkpoint. A rank takes its range of `cut` along `dim`, and all other dimensions whole.
 
-    `shape` is [out, in] of what is taken, or [out]. In the file it may be `transposed`, and stand in a larger tensor
-    (`stored`: that one's shape) as a stripe: row r is row (r // run) * period + start + r % run of the file's tensor,
-    transposed back. Without `run` the rows are consecutive from `start` on. A file's tensor of three dimensions counts
-    as its matrices one below the other.
+    `shape` is that of the rows, [out, in] or [out]. In the file they may be `transposed`, and a part of a larger tensor
+    of shape `stored`: row r is row (r // run) * period + start + r % run of that tensor (transposed back). Without
+    `run` the rows are consecutive from `start` on. A file's tensor of three dimensions counts as a single matrix: its
+    matrices are one below the other.
     """
 
     source: str
@@ -65,44 +65,41 @@ class Piece:
 
     @property
     def contiguous(self) -> bool:
-        """Are the rows consecutive in the file's tensor?"""
+        """True if the rows are consecutive in the file's tensor."""
         return self.run is None or self.period is None or self.run == self.period
 
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One tensor of the decoder: a rank's shares of the pieces, one after the other along dimension 0.
-
-    `at` is the layer it belongs to, or the pipeline stages that have it.
-    """
+    """One tensor of the decoder: a rank's shares of the pieces, concatenated along dimension 0."""
 
     name: str
     pieces: tuple[Piece, ...]
-    dtype: str | None = None  # None: that of the weights
-    plus: float = 0.0  # added after the conversion to `dtype` (Gemma's norms hold w of 1 + w)
-    at: int | Literal["first", "last", "every"] = "every"
-    expert: int | None = None  # of which expert; None: of none
+    dtype: str | None = None  # None: the dtype of the weights
+    plus: float = 0.0  # added after the conversion to `dtype` (Gemma's files have w for a norm's weight of 1 + w)
+    at: int | Literal["first", "last", "every"] = "every"  # its layer, or the pipeline stages that have it
+    expert: int | None = None  # the number of its expert, if it belongs to one
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank holds."""
+    """The part of a model that one rank holds."""
 
     rank: int  # among the tensor-parallel ranks
     heads: HeadSplit
     ranges: Mapping[Cut, range]  # in elements of a tensor's dimension
     stage: Stage
-    experts: tuple[int, ...] | None = None  # those it holds whole; None: its part of each
+    experts: tuple[int, ...] | None = None  # the experts that it holds whole; None: it holds a part of each
 
     @classmethod
     def of(cls, plan: ShardPlan) -> "Shard":
-        """The shard that a plan describes."""
+        """Return the shard that a plan describes."""
         heads = HeadSplit(range(*plan.q_heads), range(*plan.kv_heads), plan.q_to_kv)
         ranges = {Cut[name]: range(*span) for name, span in plan.columns.items()}
         return cls(plan.tp_rank, heads, ranges, Stage(plan.stage, plan.num_stages, range(*plan.layers)), plan.experts)
 
     def plan(self, vocab_sizes: tuple[int, ...]) -> ShardPlan:
-        """The same as a message. `vocab_sizes`: tokens of the vocabulary on each tensor-parallel rank of its stage."""
+        """Return the shard as a message. vocab_sizes: the vocabulary's tokens on each tensor-parallel rank."""
         return ShardPlan(
             tp_rank=self.rank,
             stage=self.stage.number,
@@ -127,7 +124,7 @@ class Shard:
         return tuple(param for param in params if self.holds(param))
 
     def with_experts(self, spec: ModelSpec, experts: tuple[int, ...]) -> "Shard":
-        """The same rank with these experts whole, instead of its part of each."""
+        """Return the shard of a rank that holds these experts whole, instead of a part of each expert."""
         if spec.moe is None:
             return self
         ranges = {**self.ranges, Cut.EXPERT: range(spec.moe.intermediate_size)}
@@ -140,7 +137,7 @@ class Shard:
 
     def param_shape(self, param: Param) -> tuple[int, ...]:
         shapes = [self.shape(piece) for piece in param.pieces]
-        if len(shapes) == 1:  # which may be a single number
+        if len(shapes) == 1:  # its shape may be (), a single number
             return shapes[0]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
@@ -155,33 +152,38 @@ def _span(numbers: range) -> tuple[int, int]:
 def weight_bytes(
     spec: ModelSpec, params: Iterable[Param], shard: Shard, item_bytes: int, *, embedding_kept: bool
 ) -> int:
-    """Bytes of the weights that a rank holds of `params`. A tied head is the embedding, unless the embedding is kept
-    beside the packed head.
+    """Return the bytes of the parameters that a rank holds.
 
-    `item_bytes` is the size of an element, but where a parameter has a type of its own.
+    Args:
+        item_bytes: the size of an element of a parameter without a type of its own.
+        embedding_kept: see `keeps_embedding`.
     """
-    tied_away = spec.tie_embeddings and not embedding_kept
-    counted = [param for param in shard.held(params) if not (tied_away and param.name == "embedding")]
+    shared = spec.tie_embeddings and not embedding_kept  # embedding and head are one tensor
+    counted = [param for param in shard.held(params) if not (shared and param.name == "embedding")]
     return sum(
         shard.param_size(param) * (item_bytes if param.dtype is None else ITEM_BYTES[param.dtype]) for param in counted
     )
 
 
 def keeps_embedding(device: str, *, head: bool = True) -> bool:
-    """Does a tied embedding take memory beside the head, or in place of it on a rank that has no `head`? On a CPU it
-    does: there the head is packed, which an embedding can't be."""
+    """Tell whether a tied embedding takes memory of its own on a rank.
+
+    It does on a rank without the `head`, and on a CPU: there the head is packed, which an embedding can't be.
+    """
     return device == "cpu" or not head
 
 
 def kv_block_bytes(spec: ModelSpec, shard: Shard, block_size: int, item_bytes: int) -> int:
-    """Bytes that one KV block takes on a rank, keys and values over its layers. Latents do not shrink with more ranks:
-    each one that has heads holds them whole."""
+    """Return the bytes of one KV block on a rank: keys and values of all its layers.
+
+    Latents are not divided: each rank with heads holds them whole.
+    """
     token = spec.cached_per_token * len(shard.heads.kv_ids) * spec.head_dim
     return len(shard.stage.layers) * block_size * token * item_bytes
 
 
-def shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:
-    """The shares of all tensor-parallel ranks of one stage, even or in proportion to `weights`, one a rank."""
+def make_shards(spec: ModelSpec, tp: int, weights: Sequence[int] | None = None) -> tuple[Shard, ...]:
+    """Return the shards of the tensor-parallel ranks of a single stage, even or in proportion to `weights`."""
     heads = split_heads(spec.num_heads, spec.num_kv_heads, tp, weights)
     columns = {Cut.MLP: spec.intermediate_size}
     if spec.moe is not None:
@@ -217,8 +219,8 @@ def _latent_ranges(latent: LatentSpec | None, heads: range) -> dict[Cut, range]:
     return {cut: range(heads.start * width, heads.stop * width) for cut, width in widths.items()}
 
 
-def manifest(spec: ModelSpec, names: TensorNames) -> tuple[Param, ...]:
-    """Every parameter of the decoder, in the order in which it is built."""
+def make_manifest(spec: ModelSpec, names: TensorNames) -> tuple[Param, ...]:
+    """Return all parameters of the decoder, in the order in which it is built."""
     return tuple(_params(spec, names))
 
 
@@ -234,12 +236,12 @@ def _params(spec: ModelSpec, names: TensorNames) -> Iterator[Param]:
     for i in range(spec.num_layers):
         for param in _layer(spec, names, i, f"layers.{i}.", base + names.layer.format(i=i)):
             yield dataclasses.replace(param, at=i)
-    for param in _end(spec, names, embedding):
+    for param in _norm_and_head(spec, names, embedding):
         yield dataclasses.replace(param, at="last")
 
 
-def _end(spec: ModelSpec, names: TensorNames, embedding: str) -> Iterator[Param]:
-    """Norm and head. A tied head is the tensor `embedding`."""
+def _norm_and_head(spec: ModelSpec, names: TensorNames, embedding: str) -> Iterator[Param]:
+    """Yield the parameters of norm and head. A tied head is the tensor `embedding`."""
     hidden, width, base = spec.hidden_size, spec.embedding_width, names.prefix
     if spec.final_norm:
         yield from _norm("final_norm", f"{base}{names.final_norm}", spec.norm, hidden)
@@ -305,7 +307,10 @@ def _attention(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> I
 def _latent_attention(
     spec: ModelSpec, latent: LatentSpec, names: TensorNames, ours: str, theirs: str
 ) -> Iterator[Param]:
-    """What leads down is whole on every rank; what leads up to heads, and what they see, is cut by heads."""
+    """Yield the parameters of latent attention.
+
+    Projections to latents are whole on every rank; projections from latents and the output are cut by heads.
+    """
     hidden, spelled = spec.hidden_size, names.latent
 
     def down(name: str, source: str, rows: int) -> Iterator[Param]:
@@ -358,7 +363,10 @@ def _mlp(spec: ModelSpec, names: TensorNames, ours: str, theirs: str) -> Iterato
 
 
 def _mixture(spec: ModelSpec, moe: MoESpec, names: ExpertNames, ours: str, theirs: str) -> Iterator[Param]:
-    """The router whole on every rank, each expert as parameters of its own, the shared experts cut like an MLP."""
+    """Yield the parameters of a mixture.
+
+    The router is whole on every rank, each expert has parameters of its own, and shared experts are cut like an MLP.
+    """
     hidden, size, matrices = spec.hidden_size, moe.intermediate_size, 2 if spec.gated else 1
     up = "gate_up" if spec.gated else "up"
     router = Piece(theirs + names.router, (moe.num_experts, hidden))
@@ -384,13 +392,16 @@ def _mixture(spec: ModelSpec, moe: MoESpec, names: ExpertNames, ours: str, their
 def _expert_pieces(
     names: tuple[str, ...], expert: int, experts: int, count: int, shape: tuple[int, int], dim: int
 ) -> tuple[Piece, ...]:
-    """`count` matrices [out, in] of one expert, which `names` spells: one below the other where one name is for
-    several, and with the other experts' in one tensor where the name has no {e}."""
-    together, (rows, columns) = count // len(names), shape
+    """Return the pieces of `count` matrices [out, in] of one expert.
+
+    Matrices that share one of the `names` are one below the other in one tensor. A name without {e} is that of a tensor
+    with the matrices of all experts.
+    """
+    per_name, (rows, columns) = count // len(names), shape
     pieces = []
     for i in range(count):
-        name, start = names[i // together], i % together * rows
-        stored: tuple[int, ...] = (together * rows, columns)
+        name, start = names[i // per_name], i % per_name * rows
+        stored: tuple[int, ...] = (per_name * rows, columns)
         if "{e}" not in name:
             start, stored = start + expert * stored[0], (experts, *stored)
         pieces.append(Piece(name.format(e=expert), shape, Cut.EXPERT, dim, start=start, stored=stored))
@@ -399,13 +410,13 @@ def _expert_pieces(
 
 @dataclass(frozen=True, slots=True)
 class _Stack:
-    """Matrices that the decoder holds in one tensor; in the file each has a tensor (`sources`), or all share one.
+    """Matrices that the decoder holds in one tensor. In the file each has a tensor of its own, or all share one.
 
-    A shared tensor holds them one after the other, or in turn, `run` rows of each.
+    A shared tensor has the matrices one after the other, or alternates between them every `run` rows.
     """
 
     sources: tuple[str, ...]
-    parts: tuple[tuple[int, Cut], ...]  # rows, and how they are cut
+    parts: tuple[tuple[int, Cut], ...]  # the rows and the cut of each matrix
     run: int | None = None
 
     def weights(self, columns: int, transposed: bool) -> tuple[Piece, ...]:
@@ -439,11 +450,11 @@ class _Stack:
         return tuple(pieces)
 
 
-def check(params: Iterable[Param], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Holds a checkpoint's tensors (name -> shape) against the manifest.
+def check_shapes(params: Iterable[Param], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Check the tensors of a checkpoint (name -> shape) against the manifest.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape; it is named.
+        CheckpointError: a tensor is missing or has another shape. The error names it.
     """
     for param in params:
         for piece in param.pieces:

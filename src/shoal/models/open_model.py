@@ -26,8 +26,8 @@ class OpenedModel:
     spec: ModelSpec
     params: tuple[Param, ...]
     state: str  # digest of the state of its files (`Checkpoint.state`); "" for dummy weights
-    overrides: Mapping[str, Any]  # overrides of config.json under which everybody must read it again
-    notes: tuple[str, ...] = ()  # lines for the log: where the weights differ from what config.json says
+    overrides: Mapping[str, Any]  # overrides of config.json; every process that reads it again must use them
+    notes: tuple[str, ...] = ()  # lines for the log: how the weights differ from config.json
 
 
 def open_model(
@@ -55,7 +55,7 @@ def open_model(
         overrides = {**overrides, **changes}
         spec = read_model(folder, wanted, overrides)
     params = params_of(spec, checkpoint.shapes)
-    manifest.check(params, checkpoint.shapes, str(folder))
+    manifest.check_shapes(params, checkpoint.shapes, str(folder))
     checkpoint.check_loadable(piece.source for param in params for piece in param.pieces)
     return OpenedModel(spec, params, checkpoint.state, overrides, (*notes, *found))
 

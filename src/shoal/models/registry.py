@@ -146,7 +146,7 @@ def tensor_names(spec: ModelSpec, available: Collection[str] = ()) -> TensorName
     """Return the names that a checkpoint with the tensors `available` uses, or the family's usual names without any.
 
     The prefix is the first one with which an embedding is found, or else a layer. The names of the head and of the
-    experts are the first ones that are found. Tensors that are missing are reported later, by `manifest.check`.
+    experts are the first ones that are found. Tensors that are missing are reported later, by `manifest.check_shapes`.
     """
     family = FAMILIES[spec.family]
     prefixes = [p for p in family.prefixes if f"{p}{family.names.embedding}.weight" in available]

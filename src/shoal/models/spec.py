@@ -86,7 +86,7 @@ class LatentSpec:
     the latent, followed by the rotated key. The value of a head is `value_dim` values projected up from the latent.
     """
 
-    q_rank: int | None  # queries are projected down to so many values, normed, and projected up; None: they are not
+    q_rank: int | None  # queries are projected down to this many values, normed, and projected up; None: they are not
     kv_rank: int
     nope_dim: int
     rope_dim: int
@@ -114,7 +114,7 @@ class RoutingSpec:
     if the model has a `correction_bias`, it is added to the scores for this choice only. The weights of the chosen
     experts are their scores, divided by their sum if `normalize` is set, times `scale`.
 
-    If there are several `groups`, the experts are divided into so many equal groups of consecutive experts, and only
+    If there are several `groups`, the experts are divided into that many equal groups of consecutive experts, and only
     experts of the `top_groups` best groups can be chosen. The score of a group is that of its best expert, or the sum
     of its best two.
     """
@@ -127,7 +127,7 @@ class RoutingSpec:
     groups: int = 1
     top_groups: int = 1
     group_score: Literal["best", "best_two"] = "best"
-    wide: bool = False  # the logits are computed in float32, whatever the type of the model
+    wide: bool = False  # the logits are computed in float32, for any type of the model
 
 
 @dataclass(frozen=True, slots=True)

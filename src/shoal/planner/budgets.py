@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from shoal.config.engine_options import EngineOptions, format_bytes
+from shoal.config.engine_options import EngineOptions
 from shoal.devices.hardware import Hardware
 from shoal.errors import ConfigError
 from shoal.planner.memory import RankMemory
+from shoal.values import format_bytes
 from shoal.wire.hosts import HostFacts
 
 _CPU_KV_CEILING = 4 * 2**30  # the most that the KV caches of a CPU host get together by default, in bytes

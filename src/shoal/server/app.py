@@ -7,10 +7,10 @@ from starlette.types import ASGIApp
 
 from shoal import __version__
 from shoal.server.api import chat, completions, models, responses, stored_responses, tokenization
-from shoal.server.api.start_requests import Service, client_gone
+from shoal.server.api.service import Service, client_disconnected
 from shoal.server.backend import Backend
 from shoal.server.http.errors import add_handlers
-from shoal.server.http.event_streams import ClientGone
+from shoal.server.http.event_streams import ClientDisconnected
 from shoal.server.http.limits import add_limits
 from shoal.server.http.methods import CommonMethods
 from shoal.server.http.request_ids import RequestIds
@@ -72,7 +72,7 @@ def openai_app(llm: Backend, settings: ServerSettings) -> FastAPI:
     )
     add_handlers(app)
     app.add_middleware(CommonMethods)
-    app.add_exception_handler(ClientGone, client_gone)
+    app.add_exception_handler(ClientDisconnected, client_disconnected)
     service = Service(llm, settings)
     for endpoints in (completions, chat, responses, stored_responses, models, tokenization):
         app.include_router(endpoints.routes(service))

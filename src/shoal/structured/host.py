@@ -20,11 +20,12 @@ from shoal.transport.channel import Channel, ChannelClosed, wait
 from shoal.transport.process import die_with_parent
 from shoal.wire.base import Stop, encode
 from shoal.wire.grammars import GrammarEnded, GrammarHostFailed, GrammarHostReady, to_grammar_host
+from shoal.wire.request_refusal import RequestRefusal
 
 log = get_logger("grammars")
 
 _IDLE_S = 3600.0  # length of one wait for messages, which is then repeated
-# A process that one of these signals ended was killed by somebody, not because of its grammar.
+# A process that was ended by one of these signals was killed from outside, not because of its grammar.
 _KILLS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -62,15 +63,15 @@ class GrammarHost:
         self._numbers: dict[int, int] = {}  # pid -> number
 
     def run(self, make_vocabulary: Callable[[], Vocabulary]) -> int:
-        """Serve requests until told to stop or until the other end is closed; return an exit code."""
+        """Serve requests until a Stop or until the other end is closed; return an exit code."""
         try:
             vocabulary = make_vocabulary()
-            garbage_collector.settle()  # otherwise the collector would write to memory pages that forks share
+            garbage_collector.freeze()  # otherwise the collector would write to memory pages that forks share
             self._channel.send(encode(GrammarHostReady()))
             while self._handle_events(vocabulary):
                 pass
         except RequestError as error:
-            self._channel.send(encode(GrammarHostFailed(str(error))))
+            self._channel.send(encode(GrammarHostFailed(RequestRefusal.of(error))))
             self._channel.flush(1.0)
             return error.exit_code
         except ChannelClosed:
@@ -78,7 +79,7 @@ class GrammarHost:
         return 0
 
     def _handle_events(self, vocabulary: Vocabulary) -> bool:
-        """Wait for events and handle them; return False if told to stop."""
+        """Wait for events and handle them; return False after a Stop."""
         sources: list[Any] = [self._channel, self._fork_requests, self._child_exits]
         readable: list[Any] = list(wait(sources, _IDLE_S))
         if self._child_exits in readable:

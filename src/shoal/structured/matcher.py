@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from shoal.errors import EngineError, RequestError
+from shoal.errors import EngineError, structured_outputs_error
 from shoal.wire.base import Ids
 
 _WORD_BYTES = 4
@@ -54,9 +54,7 @@ class Vocabulary:
             text, self.size = _add_end_token(tokenizer_json)
             self.tokenizer = LLTokenizer(text, eos_token=self.size)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise RequestError(
-                f"structured_outputs can't read the model's tokenizer: {_shorten_error(str(error))}"
-            ) from error
+            raise structured_outputs_error(f"can't read the model's tokenizer: {_shorten_error(str(error))}") from error
         self.eos = frozenset(token for token in eos if token < vocab_size)
         self.end = 1 << self.size  # the bit of the token that we added for the end of the text
         self.eos_bits = sum(1 << token for token in self.eos)
@@ -83,7 +81,7 @@ class AllowedTokens:
 
 
 class GrammarState:
-    """The state of one output that must obey a grammar: it takes tokens and says which tokens may follow."""
+    """The state of one output that must obey a grammar: it accepts tokens and gives the tokens that may follow."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher = matcher
@@ -101,11 +99,11 @@ class GrammarState:
         """
         matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"structured_outputs can't be used: {_shorten_error(matcher.get_error())}")
+            raise structured_outputs_error(f"can't be used: {_shorten_error(matcher.get_error())}")
         grammar = cls(matcher, vocabulary)
         grammar.allowed_tokens(())  # checks that a first token exists, and builds the lexer, which copies share
         if grammar.problem:
-            raise RequestError(f"structured_outputs can't be obeyed: {grammar.problem}")
+            raise structured_outputs_error(f"can't be obeyed: {grammar.problem}")
         return grammar
 
     def copy(self) -> "GrammarState":
@@ -131,7 +129,7 @@ class GrammarState:
             return
         valid = self.count_valid(tokens)
         if valid < len(tokens):
-            raise EngineError(f"token {tokens[valid]} was drawn, which structured_outputs does not allow there")
+            raise EngineError(f"token {tokens[valid]} was drawn, which the grammar does not allow there")
         text = self._leading_text(tokens)
         if text:
             self._matcher.consume_tokens(text)
@@ -217,7 +215,7 @@ def _add_end_token(tokenizer_json: str) -> tuple[str, int]:
 
 
 def _shorten_error(error: str) -> str:
-    """Return the line of the library's report that says what is wrong, in our words if its own would mislead."""
+    """Return the line of the library's report with the error, in our words if its own would mislead."""
     lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unknown"]
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     for start, plain in _REPLACED_ERRORS.items():

@@ -31,7 +31,7 @@ class ReplicaStatus(Wire, frozen=True):
     pid: int
     since_s: float  # seconds in this state
     restarts: int
-    cause: str  # why it ended the last time; "" if it never did
+    cause: str  # why it ended the last time, without its own name; "" if it never did
     held: int  # requests that it has
     stats: EngineStats | None  # the latest ones; counters are sums over all its starts
 

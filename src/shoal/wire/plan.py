@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from shoal.config.engine_options import SpeculativeConfig
+from shoal.config.option_forms import SpeculativeConfig
 from shoal.wire.base import Ids, Wire
 
 Span = tuple[int, int]  # a range of numbers: the first, and the one after the last

@@ -21,12 +21,12 @@ from shoal.worker.random import row_keys, split_keys
 from shoal.worker.rules import EditsBuilder, SamplingRules
 from shoal.worker.sampler import SamplingRows
 
-# Logits divided by a smaller temperature would leave the range of float32. Only the likeliest token is left there, so
-# smaller temperatures are greedy.
-_LEAST_TEMPERATURE = 1e-5
-# Parameters are cut to the range of float32. The cut makes no difference to the outcome.
-_MOST_TEMPERATURE = 1e30
-_LEAST_TOP_P = 1e-30
+# Logits divided by a smaller temperature would leave the range of float32. With such a temperature only the likeliest
+# token would be drawn, so it counts as greedy.
+_MIN_TEMPERATURE = 1e-5
+# Parameters are clamped to the range of float32, which does not change the result.
+_MAX_TEMPERATURE = 1e30
+_MIN_TOP_P = 1e-30
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -110,7 +110,7 @@ class SequenceTable:
         return len(self._sequences)
 
     def apply(self, plan: StepPlan) -> None:
-        """Forget and add sequences, and append blocks to them, as a plan says."""
+        """Apply a plan: forget and add sequences, and append blocks to them."""
         for seq in plan.released:
             self._free_rows.append(self._sequences.pop(seq).row)
         for new in plan.new:
@@ -140,10 +140,10 @@ class SequenceTable:
         self._blocks[row] = 0
         self._append_blocks(sequence, new.blocks)
         self._written[row] = len(new.blocks) * self._block_size
-        greedy = sampling.temperature < _LEAST_TEMPERATURE
-        self._temperature[row] = 0.0 if greedy else min(sampling.temperature, _MOST_TEMPERATURE)
+        greedy = sampling.temperature < _MIN_TEMPERATURE
+        self._temperature[row] = 0.0 if greedy else min(sampling.temperature, _MAX_TEMPERATURE)
         self._top_k[row] = sampling.top_k
-        self._top_p[row] = max(sampling.top_p, _LEAST_TOP_P)
+        self._top_p[row] = max(sampling.top_p, _MIN_TOP_P)
         self._min_p[row] = sampling.min_p
         self._seed[row] = sampling.seed
         self._sample_index[row] = sampling.sample_index
@@ -236,8 +236,9 @@ class SequenceTable:
             return None
         sampled = [np.arange(ends[i] - 1 - len(ordered[i].drafts), ends[i]) for i in wanted]
         begins = {work.seq: end - work.count for work, end in zip(ordered, ends.tolist(), strict=True)}
-        told = [np.arange(begins[each.seq], begins[each.seq] + len(each.targets)) for each in prompts]
-        return self._tensor(np.concatenate([*sampled, *told]).astype(np.int64) if sampled or told else ends[:0])
+        prompt_rows = [np.arange(begins[each.seq], begins[each.seq] + len(each.targets)) for each in prompts]
+        found = [*sampled, *prompt_rows]
+        return self._tensor(np.concatenate(found).astype(np.int64) if found else ends[:0])
 
     def _sampling(self, works: Sequence[Work], table_rows: Int64) -> SamplingRows:
         """Return the sampling parameters of the m rows: one after the last known token of each work, and one after each

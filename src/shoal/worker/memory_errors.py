@@ -5,9 +5,9 @@ import re
 
 import torch
 
-from shoal.config.engine_options import format_bytes, parse_bytes
 from shoal.devices import cpu
 from shoal.errors import ConfigError
+from shoal.values import format_bytes, parse_bytes
 from shoal.wire.ranks import RankSetup
 
 # "Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 9.50 MiB is free."

@@ -1,4 +1,4 @@
-"""A rank as executors use it: it takes messages and returns messages, and its errors are messages too."""
+"""The interface of a rank for executors: it takes messages and returns messages, and its errors are messages too."""
 
 import traceback
 

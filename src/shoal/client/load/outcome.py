@@ -1,37 +1,37 @@
-"""What became of a request."""
+"""The outcome of a request: its times, its tokens or its failure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.client.load.workload import Planned
+from shoal.client.load.workload import PlannedRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    kind: str  # as in reports: HTTP 500, timeout, ...
+    kind: str  # a short name for reports: HTTP 500, timeout, ...
     message: str
 
 
 @dataclass(slots=True)
 class LoadOutcome:
-    """Times in seconds from the start of the run.
+    """The outcome of a request. Times are in seconds from the start of the run.
 
-    Latencies count from `arrival`, the time for which the request was planned, so that a request that could not be
-    sent in time is not flattered by it. Without a plan that is when it was sent.
+    Latencies count from `arrival`, the time for which the request was planned, so that a request that was sent late
+    does not look faster. Without a plan this is the time when it was sent.
     """
 
-    request: Planned
+    request: PlannedRequest
     arrival: float
     sent: float
     ended: float
     first: float | None = None
     last: float | None = None
-    stopped: float | None = None  # when the server said that it was the end
+    stopped: float | None = None  # when the finish reason came
     prompt_tokens: int = 0
     output_tokens: int = 0
-    counted: bool = False  # by the server; else by chunks
+    counted: bool = False  # `output_tokens` was counted by the server; otherwise it is the number of chunks
     finish_reason: str | None = None
-    gaps: Sequence[float] = ()  # between chunks
+    gaps: Sequence[float] = ()  # seconds between chunks
     failure: Failure | None = None
 
     @property
@@ -49,8 +49,11 @@ class LoadOutcome:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; a chunk may hold several, and tokens without text come before the
-        end. None with fewer than two tokens, or where all came at once."""
+        """Time per output token after the first. None with fewer than two tokens, or if all came at once.
+
+        A chunk may have several tokens, and tokens without text may come after the last chunk, so the time is from the
+        first token to the end.
+        """
         end = self.last if self.stopped is None else self.stopped
         if self.first is None or end is None or end <= self.first or self.output_tokens < 2:
             return None

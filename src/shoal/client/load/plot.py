@@ -1,4 +1,4 @@
-"""A picture of a run: latencies over time and as distributions, throughput, and requests under way."""
+"""A plot of a run: latencies over time and as distributions, throughput, and running requests."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +12,13 @@ FORMATS = ("svg", "png", "pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Raises:
-    ConfigError: no picture can be made there.
+    """Check that a plot can be drawn.
+
+    Raises:
+        ConfigError: the file name has another suffix, or matplotlib is missing.
     """
     if path.suffix[1:].lower() not in FORMATS:
-        raise ConfigError(f"--plot {path} has to end with .svg, .png or .pdf")
+        raise ConfigError(f"--plot {path} must end with .svg, .png or .pdf")
     _figure()
 
 
@@ -24,7 +26,7 @@ def _figure() -> Any:
     try:
         return load("matplotlib.figure:Figure")
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib, or leave it out") from None
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib, or leave out --plot") from None
 
 
 def plot(
@@ -36,7 +38,9 @@ def plot(
     slo: Mapping[str, float],
     title: str,
 ) -> None:
-    """`chunks_by_second`: events with tokens that came in each second of the run.
+    """Draw the plot of a run.
+
+    `chunks_by_second`: chunks that came in each second of the run.
 
     Raises:
         UserError: the file can't be written.
@@ -80,7 +84,7 @@ def _draw_distributions(axes: Any, outcomes: Sequence[LoadOutcome], slo: Mapping
 def _draw_rate(
     axes: Any, outcomes: Sequence[LoadOutcome], chunks_by_second: Mapping[int, int], duration: float
 ) -> None:
-    """A chunk stands for as many tokens as chunks held in the mean."""
+    """Draw output tokens per second. Each chunk counts as the mean number of tokens in a chunk."""
     chunks = sum(len(each.gaps) + 1 for each in outcomes if each.ok and each.first is not None)
     tokens = sum(each.output_tokens for each in outcomes if each.ok)
     seconds = range(int(duration) + 1)
@@ -100,4 +104,4 @@ def _draw_concurrency(axes: Any, outcomes: Sequence[LoadOutcome]) -> None:
         running += change
         counts.append(running)
     axes.step([at for at, _ in changes], counts, where="post")
-    axes.set(xlabel="s", ylabel="requests under way", ylim=(0, None))
+    axes.set(xlabel="s", ylabel="running requests", ylim=(0, None))

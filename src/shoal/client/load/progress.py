@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a line that changes on a terminal, elsewhere a line now and then."""
+"""The progress of a run on stderr: one changing line on a terminal, else a new line from time to time."""
 
 import sys
 from typing import TextIO
@@ -9,7 +9,7 @@ _PERIOD_S = {True: 0.5, False: 10.0}
 
 
 class RunProgress:
-    """`total` is None where nobody knows it."""
+    """Shows the progress of a run of `total` requests; None: their number is not known."""
 
     def __init__(self, total: int | None, *, stream: TextIO | None = None) -> None:
         self._total = total
@@ -25,7 +25,7 @@ class RunProgress:
         self._tokens += outcome.output_tokens
 
     def show(self, seconds: float, running: int) -> None:
-        """`seconds`: since the start."""
+        """Show the progress after `seconds` of the run."""
         of = "" if self._total is None else f"/{self._total}"
         failed = f", {self._failed} failed" if self._failed else ""
         rate = self._tokens / max(seconds, 1e-3)

@@ -1,4 +1,4 @@
-"""Prompts of a wanted number of tokens."""
+"""Prompts with a given number of tokens."""
 
 import random
 from collections.abc import Mapping
@@ -12,24 +12,24 @@ _TEXT = (
     " open close between during because morning history language music number question together important"
 )
 WORDS = _TEXT.split()
-_FIRST_SAFE_ID = 4  # the ids before it are often markers of a text's begin and end
+_FIRST_SAFE_ID = 4  # ids below are often special tokens, such as those for the beginning and end of a text
 
 
 class Prompts(Protocol):
-    def make(self, tokens: int, draw: random.Random, *, behind: bool = False) -> Prompt:
-        """A prompt of so many tokens. `behind`: it is to be joined to another."""
+    def make(self, tokens: int, draw: random.Random, *, joined: bool = False) -> Prompt:
+        """Return a prompt of `tokens` tokens. `joined`: it will be joined to the end of another."""
         ...
 
     def join(self, first: Prompt, second: Prompt) -> Prompt: ...
 
 
 class IdPrompts:
-    """Token ids below `vocab_size`."""
+    """Makes prompts of random token ids below `vocab_size`."""
 
     def __init__(self, vocab_size: int) -> None:
         self._ids = range(min(_FIRST_SAFE_ID, vocab_size - 1), vocab_size)
 
-    def make(self, tokens: int, draw: random.Random, *, behind: bool = False) -> Prompt:
+    def make(self, tokens: int, draw: random.Random, *, joined: bool = False) -> Prompt:
         return draw.choices(self._ids, k=tokens)
 
     def join(self, first: Prompt, second: Prompt) -> Prompt:
@@ -37,25 +37,27 @@ class IdPrompts:
 
 
 class WordPrompts:
-    """Texts of words. `costs`: tokens that each word adds to a text; `starts`: tokens of a text of this word alone,
-    where that is another number."""
+    """Makes texts of random words.
+
+    `costs`: tokens that each word adds to a text. `starts`: tokens of a text of one word, if these numbers differ.
+    """
 
     def __init__(self, costs: Mapping[str, float], starts: Mapping[str, float] | None = None) -> None:
         self._costs = costs
         self._starts = costs if starts is None else starts
         self._words = list(costs)
-        self._dearest = max(costs.values())
+        self._max_cost = max(costs.values())
 
-    def make(self, tokens: int, draw: random.Random, *, behind: bool = False) -> Prompt:
-        """The cheapest word where none fits in."""
+    def make(self, tokens: int, draw: random.Random, *, joined: bool = False) -> Prompt:
+        """Return a text of about `tokens` tokens; the shortest word if none fits."""
         words: list[str] = []
         left = float(tokens)
-        costs = self._costs if behind else self._starts
+        costs = self._costs if joined else self._starts
         while fitting := [word for word, cost in costs.items() if cost <= left]:
             words.append(draw.choice(fitting))
             left -= costs[words[-1]]
             costs = self._costs
-            while left >= self._dearest:
+            while left >= self._max_cost:
                 words.append(draw.choice(self._words))
                 left -= costs[words[-1]]
         return " ".join(words) or min(costs, key=costs.__getitem__)

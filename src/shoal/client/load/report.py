@@ -1,4 +1,4 @@
-"""The figures of a run, as JSON and as a table."""
+"""The report of a run, as JSON and as a table."""
 
 import math
 from collections import Counter
@@ -9,7 +9,7 @@ from shoal.client.load.outcome import LoadOutcome
 
 _ROWS = {
     "ttft_ms": "time to first token, ms",
-    "tpot_ms": "time a token, ms",
+    "tpot_ms": "time per token, ms",
     "itl_ms": "between chunks, ms",
     "e2e_ms": "end to end, ms",
     "late_ms": "sent late by, ms",
@@ -17,7 +17,7 @@ _ROWS = {
 LIMITS = ("ttft", "tpot", "e2e")
 
 
-def figures(
+def make_report(
     outcomes: Sequence[LoadOutcome],
     duration: float,
     *,
@@ -26,8 +26,14 @@ def figures(
     peak: int,
     broken_off: int,
 ) -> dict[str, Any]:
-    """Latencies and tokens are those of requests that succeeded. `slo`: limits in ms for `ttft`, `tpot` and `e2e`; a
-    request is good if it succeeded and keeps within all of them. Rates are over the whole `duration`, in seconds.
+    """Return the report of a run of `duration` seconds.
+
+    Latencies and tokens are those of requests that succeeded. Rates are over the whole `duration`.
+
+    Args:
+        slo: limits in ms for `ttft`, `tpot` and `e2e`; requests that succeed within all of them count as goodput.
+        peak: the most requests that ran at the same time.
+        broken_off: requests without an outcome, since the run was interrupted.
     """
     fine = [each for each in outcomes if each.ok]
     input_tokens = sum(each.prompt_tokens for each in fine)
@@ -44,11 +50,11 @@ def figures(
         "input_tokens_per_s": input_tokens / seconds,
         "output_tokens_per_s": output_tokens / seconds,
         "peak_concurrency": peak,
-        "ttft_ms": spread((each.ttft for each in fine), percentiles),
-        "tpot_ms": spread((each.tpot for each in fine), percentiles),
-        "itl_ms": spread((gap for each in fine for gap in each.gaps), percentiles),
-        "e2e_ms": spread((each.e2e for each in fine), percentiles),
-        "late_ms": spread((each.late for each in outcomes), percentiles),
+        "ttft_ms": summarize_ms((each.ttft for each in fine), percentiles),
+        "tpot_ms": summarize_ms((each.tpot for each in fine), percentiles),
+        "itl_ms": summarize_ms((gap for each in fine for gap in each.gaps), percentiles),
+        "e2e_ms": summarize_ms((each.e2e for each in fine), percentiles),
+        "late_ms": summarize_ms((each.late for each in outcomes), percentiles),
     }
     if slo:
         good = sum(is_good(each, slo) for each in fine)
@@ -58,15 +64,18 @@ def figures(
 
 
 def is_good(outcome: LoadOutcome, slo: Mapping[str, float]) -> bool:
-    """A latency that a request does not have, such as a time a token with one token, is within any limit."""
+    """Return whether a request succeeded within all limits.
+
+    A latency that it does not have (the time per token of one token) is within any limit.
+    """
     if not outcome.ok:
         return False
     latencies = {name: getattr(outcome, name) for name in LIMITS}
     return all(latencies[name] is None or latencies[name] * 1e3 <= limit for name, limit in slo.items())
 
 
-def spread(seconds: Iterable[float | None], percentiles: Sequence[float]) -> dict[str, float] | None:
-    """Mean, percentiles and maximum in ms; None if there is no value."""
+def summarize_ms(seconds: Iterable[float | None], percentiles: Sequence[float]) -> dict[str, float] | None:
+    """Return mean, percentiles and maximum in ms; None if there is no value."""
     values = sorted(value * 1e3 for value in seconds if value is not None)
     if not values:
         return None
@@ -78,7 +87,7 @@ def spread(seconds: Iterable[float | None], percentiles: Sequence[float]) -> dic
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """Linear between neighbours (Hyndman and Fan 1996, type 7)."""
+    """Return a quantile, interpolated linearly between neighbours (Hyndman and Fan 1996, type 7)."""
     at = share * (len(ordered) - 1)
     low = math.floor(at)
     high = min(low + 1, len(ordered) - 1)
@@ -86,7 +95,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def _errors(outcomes: Iterable[LoadOutcome]) -> dict[str, dict[str, Any]]:
-    """By kind, how many and the first one's message."""
+    """Return the number of failures of each kind, with the message of the first one."""
     failures = [each.failure for each in outcomes if each.failure is not None]
     counts = Counter(failure.kind for failure in failures)
     return {
@@ -95,7 +104,7 @@ def _errors(outcomes: Iterable[LoadOutcome]) -> dict[str, dict[str, Any]]:
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def format_table(report: dict[str, Any]) -> str:
     requests = report["requests"]
     broken_off = f", {requests['broken_off']} broken off" if requests["broken_off"] else ""
     lines = [
@@ -105,7 +114,7 @@ def table(report: dict[str, Any]) -> str:
         f" {report['output_tokens_per_s']:,.1f} tokens/s out",
     ]
     if report["tokens_counted_by"] == "chunks":
-        lines.append("the server does not say how many tokens it sent: chunks are counted")
+        lines.append("the server does not say how many tokens it sent, so chunks are counted")
     if "goodput" in report:
         limits = ", ".join(f"{name} {limit:g} ms" for name, limit in report["goodput"]["slo_ms"].items())
         good = report["goodput"]

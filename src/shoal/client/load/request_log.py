@@ -1,8 +1,8 @@
-"""The log of requests: a line of JSON each, which a later run can replay.
+"""The log of requests. Each line is a JSON object, and a later run can replay the log.
 
-Times are seconds: `arrival_s`, `sent_s`, `first_token_s` and `ended_s` from the start of the run. A replay needs
-`arrival_s`, `max_tokens` or `output_tokens`, and `prompt` (text or token ids) or `prompt_tokens`; so logs of other
-origin can be brought into this form.
+Times are in seconds; `arrival_s`, `sent_s`, `first_token_s` and `ended_s` count from the start of the run. A replay
+needs `arrival_s`, `max_tokens` or `output_tokens`, and `prompt` (text or token ids) or `prompt_tokens`. Logs of other
+programs can be converted to this form.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from shoal.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
-    """A logged request. `prompt` is None where only its length is known."""
+    """A request of a log. `prompt` is None if only its length is known."""
 
     arrival: float
     prompt: Prompt | None
     prompt_tokens: int
     max_tokens: int
-    place: int = 0  # among those that arrive at the same time
+    index: int = 0  # the order of requests that arrive at the same time
 
 
-def line_of(outcome: LoadOutcome) -> str:
+def log_line(outcome: LoadOutcome) -> str:
     planned = outcome.request
     record: dict[str, Any] = {
         "index": planned.index,
@@ -53,8 +53,10 @@ def line_of(outcome: LoadOutcome) -> str:
 
 @contextmanager
 def writing_log(path: Path) -> Iterator[TextIO]:
-    """Raises:
-    UserError: the file can't be written, at its begin or later.
+    """Open a log for writing.
+
+    Raises:
+        UserError: the file can't be opened or written.
     """
     try:
         with path.open("w", encoding="utf-8") as file:
@@ -64,10 +66,12 @@ def writing_log(path: Path) -> Iterator[TextIO]:
 
 
 def read_log(path: Path) -> list[LoggedRequest]:
-    """By time of arrival, which counts from the first, and by `index`: lines are written as requests end.
+    """Read the requests of a log. They are sorted by arrival, since lines are written as requests end.
+
+    Times of arrival count from the first request.
 
     Raises:
-        UserError: the file can't be read, is empty, or a line of it is no request.
+        UserError: the file can't be read, is empty, or has a line that is not a request.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -75,12 +79,12 @@ def read_log(path: Path) -> list[LoggedRequest]:
     except OSError as error:
         raise UserError(f"--request-log-in {path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--request-log-in {path} is no text in UTF-8") from None
+        raise UserError(f"--request-log-in {path} is not a text in UTF-8") from None
     if not entries:
         raise UserError(f"--request-log-in {path} has no requests")
     start = min(entry.arrival for entry in entries)
     moved = [dataclasses.replace(each, arrival=each.arrival - start) for each in entries]
-    return sorted(moved, key=lambda entry: (entry.arrival, entry.place))
+    return sorted(moved, key=lambda entry: (entry.arrival, entry.index))
 
 
 def _entries(lines: Iterator[str], path: Path) -> Iterator[LoggedRequest]:
@@ -115,5 +119,5 @@ def _entry(record: dict[str, Any], number: int) -> LoggedRequest:
 def _count(record: dict[str, Any], name: str) -> int:
     value = record[name]
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}, not a count of at least 1")
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
     return value

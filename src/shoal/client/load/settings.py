@@ -1,4 +1,4 @@
-"""What a load test is to do."""
+"""The settings of a load test."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ DEFAULT_NUM_PROMPTS = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
-    """The options of `shoal bench serve`; lengths in tokens, times in seconds, limits of `slo` in ms.
+    """The options of `shoal bench serve`. Lengths are in tokens, times in seconds, limits of `slo` in ms.
 
-    `request_rate` None: as the log says that is replayed, without one infinite.
+    `request_rate` None: the arrivals of the replayed log; without a log, all requests arrive at once.
 
     Raises:
-        ConfigError: options that do not go together.
+        ConfigError: options contradict each other or have no usable value.
     """
 
     url: str
@@ -53,14 +53,14 @@ class LoadSettings:
         for name in ("burstiness", "duration", "prefix_zipf", "temperature", "timeout"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ConfigError(f"--{name.replace('_', '-')} {value} is no number to go by")
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be a finite number")
         if self.request_rate is not None and math.isnan(self.request_rate):
-            raise ConfigError("--request-rate nan is no rate")
+            raise ConfigError("--request-rate nan is not a rate")
         if self.token_ids and self.chat:
-            raise ConfigError("--token-ids goes with --endpoint completions: a chat has no token ids")
+            raise ConfigError("--token-ids needs --endpoint completions, since a chat has no token ids")
         if self.burst and self.count is None and self.request_log_in is None:
             raise ConfigError(
-                "--duration with requests that come all at once has no end: give --request-rate, --max-concurrency"
+                "--duration alone would send requests without end, all at once: add --request-rate, --max-concurrency"
                 " or --num-prompts"
             )
 
@@ -70,14 +70,14 @@ class LoadSettings:
 
     @property
     def count(self) -> int | None:
-        """Requests at most; None: as many as the duration has room for, or as the log has."""
+        """The most requests; None: as many as start within the duration, or as the log has."""
         if self.num_prompts is None and self.duration is None and self.request_log_in is None:
             return DEFAULT_NUM_PROMPTS
         return self.num_prompts
 
     @property
     def paced(self) -> bool:
-        """Requests have times of arrival, made up or from the log."""
+        """Return whether requests have times of arrival, drawn or from the log."""
         rate = self.request_rate
         return self.request_log_in is not None if rate is None else not math.isinf(rate)
 

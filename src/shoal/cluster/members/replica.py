@@ -46,7 +46,7 @@ class EngineHost(Protocol):
     def stopped(self) -> bool:
         """Return whether it was stopped, by SIGSTOP or a debugger."""
 
-    def death(self, patience: float = ...) -> str:
+    def describe_exit(self, patience: float = ...) -> str:
         """Return how it ended, in words, after at most `patience` seconds."""
 
     def say(self, goodbye: bytes) -> None:
@@ -168,7 +168,7 @@ class Replica:
         answers, self._answers = self._answers, []
         return answers
 
-    def become(self, activity: Activity) -> None:
+    def set_activity(self, activity: Activity) -> None:
         self._await_answer(SetActivity(next(self._order_ids), activity))
 
     def reset_prefix_cache(self, *, running: bool = False) -> ResetOutcome:
@@ -264,7 +264,7 @@ class Replica:
             frames = self._host.channel.receive()
             messages = [from_engine.decode(frame) for frame in frames]
         except ChannelClosed:
-            self._fail(f"{self.name} {self._host.death(self._patience)}")
+            self._fail(f"{self.name} {self._host.describe_exit(self._patience)}")
         except WireError as error:
             self._fail(f"{self.name} sent a message that cannot be decoded: {error}")
         for message in messages:
@@ -279,7 +279,12 @@ class Replica:
                 case ControlReply():
                     self._answers.append(message)
                 case EngineFailure():
-                    self._fail(self._signature + message.error, reported=True, user_error=message.user_error)
+                    self._fail(
+                        self._signature + message.error,
+                        reason=message.error,
+                        reported=True,
+                        user_error=message.user_error,
+                    )
 
     def _send(self, frame: bytes) -> None:
         self._check_open()
@@ -287,10 +292,12 @@ class Replica:
             self._host.channel.send(frame)
         except ChannelClosed:
             self._receive(0)  # raises the failure that the engine reported last, if it did
-            self._fail(f"{self.name} {self._host.death(self._patience)}")
+            self._fail(f"{self.name} {self._host.describe_exit(self._patience)}")
 
-    def _fail(self, message: str, *, reported: bool = False, user_error: bool = False) -> NoReturn:
-        self._failure = EngineError(message)
+    def _fail(
+        self, message: str, *, reason: str | None = None, reported: bool = False, user_error: bool = False
+    ) -> NoReturn:
+        self._failure = EngineError(message, reason)
         self.died = not reported
         self._kill()
         if (

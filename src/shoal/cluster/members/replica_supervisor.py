@@ -17,7 +17,7 @@ from shoal.cluster.members.supervised_replica import SupervisedReplica
 from shoal.cluster.replica_set import ReplicaSet
 from shoal.cluster.routing.capacity import ReplicaCapacity
 from shoal.cluster.stats import keep_counters
-from shoal.errors import ConfigError, EngineError, ShoalError, UserError
+from shoal.errors import ConfigError, EngineError, RequestError, ShoalError, UserError
 from shoal.log import get_logger
 from shoal.wire.engine import EngineStats, RefusalKind
 from shoal.wire.fleet import ReplicaStatus
@@ -157,11 +157,12 @@ class ReplicaSupervisor:
             self._replicas[number].status(now, self._set.num_held_by(number)) for number in sorted(self._replicas)
         )
 
-    def objection(self, number: int) -> tuple[str, RefusalKind] | None:
+    def objection(self, number: int) -> tuple[RequestError | str, RefusalKind] | None:
         """Return why a request that names this replica cannot be served; None if it can."""
         replica = self._replicas.get(number)
         if replica is None or replica.state is RunState.LEAVING:
-            return f"there is no replica {number}, only {self._known()}", RefusalKind.INVALID
+            why = f"there is no replica {number}, only {self._known()}"
+            return RequestError(why, "data_parallel_rank"), RefusalKind.INVALID
         if replica.state is RunState.FAILED:
             return f"replica {number} is not started again: {replica.error}", RefusalKind.LOST
         return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from shoal.cluster.members.replica_client import ReplicaClient
 from shoal.cluster.members.supervised import Supervised
 from shoal.cluster.stats import add_past_counters, keep_counters
-from shoal.errors import ShoalError
+from shoal.errors import EngineError, ShoalError
 from shoal.wire.engine import EngineStats
 from shoal.wire.fleet import ReplicaStatus
 
@@ -48,7 +48,7 @@ class SupervisedReplica(Supervised):
             pid=self.pid,
             since_s=now - self.since,
             restarts=self.num_restarts,
-            cause="" if self.error is None else str(self.error),
+            cause=self.error.reason if isinstance(self.error, EngineError) else str(self.error or ""),
             held=held,
             stats=self.stats,
         )

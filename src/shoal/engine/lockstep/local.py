@@ -19,7 +19,7 @@ class LockstepMember(Lockstep, Protocol):
 
     def fileno(self) -> int: ...
 
-    def clear_signal(self) -> None:
+    def clear(self) -> None:
         """Make this not readable until another replica launches a step or fails."""
 
     def close(self, why: str = "") -> None:
@@ -64,7 +64,7 @@ class LocalLockstep:
         waker = self._shared.wakers[self._number]
         return -1 if waker is None else waker
 
-    def clear_signal(self) -> None:
+    def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fileno())
 

@@ -120,8 +120,8 @@ class RendezvousLockstep:
     def fileno(self) -> int:
         return self._member.fileno()
 
-    def clear_signal(self) -> None:
-        self._member.quiet()
+    def clear(self) -> None:
+        self._member.clear()
 
     def close(self, why: str = "") -> None:
         self._member.close(why)

@@ -1,4 +1,4 @@
-"""Letting waiting requests in."""
+"""Admission of waiting requests."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,13 @@ from shoal.engine.scheduler.plan_builder import PlanBuilder
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
 from shoal.wire.ranks import NewSeq
 
-# Tokens of the requests that are admitted in a step. To find them in the prefix cache and to tell ranks of them takes
-# some 0.1 us each: hundreds of long prompts that are all cached would hold up everybody's next token.
-_LOOKED_AT = 1 << 18
+# The most tokens of requests that are admitted in a step. A lookup in the prefix cache and the message to the ranks
+# take some 0.1 us for each token: hundreds of long cached prompts would delay the next token of all other requests.
+_MAX_ADMITTED_TOKENS = 1 << 18
 
 
 class Admission:
-    """Lets waiting requests in, in the order of the queue: nobody overtakes a prompt that waits for room."""
+    """Admits waiting requests in the order of the queue. No request overtakes a prompt that waits for room."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Admission:
 
     @property
     def backlog(self) -> int:
-        """Prompt tokens of waiting requests for which there are places and blocks.
+        """The number of prompt tokens of waiting requests for which there are places and blocks.
 
         An estimate: part of them may be in the prefix cache.
         """
@@ -51,27 +51,27 @@ class Admission:
         return self._limits.max_num_seqs - len(self._books.running)
 
     def admit(self, plan: PlanBuilder) -> None:
-        """Let in whoever fits into the step, with the first tokens of each."""
+        """Admit the requests that fit into the step, and plan the first tokens of each."""
         running = self._books.running
         waiting = min(self._places, len(self._queue))
         most_draws = -(-(len(running) + waiting) // self._limits.stages)
-        looked_at = 0
+        admitted_tokens = 0
         while plan.budget > 0 and plan.draws < most_draws and len(running) < self._limits.max_num_seqs:
             request = self._queue.first()
-            if request is None or looked_at >= _LOOKED_AT or not self._start(request, plan):
+            if request is None or admitted_tokens >= _MAX_ADMITTED_TOKENS or not self._start(request, plan):
                 return
-            looked_at += len(request.tokens)
+            admitted_tokens += len(request.tokens)
 
     def _start(self, request: Request, plan: PlanBuilder) -> bool:
-        """Start the first request of the queue; False if the step or the cache has no room for it.
+        """Start the first request of the queue. Return False if the step or the cache has no room for it.
 
-        Room for the whole prompt is asked for, though blocks are given chunk by chunk: a prompt that is half in would
-        else be the first to be preempted.
+        The whole prompt must have room, though blocks are allocated chunk by chunk. A prompt that was admitted without
+        room for its end would be the first to be preempted.
         """
         prefix = self._tables.find_prefix(request)
         if not self._tables.fits(request, prefix):
             return False
-        # Where all tokens are found, the last one is computed once more, for what follows it. No rank writes it.
+        # If all tokens are cached, the last one is computed again to draw the token after it. No rank writes it.
         computed = min(self._tables.tokens_in(prefix), len(request.tokens) - 1)
         left = len(request.tokens) - computed
         count = plan.fit(request, computed, self._chunking.cut(left, plan.prompt_share) if left > 1 else left)

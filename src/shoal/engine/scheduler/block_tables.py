@@ -11,8 +11,8 @@ from shoal.wire.engine import ResetOutcome
 class BlockTables:
     """Block tables of running requests, taken from one pool.
 
-    A table is opened when its request starts to run and closed when it stops. In between it grows with the tokens that
-    are planned; blocks that fall behind the window are given back.
+    A table is opened when its request starts to run and closed when it stops. In between it grows with the planned
+    tokens; blocks that no attention window reaches any more are released.
     """
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
@@ -24,12 +24,12 @@ class BlockTables:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens for which there are free blocks."""
+        """The number of tokens for which there are free blocks."""
         return self._pool.num_free * self._size
 
     def find_prefix(self, request: Request) -> list[int]:
-        """Return the cached blocks that the request may start from. Nothing is taken."""
-        return self._pool.find_prefix(request.tokens, request.salt) if request.may_reuse else []
+        """Return the cached blocks that the request may start from. No block is taken."""
+        return self._pool.find_prefix(request.tokens, request.salt) if request.may_reuse_blocks else []
 
     def tokens_in(self, prefix: list[int]) -> int:
         return len(prefix) * self._size
@@ -57,13 +57,13 @@ class BlockTables:
         return (len(request.blocks) + self._pool.num_free) * self._size - request.computed
 
     def room_for_drafts(self, request: Request) -> int:
-        """Return how many more tokens fit if nobody shall make room because of a draft."""
+        """Return how many more tokens fit if no other request may be preempted for a draft."""
         return (len(request.blocks) + self._spare) * self._size - request.computed
 
     def extend(self, request: Request, lookahead: int) -> list[int]:
-        """Add blocks for all tokens that are planned, and for `lookahead` more if there are blocks to spare.
+        """Add blocks for all planned tokens, and for `lookahead` more if there are spare blocks.
 
-        The caller has looked at `room`.
+        The caller has checked `room`.
         """
         held = len(request.blocks)
         wanted = -(-request.computed // self._size) - held
@@ -77,9 +77,9 @@ class BlockTables:
         return added
 
     def retire(self, request: Request) -> None:
-        """Give blocks back that no layer will look at again.
+        """Release blocks that no layer will look at again.
 
-        The last block that the prefix cache was told of stays: the next one is found through it.
+        The last block that the prefix cache knows stays, since the next one is found through it.
         """
         if self._window is None:
             return
@@ -91,18 +91,18 @@ class BlockTables:
             request.blocks_retired = retired
 
     def cache(self, request: Request) -> None:
-        """Make those blocks findable whose tokens are known and computed."""
+        """Put the blocks whose tokens are known and computed into the prefix cache."""
         full = min(request.computed, len(request.tokens)) // self._size
         if full > request.blocks_cached and request.blocks:
             self._pool.cache(request.blocks, request.blocks_cached, full, request.tokens, request.salt)
             request.blocks_cached = full
 
     def forget_prefixes(self) -> ResetOutcome:
-        """Make no block findable any more; tables stay as they are."""
+        """Empty the prefix cache. Block tables stay as they are."""
         return ResetOutcome(self._pool.forget_all(), self._pool.num_blocks - self._pool.num_free)
 
     def audit(self, running: Iterable[Request]) -> None:
-        """Compare the pool's books with the tables of the running requests.
+        """Compare the pool's counts with the tables of the running requests.
 
         Raises:
             EngineError: they differ.
@@ -111,5 +111,5 @@ class BlockTables:
 
     @property
     def _spare(self) -> int:
-        """Free blocks, but one for each running request."""
+        """The number of free blocks beyond one for each running request."""
         return max(self._pool.num_free - self._num_open, 0)

@@ -21,7 +21,7 @@ class Counters:
     accepted_by_position: list[int] = field(default_factory=list)
 
     def count_drafts(self, proposed: int, accepted: int) -> None:
-        """Count one round of drafts of one request."""
+        """Count the drafts of one request in one step."""
         self.drafts += 1
         self.draft_tokens += proposed
         self.accepted_tokens += accepted
@@ -32,14 +32,14 @@ class Counters:
 
 
 class Books:
-    """All requests that have not ended. Those that run have a block table, and ranks know them."""
+    """All requests that have not ended. Running requests have a block table, and the ranks know them."""
 
     def __init__(self, tables: BlockTables) -> None:
         self.counters = Counters()
         self._tables = tables
         self._requests: dict[int, Request] = {}
         self._running: list[Request] = []  # in the policy's order
-        self._released: list[int] = []  # ranks are to forget these
+        self._released: list[int] = []  # sequences that the ranks should forget
 
     @property
     def running(self) -> Sequence[Request]:
@@ -56,7 +56,7 @@ class Books:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether there is no request, and nothing that ranks are to forget."""
+        """Return whether there is no request, and no sequence that the ranks should forget."""
         return not self._requests and not self._released
 
     @property
@@ -76,27 +76,27 @@ class Books:
         del self._requests[request.message.seq]
 
     def start(self, request: Request, prefix: list[int]) -> None:
-        """Let a request run, from cached blocks on."""
+        """Make a request run. `prefix`: the cached blocks that it starts from."""
         self._tables.open(request, prefix)
         request.state = RequestState.RUNNING
         self._running.append(request)
         self._running.sort(key=lambda running: running.sort_key)
 
     def stop(self, request: Request) -> None:
-        """Take a request from the running ones, if it is one, and have the ranks forget it."""
+        """Remove a request from the running ones, if it is running, and have the ranks forget it."""
         if request.state is RequestState.RUNNING:
             self._running.remove(request)
             self._released.append(request.message.seq)
             self._tables.close(request)
 
     def take_released(self) -> tuple[int, ...]:
-        """Return the requests that ranks are to forget with the next plan."""
+        """Return the sequences that the ranks should forget with the next plan, each once."""
         released = tuple(self._released)
         self._released.clear()
         return released
 
     def audit(self) -> None:
-        """Compare all books with each other.
+        """Compare the lists of requests with their states, and block tables with the pool.
 
         Raises:
             EngineError: a block or a request was lost.
@@ -106,4 +106,4 @@ class Books:
         for state, count in states.items():
             found = sum(request.state is state for request in self._requests.values())
             if found != count:
-                raise EngineError(f"scheduler out of balance: {found} requests {state.value}, {count} in its list")
+                raise EngineError(f"the scheduler lists {count} {state.value} requests, but {found} have this state")

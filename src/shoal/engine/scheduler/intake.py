@@ -1,4 +1,4 @@
-"""The check of new requests."""
+"""Checks of new requests."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,14 @@ from shoal.engine.request import Request
 from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.limits import SchedulerLimits
 from shoal.engine.speculation import Drafter
-from shoal.errors import RequestError
+from shoal.errors import RequestError, structured_outputs_error
 from shoal.protocols import Policy
 from shoal.wire.engine import EngineRequest
 from shoal.wire.tokens import decode_tokens, token_set
 
 
 class Intake:
-    """Checks new requests and asks the policy for their place in the order."""
+    """Checks new requests and has the policy decide their order."""
 
     def __init__(
         self,
@@ -37,24 +37,27 @@ class Intake:
         self._arrivals = 0
 
     def receive(self, message: EngineRequest) -> Request:
-        """Make a request of what a client sends.
+        """Make a `Request` from a client's message.
 
         Raises:
-            RequestError: it can never run. The front end checks prompts before; this is the engine's own guard.
+            RequestError: the request can never run. The front end checks prompts too; the engine does not rely on it.
         """
         tokens = decode_tokens(message.tokens)
         prompt = message.num_prompt_tokens
         if not 0 < prompt <= len(tokens):
-            raise RequestError(f"request {message.seq}: its prompt has {prompt} tokens, must have 1 to {len(tokens)}")
+            raise RequestError(
+                f"request {message.seq}: its prompt has {prompt} tokens; it must have 1 to {len(tokens)}", "prompt"
+            )
         if prompt + message.max_tokens > self._limits.max_model_len or message.max_tokens < 1:
             raise RequestError(
                 f"request {message.seq}: {prompt} prompt tokens and {message.max_tokens} to generate must be at least "
-                f"one each, and at most {self._limits.max_model_len} together"
+                f"one each, and at most {self._limits.max_model_len} together",
+                "max_tokens",
             )
         if self._books.find(message.seq) is not None:
             raise RequestError(f"request {message.seq} exists already")
         if message.grammar and not self._has_grammars:
-            raise RequestError("structured outputs need a tokenizer, which this model does not have")
+            raise structured_outputs_error("needs a tokenizer, which this model does not have")
         self._arrivals += 1
         drafter = self._make_drafter()
         if drafter is not None:
@@ -72,7 +75,7 @@ class Intake:
         )
 
     def _salt(self, message: EngineRequest) -> str | None:
-        """Return what requests must have in common to share blocks: their salt; without a prefix cache their group."""
+        """Return the salt that requests must have in common to share blocks. Without a prefix cache it is the group."""
         if self._prefix_caching:
             return message.cache_salt
         return f"group {message.group}" if message.group >= 0 else None

@@ -1,4 +1,4 @@
-"""The limits that a scheduler keeps to."""
+"""The limits of a scheduler."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,6 @@ class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    window: int | None = None  # tokens that any layer looks back on, itself included; None: all of them
-    stages: int = 1  # of the pipeline, which works on as many steps at a time
-    prompt_logprobs: int | None = None  # prompt tokens whose log-probabilities a step may give; None: any number
+    window: int | None = None  # the longest attention window, in tokens; None: some layer sees all tokens
+    stages: int = 1  # stages of the pipeline, which works on as many steps at a time
+    prompt_logprobs: int | None = None  # the most prompt tokens with log-probabilities in a step; None: any number

@@ -1,4 +1,4 @@
-"""A plan of one step, while it is made."""
+"""A step plan while it is made."""
 
 import math
 
@@ -10,10 +10,10 @@ from shoal.wire.ranks import NewSeq, StepPlan, Work
 
 
 class PlanBuilder:
-    """The work that a step has been given so far, and what is left of its budgets.
+    """The work that was planned for a step so far, and the rest of its budgets.
 
-    `budget`: tokens that still fit. `prompt_share`: those of them that prompts shall have. `draws`: tokens that the
-    step draws.
+    `budget`: tokens that still fit. `prompt_share`: how many of them are for prompts. `draws`: tokens that the step
+    draws.
     """
 
     def __init__(self, step: int, limits: SchedulerLimits, prompt_share: int, tables: BlockTables) -> None:
@@ -39,19 +39,19 @@ class PlanBuilder:
     def fit(self, request: Request, start: int, count: int) -> int:
         """Return how many of a request's `count` tokens from `start` on fit into the step.
 
-        One may always be computed, however many log-probabilities of prompts the step gives already: a request that
-        had to wait for its turn would hold up those behind it.
+        At least one fits, even if the step already gives the most log-probabilities of prompts. Otherwise the request
+        would delay those after it in the queue.
         """
         count = min(count, self.budget)
         most = max(self._prompt_logprobs, 1)
         return int(most) if request.prompt_logprobs_in(start, count) > most else count
 
     def introduce(self, new: NewSeq) -> None:
-        """Tell the ranks of a request that starts to run."""
+        """Add a request that starts to run, so that the ranks learn of it."""
         self._new.append(new)
 
     def give(self, request: Request, count: int, drafts: Ids = ()) -> None:
-        """Plan the next `count` tokens of a request and the drafts behind them, with the blocks that they need."""
+        """Plan the next `count` tokens of a request and the drafts after them, with the blocks that they need."""
         start = request.computed
         sample = start + count == request.length
         count += len(drafts)
@@ -69,7 +69,7 @@ class PlanBuilder:
         self._count(request, work, 1)
 
     def take_back(self, request: Request) -> None:
-        """Undo `give`, if the request has work in this step; its blocks are the caller's affair."""
+        """Undo `give`, if the request has work in this step. The caller frees its blocks."""
         work = self._work.pop(request, None)
         if work is None:
             return
@@ -96,5 +96,5 @@ class PlanBuilder:
 
 
 def prompt_tokens(work: Work) -> int:
-    """Return what a work takes of its step's share for prompts: nothing, if it is a single token and drafts."""
+    """Return how much of the step's share for prompts a work uses: nothing if it is a single token with drafts."""
     return work.count if work.count - len(work.drafts) > 1 else 0

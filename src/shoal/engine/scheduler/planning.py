@@ -1,4 +1,4 @@
-"""Planning the next tokens of running requests, and preempting some where blocks run out."""
+"""Planning the next tokens of running requests, and preemption if blocks run out."""
 
 from collections.abc import Callable, Container
 
@@ -15,8 +15,8 @@ from shoal.wire.base import Ids
 class RunningPlanner:
     """Plans the next tokens of running requests.
 
-    Requests that need a single token take turns over the stages of a pipeline; a prompt gets chunks as the chunking
-    says. Where a request finds no block, the one that is last in the policy's order gives its own back.
+    Requests that need a single token take turns over the stages of a pipeline. `PromptChunker` decides the chunks of
+    prompts. If no block is free for a request, the running request that is last in the policy's order is preempted.
     """
 
     def __init__(
@@ -30,25 +30,25 @@ class RunningPlanner:
 
     @property
     def backlog(self) -> int:
-        """Tokens of running prompts that could be computed now."""
+        """The number of tokens of running prompts that could be computed now."""
         return sum(request.uncomputed for request in self._books.running if not request.decodes)
 
     def continue_in_turn(self, plan: PlanBuilder) -> bool:
-        """Give running requests their next tokens; True if one had to make room for another."""
-        if self._limits.stages == 1:  # whoever wants a token; to look at all of them takes as long as to plan
+        """Plan the next tokens of running requests. Return True if a request was preempted."""
+        if self._limits.stages == 1:  # all requests; to find those whose turn it is would take as long as planning
             return self._continue(plan, set(self._books.running))
         return self._continue(
             plan, self._longest_waiting(plan, lambda each: not each.pending or each.turn <= plan.step)
         )
 
     def continue_out_of_turn(self, plan: PlanBuilder) -> None:
-        """Give tokens to requests that are no more than one step behind a token that is not known."""
+        """Plan a token of requests whose last token is planned but not known, before it is their turn."""
         self._continue(plan, self._longest_waiting(plan, lambda each: each.pending == 1 and each.turn > plan.step))
 
     def preempt(self, request: Request, plan: PlanBuilder | None = None) -> None:
-        """Give a request's blocks back; it will compute its tokens again, once those in flight are known.
+        """Free a request's blocks. It computes its tokens again, once those in flight are known.
 
-        Work that the unfinished `plan` gives it is taken back.
+        Work that the unfinished `plan` has for it is removed.
         """
         if plan is not None:
             plan.take_back(request)
@@ -64,18 +64,18 @@ class RunningPlanner:
             self.preempt(request)
 
     def _continue(self, plan: PlanBuilder, turn: Container[Request]) -> bool:
-        """Give running requests their next tokens, single ones to those whose `turn` it is.
+        """Plan the next tokens of running requests, and single tokens only for requests in `turn`.
 
-        Those that need a single token come first: a long prompt in chunks delays nobody's next token.
+        Single tokens are planned first, so that the chunks of a long prompt do not delay them.
         """
         made_room = False
         wanting = [(request, request.uncomputed) for request in self._books.running]
         for request, uncomputed in sorted(wanting, key=lambda each: each[1] > 1):
-            if request.state is not RequestState.RUNNING:  # it has made room for another
+            if request.state is not RequestState.RUNNING:  # it was preempted for another
                 continue
             self._tables.retire(request)
             wanted = self._wanted(request, uncomputed, plan, turn)
-            if wanted == 0:  # it waits for results
+            if wanted == 0:
                 continue
             while request.state is RequestState.RUNNING and self._tables.room(request) == 0:
                 self.preempt(self._books.running[-1], plan)
@@ -83,7 +83,7 @@ class RunningPlanner:
             if request.state is RequestState.RUNNING:
                 count = min(wanted, self._tables.room(request))
                 plan.give(request, count, self._drafts(request, count, plan))
-        # Only now: had the prefix cache been told before, a request taken back would have left promises in it.
+        # Not before all is planned: a request that is taken back must not leave blocks in the cache that no step fills.
         for request in plan.requests:
             self._tables.cache(request)
         return made_room
@@ -96,10 +96,10 @@ class RunningPlanner:
         return plan.fit(request, request.computed, uncomputed)
 
     def _drafts(self, request: Request, count: int, plan: PlanBuilder) -> Ids:
-        """Return the drafts that are computed behind the last known token of a request.
+        """Return the drafts that are computed after the last known token of a request.
 
-        There are as many as budget and blocks allow, and none behind a part of a prompt or behind the last token that
-        is wanted.
+        There are as many as budget and blocks allow, but none after a chunk in the middle of a prompt and none after
+        the last token that the request may have.
         """
         if request.drafter is None or count != 1 or request.uncomputed != 1:
             return ()
@@ -112,7 +112,10 @@ class RunningPlanner:
         return request.drafter.propose(most) if request.constraint is None else request.constraint.drafts[:most]
 
     def _longest_waiting(self, plan: PlanBuilder, may: Callable[[Request], bool]) -> set[Request]:
-        """Return those that get a single token in this step: one in `stages` of the requests that decode."""
+        """Return the requests that get a single token in this step: one in `stages` of those that decode.
+
+        They are the ones that have waited longest among those that `may` be planned.
+        """
         decoding = [request for request in self._books.running if request.decodes]
         ready = [request for request in decoding if request.uncomputed and may(request)]
         stages = self._limits.stages

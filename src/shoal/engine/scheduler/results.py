@@ -1,4 +1,4 @@
-"""Taking in tokens of steps and verdicts of grammars, and ending requests by them."""
+"""Results of steps and verdicts of grammars, and the end of requests."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,14 @@ from shoal.engine.scheduler.block_tables import BlockTables
 from shoal.engine.scheduler.books import Books
 from shoal.engine.scheduler.verdicts import Verdicts
 from shoal.engine.scheduler.waiting_queue import WaitingQueue
-from shoal.wire.engine import Finish, RefusalKind, SeqUpdate
+from shoal.errors import RequestError, structured_outputs_error
+from shoal.wire.engine import Finish, RefusalKind, SeqUpdate, error_fields
 from shoal.wire.grammars import Verdict
 from shoal.wire.ranks import PromptLogprobs, SeqOut, TokenLogprobs
 
 
 class Results:
-    """Takes in what ranks and grammars say, and keeps what clients are to be told of it."""
+    """Takes in results of ranks and verdicts of grammars, and keeps the updates for clients."""
 
     def __init__(self, books: Books, tables: BlockTables, queue: WaitingQueue, verdicts: Verdicts) -> None:
         self._books = books
@@ -34,7 +35,7 @@ class Results:
         self._updates.append(update)
 
     def accept(self, out: SeqOut) -> None:
-        """Append drawn tokens to their request. What comes from an older epoch is dropped."""
+        """Append drawn tokens to their request. Results of an older epoch are dropped."""
         request = self._books.find(out.seq)
         if request is None or request.epoch != out.epoch:
             return
@@ -50,7 +51,7 @@ class Results:
         self._tables.cache(request)
         logprobs = out.logprobs[: len(taken)]
         if finish is not None:
-            self.end(request, finish, taken, logprobs, error, out.prompt_logprobs)
+            self.end(request, finish, taken, logprobs, error or "", prompt_logprobs=out.prompt_logprobs)
             return
         if request.constraint is not None and taken:
             self._verdicts.ask(request, taken)
@@ -65,14 +66,14 @@ class Results:
             )
         )
 
-    def judge(self, verdict: Verdict) -> None:
-        """Take in what a grammar says of an output."""
+    def apply_verdict(self, verdict: Verdict) -> None:
+        """Take in the verdict of a grammar on an output."""
         request = self._verdicts.take(verdict)
         if request is None:
             return
         finish, error = _end_by(verdict, request)
         if finish is not None:
-            self.end(request, finish, error=error)
+            self.end(request, finish, error=error or "")
         elif request.state is RequestState.CHECKED:
             self._queue.push(request)
         else:
@@ -84,10 +85,16 @@ class Results:
         finish: Finish,
         tokens: Sequence[int] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
-        error: str = "",
+        error: RequestError | str = "",
+        refusal: RefusalKind = RefusalKind.NONE,
         prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
-        """End a request, with its last tokens."""
+        """End a request, and give its client the last tokens.
+
+        Args:
+            error: a message, if the error is of another kind than INVALID.
+            refusal: the kind of an error that is given as a message.
+        """
         self._books.remove(request)
         self._verdicts.forget(request)
         self._updates.append(
@@ -97,16 +104,18 @@ class Results:
                 logprobs,
                 finish,
                 request.cached_tokens,
-                error,
-                prompt_logprobs,
-                RefusalKind.INVALID if error else RefusalKind.NONE,
-                request.take_waited_us(),
-                request.preemptions,
+                prompt_logprobs=prompt_logprobs,
+                waited_us=request.take_waited_us(),
+                preemptions=request.preemptions,
+                **error_fields(error, refusal),
             )
         )
 
     def _settle_drafts(self, request: Request, right: int) -> None:
-        """Note that what was asked for has come; behind the drafts that were right nothing is computed."""
+        """Note that a planned token is known, and that `right` drafts before it were right.
+
+        The positions after the right drafts must be computed again.
+        """
         request.pending -= 1
         if request.num_drafts:
             self._books.counters.count_drafts(request.num_drafts, right)
@@ -115,45 +124,46 @@ class Results:
             request.num_drafts = 0
 
 
-def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Finish | None, str]:
+def _append(request: Request, drawn: Sequence[int]) -> tuple[tuple[int, ...], Finish | None, RequestError | None]:
     """Append drawn tokens up to the end of the output.
 
-    Returns the tokens that were appended, why the output ends with them if it does, and the error if that is one.
+    Return the tokens that were appended, why the output ends after them (None if it does not), and the error if there
+    is one.
     """
     constraint = request.constraint
     for place, token in enumerate(drawn):
-        error = constraint.objection(place, token) if constraint is not None else ""
-        if error:
+        error = constraint.why_forbidden(place, token) if constraint is not None else None
+        if error is not None:
             return tuple(drawn[:place]), Finish.ABORT, error
         request.tokens.append(token)
         finish = end_of_output(request)
-        drafted = place + 1 < len(drawn)  # only behind a right draft was anything else drawn
+        drafted = place + 1 < len(drawn)  # another token was drawn after this one, which was a right draft
         if finish is None and drafted and constraint is not None and constraint.is_complete_behind(place + 1):
             finish = Finish.STOP
         if finish is not None:
-            return tuple(drawn[: place + 1]), finish, ""
-    return tuple(drawn), None, ""
+            return tuple(drawn[: place + 1]), finish, None
+    return tuple(drawn), None, None
 
 
 def end_of_output(request: Request) -> Finish | None:
-    """Return why an output ends with its last token, as far as that is known without its grammar."""
+    """Return why an output ends with its last token, as far as this is known without its grammar."""
     if request.tokens[-1] in request.stop_ids:
         return Finish.STOP
-    if request.constraint is not None:  # it may be complete with this token, which is no end for want of room
+    if request.constraint is not None:  # the grammar may say that it is complete, which is STOP and not LENGTH
         return None
     return Finish.LENGTH if request.num_output_tokens >= request.message.max_tokens else None
 
 
-def _end_by(verdict: Verdict, request: Request) -> tuple[Finish | None, str]:
-    """Return why an output ends by its grammar, and the error if that is one."""
+def _end_by(verdict: Verdict, request: Request) -> tuple[Finish | None, RequestError | None]:
+    """Return why an output ends after a verdict (None if it does not), and the error if there is one."""
     full = request.num_output_tokens >= request.message.max_tokens
-    if verdict.refused:
-        return Finish.ABORT, verdict.refused
+    if verdict.refusal is not None:
+        return Finish.ABORT, verdict.refusal.error()
     if verdict.lost:
         times = request.constraint.losses if request.constraint is not None else 1
-        return Finish.ABORT, f"structured_outputs: {verdict.lost}, {times} times"
+        return Finish.ABORT, structured_outputs_error(f": {verdict.lost}, {times} times")
     if verdict.problem and not full:
-        return Finish.ABORT, f"structured_outputs can't be obeyed: {verdict.problem}"
+        return Finish.ABORT, structured_outputs_error(f"can't be obeyed: {verdict.problem}")
     if request.num_output_tokens and verdict.ended[0]:
-        return Finish.STOP, ""
-    return (Finish.LENGTH if full else None), ""
+        return Finish.STOP, None
+    return (Finish.LENGTH if full else None), None

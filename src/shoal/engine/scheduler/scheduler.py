@@ -1,21 +1,23 @@
-"""Iteration-level scheduling (Orca; Yu et al., OSDI 2022): what runs in the next step.
+"""Iteration-level scheduling (Orca; Yu et al., OSDI 2022), which decides the work of each step.
 
-There is no prefill phase and no decode phase. A step has a token budget; running requests take from it first, chunks
-of waiting prompts get what is left. Plans are made before the tokens of earlier ones are known, so a request may be
-scheduled once or twice past its end; what comes back for it then is dropped.
+There is no prefill phase and no decode phase. A step has a token budget: running requests use it first, and chunks of
+waiting prompts get the rest. Plans are made before the tokens of earlier plans are known, so a request may be planned
+once or twice after its end; these results are dropped.
 
-A pipeline of S stages works on S steps at a time. The first stage waits if a step needs a token that the last one has
-not drawn yet, and any stage does if a step takes longer than the next. So
+A pipeline of S stages works on S steps at a time. The first stage waits if a step needs a token that the last stage has
+not drawn yet, and any stage waits if a step takes longer than the next. Therefore:
 
-- a request whose token is drawn in step n is in step n + S at the earliest, unless the token is known before, or a step
-  would be empty without it (then the stages have nothing else to do, and the plan is there when the token is);
-- a step takes one in S of the requests that want single tokens (what is over goes to the first steps of each S): those
-  that have waited longest, then the policy's first. Where the budget is too short even for those, the policy alone
-  decides, as it does about blocks;
-- new requests come in with prompts cut as `prompt_chunking` says, and not more of them than their share of the draws.
+- A request whose token is drawn in step n is in step n + S at the earliest. There are two exceptions: the token is
+  known before, or a step would be empty without the request (then the stages have nothing else to do, and the plan is
+  ready when the token is).
+- A step takes one in S of the requests that need single tokens (the first steps of each S take the remainder). It takes
+  those that have waited longest, and among these the first by the policy. If the budget is too small even for those,
+  the policy alone decides, as it does about blocks.
+- New requests are admitted with chunks as `prompt_chunking` cuts them, but no more requests than their share of the
+  draws.
 
-Chunks of one prompt need nothing of each other that a stage does not have, and follow each other in consecutive steps.
-A pipeline of one stage needs none of these rules.
+The chunks of one prompt follow each other in consecutive steps, since a chunk needs only keys and values that its stage
+has computed before. A pipeline of one stage needs none of these rules.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +38,7 @@ from shoal.engine.scheduler.waiting_queue import Deadlines, WaitingQueue
 from shoal.engine.speculation import Drafter
 from shoal.errors import EngineError
 from shoal.protocols import Grammars, Policy
-from shoal.wire.engine import EngineRequest, Finish, ResetOutcome, SeqUpdate
+from shoal.wire.engine import EngineRequest, Finish, RefusalKind, ResetOutcome, SeqUpdate
 from shoal.wire.grammars import Verdict
 from shoal.wire.ranks import StepPlan, StepResult
 
@@ -57,8 +59,12 @@ class Scheduler:
         lockstep: bool = False,
         grammars: Grammars | None = None,
     ) -> None:
-        """`lockstep`: all plans say that ranks of other replicas take part. `grammars`: follows outputs that must obey
-        one; without it requests that bring a grammar are refused."""
+        """Make a scheduler without requests.
+
+        Args:
+            lockstep: all plans say that ranks of other replicas take part.
+            grammars: follows outputs that must obey a grammar; None: requests with a grammar are refused.
+        """
         self._limits = limits
         self._incarnation = incarnation
         self._lockstep = lockstep
@@ -82,18 +88,19 @@ class Scheduler:
         self._planner = RunningPlanner(self._books, self._tables, self._queue, limits, self._chunking)
         self._verdicts = Verdicts(grammars, self._books, self._queue)
         self._results = Results(self._books, self._tables, self._queue, self._verdicts)
-        self._flights: dict[int, tuple[Request, ...]] = {}  # step -> who has work in it
+        self._flights: dict[int, tuple[Request, ...]] = {}  # step -> the requests that have work in it
         self._next_step = 0
 
     # --- what clients ask for ------------------------------------------------------------------------------------
 
     def add(self, message: EngineRequest) -> None:
-        """Take a request over. One with a grammar may wait for its turn when that is compiled.
+        """Add a request. A request with a grammar enters the queue when its grammar is compiled.
 
-        A request that was begun elsewhere goes on behind the output it has; one that has all of it ends at once.
+        A request that another replica began continues after the output that it has. If its output is complete, it ends
+        at once.
 
         Raises:
-            RequestError: it can never run.
+            RequestError: the request can never run.
         """
         request = self._intake.receive(message)
         finish = end_of_output(request) if request.num_output_tokens else None
@@ -109,30 +116,33 @@ class Scheduler:
         if message.deadline is not None:
             self._deadlines.add(message.deadline, message.seq)
 
-    def abort(self, seqs: Iterable[int], error: str = "") -> None:
-        """End requests; those that have ended already, or never were, are passed over."""
+    def abort(self, seqs: Iterable[int], error: str = "", refusal: RefusalKind = RefusalKind.NONE) -> None:
+        """End requests. Requests that have ended already, or never existed, are ignored."""
         for seq in seqs:
             request = self._books.find(seq)
             if request is not None:
-                self._results.end(request, Finish.ABORT, error=error)
+                self._results.end(request, Finish.ABORT, error=error, refusal=refusal)
 
     def take_updates(self) -> list[SeqUpdate]:
-        """Return what clients are to be told, each once."""
+        """Return the new updates for clients."""
         return self._results.take_updates()
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def schedule(self, *, must: bool = False, rest: bool = False) -> StepPlan | None:
-        """Return the next plan, None if there is nothing to do before more results are in.
+    def schedule(self, *, even_without_work: bool = False, no_work: bool = False) -> StepPlan | None:
+        """Return the next plan, or None if there is nothing to do before more results have come.
 
-        `must`: there is to be a plan, if need be without work. `rest`: there is to be no work.
+        Args:
+            even_without_work: return a plan in any case.
+            no_work: put no work into the plan.
         """
-        self.abort(self._deadlines.pop_passed(self._books.unfinished), error="the request's deadline has passed")
+        late = self._deadlines.pop_passed(self._books.unfinished)
+        self.abort(late, "the request's deadline has passed", RefusalKind.LATE)
         self._verdicts.foresee()
         plan = PlanBuilder(self._next_step, self._limits, self._chunking.share(self._backlog), self._tables)
-        if not rest:
+        if not no_work:
             self._fill(plan)
-        if plan.has_work or must or (not rest and self._only_releases):
+        if plan.has_work or even_without_work or (not no_work and self._only_releases):
             return self._launch(plan)
         return None
 
@@ -149,7 +159,7 @@ class Scheduler:
 
     @property
     def _only_releases(self) -> bool:
-        """Return whether ranks have nothing left to do but to forget sequences."""
+        """Return whether the ranks have nothing to do except to forget sequences."""
         return not self._flights and self._books.has_released
 
     def _launch(self, plan: PlanBuilder) -> StepPlan:
@@ -160,13 +170,13 @@ class Scheduler:
         return built
 
     def apply(self, result: StepResult) -> None:
-        """Take in what a step has brought. Steps come back in the order in which they were planned.
+        """Take in the result of a step. Results come in the order of the plans.
 
         Raises:
-            EngineError: it is not the step that was expected.
+            EngineError: the result is of another step than the expected one.
         """
         expected = next(iter(self._flights), None)
-        if result.step != expected:  # going on would give tokens to the wrong places
+        if result.step != expected:  # without this check tokens would go to the wrong positions
             raise EngineError(f"the ranks answered step {result.step} instead of step {expected}")
         self._verdicts.note_step(result.times.forward_us)
         requests = self._flights.pop(result.step)
@@ -180,39 +190,39 @@ class Scheduler:
     # --- the cache -----------------------------------------------------------------------------------------------
 
     def reset_cache(self, *, running: bool) -> ResetOutcome:
-        """Forget what the prefix cache could find.
+        """Empty the prefix cache.
 
-        `running`: requests that run give their blocks back, and compute their tokens again.
+        `running`: also preempt the running requests, which then compute their tokens again.
         """
         if running:
             self._planner.preempt_all()
         return self._tables.forget_prefixes()
 
     def forget_cache(self) -> None:
-        """Forget all that ranks know of sequences, since the KV cache is gone. No step may be in flight.
+        """Forget everything about the KV cache, whose memory is about to be freed. No step may be in flight.
 
         Raises:
-            EngineError: one is.
+            EngineError: a step is in flight.
         """
         if self._flights:
-            raise EngineError(f"the KV cache can't be given up while {len(self._flights)} steps are in flight")
+            raise EngineError(f"the KV cache can't be freed while {len(self._flights)} steps are in flight")
         self.reset_cache(running=True)
         self._books.take_released()
 
     # --- grammars ------------------------------------------------------------------------------------------------
 
-    def judge(self, verdict: Verdict) -> None:
-        """Take in what a grammar says of an output."""
-        self._results.judge(verdict)
+    def apply_verdict(self, verdict: Verdict) -> None:
+        """Take in the verdict of a grammar on an output."""
+        self._results.apply_verdict(verdict)
 
     def awaits_verdicts(self, plan: StepPlan) -> bool:
         """Return whether masks of the plan are still unknown."""
         return self._verdicts.are_awaited(plan)
 
     def masks(self, plan: StepPlan, row_bytes: int) -> bytes:
-        """Return which tokens may be drawn in the masked works of a plan, in their order.
+        """Return the masks of the masked works of a plan, in their order.
 
-        A request whose verdict has not come yet is set back: what is drawn for it counts for nothing.
+        A request whose verdict is late is set back: its token of this step is dropped and drawn again later.
         """
         return self._verdicts.masks(plan, row_bytes)
 
@@ -224,12 +234,12 @@ class Scheduler:
 
     @property
     def unfinished(self) -> list[int]:
-        """The requests that have not ended."""
+        """The numbers of the requests that have not ended."""
         return list(self._books.unfinished)
 
     @property
     def running(self) -> Sequence[Request]:
-        """The requests that run, in the policy's order."""
+        """The running requests, in the policy's order."""
         return self._books.running
 
     @property
@@ -251,7 +261,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Return whether there is nothing to do and nothing on its way."""
+        """Return whether there is no request, nothing to release and no step in flight."""
         return self._books.is_empty and not self._flights
 
     @property
@@ -259,7 +269,7 @@ class Scheduler:
         return self._results.has_updates
 
     def audit(self) -> None:
-        """Compare all books with each other.
+        """Compare the lists of requests with their states, and block tables with the pool.
 
         Raises:
             EngineError: a block or a request was lost.

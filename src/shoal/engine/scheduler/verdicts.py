@@ -1,7 +1,7 @@
 """Verdicts of grammars on outputs, and the masks of plans.
 
-A verdict may take long, and then nobody else waits for it. A request is planned ahead of its verdict only where that
-is there before the ranks need it; others are planned when it has come.
+A verdict may take long, and other requests must not wait for it. A request is planned before its verdict has come only
+if the verdict should arrive before the ranks need it. Otherwise it is planned when the verdict has come.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ _STEPS_REMEMBERED = 8
 
 
 class Verdicts:
-    """Asks for verdicts on outputs that must obey a grammar, and makes the masks of plans from them."""
+    """Requests verdicts on outputs that must obey a grammar, and makes the masks of plans from them."""
 
     def __init__(self, grammars: Grammars | None, books: Books, queue: WaitingQueue) -> None:
-        """`grammars` may be None where no request has one."""
+        """Make it for an engine with these `grammars`; None: no request has a grammar."""
         self._grammars = grammars
         self._books = books
         self._queue = queue
-        self._awaited: dict[Request, None] = {}  # running, and their verdicts are on their way
-        self._forward_us = 0.0  # what ranks take for a step, of late
+        self._awaited: dict[Request, None] = {}  # running requests whose verdict has not come; a set in order
+        self._forward_us = 0.0  # moving average of the forward time of steps
 
     def follow(self, request: Request) -> None:
-        """Have a grammar follow an output from its tokens so far on. A first verdict comes without asking."""
+        """Have a grammar follow an output, starting with its tokens so far. The first verdict comes unrequested."""
         assert self._grammars is not None
         output = request.tokens[request.num_prompt_tokens :]
         self._grammars.follow(request.message.seq, request.message.grammar, tuple(output))
 
     def ask(self, request: Request, taken: Sequence[int]) -> None:
-        """Have the grammar look at what was drawn, and at drafts of what follows."""
+        """Request a verdict on the drawn tokens `taken`, and on drafts of the next ones."""
         assert self._grammars is not None
         assert request.constraint is not None
         most = request.message.max_tokens - request.num_output_tokens - 1
@@ -51,7 +51,7 @@ class Verdicts:
             self._grammars.forget((request.message.seq,))
 
     def take(self, verdict: Verdict) -> Request | None:
-        """Note a verdict; return the request that goes on by it, None if there is none."""
+        """Store a verdict in its request and return the request, or None if the verdict is of no use."""
         request = self._books.find(verdict.seq)
         if request is None or request.constraint is None:
             return None
@@ -59,15 +59,15 @@ class Verdicts:
         if verdict.lost and constraint.note_loss():
             self.follow(request)
             return None
-        # Of an output that was followed anew, and has got tokens since, it says nothing.
-        if not (verdict.lost or verdict.refused) and verdict.num_tokens != request.num_output_tokens:
+        # The output was followed again and has new tokens since, so this verdict is about an older position.
+        if not verdict.lost and verdict.refusal is None and verdict.num_tokens != request.num_output_tokens:
             return None
         self._awaited.pop(request, None)
         constraint.verdict, constraint.cost_us = verdict, verdict.cost_us
         return request
 
     def foresee(self) -> None:
-        """Let requests be planned whose verdicts will be there before the ranks have computed a step."""
+        """Mark the requests whose verdicts should arrive before the ranks have computed a step, so they are planned."""
         if not self._awaited:
             return
         left = max(self._forward_us, _LEAST_FORESIGHT_US)
@@ -84,9 +84,9 @@ class Verdicts:
         return any(work.masked and self._unjudged(work.seq) is not None for work in plan.work)
 
     def masks(self, plan: StepPlan, row_bytes: int) -> bytes:
-        """Return which tokens may be drawn in the masked works of a plan, in their order.
+        """Return the masks of the masked works of a plan, in their order.
 
-        A request whose verdict has not come yet is set back: what is drawn for it counts for nothing.
+        A request whose verdict is late is set back: its token of this step is dropped and drawn again later.
         """
         found = []
         for work in plan.work:
@@ -97,7 +97,7 @@ class Verdicts:
             request = self._books.find(work.seq)
             if late is not None:
                 self._set_back(late)
-            if late is not None or request is None or request.constraint is None:  # it has ended, or draws for nothing
+            if late is not None or request is None or request.constraint is None:  # its token will be dropped
                 found.append(b"\xff" * row_bytes * places)
             else:
                 found.append(request.constraint.masks(places))
@@ -109,11 +109,11 @@ class Verdicts:
         return request if waits else None
 
     def _set_back(self, request: Request) -> None:
-        """Have a request draw again what it draws in the plan that was made last."""
+        """Have a request draw the token of the last plan again."""
         assert request.constraint is not None
         request.constraint.cost_us = max(request.constraint.cost_us, 2 * int(self._forward_us) + _LEAST_FORESIGHT_US)
         self._books.stop(request)
         request.computed = request.pending = request.num_drafts = 0
-        request.epoch += 1  # results in flight are of no use
+        request.epoch += 1  # so that results in flight are dropped
         request.state = RequestState.DRAINING
         self._queue.push_if_drained(request)

@@ -1,4 +1,4 @@
-"""Requests that wait for a place: their order, and their deadlines."""
+"""The queue of waiting requests, and the deadlines of all requests."""
 
 import heapq
 from collections.abc import Callable, Collection
@@ -11,7 +11,7 @@ _FEW_DEADLINES = 64
 
 
 class PriorityPolicy:
-    """The lower priority number first; among equals, who came first."""
+    """Serves the lowest priority number first; among equal ones, the request that came first."""
 
     def sort_key(self, request: EngineRequest, arrival: int) -> tuple[int, ...]:
         return (request.priority, arrival)
@@ -20,14 +20,14 @@ class PriorityPolicy:
 class WaitingQueue:
     """Requests in state WAITING, in the policy's order.
 
-    A request that leaves that state leaves the queue without being taken out.
+    A request that leaves this state leaves the queue by itself; the caller need not remove it.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, ...], int, Request]] = []  # may hold requests that wait no longer
+        self._heap: list[tuple[tuple[int, ...], int, Request]] = []  # may hold requests that no longer wait
 
     def __len__(self) -> int:
-        """An upper bound: requests that have ended since may be counted."""
+        """Return an upper bound, which may count requests that have ended."""
         return len(self._heap)
 
     def push(self, request: Request) -> None:
@@ -44,7 +44,7 @@ class WaitingQueue:
         heapq.heappop(self._heap)
 
     def push_if_drained(self, request: Request) -> None:
-        """Let a preempted request wait again, once its results in flight and its verdict are there."""
+        """Put a preempted request into the queue, if its results in flight and its verdict have come."""
         if request.state is not RequestState.DRAINING or request.in_flight:
             return
         if request.constraint is None or request.constraint.verdict is not None:
@@ -52,13 +52,13 @@ class WaitingQueue:
             self.push(request)
 
     def tokens_of_first(self, count: int) -> int:
-        """Tokens of the first `count` requests, an estimate: those that a heap has in front are about the first."""
+        """Estimate the number of tokens of the first `count` requests. The order of the heap is only roughly sorted."""
         waiting = (request for *_, request in self._heap if request.state is RequestState.WAITING)
         return sum(len(request.tokens) for request in islice(waiting, count))
 
 
 class Deadlines:
-    """Times by which requests must have ended."""
+    """The times by which requests must have ended."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -69,7 +69,7 @@ class Deadlines:
 
     def pop_passed(self, unfinished: Collection[int]) -> list[int]:
         """Return the requests whose deadline has passed; some of them may have ended already."""
-        if len(self._heap) > 2 * len(unfinished) + _FEW_DEADLINES:  # most are of requests that have ended
+        if len(self._heap) > 2 * len(unfinished) + _FEW_DEADLINES:  # most belong to requests that have ended
             self._heap = [entry for entry in self._heap if entry[1] in unfinished]
             heapq.heapify(self._heap)
         passed = []

@@ -23,7 +23,7 @@ _TORCH_TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 _BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_DUMMY_PERIOD = (1 << 20) - 3  # dummy weights repeat after so many values; odd, so that rows differ
+_DUMMY_PERIOD = (1 << 20) - 3  # dummy weights repeat after this many values; odd, so that rows differ
 _WIDENED_NUMBERS = 1 << 16  # numbers that are multiplied by their scales at a time
 _READ_BYTES = 1 << 22  # bytes that are read at a time if they must be converted before they get to their place
 # The number that each byte stands for. Looking it up is ten times as fast as PyTorch's conversion.
@@ -36,7 +36,7 @@ class Weights(Protocol):
     dtype: torch.dtype  # of parameters without a type of their own
 
     def tensor(self, name: str) -> Tensor:
-        """Return the rank's share of a parameter, [rows, ...], in memory that nobody else uses."""
+        """Return the rank's share of a parameter, [rows, ...], in memory of its own."""
 
     def optional(self, name: str) -> Tensor | None:
         """Return the rank's share, or None if the model, or the rank's stage of it, has no such parameter."""

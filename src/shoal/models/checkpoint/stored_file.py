@@ -1,4 +1,4 @@
-"""Reading files of a model, and noticing if one was changed since its header was read. Free of torch."""
+"""Reads files of a model, and notices if a file was changed after its header was read. Free of torch."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ _MIN_SEPARATE_READ = 1 << 15  # elements; if as many others lie between such run
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """The properties of a file of which one changes when the file is replaced or written to."""
+    """The properties of a file that change when it is replaced or written to."""
 
     inode: int
     size: int
@@ -47,10 +47,10 @@ class FileState:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in a file of `torch.save`: `offset` in bytes, `strides` in elements.
+    """The place of a tensor in a file of `torch.save`: `offset` in bytes, `strides` in elements.
 
-    With `whole`, only PyTorch can read the file, and only all of it at once; `offset` is then no place in the file. It
-    is equal for tensors that begin at the same number of the same storage, and for no others.
+    With `whole`, only PyTorch can read the file, and only as a whole. Then `offset` is not a place in the file, but it
+    is equal for tensors that begin at the same element of the same storage, and only for these.
     """
 
     dtype: str

@@ -1,8 +1,8 @@
-"""Files of weights that `torch.save` wrote, read by PyTorch's own reader for files from strangers.
+"""Files of weights from `torch.save`, read with PyTorch's own reader for untrusted files.
 
-Since PyTorch 1.6 such a file is a zip archive: a pickle of what was saved, and a member, never compressed, for each
-storage. PyTorch maps it into memory, so that the address of a storage says where in the file it lies. Before, the
-pickle was followed by the storages themselves; PyTorch reads such a file as a whole.
+Since PyTorch 1.6 such a file is a zip archive with a pickle of the saved object and an uncompressed member for each
+storage. PyTorch maps the file into memory, so the address of a storage gives its offset in the file. In older files
+the storages follow the pickle; PyTorch reads such a file as a whole.
 """
 
 import contextlib
@@ -40,42 +40,44 @@ _DTYPES = {
 }
 _LOCAL_HEADER = b"PK\x03\x04"
 _ENCRYPTED = 1
-_LONGEST_REASON = 300
+_MAX_REASON = 300
 _MAPS = Path("/proc/self/maps")
 
 
-class _Refused(Exception):
-    """Why a file is not read: the end of a sentence."""
+class _Unreadable(Exception):
+    """A file can't be read. The message is the reason, the end of a sentence."""
 
 
 def list_here(files: Mapping[Path, FileState]) -> dict[Path, dict[str, StoredTensor]]:
-    """Do what `pickled.read_pickled` does, without a child process and its bounds: for a process that has loaded
-    PyTorch, and files that a child has read before.
+    """Do the same as `pickled.read_pickled`, but without a child process and its limits.
+
+    This is for a process that has loaded PyTorch, and for files that a child process has read before.
 
     Raises:
-        CheckpointError: as `list_tensors`.
+        CheckpointError: see `list_tensors`.
     """
     return {file: list_tensors(file) for file in files}
 
 
 def list_tensors(file: Path) -> dict[str, StoredTensor]:
-    """Return where each tensor of a state dict lies: within the file, and within the member of its storage.
+    """Return the place of each tensor of a state dict in the file.
 
     Raises:
-        CheckpointError: as `load_tensors`; or a tensor reaches beyond the data that the file has for it.
+        CheckpointError: see `load_tensors`; or a tensor is larger than its data in the file.
     """
     with _one_line(file):
         tensors = load_tensors(file)
-        find = _places_in_archive(file) if _is_archive(file) else _places_in_memory(tensors)
+        find = _offsets_in_archive(file) if _is_archive(file) else _offsets_in_storages(tensors)
         return {name: find(name, tensor) for name, tensor in tensors.items()}
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a state dict, by name: views of a mapping of the file, or, where its format is that from
-    before PyTorch 1.6, in memory.
+    """Return the tensors of a state dict, by name.
+
+    They are views of a mapping of the file, or in memory if the format is older than PyTorch 1.6.
 
     Raises:
-        CheckpointError: the file is truncated or malformed, asks for something that weights do not need, or holds no
+        CheckpointError: the file is truncated or malformed, asks for something that weights do not need, or has no
             state dict.
     """
     with _one_line(file):
@@ -87,12 +89,12 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _one_line(file: Path) -> Iterator[None]:
-    """Say in one line what is wrong with the file, whatever PyTorch raises."""
+    """Turn any error of PyTorch into a CheckpointError of one line."""
     try:
         yield
     except CheckpointError:
         raise
-    except _Refused as error:
+    except _Unreadable as error:
         raise CheckpointError(f"{file} can't be read: {_shown(str(error))}") from None
     except OSError as error:
         raise CheckpointError(f"{file} can't be read: {error.strerror or _shown(str(error))}") from None
@@ -104,8 +106,8 @@ def _explained(file: Path, error: Exception) -> str:
     text = str(error)
     if isinstance(error, MemoryError) or "allocate memory" in text:
         return (
-            f"{file} can't be read: PyTorch gets no memory for it ({file.stat().st_size} bytes and what its pickle "
-            "asks for); if you trust the file, convert it to safetensors"
+            f"{file} can't be read: PyTorch could not allocate memory for it ({file.stat().st_size} bytes, and the "
+            "objects of its pickle); if you trust the file, convert it to safetensors"
         )
     unknown = re.search(r"GLOBAL (\S+)", text)
     if isinstance(error, pickle.UnpicklingError) and unknown:
@@ -113,15 +115,15 @@ def _explained(file: Path, error: Exception) -> str:
             f"{file} can't be read: it asks for {_shown(unknown[1])!r}, which weights do not need; if you trust the "
             "file, convert it to safetensors"
         )
-    # Around the reason PyTorch advises at length to load the file without `weights_only`: one sentence is enough.
+    # PyTorch's message is long, and advises to load the file without `weights_only`: only the reason is kept.
     reason = text.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
     reason = re.split(r"(?<=\S)\. (?=[A-Z])", reason)[0]
     return f"{file} is truncated or no file of weights: {_shown(f'{type(error).__name__}: {reason}')}"
 
 
 def _shown(text: str) -> str:
-    """What a stranger's file has put into a message, as one line for a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST_REASON])
+    """Return text from an untrusted file as one short line that is safe for a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_MAX_REASON])
 
 
 def _is_archive(file: Path) -> bool:
@@ -130,29 +132,29 @@ def _is_archive(file: Path) -> bool:
 
 
 def _check_members(file: Path) -> None:
-    """Refuse what PyTorch would take for numbers as they lie in memory, or would turn round in its mapping."""
+    """Refuse members that PyTorch would misread or overwrite in its mapping: compressed or big-endian ones."""
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
-                raise _Refused(f"{info.filename} is compressed or encrypted; torch.save stores it as it is")
+                raise _Unreadable(f"{info.filename} is compressed or encrypted; torch.save stores it as it is")
             if info.filename.rpartition("/")[2] == "byteorder":
                 with archive.open(info) as stream:
                     order = stream.read(16).decode("latin-1")
                 if order != "little":
-                    raise _Refused(f"its numbers have the byte order {order}; only little is supported")
+                    raise _Unreadable(f"its numbers have the byte order {order}; only little is supported")
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
-    """Names and tensors of what was saved: a dict of them, or a dict that has one as its `state_dict`."""
+    """Return the tensors by name from a saved object: a state dict, or a dict with one under `state_dict`."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise _Refused(f"it holds a {type(content).__name__}, and no tensors by name")
+        raise _Unreadable(f"it holds a {type(content).__name__}, and no tensors by name")
     found = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not found:
-        # Others than these could take forever to put into words: tuples of tuples, each of them twice the one before.
+        # The repr of other keys could take forever: tuples that contain the next tuple twice, and so on.
         first = [str(key)[:40] if isinstance(key, str | int) else type(key).__name__ for key in list(content)[:5]]
-        raise _Refused(
+        raise _Unreadable(
             f"it holds no tensors by name, but {', '.join(first) or 'nothing'}; save the model's state_dict by itself"
         )
     for name, tensor in found.items():
@@ -161,20 +163,20 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor whose numbers are not those of its storage."""
+    """Refuse a tensor whose values are not simply those of its storage."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_quantized or tensor.is_nested:
-        raise _Refused(f"{name} is no plain tensor: save a dense copy of it")
+        raise _Unreadable(f"{name} is no plain tensor: save a dense copy of it")
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-        raise _Refused(f"{name} is {tensor.layout} on the device {tensor.device}: save a dense copy of it")
+        raise _Unreadable(f"{name} is {tensor.layout} on the device {tensor.device}: save a dense copy of it")
     if tensor.is_neg() or tensor.is_conj():
-        raise _Refused(f"the numbers of {name} are to be negated or conjugated when they are read: save a copy of it")
+        raise _Unreadable(f"the numbers of {name} must be negated or conjugated on reading: save a copy of it")
 
 
 _Find = Callable[[str, Tensor], StoredTensor]
 
 
-def _places_in_archive(file: Path) -> _Find:
-    """Find a tensor in the file by where it lies in memory: PyTorch has mapped the file, and still does."""
+def _offsets_in_archive(file: Path) -> _Find:
+    """Return a function that finds a tensor in the file by its address, since PyTorch has mapped the file."""
     with zipfile.ZipFile(file) as archive:
         members = sorted((info.header_offset, info.file_size) for info in archive.infolist())
     mappings = _mappings()
@@ -183,20 +185,20 @@ def _places_in_archive(file: Path) -> _Find:
     def find(name: str, tensor: Tensor) -> StoredTensor:
         if tensor.numel() == 0:
             return _stored(tensor, 0)
-        start = _position(mappings, tensor)
+        start = _file_offset(mappings, tensor)
         if start is None:
-            raise _Refused(f"the numbers of {name} are not in the file")
+            raise _Unreadable(f"the numbers of {name} are not in the file")
         member = bisect(members, (start, 0)) - 1
-        there = min(members[member][1], size - start) if member >= 0 else 0
-        if there < _reach(tensor):
-            raise _Refused(f"the data of {name} is cut off: {there} bytes of {_reach(tensor)}")
-        return _stored(tensor, start + _first(tensor) * tensor.itemsize)
+        available = min(members[member][1], size - start) if member >= 0 else 0
+        if available < _extent(tensor):
+            raise _Unreadable(f"the data of {name} is cut off: {available} bytes of {_extent(tensor)}")
+        return _stored(tensor, start + int(tensor.storage_offset()) * tensor.itemsize)
 
     return find
 
 
-def _places_in_memory(tensors: Mapping[str, Tensor]) -> _Find:
-    """Give each storage a place of its own behind those before it, in the order of the tensors' names in the file."""
+def _offsets_in_storages(tensors: Mapping[str, Tensor]) -> _Find:
+    """Return a function that gives each tensor an offset as if the storages were stored one after the other."""
     starts: dict[int, int] = {}
     end = 0
     for tensor in tensors.values():
@@ -207,9 +209,9 @@ def _places_in_memory(tensors: Mapping[str, Tensor]) -> _Find:
 
     def find(name: str, tensor: Tensor) -> StoredTensor:
         storage = tensor.untyped_storage()
-        if storage.nbytes() < _reach(tensor):
-            raise _Refused(f"the data of {name} is cut off: {storage.nbytes()} bytes of {_reach(tensor)}")
-        start = starts[storage.data_ptr()] + _first(tensor) * tensor.itemsize
+        if storage.nbytes() < _extent(tensor):
+            raise _Unreadable(f"the data of {name} is cut off: {storage.nbytes()} bytes of {_extent(tensor)}")
+        start = starts[storage.data_ptr()] + int(tensor.storage_offset()) * tensor.itemsize
         return dataclasses.replace(_stored(tensor, start), whole=True)
 
     return find
@@ -220,29 +222,24 @@ def _stored(tensor: Tensor, offset: int) -> StoredTensor:
     return StoredTensor(dtype, tuple(tensor.shape), tensor.stride(), offset)
 
 
-def _first(tensor: Tensor) -> int:
-    """The number of its storage that a tensor begins with."""
-    return int(tensor.storage_offset())
-
-
-def _reach(tensor: Tensor) -> int:
-    """How many bytes of its storage a tensor reaches over."""
+def _extent(tensor: Tensor) -> int:
+    """Return the number of bytes from the start of a tensor's storage to the end of the tensor."""
     if tensor.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (_first(tensor) + last + 1) * tensor.itemsize
+    return (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class _Mapping:
-    """A part of a file that lies in this process's memory: its addresses, and where in the file it begins."""
+    """A part of a file that is mapped into this process's memory: its addresses, and its offset in the file."""
 
     addresses: range
     offset: int
 
 
 def _mappings() -> list[_Mapping]:
-    """All of them, by address. (https://man7.org/linux/man-pages/man5/proc_pid_maps.5.html)"""
+    """Return all mappings of files, ordered by address (https://man7.org/linux/man-pages/man5/proc_pid_maps.5.html)."""
     found = []
     for line in _MAPS.read_text("utf-8", "surrogateescape").splitlines():
         addresses, _, offset, _, inode = line.split(maxsplit=5)[:5]
@@ -252,8 +249,8 @@ def _mappings() -> list[_Mapping]:
     return found
 
 
-def _position(mappings: list[_Mapping], tensor: Tensor) -> int | None:
-    """Where in the file its storage begins; None where that is memory of this process's own."""
+def _file_offset(mappings: list[_Mapping], tensor: Tensor) -> int | None:
+    """Return the offset of a tensor's storage in its mapped file, or None if it is not in a mapped file."""
     address = tensor.untyped_storage().data_ptr()
     number = bisect(mappings, address, key=lambda mapping: mapping.addresses.start) - 1
     if number < 0 or address not in mappings[number].addresses:

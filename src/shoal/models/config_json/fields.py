@@ -129,7 +129,7 @@ def dtype_name(config: Config) -> str:
 
 
 def sliding_layers(config: Config, default: Sequence[bool]) -> list[bool]:
-    """Return for each layer whether it has a sliding window, as `layer_types` says, or `default` if it is missing.
+    """Return for each layer whether it has a sliding window, by `layer_types`, or `default` if that is missing.
 
     Raises:
         Unsupported: `layer_types` names another kind of attention.

@@ -6,8 +6,8 @@ from typing import Any
 
 _ROPES = ("rope_scaling", "rope_parameters")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# Fields of config.json that `rope_parameters` may have too. Each with the kind of layers that it is about, in a
-# `rope_parameters` that has one rope for each kind of layer, and its name there.
+# Fields of config.json that `rope_parameters` may have too. Each has its name there, and the kind of layers for which
+# it counts if `rope_parameters` has one rope for each kind of layer.
 _ROPE_FIELDS = {
     "rope_theta": (_FULL, "rope_theta"),
     "rotary_emb_base": (_FULL, "rope_theta"),

@@ -39,7 +39,7 @@ def _yarn(frequencies: Tensor, spec: RopeSpec, dim: int) -> Tensor:
     """
 
     def pair_with_turns(turns: float) -> float:
-        """Return the index of the pair that makes so many turns within the original length; it may be fractional."""
+        """Return the index of the pair that makes `turns` turns within the original length; it may be fractional."""
         wavelength = spec.original_max_positions / (turns * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(spec.theta))
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shoal.models.manifest import Cut, Param, Piece, Shard, shards
+from shoal.models.manifest import Cut, Param, Piece, Shard, make_shards
 from shoal.models.transformers.fallback_spec import FallbackSpec, shards_as_cut
 
 Cuts = dict[
@@ -115,7 +115,7 @@ def replaced_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iter
 
 
 def add_manifest(spec: FallbackSpec, model: Any, trial: Trial) -> FallbackSpec:
-    """Return the spec with all tensors, cut as the plan says as far as trials with cut layers succeed.
+    """Return the spec with all tensors. They are cut by the plan, as far as trials with cut layers succeed.
 
     Args:
         trial: runs the backbone of `model`, as it is then.
@@ -246,7 +246,7 @@ def _check_cut(spec: FallbackSpec, model: Any, trial: Trial) -> None:
 
 
 def _shards(spec: FallbackSpec, ranks: int) -> tuple[Shard, ...]:
-    return shards_as_cut(spec, shards(spec, ranks))
+    return shards_as_cut(spec, make_shards(spec, ranks))
 
 
 def cut_layers(spec: FallbackSpec) -> dict[str, Piece]:

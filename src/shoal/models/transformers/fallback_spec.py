@@ -41,7 +41,7 @@ class FallbackSpec(ModelSpec):
     one_stage: str = ""  # why it can't be cut into stages
 
     def describe(self, ranks: int) -> str:
-        """Return a line for the log on how the model runs over so many tensor-parallel ranks."""
+        """Return a line for the log that describes how the model runs over this number of tensor-parallel ranks."""
         line = (
             f"model_impl transformers: {self.architecture} runs as transformers' module with our attention and KV cache"
         )
@@ -60,7 +60,7 @@ def refusal(where: str, architecture: str, reason: str) -> CheckpointError:
 
 
 def check_ranks(spec: FallbackSpec, ranks: int) -> None:
-    """Check that the model can be cut over so many tensor-parallel ranks.
+    """Check that the model can be cut over this number of tensor-parallel ranks.
 
     Raises:
         ConfigError: it can't.
@@ -73,7 +73,7 @@ def check_ranks(spec: FallbackSpec, ranks: int) -> None:
 
 
 def check_stages(spec: FallbackSpec, stages: int) -> None:
-    """Check that the model can be cut into so many pipeline stages.
+    """Check that the model can be cut into this number of pipeline stages.
 
     Raises:
         ConfigError: it can't.
@@ -105,7 +105,7 @@ def shards_as_cut(spec: FallbackSpec, shards: Sequence[Shard]) -> tuple[Shard, .
     return tuple(found)
 
 
-def manifest(spec: FallbackSpec, names: Iterable[str]) -> tuple[Param, ...]:
+def make_manifest(spec: FallbackSpec, names: Iterable[str]) -> tuple[Param, ...]:
     """Return all parameters, with the names that a checkpoint with the tensors `names` has for them.
 
     A checkpoint of the backbone alone has no prefix, that of a multimodal model has a longer one than the module.

@@ -209,7 +209,7 @@ def _trial_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    sliding_window: int | None = None,  # the mask says the same
+    sliding_window: int | None = None,  # not used: the mask contains it
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -375,7 +375,7 @@ def _layers(calls: Sequence[AttentionCall], config: Any) -> list[AttentionCall]:
 
 
 def _max_positions(config: Any) -> tuple[int, str]:
-    """Return the number of positions of a model, and the scaling that made it larger than config.json says, or ""."""
+    """Return the number of positions of a model, and the scaling that made it larger than in config.json, or ""."""
     for name in ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_ctx"):
         named = getattr(config, name, None)
         if isinstance(named, int) and named > 0:

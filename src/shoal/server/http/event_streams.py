@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from shoal.server.http.errors import refusal_of
-from shoal.server.http.json_encoding import bytes_of, text_of
+from shoal.server.http.errors import http_error
+from shoal.server.http.json_encoding import json_bytes, json_text
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -22,11 +22,11 @@ _EVENT = {
     "required": ["data"],
 }
 # The description (OpenAPI) of an endpoint that can answer with events; it shows one event.
-STREAMED: dict[str, Any] = {"content": {"text/event-stream": {"schema": _EVENT}}}
+STREAM_DESCRIPTION: dict[str, Any] = {"content": {"text/event-stream": {"schema": _EVENT}}}
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client has disconnected: nobody waits for the answer."""
 
 
@@ -34,18 +34,25 @@ class ChunkWriter:
     """Writes the chunks of one answer. They have all fields in common but `choices` and `usage`."""
 
     def __init__(self, **common: Any) -> None:
-        self._head = "data: " + text_of(common)[:-1] + ',"choices":['
+        self._head = "data: " + json_text(common)[:-1] + ',"choices":['
 
     def chunk(self, choices: str, usage: str | None = None, more: str = "") -> str:
-        """Return one event. All arguments are JSON: `choices` is joined by commas, `usage` may be "null", `more` are
-        other fields, each with a comma before it."""
+        """Return one event. All arguments are JSON.
+
+        Args:
+            choices: choices, joined by commas.
+            usage: may be "null"; None: the chunk has no such field.
+            more: other fields, each with a comma before it.
+        """
         end = f"{more}}}" if usage is None else f'{more},"usage":{usage}}}'
         return f"{self._head}{choices}]{end}\n\n"
 
 
 class EventStream(Response):
-    """A response of `head`, then `events`, then `last`. The generator of `events` is closed in any case, and at once
-    when the client disconnects. An error becomes an event of its own before `last`.
+    """A response of `head`, then `events`, then `last`.
+
+    The generator of `events` is closed in any case, and immediately when the client disconnects. An error becomes an
+    event of its own before `last`.
     """
 
     media_type = "text/event-stream"
@@ -67,7 +74,7 @@ class EventStream(Response):
         sending = asyncio.create_task(self._send(send))
         try:
             await unless_gone(receive, sending)
-        except (ClientGone, OSError):
+        except (ClientDisconnected, OSError):
             pass
         finally:
             await self._events.aclose()
@@ -83,27 +90,27 @@ class EventStream(Response):
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001 - the status was sent already: only an event is left
-            event = b"data: " + bytes_of(refusal_of(error).body()) + b"\n\n"
+            event = b"data: " + json_bytes(http_error(error).body()) + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 
-async def answered(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Return the outcome of `work`, which is cancelled when the client disconnects.
 
     Raises:
-        ClientGone: it has disconnected.
+        ClientDisconnected: it has disconnected.
     """
     return await unless_gone(request.receive, asyncio.create_task(work))
 
 
 async def unless_gone(receive: Receive, work: asyncio.Task[T]) -> T:
-    """Return the outcome of `work`, as `answered` does."""
+    """Return the outcome of `work`, as `while_connected` does."""
     gone = asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ClientGone
+            raise ClientDisconnected
         return work.result()
     finally:
         work.cancel()

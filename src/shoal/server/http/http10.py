@@ -12,7 +12,7 @@ VERSIONS = ("0.9", "1.0")
 _WITHOUT_BODY = (204, 304)
 
 
-class OneZero:
+class Http10:
     """Wraps an application so that it answers the one request of `cycle` in HTTP/1.0.
 
     The connection stays open if the client asked for that and the answer has a known length.
@@ -25,14 +25,14 @@ class OneZero:
         cycle.waiting_for_100_continue = False  # an HTTP/1.0 client does not know status 100
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def spoken(message: Message) -> None:
+        async def send_http10(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = self._start(message)
             elif not self._delimited:
                 self._cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
 
-        await self._app(scope, receive, spoken)
+        await self._app(scope, receive, send_http10)
 
     def _start(self, message: Message) -> Message:
         cycle, headers = self._cycle, list(message.get("headers", ()))

@@ -12,24 +12,28 @@ _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan
 _LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"})
 
 
-def text_of(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """Return a value as JSON in one line."""
     text = _encoder.encode(value)
     return text if text.isascii() else text.translate(_LINE_ENDS)
 
 
-def bytes_of(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     """Return a value as JSON in UTF-8. Half a surrogate pair, which UTF-8 can't hold, becomes a question mark."""
-    return b"".join(piece.encode("utf-8", "replace") for piece in pieces(value))
+    return b"".join(piece.encode("utf-8", "replace") for piece in json_pieces(value))
 
 
 class EncodedList:
-    """A JSON list whose items are encoded when they are appended. `pieces` and `bytes_of` accept it as a value."""
+    """A JSON list whose items are encoded when they are appended.
+
+    `json_pieces` and `json_bytes` accept it as a value.
+    """
 
     def __init__(self) -> None:
         self._items: list[str] = []
 
     def append(self, item: Any, /) -> None:
-        self._items.append(text_of(item))
+        self._items.append(json_text(item))
 
     def __len__(self) -> int:
         return len(self._items)
@@ -44,7 +48,7 @@ class EncodedList:
         return sum(map(len, self._items))
 
     def pieces(self) -> Iterator[str]:
-        """Give the text of the list in parts."""
+        """Yield the text of the list in parts."""
         rest = iter(self._items)
         before = "["
         while part := list(islice(rest, _ITEMS)):
@@ -57,14 +61,17 @@ _ITEMS = 64  # items of an EncodedList that are joined at a time
 _PIECE = 2000  # cost of a piece: a value counts 1, ten characters of text count 1
 
 
-def pieces(value: Any) -> Iterator[str]:
-    """Give the text of `text_of` in parts. Each takes about a millisecond, in which no other thread of Python runs."""
+def json_pieces(value: Any) -> Iterator[str]:
+    """Yield the text of `json_text` in parts.
+
+    Each part takes about a millisecond, in which no other thread of Python runs.
+    """
     if _is_small(value):
-        yield text_of(value)
+        yield json_text(value)
     elif isinstance(value, dict):
         for i, (key, each) in enumerate(value.items()):
-            yield f"{',' if i else '{'}{text_of(key)}:"
-            yield from pieces(each)
+            yield f"{',' if i else '{'}{json_text(key)}:"
+            yield from json_pieces(each)
         yield "}"
     elif isinstance(value, list | tuple):
         rest = iter(value)
@@ -78,15 +85,15 @@ def pieces(value: Any) -> Iterator[str]:
     elif isinstance(value, EncodedList):
         yield from value.pieces()
     else:
-        yield text_of(value)
+        yield json_text(value)
 
 
 def _inside(part: list[Any]) -> Iterator[str]:
-    """Give the text of a list without its brackets."""
+    """Yield the text of a list without its brackets."""
     if _is_small(part) or len(part) > 1:
-        yield text_of(part)[1:-1]
+        yield json_text(part)[1:-1]
     else:
-        yield from pieces(part[0])
+        yield from json_pieces(part[0])
 
 
 def _is_small(value: Any) -> bool:
@@ -107,7 +114,7 @@ def _is_small(value: Any) -> bool:
     return left > 0
 
 
-def size_of(value: Any) -> int:
+def text_length(value: Any) -> int:
     """Return about how many characters the JSON of a value has."""
     pending, size = [value], 0
     while pending:

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from shoal.server.http.errors import Refusal
+from shoal.errors import RequestError
+from shoal.server.http.errors import HttpError
 from shoal.values import shown
 
 _SPACE = r"[ \t\n\r]*+"
@@ -29,24 +30,31 @@ _NOT_PLAIN = re.compile(r"[\\\x00-\x1f]")
 _SHOWN = 40  # characters of a wrong number that an error shows
 
 
-def _no_number(text: str) -> Any:
+def _refuse_number(text: str) -> Any:
     why = f"the body has the number {shown(text[:_SHOWN])}, which is not valid JSON or does not fit a 64-bit float"
-    raise Refusal(400, why, code="invalid_json")
+    raise RequestError(why, code="invalid_json")
 
 
 def _finite(text: str) -> float:
-    """Return a number. Python would read 1e999 as infinity, which JSON can't express in an answer and range checks may
-    miss."""
+    """Return a finite number.
+
+    Python would read 1e999 as infinity, which JSON can't express in an answer, and which checks of ranges may miss.
+    """
     number = float(text)
-    return number if math.isfinite(number) else _no_number(text)
+    return number if math.isfinite(number) else _refuse_number(text)
 
 
-_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)
+_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_number)
 
 
 class JsonReader:
-    """Reads one JSON text. `most_values`, `most_containers` (lists and objects) and `most_depth` limit what it may
-    hold."""
+    """Reads one JSON text.
+
+    Args:
+        most_values: the most values that it may have.
+        most_containers: the most lists and objects.
+        most_depth: the most levels of lists and objects inside each other.
+    """
 
     def __init__(self, text: str, *, most_values: int, most_containers: int, most_depth: int) -> None:
         self._text = text
@@ -62,7 +70,8 @@ class JsonReader:
 
         Raises:
             json.JSONDecodeError: the text is not JSON.
-            Refusal: it holds more than it may, or a number that is not valid JSON or does not fit a 64-bit float.
+            RequestError, HttpError: it has more than it may, or a number that is not valid JSON or does not fit a
+                64-bit float.
         """
         value, at = self._value(self._skip(0))
         at = self._skip(at)
@@ -99,10 +108,12 @@ class JsonReader:
         self._count(1)
         self._containers += 1
         if self._containers > self._most_containers:
-            raise Refusal(413, f"the body has more than {self._most_containers} lists and objects: send fewer prompts")
+            raise HttpError(
+                413, f"the body has more than {self._most_containers} lists and objects: send fewer prompts"
+            )
         self._depth += 1
         if self._depth > self._most_depth:
-            raise Refusal(400, f"the body is nested deeper than {self._most_depth} levels", code="invalid_json")
+            raise RequestError(f"the body is nested deeper than {self._most_depth} levels", code="invalid_json")
         found = read(at + 1)
         self._depth -= 1
         return found
@@ -110,7 +121,7 @@ class JsonReader:
     def _count(self, values: int) -> None:
         self._values += values
         if self._values > self._most_values:
-            raise Refusal(413, f"the body has more than {self._most_values} values: send fewer or shorter prompts")
+            raise HttpError(413, f"the body has more than {self._most_values} values: send fewer or shorter prompts")
 
     def _list(self, at: int) -> tuple[list[Any], int]:
         found: list[Any] = []
@@ -152,16 +163,21 @@ class JsonReader:
                 return found, at
 
     def _run(self, text: str, at: int) -> Any:
-        """Decode `text`, which is the part of the whole text from `at` on, put in brackets. Errors name the place in
-        the whole text."""
+        """Decode `text`, which is the part of the whole text from `at` on, put in brackets.
+
+        Errors name the place in the whole text.
+        """
         try:
             return _decode(text, 0)[0]
         except json.JSONDecodeError as error:
             raise json.JSONDecodeError(error.msg, self._text, at + error.pos - 1) from None
 
     def _next(self, at: int, end: str) -> tuple[int, bool]:
-        """Look at what follows a value: return where the next value begins and True, or where the container ends and
-        False."""
+        """Look at what follows a value before the `end` of its container.
+
+        Returns:
+            Where the next value begins and True, or where the container ends and False.
+        """
         at = self._skip(at)
         if self._text.startswith(end, at):
             return at + 1, False
@@ -174,41 +190,41 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
     """Return the value that begins at `at`, and where it ends."""
     try:
         return _decoder.raw_decode(text, at)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RequestError):
         raise
     except ValueError:
-        raise Refusal(400, "the body has a number of too many digits", code="invalid_json") from None
+        raise RequestError("the body has a number of too many digits", code="invalid_json") from None
 
 
-def may_have_halves(text: str) -> bool:
+def may_have_surrogates(text: str) -> bool:
     """True if an escape in the text may be half of a surrogate pair."""
     return "\\ud" in text or "\\uD" in text
 
 
-def refuse_halves(value: Any) -> None:
+def refuse_surrogates(value: Any) -> None:
     """Check that no string in a value has half of a surrogate pair.
 
     Raises:
-        Refusal: one has; it names the place.
+        RequestError: one has; it names the place.
     """
     pending: list[tuple[str, Any]] = [("", value)]
     while pending:
         where, each = pending.pop()
-        if isinstance(each, str) and (at := _half(each)) is not None:
+        if isinstance(each, str) and (at := _lone_surrogate(each)) is not None:
             half = f"\\u{ord(each[at]):04x} at character {at}"
             why = (
                 f"{where or 'the body'} is not valid Unicode: {half} is half of a surrogate pair without the other half"
             )
-            raise Refusal(400, why, param=where or None)
+            raise RequestError(why, where or None)
         if isinstance(each, dict):
-            if any(_half(key) is not None for key in each):
-                raise Refusal(400, f"{where or 'the body'} has a name that is not valid Unicode", param=where or None)
+            if any(_lone_surrogate(key) is not None for key in each):
+                raise RequestError(f"{where or 'the body'} has a name that is not valid Unicode", where or None)
             pending.extend((f"{where}.{key}" if where else key, inner) for key, inner in reversed(each.items()))
         elif isinstance(each, list):
             pending.extend((f"{where}[{i}]", inner) for i, inner in reversed(list(enumerate(each))))
 
 
-def _half(text: str) -> int | None:
+def _lone_surrogate(text: str) -> int | None:
     """Return the position of a lone surrogate; None if there is none."""
     try:
         text.encode()

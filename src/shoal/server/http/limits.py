@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.server.http.errors import Refusal
+from shoal.server.http.errors import HttpError
 from shoal.server.settings import ServerSettings
 
 
@@ -48,8 +48,10 @@ PUBLIC = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"}) 
 
 
 def add_limits(app: FastAPI, settings: ServerSettings, limits: RequestLimits | None = None) -> None:
-    """Add the middleware. Keys are checked before a body is read; web pages of `allowed_origins` can read
-    refusals too."""
+    """Add the middleware.
+
+    Keys are checked before a body is read. Web pages of `allowed_origins` can read error answers too.
+    """
     app.add_middleware(BodyLimit, limits=limits or RequestLimits(body_bytes=settings.max_request_bytes))
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=settings.api_keys)
@@ -64,8 +66,10 @@ def add_limits(app: FastAPI, settings: ServerSettings, limits: RequestLimits | N
 
 
 class KeyCheck:
-    """ASGI middleware that checks `Authorization: Bearer KEY` (RFC 6750). A wrong key takes the same time whether it is
-    nearly right or not."""
+    """ASGI middleware that checks `Authorization: Bearer KEY` (RFC 6750).
+
+    A wrong key takes the same time to check, however similar it is to the right one.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -75,8 +79,8 @@ class KeyCheck:
         if scope["type"] != "http" or route_of(scope) in PUBLIC or self._knows(_header(scope, b"authorization")):
             await self._app(scope, receive, send)
             return
-        refused = Refusal(401, "this server needs an API key: send it as `Authorization: Bearer KEY`")
-        await refused.response({"www-authenticate": "Bearer"})(scope, receive, send)
+        error = HttpError(401, "this server needs an API key: send it as `Authorization: Bearer KEY`")
+        await error.response({"www-authenticate": "Bearer"})(scope, receive, send)
 
     def _knows(self, given: bytes | None) -> bool:
         scheme, _, key = (given or b"").partition(b" ")
@@ -87,8 +91,10 @@ class KeyCheck:
 
 
 class BodyLimit:
-    """ASGI middleware that reads the whole body and hands it on in one piece. Reading on after it waits for the client
-    to disconnect."""
+    """ASGI middleware that reads the whole body and passes it on in one piece.
+
+    Whoever reads on after the body waits for the client to disconnect.
+    """
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app = app
@@ -101,8 +107,8 @@ class BodyLimit:
             return
         try:
             replay = await self._take(scope, receive)
-        except Refusal as refused:
-            await refused.response()(scope, receive, send)
+        except HttpError as error:
+            await error.response()(scope, receive, send)
             return
         if replay is not None:
             await self._app(scope, replay, send)
@@ -111,7 +117,7 @@ class BodyLimit:
         """Return a `receive` that gives the body again; None if the client has gone.
 
         Raises:
-            Refusal: the body is too large, too slow, or in a form that can't be read.
+            HttpError: the body is too large, too slow, or in a form that can't be read.
         """
         body = await self._read(scope, receive)
         return None if body is None else _Replay(body, receive)
@@ -120,10 +126,10 @@ class BodyLimit:
         """Return the body; None if the client has gone.
 
         Raises:
-            Refusal: as `_take`.
+            HttpError: as `_take`.
         """
         if (_header(scope, b"content-encoding") or b"identity").lower() != b"identity":
-            raise Refusal(415, "a body with a content-encoding can't be read: send it without compression")
+            raise HttpError(415, "a body with a content-encoding can't be read: send it without compression")
         self._check_size(int(_header(scope, b"content-length") or 0))
         parts: list[bytes] = []
         size = 0
@@ -141,23 +147,25 @@ class BodyLimit:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise Refusal(408, f"the body did not arrive within {self._limits.body_s:g} s") from None
+            raise HttpError(408, f"the body did not arrive within {self._limits.body_s:g} s") from None
         finally:
             self._held -= size
 
     def _check_size(self, size: int) -> None:
         most = self._limits.body_bytes
         if size > most:
-            raise Refusal(
+            raise HttpError(
                 413, f"a body may have at most {most} bytes, this one has {size} or more: send fewer or shorter prompts"
             )
         if self._held > self._limits.bodies_bytes:
-            raise Refusal(503, "too many large requests are being read: try again", retry_after=1.0)
+            raise HttpError(503, "too many large requests are being read: try again", retry_after=1.0)
 
 
 class _Replay:
-    """A `receive` that gives a body that was read already, then what follows. It keeps the body no longer than that: an
-    answer may take minutes."""
+    """A `receive` that gives a body that was read already, and then whatever follows.
+
+    It does not keep the body after that, since an answer may take minutes.
+    """
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body

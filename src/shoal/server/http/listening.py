@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shoal import addresses
 from shoal.errors import AddressInUse, ConfigError
-from shoal.process.malloc import give_back_what_is_large
+from shoal.process.malloc import return_large_blocks
 from shoal.server.http.limits import RequestLimits
 from shoal.server.http.protocol import protocol_with
 from shoal.server.settings import ServerSettings
@@ -63,17 +63,17 @@ class Listening:
             AddressInUse: another process listens there.
             ConfigError: this host can't listen there.
         """
-        host = addresses.host_of(self.host, "--host") if self.host else ""
+        host = addresses.parse_host(self.host, "--host") if self.host else ""
         try:
             found = addresses.listen(host, self.port, _BACKLOG)
         except socket.gaierror as error:
-            raise ConfigError(f"--host {self.host} is no address of this host: {error.strerror}") from None
+            raise ConfigError(f"--host {self.host} is not an address of this host: {error.strerror}") from None
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             hint = "choose another --port, or 0 for a free one" if taken else "choose another --host or --port"
             kind_of_error = AddressInUse if taken else ConfigError
             raise kind_of_error(
-                f"can't listen on {addresses.joined(host, self.port)} ({error.strerror}): {hint}"
+                f"can't listen on {addresses.join_host_port(host, self.port)} ({error.strerror}): {hint}"
             ) from None
         for sock in found:
             sock.setblocking(False)
@@ -83,7 +83,7 @@ class Listening:
         """Return the URL by which a client on this host reaches the server."""
         host, port = sockets[0].getsockname()[:2]
         reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"{'https' if self.ssl_certfile else 'http'}://{addresses.joined(reached, port)}"
+        return f"{'https' if self.ssl_certfile else 'http'}://{addresses.join_host_port(reached, port)}"
 
 
 class Server(uvicorn.Server):
@@ -96,8 +96,12 @@ class Server(uvicorn.Server):
         yield
 
     def stop(self, patience: float | None) -> None:
-        """End the server. Clients have `patience` seconds to read what is left, with None as long as they need; 0 ends
-        it at once, even if `stop` was called before."""
+        """End the server.
+
+        Args:
+            patience: seconds that clients have to read the rest of their answers; None: as long as they need; 0: the
+                server ends immediately, even if `stop` was called before.
+        """
         self.config.timeout_graceful_shutdown = None if patience is None else math.ceil(patience)
         self.force_exit = patience == 0
         self.should_exit = True
@@ -109,8 +113,10 @@ class Server(uvicorn.Server):
         self.complete = not self._unread
 
     async def _leave_when_read(self) -> None:
-        """Stop waiting for connections on which nothing is left to read: a sleeping client never answers the end of
-        TLS."""
+        """Stop waiting for connections on which nothing is left to read.
+
+        A client that sleeps never answers the end of TLS.
+        """
         since = time.monotonic()
         while time.monotonic() - since < _GOODBYE_S:
             await asyncio.sleep(_LOOK_S)
@@ -121,10 +127,10 @@ class Server(uvicorn.Server):
     @property
     def _unread(self) -> bool:
         """True if some answer was not given or read to its end."""
-        return any(_owes(cast(HttpToolsProtocol, each)) for each in self.server_state.connections)
+        return any(_has_unread_answer(cast(HttpToolsProtocol, each)) for each in self.server_state.connections)
 
 
-def _owes(connection: HttpToolsProtocol) -> bool:
+def _has_unread_answer(connection: HttpToolsProtocol) -> bool:
     cycle = connection.cycle
     answering = cycle is not None and not cycle.response_complete
     return answering or bool(connection.pipeline) or connection.transport.get_write_buffer_size() > 0
@@ -133,7 +139,7 @@ def _owes(connection: HttpToolsProtocol) -> bool:
 def make_server(app: FastAPI, settings: ServerSettings, listening: Listening) -> Server:
     _log_like_ours(listening.log_level)
     sys.setswitchinterval(_SWITCH_S)
-    give_back_what_is_large()
+    return_large_blocks()
     return Server(
         uvicorn.Config(
             app,

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from shoal.process import open_files
 from shoal.server.http import http10
-from shoal.server.http.errors import Refusal
+from shoal.server.http.errors import HttpError
 from shoal.server.http.limits import RequestLimits
 from shoal.server.http.upgrades import RequestParser
 
@@ -40,7 +40,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_fed = 0  # bytes given to the parser since the head began; it may hold them without a callback
         self._messages = 0
         self._discarded = 0
-        self._why = Refusal(400, "this is not HTTP/1.1")  # what the client is told if the parser can't go on
+        self._why = HttpError(400, "this is not HTTP/1.1")  # what the client is told if the parser can't go on
         self._refused = False  # the client was refused; nothing is read any more
         self._running: RequestResponseCycle | None = None
         self._deadline: float | None = None  # until which the client must send what is expected
@@ -52,13 +52,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections and not self._close_oldest():
-            self._refuse(Refusal(503, f"{self.limits.connections} connections are open: try again", retry_after=1.0))
+            self._refuse(HttpError(503, f"{self.limits.connections} connections are open: try again", retry_after=1.0))
             return
         self.fresh[self] = None
         self._expect(self.limits.header_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._leave_rest()
+        self._leave_idle()
         self._deadline = None
         for timer in (self._timer, self._stuck):
             if timer is not None:
@@ -73,7 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._leave_rest()
+        self._leave_idle()
         if self._deadline is None and self._answered:
             self._expect(self.limits.header_s)
         message = self._messages if self._in_head else None
@@ -86,8 +86,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         old = cycle.scope["http_version"] in http10.VERSIONS
-        spoken: Any = http10.OneZero(app, cycle) if old else app
-        super()._start_asgi_task(cycle, spoken)
+        http10_or_11: Any = http10.Http10(app, cycle) if old else app
+        super()._start_asgi_task(cycle, http10_or_11)
 
     # --- what the parser finds -----------------------------------------------------------------------------------
 
@@ -112,29 +112,27 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_bytes > self.limits.header_bytes or len(self.headers) > self.limits.headers:
             self._stop(self._too_much())
 
-    def _stop(self, why: Refusal) -> NoReturn:
+    def _stop(self, why: HttpError) -> NoReturn:
         """Refuse the request from within a callback of the parser, which then gives up on the connection."""
         self._why = why
         raise why
 
-    def _too_much(self) -> Refusal:
+    def _too_much(self) -> HttpError:
         most = self.limits
-        return Refusal(
-            431,
-            f"a request may have at most {most.headers} headers, of {most.header_bytes} bytes together: send fewer",
+        return HttpError(
+            431, f"a request may have at most {most.headers} headers, of {most.header_bytes} bytes together: send fewer"
         )
 
     def on_headers_complete(self) -> None:
         if self.parser.get_method() == b"CONNECT":
-            self._stop(Refusal(405, "this server is no proxy: CONNECT is not allowed"))
+            self._stop(HttpError(405, "this server is not a proxy: CONNECT is not allowed"))
         if self.parser.should_upgrade():
             return
         self._in_head = False
         if len(self.pipeline) >= self.limits.pipelined:
             self._stop(
-                Refusal(
-                    429,
-                    f"more than {self.limits.pipelined} requests wait on one connection: open more connections",
+                HttpError(
+                    429, f"more than {self.limits.pipelined} requests wait on one connection: open more connections"
                 )
             )
         super().on_headers_complete()
@@ -163,12 +161,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._deadline = None
         if self._answered:  # a body that nobody has read
-            self._rest(self.timeout_keep_alive)
+            self._become_idle(self.timeout_keep_alive)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._answered and not self._in_body and not self._in_head and not self.transport.is_closing():
-            self._rest()
+            self._become_idle()
 
     @property
     def _answered(self) -> bool:
@@ -177,32 +175,40 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # --- the clock -----------------------------------------------------------------------------------------------
 
-    def _rest(self, seconds: float | None = None) -> None:
-        """Note that the connection has no request now. It is closed after `seconds`, or by uvicorn's own timer if
-        None."""
+    def _become_idle(self, seconds: float | None = None) -> None:
+        """Note that the connection has no request now.
+
+        Args:
+            seconds: the time after which it is closed; None: uvicorn's own timer closes it.
+        """
         self.idle[self] = None
         if len(self.idle) > self.limits.idle_connections:
             self._close_oldest()
         if seconds is not None:
             self._expect(seconds)
 
-    def _leave_rest(self) -> None:
+    def _leave_idle(self) -> None:
         self.idle.pop(self, None)
         self.fresh.pop(self, None)
 
     def _close_oldest(self) -> bool:
-        """Close the connection that has rested longest, else the oldest that never sent anything; False if there is
-        none."""
+        """Close the connection that has been idle longest, or else the oldest one that never sent anything.
+
+        Returns:
+            False if there is no such connection.
+        """
         oldest = next((each for each in chain(self.idle, self.fresh) if each is not self), None)
         if oldest is None:
             return False
-        oldest._leave_rest()
+        oldest._leave_idle()
         oldest.transport.close()
         return True
 
     def _expect(self, seconds: float) -> None:
-        """Set the deadline for what the client must send. One timer serves many requests: it checks the deadline when
-        it fires."""
+        """Set the deadline for what the client must send.
+
+        One timer serves many requests: it compares the deadline with the clock when it fires.
+        """
         self._deadline = self.loop.time() + seconds
         if self._timer is None:
             self._timer = self.loop.call_later(min(seconds, _LOOK_S), self._look)
@@ -215,7 +221,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if left > 0:
             self._timer = self.loop.call_later(min(left, _LOOK_S), self._look)
         elif self._in_head:
-            self._refuse(Refusal(408, f"the headers did not arrive within {self.limits.header_s:g} s"))
+            self._refuse(HttpError(408, f"the headers did not arrive within {self.limits.header_s:g} s"))
         else:
             self.transport.close()
 
@@ -236,12 +242,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer a request that the parser can't read."""
         self._refuse(self._why)
 
-    def _refuse(self, refused: Refusal) -> None:
-        """Answer with an error and read nothing more. What still comes is thrown away for a while: closed with unread
-        bytes, the connection would be reset, and the client would not see the answer."""
+    def _refuse(self, refused: HttpError) -> None:
+        """Answer with an error and read nothing more.
+
+        For a while, everything that still comes is thrown away: if the connection were closed with unread bytes, it
+        would be reset, and the client would not see the answer.
+        """
         self._refused = True
         self._deadline = None
-        self._leave_rest()
+        self._leave_idle()
         cycle = self.cycle
         begun = cycle is not None and not cycle.response_complete and (cycle.response_started or self.pipeline)
         if cycle is not None:
@@ -257,15 +266,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def protocol_with(limits: RequestLimits) -> type[BoundedProtocol]:
-    """Return a class for `uvicorn.Config(http=...)`. It takes no more connections than the process may have open
-    files."""
-    files = open_files.allow()
+    """Return a class for `uvicorn.Config(http=...)`.
+
+    It accepts no more connections than the process may have open files.
+    """
+    files = open_files.raise_limit()
     room = max(files - _OTHER_FILES, files // 2)
     limits = dataclasses.replace(limits, connections=min(limits.connections, room))
     return type("Protocol", (BoundedProtocol,), {"limits": limits, "idle": {}, "fresh": {}})
 
 
-def _answer(refused: Refusal) -> bytes:
+def _answer(refused: HttpError) -> bytes:
     response = refused.response({"connection": "close"})
     lines = [b"%s: %s\r\n" % header for header in response.raw_headers]
     return b"".join([STATUS_LINE[refused.status], *lines, b"\r\n", bytes(response.body)])

@@ -29,8 +29,10 @@ class WorkThreads:
         self._threads: list[threading.Thread] = []
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` on a thread, and return or raise its outcome. If the caller is cancelled before the work begins,
-        it is not done."""
+        """Run `work` on a thread, and return or raise its outcome.
+
+        If the caller is cancelled before the work begins, it is not done.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         context = contextvars.copy_context()
@@ -74,9 +76,14 @@ _small = WorkThreads(4)
 _large = WorkThreads(1)
 
 
-async def apart(work: Callable[[], T], size: int, *, quick: bool = True) -> T:
-    """Run `work` off the event loop, and return or raise its outcome. `size` is about how many bytes it looks at; if
-    they are few and the work is `quick`, it is done at once, in this thread."""
+async def off_loop(work: Callable[[], T], size: int, *, quick: bool = True) -> T:
+    """Run `work` off the event loop, and return or raise its outcome.
+
+    Args:
+        size: about how many bytes the work reads.
+        quick: whether the time of the work depends on the size alone. Quick work of a small size is done immediately,
+            in this thread.
+    """
     if quick and size <= _AT_ONCE:
         return work()
     return await (_large if size > _LARGE else _small).run(work)

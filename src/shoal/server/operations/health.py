@@ -10,8 +10,8 @@ from shoal import __version__
 from shoal.activity import ActivityState
 from shoal.errors import ShoalError
 from shoal.server.backend import Backend
-from shoal.server.http.errors import Refusal, documented
-from shoal.server.http.json_encoding import bytes_of
+from shoal.server.http.errors import HttpError, error_responses
+from shoal.server.http.json_encoding import json_bytes
 from shoal.wire.fleet import FleetStatus
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ def routes(llm: Backend, *, answer_s: float = 5.0) -> APIRouter:
     router = APIRouter(tags=["health"])
 
     @router.get(
-        "/health", summary="200 while requests can be served, else 503 with the cause", responses=documented(503)
+        "/health", summary="200 while requests can be served, else 503 with the cause", responses=error_responses(503)
     )
     async def health() -> Response:
         status = await _answered(llm.status(), answer_s)
@@ -39,7 +39,7 @@ def routes(llm: Backend, *, answer_s: float = 5.0) -> APIRouter:
     @router.get(
         "/ready",
         summary="200 once all replicas of this host are ready and the server is neither draining, paused nor asleep",
-        responses=documented(503),
+        responses=error_responses(503),
     )
     async def ready() -> Response:
         status = await _answered(llm.status(), answer_s)
@@ -93,9 +93,9 @@ def _states(status: FleetStatus, *, local_only: bool) -> str:
     return "; ".join(named) or "there are no replicas"
 
 
-def _unavailable(why: str) -> Refusal:
-    return Refusal(503, why, retry_after=_RETRY_S)
+def _unavailable(why: str) -> HttpError:
+    return HttpError(503, why, retry_after=_RETRY_S)
 
 
 def _answer(body: dict[str, str]) -> Response:
-    return Response(bytes_of(body), media_type="application/json", headers={"Cache-Control": "no-store"})
+    return Response(json_bytes(body), media_type="application/json", headers={"Cache-Control": "no-store"})

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from shoal.activity import ActivityState
 from shoal.errors import UserError
 from shoal.server.backend import Backend
-from shoal.server.http.errors import Refusal, documented
+from shoal.server.http.errors import HttpError, error_responses
 from shoal.wire.engine import reset_outcome_decoder
 from shoal.wire.fleet import Operation
 
@@ -32,7 +32,7 @@ def routes(llm: Backend) -> APIRouter:
         summary="Empty the prefix caches of all replicas",
         description="Running requests keep the blocks that they hold; new requests no longer find these.",
         response_class=JSONResponse,
-        responses=documented(503),
+        responses=error_responses(503),
     )
     async def reset_prefix_cache(
         reset_running_requests: Annotated[
@@ -54,7 +54,7 @@ def _add_pauses(router: APIRouter, llm: Backend) -> None:
         "/pause",
         summary="Stop computing until /resume; new requests wait",
         response_class=JSONResponse,
-        responses=documented(409, 503),
+        responses=error_responses(409, 503),
     )
     async def pause(
         mode: Annotated[Mode, Query(description=_MODES)] = "abort",
@@ -65,7 +65,7 @@ def _add_pauses(router: APIRouter, llm: Backend) -> None:
         await _operate(llm, Operation("pause", mode=mode, clear_cache=clear_cache))
         return _answer({"status": "paused"})
 
-    @router.post("/resume", summary="End a pause", response_class=JSONResponse, responses=documented(409, 503))
+    @router.post("/resume", summary="End a pause", response_class=JSONResponse, responses=error_responses(409, 503))
     async def resume() -> Response:
         await _operate(llm, Operation("resume"))
         return _answer({"status": "resumed"})
@@ -74,7 +74,7 @@ def _add_pauses(router: APIRouter, llm: Backend) -> None:
         "/is_paused",
         summary="True while nothing is computed: paused or asleep",
         response_class=JSONResponse,
-        responses=documented(503),
+        responses=error_responses(503),
     )
     async def is_paused() -> Response:
         return _answer({"is_paused": (await llm.status()).activity != ActivityState.AWAKE})
@@ -85,7 +85,7 @@ def _add_sleep(router: APIRouter, llm: Backend) -> None:
         "/sleep",
         summary="Free the memory of weights and KV caches; requests are refused until /wake_up",
         response_class=JSONResponse,
-        responses=documented(409, 503),
+        responses=error_responses(409, 503),
     )
     async def sleep(
         level: Annotated[Literal["0", "1", "2"], Query(description="0 is a pause; 1 and 2 free the same memory")] = "1",
@@ -98,7 +98,7 @@ def _add_sleep(router: APIRouter, llm: Backend) -> None:
         "/wake_up",
         summary="Allocate the memory and load the weights again, then continue",
         response_class=JSONResponse,
-        responses=documented(409, 503),
+        responses=error_responses(409, 503),
     )
     async def wake_up(
         tags: Annotated[
@@ -113,7 +113,7 @@ def _add_sleep(router: APIRouter, llm: Backend) -> None:
         "/is_sleeping",
         summary="True while weights or KV caches are freed",
         response_class=JSONResponse,
-        responses=documented(503),
+        responses=error_responses(503),
     )
     async def is_sleeping() -> Response:
         return _answer({"is_sleeping": (await llm.status()).activity == ActivityState.ASLEEP})
@@ -128,12 +128,12 @@ async def _operate(llm: Backend, wanted: Operation) -> bytes:
     """Have all replicas do something, and return their answer.
 
     Raises:
-        Refusal: the replicas are in a state in which it can't be done, or the files of the weights have changed.
+        HttpError: the replicas are in a state in which it can't be done, or the files of the weights have changed.
     """
     try:
         return await llm.operate(wanted)
     except UserError as error:
-        raise Refusal(409, str(error)) from None
+        raise HttpError(409, str(error)) from None
 
 
 def _answer(body: dict[str, Any]) -> Response:

@@ -4,10 +4,10 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from shoal.errors import UserError
+from shoal.errors import RequestError, UserError
 from shoal.server.api import bodies
 from shoal.server.backend import Backend
-from shoal.server.http.errors import Refusal, documented
+from shoal.server.http.errors import error_responses
 from shoal.server.operations.status import status_json
 
 _MOST = 4096
@@ -26,12 +26,12 @@ def routes(llm: Backend) -> APIRouter:
         description="Returns before added replicas are ready: see /v1/admin/status. Requests of replicas that are "
         "removed continue on the others.",
         response_class=JSONResponse,
-        responses=documented(503),
+        responses=error_responses(503),
     )
     async def scale(wanted: ReplicasWanted) -> Response:
         try:
             return JSONResponse(status_json(await llm.scale(wanted.replicas)))
         except UserError as error:
-            raise Refusal(400, str(error), param="replicas") from None
+            raise RequestError(str(error), "replicas") from None
 
     return router

@@ -12,7 +12,7 @@ from typing import Any
 
 TERMINAL = "x-number"  # a keyword of our own: numbers must match this terminal
 PLACE = "x-place"  # a keyword beside it: where in the user's schema the numbers were described
-_PLAIN_DIGITS = 15  # a number with so many digits is the same after conversion to a double and back
+_PLAIN_DIGITS = 15  # a number with this many digits is the same after conversion to a double and back
 _MAX_DIGITS = 400  # before and after the decimal point; doubles end at 10^308
 _LARGEST_JOINED = 10
 _LARGEST_MULTIPLE = 10_000  # the library builds a state for each remainder: a million would take ten seconds
