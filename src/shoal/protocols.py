@@ -105,12 +105,12 @@ class Engine(EngineClient, Protocol):
 
 
 class Recorder(Protocol):
-    """Hears of every event of every request, for metrics. All calls come from one thread."""
+    """A recorder of the events of requests, for metrics. All calls come from one thread."""
 
     def added(self, request: EngineRequest) -> None:
         """A request has arrived, at the time `request.arrival`."""
 
-    def dealt(self, seq: int, replica: int) -> None:
+    def dispatched(self, seq: int, replica: int) -> None:
         """A request was given to a replica; after a failure it may be given to another or to the same again."""
 
     def updated(self, replica: int, update: SeqUpdate) -> None:

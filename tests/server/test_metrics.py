@@ -102,7 +102,7 @@ def test_a_request_is_taken_apart_into_its_times() -> None:
     metrics = RequestMetrics(LENGTH, clock=clock)
     metrics.added(replace_fields(request(0, range(12), max_tokens=40), arrival=1000.0))
     clock.now = 1001.0
-    metrics.dealt(0, 1)
+    metrics.dispatched(0, 1)
     clock.now = 1002.0
     metrics.updated(1, SeqUpdate(0, (5,), cached_tokens=8, waited_us=500_000))
     clock.now = 1002.375
@@ -146,13 +146,13 @@ def test_a_request_that_goes_on_elsewhere_is_one_request() -> None:
     metrics = RequestMetrics(LENGTH, clock=clock)
     metrics.added(replace_fields(request(0, range(10)), arrival=1000.0))
     clock.now = 1001.0
-    metrics.dealt(0, 0)  # which ends before the first token
+    metrics.dispatched(0, 0)  # which ends before the first token
     clock.now = 1004.0
-    metrics.dealt(0, 1)
+    metrics.dispatched(0, 1)
     clock.now = 1005.0
     metrics.updated(1, SeqUpdate(0, (1, 2)))
     clock.now = 1007.0
-    metrics.dealt(0, 2)
+    metrics.dispatched(0, 2)
     clock.now = 1009.0
     metrics.updated(2, SeqUpdate(0, (3, 4), waited_us=1_000_000))
     metrics.updated(2, ending(0, Finish.STOP))
@@ -176,7 +176,7 @@ def test_outputs_of_one_prompt_are_one_prompt() -> None:
     metrics = RequestMetrics(LENGTH)
     for seq in range(3):
         metrics.added(request(seq, range(4), group=0))
-        metrics.dealt(seq, 0)
+        metrics.dispatched(seq, 0)
     for seq, tokens in enumerate((3, 9, 5)):
         metrics.updated(0, ending(seq, tokens=tokens))
     found = page(metrics)
@@ -192,13 +192,13 @@ def test_why_requests_ended() -> None:
     refusals = [each for each in RefusalKind if each is not RefusalKind.NONE]
     for seq in range(4 + len(refusals)):
         metrics.added(request(seq, [1]))
-    metrics.dealt(1, 0)
+    metrics.dispatched(1, 0)
     metrics.updated(0, SeqUpdate(1, (3, 4)))
     metrics.stopped(1)  # its client has found a stop text
     metrics.updated(0, ending(1, Finish.ABORT))
-    metrics.dealt(2, 0)
+    metrics.dispatched(2, 0)
     metrics.updated(0, ending(2, Finish.ABORT, tokens=1))
-    metrics.dealt(3, 0)
+    metrics.dispatched(3, 0)
     metrics.updated(0, ending(3, Finish.ABORT, error="the grammar has gone wrong"))
     metrics.ended(ending(0, Finish.ABORT))
     for seq, refusal in enumerate(refusals, 4):
@@ -248,13 +248,13 @@ class Twin:
         if self.open:
             seq = self.open[which % len(self.open)]
             self.requests[seq]["replica"] = to
-            self.metrics.dealt(seq, to)
+            self.metrics.dispatched(seq, to)
 
     def update(self, which: int, tokens: int, waited_us: int, finish: Finish | None) -> None:
-        dealt = [seq for seq in self.open if self.requests[seq]["replica"] is not None]
-        if not dealt or (not tokens and finish is None):
+        dispatched = [seq for seq in self.open if self.requests[seq]["replica"] is not None]
+        if not dispatched or (not tokens and finish is None):
             return
-        seq = dealt[which % len(dealt)]
+        seq = dispatched[which % len(dispatched)]
         one, now = self.requests[seq], self.clock.now
         if tokens and one["tokens"]:
             self.see(GAP, one["replica"], (now - one["last"]) / tokens, tokens)
@@ -343,7 +343,7 @@ def test_nothing_is_kept_of_what_has_ended() -> None:
     metrics = RequestMetrics(LENGTH)
     for seq in range(100):
         metrics.added(request(seq, [1], group=seq - seq % 2))
-        metrics.dealt(seq, 0)
+        metrics.dispatched(seq, 0)
         metrics.updated(0, SeqUpdate(seq, (1,)))
     for seq in range(100):
         metrics.updated(0, ending(seq))
@@ -567,7 +567,7 @@ def test_how_often_requests_gave_their_blocks_back() -> None:
     metrics = RequestMetrics(LENGTH)
     for seq, preemptions in enumerate((0, 0, 3)):
         metrics.added(request(seq, [1]))
-        metrics.dealt(seq, 0)
+        metrics.dispatched(seq, 0)
         metrics.updated(0, ending(seq, tokens=1, preemptions=preemptions))
     found = page(metrics)
     name = "vllm:request_num_preemptions"

@@ -86,7 +86,7 @@ class CheckingRecorder:
         assert request.seq not in self.begun
         self.begun.add(request.seq)
 
-    def dealt(self, seq: int, replica: int) -> None:
+    def dispatched(self, seq: int, replica: int) -> None:
         assert seq in self.begun - self.ends
 
     def updated(self, replica: int, update: SeqUpdate) -> None:

@@ -122,7 +122,7 @@ class OpenRequests:
     def note_dispatch(self, seq: int, replica: int) -> None:
         """Note that a replica gets the request."""
         if self._recorder is not None:
-            self._recorder.dealt(seq, replica)
+            self._recorder.dispatched(seq, replica)
 
     def note_abort(self, seq: int, *, stopped: bool) -> None:
         """Note that the client has aborted the request. `stopped`: because its output has reached a stop text."""

@@ -335,9 +335,9 @@ def locate_tokenizer(options: EngineOptions, folder: Path) -> Path:
     """Return the folder of the tokenizer: the model's `folder`, unless the options name another one.
 
     Raises:
-        UserError: as `hub.locate`.
+        UserError: it cannot be found (see `hub.locate`).
     """
-    said = options.model_options
-    if said.tokenizer is None and said.tokenizer_revision is None:
+    given = options.model_options
+    if given.tokenizer is None and given.tokenizer_revision is None:
         return folder
-    return hub.locate(said.tokenizer or options.model, said.tokenizer_revision, weights=False)
+    return hub.locate(given.tokenizer or options.model, given.tokenizer_revision, weights=False)

@@ -213,7 +213,7 @@ class ControlReply(Wire, frozen=True):
     id: int
     payload: bytes = b""
     error: str = ""  # not empty: it failed
-    user_error: bool = False  # True: the one who asked can correct the error
+    user_error: bool = False  # True: the sender of the order or call can correct the error
 
 
 ToEngine = EnginePlan | EngineRequest | Abort | StatsQuery | Stop | ControlCall | EngineOrder

@@ -65,7 +65,7 @@ class GrammarEnded(Wire, frozen=True):
 
     number: int
     how: str  # the reason, in words for the author of the grammar
-    killed: bool = False  # somebody killed it; its grammar is not to blame
+    killed: bool = False  # True: it was killed from outside, so its grammar is not the cause
 
 
 class GrammarHostReady(Wire, frozen=True):

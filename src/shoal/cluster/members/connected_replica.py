@@ -16,8 +16,8 @@ _MAX_FRAME_BYTES = 1 << 30
 class ConnectedReplica(Replica):
     """A replica at the other end of a TCP connection. `host` and `pid` say where it runs.
 
-    It is ready when it says so. `close` ends only the connection: the replica keeps its weights and awaits the next
-    front end. `dismiss` ends the replica.
+    It is ready when it has sent its first stats. `close` ends only the connection: the replica keeps its weights and
+    awaits the next front end. `dismiss` ends the replica.
     """
 
     def __init__(self, hello: Hello, channel: Channel, plan: EnginePlan, *, answer_timeout: float) -> None:

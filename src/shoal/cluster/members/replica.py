@@ -31,9 +31,9 @@ from shoal.wire.engine import (
 )
 from shoal.wire.plan import EnginePlan
 
-_SLICE_S = 0.5
-_QUIET_S = 3.0  # after so long without the awaited message, check whether the process was stopped
-_END_S = 1.5
+_SLICE_S = 0.5  # how long one wait for an answer takes
+_STOP_CHECK_S = 3.0  # after so long without a message, check whether the process was stopped
+_END_S = 1.5  # how long an engine may take to end by itself
 _PATIENCE_S = 1.0  # how long to wait for the exit status of a process that has closed its channel
 _PATIENCE_OF_MANY_S = 0.25  # ... if other replicas have tokens to hand out meanwhile
 
@@ -82,7 +82,7 @@ class Replica:
         self.name = name
         self.died = False  # True: it has failed, and the engine itself has not reported the failure
         self._host = host
-        self._signature = f"{name}: " if one_of_many else ""
+        self._error_prefix = f"{name}: " if one_of_many else ""
         self._patience = _PATIENCE_OF_MANY_S if one_of_many else _PATIENCE_S
         self._answer_timeout = answer_timeout
         self._updates: list[SeqUpdate] = []
@@ -94,8 +94,8 @@ class Replica:
         self._failure_raised = True  # False: the next call raises the failure
         self._started = False
         self._closed = False
-        self._killing: threading.Thread | None = None
-        self._heard = time.monotonic()
+        self._killer: threading.Thread | None = None
+        self._last_message = time.monotonic()
         self.num_messages = 0  # how many times the engine has sent something
         try:
             self._send(encode(plan))
@@ -123,7 +123,7 @@ class Replica:
         """Wait until the engine can take requests.
 
         Raises:
-            UserError, EngineError: as `ready`; or it was not ready within `timeout` seconds.
+            UserError, EngineError: those of `ready`; or it was not ready within `timeout` seconds.
         """
         try:
             self._await_stats("start", timeout)
@@ -201,15 +201,15 @@ class Replica:
         self._kill()
 
     def _kill(self) -> None:
-        if self._killing is not None:
+        if self._killer is not None:
             return
-        reaper = threading.Thread(target=self._host.kill, name="shoal-reaper", daemon=True)
+        killer = threading.Thread(target=self._host.kill, name="shoal-killer", daemon=True)
         try:
-            reaper.start()
+            killer.start()
         except RuntimeError:  # the system has no thread left: the end of one replica must not end the others
             self._host.kill()
             return
-        self._killing = reaper
+        self._killer = killer
 
     @property
     def has_ended(self) -> bool:
@@ -231,8 +231,8 @@ class Replica:
             if self._failure is None:
                 self._host.wait(max(0.0, deadline - time.monotonic()))
         self._kill()
-        if self._killing is not None:
-            self._killing.join()
+        if self._killer is not None:
+            self._killer.join()
 
     def _await_stats(self, what: str, timeout: float) -> EngineStats:
         begun = time.monotonic()
@@ -255,10 +255,10 @@ class Replica:
     def _receive(self, timeout: float) -> None:
         """Receive what arrives within `timeout` seconds, and sort it by type."""
         if not wait([self._host.channel], timeout):
-            if time.monotonic() - self._heard > _QUIET_S and self._host.stopped():
+            if time.monotonic() - self._last_message > _STOP_CHECK_S and self._host.stopped():
                 self._fail(f"{self.name} is stopped (SIGSTOP or a debugger)")
             return
-        self._heard = time.monotonic()
+        self._last_message = time.monotonic()
         self.num_messages += 1
         try:
             frames = self._host.channel.receive()
@@ -280,7 +280,7 @@ class Replica:
                     self._answers.append(message)
                 case EngineFailure():
                     self._fail(
-                        self._signature + message.error,
+                        self._error_prefix + message.error,
                         reason=message.error,
                         reported=True,
                         user_error=message.user_error,

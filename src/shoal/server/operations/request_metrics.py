@@ -124,7 +124,7 @@ class _RequestRecord:
     max_tokens: int
     group: int
     replica: int = -1  # that had the request last
-    dealt: float = 0.0  # when it was given to that replica
+    dispatched: float = 0.0  # when it was given to that replica
     waited: float = 0.0  # in the queue of the engine
     first: float = 0.0  # when its first token arrived; 0: not yet
     last: float = 0.0  # when its latest token arrived
@@ -228,13 +228,13 @@ class RequestMetrics:
             group.outputs += 1
             group.open += 1
 
-    def dealt(self, seq: int, replica: int) -> None:
+    def dispatched(self, seq: int, replica: int) -> None:
         life = self._lives.get(seq)
         if life is None:
             return
         life.replica = replica
         if not life.tokens:
-            life.dealt = self._clock()
+            life.dispatched = self._clock()
 
     def updated(self, replica: int, update: SeqUpdate) -> None:
         life = self._lives.get(update.seq)
@@ -301,7 +301,7 @@ class RequestMetrics:
         if not life.tokens:
             return
         # The clocks of event loops are coarser than ours: no time may be negative, and the sum must be the whole.
-        begun = min(max(life.dealt + life.waited, life.arrival), life.first)
+        begun = min(max(life.dispatched + life.waited, life.arrival), life.first)
         found[_QUEUE].observe(max(0.0, begun - life.arrival))
         found[_PREFILL].observe(life.first - begun)
         found[_DECODE].observe(life.last - life.first)
