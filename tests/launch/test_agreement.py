@@ -50,7 +50,7 @@ def test_replicas_that_share_experts_agree_on_the_steps_of_the_start(checkpoint:
     measured = replace_fields(plan, ranks=tuple(replace_fields(rank, kv_budget=None) for rank in plan.ranks))
     tiny = replace_fields(plan, max_model_len=1)
     for other, name in ((measured, "size of the KV cache"), (tiny, "longest sequence")):
-        told = replica_agreement(host, other)
-        assert {key for key in found if told[key] != found[key]} == {name}
+        agreement = replica_agreement(host, other)
+        assert {key for key in found if agreement[key] != found[key]} == {name}
     alone = planner_of(checkpoint("mixtral"), ReplicaPlace(0, 2)).first_plan
     assert replica_agreement(host, alone) == host

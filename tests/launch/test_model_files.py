@@ -103,8 +103,8 @@ def test_a_git_lfs_pointer_in_place_of_a_file_is_refused(folder: Path, name: str
     (folder / name).write_text(POINTER)
     with pytest.raises(CheckpointError) as caught:
         open_model(str(folder), SMALL)
-    told = f"{folder / name} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}, "
-    assert str(caught.value).startswith(told)
+    message = f"{folder / name} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}, "
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
