@@ -55,7 +55,7 @@ _INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # the second one is ac
 
 @dataclass(frozen=True, slots=True)
 class _ResponseRequest:
-    """What a body asks for."""
+    """The contents of a request, read and checked."""
 
     body: ResponsesBody
     id: str
