@@ -1,4 +1,4 @@
-"""What a user passes in: prompts, and how tokens are chosen. Free of torch."""
+"""The arguments that users pass in: prompts, and parameters of sampling. Free of torch."""
 
 import dataclasses
 import difflib
@@ -26,7 +26,7 @@ Message = Mapping[str, Any]  # of a chat: `role`, `content`, and whatever else t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """What an output must look like: exactly one of these, and `strict` beside a JSON schema.
+    """The form that an output must have: exactly one of these fields, and `strict` beside a JSON schema.
 
     Raises:
         RequestError: none or several are given, or one has the wrong type. Whether it can be obeyed is found out with
@@ -84,7 +84,7 @@ _COUNT_OR_ALL = Number(0, integer=True, also=(-1,), optional=True, note="or -1 f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens, and what to report. Names and meanings follow vLLM.
+    """The parameters by which tokens are chosen and reported. Names and meanings follow vLLM.
 
     Logits are changed in this order: the structured output's mask, `allowed_token_ids`, `bad_words` and `min_tokens`,
     `logit_bias`, the penalties; then temperature, `min_p`, `top_k` and `top_p`. Reported log-probabilities are those of

@@ -28,7 +28,7 @@ class SamplingParameter:
 
     @property
     def description(self) -> str:
-        """What the parameter does, and its range."""
+        """The help text with the range of values."""
         return f"{self.help}; {self.form}"
 
 

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 import openai
 from shoal.errors import EngineError
-from shoal.server.api.response_store import ResponseStore
+from shoal.server.api.responses.response_store import ResponseStore
 from shoal.server.app import openai_app
 from shoal.server.settings import ServerSettings
 from shoal.wire.base import encode

@@ -11,7 +11,7 @@ from shoal.config.engine_options import EngineOptions
 from shoal.llm.deltas import Delta
 from shoal.outputs import CompletionOutput, FinishReason, Logprob, Logprobs, RequestOutput
 from shoal.params import Message, Prompt, SamplingParams
-from shoal.server.api.response_store import ResponseStore
+from shoal.server.api.responses.response_store import ResponseStore
 from shoal.server.settings import ServerSettings
 from shoal.structured.matcher import GrammarState, Vocabulary
 from shoal.text.chat_template import ChatTemplate

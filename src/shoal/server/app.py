@@ -6,7 +6,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from shoal import __version__
-from shoal.server.api import chat, completions, models, responses, stored_responses, tokenization
+from shoal.server.api import chat, completions, models, tokenization
+from shoal.server.api.responses import create_response, stored_responses
 from shoal.server.api.service import Service, client_disconnected
 from shoal.server.backend import Backend
 from shoal.server.http.errors import add_handlers
@@ -74,6 +75,6 @@ def openai_app(llm: Backend, settings: ServerSettings) -> FastAPI:
     app.add_middleware(CommonMethods)
     app.add_exception_handler(ClientDisconnected, client_disconnected)
     service = Service(llm, settings)
-    for endpoints in (completions, chat, responses, stored_responses, models, tokenization):
+    for endpoints in (completions, chat, create_response, stored_responses, models, tokenization):
         app.include_router(endpoints.routes(service))
     return app

@@ -19,7 +19,7 @@ from shoal.launch.open_model import OpenModel
 from shoal.llm.async_llm import AsyncLLM
 from shoal.log import get_logger
 from shoal.process import garbage_collector
-from shoal.server.api.response_store import ResponseStore
+from shoal.server.api.responses.response_store import ResponseStore
 from shoal.server.api_servers import ApiServers
 from shoal.server.app import make_app
 from shoal.server.backend import Backend

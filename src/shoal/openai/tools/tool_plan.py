@@ -16,7 +16,7 @@ _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fa
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """What `tools` and `tool_choice` of a request mean for its prompt and its output."""
+    """The meaning of `tools` and `tool_choice` for the prompt and the output of a request."""
 
     shown: list[Any] | None = None  # the tools that the chat template shows to the model
     schema: dict[str, Any] | None = None  # the JSON schema that the output must obey

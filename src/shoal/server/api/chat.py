@@ -53,7 +53,7 @@ _READ_HERE = (
 
 @dataclass(frozen=True, slots=True)
 class _ChatRequest:
-    """What a body asks for."""
+    """The contents of a request, read and checked."""
 
     id: str
     created: int

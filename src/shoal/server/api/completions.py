@@ -51,7 +51,7 @@ from shoal.values import shown
 
 @dataclass(frozen=True, slots=True)
 class _CompletionRequest:
-    """What a body asks for."""
+    """The contents of a request, read and checked."""
 
     id: str
     created: int

@@ -129,7 +129,7 @@ class _TaskGroup:
 
 @dataclass(frozen=True, slots=True)
 class TokenForms:
-    """How an answer shows tokens, beside their text."""
+    """The forms in which an answer shows tokens, beside their text."""
 
     ids: bool  # as lists of the ids of the prompt and of the output
     named_by_id: bool  # in log-probabilities, as names like `token_id:17`

@@ -1,4 +1,4 @@
-"""What all endpoints of the API share: the served model, and what each request says about its place in the queue."""
+"""The parts that all endpoints of the API share: the served model, placement of requests, ids and JSON answers."""
 
 import asyncio
 import time
@@ -71,7 +71,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class RequestPlacement:
-    """When a request runs, and on which replica."""
+    """The priority of a request, and the replica that must run it."""
 
     priority: int
     replica: int | None

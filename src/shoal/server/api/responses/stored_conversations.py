@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.errors import ShoalError
 from shoal.log import get_logger
-from shoal.server.api.response_store import DROP, ITEMS, KEEP, KEPT, LOST, MAX_BYTES, READ, TURNS
+from shoal.server.api.responses.response_store import DROP, ITEMS, KEEP, KEPT, LOST, MAX_BYTES, READ, TURNS
 from shoal.server.backend import Backend
 from shoal.server.http.errors import HttpError
 from shoal.server.http.json_encoding import json_bytes, text_length

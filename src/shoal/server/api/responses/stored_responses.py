@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from shoal.errors import RequestError
 from shoal.server.api.answer_schemas import Deleted, InputItems, ResponsesAnswer
+from shoal.server.api.responses.stored_conversations import StoredConversations
 from shoal.server.api.service import Service, json_response
-from shoal.server.api.stored_conversations import StoredConversations
 from shoal.server.http.errors import error_responses
 from shoal.values import shown
 

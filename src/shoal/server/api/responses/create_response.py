@@ -29,10 +29,10 @@ from shoal.server.api.request_parameters import (
     sampling_params,
 )
 from shoal.server.api.request_schemas import ResponsesBody
-from shoal.server.api.response_input import items_of, messages_of, references, resolved, stored_form
-from shoal.server.api.response_output import OutputItems
+from shoal.server.api.responses.input_items import items_of, messages_of, references, resolved, stored_form
+from shoal.server.api.responses.output_items import OutputItems
+from shoal.server.api.responses.stored_conversations import StoredConversations
 from shoal.server.api.service import RankHeader, RequestPlacement, Service, new_id, respond
-from shoal.server.api.stored_conversations import StoredConversations
 from shoal.server.backend import TokenStream
 from shoal.server.http.errors import GENERATION_ERRORS, http_error, named_by_client
 from shoal.server.http.event_streams import STREAM_DESCRIPTION, EventStream, while_connected
@@ -55,7 +55,7 @@ _INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # the second one is ac
 
 @dataclass(frozen=True, slots=True)
 class _ResponseRequest:
-    """What a body asks for."""
+    """The contents of a request, read and checked."""
 
     body: ResponsesBody
     id: str
